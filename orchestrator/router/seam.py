@@ -1,0 +1,86 @@
+"""The line inside a router process between its doors (HTTP, RPC) and the dispatcher that owns requests and replicas.
+
+A door turns bytes into an :class:`Ask`, gives it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a :class:`Ticket`. Everything
+runs on the router's one event loop; no call here blocks or awaits, and the dispatcher calls a watcher from its own socket callback.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from workers.errors import TriremeError
+from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """One validated request: ``n`` choices over one prompt. ``params.seed`` is resolved; choice i uses ``seed + i`` (mod 2**63).
+
+    ``client`` names who asks (door's own id), ``request`` is the id that the client sees. ``affinity`` is a session hint. ``emitted``:
+    what the client already holds of each choice (a journal), empty for a new request. ``deadline_s``: seconds from now, None = none.
+    """
+
+    client: str
+    request: str
+    model: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    n: int = 1
+    salt: str = ""
+    affinity: str = ""
+    credit: int = UNLIMITED
+    deadline_s: float | None = None
+    emitted: list[list[int]] = []
+
+
+class Watcher(Protocol):
+    """Receives what happens to a request, per choice: on_tokens*, then exactly one of on_done and on_failed."""
+
+    def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None: ...
+
+    def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
+        """Prompt logprobs, once, before the choice's first token."""
+
+    def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None: ...
+
+    def on_failed(self, choice: int, error: TriremeError) -> None: ...
+
+
+class Ticket(Protocol):
+    """A live request, held by its door."""
+
+    def cancel(self) -> None:
+        """The caller is gone: nothing more is delivered for any choice; rows are freed on the replica."""
+
+    def finish(self, choice: int) -> None:
+        """The door has ended this choice itself (a stop string): cancels its row; nothing more is delivered for the choice."""
+
+    def credit(self, tokens: int) -> None:
+        """Grant ``tokens`` more to every live choice."""
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the fleet knows of a model now. ``max_seq_len`` 0 and ``vocab_size`` 0 while no replica was ever seen."""
+
+    name: str
+    ready: int
+    max_seq_len: int
+    vocab_size: int
+    block_size: int
+    guided: bool
+
+
+class Dispatcher(Protocol):
+    """The routing core with its shell: owns every accepted request until its last token."""
+
+    def submit(self, ask: Ask, watcher: Watcher) -> Ticket:
+        """Accept a request. Raises NotFound (model), Overloaded (queue full, with retry_after), Unavailable (no replica and no hope)."""
+
+    def model(self, name: str) -> ModelStatus | None: ...
+
+    def ready(self) -> bool:
+        """Whether every served model has a replica."""
+
+    def status(self) -> dict[str, object]:
+        """JSON-able: ``router``, ``queue``, ``running``, ``replicas`` (name, state, epoch, model, tp, pp, running, waiting, tok_s, ...)."""

@@ -1,0 +1,107 @@
+"""The wire codec: what it carries, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers import wire
+from workers.errors import EngineFault, NotFound, TriremeError, from_code
+from workers.spec import ConfigError, EngineSpec, ModelSpec, Parallel, ReplicaSpec
+
+SUBMIT = wire.Submit(
+    boot="b", stream=7, attempt=2, client="c", request="r", model="m", prompt_ids=[1, 2], params=wire.SamplingParams(seed=5), emitted=[9]
+)
+DONE = wire.Done(boot="b", stream=1, attempt=1, reason="stop", usage=wire.Usage(prompt_tokens=1, output_tokens=1))
+ids = st.integers(min_value=0, max_value=2**31 - 1)
+
+
+def test_a_submit_survives_the_wire() -> None:
+    assert wire.decode_to_replica(wire.encode(SUBMIT)) == SUBMIT
+
+
+@given(st.lists(st.tuples(ids, ids, ids, st.lists(ids, max_size=5)), max_size=20))
+def test_tokens_survive_the_wire(rows: list[tuple[int, int, int, list[int]]]) -> None:
+    message = wire.Tokens(
+        boot="b", streams=[r[0] for r in rows], attempts=[r[1] for r in rows], firsts=[r[2] for r in rows], tokens=[r[3] for r in rows]
+    )
+    assert wire.decode_from_replica(wire.encode(message)) == message
+
+
+def test_an_unknown_field_is_ignored() -> None:
+    raw = msgspec.msgpack.decode(wire.encode(SUBMIT))
+    raw["from_the_future"] = [1, {"a": 2}]
+    assert wire.decode_to_replica(msgspec.msgpack.encode(raw)) == SUBMIT
+
+
+def _with(**changes: object) -> bytes:
+    return msgspec.msgpack.encode(msgspec.msgpack.decode(wire.encode(SUBMIT)) | changes)
+
+
+BAD = {
+    "empty": b"",
+    "random bytes": b"\xc1\xff\x00\x9d" * 8,
+    "truncated": wire.encode(SUBMIT)[:-1],
+    "trailing bytes": wire.encode(SUBMIT) + b"\x00",
+    "deep nesting": b"\x91" * 100_000,
+    "oversized claim": b"\xdd\xff\xff\xff\xff",
+    "ext type": _with(boot=msgspec.msgpack.Ext(1, b"x")),
+    "timestamp": _with(boot=datetime.datetime.now(datetime.UTC)),
+    "bin for str": _with(boot=b"b"),
+    "string for int": _with(stream="7"),
+    "float for int": _with(stream=7.5),
+    "bool for int": _with(stream=True),
+    "unknown tag": _with(type="exec"),
+    "pickle": b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94.",
+    "other direction": wire.encode(DONE),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_frame_is_malformed(name: str) -> None:
+    with pytest.raises(wire.Malformed):
+        wire.decode_to_replica(BAD[name])
+
+
+@given(st.binary(max_size=200))
+def test_noise_never_escapes_as_another_error(noise: bytes) -> None:
+    for decode in (wire.decode_to_replica, wire.decode_from_replica, wire.decode_from_client, wire.decode_to_client):
+        with contextlib.suppress(wire.Malformed):
+            decode(noise)
+
+
+def test_error_codes_come_back_as_their_class() -> None:
+    def leaves(cls: type[TriremeError]) -> list[type[TriremeError]]:
+        return [cls] + [leaf for sub in cls.__subclasses__() for leaf in leaves(sub)]
+
+    for cls in leaves(TriremeError):
+        if cls.__module__ == "workers.errors" and cls is not TriremeError:
+            assert type(from_code(cls.code, "x")) is cls
+    assert type(from_code("model_not_found", "x")) is NotFound
+    assert type(from_code("never heard of", "x")) is EngineFault
+
+
+def test_specs_refuse_what_cannot_mean_anything() -> None:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 2, "num_heads": 3, "num_kv_heads": 2, "head_dim": 4, "vocab_size": 8}
+    with pytest.raises(ConfigError, match="cannot share"):
+        ModelSpec(architecture="llama", max_position=8, **shape)
+    good = ModelSpec(architecture="llama", max_position=8, **(shape | {"num_kv_heads": 3}))
+    Parallel(tp=3, pp=2).check(good)
+    with pytest.raises(ConfigError, match="query heads"):
+        Parallel(tp=4).check(good)
+    with pytest.raises(ConfigError, match="layers"):
+        Parallel(pp=3).check(good)
+    with pytest.raises(ConfigError, match="max_num_tokens"):
+        EngineSpec(max_batch_size=64, max_num_tokens=32)
+    with pytest.raises(ConfigError):
+        ReplicaSpec(name="a/b", model="m", artifact="x")
+
+
+def test_rank_order_is_stage_major() -> None:
+    layout = Parallel(tp=2, pp=3)
+    assert [(layout.pp_rank(r), layout.tp_rank(r)) for r in range(layout.world)] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]

@@ -1,0 +1,93 @@
+"""The Engine seam: what a leader's engine thread drives, whichever engine it is.
+
+At request level on purpose: TensorRT-LLM batches by itself. Implemented by ``workers.fake.FakeEngine``, ``workers.portable.PortableEngine``
+and ``workers.trtllm``. All calls come from one thread; ids are the leader's own small integers, unique while the row lives.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from workers.spec import ResumeClass
+from workers.wire import Capacity, FinishReason, Logprobs, Submit, Usage
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """Why a row ended. ``stop_id`` is the stop token, when one ended it (it is not among the emitted tokens)."""
+
+    reason: FinishReason
+    usage: Usage
+    stop_id: int | None = None
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """A row that the engine could not go on with; ``code`` as in :mod:`workers.errors`."""
+
+    code: str
+    message: str
+
+
+class Emission(msgspec.Struct, frozen=True, gc=False):
+    """What one step did for one row: ``tokens`` at output positions ``first``.., then ``end`` if the row is over.
+
+    ``logprobs`` has one entry a token where asked for; ``prompt_logprobs`` the whole prompt, once, with or before the first token.
+    """
+
+    id: int
+    first: int
+    tokens: list[int]
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs] | None = None
+    end: Finish | Fault | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts now (rows, blocks, prompt tokens still to be computed) and totals since start (``*_total``)."""
+
+    steps_total: int = 0
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    num_blocks: int = 0
+    prefill_tokens: int = 0
+    step_ms: float = 0.0
+    prompt_tokens_total: int = 0
+    output_tokens_total: int = 0
+    prefix_queries_total: int = 0
+    prefix_hits_total: int = 0
+    preemptions_total: int = 0
+
+
+class Engine(Protocol):
+    """Seam 1. Nothing here blocks but ``step``, and a step is bounded by the token budget."""
+
+    @property
+    def capacity(self) -> Capacity: ...
+
+    @property
+    def resume(self) -> ResumeClass: ...
+
+    def submit(self, id: int, request: Submit) -> None:
+        """Queue a row. Raises :class:`~workers.errors.Rejected` (TooLong, bad grammar, ...) and then holds nothing."""
+
+    def cancel(self, id: int) -> None:
+        """Forget a row; nothing is emitted for it afterwards, and its blocks are free after the running step. Unknown ids are ignored."""
+
+    def credit(self, id: int, tokens: int) -> None:
+        """Allow ``tokens`` more to be emitted; a row without credit is paused, not ended. Unknown ids are ignored."""
+
+    def step(self) -> list[Emission]:
+        """Run one step and return what it emitted; [] also when only prefill ran. With nothing to do it returns [] at once."""
+
+    def busy(self) -> bool:
+        """Whether ``step`` would do work now (a row runs, waits, or has a step in flight; paused rows don't count)."""
+
+    def predicted_ms(self) -> float:
+        """What the next ``step`` is expected to take, for the hang watchdog."""
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None:
+        """End the engine on every rank; bounded by 5 s."""

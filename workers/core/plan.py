@@ -1,0 +1,103 @@
+"""StepPlan and StepResult: what the leader decides, as one value, and what the last pipeline stage answers.
+
+A plan carries only differences. Every rank keeps, per *slot* (0 .. max_batch_size - 1), the row's block table and sampling state; a plan
+opens slots, appends blocks to them, runs tokens through them and closes them. Columns are int32 little-endian bytes, viewed by numpy.
+
+Order in which a rank applies a plan: ``closed`` slots are dropped, ``opened`` are created, ``blocks`` are appended, then the forward runs.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from workers.wire import SamplingParams
+
+I32: Final = np.dtype("<i4")
+F32: Final = np.dtype("<f4")
+Ints = npt.NDArray[np.int32]
+
+
+def column(values: list[int] | Ints) -> bytes:
+    """Pack integers as an int32 column."""
+    return np.asarray(values, dtype=I32).tobytes()
+
+
+def view(data: bytes) -> Ints:
+    """Read-only int32 view of a column."""
+    return np.frombuffer(data, dtype=I32)
+
+
+def view_floats(data: bytes) -> npt.NDArray[np.float32]:
+    return np.frombuffer(data, dtype=F32)
+
+
+class OpenSlot(msgspec.Struct, frozen=True, array_like=True):
+    """A row enters a slot. ``history``: column of prompt ids then emitted ids so far, sent only where sampling needs them (penalties
+    or prompt logprobs), else empty. ``prompt_len``: where output starts, for output-only penalties."""
+
+    slot: int
+    params: SamplingParams
+    prompt_len: int
+    history: bytes = b""
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One forward over R rows and T tokens.
+
+    ``slots`` [R]; ``starts`` [R] = tokens of the row already in the KV cache (absolute position of its first query token);
+    ``lengths`` [R] = query tokens, sum T; ``tokens`` [T] ids, row after row; ``sample`` [R] = 1 where the last query position yields a
+    token; ``block_slots`` / ``block_ids`` [B] = blocks appended this step, in order; ``closed`` [C] slots.
+    ``masks``: (row index, packed vocabulary bitmask: bit i of uint32 word i // 32 = allowed) for guided rows that sample.
+    ``score`` [R] (or empty = none): 1 where prompt logprobs of this chunk are wanted.
+    ``stop`` ends the rank's loop.
+    """
+
+    step: int
+    slots: bytes = b""
+    starts: bytes = b""
+    lengths: bytes = b""
+    tokens: bytes = b""
+    sample: bytes = b""
+    score: bytes = b""
+    block_slots: bytes = b""
+    block_ids: bytes = b""
+    closed: bytes = b""
+    opened: list[OpenSlot] = []
+    masks: list[tuple[int, bytes]] = []
+    stop: bool = False
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The last stage's answer. ``tokens`` [S] int32 for the rows with ``sample`` = 1, in row order; -1 = not finite logits.
+
+    ``logprobs`` [S] float32 of the chosen tokens; ``top``: (row index, ids column, float32 column) where alternatives were asked for;
+    ``prompt``: (row index, own-token logprobs float32 [L], top ids [L * k], top logprobs [L * k]) for ``score`` rows, where entry i is the
+    prediction made AT query position i (so it scores the token at position i + 1).
+    """
+
+    step: int
+    tokens: bytes = b""
+    logprobs: bytes = b""
+    top: list[tuple[int, bytes, bytes]] = []
+    prompt: list[tuple[int, bytes, bytes, bytes]] = []
+
+
+_encoder = msgspec.msgpack.Encoder()
+_plan_decoder = msgspec.msgpack.Decoder(StepPlan)
+_result_decoder = msgspec.msgpack.Decoder(StepResult)
+
+
+def encode(value: StepPlan | StepResult) -> bytes:
+    return _encoder.encode(value)
+
+
+def decode_plan(data: bytes | memoryview) -> StepPlan:
+    return _plan_decoder.decode(data)
+
+
+def decode_result(data: bytes | memoryview) -> StepResult:
+    return _result_decoder.decode(data)

@@ -1,0 +1,195 @@
+"""What a replica is made of, as frozen values: model shape, layout, number formats, limits.
+
+Owns no state. Every struct checks itself on construction (msgspec runs ``__post_init__`` when decoding too), so a value of these
+types is proof that it makes sense. Errors are :class:`~workers.errors.ConfigError`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from workers.errors import ConfigError
+
+DType = Literal["fp32", "bf16", "fp16"]
+ResumeClass = Literal["bitwise", "margin", "valid"]
+WaitPolicy = Literal["hybrid", "spin"]
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+#: Bytes of one element.
+DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def _require(ok: bool, what: str, why: str = "", hint: str = "") -> None:
+    if not ok:
+        raise ConfigError(what, why, hint)
+
+
+class RopeScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rotary-frequency scaling. ``linear`` divides all frequencies by ``factor``; ``llama3`` is Llama 3.1's banded rule."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 1.0, f"rope scaling factor {self.factor} is below 1")
+        if self.kind == "llama3":
+            _require(self.high_freq_factor > self.low_freq_factor, "rope scaling needs high_freq_factor > low_freq_factor")
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shape of a llama-family decoder: pre-norm, RMSNorm, rotary half-rotation, SiLU-gated MLP, grouped-query attention."""
+
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3"]
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "vocab_size",
+            "max_position",
+        ):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads",
+            "grouped-query attention needs a whole number of query heads per key/value head",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd", "rotary embedding turns pairs")
+
+
+class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Layout of one replica: ``tp`` ranks share each layer, ``pp`` stages share the layers; world = tp * pp.
+
+    Rank order is TensorRT-LLM's: rank = pp_rank * tp + tp_rank.
+    """
+
+    tp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.tp >= 1 and self.pp >= 1, f"tp and pp must be at least 1, got tp={self.tp} pp={self.pp}")
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp
+
+    def tp_rank(self, rank: int) -> int:
+        return rank % self.tp
+
+    def pp_rank(self, rank: int) -> int:
+        return rank // self.tp
+
+    def check(self, model: ModelSpec) -> None:
+        """Raises :class:`ConfigError` when ``model`` cannot be split this way by the portable engine."""
+        _require(
+            self.tp <= model.num_heads,
+            f"tp={self.tp} is more than the model's {model.num_heads} query heads",
+            "each rank needs at least one whole query head",
+            f"use --tp-size {model.num_heads} or less",
+        )
+        _require(
+            self.pp <= model.num_layers,
+            f"pp={self.pp} is more than the model's {model.num_layers} layers",
+            "each stage needs at least one layer",
+            f"use --pp-size {model.num_layers} or less",
+        )
+
+
+class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Quantization as TensorRT-LLM's checkpoint names it (``quantization`` in ``config.json``); ``None`` = none."""
+
+    quant_algo: str | None = None
+    kv_cache_quant_algo: str | None = None
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one replica runs a model. Sizes: tokens, rows, bytes.
+
+    ``kv_tokens`` = 0 means: as many as ``kv_bytes`` holds; ``kv_bytes`` = 0 too means the engine's default share of free memory.
+    ``max_seq_len`` = 0 means the model's own context.
+    """
+
+    kind: Literal["portable", "fake", "trtllm"] = "portable"
+    dtype: DType = "fp32"
+    max_batch_size: int = 64
+    max_num_tokens: int = 256
+    max_seq_len: int = 0
+    kv_tokens: int = 0
+    kv_bytes: int = 0
+    block_size: int = 16
+    prefix_cache: bool = True
+    deterministic: bool = False
+    fixed_shape: bool = False
+    wait: WaitPolicy = "hybrid"
+    threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    #: FakeEngine's cost model: milliseconds a step = fake_step_ms + fake_token_us / 1000 * tokens in the step.
+    fake_step_ms: float = 1.0
+    fake_token_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.max_batch_size <= 4096, f"max_batch_size must be in 1..4096, got {self.max_batch_size}")
+        _require(
+            self.max_num_tokens >= self.max_batch_size,
+            f"max_num_tokens ({self.max_num_tokens}) is below max_batch_size ({self.max_batch_size})",
+            "one step must be able to hold one token of every row",
+            "raise max_num_tokens or lower max_batch_size",
+        )
+        _require(self.block_size in (8, 16, 32, 64, 128), f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}")
+        for name in ("max_seq_len", "kv_tokens", "kv_bytes"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative")
+        _require(self.threads >= 1, "threads must be at least 1")
+
+
+class RouterAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a leader or a client finds one router. ``server_key`` is the router's public CURVE key in z85; empty on ``ipc://``."""
+
+    endpoint: str
+    server_key: str = ""
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that rank 0 needs to run one replica; the launcher writes it as JSON (mode 0600), other ranks get it over MPI.
+
+    ``epoch`` = launch time in ms * 2**16 + 16 random bits, minted by the gang supervisor: larger = newer.
+    ``run_dir``: where rank 0 writes ``state.json`` and each rank its ``rank<N>.log``; empty = log to stderr, no state file.
+    ``key_file``: this replica's CURVE key pair (JSON: public, secret), needed for ``tcp://`` routers only.
+    """
+
+    name: str
+    model: str
+    artifact: str
+    epoch: int = 0
+    parallel: Parallel = Parallel()
+    engine: EngineSpec = EngineSpec()
+    routers: tuple[RouterAddress, ...] = ()
+    run_dir: str = ""
+    key_file: str = ""
+    heartbeat_s: float = 0.2
+    hang_floor_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and self.name.isprintable() and "/" not in self.name, f"replica name {self.name!r} is not usable")

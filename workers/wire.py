@@ -1,0 +1,370 @@
+"""Every message on a ZeroMQ socket: typed msgpack, ext types refused, sizes bounded.
+
+Owns the vocabulary and the codec; no sockets, no state.
+
+    router  → replica   Submit Attach Cancel Credit Drain Peers Bye
+    replica → router    Hello Accepted Heartbeat Tokens Done Failed Bye
+    client  → router    Generate Cancel Credit Query
+    router  → client    Accepted Tokens Done Failed Report
+
+``boot`` is the sender's nonce, new at each process start: a changed nonce on a connection means that the peer was replaced behind a
+silent reconnect, and a leader says Hello again. ``stream`` is the sender-of-the-request's own handle, unique within its boot: a
+router numbers what it submits to replicas, a client numbers what it asks of a router. The lasting name of a request is
+(client, request); ``attempt`` counts its placements, and anything that carries an older attempt is dropped.
+
+One ZeroMQ message = one frame of payload (after the routing id where the socket adds one).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from workers.errors import Rejected
+from workers.spec import Quant, ResumeClass, RouterAddress
+
+PROTOCOL = 1
+#: Largest frame that either side accepts, bytes (ZMQ_MAXMSGSIZE).
+MAX_FRAME = 8 << 20
+#: High-water mark of every socket, messages.
+HIGH_WATER = 10_000
+#: Credit that means "do not count".
+UNLIMITED = 2**31 - 1
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class GuideSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A grammar that the output must follow. ``kind``: ``json`` = any JSON object, ``json_schema``, ``regex``, ``grammar`` (Lark)
+    and ``choice`` (``text`` is then a JSON list of strings)."""
+
+    kind: Literal["json", "json_schema", "regex", "grammar", "choice"]
+    text: str = ""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen and when a row ends; already validated at the edge.
+
+    ``temperature`` 0 = greedy. ``top_k`` 0 and ``top_p`` 1 = off. ``logprobs``: number of alternatives reported with each token, None =
+    none at all, 0 = the chosen token's alone; ``prompt_logprobs`` the same for prompt positions. ``max_tokens`` counts emitted tokens,
+    those of earlier attempts included. Stop strings are the router's: engines see ids only.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    guide: GuideSpec | None = None
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities at one position: the token's own, and the best alternatives in falling order.
+
+    ``logprob`` is None only at prompt position 0, which nothing predicts.
+    """
+
+    token: int
+    logprob: float | None
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica can hold; facts from the engine, so no second place configures them. Tokens, rows, blocks."""
+
+    block_size: int
+    num_blocks: int
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    vocab_size: int
+    tp: int
+    pp: int
+    guided: bool = True
+    max_logprobs: int = 20
+    engine: str = "portable"
+    dtype: str = "fp32"
+    quant: Quant = Quant()
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Token counts of one row. ``cached_tokens``: prompt tokens found in the prefix cache at the last placement."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+# router → replica
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
+    """Place a row. ``emitted`` are tokens that the client already holds: the row continues after them and never repeats one.
+
+    ``params.seed`` is resolved. ``salt`` separates tenants in the prefix cache. ``deadline_ms`` counts from receipt.
+    ``credit``: tokens that may be sent before more is granted.
+    """
+
+    boot: str
+    stream: int
+    attempt: int
+    client: str
+    request: str
+    model: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    emitted: list[int] = []
+    salt: str = ""
+    credit: int = UNLIMITED
+    deadline_ms: int | None = None
+
+
+class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
+    """Take over a live row by its lasting name; tokens from position ``have`` on are sent again under the new ``stream``."""
+
+    boot: str
+    stream: int
+    attempt: int
+    client: str
+    request: str
+    have: int
+    credit: int = UNLIMITED
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
+    boot: str
+    stream: int
+    attempt: int = 0
+
+
+class Credit(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
+    """Grant ``tokens[i]`` more tokens to ``streams[i]``."""
+
+    boot: str
+    streams: list[int]
+    tokens: list[int]
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
+    """Accept nothing new; what still runs after ``grace_ms`` is failed with ``replica_lost`` and continues elsewhere."""
+
+    boot: str
+    grace_ms: int
+
+
+class Peers(msgspec.Struct, frozen=True, kw_only=True, tag="peers"):
+    """A router's answer to Hello and its heartbeat: who it is, and every router that a leader should be connected to."""
+
+    boot: str
+    router: str
+    routers: tuple[RouterAddress, ...] = ()
+
+
+# replica → router
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """First message of a leader on each connection. A smaller epoch than the largest seen for ``replica`` is answered by Bye."""
+
+    boot: str
+    protocol: int
+    replica: str
+    model: str
+    epoch: int
+    spec_hash: str
+    resume: ResumeClass
+    capacity: Capacity
+    live: list[tuple[str, str]] = []
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="accepted"):
+    """Acknowledges Submit (a ZeroMQ send proves nothing). To a client: also the journal that lets it continue at another router."""
+
+    boot: str
+    stream: int
+    attempt: int
+    seed: int = 0
+    prompt_ids: list[int] = []
+    prompt_tokens: int = 0
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """State of a leader, sent every ``heartbeat_s`` by its I/O thread even while the engine thread is in a step.
+
+    ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: what that step was expected to take. Counters (``*_total``) run
+    from the process's start.
+    """
+
+    boot: str
+    epoch: int
+    step: int
+    busy_ms: float
+    predicted_ms: float
+    running: int
+    waiting: int
+    free_blocks: int
+    num_blocks: int
+    prefill_tokens: int = 0
+    draining: bool = False
+    step_ms: float = 0.0
+    prompt_tokens_total: int = 0
+    output_tokens_total: int = 0
+    prefix_queries_total: int = 0
+    prefix_hits_total: int = 0
+    preemptions_total: int = 0
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
+    """All that one step emitted for one router, in parallel lists; ``firsts[i]`` is the output position of ``tokens[i][0]``.
+
+    ``logprobs[i]`` has one entry a token where the row asked for them. ``prompt_logprobs`` holds (stream, whole prompt) pairs, once, with
+    or before the row's first token. Router → client only: ``texts`` (safe to show) and ``choices`` (index under n > 1).
+    """
+
+    boot: str
+    streams: list[int]
+    attempts: list[int]
+    firsts: list[int]
+    tokens: list[list[int]]
+    logprobs: list[list[Logprobs] | None] | None = None
+    prompt_logprobs: list[tuple[int, list[Logprobs]]] | None = None
+    texts: list[str] | None = None
+    choices: list[int] | None = None
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="done"):
+    """A row's terminal message (exactly one of Done and Failed). ``stop_id``: the stop token that ended it, not among the tokens sent."""
+
+    boot: str
+    stream: int
+    attempt: int
+    reason: FinishReason
+    usage: Usage
+    stop_id: int | None = None
+    choice: int = 0
+    text: str = ""
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="failed"):
+    """A row's (or, with ``choice`` 0 and no Accepted, a request's) terminal error; ``code`` as in :mod:`workers.errors`."""
+
+    boot: str
+    stream: int
+    attempt: int
+    code: str
+    message: str
+    retry_after: float | None = None
+    param: str | None = None
+    choice: int = 0
+
+
+class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye"):
+    """The sender ends this connection for good. From a router: ``stale`` tells a leader that a newer epoch lives and it must exit."""
+
+    boot: str
+    reason: str
+
+
+# client → router, router → client
+
+
+class Journal(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client already holds of one request, so that another router continues it: one ``emitted`` list a choice."""
+
+    prompt_ids: list[int]
+    seed: int
+    emitted: list[list[int]]
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
+    """A client's request: ``body`` is the JSON that the HTTP endpoint of the same name takes, checked by the same validator.
+
+    ``request`` is the client's own id: a repeat attaches to the live stream. ``texts`` False = ids only (no detokenizing at the router).
+    """
+
+    boot: str
+    stream: int
+    request: str
+    endpoint: Literal["chat", "completions"]
+    body: bytes
+    attempt: int = 0
+    journal: Journal | None = None
+    credit: int = UNLIMITED
+    deadline_ms: int | None = None
+    texts: bool = True
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True, tag="query"):
+    """Ask a router about itself. ``what``: ``status`` (replica table, queue), ``models``, ``metrics``."""
+
+    boot: str
+    stream: int
+    what: Literal["status", "models", "metrics"]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+    """Answer to Query; ``body`` is JSON (``metrics``: Prometheus text)."""
+
+    boot: str
+    stream: int
+    body: bytes
+
+
+ToReplica: TypeAlias = Submit | Attach | Cancel | Credit | Drain | Peers | Bye
+FromReplica: TypeAlias = Hello | Accepted | Heartbeat | Tokens | Done | Failed | Bye
+FromClient: TypeAlias = Generate | Cancel | Credit | Query
+ToClient: TypeAlias = Accepted | Tokens | Done | Failed | Report
+Message: TypeAlias = ToReplica | FromReplica | FromClient | ToClient
+
+_encoder = msgspec.msgpack.Encoder()
+_to_replica: msgspec.msgpack.Decoder[ToReplica] = msgspec.msgpack.Decoder(ToReplica)
+_from_replica: msgspec.msgpack.Decoder[FromReplica] = msgspec.msgpack.Decoder(FromReplica)
+_from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)
+_to_client: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)
+
+
+class Malformed(Rejected):
+    """A frame that is not one message of the expected direction."""
+
+    code = "malformed"
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes | memoryview):  # type: ignore[no-untyped-def]
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:  # ValidationError is a DecodeError
+        raise Malformed("malformed message", str(error)[:200]) from None
+
+
+def decode_to_replica(frame: bytes | memoryview) -> ToReplica:
+    """Raises :class:`Malformed`; so do the other three."""
+    return _decode(_to_replica, frame)  # type: ignore[no-any-return]
+
+
+def decode_from_replica(frame: bytes | memoryview) -> FromReplica:
+    return _decode(_from_replica, frame)  # type: ignore[no-any-return]
+
+
+def decode_from_client(frame: bytes | memoryview) -> FromClient:
+    return _decode(_from_client, frame)  # type: ignore[no-any-return]
+
+
+def decode_to_client(frame: bytes | memoryview) -> ToClient:
+    return _decode(_to_client, frame)  # type: ignore[no-any-return]
