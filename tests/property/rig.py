@@ -1,0 +1,179 @@
+"""The batch core over a model that distrusts it, driven by hand: what the property tests and the unit tests of the batch share.
+
+Owns nothing of the product. Must judge by :func:`workers.fake.expected_tokens` and by the plans alone, never by the batch's own fields.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from workers.core.batch import Batch
+from workers.core.contract import Emission, Fault, Finish
+from workers.core.guide import GuideFactory
+from workers.core.plan import StepPlan, decode_plan, decode_result, encode, view
+from workers.fake import FakeModel, advance, expected_tokens
+from workers.wire import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
+
+EOS = (258, 256)
+
+
+def capacity(
+    *, block_size: int = 8, num_blocks: int = 64, rows: int = 8, tokens: int = 32, context: int = 512, stages: int = 1
+) -> Capacity:
+    return Capacity(
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_batch_size=rows,
+        max_num_tokens=tokens,
+        max_seq_len=context,
+        vocab_size=320,
+        tp=1,
+        pp=stages,
+    )
+
+
+def submit(
+    prompt: list[int], params: SamplingParams, *, emitted: list[int] | None = None, salt: str = "", credit: int = UNLIMITED
+) -> Submit:
+    return Submit(
+        boot="b", stream=0, attempt=0, client="c", request="r", model="m",
+        prompt_ids=prompt, params=params, emitted=emitted or [], salt=salt, credit=credit,
+    )  # fmt: skip
+
+
+class AuditModel(FakeModel):
+    """FakeModel that reads a row's whole context at each step and lets nobody write what another slot can read."""
+
+    def __init__(self, limits: Capacity) -> None:
+        super().__init__(limits, EOS)
+        self._written: dict[int, int] = {}
+
+    def _forward(self, table: list[int], start: int, tokens: list[int]) -> list[int]:
+        size, memory = self._capacity.block_size, self._memory
+        assert len(table) * size >= start + len(tokens), "a plan runs past its block table"
+        places = [table[position // size] * size + position % size for position in range(start)]
+        for before, place in pairwise(places):
+            assert advance(memory[before], self._written[place]) == memory[place], "a row's context was overwritten"
+        users = Counter(block for other in self._tables.values() for block in other)
+        for position, token in enumerate(tokens, start):
+            assert users[table[position // size]] == 1, "a shared block is written"
+            self._written[table[position // size] * size + position % size] = token
+        return super()._forward(table, start, tokens)
+
+
+@dataclass
+class Stream:
+    """What a client sees of one row."""
+
+    request: Submit
+    tokens: list[int]
+    end: Finish | Fault | None = None
+    cancelled: bool = False
+    prompt_logprobs: list[Logprobs] | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+
+
+class Rig:
+    """A batch, its model, the plans in flight, and every stream so far. ``model`` None = the auditing one."""
+
+    def __init__(self, limits: Capacity, *, guides: GuideFactory | None = None, prefix_cache: bool = True) -> None:
+        self.limits, self.guides, self.prefix_cache = limits, guides, prefix_cache
+        self.streams: dict[int, Stream] = {}
+        self.now = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Lose the replica: a fresh batch and model; live streams are submitted again with what they have."""
+        self.batch = Batch(self.limits, guides=self.guides, micro_batches=self.limits.pp, eos_ids=EOS, prefix_cache=self.prefix_cache)
+        self.model = AuditModel(self.limits)
+        self.flights: deque[StepPlan] = deque()
+        for id, stream in self.streams.items():
+            if stream.end is None and not stream.cancelled:
+                stream.logprobs = stream.logprobs[: len(stream.tokens)]
+                self.batch.submit(id, submit(stream.request.prompt_ids, stream.request.params, emitted=list(stream.tokens)))
+
+    def submit(self, request: Submit) -> int:
+        id = len(self.streams)
+        self.batch.submit(id, request)
+        self.streams[id] = Stream(request, list(request.emitted))
+        return id
+
+    def cancel(self, id: int) -> None:
+        self.batch.cancel(id)
+        self.streams[id].cancelled = self.streams[id].end is None
+
+    def plan(self) -> StepPlan | None:
+        """Ask for a plan, check it against the limits and the plans in flight, and put it in flight."""
+        plan = self.batch.plan(self.now)
+        if plan is None:
+            return None
+        plan = decode_plan(encode(plan))
+        slots = view(plan.slots).tolist()
+        assert 0 < len(slots) == len(set(slots)) <= self.limits.max_batch_size
+        assert len(view(plan.tokens)) == view(plan.lengths).sum() <= self.limits.max_num_tokens
+        assert view(plan.lengths).min() > 0
+        for other in self.flights:
+            assert set(slots).isdisjoint(view(other.slots).tolist()), "a row is in two plans"
+        assert len(self.flights) < self.limits.pp
+        self.flights.append(plan)
+        return plan
+
+    def commit(self) -> list[Emission]:
+        """Run the oldest plan in flight and hand its result in."""
+        emissions = self.batch.commit(decode_result(encode(self.model.run(self.flights.popleft()))))
+        for emission in emissions:
+            stream = self.streams[emission.id]
+            assert stream.end is None and not stream.cancelled, "something came after the end"
+            assert emission.first == len(stream.tokens), "a token is lost or doubled"
+            stream.tokens += emission.tokens
+            stream.end = emission.end
+            stream.logprobs += emission.logprobs or []
+            if emission.prompt_logprobs is not None:
+                assert stream.prompt_logprobs is None and emission.first == 0, "prompt logprobs came twice or late"
+                stream.prompt_logprobs = emission.prompt_logprobs
+        return emissions
+
+    def turn(self) -> None:
+        """What an engine's step does: fill the pipeline, commit the oldest plan."""
+        while self.plan() is not None:
+            pass
+        if self.flights:
+            self.commit()
+
+    def finish(self, id: int, limit: int = 1000) -> None:
+        """Run until stream ``id`` has ended; more than ``limit`` steps is a livelock."""
+        while self.streams[id].end is None:
+            self.turn()
+            limit -= 1
+            assert limit > 0, "livelock"
+
+    def drain(self, limit: int = 20_000) -> None:
+        """Grant credit to all and run until nothing is busy; more than ``limit`` steps is a livelock."""
+        for id in self.streams:
+            self.batch.credit(id, UNLIMITED)
+        while self.batch.busy(self.now):
+            self.turn()
+            limit -= 1
+            assert limit > 0, "livelock"
+        self.batch.check()
+
+    def verify(self) -> None:
+        """Every stream is a prefix of what it should be; the ended ones are whole."""
+        for stream in self.streams.values():
+            request = stream.request
+            guide = self.guides(request.params.guide) if self.guides and request.params.guide else None
+            expected = expected_tokens(request.prompt_ids, request.params, eos_ids=EOS, guide=guide)
+            if stream.end is None:
+                assert stream.tokens == expected[: len(stream.tokens)]
+            else:
+                assert isinstance(stream.end, Finish), stream.end
+                assert stream.tokens == expected
+                whole = guide is not None and guide.done()
+                assert stream.end.reason == ("length" if len(expected) == request.params.max_tokens and not whole else "stop")
+                assert stream.end.usage.output_tokens == len(expected)
+
+    def idle(self) -> bool:
+        """Whether all blocks are back."""
+        return self.batch.stats().free_blocks == self.limits.num_blocks and self.batch.stats().running == 0

@@ -1,0 +1,190 @@
+"""Properties of in-flight batching: whatever is submitted, cancelled, paused, preempted or cut, every stream is the oracle's.
+
+The model under the batch (tests/property/rig.py) re-reads each row's whole context through its block table at each step, so a wrong
+share, an early free or a skipped token fails at once.
+"""
+
+from __future__ import annotations
+
+import json
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+
+from tests.property.rig import Rig, capacity, submit
+from tests.unit.table_guide import table_guides
+from workers.core.contract import Finish
+from workers.core.plan import view
+from workers.errors import Rejected
+from workers.wire import Capacity, GuideSpec, SamplingParams, Submit
+
+EXAMPLES = 100
+
+#: Prompts share prefixes often: runs of one letter, a tail that may differ.
+PROMPTS = st.builds(
+    lambda letter, length, tail: [letter] * length + tail,
+    st.sampled_from([65, 66]),
+    st.integers(1, 60),
+    st.lists(st.integers(48, 51), max_size=9),
+)
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 3),
+    max_tokens=st.integers(1, 40),
+    min_tokens=st.sampled_from([0, 0, 5]),
+    stop_ids=st.sampled_from([(), (), (40, 41, 42, 43, 44, 45)]),
+    logprobs=st.sampled_from([None, None, 0, 2]),
+    prompt_logprobs=st.sampled_from([None, None, None, 1]),
+    guide=st.sampled_from([None, None, None, GuideSpec(kind="choice", text=json.dumps(["yes", "no way", "perhaps"]))]),
+)
+REQUESTS = st.builds(submit, PROMPTS, PARAMS, salt=st.sampled_from(["", "", "t"]), credit=st.sampled_from([0, 1, 7, 2**31 - 1]))
+LIMITS = st.builds(
+    capacity,
+    block_size=st.sampled_from([8, 16]),
+    num_blocks=st.sampled_from([14, 20, 64]),
+    rows=st.integers(1, 6),
+    tokens=st.integers(6, 40),
+    stages=st.integers(1, 3),
+)
+
+
+class Batching(RuleBasedStateMachine):
+    """Any order of commands, plans, commits and replica deaths."""
+
+    live = Bundle("live")
+
+    @initialize(limits=LIMITS, cache=st.booleans())
+    def start(self, limits: Capacity, cache: bool) -> None:
+        self.rig = Rig(limits, guides=table_guides, prefix_cache=cache)
+
+    @rule(target=live, requests=st.lists(REQUESTS, min_size=1, max_size=6))
+    def arrive(self, requests: list[Submit]) -> object:
+        return multiple(*[self.rig.submit(request) for request in requests])
+
+    @rule(id=consumes(live))
+    def cancel(self, id: int) -> None:
+        self.rig.cancel(id)
+
+    @rule(id=live, tokens=st.integers(1, 9))
+    def credit(self, id: int, tokens: int) -> None:
+        self.rig.batch.credit(id, tokens)
+
+    @rule(count=st.integers(1, 12))
+    def turn(self, count: int) -> None:
+        for _ in range(count):
+            self.rig.turn()
+
+    @rule()
+    def plan(self) -> None:
+        self.rig.plan()
+
+    @precondition(lambda self: self.rig.flights)
+    @rule()
+    def commit(self) -> None:
+        self.rig.commit()
+
+    @rule(seconds=st.sampled_from([0.5, 3.0]))
+    def wait(self, seconds: float) -> None:
+        self.rig.now += seconds
+
+    @rule()
+    def die(self) -> None:
+        self.rig.restart()
+
+    @invariant()
+    def sound(self) -> None:
+        self.rig.batch.check()
+        self.rig.verify()
+
+    def teardown(self) -> None:
+        self.rig.drain()
+        self.rig.verify()
+        assert all(stream.cancelled != isinstance(stream.end, Finish) for stream in self.rig.streams.values()), "a row did not end once"
+        assert self.rig.idle(), "blocks leaked"
+
+
+Batching.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=30, deadline=None)
+TestBatching = Batching.TestCase
+
+
+def outcome(rig: Rig) -> list[object]:
+    return [
+        (stream.tokens, stream.logprobs, stream.prompt_logprobs, stream.end.reason, stream.end.stop_id) for stream in rig.streams.values()
+    ]
+
+
+@settings(max_examples=80, deadline=None)
+@given(requests=st.lists(REQUESTS, min_size=1, max_size=5), limits=LIMITS, cache=st.booleans(), cut=st.integers(0, 60))
+def test_a_stream_depends_on_nothing_but_itself(requests: list[Submit], limits: Capacity, cache: bool, cut: int) -> None:
+    """Alone in a roomy engine, or crowded in a small one that dies after ``cut`` steps: the same tokens, ends and logprobs."""
+    crowded = Rig(limits, guides=table_guides, prefix_cache=cache)
+    for request in requests:
+        crowded.submit(request)
+    for step in range(cut):
+        crowded.turn()
+        for id in crowded.streams:
+            crowded.batch.credit(id, step % 3)
+    crowded.restart()
+    crowded.drain()
+    alone: list[object] = []
+    for request in requests:
+        rig = Rig(capacity(tokens=64, rows=1), guides=table_guides, prefix_cache=False)
+        rig.submit(request)
+        rig.drain()
+        alone += outcome(rig)
+    assert outcome(crowded) == alone
+
+
+@settings(max_examples=80, deadline=None)
+@given(requests=st.lists(REQUESTS, min_size=1, max_size=6), limits=LIMITS, moment=st.integers(0, 30), victims=st.sets(st.integers(0, 5)))
+def test_a_cancel_at_any_moment_leaks_nothing(requests: list[Submit], limits: Capacity, moment: int, victims: set[int]) -> None:
+    rig = Rig(limits, guides=table_guides)
+    for request in requests:
+        rig.submit(request)
+    for _ in range(moment):
+        rig.turn()
+    rig.plan()
+    for id in victims & rig.streams.keys():
+        rig.cancel(id)
+        rig.batch.check()
+    rig.drain()
+    rig.verify()
+    assert rig.idle()
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.integers(1, 24), stages=st.integers(1, 4))
+def test_rows_are_balanced_over_the_pipeline(rows: int, stages: int) -> None:
+    """In steady decoding any ``stages`` consecutive plans serve every row once, and their sizes differ by what division demands."""
+    rig = Rig(capacity(rows=24, tokens=256, num_blocks=256, stages=stages))
+    for i in range(rows):
+        rig.submit(submit([65 + i], SamplingParams(max_tokens=60, temperature=0.0)))
+    for _ in range(12 * stages):
+        rig.turn()
+    served: list[list[int]] = []
+    for _ in range(stages * min(stages, rows)):
+        while (plan := rig.plan()) is not None:
+            served.append(view(plan.slots).tolist())
+        rig.commit()
+    share = -(-rows // stages)
+    assert max(map(len, served)) == share
+    window = [slot for slots in served[-min(stages, -(-rows // share)) :] for slot in slots]
+    assert sorted(window) == list(range(rows))
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompt=st.integers(1, 200), max_tokens=st.integers(1, 200), blocks=st.integers(1, 30))
+def test_what_is_admitted_fits_and_what_never_fits_is_refused(prompt: int, max_tokens: int, blocks: int) -> None:
+    rig = Rig(capacity(num_blocks=blocks, rows=2, context=256))
+    fits = prompt + max_tokens <= 256 and max(prompt, prompt + max_tokens - 1) <= blocks * 8
+    try:
+        rig.submit(submit([65] * prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0)))
+    except Rejected as error:
+        assert error.code == "context_length_exceeded" and not fits
+        assert not rig.batch.busy()
+    else:
+        assert fits
+        rig.drain()
+        rig.verify()

@@ -1,0 +1,166 @@
+"""The KV block pool and the prefix index of one replica.
+
+Owns which block holds which tokens, who uses it, and in what order unused ones are taken again. Must never touch K/V memory itself (ranks
+do, by block id) nor know what a request is. :func:`prefix_hashes` is the one prefix hash of the project: the router's guess and this
+cache cannot drift apart.
+
+A block is *free* (content unknown), *held* (users > 0) or *idle* (no user, content findable). Only whole blocks are findable, and a
+holder of a block holds the block's whole prefix, so:
+
+- a shared block is never written;
+- blocks go idle leaves first, hence the idle order (least recently used first) has every child before its parent, and
+  eviction from its front never strands a findable block behind a missing parent.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from struct import pack
+
+import msgspec
+
+
+def prefix_hashes(tokens: Sequence[int], block_size: int, salt: str, *, parent: int | None = None) -> list[int]:
+    """Hashes (64 bits, unsigned) of each whole block of ``tokens``, each over (parent's hash, its tokens); the chain starts at ``salt``.
+
+    ``parent``: hash of the block before ``tokens[0]``, to go on with a chain instead of starting one.
+    """
+    size = block_size * 4
+    data = pack(f"<{len(tokens)}i", *tokens)
+    digest = blake2b(salt.encode(), digest_size=8).digest() if parent is None else parent.to_bytes(8, "little")
+    hashes = []
+    for end in range(size, len(data) + 1, size):
+        digest = blake2b(digest + data[end - size : end], digest_size=8).digest()
+        hashes.append(int.from_bytes(digest, "little"))
+    return hashes
+
+
+class _Content(msgspec.Struct, frozen=True, gc=False):
+    """What a findable block holds; ``parent`` is a block id, -1 at the start of a chain."""
+
+    hash: int
+    parent: int
+    salt: str
+    tokens: tuple[int, ...]
+
+
+class BlockPool:
+    """``num_blocks`` blocks of ``block_size`` tokens. With ``findable`` False nothing is ever reused by content.
+
+    Single-threaded; every call is O(blocks named in it), but :meth:`forget` and :meth:`check`, which walk the whole index.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, findable: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.findable = findable
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._users = [0] * num_blocks
+        self._idle: dict[int, None] = {}
+        self._index: dict[int, int] = {}
+        self._contents: dict[int, _Content] = {}
+
+    @property
+    def available(self) -> int:
+        """Blocks that :meth:`allocate` could hand out now."""
+        return len(self._free) + len(self._idle)
+
+    def match(self, hashes: Sequence[int], tokens: Sequence[int], salt: str) -> list[int]:
+        """The longest findable chain for ``hashes`` (as from :func:`prefix_hashes` over ``tokens`` and ``salt``), not yet held.
+
+        Tokens and salt are compared along the chain, so a hash collision costs a miss and never shows another's content.
+        """
+        found: list[int] = []
+        parent, size = -1, self.block_size
+        for i, key in enumerate(hashes):
+            block = self._index.get(key, -1)
+            if block < 0:
+                break
+            content = self._contents[block]
+            if content.parent != parent or content.salt != salt or content.tokens != tuple(tokens[i * size : (i + 1) * size]):
+                break
+            found.append(block)
+            parent = block
+        return found
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Become a user of blocks that :meth:`match` found."""
+        for block in blocks:
+            if self._users[block] == 0:
+                del self._idle[block]
+            self._users[block] += 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        """``count`` private blocks with one user each, or None (and nothing changed) when so many are not available."""
+        if count > self.available:
+            return None
+        taken: list[int] = []
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict()
+            self._users[block] = 1
+            taken.append(block)
+        return taken
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Stop using ``blocks``, given in sequence order; the last users' blocks go idle if findable, else free."""
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                if block in self._contents:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+    def publish(self, block: int, *, hash: int, parent: int, salt: str, tokens: Sequence[int]) -> bool:
+        """Make a held, whole, computed block findable after its findable ``parent`` (-1 = none).
+
+        Returns False when it is not, because ``hash`` already names another block: the caller must then publish none of its later blocks,
+        for it does not hold that other block and so could not keep it from being evicted before its children.
+        """
+        if not self.findable or hash in self._index:
+            return False
+        self._index[hash] = block
+        self._contents[block] = _Content(hash, parent, salt, tuple(tokens))
+        return True
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Make ``blocks`` and all that follows them unfindable: their content is not to be trusted. Users keep them."""
+        doubted = set(blocks)
+        for block, content in list(self._contents.items()):  # parents were published before their children
+            if block in doubted or content.parent in doubted:
+                doubted.add(block)
+                self._unpublish(block)
+                if self._users[block] == 0:
+                    del self._idle[block]
+                    self._free.append(block)
+
+    def _evict(self) -> int:
+        block = next(iter(self._idle))
+        del self._idle[block]
+        self._unpublish(block)
+        return block
+
+    def _unpublish(self, block: int) -> None:
+        del self._index[self._contents.pop(block).hash]
+
+    def check(self, tables: Iterable[Sequence[int]] = ()) -> None:
+        """Prove every invariant; ``tables`` are the block lists of all users. Raises AssertionError naming the first one broken."""
+        users = Counter(block for table in tables for block in table)
+        assert all(self._users[block] == users[block] for block in range(self.num_blocks)), "user counts differ from the tables"
+        held = {block for block in range(self.num_blocks) if self._users[block]}
+        assert len(held) + len(self._free) + len(self._idle) == self.num_blocks, "a block is lost or counted twice"
+        assert held.isdisjoint(self._free) and held.isdisjoint(self._idle), "a held block is up for reuse"
+        assert set(self._free).isdisjoint(self._idle) and len(set(self._free)) == len(self._free), "a block is free twice"
+        assert self._contents.keys().isdisjoint(self._free), "a free block is findable"
+        assert self._idle.keys() <= self._contents.keys(), "an idle block is not findable"
+        assert self._index == {content.hash: block for block, content in self._contents.items()}, "index and contents differ"
+        age = {block: i for i, block in enumerate(self._idle)}
+        for block, content in self._contents.items():
+            assert len(content.tokens) == self.block_size, "a part of a block is findable"
+            if content.parent >= 0:
+                assert content.parent in self._contents, "a findable block's parent is not"
+                assert self._contents[content.parent].salt == content.salt, "a chain crosses tenants"
+                assert content.parent in held or age.get(block, -1) < age[content.parent], "a parent would be evicted before its child"
+                assert block not in held or content.parent in held, "a held block's parent is not held"

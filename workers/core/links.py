@@ -1,0 +1,95 @@
+"""Links: whether a leader's connection to one router is up, greeted and heard, and when it counts as lost.
+
+Owns the life of one connection: connecting → greeted (Hello was sent) → live (the router's boot nonce is known) → closed → connecting …
+Pure: the socket shell reports events with the time and carries out the verdicts; must never touch a socket or a clock.
+
+One rule covers every way to lose a router: whatever the sign (disconnect, a send that would block, silence, Bye), its nonce is reported
+lost once, the socket is closed, and a new one is opened after a pause that doubles while nobody answers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+#: Seconds of silence after which a router counts as lost, and bounds of the pause before a new connection.
+SILENCE_S = 2.0
+PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 1.0
+
+
+class Greet(msgspec.Struct, frozen=True):
+    """Send Hello."""
+
+
+class Lose(msgspec.Struct, frozen=True):
+    """The router with this boot nonce is gone: its rows are orphans."""
+
+    boot: str
+
+
+class Close(msgspec.Struct, frozen=True):
+    """Drop the socket and all that is queued in it."""
+
+
+class Open(msgspec.Struct, frozen=True):
+    """Make a new socket and connect."""
+
+
+Verdict: TypeAlias = Greet | Lose | Close | Open
+
+
+class Link:
+    """One router address. Times are seconds of one monotonic clock; a new link opens at its first :meth:`tick`."""
+
+    def __init__(self, *, silence_s: float = SILENCE_S) -> None:
+        self._silence_s = silence_s
+        self.state: Literal["closed", "connecting", "greeted", "live"] = "closed"
+        #: The router's nonce; empty unless live.
+        self.boot = ""
+        self._heard = self._open_at = 0.0
+        self._pause = PAUSE_MIN_S
+
+    @property
+    def up(self) -> bool:
+        """Whether anything may be sent: Hello went out first on this connection."""
+        return self.state in ("greeted", "live")
+
+    def connected(self, now: float) -> list[Verdict]:
+        """The transport's handshake succeeded."""
+        if self.state != "connecting":  # a reconnect behind the socket's back: messages of the old connection may be gone
+            return self.broken(now)
+        self.state, self._heard = "greeted", now
+        return [Greet()]
+
+    def heard(self, boot: str, now: float) -> list[Verdict]:
+        """A well-formed message of the router with nonce ``boot`` came in."""
+        if not self.up or not boot:
+            return []
+        self._heard, self._pause = now, PAUSE_MIN_S
+        if self.state == "greeted":
+            self.state, self.boot = "live", boot
+            return []
+        if boot == self.boot:
+            return []
+        old, self.boot = self.boot, boot
+        return [Lose(old), Greet()]
+
+    def broken(self, now: float) -> list[Verdict]:
+        """Disconnected, a send would block, or Bye."""
+        if self.state == "closed":
+            return []
+        verdicts: list[Verdict] = [Lose(self.boot)] if self.boot else []
+        self.state, self.boot = "closed", ""
+        self._open_at = now + self._pause
+        self._pause = min(2 * self._pause, PAUSE_MAX_S)
+        return [*verdicts, Close()]
+
+    def tick(self, now: float) -> list[Verdict]:
+        """Time passed."""
+        if self.state == "closed" and now >= self._open_at:
+            self.state = "connecting"
+            return [Open()]
+        if self.up and now - self._heard > self._silence_s:
+            return self.broken(now)
+        return []

@@ -1,0 +1,269 @@
+"""One request inside the batch core: what is known of it, what is computed of it, where it waits.
+
+Owns the record and what can be said of it alone. Must never decide who runs: that is :mod:`workers.core.batch`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from workers.core.blocks import BlockPool, prefix_hashes
+from workers.core.contract import Emission, Fault, Finish
+from workers.core.guide import Guide, GuideFactory
+from workers.core.params import has_penalties, stop_set
+from workers.core.plan import OpenSlot, StepResult, column, view, view_floats
+from workers.errors import EngineFault, Rejected, TooLong, Unsupported
+from workers.wire import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+
+Queue = deque["Row"]
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A live request, ``computed`` < ``known`` <= len(``tokens``): the K/V of tokens[:computed] is there, that of tokens[:known] is due.
+
+    ``known`` is len(tokens) but for a ``spent`` row, one that came with nothing left to emit: it ends once computed, and where nothing
+    is to be scored one token is enough. ``home`` is the queue that holds the row; None while it is in flight, or over. ``order`` is its
+    place in admission order.
+    """
+
+    id: int
+    order: int
+    params: SamplingParams
+    salt: str
+    prompt_len: int
+    tokens: list[int]
+    known: int
+    credit: int
+    spent: bool
+    stops: frozenset[int]
+    guide: Guide | None
+    prompt_scores: list[Logprobs] | None
+    home: Queue | None = None
+    over: bool = False
+    slot: int = -1
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    room: int = 0
+    publish_at: int = 0
+    cached_tokens: int = -1
+    preemptions: int = 0
+    paused_at: float = 0.0
+
+    @property
+    def pending(self) -> int:
+        return self.known - self.computed
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def finish(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
+        usage = Usage(
+            prompt_tokens=self.prompt_len,
+            output_tokens=self.output_len,
+            cached_tokens=max(self.cached_tokens, 0),
+            preemptions=self.preemptions,
+        )
+        return Finish(reason, usage, stop_id)
+
+    def opening(self) -> OpenSlot:
+        """What ranks need to know of the row in its slot; its history only where sampling reads it."""
+        wants_history = self.prompt_scores is not None or has_penalties(self.params)
+        history = column(self.tokens) if wants_history else b""
+        return OpenSlot(slot=self.slot, params=self.params, prompt_len=self.prompt_len, history=history)
+
+    def findable_hashes(self, block_size: int) -> list[int]:
+        """Hashes of the whole blocks that a prefix hit may cover: at least the last known token is always computed."""
+        count = (self.known - 1) // block_size
+        if len(self.hashes) < count:
+            start = len(self.hashes)
+            parent = self.hashes[-1] if start else None
+            self.hashes += prefix_hashes(self.tokens[start * block_size : count * block_size], block_size, self.salt, parent=parent)
+        return self.hashes[:count]
+
+    def publish(self, pool: BlockPool) -> None:
+        """Make the blocks that are now whole and computed findable, until one is a duplicate of another row's."""
+        size = pool.block_size
+        while self.computed >= self.publish_at:
+            i = self.publish_at // size - 1
+            tokens = self.tokens[i * size : self.publish_at]
+            if i == len(self.hashes):
+                self.hashes += prefix_hashes(tokens, size, self.salt, parent=self.hashes[-1] if i else None)
+            parent = self.blocks[i - 1] if i else -1
+            if not pool.publish(self.blocks[i], hash=self.hashes[i], parent=parent, salt=self.salt, tokens=tokens):
+                self.publish_at = NEVER
+                return
+            self.publish_at += size
+
+    def wants_score(self) -> bool:
+        """Whether the next chunk makes a prediction for a later prompt token that is to be reported."""
+        return self.prompt_scores is not None and self.computed < self.prompt_len - 1
+
+    def score(self, start: int, answer: tuple[bytes, bytes, bytes]) -> None:
+        """Take the predictions made at prompt positions ``start``.., as in ``StepResult.prompt``."""
+        assert self.prompt_scores is not None
+        own, ids, logprobs = view_floats(answer[0]).tolist(), view(answer[1]).tolist(), view_floats(answer[2]).tolist()
+        k = len(ids) // len(own)
+        for i in range(min(len(own), self.prompt_len - 1 - start)):
+            span = slice(i * k, (i + 1) * k)
+            self.prompt_scores.append(Logprobs(self.tokens[start + i + 1], own[i], ids[span], logprobs[span]))
+
+    def take_scores(self) -> list[Logprobs] | None:
+        """The whole prompt's log-probabilities, once, when the last is there."""
+        if self.prompt_scores is None or len(self.prompt_scores) < self.prompt_len:
+            return None
+        scores, self.prompt_scores = self.prompt_scores, None
+        return scores
+
+    def accept(self, token: int, scored: Logprobs | None = None) -> Emission:
+        """Take a sampled token: it is emitted, or it ends the row, or both."""
+        first = len(self.tokens) - self.prompt_len
+        prompt_scores = None if self.prompt_scores is None else self.take_scores()
+        end: Finish | Fault | None = None
+        if token < 0 or token in self.stops or self.guide is not None:
+            end = self._refuse(token, first)
+            if end is not None:
+                return Emission(self.id, first, [], None, prompt_scores, end)
+        self.tokens.append(token)
+        self.known += 1
+        self.credit -= 1
+        if self.guide is not None and self.guide.done():
+            end = self.finish("stop")
+        elif first + 1 >= self.params.max_tokens:
+            end = self.finish("length")
+        return Emission(self.id, first, [token], None if scored is None else [scored], prompt_scores, end)
+
+    def _refuse(self, token: int, first: int) -> Finish | Fault | None:
+        """Why ``token`` at output position ``first`` is not emitted; None = it is, and the guide has taken it."""
+        if token < 0:
+            return Fault("nan_logits", f"logits were not finite at output position {first}")
+        if token in self.stops and first >= self.params.min_tokens:
+            return self.finish("stop", token)
+        if self.guide is not None:
+            try:
+                self.guide.advance((token,))
+            except EngineFault as error:
+                return Fault(error.code, str(error))
+        return None
+
+    def expire(self) -> Emission:
+        """End a spent row."""
+        whole = self.guide is not None and self.guide.done()
+        return Emission(self.id, self.output_len, [], None, self.take_scores(), self.finish("stop" if whole else "length"))
+
+    def restart(self) -> None:
+        """Nothing is computed any more; what was emitted stays, and the guide with it."""
+        self.computed = self.room = 0
+        self.publish_at = NEVER
+        self.preemptions += 1
+        if self.prompt_scores is not None:
+            del self.prompt_scores[1:]
+
+
+#: A ``publish_at`` that is never reached.
+NEVER = 2**62
+
+
+class Draft:
+    """A plan in the making: its rows (the first ``decodes`` of them decode) and their query lengths, the rows that got a slot, those that
+    got a block, and those that must wait for one."""
+
+    __slots__ = ("counts", "decodes", "grown", "opened", "rows", "stuck")
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.counts: list[int] = []
+        self.decodes = 0
+        self.opened: list[Row] = []
+        self.grown: list[Row] = []
+        self.stuck: list[Row] = []
+
+
+class Flight(NamedTuple):
+    """A plan that is out: its rows, their query lengths, and whether they yield a token (0 or 1)."""
+
+    step: int
+    rows: list[Row]
+    counts: list[int]
+    samples: list[int]
+
+    def logprobs(self, chosen: list[int | None], result: StepResult) -> list[Logprobs | None]:
+        """Per row, the log-probabilities of its token where it asked for them; ``chosen`` has the row's token or None."""
+        own = iter(view_floats(result.logprobs).tolist())
+        tops = {i: (view(ids).tolist(), view_floats(logprobs).tolist()) for i, ids, logprobs in result.top}
+        scored: list[Logprobs | None] = []
+        for i, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
+            logprob = None if token is None else next(own)
+            if token is None or row.params.logprobs is None:
+                scored.append(None)
+            else:
+                scored.append(Logprobs(token, logprob, *tops.get(i, ([], []))))
+        return scored
+
+
+def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None) -> Row:
+    """The row of a request. Raises TooLong for what can never fit, Rejected for ids or a grammar that mean nothing, Unsupported for a
+    grammar where ``guides`` is None."""
+    _check_size(request, limits)
+    params = request.params
+    tokens = request.prompt_ids + request.emitted
+    if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
+        raise Rejected("a token is outside the vocabulary", f"ids are 0 to {limits.vocab_size - 1}", param="prompt")
+    guide = _make_guide(request, guides)
+    wants_scores = params.prompt_logprobs is not None and not request.emitted  # emitted tokens came with or after the scores
+    spent = len(request.emitted) >= params.max_tokens or (guide is not None and guide.done())
+    return Row(
+        id=id,
+        order=order,
+        params=params,
+        salt=request.salt,
+        prompt_len=len(request.prompt_ids),
+        tokens=tokens,
+        known=1 if spent and not wants_scores else len(tokens),
+        credit=request.credit,
+        spent=spent,
+        stops=stop_set(params, eos_ids),
+        guide=guide,
+        prompt_scores=[Logprobs(tokens[0], None, [], [])] if wants_scores else None,
+    )
+
+
+def _check_size(request: Submit, limits: Capacity) -> None:
+    prompt, asked = len(request.prompt_ids), request.params.max_tokens
+    if not prompt:
+        raise Rejected("the prompt is empty", "a model predicts what follows at least one token", param="prompt")
+    total = prompt + max(asked, len(request.emitted))
+    if total > limits.max_seq_len:
+        raise TooLong(
+            f"{prompt} prompt tokens and {asked} output tokens do not fit the context",
+            f"it is {limits.max_seq_len} tokens long",
+            "shorten the prompt or lower max_tokens",
+            param="max_tokens",
+        )
+    if max(prompt, total - 1) > limits.num_blocks * limits.block_size:  # the last output token is never computed
+        raise TooLong(
+            f"{prompt} prompt tokens and {asked} output tokens can never fit the KV cache",
+            f"it holds {limits.num_blocks * limits.block_size} tokens",
+            "shorten the prompt, lower max_tokens or give the replica more KV memory",
+            param="max_tokens",
+        )
+
+
+def _make_guide(request: Submit, guides: GuideFactory | None) -> Guide | None:
+    """The row's grammar, brought up to the emitted tokens."""
+    spec = request.params.guide
+    if spec is None:
+        return None
+    if guides is None:
+        raise Unsupported("guided output is not offered by this engine", param="response_format")
+    guide = guides(spec)
+    try:
+        guide.advance(request.emitted)
+    except EngineFault as error:
+        raise Rejected("the tokens emitted so far do not follow the grammar", str(error), param="emitted") from None
+    return guide

@@ -1,0 +1,272 @@
+"""Which slice of every tensor a rank holds: the one place that knows, for loader, converter, model and planner alike.
+
+Pure functions of (ModelSpec, Parallel, rank). Whole tensors go by their Hugging Face names, shards by TensorRT-LLM's checkpoint names,
+which restart layer numbers at 0 in each stage. Must never read a file or know a number format.
+
+Rules: query heads go out in whole key/value groups, sizes differing by at most one; where tp exceeds the key/value heads, one of those is
+copied to several ranks, each with a share of its query heads. FFN columns are dealt the same way. Vocabulary rows are padded to the
+same count on every rank (collectives stay regular; the padding's logits are -inf). The first ``layers mod pp`` stages hold one layer more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from workers.errors import ConfigError
+from workers.spec import ModelSpec, Parallel
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Half-open range of global indices."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def scaled(self, factor: int) -> Span:
+        """The same range counted in ``factor`` times finer units (heads to rows)."""
+        return Span(self.start * factor, self.stop * factor)
+
+
+class Shard(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank holds, in global indices.
+
+    ``layers`` of its stage; ``heads``, ``kv_heads``, ``ffn`` of its tp rank; ``kv_heads`` may overlap with a neighbour's (a copy).
+    ``vocab``: real rows; ``vocab_rows``: rows of the stored shard, equal on every rank, the ones past ``vocab`` are padding (zeros).
+    ``first``, ``last``: whether the stage embeds tokens, and whether it makes logits.
+    """
+
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    first: bool
+    last: bool
+    layers: Span
+    heads: Span
+    kv_heads: Span
+    ffn: Span
+    vocab: Span
+    vocab_rows: int
+
+
+class Tensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole tensor of the unsharded model: Hugging Face name, shape (out, in), and the axis that ranks cut."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int = 0
+
+
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
+    """``span`` of a whole tensor along its own axis."""
+
+    tensor: Tensor
+    span: Span
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.tensor.shape)
+        shape[self.tensor.axis] = self.span.size
+        return tuple(shape)
+
+
+class ShardTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor as a rank stores it: ``pieces`` laid one after another along their axis; what is left of ``shape`` is zero padding."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    def places(self) -> Iterator[tuple[Piece, Span]]:
+        """Each piece with the range that it takes along its axis in the stored tensor."""
+        start = 0
+        for piece in self.pieces:
+            yield piece, Span(start, start + piece.span.size)
+            start += piece.span.size
+
+
+def deal(total: int, parts: int, index: int) -> Span:
+    """Part ``index`` of ``total`` things dealt to ``parts`` in order, sizes differing by at most one, larger parts first."""
+    each, extra = divmod(total, parts)
+    start = index * each + min(index, extra)
+    return Span(start, start + each + (index < extra))
+
+
+def heads_of(model: ModelSpec, tp: int, tp_rank: int) -> tuple[Span, Span]:
+    """(query heads, key/value heads) of a tp rank. Every query head's key/value head is on its own rank."""
+    group = model.num_heads // model.num_kv_heads
+    if tp <= model.num_kv_heads:
+        kv = deal(model.num_kv_heads, tp, tp_rank)
+        return kv.scaled(group), kv
+    # More ranks than key/value heads: deal the ranks to the heads, then each head's queries to its ranks.
+    head, sharers = next(
+        (head, ranks) for head in range(model.num_kv_heads) if (ranks := deal(tp, model.num_kv_heads, head)).start <= tp_rank < ranks.stop
+    )
+    share = deal(group, sharers.size, tp_rank - sharers.start)
+    return Span(head * group + share.start, head * group + share.stop), Span(head, head + 1)
+
+
+def shard_of(model: ModelSpec, parallel: Parallel, rank: int) -> Shard:
+    """What ``rank`` holds. Raises :class:`ConfigError` when the model cannot be split this way or there is no such rank."""
+    parallel.check(model)
+    if not 0 <= rank < parallel.world:
+        raise ConfigError(f"rank {rank} is outside a world of {parallel.world}", f"tp={parallel.tp} pp={parallel.pp}")
+    if parallel.tp > model.intermediate_size or parallel.tp > model.vocab_size:
+        raise ConfigError(f"tp={parallel.tp} is more than the model's FFN or vocabulary size")
+    tp_rank, pp_rank = parallel.tp_rank(rank), parallel.pp_rank(rank)
+    heads, kv_heads = heads_of(model, parallel.tp, tp_rank)
+    rows = -(-model.vocab_size // parallel.tp)
+    return Shard(
+        rank=rank,
+        tp_rank=tp_rank,
+        pp_rank=pp_rank,
+        first=pp_rank == 0,
+        last=pp_rank == parallel.pp - 1,
+        layers=deal(model.num_layers, parallel.pp, pp_rank),
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=deal(model.intermediate_size, parallel.tp, tp_rank),
+        vocab=Span(min(tp_rank * rows, model.vocab_size), min((tp_rank + 1) * rows, model.vocab_size)),
+        vocab_rows=rows,
+    )
+
+
+def shares_embedding(model: ModelSpec, parallel: Parallel) -> bool:
+    """Whether one stage uses the same rows to embed and to make logits, so that a shard has no ``lm_head.weight`` of its own."""
+    return model.tied_embeddings and parallel.pp == 1
+
+
+def whole_tensors(model: ModelSpec) -> dict[str, Tensor]:
+    """Every tensor of the unsharded model by its Hugging Face name, in the order of the forward pass."""
+    vocab = (model.vocab_size, model.hidden_size)
+    found = [Tensor(name=EMBEDDING, shape=vocab)]
+    for layer in range(model.num_layers):
+        found += _layer_tensors(model, f"model.layers.{layer}.")
+    found.append(Tensor(name=FINAL_NORM, shape=(model.hidden_size,)))
+    if not model.tied_embeddings:
+        found.append(Tensor(name=HEAD, shape=vocab))
+    return {tensor.name: tensor for tensor in found}
+
+
+def _layer_tensors(model: ModelSpec, prefix: str) -> list[Tensor]:
+    hidden, ffn = model.hidden_size, model.intermediate_size
+    rows = {"q": model.num_heads * model.head_dim, "k": model.num_kv_heads * model.head_dim, "v": model.num_kv_heads * model.head_dim}
+    attention = prefix + "self_attn."
+    found = [Tensor(name=prefix + "input_layernorm.weight", shape=(hidden,))]
+    found += [Tensor(name=f"{attention}{x}_proj.weight", shape=(rows[x], hidden)) for x in "qkv"]
+    if model.qkv_bias:
+        found += [Tensor(name=f"{attention}{x}_proj.bias", shape=(rows[x],)) for x in "qkv"]
+    if model.qk_norm:
+        found += [Tensor(name=f"{attention}{x}_norm.weight", shape=(model.head_dim,)) for x in "qk"]
+    return [
+        *found,
+        Tensor(name=attention + "o_proj.weight", shape=(hidden, rows["q"]), axis=1),
+        Tensor(name=prefix + "post_attention_layernorm.weight", shape=(hidden,)),
+        Tensor(name=prefix + "mlp.gate_proj.weight", shape=(ffn, hidden)),
+        Tensor(name=prefix + "mlp.up_proj.weight", shape=(ffn, hidden)),
+        Tensor(name=prefix + "mlp.down_proj.weight", shape=(hidden, ffn), axis=1),
+    ]
+
+
+def shard_tensors(model: ModelSpec, parallel: Parallel, rank: int, *, own_head: bool = False) -> tuple[ShardTensor, ...]:
+    """Every tensor of ``rank`` under its TensorRT-LLM checkpoint name, in the order of the forward pass.
+
+    ``own_head``: the last stage stores ``lm_head.weight`` even where it shares the embedding's rows (TensorRT-LLM wants it so).
+    """
+    shard = shard_of(model, parallel, rank)
+    whole = whole_tensors(model)
+    found: list[ShardTensor] = []
+    if shard.first:
+        found.append(_vocabulary("transformer.vocab_embedding.weight", whole[EMBEDDING], shard))
+    for local, layer in enumerate(range(shard.layers.start, shard.layers.stop)):
+        found += _layer_shards(model, shard, whole, f"model.layers.{layer}.", f"transformer.layers.{local}.")
+    if shard.last:
+        found.append(_replicated("transformer.ln_f.weight", whole[FINAL_NORM]))
+        if own_head or not shares_embedding(model, parallel):
+            found.append(_vocabulary(HEAD, whole[EMBEDDING if model.tied_embeddings else HEAD], shard))
+    return tuple(found)
+
+
+def _layer_shards(model: ModelSpec, shard: Shard, whole: dict[str, Tensor], source: str, target: str) -> list[ShardTensor]:
+    attention, to_attention = source + "self_attn.", target + "attention."
+    q, kv = shard.heads.scaled(model.head_dim), shard.kv_heads.scaled(model.head_dim)
+
+    def stacked(kind: str) -> ShardTensor:
+        spans = {"q": q, "k": kv, "v": kv}
+        return _stack(f"{to_attention}qkv.{kind}", *(Piece(tensor=whole[f"{attention}{x}_proj.{kind}"], span=spans[x]) for x in "qkv"))
+
+    def cut(name: str, tensor: str, span: Span) -> ShardTensor:
+        return _stack(name, Piece(tensor=whole[tensor], span=span))
+
+    found = [_replicated(target + "input_layernorm.weight", whole[source + "input_layernorm.weight"]), stacked("weight")]
+    if model.qkv_bias:
+        found.append(stacked("bias"))
+    if model.qk_norm:
+        found += [_replicated(f"{to_attention}{x}_layernorm.weight", whole[f"{attention}{x}_norm.weight"]) for x in "qk"]
+    return [
+        *found,
+        cut(to_attention + "dense.weight", attention + "o_proj.weight", q),
+        _replicated(target + "post_layernorm.weight", whole[source + "post_attention_layernorm.weight"]),
+        # TensorRT-LLM's names: fc is the projection under the activation (gate_proj), gate is the plain one (up_proj).
+        cut(target + "mlp.fc.weight", source + "mlp.gate_proj.weight", shard.ffn),
+        cut(target + "mlp.gate.weight", source + "mlp.up_proj.weight", shard.ffn),
+        cut(target + "mlp.proj.weight", source + "mlp.down_proj.weight", shard.ffn),
+    ]
+
+
+def _stack(name: str, *pieces: Piece) -> ShardTensor:
+    shape = list(pieces[0].tensor.shape)
+    shape[pieces[0].tensor.axis] = sum(piece.span.size for piece in pieces)
+    return ShardTensor(name=name, shape=tuple(shape), pieces=pieces)
+
+
+def _replicated(name: str, tensor: Tensor) -> ShardTensor:
+    return _stack(name, Piece(tensor=tensor, span=Span(0, tensor.shape[tensor.axis])))
+
+
+def _vocabulary(name: str, tensor: Tensor, shard: Shard) -> ShardTensor:
+    shape = (shard.vocab_rows, tensor.shape[1])
+    return ShardTensor(name=name, shape=shape, pieces=(Piece(tensor=tensor, span=shard.vocab),))
+
+
+def parameters(model: ModelSpec) -> int:
+    """Weights of the unsharded model."""
+    return sum(ShardTensor(name=t.name, shape=t.shape, pieces=()).elements for t in whole_tensors(model).values())
+
+
+def shard_elements(model: ModelSpec, parallel: Parallel, rank: int) -> int:
+    """Weights that ``rank`` stores, padding and copies included."""
+    return sum(tensor.elements for tensor in shard_tensors(model, parallel, rank))
+
+
+def trtllm_refusal(model: ModelSpec, parallel: Parallel) -> tuple[str, str] | None:
+    """(what, hint) when TensorRT-LLM would refuse this split of the model, which the portable engine runs; None when it would not."""
+    tp, heads, kv = parallel.tp, model.num_heads, model.num_kv_heads
+    even = [n for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0) and model.intermediate_size % n == 0]
+    hint = f"use --tp-size {', '.join(map(str, even[:-1]))} or {even[-1]}" if len(even) > 1 else "use --tp-size 1"
+    hint += ", or the portable engine"
+    if kv % tp and tp % kv:
+        what = f"{kv} KV heads"
+    elif heads % tp:
+        what = f"{heads} query heads"
+    elif model.intermediate_size % tp:
+        what = f"an FFN of {model.intermediate_size}"
+    else:
+        return None
+    return f"TensorRT-LLM needs tp to divide {what}, got tp={tp}", hint
