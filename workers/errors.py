@@ -40,6 +40,8 @@ class TriremeError(Exception):
     code = "internal_error"
     status = 500
     exit_code = 1
+    #: Id of the request that ended so; a client sets it.
+    request = ""
 
     def __init__(
         self,

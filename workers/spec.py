@@ -17,6 +17,7 @@ ResumeClass = Literal["bitwise", "margin", "valid"]
 WaitPolicy = Literal["hybrid", "spin"]
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_LAYERS = 4096
 #: Bytes of one element.
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -72,6 +73,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "max_position",
         ):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        # Tables of tensors are made from this number before any weight is looked at.
+        _require(self.num_layers <= MAX_LAYERS, f"num_layers {self.num_layers} is more than {MAX_LAYERS}")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads",

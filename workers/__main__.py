@@ -1,0 +1,263 @@
+"""``python -m workers``: one rank of a replica, under ``mpiexec -n <tp * pp>``.
+
+Owns the process's beginning and end: arguments, files, environment, agreement of the ranks, log, exit code. Only rank 0 reads arguments and
+files; the other ranks get the spec over MPI. Must never import torch or numpy before the spec has set the number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import signal
+import socket
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from workers import process, rank
+from workers.core.contract import Engine
+from workers.errors import ConfigError, EngineFault, EnvironmentFault, TriremeError
+from workers.sockets import KeyPair, check_address
+from workers.spec import EngineSpec, ReplicaSpec
+from workers.state import ErrorReport, StateFile
+
+#: Longest that a rank waits for the others at MPI's end, seconds.
+FINALIZE_S = 5
+
+log = logging.getLogger("trireme.main")
+
+
+class Briefing(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 tells the others first: a spec, or why there is none. Neither: there is nothing to do (``--help``)."""
+
+    spec: ReplicaSpec | None = None
+    error: ErrorReport | None = None
+    debug: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, hint="python -m workers --help")
+
+
+def parse(argv: list[str]) -> Briefing:
+    """Arguments to a briefing; ``--tp_size`` means ``--tp-size``. Raises :class:`ConfigError`; SystemExit after ``--help``."""
+    parser = _Parser(
+        prog="python -m workers", description="One replica: start it as mpiexec -n <tp * pp> python -m workers ...", allow_abbrev=False
+    )
+    parser.add_argument("--spec", metavar="FILE", help="a ReplicaSpec as JSON; then no flag but --debug")
+    parser.add_argument("--model", dest="artifact", metavar="PATH", help="model folder: checkpoint, engine shards or Hugging Face")
+    parser.add_argument("--served-model-name", dest="model", metavar="NAME", help="model name in requests (default: the folder's)")
+    parser.add_argument("--engine", dest="kind", help="portable, fake or trtllm")
+    parser.add_argument("--tp-size", dest="tp", help="ranks that share each layer")
+    parser.add_argument("--pp-size", dest="pp", help="stages that share the layers")
+    parser.add_argument("--router", action="append", metavar="ENDPOINT[,KEY]", help="a router's back socket and its CURVE key; repeatable")
+    for name in ("name", "epoch", "run-dir", "key-file", "heartbeat-s", "hang-floor-s"):
+        parser.add_argument(f"--{name}")
+    for field in msgspec.structs.fields(EngineSpec):
+        if field.name != "kind":
+            parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help="verbose log, and stack traces with errors")
+    given = {key: value for key, value in vars(parser.parse_args([_dashes(word) for word in argv])).items() if value is not None}
+    debug = given.pop("debug")
+    if "spec" not in given:
+        return Briefing(spec=_from_flags(given), debug=debug)
+    if len(given) > 1:
+        raise ConfigError("--spec comes alone", "the file says everything", "drop the other flags")
+    return Briefing(spec=_from_file(given["spec"]), debug=debug)
+
+
+def _dashes(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _from_flags(given: dict[str, Any]) -> ReplicaSpec:
+    engine = {field.name: given.pop(field.name) for field in msgspec.structs.fields(EngineSpec) if field.name in given}
+    if "artifact" not in given and engine.get("kind") != "fake":
+        raise ConfigError("no model is given", hint="--model PATH, or --engine fake")
+    artifact = given.setdefault("artifact", "")
+    given.setdefault("model", Path(artifact).name or "fake")
+    given.setdefault("name", given["model"])
+    given["parallel"] = {name: given.pop(name) for name in ("tp", "pp") if name in given}
+    given["routers"] = [dict(zip(("endpoint", "server_key"), text.split(",", 1), strict=False)) for text in given.pop("router", [])]
+    return _convert(given | {"engine": engine}, "the flags")
+
+
+def _from_file(path: str) -> ReplicaSpec:
+    try:
+        return _convert(msgspec.json.decode(Path(path).read_bytes()), path)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}", error.strerror or str(error)) from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is not JSON", str(error)) from None
+
+
+def _convert(data: Any, source: str) -> ReplicaSpec:
+    try:
+        spec = msgspec.convert(data, ReplicaSpec, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source} cannot be a replica's spec", str(error)) from None
+    if spec.epoch:
+        return spec
+    return msgspec.structs.replace(spec, epoch=int(time.time() * 1000) << 16 | random.getrandbits(16))
+
+
+def read_keys(path: str) -> KeyPair | None:
+    """The key pair in ``path``; None without a path. Raises :class:`ConfigError`, which names the file and never its content."""
+    if not path:
+        return None
+    try:
+        if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
+            raise ConfigError(f"{path} can be read by others", "it holds a secret key", f"chmod 600 {path}")
+        return msgspec.json.decode(Path(path).read_bytes(), type=KeyPair)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}", error.strerror or str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise ConfigError(f"{path} is not a key file", "it is JSON with the keys public and secret") from None
+
+
+def start_mpi() -> Any:
+    """The world's communicator. Raises :class:`EnvironmentFault` where MPI is missing."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.thread_level = "funneled"
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise EnvironmentFault("MPI is not available", why, "pip install 'trireme-llm[mpich]', or load the site's MPI and mpi4py") from None
+    return MPI.COMM_WORLD
+
+
+def brief(comm: Any, argv: list[str]) -> Briefing:
+    """Rank 0's reading of ``argv``, on every rank."""
+    told = Briefing()
+    if comm.Get_rank() == 0:
+        try:
+            told = parse(argv)
+        except TriremeError as error:
+            told = Briefing(error=ErrorReport.of(error))
+        except SystemExit:  # --help
+            told = Briefing()
+    return msgspec.json.decode(process.broadcast(comm, msgspec.json.encode(told)), type=Briefing)
+
+
+class Rank:
+    """One rank from the agreed spec to its exit code."""
+
+    def __init__(self, comm: Any, spec: ReplicaSpec, *, debug: bool) -> None:
+        self._comm, self._spec, self._debug = comm, spec, debug
+        self._rank: int = comm.Get_rank()
+        self._terminal = 2
+        self._state = StateFile(spec.run_dir, name=spec.name, epoch=spec.epoch, pids=[])
+        self._keys: KeyPair | None = None
+        self._signals = rank.Signals(self._rank)
+
+    def run(self) -> int:
+        """The exit code. An error that all ranks raise ends each of them in order; one that only this rank knows of aborts the world."""
+        try:
+            try:
+                part = self._load()
+            except TriremeError as error:
+                self._report(error)
+                return error.exit_code
+            self._serve(part)
+            return 0
+        except SystemExit:
+            log.info("told to stop at once")
+            self._state.enter("stopped")
+            self._comm.Abort(0)
+        except Exception as error:
+            if not isinstance(error, TriremeError):
+                log.exception("rank %d ends", self._rank)
+                error = EngineFault(f"rank {self._rank} failed", f"{type(error).__name__}: {error}", "the rank's log has the stack trace")
+            self._report(error)
+            self._comm.Abort(error.exit_code)
+        raise AssertionError("MPI_Abort returned")
+
+    def _load(self) -> Engine | rank.Follower:
+        """This rank's part of the engine. A TriremeError from here was raised on every rank."""
+        spec, world = self._spec, self._comm.Get_size()
+        failure: TriremeError | None = None
+        try:
+            self._terminal = process.open_log(spec.run_dir, self._rank, logging.DEBUG if self._debug else logging.INFO)
+        except TriremeError as error:
+            failure = error
+        if world != spec.parallel.world:
+            raise EnvironmentFault(
+                f"the layout needs {spec.parallel.world} ranks and the world has {world}",
+                f"tp={spec.parallel.tp} x pp={spec.parallel.pp}",
+                f"mpiexec -n {spec.parallel.world} python -m workers ...",
+            )
+        me = msgspec.json.encode((self._rank, socket.gethostname(), os.getpid()))
+        pids = [msgspec.json.decode(data, type=tuple[int, str, int]) for data in process.gather(self._comm, me)]
+        if self._rank == 0 and failure is None:
+            failure = self._prepare(pids)
+        rank.agree(self._comm, failure)
+        # A rank computes with its share of the cores; spinning threads of several ranks would starve each other.
+        os.environ["OMP_NUM_THREADS"] = str(spec.engine.threads)
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        return rank.build(spec, self._comm)
+
+    def _prepare(self, pids: list[tuple[int, str, int]]) -> TriremeError | None:
+        """What only rank 0 checks and writes before loading; answers the error instead of raising it, for the ranks to agree on."""
+        spec = self._spec
+        try:
+            state = StateFile(spec.run_dir, name=spec.name, epoch=spec.epoch, pids=pids)
+            state.enter("starting")
+            self._state = state
+            self._keys = read_keys(spec.key_file)
+            for address in spec.routers:
+                check_address(address, self._keys)
+            state.enter("loading")
+        except TriremeError as error:
+            return error
+        return None
+
+    def _serve(self, part: Engine | rank.Follower) -> None:
+        if isinstance(part, rank.Follower):
+            part.run()
+            return
+        rank.lead(self._spec, part, keys=self._keys, state=self._state, terminal=self._terminal, signals=self._signals)
+        self._state.enter("stopped")
+
+    def _report(self, error: TriremeError) -> None:
+        """Into the log, and from rank 0 also to the state file and the terminal."""
+        log.error("%s", error, exc_info=error if self._debug else None)
+        if self._rank == 0:
+            self._state.enter("failed", error=error)
+            process.tell(self._terminal, error.lines())
+
+
+def main(argv: list[str]) -> int:
+    try:
+        process.die_with_parent()
+        comm = start_mpi()
+    except TriremeError as error:
+        print(error.lines(), file=sys.stderr)
+        return error.exit_code
+    told = brief(comm, argv)
+    code = 0
+    if told.error is not None:
+        code = told.error.exit_code
+        if comm.Get_rank() == 0:
+            print(told.error.error().lines(), file=sys.stderr)
+    elif told.spec is not None:
+        code = Rank(comm, told.spec, debug=told.debug).run()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(FINALIZE_S)  # MPI_Finalize is a collective: a rank that never gets there must not keep this one
+    from mpi4py import MPI
+
+    MPI.Finalize()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

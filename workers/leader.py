@@ -1,0 +1,249 @@
+"""Rank 0's shell around an engine: the engine thread, fed by the I/O thread of :mod:`workers.sockets`.
+
+Owns the :class:`~workers.core.sessions.Sessions` table and the pulse that the I/O thread reads for heartbeats. Every engine call (and so
+every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and never wait without a bound: when
+idle it sleeps on its inbox, and a step that makes no progress is noticed by the I/O thread, which ends the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import time
+from collections.abc import Callable
+from typing import TypeAlias, assert_never
+
+import msgspec
+
+from workers.core.contract import Engine, EngineStats
+from workers.core.sessions import Action, Grant, Send, Sessions, Start, Stop
+from workers.errors import EngineFault, ReplicaLost, TriremeError
+from workers.sockets import Event, KeyPair, Lost, Routers
+from workers.spec import ReplicaSpec
+from workers.state import Phase
+from workers.wire import PROTOCOL, Attach, Bye, Cancel, Credit, Drain, Heartbeat, Hello, Submit
+
+#: How long rows may go on after SIGTERM, seconds: batch systems kill 30 s after it.
+TERM_GRACE_S = 20.0
+#: Longest sleep of an idle engine thread, and how often stats are read while steps run, seconds.
+IDLE_S, VITALS_S = 0.5, 0.05
+#: Events handled between two steps.
+TURN_EVENTS = 1024
+
+log = logging.getLogger("trireme.leader")
+
+
+class Pulse(msgspec.Struct, frozen=True):
+    """What the engine thread is doing: ``step`` number, since when (0 = not in a step), and how long it should take."""
+
+    step: int = 0
+    since: float = 0.0
+    predicted_ms: float = 0.0
+
+
+class Vitals(msgspec.Struct, frozen=True):
+    """Slower facts, at most ``VITALS_S`` old while steps run."""
+
+    stats: EngineStats
+    live: list[tuple[str, str]]
+    draining: bool
+
+
+_Inbox: TypeAlias = "queue.SimpleQueue[tuple[float, Event]]"
+
+
+class Leader:
+    """One replica's leader; :meth:`run` is its life.
+
+    Args:
+        spec: heartbeat, hang floor, routers, name, epoch.
+        engine: driven from the thread that calls :meth:`run` and closed by the caller.
+        boot: this process's nonce.
+        keys: for ``tcp://`` routers.
+        enter: told each phase, from the engine thread.
+        die: called from the I/O thread when the replica must end at once; must not return to it.
+    """
+
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        engine: Engine,
+        *,
+        boot: str,
+        keys: KeyPair | None,
+        enter: Callable[[Phase], None],
+        die: Callable[[TriremeError], None],
+    ) -> None:
+        self._spec, self._engine, self._boot, self._enter, self._die = spec, engine, boot, enter, die
+        self._sessions = Sessions(boot=boot, model=spec.model, limit=max(1024, 8 * engine.capacity.max_batch_size))
+        self._hello = Hello(
+            boot=boot,
+            protocol=PROTOCOL,
+            replica=spec.name,
+            model=spec.model,
+            epoch=spec.epoch,
+            spec_hash=spec_hash(spec),
+            resume=engine.resume,
+            capacity=engine.capacity,
+        )
+        self._inbox: _Inbox = queue.SimpleQueue()
+        self._pulse = Pulse()
+        self._vitals = Vitals(engine.stats(), [], False)
+        self._vitals_at = 0.0
+        self._routers = Routers(self, spec.routers, keys, boot=boot, heartbeat_s=spec.heartbeat_s)
+
+    def drain(self, grace_s: float) -> None:
+        """Begin to drain; safe to call from a signal handler and from any thread."""
+        self._inbox.put((time.monotonic(), Drain(boot=self._boot, grace_ms=int(grace_s * 1000))))
+
+    def run(self) -> None:
+        """Serve until drained. Raises :class:`ReplicaLost` when a newer epoch lives, and what the engine's ``step`` raises."""
+        farewell = "lost"
+        self._routers.start()
+        self._enter("ready")
+        try:
+            while not (self._sessions.draining and not len(self._sessions)):
+                self._take_events()
+                now = time.monotonic()
+                self._act(self._sessions.expire(now))
+                if self._engine.busy():
+                    self._step(now)
+                else:
+                    self._refresh(now)
+            farewell = "drained"
+        finally:
+            # Also after an error: whoever waits for a row here must hear that it continues elsewhere.
+            self._pulse = Pulse(self._pulse.step)
+            self._sessions.drain(time.monotonic(), 0.0)
+            for action in self._sessions.expire(time.monotonic()):
+                if isinstance(action, Send):
+                    self._routers.post(action.route, action.message)
+            self._routers.close(farewell)
+
+    def _take_events(self) -> None:
+        """Handle what came in; with nothing to do, sleep until something comes in or falls due."""
+        idle = not self._engine.busy()
+        try:
+            for _ in range(TURN_EVENTS):
+                received, event = self._inbox.get(idle, self._patience() if idle else None)
+                self._handle(received, event)
+                idle = False
+        except queue.Empty:
+            return
+
+    def _patience(self) -> float:
+        due = self._sessions.next_due()
+        return IDLE_S if due is None else min(IDLE_S, max(0.0, due - time.monotonic()))
+
+    def _handle(self, received: float, event: Event) -> None:
+        match event:
+            case Submit():
+                self._act(self._sessions.submit(event, received))
+            case Attach():
+                self._act(self._sessions.attach(event))
+            case Cancel():
+                self._act(self._sessions.cancel(event))
+            case Credit():
+                self._act(self._sessions.credit(event))
+            case Lost(boot=boot):
+                self._sessions.lost(boot, received)
+            case Drain(grace_ms=grace_ms):
+                self._begin_drain(received, max(0, grace_ms) / 1000.0)
+            case Bye():
+                raise ReplicaLost("a newer epoch of this replica lives", f"a router refused epoch {self._spec.epoch}")
+            case _:
+                assert_never(event)
+
+    def _begin_drain(self, now: float, grace_s: float) -> None:
+        if not self._sessions.draining:
+            log.info("draining: %d rows, grace %.1f s", len(self._sessions), grace_s)
+            self._enter("draining")
+        self._sessions.drain(now, grace_s)
+
+    def _act(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(route=route, message=message):
+                    self._routers.post(route, message)
+                case Start(id=id, request=request):
+                    self._start(id, request)
+                case Stop(id=id):
+                    self._engine.cancel(id)
+                case Grant(id=id, tokens=tokens):
+                    self._engine.credit(id, tokens)
+                case _:
+                    assert_never(action)
+
+    def _start(self, id: int, request: Submit) -> None:
+        try:
+            self._engine.submit(id, request)
+        except TriremeError as error:
+            self._act(self._sessions.refused(id, error))
+        else:
+            self._act(self._sessions.started(id))
+
+    def _step(self, now: float) -> None:
+        number = self._pulse.step + 1
+        self._pulse = Pulse(number, time.monotonic(), self._engine.predicted_ms())
+        emissions = self._engine.step()
+        self._pulse = Pulse(number)
+        self._act(self._sessions.emitted(emissions))
+        if now - self._vitals_at > VITALS_S:
+            self._refresh(now)
+
+    def _refresh(self, now: float) -> None:
+        self._vitals = Vitals(self._engine.stats(), self._sessions.live(), self._sessions.draining)
+        self._vitals_at = now
+
+    # called by the I/O thread: only reads the pulse and the vitals, each replaced whole, and puts events into the inbox
+
+    def hello(self) -> Hello:
+        return msgspec.structs.replace(self._hello, live=self._vitals.live)
+
+    def beat(self) -> Heartbeat:
+        """Raises :class:`EngineFault` when the running step has made no progress for max(hang floor, 4 × its predicted time)."""
+        pulse, vitals = self._pulse, self._vitals
+        stats = vitals.stats
+        busy_s = time.monotonic() - pulse.since if pulse.since else 0.0
+        if busy_s > max(self._spec.hang_floor_s, 4 * pulse.predicted_ms / 1000.0):
+            raise EngineFault(
+                f"step {pulse.step} has made no progress for {busy_s:.1f} s",
+                f"it was expected to take {pulse.predicted_ms:.0f} ms: a rank hangs or was stopped",
+                "the replica is replaced whole",
+            )
+        return Heartbeat(
+            boot=self._boot,
+            epoch=self._spec.epoch,
+            step=pulse.step,
+            busy_ms=busy_s * 1000.0,
+            predicted_ms=pulse.predicted_ms,
+            running=stats.running,
+            waiting=stats.waiting,
+            free_blocks=stats.free_blocks,
+            num_blocks=stats.num_blocks,
+            prefill_tokens=stats.prefill_tokens,
+            draining=vitals.draining,
+            step_ms=stats.step_ms,
+            prompt_tokens_total=stats.prompt_tokens_total,
+            output_tokens_total=stats.output_tokens_total,
+            prefix_queries_total=stats.prefix_queries_total,
+            prefix_hits_total=stats.prefix_hits_total,
+            preemptions_total=stats.preemptions_total,
+        )
+
+    def deliver(self, received: float, event: Event) -> None:
+        self._inbox.put((received, event))
+
+    def backlog(self) -> int:
+        return self._inbox.qsize()
+
+    def broken(self, error: BaseException) -> None:
+        log.error("the I/O thread ends", exc_info=error)
+        self._die(error if isinstance(error, TriremeError) else EngineFault("the leader's I/O thread failed", repr(error)))
+
+
+def spec_hash(spec: ReplicaSpec) -> str:
+    """Names what is served and how: equal for replicas that are interchangeable."""
+    facts = msgspec.json.encode((spec.model, spec.artifact, spec.parallel, spec.engine))
+    return hashlib.sha256(facts).hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""One rank as a Unix process: dies with its parent, writes to its own log file, agrees with the other ranks in bytes.
+
+Owns nothing that lives. Must never import torch, and never send a Python object over MPI (mpi4py's lower-case calls are pickle).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from array import array
+from typing import Any
+
+from workers.errors import EnvironmentFault
+
+#: Exit code of a rank whose parent died while it started.
+ORPHANED = 113
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, also by SIGKILL. The first act of a rank: MPI launchers may leave orphans."""
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise EnvironmentFault("cannot bind this process to its parent's life", os.strerror(ctypes.get_errno()), "Linux is needed")
+    if os.getppid() != parent:
+        os._exit(ORPHANED)
+
+
+def open_log(run_dir: str, rank: int, level: int = logging.INFO) -> int:
+    """Send stdout and stderr to ``run_dir/rank<N>.log`` and set logging up; returns a descriptor of the old stderr.
+
+    A rank's output must not pass through mpiexec's pipe: a stopped mpiexec would block the rank that writes.
+    """
+    terminal = os.dup(2)
+    if run_dir:
+        path = os.path.join(run_dir, f"rank{rank}.log")
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise EnvironmentFault(f"cannot write {path}", error.strerror or str(error), "run_dir must be a folder on every host") from None
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    logging.basicConfig(level=level, stream=sys.stderr, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", force=True)
+    return terminal
+
+
+def tell(terminal: int, text: str) -> None:
+    """Write a few lines to the old stderr; one that is gone is no reason to fail."""
+    try:
+        os.write(terminal, (text + "\n").encode())
+    except OSError:
+        return
+
+
+def broadcast(comm: Any, data: bytes) -> bytes:
+    """Rank 0's ``data`` on every rank."""
+    size = array("q", [len(data)])
+    comm.Bcast(size, root=0)
+    buffer = bytearray(data) if comm.Get_rank() == 0 else bytearray(size[0])
+    comm.Bcast(buffer, root=0)
+    return bytes(buffer)
+
+
+def gather(comm: Any, data: bytes) -> list[bytes]:
+    """Every rank's ``data``, in rank order, on every rank."""
+    sizes = array("q", bytes(8 * comm.Get_size()))
+    comm.Allgather(array("q", [len(data)]), sizes)
+    width = max(sizes)
+    cells = bytearray(width * len(sizes))
+    comm.Allgather(bytearray(data.ljust(width, b"\0")), cells)
+    return [bytes(cells[i * width : i * width + size]) for i, size in enumerate(sizes)]

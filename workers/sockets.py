@@ -1,0 +1,330 @@
+"""The leader's I/O thread: one DEALER to each router, heartbeats, and nothing else.
+
+Owns every socket of a replica. Carries out the verdicts of :mod:`workers.core.links`, turns frames into messages for the engine thread and
+messages into frames. Must never block on a peer (a send that would block means a lost router), never touch the engine or MPI, and never
+deliver a frame that :mod:`workers.wire` does not accept.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from typing import Protocol, TypeAlias
+
+import msgspec
+import zmq
+from zmq.utils import monitor, z85
+
+from workers import wire
+from workers.core.links import Close, Greet, Link, Lose, Open, Verdict
+from workers.errors import ConfigError
+from workers.spec import RouterAddress
+from workers.wire import Attach, Bye, Cancel, Credit, Drain, FromReplica, Heartbeat, Hello, Peers, Submit
+
+#: Longest that the thread sleeps: links look at the time this often, seconds.
+TICK_S = 0.05
+#: Most routers that one leader keeps connections to.
+MAX_ROUTERS = 64
+#: Frames taken from one router before the next has its turn, and undelivered messages above which reading stops.
+TURN_FRAMES, INBOX_LIMIT = 256, 4096
+_WARN_S = 5.0
+_LINGER_MS = 500
+
+log = logging.getLogger("trireme.routers")
+
+
+class KeyPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A CURVE key pair in z85; ``secret`` never appears in a log."""
+
+    public: str
+    secret: str
+
+    def __post_init__(self) -> None:
+        for key in (self.public, self.secret):
+            check_key(key)
+
+    def __repr__(self) -> str:
+        return f"KeyPair(public={self.public!r})"
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """The router with this boot nonce is gone."""
+
+    boot: str
+
+
+Event: TypeAlias = Submit | Attach | Cancel | Credit | Drain | Bye | Lost
+
+
+class Mind(Protocol):
+    """What the I/O thread asks of the leader, from its own thread; no call here may block."""
+
+    def hello(self) -> Hello: ...
+
+    def beat(self) -> Heartbeat:
+        """Called every ``heartbeat_s``. Raises :class:`~workers.errors.TriremeError` when the engine thread makes no progress."""
+
+    def deliver(self, received: float, event: Event) -> None: ...
+
+    def backlog(self) -> int:
+        """Events delivered and not yet taken."""
+
+    def broken(self, error: BaseException) -> None:
+        """The thread ends by ``error``; the process must too."""
+
+
+def check_key(key: str) -> None:
+    """Raises :class:`ConfigError` on what is not a CURVE key in z85."""
+    try:
+        valid = len(key) == 40 and len(z85.decode(key.encode())) == 32
+    except (ValueError, KeyError, UnicodeEncodeError):
+        valid = False
+    if not valid:
+        raise ConfigError("a CURVE key is not 40 characters of z85")
+
+
+def check_address(address: RouterAddress, keys: KeyPair | None) -> None:
+    """Raises :class:`ConfigError` unless the endpoint is ``ipc://``, or ``tcp://`` with both sides' keys."""
+    if address.endpoint.startswith("ipc://"):
+        return
+    if not address.endpoint.startswith("tcp://"):
+        raise ConfigError(f"router endpoint {address.endpoint!r} is neither ipc:// nor tcp://")
+    if not address.server_key or keys is None:
+        missing = "the router's public key" if keys is not None else "this replica's key file"
+        raise ConfigError(f"no CURVE for {address.endpoint}", f"{missing} is not given", "use ipc:// on one machine, keys elsewhere")
+    check_key(address.server_key)
+
+
+class _Port:
+    """A router's address, its link, and the socket while there is one."""
+
+    def __init__(self, address: RouterAddress) -> None:
+        self.address = address
+        self.link = Link()
+        self.socket: zmq.Socket[bytes] | None = None
+        self.monitor: zmq.Socket[bytes] | None = None
+        self.peers: tuple[RouterAddress, ...] = ()
+        self.warned = -_WARN_S
+
+
+class Routers:
+    """Starts with :meth:`start`; afterwards :meth:`post` and :meth:`close` may be called from the engine thread.
+
+    Raises :class:`ConfigError` on an address that would be unsafe or cannot mean anything.
+    """
+
+    def __init__(self, mind: Mind, addresses: tuple[RouterAddress, ...], keys: KeyPair | None, *, boot: str, heartbeat_s: float) -> None:
+        for address in addresses:
+            check_address(address, keys)
+        self._mind, self._keys, self._boot, self._heartbeat_s = mind, keys, boot, heartbeat_s
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._fixed = addresses
+        self._ports = {address.endpoint: _Port(address) for address in addresses}
+        self._by_boot: dict[str, _Port] = {}
+        self._outbox: deque[tuple[str, FromReplica]] = deque()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._goodbye: str | None = None
+        self._next_beat = 0.0
+        self._thread = threading.Thread(target=self._run, name="routers", daemon=True)
+        #: Frames refused since the start.
+        self.malformed = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, route: str, message: FromReplica) -> None:
+        """Send ``message`` to the router with boot nonce ``route``; dropped when that router is lost."""
+        self._outbox.append((route, message))
+        os.eventfd_write(self._wakeup, 1)
+
+    def close(self, reason: str, bound_s: float = 3.0) -> None:
+        """Send all that was posted, say Bye, close the sockets; gives up after ``bound_s`` seconds."""
+        self._goodbye = reason
+        os.eventfd_write(self._wakeup, 1)
+        self._thread.join(bound_s)
+        if not self._thread.is_alive():
+            os.close(self._wakeup)
+
+    # the thread
+
+    def _run(self) -> None:
+        try:
+            while self._goodbye is None:
+                self._turn()
+            self._flush()
+        except BaseException as error:
+            self._goodbye = str(error)
+            self._leave()
+            self._mind.broken(error)
+        else:
+            self._leave()
+
+    def _leave(self) -> None:
+        farewell = Bye(boot=self._boot, reason=(self._goodbye or "")[:200])
+        for port in list(self._ports.values()):
+            if port.link.up:
+                self._send(port, farewell)
+            self._drop_socket(port, linger_ms=_LINGER_MS)
+        self._context.term()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + self._heartbeat_s
+            message = self._mind.beat()
+            for port in self._ports.values():
+                if port.link.up:
+                    self._send(port, message)
+            self._follow_peers()
+        for port in self._ports.values():
+            self._carry_out(port, port.link.tick(now))
+        ready = self._poll(now)
+        for port in self._ports.values():
+            if port.monitor is not None and port.monitor in ready:
+                self._take_monitor(port)
+        if self._wakeup in ready:
+            os.eventfd_read(self._wakeup)
+        self._flush()
+        for port in self._ports.values():
+            if port.socket is not None and port.socket in ready:
+                self._take_frames(port)
+
+    def _poll(self, now: float) -> set[zmq.Socket[bytes] | int]:
+        wanted: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._wakeup, zmq.POLLIN)]
+        reading = self._mind.backlog() < INBOX_LIMIT  # else the sockets' high-water marks hold the senders back
+        for port in self._ports.values():
+            if port.monitor is not None:
+                wanted.append((port.monitor, zmq.POLLIN))
+            if port.socket is not None and reading:
+                wanted.append((port.socket, zmq.POLLIN))
+        patience = max(0.0, min(TICK_S, self._next_beat - now))
+        return {ready for ready, _ in zmq.zmq_poll(wanted, int(patience * 1000) + 1)}
+
+    def _flush(self) -> None:
+        while self._outbox:
+            route, message = self._outbox.popleft()
+            port = self._by_boot.get(route)
+            if port is not None:
+                self._send(port, message)
+
+    def _send(self, port: _Port, message: FromReplica) -> None:
+        if port.socket is None:
+            return
+        try:
+            port.socket.send(wire.encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            self._carry_out(port, port.link.broken(time.monotonic()))
+
+    def _carry_out(self, port: _Port, verdicts: list[Verdict]) -> None:
+        for verdict in verdicts:
+            match verdict:
+                case Greet():
+                    self._send(port, self._mind.hello())
+                case Lose(boot=boot):
+                    if self._by_boot.get(boot) is port:
+                        del self._by_boot[boot]
+                        self._warn(port, "the router is lost")
+                        self._mind.deliver(time.monotonic(), Lost(boot))
+                case Close():
+                    self._drop_socket(port, linger_ms=0)
+                case Open():
+                    self._connect(port)
+
+    def _connect(self, port: _Port) -> None:
+        socket = port.socket = self._context.socket(zmq.DEALER)
+        # Immediate: nothing is queued for a router that is not there, so a send that would block means a lost router.
+        socket.immediate = True
+        socket.sndhwm = socket.rcvhwm = wire.HIGH_WATER
+        socket.maxmsgsize = wire.MAX_FRAME
+        socket.linger = 0
+        socket.handshake_ivl = 3000
+        socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = 500, 1500, 1500
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
+        if port.address.server_key and self._keys is not None:
+            socket.curve_serverkey = port.address.server_key.encode()
+            socket.curve_publickey, socket.curve_secretkey = self._keys.public.encode(), self._keys.secret.encode()
+        port.monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        socket.connect(port.address.endpoint)
+
+    def _drop_socket(self, port: _Port, *, linger_ms: int) -> None:
+        if port.socket is not None:
+            port.socket.disable_monitor()
+            port.socket.close(linger_ms)
+            port.socket = port.monitor = None
+
+    def _take_monitor(self, port: _Port) -> None:
+        while port.monitor is not None and port.monitor.poll(0):
+            event = monitor.recv_monitor_message(port.monitor)["event"]
+            now = time.monotonic()
+            if event == zmq.EVENT_DISCONNECTED:
+                self._carry_out(port, port.link.broken(now))
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and port.socket is not None:
+                port.socket.get(zmq.EVENTS)  # has the socket see the new connection now, or Hello would find no way out
+                self._carry_out(port, port.link.connected(now))
+
+    def _take_frames(self, port: _Port) -> None:
+        for _ in range(TURN_FRAMES):
+            if port.socket is None:
+                return
+            try:
+                parts = port.socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            now = time.monotonic()
+            try:
+                if len(parts) != 1:
+                    raise wire.Malformed(f"a message of {len(parts)} frames")
+                message = wire.decode_to_replica(parts[0])
+            except wire.Malformed as error:
+                self._complain(port, str(error))
+                continue
+            self._take(port, message, now)
+
+    def _take(self, port: _Port, message: wire.ToReplica, now: float) -> None:
+        self._carry_out(port, port.link.heard(message.boot, now))
+        if port.link.state != "live":  # nothing may come before the handshake, nor without a nonce
+            self._complain(port, "a message without a boot nonce")
+            return
+        self._by_boot[port.link.boot] = port
+        if isinstance(message, Peers):
+            port.peers = tuple(address for address in message.routers if self._usable(port, address))
+        elif isinstance(message, Bye) and message.reason != "stale":
+            self._carry_out(port, port.link.broken(now))
+        else:
+            self._mind.deliver(now, message)
+
+    def _complain(self, port: _Port, why: str) -> None:
+        self.malformed += 1
+        self._warn(port, f"refused a message, {self.malformed} so far: {why!r}")
+
+    def _warn(self, port: _Port, text: str) -> None:
+        """A line about one router, at most one in ``_WARN_S`` seconds: a mad peer must not fill the disk."""
+        now = time.monotonic()
+        if now - port.warned > _WARN_S:
+            port.warned = now
+            log.warning("%s: %s", port.address.endpoint, text)
+
+    def _follow_peers(self) -> None:
+        """Keep a link to every router that the configuration or a live router names; forget one that nobody names and that is down."""
+        wanted = {address.endpoint: address for address in self._fixed}
+        for port in list(self._ports.values()):
+            for address in port.peers if port.link.state == "live" else ():
+                wanted.setdefault(address.endpoint, address)
+        for endpoint, port in list(self._ports.items()):
+            if endpoint not in wanted and not port.link.up:
+                self._drop_socket(port, linger_ms=0)
+                del self._ports[endpoint]
+        for endpoint, address in wanted.items():
+            if endpoint not in self._ports and len(self._ports) < MAX_ROUTERS:
+                self._ports[endpoint] = _Port(address)
+
+    def _usable(self, port: _Port, address: RouterAddress) -> bool:
+        try:
+            check_address(address, self._keys)
+        except ConfigError as error:
+            self._complain(port, f"a peer that cannot be used: {error}")
+            return False
+        return True

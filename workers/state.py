@@ -1,0 +1,107 @@
+"""The state file of one replica: what its rank 0 says about itself to whoever launched it.
+
+Owns ``run_dir/state.json``: written whole or not at all, by rank 0 only, mode 0600. A dead gang cannot write its own end: a reader that
+sees a living phase and no process of ``pids`` knows that the gang was killed. Must never hold up serving: once serving, a full disk is a
+warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from workers.errors import EnvironmentFault, TriremeError, from_code
+from workers.wire import Capacity
+
+Phase: TypeAlias = Literal["starting", "loading", "ready", "draining", "stopped", "failed"]
+STATE_FILE = "state.json"
+
+log = logging.getLogger("trireme.state")
+
+
+class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A :class:`~workers.errors.TriremeError` as data."""
+
+    code: str
+    what: str
+    why: str = ""
+    hint: str = ""
+    exit_code: int = 1
+
+    @classmethod
+    def of(cls, error: TriremeError) -> ErrorReport:
+        return cls(code=error.code, what=error.what, why=error.why, hint=error.hint, exit_code=error.exit_code)
+
+    def error(self) -> TriremeError:
+        """The error again."""
+        error = from_code(self.code, self.what)
+        error.why, error.hint = self.why, self.hint
+        return error
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """``pids``: (rank, host, pid) of the whole gang. ``since``: Unix time at which the phase began, seconds."""
+
+    phase: Phase
+    epoch: int
+    name: str
+    pids: list[tuple[int, str, int]]
+    capacity: Capacity | None = None
+    error: ErrorReport | None = None
+    since: float
+
+
+class StateFile:
+    """Writer of the file; without a ``run_dir`` it writes nothing."""
+
+    def __init__(self, run_dir: str, *, name: str, epoch: int, pids: list[tuple[int, str, int]]) -> None:
+        self._path = Path(run_dir, STATE_FILE) if run_dir else None
+        self._name, self._epoch, self._pids = name, epoch, pids
+        self._capacity: Capacity | None = None
+        self._serving = False
+
+    def enter(self, phase: Phase, *, capacity: Capacity | None = None, error: TriremeError | None = None) -> None:
+        """Begin a phase. Raises :class:`EnvironmentFault` when the file cannot be written before the replica has ever been ready."""
+        self._capacity = capacity or self._capacity
+        report = None if error is None else ErrorReport.of(error)
+        state = State(
+            phase=phase,
+            epoch=self._epoch,
+            name=self._name,
+            pids=self._pids,
+            capacity=self._capacity,
+            error=report,
+            since=time.time(),
+        )
+        try:
+            self._write(msgspec.json.encode(state))
+            self._serving |= phase == "ready"
+        except OSError as failure:
+            if not self._serving and phase != "failed":
+                raise EnvironmentFault(f"cannot write {self._path}", failure.strerror or str(failure)) from None
+            log.warning("cannot write %s: %s; phase %s goes unreported", self._path, failure.strerror, phase)
+
+    def _write(self, data: bytes) -> None:
+        if self._path is None:
+            return
+        fresh = self._path.with_suffix(".new")
+        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(file, "wb") as out:
+            out.write(data)
+        os.replace(fresh, self._path)
+
+
+def read_state(run_dir: str) -> State | None:
+    """The state of the replica in ``run_dir``; None while there is none. Raises :class:`EnvironmentFault` on a file that is not one."""
+    path = Path(run_dir, STATE_FILE)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=State)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise EnvironmentFault(f"cannot read {path}", str(error)) from None
