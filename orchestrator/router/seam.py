@@ -32,6 +32,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     credit: int = UNLIMITED
     deadline_s: float | None = None
     emitted: list[list[int]] = []
+    attempt: int = 0
 
 
 class Watcher(Protocol):

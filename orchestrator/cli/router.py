@@ -1,0 +1,118 @@
+"""Entry of a router process: ``python -m orchestrator.cli.router SPEC.json``.
+
+Reads the spec and the key files that it names, sets up logging, runs :class:`~orchestrator.router.process.RouterProcess`, and turns an
+error into lines and an exit code.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from orchestrator.keys import read_private
+from orchestrator.router.admit import Grant, parse_grants
+from orchestrator.router.process import RouterProcess
+from orchestrator.router.text import load_texts
+from orchestrator.spec import RouterSpec
+from workers.errors import ConfigError, TriremeError
+from workers.sockets import KeyPair
+
+USAGE = "usage: python -m orchestrator.cli.router SPEC.json"
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line; line breaks in messages cannot forge another."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = {"time": round(record.created, 3), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            row["trace"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(row).decode()
+
+
+class _AllowedFile:
+    """The allowed-keys file, read again when it was written again."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._stamp: tuple[int, int] | None = None
+
+    def load(self) -> Mapping[str, Grant] | None:
+        """None while unchanged. A file that is broken or gone for a moment keeps the table in force."""
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_ino)
+            if stamp == self._stamp:
+                return None
+            grants = parse_grants(read_private(self._path))
+        except (OSError, ConfigError) as error:
+            if self._stamp is None:
+                raise
+            logging.getLogger("trireme.router").warning("the allowed-keys file was not taken over: %s", error)
+            return None
+        self._stamp = stamp
+        return grants
+
+
+def _none() -> None:
+    """Without an allowed-keys file nobody is on the list."""
+
+
+def read_spec(path: Path) -> RouterSpec:
+    """Raises ConfigError on a file that is missing or is no router spec."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RouterSpec)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}", error.strerror or "") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is not a router spec", str(error)) from None
+
+
+def read_keys(path: str) -> KeyPair | None:
+    if not path:
+        return None
+    try:
+        return msgspec.json.decode(read_private(Path(path)), type=KeyPair)
+    except msgspec.DecodeError:
+        raise ConfigError(f"{path} holds no CURVE key pair") from None
+
+
+def set_up_logging(form: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def run(spec: RouterSpec) -> None:
+    """Run a router until it is told to stop. Raises every :class:`TriremeError` that keeps it from serving."""
+    grants = _AllowedFile(spec.allowed_file).load if spec.allowed_file else _none
+    process = RouterProcess(spec, load_texts(spec.models), keys=read_keys(spec.key_file), load_grants=grants)
+    # What start-up made stays; collections in service need not walk it.
+    gc.collect()
+    gc.freeze()
+    uvloop.run(process.run())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print(USAGE, file=sys.stderr)
+        return 2
+    try:
+        spec = read_spec(Path(arguments[0]))
+        set_up_logging(spec.log_format)
+        run(spec)
+    except TriremeError as error:
+        print(error.lines(), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

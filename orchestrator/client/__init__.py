@@ -1,0 +1,11 @@
+"""Client of a Trireme deployment over ZeroMQ: :class:`Client` (blocking) and :class:`AsyncClient`, the same protocol under both.
+
+Needs pyzmq and msgspec only. An answer survives the death of a router: the client holds the request's journal and goes on at another one.
+"""
+
+from orchestrator.client.aio import AsyncCall, AsyncClient
+from orchestrator.client.answer import Choice, Piece, Reply
+from orchestrator.client.sync import Call, Client
+from orchestrator.client.wires import ClientKeys
+
+__all__ = ["AsyncCall", "AsyncClient", "Call", "Choice", "Client", "ClientKeys", "Piece", "Reply"]

@@ -1,0 +1,52 @@
+"""What a caller gets: pieces as they come, and the whole at the end. Plain values."""
+
+from __future__ import annotations
+
+import msgspec
+
+from workers.wire import FinishReason, Logprobs, Usage
+
+
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
+    """What arrived for one choice: ``tokens`` at output positions ``first``.. and ``text`` that may be shown. ``finish_reason`` comes
+    with the choice's last piece."""
+
+    choice: int
+    first: int
+    tokens: list[int]
+    text: str = ""
+    logprobs: list[Logprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One whole answer. ``stop_id``: the stop token that ended it, which is not among ``tokens``."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    stop_id: int | None = None
+    logprobs: list[Logprobs] | None = None
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """All choices of a request. ``attempts``: routers that it took beyond the first."""
+
+    request: str
+    seed: int
+    prompt_tokens: int
+    choices: list[Choice]
+    prompt_logprobs: list[Logprobs] | None = None
+    attempts: int = 0
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.choices[0].text
+
+    @property
+    def tokens(self) -> list[int]:
+        """The first choice's ids."""
+        return self.choices[0].tokens

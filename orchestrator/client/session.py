@@ -1,0 +1,268 @@
+"""The client's side of the protocol, without sockets or clocks: bytes in, bytes out, time as an argument.
+
+Owns the live requests of one client and each one's journal (prompt ids, seed, tokens received), which is what lets another router go on
+where one stopped. Both clients are thin shells around it. Never blocks and never forgets a request before its end.
+
+    asked --Accepted--> streaming --every choice ended--> ended
+    asked, streaming --router silent, unreachable or closing--> asked of the next router, with the journal and attempt + 1
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Literal
+
+import msgspec
+
+from orchestrator.client.answer import Choice, Piece, Reply
+from workers import wire
+from workers.errors import Cancelled, DeadlineExceeded, Overloaded, TriremeError, Unavailable, from_code
+from workers.wire import Accepted, Cancel, Done, Failed, FinishReason, Generate, Journal, Logprobs, Query, Report, Tokens, Usage
+
+Endpoint = Literal["chat", "completions"]
+What = Literal["status", "models", "metrics"]
+
+#: A router that said nothing for this long while it owes an answer is given up, seconds.
+SILENCE_S = 2.0
+#: How often one request is asked again without a token in between, per router.
+ROUNDS = 5
+
+
+class _Track:
+    """One choice so far."""
+
+    __slots__ = ("finish", "logprobs", "stop_id", "text", "tokens", "usage")
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.text: list[str] = []
+        self.logprobs: list[Logprobs] = []
+        self.finish: FinishReason | None = None
+        self.usage = Usage(prompt_tokens=0, output_tokens=0)
+        self.stop_id: int | None = None
+
+
+class Exchange:
+    """A live request. ``pieces`` fills as messages come and is emptied by the shell; ``error`` or a full set of choices ends it."""
+
+    def __init__(self, request: str, endpoint: Endpoint, body: bytes, choices: int, *, texts: bool, deadline: float | None) -> None:
+        self.request, self.endpoint, self.body, self.texts, self.deadline = request, endpoint, body, texts, deadline
+        self.pieces: deque[Piece] = deque()
+        self.error: TriremeError | None = None
+        self.accepted: Accepted | None = None
+        self.prompt_logprobs: list[Logprobs] | None = None
+        #: Answer to a query.
+        self.report: bytes | None = None
+        self.tracks = [_Track() for _ in range(choices)]
+        self.stream = self.attempt = 0
+        self.router = 0
+        #: Times that it was asked since its last token.
+        self.asked = 0
+        #: Routers that had no room for it.
+        self.refused = 0
+        self.heard = 0.0
+
+    @property
+    def ended(self) -> bool:
+        return self.error is not None or self.report is not None or all(track.finish is not None for track in self.tracks)
+
+    def journal(self) -> Journal | None:
+        """What another router needs to go on; None before Accepted, when the request is simply asked anew."""
+        if self.accepted is None:
+            return None
+        return Journal(prompt_ids=self.accepted.prompt_ids, seed=self.accepted.seed, emitted=[track.tokens for track in self.tracks])
+
+    def answer(self) -> bytes:
+        """A query's answer. Raises the error that ended it."""
+        if self.report is None:
+            raise self.error or Unavailable("no answer")
+        return self.report
+
+    def reply(self) -> Reply:
+        """The whole answer. Raises the error that ended the request."""
+        if self.error is not None:
+            raise self.error
+        return Reply(
+            request=self.request,
+            seed=self.accepted.seed if self.accepted is not None else 0,
+            prompt_tokens=self.accepted.prompt_tokens if self.accepted is not None else 0,
+            choices=[_whole(index, track) for index, track in enumerate(self.tracks)],
+            prompt_logprobs=self.prompt_logprobs,
+            attempts=self.attempt,
+        )
+
+
+class Session:
+    """All exchanges of one client. ``routers``: how many there are. The shell renews the connections named in ``resets``, then sends
+    ``outbox``: (router, frame)."""
+
+    def __init__(self, boot: str, routers: int, *, silence_s: float = SILENCE_S) -> None:
+        self._boot, self._routers, self._silence_s = boot, routers, silence_s
+        self._live: dict[int, Exchange] = {}
+        self._next_stream = 0
+        self._preferred = 0
+        self.outbox: deque[tuple[int, bytes]] = deque()
+        self.resets: dict[int, None] = {}
+
+    @property
+    def live(self) -> int:
+        return len(self._live)
+
+    # --- what the caller does
+
+    def ask(self, exchange: Exchange, now: float) -> None:
+        exchange.router = self._preferred
+        self._send(exchange, now)
+
+    def query(self, what: What, now: float, deadline: float) -> Exchange:
+        """``report`` of the result is the answer."""
+        exchange = Exchange("", "chat", what.encode(), 1, texts=False, deadline=deadline)
+        exchange.router = self._preferred
+        self._send(exchange, now)
+        return exchange
+
+    def cancel(self, exchange: Exchange) -> None:
+        """End it here and now as cancelled; one that has ended stays as it is."""
+        if self._live.pop(exchange.stream, None) is not None:
+            self._post(exchange, Cancel(boot=self._boot, stream=exchange.stream))
+            self._end(exchange, Cancelled("the request was cancelled"))
+
+    def exchanges(self) -> list[Exchange]:
+        """The live ones."""
+        return list(self._live.values())
+
+    # --- what routers say
+
+    def received(self, router: int, frame: bytes, now: float) -> None:
+        """Raises :class:`~workers.wire.Malformed` on what is no message of a router."""
+        message = wire.decode_to_client(frame)
+        for exchange in self._live.values():
+            if exchange.router == router:
+                exchange.heard = now
+        if isinstance(message, Tokens):
+            self._tokens(message)
+            return
+        exchange_ = self._live.get(message.stream)
+        if exchange_ is None or exchange_.router != router:
+            return
+        if isinstance(message, Report):
+            exchange_.report = message.body
+        elif isinstance(message, Accepted):
+            if exchange_.accepted is None:
+                exchange_.accepted = message
+        elif isinstance(message, Done):
+            self._done(exchange_, message)
+        else:
+            self._failed(exchange_, message, now)
+        if exchange_.ended:
+            self._live.pop(message.stream, None)
+
+    def unreachable(self, router: int, now: float) -> None:
+        """A frame could not be given to this router."""
+        for exchange in [exchange for exchange in self._live.values() if exchange.router == router]:
+            self._leave(exchange, "it cannot be reached", now)
+
+    def tick(self, now: float) -> None:
+        """Act on the time that has passed."""
+        for exchange in list(self._live.values()):
+            if exchange.deadline is not None and now >= exchange.deadline:
+                self._post(exchange, Cancel(boot=self._boot, stream=exchange.stream))
+                self._end(exchange, DeadlineExceeded("the request's deadline passed"))
+            elif now - exchange.heard > self._silence_s:
+                self._leave(exchange, f"silent for {self._silence_s:.1f} s", now)
+
+    def _tokens(self, message: Tokens) -> None:
+        for stream, scores in message.prompt_logprobs or ():
+            exchange = self._live.get(stream)
+            if exchange is not None and exchange.prompt_logprobs is None:
+                exchange.prompt_logprobs = scores
+        for i, stream in enumerate(message.streams):
+            exchange = self._live.get(stream)
+            choice = message.choices[i] if message.choices is not None else 0
+            if exchange is None or message.attempts[i] != exchange.attempt or choice >= len(exchange.tracks):
+                continue
+            track, tokens, first = exchange.tracks[choice], message.tokens[i], message.firsts[i]
+            # Routers send in order and a journal names a message's end, so anything else belongs to a stream that was left.
+            if first != len(track.tokens):
+                continue
+            text = message.texts[i] if message.texts is not None else ""
+            logprobs = message.logprobs[i] if message.logprobs is not None else None
+            track.tokens += tokens
+            track.text.append(text)
+            if logprobs is not None:
+                track.logprobs += logprobs
+            exchange.asked = exchange.refused = 0
+            exchange.pieces.append(Piece(choice=choice, first=first, tokens=tokens, text=text, logprobs=logprobs))
+
+    def _done(self, exchange: Exchange, done: Done) -> None:
+        if done.attempt != exchange.attempt or done.choice >= len(exchange.tracks):
+            return
+        track = exchange.tracks[done.choice]
+        if track.finish is None:
+            track.finish, track.usage, track.stop_id = done.reason, done.usage, done.stop_id
+            track.text.append(done.text)
+            exchange.pieces.append(Piece(choice=done.choice, first=len(track.tokens), tokens=[], text=done.text, finish_reason=done.reason))
+
+    def _failed(self, exchange: Exchange, failed: Failed, now: float) -> None:
+        if failed.attempt != exchange.attempt:
+            return
+        error = from_code(failed.code, failed.message, retry_after=failed.retry_after)
+        error.param = failed.param
+        if isinstance(error, Overloaded) and exchange.refused < self._routers - 1:
+            exchange.refused += 1
+            self._move(exchange, now)
+        else:
+            self._end(exchange, error)
+
+    # --- which router
+
+    def _leave(self, exchange: Exchange, why: str, now: float) -> None:
+        """Its router does not answer. What is queued for that one must never reach it: it would run the request once more."""
+        self.resets[exchange.router] = None
+        if exchange.asked >= ROUNDS * self._routers:
+            self._end(exchange, Unavailable("no router answers", f"the last one: {why}", "is the deployment up?"))
+        else:
+            self._move(exchange, now)
+
+    def _move(self, exchange: Exchange, now: float) -> None:
+        """Ask the next router to go on from what is here."""
+        self._live.pop(exchange.stream, None)
+        if self._preferred == exchange.router:
+            self._preferred = (exchange.router + 1) % self._routers
+        exchange.router = (exchange.router + 1) % self._routers
+        exchange.attempt += 1
+        self._send(exchange, now)
+
+    def _send(self, exchange: Exchange, now: float) -> None:
+        self._next_stream += 1
+        exchange.stream, exchange.heard = self._next_stream, now
+        exchange.asked += 1
+        self._live[exchange.stream] = exchange
+        left = None if exchange.deadline is None else max(1, int((exchange.deadline - now) * 1000))
+        if not exchange.request:
+            what = msgspec.convert(exchange.body.decode(), What)
+            self._post(exchange, Query(boot=self._boot, stream=exchange.stream, what=what))
+            return
+        self._post(
+            exchange,
+            Generate(
+                boot=self._boot, stream=exchange.stream, request=exchange.request, endpoint=exchange.endpoint, body=exchange.body,
+                attempt=exchange.attempt, journal=exchange.journal(), texts=exchange.texts, deadline_ms=left,
+            ),
+        )  # fmt: skip
+
+    def _post(self, exchange: Exchange, message: wire.FromClient) -> None:
+        self.outbox.append((exchange.router, wire.encode(message)))
+
+    def _end(self, exchange: Exchange, error: TriremeError) -> None:
+        error.request = exchange.request
+        exchange.error = error
+        self._live.pop(exchange.stream, None)
+
+
+def _whole(index: int, track: _Track) -> Choice:
+    assert track.finish is not None
+    return Choice(
+        index=index, text="".join(track.text), tokens=track.tokens, finish_reason=track.finish, usage=track.usage, stop_id=track.stop_id,
+        logprobs=track.logprobs or None,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""A client's sockets: one DEALER to each router, CURVE on ``tcp://``. Never blocks; knows nothing of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import zmq
+
+from workers.errors import ConfigError
+from workers.spec import RouterAddress
+from workers.wire import HIGH_WATER, MAX_FRAME
+
+_HANDSHAKE_MS = 4000
+_RECONNECT_MS, _RECONNECT_MAX_MS = 100, 2000
+_PULSE_MS, _PULSE_TIMEOUT_MS = 500, 1500
+
+
+class ClientKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """This client's CURVE key pair in z85, needed for ``tcp://`` routers."""
+
+    public: str
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"ClientKeys(public={self.public!r})"
+
+
+class Wires:
+    """The sockets by router number. Raises ConfigError on an endpoint that cannot be used."""
+
+    def __init__(self, routers: Sequence[RouterAddress | str], keys: ClientKeys | None) -> None:
+        self._addresses = [RouterAddress(endpoint=router) if isinstance(router, str) else router for router in routers]
+        if not self._addresses:
+            raise ConfigError("a client needs the endpoint of a router")
+        for address in self._addresses:
+            if not address.endpoint.startswith(("ipc://", "tcp://")):
+                raise ConfigError(f"router endpoint {address.endpoint!r} is neither ipc:// nor tcp://")
+            if address.endpoint.startswith("tcp://") and (keys is None or not address.server_key):
+                raise ConfigError(f"no CURVE for {address.endpoint}", "it needs the router's public key and this client's key pair")
+        self._keys = keys
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.sockets = [self._connect(address) for address in self._addresses]
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def reset(self, router: int) -> None:
+        """Drop the connection and whatever is queued in it, and begin a new one."""
+        self.sockets[router].close(0)
+        self.sockets[router] = self._connect(self._addresses[router])
+
+    def send(self, router: int, frame: bytes) -> bool:
+        """False: this router has taken nothing for a whole high-water mark."""
+        try:
+            self.sockets[router].send(frame, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, router: int) -> bytes | None:
+        """The next frame; None = nothing is there."""
+        try:
+            return self.sockets[router].recv(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        for socket in self.sockets:
+            # Last words (Cancel) get a moment.
+            socket.close(100)
+        self._context.term()
+
+    def _connect(self, address: RouterAddress) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = HIGH_WATER
+        socket.maxmsgsize = MAX_FRAME
+        socket.handshake_ivl = _HANDSHAKE_MS
+        socket.reconnect_ivl, socket.reconnect_ivl_max = _RECONNECT_MS, _RECONNECT_MAX_MS
+        socket.heartbeat_ivl, socket.heartbeat_timeout = _PULSE_MS, _PULSE_TIMEOUT_MS
+        if address.endpoint.startswith("tcp://"):
+            assert self._keys is not None
+            socket.curve_serverkey = address.server_key.encode()
+            socket.curve_publickey, socket.curve_secretkey = self._keys.public.encode(), self._keys.secret.encode()
+        socket.connect(address.endpoint)
+        return socket

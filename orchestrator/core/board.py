@@ -1,0 +1,103 @@
+"""Where every live row of a router is: in its model's line, or on a stream at a replica; never both, never neither.
+
+Owns the indexes by request and by stream, the lines, and the totals. Moves rows and decides nothing: :mod:`orchestrator.core.route` says
+when, and tells replicas and doors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from orchestrator.core.fleet import Fleet, Replica
+from orchestrator.core.request import Line, Request, Row
+
+
+class Board:
+    """``counts``: totals since start, by event; a row counts as accepted once, and later as finished, failed or cancelled once."""
+
+    def __init__(self, models: Iterable[str]) -> None:
+        self.lines: dict[str, Line] = {name: Line() for name in dict.fromkeys(models)}
+        self.requests: dict[int, Request] = {}
+        self.streams: dict[int, Row] = {}
+        self.counts: dict[str, int] = dict.fromkeys(
+            (
+                "accepted", "finished", "failed", "cancelled", "resubmitted", "attached", "stale_tokens", "duplicate_tokens", "gaps",
+                "replicas_lost", "refused_hellos", "unknown_speakers", "overloaded",
+            ),
+            0,
+        )  # fmt: skip
+        self._serial = 0
+
+    def next(self) -> int:
+        """A number that was never given before: ids of requests, rows and streams."""
+        self._serial += 1
+        return self._serial
+
+    def find(self, replica: Replica, stream: int, attempt: int) -> Row | None:
+        """The row on this stream, if the message is of its present placement."""
+        row = self.streams.get(stream)
+        return row if row is not None and row.attempt == attempt and row.replica is replica else None
+
+    def place(self, row: Row, replica: Replica, tokens: int, now: float) -> None:
+        """From its line to a new stream at ``replica``, where ``tokens`` of its prompt have to be computed."""
+        self.lines[row.request.model].remove(row)
+        row.stream = self.next()
+        row.phase, row.replica, row.sent_at = "sent", replica, now
+        self.streams[row.stream] = row
+        replica.streams[row.stream] = tokens
+        replica.sent_tokens += tokens
+        replica.chosen = row.stream
+
+    def restream(self, row: Row, now: float) -> None:
+        """To another stream at the same replica."""
+        replica = row.replica
+        assert replica is not None
+        tokens = replica.streams.pop(row.stream)
+        del self.streams[row.stream]
+        row.stream = self.next()
+        self.streams[row.stream], replica.streams[row.stream] = row, tokens
+        row.phase, row.sent_at = "sent", now
+
+    def release(self, row: Row) -> Replica | None:
+        """Out of its place; returns the replica that still works on it."""
+        replica = row.replica
+        if replica is None:
+            self.lines[row.request.model].remove(row)
+            return None
+        del self.streams[row.stream], replica.streams[row.stream]
+        row.replica = None
+        return replica
+
+    def requeue(self, row: Row, now: float) -> None:
+        """A released row goes to the front of its line."""
+        row.phase, row.queued_at = "queued", now
+        self.lines[row.request.model].push_front(row)
+
+    def end(self, row: Row, how: str) -> None:
+        """A released row is over; its request too, if it was the last."""
+        row.phase = "ended"
+        self.counts[how] += 1
+        row.request.live -= 1
+        if not row.request.live:
+            del self.requests[row.request.id]
+
+    def check(self, fleet: Fleet) -> None:
+        """Assert that every live row is in exactly one place and that every index agrees."""
+        fleet.check()
+        rows = 0
+        for request in self.requests.values():
+            live = [row for row in request.rows if row.phase != "ended"]
+            assert live and request.live == len(live), f"request {request.id}: live count"
+            rows += len(live)
+            for row in live:
+                queued = row in self.lines[request.model]
+                assert queued == (row.phase == "queued"), f"row {row.id}: {row.phase} but queued={queued}"
+                assert (row.replica is None) == queued, f"row {row.id}: a place and a queue"
+                if row.replica is not None:
+                    assert self.streams.get(row.stream) is row and row.stream in row.replica.streams, f"row {row.id}: stream"
+                    assert row.replica.state != "lost" and fleet.replicas.get(row.replica.name) is row.replica
+        queued_rows = sum(map(len, self.lines.values()))
+        assert rows == len(self.streams) + queued_rows, "a row is in no place or in two"
+        assert len(self.streams) == sum(len(replica.streams) for replica in fleet.replicas.values()), "placements differ"
+        ended = self.counts["finished"] + self.counts["failed"] + self.counts["cancelled"]
+        assert self.counts["accepted"] == ended + rows, "a row ended twice or never"

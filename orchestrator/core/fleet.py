@@ -1,0 +1,252 @@
+"""The replica table of one router: who is there, since when, how loaded, and who must not be believed.
+
+Owns every :class:`Replica` record and its state. Never touches requests (the router's :mod:`orchestrator.core.route` does), clocks or
+sockets: ``peer`` is an opaque reply address, ``user`` the authenticated key (empty where the transport itself proves the caller), and
+neither is an identity alone. A replica is its name, fenced by epoch, held by one user, and spoken for by one process (``boot``).
+
+    (unknown) --Hello--> ready --Heartbeat.draining--> draining --Bye--> lost
+    ready, draining --silence | no progress | unreachable--> lost --healthy Heartbeat of the same boot--> ready
+    any --Hello of a newer epoch or process--> the old record is lost, a new one is ready
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from orchestrator.core.prefixes import PrefixRecord
+from workers.wire import PROTOCOL, Heartbeat, Hello
+
+State = Literal["ready", "draining", "lost"]
+
+#: Names that one router remembers; more are refused, so an authenticated peer cannot grow the table.
+MAX_REPLICAS = 1024
+#: A step may take this many times its prediction before it counts as hung.
+HANG_FACTOR = 4.0
+
+
+class Replica:
+    """One gang as this router knows it. ``streams``: the router's live placements here, in order, each with the prompt tokens that it had
+    to compute when it was sent. ``peer`` is empty while another connection's owner took its address over."""
+
+    __slots__ = (
+        "_tok_mark",
+        "boot",
+        "capacity",
+        "chosen",
+        "epoch",
+        "load",
+        "model",
+        "name",
+        "others",
+        "peer",
+        "prefixes",
+        "reason",
+        "refusing",
+        "resume",
+        "row_ms",
+        "seen",
+        "sent_tokens",
+        "since",
+        "spec_hash",
+        "state",
+        "streams",
+        "tok_s",
+        "user",
+    )  # fmt: skip
+
+    def __init__(self, peer: bytes, user: str, hello: Hello, now: float) -> None:
+        self.name, self.model, self.user, self.peer, self.boot = hello.replica, hello.model, user, peer, hello.boot
+        self.epoch, self.spec_hash, self.resume, self.capacity = hello.epoch, hello.spec_hash, hello.resume, hello.capacity
+        self.state: State = "ready"
+        self.reason = ""
+        self.since = self.seen = now
+        self.load: Heartbeat | None = None
+        self.streams: dict[int, int] = {}
+        #: Rows that other routers run here, as of the last heartbeat.
+        self.others = 0
+        #: Prompt tokens sent that the last heartbeat cannot have counted yet.
+        self.sent_tokens = 0
+        #: Smoothed life of a row here, ms; what a freed slot is waited for.
+        self.row_ms = 1000.0
+        #: Serial of the last placement here: ties go to the least recently chosen.
+        self.chosen = 0
+        #: It bounced a row; nothing more is sent before its next heartbeat.
+        self.refusing = False
+        self.prefixes = PrefixRecord(hello.capacity.num_blocks)
+        self.tok_s = 0.0
+        self._tok_mark: tuple[float, int] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows here as far as this router can tell: its own placements and what others were last seen to run."""
+        return len(self.streams) + self.others
+
+    @property
+    def lookahead(self) -> int:
+        """Rows kept queued at the replica itself, so that a slot freed in one step is filled in the next."""
+        return max(1, self.capacity.max_batch_size // 16)
+
+    @property
+    def step_ms(self) -> float:
+        """Length of a step here of late."""
+        return max(0.1, self.load.step_ms) if self.load is not None else 1.0
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that wait here before a new row's: reported, and sent since."""
+        return (self.load.prefill_tokens if self.load is not None else 0) + self.sent_tokens
+
+    @property
+    def free_rows(self) -> int:
+        """How many more rows may be sent now."""
+        if self.state != "ready" or self.refusing:
+            return 0
+        return max(0, self.capacity.max_batch_size + self.lookahead - self.rows)
+
+    def beat(self, heartbeat: Heartbeat, accepted: int, unseen_tokens: int, now: float) -> None:
+        """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``unseen_tokens``: prompt tokens of those it cannot."""
+        self.load = heartbeat
+        self.others = max(0, heartbeat.running + heartbeat.waiting - accepted)
+        self.sent_tokens = unseen_tokens
+        self.refusing = False
+        mark = self._tok_mark
+        if mark is None or heartbeat.output_tokens_total < mark[1]:
+            self._tok_mark = (now, heartbeat.output_tokens_total)
+        elif now - mark[0] >= 1.0:
+            self.tok_s = (heartbeat.output_tokens_total - mark[1]) / (now - mark[0])
+            self._tok_mark = (now, heartbeat.output_tokens_total)
+
+
+class Joined(msgspec.Struct, frozen=True):
+    """A Hello that was believed. ``replaced``: the record that it ended; ``fresh`` False = the same process on another connection."""
+
+    replica: Replica
+    replaced: Replica | None
+    fresh: bool
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """A Hello that was not believed; ``reason`` goes out in Bye (``stale`` tells a gang to exit)."""
+
+    reason: Literal["stale", "denied", "protocol", "full", "model"]
+
+
+class Fleet:
+    """All replicas by name, fenced by epoch. Bounds: :data:`MAX_REPLICAS` names, one record each."""
+
+    def __init__(self, replica_timeout_s: float, hang_floor_s: float) -> None:
+        self._timeout, self._hang_floor = replica_timeout_s, hang_floor_s
+        self.replicas: dict[str, Replica] = {}
+        self._by_peer: dict[bytes, Replica] = {}
+        self._by_boot: dict[str, Replica] = {}
+
+    def hello(self, peer: bytes, user: str, hello: Hello, now: float) -> Joined | Refused:
+        """Judge a Hello. The largest epoch of a name is kept for good; a live name belongs to the user that holds it; a process speaks
+        for one name."""
+        if hello.protocol != PROTOCOL:
+            return Refused("protocol")
+        old = self.replicas.get(hello.replica)
+        speaker = self._by_boot.get(hello.boot)
+        if speaker is not None and speaker is not old:
+            return Refused("denied")
+        if old is None and len(self.replicas) >= MAX_REPLICAS:
+            return Refused("full")
+        if old is not None:
+            if hello.epoch < old.epoch:
+                return Refused("stale")
+            if old.user != user and old.state != "lost":
+                return Refused("denied")
+            if old.boot == hello.boot and old.epoch == hello.epoch and old.user == user:
+                self._move(old, peer)
+                if old.state == "lost":
+                    self._enter(old, "ready", "", now)
+                old.seen = now
+                return Joined(old, None, False)
+            self._forget(old)
+        replica = Replica(b"", user, hello, now)
+        self.replicas[hello.replica] = replica
+        self._by_boot[hello.boot] = replica
+        self._move(replica, peer)
+        return Joined(replica, old, True)
+
+    def speaker(self, peer: bytes, user: str, boot: str) -> tuple[Replica | None, bool]:
+        """Whose message this is, and whether it came on another connection than the last (a silent reconnect).
+
+        Believed only if the process's nonce and the authenticated user are the ones of its Hello.
+        """
+        replica = self._by_peer.get(peer)
+        if replica is not None and replica.boot == boot and replica.user == user:
+            return replica, False
+        replica = self._by_boot.get(boot)
+        if replica is None or replica.user != user:
+            return None, False
+        self._move(replica, peer)
+        return replica, True
+
+    def judge(self, replica: Replica, heartbeat: Heartbeat, now: float) -> str:
+        """Set the state that a heartbeat asks for. Returns why the replica is newly lost, else an empty string."""
+        bound = max(self._hang_floor * 1000.0, HANG_FACTOR * heartbeat.predicted_ms)
+        if heartbeat.busy_ms > bound:
+            return f"no progress: step {heartbeat.step} runs for {heartbeat.busy_ms:.0f} ms, its bound is {bound:.0f} ms"
+        wanted: State = "draining" if heartbeat.draining else "ready"
+        if replica.state != wanted:
+            self._enter(replica, wanted, "", now)
+        return ""
+
+    def lose(self, replica: Replica, reason: str, now: float) -> bool:
+        """Mark as lost; False if it was so already. Its prefix record goes: a restarted process has an empty cache."""
+        if replica.state == "lost":
+            return False
+        self._enter(replica, "lost", reason, now)
+        replica.load = None
+        replica.others = replica.sent_tokens = 0
+        replica.tok_s = 0.0
+        return True
+
+    def silent(self, now: float) -> list[Replica]:
+        """Replicas that were not heard for ``replica_timeout_s`` and are not lost yet."""
+        return [r for r in self.replicas.values() if r.state != "lost" and now - r.seen > self._timeout]
+
+    def at(self, peer: bytes) -> Replica | None:
+        """The replica last heard on this connection."""
+        return self._by_peer.get(peer)
+
+    def serving(self, model: str) -> list[Replica]:
+        """Replicas of a model that take or finish rows: ready ones and draining ones."""
+        return [r for r in self.replicas.values() if r.model == model and r.state != "lost"]
+
+    def check(self) -> None:
+        """Assert that the three indexes tell the same story."""
+        for name, replica in self.replicas.items():
+            assert replica.name == name
+            assert self._by_boot.get(replica.boot) is replica, f"{name}: boot index"
+            assert not replica.peer or self._by_peer.get(replica.peer) is replica, f"{name}: peer index"
+        for peer, replica in self._by_peer.items():
+            assert replica.peer == peer and self.replicas.get(replica.name) is replica, f"{replica.name}: dead record indexed"
+        assert len(self._by_boot) == len(self.replicas)
+
+    def _enter(self, replica: Replica, state: State, reason: str, now: float) -> None:
+        replica.state, replica.reason, replica.since = state, reason, now
+        if state == "lost":
+            replica.prefixes.clear()
+
+    def _move(self, replica: Replica, peer: bytes) -> None:
+        if replica.peer == peer:
+            return
+        holder = self._by_peer.get(peer)
+        if holder is not None:
+            holder.peer = b""
+        self._drop_peer(replica)
+        replica.peer = peer
+        self._by_peer[peer] = replica
+
+    def _forget(self, replica: Replica) -> None:
+        self._drop_peer(replica)
+        if self._by_boot.get(replica.boot) is replica:
+            del self._by_boot[replica.boot]
+
+    def _drop_peer(self, replica: Replica) -> None:
+        if self._by_peer.get(replica.peer) is replica:
+            del self._by_peer[replica.peer]

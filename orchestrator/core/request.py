@@ -1,0 +1,185 @@
+"""A router's record of one request, and what the routing core asks its shell to do.
+
+The record is what makes a dead replica a pause and not a loss: prompt ids, emitted ids, parameters with the resolved seed, attempt. Only
+:mod:`orchestrator.core.route` writes it.
+
+    queued --Submit--> sent --Accepted | Tokens--> running --Done | Failed | finish | cancel | deadline--> ended
+    sent, running --replica lost, bounced, no Accepted in time--> queued (at the front, attempt + 1)
+    running --connection moved, gap--> sent (by Attach, same attempt)
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Literal, Protocol, TypeAlias
+
+import msgspec
+
+from orchestrator.core.fleet import Replica
+from workers.errors import TriremeError
+from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, ToReplica, Usage
+
+Phase = Literal["queued", "sent", "running", "ended"]
+
+#: A door's own attempt (a client that continues here after another router died) outranks every placement under the former one.
+ATTEMPTS_PER_ASK = 1024
+
+
+class Asked(Protocol):
+    """What the core reads of a request; ``orchestrator.router.seam.Ask`` has it all and documents it."""
+
+    @property
+    def client(self) -> str: ...
+    @property
+    def request(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def prompt_ids(self) -> list[int]: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def affinity(self) -> str: ...
+    @property
+    def salt(self) -> str: ...
+    @property
+    def credit(self) -> int: ...
+    @property
+    def deadline_s(self) -> float | None: ...
+    @property
+    def emitted(self) -> list[list[int]]: ...
+    @property
+    def attempt(self) -> int: ...
+
+
+class Row:
+    """One choice of a request. ``emitted`` includes what the client held at the start (``base`` tokens); ``granted`` counts beyond it."""
+
+    __slots__ = (
+        "attempt", "attempts", "base", "choice", "deaths", "emitted", "granted", "id", "params", "phase", "queued_at", "replica",
+        "request", "scored", "sent_at", "short", "stream",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, id: int, choice: int, params: SamplingParams, emitted: list[int]) -> None:
+        self.request, self.id, self.choice, self.params, self.emitted = request, id, choice, params, emitted
+        self.base = len(emitted)
+        self.granted = request.ask.credit
+        self.phase: Phase = "queued"
+        self.replica: Replica | None = None
+        self.stream = 0
+        #: Attempt of the current placement, and how many placements there were.
+        self.attempt = self.attempts = 0
+        #: Replicas lost while the row was there.
+        self.deaths = 0
+        self.queued_at, self.sent_at = request.arrived, 0.0
+        #: A Done came before its tokens once.
+        self.short = False
+        #: Prompt logprobs went out.
+        self.scored = False
+
+    @property
+    def credit(self) -> int:
+        """Tokens that the client will still take."""
+        return UNLIMITED if self.granted >= UNLIMITED else self.granted - (len(self.emitted) - self.base)
+
+    @property
+    def known(self) -> int:
+        """Tokens that a replica must hold before it decodes the next."""
+        return len(self.request.ask.prompt_ids) + len(self.emitted)
+
+
+class Request:
+    """A live request. ``id`` comes back in every delivery. ``deadline`` is absolute, inf = none."""
+
+    __slots__ = ("arrived", "ask", "chains", "deadline", "id", "live", "model", "rows")
+
+    def __init__(self, id: int, ask: Asked, model: str, now: float, deadline: float) -> None:
+        self.id, self.ask, self.model, self.arrived, self.deadline = id, ask, model, now, deadline
+        self.rows: list[Row] = []
+        #: Rows not ended.
+        self.live = 0
+        #: Prefix hashes of the prompt by block size, computed when first needed.
+        self.chains: dict[int, list[int]] = {}
+
+
+class Line:
+    """One model's queue. Rows that lost their place go before new ones, each group in its own order."""
+
+    __slots__ = ("_fresh", "_returned")
+
+    def __init__(self) -> None:
+        self._returned: OrderedDict[int, Row] = OrderedDict()
+        self._fresh: OrderedDict[int, Row] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._returned) + len(self._fresh)
+
+    def __contains__(self, row: Row) -> bool:
+        return row.id in self._fresh or row.id in self._returned
+
+    def push(self, row: Row) -> None:
+        self._fresh[row.id] = row
+
+    def push_front(self, row: Row) -> None:
+        self._returned[row.id] = row
+
+    def first(self) -> Row | None:
+        for rows in (self._returned, self._fresh):
+            for row in rows.values():
+                return row
+        return None
+
+    def remove(self, row: Row) -> None:
+        if self._fresh.pop(row.id, None) is None:
+            del self._returned[row.id]
+
+    def rows(self) -> list[Row]:
+        return [*self._returned.values(), *self._fresh.values()]
+
+
+class Send(msgspec.Struct, frozen=True, gc=False):
+    """Give ``message`` to the connection ``peer``; if it cannot be taken, tell the core by ``unreachable``."""
+
+    peer: bytes
+    message: ToReplica
+
+
+class Deliver(msgspec.Struct, frozen=True, gc=False):
+    """Tokens for a choice, in order, without gap or repeat: ``first`` continues the last delivery."""
+
+    request: int
+    choice: int
+    first: int
+    tokens: list[int]
+    logprobs: list[Logprobs] | None
+
+
+class Scored(msgspec.Struct, frozen=True, gc=False):
+    """Prompt logprobs of a choice, once."""
+
+    request: int
+    choice: int
+    logprobs: list[Logprobs]
+
+
+class Finished(msgspec.Struct, frozen=True, gc=False):
+    """A choice's terminal: done."""
+
+    request: int
+    choice: int
+    reason: FinishReason
+    usage: Usage
+    stop_id: int | None
+
+
+class Errored(msgspec.Struct, frozen=True, gc=False):
+    """A choice's terminal: failed."""
+
+    request: int
+    choice: int
+    error: TriremeError
+
+
+Action: TypeAlias = Send | Deliver | Scored | Finished | Errored

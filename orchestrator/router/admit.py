@@ -1,0 +1,54 @@
+"""Who may speak on a ``tcp://`` socket: the table of public keys and the roles that they were given.
+
+Owns the table in force. Never reads files (its caller does, and replaces the table when the file changes) and never sees a secret key.
+The file is JSON: ``{"<public key in z85>": {"role": "replica", "name": "r0"}, ...}``; roles are ``replica``, ``client`` and ``router``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from workers.errors import ConfigError
+
+Role = Literal["replica", "client", "router"]
+
+
+class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one key may be. ``name``: the only replica name that it may say Hello as; empty = any."""
+
+    role: Role
+    name: str = ""
+
+
+def parse_grants(data: bytes) -> dict[str, Grant]:
+    """Decode an allowed-keys file. Raises ConfigError, which never quotes the file."""
+    try:
+        grants = msgspec.json.decode(data, type=dict[str, Grant])
+    except msgspec.DecodeError as error:
+        raise ConfigError("the allowed-keys file cannot be read", str(error)) from None
+    if not all(len(key) == 40 and key.isascii() for key in grants):
+        raise ConfigError("the allowed-keys file holds a key that is not 40 characters of z85")
+    return grants
+
+
+class Gate:
+    """The table in force. ``admits`` is asked once a connection by ZAP and once a message by the doors, so a key that was removed is out at
+    its next message."""
+
+    def __init__(self, grants: Mapping[str, Grant]) -> None:
+        self._grants = dict(grants)
+
+    def replace(self, grants: Mapping[str, Grant]) -> None:
+        self._grants = dict(grants)
+
+    def admits(self, user: str, role: str) -> bool:
+        grant = self._grants.get(user)
+        return grant is not None and grant.role == role
+
+    def may_be(self, user: str, replica: str) -> bool:
+        """Whether the key ``user`` may speak for the replica of this name."""
+        grant = self._grants.get(user)
+        return grant is not None and grant.role == "replica" and grant.name in ("", replica)

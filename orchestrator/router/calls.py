@@ -1,0 +1,238 @@
+"""One RPC request inside the router: what its client has been sent, so that it can be sent again.
+
+Owns the record of one :class:`~workers.wire.Generate` from receipt to its last terminal message, and the parallel lists of what the next
+message to each client holds. Never touches a socket: :mod:`orchestrator.router.rpc` flushes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import msgspec
+
+from orchestrator.metrics import RequestMeter
+from orchestrator.router.seam import Ticket
+from workers.errors import TriremeError
+from workers.wire import Accepted, Done, Failed, FinishReason, Logprobs, Tokens, Usage
+
+#: (client key, the client's own request id): the lasting name of a request.
+Name: TypeAlias = tuple[str, str]
+
+
+class Outgoing:
+    """What one client gets next: tokens of all its streams in one message, then the terminal messages behind them."""
+
+    __slots__ = (
+        "_attempts",
+        "_choices",
+        "_firsts",
+        "_logprobs",
+        "_prompts",
+        "_scored",
+        "_streams",
+        "_texts",
+        "_tokens",
+        "others",
+        "spoken",
+    )
+
+    def __init__(self) -> None:
+        self._clear()
+        self.others: list[Done | Failed] = []
+
+    def _clear(self) -> None:
+        self._streams: list[int] = []
+        self._attempts: list[int] = []
+        self._firsts: list[int] = []
+        self._tokens: list[list[int]] = []
+        self._texts: list[str] = []
+        self._choices: list[int] = []
+        self._logprobs: list[list[Logprobs] | None] = []
+        self._prompts: list[tuple[int, list[Logprobs]]] = []
+        self._scored = self.spoken = False
+
+    def add(
+        self, stream: int, attempt: int, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None
+    ) -> None:
+        self._streams.append(stream)
+        self._attempts.append(attempt)
+        self._choices.append(choice)
+        self._firsts.append(first)
+        self._tokens.append(tokens)
+        self._texts.append(text or "")
+        self._logprobs.append(logprobs)
+        self.spoken |= text is not None
+        self._scored |= logprobs is not None
+
+    def add_prompt(self, stream: int, logprobs: list[Logprobs]) -> None:
+        self._prompts.append((stream, logprobs))
+
+    def take(self, boot: str) -> list[Tokens | Done | Failed]:
+        """The messages, in order; afterwards it is empty."""
+        messages: list[Tokens | Done | Failed] = []
+        if self._streams or self._prompts:
+            messages.append(
+                Tokens(
+                    boot=boot,
+                    streams=self._streams,
+                    attempts=self._attempts,
+                    firsts=self._firsts,
+                    tokens=self._tokens,
+                    logprobs=self._logprobs if self._scored else None,
+                    prompt_logprobs=self._prompts or None,
+                    texts=self._texts if self.spoken else None,
+                    choices=self._choices if any(self._choices) else None,
+                )
+            )
+            self._clear()
+        messages += self.others
+        self.others = []
+        return messages
+
+
+class _Choice:
+    """All that one choice has produced here. ``starts`` and ``texts``: where each delivery began, and its text."""
+
+    __slots__ = ("base", "end", "logprobs", "starts", "texts", "tokens")
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.tokens: list[int] = []
+        self.logprobs: list[Logprobs] = []
+        self.starts: list[int] = []
+        self.texts: list[str] = []
+        self.end: Done | Failed | None = None
+
+
+class Call:
+    """A client's request, and what its watcher tells (a TextSink). ``stream`` and ``attempt`` are those of the client's last Generate,
+    ``peer`` where it came from. ``spoken``: the client wants text."""
+
+    def __init__(self, name: Name, boot: str, spoken: bool, outgoing: Callable[[bytes], Outgoing], ended: Callable[[Call], None]) -> None:
+        self.name, self._boot, self.spoken, self._outgoing, self._ended = name, boot, spoken, outgoing, ended
+        self.peer, self.client_boot, self.stream, self.attempt = b"", "", 0, 0
+        self.accepted: Accepted | None = None
+        self.ticket: Ticket | None = None
+        self.meter: RequestMeter | None = None
+        self.choices: list[_Choice] = []
+        self.prompt: list[Logprobs] | None = None
+        self._open = 0
+        #: Cancelled before it was submitted.
+        self.cancelled = False
+        #: When its client was first found gone; None = it is there.
+        self.lost_at: float | None = None
+
+    def open(self, bases: list[int]) -> None:
+        """Its choices begin; ``bases``: tokens of each that the client holds already."""
+        self.choices = [_Choice(base) for base in bases]
+        self._open = len(bases)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it ended well: a failure may pass, so a repeat of one is a new request."""
+        return all(isinstance(choice.end, Done) for choice in self.choices)
+
+    @property
+    def size(self) -> int:
+        """Tokens kept."""
+        return sum(len(choice.tokens) for choice in self.choices)
+
+    def attach(self, peer: bytes, boot: str, stream: int, attempt: int) -> None:
+        """From now on this connection and stream get what happens."""
+        self.peer, self.client_boot, self.stream, self.attempt, self.lost_at = peer, boot, stream, attempt, None
+
+    def replay(self, have: list[int]) -> None:
+        """Send again what the client does not hold: ``have`` tokens of each choice."""
+        out = self._outgoing(self.peer)
+        if self.prompt is not None:
+            out.add_prompt(self.stream, self.prompt)
+        for index, choice in enumerate(self.choices):
+            skip = max(0, (have[index] if index < len(have) else 0) - choice.base)
+            if skip < len(choice.tokens):
+                text = "".join(text for start, text in zip(choice.starts, choice.texts, strict=True) if start >= skip)
+                scores = choice.logprobs[skip:] if choice.logprobs else None
+                self._add(index, choice.base + skip, choice.tokens[skip:], text if self.spoken else None, scores)
+            if choice.end is not None:
+                self._outgoing(self.peer).others.append(self._addressed(choice.end))
+
+    def on_ids(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
+        """Tokens that nobody made text of."""
+        record = self.choices[choice]
+        record.tokens += tokens
+        if logprobs is not None:
+            record.logprobs += logprobs
+        self._add(choice, first, tokens, None, logprobs)
+
+    # --- TextSink
+
+    def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
+        record = self.choices[choice]
+        record.starts.append(len(record.tokens))
+        record.texts.append(text)
+        record.tokens += tokens
+        if logprobs is not None:
+            record.logprobs += logprobs
+        self._add(choice, first, tokens, text, logprobs)
+
+    def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
+        if self.prompt is None:
+            self.prompt = logprobs
+            self._outgoing(self.peer).add_prompt(self.stream, logprobs)
+
+    def on_end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
+        stop_id = stopped_by if isinstance(stopped_by, int) else None
+        self._finish(
+            choice,
+            Done(boot=self._boot, stream=0, attempt=0, reason=reason, usage=usage, stop_id=stop_id, choice=choice, text=tail),
+        )
+
+    def on_failed(self, choice: int, error: TriremeError) -> None:
+        failed = Failed(
+            boot=self._boot,
+            stream=0,
+            attempt=0,
+            code=error.code,
+            message=str(error),
+            retry_after=error.retry_after,
+            param=error.param,
+            choice=choice,
+        )
+        self._finish(choice, failed)
+
+    def _add(self, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None) -> None:
+        self._outgoing(self.peer).add(self.stream, self.attempt, choice, first, tokens, text, logprobs)
+
+    def _finish(self, choice: int, end: Done | Failed) -> None:
+        self.choices[choice].end = end
+        self._outgoing(self.peer).others.append(self._addressed(end))
+        self._open -= 1
+        if not self._open:
+            self._ended(self)
+
+    def _addressed(self, end: Done | Failed) -> Done | Failed:
+        return msgspec.structs.replace(end, stream=self.stream, attempt=self.attempt)
+
+
+class IdsWatcher:
+    """The watcher of a call that wants ids only: counts them and passes them on."""
+
+    __slots__ = ("_call", "_meter")
+
+    def __init__(self, call: Call, meter: RequestMeter) -> None:
+        self._call, self._meter = call, meter
+
+    def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
+        self._meter.tokens(len(tokens))
+        self._call.on_ids(choice, first, tokens, logprobs)
+
+    def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
+        self._call.on_prompt(choice, logprobs)
+
+    def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
+        self._meter.ended(reason, usage)
+        self._call.on_end(choice, reason, usage, stop_id, "")
+
+    def on_failed(self, choice: int, error: TriremeError) -> None:
+        self._meter.failed(error.code)
+        self._call.on_failed(choice, error)

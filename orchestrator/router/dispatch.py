@@ -1,0 +1,231 @@
+"""The shell of the routing core: gives it events with the time, and does what it asks.
+
+Owns the watchers of live requests. Implements :class:`orchestrator.router.seam.Dispatcher`. Decides nothing itself, never awaits, and an
+error in one request's watcher never reaches another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from orchestrator.core.fleet import Replica
+from orchestrator.core.request import Action, Deliver, Errored, Finished, Scored, Send
+from orchestrator.core.route import Route
+from orchestrator.router.seam import Ask, ModelStatus, Watcher
+from workers.errors import EngineFault
+from workers.wire import FromReplica, ToReplica
+
+log = logging.getLogger("trireme.dispatch")
+
+#: Gives a message to a replica's connection; False = it cannot be taken.
+SendToReplica = Callable[[bytes, ToReplica], bool]
+
+
+class Flight:
+    """A live request's :class:`~orchestrator.router.seam.Ticket`. ``open``: choices whose watcher still expects something."""
+
+    __slots__ = ("_dispatch", "id", "open", "watcher")
+
+    def __init__(self, dispatch: RouterDispatch, id: int, choices: int, watcher: Watcher) -> None:
+        self._dispatch, self.id, self.watcher = dispatch, id, watcher
+        self.open = set(range(choices))
+
+    def cancel(self) -> None:
+        self.open.clear()
+        self._dispatch.cancel(self)
+
+    def finish(self, choice: int) -> None:
+        self.open.discard(choice)
+        self._dispatch.finish(self, choice)
+
+    def credit(self, tokens: int) -> None:
+        self._dispatch.credit(self, tokens)
+
+
+class RouterDispatch:
+    """One router's dispatcher. ``send`` belongs to the replica link; ``clock`` is monotonic seconds."""
+
+    def __init__(self, route: Route, *, name: str, send: SendToReplica, clock: Callable[[], float]) -> None:
+        self._route, self._name, self._send, self._clock = route, name, send, clock
+        self._flights: dict[int, Flight] = {}
+        self._pumping = self._armed = False
+
+    # --- the doors' side
+
+    def submit(self, ask: Ask, watcher: Watcher) -> Flight:
+        """Raises NotFound, Overloaded, Unavailable, DeadlineExceeded. The watcher hears nothing before the loop's next turn."""
+        id = self._route.submit(ask, self._clock())
+        flight = self._flights[id] = Flight(self, id, ask.n, watcher)
+        self._arm()
+        return flight
+
+    def cancel(self, flight: Flight) -> None:
+        if self._flights.pop(flight.id, None) is not None:
+            self._route.cancel(flight.id, self._clock())
+            self._arm()
+
+    def finish(self, flight: Flight, choice: int) -> None:
+        self._route.finish(flight.id, choice, self._clock())
+        if not flight.open:
+            self._flights.pop(flight.id, None)
+        self._arm()
+
+    def credit(self, flight: Flight, tokens: int) -> None:
+        self._route.credit(flight.id, tokens)
+        self._arm()
+
+    def model(self, name: str) -> ModelStatus | None:
+        """What every ready replica of the model can do; of those that are lost while none is ready."""
+        resolved = self._route.resolve(name)
+        if resolved is None:
+            return None
+        known = [replica for replica in self._route.fleet.replicas.values() if replica.model == resolved]
+        ready = [replica for replica in known if replica.state == "ready"]
+        facts = [replica.capacity for replica in ready or known]
+        return ModelStatus(
+            name=resolved,
+            ready=len(ready),
+            max_seq_len=min((fact.max_seq_len for fact in facts), default=0),
+            vocab_size=min((fact.vocab_size for fact in facts), default=0),
+            block_size=min((fact.block_size for fact in facts), default=0),
+            guided=all(fact.guided for fact in facts),
+        )
+
+    def ready(self) -> bool:
+        fleet = self._route.fleet
+        return all(any(replica.state == "ready" for replica in fleet.serving(model)) for model in self._route.models)
+
+    def status(self) -> dict[str, object]:
+        route = self._route
+        return {
+            "router": self._name,
+            "closing": route.closing,
+            "queue": {model: route.waiting(model) for model in route.models},
+            "running": route.placed,
+            "counts": dict(route.counts),
+            "replicas": [_describe(replica, self._clock()) for replica in route.fleet.replicas.values()],
+        }
+
+    # --- the replicas' side
+
+    def hear(self, peer: bytes, user: str, message: FromReplica) -> None:
+        self._route.hear(peer, user, message, self._clock())
+        self.pump()
+
+    def tick(self) -> None:
+        self._route.tick(self._clock())
+        self.pump()
+        if not self._route.live:
+            self._route.check()
+
+    def close(self) -> None:
+        """Accept nothing new."""
+        self._route.close()
+
+    def abort(self) -> None:
+        """Fail what is left and tell the replicas."""
+        self._route.abort(self._clock())
+        self.pump()
+
+    @property
+    def live(self) -> int:
+        return self._route.live
+
+    def peers(self) -> list[bytes]:
+        """Connections of replicas that are not lost."""
+        return [replica.peer for replica in self._route.fleet.replicas.values() if replica.state != "lost"]
+
+    def unreachable(self, peer: bytes) -> None:
+        self._route.unreachable(peer, self._clock())
+        self._arm()
+
+    def pump(self) -> None:
+        """Do everything that the core asks; watchers may call back into this object, which only adds to what is to be done."""
+        if self._pumping:
+            return
+        self._pumping, self._armed = True, False
+        try:
+            while actions := self._route.take():
+                for action in actions:
+                    self._act(action)
+        finally:
+            self._pumping = False
+
+    def _arm(self) -> None:
+        if not self._armed and not self._pumping:
+            self._armed = True
+            asyncio.get_running_loop().call_soon(self.pump)
+
+    def _act(self, action: Action) -> None:
+        if isinstance(action, Send):
+            if action.peer and not self._send(action.peer, action.message):
+                self._route.unreachable(action.peer, self._clock())
+            return
+        flight = self._flights.get(action.request)
+        if flight is None or action.choice not in flight.open:
+            return
+        try:
+            if isinstance(action, Deliver):
+                flight.watcher.on_tokens(action.choice, action.first, action.tokens, action.logprobs)
+            else:
+                self._tell(flight, action)
+        except Exception as error:
+            # The edge of a request: whatever its door did wrong ends this request only.
+            log.exception("request %d: its door failed", flight.id)
+            self._break(flight, error)
+
+    def _tell(self, flight: Flight, action: Scored | Finished | Errored) -> None:
+        watcher = flight.watcher
+        if isinstance(action, Scored):
+            watcher.on_prompt(action.choice, action.logprobs)
+            return
+        flight.open.discard(action.choice)
+        if not flight.open:
+            self._flights.pop(flight.id, None)
+        if isinstance(action, Finished):
+            watcher.on_done(action.choice, action.reason, action.usage, action.stop_id)
+        else:
+            watcher.on_failed(action.choice, action.error)
+
+    def _break(self, flight: Flight, error: Exception) -> None:
+        choices = sorted(flight.open)
+        flight.cancel()
+        for choice in choices:
+            try:
+                flight.watcher.on_failed(
+                    choice, EngineFault("the router failed on this request", type(error).__name__, code="internal_error")
+                )
+            except Exception:
+                log.exception("request %d: its door failed again", flight.id)
+                return
+
+
+def _describe(replica: Replica, now: float) -> dict[str, object]:
+    capacity, load = replica.capacity, replica.load
+    row: dict[str, object] = {
+        "name": replica.name,
+        "model": replica.model,
+        "state": replica.state,
+        "reason": replica.reason,
+        "epoch": replica.epoch,
+        "age_s": round(now - replica.since, 3),
+        "tp": capacity.tp,
+        "pp": capacity.pp,
+        "engine": capacity.engine,
+        "dtype": capacity.dtype,
+        "resume": replica.resume,
+        "max_batch_size": capacity.max_batch_size,
+        "max_seq_len": capacity.max_seq_len,
+        "num_blocks": capacity.num_blocks,
+        "free_blocks": load.free_blocks if load is not None else 0,
+        "rows": len(replica.streams),
+        "tok_s": round(replica.tok_s, 1),
+    }
+    for field in (
+        "running", "waiting", "step", "busy_ms", "step_ms", "prefill_tokens", "prompt_tokens_total", "output_tokens_total",
+        "prefix_queries_total", "prefix_hits_total", "preemptions_total",
+    ):  # fmt: skip
+        row[field] = getattr(load, field) if load is not None else 0
+    return row

@@ -1,0 +1,168 @@
+"""One bound ROUTER socket on the event loop: what both ZeroMQ sides of a router have in common.
+
+Owns the socket and its limits. Polls the socket's descriptor from the loop, which costs a fraction of ``zmq.asyncio``. Knows who sent a
+frame (the authenticated key on ``tcp://``), nothing about what is in it. Never waits: a send that would block has failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket as unix
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from orchestrator.router.admit import Gate, Role
+from workers.errors import ConfigError, EnvironmentFault
+from workers.sockets import KeyPair
+from workers.wire import HIGH_WATER, MAX_FRAME
+
+#: Frames taken in one turn of the loop before others have theirs.
+TURN_FRAMES = 256
+_HANDSHAKE_MS = 4000
+_PULSE_MS, _PULSE_TIMEOUT_MS = 500, 1500
+
+#: (peer, authenticated key or "", frame). The frame is valid during the call only.
+OnFrame = Callable[[bytes, str, bytes | memoryview], None]
+
+
+class Port:
+    """Bind ``endpoint`` for peers of one ``role``. Raises ConfigError on one that would be unsafe, EnvironmentFault on one that is taken.
+
+    ``on_malformed`` is told the sender of what was not one frame. ``endpoint`` afterwards is what was really bound.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        role: Role,
+        *,
+        keys: KeyPair | None,
+        gate: Gate,
+        on_frame: OnFrame,
+        on_malformed: Callable[[bytes], None],
+    ) -> None:
+        self._role, self._gate, self._on_frame, self._on_malformed = role, gate, on_frame, on_malformed
+        self._secure = endpoint.startswith("tcp://")
+        self._armed = False
+        #: Frames of peers whose key was taken off the list after they connected.
+        self.refused = 0
+        self._socket = socket = context.socket(zmq.ROUTER)
+        socket.router_mandatory = True
+        socket.sndhwm = socket.rcvhwm = HIGH_WATER
+        socket.maxmsgsize = MAX_FRAME
+        socket.handshake_ivl = _HANDSHAKE_MS
+        socket.heartbeat_ivl, socket.heartbeat_timeout = _PULSE_MS, _PULSE_TIMEOUT_MS
+        socket.linger = 0
+        try:
+            self._bind(endpoint, keys)
+        except BaseException:
+            socket.close()
+            raise
+        self.endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _bind(self, endpoint: str, keys: KeyPair | None) -> None:
+        if self._secure:
+            if keys is None:
+                raise ConfigError(f"no CURVE for {endpoint}", "the router has no key file", "use ipc:// on one machine, keys elsewhere")
+            self._socket.curve_server = True
+            self._socket.curve_secretkey, self._socket.curve_publickey = keys.secret.encode(), keys.public.encode()
+            self._socket.zap_domain = self._role.encode()
+            self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        elif endpoint.startswith("ipc://"):
+            reclaim(endpoint.removeprefix("ipc://"))
+        else:
+            raise ConfigError(f"endpoint {endpoint!r} is neither ipc:// nor tcp://")
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            hint = "stop what holds it, or choose another" if error.errno == errno.EADDRINUSE else ""
+            raise EnvironmentFault(f"cannot bind {endpoint}", str(error), hint) from None
+        if not self._secure:
+            os.chmod(endpoint.removeprefix("ipc://"), 0o600)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        loop.add_reader(self._socket.fileno(), self._drain)
+        self._arm()
+
+    def close(self, linger_ms: int = 500) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close(linger_ms)
+
+    def send(self, peer: bytes, frame: bytes) -> bool:
+        """False: the connection is gone, or has taken nothing for a whole high-water mark."""
+        # A send may process the event that would have made the descriptor readable: look once more in the next turn.
+        self._arm()
+        try:
+            self._socket.send(peer, zmq.SNDMORE | zmq.DONTWAIT)
+            self._socket.send(frame, zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                return False
+            raise
+        return True
+
+    def _arm(self) -> None:
+        if not self._armed:
+            self._armed = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """Read until nothing is left: the descriptor tells of changes only."""
+        self._armed = False
+        socket = self._socket
+        if socket.closed:
+            return
+        for _ in range(TURN_FRAMES):
+            try:
+                frames = socket.recv_multipart(zmq.DONTWAIT, copy=not self._secure)
+            except zmq.Again:
+                return
+            self._take(frames)
+        self._arm()
+
+    def _take(self, frames: list[bytes] | list[zmq.Frame]) -> None:
+        first, user = frames[0], ""
+        peer = first if isinstance(first, bytes) else first.bytes
+        last = frames[-1]
+        if not isinstance(last, bytes):
+            user = str(last.get("User-Id"))
+            if not self._gate.admits(user, self._role):
+                self.refused += 1
+                return
+        if len(frames) != 2:
+            self._on_malformed(peer)
+            return
+        self._on_frame(peer, user, last if isinstance(last, bytes) else last.buffer)
+
+
+def reclaim(path: str) -> None:
+    """Make way for a socket file: the folder must be ours alone, and a file that nobody listens on goes.
+
+    Raises ConfigError on an unsafe folder, EnvironmentFault naming the process that listens.
+    """
+    folder = Path(path).parent
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        raise ConfigError(f"the folder of ipc://{path} does not exist", "", f"create {folder} with mode 0700") from None
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigError(f"the folder {folder} is open to others", "an ipc socket is guarded by its folder alone", f"chmod 700 {folder}")
+    with unix.socket(unix.AF_UNIX, unix.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        pid = struct.unpack("iii", probe.getsockopt(unix.SOL_SOCKET, unix.SO_PEERCRED, struct.calcsize("iii")))[0]
+    raise EnvironmentFault(f"ipc://{path} is taken", f"process {pid} listens on it", "stop it, or choose another path")

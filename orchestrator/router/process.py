@@ -1,0 +1,185 @@
+"""One router process: both doors, the dispatcher between them and the replicas, and the process's own life.
+
+Owns the event loop's tasks, signals and the state file. Builds everything and connects it; decides nothing about requests.
+
+    starting → serving --SIGTERM--> draining --all done, or grace over--> stopped      (a second SIGTERM ends the grace at once)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import zmq
+
+from orchestrator.core.fleet import Fleet
+from orchestrator.core.route import Route
+from orchestrator.metrics import Metrics
+from orchestrator.router.admit import Gate, Grant
+from orchestrator.router.dispatch import RouterDispatch
+from orchestrator.router.http.app import build_app
+from orchestrator.router.http.server import bind, serve
+from orchestrator.router.port import Port
+from orchestrator.router.replicas import ReplicaLink
+from orchestrator.router.rpc import RpcDoor
+from orchestrator.router.text import Texts
+from orchestrator.router.zap import Zap
+from orchestrator.spec import RouterSpec
+from workers.sockets import KeyPair
+from workers.wire import Peers
+
+#: Seconds that running requests get after SIGTERM.
+GRACE_S = 30.0
+#: Seconds between looks at deadlines and silent replicas, and at the allowed-keys file.
+TICK_S, RELOAD_S = 0.1, 1.0
+
+#: The allowed-keys file's content if it changed since the last call, else None.
+LoadGrants = Callable[[], Mapping[str, Grant] | None]
+
+log = logging.getLogger("trireme.router")
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """What the state file says. ``http``: URL, empty without that door; ``back`` and ``rpc``: endpoints as they were really bound."""
+
+    name: str
+    pid: int
+    phase: Literal["starting", "serving", "draining", "stopped"]
+    http: str
+    back: str
+    rpc: str
+
+
+class RouterProcess:
+    """Binds every socket on construction. Raises ConfigError and EnvironmentFault (a port or path that is taken)."""
+
+    def __init__(self, spec: RouterSpec, texts: Texts, *, keys: KeyPair | None = None, load_grants: LoadGrants = dict) -> None:
+        self._spec, self._texts, self._load_grants = spec, texts, load_grants
+        boot = secrets.token_hex(8)
+        greeting = Peers(boot=boot, router=spec.name, routers=spec.peers)
+        names = {name: card.name for card in spec.models for name in (card.name, *card.aliases)}
+        self._gate = Gate(load_grants() or {})
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._listener = bind(spec.http) if spec.http is not None else None
+        self._zap = Zap(self._context, self._gate)
+        self._link = ReplicaLink(self._context, spec.back, keys=keys, gate=self._gate, greeting=greeting)
+        route = Route(greeting, names, spec.admission, Fleet(spec.replica_timeout_s, spec.hang_floor_s))
+        self._dispatch = RouterDispatch(route, name=spec.name, send=self._link.send, clock=time.monotonic)
+        self._metrics = Metrics([card.name for card in spec.models], self._dispatch.status)
+        self._door = RpcDoor(
+            boot=boot, dispatcher=self._dispatch, texts=texts, metrics=self._metrics, admission=spec.admission, send=self._send_to_client,
+            clock=time.monotonic,
+        )  # fmt: skip
+        door = self._door
+        self._rpc = Port(
+            self._context, spec.rpc, "client", keys=keys, gate=self._gate, on_frame=door.on_frame, on_malformed=door.on_malformed
+        )
+        self._idle = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain. Returns when everything is closed."""
+        loop = asyncio.get_running_loop()
+        stop, hurry = asyncio.Event(), asyncio.Event()
+
+        def on_signal() -> None:
+            (hurry if stop.is_set() else stop).set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        self._zap.start(loop)
+        self._link.start(loop, self._dispatch)
+        self._rpc.start(loop)
+        ticker = asyncio.create_task(self._tick())
+        http = asyncio.create_task(self._serve_http(stop))
+        stopped = asyncio.create_task(stop.wait())
+        self._report("serving")
+        try:
+            # A task that ends before the signal has failed, and the router with it.
+            await asyncio.wait((ticker, http, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if not stop.is_set():
+                await (ticker if ticker.done() else http)
+            await self._drain(hurry)
+        finally:
+            for task in (ticker, http, stopped):
+                task.cancel()
+            await asyncio.gather(ticker, http, stopped, return_exceptions=True)
+            self._close()
+
+    async def _drain(self, hurry: asyncio.Event) -> None:
+        log.info("draining: %d requests are live", self._dispatch.live)
+        self._report("draining")
+        self._dispatch.close()
+        self._idle.clear()
+        waits = [asyncio.create_task(event.wait()) for event in (self._idle, hurry)]
+        await asyncio.wait(waits, timeout=GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        self._dispatch.abort()
+        # One more turn: the watchers' last words are on their way to the sockets.
+        await asyncio.sleep(TICK_S / 2)
+
+    def _close(self) -> None:
+        self._door.close()
+        self._rpc.close()
+        self._link.close()
+        self._zap.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._texts.close()
+        self._context.term()
+        self._report("stopped")
+
+    async def _serve_http(self, stop: asyncio.Event) -> None:
+        if self._listener is None:
+            await stop.wait()
+            return
+        app = build_app(self._spec, self._dispatch, self._texts, self._metrics)
+        await serve(app, self._listener, stop, grace_s=GRACE_S)
+
+    async def _tick(self) -> None:
+        beat_at = reload_at = 0.0
+        while True:
+            now = time.monotonic()
+            if now >= beat_at:
+                beat_at = now + self._spec.heartbeat_s
+                self._link.pulse()
+                self._door.pulse()
+            if now >= reload_at:
+                reload_at = now + RELOAD_S
+                grants = self._load_grants()
+                if grants:
+                    self._gate.replace(grants)
+            self._dispatch.tick()
+            if not self._dispatch.live and not self._door.live:
+                self._idle.set()
+            await asyncio.sleep(min(TICK_S, self._spec.heartbeat_s))
+
+    def _send_to_client(self, peer: bytes, frame: bytes) -> bool:
+        return self._rpc.send(peer, frame)
+
+    @property
+    def http(self) -> str:
+        """Where the HTTP door listens, as a URL."""
+        if self._listener is None:
+            return ""
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _report(self, phase: Literal["serving", "draining", "stopped"]) -> None:
+        """Write the state file whole or not at all."""
+        if not self._spec.state_file:
+            return
+        http = self.http if phase == "serving" else ""
+        state = State(name=self._spec.name, pid=os.getpid(), phase=phase, http=http, back=self._link.endpoint, rpc=self._rpc.endpoint)
+        path = Path(self._spec.state_file)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_bytes(msgspec.json.encode(state))
+        aside.replace(path)

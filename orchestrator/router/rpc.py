@@ -1,0 +1,284 @@
+"""The ZeroMQ door: Generate, Cancel, Credit and Query from clients, one Tokens message a step to each of them.
+
+Owns the live calls by name and by stream, a bounded memory of ended ones, and what waits to be sent to each client in this turn of the
+loop. Bodies go through the same checks as HTTP's; ids in, ids out never touches a tokenizer. Never decides where a request runs.
+
+A call lives until its last terminal message. A client that cannot be reached has :data:`GONE_S` to come back (its Generate, repeated,
+attaches to the live call); then its calls are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+import msgspec
+
+from orchestrator.metrics import Metrics, RequestMeter
+from orchestrator.router import request as bodies
+from orchestrator.router.calls import Call, IdsWatcher, Outgoing
+from orchestrator.router.prepare import Caller, Prepared, prepare
+from orchestrator.router.seam import Ask, Dispatcher, Ticket
+from orchestrator.router.text import Texts, TextWatcher
+from orchestrator.spec import AdmissionSpec
+from workers import wire
+from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError
+from workers.wire import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient
+
+#: Seconds in which a client that vanished may come back to its calls.
+GONE_S = 2.0
+#: Live calls of one router, and ended ones that can still be repeated (calls, tokens).
+MAX_CALLS, MAX_ENDED, MAX_ENDED_TOKENS = 8192, 512, 500_000
+#: Longest request id, characters.
+MAX_REQUEST_ID = 128
+#: On an ``ipc://`` socket every client is this user: the folder lets in nobody else.
+LOCAL = "local"
+
+log = logging.getLogger("trireme.rpc")
+
+
+class RpcDoor:
+    """``send``: gives a frame to a client's connection, False = it is gone. ``clock``: monotonic seconds."""
+
+    def __init__(
+        self, *, boot: str, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, admission: AdmissionSpec,
+        send: Callable[[bytes, bytes], bool], clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._boot, self._dispatcher, self._texts, self._metrics, self._admission = boot, dispatcher, texts, metrics, admission
+        self._send, self._clock = send, clock
+        self._live: dict[tuple[str, str], Call] = {}
+        self._streams: dict[tuple[str, str, int], Call] = {}
+        self._ended: OrderedDict[tuple[str, str], Call] = OrderedDict()
+        self._ended_tokens = 0
+        self._outgoing: dict[bytes, Outgoing] = {}
+        self._flushing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.malformed = 0
+
+    @property
+    def live(self) -> int:
+        return len(self._live)
+
+    # --- what clients say
+
+    def on_frame(self, peer: bytes, user: str, frame: bytes | memoryview) -> None:
+        try:
+            message = wire.decode_from_client(frame)
+        except Malformed as error:
+            self.on_malformed(peer, str(error))
+            return
+        client = user or LOCAL
+        try:
+            if isinstance(message, Generate):
+                self._generate(peer, client, message)
+            elif isinstance(message, Cancel):
+                self._cancel(client, message)
+            elif isinstance(message, Credit):
+                self._credit(client, message)
+            else:
+                self._query(peer, message)
+        except TriremeError as error:
+            stream = message.streams[0] if isinstance(message, Credit) and message.streams else getattr(message, "stream", 0)
+            self._refuse(peer, stream, getattr(message, "attempt", 0), error)
+
+    def on_malformed(self, peer: bytes, why: str = "not one frame") -> None:
+        self.malformed += 1
+        self._refuse(peer, 0, 0, Malformed("malformed message", why))
+
+    def _generate(self, peer: bytes, client: str, message: Generate) -> None:
+        if not 0 < len(message.request) <= MAX_REQUEST_ID or not message.request.isprintable():
+            raise Rejected(f"a request id is 1 to {MAX_REQUEST_ID} printable characters", param="request")
+        if message.credit < 1 or message.attempt < 0:
+            raise Rejected("credit must be positive and attempt not negative", param="credit" if message.credit < 1 else "attempt")
+        if message.deadline_ms is not None and message.deadline_ms <= 0:
+            raise DeadlineExceeded("the request's deadline has passed", "it arrived with no time left")
+        name = (client, message.request)
+        known = self._live.get(name) or self._ended.get(name)
+        if known is not None:
+            self._attach(known, peer, client, message)
+            return
+        if len(self._live) >= MAX_CALLS:
+            raise Overloaded(f"{MAX_CALLS} requests are live here", retry_after=1.0)
+        call = Call(name, self._boot, message.texts, self._outgoing_of, self._on_ended)
+        self._live[name] = call
+        call.attach(peer, message.boot, message.stream, message.attempt)
+        self._streams[client, message.boot, message.stream] = call
+        task = asyncio.get_running_loop().create_task(self._begin(call, message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _attach(self, call: Call, peer: bytes, client: str, message: Generate) -> None:
+        """A repeat: the same call, from what the client says it holds (nothing, without a journal)."""
+        self._streams.pop((client, call.client_boot, call.stream), None)
+        call.attach(peer, message.boot, message.stream, message.attempt)
+        if call.name in self._live:
+            self._streams[client, message.boot, message.stream] = call
+        if call.accepted is not None:
+            accepted = msgspec.structs.replace(call.accepted, stream=message.stream, attempt=message.attempt)
+            self._flush()
+            self._give(peer, accepted)
+        call.replay([len(ids) for ids in message.journal.emitted] if message.journal is not None else [])
+
+    async def _begin(self, call: Call, message: Generate) -> None:
+        """The edge of one request: whatever goes wrong in it ends it only."""
+        try:
+            await self._admit(call, message)
+        except TriremeError as error:
+            self._metrics.refused(error.code)
+            self._reject(call, error)
+        except Exception:
+            log.exception("request %s failed at the door", ascii(call.name[1]))
+            self._reject(call, EngineFault("the router failed on this request", code="internal_error"))
+
+    async def _admit(self, call: Call, message: Generate) -> None:
+        body = bodies.parse(message.endpoint, message.body, on_unknown=self._metrics.ignored_fields)
+        deadline = None if message.deadline_ms is None else message.deadline_ms / 1000.0
+        caller = Caller(
+            client=call.name[0], request=call.name[1], credit=message.credit, deadline_s=deadline, journal=message.journal
+        )  # fmt: skip
+        prepared = await prepare(body, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission)
+        if len(prepared.asks) != 1:
+            raise Rejected("one prompt a request here", "a list of prompts is HTTP's", "send one request per prompt", param="prompt")
+        if call.cancelled:
+            return
+        ask = msgspec.structs.replace(prepared.asks[0], attempt=message.attempt)
+        if len(ask.emitted) not in (0, ask.n):
+            raise Rejected(f"the journal holds {len(ask.emitted)} choices of {ask.n}", param="journal")
+        meter = self._metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
+        call.open([len(ids) for ids in ask.emitted] or [0] * ask.n)
+        try:
+            call.ticket = self._submit(call, ask, prepared, meter)
+        except TriremeError:
+            meter.left()
+            raise
+        call.accepted = Accepted(
+            boot=self._boot, stream=call.stream, attempt=call.attempt, seed=ask.params.seed, prompt_ids=ask.prompt_ids,
+            prompt_tokens=len(ask.prompt_ids),
+        )  # fmt: skip
+        self._give(call.peer, call.accepted)
+
+    def _submit(self, call: Call, ask: Ask, prepared: Prepared, meter: RequestMeter) -> Ticket:
+        rule = prepared.rule
+        call.meter = meter
+        if not call.spoken and not rule.stops and not rule.json:
+            return self._dispatcher.submit(ask, IdsWatcher(call, meter))
+        watcher = TextWatcher(
+            prepared.model, rule, call, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter, emitted=ask.emitted
+        )  # fmt: skip
+        ticket = self._dispatcher.submit(ask, watcher)
+        watcher.bind(ticket)
+        return ticket
+
+    def _cancel(self, client: str, message: Cancel) -> None:
+        call = self._streams.get((client, message.boot, message.stream))
+        if call is None:
+            raise NotFound("no such live request")
+        self._drop(call)
+
+    def _credit(self, client: str, message: Credit) -> None:
+        if len(message.streams) != len(message.tokens) or not all(0 < tokens <= UNLIMITED for tokens in message.tokens):
+            raise Rejected("credit is a positive count for each stream", param="tokens")
+        for stream, tokens in zip(message.streams, message.tokens, strict=True):
+            call = self._streams.get((client, message.boot, stream))
+            if call is not None and call.ticket is not None:
+                call.ticket.credit(tokens)
+
+    def _query(self, peer: bytes, message: Query) -> None:
+        if message.what == "metrics":
+            body = self._metrics.render()
+        elif message.what == "models":
+            cards = [model.card for model in self._texts.models]
+            body = msgspec.json.encode(
+                [{"id": card.name, "aliases": card.aliases, "status": self._dispatcher.model(card.name)} for card in cards]
+            )
+        else:
+            body = msgspec.json.encode({**self._dispatcher.status(), "rpc": {"live": len(self._live), "malformed": self.malformed}})
+        self._give(peer, Report(boot=self._boot, stream=message.stream, body=body))
+
+    # --- what clients get
+
+    def _outgoing_of(self, peer: bytes) -> Outgoing:
+        """What this client gets next; it leaves when this turn of the loop, and with it the step's messages, is over."""
+        out = self._outgoing.get(peer)
+        if out is None:
+            out = self._outgoing[peer] = Outgoing()
+            if not self._flushing:
+                self._flushing = True
+                asyncio.get_running_loop().call_soon(self._flush)
+        return out
+
+    def _flush(self) -> None:
+        self._flushing = False
+        outgoing, self._outgoing = self._outgoing, {}
+        for peer, out in outgoing.items():
+            for message in out.take(self._boot):
+                if not self._give(peer, message):
+                    break
+
+    def _give(self, peer: bytes, message: ToClient) -> bool:
+        if self._send(peer, wire.encode(message)):
+            return True
+        now = self._clock()
+        for call in self._live.values():
+            if call.peer == peer and call.lost_at is None:
+                call.lost_at = now
+        return False
+
+    def _refuse(self, peer: bytes, stream: int, attempt: int, error: TriremeError) -> None:
+        self._give(
+            peer,
+            Failed(
+                boot=self._boot, stream=stream, attempt=attempt, code=error.code, message=str(error), retry_after=error.retry_after,
+                param=error.param,
+            ),
+        )  # fmt: skip
+
+    # --- time and ends
+
+    def pulse(self) -> None:
+        """Tell every waiting client that this router lives, and drop the calls of those that are gone for good."""
+        now = self._clock()
+        self._flush()
+        alive = wire.encode(wire.Tokens(boot=self._boot, streams=[], attempts=[], firsts=[], tokens=[]))
+        for peer in dict.fromkeys(call.peer for call in self._live.values()):
+            if not self._send(peer, alive):
+                for call in self._live.values():
+                    if call.peer == peer and call.lost_at is None:
+                        call.lost_at = now
+        for call in [call for call in self._live.values() if call.lost_at is not None and now - call.lost_at > GONE_S]:
+            self._metrics.disconnected()
+            self._drop(call)
+
+    def close(self) -> None:
+        """Send what waits and end what is still being prepared."""
+        for task in self._tasks:
+            task.cancel()
+        self._flush()
+
+    def _reject(self, call: Call, error: TriremeError) -> None:
+        self._refuse(call.peer, call.stream, call.attempt, error)
+        self._forget(call)
+
+    def _drop(self, call: Call) -> None:
+        call.cancelled = True
+        if call.ticket is not None:
+            call.ticket.cancel()
+        if call.meter is not None:
+            call.meter.left()
+        self._forget(call)
+
+    def _forget(self, call: Call) -> None:
+        self._live.pop(call.name, None)
+        self._streams.pop((call.name[0], call.client_boot, call.stream), None)
+
+    def _on_ended(self, call: Call) -> None:
+        self._forget(call)
+        if not call.repeatable:
+            return
+        self._ended[call.name] = call
+        self._ended_tokens += call.size
+        while len(self._ended) > MAX_ENDED or self._ended_tokens > MAX_ENDED_TOKENS:
+            _, oldest = self._ended.popitem(last=False)
+            self._ended_tokens -= oldest.size

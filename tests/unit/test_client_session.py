@@ -1,0 +1,141 @@
+"""The client's protocol without sockets: journals, moves between routers, what ends a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.client import asking
+from orchestrator.client.session import ROUNDS, Exchange, Session
+from workers import wire
+from workers.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
+from workers.wire import Accepted, Cancel, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage
+
+
+def exchange(deadline: float | None = None, **options: Any) -> Exchange:
+    return asking.complete([1, 2], options, model="m", request="q", deadline=deadline, texts=True)
+
+
+def sent(session: Session) -> list[tuple[int, Any]]:
+    messages = [(router, wire.decode_from_client(frame)) for router, frame in session.outbox]
+    session.outbox.clear()
+    return messages
+
+
+def say(session: Session, router: int, message: ToClient, now: float = 0.0) -> None:
+    session.received(router, wire.encode(message), now)
+
+
+def tokens(stream: int, first: int, ids: list[int], *, attempt: int = 0, choice: int = 0) -> Tokens:
+    texts = ["".join(map(chr, ids))]
+    return Tokens(
+        boot="R", streams=[stream], attempts=[attempt], firsts=[first], tokens=[ids], texts=texts, choices=[choice] if choice else None
+    )  # fmt: skip
+
+
+def begin(routers: int = 2) -> tuple[Session, Exchange]:
+    session, asked = Session("c", routers, silence_s=2.0), exchange()
+    session.ask(asked, 0.0)
+    say(session, 0, Accepted(boot="R", stream=1, attempt=0, seed=42, prompt_ids=[1, 2], prompt_tokens=2))
+    say(session, 0, tokens(1, 0, [97, 98]))
+    return session, asked
+
+
+def test_a_silent_router_is_left_with_the_journal() -> None:
+    session, asked = begin()
+    assert isinstance(sent(session)[0][1], Generate)
+    session.tick(2.0)
+    assert sent(session) == [] and session.resets == {}
+    session.tick(2.1)
+    ((router, generate),) = sent(session)
+    assert router == 1 and session.resets == {0: None}, "what is queued for the silent one is dropped"
+    assert generate.request == "q" and generate.attempt == 1
+    assert generate.journal == Journal(prompt_ids=[1, 2], seed=42, emitted=[[97, 98]])
+    say(session, 0, tokens(1, 2, [120]), 2.2)
+    say(session, 1, tokens(generate.stream, 0, [97], attempt=1), 2.2)
+    say(session, 1, tokens(generate.stream, 2, [99], attempt=1), 2.2)
+    usage = Usage(prompt_tokens=2, output_tokens=3)
+    say(session, 1, Done(boot="S", stream=generate.stream, attempt=1, reason="stop", usage=usage, text="!"), 2.3)
+    reply = asked.reply()
+    assert (reply.tokens, reply.text, reply.seed, reply.attempts) == ([97, 98, 99], "abc!", 42, 1)
+    assert [(piece.first, piece.tokens) for piece in asked.pieces] == [(0, [97, 98]), (2, [99]), (3, [])]
+    assert session.live == 0
+
+
+def test_before_accepted_the_request_is_asked_anew() -> None:
+    session, asked = Session("c", 2), exchange()
+    session.ask(asked, 0.0)
+    session.unreachable(0, 0.1)
+    (_, first), (router, second) = sent(session)
+    assert router == 1 and second.journal is None and second.request == first.request
+
+
+def test_keepalives_hold_a_quiet_router() -> None:
+    session, asked = begin()
+    for second in range(1, 20):
+        say(session, 0, Tokens(boot="R", streams=[], attempts=[], firsts=[], tokens=[]), float(second))
+        session.tick(float(second))
+    assert asked.attempt == 0 and not asked.ended
+
+
+def test_no_router_at_all_ends_in_unavailable() -> None:
+    session, asked = Session("c", 2, silence_s=1.0), exchange()
+    session.ask(asked, 0.0)
+    for second in range(2, 2 + 2 * 2 * ROUNDS, 2):
+        session.tick(float(second))
+    with pytest.raises(Unavailable) as caught:
+        asked.reply()
+    assert caught.value.request == "q" and len(sent(session)) == 2 * ROUNDS
+
+
+def test_an_overloaded_router_is_tried_once_each() -> None:
+    session, asked = Session("c", 2), exchange()
+    session.ask(asked, 0.0)
+    say(session, 0, Failed(boot="R", stream=1, attempt=0, code="overloaded", message="full", retry_after=3.0))
+    assert not asked.ended and session.resets == {}
+    say(session, 1, Failed(boot="S", stream=2, attempt=1, code="overloaded", message="full", retry_after=3.0))
+    with pytest.raises(Overloaded) as caught:
+        asked.reply()
+    assert caught.value.retry_after == 3.0
+
+
+def test_a_refusal_is_final_and_names_the_field() -> None:
+    session, asked = Session("c", 2), exchange()
+    session.ask(asked, 0.0)
+    say(session, 0, Failed(boot="R", stream=1, attempt=0, code="invalid_request", message="no", param="max_tokens"))
+    with pytest.raises(Rejected) as caught:
+        asked.reply()
+    assert caught.value.param == "max_tokens" and caught.value.request == "q"
+
+
+def test_deadline_and_cancel_tell_the_router() -> None:
+    session, late, left = Session("c", 1), exchange(deadline=5.0), exchange()
+    session.ask(late, 0.0)
+    session.ask(left, 0.0)
+    assert [message.deadline_ms for _, message in sent(session)] == [5000, None]
+    session.cancel(left)
+    say(session, 0, Tokens(boot="R", streams=[], attempts=[], firsts=[], tokens=[]), 5.0)
+    session.tick(5.0)
+    assert [message.stream for _, message in sent(session) if isinstance(message, Cancel)] == [2, 1]
+    assert isinstance(late.error, DeadlineExceeded) and isinstance(left.error, Cancelled)
+
+
+def test_choices_are_kept_apart() -> None:
+    session, asked = Session("c", 1), exchange(n=2)
+    session.ask(asked, 0.0)
+    say(session, 0, tokens(1, 0, [97]))
+    say(session, 0, tokens(1, 0, [98], choice=1))
+    for choice in (1, 0):
+        assert not asked.ended
+        say(session, 0, Done(boot="R", stream=1, attempt=0, reason="length", usage=Usage(prompt_tokens=2, output_tokens=1), choice=choice))
+    assert [choice.text for choice in asked.reply().choices] == ["a", "b"]
+
+
+def test_queries_are_answered_by_report() -> None:
+    session = Session("c", 1)
+    query = session.query("models", 0.0, 10.0)
+    ((_, message),) = sent(session)
+    assert isinstance(message, Query) and message.what == "models"
+    say(session, 0, Report(boot="R", stream=message.stream, body=b"[]"))
+    assert query.answer() == b"[]"

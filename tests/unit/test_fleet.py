@@ -1,0 +1,95 @@
+"""The replica table: epoch fencing, identity, and the two ways to be lost while connected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from orchestrator.core.fleet import Fleet, Joined, Refused, Replica
+from workers.wire import Capacity, Heartbeat, Hello
+
+CAPACITY = Capacity(block_size=16, num_blocks=8, max_batch_size=4, max_num_tokens=64, max_seq_len=512, vocab_size=320, tp=1, pp=1)
+HELLO = Hello(boot="b1", protocol=1, replica="a", model="m", epoch=5, spec_hash="", resume="bitwise", capacity=CAPACITY)
+
+
+def hello(**change: Any) -> Hello:
+    return msgspec.structs.replace(HELLO, **change)
+
+
+def beat(**change: Any) -> Heartbeat:
+    base = Heartbeat(boot="b1", epoch=5, step=3, busy_ms=0.0, predicted_ms=10.0, running=0, waiting=0, free_blocks=8, num_blocks=8)
+    return msgspec.structs.replace(base, **change)
+
+
+def fleet() -> tuple[Fleet, Replica]:
+    table = Fleet(replica_timeout_s=2.0, hang_floor_s=10.0)
+    joined = table.hello(b"p1", "key-a", HELLO, 0.0)
+    assert isinstance(joined, Joined) and joined.fresh and joined.replaced is None
+    return table, joined.replica
+
+
+def test_the_largest_epoch_of_a_name_is_kept_for_good() -> None:
+    table, old = fleet()
+    newer = table.hello(b"p2", "key-a", hello(boot="b2", epoch=6), 1.0)
+    assert isinstance(newer, Joined) and newer.replaced is old
+    table.lose(newer.replica, "gone", 2.0)
+    assert table.hello(b"p3", "key-a", HELLO, 3.0) == Refused("stale")
+    assert table.speaker(b"p1", "key-a", "b1") == (None, False), "the fenced process is heard no more"
+    table.check()
+
+
+def test_a_live_name_belongs_to_its_key_and_a_process_to_its_name() -> None:
+    table, _ = fleet()
+    assert table.hello(b"p2", "key-b", hello(boot="b2", epoch=9), 1.0) == Refused("denied")
+    assert table.hello(b"p1", "key-a", hello(replica="other"), 1.0) == Refused("denied")
+    assert table.hello(b"p2", "key-a", hello(boot="b2", protocol=2, epoch=9), 1.0) == Refused("protocol")
+    assert table.speaker(b"p1", "key-b", "b1") == (None, False), "the address alone proves nothing"
+    table.check()
+
+
+def test_a_silent_reconnect_moves_the_address() -> None:
+    table, replica = fleet()
+    assert table.speaker(b"p9", "key-a", "b1") == (replica, True)
+    assert table.at(b"p9") is replica and table.at(b"p1") is None
+    again = table.hello(b"p10", "key-a", HELLO, 1.0)
+    assert again == Joined(replica, None, False)
+    table.check()
+
+
+def test_an_address_has_one_owner() -> None:
+    table, first = fleet()
+    second = table.hello(b"p1", "key-b", hello(replica="b", boot="b2"), 1.0)
+    assert isinstance(second, Joined)
+    assert table.at(b"p1") is second.replica and first.peer == b""
+    table.check()
+    assert table.speaker(b"p2", "key-a", "b1") == (first, True)
+    table.check()
+
+
+def test_a_hung_step_is_told_from_a_long_one() -> None:
+    table, replica = fleet()
+    assert table.judge(replica, beat(busy_ms=9_999.0), 1.0) == ""
+    assert "no progress" in table.judge(replica, beat(busy_ms=10_001.0), 1.0)
+    assert table.judge(replica, beat(busy_ms=39_000.0, predicted_ms=10_000.0), 1.0) == "", "four times its prediction is allowed"
+
+
+def test_lost_by_silence_and_back_by_a_heartbeat() -> None:
+    table, replica = fleet()
+    assert table.silent(2.0) == [] and table.silent(2.1) == [replica]
+    replica.prefixes.add([1, 2])
+    assert table.lose(replica, "silent", 2.1) and not table.lose(replica, "silent", 2.2)
+    assert replica.free_rows == 0 and len(replica.prefixes) == 0 and table.serving("m") == []
+    assert table.judge(replica, beat(), 3.0) == "" and replica.state == "ready"
+    assert table.judge(replica, beat(draining=True), 3.0) == ""
+    assert replica.state == "draining" and replica.free_rows == 0
+
+
+def test_rows_of_other_routers_count() -> None:
+    table, replica = fleet()
+    assert replica.free_rows == 5, "the batch and one row of lookahead"
+    replica.streams = {1: 10, 2: 20}
+    replica.beat(beat(running=3, waiting=1), accepted=1, unseen_tokens=20, now=1.0)
+    assert replica.others == 3 and replica.rows == 5 and replica.free_rows == 0
+    assert replica.queued_tokens == 20
+    table.check()
