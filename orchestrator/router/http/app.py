@@ -1,0 +1,297 @@
+"""The HTTP door: OpenAI's endpoints in vLLM's dialect, health, metrics.
+
+Owns how an HTTP request becomes a checked body under the size limits, and how errors become answers. What a body means is
+:mod:`orchestrator.router.request`'s and :mod:`orchestrator.router.prepare`'s; the RPC door asks the same two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from orchestrator.metrics import CONTENT_TYPE, Metrics
+from orchestrator.router import prepare as preparing
+from orchestrator.router import request as bodies
+from orchestrator.router.http import openai, sse
+from orchestrator.router.http.exchange import Exchange, Gathered
+from orchestrator.router.http.protocol import ABORT
+from orchestrator.router.seam import Dispatcher
+from orchestrator.router.text import TextModel, Texts
+from orchestrator.spec import HttpSpec, RouterSpec
+from workers import __version__
+from workers.errors import NotFound, Overloaded, TooLarge, TriremeError, Unavailable, Unsupported
+from workers.wire import UNLIMITED
+
+_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_MAX_AFFINITY = 128
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    tokens: list[int]
+
+
+class Door:
+    """All routes over one dispatcher. Its methods are the endpoints."""
+
+    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics) -> None:
+        self._dispatcher, self._texts, self._metrics = dispatcher, texts, metrics
+        self._admission = spec.admission
+        self._max_body = (spec.http or HttpSpec()).max_body_bytes
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/ping", self.health, methods=["GET", "POST"]),
+            Route("/ready", self.ready, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/status", self.status, methods=["GET"]),
+            Route("/version", self.version, methods=["GET"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+        ]
+
+    async def chat(self, http: Request) -> ASGIApp:
+        return await self._generate(http, "chat")
+
+    async def completions(self, http: Request) -> ASGIApp:
+        return await self._generate(http, "completions")
+
+    async def _generate(self, http: Request, endpoint: bodies.Endpoint) -> ASGIApp:
+        body = await read_body(http, self._max_body)
+        request = bodies.parse(endpoint, body, on_unknown=self._metrics.ignored_fields)
+        chat = endpoint == "chat"
+        id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        caller = preparing.Caller(
+            client="http",
+            request=id,
+            affinity=http.headers.get("x-correlation-id", "")[:_MAX_AFFINITY],
+            credit=sse.window(request) if request.stream else UNLIMITED,
+        )
+        prepared = await preparing.prepare(request, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission)
+        options = request.stream_options or bodies.StreamOptions()
+        wording = openai.Wording(
+            id=id,
+            created=int(time.time()),
+            model=request.model,
+            chat=chat,
+            usage=bool(options.include_usage),
+            continuous=bool(options.include_usage and options.continuous_usage_stats),
+        )
+        return _Answer(self, request, wording, Exchange(prepared))
+
+    def begin_stream(
+        self, request: bodies.Request, wording: openai.Wording, exchange: Exchange, abort: Callable[[], None]
+    ) -> sse.EventStream:
+        stream = sse.EventStream(exchange, wording, window=sse.window(request), abort=abort)
+        asks = range(len(exchange.prepared.asks))
+        exchange.start(self._dispatcher, self._metrics, [sse.EventSink(stream, exchange, index, request, wording) for index in asks])
+        return stream
+
+    def begin_whole(self, request: bodies.Request, wording: openai.Wording, exchange: Exchange) -> list[Gathered]:
+        sinks = [Gathered(exchange, index, request, wording) for index in range(len(exchange.prepared.asks))]
+        exchange.start(self._dispatcher, self._metrics, list(sinks))
+        return sinks
+
+    def client_left(self) -> None:
+        self._metrics.disconnected()
+
+    async def models(self, http: Request) -> Response:
+        return _json(http, {"object": "list", "data": [self._card(model, model.name) for model in self._texts.models]})
+
+    async def model(self, http: Request) -> Response:
+        name = http.path_params["name"]
+        return _json(http, self._card(preparing.resolve(name, self._texts), name))
+
+    def _card(self, model: TextModel, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": model.card.created,
+            "owned_by": "trireme",
+            "root": model.name,
+            "parent": None,
+            "max_model_len": self._context(model),
+        }
+
+    def _context(self, model: TextModel) -> int | None:
+        status = self._dispatcher.model(model.name)
+        return (status.max_seq_len if status else 0) or model.card.max_seq_len or None
+
+    async def health(self, http: Request) -> Response:
+        return _json(http, {"status": "ok"})
+
+    async def ready(self, http: Request) -> Response:
+        if not self._dispatcher.ready():
+            raise Unavailable("not every model has a ready replica", retry_after=1.0)
+        return _json(http, {"status": "ready"})
+
+    async def metrics(self, http: Request) -> Response:
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE, "x-request-id": request_id(http.scope)})
+
+    async def status(self, http: Request) -> Response:
+        return _json(http, self._dispatcher.status())
+
+    async def version(self, http: Request) -> Response:
+        return _json(http, {"version": __version__})
+
+    async def tokenize(self, http: Request) -> Response:
+        fields = bodies.decode_object(await read_body(http, self._max_body))
+        if "messages" in fields:
+            request = bodies.check(fields, bodies.ChatRequest)
+            model = preparing.resolve(request.model, self._texts)
+            ids = await preparing.encode_chat(request, model, self._texts)
+        else:
+            body = bodies.convert(fields, TokenizeBody)
+            model = preparing.resolve(body.model, self._texts)
+            ids = await preparing.encode_prompt(body.prompt, model, self._texts, add_special=body.add_special_tokens)
+        return _json(http, {"count": len(ids), "max_model_len": self._context(model), "tokens": ids})
+
+    async def detokenize(self, http: Request) -> Response:
+        body = bodies.convert(bodies.decode_object(await read_body(http, self._max_body)), DetokenizeBody)
+        model = preparing.resolve(body.model, self._texts)
+        if body.tokens:
+            preparing.check_known(body.tokens, model.table.size, "tokens")
+        return _json(http, {"prompt": model.decode(body.tokens, skip_special=False)})
+
+    async def on_error(self, http: Request, error: Exception) -> Response:
+        """Every refusal and failure, as OpenAI words it."""
+        found = error if isinstance(error, TriremeError) else _unexpected(error)
+        self._metrics.refused(found.code)
+        headers = {"x-request-id": request_id(http.scope)}
+        if isinstance(error, HTTPException):
+            headers |= dict(error.headers or {})
+        if isinstance(found, Overloaded):
+            headers["retry-after"] = str(max(1, round(found.retry_after or 1.0)))
+        if found.status in (413, 415, 500):
+            # What is left of the body was not read, or the server closes after a fault: the client must not send another request here.
+            headers["connection"] = "close"
+        return Response(openai.encode(openai.error_body(found)), found.status, headers, "application/json")
+
+
+class _Answer:
+    """The response to a generating request: submits when it is sent, and cancels at once when the client leaves."""
+
+    def __init__(self, door: Door, request: bodies.Request, wording: openai.Wording, exchange: Exchange) -> None:
+        self._door, self._request, self._wording, self._exchange = door, request, wording, exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        listening = asyncio.create_task(self._listen(receive))
+        try:
+            if self._request.stream:
+                await self._stream(scope, send)
+            else:
+                await self._whole(scope, receive, send)
+        finally:
+            listening.cancel()
+            self._exchange.leave()
+
+    async def _stream(self, scope: Scope, send: Send) -> None:
+        abort = scope.get("state", {}).get(ABORT, self._exchange.leave)
+        stream = self._door.begin_stream(self._request, self._wording, self._exchange, abort)
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+            (b"x-request-id", request_id(scope).encode()),
+        ]
+        await stream.run(send, headers)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sinks = self._door.begin_whole(self._request, self._wording, self._exchange)
+        while not self._exchange.over:
+            await self._exchange.news()
+        if self._exchange.failed is not None:
+            raise self._exchange.failed
+        if self._exchange.left:
+            return
+        choices = [choice for sink in sinks for choice in sink.choices()]
+        body = self._wording.answer(choices, self._exchange.usage())
+        await Response(body, 200, {"x-request-id": request_id(scope)}, "application/json")(scope, receive, send)
+
+    async def _listen(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not self._exchange.over:
+            self._door.client_left()
+            self._exchange.leave()
+
+
+def build_app(spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics) -> Starlette:
+    """The HTTP door as an ASGI application; run it with :func:`orchestrator.router.http.server.serve`."""
+    door = Door(spec, dispatcher, texts, metrics)
+    app = Starlette(
+        routes=door.routes(),
+        exception_handlers=dict.fromkeys((TriremeError, HTTPException, ClientDisconnect, Exception), door.on_error),
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def request_id(scope: Scope) -> str:
+    """The caller's ``x-request-id`` where it has a harmless form, else a new one; the same for the whole request."""
+    state: dict[str, Any] = scope.setdefault("state", {})
+    if "request_id" not in state:
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
+    return str(state["request_id"])
+
+
+async def read_body(http: Request, limit: int) -> bytes:
+    """The body, refused as early as can be: by declared length before reading, by count while reading, unread where it is compressed.
+
+    Raises TooLarge, Unsupported.
+    """
+    declared = http.headers.get("content-length")
+    if declared is not None and int(declared) > limit:
+        raise TooLarge(f"the body has {declared} bytes, more than {limit}")
+    if http.headers.get("content-encoding", "identity") != "identity":
+        raise Unsupported("compressed bodies are not taken", hint="send it without Content-Encoding")
+    sent = declared not in (None, "0") or "transfer-encoding" in http.headers
+    if sent and http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Unsupported("the body must be sent as Content-Type: application/json")
+    parts, size = [], 0
+    async for part in http.stream():
+        size += len(part)
+        if size > limit:
+            raise TooLarge(f"the body is larger than {limit} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _json(http: Request, content: object) -> Response:
+    return Response(openai.encode(content), 200, {"x-request-id": request_id(http.scope)}, "application/json")
+
+
+def _unexpected(error: Exception) -> TriremeError:
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return NotFound("no such path")
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return _MethodNotAllowed("this path does not take that method")
+    return TriremeError("the router failed to handle the request")
+
+
+class _MethodNotAllowed(NotFound):
+    code, status = "method_not_allowed", 405

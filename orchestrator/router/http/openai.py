@@ -1,0 +1,169 @@
+"""What OpenAI's two generating endpoints answer, as JSON and as server-sent events, with vLLM's additions.
+
+Owns the wording alone: ids, objects, choices, usage, logprobs, errors. No state of a request but the running text offset of its logprobs,
+no sockets. A streamed chunk without extras is three byte strings put together.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from orchestrator.router.text import TextModel
+from workers.errors import Rejected, TriremeError, Unauthorized
+from workers.wire import Logprobs, Usage
+
+encode = msgspec.json.Encoder().encode
+DONE = b"data: [DONE]\n\n"
+#: JSON has no minus infinity; vLLM's stand-in.
+NO_CHANCE = -9999.0
+
+
+class Wording(msgspec.Struct, frozen=True, kw_only=True):
+    """One request's constants. ``model`` is the name that the client used; ``created`` Unix seconds."""
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+    usage: bool = False
+    continuous: bool = False
+
+    def opening(self, index: int) -> bytes:
+        """A plain text chunk up to its text."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        common = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[{"index":%d,%b' % (
+            encode(self.id), kind.encode(), self.created, encode(self.model), index, b'"delta":{"content":' if self.chat else b'"text":',
+        )  # fmt: skip
+        return common
+
+    def closing(self) -> bytes:
+        """A plain text chunk from its text on; where a usage chunk will follow, the others carry a null (as OpenAI's do)."""
+        end = b',"usage":null}\n\n' if self.usage else b"}\n\n"
+        return (b"}" if self.chat else b"") + b',"logprobs":null,"finish_reason":null}]' + end
+
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        body: dict[str, Any] = self._body("chat.completion.chunk", choices)
+        if self.usage:
+            body["usage"] = usage
+        return event(body)
+
+    def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
+        return encode({**self._body("chat.completion", choices), "usage": usage})
+
+    def choice(self, index: int, text: str, *, first: bool, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+        """One streamed choice; ``first``: a chat's first delta names the role."""
+        delta = {"role": "assistant", "content": text} if first else {"content": text} if text or reason is None else {}
+        shown = {"delta": delta} if self.chat else {"text": text}
+        return {"index": index, **shown, "logprobs": logprobs, "finish_reason": reason}
+
+    def _body(self, chat_kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = chat_kind if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def event(body: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % encode(body)
+
+
+def usage_json(prompt: int, output: int, cached: int | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    if cached is not None:
+        found["prompt_tokens_details"] = {"cached_tokens": cached}
+    return found
+
+
+def total_usage(asks: Sequence[Sequence[Usage]]) -> dict[str, Any]:
+    """Usage of a request from its choices', grouped by prompt: a prompt counts once, whatever the number of choices."""
+    prompt = sum(max((usage.prompt_tokens for usage in choices), default=0) for choices in asks)
+    cached = sum(max((usage.cached_tokens for usage in choices), default=0) for choices in asks)
+    return usage_json(prompt, sum(usage.output_tokens for choices in asks for usage in choices), cached)
+
+
+def error_body(error: TriremeError) -> dict[str, Any]:
+    if isinstance(error, Unauthorized):
+        kind = "authentication_error"
+    elif isinstance(error, Rejected):
+        kind = "invalid_request_error"
+    elif error.status == 429:
+        kind = "rate_limit_error"
+    else:
+        kind = "server_error"
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+class LogprobWriter:
+    """Logprobs of one choice in the endpoint's own form; keeps the text offset of the completions form."""
+
+    def __init__(self, model: TextModel, chat: bool) -> None:
+        self._model, self._chat = model, chat
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._offset = 0
+
+    def write(self, entries: Sequence[Logprobs]) -> dict[str, Any]:
+        return {"content": [self._chat_entry(entry) for entry in entries]} if self._chat else self._completion(entries)
+
+    def skip(self, text: str) -> None:
+        """Text that stands before the first token written (an echoed prompt)."""
+        self._offset += len(text)
+
+    def _chat_entry(self, entry: Logprobs) -> dict[str, Any]:
+        top = [self._named(id, value) for id, value in zip(entry.top_ids, entry.top_logprobs, strict=True)]
+        return {**self._named(entry.token, entry.logprob), "top_logprobs": top}
+
+    def _named(self, id: int, logprob: float | None) -> dict[str, Any]:
+        raw = self._model.table.join((id,), skip_special=False)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": clamp(logprob), "bytes": list(raw)}
+
+    def _completion(self, entries: Sequence[Logprobs]) -> dict[str, Any]:
+        tokens, values, tops, offsets = [], [], [], []
+        for entry in entries:
+            text = self._model.decode((entry.token,), skip_special=False)
+            tokens.append(text)
+            values.append(clamp(entry.logprob))
+            tops.append(self._top(text, entry))
+            offsets.append(self._offset)
+            self._offset += len(self._decode(self._model.table.join((entry.token,))))
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _top(self, text: str, entry: Logprobs) -> dict[str, float] | None:
+        if entry.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for id, value in zip(entry.top_ids, entry.top_logprobs, strict=True):
+            # Different tokens may look alike (bytes of unfinished characters); the likeliest keeps the name.
+            found.setdefault(self._model.decode((id,), skip_special=False), max(value, NO_CHANCE))
+        found.setdefault(text, max(entry.logprob, NO_CHANCE))
+        return found
+
+
+def clamp(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, NO_CHANCE)
+
+
+def merge_logprobs(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """One logprobs object from those of consecutive tokens."""
+    if not parts:
+        return None
+    return {key: [item for part in parts for item in part[key]] for key in parts[0]}
+
+
+def prompt_logprobs_json(model: TextModel, entries: Sequence[Logprobs]) -> list[dict[str, Any] | None]:
+    """vLLM's ``prompt_logprobs``: per position a map from id to logprob, rank (null where not among the best) and text."""
+    found: list[dict[str, Any] | None] = []
+    for entry in entries:
+        if entry.logprob is None:
+            found.append(None)
+            continue
+        ranked = {id: (value, rank) for rank, (id, value) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), 1)}
+        rows: dict[int, tuple[float, int | None]] = {entry.token: ranked.get(entry.token, (entry.logprob, None)), **ranked}
+        found.append(
+            {
+                str(id): {"logprob": clamp(value), "rank": rank, "decoded_token": model.decode((id,), skip_special=False)}
+                for id, (value, rank) in rows.items()
+            }
+        )
+    return found

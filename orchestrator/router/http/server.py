@@ -1,0 +1,88 @@
+"""The HTTP door's listening socket and uvicorn under the router's own event loop.
+
+Owns the socket. It must never bind anything but loopback, and leaves signals to the process that runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from orchestrator.router.http.protocol import BoundedProtocol
+from orchestrator.spec import HttpSpec
+from workers.errors import ConfigError, EnvironmentFault
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+#: Kernel buffer of a connection, bytes. Left to itself it grows to megabytes, which a stalled reader would fill with tokens.
+SEND_BUFFER = 64 << 10
+
+
+def bind(spec: HttpSpec) -> socket.socket:
+    """A listening socket on loopback. Raises ConfigError for another host, EnvironmentFault where the port is taken."""
+    host = "127.0.0.1" if spec.host == "localhost" else spec.host
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        raise ConfigError(f"http host {spec.host!r} is not an IP address", hint="use 127.0.0.1") from None
+    if not address.is_loopback:
+        raise ConfigError(
+            f"http host {spec.host} is not a loopback address",
+            "the HTTP door has no keys yet, so it must not be reachable from other machines",
+            "use 127.0.0.1 and put a proxy that authenticates before it",
+        )
+    listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if spec.reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, spec.port))
+        # From here on callers queue, so whoever is told the address may use it at once.
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        why = "another process listens there" if error.errno == errno.EADDRINUSE else str(error.strerror)
+        raise EnvironmentFault(f"cannot bind {host}:{spec.port}", why, "stop it, or choose another port (0 = any free one)") from None
+    listener.setblocking(False)
+    return listener
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signal handlers alone: the router process decides what a signal means."""
+        yield
+
+
+async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, grace_s: float = 30.0) -> None:
+    """Serve until ``stop`` is set; then accept nothing new, let requests finish for ``grace_s``, and cancel the rest."""
+    config = uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(grace_s)),
+        backlog=BACKLOG,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
+    finally:
+        stopping.cancel()
+        serving.cancel()

@@ -1,0 +1,222 @@
+"""From a checked body to what the dispatcher takes: names resolved, prompts encoded, everything fitted to the model.
+
+Owns the checks that need the model (vocabulary, context) and the defaults that depend on it. Serves both doors; must never submit.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import msgspec
+
+from orchestrator.router.request import ChatRequest, CompletionRequest, Request, refuse
+from orchestrator.router.seam import Ask, Dispatcher
+from orchestrator.router.template import Piece
+from orchestrator.router.text import TextModel, TextRule, Texts
+from orchestrator.spec import AdmissionSpec
+from workers.errors import NotFound, TooLong, Unavailable
+from workers.wire import UNLIMITED, GuideSpec, Journal, SamplingParams
+
+#: Choices that all prompts of one request may ask for together.
+MAX_CHOICES = 128
+DEFAULT_COMPLETION_TOKENS = 16
+_SEEDS = 2**63
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asks and how, as the door knows it. ``request`` is the door's unique id of the request; ``deadline_s`` counts from now and is cut
+    to the admission limit; ``journal``: what the client already holds."""
+
+    client: str
+    request: str
+    affinity: str = ""
+    credit: int = UNLIMITED
+    deadline_s: float | None = None
+    journal: Journal | None = None
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """One Ask per prompt (several only for lists in completions), their texts (kept only for ``echo``), and the rule for output text."""
+
+    model: TextModel
+    asks: tuple[Ask, ...]
+    rule: TextRule
+    prompts: tuple[str, ...] = ()
+
+
+class _Frame(msgspec.Struct, frozen=True, kw_only=True):
+    """What all prompts of one request share. ``context``: tokens that prompt and output may have together."""
+
+    model: TextModel
+    context: int
+    guide: GuideSpec | None
+    admission: AdmissionSpec
+
+
+def resolve(name: str, texts: Texts) -> TextModel:
+    """Raises NotFound (``model_not_found``); the name is echoed cut and escaped, for it came from outside."""
+    model = texts.get(name)
+    if model is None:
+        shown = ascii(name[:64])[1:-1]
+        raise NotFound(f"The model `{shown}` does not exist", code="model_not_found", param="model")
+    return model
+
+
+async def prepare(request: Request, caller: Caller, *, texts: Texts, dispatcher: Dispatcher, admission: AdmissionSpec) -> Prepared:
+    """Raises NotFound, TooLong, other Rejected, and Unavailable while no replica has yet said how long its context is."""
+    model = resolve(request.model, texts)
+    status = dispatcher.model(model.name)
+    context = (status.max_seq_len if status else 0) or model.card.max_seq_len
+    if not context:
+        raise Unavailable("no replica of the model is ready", "none has reported yet", "retry shortly", retry_after=1.0)
+    vocab = (status.vocab_size if status else 0) or model.table.size
+    n = request.n or 1
+    if n > admission.max_n:
+        refuse("n", f"{n} choices are more than {admission.max_n}")
+    _check_ids(request, vocab)
+    guide = request.guide()
+    if guide is not None and status is not None and not status.guided:
+        refuse("response_format", "the model's engine offers no structured output", "unsupported")
+    encoded = await _encode(request, caller, model, texts, vocab)
+    if len(encoded) * n > MAX_CHOICES:
+        refuse("prompt", f"{len(encoded)} prompts of {n} choices are more than {MAX_CHOICES} choices")
+    frame = _Frame(model=model, context=context, guide=guide, admission=admission)
+    asks = tuple(_ask(request, caller, frame, index, ids) for index, ids in enumerate(encoded))
+    rule = TextRule(
+        stops=request.stops(),
+        include_stop=bool(request.include_stop_str_in_output),
+        skip_special=request.skip_special_tokens is not False,
+        min_tokens=request.min_tokens or 0,
+        json=guide is not None and guide.kind in ("json", "json_schema"),
+    )
+    return Prepared(model=model, asks=asks, rule=rule, prompts=_echoed(request, encoded, model))
+
+
+async def encode_prompt(prompt: str | list[int], model: TextModel, texts: Texts, *, add_special: bool) -> list[int]:
+    """Ids of a raw prompt; special tokens in it are read as such, as the caller of a raw endpoint expects."""
+    if isinstance(prompt, list):
+        return prompt
+    return await texts.run(len(prompt), lambda: model.table.encode([Piece(prompt, False)], add_special))
+
+
+async def encode_chat(request: ChatRequest, model: TextModel, texts: Texts) -> list[int]:
+    """Ids of a chat through the model's template. Raises Rejected where it has none, or refuses the messages."""
+    template = model.template
+    if template is None:
+        refuse("messages", "the model has no chat template; use the completions endpoint")
+    tools = None if request.tool_choice == "none" else request.tools
+
+    def work() -> list[int]:
+        pieces = template.render(
+            request.messages,
+            tools=tools,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            kwargs=request.chat_template_kwargs,
+        )
+        return model.table.encode(pieces, bool(request.add_special_tokens))
+
+    size = sum(len(message.content or "") for message in request.messages) + 256 * len(tools or ())
+    return await texts.run(size, work)
+
+
+async def _encode(request: Request, caller: Caller, model: TextModel, texts: Texts, vocab: int) -> list[list[int]]:
+    if caller.journal is not None:
+        check_known(caller.journal.prompt_ids, vocab, "journal")
+        return [caller.journal.prompt_ids]
+    if isinstance(request, ChatRequest):
+        return [await encode_chat(request, model, texts)]
+    add_special = request.add_special_tokens is not False
+    encoded = []
+    for prompt in request.prompts():
+        ids = await encode_prompt(prompt, model, texts, add_special=add_special)
+        if isinstance(prompt, list):
+            check_known(ids, vocab, "prompt")
+        if not ids:
+            refuse("prompt", "encodes to no token at all")
+        encoded.append(ids)
+    return encoded
+
+
+def check_known(ids: Sequence[int], vocab: int, param: str) -> None:
+    """Raises Rejected unless every id is one of the vocabulary (and there is one)."""
+    if not ids or min(ids) < 0 or max(ids) >= vocab:
+        refuse(param, f"token ids must be between 0 and {vocab - 1}")
+
+
+def _check_ids(request: Request, vocab: int) -> None:
+    if request.stop_token_ids:
+        check_known(request.stop_token_ids, vocab, "stop_token_ids")
+    if request.logit_bias:
+        check_known([int(key) for key in request.logit_bias], vocab, "logit_bias")
+
+
+def _seed(request: Request, caller: Caller) -> int:
+    """The same for every prompt of a list when given (as if each were asked alone), else one of its own for each."""
+    if caller.journal is not None:
+        return caller.journal.seed % _SEEDS
+    return request.seed % _SEEDS if request.seed is not None else secrets.randbits(63)
+
+
+def _ask(request: Request, caller: Caller, frame: _Frame, index: int, ids: list[int]) -> Ask:
+    limit = frame.admission.request_timeout_s or None
+    deadline = caller.deadline_s if limit is None or (caller.deadline_s is not None and caller.deadline_s < limit) else limit
+    return Ask(
+        client=caller.client,
+        request=f"{caller.request}-{index}" if index else caller.request,
+        model=frame.model.name,
+        prompt_ids=ids,
+        params=_params(request, frame, _max_tokens(request, len(ids), frame.context), _seed(request, caller)),
+        n=request.n or 1,
+        salt=request.cache_salt or "",
+        affinity=caller.affinity or request.user or "",
+        credit=caller.credit,
+        deadline_s=deadline,
+        emitted=caller.journal.emitted if caller.journal is not None else [],
+    )
+
+
+def _max_tokens(request: Request, prompt: int, context: int) -> int:
+    wanted = request.limit()
+    room = context - prompt
+    part = "messages" if isinstance(request, ChatRequest) else "prompt"
+    if room < max(1, wanted or 1):
+        asked = (
+            f"{prompt + wanted} tokens ({prompt} in the {part}, {wanted} in the completion)" if wanted else f"{prompt} tokens in the {part}"
+        )
+        raise TooLong(
+            f"This model's maximum context length is {context} tokens, but you asked for {asked}", hint=f"shorten the {part}", param=part
+        )
+    return wanted or (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS))
+
+
+def _params(request: Request, frame: _Frame, max_tokens: int, seed: int) -> SamplingParams:
+    own = request.stop_token_ids or []
+    stop_ids = own if request.ignore_eos else [*own, *frame.model.eos_ids]
+    logprobs = request.wanted_logprobs()
+    echoed = logprobs if isinstance(request, CompletionRequest) and request.echo else None
+    return SamplingParams(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_k=max(0, request.top_k or 0),
+        top_p=1.0 if request.top_p is None else request.top_p,
+        min_p=request.min_p or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        logit_bias={int(key): value for key, value in request.logit_bias.items()} if request.logit_bias else None,
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=min(request.min_tokens or 0, max_tokens),
+        stop_ids=tuple(dict.fromkeys(stop_ids)),
+        ignore_eos=bool(request.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs if request.prompt_logprobs is not None else echoed,
+        guide=frame.guide,
+    )
+
+
+def _echoed(request: Request, encoded: list[list[int]], model: TextModel) -> tuple[str, ...]:
+    if not isinstance(request, CompletionRequest) or not request.echo:
+        return ()
+    prompts = request.prompts()
+    return tuple(prompt if isinstance(prompt, str) else model.decode(ids) for prompt, ids in zip(prompts, encoded, strict=True))

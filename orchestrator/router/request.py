@@ -1,0 +1,389 @@
+"""Bodies of the two generating endpoints, checked: vLLM's dialect of the OpenAI API.
+
+Owns the fields, their types and every limit that can be checked without a model; :mod:`orchestrator.router.prepare` does the rest
+(tokens, context, vocabulary). Serves the HTTP and the RPC door alike, so it must never know of either, and never fetch anything.
+
+Strict where a mistake would change an answer (types, ranges, duplicate keys), lenient where only a newer client shows (unknown fields
+are ignored and counted). Every refusal is :class:`~workers.errors.Rejected` with the field in ``param``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, TypeVar
+
+import msgspec
+
+from orchestrator.router import grammar
+from orchestrator.router.message import Message, NamedTool, Tool, ToolFunction
+from workers.errors import Rejected
+from workers.wire import GuideSpec
+
+Endpoint = Literal["chat", "completions"]
+
+MAX_MESSAGES = 10_000
+MAX_PROMPTS = 128
+MAX_KEYS = 1024
+MAX_NESTING = 128
+MAX_NAME = 256
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+MAX_TOOLS = 128
+MAX_USER = 512
+MAX_METADATA_BYTES = 16 << 10
+MAX_KWARGS_BYTES = 16 << 10
+INT32_MAX = 2**31 - 1
+
+#: Names that belong to the renderer; a client that sets one would change what the template is given.
+RESERVED_KWARGS = frozenset((
+    "messages", "tools", "documents", "conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
+    "bos_token", "eos_token", "raise_exception", "strftime_now", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+))  # fmt: skip
+#: Inclusive ranges of numbers (None = open); ``_OPEN_BELOW`` names those whose lower end is excluded.
+_RANGES: dict[str, tuple[float, float | None]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.0, 10.0),
+    "top_k": (-1, INT32_MAX),
+    "seed": (-(2**63), 2**63 - 1),
+    "max_tokens": (1, INT32_MAX),
+    "max_completion_tokens": (1, INT32_MAX),
+    "min_tokens": (0, INT32_MAX),
+    "n": (1, INT32_MAX),
+    "best_of": (1, INT32_MAX),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "top_logprobs": (0, MAX_LOGPROBS),
+}
+_OPEN_BELOW = frozenset(("top_p", "repetition_penalty"))
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that both endpoints take; None = not given."""
+
+    model: str
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: grammar.ResponseFormat | None = None
+    structured_outputs: grammar.StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    cache_salt: str | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def guide(self) -> GuideSpec | None:
+        """The one grammar that was asked for. Raises Rejected on two, or on one that cannot mean anything."""
+        return grammar.choose(self.response_format, self.structured_outputs, self._guided())
+
+    def _guided(self) -> grammar.StructuredOutputs:
+        return grammar.StructuredOutputs(
+            json=self.guided_json, regex=self.guided_regex, grammar=self.guided_grammar, choice=self.guided_choice
+        )
+
+
+class ChatRequest(Generation, frozen=True, kw_only=True):
+    """Body of ``/v1/chat/completions``."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives to report with each token; None = no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def guide(self) -> GuideSpec | None:
+        """A forced tool call is a grammar too: the arguments of the named function, or one call of any of them."""
+        asked = Generation.guide(self)
+        if not self.tools or self.tool_choice in (None, "none", "auto"):
+            return asked
+        if asked is not None:
+            refuse("tool_choice", "a forced tool call and another output format exclude each other")
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            schema = next(tool.function.parameters for tool in self.tools if tool.function.name == name) or {"type": "object"}
+        else:
+            schema = {"anyOf": [_call_schema(tool.function) for tool in self.tools]}
+        return grammar.from_schema(schema, "tools")
+
+
+class CompletionRequest(Generation, frozen=True, kw_only=True):
+    """Body of ``/v1/completions``. ``prompt``: text, token ids, or a list of either (then one choice list per prompt, in order)."""
+
+    prompt: Any
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+    def limit(self) -> int | None:
+        return self.max_tokens
+
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt on its own. Raises Rejected on mixed or empty lists and on anything that is not text or token ids."""
+        value = self.prompt
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or not value:
+            refuse("prompt", "a prompt is a non-empty string, a list of token ids, or a list of either")
+        kinds: tuple[Any, ...] = (list[int], list[str], list[list[int]])
+        for kind in kinds:
+            try:
+                found = msgspec.convert(value, kind)
+            except msgspec.ValidationError:
+                continue
+            prompts = [found] if kind == list[int] else found
+            if len(prompts) > MAX_PROMPTS:
+                refuse("prompt", f"{len(prompts)} prompts are more than the {MAX_PROMPTS} that one request may hold")
+            if not all(prompts):
+                refuse("prompt", "a prompt must not be empty")
+            return prompts
+        refuse("prompt", "a prompt is a string, a list of token ids (64-bit integers), or a list of either, not a mixture")
+
+
+Request = ChatRequest | CompletionRequest
+_T = TypeVar("_T")
+_R = TypeVar("_R", ChatRequest, CompletionRequest)
+_KNOWN = {"chat": frozenset(ChatRequest.__struct_fields__), "completions": frozenset(CompletionRequest.__struct_fields__)}
+
+
+def refuse(param: str | None, why: str, code: str | None = None) -> NoReturn:
+    raise Rejected(f"{param}: {why}" if param else why, code=code, param=param)
+
+
+def parse(endpoint: Endpoint, body: bytes | bytearray, *, on_unknown: Callable[[int], None] | None = None) -> Request:
+    """Decode and check a body. ``on_unknown`` is told how many unknown fields were ignored. Raises Rejected."""
+    fields = decode_object(body)
+    unknown = fields.keys() - _KNOWN[endpoint]
+    if unknown and on_unknown is not None:
+        on_unknown(len(unknown))
+    return check(fields, ChatRequest) if endpoint == "chat" else check(fields, CompletionRequest)
+
+
+def check(fields: dict[str, Any], kind: type[_R]) -> _R:
+    """A decoded body as a request that keeps every limit. Raises Rejected."""
+    request = convert(fields, kind)
+    _check(request)
+    if isinstance(request, ChatRequest):
+        _check_chat(request)
+    else:
+        _check_completion(request)
+    request.guide()
+    return request
+
+
+def decode_object(body: bytes | bytearray) -> dict[str, Any]:
+    """A JSON object of unique keys, at most MAX_KEYS in any object, nested at most MAX_NESTING deep. Raises Rejected."""
+    if not body:
+        refuse(None, "the request has no body; a JSON object was expected")
+    try:
+        found = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if b"\\ud" in body or b"\\uD" in body:
+            msgspec.json.encode(found)  # refuses a surrogate without its other half, which no tokenizer could take
+        if body.count(b"{") + body.count(b"[") > MAX_NESTING and _nesting(found) > MAX_NESTING:
+            raise RecursionError
+    except RecursionError:
+        # Only a schema can be deep for a reason, so its sender is told in a schema's terms.
+        schema = b'"json_schema"' in body or b'"guided_json"' in body or b'"structured_outputs"' in body
+        refuse(None, "the JSON is nested too deeply", "invalid_schema" if schema else None)
+    except UnicodeError:
+        refuse(None, "the body is not valid UTF-8")
+    except ValueError as error:
+        refuse(None, f"the body is not valid JSON: {str(error)[:120]}")
+    if not isinstance(found, dict):
+        refuse(None, f"the body must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def convert(fields: dict[str, Any], kind: type[_T]) -> _T:
+    """``fields`` as a struct, without coercion. Raises Rejected that names the field."""
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        what = str(error)
+        where = re.search(r"at `\$\.([^`]+)`", what) or re.search(r"required field `([^`]+)`", what)
+        refuse(where[1][:MAX_NAME] if where else None, what[:300])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        refuse(None, f"an object has {len(pairs)} keys, more than {MAX_KEYS}")
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                refuse(key[:64], "the key appears twice")
+            seen.add(key)
+    return found
+
+
+def _nesting(value: Any) -> int:
+    """Depth of containers in ``value``, without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return depth
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check(request: Request) -> None:
+    check_model_name(request.model)
+    for name, (low, high) in _RANGES.items():
+        value = getattr(request, name, None)
+        if value is None:
+            continue
+        if not (value > low if name in _OPEN_BELOW else value >= low) or (high is not None and not value <= high):
+            refuse(name, f"must be {'above' if name in _OPEN_BELOW else 'at least'} {low:g} and at most {high:g}, got {value}")
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        refuse("best_of", "choosing among more candidates than n is not offered; leave it out or set it to n")
+    if request.stream_options is not None and not request.stream:
+        refuse("stream_options", "only allowed together with stream")
+    limit = request.limit()
+    if limit is not None and (request.min_tokens or 0) > limit:
+        refuse("min_tokens", f"{request.min_tokens} is more than max_tokens ({limit})")
+    if request.prompt_logprobs is not None and request.stream:
+        refuse("prompt_logprobs", "not available in a stream")
+    _check_stops(request)
+    _check_bias(request.logit_bias)
+    _check_labels(request)
+
+
+def check_model_name(name: str) -> None:
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        refuse("model", f"a model name has 1 to {MAX_NAME} printable characters")
+
+
+def _check_stops(request: Request) -> None:
+    stops = request.stops()
+    if len(stops) > MAX_STOPS:
+        refuse("stop", f"{len(stops)} stop strings are more than {MAX_STOPS}")
+    if any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+        refuse("stop", f"a stop string has 1 to {MAX_STOP_CHARS} characters")
+    if len(request.stop_token_ids or ()) > MAX_STOP_IDS:
+        refuse("stop_token_ids", f"more than {MAX_STOP_IDS} ids")
+
+
+def _check_bias(bias: dict[str, float] | None) -> None:
+    if not bias:
+        return
+    if len(bias) > MAX_BIASES:
+        refuse("logit_bias", f"{len(bias)} entries are more than {MAX_BIASES}")
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            refuse("logit_bias", f"{key[:32]!r} is not a token id")
+        if not -100.0 <= value <= 100.0:
+            refuse("logit_bias", f"{value} is not between -100 and 100")
+
+
+def _check_labels(request: Request) -> None:
+    if request.user is not None and len(request.user) > MAX_USER:
+        refuse("user", f"longer than {MAX_USER} characters")
+    if request.metadata is not None and len(msgspec.json.encode(request.metadata)) > MAX_METADATA_BYTES:
+        refuse("metadata", f"larger than {MAX_METADATA_BYTES} bytes")
+    salt = request.cache_salt
+    if salt is not None and not (1 <= len(salt) <= MAX_NAME and salt.isprintable()):
+        refuse("cache_salt", f"a salt has 1 to {MAX_NAME} printable characters")
+
+
+def _check_chat(request: ChatRequest) -> None:
+    if not 1 <= len(request.messages) <= MAX_MESSAGES:
+        refuse("messages", f"a chat has 1 to {MAX_MESSAGES} messages, got {len(request.messages)}")
+    for index, message in enumerate(request.messages):
+        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+            refuse(f"messages[{index}].content", f"a {message.role} message needs content")
+    if request.top_logprobs is not None and not request.logprobs:
+        refuse("top_logprobs", "needs logprobs to be true")
+    if request.chat_template is not None:
+        refuse("chat_template", "templates belong to the model and are not taken from a request")
+    kwargs = request.chat_template_kwargs or {}
+    for key in kwargs.keys() & RESERVED_KWARGS:
+        refuse("chat_template_kwargs", f"{key!r} is reserved")
+    if len(msgspec.json.encode(kwargs)) > MAX_KWARGS_BYTES:
+        refuse("chat_template_kwargs", f"larger than {MAX_KWARGS_BYTES} bytes")
+    _check_tools(request)
+
+
+def _check_tools(request: ChatRequest) -> None:
+    names = [tool.function.name for tool in request.tools or ()]
+    if len(names) > MAX_TOOLS:
+        refuse("tools", f"{len(names)} tools are more than {MAX_TOOLS}")
+    if len(set(names)) != len(names):
+        refuse("tools", "two tools have the same name")
+    if any(not _TOOL_NAME.fullmatch(name) for name in names):
+        refuse("tools", "a tool name has 1 to 64 letters, digits, dots, dashes or underscores")
+    choice = request.tool_choice
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        refuse("tool_choice", f"no tool is named {choice.function.name[:64]!r}")
+    if choice == "required" and not names:
+        refuse("tool_choice", "needs tools")
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
+        refuse("logprobs", f"must be between 0 and {MAX_LOGPROBS}, got {request.logprobs}")
+    if request.suffix:
+        refuse("suffix", "filling in the middle is not offered")
+    request.prompts()
+
+
+def _call_schema(function: ToolFunction) -> dict[str, Any]:
+    arguments = function.parameters or {"type": "object"}
+    properties = {"name": {"const": function.name}, "arguments": arguments}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}

@@ -1,0 +1,240 @@
+"""Text on both sides of the ids: encoding prompts, decoding streams, stop strings.
+
+Owns one tokenizer per model, the small pool that encodes long prompts, and per choice the bytes of an unfinished character and the text
+that may yet become a stop string. Must never send half a character or part of a stop string, never block the event loop, and know
+nothing of HTTP or ZeroMQ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from orchestrator.metrics import RequestMeter
+from orchestrator.router.seam import Ticket
+from orchestrator.router.tokenizer import Loaded, load
+from orchestrator.spec import ModelCard
+from workers.errors import TriremeError
+from workers.wire import FinishReason, Logprobs, Usage
+
+#: Prompts up to this many characters are encoded on the loop: a hand-over to the pool costs more than they do.
+INLINE_CHARS = 1024
+
+T = TypeVar("T")
+
+
+class TextRule(msgspec.Struct, frozen=True, kw_only=True):
+    """How ids become a choice's text. ``json``: the output is one JSON value, so once whole it has ended, whatever cut it."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special: bool = True
+    min_tokens: int = 0
+    json: bool = False
+
+
+class TextSink(Protocol):
+    """What a door gets of a request: per choice on_text*, then exactly one of on_end and on_failed."""
+
+    def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
+        """Tokens at output positions ``first``.., and the text now safe to show (often theirs, sometimes none or more)."""
+
+    def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None: ...
+
+    def on_end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
+        """The choice is over; ``tail`` is text that was held back. ``stopped_by``: the stop string or stop token id, if one ended it."""
+
+    def on_failed(self, choice: int, error: TriremeError) -> None: ...
+
+
+class TextModel:
+    """A served model's text side: its card, tokenizer, chat template (None = it has none) and end-of-sequence ids. Immutable."""
+
+    def __init__(self, card: ModelCard, loaded: Loaded) -> None:
+        self.card, self.name, self.table = card, card.name, loaded.table
+        self.template, self.eos_ids = loaded.template, loaded.eos_ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        return self.table.join(ids, skip_special).decode("utf-8", "replace")
+
+
+class Texts:
+    """All served models by name and alias, and the encoding pool; ``close`` ends the pool."""
+
+    def __init__(self, models: Iterable[TextModel], *, threads: int = 2) -> None:
+        self.models = tuple(models)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._by_name = {name: model for model in self.models for name in (model.name, *model.card.aliases)}
+
+    def get(self, name: str) -> TextModel | None:
+        return self._by_name.get(name)
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """``work()``, in the pool if it handles more than a few characters."""
+        if size <= INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def load_texts(cards: Iterable[ModelCard]) -> Texts:
+    """Read every model's tokenizer folder. Raises ArtifactError naming the file."""
+    return Texts(TextModel(card, load(card.tokenizer)) for card in cards)
+
+
+class StopStrings:
+    """The stop strings of one request, prepared once; immutable."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.stops = stops
+        self._longest = max(map(len, stops), default=0) - 1
+        self._prefixes = frozenset(stop[:length] for stop in stops for length in range(1, len(stop)))
+        self._last = frozenset(prefix[-1] for prefix in self._prefixes)
+
+    def find(self, text: str) -> tuple[int, int, str] | None:
+        """(start, end, stop string) of the match that is whole first, reading left to right."""
+        found = None
+        for stop in self.stops:
+            start = text.find(stop)
+            if start >= 0 and (found is None or start + len(stop) < found[1]):
+                found = (start, start + len(stop), stop)
+        return found
+
+    def held(self, text: str) -> int:
+        """How many characters at the end of ``text`` may yet become a stop string: the longest suffix that begins one."""
+        if not text or text[-1] not in self._last:
+            return 0
+        for length in range(min(self._longest, len(text)), 0, -1):
+            if text[-length:] in self._prefixes:
+                return length
+        return 0
+
+
+class _Row:
+    """Decoding state of one choice."""
+
+    __slots__ = ("count", "decode", "ended", "held", "shown")
+
+    def __init__(self) -> None:
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.count = 0
+        self.held = ""
+        self.ended = False
+        self.shown: list[str] = []
+
+
+class TextWatcher:
+    """A :class:`~orchestrator.router.seam.Watcher` that turns ids into text for a door.
+
+    Make it, submit it, then :meth:`bind` the ticket. ``emitted``: ids that the client already holds, per choice (a journal): decoding goes
+    on after them. ``prompt_tokens`` is for the usage of a choice that a stop string ends, which the replica never gets to report.
+    """
+
+    def __init__(
+        self,
+        model: TextModel,
+        rule: TextRule,
+        sink: TextSink,
+        *,
+        choices: int,
+        prompt_tokens: int,
+        meter: RequestMeter,
+        emitted: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self._table = model.table
+        self._bytes = model.table.visible if rule.skip_special else model.table.all
+        self._rule, self._sink, self._meter = rule, sink, meter
+        self._stops = StopStrings(rule.stops) if rule.stops else None
+        self._prompt_tokens = prompt_tokens
+        self._ticket: Ticket | None = None
+        self._rows = [_Row() for _ in range(choices)]
+        for row, ids in zip(self._rows, emitted, strict=False):
+            self._read(row, list(ids))
+
+    def bind(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+
+    def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
+        row = self._rows[choice]
+        if row.ended:
+            return
+        self._meter.tokens(len(tokens))
+        row.count = first
+        text, used, stop = self._read(row, tokens)
+        if used < len(tokens):
+            tokens, logprobs = tokens[:used], logprobs and logprobs[:used]
+        self._sink.on_text(choice, first, tokens, text, logprobs)
+        if stop is not None:
+            row.ended = True
+            if self._ticket is not None:
+                self._ticket.finish(choice)
+            self._end(choice, "stop", Usage(prompt_tokens=self._prompt_tokens, output_tokens=row.count), stop, "")
+
+    def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
+        self._sink.on_prompt(choice, logprobs)
+
+    def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
+        row = self._rows[choice]
+        if row.ended:
+            return
+        row.ended = True
+        tail = row.held + row.decode(b"", True)
+        if self._rule.json and reason == "length" and _is_json("".join(row.shown) + tail):
+            reason = "stop"
+        self._end(choice, reason, usage, stop_id, tail)
+
+    def on_failed(self, choice: int, error: TriremeError) -> None:
+        row = self._rows[choice]
+        if row.ended:
+            return
+        row.ended = True
+        self._meter.failed(error.code)
+        self._sink.on_failed(choice, error)
+
+    def _end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
+        self._meter.ended(reason, usage)
+        self._sink.on_end(choice, reason, usage, stopped_by, tail)
+
+    def _read(self, row: _Row, tokens: list[int]) -> tuple[str, int, str | None]:
+        """(text now safe, tokens used, stop string that matched)."""
+        stop = None
+        used = len(tokens)
+        if self._stops is None:
+            text = row.decode(self._table.pick(self._bytes, tokens))
+        else:
+            text, used, stop = self._read_to_stop(row, tokens, self._stops)
+        row.count += used
+        if self._rule.json:
+            row.shown.append(text)
+        return text, used, stop
+
+    def _read_to_stop(self, row: _Row, tokens: list[int], stops: StopStrings) -> tuple[str, int, str | None]:
+        shown = []
+        for index, token in enumerate(tokens, 1):
+            pending = row.held + row.decode(self._table.pick(self._bytes, (token,)))
+            # Below min_tokens a stop string is text like any other, as in vLLM.
+            found = stops.find(pending) if row.count + index > self._rule.min_tokens else None
+            if found is not None:
+                start, end, stop = found
+                row.held = ""
+                shown.append(pending[: end if self._rule.include_stop else start])
+                return "".join(shown), index, stop
+            safe = len(pending) - stops.held(pending)
+            shown.append(pending[:safe])
+            row.held = pending[safe:]
+        return "".join(shown), len(tokens), None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""One model's tokenizer: text to ids, and id to the bytes that it stands for.
+
+Owns the byte table, so that decoding a stream is a list look-up and a UTF-8 decoder, with no call into the tokenizer library. Must never
+be changed after it is loaded: all threads share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from orchestrator.router.template import ChatTemplate, Piece
+from workers.errors import ArtifactError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+#: Token texts that end a turn or a document in the llama family; where a tokenizer has one as a special token, it ends output.
+_ENDINGS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+    special: bool = False
+
+
+class _TokenizerFile(msgspec.Struct):
+    decoder: dict[str, Any] | None = None
+    added_tokens: list[_AddedToken] = []
+
+
+class TokenTable:
+    """``all[id]`` and ``visible[id]`` are the bytes of a token, special tokens being empty in ``visible``.
+
+    Raises ArtifactError for a decoder that is not a function of one token at a time (llama-family tokenizers all are).
+    """
+
+    def __init__(self, source: bytes) -> None:
+        parsed = msgspec.json.decode(source, type=_TokenizerFile)
+        self._source = source
+        self._tokenizer = _open(source)
+        self.specials = {token.content: token.id for token in parsed.added_tokens if token.special}
+        to_bytes = _converter(parsed.decoder)
+        added = {token.id for token in parsed.added_tokens}
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.all = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        for text, id in vocabulary.items():
+            self.all[id] = text.encode() if id in added else to_bytes(text)
+        self.visible = list(self.all)
+        for id in self.specials.values():
+            self.visible[id] = b""
+
+    @property
+    def size(self) -> int:
+        return len(self.all)
+
+    @functools.cached_property
+    def _literal(self) -> Tokenizer:
+        """The same tokenizer, but reading special-token text as plain text; made when first needed."""
+        tokenizer = _open(self._source)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def encode(self, pieces: Sequence[Piece], add_special: bool) -> list[int]:
+        """Ids of the pieces in order; ``add_special``: also what the tokenizer itself adds around a prompt (bos)."""
+        ids: list[int] = []
+        for index, piece in enumerate(pieces):
+            tokenizer = self._literal if piece.exact else self._tokenizer
+            ids += tokenizer.encode(piece.text, add_special_tokens=add_special and index == 0).ids
+        return ids
+
+    def pick(self, table: list[bytes], ids: Sequence[int]) -> bytes:
+        """The bytes of ``ids`` in ``all`` or ``visible``; an id past the table (a padded vocabulary's) has none."""
+        try:
+            if len(ids) == 1:
+                return table[ids[0]]
+            return b"".join([table[id] for id in ids])
+        except IndexError:
+            return b"".join([table[id] for id in ids if id < len(table)])
+
+    def join(self, ids: Sequence[int], skip_special: bool = True) -> bytes:
+        return self.pick(self.visible if skip_special else self.all, ids)
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model's tokenizer folder says. ``eos_ids`` end the output unless the request says otherwise."""
+
+    table: TokenTable
+    template: ChatTemplate | None
+    eos_ids: tuple[int, ...]
+
+
+def load(folder: str) -> Loaded:
+    """Read ``tokenizer.json``, and where present ``tokenizer_config.json``, ``generation_config.json`` and ``chat_template.jinja``.
+
+    Raises ArtifactError naming the file.
+    """
+    root = Path(folder)
+    try:
+        table = TokenTable((root / "tokenizer.json").read_bytes())
+        config = _read_json(root / "tokenizer_config.json")
+        generation = _read_json(root / "generation_config.json")
+        template_file = root / "chat_template.jinja"
+        source = template_file.read_text() if template_file.exists() else _template_source(config.get("chat_template"))
+    except OSError as error:
+        raise ArtifactError(f"cannot read {error.filename}", str(error.strerror), "convert or pull the model again") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ArtifactError(f"the tokenizer in {folder} is damaged", str(error)[:200], "convert or pull the model again") from None
+    named = {name: _token_text(value) for name, value in config.items() if name.endswith("_token")}
+    tokens = {name: text for name, text in named.items() if text is not None}
+    template = ChatTemplate(source, specials=table.specials, tokens=tokens) if source else None
+    return Loaded(table=table, template=template, eos_ids=_eos_ids(table, tokens, generation))
+
+
+def _open(source: bytes) -> Tokenizer:
+    tokenizer = Tokenizer.from_buffer(source)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _converter(decoder: dict[str, Any] | None) -> Any:
+    steps = (decoder or {}).get("decoders", [decoder] if decoder else [])
+    kinds = {step.get("type") for step in steps}
+    if "ByteLevel" in kinds:
+        return _from_byte_level
+    if kinds & {"Metaspace", "ByteFallback", "Replace"}:
+        return _from_pieces
+    raise ArtifactError(
+        f"the tokenizer's decoder {sorted(map(str, kinds))} is not supported", "it is neither byte-level nor sentencepiece-like", ""
+    )
+
+
+@functools.cache
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _from_byte_level(text: str) -> bytes:
+    table = _byte_of_char()
+    return bytes([table[char] for char in text]) if all(char in table for char in text) else text.encode()
+
+
+def _from_pieces(text: str) -> bytes:
+    if match := _BYTE_TOKEN.fullmatch(text):
+        return bytes([int(match[1], 16)])
+    return text.replace("\u2581", " ").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.exists() else {}
+
+
+def _template_source(found: Any) -> str:
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else ""
+
+
+def _token_text(value: Any) -> str | None:
+    return value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else None
+
+
+def _eos_ids(table: TokenTable, tokens: dict[str, str], generation: dict[str, Any]) -> tuple[int, ...]:
+    listed = generation.get("eos_token_id")
+    ids = [id for id in (listed if isinstance(listed, list) else [listed]) if type(id) is int]
+    ids += [table.specials[text] for text in (tokens.get("eos_token", ""), *_ENDINGS) if text in table.specials]
+    return tuple(dict.fromkeys(ids))
