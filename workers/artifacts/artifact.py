@@ -1,0 +1,112 @@
+"""One door to every model file: what is it, and how are its weights read.
+
+Owns the telling apart of checkpoints, Hugging Face folders and GGUF files. Reads no weights itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from workers.artifacts import gguf, hf
+from workers.artifacts.checkpoint import CONFIG, CheckpointSource, read_checkpoint
+from workers.artifacts.source import Source
+from workers.artifacts.vocabulary import end_ids, read_vocabulary
+from workers.errors import ArtifactError
+from workers.spec import DType, ModelSpec, Parallel, Quant
+
+Kind = Literal["checkpoint", "huggingface", "gguf"]
+
+
+class Artifact(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model path holds. ``dtype``: format of the stored weights (a GGUF's are dequantized to fp32).
+
+    ``parallel``: layout of a checkpoint; None for whole models. ``tokenizer_dir``: folder with ``tokenizer.json``; None where there is none
+    (a GGUF's tokenizer becomes files when it is converted).
+    """
+
+    path: Path
+    kind: Kind
+    model: ModelSpec
+    dtype: DType
+    parallel: Parallel | None
+    tokenizer_dir: Path | None
+    eos_ids: tuple[int, ...]
+    quant: Quant = Quant()
+
+    def runs_on(self, parallel: Parallel) -> bool:
+        """Whether ranks of this layout can load it directly: an equal layout, or whole weights that each rank slices."""
+        return self.parallel is None or self.parallel in (parallel, Parallel())
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """Read what ``path`` is, without its weights. Raises :class:`ArtifactError` naming the file at fault."""
+    path = Path(path)
+    if not path.exists():
+        raise ArtifactError(f"there is no model at {path}", "", "give a folder, a GGUF file or a model's name")
+    if path.is_file():
+        return _open_gguf(path)
+    if not (path / CONFIG).is_file():
+        raise ArtifactError(f"{path} holds no model", f"it has no {CONFIG}")
+    keys = hf.decode(path / CONFIG, dict[str, Any])
+    if "pretrained_config" in keys:
+        raise ArtifactError(f"{path} holds a TensorRT-LLM engine, not weights", "only the trtllm engine runs it", "use `--engine trtllm`")
+    if "model_type" in keys:
+        return _open_huggingface(path)
+    return _open_checkpoint(path)
+
+
+def open_source(artifact: Artifact) -> Source:
+    """The artifact's weights. Raises :class:`ArtifactError` when tensors are missing, misshapen or unknown."""
+    if artifact.kind == "gguf":
+        return gguf.GgufSource(gguf.GgufFile(artifact.path), artifact.model)
+    if artifact.kind == "huggingface":
+        return hf.HuggingFaceSource(artifact.path, artifact.model)
+    if artifact.quant.quant_algo is not None:
+        raise ArtifactError(f"{artifact.path} is quantized with {artifact.quant.quant_algo}", "only TensorRT-LLM reads these weights")
+    return CheckpointSource(read_checkpoint(artifact.path))
+
+
+def _open_gguf(path: Path) -> Artifact:
+    file = gguf.GgufFile(path)
+    return Artifact(
+        path=path,
+        kind="gguf",
+        model=gguf.read_model(file),
+        dtype="fp32",
+        parallel=None,
+        tokenizer_dir=None,
+        eos_ids=end_ids(read_vocabulary(path, file.metadata)),
+    )
+
+
+def _open_huggingface(path: Path) -> Artifact:
+    return Artifact(
+        path=path,
+        kind="huggingface",
+        model=hf.read_model(path),
+        dtype=hf.stored_dtype(path),
+        parallel=None,
+        tokenizer_dir=_tokenizer_dir(path),
+        eos_ids=hf.read_eos(path),
+    )
+
+
+def _open_checkpoint(path: Path) -> Artifact:
+    checkpoint = read_checkpoint(path)
+    return Artifact(
+        path=path,
+        kind="checkpoint",
+        model=checkpoint.facts.model,
+        dtype=checkpoint.facts.dtype,
+        parallel=checkpoint.facts.parallel,
+        tokenizer_dir=_tokenizer_dir(path),
+        eos_ids=checkpoint.facts.eos_ids,
+        quant=checkpoint.quant,
+    )
+
+
+def _tokenizer_dir(path: Path) -> Path | None:
+    return path if (path / "tokenizer.json").is_file() else None

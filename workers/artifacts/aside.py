@@ -1,0 +1,92 @@
+"""Folders that appear whole or not at all: written beside their place under a lock, flushed to the disk, then renamed into it.
+
+Owns the lock files and the names of unfinished folders (``.NAME.partial``). Must never touch a folder that it was not told to replace.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from workers.errors import EnvironmentFault
+
+#: How long one process waits for another that writes the same thing, seconds: longer than any conversion.
+LOCK_TIMEOUT_S = 3600.0
+POLL_S = 0.05
+
+
+@contextmanager
+def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+    """Hold the lock file ``path`` alone; it is gone afterwards, and with its holder when that is killed.
+
+    Raises :class:`EnvironmentFault` when another process holds it for longer than ``timeout_s``, or the folder cannot be written.
+    """
+    deadline = time.monotonic() + timeout_s
+    handle = _acquire(path)
+    while handle is None:
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"{path} is held by another process", f"waited {timeout_s:g} s", "wait for it, or end it")
+        time.sleep(POLL_S)
+        handle = _acquire(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquire(path: Path) -> int | None:
+    """An open locked descriptor, or None while someone else holds the lock."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise EnvironmentFault(f"{path.parent} cannot be written", error.strerror or str(error)) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder before us unlinks the file: a lock on a name that is gone, or is another file by now, guards nothing.
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``target`` when the block ends without an error, and vanishes when it does not.
+
+    ``target`` is replaced if it exists. Files in the folder must be flushed by whoever writes them.
+    """
+    aside, old = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
+    with locked(target.parent / f".{target.name}.lock"):
+        # Left by a process that was killed: whoever holds the lock owns these names.
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            aside.mkdir()
+            yield aside
+            _flush(aside)
+            if target.exists():
+                target.rename(old)
+            aside.rename(target)
+            _flush(target.parent)
+        except OSError as error:
+            raise EnvironmentFault(f"{target} cannot be written", error.strerror or str(error)) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,240 @@
+"""TensorRT-LLM checkpoints: ``config.json``, ``rank<N>.safetensors``, tokenizer files, and a manifest of hashes and sizes.
+
+Owns the folder's format. ``config.json`` has TensorRT-LLM's own keys; what those lack for the portable engine is under ``trireme``, which
+is what this reader believes, after checking that the other keys say the same. Nothing is read from a folder without a manifest: it is
+written last, so a folder that has one is whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from workers.artifacts.hf import decode
+from workers.artifacts.source import Block, cut
+from workers.artifacts.tensorfile import NAMES, FileRecord, TensorFile, hash_file
+from workers.core.shard import Span, Tensor, heads_of, shard_tensors
+from workers.errors import ArtifactError
+from workers.spec import DType, ModelSpec, Parallel, Quant
+
+FORMAT = 1
+CONFIG = "config.json"
+MANIFEST = "manifest.json"
+DTYPE_NAMES: dict[DType, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ARCHITECTURE_NAMES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+class Trireme(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The key ``trireme`` of ``config.json``. ``heads``: for each tp rank its query heads and key/value heads, half-open.
+
+    ``own_head``: a tied ``lm_head.weight`` is stored although its stage has the embedding (as TensorRT-LLM wants it).
+    """
+
+    format: int
+    model: ModelSpec
+    dtype: DType
+    parallel: Parallel
+    heads: tuple[tuple[Span, Span], ...]
+    eos_ids: tuple[int, ...]
+    own_head: bool = False
+
+    def __post_init__(self) -> None:
+        self.parallel.check(self.model)
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``manifest.json``: every other file of the folder."""
+
+    format: int
+    files: dict[str, FileRecord]
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint folder whose config and manifest have been read and agree."""
+
+    folder: Path
+    facts: Trireme
+    quant: Quant
+    manifest: Manifest
+
+
+class _Config(msgspec.Struct, kw_only=True):
+    trireme: Trireme | None = None
+    quantization: Quant | None = None
+
+
+def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[int, ...], *, for_trtllm: bool = False) -> Trireme:
+    """The facts of a checkpoint to be written. Raises :class:`~workers.errors.ConfigError` when the model cannot be split so."""
+    parallel.check(model)
+    heads = tuple(heads_of(model, parallel.tp, tp_rank) for tp_rank in range(parallel.tp))
+    facts = {"model": model, "parallel": parallel, "dtype": dtype, "eos_ids": eos_ids, "heads": heads}
+    return Trireme(format=FORMAT, own_head=for_trtllm and model.tied_embeddings, **facts)  # type: ignore[arg-type]
+
+
+def config_of(facts: Trireme) -> dict[str, Any]:
+    """``config.json``, without the key ``trireme``: what TensorRT-LLM 1.2 reads, every default that matters written out."""
+    model, parallel = facts.model, facts.parallel
+    config: dict[str, Any] = {
+        "architecture": ARCHITECTURE_NAMES[model.architecture],
+        "dtype": DTYPE_NAMES[facts.dtype],
+        "logits_dtype": "float32",
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_size": model.head_dim,
+        "hidden_act": "silu",
+        "intermediate_size": model.intermediate_size,
+        "norm_epsilon": model.rms_norm_eps,
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_base": model.rope_theta,
+        "rotary_scaling": _rotary_scaling(model),
+        "attn_bias": model.qkv_bias,
+        "tie_word_embeddings": model.tied_embeddings,
+        "use_parallel_embedding": parallel.tp > 1,
+        "embedding_sharding_dim": 0,
+        "mapping": {"world_size": parallel.world, "tp_size": parallel.tp, "pp_size": parallel.pp},
+        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+    }
+    if model.architecture in ("qwen2", "qwen3"):
+        config |= {"qwen_type": model.architecture, "seq_length": model.max_position}
+    return config
+
+
+def _rotary_scaling(model: ModelSpec) -> dict[str, Any] | None:
+    scaling = model.rope_scaling
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"type": "linear", "factor": scaling.factor}
+    return {
+        "type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+    }
+
+
+def rank_file(rank: int) -> str:
+    return f"rank{rank}.safetensors"
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and cross-check config and manifest; weights are only looked up, by name and size.
+
+    Raises :class:`ArtifactError` naming the file that is missing, damaged or contradicts itself.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{folder} has no {MANIFEST}",
+            "the conversion did not finish, or another program wrote the folder",
+            "run `trireme convert` again",
+        )
+    manifest = decode(folder / MANIFEST, Manifest)
+    if CONFIG not in manifest.files:
+        raise ArtifactError(f"{folder / MANIFEST} does not list {CONFIG}")
+    verify(folder, manifest, CONFIG)
+    config, raw = decode(folder / CONFIG, _Config), decode(folder / CONFIG, dict[str, Any])
+    facts = config.trireme
+    if facts is None:
+        raise ArtifactError(
+            f"{folder / CONFIG} has no key 'trireme'", "another converter wrote it", "run `trireme convert` on the original"
+        )
+    if facts.format != FORMAT or manifest.format != FORMAT:
+        raise ArtifactError(f"{folder} has format {facts.format}, this version reads {FORMAT}", "", "run `trireme convert` again")
+    if facts != describe(facts.model, facts.parallel, facts.dtype, facts.eos_ids, for_trtllm=facts.own_head):
+        raise ArtifactError(f"{folder / CONFIG} contradicts itself", f"heads are {facts.heads}, its model and layout mean others")
+    for key, value in config_of(facts).items():
+        if raw.get(key) != value and key != "quantization":
+            raise ArtifactError(f"{folder / CONFIG} contradicts itself", f"{key} is {raw.get(key)!r}, its key 'trireme' means {value!r}")
+    for rank in range(facts.parallel.world):
+        name = rank_file(rank)
+        if name not in manifest.files:
+            raise ArtifactError(f"{folder / MANIFEST} does not list {name}", f"tp={facts.parallel.tp} pp={facts.parallel.pp} needs it")
+        check_size(folder, manifest, name)
+    return Checkpoint(folder=folder, facts=facts, quant=config.quantization or Quant(), manifest=manifest)
+
+
+def check_size(folder: Path, manifest: Manifest, name: str) -> None:
+    """Raises :class:`ArtifactError` when a listed file is missing or has another size."""
+    try:
+        size = (folder / name).stat().st_size
+    except OSError as error:
+        raise ArtifactError(f"{folder / name} is missing or unreadable", error.strerror or str(error)) from error
+    if size != manifest.files[name].bytes:
+        raise ArtifactError(
+            f"{folder / name} has another size than the manifest", f"expected {manifest.files[name].bytes} bytes, got {size}"
+        )
+
+
+def verify(folder: Path, manifest: Manifest, name: str) -> None:
+    """Read a whole file and compare. Raises :class:`ArtifactError` with the file, what was expected and what is there."""
+    check_size(folder, manifest, name)
+    expected, got = manifest.files[name], hash_file(folder / name)
+    if got != expected:
+        raise ArtifactError(
+            f"{folder / name} is damaged", f"expected sha256 {expected.sha256}, got {got.sha256}", "convert or copy it again"
+        )
+
+
+def open_rank(checkpoint: Checkpoint, rank: int) -> TensorFile:
+    """A rank's file, every tensor of it checked by name, shape and format. Raises :class:`ArtifactError`."""
+    facts = checkpoint.facts
+    file = TensorFile(checkpoint.folder / rank_file(rank))
+    wanted = {tensor.name: tensor.shape for tensor in shard_tensors(facts.model, facts.parallel, rank, own_head=facts.own_head)}
+    if different := sorted(wanted.keys() ^ file.entries.keys()):
+        what = "lacks" if different[0] in wanted else "holds an unknown tensor"
+        raise ArtifactError(f"{file.path} {what} {different[0]}", f"{len(different)} names differ from its layout")
+    for name, shape in wanted.items():
+        entry = file.entries[name]
+        if entry.shape != shape or entry.dtype != NAMES[facts.dtype]:
+            raise ArtifactError(f"{file.path}: {name} is {entry.dtype} {list(entry.shape)}", f"expected {facts.dtype} {list(shape)}")
+    return file
+
+
+class CheckpointSource:
+    """Whole tensors put together again from the ranks' shards. Files are opened when first read from."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._files: dict[int, TensorFile] = {}
+        #: Whole tensor's name → where its parts lie: (global span, rank, stored name, local start).
+        self._parts: dict[str, list[tuple[Span, int, str, int]]] = {}
+        facts = checkpoint.facts
+        for rank in range(facts.parallel.world):
+            for stored in shard_tensors(facts.model, facts.parallel, rank, own_head=facts.own_head):
+                for piece, place in stored.places():
+                    self._parts.setdefault(piece.tensor.name, []).append((piece.span, rank, stored.name, place.start))
+
+    def read(self, tensor: Tensor, span: Span) -> Block:
+        dtype = self._checkpoint.facts.dtype
+        pieces, at = [], span.start
+        # Copies (key/value heads, tied rows) overlap; in order of their starts, each part adds what the ones before it lacked.
+        for part, rank, name, local in sorted(self._parts[tensor.name]):
+            if part.start <= at < min(part.stop, span.stop):
+                stop = min(part.stop, span.stop)
+                begin = local + at - part.start
+                values, _ = self._file(rank).view(name)
+                pieces.append(cut(values, tensor, Span(begin, begin + stop - at)))
+                at = stop
+        return Block(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=tensor.axis), dtype)
+
+    def release(self) -> None:
+        for file in self._files.values():
+            file.release()
+
+    def _file(self, rank: int) -> TensorFile:
+        if rank not in self._files:
+            self._files[rank] = open_rank(self._checkpoint, rank)
+        return self._files[rank]

@@ -1,0 +1,218 @@
+"""Hugging Face folders: ``config.json`` as a ModelSpec, and the weights as a Source.
+
+Owns what this family of configs means and the list of what is refused. A model that would run wrongly is refused by name; nothing is
+guessed. Never executes anything that a folder brings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from workers.artifacts.source import Block, cut
+from workers.artifacts.tensorfile import DTYPES, TensorFile
+from workers.core.shard import HEAD, Span, Tensor, whole_tensors
+from workers.errors import ArtifactError, ConfigError
+from workers.spec import ARCHITECTURES, DType, ModelSpec, RopeScaling
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Everything that a tokenizer folder may consist of; other files are never copied.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+#: (key in ``config.json``, field of RopeScaling).
+ROPE_FIELDS = (
+    ("factor", "factor"),
+    ("low_freq_factor", "low_freq_factor"),
+    ("high_freq_factor", "high_freq_factor"),
+    ("original_max_position_embeddings", "original_max_position"),
+)
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+
+T = TypeVar("T")
+
+
+class _Config(msgspec.Struct, kw_only=True):
+    """The keys of ``config.json`` that decide something; defaults are those of transformers' own classes."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    layer_types: list[str] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+class _Eos(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def decode(path: Path, kind: type[T]) -> T:
+    """A JSON file as ``kind``. Raises :class:`ArtifactError` naming the file."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error)) from error
+    except msgspec.MsgspecError as error:
+        raise ArtifactError(f"{path} does not make sense", str(error)) from error
+    except ConfigError as error:
+        raise ArtifactError(f"{path}: {error.what}", error.why) from error
+
+
+def read_model(folder: Path) -> ModelSpec:
+    """The model that ``config.json`` describes. Raises :class:`ArtifactError`, naming what is not supported."""
+    path = folder / "config.json"
+    config = decode(path, _Config)
+    _refuse(path, config, decode(path, dict[str, Any]))
+    theta, scaling = _rope(path, config)
+    position = config.max_position_embeddings
+    if config.sliding_window and (config.model_type == "mistral" or config.use_sliding_window):
+        # Inside the window a sliding-window model is a full-attention model: serve it that far, exactly.
+        position = min(position, config.sliding_window)
+    try:
+        return ModelSpec(
+            architecture=config.model_type,  # type: ignore[arg-type]  # checked by _refuse
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=config.head_dim or config.hidden_size // max(1, config.num_attention_heads),
+            vocab_size=config.vocab_size,
+            max_position=position,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied_embeddings=config.tie_word_embeddings,
+            qkv_bias=config.model_type == "qwen2",
+            qk_norm=config.model_type == "qwen3",
+        )
+    except ConfigError as error:
+        raise ArtifactError(f"{path}: {error.what}", error.why, error.hint) from error
+
+
+def _refuse(path: Path, config: _Config, raw: dict[str, Any]) -> None:
+    known = ", ".join(ARCHITECTURES)
+    if experts := next((key for key in EXPERT_KEYS if raw.get(key)), None):
+        raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}")
+    if config.model_type not in ARCHITECTURES:
+        raise ArtifactError(f"{path}: model_type {config.model_type!r} is not supported", f"known: {known}")
+    if config.hidden_act != "silu":
+        raise ArtifactError(f"{path}: activation {config.hidden_act!r} is not supported", "known: silu")
+    if config.quantization_config is not None:
+        method = config.quantization_config.get("quant_method", "unnamed")
+        raise ArtifactError(f"{path}: weights quantized with {method!r} are not supported", "", "use the unquantized model")
+    for key, value, want in (
+        ("attention_bias", config.attention_bias and config.model_type != "qwen2", False),
+        ("mlp_bias", config.mlp_bias, False),
+        ("partial_rotary_factor", config.partial_rotary_factor, 1.0),
+    ):
+        if value != want:
+            raise ArtifactError(f"{path}: {key}={value} is not supported")
+    if other := set(config.layer_types or ()) - {"full_attention", "sliding_attention"}:
+        raise ArtifactError(f"{path}: layer type {min(other)!r} is not supported")
+
+
+def _rope(path: Path, config: _Config) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from either spelling: transformers 5 has both in ``rope_parameters``, older ones theta beside ``rope_scaling``."""
+    rope = {**(config.rope_scaling or {}), **(config.rope_parameters or {})}
+    theta = rope.get("rope_theta", config.rope_theta or 10000.0)
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise ArtifactError(f"{path}: rope_theta {theta!r} does not make sense")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default" and any(isinstance(value, dict) for value in rope.values()):
+        raise ArtifactError(f"{path}: rotary parameters per layer type are not supported")
+    if kind == "default":
+        return float(theta), None
+    if kind not in ("linear", "llama3"):
+        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: default, linear, llama3")
+    wanted = ROPE_FIELDS if kind == "llama3" else ROPE_FIELDS[:1]
+    if missing := [key for key, _ in wanted if key not in rope]:
+        raise ArtifactError(f"{path}: rope scaling {kind!r} lacks {missing[0]}")
+    try:
+        return float(theta), msgspec.convert({"kind": kind} | {field: rope[key] for key, field in wanted}, RopeScaling)
+    except (msgspec.ValidationError, ConfigError) as error:
+        raise ArtifactError(f"{path}: rope scaling does not make sense", str(error)) from error
+
+
+def read_eos(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids: those of ``generation_config.json`` first, then those of ``config.json``."""
+    found: dict[int, None] = {}
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = decode(folder / name, _Eos).eos_token_id
+            found |= dict.fromkeys([ids] if isinstance(ids, int) else ids or [])
+    return tuple(found)
+
+
+class HuggingFaceSource:
+    """The safetensors files of a folder, one mapping each, checked against the model before the first read."""
+
+    def __init__(self, folder: Path, model: ModelSpec) -> None:
+        """Raises :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
+        self._files = [TensorFile(path) for path in weight_files(folder)]
+        self._file_of = {name: file for file in self._files for name in file.entries}
+        wanted = whole_tensors(model)
+        for name, tensor in wanted.items():
+            if name not in self._file_of:
+                raise ArtifactError(f"{folder} lacks the tensor {name}")
+            shape = self._file_of[name].entries[name].shape
+            if shape != tensor.shape:
+                raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(tensor.shape)}")
+        # A tied head is often stored once more; rotary frequencies follow from the config.
+        extra = [name for name in self._file_of if name not in wanted and name != HEAD and not name.endswith("rotary_emb.inv_freq")]
+        if extra:
+            raise ArtifactError(f"{folder} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors")
+
+    def read(self, tensor: Tensor, span: Span) -> Block:
+        values, dtype = self._file_of[tensor.name].view(tensor.name)
+        return Block(cut(values, tensor, span), dtype)
+
+    def release(self) -> None:
+        for file in self._files:
+            file.release()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, existing or not. Raises :class:`ArtifactError` for pickled weights and for none at all."""
+    if (folder / INDEX).is_file():
+        names = sorted(set(decode(folder / INDEX, _Index).weight_map.values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ArtifactError(f"{folder / INDEX} points outside the folder", outside[0])
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickled = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))), None)
+    if pickled is not None:
+        raise ArtifactError(f"{folder} holds pickled weights ({pickled})", "a pickle can run code", "save the model as safetensors")
+    raise ArtifactError(f"{folder} holds no weights", f"neither {SINGLE} nor {INDEX} is there")
+
+
+def stored_dtype(folder: Path) -> DType:
+    """Number format of most weights. Raises :class:`ArtifactError` for quantized ones."""
+    file = TensorFile(weight_files(folder)[0])
+    name, entry = max(file.entries.items(), key=lambda item: item[1].data_offsets[1] - item[1].data_offsets[0])
+    if entry.dtype not in DTYPES:
+        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(DTYPES)}")
+    return DTYPES[entry.dtype]

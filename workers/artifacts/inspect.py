@@ -1,0 +1,100 @@
+"""What a model file holds and whether it runs on a layout, for people and scripts to read before anything is started.
+
+Reads headers only, unless asked to verify. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from workers.artifacts.artifact import Artifact, Kind, open_artifact, open_source
+from workers.artifacts.checkpoint import open_rank, read_checkpoint, verify
+from workers.core.shard import parameters, shard_elements, trtllm_refusal
+from workers.errors import ConfigError
+from workers.spec import DTYPE_BYTES, DType, ModelSpec, Parallel
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """``parallel``: layout of a checkpoint, None for whole models. ``rank_bytes``: weights of each rank in ``dtype``, for the layout asked
+    about (else the stored one, else one rank).
+
+    ``runs``: whether ranks of that layout can load it as it is; ``reason`` says why not, and what would. ``trtllm``: why TensorRT-LLM would
+    refuse the layout, empty when it would not. ``verified``: every file's hash was compared.
+    """
+
+    path: Path
+    kind: Kind
+    model: ModelSpec
+    parameters: int
+    dtype: DType
+    parallel: Parallel | None
+    rank_bytes: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+    tokenizer: bool
+    runs: bool
+    reason: str = ""
+    trtllm: str = ""
+    verified: bool = False
+
+
+def inspect_path(path: str | Path, parallel: Parallel | None = None, *, verify_files: bool = False) -> Inspection:
+    """Describe the model at ``path``, for the layout ``parallel``.
+
+    ``verify_files`` also reads every byte of a checkpoint (sha256 against the manifest), and of other kinds the headers of all files
+    against the model. Raises :class:`~workers.errors.ArtifactError` when it is no model, or damaged.
+    """
+    artifact = open_artifact(path)
+    layout = parallel or artifact.parallel or Parallel()
+    reason = _why_not(artifact, layout)
+    possible = not _impossible(artifact.model, layout)
+    refusal = trtllm_refusal(artifact.model, layout) if possible else None
+    if verify_files:
+        _verify(artifact)
+    width = DTYPE_BYTES[artifact.dtype]
+    return Inspection(
+        path=artifact.path,
+        kind=artifact.kind,
+        model=artifact.model,
+        parameters=parameters(artifact.model),
+        dtype=artifact.dtype,
+        parallel=artifact.parallel,
+        rank_bytes=tuple(width * shard_elements(artifact.model, layout, rank) for rank in range(layout.world)) if possible else (),
+        eos_ids=artifact.eos_ids,
+        tokenizer=artifact.tokenizer_dir is not None or artifact.kind == "gguf",
+        runs=not reason,
+        reason=reason,
+        trtllm=refusal[0] if refusal else "",
+        verified=verify_files,
+    )
+
+
+def _impossible(model: ModelSpec, layout: Parallel) -> str:
+    try:
+        layout.check(model)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _why_not(artifact: Artifact, layout: Parallel) -> str:
+    if impossible := _impossible(artifact.model, layout):
+        return impossible
+    if artifact.quant.quant_algo is not None:
+        return f"quantized with {artifact.quant.quant_algo}: only TensorRT-LLM reads these weights"
+    if artifact.parallel is None or artifact.runs_on(layout):
+        return ""
+    have = artifact.parallel
+    return f"stored for tp={have.tp} pp={have.pp}, asked for tp={layout.tp} pp={layout.pp}: convert it to that layout"
+
+
+def _verify(artifact: Artifact) -> None:
+    if artifact.kind != "checkpoint":
+        open_source(artifact)
+        return
+    checkpoint = read_checkpoint(artifact.path)
+    for name in checkpoint.manifest.files:
+        verify(artifact.path, checkpoint.manifest, name)
+    for rank in range(checkpoint.facts.parallel.world):
+        open_rank(checkpoint, rank)

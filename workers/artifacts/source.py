@@ -1,0 +1,60 @@
+"""What every model file offers: slices of whole tensors by their Hugging Face names; and how a rank's tensor is put together from them.
+
+Owns the ``Source`` protocol and ``assemble``. Must never know a file format or import torch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from workers.artifacts.numbers import STORAGE, Array, cast
+from workers.core.shard import ShardTensor, Span, Tensor
+from workers.spec import DType
+
+#: Elements that are converted at a time: bounds the temporaries of a cast to a few MB.
+CHUNK = 1 << 20
+
+
+class Block(NamedTuple):
+    """Values of a slice, in storage type ``STORAGE[dtype]``; possibly a view of a mapped file."""
+
+    values: Array
+    dtype: DType
+
+
+class Source(Protocol):
+    """Weights of one unsharded model, wherever they lie."""
+
+    def read(self, tensor: Tensor, span: Span) -> Block:
+        """``span`` of ``tensor`` along the tensor's own axis. Raises :class:`~workers.errors.ArtifactError`."""
+
+    def release(self) -> None:
+        """What ``read`` gave out is no longer used: its memory may go."""
+
+
+def assemble(source: Source, wanted: ShardTensor, dtype: DType) -> Array:
+    """The tensor that a rank stores, in ``STORAGE[dtype]``; rows that no piece covers are zero."""
+    result = np.zeros(wanted.shape, STORAGE[dtype])
+    for piece, place in wanted.places():
+        if not piece.span.size:
+            continue
+        block = source.read(piece.tensor, piece.span)
+        target = result[place.start : place.stop] if piece.tensor.axis == 0 else result[:, place.start : place.stop]
+        convert_into(target, block, dtype)
+        del block
+        source.release()
+    return result
+
+
+def convert_into(target: Array, block: Block, dtype: DType) -> None:
+    """Copy ``block`` into ``target`` of the same shape, in ``dtype``, some rows at a time."""
+    rows = max(1, CHUNK // max(1, block.values[0].size))
+    for start in range(0, len(block.values), rows):
+        target[start : start + rows] = cast(block.values[start : start + rows], block.dtype, dtype)
+
+
+def cut(values: Array, tensor: Tensor, span: Span) -> Array:
+    """View of ``span`` of a whole tensor along its axis."""
+    return values[span.start : span.stop] if tensor.axis == 0 else values[:, span.start : span.stop]

@@ -1,0 +1,171 @@
+"""safetensors files: a reader over a memory map and a writer that streams.
+
+The reader owns one mapping and trusts nothing of the header before it agrees with the file's size. The writer owns one file handle and
+hashes what it writes. Neither knows what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from workers.artifacts.numbers import STORAGE, Array
+from workers.errors import ArtifactError
+from workers.spec import DType
+
+#: The format's own bound on its header, bytes.
+MAX_HEADER = 100_000_000
+NAMES: dict[DType, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+DTYPES: dict[str, DType] = {name: dtype for dtype, name in NAMES.items()}
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A tensor in a file: format name as in the header, shape, and byte offsets from the start of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a manifest says of a file: lowercase hex sha256, size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+class TensorFile:
+    """A safetensors file for reading. Arrays that it gives out are views of the mapping and live as long as it does."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises :class:`ArtifactError` when the file is missing, truncated or not safetensors."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.entries, self._data = _read_header(path, file, size)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read", error.strerror or str(error)) from error
+
+    def view(self, name: str) -> tuple[Array, DType]:
+        """The whole tensor, without copying. Raises :class:`ArtifactError` for a format other than F32, BF16 and F16."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise ArtifactError(f"{self.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(DTYPES)}")
+        dtype = DTYPES[entry.dtype]
+        flat = np.frombuffer(self._map, STORAGE[dtype], math.prod(entry.shape), self._data + entry.data_offsets[0])
+        return flat.reshape(entry.shape), dtype
+
+    def release(self) -> None:
+        """Let the kernel take back the pages read so far: they would count as this process's memory."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise ArtifactError(f"{path} is truncated", f"{size} bytes are no safetensors file")
+    length = int.from_bytes(prefix, "little")
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise ArtifactError(f"{path} is not a safetensors file, or truncated", f"header of {length} bytes in a file of {size}")
+    try:
+        raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)
+        entries = {name: msgspec.json.decode(value, type=Entry) for name, value in raw.items()}
+    except msgspec.MsgspecError as error:
+        raise ArtifactError(f"{path} is not a safetensors file", str(error)) from error
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
+        width = STORAGE[DTYPES[entry.dtype]].itemsize if entry.dtype in DTYPES else None
+        if start != end or stop < start or min(entry.shape, default=0) < 0:
+            raise ArtifactError(f"{path}: {name} has impossible offsets", f"{start}..{stop}, expected to start at {end}")
+        if width is not None and stop - start != width * math.prod(entry.shape):
+            raise ArtifactError(f"{path}: {name} has {stop - start} bytes", f"its shape {list(entry.shape)} needs another number")
+        end = stop
+    if 8 + length + end != size:
+        raise ArtifactError(f"{path} is truncated or damaged", f"expected {8 + length + end} bytes, got {size}")
+    return entries, 8 + length
+
+
+class TensorWriter:
+    """Writes one safetensors file tensor by tensor, in the order announced, so that only one tensor is ever in memory."""
+
+    def __init__(self, path: Path, tensors: dict[str, tuple[int, ...]], dtype: DType, metadata: dict[str, str]) -> None:
+        self._left = list(tensors.items())
+        self._dtype = dtype
+        self._path = path
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+        self._file = path.open("xb")
+        self._put(_header(tensors, dtype, metadata))
+
+    def write(self, name: str, values: Array) -> None:
+        """Append a tensor; ``values`` must have the announced shape and the file's storage type."""
+        expected = self._left.pop(0)
+        if expected != (name, values.shape) or values.dtype != STORAGE[self._dtype]:
+            raise ValueError(f"{self._path}: expected {expected}, got {name} {values.shape} {values.dtype}")
+        self._put(np.ascontiguousarray(values).data.cast("B"))
+
+    def finish(self) -> FileRecord:
+        """Flush to the disk itself; every announced tensor must have been written."""
+        if self._left:
+            raise ValueError(f"{self._path}: {self._left[0][0]} was never written")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return FileRecord(sha256=self._hash.hexdigest(), bytes=self._bytes)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._bytes += len(data)
+
+
+def _header(tensors: dict[str, tuple[int, ...]], dtype: DType, metadata: dict[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for name, shape in tensors.items():
+        stop = offset + math.prod(shape) * STORAGE[dtype].itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Data starts on a multiple of 8 bytes, so that a mapping of it is aligned.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Hash a file. Raises :class:`ArtifactError` when it is missing or unreadable."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error)) from error
+    return FileRecord(sha256=digest.hexdigest(), bytes=size)
+
+
+def write_file(path: Path, data: bytes) -> FileRecord:
+    """Write a small file through to the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
