@@ -1,0 +1,167 @@
+"""How the command line speaks: results on stdout, everything told while working on stderr, errors as error/why/hint lines.
+
+Owns the terminal's settings (quiet, log format, colour) for this process and every progress bar. Never decides anything but form.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Literal
+
+import msgspec
+
+from workers.errors import TriremeError
+
+LogFormat = Literal["text", "json"]
+#: (phase, bytes done, bytes in all); 0 in all = not known.
+Progress = Callable[[str, int, int], None]
+#: A plain progress line at most this often, seconds.
+PLAIN_EVERY_S = 5.0
+INTERRUPTED = 130
+
+_STYLES = {"error": "1;31", "hint": "36", "good": "32", "warn": "33", "bad": "31", "dim": "2", "bold": "1"}
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the global flags say."""
+
+    quiet: bool = False
+    log_format: LogFormat = "text"
+    debug: bool = False
+
+
+class Console:
+    """The terminal of one process. ``say`` informs (stderr), ``out`` answers (stdout)."""
+
+    def __init__(self, settings: Settings, *, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> None:
+        self.settings = settings
+        self.stdout, self.stderr = stdout or sys.stdout, stderr or sys.stderr
+
+    def colours(self, stream: IO[str]) -> bool:
+        return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def paint(self, text: str, style: str, stream: IO[str] | None = None) -> str:
+        """``text`` in a style of the table where ``stream`` (default stdout) shows colours, unchanged elsewhere."""
+        return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if self.colours(stream or self.stdout) else text
+
+    def out(self, text: str = "", *, end: str = "\n") -> None:
+        self.stdout.write(text + end)
+        self.stdout.flush()
+
+    def say(self, text: str, **facts: object) -> None:
+        """Tell what is going on; silent under --quiet. ``facts`` are keys of the JSON line."""
+        if not self.settings.quiet:
+            self._tell("info", text, facts)
+
+    def warn(self, text: str, **facts: object) -> None:
+        self._tell("warning", text, facts)
+
+    def _tell(self, level: str, text: str, facts: dict[str, object]) -> None:
+        if self.settings.log_format == "json":
+            line = json.dumps({"time": round(time.time(), 3), "level": level, "message": text, **facts})
+        else:
+            line = text if level == "info" else f"{self.paint(level, 'warn', self.stderr)}: {text}"
+        self.stderr.write(line + "\n")
+        self.stderr.flush()
+
+    def fail(self, error: TriremeError) -> int:
+        """Print an error in its three lines and return its exit code; the stack only under --debug."""
+        if self.settings.debug:
+            traceback.print_exception(error, file=self.stderr)
+        if self.settings.log_format == "json":
+            facts = {"why": error.why, "hint": error.hint, "code": error.code, "exit_code": error.exit_code}
+            self._tell("error", error.what, {key: value for key, value in facts.items() if value})
+            return error.exit_code
+        for line in error.lines().splitlines():
+            label, _, text = line.partition(": ")
+            style = "error" if label == "error" else "hint" if label == "hint" else "dim"
+            self.stderr.write(f"{self.paint(label, style, self.stderr)}: {text}\n")
+        self.stderr.flush()
+        return error.exit_code
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A callback that draws bars on a terminal and plain lines (phase, percent, seconds) elsewhere."""
+        if self.settings.quiet:
+            yield lambda phase, done, total: None
+        elif self.settings.log_format == "text" and self.stderr.isatty():
+            with self._bars() as callback:
+                yield callback
+        else:
+            lines = PlainProgress(self.say)
+            yield lines
+            lines.finish()
+
+    @contextmanager
+    def _bars(self) -> Iterator[Progress]:
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        with Bars(*columns, console=Terminal(file=self.stderr)) as bars:
+            tasks: dict[str, object] = {}
+
+            def callback(phase: str, done: int, total: int) -> None:
+                if phase not in tasks:
+                    tasks[phase] = bars.add_task(phase, total=total or None)
+                bars.update(tasks[phase], completed=done, total=total or None)  # type: ignore[arg-type]
+
+            yield callback
+
+
+class PlainProgress:
+    """Progress for logs and pipes: one line when a phase ends, and now and then while it lasts."""
+
+    def __init__(self, say: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.say, self.clock = say, clock
+        self.phase, self.done, self.total = "", 0, 0
+        self.started = self.told = clock()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = self.clock()
+        if phase != self.phase:
+            self.finish()
+            self.phase, self.started, self.told = phase, now, now
+        self.done, self.total = done, total
+        if now - self.told >= PLAIN_EVERY_S:
+            self.told = now
+            share = f"{100 * done // total} % of {size(total)}" if total else size(done)
+            self.say(f"{phase}: {share}, {now - self.started:.1f} s")
+
+    def finish(self) -> None:
+        """Tell how the current phase ended; nothing when none ran."""
+        if self.phase:
+            self.say(f"{self.phase}: {size(self.done)}, {self.clock() - self.started:.1f} s")
+        self.phase = ""
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: ``98.4 MB``."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def age(seconds: float) -> str:
+    """A duration in kubectl's manner: ``45s``, ``12m``, ``3h``, ``5d``."""
+    whole = max(0, int(seconds))
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if whole >= 2 * length:
+            return f"{whole // length}{unit}"
+    return f"{whole}s"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Left-aligned columns, three spaces apart, no rules: kubectl's manner."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows])

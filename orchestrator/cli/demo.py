@@ -1,0 +1,190 @@
+"""`trireme demo`: the deployment of an example file from nothing to an answer and back to nothing, as a user would do it by hand.
+
+Owns the two halves of the run. Outside: models are fetched and converted. Inside, in a network and process namespace of its own where the
+system allows one (Ray listens on all interfaces): the deployment comes up, answers over both doors, shows its status, goes down, and
+every process that it ever started is proven gone. Uses only what any user can: commands and the two doors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import psutil
+import typer
+
+from orchestrator.cli.asking import open_door
+from orchestrator.cli.console import Console
+from workers.errors import EnvironmentFault, NotFound, ReplicaLost
+
+if TYPE_CHECKING:
+    from orchestrator.config import Config
+
+QUESTION = "What is the capital of France?"
+EXAMPLE = Path(__file__).resolve().parents[2] / "deploy" / "examples" / "local.yaml"
+COMMAND = [sys.executable, "-m", "orchestrator.cli"]
+READY_S = 240.0
+STOP_S = 60.0
+POLL_S = 0.2
+GONE_S = 10.0
+PR_SET_CHILD_SUBREAPER = 36
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
+
+
+def demo(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A deployment file.")] = EXAMPLE,
+    inside: Annotated[bool, typer.Option("--inside", hidden=True, help="The second half, in a namespace.")] = False,
+    isolate: Annotated[bool, typer.Option(help="Run the deployment in a network of its own where the system allows it.")] = True,
+) -> None:
+    """Fetch, convert, start, ask over HTTP and over ZeroMQ, show the status, stop, and prove that nothing is left."""
+    console: Console = context.obj
+    if inside:
+        run_inside(console, file)
+        return
+    found = prepare(console, file)
+    namespace = find_namespace() if isolate else []
+    if not namespace and found.launcher == "ray":
+        console.warn("Ray runs in this machine's network and listens on all interfaces while the demo lasts (token authentication is on)")
+    flags = ["--quiet"] if console.settings.quiet else []
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # the demo starts a Ray of its own
+    raise typer.Exit(subprocess.run([*namespace, *COMMAND, *flags, "demo", "--inside", str(file)], env=env, check=False).returncode)
+
+
+def prepare(console: Console, file: Path) -> Config:
+    """Fetch and convert what the file's replicas need, so that the second half needs no network."""
+    from orchestrator import config
+    from orchestrator.launch.wanted import resolve_model
+
+    found = config.load(file, env=os.environ).config
+    for model in found.models:
+        started = time.monotonic()
+        with console.progress() as progress:
+            served = resolve_model(model, found.cache, progress)
+        console.say(f"{model.name}: {time.monotonic() - started:.1f} s")
+        for gang in served.gangs:
+            console.say(f"  {gang.name}, tp={gang.parallel.tp} pp={gang.parallel.pp}: {gang.artifact}")
+    return found
+
+
+def find_namespace() -> list[str]:
+    """The command that runs another one in a fresh network and process namespace; empty where none is allowed."""
+    from orchestrator.cli.doctor import NAMESPACE_COMMANDS, attempt
+
+    return next((argv for argv in NAMESPACE_COMMANDS if attempt([*argv, "true"], timeout=10.0).code == 0), [])
+
+
+def run_inside(console: Console, file: Path) -> None:
+    from orchestrator import config
+
+    wanted = config.load(file, env=os.environ).config
+    adopt_orphans()
+    raise_loopback()
+    with deployment(console, wanted, file) as url:
+        answer(console, wanted, url, "HTTP", rpc=False)
+        answer(console, wanted, url, "ZeroMQ RPC", rpc=True)
+        console.say("")
+        subprocess.run([*COMMAND, "status", wanted.name, "--run-dir", wanted.run_dir, "-o", "wide"], check=True)
+        console.say("")
+    if left := survivors():
+        raise ReplicaLost(f"{len(left)} processes outlived the deployment", "; ".join(left), "this is a bug: please report it")
+    console.say("everything is shut down; no process is left")
+
+
+@contextmanager
+def deployment(console: Console, wanted: Config, file: Path) -> Iterator[str]:
+    """`trireme up FILE`, ready on entry (the URL); `trireme down`, gone on exit. Raises :class:`EnvironmentFault` when either fails."""
+    flags = ["--quiet"] if console.settings.quiet else []
+    child = subprocess.Popen([*COMMAND, *flags, "up", str(file)])
+    try:
+        yield wait_ready(child, wanted)
+        subprocess.run([*COMMAND, *flags, "down", wanted.name, "--run-dir", wanted.run_dir], check=True)
+        code = child.wait(STOP_S)
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            child.wait(STOP_S)
+    if code:
+        raise EnvironmentFault("the deployment did not end well", f"trireme up exited with {code}", f"its log: {wanted.home}")
+
+
+def wait_ready(child: subprocess.Popen[bytes], wanted: Config) -> str:
+    """Until every replica is ready; the URL. Raises :class:`EnvironmentFault` when the deployment ends first or takes too long."""
+    from orchestrator.deployment import connect
+
+    control = connect(wanted.name, wanted.run_dir)
+    until = time.monotonic() + READY_S
+    while time.monotonic() < until:
+        if child.poll() is not None:
+            raise EnvironmentFault(f"the deployment ended before it was ready (exit {child.returncode})", hint="its errors are above")
+        try:
+            if (status := control.status()).state == "READY":
+                return status.url
+        except (NotFound, EnvironmentFault):
+            pass  # its control socket is not there yet
+        time.sleep(POLL_S)
+    raise EnvironmentFault(f"the deployment was not ready after {READY_S:.0f} s", hint="trireme doctor")
+
+
+def answer(console: Console, wanted: Config, url: str, title: str, *, rpc: bool) -> None:
+    """Ask the question through one door and stream the answer, with the time to its first piece."""
+    with closing(open_door(url, rpc, wanted.name, wanted.run_dir)) as door:
+        body = {"model": wanted.models[0].name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32, "temperature": 0.0}
+        console.say(f"\n{title}: {QUESTION}")
+        started, first = time.monotonic(), 0.0
+        for piece in door.ask("chat", body):
+            first = first or time.monotonic() - started
+            console.out(piece, end="")
+        console.out()
+        if not first:
+            raise ReplicaLost(f"no answer came over {title}", hint="this is a bug: please report it")
+        total = time.monotonic() - started
+        console.say(f"  first piece after {1000 * first:.0f} ms, all after {total:.2f} s", door=title, first_s=round(first, 3))
+
+
+def adopt_orphans() -> None:
+    """Whatever loses its parent below here becomes this process's child, so none can hide from :func:`survivors`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise EnvironmentFault("cannot adopt orphaned processes", os.strerror(ctypes.get_errno()))
+
+
+def survivors() -> list[str]:
+    """Processes that still live below this one after a grace for those that are just ending: ``pid name``."""
+    until = time.monotonic() + GONE_S
+    while True:
+        left = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    left.append(f"{process.pid} {process.name()}")
+            except psutil.NoSuchProcess:
+                continue
+        if not left or time.monotonic() > until:
+            return left
+        time.sleep(POLL_S)
+
+
+def raise_loopback() -> None:
+    """Bring ``lo`` up where it is down, as it is in a fresh network namespace. Interface flags: struct ifreq of netdevice(7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        request = struct.pack("16sh22x", b"lo", 0)
+        flags = struct.unpack("16sh22x", fcntl.ioctl(control, SIOCGIFFLAGS, request))[1]
+        if not flags & IFF_UP:
+            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | IFF_UP))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command(hidden=True)(demo)

@@ -1,0 +1,125 @@
+"""Asking a running deployment through one of its two doors, a piece of text at a time.
+
+Owns one connection for the length of one answer. Never formats: the callers print.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import msgspec
+
+from orchestrator.client import Client, ClientKeys
+from orchestrator.keys import read_private
+from orchestrator.launch.control import Status
+from workers.errors import EngineFault, EnvironmentFault, Unavailable, from_code
+
+Endpoint = Literal["chat", "completions"]
+PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+CONNECT_S = 5.0
+#: Longest silence inside one answer, seconds: queues may be long.
+SILENCE_S = 120.0
+
+
+class HttpDoor:
+    """The OpenAI endpoint at ``url``. ``transport`` replaces the network in tests."""
+
+    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._http = httpx.Client(
+            base_url=self.url, timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S), transport=transport, trust_env=False
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def models(self) -> list[str]:
+        """Names that are served, the default first."""
+        return [model["id"] for model in self._get("/v1/models")["data"]]
+
+    def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]:
+        """Stream an answer. Raises the error that the endpoint names (:func:`workers.errors.from_code`), also in mid-stream."""
+        try:
+            with self._http.stream("POST", PATHS[endpoint], json={**body, "stream": True}) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.read(), response.status_code)
+                yield from _pieces(response.iter_lines())
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+
+    def _get(self, path: str) -> Any:
+        try:
+            response = self._http.get(path)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        if response.status_code != 200:
+            raise _refusal(response.content, response.status_code)
+        return response.json()
+
+    def _unreachable(self, error: httpx.HTTPError) -> EnvironmentFault:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return EnvironmentFault(f"nothing answers at {self.url}", str(error), "start a deployment (trireme up FILE), or name its --url")
+        return EnvironmentFault(f"the connection to {self.url} broke", f"{type(error).__name__} {error}".strip(), "trireme status")
+
+
+class RpcDoor:
+    """The ZeroMQ door of a deployment on this machine, which says where it is and which key to use."""
+
+    def __init__(self, status: Status) -> None:
+        if not status.rpc:
+            raise Unavailable(f"{status.name} has no router yet", hint=f"trireme status {status.name}")
+        keys = None
+        if any(address.endpoint.startswith("tcp://") for address in status.rpc):
+            keys = msgspec.json.decode(read_private(Path(status.key_file)), type=ClientKeys)
+        self._client = Client(status.rpc, keys=keys)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def models(self) -> list[str]:
+        """As :meth:`HttpDoor.models`."""
+        return [model["id"] for model in self._client.models()]
+
+    def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]:
+        """As :meth:`HttpDoor.ask`; an answer that is left early is cancelled."""
+        options = dict(body)
+        if endpoint == "chat":
+            call = self._client.chat(options.pop("messages"), **options)
+        else:
+            call = self._client.complete(options.pop("prompt"), **options)
+        try:
+            for piece in call.stream():
+                if piece.text:
+                    yield piece.text
+        finally:
+            call.cancel()
+
+
+def _pieces(lines: Iterator[str]) -> Iterator[str]:
+    """The text in a stream of server-sent events. Raises :class:`EngineFault` when it ends before ``[DONE]``."""
+    for line in lines:
+        if not line.startswith("data:"):
+            continue
+        data = line[5:].strip()
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise from_code(str(event["error"].get("code")), event["error"]["message"])
+        for choice in event["choices"]:
+            if text := choice.get("text") or choice.get("delta", {}).get("content"):
+                yield text
+    raise EngineFault("the answer broke off", "the stream ended without its last line", "ask again")
+
+
+def _refusal(content: bytes, status: int) -> Exception:
+    """The error that an HTTP answer carries in OpenAI's form."""
+    try:
+        error = json.loads(content)["error"]
+        return from_code(str(error["code"]), error["message"])
+    except (ValueError, KeyError, TypeError):
+        return EngineFault(f"HTTP {status}", content[:200].decode(errors="replace"), "is this the address of a trireme router?")

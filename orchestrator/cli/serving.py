@@ -1,0 +1,209 @@
+"""`trireme serve` and `up`: a deployment hosted by this process, or by a daemon of its own (``--detach``).
+
+Owns what people see while they wait. What a deployment is, and how it starts and ends, belongs to `orchestrator.deployment`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from orchestrator.cli.console import Console
+from orchestrator.cli.options import DTypeName, PpSize, TpSize, dtype_of
+from workers.errors import TriremeError
+
+if TYPE_CHECKING:
+    from orchestrator.config import Config
+    from orchestrator.deployment import Notice
+    from workers.wire import Capacity
+
+#: Files in the deployment's run folder: what the host logs, and what a detached host prints.
+HOST_LOG, DAEMON_LOG = "host.log", "up.log"
+POLL_S = 0.2
+
+Name = Annotated[str | None, typer.Option("--name", help="Name of the deployment.")]
+Port = Annotated[int | None, typer.Option("--port", help="HTTP port; 0 = any free one.")]
+Launcher = Annotated[str | None, typer.Option("--launcher", metavar="ray|local", help="Through Ray, or directly on this machine.")]
+RunDir = Annotated[str | None, typer.Option("--run-dir", help="Where sockets, keys, logs and state go.")]
+CacheDir = Annotated[str | None, typer.Option("--cache-dir", help="Where models are kept.")]
+Routers = Annotated[int | None, typer.Option("--routers", min=1, help="Router processes that share the port.")]
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; `trireme down` ends it.")]
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's name, a Hugging Face folder, a GGUF or a checkpoint.")],
+    tp_size: TpSize = 1,
+    pp_size: PpSize = 1,
+    replicas: Annotated[int | None, typer.Option("--replicas", min=1, help="How many gangs.")] = None,
+    dtype: DTypeName = "",
+    served_model_name: Annotated[str, typer.Option("--served-model-name", help="What clients call it; else its own name.")] = "",
+    max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", "--max-model-len", help="Longest prompt and answer, tokens.")] = None,
+    max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Rows in one step.")] = None,
+    max_num_tokens: Annotated[int | None, typer.Option("--max-num-tokens", "--max-num-batched-tokens", help="Tokens in one step.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option("--kv-tokens", help="Size of the KV cache, tokens.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each rank.")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", metavar="portable|fake|trtllm", help="What computes.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="HTTP address; loopback only, for now.")] = None,
+    port: Port = None,
+    routers: Routers = None,
+    launcher: Launcher = None,
+    name: Name = None,
+    run_dir: RunDir = None,
+    cache_dir: CacheDir = None,
+    detach: Detach = False,
+) -> None:
+    """Serve one model: `trireme serve smollm2-135m-instruct -tp 2`."""
+    from orchestrator import config
+
+    flags = {
+        "tp_size": tp_size, "pp_size": pp_size, "replicas": replicas, "dtype": dtype_of(dtype), "max_seq_len": max_seq_len,
+        "max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "kv_tokens": kv_tokens, "threads": threads, "engine": engine,
+        "host": host, "port": port, "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
+    }  # fmt: skip
+    tree = {"models": [{"name": served_model_name or label(model), "path": model}]}
+    run(context.obj, config.load(tree, flags=flags, env=os.environ).config, detach)
+
+
+def label(model: str) -> str:
+    """What clients call a model that was given as a path: the last part, without the ending of a file."""
+    path = Path(model)
+    return path.stem if path.suffix == ".gguf" else path.name or model
+
+
+def up(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A deployment file, such as deploy/examples/local.yaml.")],
+    port: Port = None,
+    routers: Routers = None,
+    launcher: Launcher = None,
+    name: Name = None,
+    run_dir: RunDir = None,
+    cache_dir: CacheDir = None,
+    detach: Detach = False,
+) -> None:
+    """Start the deployment of a file and stay with it; Ctrl-C or SIGTERM drains and stops it."""
+    from orchestrator import config
+
+    flags = {"port": port, "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir}
+    run(context.obj, config.load(file, flags=flags, env=os.environ).config, detach)
+
+
+def run(console: Console, config: Config, detach: bool) -> None:
+    """Host the deployment here until it ends, or in a daemon until it is ready. Ends the command with the host's exit code."""
+    from orchestrator.launch.gang import make_private
+
+    make_private(config.home)
+    code = detached(console, config) if detach else host(console, config, lambda: None)
+    if code:
+        raise typer.Exit(code)
+
+
+def host(console: Console, config: Config, on_ready: Callable[[], object]) -> int:
+    """`orchestrator.deployment.up`, its notices told as they come. The host's own log goes to a file beside the others."""
+    import logging
+
+    from orchestrator import deployment
+
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(filename=config.home / HOST_LOG, filemode="w", level=logging.INFO, format=form)
+
+    def notify(notice: Notice) -> None:
+        tell(console, config, notice)
+        if notice.kind == "ready":
+            on_ready()
+
+    with console.progress() as progress:
+        return deployment.up(config, notify=notify, progress=progress)
+
+
+def tell(console: Console, config: Config, notice: Notice) -> None:
+    """One line a notice; when all is ready the three that people wait for: URL, something to paste, where the logs are."""
+    seconds = f", {notice.seconds:.1f} s" if notice.seconds else ""
+    facts: dict[str, object] = {"kind": notice.kind, "subject": notice.subject, "seconds": round(notice.seconds, 1)}
+    match notice.kind:
+        case "warning":
+            console.warn(f"{notice.subject}: {notice.text}", **facts)
+        case "ready":
+            console.say(f"{notice.subject} is ready{seconds}", url=notice.text, logs=str(config.home), **facts)
+            if console.settings.log_format == "text":
+                console.say(f"  {notice.text}\n  {curl(notice.text, config.models[0].name)}\n  logs: {config.home}")
+        case "replica" if notice.capacity is not None:
+            console.say(f"replica {notice.subject}: {notice.text}{seconds}; {room(notice.capacity)}", **facts)
+        case "stopping" | "stopped":
+            console.say(f"{notice.subject}: {notice.text}", **facts)
+        case _:
+            console.say(f"{notice.kind} {notice.subject}: {notice.text}{seconds}", **facts)
+
+
+def room(capacity: Capacity) -> str:
+    """The size of a KV cache as people plan with it."""
+    tokens = capacity.block_size * capacity.num_blocks
+    longest = capacity.max_seq_len
+    return f"KV cache {tokens:,} tokens, {tokens / longest:.1f} requests of {longest:,} tokens at a time"
+
+
+def curl(url: str, model: str) -> str:
+    """A request that works when pasted."""
+    body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]})
+    return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def detached(console: Console, config: Config) -> int:
+    """Host in a forked daemon; return 0 when it is ready, or its exit code when it ended before. Ctrl-C until then ends it too."""
+    log = config.home / DAEMON_LOG
+    words = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+    hears, tells = os.pipe()
+    child = os.fork()
+    if not child:
+        become_daemon(console, config, words, tells)
+    os.close(words)
+    os.close(tells)
+    try:
+        return follow(console, log, child, hears)
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGTERM)
+        raise
+
+
+def become_daemon(console: Console, config: Config, words: int, tells: int) -> NoReturn:
+    """The rest of this process's life: a host in a session of its own. A byte in ``tells``: it is ready; its closing: it ended."""
+    code = 1
+    try:
+        os.setsid()
+        for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, words), (2, words)):
+            os.dup2(source, target)
+        try:
+            code = host(console, config, lambda: os.write(tells, b"1"))
+        except TriremeError as error:
+            code = console.fail(error)
+    finally:
+        os._exit(code)
+
+
+def follow(console: Console, log: Path, child: int, hears: int) -> int:
+    """Repeat what the daemon says until it is ready or has ended."""
+    with log.open() as lines, open(hears, "rb", buffering=0) as news:
+        heard = False
+        while not heard:
+            heard = bool(select.select([news], [], [], POLL_S)[0])
+            console.stderr.write(lines.read())
+            console.stderr.flush()
+        if news.read(1):
+            return 0
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        console.stderr.write(lines.read())
+    return code
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(serve)
+    app.command()(up)

