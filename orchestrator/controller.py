@@ -1,0 +1,122 @@
+"""The control loop: observe gangs, reconcile with what is wanted, act through a launcher. It runs in ``trireme up`` or in a Ray actor.
+
+Owns the wanted gangs and the reconciler. Never on the token path: its death stops no gang, and a new one adopts what lives.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from orchestrator.core.reconcile import Drain, Kill, Launch, Policy, Reconciler, ReplicaView, Wanted
+from orchestrator.launch.gang import GangSpec, Launcher
+from workers.errors import TriremeError
+
+log = logging.getLogger("trireme.controller")
+TICK_S = 0.2
+
+#: (replica, epoch) of gangs that the routers lost although they look alive.
+Hung: TypeAlias = Iterable[tuple[str, int]]
+
+
+class Controller:
+    """One deployment's loop, driven from outside: ``tick`` is one round. Thread-safe."""
+
+    def __init__(self, launcher: Launcher, policy: Policy) -> None:
+        self._launcher = launcher
+        self._reconciler = Reconciler(policy)
+        self._specs: dict[str, GangSpec] = {}
+        self._lock = threading.Lock()
+        self._views: list[ReplicaView] = []
+
+    def apply(self, gangs: Sequence[GangSpec]) -> None:
+        """What is wanted from now on; an empty sequence drains everything."""
+        with self._lock:
+            self._specs = {spec.replica.name: spec for spec in gangs}
+
+    def drain(self, replica: str) -> bool:
+        """Replace one replica gracefully; False when it does not run."""
+        with self._lock:
+            return self._reconciler.drain(replica)
+
+    def tick(self, hung: Hung = ()) -> None:
+        """Observe, reconcile, act: milliseconds, but for the removal of a gang, which is bounded by seconds."""
+        with self._lock:
+            wanted = [Wanted(name=name, spec_hash=spec.spec_hash) for name, spec in self._specs.items()]
+            actions = self._reconciler.step(time.time(), wanted, self._launcher.poll(), frozenset(hung))
+            self._views = self._reconciler.views()
+            for action in actions:
+                self._act(action)
+
+    def _act(self, action: Launch | Drain | Kill) -> None:
+        match action:
+            case Launch(name):
+                log.info("replica %s: launching", name)
+                self._launcher.start(self._specs[name])
+            case Drain(name, epoch):
+                log.info("replica %s epoch %d: draining", name, epoch)
+                self._launcher.drain(name, epoch)
+            case Kill(name, epoch, reason):
+                log.warning("replica %s epoch %d: removing: %s", name, epoch, reason)
+                self._launcher.kill(name, epoch)
+
+    def abort(self, bound_s: float = 10.0) -> None:
+        """Nothing is wanted any more, and nothing is waited for but the proof that it is gone."""
+        deadline = time.monotonic() + bound_s
+        with self._lock:
+            self._specs = {}
+            while (gangs := self._launcher.poll()) and time.monotonic() < deadline:
+                for gang in gangs:
+                    self._launcher.kill(gang.name, gang.epoch)
+                time.sleep(TICK_S / 4)
+            self._reconciler.step(time.time(), [], gangs, frozenset())
+            self._views = self._reconciler.views()
+
+    def views(self) -> list[ReplicaView]:
+        """The table of the last round."""
+        return self._views
+
+    def close(self) -> None:
+        self._launcher.close()
+
+
+class ControllerActor:
+    """The loop inside a Ray actor. The wanted gangs lie in ``target`` (0600), so that Ray may restart the actor with the same arguments."""
+
+    def __init__(self, target: str, policy: bytes, make_launcher: Callable[[], Launcher]) -> None:
+        self._target = Path(target)
+        self._controller = Controller(make_launcher(), msgspec.json.decode(policy, type=Policy))
+        self._hung: frozenset[tuple[str, int]] = frozenset()
+        self.apply()
+        threading.Thread(target=self._loop, name="control loop", daemon=True).start()
+
+    def apply(self) -> bytes:
+        """Read the wanted gangs again; returns the table after one round with them."""
+        self._controller.apply(msgspec.json.decode(self._target.read_bytes(), type=list[GangSpec]))
+        self._controller.tick(self._hung)
+        return msgspec.json.encode(self._controller.views())
+
+    def drain(self, replica: str) -> bool:
+        return self._controller.drain(replica)
+
+    def abort(self) -> None:
+        self._controller.abort()
+
+    def report(self, hung: list[tuple[str, int]]) -> bytes:
+        """Tell what the routers lost; returns the table of replicas as JSON."""
+        self._hung = frozenset((name, epoch) for name, epoch in hung)
+        return msgspec.json.encode(self._controller.views())
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                self._controller.tick(self._hung)
+            except TriremeError as error:
+                log.error("control loop: %s", error)
+            time.sleep(TICK_S)

@@ -1,0 +1,241 @@
+"""Wanted replicas + observed gangs + now -> what to do next. Pure: time is an argument, nothing is random, nothing is waited for.
+
+Owns what must outlive a gang: how often a replica failed, when it may be launched again, that it has failed for good. A gang itself is
+only ever what the launcher reports; so a controller that restarts builds this object anew, is shown the living gangs, and adopts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from workers.wire import Capacity
+
+GangPhase = Literal["placing", "starting", "loading", "ready", "draining", "stopped", "failed"]
+ReplicaPhase = Literal["pending", "placing", "starting", "loading", "ready", "draining", "backoff", "failed", "stopped"]
+ENDED = ("stopped", "failed")
+
+
+class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One gang as its launcher sees it. ``since``: Unix seconds at which ``phase`` began; ``pids``: (rank, host, pid).
+
+    ``permanent``: the failure will repeat on every launch (a wrong configuration or a broken artifact).
+    """
+
+    name: str
+    epoch: int
+    spec_hash: str
+    phase: GangPhase
+    since: float = 0.0
+    pids: tuple[tuple[int, str, int], ...] = ()
+    hosts: tuple[str, ...] = ()
+    capacity: Capacity | None = None
+    cause: str = ""
+    hint: str = ""
+    permanent: bool = False
+    log_dir: str = ""
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica that should run. Another ``spec_hash`` under the same name means: drain the old gang, then launch the new one."""
+
+    name: str
+    spec_hash: str
+
+
+class Launch(msgspec.Struct, frozen=True):
+    name: str
+
+
+class Drain(msgspec.Struct, frozen=True):
+    name: str
+    epoch: int
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """End a gang whole and forget it; also what removes the remains of one that ended by itself."""
+
+    name: str
+    epoch: int
+    reason: str
+
+
+Action: TypeAlias = Launch | Drain | Kill
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds, seconds. A gang that was ready for ``stable_s`` clears its replica's failures; ``max_failures`` in a row end it."""
+
+    backoff_s: float = 1.0
+    backoff_max_s: float = 30.0
+    max_failures: int = 8
+    stable_s: float = 60.0
+    start_timeout_s: float = 600.0
+    drain_grace_s: float = 30.0
+
+
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica for a status table. ``due``: when it is launched again, 0 = not waiting."""
+
+    name: str
+    phase: ReplicaPhase
+    since: float
+    epoch: int = 0
+    failures: int = 0
+    due: float = 0.0
+    cause: str = ""
+    hint: str = ""
+    gang: GangStatus | None = None
+
+
+class _Replica(msgspec.Struct, kw_only=True):
+    spec_hash: str
+    since: float
+    failures: int = 0
+    due: float = 0.0
+    dead: bool = False
+    cause: str = ""
+    hint: str = ""
+    epoch: int = 0
+    begun: float = 0.0
+    ready_since: float = 0.0
+    killing: int = 0
+
+
+class Reconciler:
+    """The controller's memory. ``step`` is called with everything that is observed; its actions are carried out before the next call."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._replicas: dict[str, _Replica] = {}
+        self._draining: dict[tuple[str, int], float] = {}
+        self._gangs: dict[str, GangStatus] = {}
+        self._asked: set[tuple[str, int]] = set()
+
+    def drain(self, name: str) -> bool:
+        """Replace one replica's gang: it drains, and its successor is launched when it is gone. False when it has no living gang."""
+        gang = self._gangs.get(name)
+        if gang is None or gang.phase in ENDED:
+            return False
+        self._asked.add((name, gang.epoch))
+        return True
+
+    def step(self, now: float, wanted: Sequence[Wanted], gangs: Iterable[GangStatus], hung: frozenset[tuple[str, int]]) -> list[Action]:
+        """Actions in the order in which they are to be done. ``hung``: (name, epoch) of ready gangs that the routers lost."""
+        names = {want.name: want for want in wanted}
+        for name in [name for name in self._replicas if name not in names]:
+            del self._replicas[name]
+        actions: list[Action] = []
+        newest: dict[str, GangStatus] = {}
+        observed = sorted(gangs, key=lambda gang: gang.epoch)
+        for gang in observed:
+            newest[gang.name] = gang
+        for gang in observed:
+            if newest[gang.name] is not gang:
+                actions.append(Kill(gang.name, gang.epoch, "a newer epoch of this replica exists"))
+        self._gangs = newest
+        for name, gang in newest.items():
+            if name not in names:
+                actions += self._retire(now, gang, "not wanted any more")
+        for want in wanted:
+            actions += self._replica(now, want, newest.get(want.name), hung)
+        present = {(gang.name, gang.epoch) for gang in observed}
+        self._draining = {key: at for key, at in self._draining.items() if key in present}
+        self._asked &= present
+        return actions
+
+    def _replica(self, now: float, want: Wanted, gang: GangStatus | None, hung: frozenset[tuple[str, int]]) -> list[Action]:
+        replica = self._replicas.get(want.name)
+        if replica is None or replica.spec_hash != want.spec_hash:
+            replica = self._replicas[want.name] = _Replica(spec_hash=want.spec_hash, since=now)
+        if gang is None:
+            if replica.dead or now < replica.due:
+                return []
+            return [Launch(want.name)]
+        if gang.epoch != replica.epoch:
+            replica.epoch, replica.begun, replica.ready_since = gang.epoch, now, 0.0
+        if gang.spec_hash != want.spec_hash:
+            return self._retire(now, gang, "its configuration changed")
+        if (gang.name, gang.epoch) in self._asked:
+            return self._retire(now, gang, "it was told to drain")
+        if gang.phase in ENDED:
+            self._record(now, replica, gang.cause or "it stopped by itself", gang.hint, permanent=gang.permanent)
+            return [Kill(gang.name, gang.epoch, gang.cause or "it stopped by itself")]
+        if gang.phase == "ready" and not replica.ready_since:
+            replica.ready_since = now
+        if replica.ready_since and now - replica.ready_since >= self.policy.stable_s:
+            replica.failures, replica.cause, replica.hint = 0, "", ""
+        return self._unhealthy(now, replica, gang, hung)
+
+    def _unhealthy(self, now: float, replica: _Replica, gang: GangStatus, hung: frozenset[tuple[str, int]]) -> list[Action]:
+        reason = ""
+        if (gang.name, gang.epoch) in hung and gang.phase == "ready":
+            reason = "hung: no progress within its bound"
+        elif gang.phase in ("starting", "loading") and now - replica.begun > self.policy.start_timeout_s:
+            reason = f"not ready within {self.policy.start_timeout_s:.0f} s"
+        if not reason:
+            return []
+        self._record(now, replica, reason, "", permanent=False)
+        return [Kill(gang.name, gang.epoch, reason)]
+
+    def _record(self, now: float, replica: _Replica, cause: str, hint: str, *, permanent: bool) -> None:
+        """Count the end of one gang, once, however long its removal takes."""
+        if replica.killing == replica.epoch:
+            return
+        replica.killing = replica.epoch
+        was_ready = replica.ready_since > 0
+        if was_ready and now - replica.ready_since >= self.policy.stable_s:
+            replica.failures = 0
+        replica.failures += 1
+        replica.cause, replica.hint, replica.since = cause, hint, now
+        replica.dead = permanent or replica.failures >= self.policy.max_failures
+        replica.due = now + self.delay(replica.failures, was_ready=was_ready)
+
+    def delay(self, failures: int, *, was_ready: bool) -> float:
+        """Seconds before the next launch: none after the first loss of a gang that had served, else 1, 2, 4 ... 30."""
+        if was_ready and failures == 1:
+            return 0.0
+        return float(min(self.policy.backoff_max_s, self.policy.backoff_s * 2 ** min(failures - 1, 16)))
+
+    def _retire(self, now: float, gang: GangStatus, reason: str) -> list[Action]:
+        """Drain first; kill what is still there after the grace and a second for the farewells."""
+        if gang.phase in ENDED or gang.phase in ("placing", "starting", "loading"):
+            return [Kill(gang.name, gang.epoch, reason)]
+        begun = self._draining.setdefault((gang.name, gang.epoch), now)
+        if now - begun > self.policy.drain_grace_s + 1.0:
+            return [Kill(gang.name, gang.epoch, f"{reason}; still running {self.policy.drain_grace_s:.0f} s after it was told to drain")]
+        return [Drain(gang.name, gang.epoch)] if begun == now else []
+
+    def views(self) -> list[ReplicaView]:
+        """Every wanted replica, then every gang that is on its way out."""
+        rows = [self._view(name, replica, self._gangs.get(name)) for name, replica in self._replicas.items()]
+        leaving = [gang for name, gang in self._gangs.items() if name not in self._replicas]
+        return rows + [
+            ReplicaView(name=g.name, phase=g.phase if g.phase in ENDED else "draining", since=g.since, epoch=g.epoch, gang=g)
+            for g in leaving
+        ]
+
+    def _view(self, name: str, replica: _Replica, gang: GangStatus | None) -> ReplicaView:
+        phase: ReplicaPhase
+        since, due = replica.since, 0.0
+        if gang is not None and gang.phase not in ENDED:
+            phase, since = ("draining" if (gang.name, gang.epoch) in self._draining else gang.phase), gang.since
+        elif replica.dead:
+            phase = "failed"
+        elif replica.failures:
+            phase, due = "backoff", replica.due
+        else:
+            phase = "pending"
+        return ReplicaView(
+            name=name,
+            phase=phase,
+            since=since,
+            epoch=replica.epoch,
+            failures=replica.failures,
+            due=due,
+            cause=replica.cause,
+            hint=replica.hint,
+            gang=gang,
+        )

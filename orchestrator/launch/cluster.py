@@ -1,0 +1,180 @@
+"""Ray itself: join the cluster that is there, or start one that ends with this process; and the controller actor seen from here.
+
+Owns the connection to Ray. Token authentication is on, usage reports are off. Everything about gangs is in :mod:`orchestrator.launch.ray`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import socket
+import time
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from orchestrator.config import RayConfig
+from orchestrator.controller import ControllerActor, Hung
+from orchestrator.core.reconcile import Policy, ReplicaView
+from orchestrator.launch.gang import GangSpec, Launcher, write_private
+from workers.errors import EnvironmentFault
+
+log = logging.getLogger("trireme.ray")
+NAMESPACE = "trireme"
+_HINT = "pip install 'trireme-llm[ray]', or use --launcher local"
+_OBJECT_STORE_BYTES = 80 << 20
+_ANSWER_S = 5.0
+_START_S = 60.0
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster that this process has joined. ``addresses``: its nodes; ``here``: this one."""
+
+    here: str
+    addresses: tuple[str, ...]
+    started: bool
+
+
+def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: int) -> Cluster:
+    """Join ``config.address`` or RAY_ADDRESS; without either, start Ray here with ``cpus`` CPU shares. Raises EnvironmentFault."""
+    env["RAY_USAGE_STATS_ENABLED"] = "0"
+    address = config.address or env.get("RAY_ADDRESS", "")
+    if not address and "RAY_AUTH_TOKEN" not in env and "RAY_AUTH_TOKEN_PATH" not in env:
+        token = home / "keys" / "ray_token"
+        if not token.exists():
+            write_private(token, secrets.token_hex(32).encode())
+        env["RAY_AUTH_MODE"], env["RAY_AUTH_TOKEN_PATH"] = "token", str(token)
+    try:
+        import ray
+    except ImportError as error:
+        raise EnvironmentFault("Ray is not installed", str(error), _HINT) from None
+    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        _reach(address)
+        options["address"] = address
+    else:
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": cpus}
+        if config.num_gpus >= 0:
+            options["num_gpus"] = config.num_gpus
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        what = f"cannot join Ray at {address}" if address else "cannot start Ray"
+        raise EnvironmentFault(what, str(error).splitlines()[0][:200], _HINT) from None
+    nodes = tuple(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+    return Cluster(here=ray.util.get_node_ip_address(), addresses=nodes, started=not address)
+
+
+def _reach(address: str) -> None:
+    """Ray itself retries for a long time; a port that nobody listens on is said at once."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # "auto"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"Ray at {address} is not reachable", error.strerror or str(error), "start it, or unset RAY_ADDRESS"
+        ) from None
+
+
+def leave() -> None:
+    """Disconnect; a Ray that we started ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def _make_launcher(deployment: str) -> Launcher:
+    from orchestrator.launch.ray import RayLauncher
+
+    return RayLauncher(deployment)
+
+
+class RemoteController:
+    """The controller actor of a deployment, found by name or made. While Ray restarts it, the last table is shown."""
+
+    def __init__(self, deployment: str, target: Path, policy: Policy) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray = ray
+        self._target = target
+        # Pinned to this host, where the file of wanted gangs lies.
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._make = (
+            ray.remote(ControllerActor)
+            .options(
+                name=f"trireme/{deployment}/controller",
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                max_concurrency=4,
+                num_cpus=0,
+                scheduling_strategy=node,
+            )
+            .remote
+        )
+        self._arguments = (str(target), msgspec.json.encode(policy), functools.partial(_make_launcher, deployment))
+        self._actor: Any = None
+        self._views: list[ReplicaView] = []
+        self._question: Any = None
+        self._silent_since = 0.0
+
+    def apply(self, gangs: Sequence[GangSpec]) -> None:
+        """Raises :class:`EnvironmentFault` when the controller does not take the order within a minute."""
+        write_private(self._target, msgspec.json.encode(list(gangs)))
+        if self._actor is None and not gangs:
+            return
+        if self._actor is None:
+            self._actor = self._make(*self._arguments)
+        self._views = msgspec.json.decode(self._call("apply", timeout_s=_START_S), type=list[ReplicaView])
+        self._question = None
+
+    def drain(self, replica: str) -> bool:
+        return bool(self._call("drain", replica, timeout_s=_ANSWER_S))
+
+    def abort(self) -> None:
+        """Kill every gang without a grace; returns when they are gone."""
+        if self._actor is not None:
+            self._call("abort", timeout_s=_START_S)
+            self._views, self._question = [], None
+
+    def _call(self, method: str, *arguments: object, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self._ray.get(getattr(self._actor, method).remote(*arguments), timeout=max(0.1, deadline - time.monotonic()))
+            except self._ray.exceptions.ActorUnavailableError:
+                if time.monotonic() > deadline:
+                    raise EnvironmentFault("the controller does not answer", "Ray has not restarted it") from None
+                time.sleep(0.1)
+            except self._ray.exceptions.RayError as error:
+                raise EnvironmentFault("the controller does not answer", str(error).splitlines()[0][:200]) from None
+
+    def tick(self, hung: Hung = ()) -> None:
+        """Report what the routers lost and take the table; never waits for the actor."""
+        if self._question is None:
+            self._question = self._actor.report.remote(sorted(hung))
+            self._silent_since = time.monotonic()
+        ready, _ = self._ray.wait([self._question], timeout=0)
+        if not ready:
+            if time.monotonic() - self._silent_since > _START_S:
+                self._question = None
+            return
+        question, self._question = self._question, None
+        try:
+            self._views = msgspec.json.decode(self._ray.get(question), type=list[ReplicaView])
+        except self._ray.exceptions.RayError as error:
+            log.warning("control plane down: %s; what is served goes on", type(error).__name__)
+
+    def views(self) -> list[ReplicaView]:
+        return self._views
+
+    def close(self) -> None:
+        """End the actor: nothing is wanted any more."""
+        if self._actor is not None:
+            self._ray.kill(self._actor)

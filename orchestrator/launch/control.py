@@ -1,0 +1,203 @@
+"""The control socket of a deployment: how ``trireme status``, ``drain`` and ``down`` reach the process that hosts it.
+
+Owns a Unix socket (0600 in a 0700 folder; peers of another user are turned away). One JSON request a connection, one JSON answer. Never
+carries a token or a secret.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from orchestrator.launch.child import alive
+from workers.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
+from workers.spec import RouterAddress
+from workers.wire import Capacity
+
+log = logging.getLogger("trireme.control")
+_LIMIT = 1 << 20
+_PATIENCE_S = 10.0
+
+DeploymentState = Literal["STARTING", "READY", "DEGRADED", "DRAINING", "FAILED"]
+
+
+class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica of a status table. ``age_s``: in this state; ``queue``: rows waiting in the replica; ``restarts``: failures in a row."""
+
+    name: str
+    model: str
+    state: str
+    age_s: float
+    tp: int
+    pp: int
+    queue: int = 0
+    running: int = 0
+    tok_s: float = 0.0
+    nodes: int = 0
+    hosts: tuple[str, ...] = ()
+    epoch: int = 0
+    restarts: int = 0
+    retry_in_s: float = 0.0
+    cause: str = ""
+    hint: str = ""
+    pids: tuple[tuple[int, str, int], ...] = ()
+    capacity: Capacity | None = None
+    log_dir: str = ""
+
+
+class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One model: NAME STATE AGE REPLICAS READY TP PP QUEUE TOK/S NODES. ``tp`` and ``pp``: every layout in use."""
+
+    name: str
+    state: DeploymentState
+    age_s: float
+    replicas: int
+    ready: int
+    tp: tuple[int, ...]
+    pp: tuple[int, ...]
+    queue: int
+    tok_s: float
+    nodes: int
+    rows: tuple[ReplicaRow, ...]
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment now. ``routers``: name -> pid; ``rpc``: what an RPC client connects to; ``key_file``: the client's own key pair."""
+
+    name: str
+    state: DeploymentState
+    age_s: float
+    pid: int
+    launcher: str
+    url: str
+    models: tuple[ModelRow, ...]
+    routers: dict[str, int]
+    rpc: tuple[RouterAddress, ...]
+    run_dir: str
+    key_file: str = ""
+    error: str = ""
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A request. ``drain``: replace the replica ``name`` gracefully; ``down``: stop everything, ``now`` without a grace."""
+
+    do: Literal["status", "drain", "down"]
+    name: str = ""
+    now: bool = False
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    status: Status | None = None
+    code: str = ""
+    message: str = ""
+
+
+class ControlServer:
+    """Serves orders from a thread of its own; ``handle`` runs there and may raise :class:`TriremeError`."""
+
+    def __init__(self, path: Path, handle: Callable[[Order], Answer]) -> None:
+        self._path, self._handle = path, handle
+        path.unlink(missing_ok=True)  # the lock is ours, so a socket that lies there is a dead process's
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.bind(str(path))
+            path.chmod(0o600)
+            self._socket.listen(8)
+        except OSError as error:
+            raise EnvironmentFault(f"cannot listen on {path}", str(error), "choose a shorter --run-dir") from None
+        threading.Thread(target=self._serve, name="control socket", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            with connection:
+                try:
+                    self._answer(connection)
+                except OSError as error:
+                    log.debug("control connection: %s", error)
+
+    def _answer(self, connection: socket.socket) -> None:
+        connection.settimeout(_PATIENCE_S)
+        uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        if uid not in (0, os.geteuid()):
+            return
+        try:
+            answer = self._handle(msgspec.json.decode(_receive(connection), type=Order))
+        except msgspec.DecodeError as error:
+            answer = Answer(code=Rejected.code, message=str(error))
+        except TriremeError as error:
+            answer = Answer(code=error.code, message=str(error))
+        connection.sendall(msgspec.json.encode(answer) + b"\n")
+
+    def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def _receive(connection: socket.socket) -> bytes:
+    """One line, bounded."""
+    data = bytearray()
+    while not data.endswith(b"\n"):
+        part = connection.recv(65536)
+        if not part:
+            break
+        data += part
+        if len(data) > _LIMIT:
+            raise OSError("a control message is too long")
+    return bytes(data)
+
+
+class Control:
+    """A running deployment, seen from another process. Every call raises :class:`EnvironmentFault` when it does not answer."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self._path = name, path
+
+    def _order(self, order: Order) -> Answer:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(_PATIENCE_S)
+                connection.connect(str(self._path))
+                connection.sendall(msgspec.json.encode(order) + b"\n")
+                answer = msgspec.json.decode(_receive(connection), type=Answer)
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise NotFound(f"the deployment {self.name} does not run", f"nobody listens on {self._path}", "trireme up FILE") from None
+        except (OSError, msgspec.DecodeError) as error:
+            raise EnvironmentFault(f"the deployment {self.name} does not answer", str(error)) from None
+        if answer.code:
+            raise from_code(answer.code, answer.message)
+        return answer
+
+    def status(self) -> Status:
+        answer = self._order(Order(do="status"))
+        assert answer.status is not None
+        return answer.status
+
+    def drain(self, replica: str) -> None:
+        """Have one replica finish, leave, and be launched anew. Raises :class:`NotFound` for one that does not run."""
+        self._order(Order(do="drain", name=replica))
+
+    def down(self, *, now: bool = False, timeout_s: float = 120.0) -> None:
+        """Stop the deployment and wait until its process is gone."""
+        pid = self.status().pid
+        self._order(Order(do="down", now=now))
+        deadline = time.monotonic() + timeout_s
+        while alive(pid):
+            if time.monotonic() > deadline:
+                raise EnvironmentFault(
+                    f"the deployment {self.name} still runs", f"pid {pid} did not end within {timeout_s:.0f} s", "down --now"
+                )
+            time.sleep(0.05)

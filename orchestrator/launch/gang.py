@@ -1,0 +1,109 @@
+"""The Launcher seam and its vocabulary: what a gang is made from, and where its files lie on a node. Owns no state."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from orchestrator.core.place import Share
+from orchestrator.core.reconcile import GangStatus
+from workers.errors import EnvironmentFault
+from workers.spec import ReplicaSpec
+
+#: Folders of dead epochs that are kept for their logs, a replica.
+KEPT_EPOCHS = 5
+
+
+class GangSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica to launch. ``run_dir``: folder for gangs on every node; ``replica.epoch`` and ``.run_dir`` are filled in at launch.
+
+    ``key``: the replica's CURVE key pair as JSON, written beside the spec on rank 0's node; empty on ``ipc://``. ``spread``: a node for
+    each stage.
+    """
+
+    deployment: str
+    replica: ReplicaSpec
+    run_dir: str
+    share: Share = Share()
+    spread: bool = False
+    key: str = ""
+    command: tuple[str, ...] = (sys.executable, "-m", "workers")
+
+    @property
+    def spec_hash(self) -> str:
+        return hashlib.blake2b(msgspec.json.encode(self), digest_size=8).hexdigest()
+
+    def tag(self, epoch: int) -> str:
+        """Name of one gang on every host that it touches."""
+        return f"{self.deployment}/{self.replica.name}/{epoch}"
+
+
+class Launcher(Protocol):
+    """Seam 3. No call waits for a gang; a failed launch shows as a status. ``poll`` also shows gangs of an earlier controller."""
+
+    def start(self, spec: GangSpec) -> None: ...
+
+    def poll(self) -> list[GangStatus]: ...
+
+    def drain(self, name: str, epoch: int) -> None:
+        """Tell the leader to finish what runs and to leave."""
+
+    def kill(self, name: str, epoch: int) -> None:
+        """End the gang on every node; ``poll`` shows it until nothing is left of it."""
+
+    def close(self) -> None:
+        """Let go of what is not a gang."""
+
+
+def mint_epoch() -> int:
+    """Launch time in ms * 2**16 + 16 random bits: larger = newer, also across hosts that agree on the time."""
+    return (time.time_ns() // 1_000_000) << 16 | secrets.randbits(16)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Create or replace a file of mode 0600 in one piece. Raises :class:`EnvironmentFault`."""
+    fresh = path.with_name(path.name + ".new")
+    try:
+        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(file, "wb") as out:
+            os.fchmod(file, 0o600)
+            out.write(data)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {path}", error.strerror or str(error)) from None
+
+
+def make_private(folder: Path) -> Path:
+    """Make a folder of mode 0700 that belongs to this user, or tighten ours. Raises :class:`EnvironmentFault` on anybody else's."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.stat().st_uid
+        if owner != os.geteuid():
+            raise EnvironmentFault(f"{folder} belongs to another user", f"its owner is uid {owner}", "choose another --run-dir")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make {folder}", error.strerror or str(error), "choose another --run-dir") from None
+    return folder
+
+
+def prepare(spec: GangSpec, epoch: int) -> Path:
+    """Write the gang's files on rank 0's node and return their folder: ``spec.json``, ``key.json``; old epochs go, the newest few stay."""
+    home = make_private(Path(spec.run_dir, spec.replica.name))
+    for old in sorted((entry for entry in home.iterdir() if entry.name.isdigit()), key=lambda entry: int(entry.name))[: -KEPT_EPOCHS + 1]:
+        shutil.rmtree(old, ignore_errors=True)
+    folder = make_private(home / str(epoch))
+    key_file = spec.replica.key_file
+    if spec.key:
+        key_file = str(folder / "key.json")
+        write_private(folder / "key.json", spec.key.encode())
+    replica = msgspec.structs.replace(spec.replica, epoch=epoch, run_dir=str(folder), key_file=key_file)
+    write_private(folder / "spec.json", msgspec.json.encode(replica))
+    return folder

@@ -1,0 +1,46 @@
+"""Gangs as children of this process, on this host: the launcher that needs no Ray. A gang ends when this process does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from orchestrator.core.reconcile import GangStatus
+from orchestrator.launch.gang import GangSpec, mint_epoch
+from orchestrator.launch.mpi import Mpi
+from orchestrator.launch.supervisor import Gang, LocalNode
+
+log = logging.getLogger("trireme.launch")
+
+
+class LocalLauncher:
+    """Launcher of one host. Called from one thread. ``env``: the environment that ranks start from."""
+
+    def __init__(self, mpi: Mpi, env: Mapping[str, str]) -> None:
+        self._mpi, self._env = mpi, dict(env)
+        self._gangs: dict[tuple[str, int], Gang] = {}
+
+    def start(self, spec: GangSpec) -> None:
+        gang = Gang(spec, mint_epoch(), [LocalNode(spec.replica.parallel.world)], mpi=self._mpi, env=self._env)
+        self._gangs[spec.replica.name, gang.epoch] = gang
+        gang.start()
+
+    def poll(self) -> list[GangStatus]:
+        return [gang.status() for gang in self._gangs.values()]
+
+    def drain(self, name: str, epoch: int) -> None:
+        if (gang := self._gangs.get((name, epoch))) is not None:
+            gang.drain()
+
+    def kill(self, name: str, epoch: int) -> None:
+        gang = self._gangs.get((name, epoch))
+        if gang is None:
+            return
+        if left := gang.kill():
+            log.error("replica %s epoch %d: processes %s do not die", name, epoch, left)
+            return
+        del self._gangs[name, epoch]
+
+    def close(self) -> None:
+        for name, epoch in list(self._gangs):
+            self.kill(name, epoch)

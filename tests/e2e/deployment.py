@@ -1,0 +1,96 @@
+"""A whole deployment for tests: ``trireme up`` on the fake engine, two replicas of two ranks each, both doors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from orchestrator.deployment import connect
+from orchestrator.launch.control import Control, Status
+from tests.tiny import tiny_tokenizer
+
+MODEL = "fake"
+
+
+def write_config(folder: Path, *, deployment: dict[str, object] | None = None, **changes: object) -> Path:
+    """A deployment file in ``folder``; ``changes`` go over the model's keys, ``deployment`` over the deployment's."""
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    tiny_tokenizer(tokenizer)
+    model = {
+        "name": MODEL,
+        "path": str(tokenizer),
+        "engine": "fake",
+        "fake_step_ms": 20,
+        "max_seq_len": 2048,
+        "kv_tokens": 32768,
+        "max_batch_size": 16,
+        "replicas": [{"name": "left", "tp_size": 2}, {"name": "right", "tp_size": 2}],
+    }
+    file = folder / "deployment.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "name": "e2e",
+                "launcher": "local",
+                "http": {"host": "127.0.0.1", "port": 0},
+                "run_dir": str(folder / "run"),
+                "models": [model | changes],
+            }
+            | (deployment or {})
+        )
+    )
+    return file
+
+
+def wait_for_state(control: Control, state: str, bound_s: float, host: subprocess.Popen[bytes] | None = None) -> Status:
+    """The first status with ``state``; fails after ``bound_s``, or when ``host`` ends."""
+    deadline = time.monotonic() + bound_s
+    last = "no answer"
+    while time.monotonic() < deadline and (host is None or host.poll() is None):
+        try:
+            status = control.status()
+        except Exception as error:
+            last = str(error)
+        else:
+            if status.state == state:
+                return status
+            last = f"{status.state}: {status.error}"
+        time.sleep(0.05)
+    raise AssertionError(f"not {state} within {bound_s} s: {last}")
+
+
+@contextmanager
+def deployed(file: Path) -> Iterator[tuple[Control, Status]]:
+    """``trireme up file`` until READY; SIGTERM at the end must exit 0."""
+    log = file.with_suffix(".log")
+    with open(log, "wb") as output:
+        host = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.cli", "up", str(file)], stdout=output, stderr=output, env=os.environ | {"NO_COLOR": "1"}
+        )
+    control = connect("e2e", file.parent / "run")
+    try:
+        yield control, wait_for_state(control, "READY", 60, host)
+    except BaseException:
+        print(log.read_text())
+        host.send_signal(signal.SIGTERM)
+        try:
+            host.wait(30)
+        except subprocess.TimeoutExpired:
+            host.kill()
+        raise
+    host.send_signal(signal.SIGTERM)
+    try:
+        code = host.wait(60)
+    except subprocess.TimeoutExpired:
+        host.kill()
+        raise
+    assert code == 0, log.read_text()

@@ -1,0 +1,228 @@
+"""The controller's memory: launches what is missing, backs off, gives up, adopts, drains, and keeps its promises in any order of events."""
+
+from __future__ import annotations
+
+import copy
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from orchestrator.core.reconcile import (
+    ENDED,
+    Action,
+    Drain,
+    GangPhase,
+    GangStatus,
+    Kill,
+    Launch,
+    Policy,
+    Reconciler,
+    ReplicaView,
+    Wanted,
+)
+
+POLICY = Policy(max_failures=4, stable_s=60.0, start_timeout_s=100.0, drain_grace_s=5.0)
+NONE: frozenset[tuple[str, int]] = frozenset()
+
+
+class World:
+    """Gangs as a launcher would report them; carries the actions out."""
+
+    def __init__(self) -> None:
+        self.reconciler = Reconciler(POLICY)
+        self.now = 1000.0
+        self.wanted: list[Wanted] = [Wanted(name="a", spec_hash="1")]
+        self.gangs: dict[tuple[str, int], GangStatus] = {}
+        self.next_epoch = 1
+        self.launches: list[float] = []
+
+    def step(self, hung: frozenset[tuple[str, int]] = NONE) -> list[Action]:
+        actions = self.reconciler.step(self.now, self.wanted, list(self.gangs.values()), hung)
+        for action in actions:
+            match action:
+                case Launch(name):
+                    want = next(want for want in self.wanted if want.name == name)
+                    self.add(name, "starting", want.spec_hash)
+                    self.launches.append(self.now)
+                case Kill(name, epoch, _):
+                    del self.gangs[name, epoch]
+                case Drain(name, epoch):
+                    self.phase(name, epoch, "draining")
+        return actions
+
+    def add(self, name: str, phase: GangPhase, spec_hash: str = "1") -> int:
+        epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
+        self.gangs[name, epoch] = GangStatus(name=name, epoch=epoch, spec_hash=spec_hash, phase=phase, since=self.now)
+        return epoch
+
+    def phase(self, name: str, epoch: int, phase: GangPhase, *, cause: str = "", permanent: bool = False) -> None:
+        old = self.gangs[name, epoch]
+        self.gangs[name, epoch] = GangStatus(
+            name=name, epoch=epoch, spec_hash=old.spec_hash, phase=phase, since=self.now, cause=cause, permanent=permanent
+        )
+
+    def all(self, phase: GangPhase, **more: bool) -> None:
+        for name, epoch in list(self.gangs):
+            self.phase(name, epoch, phase, cause="x" if phase == "failed" else "", **more)
+
+    def view(self) -> ReplicaView:
+        return self.reconciler.views()[0]
+
+
+def test_a_served_gang_is_replaced_at_once() -> None:
+    world = World()
+    world.step()
+    world.all("ready")
+    world.step()
+    world.all("failed")
+    assert [type(action) for action in world.step()] == [Kill]
+    assert [type(action) for action in world.step()] == [Launch]
+
+
+def test_back_off_doubles_and_ends_in_failed() -> None:
+    world = World()
+    for _ in range(400):
+        world.step()
+        world.all("failed")
+        world.now += 0.25
+    gaps = [round(b - a) for a, b in zip(world.launches, world.launches[1:], strict=False)]
+    assert gaps == [1, 2, 4] and len(world.launches) == POLICY.max_failures
+    assert world.view().phase == "failed" and world.view().cause == "x"
+    assert Reconciler(Policy()).delay(12, was_ready=False) == 30.0
+
+
+def test_a_permanent_failure_is_not_tried_again() -> None:
+    world = World()
+    world.step()
+    world.all("failed", permanent=True)
+    for _ in range(20):
+        world.step()
+        world.now += 60
+    assert len(world.launches) == 1 and world.view().phase == "failed"
+    world.wanted = [Wanted(name="a", spec_hash="2")]
+    assert world.step() == [Launch("a")]
+
+
+def test_a_new_controller_adopts_what_lives_and_ends_older_epochs() -> None:
+    world = World()
+    old, new = world.add("a", "ready"), world.add("a", "ready")
+    assert world.step() == [Kill("a", old, "a newer epoch of this replica exists")]
+    assert world.step() == [] and world.view().epoch == new and world.view().phase == "ready"
+
+
+def test_hung_and_slow_gangs_are_killed() -> None:
+    world = World()
+    world.step()
+    world.all("ready")
+    (action,) = world.step(frozenset({("a", 1)}))
+    assert isinstance(action, Kill) and "hung" in action.reason
+    assert world.step() == [Launch("a")]
+    world.step()
+    world.now += POLICY.start_timeout_s + 1
+    (action,) = world.step()
+    assert isinstance(action, Kill) and "not ready" in action.reason
+
+
+def test_a_hung_report_of_another_epoch_is_ignored() -> None:
+    world = World()
+    epoch = world.add("a", "ready")
+    assert world.step(frozenset({("a", epoch - 1)})) == []
+
+
+def test_change_drains_first_and_a_drain_that_hangs_is_killed() -> None:
+    world = World()
+    epoch = world.add("a", "ready")
+    world.wanted = [Wanted(name="a", spec_hash="2")]
+    assert world.step() == [Drain("a", epoch)]
+    world.now += 4
+    assert world.step() == []
+    world.now += 3
+    (action,) = world.step()
+    assert isinstance(action, Kill) and "still running" in action.reason
+    assert world.step() == [Launch("a")]
+
+
+def test_drain_on_request_counts_as_no_failure() -> None:
+    world = World()
+    epoch = world.add("a", "ready")
+    world.step()
+    assert world.reconciler.drain("a") and not world.reconciler.drain("b")
+    assert world.step() == [Drain("a", epoch)]
+    world.phase("a", epoch, "stopped")
+    world.step()
+    assert world.step() == [Launch("a")] and world.view().failures == 0
+
+
+def test_nothing_wanted_ends_in_nothing() -> None:
+    world = World()
+    ready = world.add("a", "ready")
+    loading = world.add("b", "loading")
+    world.wanted = []
+    actions = world.step()
+    assert Drain("a", ready) in actions and any(isinstance(a, Kill) and a.epoch == loading for a in actions)
+    world.all("stopped")
+    world.step()
+    assert world.step() == [] and world.reconciler.views() == []
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Gangs live, fail, hang and are re-wanted in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+
+    @rule(seconds=st.floats(0.1, 90))
+    def time_passes(self, seconds: float) -> None:
+        self.world.now += seconds
+        self.world.step()
+
+    @rule(phase=st.sampled_from(["loading", "ready", "draining", "stopped", "failed"]), permanent=st.booleans())
+    def gang_moves(self, phase: GangPhase, permanent: bool) -> None:
+        self.world.all(phase, permanent=permanent and phase == "failed")
+        self.world.step()
+
+    @rule()
+    def gang_hangs(self) -> None:
+        self.world.step(frozenset(self.world.gangs))
+
+    @rule(names=st.sets(st.sampled_from("abc")), spec_hash=st.sampled_from("12"))
+    def wanted_changes(self, names: set[str], spec_hash: str) -> None:
+        self.world.wanted = [Wanted(name=name, spec_hash=spec_hash) for name in sorted(names)]
+        self.world.step()
+
+    @rule()
+    def controller_restarts(self) -> None:
+        self.world.reconciler = Reconciler(POLICY)
+        self.world.step()
+
+    @invariant()
+    def one_gang_a_replica(self) -> None:
+        names = [name for name, _ in self.world.gangs]
+        assert len(names) == len(set(names)), "two engines on one slot"
+
+    @invariant()
+    def converges(self) -> None:
+        """Left alone, with gangs that do what they are told, every wanted replica that has not failed for good is ready in the end."""
+        world = World()
+        world.reconciler, world.now, world.wanted = self.world.reconciler, self.world.now, self.world.wanted
+        world.gangs, world.next_epoch = dict(self.world.gangs), self.world.next_epoch
+        world.reconciler = copy.deepcopy(self.world.reconciler)
+        for _ in range(12):
+            world.step()
+            for name, epoch in list(world.gangs):
+                phase = world.gangs[name, epoch].phase
+                if phase == "draining":
+                    world.phase(name, epoch, "stopped")
+                elif phase not in ENDED and phase != "ready":
+                    world.phase(name, epoch, "ready")
+            world.now += 31
+        world.step()
+        views = {view.name: view.phase for view in world.reconciler.views()}
+        assert set(views) == {want.name for want in world.wanted}
+        assert set(views.values()) <= {"ready", "failed"}
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
