@@ -1,0 +1,125 @@
+"""What a replica costs beside its arithmetic: idle CPU, the leader's share of a step, memory of a rank, memory of conversion.
+
+python -m bench.replica [--runs 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from bench.report import Claim, publish, say
+from bench.router import cpu_seconds, rpc_streams
+from orchestrator.launch.control import Status
+from orchestrator.models import DEFAULT_MODEL, pull
+from tests.e2e.deployment import deployed, write_config
+
+MB = 1e6
+#: Seconds over which idle CPU is read.
+IDLE_S = 10.0
+
+
+def ranks(status: Status) -> dict[str, int]:
+    """Process ids of all ranks by "replica/rank"."""
+    return {f"{row.name}/{rank}": pid for model in status.models for row in model.rows for rank, _, pid in row.pids}
+
+
+@contextmanager
+def portable(cache: Path) -> Iterator[Status]:
+    """The default model as tp=2 and as pp=2, ready and idle."""
+    with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
+        replicas = [{"name": "tp2", "tp_size": 2}, {"name": "pp2", "pp_size": 2}]
+        model = {"engine": "portable", "path": DEFAULT_MODEL, "kv_tokens": 16384, "replicas": replicas}
+        file = write_config(Path(folder), deployment={"cache_dir": str(cache)}, **model)
+        with deployed(file) as (_, status):
+            yield status
+
+
+def standing_claims(cache: Path, runs: int) -> list[Claim]:
+    """Idle CPU and resident memory of the ranks of a real model."""
+    with portable(cache) as status:
+        pids = ranks(status)
+        idle: list[float] = []
+        for _ in range(runs):
+            before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+            time.sleep(IDLE_S)
+            idle.append(max(cpu_seconds(pid) - before[name] for name, pid in pids.items()) / IDLE_S)
+        memory = [over_shard(name, pid, status) for name, pid in pids.items()]
+    return [
+        Claim(name="idle replica, busiest rank", unit="cores", asked=0.05, sense="<=", runs=idle, detail=f"over {IDLE_S:g} s each"),
+        Claim(
+            name="rank memory beyond shard and KV pool",
+            unit="MB",
+            asked=350,
+            sense="<=",
+            runs=[max(memory)],
+            detail="RSS, largest of 4 ranks",
+        ),
+    ]
+
+
+def over_shard(name: str, pid: int, status: Status) -> float:
+    """RSS of a rank less its shard file, in MB; the KV pool counts as nothing, since its pages are only touched in use."""
+    replica, rank = name.split("/")
+    row = next(row for model in status.models for row in model.rows if row.name == replica)
+    spec = json.loads(Path(row.log_dir, "spec.json").read_bytes())
+    shard = Path(spec["artifact"], f"rank{rank}.safetensors").stat().st_size
+    return float(psutil.Process(pid).memory_info().rss - shard) / MB
+
+
+def leader_claims(runs: int, rows: int = 64, tokens: int = 500) -> list[Claim]:
+    """CPU of the leader process a step: batch core, tables, encoding, sockets, and FakeEngine's own integer model."""
+    with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
+        replicas = [{"name": "only", "tp_size": 1}]
+        file = write_config(Path(folder), fake_step_ms=0, replicas=replicas, max_batch_size=rows, max_num_tokens=1024, kv_tokens=131072)
+        with deployed(file) as (_, status):
+            pid = ranks(status)["only/0"]
+            spent = []
+            for _ in range(runs):
+                before = cpu_seconds(pid)
+                asyncio.run(rpc_streams(status, rows, tokens))
+                spent.append((cpu_seconds(pid) - before) / tokens * 1e3)
+    detail = f"{rows} rows, {tokens} steps, CPU of the whole leader process, FakeEngine's model included"
+    return [Claim(name="leader's own share of a step", unit="ms", asked=1.0, sense="<=", runs=spent, detail=detail)]
+
+
+def conversion_claims(cache: Path) -> list[Claim]:
+    """Peak memory of converting the default model to tp=2."""
+    source = pull(DEFAULT_MODEL, cache)
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [sys.executable, "-m", "orchestrator.cli", "convert", str(source), "-o", str(Path(folder, "out")), "--tp-size", "2"]
+        begun = time.perf_counter()
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
+        seconds = time.perf_counter() - begun
+    # The only large child so far: Linux keeps the maximum over all ended children.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / MB
+    return [Claim(name="conversion, peak memory", unit="MB", asked=1000, sense="<=", runs=[peak], detail=f"GGUF to tp=2, {seconds:.1f} s")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "trireme")
+    args = parser.parse_args()
+    for what, measure in (
+        ("conversion", lambda: conversion_claims(args.cache)),
+        ("idle CPU and memory", lambda: standing_claims(args.cache, args.runs)),
+        ("leader", lambda: leader_claims(args.runs)),
+    ):
+        say(f"bench.replica: {what}")
+        publish(measure())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""One measured claim as a value, and how it is printed. Shared by every bench; owns no measurement."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """``runs``: the figure of each alternating run; the claim is held by their median. ``asked`` is a lower or upper bound."""
+
+    name: str
+    unit: str
+    asked: float
+    sense: Literal[">=", "<="]
+    runs: list[float]
+    detail: str = ""
+
+    @property
+    def measured(self) -> float:
+        return statistics.median(self.runs)
+
+    @property
+    def held(self) -> bool:
+        return self.measured >= self.asked if self.sense == ">=" else self.measured <= self.asked
+
+
+def publish(claims: Sequence[Claim]) -> None:
+    """A JSON line a claim on stdout; what is read by a person goes to stderr."""
+    for claim in claims:
+        print(json.dumps({**msgspec.structs.asdict(claim), "measured": claim.measured, "held": claim.held}), flush=True)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

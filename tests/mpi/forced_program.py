@@ -1,0 +1,92 @@
+"""The default model on tp * pp ranks, fed prompts and then forced tokens; every last-stage rank compares its logits with a file's.
+
+Run by ``test_default_model.py`` under mpiexec. The file holds [prompts, steps + 1, vocab] fp32 logits; the report, differences and choices.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from workers.core.plan import OpenSlot, StepPlan, column, view
+from workers.engine.build import bring_up, split
+from workers.spec import ReplicaSpec
+from workers.wire import SamplingParams
+
+
+def main() -> None:
+    arguments = json.loads(sys.argv[1])
+    spec = msgspec.convert(arguments["spec"], ReplicaSpec)
+    prompts, forced = arguments["prompts"], arguments["forced"]
+    comm = MPI.COMM_WORLD if MPI.COMM_WORLD.Get_size() > 1 else None
+    ranks = split(spec, comm)
+    built = bring_up(spec, ranks)
+    shard, stage, size = built.shard, built.runner.stage, built.capacity.block_size
+    reference = np.load(arguments["logits"], mmap_mode="r")
+    seen: list[torch.Tensor] = []
+    plain = stage.logits
+    stage.logits = lambda hidden: seen.append(plain(hidden)) or seen[-1].clone()
+    need = [-(-(len(p) + len(f)) // size) for p, f in zip(prompts, forced, strict=True)]
+    first = [sum(need[:i]) for i in range(len(need))]
+    chosen: list[list[int]] = []
+    worst = scale = 0.0
+
+    def step(plan: StepPlan, rows: list[int], at: int) -> None:
+        nonlocal worst, scale
+        result = built.runner.run(plan)
+        if not shard.last or result is None:
+            return
+        chosen.append(view(result.tokens).tolist())
+        expected = torch.from_numpy(np.array(reference[rows, at, shard.vocab.start : shard.vocab.stop]))
+        found = seen.pop()[:, : shard.vocab.size]
+        worst = max(worst, float((found - expected).abs().max()))
+        scale = max(scale, float(expected.abs().max()))
+
+    for row, prompt in enumerate(prompts):
+        opening = OpenSlot(row, SamplingParams(temperature=0.0), len(prompt))
+        blocks = list(range(first[row], first[row] + need[row]))
+        plan = StepPlan(
+            step=row + 1,
+            slots=column([row]),
+            starts=column([0]),
+            lengths=column([len(prompt)]),
+            tokens=column(prompt),
+            sample=column([1]),
+            block_slots=column([row] * need[row]),
+            block_ids=column(blocks),
+            opened=[opening],
+        )
+        step(plan, [row], 0)
+    everyone = list(range(len(prompts)))
+    for at in range(len(forced[0])):
+        plan = StepPlan(
+            step=len(prompts) + at + 1,
+            slots=column(everyone),
+            starts=column([len(p) + at for p in prompts]),
+            lengths=column([1] * len(prompts)),
+            tokens=column([f[at] for f in forced]),
+            sample=column([1] * len(prompts)),
+        )
+        step(plan, everyone, at + 1)
+    if shard.last:
+        report = {
+            "delta": worst,
+            "scale": scale,
+            "first": [row[0] for row in chosen[: len(prompts)]],
+            "steps": chosen[len(prompts) :],
+            "rss_mb": int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6,
+        }
+        Path(f"{arguments['report']}.{shard.tp_rank}").write_text(json.dumps(report))
+    MPI.COMM_WORLD.Barrier()
+    if MPI.COMM_WORLD.Get_rank() == 0:
+        Path(arguments["report"]).write_text("{}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Rotary embedding tables: cosine and signed sine of every position, once per model.
+
+Owns the frequency rules (plain, linear, llama3). Must never depend on a request. Rotation is in halves: component i turns with i + dim / 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from workers.spec import ModelSpec, RopeScaling
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """[head_dim / 2] radians a position, fp32. The llama3 rule is that of Llama 3.1's reference: long wavelengths are divided by
+    ``factor``, short ones kept, and those between blended linearly in the number of turns within the original context."""
+    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    blend = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def rope_tables(model: ModelSpec, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cosine, signed sine), each [positions, head_dim]: ``x * cosine + roll(x, head_dim / 2) * sine`` rotates ``x``."""
+    angles = torch.outer(torch.arange(positions).float(), inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling))
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat((cosine, cosine), -1).to(dtype), torch.cat((-sine, sine), -1).to(dtype)

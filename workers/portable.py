@@ -1,0 +1,216 @@
+"""The portable engine: one leader that batches and answers, and followers that apply its plans.
+
+The leader (rank 0) owns the :class:`~workers.core.batch.Batch` and is itself the first stage's first rank; a follower owns a runner and
+nothing else. A step is plan → run → commit: the leader issues plans until as many are in flight as there are stages, then commits the
+oldest. Must never let a follower decide, nor send anything but plans and results between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from workers.core.batch import Batch
+from workers.core.contract import Emission, EngineStats
+from workers.core.guide import GuideFactory
+from workers.core.plan import StepPlan, StepResult, decode_plan, decode_result, encode
+from workers.engine.build import Built, bring_up, split
+from workers.engine.pace import Pace
+from workers.engine.runner import Runner
+from workers.errors import EngineFault
+from workers.spec import EngineSpec, ReplicaSpec, ResumeClass
+from workers.wire import Capacity, Submit
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from workers.engine.mpi import Mailbox
+
+#: Bound of closing, seconds.
+CLOSE_S = 5.0
+
+
+class Crew(Protocol):
+    """How the leader reaches the other ranks."""
+
+    def tell(self, plan: StepPlan) -> None:
+        """Send ``plan`` to every other rank; returns at once."""
+
+    def answer(self) -> StepResult:
+        """The oldest result not yet taken; waits for it, bounded."""
+
+    def dismiss(self, plan: StepPlan) -> None:
+        """Send the last plan, and see it leave within ``CLOSE_S``."""
+
+
+class MpiCrew:
+    """Plans and results over two communicators of their own, so that neither waits behind tensors."""
+
+    def __init__(self, plans: Mailbox, results: Mailbox, *, world: int, tp: int) -> None:
+        self._plans, self._results = plans, results
+        self._others = range(1, world)
+        self._source = world - tp
+
+    def tell(self, plan: StepPlan) -> None:
+        data = encode(plan)
+        for rank in self._others:
+            self._plans.post(data, rank)
+
+    def answer(self) -> StepResult:
+        return decode_result(self._results.take(self._source))
+
+    def dismiss(self, plan: StepPlan) -> None:
+        self.tell(plan)
+        self._plans.flush(CLOSE_S)
+
+
+class _Out(msgspec.Struct, gc=False):
+    """A plan in flight: its size, and its result where the leader is the last stage too."""
+
+    tokens: int
+    rows: int
+    result: StepResult | None
+
+
+class PortableEngine:
+    """Implements :class:`~workers.core.contract.Engine` on rank 0.
+
+    ``crew`` None = this rank is alone. With one stage the leader's own runner answers; with more, the last stage's first rank does.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        runner: Runner,
+        capacity: Capacity,
+        *,
+        crew: Crew | None = None,
+        resume: ResumeClass = "margin",
+    ) -> None:
+        self._batch, self._runner, self._capacity, self._crew, self._resume = batch, runner, capacity, crew, resume
+        self._out: deque[_Out] = deque()
+        self._pace = Pace()
+        self._committed = 0.0
+        self._closed = False
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    @property
+    def resume(self) -> ResumeClass:
+        return self._resume
+
+    def submit(self, id: int, request: Submit) -> None:
+        self._batch.submit(id, request)
+
+    def cancel(self, id: int) -> None:
+        self._batch.cancel(id)
+
+    def credit(self, id: int, tokens: int) -> None:
+        self._batch.credit(id, tokens)
+
+    def busy(self) -> bool:
+        return self._batch.busy(time.monotonic())
+
+    def step(self) -> list[Emission]:
+        """Issue plans until the pipeline is full, then commit the oldest. Raises EngineFault when a rank does not answer."""
+        begin = time.perf_counter()
+        while (plan := self._batch.plan(time.monotonic())) is not None:
+            if self._crew is not None:
+                self._crew.tell(plan)
+            result = self._runner.run(plan)
+            self._out.append(_Out(len(plan.tokens) // 4, len(plan.slots) // 4, result))
+        if not self._out:
+            return []
+        oldest = self._out.popleft()
+        result = oldest.result
+        if result is None:
+            if self._crew is None:
+                raise EngineFault("a lone rank that is not the last stage has nobody to answer it")
+            result = self._crew.answer()
+        emissions = self._batch.commit(result)
+        end = time.perf_counter()
+        # In a full pipeline a step's cost is the time between commits, not its way through all stages.
+        self._pace.observe(oldest.tokens, oldest.rows, (end - max(begin, self._committed)) * 1e3)
+        self._committed = end
+        return emissions
+
+    def predicted_ms(self) -> float:
+        tokens = self._batch.predicted_tokens()
+        return self._pace.predict(tokens, min(tokens, self._capacity.max_batch_size))
+
+    def stats(self) -> EngineStats:
+        return self._batch.stats(self._pace.last_ms)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._crew is not None:
+            self._crew.dismiss(StepPlan(step=-1, stop=True))
+
+
+class Follower:
+    """Any rank but the leader's: applies plans until one says stop. ``answers``: whether this rank's results go to the leader."""
+
+    def __init__(self, runner: Runner, plans: Mailbox, results: Mailbox, *, answers: bool) -> None:
+        self._runner, self._plans, self._results, self._answers = runner, plans, results, answers
+
+    def run(self) -> None:
+        """Returns after a plan with ``stop``. An idle follower waits without a bound: the end of its world is the end of its process."""
+        while True:
+            plan = decode_plan(self._plans.take(0, bound_s=None))
+            if plan.stop:
+                self._results.flush(CLOSE_S)
+                return
+            result = self._runner.run(plan)
+            if self._answers and result is not None:
+                self._results.post(encode(result), 0)
+
+
+def _resume_class(engine: EngineSpec) -> ResumeClass:
+    """Fixed shapes make a token's bits depend on its row alone, on one thread: several share out a product's rows by their place."""
+    return "bitwise" if engine.fixed_shape and engine.threads == 1 else "margin"
+
+
+def _guides(built: Built) -> GuideFactory | None:
+    """The grammar compiler, where llguidance is installed and the artifact has a tokenizer."""
+    try:
+        from workers.engine.guided import guide_factory
+    except ImportError:
+        return None
+    folder = built.artifact.tokenizer_dir
+    return None if folder is None else guide_factory(folder / "tokenizer.json", built.artifact.model.vocab_size, built.artifact.eos_ids)
+
+
+def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Follower:
+    """Bring up this rank of ``spec``: the engine on rank 0, a follower elsewhere. ``comm`` None = a world of one.
+
+    Raises ArtifactError, ConfigError or EnvironmentFault, on every rank the same.
+    """
+    ranks = split(spec, comm)
+    built = bring_up(spec, ranks)
+    world, tp = spec.parallel.world, spec.parallel.tp
+    if comm is not None:
+        from workers.engine.mpi import Mailbox
+
+        plans, results = Mailbox(comm.Dup(), spec.engine.wait), Mailbox(comm.Dup(), spec.engine.wait)
+        if comm.Get_rank() > 0:
+            return Follower(built.runner, plans, results, answers=comm.Get_rank() == world - tp)
+        crew: Crew | None = MpiCrew(plans, results, world=world, tp=tp)
+    else:
+        crew = None
+    guides = _guides(built)
+    capacity = msgspec.structs.replace(built.capacity, guided=guides is not None)
+    batch = Batch(
+        capacity,
+        guides=guides,
+        micro_batches=spec.parallel.pp,
+        eos_ids=built.artifact.eos_ids,
+        prefix_cache=spec.engine.prefix_cache,
+    )
+    return PortableEngine(batch, built.runner, capacity, crew=crew, resume=_resume_class(spec.engine))
