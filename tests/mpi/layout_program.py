@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from mpi4py import MPI
 
-from tests.mpi.steps import play
+from tests.mpi.steps import play, write_played
 from tests.reference.conformance import conform
 from tests.reference.shards import make_stage, whole_weights
 from workers.artifacts.artifact import open_artifact
@@ -70,7 +70,7 @@ def main() -> None:
         stage = make_stage(model, weights, parallel, rank, tensor=group)
         logits, results = play(stage, tensor=group, pipeline=pipeline)
         if stage.shard.last:
-            torch.save({"logits": logits, "results": results}, f"{arguments['out']}.{name}.{parallel.tp_rank(rank)}")
+            write_played(Path(f"{arguments['out']}.{name}.{parallel.tp_rank(rank)}"), (logits, results))
     world.Barrier()
     if rank == 0:
         Path(arguments["report"]).write_text(json.dumps({"ranks": world.Get_size()}))

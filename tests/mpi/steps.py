@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.reference.shards import make_runner
 from workers.core.plan import OpenSlot, StepPlan, column, encode
@@ -77,3 +81,16 @@ def play(stage: LlamaStage, *, tensor: Group, pipeline: Group) -> tuple[list[tor
     runner = make_runner(stage, tensor=tensor, pipeline=pipeline, slots=4)
     results = [runner.run(plan) for plan in plans()]
     return logits, [encode(result) for result in results if result is not None]
+
+
+def write_played(file: Path, played: tuple[list[torch.Tensor], list[bytes]]) -> None:
+    """What :func:`play` gave, as one safetensors file: logits by step, results in hex beside them."""
+    logits, results = played
+    tensors = {f"{step:04d}": tensor.contiguous() for step, tensor in enumerate(logits)}
+    save_file(tensors, file, {f"{step:04d}": result.hex() for step, result in enumerate(results)})
+
+
+def read_played(file: Path) -> tuple[list[torch.Tensor], list[bytes]]:
+    with safe_open(file, "pt") as found:
+        metadata = found.metadata() or {}
+        return [found.get_tensor(name) for name in sorted(found.keys())], [bytes.fromhex(metadata[name]) for name in sorted(metadata)]

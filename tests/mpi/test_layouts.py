@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.mpi.steps import play
+from tests.mpi.steps import play, read_played
 from tests.mpi.world import run
 from tests.reference.conformance import in_threads
 from tests.reference.shards import make_stage, whole_weights
@@ -58,16 +58,16 @@ def test_layout(tp: int, pp: int, folder: Path, references: dict[int, Played], t
         {"tp": tp, "pp": pp, "model": str(folder), "out": str(tmp_path / "out")},
     )
     expected_logits, expected_results = references[tp]
-    ordered = [torch.load(tmp_path / f"out.ordered.{rank}") for rank in range(tp)]
     for rank in range(tp):
-        for mine, expected in zip(ordered[rank]["logits"], expected_logits[rank], strict=True):
+        logits, results = read_played(tmp_path / f"out.ordered.{rank}")
+        for mine, expected in zip(logits, expected_logits[rank], strict=True):
             assert torch.equal(mine, expected)
-        assert ordered[rank]["results"] == expected_results, "every rank of the last stage gives the same answer"
+        assert results == expected_results, "every rank of the last stage gives the same answer"
 
-    plain = [torch.load(tmp_path / f"out.plain.{rank}") for rank in range(tp)]
+    plain = [read_played(tmp_path / f"out.plain.{rank}") for rank in range(tp)]
     base_logits, base_results = references[1]
     parted = 0
-    steps = zip(whole([p["logits"] for p in plain]), whole(base_logits), plain[0]["results"], base_results, strict=True)
+    steps = zip(whole([logits for logits, _ in plain]), whole(base_logits), plain[0][1], base_results, strict=True)
     for found, base, result, base_result in steps:
         delta = float((found - base).abs().max())
         assert delta <= 1e-4 * float(base.abs().max())
