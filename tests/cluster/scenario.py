@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import ray
 
 from orchestrator.config import load
@@ -23,10 +24,14 @@ from orchestrator.deployment import Deployment
 from orchestrator.launch import cluster
 from orchestrator.launch.child import TAG, alive
 from orchestrator.launch.gang import GangSpec
-from tests.tiny import tiny_tokenizer
+from tests.reference.engine import request, serve
+from tests.tiny import tiny_model
+from workers.portable import Follower, build
 from workers.spec import EngineSpec, Parallel, ReplicaSpec
+from workers.wire import SamplingParams
 
-BOUND_S = 60.0
+BOUND_S = 120.0
+PROMPT = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100]
 ADDRESS = "127.0.0.1:6379"
 
 
@@ -163,11 +168,20 @@ def three_hosts(fleet: Fleet) -> None:
     say("nothing left", begun)
 
 
+def alone(folder: Path, sizes: dict[str, int]) -> list[float | None]:
+    """Logprobs of what one process without MPI answers to the same request."""
+    engine = build(ReplicaSpec(name="alone", model="tiny", artifact=str(folder), engine=EngineSpec(**sizes)), None)
+    assert not isinstance(engine, Follower)
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=24, ignore_eos=True, logprobs=0)
+    return [entry.logprob for entry in serve(engine, [request(PROMPT, params)])[0].logprobs]
+
+
 def whole_deployment(run_dir: Path) -> None:
-    """Routers on this host, ranks on three: tcp with CURVE in between."""
+    """Routers on this host, a pipeline's ranks on three: tcp with CURVE in between, and the tokens of one process without any of it."""
     begun = time.monotonic()
-    tokenizer = tiny_tokenizer(run_dir / "tokenizer")
-    model = {"name": "fake", "path": str(tokenizer), "engine": "fake", "pp_size": 3, "spread": True, "kv_tokens": 1024, "max_seq_len": 256}
+    folder = tiny_model(run_dir / "tiny")
+    sizes = {"kv_tokens": 1024, "max_seq_len": 256}
+    model = {"name": "tiny", "path": str(folder), "engine": "portable", "pp_size": 3, "spread": True, **sizes}
     tree = {"name": "net", "run_dir": str(run_dir), "ray": {"address": ADDRESS}, "http": {"port": 0}, "drain_grace_s": 5, "models": [model]}
     deployment = Deployment(load(tree).config)
     codes: list[int] = []
@@ -185,6 +199,13 @@ def whole_deployment(run_dir: Path) -> None:
         assert all(spec.replica.routers[0].endpoint.startswith("tcp://127.0.0.1:") for spec in deployment._gangs)
         assert all(spec.replica.routers[0].server_key for spec in deployment._gangs)
         say("curve over tcp", begun)
+        begun = time.monotonic()
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0.8, "seed": 5, "ignore_eos": True, "logprobs": 0}
+        answer = httpx.post(f"{deployment.status().url}/v1/completions", json=body, timeout=60, trust_env=False)
+        answer.raise_for_status()
+        found = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+        assert found == alone(folder, sizes), "a pipeline over hosts is not bitwise equal to one process"
+        say("answer over three hosts", begun)
     finally:
         begun = time.monotonic()
         deployment.stop()
