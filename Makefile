@@ -6,6 +6,8 @@
 # TORCH   what pip installs as torch; where there is no NVIDIA GPU a version whose CPU build pip prefers when its index or links offer one
 # PIP     extra flags for pip, such as an index of your own
 # Nothing needs a compiler: every dependency is a binary wheel.
+# Without a PATH in the environment, Python would not find itself.
+export PATH := $(or $(PATH),/usr/local/bin:/usr/bin:/bin)
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    ?=

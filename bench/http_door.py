@@ -18,6 +18,7 @@ from pathlib import Path
 import uvloop
 
 from orchestrator.metrics import Metrics
+from orchestrator.router.auth import Salting
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.seam import Ask, ModelStatus, Watcher
@@ -98,7 +99,8 @@ def run_server(report: Connection, folder: str, streams: int, step_s: float) -> 
         http = HttpSpec(port=0)
         listener = bind(http)
         texts = texts_of(folder)
-        app = build_app(RouterSpec(name="bench", back="", rpc="", models=(), http=http), dispatcher, texts, Metrics(["tiny"]))
+        spec = RouterSpec(name="bench", back="", rpc="", models=(), http=http)
+        app = build_app(spec, dispatcher, texts, Metrics(["tiny"]), Salting(b"salt"))
         stop = asyncio.Event()
         serving = asyncio.create_task(serve(app, listener, stop, grace_s=2))
         report.send(listener.getsockname()[1])

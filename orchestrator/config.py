@@ -11,27 +11,35 @@ import os
 import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
-import yaml
 
+from orchestrator import yamltree
 from orchestrator.spec import AdmissionSpec
 from workers.errors import ConfigError
 from workers.spec import DType, EngineSpec, Parallel, WaitPolicy
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,38}[a-z0-9])?")
+_NAMING = "a name is 1 to 40 of a-z, 0-9, '.' and '-'"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PREFIX = "TRIREME_"
 DEFAULT_RUN_DIR = "~/.local/state/trireme"
 
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP door of every router; ``port`` 0 = any free one."""
+    """The HTTP door of every router; ``port`` 0 = any free one. ``api_keys_file``: whose keys open it (`trireme keys api`); without one it
+    is open to all, and stays on loopback."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 4 << 20
+    api_keys_file: str = ""
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines may reach it."""
+        return self.host not in _LOOPBACK
 
 
 class RpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,7 +113,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A whole deployment. Times in seconds. ``run_dir``: sockets, keys, logs and state (0700); ``cache_dir``: models."""
+    """A whole deployment. Times in seconds. ``run_dir``: sockets, keys, logs and state (0700); ``cache_dir``: models.
+    ``insecure_http_without_keys``: the HTTP door may listen beyond loopback without API keys."""
 
     models: tuple[ModelConfig, ...]
     name: str = "local"
@@ -123,34 +132,71 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     run_dir: str = DEFAULT_RUN_DIR
     cache_dir: str = "~/.cache/trireme"
     log_format: Literal["text", "json"] = "text"
+    insecure_http_without_keys: bool = False
 
     def __post_init__(self) -> None:
-        _check(_NAME.fullmatch(self.name) is not None, f"name: {self.name!r} is not usable", "a name is 1 to 40 of a-z, 0-9, '.' and '-'")
-        _check(bool(self.models), "models: there is none", "", "name at least one model")
-        _check(1 <= self.routers <= 64, f"routers: must be in 1..64, got {self.routers}")
-        _check(0 <= self.http.port < 65536, f"http.port: {self.http.port} is no port")
-        why = "clients are not authenticated yet, so the HTTP door stays on this host"
+        _check(_NAME.fullmatch(self.name) is not None, f"name: {self.name!r} is not usable", _NAMING, "choose another name")
         _check(
-            self.http.host in _LOOPBACK,
-            f"http.host: {self.http.host} is not a loopback address",
-            why,
-            "put an authenticating proxy in front",
+            bool(self.models),
+            "models: there is none",
+            "a deployment serves at least one model",
+            "name one: models: [{name: smollm2-135m-instruct}]",
         )
-        _check(self.routers == 1 or self.http.port > 0, "http.port: several routers share one port, so it cannot be 0")
+        _check(
+            1 <= self.routers <= 64,
+            f"routers: {self.routers} are not possible",
+            "1 to 64 router processes share the port",
+            "routers: 1 is right for one machine",
+        )
+        _check(
+            0 <= self.http.port < 65536,
+            f"http.port: {self.http.port} is no port",
+            "ports are 1 to 65535",
+            "choose another; 0 = any free one",
+        )
+        _check(
+            not self.http.exposed or bool(self.http.api_keys_file) or self.insecure_http_without_keys,
+            f"http.host: {self.http.host} is not a loopback address",
+            "without API keys, whoever reaches the port could use the models",
+            "trireme keys api add NAME makes a key; name its file in http.api_keys_file",
+        )
+        _check(
+            self.routers == 1 or self.http.port > 0,
+            "http.port: 0 with several routers",
+            "they share one port, so it must be known",
+            "name one, such as 8000",
+        )
         for name in ("heartbeat_s", "replica_timeout_s", "hang_floor_s", "start_timeout_s"):
-            _check(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
-        _check(self.replica_timeout_s > 2 * self.heartbeat_s, "replica_timeout_s: must be more than two heartbeats")
+            _check(
+                getattr(self, name) > 0,
+                f"{name}: {getattr(self, name)} is not possible",
+                "it is a time in seconds above 0",
+                "leave it out for the default",
+            )
+        _check(
+            self.replica_timeout_s > 2 * self.heartbeat_s,
+            f"replica_timeout_s: {self.replica_timeout_s} is too short",
+            f"a replica is heard every {self.heartbeat_s} s (heartbeat_s), and one may be late",
+            "make it more than two heartbeats",
+        )
         self._check_models()
 
     def _check_models(self) -> None:
         seen: set[tuple[str, str]] = set()
         for index, model in enumerate(self.models):
             where = f"models[{index}]"
-            _check(bool(model.name), f"{where}.name: is empty")
+            _check(bool(model.name), f"{where}.name: is empty", "clients ask for a model by its name", "give it one")
             count = model.replicas if isinstance(model.replicas, int) else len(model.replicas)
-            _check(1 <= count <= 256, f"{where}.replicas: must be in 1..256, got {count}")
+            _check(
+                1 <= count <= 256, f"{where}.replicas: {count} are not possible", "a model has 1 to 256 replicas", "leave it out for one"
+            )
             for label in (model.name, *model.aliases):
-                _check(("model", label) not in seen, f"{where}: the model name {label} is used twice")
+                _check(
+                    ("model", label) not in seen,
+                    f"{where}: the model name {label} is used twice",
+                    "requests are routed by it",
+                    "rename one (name, aliases)",
+                )
                 seen.add(("model", label))
             try:
                 model.engine_spec()
@@ -158,14 +204,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error.what}", error.why, error.hint) from None
             for name, _ in gangs:
-                _check(_NAME.fullmatch(name) is not None, f"{where}.replicas: the name {name!r} is not usable", "use a-z, 0-9, '.' and '-'")
-                _check(("replica", name) not in seen, f"{where}.replicas: the name {name} is used twice")
+                _check(
+                    _NAME.fullmatch(name) is not None, f"{where}.replicas: the name {name!r} is not usable", _NAMING, "choose another name"
+                )
+                _check(
+                    ("replica", name) not in seen,
+                    f"{where}.replicas: the name {name} is used twice",
+                    "a replica is known by it",
+                    "rename one",
+                )
                 seen.add(("replica", name))
 
     @property
     def home(self) -> Path:
         """The folder of this deployment: ``run_dir``/``name``."""
         return Path(self.run_dir).expanduser().absolute() / self.name
+
+    @property
+    def api_keys_file(self) -> Path | None:
+        return Path(self.http.api_keys_file).expanduser().absolute() if self.http.api_keys_file else None
 
     @property
     def cache(self) -> Path:
@@ -197,7 +254,7 @@ def environment() -> MutableMapping[str, str]:
 
 def settings() -> dict[str, str]:
     """Every flag name (underscores) -> its path; those of a model apply to all models: ``tp_size`` -> ``models[].tp_size``."""
-    table = {"host": "http.host", "port": "http.port"}
+    table = {"host": "http.host", "port": "http.port", "api_keys_file": "http.api_keys_file"}
     for path, kind in _leaves(Config, ""):
         if kind in (str, int, float, bool) or _is_literal(kind):
             table[path.replace("models[].", "").replace(".", "_") if path.startswith("models") else path.replace(".", "_")] = path
@@ -217,11 +274,11 @@ def load(
     Raises :class:`ConfigError` naming the path of what is wrong, with the nearest name for an unknown key.
     """
     if isinstance(source, Path):
-        tree, origin = _read(source), f"file {source}"
+        tree, origin = yamltree.read(source), f"file {source}"
     else:
-        tree, origin = _copy(source), "built in"
-    _refuse_unknown(tree, Config, "")
-    sources = dict.fromkeys(_paths(tree, ""), origin)
+        tree, origin = yamltree.copy(source), "built in"
+    _refuse_unknown(tree, Config, "", origin)
+    sources = dict.fromkeys(yamltree.paths(tree), origin)
     table = settings()
     for flag, value in ({} if env is None else env).items():
         if flag.startswith(_PREFIX) and (name := flag[len(_PREFIX) :].lower()) in table:
@@ -230,50 +287,19 @@ def load(
         if given is None:
             continue
         if name not in table:
-            raise ConfigError(f"unknown flag --{name.replace('_', '-')}", "", _nearest(name, table))
+            raise ConfigError(f"unknown flag --{name.replace('_', '-')}", "no setting has this name", _nearest(name, table))
         _put(tree, sources, table[name], given, f"flag --{name.replace('_', '-')}")
     try:
         return Resolved(config=msgspec.convert(tree, Config), sources=sources)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
-        raise ConfigError(
-            f"{path.strip('`').lstrip('.') or 'deployment'}: {what}", sources.get(path.strip("`").lstrip("."), origin)
-        ) from None
+        path = path.strip("`").lstrip(".")
+        raise ConfigError(f"{path or 'deployment'}: {what}", f"from {sources.get(path, origin)}", _allowed(path)) from None
 
 
 def _check(ok: bool, what: str, why: str = "", hint: str = "") -> None:
     if not ok:
         raise ConfigError(what, why, hint)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and refuses a key that stands twice: the second would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 - derived from SafeLoader
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}", error.strerror or str(error)) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML", " ".join(str(error).split())[:300]) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no mapping", "a deployment file is a YAML mapping with `models` in it")
-    return tree
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _struct_of(kind: Any) -> tuple[Any, bool]:
@@ -301,20 +327,20 @@ def _leaves(struct: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{path}[]." if many else f"{path}.")
 
 
-def _refuse_unknown(tree: Any, struct: Any, where: str) -> None:
+def _refuse_unknown(tree: Any, struct: Any, where: str, origin: str) -> None:
     if not isinstance(tree, dict):
         return
     fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
     for key, value in tree.items():
         path = f"{where}{key}"
         if key not in fields:
-            raise ConfigError(f"unknown key {path}", "", _nearest(str(key), fields))
+            raise ConfigError(f"unknown key {path}", f"from {origin}", _nearest(str(key), fields))
         inner, many = _struct_of(fields[key])
         if inner is not None and many and isinstance(value, list):
             for index, item in enumerate(value):
-                _refuse_unknown(item, inner, f"{path}[{index}].")
+                _refuse_unknown(item, inner, f"{path}[{index}].", origin)
         elif inner is not None:
-            _refuse_unknown(value, inner, f"{path}.")
+            _refuse_unknown(value, inner, f"{path}.", origin)
 
 
 def _nearest(key: str, names: Mapping[str, Any]) -> str:
@@ -322,15 +348,10 @@ def _nearest(key: str, names: Mapping[str, Any]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(names))}"
 
 
-def _paths(tree: Any, path: str) -> Iterator[str]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _paths(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        for index, value in enumerate(tree):
-            yield from _paths(value, f"{path}[{index}]")
-    else:
-        yield path
+def _allowed(path: str) -> str:
+    """What a setting may be: the hint beside a value that it cannot be."""
+    kind = dict(_leaves(Config, "")).get(re.sub(r"\[\d+\]", "[]", path))
+    return f"one of: {', '.join(map(str, get_args(kind)))}" if _is_literal(kind) else yamltree.EXAMPLE
 
 
 def _put(tree: dict[str, Any], sources: dict[str, str], path: str, value: object, source: str) -> None:
@@ -357,7 +378,7 @@ def _put_leaf(node: dict[str, Any], key: str, struct: Any, value: object, path: 
     try:
         node[key] = msgspec.convert(value, int if key == "replicas" else kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {error}", f"from {source}") from None
+        raise ConfigError(f"{path}: {error}", f"from {source}", _allowed(path)) from None
     sources[path] = source
 
 

@@ -23,7 +23,7 @@ import psutil
 from orchestrator.config import DEFAULT_RUN_DIR, Config, environment
 from orchestrator.controller import TICK_S, Controller, Hung
 from orchestrator.core.reconcile import Policy, ReplicaView
-from orchestrator.keys import KeyRing
+from orchestrator.keys import KeyRing, read_private
 from orchestrator.launch import wanted
 from orchestrator.launch.child import kill_tagged, tagged
 from orchestrator.launch.control import Answer, Control, ControlServer, Order, Status
@@ -32,14 +32,17 @@ from orchestrator.launch.local import LocalLauncher
 from orchestrator.launch.mpi import find_mpi
 from orchestrator.launch.routers import RouterGroup
 from orchestrator.launch.table import describe
+from orchestrator.router.auth import parse_api_keys
 from workers.artifacts.convert import Progress, silent
-from workers.errors import EnvironmentFault, NotFound
+from workers.errors import ConfigError, EnvironmentFault, NotFound, ReplicaLost
 from workers.wire import Capacity
 
 log = logging.getLogger("trireme.deployment")
 _LONGEST_SOCKET_PATH = 100
 #: After the grace: time for farewells, kills and their proof, seconds.
 _FAREWELL_S = 15.0
+#: Exit code of a start that somebody ended, as shells have it for Ctrl-C.
+INTERRUPTED = 130
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +53,10 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     seconds: float = 0.0
     capacity: Capacity | None = None
+
+
+class _Stopped(Exception):
+    """Somebody said stop before everything was started."""
 
 
 Notify = Callable[[Notice], None]
@@ -110,7 +117,10 @@ class Deployment:
         self._stops = 2 if now or self._stops else 1
 
     def run(self) -> int:
-        """Start, serve, stop; returns the exit code. Raises what starting raised, after everything that was started is gone."""
+        """Start, serve, stop; returns 0, or INTERRUPTED when it was stopped before it was ever ready.
+
+        Raises what starting raised, after everything that was started is gone.
+        """
         make_private(self._home)
         socket_path = self._home / "control.sock"
         if len(str(self._home / "routers" / "router00-back.sock")) > _LONGEST_SOCKET_PATH:
@@ -120,9 +130,12 @@ class Deployment:
         lock = Lock(self._home / "lock", self.config.name)
         control = ControlServer(socket_path, self._obey)
         try:
-            self._start()
-            self._serve()
-            self._notify(Notice(kind="stopping", subject=self.config.name, text="draining"))
+            try:
+                self._start()
+                self._serve()
+            except _Stopped:
+                log.info("stopped before all was started")
+            self._notify(Notice(kind="stopping", subject=self.config.name, text="draining" if self._was_ready else "stopping"))
         except BaseException:
             self._stops = 2
             raise
@@ -135,17 +148,19 @@ class Deployment:
         if left:
             raise EnvironmentFault(f"processes of {self.config.name} do not die", f"pids {left}", "look at them with ps")
         self._notify(Notice(kind="stopped", subject=self.config.name, text="nothing is left", seconds=time.time() - self._begun))
-        return 0
+        return 0 if self._was_ready else INTERRUPTED
 
     def _start(self) -> None:
         config = self.config
         self._check_port()
+        self._check_api_keys()
         keys = KeyRing(self._home / "keys")
         policy = Policy(start_timeout_s=config.start_timeout_s, drain_grace_s=config.drain_grace_s)
         mpi = find_mpi(environment().get("PATH", ""))
-        models = [wanted.resolve_model(model, config.cache, self._progress) for model in config.models]
+        models = [wanted.resolve_model(model, config.cache, self._go_on) for model in config.models]
         for model in models:
             self._notify(Notice(kind="model", subject=model.config.name, text=str(model.source)))
+        self._heed()
         back_host = ""
         if config.launcher == "ray":
             back_host = self._join_ray(
@@ -153,6 +168,7 @@ class Deployment:
             )
         else:
             self._controls = Controller(LocalLauncher(mpi, environment()), policy)
+        self._heed()
         plan = wanted.plan(config, models, keys, back_host)
         self._gangs = plan.gangs
         self._models = {spec.replica.name: spec.replica.model for spec in plan.gangs}
@@ -162,6 +178,15 @@ class Deployment:
         self._routers.start()
         assert self._controls is not None
         self._controls.apply(plan.gangs)
+
+    def _heed(self) -> None:
+        if self._stops:
+            raise _Stopped
+
+    def _go_on(self, phase: str, done: int, total: int) -> None:
+        """Progress of what may take long: told, and left where somebody said stop meanwhile."""
+        self._heed()
+        self._progress(phase, done, total)
 
     def _join_ray(self, policy: Policy, shares: float) -> str:
         """Returns the address at which gangs on other nodes reach the routers; empty when there is no other node."""
@@ -191,6 +216,14 @@ class Deployment:
                     f"port {http.port} on {http.host} is taken", why, "choose another --port; 0 = any free one"
                 ) from None
 
+    def _check_api_keys(self) -> None:
+        """Before anything is fetched; the routers read the file themselves. Raises ConfigError."""
+        if (file := self.config.api_keys_file) is not None:
+            parse_api_keys(read_private(file))
+        elif self.config.http.exposed:
+            text = "whoever reaches it can use the models: it has no API keys, by insecure_http_without_keys"
+            self._notify(Notice(kind="warning", subject=f"HTTP on {self.config.http.host}", text=text))
+
     def _serve(self) -> None:
         """The host's loop: a tick every 0.2 s until somebody says stop."""
         assert self._controls is not None and self._routers is not None
@@ -201,8 +234,28 @@ class Deployment:
             self._announce()
             time.sleep(TICK_S)
 
+    def _judge(self, status: Status) -> None:
+        """Until the first READY: what failed for good is not waited for. Nothing else to come means to end, or to serve with the rest."""
+        assert self._controls is not None
+        states = [row.state for model in status.models for row in model.rows]
+        failed = [view for view in self._controls.views() if view.phase == "failed"]
+        if not failed or not set(states) <= {"READY", "FAILED"}:
+            return
+        if "READY" not in states:
+            first = failed[0]
+            kind = {ConfigError.exit_code: ConfigError, EnvironmentFault.exit_code: EnvironmentFault}.get(first.exit_code, ReplicaLost)
+            raise kind(f"replica {first.name} cannot start", first.cause, first.hint or f"its logs: {self._home / 'replicas' / first.name}")
+        if self._routers is not None and self._routers.ready():
+            self._tell_ready(status)
+
+    def _tell_ready(self, status: Status) -> None:
+        self._was_ready = True
+        self._notify(Notice(kind="ready", subject=status.name, text=status.url, seconds=status.age_s))
+
     def _announce(self) -> None:
         status = self.status()
+        if not self._was_ready:
+            self._judge(status)
         for row in (row for model in status.models for row in model.rows):
             key = (row.name, row.epoch, row.state)
             if key in self._announced:
@@ -215,8 +268,7 @@ class Deployment:
             elif row.cause and row.state in ("BACKOFF", "FAILED", "PLACING"):
                 self._notify(Notice(kind="warning", subject=row.name, text=f"{row.state}: {row.cause}"))
         if status.state == "READY" and not self._was_ready:
-            self._was_ready = True
-            self._notify(Notice(kind="ready", subject=status.name, text=status.url, seconds=status.age_s))
+            self._tell_ready(status)
 
     def _end(self) -> list[int]:
         """Routers finish first, then gangs drain; what is left is killed. Returns pids that would not die."""
@@ -290,7 +342,9 @@ class Deployment:
         match order.do:
             case "drain":
                 if self._controls is None or not self._controls.drain(order.name):
-                    raise NotFound(f"replica {order.name!r} does not run")
+                    raise NotFound(
+                        f"replica {order.name!r} does not run", "no living gang has this name", "trireme status -o wide names them"
+                    )
             case "down":
                 self.stop(now=order.now)
         return Answer(status=self.status())

@@ -1,23 +1,32 @@
-"""The secrets of one deployment: CURVE key pairs, who is allowed to use them, and the salt of the prefix cache.
+"""The secrets of one deployment: CURVE key pairs, who is allowed to use them, API keys, and the salt of the prefix cache.
 
-Owns the ``keys`` folder (0700, files 0600). A secret never leaves these files but for the one replica it belongs to; none is logged or put
-into argv or the environment. Keys outlive restarts, so that what still runs can find its routers again.
+Owns the ``keys`` folder (0700, files 0600) and API-keys files wherever they lie. A secret never leaves these but for the one replica it
+belongs to; none is logged or put into argv or the environment. Keys outlive restarts, so that what still runs finds its routers again.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import re
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from orchestrator.launch.gang import make_private, write_private
-from orchestrator.router.admit import Grant, Role
-from workers.errors import ConfigError
+from orchestrator.router.admit import Grant, Role, parse_grants
+from orchestrator.router.auth import ApiKey, ApiKeyFile, mint, parse_api_keys
+from workers.errors import ConfigError, NotFound, Rejected
 
 _SALT_BYTES = 32
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
+#: The client key that `up` makes for commands on this machine.
+LOCAL_CLIENT = "local"
 
 
 class KeyPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,6 +54,66 @@ def read_private(path: Path) -> bytes:
         raise ConfigError(f"cannot read the key file {path}", error.strerror or str(error)) from None
 
 
+def read_salt(path: Path) -> bytes:
+    """The key of the prefix-cache salt. Raises :class:`ConfigError`."""
+    salt = read_private(path)
+    if len(salt) != _SALT_BYTES:
+        raise ConfigError(f"{path} is not {_SALT_BYTES} bytes long", "", "remove the file: a new salt only empties the prefix caches")
+    return salt
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One writer of a folder's files at a time; two commands at once must not lose each other's key."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise Rejected(f"{name!r} is not usable as a name", hint="a name is 1 to 64 of a-z, 0-9, '.', '_' and '-'")
+
+
+class ApiKeyRing:
+    """An API-keys file. Routers that were told of it take a change over within two seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> tuple[ApiKey, ...]:
+        """What is kept of each key; nothing where there is no file. Raises :class:`ConfigError`."""
+        return parse_api_keys(read_private(self.path)) if self.path.exists() else ()
+
+    def add(self, tenant: str, models: Sequence[str]) -> str:
+        """A new key of the tenant, bound to ``models`` unless there are none. It is not kept: this is the only time that it is seen."""
+        _check_name(tenant)
+        key, row = mint(tenant, tuple(models) or None, int(time.time()))
+        if not self.path.parent.exists():
+            make_private(self.path.parent)
+        with _alone(self.path.parent):
+            self._write((*self.rows(), row))
+        return key
+
+    def revoke(self, which: str) -> list[ApiKey]:
+        """Drop the key of this id, or all keys of this tenant, and return them. Raises :class:`NotFound` when there are none."""
+        if not self.path.exists():
+            raise NotFound(f"there is no API-keys file {self.path}")
+        with _alone(self.path.parent):
+            rows = self.rows()
+            gone = [row for row in rows if which in (row.id, row.tenant)]
+            if not gone:
+                raise NotFound(f"{self.path} has no key {which!r}", hint="trireme keys api list")
+            self._write(tuple(row for row in rows if row not in gone))
+        return gone
+
+    def _write(self, rows: tuple[ApiKey, ...]) -> None:
+        write_private(self.path, msgspec.json.encode(ApiKeyFile(keys=rows)))
+
+
 class KeyRing:
     """The ``keys`` folder of a deployment. ``allowed_file`` and ``salt_file`` are what routers are told."""
 
@@ -53,10 +122,7 @@ class KeyRing:
         self.allowed_file = folder / "allowed.json"
         self.salt_file = folder / "salt"
         if self.salt_file.exists():
-            if len(read_private(self.salt_file)) != _SALT_BYTES:
-                raise ConfigError(
-                    f"{self.salt_file} is not {_SALT_BYTES} bytes long", "", "remove the file: a new salt only empties the prefix caches"
-                )
+            read_salt(self.salt_file)
         else:
             write_private(self.salt_file, secrets.token_bytes(_SALT_BYTES))
 
@@ -77,6 +143,40 @@ class KeyRing:
         return pair
 
     def allow(self, members: Sequence[tuple[Role, str]]) -> None:
-        """Write the allowed-keys file for exactly these (role, name). A replica's key may speak for its own name only."""
+        """Write the allowed-keys file for exactly these (role, name), and the clients that were admitted by name. A replica's key may speak
+        for its own name only."""
         grants = {self.pair(role, name).public: Grant(role=role, name=name if role == "replica" else "") for role, name in members}
+        with _alone(self.folder):
+            self._write(grants | {key: grant for key, grant in self.grants().items() if grant.role == "client" and grant.name})
+
+    def grants(self) -> dict[str, Grant]:
+        """The allowed-keys file as it is. Raises :class:`ConfigError`."""
+        return parse_grants(read_private(self.allowed_file)) if self.allowed_file.exists() else {}
+
+    def admit_client(self, name: str, models: Sequence[str]) -> Path:
+        """Let a client of this name (which is its tenant) in, bound to ``models`` unless there are none; returns its key-pair file."""
+        self._check_client(name)
+        pair = self.pair("client", name)
+        with _alone(self.folder):
+            self._write(self.grants() | {pair.public: Grant(role="client", name=name, models=tuple(models) or None)})
+        return self.path("client", name)
+
+    def remove_client(self, name: str) -> None:
+        """Take a client off the list and remove its key pair. Raises :class:`NotFound`."""
+        self._check_client(name)
+        with _alone(self.folder):
+            grants = self.grants()
+            left = {key: grant for key, grant in grants.items() if (grant.role, grant.name) != ("client", name)}
+            if len(left) == len(grants):
+                raise NotFound(f"no client {name!r} is allowed", hint="trireme keys show")
+            self._write(left)
+        self.path("client", name).unlink(missing_ok=True)
+
+    def _write(self, grants: dict[str, Grant]) -> None:
         write_private(self.allowed_file, msgspec.json.encode(grants))
+
+    @staticmethod
+    def _check_client(name: str) -> None:
+        _check_name(name)
+        if name == LOCAL_CLIENT:
+            raise Rejected(f"the client {LOCAL_CLIENT!r} is the deployment's own", hint="choose another name")

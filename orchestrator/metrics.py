@@ -89,23 +89,30 @@ class ModelMeter:
 
 
 class RequestMeter:
-    """One request's clock, made at admission. With several choices, an interval runs between deliveries of any of them."""
+    """One request's clock, made when it is submitted; it counts from :meth:`admitted` on, so one that is refused leaves no trace here. With
+    several choices, an interval runs between deliveries of any of them."""
 
-    __slots__ = ("_choices", "_last", "_model", "_seen", "_start")
+    __slots__ = ("_choices", "_last", "_model", "_prompt_tokens", "_seen", "_start")
 
     def __init__(self, model: ModelMeter, choices: int, prompt_tokens: int) -> None:
-        self._model, self._choices, self._seen = model, choices, False
+        self._model, self._choices, self._prompt_tokens, self._seen = model, choices, prompt_tokens, False
         self._start = self._last = time.perf_counter()
-        model.in_flight += 1
-        model.prompt_tokens += prompt_tokens
-        model.prompt_length.observe(prompt_tokens)
+
+    def admitted(self) -> None:
+        """The dispatcher took it."""
+        self._model.in_flight += 1
+        self._model.prompt_tokens += self._prompt_tokens
+        self._model.prompt_length.observe(self._prompt_tokens)
 
     def tokens(self, count: int) -> None:
         now = time.perf_counter()
         model = self._model
         model.generation_tokens += count
         if self._seen:
-            model.inter_token.observe((now - self._last) / (count or 1), count)
+            # Written out: this runs once a token and row.
+            histogram, spent = model.inter_token, now - self._last
+            histogram.counts[bisect_left(LATENCY_BUCKETS, spent / (count or 1))] += count
+            histogram.total += spent
         else:
             self._seen = True
             model.first_token.observe(now - self._start)

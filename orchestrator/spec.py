@@ -23,12 +23,17 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class HttpSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP door. ``reuse_port``: several routers share ``port``. ``port`` 0 = any free one, printed and put into the state file."""
+    """The HTTP door. ``reuse_port``: several routers share ``port``. ``port`` 0 = any free one, printed and put into the state file.
+
+    ``api_keys_file``: whose keys open it; without one it is open to all, and on loopback only unless ``insecure_without_keys``.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     reuse_port: bool = False
     max_body_bytes: int = 4 << 20
+    api_keys_file: str = ""
+    insecure_without_keys: bool = False
 
 
 class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -27,7 +27,9 @@ from workers.spec import EngineSpec, ReplicaSpec, RouterAddress
 class RouterRun:
     """One router process serving the model ``m``. As a context manager it leaves no process behind."""
 
-    def __init__(self, folder: Path, name: str = "router0", *, back: str = "", rpc: str = "", http: bool = False, **spec: Any) -> None:
+    def __init__(
+        self, folder: Path, name: str = "router0", *, back: str = "", rpc: str = "", http: bool | HttpSpec = False, **spec: Any
+    ) -> None:
         tokenizer = folder / "tokenizer"
         if not tokenizer.exists():
             tokenizer.mkdir()
@@ -39,7 +41,7 @@ class RouterRun:
             back=back or f"ipc://{folder}/{name}.back",
             rpc=rpc or f"ipc://{folder}/{name}.rpc",
             models=(ModelCard(name="m", tokenizer=str(tokenizer)),),
-            http=HttpSpec(port=0) if http else None,
+            http=http if isinstance(http, HttpSpec) else HttpSpec(port=0) if http else None,
             admission=spec.pop("admission", AdmissionSpec()),
             state_file=str(self.state_file),
             **spec,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from workers.core.batch import Batch
+from workers.core.batch import CHECK_STEPS, Batch
 from workers.core.contract import Emission, EngineStats
 from workers.core.guide import Guide, GuideFactory
 from workers.core.params import allowed_ids, stop_set
@@ -26,12 +26,12 @@ from workers.wire import Capacity, Logprobs, SamplingParams, Submit
 
 #: Ids that are chosen from without a guide: printable ASCII in a byte-level vocabulary.
 PRINTABLE = range(32, 127)
+#: Size and end-of-sequence ids of the vocabulary where no artifact says them: bytes and a few special tokens.
+BYTES, BYTES_EOS = 320, (258, 256)
 #: Pool and context where the spec leaves them open, tokens.
 KV_TOKENS = 65536
 
 SINGLE = Parallel()
-#: Steps between two proofs of the batch's invariants, made when idle: one takes as long as a few steps where the pool is full.
-CHECK_STEPS = 256
 
 _MASK64 = 2**64 - 1
 _ROOT = 0x243F6A8885A308D3
@@ -79,7 +79,7 @@ def expected_tokens(
     *,
     eos_ids: Iterable[int] = (),
     guide: Guide | None = None,
-    vocab_size: int = 320,
+    vocab_size: int = BYTES,
 ) -> list[int]:
     """What FakeEngine emits for a prompt: the first ``count`` tokens (None = all, up to a stop token or ``max_tokens``).
 
@@ -195,8 +195,8 @@ class FakeEngine:
         spec: EngineSpec,
         *,
         parallel: Parallel = SINGLE,
-        vocab_size: int = 320,
-        eos_ids: Sequence[int] = (258, 256),
+        vocab_size: int = BYTES,
+        eos_ids: Sequence[int] = BYTES_EOS,
         guides: GuideFactory | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from workers.core.batch import Batch
+from workers.core.batch import CHECK_STEPS, Batch
 from workers.core.contract import Emission, EngineStats
-from workers.core.guide import GuideFactory
 from workers.core.plan import StepPlan, StepResult, decode_plan, decode_result, encode
-from workers.engine.build import Built, bring_up, split
+from workers.engine.build import bring_up, split
 from workers.engine.pace import Pace
 from workers.engine.runner import Runner
 from workers.errors import EngineFault
+from workers.prover import compiler
 from workers.spec import EngineSpec, ReplicaSpec, ResumeClass
 from workers.wire import Capacity, Submit
 
@@ -94,6 +94,7 @@ class PortableEngine:
         self._out: deque[_Out] = deque()
         self._pace = Pace()
         self._committed = 0.0
+        self._check_at = 0
         self._closed = False
 
     @property
@@ -137,6 +138,9 @@ class PortableEngine:
         # In a full pipeline a step's cost is the time between commits, not its way through all stages.
         self._pace.observe(oldest.tokens, oldest.rows, (end - max(begin, self._committed)) * 1e3)
         self._committed = end
+        if result.step >= self._check_at and not self.busy():
+            self._batch.check()
+            self._check_at = result.step + CHECK_STEPS
         return emissions
 
     def predicted_ms(self) -> float:
@@ -177,16 +181,6 @@ def _resume_class(engine: EngineSpec) -> ResumeClass:
     return "bitwise" if engine.fixed_shape and engine.threads == 1 else "margin"
 
 
-def _guides(built: Built) -> GuideFactory | None:
-    """The grammar compiler, where llguidance is installed and the artifact has a tokenizer."""
-    try:
-        from workers.engine.guided import guide_factory
-    except ImportError:
-        return None
-    folder = built.artifact.tokenizer_dir
-    return None if folder is None else guide_factory(folder / "tokenizer.json", built.artifact.model.vocab_size, built.artifact.eos_ids)
-
-
 def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Follower:
     """Bring up this rank of ``spec``: the engine on rank 0, a follower elsewhere. ``comm`` None = a world of one.
 
@@ -204,13 +198,14 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Fol
         crew: Crew | None = MpiCrew(plans, results, world=world, tp=tp)
     else:
         crew = None
-    guides = _guides(built)
+    artifact, folder = built.artifact, built.artifact.tokenizer_dir
+    guides = None if folder is None else compiler(folder / "tokenizer.json", artifact.model.vocab_size, artifact.eos_ids)
     capacity = msgspec.structs.replace(built.capacity, guided=guides is not None)
     batch = Batch(
         capacity,
         guides=guides,
         micro_batches=spec.parallel.pp,
-        eos_ids=built.artifact.eos_ids,
+        eos_ids=artifact.eos_ids,
         prefix_cache=spec.engine.prefix_cache,
     )
     return PortableEngine(batch, built.runner, capacity, crew=crew, resume=_resume_class(spec.engine))

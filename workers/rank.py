@@ -22,6 +22,7 @@ from workers import process
 from workers.core.contract import Emission, Engine, EngineStats
 from workers.errors import ConfigError, EngineFault, TriremeError
 from workers.leader import TERM_GRACE_S, Leader
+from workers.prover import compiler
 from workers.sockets import KeyPair
 from workers.spec import ReplicaSpec, ResumeClass
 from workers.state import ErrorReport, Phase, StateFile
@@ -149,12 +150,15 @@ def _build_fake(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
 def _fake(spec: ReplicaSpec) -> Engine:
     """The fake engine over the vocabulary of the artifact, or over bytes where that is a tokenizer alone."""
     from workers.artifacts.artifact import open_artifact
-    from workers.fake import FakeEngine
+    from workers.fake import BYTES, BYTES_EOS, FakeEngine
 
+    tokenizer = Path(spec.artifact, "tokenizer.json")
     if not Path(spec.artifact, "config.json").exists():
-        return FakeEngine(spec.engine, parallel=spec.parallel)
+        guides = compiler(tokenizer, BYTES, BYTES_EOS) if spec.artifact else None
+        return FakeEngine(spec.engine, parallel=spec.parallel, guides=guides)
     artifact = open_artifact(spec.artifact)
-    return FakeEngine(spec.engine, parallel=spec.parallel, vocab_size=artifact.model.vocab_size, eos_ids=artifact.eos_ids)
+    vocab, eos = artifact.model.vocab_size, artifact.eos_ids
+    return FakeEngine(spec.engine, parallel=spec.parallel, vocab_size=vocab, eos_ids=eos, guides=compiler(tokenizer, vocab, eos))
 
 
 class Signals:

@@ -35,14 +35,11 @@ def pull(
 
 
 def source(model: str, console: Console, cache_dir: Path | None) -> Path:
-    """The path behind what a user calls a model: itself, or that of a named model, fetched when it is not there."""
+    """:func:`orchestrator.models.locate`, its progress shown."""
     from orchestrator import models
 
-    path = Path(model)
-    if path.exists() or model not in models.CATALOGUE:
-        return path
     with console.progress() as progress:
-        return models.pull(model, cache_folder(cache_dir), progress)
+        return models.locate(model, cache_folder(cache_dir), progress)
 
 
 def convert(

@@ -5,6 +5,7 @@ Owns the conversation of an interactive chat. Speaks only what any client may sp
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator
 from contextlib import closing
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from orchestrator.cli.doors import Endpoint
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "TRIREME_API_KEY"
+#: What to do about refusals, which come over a door without a hint.
+HINTS = {
+    "model_not_found": "leave --model out for the first model that is served",
+    "context_length_exceeded": "shorten it, or ask for a shorter answer with --max-tokens",
+}
 
 Url = Annotated[str, typer.Option("--url", envvar="TRIREME_URL", help="HTTP address of the deployment.")]
 Rpc = Annotated[bool, typer.Option("--rpc", help="Ask over ZeroMQ RPC instead of HTTP.")]
@@ -41,10 +48,10 @@ class Door(Protocol):
 
 
 def open_door(url: str, rpc: bool, name: str, run_dir: str) -> Door:
-    """The HTTP door at ``url``, or the RPC door of a deployment on this machine."""
+    """The HTTP door at ``url``, or the RPC door of a deployment on this machine. The key is no flag: other users can read those."""
     from orchestrator.cli import doors
 
-    return doors.RpcDoor(pick(name, run_dir).status()) if rpc else doors.HttpDoor(url)
+    return doors.RpcDoor(pick(name, run_dir).status()) if rpc else doors.HttpDoor(url, os.environ.get(KEY_VARIABLE, ""))
 
 
 def stream(console: Console, pieces: Generator[str]) -> str:
@@ -56,6 +63,9 @@ def stream(console: Console, pieces: Generator[str]) -> str:
             console.out(piece, end="")
     except KeyboardInterrupt:
         pieces.close()
+    except TriremeError as error:
+        error.hint = error.hint or HINTS.get(error.code, "")
+        raise
     console.out()
     return "".join(parts)
 

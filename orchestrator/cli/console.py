@@ -12,11 +12,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from workers.errors import TriremeError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
 
 LogFormat = Literal["text", "json"]
 #: (phase, bytes done, bytes in all); 0 in all = not known.
@@ -42,6 +45,8 @@ class Console:
     def __init__(self, settings: Settings, *, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> None:
         self.settings = settings
         self.stdout, self.stderr = stdout or sys.stdout, stderr or sys.stderr
+        self._bars: Bars | None = None
+        self._lines: PlainProgress | None = None
 
     def colours(self, stream: IO[str]) -> bool:
         return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -63,6 +68,10 @@ class Console:
         self._tell("warning", text, facts)
 
     def _tell(self, level: str, text: str, facts: dict[str, object]) -> None:
+        self._end_progress()
+        self._write(level, text, facts)
+
+    def _write(self, level: str, text: str, facts: dict[str, object]) -> None:
         if self.settings.log_format == "json":
             line = json.dumps({"time": round(time.time(), 3), "level": level, "message": text, **facts})
         else:
@@ -91,29 +100,45 @@ class Console:
         if self.settings.quiet:
             yield lambda phase, done, total: None
         elif self.settings.log_format == "text" and self.stderr.isatty():
-            with self._bars() as callback:
+            with self._draw() as callback:
                 yield callback
         else:
-            lines = PlainProgress(self.say)
-            yield lines
-            lines.finish()
+            self._lines = PlainProgress(lambda text: self._write("info", text, {}))
+            try:
+                yield self._lines
+            finally:
+                self._end_progress()
 
     @contextmanager
-    def _bars(self) -> Iterator[Progress]:
+    def _draw(self) -> Iterator[Progress]:
         from rich.console import Console as Terminal
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-        with Bars(*columns, console=Terminal(file=self.stderr)) as bars:
-            tasks: dict[str, object] = {}
+        tasks: dict[str, Any] = {}
 
-            def callback(phase: str, done: int, total: int) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bars.add_task(phase, total=total or None)
-                bars.update(tasks[phase], completed=done, total=total or None)  # type: ignore[arg-type]
+        def callback(phase: str, done: int, total: int) -> None:
+            if self._bars is None:
+                tasks.clear()
+                columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+                self._bars = Bars(*columns, console=Terminal(file=self.stderr))
+                self._bars.start()
+            if phase not in tasks:
+                tasks[phase] = self._bars.add_task(phase, total=total or None)
+            self._bars.update(tasks[phase], completed=done, total=total or None)
 
+        try:
             yield callback
+        finally:
+            self._end_progress()
+
+    def _end_progress(self) -> None:
+        """Leave what is drawn as it is: other lines follow. Progress that goes on begins anew below those."""
+        if self._lines is not None:
+            self._lines.finish()
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
 
 
 class PlainProgress:

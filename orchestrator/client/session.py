@@ -22,7 +22,7 @@ from workers.wire import Accepted, Cancel, Done, Failed, FinishReason, Generate,
 Endpoint = Literal["chat", "completions"]
 What = Literal["status", "models", "metrics"]
 
-#: A router that said nothing for this long while it owes an answer is given up, seconds.
+#: A router that said nothing of a request for this long while it owes the answer is given up, seconds.
 SILENCE_S = 2.0
 #: How often one request is asked again without a token in between, per router.
 ROUNDS = 5
@@ -60,6 +60,7 @@ class Exchange:
         self.asked = 0
         #: Routers that had no room for it.
         self.refused = 0
+        #: When its router last named it.
         self.heard = 0.0
 
     @property
@@ -136,25 +137,23 @@ class Session:
     def received(self, router: int, frame: bytes, now: float) -> None:
         """Raises :class:`~workers.wire.Malformed` on what is no message of a router."""
         message = wire.decode_to_client(frame)
-        for exchange in self._live.values():
-            if exchange.router == router:
-                exchange.heard = now
         if isinstance(message, Tokens):
-            self._tokens(message)
+            self._tokens(router, message, now)
             return
-        exchange_ = self._live.get(message.stream)
-        if exchange_ is None or exchange_.router != router:
+        exchange = self._live.get(message.stream)
+        if exchange is None or exchange.router != router:
             return
+        exchange.heard = now
         if isinstance(message, Report):
-            exchange_.report = message.body
+            exchange.report = message.body
         elif isinstance(message, Accepted):
-            if exchange_.accepted is None:
-                exchange_.accepted = message
+            if exchange.accepted is None:
+                exchange.accepted = message
         elif isinstance(message, Done):
-            self._done(exchange_, message)
+            self._done(exchange, message, now)
         else:
-            self._failed(exchange_, message, now)
-        if exchange_.ended:
+            self._failed(exchange, message, now)
+        if exchange.ended:
             self._live.pop(message.stream, None)
 
     def unreachable(self, router: int, now: float) -> None:
@@ -171,7 +170,8 @@ class Session:
             elif now - exchange.heard > self._silence_s:
                 self._leave(exchange, f"silent for {self._silence_s:.1f} s", now)
 
-    def _tokens(self, message: Tokens) -> None:
+    def _tokens(self, router: int, message: Tokens, now: float) -> None:
+        """A router's keepalive is of this kind too: it names every stream that it still owes an end, without tokens."""
         for stream, scores in message.prompt_logprobs or ():
             exchange = self._live.get(stream)
             if exchange is not None and exchange.prompt_logprobs is None:
@@ -179,11 +179,12 @@ class Session:
         for i, stream in enumerate(message.streams):
             exchange = self._live.get(stream)
             choice = message.choices[i] if message.choices is not None else 0
-            if exchange is None or message.attempts[i] != exchange.attempt or choice >= len(exchange.tracks):
+            if exchange is None or exchange.router != router or message.attempts[i] != exchange.attempt or choice >= len(exchange.tracks):
                 continue
+            exchange.heard = now
             track, tokens, first = exchange.tracks[choice], message.tokens[i], message.firsts[i]
             # Routers send in order and a journal names a message's end, so anything else belongs to a stream that was left.
-            if first != len(track.tokens):
+            if not tokens or first != len(track.tokens) or track.finish is not None:
                 continue
             text = message.texts[i] if message.texts is not None else ""
             logprobs = message.logprobs[i] if message.logprobs is not None else None
@@ -194,11 +195,13 @@ class Session:
             exchange.asked = exchange.refused = 0
             exchange.pieces.append(Piece(choice=choice, first=first, tokens=tokens, text=text, logprobs=logprobs))
 
-    def _done(self, exchange: Exchange, done: Done) -> None:
+    def _done(self, exchange: Exchange, done: Done, now: float) -> None:
         if done.attempt != exchange.attempt or done.choice >= len(exchange.tracks):
             return
         track = exchange.tracks[done.choice]
-        if track.finish is None:
+        if track.finish is None and done.usage.output_tokens > len(track.tokens):
+            self._leave(exchange, "it ended the answer before its last token", now)
+        elif track.finish is None:
             track.finish, track.usage, track.stop_id = done.reason, done.usage, done.stop_id
             track.text.append(done.text)
             exchange.pieces.append(Piece(choice=done.choice, first=len(track.tokens), tokens=[], text=done.text, finish_reason=done.reason))

@@ -1,6 +1,6 @@
 """Where every live row of a router is: in its model's line, or on a stream at a replica; never both, never neither.
 
-Owns the indexes by request and by stream, the lines, and the totals. Moves rows and decides nothing: :mod:`orchestrator.core.route` says
+Owns the indexes by request and by stream, the lines, and the totals. Moves rows and decides nothing: :mod:`orchestrator.core.places` says
 when, and tells replicas and doors.
 """
 

@@ -1,7 +1,7 @@
 """Which replica a row goes to: the one where it is expected to wait least, cached prefixes counted.
 
 Owns what the choice is learnt from: per model the measured service, per session the last replica (bounded), per request its prefix hashes.
-Never changes a row's or a replica's place; :mod:`orchestrator.core.route` does that and reports it here.
+Never changes a row's or a replica's place; :mod:`orchestrator.core.places` does that and reports it here.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ ENDED = ("stopped", "failed")
 class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One gang as its launcher sees it. ``since``: Unix seconds at which ``phase`` began; ``pids``: (rank, host, pid).
 
-    ``permanent``: the failure will repeat on every launch (a wrong configuration or a broken artifact).
+    ``permanent``: the failure will repeat on every launch (a wrong configuration or a broken artifact); ``exit_code``: its class, as
+    :mod:`workers.errors` numbers them, 0 = not known.
     """
 
     name: str
@@ -35,6 +36,7 @@ class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
     cause: str = ""
     hint: str = ""
     permanent: bool = False
+    exit_code: int = 0
     log_dir: str = ""
 
 
@@ -87,6 +89,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     due: float = 0.0
     cause: str = ""
     hint: str = ""
+    exit_code: int = 0
     gang: GangStatus | None = None
 
 
@@ -98,6 +101,7 @@ class _Replica(msgspec.Struct, kw_only=True):
     dead: bool = False
     cause: str = ""
     hint: str = ""
+    exit_code: int = 0
     epoch: int = 0
     begun: float = 0.0
     ready_since: float = 0.0
@@ -161,7 +165,7 @@ class Reconciler:
         if (gang.name, gang.epoch) in self._asked:
             return self._retire(now, gang, "it was told to drain")
         if gang.phase in ENDED:
-            self._record(now, replica, gang.cause or "it stopped by itself", gang.hint, permanent=gang.permanent)
+            self._record(now, replica, gang.cause or "it stopped by itself", gang.hint, gang.exit_code, permanent=gang.permanent)
             return [Kill(gang.name, gang.epoch, gang.cause or "it stopped by itself")]
         if gang.phase == "ready" and not replica.ready_since:
             replica.ready_since = now
@@ -177,10 +181,10 @@ class Reconciler:
             reason = f"not ready within {self.policy.start_timeout_s:.0f} s"
         if not reason:
             return []
-        self._record(now, replica, reason, "", permanent=False)
+        self._record(now, replica, reason, "", 0, permanent=False)
         return [Kill(gang.name, gang.epoch, reason)]
 
-    def _record(self, now: float, replica: _Replica, cause: str, hint: str, *, permanent: bool) -> None:
+    def _record(self, now: float, replica: _Replica, cause: str, hint: str, exit_code: int, *, permanent: bool) -> None:
         """Count the end of one gang, once, however long its removal takes."""
         if replica.killing == replica.epoch:
             return
@@ -189,7 +193,7 @@ class Reconciler:
         if was_ready and now - replica.ready_since >= self.policy.stable_s:
             replica.failures = 0
         replica.failures += 1
-        replica.cause, replica.hint, replica.since = cause, hint, now
+        replica.cause, replica.hint, replica.exit_code, replica.since = cause, hint, exit_code, now
         replica.dead = permanent or replica.failures >= self.policy.max_failures
         replica.due = now + self.delay(replica.failures, was_ready=was_ready)
 
@@ -237,5 +241,6 @@ class Reconciler:
             due=due,
             cause=replica.cause,
             hint=replica.hint,
+            exit_code=replica.exit_code,
             gang=gang,
         )

@@ -1,7 +1,7 @@
 """A router's record of one request, and what the routing core asks its shell to do.
 
 The record is what makes a dead replica a pause and not a loss: prompt ids, emitted ids, parameters with the resolved seed, attempt. Only
-:mod:`orchestrator.core.route` writes it.
+:mod:`orchestrator.core.route` and :mod:`orchestrator.core.places` write it.
 
     queued --Submit--> sent --Accepted | Tokens--> running --Done | Failed | finish | cancel | deadline--> ended
     sent, running --replica lost, bounced, no Accepted in time--> queued (at the front, attempt + 1)
@@ -135,8 +135,15 @@ class Line:
         if self._fresh.pop(row.id, None) is None:
             del self._returned[row.id]
 
-    def rows(self) -> list[Row]:
-        return [*self._returned.values(), *self._fresh.values()]
+    def since(self, moment: float) -> list[Row]:
+        """Rows that wait since ``moment`` or before; each group is in the order of its times, so the others are not looked at."""
+        found: list[Row] = []
+        for rows in (self._returned, self._fresh):
+            for row in rows.values():
+                if row.queued_at > moment:
+                    break
+                found.append(row)
+        return found
 
 
 class Send(msgspec.Struct, frozen=True, gc=False):

@@ -19,26 +19,11 @@ import msgspec
 from orchestrator.core.board import Board
 from orchestrator.core.choice import Chooser
 from orchestrator.core.fleet import Fleet, Refused, Replica
-from orchestrator.core.request import ATTEMPTS_PER_ASK, Action, Asked, Deliver, Errored, Finished, Request, Row, Scored, Send
+from orchestrator.core.places import Places
+from orchestrator.core.request import Action, Asked, Deliver, Request, Row, Scored, Send
 from orchestrator.spec import AdmissionSpec
-from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, TriremeError, Unavailable, from_code
-from workers.wire import (
-    UNLIMITED,
-    Accepted,
-    Attach,
-    Bye,
-    Cancel,
-    Credit,
-    Done,
-    Failed,
-    FromReplica,
-    Heartbeat,
-    Hello,
-    Peers,
-    Submit,
-    Tokens,
-    Usage,
-)
+from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
+from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Credit, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
 
 #: Codes with which a replica hands a row back unharmed: another one may take it.
 BOUNCES = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})
@@ -54,10 +39,10 @@ class Route:
         self, greeting: Peers, models: Mapping[str, str], admission: AdmissionSpec, fleet: Fleet, *, accept_s: float = ACCEPT_S
     ) -> None:
         self.boot, self._greeting, self.fleet = greeting.boot, greeting, fleet
-        self._models, self._admission, self._accept_s = dict(models), admission, accept_s
+        self._models, self._admission = dict(models), admission
         self._board = Board(models.values())
         self._chooser = Chooser(self._board.lines)
-        self._actions: list[Action] = []
+        self._places = Places(self.boot, self._board, self._chooser, fleet, admission, accept_s)
         self.closing = False
         self.counts = self._board.counts
 
@@ -84,15 +69,14 @@ class Route:
             )
         limit = self._admission.request_timeout_s or inf
         request = Request(self._board.next(), ask, model, now, now + min(limit, ask.deadline_s if ask.deadline_s is not None else inf))
-        self._board.requests[request.id] = request
         for choice in range(ask.n):
             params = ask.params if choice == 0 else msgspec.structs.replace(ask.params, seed=(ask.params.seed + choice) % 2**63)
             row = Row(request, self._board.next(), choice, params, list(ask.emitted[choice]) if choice < len(ask.emitted) else [])
             request.rows.append(row)
             request.live += 1
-            line.push(row)
+        self._places.admit(request)
         self.counts["accepted"] += ask.n
-        self._place(model, now)
+        self._places.fill(model, now)
         return request.id
 
     def cancel(self, request: int, now: float) -> None:
@@ -100,15 +84,15 @@ class Route:
         record = self._board.requests.get(request)
         if record is not None:
             for row in record.rows:
-                self._abandon(row, now)
-            self._place(record.model, now)
+                self._places.abandon(row)
+            self._places.fill(record.model, now)
 
     def finish(self, request: int, choice: int, now: float) -> None:
         """The door ended this choice itself."""
         record = self._board.requests.get(request)
         if record is not None:
-            self._abandon(record.rows[choice], now)
-            self._place(record.model, now)
+            self._places.abandon(record.rows[choice])
+            self._places.fill(record.model, now)
 
     def credit(self, request: int, tokens: int) -> None:
         """Grant ``tokens`` more to every live choice."""
@@ -120,7 +104,7 @@ class Route:
                 continue
             row.granted = min(UNLIMITED, row.granted + tokens)
             if row.replica is not None:
-                self._send(row.replica, Credit(boot=self.boot, streams=[row.stream], tokens=[tokens]))
+                self._places.send(row.replica, Credit(boot=self.boot, streams=[row.stream], tokens=[tokens]))
 
     def close(self) -> None:
         """Take nothing new; what runs goes on."""
@@ -131,12 +115,12 @@ class Route:
         for request in list(self._board.requests.values()):
             for row in request.rows:
                 if row.phase != "ended":
-                    self._fail(
+                    self._places.fail(
                         row, Unavailable("the router stopped", "its grace period is over", "retry at another router", retry_after=1.0)
                     )
         for replica in self.fleet.replicas.values():
             if replica.state != "lost":
-                self._send(replica, Bye(boot=self.boot, reason="closing"))
+                self._places.send(replica, Bye(boot=self.boot, reason="closing"))
 
     # --- what replicas say
 
@@ -155,7 +139,7 @@ class Route:
             # Peers carries this router's nonce: a leader that has not greeted it says Hello.
             self.counts["unknown_speakers"] += 1
             if isinstance(message, Heartbeat):
-                self._actions.append(Send(peer, self._greeting))
+                self._places.actions.append(Send(peer, self._greeting))
             return
         replica.seen = now
         if moved:
@@ -173,7 +157,7 @@ class Route:
         else:
             self._failed(replica, message, now)
         if replica.state == "ready":
-            self._place(replica.model, now)
+            self._places.fill(replica.model, now)
 
     def unreachable(self, peer: bytes, now: float) -> None:
         """A send failed: the connection is gone or has taken nothing for a whole high-water mark."""
@@ -185,22 +169,13 @@ class Route:
         """Find what took too long; call every 50 to 200 ms."""
         for replica in self.fleet.silent(now):
             self._lose(replica, f"silent for {now - replica.seen:.1f} s", now)
-        for request in list(self._board.requests.values()):
-            if now >= request.deadline:
-                self._expire(request, now)
-        late = now - self._accept_s
-        for row in [row for row in self._board.streams.values() if row.phase == "sent" and row.sent_at <= late]:
-            self._return(row, now, cancel=True)
-        for model, line in self._board.lines.items():
-            self._place(model, now)
-            if line:
-                self._expire_queue(model, now)
+        self._places.expire(now)
 
     # --- what the shell asks
 
     def take(self) -> list[Action]:
         """Hand over what is to be done, in order."""
-        actions, self._actions = self._actions, []
+        actions, self._places.actions = self._places.actions, []
         return actions
 
     def resolve(self, name: str) -> str | None:
@@ -234,17 +209,17 @@ class Route:
         verdict = self.fleet.hello(peer, user, hello, now) if hello.model in self._board.lines else Refused("model")
         if isinstance(verdict, Refused):
             self.counts["refused_hellos"] += 1
-            self._actions.append(Send(peer, Bye(boot=self.boot, reason=verdict.reason)))
+            self._places.actions.append(Send(peer, Bye(boot=self.boot, reason=verdict.reason)))
             return
         if verdict.replaced is not None:
             old = verdict.replaced
             if old.peer != peer and old.state != "lost":
-                self._actions.append(Send(old.peer, Bye(boot=self.boot, reason="stale")))
+                self._places.actions.append(Send(old.peer, Bye(boot=self.boot, reason="stale")))
             self._lose(old, "replaced by a newer process", now)
-        self._actions.append(Send(peer, self._greeting))
+        self._places.actions.append(Send(peer, self._greeting))
         if not verdict.fresh:
             self._reattach(verdict.replica, now)
-        self._place(hello.model, now)
+        self._places.fill(hello.model, now)
 
     def _heartbeat(self, replica: Replica, heartbeat: Heartbeat, now: float) -> None:
         lost = self.fleet.judge(replica, heartbeat, now)
@@ -275,32 +250,15 @@ class Route:
                     "the request may be what ends them",
                     code="replica_limit",
                 )
-                self._fail(row, error)
+                self._places.fail(row, error)
             else:
-                self._return(row, now, cancel=True)
-        self._place(replica.model, now)
+                self._places.put_back(row, now, cancel=True)
+        self._places.fill(replica.model, now)
 
     def _reattach(self, replica: Replica, now: float) -> None:
         """Messages may have been lost with the old connection: ask for every row again from what is here."""
         for stream in list(replica.streams):
-            self._attach(self._board.streams[stream], now)
-
-    def _attach(self, row: Row, now: float) -> None:
-        self._board.restream(row, now)
-        replica = row.replica
-        assert replica is not None
-        self.counts["attached"] += 1
-        ask = row.request.ask
-        self._send(
-            replica,
-            Attach(
-                boot=self.boot, stream=row.stream, attempt=row.attempt, client=ask.client, request=_row_name(row), have=len(row.emitted),
-                credit=row.credit,
-            ),
-        )  # fmt: skip
-
-    def _send(self, replica: Replica, message: Submit | Attach | Cancel | Credit | Bye) -> None:
-        self._actions.append(Send(replica.peer, message))
+            self._places.attach(self._board.streams[stream], now)
 
     # --- streams
 
@@ -309,8 +267,8 @@ class Route:
             row = self._board.streams.get(stream)
             if row is not None and row.replica is replica and not row.scored:
                 row.scored = True
-                self._actions.append(Scored(row.request.id, row.choice, prompt))
-        streams, actions, logprobs = self._board.streams, self._actions, message.logprobs
+                self._places.actions.append(Scored(row.request.id, row.choice, prompt))
+        streams, actions, logprobs = self._board.streams, self._places.actions, message.logprobs
         attempts, firsts = message.attempts, message.firsts
         for i, (stream, tokens) in enumerate(zip(message.streams, message.tokens, strict=True)):
             row = streams.get(stream)
@@ -337,11 +295,11 @@ class Route:
         """Tokens of a placement that is over: its Cancel was lost, or is on its way."""
         self.counts["stale_tokens"] += tokens
         if row is None:
-            self._send(replica, Cancel(boot=self.boot, stream=stream))
+            self._places.send(replica, Cancel(boot=self.boot, stream=stream))
 
     def _missed(self, row: Row, now: float) -> None:
         self.counts["gaps"] += 1
-        self._attach(row, now)
+        self._places.attach(row, now)
 
     def _done(self, replica: Replica, done: Done, now: float) -> None:
         row = self._board.find(replica, done.stream, done.attempt)
@@ -351,19 +309,17 @@ class Route:
             self._short(row, done, now)
             return
         self._chooser.finished(row, replica, now, alone=len(self.fleet.replicas) == 1)
-        self._release(row, cancel=False)
-        self._board.end(row, "finished")
-        self._actions.append(Finished(row.request.id, row.choice, done.reason, done.usage, done.stop_id))
+        self._places.finish(row, done.reason, done.usage, done.stop_id)
 
     def _short(self, row: Row, done: Done, now: float) -> None:
         """The end came, tokens before it did not. The row is over there, so it goes on from here elsewhere, once."""
         self.counts["gaps"] += 1
         if row.short:
             why = f"it counts {done.usage.output_tokens} tokens, {len(row.emitted)} arrived"
-            self._fail(row, EngineFault("a replica ended the request before its last token", why, "retry"), cancel=False)
+            self._places.fail(row, EngineFault("a replica ended the request before its last token", why, "retry"), cancel=False)
         else:
             row.short = True
-            self._return(row, now, cancel=False)
+            self._places.put_back(row, now, cancel=False)
 
     def _failed(self, replica: Replica, failed: Failed, now: float) -> None:
         row = self._board.find(replica, failed.stream, failed.attempt)
@@ -372,87 +328,6 @@ class Route:
         if failed.code in BOUNCES:
             # A replica that refuses is left alone until it says how it is; one that lost a row only forgot that row.
             replica.refusing |= failed.code != "not_found"
-            self._return(row, now, cancel=False)
+            self._places.put_back(row, now, cancel=False)
             return
-        self._fail(row, from_code(failed.code, failed.message, retry_after=failed.retry_after), cancel=False)
-
-    # --- rows
-
-    def _place(self, model: str, now: float) -> None:
-        line = self._board.lines[model]
-        while (row := line.first()) is not None:
-            if len(row.emitted) >= row.params.max_tokens:
-                self._complete(row)
-                continue
-            replica = self._chooser.choose(row, self.fleet.serving(model))
-            if replica is None:
-                return
-            self._submit_to(replica, row, now)
-
-    def _submit_to(self, replica: Replica, row: Row, now: float) -> None:
-        ask = row.request.ask
-        row.attempts += 1
-        row.attempt = ask.attempt * ATTEMPTS_PER_ASK + row.attempts
-        tokens = self._chooser.placed(row, replica, alone=len(self.fleet.replicas) == 1)
-        self._board.place(row, replica, tokens, now)
-        left = row.request.deadline - now
-        self._send(
-            replica,
-            Submit(
-                boot=self.boot, stream=row.stream, attempt=row.attempt, client=ask.client, request=_row_name(row), model=row.request.model,
-                prompt_ids=ask.prompt_ids, params=row.params, emitted=list(row.emitted), salt=ask.salt, credit=row.credit,
-                deadline_ms=max(1, int(left * 1000)) if left < inf else None,
-            ),
-        )  # fmt: skip
-
-    def _release(self, row: Row, *, cancel: bool) -> None:
-        """Take a row out of its place; ``cancel``: tell the replica too."""
-        replica = self._board.release(row)
-        if replica is not None and cancel:
-            self._send(replica, Cancel(boot=self.boot, stream=row.stream, attempt=row.attempt))
-
-    def _return(self, row: Row, now: float, *, cancel: bool) -> None:
-        """Back to the front of the queue, to go on elsewhere from the tokens that are here."""
-        self._release(row, cancel=cancel)
-        self._board.requeue(row, now)
-        self.counts["resubmitted"] += 1
-
-    def _abandon(self, row: Row, now: float) -> None:
-        if row.phase != "ended":
-            self._release(row, cancel=True)
-            self._board.end(row, "cancelled")
-
-    def _complete(self, row: Row) -> None:
-        """All its tokens are here, only its Done was lost."""
-        self._release(row, cancel=False)
-        self._board.end(row, "finished")
-        usage = Usage(prompt_tokens=len(row.request.ask.prompt_ids), output_tokens=len(row.emitted))
-        self._actions.append(Finished(row.request.id, row.choice, "length", usage, None))
-
-    def _fail(self, row: Row, error: TriremeError, *, cancel: bool = True) -> None:
-        self._release(row, cancel=cancel)
-        self._board.end(row, "failed")
-        self._actions.append(Errored(row.request.id, row.choice, error))
-
-    def _expire(self, request: Request, now: float) -> None:
-        limit = request.deadline - request.arrived
-        for row in request.rows:
-            if row.phase != "ended":
-                error = DeadlineExceeded(f"the request was not done within its {limit:.1f} s", f"it was {row.phase}")
-                self._fail(row, error)
-
-    def _expire_queue(self, model: str, now: float) -> None:
-        limit = self._admission.queue_timeout_s
-        for row in self._board.lines[model].rows():
-            if limit and now - row.queued_at >= limit:
-                waited = f"the request waited {limit:.0f} s for a replica of {model!r}"
-                retry = self._chooser.retry_after(model, self.waiting(model), now)
-                if any(replica.state == "ready" for replica in self.fleet.serving(model)):
-                    self._fail(row, Overloaded(waited, "all are busy", "retry later", retry_after=retry))
-                else:
-                    self._fail(row, Unavailable(waited, "none is ready", "retry later, or see `trireme status`", retry_after=retry))
-
-
-def _row_name(row: Row) -> str:
-    """A choice's lasting name at leaders: unambiguous, for the part after the last slash is always the choice."""
-    return f"{row.request.ask.request}/{row.choice}"
+        self._places.fail(row, from_code(failed.code, failed.message, retry_after=failed.retry_after), cancel=False)

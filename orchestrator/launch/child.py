@@ -57,7 +57,7 @@ class Child:
         threading.Thread(target=self._keep, name=f"child {Path(argv[0]).name}", daemon=True).start()
         self._forked.wait()
         if self._fault is not None:
-            raise EnvironmentFault(f"cannot start {argv[0]}", self._fault.strerror or str(self._fault)) from None
+            raise EnvironmentFault(f"cannot start {argv[0]}", self._fault.strerror or str(self._fault), "trireme doctor") from None
 
     def _keep(self) -> None:
         try:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import secrets
 import socket
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,11 @@ from workers.errors import EnvironmentFault
 log = logging.getLogger("trireme.ray")
 NAMESPACE = "trireme"
 _HINT = "pip install 'trireme-llm[ray]', or use --launcher local"
+_LOOK = "look at the cluster (ray status), then start the deployment again"
 _OBJECT_STORE_BYTES = 80 << 20
 _ANSWER_S = 5.0
+#: The opening of an HTTP/2 connection and an empty SETTINGS frame, RFC 9113 section 3.4.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _START_S = 60.0
 
 
@@ -60,21 +65,40 @@ def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: 
         if config.num_gpus >= 0:
             options["num_gpus"] = config.num_gpus
     try:
-        ray.init(**options)
+        with _stderr_to(home / "ray.log"):
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = f"cannot join Ray at {address}" if address else "cannot start Ray"
-        raise EnvironmentFault(what, str(error).splitlines()[0][:200], _HINT) from None
+        hint = "start it, or name another one (RAY_ADDRESS, ray.address); without an address Ray is started here" if address else _HINT
+        raise EnvironmentFault(what, str(error).splitlines()[0][:200], hint) from None
     nodes = tuple(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
     return Cluster(here=ray.util.get_node_ip_address(), addresses=nodes, started=not address)
 
 
+@contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """Keep what Ray's C++ side writes to descriptor 2 off the terminal: real errors come as exceptions."""
+    saved, file = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.dup2(file, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(file)
+
+
 def _reach(address: str) -> None:
-    """Ray itself retries for a long time; a port that nobody listens on is said at once."""
+    """Ray itself retries for a long time; a port where nobody listens or answers is said within seconds."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
         return  # "auto"
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S) as probe:
+            probe.sendall(_GREETING)
+            probe.recv(1)  # Ray speaks gRPC, whose server greets at once; one that hangs up is left to Ray to explain
+    except ConnectionResetError:
+        return
     except OSError as error:
         raise EnvironmentFault(
             f"Ray at {address} is not reachable", error.strerror or str(error), "start it, or unset RAY_ADDRESS"
@@ -150,10 +174,10 @@ class RemoteController:
                 return self._ray.get(getattr(self._actor, method).remote(*arguments), timeout=max(0.1, deadline - time.monotonic()))
             except self._ray.exceptions.ActorUnavailableError:
                 if time.monotonic() > deadline:
-                    raise EnvironmentFault("the controller does not answer", "Ray has not restarted it") from None
+                    raise EnvironmentFault("the controller does not answer", "Ray has not restarted it", _LOOK) from None
                 time.sleep(0.1)
             except self._ray.exceptions.RayError as error:
-                raise EnvironmentFault("the controller does not answer", str(error).splitlines()[0][:200]) from None
+                raise EnvironmentFault("the controller does not answer", str(error).splitlines()[0][:200], _LOOK) from None
 
     def tick(self, hung: Hung = ()) -> None:
         """Report what the routers lost and take the table; never waits for the actor."""

@@ -99,6 +99,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     status: Status | None = None
     code: str = ""
     message: str = ""
+    hint: str = ""
 
 
 class ControlServer:
@@ -138,7 +139,7 @@ class ControlServer:
         except msgspec.DecodeError as error:
             answer = Answer(code=Rejected.code, message=str(error))
         except TriremeError as error:
-            answer = Answer(code=error.code, message=str(error))
+            answer = Answer(code=error.code, message=str(error), hint=error.hint)
         connection.sendall(msgspec.json.encode(answer) + b"\n")
 
     def close(self) -> None:
@@ -176,9 +177,13 @@ class Control:
         except (FileNotFoundError, ConnectionRefusedError):
             raise NotFound(f"the deployment {self.name} does not run", f"nobody listens on {self._path}", "trireme up FILE") from None
         except (OSError, msgspec.DecodeError) as error:
-            raise EnvironmentFault(f"the deployment {self.name} does not answer", str(error)) from None
+            raise EnvironmentFault(
+                f"the deployment {self.name} does not answer", str(error), f"ask again; its log is {self._path.parent / 'host.log'}"
+            ) from None
         if answer.code:
-            raise from_code(answer.code, answer.message)
+            fault = from_code(answer.code, answer.message)
+            fault.hint = answer.hint
+            raise fault
         return answer
 
     def status(self) -> Status:
@@ -198,6 +203,8 @@ class Control:
         while alive(pid):
             if time.monotonic() > deadline:
                 raise EnvironmentFault(
-                    f"the deployment {self.name} still runs", f"pid {pid} did not end within {timeout_s:.0f} s", "down --now"
+                    f"the deployment {self.name} still runs",
+                    f"pid {pid} did not end within {timeout_s:.0f} s",
+                    f"trireme down {self.name} --now",
                 )
             time.sleep(0.05)

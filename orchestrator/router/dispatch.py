@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from orchestrator.core.fleet import Replica
-from orchestrator.core.request import Action, Deliver, Errored, Finished, Scored, Send
+from orchestrator.core.request import Deliver, Errored, Finished, Scored, Send
 from orchestrator.core.route import Route
 from orchestrator.router.seam import Ask, ModelStatus, Watcher
 from workers.errors import EngineFault
@@ -149,7 +149,10 @@ class RouterDispatch:
         try:
             while actions := self._route.take():
                 for action in actions:
-                    self._act(action)
+                    if isinstance(action, Deliver):
+                        self._deliver(action)
+                    else:
+                        self._act(action)
         finally:
             self._pumping = False
 
@@ -158,7 +161,17 @@ class RouterDispatch:
             self._armed = True
             asyncio.get_running_loop().call_soon(self.pump)
 
-    def _act(self, action: Action) -> None:
+    def _deliver(self, action: Deliver) -> None:
+        flight = self._flights.get(action.request)
+        if flight is None or action.choice not in flight.open:
+            return
+        try:
+            flight.watcher.on_tokens(action.choice, action.first, action.tokens, action.logprobs)
+        except Exception as error:
+            # The edge of a request: whatever its door did wrong ends this request only.
+            self._break(flight, error)
+
+    def _act(self, action: Send | Scored | Finished | Errored) -> None:
         if isinstance(action, Send):
             if action.peer and not self._send(action.peer, action.message):
                 self._route.unreachable(action.peer, self._clock())
@@ -167,13 +180,9 @@ class RouterDispatch:
         if flight is None or action.choice not in flight.open:
             return
         try:
-            if isinstance(action, Deliver):
-                flight.watcher.on_tokens(action.choice, action.first, action.tokens, action.logprobs)
-            else:
-                self._tell(flight, action)
+            self._tell(flight, action)
         except Exception as error:
-            # The edge of a request: whatever its door did wrong ends this request only.
-            log.exception("request %d: its door failed", flight.id)
+            # As above.
             self._break(flight, error)
 
     def _tell(self, flight: Flight, action: Scored | Finished | Errored) -> None:
@@ -190,6 +199,7 @@ class RouterDispatch:
             watcher.on_failed(action.choice, action.error)
 
     def _break(self, flight: Flight, error: Exception) -> None:
+        log.error("request %d: its door failed", flight.id, exc_info=error)
         choices = sorted(flight.open)
         flight.cancel()
         for choice in choices:

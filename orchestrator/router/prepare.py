@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 import msgspec
 
+from orchestrator.router.auth import EVERYONE, Salting, Tenant
+from orchestrator.router.cell import Render
 from orchestrator.router.request import ChatRequest, CompletionRequest, Request, refuse
 from orchestrator.router.seam import Ask, Dispatcher
 from orchestrator.router.template import Piece
 from orchestrator.router.text import TextModel, TextRule, Texts
 from orchestrator.spec import AdmissionSpec
+from workers.core.params import MIN_TEMPERATURE
 from workers.errors import NotFound, TooLong, Unavailable
 from workers.wire import UNLIMITED, GuideSpec, Journal, SamplingParams
 
@@ -30,6 +33,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
     client: str
     request: str
+    tenant: Tenant = EVERYONE
     affinity: str = ""
     credit: int = UNLIMITED
     deadline_s: float | None = None
@@ -51,21 +55,25 @@ class _Frame(msgspec.Struct, frozen=True, kw_only=True):
     model: TextModel
     context: int
     guide: GuideSpec | None
+    salt: str
     admission: AdmissionSpec
 
 
-def resolve(name: str, texts: Texts) -> TextModel:
-    """Raises NotFound (``model_not_found``); the name is echoed cut and escaped, for it came from outside."""
+def resolve(name: str, texts: Texts, tenant: Tenant) -> TextModel:
+    """Raises NotFound (``model_not_found``), also for a model that is not the tenant's: the two look the same. The name is echoed cut and
+    escaped, for it came from outside."""
     model = texts.get(name)
-    if model is None:
+    if model is None or not tenant.may_use(model.names):
         shown = ascii(name[:64])[1:-1]
         raise NotFound(f"The model `{shown}` does not exist", code="model_not_found", param="model")
     return model
 
 
-async def prepare(request: Request, caller: Caller, *, texts: Texts, dispatcher: Dispatcher, admission: AdmissionSpec) -> Prepared:
+async def prepare(
+    request: Request, caller: Caller, *, texts: Texts, dispatcher: Dispatcher, admission: AdmissionSpec, salting: Salting
+) -> Prepared:
     """Raises NotFound, TooLong, other Rejected, and Unavailable while no replica has yet said how long its context is."""
-    model = resolve(request.model, texts)
+    model = resolve(request.model, texts, caller.tenant)
     status = dispatcher.model(model.name)
     context = (status.max_seq_len if status else 0) or model.card.max_seq_len
     if not context:
@@ -78,10 +86,13 @@ async def prepare(request: Request, caller: Caller, *, texts: Texts, dispatcher:
     guide = request.guide()
     if guide is not None and status is not None and not status.guided:
         refuse("response_format", "the model's engine offers no structured output", "unsupported")
+    if guide is not None:
+        await texts.cells.check(guide)
     encoded = await _encode(request, caller, model, texts, vocab)
     if len(encoded) * n > MAX_CHOICES:
         refuse("prompt", f"{len(encoded)} prompts of {n} choices are more than {MAX_CHOICES} choices")
-    frame = _Frame(model=model, context=context, guide=guide, admission=admission)
+    salt = salting.of(caller.tenant.name, request.cache_salt or "")
+    frame = _Frame(model=model, context=context, guide=guide, salt=salt, admission=admission)
     asks = tuple(_ask(request, caller, frame, index, ids) for index, ids in enumerate(encoded))
     rule = TextRule(
         stops=request.stops(),
@@ -102,22 +113,19 @@ async def encode_prompt(prompt: str | list[int], model: TextModel, texts: Texts,
 
 async def encode_chat(request: ChatRequest, model: TextModel, texts: Texts) -> list[int]:
     """Ids of a chat through the model's template. Raises Rejected where it has none, or refuses the messages."""
-    template = model.template
-    if template is None:
+    if model.template is None:
         refuse("messages", "the model has no chat template; use the completions endpoint")
     tools = None if request.tool_choice == "none" else request.tools
-
-    def work() -> list[int]:
-        pieces = template.render(
-            request.messages,
-            tools=tools,
-            add_generation_prompt=request.add_generation_prompt is not False,
-            kwargs=request.chat_template_kwargs,
-        )
-        return model.table.encode(pieces, bool(request.add_special_tokens))
-
-    size = sum(len(message.content or "") for message in request.messages) + 256 * len(tools or ())
-    return await texts.run(size, work)
+    job = Render(
+        model=model.name,
+        messages=request.messages,
+        tools=tools,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        kwargs=request.chat_template_kwargs,
+    )
+    pieces = await texts.cells.render(job)
+    size = sum(len(piece.text) for piece in pieces)
+    return await texts.run(size, lambda: model.table.encode(pieces, bool(request.add_special_tokens)))
 
 
 async def _encode(request: Request, caller: Caller, model: TextModel, texts: Texts, vocab: int) -> list[list[int]]:
@@ -168,7 +176,7 @@ def _ask(request: Request, caller: Caller, frame: _Frame, index: int, ids: list[
         prompt_ids=ids,
         params=_params(request, frame, _max_tokens(request, len(ids), frame.context), _seed(request, caller)),
         n=request.n or 1,
-        salt=request.cache_salt or "",
+        salt=frame.salt,
         affinity=caller.affinity or request.user or "",
         credit=caller.credit,
         deadline_s=deadline,
@@ -190,13 +198,18 @@ def _max_tokens(request: Request, prompt: int, context: int) -> int:
     return wanted or (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS))
 
 
+def _temperature(asked: float | None) -> float:
+    """What is too small to divide by is greedy."""
+    return 1.0 if asked is None else asked if asked >= MIN_TEMPERATURE else 0.0
+
+
 def _params(request: Request, frame: _Frame, max_tokens: int, seed: int) -> SamplingParams:
     own = request.stop_token_ids or []
     stop_ids = own if request.ignore_eos else [*own, *frame.model.eos_ids]
     logprobs = request.wanted_logprobs()
     echoed = logprobs if isinstance(request, CompletionRequest) and request.echo else None
     return SamplingParams(
-        temperature=1.0 if request.temperature is None else request.temperature,
+        temperature=_temperature(request.temperature),
         top_k=max(0, request.top_k or 0),
         top_p=1.0 if request.top_p is None else request.top_p,
         min_p=request.min_p or 0.0,

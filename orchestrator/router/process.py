@@ -13,7 +13,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from orchestrator.core.fleet import Fleet
 from orchestrator.core.route import Route
 from orchestrator.metrics import Metrics
 from orchestrator.router.admit import Gate, Grant
+from orchestrator.router.auth import ApiKey, ApiKeys, Salting
 from orchestrator.router.dispatch import RouterDispatch
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
@@ -38,11 +39,13 @@ from workers.wire import Peers
 
 #: Seconds that running requests get after SIGTERM.
 GRACE_S = 30.0
-#: Seconds between looks at deadlines and silent replicas, and at the allowed-keys file.
+#: Seconds between looks at deadlines and silent replicas, and at the allowed-keys and API-keys files.
 TICK_S, RELOAD_S = 0.1, 1.0
 
 #: The allowed-keys file's content if it changed since the last call, else None.
 LoadGrants = Callable[[], Mapping[str, Grant] | None]
+#: The same of the API-keys file.
+LoadApiKeys = Callable[[], Iterable[ApiKey] | None]
 
 log = logging.getLogger("trireme.router")
 
@@ -59,10 +62,24 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RouterProcess:
-    """Binds every socket on construction. Raises ConfigError and EnvironmentFault (a port or path that is taken)."""
+    """Binds every socket on construction. Raises ConfigError and EnvironmentFault (a port or path that is taken).
 
-    def __init__(self, spec: RouterSpec, texts: Texts, *, keys: KeyPair | None = None, load_grants: LoadGrants = dict) -> None:
-        self._spec, self._texts, self._load_grants = spec, texts, load_grants
+    ``load_api_keys`` None: the HTTP door is open to all who reach it. ``salt_key``: of the prefix cache, the same for all routers.
+    """
+
+    def __init__(
+        self,
+        spec: RouterSpec,
+        texts: Texts,
+        *,
+        salt_key: bytes,
+        keys: KeyPair | None = None,
+        load_grants: LoadGrants = dict,
+        load_api_keys: LoadApiKeys | None = None,
+    ) -> None:
+        self._spec, self._texts, self._load_grants, self._load_api_keys = spec, texts, load_grants, load_api_keys
+        self._api_keys = ApiKeys(load_api_keys() or ()) if load_api_keys is not None else None
+        self._salting = Salting(salt_key)
         boot = secrets.token_hex(8)
         greeting = Peers(boot=boot, router=spec.name, routers=spec.peers)
         names = {name: card.name for card in spec.models for name in (card.name, *card.aliases)}
@@ -75,8 +92,8 @@ class RouterProcess:
         self._dispatch = RouterDispatch(route, name=spec.name, send=self._link.send, clock=time.monotonic)
         self._metrics = Metrics([card.name for card in spec.models], self._dispatch.status)
         self._door = RpcDoor(
-            boot=boot, dispatcher=self._dispatch, texts=texts, metrics=self._metrics, admission=spec.admission, send=self._send_to_client,
-            clock=time.monotonic,
+            boot=boot, dispatcher=self._dispatch, texts=texts, metrics=self._metrics, admission=spec.admission, gate=self._gate,
+            salting=self._salting, send=self._send_to_client, clock=time.monotonic,
         )  # fmt: skip
         door = self._door
         self._rpc = Port(
@@ -94,6 +111,7 @@ class RouterProcess:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
+        self._texts.cells.start()
         self._zap.start(loop)
         self._link.start(loop, self._dispatch)
         self._rpc.start(loop)
@@ -141,7 +159,9 @@ class RouterProcess:
         if self._listener is None:
             await stop.wait()
             return
-        app = build_app(self._spec, self._dispatch, self._texts, self._metrics)
+        app = build_app(self._spec, self._dispatch, self._texts, self._metrics, self._salting, self._api_keys)
+        if self._api_keys is None and self._spec.http is not None and self._spec.http.insecure_without_keys:
+            log.warning("%s is open to everyone who reaches it: no API keys, by insecure_http_without_keys", self.http)
         await serve(app, self._listener, stop, grace_s=GRACE_S)
 
     async def _tick(self) -> None:
@@ -154,13 +174,18 @@ class RouterProcess:
                 self._door.pulse()
             if now >= reload_at:
                 reload_at = now + RELOAD_S
-                grants = self._load_grants()
-                if grants:
-                    self._gate.replace(grants)
+                self._reload()
             self._dispatch.tick()
             if not self._dispatch.live and not self._door.live:
                 self._idle.set()
             await asyncio.sleep(min(TICK_S, self._spec.heartbeat_s))
+
+    def _reload(self) -> None:
+        grants = self._load_grants()
+        if grants is not None:
+            self._gate.replace(grants)
+        if self._api_keys is not None and self._load_api_keys is not None and (rows := self._load_api_keys()) is not None:
+            self._api_keys.replace(rows)
 
     def _send_to_client(self, peer: bytes, frame: bytes) -> bool:
         return self._rpc.send(peer, frame)

@@ -16,8 +16,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from orchestrator.metrics import Metrics, RequestMeter
+from orchestrator.metrics import Metrics
 from orchestrator.router import request as bodies
+from orchestrator.router.admit import Gate
+from orchestrator.router.auth import EVERYONE, Salting, Tenant
 from orchestrator.router.calls import Call, IdsWatcher, Outgoing
 from orchestrator.router.prepare import Caller, Prepared, prepare
 from orchestrator.router.seam import Ask, Dispatcher, Ticket
@@ -25,7 +27,7 @@ from orchestrator.router.text import Texts, TextWatcher
 from orchestrator.spec import AdmissionSpec
 from workers import wire
 from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError
-from workers.wire import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient
+from workers.wire import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
 
 #: Seconds in which a client that vanished may come back to its calls.
 GONE_S = 2.0
@@ -40,14 +42,15 @@ log = logging.getLogger("trireme.rpc")
 
 
 class RpcDoor:
-    """``send``: gives a frame to a client's connection, False = it is gone. ``clock``: monotonic seconds."""
+    """``gate`` knows the clients' tenants. ``send``: gives a frame to a client's connection, False = it is gone. ``clock``: monotonic
+    seconds."""
 
     def __init__(
         self, *, boot: str, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, admission: AdmissionSpec,
-        send: Callable[[bytes, bytes], bool], clock: Callable[[], float],
+        gate: Gate, salting: Salting, send: Callable[[bytes, bytes], bool], clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._boot, self._dispatcher, self._texts, self._metrics, self._admission = boot, dispatcher, texts, metrics, admission
-        self._send, self._clock = send, clock
+        self._gate, self._salting, self._send, self._clock = gate, salting, send, clock
         self._live: dict[tuple[str, str], Call] = {}
         self._streams: dict[tuple[str, str, int], Call] = {}
         self._ended: OrderedDict[tuple[str, str], Call] = OrderedDict()
@@ -78,7 +81,7 @@ class RpcDoor:
             elif isinstance(message, Credit):
                 self._credit(client, message)
             else:
-                self._query(peer, message)
+                self._query(peer, client, message)
         except TriremeError as error:
             stream = message.streams[0] if isinstance(message, Credit) and message.streams else getattr(message, "stream", 0)
             self._refuse(peer, stream, getattr(message, "attempt", 0), error)
@@ -95,10 +98,14 @@ class RpcDoor:
         if message.deadline_ms is not None and message.deadline_ms <= 0:
             raise DeadlineExceeded("the request's deadline has passed", "it arrived with no time left")
         name = (client, message.request)
+        have = [len(ids) for ids in message.journal.emitted] if message.journal is not None else []
         known = self._live.get(name) or self._ended.get(name)
-        if known is not None:
-            self._attach(known, peer, client, message)
+        if known is not None and known.continues(have):
+            self._attach(known, peer, client, message, have)
             return
+        if known is not None:
+            # Its client went on elsewhere meanwhile: the journal that it came back with is the truth.
+            self._discard(known)
         if len(self._live) >= MAX_CALLS:
             raise Overloaded(f"{MAX_CALLS} requests are live here", retry_after=1.0)
         call = Call(name, self._boot, message.texts, self._outgoing_of, self._on_ended)
@@ -109,7 +116,7 @@ class RpcDoor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _attach(self, call: Call, peer: bytes, client: str, message: Generate) -> None:
+    def _attach(self, call: Call, peer: bytes, client: str, message: Generate, have: list[int]) -> None:
         """A repeat: the same call, from what the client says it holds (nothing, without a journal)."""
         self._streams.pop((client, call.client_boot, call.stream), None)
         call.attach(peer, message.boot, message.stream, message.attempt)
@@ -119,7 +126,7 @@ class RpcDoor:
             accepted = msgspec.structs.replace(call.accepted, stream=message.stream, attempt=message.attempt)
             self._flush()
             self._give(peer, accepted)
-        call.replay([len(ids) for ids in message.journal.emitted] if message.journal is not None else [])
+        call.replay(have)
 
     async def _begin(self, call: Call, message: Generate) -> None:
         """The edge of one request: whatever goes wrong in it ends it only."""
@@ -136,9 +143,12 @@ class RpcDoor:
         body = bodies.parse(message.endpoint, message.body, on_unknown=self._metrics.ignored_fields)
         deadline = None if message.deadline_ms is None else message.deadline_ms / 1000.0
         caller = Caller(
-            client=call.name[0], request=call.name[1], credit=message.credit, deadline_s=deadline, journal=message.journal
+            client=call.name[0], request=call.name[1], tenant=self._tenant(call.name[0]), credit=message.credit, deadline_s=deadline,
+            journal=message.journal,
         )  # fmt: skip
-        prepared = await prepare(body, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission)
+        prepared = await prepare(
+            body, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission, salting=self._salting
+        )  # fmt: skip
         if len(prepared.asks) != 1:
             raise Rejected("one prompt a request here", "a list of prompts is HTTP's", "send one request per prompt", param="prompt")
         if call.cancelled:
@@ -146,28 +156,26 @@ class RpcDoor:
         ask = msgspec.structs.replace(prepared.asks[0], attempt=message.attempt)
         if len(ask.emitted) not in (0, ask.n):
             raise Rejected(f"the journal holds {len(ask.emitted)} choices of {ask.n}", param="journal")
-        meter = self._metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
         call.open([len(ids) for ids in ask.emitted] or [0] * ask.n)
-        try:
-            call.ticket = self._submit(call, ask, prepared, meter)
-        except TriremeError:
-            meter.left()
-            raise
+        call.ticket = self._submit(call, ask, prepared)
         call.accepted = Accepted(
             boot=self._boot, stream=call.stream, attempt=call.attempt, seed=ask.params.seed, prompt_ids=ask.prompt_ids,
             prompt_tokens=len(ask.prompt_ids),
         )  # fmt: skip
         self._give(call.peer, call.accepted)
 
-    def _submit(self, call: Call, ask: Ask, prepared: Prepared, meter: RequestMeter) -> Ticket:
+    def _submit(self, call: Call, ask: Ask, prepared: Prepared) -> Ticket:
         rule = prepared.rule
-        call.meter = meter
+        meter = call.meter = self._metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
         if not call.spoken and not rule.stops and not rule.json:
-            return self._dispatcher.submit(ask, IdsWatcher(call, meter))
+            ticket = self._dispatcher.submit(ask, IdsWatcher(call, meter))
+            meter.admitted()
+            return ticket
         watcher = TextWatcher(
             prepared.model, rule, call, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter, emitted=ask.emitted
         )  # fmt: skip
         ticket = self._dispatcher.submit(ask, watcher)
+        meter.admitted()
         watcher.bind(ticket)
         return ticket
 
@@ -185,17 +193,23 @@ class RpcDoor:
             if call is not None and call.ticket is not None:
                 call.ticket.credit(tokens)
 
-    def _query(self, peer: bytes, message: Query) -> None:
+    def _query(self, peer: bytes, client: str, message: Query) -> None:
+        tenant = self._tenant(client)
+        if message.what != "models" and tenant.models is not None:
+            raise NotFound(f"no {message.what} for a key that is bound to models")
         if message.what == "metrics":
             body = self._metrics.render()
         elif message.what == "models":
-            cards = [model.card for model in self._texts.models]
+            cards = [model.card for model in self._texts.models if tenant.may_use(model.names)]
             body = msgspec.json.encode(
                 [{"id": card.name, "aliases": card.aliases, "status": self._dispatcher.model(card.name)} for card in cards]
             )
         else:
             body = msgspec.json.encode({**self._dispatcher.status(), "rpc": {"live": len(self._live), "malformed": self.malformed}})
         self._give(peer, Report(boot=self._boot, stream=message.stream, body=body))
+
+    def _tenant(self, client: str) -> Tenant:
+        return EVERYONE if client == LOCAL else self._gate.tenant(client)
 
     # --- what clients get
 
@@ -238,15 +252,17 @@ class RpcDoor:
     # --- time and ends
 
     def pulse(self) -> None:
-        """Tell every waiting client that this router lives, and drop the calls of those that are gone for good."""
+        """Tell every waiting client that this router lives and which calls it still holds, and drop those of clients that are gone for
+        good: one that comes back finds its streams unnamed and asks again."""
         now = self._clock()
         self._flush()
-        alive = wire.encode(wire.Tokens(boot=self._boot, streams=[], attempts=[], firsts=[], tokens=[]))
-        for peer in dict.fromkeys(call.peer for call in self._live.values()):
-            if not self._send(peer, alive):
-                for call in self._live.values():
-                    if call.peer == peer and call.lost_at is None:
-                        call.lost_at = now
+        held: dict[bytes, list[Call]] = {}
+        for call in self._live.values():
+            held.setdefault(call.peer, []).append(call)
+        for peer, calls in held.items():
+            streams, attempts = [call.stream for call in calls], [call.attempt for call in calls]
+            nothing: list[list[int]] = [[]] * len(calls)
+            self._give(peer, Tokens(boot=self._boot, streams=streams, attempts=attempts, firsts=[0] * len(calls), tokens=nothing))
         for call in [call for call in self._live.values() if call.lost_at is not None and now - call.lost_at > GONE_S]:
             self._metrics.disconnected()
             self._drop(call)
@@ -265,9 +281,15 @@ class RpcDoor:
         call.cancelled = True
         if call.ticket is not None:
             call.ticket.cancel()
-        if call.meter is not None:
+            assert call.meter is not None
             call.meter.left()
         self._forget(call)
+
+    def _discard(self, call: Call) -> None:
+        """Whatever became of it, its name is free."""
+        self._drop(call)
+        if self._ended.pop(call.name, None) is not None:
+            self._ended_tokens -= call.size
 
     def _forget(self, call: Call) -> None:
         self._live.pop(call.name, None)

@@ -41,6 +41,18 @@ class Piece(msgspec.Struct, frozen=True):
     exact: bool
 
 
+class TemplateSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A template that came with a model, not yet looked at: compiling one may take as long as rendering it."""
+
+    source: str
+    specials: tuple[str, ...]
+    tokens: dict[str, str]
+
+    def compile(self) -> ChatTemplate:
+        """Raises jinja2.TemplateError."""
+        return ChatTemplate(self.source, specials=self.specials, tokens=self.tokens)
+
+
 class ChatTemplate:
     """One model's template, compiled. ``specials``: texts of the control tokens; ``tokens``: bos_token and such, given to the template."""
 
@@ -70,14 +82,23 @@ class ChatTemplate:
         mask = _Mask(self._hidden)
         masked = mask.hide(given)
         try:
-            text = self._template.render(add_generation_prompt=add_generation_prompt, **self._tokens, **masked)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+            text = self._bounded(self._template.generate(add_generation_prompt=add_generation_prompt, **self._tokens, **masked))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
             raise Rejected(f"messages: the chat template refused them: {str(error)[:200]}", param="messages") from None
-        if len(text) > MAX_RENDERED:
-            raise Rejected(f"messages: the rendered prompt has {len(text)} characters, more than {MAX_RENDERED}", param="messages")
         if not mask.hidden:
             return [Piece(text, False)]
         return [piece for piece in self._unmask(text, mask) if piece.text]
+
+    @staticmethod
+    def _bounded(parts: Iterable[str]) -> str:
+        """All parts as one, refused as soon as they are too much together."""
+        kept, size = [], 0
+        for part in parts:
+            size += len(part)
+            if size > MAX_RENDERED:
+                raise Rejected(f"messages: the rendered prompt has more than {MAX_RENDERED} characters", param="messages")
+            kept.append(part)
+        return "".join(kept)
 
     def _unmask(self, text: str, mask: _Mask) -> Iterable[Piece]:
         end = 0

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from orchestrator.metrics import RequestMeter
+from orchestrator.router.cells import Cells
 from orchestrator.router.seam import Ticket
 from orchestrator.router.tokenizer import Loaded, load
 from orchestrator.spec import ModelCard
@@ -58,18 +59,20 @@ class TextModel:
     def __init__(self, card: ModelCard, loaded: Loaded) -> None:
         self.card, self.name, self.table = card, card.name, loaded.table
         self.template, self.eos_ids = loaded.template, loaded.eos_ids
+        self.names = (card.name, *card.aliases)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return self.table.join(ids, skip_special).decode("utf-8", "replace")
 
 
 class Texts:
-    """All served models by name and alias, and the encoding pool; ``close`` ends the pool."""
+    """All served models by name and alias, the encoding pool, and the cells that render; ``close`` ends both."""
 
     def __init__(self, models: Iterable[TextModel], *, threads: int = 2) -> None:
         self.models = tuple(models)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-        self._by_name = {name: model for model in self.models for name in (model.name, *model.card.aliases)}
+        self.cells = Cells({model.name: model.template for model in self.models if model.template is not None})
+        self._by_name = {name: model for model in self.models for name in model.names}
 
     def get(self, name: str) -> TextModel | None:
         return self._by_name.get(name)
@@ -82,6 +85,7 @@ class Texts:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.cells.close()
 
 
 def load_texts(cards: Iterable[ModelCard]) -> Texts:
@@ -134,7 +138,8 @@ class TextWatcher:
     """A :class:`~orchestrator.router.seam.Watcher` that turns ids into text for a door.
 
     Make it, submit it, then :meth:`bind` the ticket. ``emitted``: ids that the client already holds, per choice (a journal): decoding goes
-    on after them. ``prompt_tokens`` is for the usage of a choice that a stop string ends, which the replica never gets to report.
+    on after them, and a choice that has its stop string already ends at once. ``prompt_tokens`` is for the usage of a choice that a stop
+    string ends, which the replica never gets to report.
     """
 
     def __init__(
@@ -155,11 +160,13 @@ class TextWatcher:
         self._prompt_tokens = prompt_tokens
         self._ticket: Ticket | None = None
         self._rows = [_Row() for _ in range(choices)]
-        for row, ids in zip(self._rows, emitted, strict=False):
-            self._read(row, list(ids))
+        self._stopped = [self._read(row, list(ids))[2] for row, ids in zip(self._rows, emitted, strict=False)]
 
     def bind(self, ticket: Ticket) -> None:
         self._ticket = ticket
+        for choice, stop in enumerate(self._stopped):
+            if stop is not None:
+                self._stop(choice, stop)
 
     def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
         row = self._rows[choice]
@@ -172,10 +179,7 @@ class TextWatcher:
             tokens, logprobs = tokens[:used], logprobs and logprobs[:used]
         self._sink.on_text(choice, first, tokens, text, logprobs)
         if stop is not None:
-            row.ended = True
-            if self._ticket is not None:
-                self._ticket.finish(choice)
-            self._end(choice, "stop", Usage(prompt_tokens=self._prompt_tokens, output_tokens=row.count), stop, "")
+            self._stop(choice, stop)
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         self._sink.on_prompt(choice, logprobs)
@@ -197,6 +201,13 @@ class TextWatcher:
         row.ended = True
         self._meter.failed(error.code)
         self._sink.on_failed(choice, error)
+
+    def _stop(self, choice: int, stop: str) -> None:
+        row = self._rows[choice]
+        row.ended = True
+        if self._ticket is not None:
+            self._ticket.finish(choice)
+        self._end(choice, "stop", Usage(prompt_tokens=self._prompt_tokens, output_tokens=row.count), stop, "")
 
     def _end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
         self._meter.ended(reason, usage)

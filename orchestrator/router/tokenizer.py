@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from orchestrator.router.template import ChatTemplate, Piece
+from orchestrator.router.template import Piece, TemplateSource
 from workers.errors import ArtifactError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -91,7 +91,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """What a model's tokenizer folder says. ``eos_ids`` end the output unless the request says otherwise."""
 
     table: TokenTable
-    template: ChatTemplate | None
+    template: TemplateSource | None
     eos_ids: tuple[int, ...]
 
 
@@ -113,7 +113,7 @@ def load(folder: str) -> Loaded:
         raise ArtifactError(f"the tokenizer in {folder} is damaged", str(error)[:200], "convert or pull the model again") from None
     named = {name: _token_text(value) for name, value in config.items() if name.endswith("_token")}
     tokens = {name: text for name, text in named.items() if text is not None}
-    template = ChatTemplate(source, specials=table.specials, tokens=tokens) if source else None
+    template = TemplateSource(source=source, specials=tuple(table.specials), tokens=tokens) if source else None
     return Loaded(table=table, template=template, eos_ids=_eos_ids(table, tokens, generation))
 
 

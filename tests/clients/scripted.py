@@ -16,6 +16,7 @@ import msgspec
 import uvloop
 
 from orchestrator.metrics import Metrics
+from orchestrator.router.auth import ApiKeys, Salting
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.seam import Ask, ModelStatus, Watcher
@@ -148,7 +149,8 @@ def tiny_texts(folder: Path) -> Texts:
 class ServedDoor:
     """The door on a loopback port, in a thread of its own, and a client for it; a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keys: ApiKeys | None = None) -> None:
+        self.keys, self.salting = keys, Salting(b"salt")
         self.dispatcher = ScriptedDispatcher()
         self.texts = tiny_texts(folder)
         self.metrics = Metrics(["tiny"], self.dispatcher.status)
@@ -179,8 +181,9 @@ class ServedDoor:
     def _run(self) -> None:
         async def main() -> None:
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            app = build_app(self.spec, self.dispatcher, self.texts, self.metrics, self.salting, self.keys)
             self._up.set()
-            await serve(build_app(self.spec, self.dispatcher, self.texts, self.metrics), self._listener, self._stop, grace_s=1)
+            await serve(app, self._listener, self._stop, grace_s=1)
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main())

@@ -147,7 +147,7 @@ def test_vllm_dialect(door: ServedDoor) -> None:
     assert (ask.params.top_k, ask.params.min_p, ask.params.repetition_penalty, ask.params.min_tokens) == (0, 0.1, 1.2, 2)
     assert ask.params.stop_ids == (33, 258, 256) and ask.params.logit_bias == {65: -100.0}
     assert ask.params.guide is not None and ask.params.guide.kind == "regex"
-    assert (ask.model, ask.salt, ask.affinity) == ("tiny", "tenant-a", "someone")
+    assert (ask.model, ask.salt, ask.affinity) == ("tiny", door.salting.of("", "tenant-a"), "someone")
 
 
 def test_tokenize_and_back(door: ServedDoor) -> None:

@@ -33,53 +33,48 @@ def main() -> None:
     plain = stage.logits
     stage.logits = lambda hidden: seen.append(plain(hidden)) or seen[-1].clone()
     need = [-(-(len(p) + len(f)) // size) for p, f in zip(prompts, forced, strict=True)]
-    first = [sum(need[:i]) for i in range(len(need))]
     chosen: list[list[int]] = []
     worst = scale = 0.0
 
-    def step(plan: StepPlan, rows: list[int], at: int) -> None:
+    def step(plan: StepPlan, at: int) -> None:
         nonlocal worst, scale
         result = built.runner.run(plan)
         if not shard.last or result is None:
             return
         chosen.append(view(result.tokens).tolist())
-        expected = torch.from_numpy(np.array(reference[rows, at, shard.vocab.start : shard.vocab.stop]))
+        expected = torch.from_numpy(np.array(reference[:, at, shard.vocab.start : shard.vocab.stop]))
         found = seen.pop()[:, : shard.vocab.size]
         worst = max(worst, float((found - expected).abs().max()))
         scale = max(scale, float(expected.abs().max()))
 
-    for row, prompt in enumerate(prompts):
-        opening = OpenSlot(row, SamplingParams(temperature=0.0), len(prompt))
-        blocks = list(range(first[row], first[row] + need[row]))
-        plan = StepPlan(
-            step=row + 1,
-            slots=column([row]),
-            starts=column([0]),
-            lengths=column([len(prompt)]),
-            tokens=column(prompt),
-            sample=column([1]),
-            block_slots=column([row] * need[row]),
-            block_ids=column(blocks),
-            opened=[opening],
-        )
-        step(plan, [row], 0)
     everyone = list(range(len(prompts)))
+    plan = StepPlan(
+        step=1,
+        slots=column(everyone),
+        starts=column([0] * len(prompts)),
+        lengths=column([len(prompt) for prompt in prompts]),
+        tokens=column([token for prompt in prompts for token in prompt]),
+        sample=column([1] * len(prompts)),
+        block_slots=column([row for row in everyone for _ in range(need[row])]),
+        block_ids=column(list(range(sum(need)))),
+        opened=[OpenSlot(row, SamplingParams(temperature=0.0), len(prompt)) for row, prompt in enumerate(prompts)],
+    )
+    step(plan, 0)
     for at in range(len(forced[0])):
         plan = StepPlan(
-            step=len(prompts) + at + 1,
+            step=at + 2,
             slots=column(everyone),
             starts=column([len(p) + at for p in prompts]),
             lengths=column([1] * len(prompts)),
             tokens=column([f[at] for f in forced]),
             sample=column([1] * len(prompts)),
         )
-        step(plan, everyone, at + 1)
+        step(plan, at + 1)
     if shard.last:
         report = {
             "delta": worst,
             "scale": scale,
-            "first": [row[0] for row in chosen[: len(prompts)]],
-            "steps": chosen[len(prompts) :],
+            "steps": chosen,
             "rss_mb": int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6,
         }
         Path(f"{arguments['report']}.{shard.tp_rank}").write_text(json.dumps(report))

@@ -172,7 +172,7 @@ class Routing(RuleBasedStateMachine):
                 assert got == stream_of(ask.params.seed + action.choice, ask.prompt_ids, len(got)), "tokens of another stream"
             else:
                 self.ends[key] = action
-        if self.route._actions:
+        if self.route._places.actions:
             self.act()
 
     @rule(prompt=st.lists(st.integers(0, 50), min_size=1, max_size=20), n=st.integers(1, 2), count=st.integers(1, 5),

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.client import asking
 from orchestrator.client.session import ROUNDS, Exchange, Session
+from orchestrator.router.calls import Call, Outgoing
 from workers import wire
 from workers.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
 from workers.wire import Accepted, Cancel, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage
@@ -71,12 +72,39 @@ def test_before_accepted_the_request_is_asked_anew() -> None:
     assert router == 1 and second.journal is None and second.request == first.request
 
 
-def test_keepalives_hold_a_quiet_router() -> None:
+def test_keepalives_hold_a_quiet_router_for_what_they_name() -> None:
+    """A router that dropped a request while the client was away must not be waited for because it answers others."""
     session, asked = begin()
+    other = exchange()
+    session.ask(other, 0.0)
     for second in range(1, 20):
-        say(session, 0, Tokens(boot="R", streams=[], attempts=[], firsts=[], tokens=[]), float(second))
+        say(session, 0, tokens(1, 0, []), float(second))
         session.tick(float(second))
-    assert asked.attempt == 0 and not asked.ended
+    assert asked.attempt == 0 and not asked.ended and len(asked.pieces) == 1
+    assert other.router == 0 and other.attempt > 0, "nobody named it: it was asked for again"
+
+
+def test_a_choice_that_has_ended_takes_no_more() -> None:
+    """The router after a dead one runs all choices again; those that the client has whole stay as they are."""
+    session, asked = Session("c", 2), exchange(n=2)
+    session.ask(asked, 0.0)
+    say(session, 0, Accepted(boot="R", stream=1, attempt=0, seed=1, prompt_ids=[1, 2], prompt_tokens=2))
+    say(session, 0, tokens(1, 0, [97]))
+    say(session, 0, Done(boot="R", stream=1, attempt=0, reason="stop", usage=Usage(prompt_tokens=2, output_tokens=1)))
+    session.unreachable(0, 0.1)
+    say(session, 1, tokens(2, 1, [98], attempt=1), 0.2)
+    say(session, 1, tokens(2, 0, [99], attempt=1, choice=1), 0.2)
+    usage = Usage(prompt_tokens=2, output_tokens=1)
+    say(session, 1, Done(boot="S", stream=2, attempt=1, reason="stop", usage=usage, choice=1), 0.2)
+    assert [choice.tokens for choice in asked.reply().choices] == [[97], [99]]
+
+
+def test_an_end_before_its_tokens_is_no_end() -> None:
+    session, asked = begin()
+    sent(session)
+    say(session, 0, Done(boot="R", stream=1, attempt=0, reason="stop", usage=Usage(prompt_tokens=2, output_tokens=3)), 0.5)
+    ((router, generate),) = sent(session)
+    assert not asked.ended and router == 1 and generate.journal.emitted == [[97, 98]]
 
 
 def test_no_router_at_all_ends_in_unavailable() -> None:
@@ -115,7 +143,7 @@ def test_deadline_and_cancel_tell_the_router() -> None:
     session.ask(left, 0.0)
     assert [message.deadline_ms for _, message in sent(session)] == [5000, None]
     session.cancel(left)
-    say(session, 0, Tokens(boot="R", streams=[], attempts=[], firsts=[], tokens=[]), 5.0)
+    say(session, 0, tokens(1, 0, []), 5.0)
     session.tick(5.0)
     assert [message.stream for _, message in sent(session) if isinstance(message, Cancel)] == [2, 1]
     assert isinstance(late.error, DeadlineExceeded) and isinstance(left.error, Cancelled)
@@ -139,3 +167,19 @@ def test_queries_are_answered_by_report() -> None:
     assert isinstance(message, Query) and message.what == "models"
     say(session, 0, Report(boot="R", stream=message.stream, body=b"[]"))
     assert query.answer() == b"[]"
+
+
+def test_a_router_goes_on_from_its_own_record_only_where_that_joins_the_journal() -> None:
+    """A client may return with more than this router sent, or with deliveries cut elsewhere: then its journal is what counts."""
+    outgoing = Outgoing()
+    call = Call(("c", "q"), "R", True, lambda peer: outgoing, lambda call: None)
+    assert call.continues([]) and not call.continues([3]), "nothing was prepared yet"
+    call.open([2])
+    call.attach(b"p", "boot", 1, 0)
+    call.on_text(0, 2, [97, 98], "ab", None)
+    call.on_text(0, 4, [99], "c", None)
+    assert [have for have in range(8) if call.continues([have])] == [2, 4, 5]
+    outgoing.take("R")
+    call.replay([4])
+    (again,) = outgoing.take("R")
+    assert isinstance(again, Tokens) and (again.firsts, again.tokens, again.texts) == ([4], [[99]], ["c"])

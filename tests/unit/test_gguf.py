@@ -178,7 +178,7 @@ def test_absurd_counts_are_refused_before_anything_is_allocated(path: Path, tmp_
 
 
 def test_unknown_tensor_types_and_families_are_named(folder: Path, path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"token_embd\.weight has tensor type 6: known: F32, F16, Q4_1, Q8_0"):
+    with pytest.raises(ArtifactError, match=r"token_embd\.weight is Q5_0: known: F32, F16, Q4_1, Q8_0"):
         GgufFile(tiny_gguf(folder, tmp_path / "other.gguf", ("Q5_0",)))
     file = GgufFile(path)
     file.metadata["general.architecture"] = "gemma"

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.clients.scripted import Play, ServedDoor
-from workers.errors import EngineFault
+from workers.errors import EngineFault, Overloaded
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -265,6 +265,18 @@ def until(condition: Any, seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("error", [Overloaded("full", retry_after=2.0), RuntimeError("a bug")])
+def test_what_the_dispatcher_refuses_is_not_in_flight(door: ServedDoor, error: Exception) -> None:
+    """And is counted once: as refused, not as a choice that failed after admission too."""
+    before = dict(door.metrics.models["tiny"].errors)
+    door.dispatcher.refusal = error  # type: ignore[assignment]
+    answer = door.http.post(CHAT, json=chat())
+    assert answer.status_code == (429 if isinstance(error, Overloaded) else 500)
+    assert answer.json()["error"]["code"] == ("overloaded" if isinstance(error, Overloaded) else "internal_error")
+    assert door.metrics.models["tiny"].in_flight == 0
+    assert door.metrics.models["tiny"].errors == before
 
 
 @pytest.mark.parametrize("stream", [True, False])

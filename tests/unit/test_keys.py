@@ -10,7 +10,7 @@ import zmq
 
 from orchestrator.keys import KeyRing, read_private
 from orchestrator.router.admit import Gate, parse_grants
-from workers.errors import ConfigError
+from workers.errors import ConfigError, NotFound, Rejected
 
 
 def mode(path: Path) -> int:
@@ -54,3 +54,22 @@ def test_open_or_broken_files_are_refused_without_quoting_them(tmp_path: Path) -
     assert "planted" not in caught.value.lines()
     with pytest.raises(ConfigError, match="cannot read"):
         read_private(tmp_path / "none")
+
+
+def test_admitted_clients_outlast_a_deployments_own_list(tmp_path: Path) -> None:
+    ring = KeyRing(tmp_path / "keys")
+    ring.allow([("client", "local"), ("router", "all")])
+    file = ring.admit_client("alice", ["m"])
+    assert mode(file) == mode(ring.allowed_file) == 0o600
+    alice = ring.pair("client", "alice").public
+    ring.allow([("client", "local"), ("router", "all"), ("replica", "a")])
+    gate = Gate(ring.grants())
+    assert gate.admits(alice, "client") and gate.tenant(alice).name == "alice" and gate.tenant(alice).models == ("m",)
+    assert gate.tenant(ring.pair("client", "local").public).models is None
+    ring.remove_client("alice")
+    assert not Gate(ring.grants()).admits(alice, "client") and Gate(ring.grants()).tenant(alice).models == () and not file.exists()
+    with pytest.raises(NotFound):
+        ring.remove_client("alice")
+    for name in ("local", "../x", ""):
+        with pytest.raises(Rejected):
+            ring.admit_client(name, [])

@@ -36,6 +36,8 @@ def test_every_series_is_there_at_the_start_and_zero() -> None:
 def test_a_request_is_counted() -> None:
     metrics = Metrics(["m"])
     meter = metrics.request("m", choices=2, prompt_tokens=7)
+    assert one(metrics, "trireme_router_inflight_requests", model_name="m") == 0, "it may yet be refused"
+    meter.admitted()
     assert one(metrics, "trireme_router_inflight_requests", model_name="m") == 1
     meter.tokens(1)
     meter.tokens(3)
@@ -55,6 +57,7 @@ def test_a_request_is_counted() -> None:
 def test_leaving_is_nobodys_error_and_counts_once() -> None:
     metrics = Metrics(["m"])
     meter = metrics.request("m", choices=2, prompt_tokens=1)
+    meter.admitted()
     meter.ended("length", Usage(prompt_tokens=1, output_tokens=1))
     meter.left()
     meter.left()

@@ -153,7 +153,7 @@ def test_a_damaged_conversion_is_made_again(gguf: Path, tmp_path: Path) -> None:
 
 def _resolve(gguf: str, cache: str, log: str) -> None:
     def note(phase: str, done: int, total: int) -> None:
-        if done == 0:
+        if phase == "convert" and done == 0:
             with open(log, "a") as file:
                 file.write(f"{os.getpid()}\n")
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from workers.core.params import choice_seed, choose, gumbel, has_penalties, logprobs_of, mix, noise_bits, noise_keys, stop_set
+from workers.core.params import check, choice_seed, choose, gumbel, has_penalties, logprobs_of, mix, noise_bits, noise_keys, stop_set
+from workers.errors import Rejected
 from workers.wire import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -142,3 +143,11 @@ def test_logprobs_are_of_the_raw_row() -> None:
     own, ids, scores = logprobs_of(np.log([0.1, 0.4, 0.1, 0.4]), 2, 3)
     assert own == pytest.approx(math.log(0.1)) and ids == [1, 3, 0]
     assert scores == pytest.approx([math.log(0.4), math.log(0.4), math.log(0.1)])
+
+
+@pytest.mark.parametrize("odd", [{"logprobs": -1}, {"temperature": 1e-40}, {"temperature": float("nan")}, {"logit_bias": {99: 1.0}}])
+def test_what_arithmetic_cannot_take_is_refused(odd: dict[str, object]) -> None:
+    check(SamplingParams(), vocab_size=99, max_logprobs=20)
+    with pytest.raises(Rejected) as caught:
+        check(SamplingParams(**odd), vocab_size=99, max_logprobs=20)  # type: ignore[arg-type]
+    assert caught.value.param == next(iter(odd))

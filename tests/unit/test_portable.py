@@ -126,7 +126,7 @@ def test_what_cannot_be_built_is_said_clearly(folder: Path, tmp_path: Path) -> N
         build(ReplicaSpec(name="r", model="m", artifact=str(folder), parallel=Parallel(tp=2)), None)
     with pytest.raises(ArtifactError, match="no model at"):
         engine_of(tmp_path / "nothing")
-    with pytest.raises(EnvironmentFault, match="fp16"):
+    with pytest.raises(ConfigError, match="fp16"):
         engine_of(folder, dtype="fp16")
     with pytest.raises(ConfigError, match="hold no block"):
         engine_of(folder, kv_tokens=0, kv_bytes=10)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.router.auth import Salting
 from orchestrator.router.prepare import Caller, Prepared, prepare
 from orchestrator.router.request import ChatRequest, CompletionRequest, parse
 from orchestrator.router.text import Texts
@@ -19,6 +20,9 @@ from workers.errors import NotFound, Rejected, TooLong, Unavailable
 from workers.wire import GuideSpec, Journal
 
 CALLER = Caller(client="test", request="r")
+SALTING = Salting(b"salt")
+#: One loop for all: the processes that render belong to it.
+LOOP = asyncio.Runner()
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +30,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Texts]:
     texts = tiny_texts(Path(tmp_path_factory.mktemp("tiny")))
     yield texts
     texts.close()
+    LOOP.close()
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -41,9 +46,8 @@ def completion(**fields: Any) -> CompletionRequest:
 
 
 def ready(texts: Texts, request: ChatRequest | CompletionRequest, caller: Caller = CALLER) -> Prepared:
-    return asyncio.run(
-        prepare(request, caller, texts=texts, dispatcher=ScriptedDispatcher(), admission=AdmissionSpec(request_timeout_s=30))
-    )
+    admission = AdmissionSpec(request_timeout_s=30)
+    return LOOP.run(prepare(request, caller, texts=texts, dispatcher=ScriptedDispatcher(), admission=admission, salting=SALTING))
 
 
 SCHEMA: dict[str, Any] = {
@@ -141,4 +145,4 @@ def test_what_the_model_decides(texts: Texts) -> None:
     unseen = ScriptedDispatcher()
     unseen.model = lambda name: None  # type: ignore[method-assign, assignment, return-value]
     with pytest.raises(Unavailable):
-        asyncio.run(prepare(chat(), CALLER, texts=texts, dispatcher=unseen, admission=AdmissionSpec()))
+        LOOP.run(prepare(chat(), CALLER, texts=texts, dispatcher=unseen, admission=AdmissionSpec(), salting=SALTING))

@@ -13,6 +13,8 @@ import pytest
 from orchestrator.core.fleet import Fleet
 from orchestrator.core.route import Route
 from orchestrator.metrics import Metrics
+from orchestrator.router.admit import Gate
+from orchestrator.router.auth import Salting
 from orchestrator.router.dispatch import RouterDispatch
 from orchestrator.router.rpc import RpcDoor
 from orchestrator.router.text import load_texts
@@ -52,7 +54,8 @@ async def _measure(folder: Path, texts: bool) -> float:
     route = Route(Peers(boot="R", router="r"), {"m": "m"}, spec, Fleet(60.0, 60.0))
     dispatch = RouterDispatch(route, name="r", send=to_replica, clock=time.monotonic)
     door = RpcDoor(
-        boot="R", dispatcher=dispatch, texts=loaded, metrics=Metrics(["m"]), admission=spec, send=to_client, clock=time.monotonic
+        boot="R", dispatcher=dispatch, texts=loaded, metrics=Metrics(["m"]), admission=spec, gate=Gate({}), salting=Salting(b"salt"),
+        send=to_client, clock=time.monotonic,
     )  # fmt: skip
     capacity = Capacity(
         block_size=16, num_blocks=9999, max_batch_size=STREAMS, max_num_tokens=512, max_seq_len=4096, vocab_size=320, tp=1, pp=1

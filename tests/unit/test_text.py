@@ -96,6 +96,7 @@ class Ticket:
 def watch(model: TextModel, rule: TextRule, emitted: list[int] | None = None) -> tuple[TextWatcher, Heard, Ticket]:
     heard, ticket = Heard(), Ticket()
     meter = Metrics(["tiny"]).request("tiny", choices=1, prompt_tokens=5)
+    meter.admitted()
     watcher = TextWatcher(model, rule, heard, choices=1, prompt_tokens=5, meter=meter, emitted=[emitted] if emitted else [])
     watcher.bind(ticket)
     return watcher, heard, ticket
@@ -166,7 +167,7 @@ def test_min_tokens_lets_stop_strings_pass(model: TextModel) -> None:
 
 def test_a_journal_is_not_repeated(model: TextModel) -> None:
     whole = list("aé STOP".encode())
-    for held in range(len(whole) - 1):
+    for held in range(len(whole) + 1):
         first, before, _ = watch(model, TextRule(stops=("STOP",)))
         for at, id in enumerate(whole[:held]):
             first.on_tokens(0, at, [id], None)
@@ -227,7 +228,7 @@ def test_the_default_models_prompts_and_text_are_transformers_own() -> None:
     oracle = PreTrainedTokenizerFast.from_pretrained(str(folder))
     turn = {"role": "user", "content": "What is the capital of France? añ🙂\n\n1234"}
     assert loaded.template is not None
-    ids = loaded.table.encode(loaded.template.render([Message(role="user", content=turn["content"])]), False)
+    ids = loaded.table.encode(loaded.template.compile().render([Message(role="user", content=turn["content"])]), False)
     assert ids == oracle.apply_chat_template([turn], add_generation_prompt=True, return_dict=False)
     assert loaded.eos_ids == (2, 0)
     library = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -45,11 +45,13 @@ def open_artifact(path: str | Path) -> Artifact:
     """Read what ``path`` is, without its weights. Raises :class:`ArtifactError` naming the file at fault."""
     path = Path(path)
     if not path.exists():
-        raise ArtifactError(f"there is no model at {path}", "", "give a folder, a GGUF file or a model's name")
+        raise ArtifactError(f"there is no model at {path}", "no such file or folder", "give a folder, a GGUF file or a model's name")
     if path.is_file():
         return _open_gguf(path)
     if not (path / CONFIG).is_file():
-        raise ArtifactError(f"{path} holds no model", f"it has no {CONFIG}")
+        raise ArtifactError(
+            f"{path} holds no model", f"it has no {CONFIG}", "give a Hugging Face folder, a checkpoint, a GGUF file or a model's name"
+        )
     keys = hf.decode(path / CONFIG, dict[str, Any])
     if "pretrained_config" in keys:
         raise ArtifactError(f"{path} holds a TensorRT-LLM engine, not weights", "only the trtllm engine runs it", "use `--engine trtllm`")
@@ -65,7 +67,11 @@ def open_source(artifact: Artifact) -> Source:
     if artifact.kind == "huggingface":
         return hf.HuggingFaceSource(artifact.path, artifact.model)
     if artifact.quant.quant_algo is not None:
-        raise ArtifactError(f"{artifact.path} is quantized with {artifact.quant.quant_algo}", "only TensorRT-LLM reads these weights")
+        raise ArtifactError(
+            f"{artifact.path} is quantized with {artifact.quant.quant_algo}",
+            "only TensorRT-LLM reads these weights",
+            "convert the unquantized model",
+        )
     return CheckpointSource(read_checkpoint(artifact.path))
 
 

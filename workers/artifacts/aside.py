@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +18,15 @@ from workers.errors import EnvironmentFault
 #: How long one process waits for another that writes the same thing, seconds: longer than any conversion.
 LOCK_TIMEOUT_S = 3600.0
 POLL_S = 0.05
+#: What to do about a folder that takes no file.
+ELSEWHERE = "make room or give access there, or choose another folder"
 
 
 @contextmanager
-def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S, *, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold the lock file ``path`` alone; it is gone afterwards, and with its holder when that is killed.
+
+    ``on_wait`` is called now and then while another process holds it; what it raises ends the waiting.
 
     Raises :class:`EnvironmentFault` when another process holds it for longer than ``timeout_s``, or the folder cannot be written.
     """
@@ -31,6 +35,7 @@ def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     while handle is None:
         if time.monotonic() > deadline:
             raise EnvironmentFault(f"{path} is held by another process", f"waited {timeout_s:g} s", "wait for it, or end it")
+        on_wait()
         time.sleep(POLL_S)
         handle = _acquire(path)
     try:
@@ -46,7 +51,7 @@ def _acquire(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise EnvironmentFault(f"{path.parent} cannot be written", error.strerror or str(error)) from error
+        raise EnvironmentFault(f"{path.parent} cannot be written", error.strerror or str(error), ELSEWHERE) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The holder before us unlinks the file: a lock on a name that is gone, or is another file by now, guards nothing.
@@ -78,7 +83,7 @@ def replacing(target: Path) -> Iterator[Path]:
             aside.rename(target)
             _flush(target.parent)
         except OSError as error:
-            raise EnvironmentFault(f"{target} cannot be written", error.strerror or str(error)) from error
+            raise EnvironmentFault(f"{target} cannot be written", error.strerror or str(error), ELSEWHERE) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,8 @@ from workers.spec import DType, ModelSpec, Parallel, Quant
 FORMAT = 1
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
+#: What to do about a folder that cannot be trusted.
+CONVERT = "convert or copy it again (in the cache: delete the folder, and it is made anew)"
 DTYPE_NAMES: dict[DType, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ARCHITECTURE_NAMES = {
     "llama": "LlamaForCausalLM",
@@ -143,7 +145,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     manifest = decode(folder / MANIFEST, Manifest)
     if CONFIG not in manifest.files:
-        raise ArtifactError(f"{folder / MANIFEST} does not list {CONFIG}")
+        raise ArtifactError(f"{folder / MANIFEST} does not list {CONFIG}", "every checkpoint has one", CONVERT)
     verify(folder, manifest, CONFIG)
     config, raw = decode(folder / CONFIG, _Config), decode(folder / CONFIG, dict[str, Any])
     facts = config.trireme
@@ -154,14 +156,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if facts.format != FORMAT or manifest.format != FORMAT:
         raise ArtifactError(f"{folder} has format {facts.format}, this version reads {FORMAT}", "", "run `trireme convert` again")
     if facts != describe(facts.model, facts.parallel, facts.dtype, facts.eos_ids, for_trtllm=facts.own_head):
-        raise ArtifactError(f"{folder / CONFIG} contradicts itself", f"heads are {facts.heads}, its model and layout mean others")
+        raise ArtifactError(f"{folder / CONFIG} contradicts itself", f"heads are {facts.heads}, its model and layout mean others", CONVERT)
     for key, value in config_of(facts).items():
         if raw.get(key) != value and key != "quantization":
-            raise ArtifactError(f"{folder / CONFIG} contradicts itself", f"{key} is {raw.get(key)!r}, its key 'trireme' means {value!r}")
+            raise ArtifactError(
+                f"{folder / CONFIG} contradicts itself", f"{key} is {raw.get(key)!r}, its key 'trireme' means {value!r}", CONVERT
+            )
     for rank in range(facts.parallel.world):
         name = rank_file(rank)
         if name not in manifest.files:
-            raise ArtifactError(f"{folder / MANIFEST} does not list {name}", f"tp={facts.parallel.tp} pp={facts.parallel.pp} needs it")
+            raise ArtifactError(
+                f"{folder / MANIFEST} does not list {name}", f"tp={facts.parallel.tp} pp={facts.parallel.pp} needs it", CONVERT
+            )
         check_size(folder, manifest, name)
     return Checkpoint(folder=folder, facts=facts, quant=config.quantization or Quant(), manifest=manifest)
 
@@ -171,10 +177,10 @@ def check_size(folder: Path, manifest: Manifest, name: str) -> None:
     try:
         size = (folder / name).stat().st_size
     except OSError as error:
-        raise ArtifactError(f"{folder / name} is missing or unreadable", error.strerror or str(error)) from error
+        raise ArtifactError(f"{folder / name} is missing or unreadable", error.strerror or str(error), CONVERT) from error
     if size != manifest.files[name].bytes:
         raise ArtifactError(
-            f"{folder / name} has another size than the manifest", f"expected {manifest.files[name].bytes} bytes, got {size}"
+            f"{folder / name} has another size than the manifest", f"expected {manifest.files[name].bytes} bytes, got {size}", CONVERT
         )
 
 
@@ -183,9 +189,13 @@ def verify(folder: Path, manifest: Manifest, name: str) -> None:
     check_size(folder, manifest, name)
     expected, got = manifest.files[name], hash_file(folder / name)
     if got != expected:
-        raise ArtifactError(
-            f"{folder / name} is damaged", f"expected sha256 {expected.sha256}, got {got.sha256}", "convert or copy it again"
-        )
+        raise ArtifactError(f"{folder / name} is damaged", f"expected sha256 {expected.sha256}, got {got.sha256}", CONVERT)
+
+
+def verify_all(checkpoint: Checkpoint) -> None:
+    """:func:`verify` every file of the manifest."""
+    for name in checkpoint.manifest.files:
+        verify(checkpoint.folder, checkpoint.manifest, name)
 
 
 def open_rank(checkpoint: Checkpoint, rank: int) -> TensorFile:
@@ -195,11 +205,13 @@ def open_rank(checkpoint: Checkpoint, rank: int) -> TensorFile:
     wanted = {tensor.name: tensor.shape for tensor in shard_tensors(facts.model, facts.parallel, rank, own_head=facts.own_head)}
     if different := sorted(wanted.keys() ^ file.entries.keys()):
         what = "lacks" if different[0] in wanted else "holds an unknown tensor"
-        raise ArtifactError(f"{file.path} {what} {different[0]}", f"{len(different)} names differ from its layout")
+        raise ArtifactError(f"{file.path} {what} {different[0]}", f"{len(different)} names differ from its layout", CONVERT)
     for name, shape in wanted.items():
         entry = file.entries[name]
         if entry.shape != shape or entry.dtype != NAMES[facts.dtype]:
-            raise ArtifactError(f"{file.path}: {name} is {entry.dtype} {list(entry.shape)}", f"expected {facts.dtype} {list(shape)}")
+            raise ArtifactError(
+                f"{file.path}: {name} is {entry.dtype} {list(entry.shape)}", f"expected {facts.dtype} {list(shape)}", CONVERT
+            )
     return file
 
 

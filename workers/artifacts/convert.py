@@ -14,8 +14,19 @@ from typing import TypeAlias
 import msgspec
 
 from workers.artifacts.artifact import Artifact, open_artifact, open_source
-from workers.artifacts.aside import replacing
-from workers.artifacts.checkpoint import CONFIG, FORMAT, MANIFEST, Manifest, Trireme, config_of, describe, rank_file
+from workers.artifacts.aside import ELSEWHERE, replacing
+from workers.artifacts.checkpoint import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    Trireme,
+    config_of,
+    describe,
+    rank_file,
+    read_checkpoint,
+    verify_all,
+)
 from workers.artifacts.gguf import GgufFile
 from workers.artifacts.hf import TOKENIZER_FILES
 from workers.artifacts.source import Source, assemble
@@ -59,11 +70,14 @@ def convert(
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise ArtifactError(f"{target} exists and is not a checkpoint", "nothing there is overwritten", "choose another folder")
     tokenizer = _tokenizer(artifact)
+    if artifact.kind == "checkpoint":
+        # The new manifest vouches for what is read here: a damaged shard must not come out with a hash that fits.
+        verify_all(read_checkpoint(artifact.path))
     with replacing(target) as aside:
         total = sum(checkpoint_bytes(facts, rank) for rank in range(parallel.world))
         free = shutil.disk_usage(aside).free
         if free < total:
-            raise EnvironmentFault(f"not enough room for {target}", f"needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            raise EnvironmentFault(f"not enough room for {target}", f"needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", ELSEWHERE)
         files = _write_ranks(open_source(artifact), facts, aside, total, progress)
         files |= {name: write_file(aside / name, data) for name, data in tokenizer.items()}
         config = config_of(facts) | {"trireme": msgspec.to_builtins(facts)}

@@ -20,6 +20,7 @@ import numpy as np
 
 from workers.artifacts.numbers import Array
 from workers.artifacts.source import CHUNK, Block
+from workers.artifacts.tensorfile import AGAIN, OTHER
 from workers.core.shard import EMBEDDING, FINAL_NORM, HEAD, Span, Tensor, whole_tensors
 from workers.errors import ArtifactError, ConfigError
 from workers.spec import ModelSpec
@@ -27,6 +28,8 @@ from workers.spec import ModelSpec
 MAGIC = b"GGUF"
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+#: Tensor types that are common and not read here, by the name that people know.
+REFUSED = {2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 30: "BF16"}
 #: ``general.architecture`` values whose q and k rows are stored permuted.
 PERMUTED = ("llama",)
 LAYER_NAMES = {
@@ -95,12 +98,12 @@ class GgufFile:
                 self.size = os.fstat(file.fileno()).st_size
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} cannot be read", str(error)) from error
+            raise ArtifactError(f"{path} cannot be read", str(error), AGAIN) from error
         self._at = 0
         try:
             self.metadata, self.tensors = self._header()
         except (struct.error, ValueError, LookupError, RecursionError) as error:
-            raise ArtifactError(f"{path} is damaged or truncated", f"header ends at byte {self._at} of {self.size}") from error
+            raise ArtifactError(f"{path} is damaged or truncated", f"header ends at byte {self._at} of {self.size}", AGAIN) from error
 
     def block_bytes(self, info: Info) -> Array:
         """[rows, blocks a row, bytes a block] uint8 view of a tensor."""
@@ -113,11 +116,13 @@ class GgufFile:
 
     def _header(self) -> tuple[dict[str, Any], dict[str, Info]]:
         if self._map[:4] != MAGIC:
-            raise ArtifactError(f"{self.path} is not a GGUF file")
+            raise ArtifactError(
+                f"{self.path} is not a GGUF file", "its first bytes are not GGUF", "give a GGUF, a folder or a model's name"
+            )
         self._at = 4
         version = self._scalar("<I")
         if version not in (2, 3):
-            raise ArtifactError(f"{self.path} is GGUF version {version}", "versions 2 and 3 are known")
+            raise ArtifactError(f"{self.path} is GGUF version {version}", "versions 2 and 3 are known", AGAIN)
         tensors, pairs = self._count(), self._count()
         metadata = {}
         for _ in range(pairs):
@@ -133,12 +138,13 @@ class GgufFile:
     def _info(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Info:
         if kind not in FORMATS:
             known = ", ".join(f.name for f in FORMATS.values())
-            raise ArtifactError(f"{self.path}: {name} has tensor type {kind}", f"known: {known}", "quantize the model to one of these")
+            found = REFUSED.get(kind, f"tensor type {kind}")
+            raise ArtifactError(f"{self.path}: {name} is {found}", f"known: {known}", "use a file of one of these types, such as Q8_0")
         form = FORMATS[kind]
         size = math.prod(shape) // form.values * form.bytes
         if not shape or min(shape) < 1 or shape[-1] % form.values or offset + size > self.size:
             raise ArtifactError(
-                f"{self.path}: {name} {list(shape)} does not fit the file", f"bytes {offset}..{offset + size} of {self.size}"
+                f"{self.path}: {name} {list(shape)} does not fit the file", f"bytes {offset}..{offset + size} of {self.size}", AGAIN
             )
         return Info(shape, form, offset, size)
 
@@ -189,16 +195,16 @@ def read_model(file: GgufFile) -> ModelSpec:
     data, path = file.metadata, file.path
     family = data.get("general.architecture")
     if family not in ("llama", "qwen2", "qwen3"):
-        raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", "known: llama, qwen2, qwen3")
+        raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", "known: llama, qwen2, qwen3", OTHER)
     if data.get(f"{family}.expert_count"):
-        raise ArtifactError(f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}")
+        raise ArtifactError(f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}", OTHER)
     if "rope_freqs.weight" in file.tensors:
         raise ArtifactError(f"{path} carries its own rotary frequencies", "Llama 3.1 scaling is not in the metadata", "use the safetensors")
     try:
         hidden, heads = data[f"{family}.embedding_length"], data[f"{family}.attention.head_count"]
         head_dim = data.get(f"{family}.attention.key_length", hidden // heads)
         if data.get(f"{family}.rope.dimension_count", head_dim) != head_dim:
-            raise ArtifactError(f"{path}: partial rotary embedding is not supported")
+            raise ArtifactError(f"{path}: partial rotary embedding is not supported", f"it covers less than {head_dim}", OTHER)
         facts = {
             "architecture": family,
             "hidden_size": hidden,
@@ -218,9 +224,9 @@ def read_model(file: GgufFile) -> ModelSpec:
         }
         return msgspec.convert(facts, ModelSpec)
     except KeyError as error:
-        raise ArtifactError(f"{path} lacks {error.args[0]}") from error
+        raise ArtifactError(f"{path} lacks {error.args[0]}", "the model cannot be told without it", AGAIN) from error
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ArtifactError(f"{path}: the metadata does not make sense", str(error)) from error
+        raise ArtifactError(f"{path}: the metadata does not make sense", str(error), AGAIN) from error
 
 
 def _scaling(path: Path, family: str, data: dict[str, Any]) -> dict[str, Any] | None:
@@ -228,7 +234,7 @@ def _scaling(path: Path, family: str, data: dict[str, Any]) -> dict[str, Any] | 
     if kind == "none":
         return None
     if kind != "linear":
-        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: none, linear")
+        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: none, linear", OTHER)
     return {"kind": "linear", "factor": _short(data[f"{family}.rope.scaling.factor"])}
 
 
@@ -252,11 +258,13 @@ class GgufSource:
         wanted = {stored_name(name): tensor for name, tensor in whole_tensors(model).items()}
         for name, tensor in wanted.items():
             if name not in file.tensors:
-                raise ArtifactError(f"{file.path} lacks the tensor {name}")
+                raise ArtifactError(f"{file.path} lacks the tensor {name}", "its metadata means a model that has it", AGAIN)
             if file.tensors[name].shape != tensor.shape:
-                raise ArtifactError(f"{file.path}: {name} has shape {list(file.tensors[name].shape)}, expected {list(tensor.shape)}")
+                raise ArtifactError(
+                    f"{file.path}: {name} has shape {list(file.tensors[name].shape)}", f"expected {list(tensor.shape)}", AGAIN
+                )
         if extra := [name for name in file.tensors if name not in wanted]:
-            raise ArtifactError(f"{file.path} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors")
+            raise ArtifactError(f"{file.path} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", OTHER)
 
     def read(self, tensor: Tensor, span: Span) -> Block:
         info = self._file.tensors[stored_name(tensor.name)]

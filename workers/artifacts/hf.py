@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from workers.artifacts.source import Block, cut
-from workers.artifacts.tensorfile import DTYPES, TensorFile
+from workers.artifacts.tensorfile import AGAIN, DTYPES, OTHER, TensorFile
 from workers.core.shard import HEAD, Span, Tensor, whole_tensors
 from workers.errors import ArtifactError, ConfigError
 from workers.spec import ARCHITECTURES, DType, ModelSpec, RopeScaling
@@ -73,11 +73,11 @@ def decode(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error)) from error
+        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), AGAIN) from error
     except msgspec.MsgspecError as error:
-        raise ArtifactError(f"{path} does not make sense", str(error)) from error
+        raise ArtifactError(f"{path} does not make sense", str(error), AGAIN) from error
     except ConfigError as error:
-        raise ArtifactError(f"{path}: {error.what}", error.why) from error
+        raise ArtifactError(f"{path}: {error.what}", error.why, error.hint or AGAIN) from error
 
 
 def read_model(folder: Path) -> ModelSpec:
@@ -115,23 +115,25 @@ def read_model(folder: Path) -> ModelSpec:
 def _refuse(path: Path, config: _Config, raw: dict[str, Any]) -> None:
     known = ", ".join(ARCHITECTURES)
     if experts := next((key for key in EXPERT_KEYS if raw.get(key)), None):
-        raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}")
+        raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}", OTHER)
     if config.model_type not in ARCHITECTURES:
-        raise ArtifactError(f"{path}: model_type {config.model_type!r} is not supported", f"known: {known}")
+        raise ArtifactError(f"{path}: model_type {config.model_type!r} is not supported", f"known: {known}", OTHER)
     if config.hidden_act != "silu":
-        raise ArtifactError(f"{path}: activation {config.hidden_act!r} is not supported", "known: silu")
+        raise ArtifactError(f"{path}: activation {config.hidden_act!r} is not supported", "known: silu", OTHER)
     if config.quantization_config is not None:
         method = config.quantization_config.get("quant_method", "unnamed")
-        raise ArtifactError(f"{path}: weights quantized with {method!r} are not supported", "", "use the unquantized model")
+        raise ArtifactError(
+            f"{path}: weights quantized with {method!r} are not supported", "its shards are read as they are", "use the unquantized model"
+        )
     for key, value, want in (
         ("attention_bias", config.attention_bias and config.model_type != "qwen2", False),
         ("mlp_bias", config.mlp_bias, False),
         ("partial_rotary_factor", config.partial_rotary_factor, 1.0),
     ):
         if value != want:
-            raise ArtifactError(f"{path}: {key}={value} is not supported")
+            raise ArtifactError(f"{path}: {key}={value} is not supported", f"known: {want}", OTHER)
     if other := set(config.layer_types or ()) - {"full_attention", "sliding_attention"}:
-        raise ArtifactError(f"{path}: layer type {min(other)!r} is not supported")
+        raise ArtifactError(f"{path}: layer type {min(other)!r} is not supported", "known: full_attention, sliding_attention", OTHER)
 
 
 def _rope(path: Path, config: _Config) -> tuple[float, RopeScaling | None]:
@@ -139,21 +141,21 @@ def _rope(path: Path, config: _Config) -> tuple[float, RopeScaling | None]:
     rope = {**(config.rope_scaling or {}), **(config.rope_parameters or {})}
     theta = rope.get("rope_theta", config.rope_theta or 10000.0)
     if not isinstance(theta, int | float) or theta <= 0:
-        raise ArtifactError(f"{path}: rope_theta {theta!r} does not make sense")
+        raise ArtifactError(f"{path}: rope_theta {theta!r} does not make sense", "it is a positive number", AGAIN)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and any(isinstance(value, dict) for value in rope.values()):
-        raise ArtifactError(f"{path}: rotary parameters per layer type are not supported")
+        raise ArtifactError(f"{path}: rotary parameters per layer type are not supported", "all layers share one table", OTHER)
     if kind == "default":
         return float(theta), None
     if kind not in ("linear", "llama3"):
-        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: default, linear, llama3")
+        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: default, linear, llama3", OTHER)
     wanted = ROPE_FIELDS if kind == "llama3" else ROPE_FIELDS[:1]
     if missing := [key for key, _ in wanted if key not in rope]:
-        raise ArtifactError(f"{path}: rope scaling {kind!r} lacks {missing[0]}")
+        raise ArtifactError(f"{path}: rope scaling {kind!r} lacks {missing[0]}", "the scaling cannot be computed without it", AGAIN)
     try:
         return float(theta), msgspec.convert({"kind": kind} | {field: rope[key] for key, field in wanted}, RopeScaling)
     except (msgspec.ValidationError, ConfigError) as error:
-        raise ArtifactError(f"{path}: rope scaling does not make sense", str(error)) from error
+        raise ArtifactError(f"{path}: rope scaling does not make sense", str(error), AGAIN) from error
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:
@@ -176,14 +178,14 @@ class HuggingFaceSource:
         wanted = whole_tensors(model)
         for name, tensor in wanted.items():
             if name not in self._file_of:
-                raise ArtifactError(f"{folder} lacks the tensor {name}")
+                raise ArtifactError(f"{folder} lacks the tensor {name}", "config.json means a model that has it", AGAIN)
             shape = self._file_of[name].entries[name].shape
             if shape != tensor.shape:
-                raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(tensor.shape)}")
+                raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(tensor.shape)}", AGAIN)
         # A tied head is often stored once more; rotary frequencies follow from the config.
         extra = [name for name in self._file_of if name not in wanted and name != HEAD and not name.endswith("rotary_emb.inv_freq")]
         if extra:
-            raise ArtifactError(f"{folder} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors")
+            raise ArtifactError(f"{folder} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", OTHER)
 
     def read(self, tensor: Tensor, span: Span) -> Block:
         values, dtype = self._file_of[tensor.name].view(tensor.name)
@@ -199,14 +201,14 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = sorted(set(decode(folder / INDEX, _Index).weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
-            raise ArtifactError(f"{folder / INDEX} points outside the folder", outside[0])
+            raise ArtifactError(f"{folder / INDEX} points outside the folder", outside[0], AGAIN)
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     pickled = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))), None)
     if pickled is not None:
         raise ArtifactError(f"{folder} holds pickled weights ({pickled})", "a pickle can run code", "save the model as safetensors")
-    raise ArtifactError(f"{folder} holds no weights", f"neither {SINGLE} nor {INDEX} is there")
+    raise ArtifactError(f"{folder} holds no weights", f"neither {SINGLE} nor {INDEX} is there", AGAIN)
 
 
 def stored_dtype(folder: Path) -> DType:
@@ -214,5 +216,5 @@ def stored_dtype(folder: Path) -> DType:
     file = TensorFile(weight_files(folder)[0])
     name, entry = max(file.entries.items(), key=lambda item: item[1].data_offsets[1] - item[1].data_offsets[0])
     if entry.dtype not in DTYPES:
-        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(DTYPES)}")
+        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(DTYPES)}", OTHER)
     return DTYPES[entry.dtype]

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from workers.artifacts.artifact import Artifact, Kind, open_artifact, open_source
-from workers.artifacts.checkpoint import open_rank, read_checkpoint, verify
+from workers.artifacts.checkpoint import open_rank, read_checkpoint, verify_all
 from workers.core.shard import parameters, shard_elements, trtllm_refusal
 from workers.errors import ConfigError
 from workers.spec import DTYPE_BYTES, DType, ModelSpec, Parallel
@@ -94,7 +94,6 @@ def _verify(artifact: Artifact) -> None:
         open_source(artifact)
         return
     checkpoint = read_checkpoint(artifact.path)
-    for name in checkpoint.manifest.files:
-        verify(artifact.path, checkpoint.manifest, name)
+    verify_all(checkpoint)
     for rank in range(checkpoint.facts.parallel.world):
         open_rank(checkpoint, rank)

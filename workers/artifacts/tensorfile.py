@@ -21,6 +21,9 @@ from workers.artifacts.numbers import STORAGE, Array
 from workers.errors import ArtifactError
 from workers.spec import DType
 
+#: What to do about a model file that is damaged, and about one that no engine here computes.
+AGAIN = "copy or download it again"
+OTHER = "use a plain llama, mistral, qwen2 or qwen3 model in fp32, bf16 or fp16"
 #: The format's own bound on its header, bytes.
 MAX_HEADER = 100_000_000
 NAMES: dict[DType, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -54,13 +57,13 @@ class TensorFile:
                 self.entries, self._data = _read_header(path, file, size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ArtifactError(f"{path} cannot be read", error.strerror or str(error)) from error
+            raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), AGAIN) from error
 
     def view(self, name: str) -> tuple[Array, DType]:
         """The whole tensor, without copying. Raises :class:`ArtifactError` for a format other than F32, BF16 and F16."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise ArtifactError(f"{self.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(DTYPES)}")
+            raise ArtifactError(f"{self.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(DTYPES)}", OTHER)
         dtype = DTYPES[entry.dtype]
         flat = np.frombuffer(self._map, STORAGE[dtype], math.prod(entry.shape), self._data + entry.data_offsets[0])
         return flat.reshape(entry.shape), dtype
@@ -73,27 +76,27 @@ class TensorFile:
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise ArtifactError(f"{path} is truncated", f"{size} bytes are no safetensors file")
+        raise ArtifactError(f"{path} is truncated", f"{size} bytes are no safetensors file", AGAIN)
     length = int.from_bytes(prefix, "little")
     if not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise ArtifactError(f"{path} is not a safetensors file, or truncated", f"header of {length} bytes in a file of {size}")
+        raise ArtifactError(f"{path} is not a safetensors file, or truncated", f"header of {length} bytes in a file of {size}", AGAIN)
     try:
         raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
         entries = {name: msgspec.json.decode(value, type=Entry) for name, value in raw.items()}
     except msgspec.MsgspecError as error:
-        raise ArtifactError(f"{path} is not a safetensors file", str(error)) from error
+        raise ArtifactError(f"{path} is not a safetensors file", str(error), AGAIN) from error
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
         width = STORAGE[DTYPES[entry.dtype]].itemsize if entry.dtype in DTYPES else None
         if start != end or stop < start or min(entry.shape, default=0) < 0:
-            raise ArtifactError(f"{path}: {name} has impossible offsets", f"{start}..{stop}, expected to start at {end}")
+            raise ArtifactError(f"{path}: {name} has impossible offsets", f"{start}..{stop}, expected to start at {end}", AGAIN)
         if width is not None and stop - start != width * math.prod(entry.shape):
-            raise ArtifactError(f"{path}: {name} has {stop - start} bytes", f"its shape {list(entry.shape)} needs another number")
+            raise ArtifactError(f"{path}: {name} has {stop - start} bytes", f"its shape {list(entry.shape)} needs another number", AGAIN)
         end = stop
     if 8 + length + end != size:
-        raise ArtifactError(f"{path} is truncated or damaged", f"expected {8 + length + end} bytes, got {size}")
+        raise ArtifactError(f"{path} is truncated or damaged", f"expected {8 + length + end} bytes, got {size}", AGAIN)
     return entries, 8 + length
 
 
@@ -158,7 +161,7 @@ def hash_file(path: Path) -> FileRecord:
                 digest.update(chunk)
                 size += len(chunk)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error)) from error
+        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), AGAIN) from error
     return FileRecord(sha256=digest.hexdigest(), bytes=size)
 
 

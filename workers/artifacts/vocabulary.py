@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from workers.artifacts.tensorfile import AGAIN
 from workers.errors import ArtifactError
 
 #: ``tokenizer.ggml.token_type`` values.
@@ -64,10 +65,10 @@ def read_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
     try:
         found = msgspec.convert(words, Vocabulary)
     except msgspec.ValidationError as error:
-        raise ArtifactError(f"{path}: the tokenizer does not make sense", str(error)) from error
+        raise ArtifactError(f"{path}: the tokenizer does not make sense", str(error), AGAIN) from error
     ids = (found.bos_token_id, found.eos_token_id, found.eot_token_id, found.unknown_token_id, found.padding_token_id)
     if outside := [id for id in ids if id is not None and not 0 <= id < len(found.tokens)]:
-        raise ArtifactError(f"{path}: the tokenizer names token {outside[0]}", f"it has {len(found.tokens)} tokens")
+        raise ArtifactError(f"{path}: the tokenizer names token {outside[0]}", f"it has {len(found.tokens)} tokens", AGAIN)
     return found
 
 
@@ -84,11 +85,11 @@ def tokenizer_files(path: Path, vocabulary: Vocabulary) -> dict[str, bytes]:
     rules = _pre_tokenizer(vocabulary.pre)
     if vocabulary.model != "gpt2" or rules is None:
         what = f"tokenizer {vocabulary.model!r} with pre-tokenizer {vocabulary.pre!r}"
-        raise ArtifactError(f"{path}: {what} is not supported", "", "use the safetensors model")
+        raise ArtifactError(f"{path}: {what} is not supported", "only byte-level BPE is", "use the safetensors model")
     ids = {token: id for id, token in enumerate(vocabulary.tokens)}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
     if strange := next((pair for pair in merges if not ids.keys() >= {*pair, "".join(pair)}), None):
-        raise ArtifactError(f"{path}: the tokenizer merges {strange} into a token that it does not have")
+        raise ArtifactError(f"{path}: the tokenizer merges {strange} into a token that it does not have", "the file is damaged", AGAIN)
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=vocabulary.pre == "llama-bpe"))
     tokenizer.pre_tokenizer = rules
     tokenizer.decoder = decoders.ByteLevel()

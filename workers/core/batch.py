@@ -29,6 +29,8 @@ from workers.wire import UNLIMITED, Capacity, Submit
 
 #: Seconds without credit after which a row gives up its K/V.
 PAUSE_S = 2.0
+#: Steps between two proofs that an engine makes when idle: one takes as long as a few steps where the pool is full.
+CHECK_STEPS = 256
 
 
 def _admission_order(row: Row) -> int:

@@ -22,12 +22,29 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from workers.errors import Rejected
 from workers.wire import SamplingParams
 
 MASK32: Final = 0xFFFFFFFF
 GOLDEN: Final = 0x9E3779B9
 MIX_A: Final = 0x7FEB352D
 MIX_B: Final = 0x846CA68B
+
+#: Below it, float32 scores of a division by the temperature may be infinite: a door takes what is smaller as greedy.
+MIN_TEMPERATURE: Final = 1e-5
+#: Entries of a row's lists, which every step goes through, and the largest bias.
+MAX_LISTED: Final = 1024
+MAX_BIAS: Final = 1e4
+_RANGES: Final = {
+    "temperature": (0.0, 1e3),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (1e-9, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-1e3, 1e3),
+    "frequency_penalty": (-1e3, 1e3),
+    "repetition_penalty": (1e-3, 1e3),
+    "min_tokens": (0, 2**31 - 1),
+}
 
 Floats = npt.NDArray[np.float32]
 #: Largest float32 below 1: the cap that keeps ``log1p(-w)`` finite.
@@ -47,6 +64,25 @@ def stop_set(params: SamplingParams, eos_ids: Iterable[int]) -> frozenset[int]:
 def has_penalties(params: SamplingParams) -> bool:
     """Whether choosing a token needs the row's history (prompt and output ids)."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def check(params: SamplingParams, *, vocab_size: int, max_logprobs: int) -> None:
+    """Raises Rejected for what the arithmetic here, or a bounded step, cannot take: doors are stricter, but whatever can be decoded may
+    come, and must cost nobody else anything."""
+    for name, (low, high) in _RANGES.items():
+        if not low <= getattr(params, name) <= high:  # so that NaN is refused too
+            raise Rejected(f"{name} must be {low:g} to {high:g}", f"it is {getattr(params, name)}", param=name)
+    if 0.0 < params.temperature < MIN_TEMPERATURE:
+        raise Rejected(f"temperature must be 0 or at least {MIN_TEMPERATURE:g}", f"it is {params.temperature}", param="temperature")
+    for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None and not 0 <= count <= max_logprobs:
+            raise Rejected(f"{name} must be 0 to {max_logprobs}", f"it is {count}", param=name)
+    bias = params.logit_bias or {}
+    if len(bias) > MAX_LISTED or not all(0 <= token < vocab_size and abs(value) <= MAX_BIAS for token, value in bias.items()):
+        why = f"ids are 0 to {vocab_size - 1}, values -{MAX_BIAS:g} to {MAX_BIAS:g}"
+        raise Rejected(f"logit_bias must be at most {MAX_LISTED} known ids and their values", why, param="logit_bias")
+    if len(params.stop_ids) > MAX_LISTED:
+        raise Rejected(f"{len(params.stop_ids)} stop ids are more than {MAX_LISTED}", param="stop_token_ids")
 
 
 def mix(x: int) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from workers.core.blocks import BlockPool, prefix_hashes
 from workers.core.contract import Emission, Fault, Finish
 from workers.core.guide import Guide, GuideFactory
-from workers.core.params import has_penalties, stop_set
+from workers.core.params import check, has_penalties, stop_set
 from workers.core.plan import OpenSlot, StepResult, column, view, view_floats
 from workers.errors import EngineFault, Rejected, TooLong, Unsupported
 from workers.wire import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
@@ -207,10 +207,11 @@ class Flight(NamedTuple):
 
 
 def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None) -> Row:
-    """The row of a request. Raises TooLong for what can never fit, Rejected for ids or a grammar that mean nothing, Unsupported for a
-    grammar where ``guides`` is None."""
+    """The row of a request. Raises TooLong for what can never fit, Rejected for ids, parameters or a grammar that mean nothing, Unsupported
+    for a grammar where ``guides`` is None."""
     _check_size(request, limits)
     params = request.params
+    check(params, vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
     tokens = request.prompt_ids + request.emitted
     if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
         raise Rejected("a token is outside the vocabulary", f"ids are 0 to {limits.vocab_size - 1}", param="prompt")

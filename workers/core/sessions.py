@@ -18,21 +18,10 @@ import msgspec
 
 from workers.core.contract import Emission, Fault, Finish
 from workers.errors import NotFound, Overloaded, Rejected, TriremeError
-from workers.wire import (
-    MAX_FRAME,
-    UNLIMITED,
-    Accepted,
-    Attach,
-    Cancel,
-    Credit,
-    Done,
-    Failed,
-    Logprobs,
-    Submit,
-    Tokens,
-    Usage,
-)
+from workers.wire import MAX_FRAME, UNLIMITED, Accepted, Attach, Cancel, Credit, Done, Failed, Logprobs, Submit, Tokens, Usage
 
+#: Characters of a row's lasting name: Hello, one message, names every live row.
+MAX_NAME = 1024
 #: Tokens of one row in one message when an attached stream catches up.
 CATCH_UP_TOKENS = 1024
 #: Upper bounds of the msgpack encoding, bytes: one alternative (id, float) and one position without alternatives.
@@ -318,6 +307,8 @@ class Sessions:
             raise Overloaded("the replica is draining")
         if len(self._rows) >= self._limit and not replaces:
             raise Overloaded(f"the replica holds {self._limit} rows", retry_after=1.0)
+        if len(message.client) + len(message.request) > MAX_NAME:
+            raise Rejected(f"a request's name has at most {MAX_NAME} characters")
         if not 0 <= message.params.seed < 2**63:
             raise Rejected("the seed is outside 0..2**63-1")
         if not 1 <= message.params.max_tokens <= UNLIMITED or not 0 <= message.credit <= UNLIMITED or message.attempt < 0:

@@ -70,10 +70,17 @@ def _invalid(spec: GuideSpec, why: str) -> Rejected:
     )
 
 
+def check_grammar(spec: GuideSpec) -> None:
+    """Compile ``spec`` without a tokenizer. Raises Rejected for one that means nothing."""
+    if fault := llguidance.LLMatcher.validate_grammar(_grammar(spec)):
+        raise _invalid(spec, fault)
+
+
 def guide_factory(tokenizer_file: Path, vocab_size: int, eos_ids: Sequence[int]) -> Callable[[GuideSpec], Guide]:
     """A :data:`~workers.core.guide.GuideFactory` for ``tokenizer.json``. Raises ArtifactError when the file is none."""
     try:
-        tokenizer = llguidance.LLTokenizer(tokenizer_file.read_text(), eos_token=list(eos_ids) or None)
+        # The first end-of-sequence id alone: releases before 1.7 take no list, and one is enough to end with.
+        tokenizer = llguidance.LLTokenizer(tokenizer_file.read_text(), eos_token=eos_ids[0] if eos_ids else None)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{tokenizer_file} cannot be used for guided output", str(error)[:300]) from None
     words = -(-vocab_size // 32)

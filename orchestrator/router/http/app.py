@@ -24,8 +24,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from orchestrator.metrics import CONTENT_TYPE, Metrics
 from orchestrator.router import prepare as preparing
 from orchestrator.router import request as bodies
+from orchestrator.router.auth import ApiKeys, Salting
 from orchestrator.router.http import openai, sse
 from orchestrator.router.http.exchange import Exchange, Gathered
+from orchestrator.router.http.guard import Guard, tenant_of
 from orchestrator.router.http.protocol import ABORT
 from orchestrator.router.seam import Dispatcher
 from orchestrator.router.text import TextModel, Texts
@@ -52,8 +54,8 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 class Door:
     """All routes over one dispatcher. Its methods are the endpoints."""
 
-    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics) -> None:
-        self._dispatcher, self._texts, self._metrics = dispatcher, texts, metrics
+    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, salting: Salting) -> None:
+        self._dispatcher, self._texts, self._metrics, self._salting = dispatcher, texts, metrics, salting
         self._admission = spec.admission
         self._max_body = (spec.http or HttpSpec()).max_body_bytes
 
@@ -87,10 +89,13 @@ class Door:
         caller = preparing.Caller(
             client="http",
             request=id,
+            tenant=tenant_of(http),
             affinity=http.headers.get("x-correlation-id", "")[:_MAX_AFFINITY],
             credit=sse.window(request) if request.stream else UNLIMITED,
         )
-        prepared = await preparing.prepare(request, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission)
+        prepared = await preparing.prepare(
+            request, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission, salting=self._salting
+        )
         options = request.stream_options or bodies.StreamOptions()
         wording = openai.Wording(
             id=id,
@@ -119,11 +124,13 @@ class Door:
         self._metrics.disconnected()
 
     async def models(self, http: Request) -> Response:
-        return _json(http, {"object": "list", "data": [self._card(model, model.name) for model in self._texts.models]})
+        tenant = tenant_of(http)
+        shown = [self._card(model, model.name) for model in self._texts.models if tenant.may_use(model.names)]
+        return _json(http, {"object": "list", "data": shown})
 
     async def model(self, http: Request) -> Response:
         name = http.path_params["name"]
-        return _json(http, self._card(preparing.resolve(name, self._texts), name))
+        return _json(http, self._card(preparing.resolve(name, self._texts, tenant_of(http)), name))
 
     def _card(self, model: TextModel, name: str) -> dict[str, Any]:
         return {
@@ -149,9 +156,11 @@ class Door:
         return _json(http, {"status": "ready"})
 
     async def metrics(self, http: Request) -> Response:
+        _check_sees_all(http)
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE, "x-request-id": request_id(http.scope)})
 
     async def status(self, http: Request) -> Response:
+        _check_sees_all(http)
         return _json(http, self._dispatcher.status())
 
     async def version(self, http: Request) -> Response:
@@ -161,17 +170,17 @@ class Door:
         fields = bodies.decode_object(await read_body(http, self._max_body))
         if "messages" in fields:
             request = bodies.check(fields, bodies.ChatRequest)
-            model = preparing.resolve(request.model, self._texts)
+            model = preparing.resolve(request.model, self._texts, tenant_of(http))
             ids = await preparing.encode_chat(request, model, self._texts)
         else:
             body = bodies.convert(fields, TokenizeBody)
-            model = preparing.resolve(body.model, self._texts)
+            model = preparing.resolve(body.model, self._texts, tenant_of(http))
             ids = await preparing.encode_prompt(body.prompt, model, self._texts, add_special=body.add_special_tokens)
         return _json(http, {"count": len(ids), "max_model_len": self._context(model), "tokens": ids})
 
     async def detokenize(self, http: Request) -> Response:
         body = bodies.convert(bodies.decode_object(await read_body(http, self._max_body)), DetokenizeBody)
-        model = preparing.resolve(body.model, self._texts)
+        model = preparing.resolve(body.model, self._texts, tenant_of(http))
         if body.tokens:
             preparing.check_known(body.tokens, model.table.size, "tokens")
         return _json(http, {"prompt": model.decode(body.tokens, skip_special=False)})
@@ -185,7 +194,9 @@ class Door:
             headers |= dict(error.headers or {})
         if isinstance(found, Overloaded):
             headers["retry-after"] = str(max(1, round(found.retry_after or 1.0)))
-        if found.status in (413, 415, 500):
+        if found.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        if found.status in (401, 413, 415, 500):
             # What is left of the body was not read, or the server closes after a fault: the client must not send another request here.
             headers["connection"] = "close"
         return Response(openai.encode(openai.error_body(found)), found.status, headers, "application/json")
@@ -239,15 +250,17 @@ class _Answer:
             self._exchange.leave()
 
 
-def build_app(spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics) -> Starlette:
-    """The HTTP door as an ASGI application; run it with :func:`orchestrator.router.http.server.serve`."""
-    door = Door(spec, dispatcher, texts, metrics)
+def build_app(
+    spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, salting: Salting, keys: ApiKeys | None = None
+) -> ASGIApp:
+    """The HTTP door as an ASGI application; run it with :func:`orchestrator.router.http.server.serve`. ``keys`` None: open to all."""
+    door = Door(spec, dispatcher, texts, metrics, salting)
     app = Starlette(
         routes=door.routes(),
         exception_handlers=dict.fromkeys((TriremeError, HTTPException, ClientDisconnect, Exception), door.on_error),
     )
     app.router.redirect_slashes = False
-    return app
+    return app if keys is None else Guard(app, keys, door.on_error)
 
 
 def request_id(scope: Scope) -> str:
@@ -279,6 +292,12 @@ async def read_body(http: Request, limit: int) -> bytes:
             raise TooLarge(f"the body is larger than {limit} bytes")
         parts.append(part)
     return b"".join(parts)
+
+
+def _check_sees_all(http: Request) -> None:
+    """Raises NotFound for a tenant that is bound to models: what it asks for names those of others."""
+    if tenant_of(http).models is not None:
+        raise NotFound("no such path")
 
 
 def _json(http: Request, content: object) -> Response:

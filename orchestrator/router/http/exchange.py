@@ -36,19 +36,14 @@ class Exchange:
         return self._open == 0 or self.failed is not None or self.left
 
     def start(self, dispatcher: Dispatcher, metrics: Metrics, sinks: list[TextSink]) -> None:
-        """Submit every ask with its sink. Raises what the dispatcher raises, with nothing left behind."""
+        """Submit every ask with its sink. Raises what the dispatcher raises; :meth:`leave` then frees those that it took before."""
         for ask, sink in zip(self.prepared.asks, sinks, strict=True):
             meter = metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
             watcher = TextWatcher(
                 self.prepared.model, self.prepared.rule, sink, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter
             )
-            try:
-                ticket = dispatcher.submit(ask, watcher)
-            except TriremeError as error:
-                for _ in range(ask.n):
-                    meter.failed(error.code)
-                self.leave()
-                raise
+            ticket = dispatcher.submit(ask, watcher)
+            meter.admitted()
             watcher.bind(ticket)
             self._live.append((ticket, meter))
 

@@ -1,6 +1,7 @@
 """The HTTP door's listening socket and uvicorn under the router's own event loop.
 
-Owns the socket. It must never bind anything but loopback, and leaves signals to the process that runs it.
+Owns the socket. It must never bind anything but loopback where clients need no key, unless it was told to, and leaves signals to the
+process that runs it.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ SEND_BUFFER = 64 << 10
 
 
 def bind(spec: HttpSpec) -> socket.socket:
-    """A listening socket on loopback. Raises ConfigError for another host, EnvironmentFault where the port is taken."""
+    """A listening socket. Raises ConfigError for a host that may not be had without API keys, EnvironmentFault where the port is taken."""
     host = "127.0.0.1" if spec.host == "localhost" else spec.host
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         raise ConfigError(f"http host {spec.host!r} is not an IP address", hint="use 127.0.0.1") from None
-    if not address.is_loopback:
+    if not address.is_loopback and not spec.api_keys_file and not spec.insecure_without_keys:
         raise ConfigError(
             f"http host {spec.host} is not a loopback address",
-            "the HTTP door has no keys yet, so it must not be reachable from other machines",
-            "use 127.0.0.1 and put a proxy that authenticates before it",
+            "without API keys the HTTP door must not be reachable from other machines",
+            "name an api_keys_file, or use 127.0.0.1",
         )
     listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -72,6 +73,8 @@ async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, g
         log_config=None,
         access_log=False,
         server_header=False,
+        # A proxy on this host says whose request it brings; nobody else is believed.
+        forwarded_allow_ips="127.0.0.1,::1",
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(grace_s)),
         backlog=BACKLOG,

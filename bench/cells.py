@@ -1,0 +1,60 @@
+"""What rendering a chat in a confined process adds to a request: ``python -m bench.cells [--count 2000]``.
+
+Prints the median and the 99th percentile of one render, here and in a cell, and the router's own CPU for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+from orchestrator.router.cell import Render
+from orchestrator.router.cells import Cells
+from orchestrator.router.message import Message
+from orchestrator.router.template import TemplateSource
+from tests.tiny import CHAT_TEMPLATE, SPECIALS
+
+
+async def measure(title: str, count: int, render: Callable[[], Awaitable[object]]) -> None:
+    times = []
+    await render()
+    cpu = time.process_time()
+    for _ in range(count):
+        started = time.perf_counter()
+        await render()
+        times.append((time.perf_counter() - started) * 1e6)
+    cpu = (time.process_time() - cpu) / count * 1e6
+    p99 = statistics.quantiles(times, n=100)[98]
+    print(f"{title}: p50 {statistics.median(times):.0f} us, p99 {p99:.0f} us, router CPU {cpu:.0f} us")
+
+
+async def run(count: int) -> None:
+    source = TemplateSource(source=CHAT_TEMPLATE, specials=SPECIALS, tokens={})
+    template, cells = source.compile(), Cells({"m": source})
+    for turns, words in ((1, 20), (20, 200)):
+        job = Render(model="m", messages=[Message(role="user", content="word " * words)] * turns)
+
+        async def here(job: Render = job) -> object:
+            return template.render(job.messages)
+
+        async def there(job: Render = job) -> object:
+            return await cells.render(job)
+
+        shape = f"{turns} messages of {words} words"
+        await measure(f"{shape}, here", count, here)
+        await measure(f"{shape}, in a cell", count, there)
+    cells.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", type=int, default=2000)
+    uvloop.run(run(parser.parse_args().count))
+
+
+if __name__ == "__main__":
+    main()

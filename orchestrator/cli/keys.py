@@ -1,0 +1,133 @@
+"""`trireme keys`: who may use a deployment. API keys for the HTTP door, CURVE key pairs for RPC over tcp, and what key files there are.
+
+Owns only words and tables. A key is shown once, when it is made, on stdout alone; nothing else here prints a secret.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.console import Console, age, table
+from orchestrator.cli.operating import DEFAULT_RUN_DIR, RunDir
+
+if TYPE_CHECKING:
+    from orchestrator.keys import ApiKeyRing
+
+API_KEYS = "api.json"
+
+keys = typer.Typer(name="keys", help="Who may use a deployment.", no_args_is_help=True)
+api = typer.Typer(name="api", help="API keys of the HTTP door.", no_args_is_help=True)
+
+Deployment = Annotated[str, typer.Option("--name", help="Which deployment; it need not run.")]
+File = Annotated[Path | None, typer.Option("--file", help="The API-keys file; api.json among the deployment's keys when not given.")]
+Models = Annotated[list[str] | None, typer.Option("--models", help="A model that it may use; give it again for more. All when not given.")]
+Tenant = Annotated[str, typer.Argument(help="The tenant: keys of one tenant share its prefix cache.")]
+
+
+def folder(name: str, run_dir: str) -> Path:
+    return Path(run_dir).expanduser().absolute() / name / "keys"
+
+
+def ring(file: Path | None, name: str, run_dir: str) -> ApiKeyRing:
+    from orchestrator.keys import ApiKeyRing
+
+    return ApiKeyRing((file or folder(name, run_dir) / API_KEYS).expanduser().absolute())
+
+
+def listed(models: list[str] | None) -> list[str]:
+    """Names, however they were given: one a flag, or with commas between."""
+    return [name for part in models or () for name in part.split(",") if name]
+
+
+@api.command("add")
+def api_add(
+    context: typer.Context,
+    tenant: Tenant,
+    models: Models = None,
+    file: File = None,
+    name: Deployment = "local",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Make an API key and print it, this once: only its hash is kept."""
+    console: Console = context.obj
+    found = ring(file, name, run_dir)
+    console.out(found.add(tenant, listed(models)))
+    console.say(f"its hash is in {found.path}; routers read that file when http.api_keys_file names it")
+
+
+@api.command("list")
+def api_list(context: typer.Context, file: File = None, name: Deployment = "local", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Show the keys that are in force, without their secrets."""
+    rows = ring(file, name, run_dir).rows()
+    now = time.time()
+    lines = [[row.id, row.tenant, ",".join(row.models) if row.models is not None else "all", age(now - row.created)] for row in rows]
+    context.obj.out(table(["ID", "TENANT", "MODELS", "AGE"], lines))
+
+
+@api.command("revoke")
+def api_revoke(
+    context: typer.Context,
+    which: Annotated[str, typer.Argument(help="A key's id, or a tenant: all its keys.")],
+    file: File = None,
+    name: Deployment = "local",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Have keys refused from now on; routers follow within two seconds."""
+    gone = ring(file, name, run_dir).revoke(which)
+    context.obj.say(f"revoked: {', '.join(f'{row.id} ({row.tenant})' for row in gone)}")
+
+
+@keys.command("client")
+def client(
+    context: typer.Context,
+    tenant: Annotated[str, typer.Argument(metavar="NAME", help="The client, which is its own tenant.")],
+    models: Models = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Take it off the list and remove its key pair.")] = False,
+    name: Deployment = "local",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Make a CURVE key pair for an RPC client over tcp and allow it; prints the file to give to it."""
+    from orchestrator.keys import KeyRing
+
+    console: Console = context.obj
+    found = KeyRing(folder(name, run_dir))
+    if revoke:
+        found.remove_client(tenant)
+        console.say(f"the client {tenant} is no longer allowed")
+        return
+    console.out(str(found.admit_client(tenant, listed(models))))
+    console.say(f"the routers' public key: {found.pair('router', 'all').public}")
+
+
+@keys.command("show")
+def show(context: typer.Context, name: Deployment = "local", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """List the deployment's key files: what each is for and its mode. Exit code 3 when one can be read by others."""
+    from orchestrator.router.admit import parse_grants
+    from workers.errors import ConfigError, NotFound
+
+    home = folder(name, run_dir)
+    if not home.is_dir():
+        raise NotFound(f"there are no keys of {name}", f"{home} does not exist", "trireme up makes them")
+    modes = {path: path.stat().st_mode & 0o777 for path in sorted(home.iterdir()) if path.is_file()}
+    grants = parse_grants((home / "allowed.json").read_bytes()) if home / "allowed.json" in modes else {}
+    limits = {grant.name: ",".join(grant.models) for grant in grants.values() if grant.role == "client" and grant.models is not None}
+    rows = []
+    for path, mode in modes.items():
+        role, _, owner = path.stem.partition("-")
+        use = {"salt": "prefix-cache salt", "allowed": "public keys and roles", "api": "hashes of API keys"}.get(
+            role, f"key pair of {role} {owner}"
+        )
+        rows.append([path.name, f"{mode:04o}", use, limits.get(owner, "all") if role == "client" else "-"])
+    context.obj.out(table(["FILE", "MODE", "WHAT", "MODELS"], rows))
+    if loose := [path for path, mode in modes.items() if mode & 0o077]:
+        raise ConfigError(f"{loose[0]} can be read by others", hint=f"chmod 600 {' '.join(map(str, loose))}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    keys.add_typer(api)
+    app.add_typer(keys)

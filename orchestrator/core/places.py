@@ -1,0 +1,153 @@
+"""What becomes of a row: into a replica, back into its line, or over; and what replicas and doors are told of it.
+
+Owns the actions not yet taken by the shell and the times at which something may be late. Moves rows on the
+:class:`~orchestrator.core.board.Board`; never judges a replica or a message, :mod:`orchestrator.core.route` does that.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from orchestrator.core.board import Board
+from orchestrator.core.choice import Chooser
+from orchestrator.core.fleet import Fleet, Replica
+from orchestrator.core.request import ATTEMPTS_PER_ASK, Action, Errored, Finished, Request, Row, Send
+from orchestrator.spec import AdmissionSpec
+from workers.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
+from workers.wire import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage
+
+
+class Places:
+    """``boot``: the router's nonce, in every message. ``accept_s``: a Submit or Attach without an answer for so long was lost."""
+
+    def __init__(self, boot: str, board: Board, chooser: Chooser, fleet: Fleet, admission: AdmissionSpec, accept_s: float) -> None:
+        self._boot, self._board, self._chooser, self._fleet, self._admission = boot, board, chooser, fleet, admission
+        self._accept_s = accept_s
+        self.actions: list[Action] = []
+        #: No request's deadline, and no answer that a replica owes, falls due before these: most ticks look at no row at all.
+        self._next_deadline = self._next_answer = inf
+
+    def send(self, replica: Replica, message: Submit | Attach | Cancel | Credit | Bye) -> None:
+        self.actions.append(Send(replica.peer, message))
+
+    def admit(self, request: Request) -> None:
+        """Its rows wait in their line from now on."""
+        self._board.requests[request.id] = request
+        self._next_deadline = min(self._next_deadline, request.deadline)
+        for row in request.rows:
+            self._board.lines[request.model].push(row)
+
+    def fill(self, model: str, now: float) -> None:
+        """Rows of the line to replicas, as many as there is room for."""
+        line = self._board.lines[model]
+        while (row := line.first()) is not None:
+            if len(row.emitted) >= row.params.max_tokens:
+                # All its tokens are here, only its Done was lost.
+                usage = Usage(prompt_tokens=len(row.request.ask.prompt_ids), output_tokens=len(row.emitted))
+                self.finish(row, "length", usage, None)
+                continue
+            replica = self._chooser.choose(row, self._fleet.serving(model))
+            if replica is None:
+                return
+            self._submit(replica, row, now)
+
+    def _submit(self, replica: Replica, row: Row, now: float) -> None:
+        ask = row.request.ask
+        row.attempts += 1
+        row.attempt = ask.attempt * ATTEMPTS_PER_ASK + row.attempts
+        tokens = self._chooser.placed(row, replica, alone=len(self._fleet.replicas) == 1)
+        self._board.place(row, replica, tokens, now)
+        self._next_answer = min(self._next_answer, now + self._accept_s)
+        left = row.request.deadline - now
+        self.send(
+            replica,
+            Submit(
+                boot=self._boot, stream=row.stream, attempt=row.attempt, client=ask.client, request=_row_name(row), model=row.request.model,
+                prompt_ids=ask.prompt_ids, params=row.params, emitted=list(row.emitted), salt=ask.salt, credit=row.credit,
+                deadline_ms=max(1, int(left * 1000)) if left < inf else None,
+            ),
+        )  # fmt: skip
+
+    def attach(self, row: Row, now: float) -> None:
+        """Ask its replica for everything beyond the tokens that are here, on another stream."""
+        self._board.restream(row, now)
+        self._next_answer = min(self._next_answer, now + self._accept_s)
+        replica, ask = row.replica, row.request.ask
+        assert replica is not None
+        self._board.counts["attached"] += 1
+        self.send(
+            replica,
+            Attach(
+                boot=self._boot, stream=row.stream, attempt=row.attempt, client=ask.client, request=_row_name(row), have=len(row.emitted),
+                credit=row.credit,
+            ),
+        )  # fmt: skip
+
+    def put_back(self, row: Row, now: float, *, cancel: bool) -> None:
+        """To the front of the queue, to go on elsewhere from the tokens that are here. ``cancel``: tell the replica to drop it."""
+        self._release(row, cancel=cancel)
+        self._board.requeue(row, now)
+        self._board.counts["resubmitted"] += 1
+
+    def abandon(self, row: Row) -> None:
+        """Nobody waits for it any more; its door knows."""
+        if row.phase != "ended":
+            self._release(row, cancel=True)
+            self._board.end(row, "cancelled")
+
+    def finish(self, row: Row, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
+        """Its replica has ended it."""
+        self._release(row, cancel=False)
+        self._board.end(row, "finished")
+        self.actions.append(Finished(row.request.id, row.choice, reason, usage, stop_id))
+
+    def fail(self, row: Row, error: TriremeError, *, cancel: bool = True) -> None:
+        self._release(row, cancel=cancel)
+        self._board.end(row, "failed")
+        self.actions.append(Errored(row.request.id, row.choice, error))
+
+    def _release(self, row: Row, *, cancel: bool) -> None:
+        replica = self._board.release(row)
+        if replica is not None and cancel:
+            self.send(replica, Cancel(boot=self._boot, stream=row.stream, attempt=row.attempt))
+
+    # --- time
+
+    def expire(self, now: float) -> None:
+        """End what is past its deadline, place again what no replica answered, and see to the lines."""
+        if now >= self._next_deadline:
+            for request in [request for request in self._board.requests.values() if now >= request.deadline]:
+                self._expire(request)
+            self._next_deadline = min((request.deadline for request in self._board.requests.values()), default=inf)
+        if now >= self._next_answer:
+            sent = [row for row in self._board.streams.values() if row.phase == "sent"]
+            for row in sent:
+                if now >= row.sent_at + self._accept_s:
+                    self.put_back(row, now, cancel=True)
+            self._next_answer = min((row.sent_at + self._accept_s for row in sent if row.phase == "sent"), default=inf)
+        for model, line in self._board.lines.items():
+            self.fill(model, now)
+            if line and self._admission.queue_timeout_s:
+                self._expire_line(model, now)
+
+    def _expire(self, request: Request) -> None:
+        limit = request.deadline - request.arrived
+        for row in request.rows:
+            if row.phase != "ended":
+                self.fail(row, DeadlineExceeded(f"the request was not done within its {limit:.1f} s", f"it was {row.phase}"))
+
+    def _expire_line(self, model: str, now: float) -> None:
+        limit = self._admission.queue_timeout_s
+        line = self._board.lines[model]
+        for row in line.since(now - limit):
+            waited = f"the request waited {limit:.0f} s for a replica of {model!r}"
+            retry = self._chooser.retry_after(model, len(line), now)
+            if any(replica.state == "ready" for replica in self._fleet.serving(model)):
+                self.fail(row, Overloaded(waited, "all are busy", "retry later", retry_after=retry))
+            else:
+                self.fail(row, Unavailable(waited, "none is ready", "retry later, or see `trireme status`", retry_after=retry))
+
+
+def _row_name(row: Row) -> str:
+    """A choice's lasting name at leaders: unambiguous, for the part after the last slash is always the choice."""
+    return f"{row.request.ask.request}/{row.choice}"

@@ -1,0 +1,112 @@
+"""Who asks, and what that one may ask for: API keys of HTTP clients, tenants, and the salt that keeps their prefixes apart.
+
+Owns the table of API keys in force, which holds hashes only. Never reads files (its caller does, and replaces the table when the file
+changes), and never keeps, logs or returns a key that a client sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable
+
+import msgspec
+
+from workers.errors import ConfigError
+
+_PREFIX = "trireme-"
+_ID_BYTES, _SECRET_BYTES, _SALT_BYTES = 6, 32, 16
+
+
+class Tenant(msgspec.Struct, frozen=True):
+    """Whose request it is. ``models``: names or aliases that it may use and see; None = all, and the state of the whole deployment."""
+
+    name: str = ""
+    models: tuple[str, ...] | None = None
+
+    def may_use(self, names: Iterable[str]) -> bool:
+        """Whether a model of these names is among those allowed."""
+        return self.models is None or any(name in self.models for name in names)
+
+
+#: Where there are no keys, everyone is one tenant that may use all.
+EVERYONE = Tenant()
+
+
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is kept of a key. ``hash``: SHA-256 over ``salt`` and the whole key, both in hex; ``id`` is a part of the key that is no secret.
+
+    A key has 256 random bits, so nothing slower than SHA-256 is needed to keep it from being guessed.
+    """
+
+    id: str
+    tenant: str
+    salt: str
+    hash: str
+    models: tuple[str, ...] | None = None
+    created: int = 0
+
+
+class ApiKeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of an API-keys file (JSON)."""
+
+    keys: tuple[ApiKey, ...] = ()
+
+
+def mint(tenant: str, models: tuple[str, ...] | None, created: int) -> tuple[str, ApiKey]:
+    """(a new key, what to keep of it)."""
+    id = secrets.token_hex(_ID_BYTES)
+    key = f"{_PREFIX}{id}-{secrets.token_hex(_SECRET_BYTES)}"
+    salt = secrets.token_hex(_SALT_BYTES)
+    return key, ApiKey(id=id, tenant=tenant, salt=salt, hash=_hash(salt, key), models=models, created=created)
+
+
+def parse_api_keys(data: bytes) -> tuple[ApiKey, ...]:
+    """Decode an API-keys file. Raises ConfigError, which never quotes the file."""
+    try:
+        return msgspec.json.decode(data, type=ApiKeyFile).keys
+    except msgspec.DecodeError:
+        raise ConfigError("the API-keys file cannot be read", "it is not what `trireme keys api` writes") from None
+
+
+def _hash(salt: str, key: str) -> str:
+    return hashlib.sha256(f"{salt}{key}".encode()).hexdigest()
+
+
+class ApiKeys:
+    """The table in force."""
+
+    #: Stands in for a key that is not there, so that an unknown id takes as long as a wrong secret.
+    _NOBODY = ApiKey(id="", tenant="", salt="0" * 2 * _SALT_BYTES, hash="0" * 64)
+
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self.replace(keys)
+
+    def replace(self, keys: Iterable[ApiKey]) -> None:
+        self._keys = {key.id: key for key in keys}
+
+    def tenant(self, authorization: str) -> Tenant | None:
+        """The tenant of a request with this ``Authorization`` header ("" = none); None unless it is ``Bearer`` and a key in force."""
+        scheme, _, given = authorization.partition(" ")
+        given = given.strip()
+        id = given.removeprefix(_PREFIX).partition("-")[0]
+        known = self._keys.get(id, self._NOBODY)
+        right = hmac.compare_digest(_hash(known.salt, given), known.hash)
+        if not right or known is self._NOBODY or scheme.lower() != "bearer":
+            return None
+        return Tenant(known.tenant, known.models)
+
+
+class Salting:
+    """Makes the salt of the prefix cache: HMAC over tenant and the client's own salt with the deployment's key, the same at every router.
+
+    Replicas and the routing core know a prefix by this alone, so nobody finds, or counts as cached, what another tenant computed.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def of(self, tenant: str, given: str) -> str:
+        # The length in front keeps ("a", "bc") and ("ab", "c") apart.
+        return hmac.digest(self._key, f"{len(tenant)}:{tenant}{given}".encode(), "sha256")[:16].hex()

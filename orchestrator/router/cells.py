@@ -1,0 +1,201 @@
+"""The router's side of its cells: hands jobs to confined processes, and kills and replaces one that passes its time.
+
+Owns the processes. A job that outlasts :data:`LIMIT_S` costs its own request and one process, never the event loop, and the next job goes
+to another cell. Must be used from one event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import msgspec
+
+from orchestrator.router.cell import HEADER_BYTES, Answer, Job, Refused, Render, Rendered, Setup, Sound, Try
+from orchestrator.router.template import MAX_RENDERED, Piece, TemplateSource
+from workers.errors import Overloaded, Rejected
+from workers.wire import GuideSpec
+
+#: Seconds that one job may take, may wait for a free cell, and that a new process may take to be ready.
+LIMIT_S, WAIT_S, START_S = 2.0, 5.0, 30.0
+#: Seconds before the next try when a process did not start.
+RETRY_S = 1.0
+#: Longest answer: a prompt of the most characters, four bytes each, and as much again for the pieces around it.
+MAX_ANSWER = 8 * MAX_RENDERED
+
+log = logging.getLogger("trireme.cells")
+
+
+class _Gone(Exception):
+    """The process ended, or said what it never may."""
+
+
+class _Process:
+    """One cell and the socket to it."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "orchestrator.router.cell"]
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        with theirs:
+            self._popen = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    async def ask(self, frame: bytes) -> Answer:
+        """Raises :class:`_Gone`."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.sock_sendall(self._socket, len(frame).to_bytes(HEADER_BYTES, "little") + frame)
+            size = int.from_bytes(await self._read(HEADER_BYTES), "little")
+            if size > MAX_ANSWER:
+                raise _Gone
+            answer: Answer = msgspec.msgpack.decode(await self._read(size), type=Answer)
+            return answer
+        except (OSError, msgspec.DecodeError):
+            raise _Gone from None
+
+    async def _read(self, count: int) -> bytes:
+        loop, data, at = asyncio.get_running_loop(), bytearray(count), 0
+        while at < count:
+            got = await loop.sock_recv_into(self._socket, memoryview(data)[at:])
+            if not got:
+                raise _Gone
+            at += got
+        return bytes(data)
+
+    def kill(self) -> None:
+        self._socket.close()
+        self._popen.kill()
+
+    def reap(self) -> None:
+        """Wait for a killed process: what it held in memory takes the kernel a moment."""
+        self._popen.wait(5.0)
+
+
+class Cells:
+    """``count`` processes that know ``templates`` (by model name). ``start`` is implied by the first job."""
+
+    def __init__(self, templates: Mapping[str, TemplateSource], *, count: int = 2, limit_s: float = LIMIT_S) -> None:
+        self._setup = msgspec.msgpack.encode(Setup(templates=dict(templates)))
+        self._count, self._limit_s = count, limit_s
+        self._living: set[_Process] = set()
+        self._free: asyncio.Queue[_Process] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None] | asyncio.Future[None]] = set()
+        self._started = self._closed = False
+        #: Processes that were killed, or died, over a job.
+        self.lost = 0
+
+    def start(self) -> None:
+        if not self._started:
+            self._started = True
+            for _ in range(self._count):
+                self._keep(asyncio.get_running_loop().create_task(self._supply()))
+
+    def close(self) -> None:
+        self._closed = True
+        for task in self._tasks:
+            if not task.get_loop().is_closed():
+                task.cancel()
+        for process in self._living:
+            process.kill()
+            process.reap()
+        self._living.clear()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._living]
+
+    async def render(self, job: Render) -> list[Piece]:
+        """The prompt as pieces. Raises Rejected (also for what takes too long) and Overloaded."""
+        answer = await self._ask(job, "messages", "invalid_request", "the chat template")
+        assert isinstance(answer, Rendered)
+        return answer.pieces
+
+    async def check(self, guide: GuideSpec) -> None:
+        """Raises Rejected (``invalid_schema``) for a grammar that does not compile, or not in time, and Overloaded."""
+        if guide.kind != "json":
+            await self._ask(Try(guide=guide), "response_format", "invalid_schema", "the grammar")
+
+    async def _ask(self, job: Job, param: str, code: str, subject: str) -> Answer:
+        try:
+            frame = msgspec.msgpack.encode(job)
+        except (OverflowError, ValueError) as error:
+            raise Rejected(f"{param}: {str(error)[:120]}", param=param) from None
+        # A process may have died before the job came to it; one that dies of the job would take the next one too.
+        for _ in range(2):
+            try:
+                answer = await self._try(frame)
+            except TimeoutError:
+                raise Rejected(f"{param}: {subject} took longer than {self._limit_s:g} s", code=code, param=param) from None
+            except _Gone:
+                continue
+            if isinstance(answer, Refused):
+                raise Rejected(answer.what, answer.why, code=answer.code, param=answer.param or param)
+            return answer
+        raise Rejected(f"{param}: {subject} ended the process that worked on it", code=code, param=param)
+
+    async def _try(self, frame: bytes) -> Answer:
+        """Raises TimeoutError and :class:`_Gone`; then, and when it is cancelled, the process is replaced."""
+        self.start()
+        try:
+            async with asyncio.timeout(WAIT_S):
+                process = await self._free.get()
+        except TimeoutError:
+            raise Overloaded("too many templates and grammars at a time", retry_after=1.0) from None
+        sound = False
+        try:
+            async with asyncio.timeout(self._limit_s):
+                answer = await process.ask(frame)
+            sound = True
+        finally:
+            if sound:
+                self._free.put_nowait(process)
+            else:
+                self.lost += 1
+                log.warning("process %d for templates and grammars was lost over a job (%d so far)", process.pid, self.lost)
+                self._replace(process)
+        return answer
+
+    def _replace(self, process: _Process) -> None:
+        self._discard(process)
+        if not self._closed:
+            self._keep(asyncio.get_running_loop().create_task(self._supply()))
+
+    def _discard(self, process: _Process) -> None:
+        if process in self._living:
+            self._living.remove(process)
+            process.kill()
+            self._keep(asyncio.get_running_loop().run_in_executor(None, process.reap))
+
+    async def _supply(self) -> None:
+        """Bring one process up, however often that takes."""
+        while not self._closed:
+            try:
+                process = _Process()
+            except OSError as error:
+                log.error("no process for templates could be started: %s", error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._living.add(process)
+            try:
+                async with asyncio.timeout(START_S):
+                    answer = await process.ask(self._setup)
+            except (TimeoutError, _Gone):
+                log.error("a process for templates did not start")
+                self._discard(process)
+                await asyncio.sleep(RETRY_S)
+                continue
+            assert isinstance(answer, Sound)
+            self._free.put_nowait(process)
+            return
+
+    def _keep(self, task: asyncio.Task[None] | asyncio.Future[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,57 @@
+"""Who gets past the HTTP door: an API key before anything else is looked at.
+
+Owns the list of what is open to all. It stands before the routes, so that a stranger cannot even tell which paths exist.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from orchestrator.router.auth import EVERYONE, ApiKeys, Tenant
+from workers.errors import Unauthorized
+
+#: Probes: they say that this process lives, and nothing else.
+OPEN = frozenset(("/health", "/ready", "/ping"))
+#: Open to this host.
+LOCAL = "/metrics"
+_TENANT = "trireme.tenant"
+
+
+class Guard:
+    """ASGI middleware. ``refuse`` makes the answer to a request without a good key: always the same one."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, refuse: Callable[[Request, Exception], Awaitable[Response]]) -> None:
+        self._app, self._keys, self._refuse = app, keys, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path in OPEN or (path == LOCAL and _is_local(scope)):
+            await self._app(scope, receive, send)
+            return
+        sent = [value for name, value in scope["headers"] if name == b"authorization"]
+        tenant = self._keys.tenant(sent[0].decode("latin-1")) if len(sent) == 1 else None
+        if tenant is None:
+            error = Unauthorized("no valid API key", hint="send Authorization: Bearer KEY")
+            await (await self._refuse(Request(scope), error))(scope, receive, send)
+            return
+        scope.setdefault("state", {})[_TENANT] = tenant
+        await self._app(scope, receive, send)
+
+
+def tenant_of(http: Request) -> Tenant:
+    """Whose request it is, as the guard found."""
+    tenant: Tenant = http.scope.get("state", {}).get(_TENANT, EVERYONE)
+    return tenant
+
+
+def _is_local(scope: Scope) -> bool:
+    client = scope.get("client")
+    try:
+        return client is not None and ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,73 @@
+"""`trireme keys` as a terminal has it, and that a deployment beyond this host needs what it makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.main import run
+from orchestrator.config import load
+from orchestrator.deployment import Deployment, Notice
+from orchestrator.keys import ApiKeyRing, KeyRing
+from workers.errors import ConfigError
+
+Capture = pytest.CaptureFixture[str]
+MODELS = {"models": [{"name": "m"}]}
+
+
+def keys(capsys: Capture, run_dir: Path, *line: str) -> tuple[int, str, str]:
+    code = run(["keys", *line, "--run-dir", str(run_dir)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_an_api_key_is_shown_once(tmp_path: Path, capsys: Capture) -> None:
+    code, key, said = keys(capsys, tmp_path, "api", "add", "alice", "--models", "a,b", "--models", "c")
+    assert code == 0 and key.startswith("trireme-") and key.count("\n") == 1 and key.strip() not in said
+    file = tmp_path / "local" / "keys" / "api.json"
+    row = ApiKeyRing(file).rows()[0]
+    assert str(file) in said and row.models == ("a", "b", "c")
+    code, shown, _ = keys(capsys, tmp_path, "api", "list")
+    assert code == 0 and shown.split()[4:7] == [row.id, "alice", "a,b,c"]
+    assert keys(capsys, tmp_path, "api", "revoke", row.id)[0] == 0
+    assert keys(capsys, tmp_path, "api", "revoke", row.id)[0] == 2
+    other = tmp_path / "other.json"
+    assert keys(capsys, tmp_path, "api", "add", "bob", "--file", str(other))[0] == 0
+    assert [row.tenant for row in ApiKeyRing(other).rows()] == ["bob"] and not ApiKeyRing(file).rows()
+
+
+def test_clients_and_the_list_of_files(tmp_path: Path, capsys: Capture) -> None:
+    assert keys(capsys, tmp_path, "show")[0] == 2
+    code, file, said = keys(capsys, tmp_path, "client", "inside", "--models", "m")
+    ring = KeyRing(tmp_path / "local" / "keys")
+    assert code == 0 and Path(file.strip()) == ring.path("client", "inside")
+    assert ring.pair("router", "all").public in said and ring.pair("client", "inside").secret not in file + said
+    code, shown, _ = keys(capsys, tmp_path, "show")
+    assert (
+        code == 0 and "client-inside.json   0600   key pair of client inside" in shown and ring.pair("client", "inside").secret not in shown
+    )
+    ring.salt_file.chmod(0o640)
+    code, shown, said = keys(capsys, tmp_path, "show")
+    assert code == ConfigError.exit_code and "0640" in shown and "chmod 600" in said
+    ring.salt_file.chmod(0o600)
+    assert keys(capsys, tmp_path, "client", "inside", "--revoke")[0] == 0 and not Path(file.strip()).exists()
+
+
+def test_other_hosts_need_keys_or_one_explicit_word(tmp_path: Path) -> None:
+    outside = {"host": "0.0.0.0"}
+    with pytest.raises(ConfigError) as caught:
+        load(MODELS, flags=outside)
+    assert "http.host" in caught.value.what and "keys api add" in caught.value.hint
+    load(MODELS, flags=outside, env={"TRIREME_INSECURE_HTTP_WITHOUT_KEYS": "true"})
+    notices: list[Notice] = []
+    open_to_all = load(MODELS, flags=outside | {"insecure_http_without_keys": True, "run_dir": str(tmp_path)}).config
+    for _ in range(2):
+        Deployment(open_to_all, notify=notices.append)._check_api_keys()
+    assert [notice.kind for notice in notices] == ["warning", "warning"]
+    keyed = load(MODELS, flags=outside | {"api_keys_file": str(tmp_path / "none.json")}).config
+    with pytest.raises(ConfigError, match=r"cannot read the key file .*none\.json"):
+        Deployment(keyed, notify=notices.append)._check_api_keys()
+    ApiKeyRing(tmp_path / "none.json").add("alice", [])
+    Deployment(keyed, notify=notices.append)._check_api_keys()
+    assert len(notices) == 2
