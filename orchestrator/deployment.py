@@ -234,28 +234,22 @@ class Deployment:
             self._announce()
             time.sleep(TICK_S)
 
-    def _judge(self, status: Status) -> None:
-        """Until the first READY: what failed for good is not waited for. Nothing else to come means to end, or to serve with the rest."""
+    def _judge(self, status: Status) -> bool:
+        """Until the first READY: what failed for good is not waited for. Whether to serve with the rest; raises where there is none."""
         assert self._controls is not None
         states = [row.state for model in status.models for row in model.rows]
         failed = [view for view in self._controls.views() if view.phase == "failed"]
         if not failed or not set(states) <= {"READY", "FAILED"}:
-            return
+            return False
         if "READY" not in states:
             first = failed[0]
             kind = {ConfigError.exit_code: ConfigError, EnvironmentFault.exit_code: EnvironmentFault}.get(first.exit_code, ReplicaLost)
             raise kind(f"replica {first.name} cannot start", first.cause, first.hint or f"its logs: {self._home / 'replicas' / first.name}")
-        if self._routers is not None and self._routers.ready():
-            self._tell_ready(status)
-
-    def _tell_ready(self, status: Status) -> None:
-        self._was_ready = True
-        self._notify(Notice(kind="ready", subject=status.name, text=status.url, seconds=status.age_s))
+        return self._routers is not None and self._routers.ready()
 
     def _announce(self) -> None:
         status = self.status()
-        if not self._was_ready:
-            self._judge(status)
+        begins = not self._was_ready and (self._judge(status) or status.state == "READY")
         for row in (row for model in status.models for row in model.rows):
             key = (row.name, row.epoch, row.state)
             if key in self._announced:
@@ -267,8 +261,9 @@ class Deployment:
                 self._notify(Notice(kind="replica", subject=row.name, text=text, seconds=seconds, capacity=row.capacity))
             elif row.cause and row.state in ("BACKOFF", "FAILED", "PLACING"):
                 self._notify(Notice(kind="warning", subject=row.name, text=f"{row.state}: {row.cause}"))
-        if status.state == "READY" and not self._was_ready:
-            self._tell_ready(status)
+        if begins:
+            self._was_ready = True
+            self._notify(Notice(kind="ready", subject=status.name, text=status.url, seconds=status.age_s))
 
     def _end(self) -> list[int]:
         """Routers finish first, then gangs drain; what is left is killed. Returns pids that would not die."""
