@@ -84,8 +84,8 @@ class RankWatch:
 
     def cause(self) -> str:
         """``rank 1 (pid 4711) was killed by SIGKILL``; empty while all live."""
-        # Ranks that fell to SIGKILL beside one that did not were cleaned up after it.
-        told = [death for death in self.deaths if death[2] != signal.SIGKILL] or self.deaths
+        # Seen dead at once, nobody knows the order: only a signal that no clean-up sends tells who was first, else all are named.
+        told = [death for death in self.deaths if death[2] not in (None, signal.SIGKILL)] or self.deaths
         return "; ".join(self._tell(*death) for death in told[:3])
 
     @staticmethod
