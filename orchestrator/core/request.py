@@ -55,7 +55,10 @@ class Asked(Protocol):
 
 
 class Row:
-    """One choice of a request. ``emitted`` includes what the client held at the start (``base`` tokens); ``granted`` counts beyond it."""
+    """One choice of a request. ``emitted`` includes what the client held at the start (``base`` tokens); ``granted`` counts beyond it.
+
+    ``emitted`` is the ask's own list where it has one: its door reads the record there, and a token is written once.
+    """
 
     __slots__ = (
         "attempt", "attempts", "base", "choice", "deaths", "emitted", "granted", "id", "params", "phase", "queued_at", "replica",
@@ -153,14 +156,14 @@ class Send(msgspec.Struct, frozen=True, gc=False):
     message: ToReplica
 
 
-class Deliver(msgspec.Struct, frozen=True, gc=False):
-    """Tokens for a choice, in order, without gap or repeat: ``first`` continues the last delivery."""
+#: (request, choice, first, tokens, logprobs): tokens for a choice, in order, without gap or repeat: ``first`` continues the last delivery.
+Delivery: TypeAlias = tuple[int, int, int, list[int], list[Logprobs] | None]
 
-    request: int
-    choice: int
-    first: int
-    tokens: list[int]
-    logprobs: list[Logprobs] | None
+
+class Deliver(msgspec.Struct, frozen=True, gc=False):
+    """All that one message of a replica brought: one action a step, and a tuple a row, since this is what a token pays for."""
+
+    rows: list[Delivery]
 
 
 class Scored(msgspec.Struct, frozen=True, gc=False):

@@ -20,7 +20,7 @@ from orchestrator.core.board import Board
 from orchestrator.core.choice import Chooser
 from orchestrator.core.fleet import Fleet, Refused, Replica
 from orchestrator.core.places import Places
-from orchestrator.core.request import Action, Asked, Deliver, Request, Row, Scored, Send
+from orchestrator.core.request import Action, Asked, Deliver, Delivery, Request, Row, Scored, Send
 from orchestrator.spec import AdmissionSpec
 from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
 from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Credit, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
@@ -71,7 +71,7 @@ class Route:
         request = Request(self._board.next(), ask, model, now, now + min(limit, ask.deadline_s if ask.deadline_s is not None else inf))
         for choice in range(ask.n):
             params = ask.params if choice == 0 else msgspec.structs.replace(ask.params, seed=(ask.params.seed + choice) % 2**63)
-            row = Row(request, self._board.next(), choice, params, list(ask.emitted[choice]) if choice < len(ask.emitted) else [])
+            row = Row(request, self._board.next(), choice, params, ask.emitted[choice] if choice < len(ask.emitted) else [])
             request.rows.append(row)
             request.live += 1
         self._places.admit(request)
@@ -268,8 +268,9 @@ class Route:
             if row is not None and row.replica is replica and not row.scored:
                 row.scored = True
                 self._places.actions.append(Scored(row.request.id, row.choice, prompt))
-        streams, actions, logprobs = self._board.streams, self._places.actions, message.logprobs
+        streams, logprobs = self._board.streams, message.logprobs
         attempts, firsts = message.attempts, message.firsts
+        rows: list[Delivery] = []
         for i, (stream, tokens) in enumerate(zip(message.streams, message.tokens, strict=True)):
             row = streams.get(stream)
             if row is None or row.attempt != attempts[i] or row.replica is not replica:
@@ -289,7 +290,9 @@ class Route:
                 tokens, scores = tokens[skip:], scores and scores[skip:]
             if tokens:
                 emitted += tokens
-                actions.append(Deliver(row.request.id, row.choice, have, tokens, scores))
+                rows.append((row.request.id, row.choice, have, tokens, scores))
+        if rows:
+            self._places.actions.append(Deliver(rows))
 
     def _stale(self, replica: Replica, stream: int, tokens: int, row: Row | None) -> None:
         """Tokens of a placement that is over: its Cancel was lost, or is on its way."""

@@ -21,13 +21,15 @@ Name: TypeAlias = tuple[str, str]
 
 
 class Outgoing:
-    """What one client gets next: tokens of all its streams in one message, then the terminal messages behind them."""
+    """What one client gets next: tokens of all its streams in one message, then the terminal messages behind them. ``wake`` is told when
+    there is something again."""
 
-    __slots__ = ("_prompts", "_rows", "_scored", "_spoken", "others")
+    __slots__ = ("_others", "_prompts", "_rows", "_scored", "_spoken", "_waits", "_wake", "peer")
 
-    def __init__(self) -> None:
+    def __init__(self, peer: bytes, wake: Callable[[Outgoing], None]) -> None:
+        self.peer, self._wake, self._waits = peer, wake, False
+        self._others: list[Done | Failed] = []
         self._clear()
-        self.others: list[Done | Failed] = []
 
     def _clear(self) -> None:
         #: (stream, attempt, first, tokens, choice, text, logprobs): one tuple a row now, columns at the end.
@@ -38,6 +40,8 @@ class Outgoing:
     def add(
         self, stream: int, attempt: int, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None
     ) -> None:
+        if not self._waits:
+            self._rise()
         self._rows.append((stream, attempt, first, tokens, choice, text or "", logprobs))
         if text is not None:
             self._spoken = True
@@ -45,10 +49,21 @@ class Outgoing:
             self._scored = True
 
     def add_prompt(self, stream: int, logprobs: list[Logprobs]) -> None:
+        self._rise()
         self._prompts.append((stream, logprobs))
+
+    def end(self, message: Done | Failed) -> None:
+        self._rise()
+        self._others.append(message)
+
+    def _rise(self) -> None:
+        if not self._waits:
+            self._waits = True
+            self._wake(self)
 
     def take(self, boot: str) -> list[Tokens | Done | Failed]:
         """The messages, in order; afterwards it is empty."""
+        self._waits = False
         messages: list[Tokens | Done | Failed] = []
         if self._rows or self._prompts:
             columns = [list(column) for column in zip(*self._rows, strict=True)] or [[] for _ in range(7)]
@@ -67,19 +82,19 @@ class Outgoing:
                 )
             )
             self._clear()
-        messages += self.others
-        self.others = []
+        messages += self._others
+        self._others = []
         return messages
 
 
 class _Choice:
-    """All that one choice has produced here. ``starts`` and ``texts``: where each delivery began, and its text."""
+    """All that one choice has produced. ``tokens``: what its client held at the start (``base`` of them) and all since. ``starts`` and
+    ``texts``: how many tokens were there before each delivery, and its text."""
 
     __slots__ = ("base", "end", "logprobs", "starts", "texts", "tokens")
 
-    def __init__(self, base: int) -> None:
-        self.base = base
-        self.tokens: list[int] = []
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.base = tokens, len(tokens)
         self.logprobs: list[Logprobs] = []
         self.starts: list[int] = []
         self.texts: list[str] = []
@@ -88,11 +103,16 @@ class _Choice:
 
 class Call:
     """A client's request, and what its watcher tells (a TextSink). ``stream`` and ``attempt`` are those of the client's last Generate,
-    ``peer`` where it came from. ``spoken``: the client wants text."""
+    ``out`` leads to where it came from. ``spoken``: the client wants text."""
 
-    def __init__(self, name: Name, boot: str, spoken: bool, outgoing: Callable[[bytes], Outgoing], ended: Callable[[Call], None]) -> None:
-        self.name, self._boot, self.spoken, self._outgoing, self._ended = name, boot, spoken, outgoing, ended
-        self.peer, self.client_boot, self.stream, self.attempt = b"", "", 0, 0
+    __slots__ = (
+        "_boot", "_ended", "_open", "accepted", "attempt", "cancelled", "choices", "client_boot", "lost_at", "meter", "name", "out",
+        "prompt", "spoken", "stream", "ticket",
+    )  # fmt: skip
+
+    def __init__(self, name: Name, boot: str, spoken: bool, out: Outgoing, ended: Callable[[Call], None]) -> None:
+        self.name, self._boot, self.spoken, self.out, self._ended = name, boot, spoken, out, ended
+        self.client_boot, self.stream, self.attempt = "", 0, 0
         self.accepted: Accepted | None = None
         self.ticket: Ticket | None = None
         self.meter: RequestMeter | None = None
@@ -104,10 +124,10 @@ class Call:
         #: When its client was first found gone; None = it is there.
         self.lost_at: float | None = None
 
-    def open(self, bases: list[int]) -> None:
-        """Its choices begin; ``bases``: tokens of each that the client holds already."""
-        self.choices = [_Choice(base) for base in bases]
-        self._open = len(bases)
+    def open(self, records: list[list[int]]) -> None:
+        """Its choices begin; ``records``: a list for each that holds the tokens that the client has already."""
+        self.choices = [_Choice(record) for record in records]
+        self._open = len(records)
 
     @property
     def repeatable(self) -> bool:
@@ -119,41 +139,35 @@ class Call:
         """Tokens kept."""
         return sum(len(choice.tokens) for choice in self.choices)
 
+    def _held(self, have: list[int], index: int) -> int:
+        return have[index] if index < len(have) else 0
+
     def continues(self, have: list[int]) -> bool:
         """Whether :meth:`replay` would leave no gap for a client that holds ``have`` tokens of each choice."""
         if not self.choices:
             return not any(have)
         for index, choice in enumerate(self.choices):
-            skip = (have[index] if index < len(have) else 0) - choice.base
-            if not 0 <= skip <= len(choice.tokens) or (self.spoken and skip < len(choice.tokens) and skip not in choice.starts):
+            held = self._held(have, index)
+            if not choice.base <= held <= len(choice.tokens) or (self.spoken and held < len(choice.tokens) and held not in choice.starts):
                 return False
         return True
 
-    def attach(self, peer: bytes, boot: str, stream: int, attempt: int) -> None:
+    def attach(self, out: Outgoing, boot: str, stream: int, attempt: int) -> None:
         """From now on this connection and stream get what happens."""
-        self.peer, self.client_boot, self.stream, self.attempt, self.lost_at = peer, boot, stream, attempt, None
+        self.out, self.client_boot, self.stream, self.attempt, self.lost_at = out, boot, stream, attempt, None
 
     def replay(self, have: list[int]) -> None:
         """Send again what a client that holds ``have`` tokens of each choice does not; only where that :meth:`continues`."""
-        out = self._outgoing(self.peer)
         if self.prompt is not None:
-            out.add_prompt(self.stream, self.prompt)
+            self.out.add_prompt(self.stream, self.prompt)
         for index, choice in enumerate(self.choices):
-            skip = (have[index] if index < len(have) else 0) - choice.base
-            if skip < len(choice.tokens):
-                text = "".join(text for start, text in zip(choice.starts, choice.texts, strict=True) if start >= skip)
-                scores = choice.logprobs[skip:] if choice.logprobs else None
-                self._add(index, choice.base + skip, choice.tokens[skip:], text if self.spoken else None, scores)
+            held = self._held(have, index)
+            if held < len(choice.tokens):
+                text = "".join(text for start, text in zip(choice.starts, choice.texts, strict=True) if start >= held)
+                scores = choice.logprobs[held - choice.base :] if choice.logprobs else None
+                self._add(index, held, choice.tokens[held:], text if self.spoken else None, scores)
             if choice.end is not None:
-                self._outgoing(self.peer).others.append(self._addressed(choice.end))
-
-    def on_ids(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
-        """Tokens that nobody made text of."""
-        record = self.choices[choice]
-        record.tokens += tokens
-        if logprobs is not None:
-            record.logprobs += logprobs
-        self._outgoing(self.peer).add(self.stream, self.attempt, choice, first, tokens, None, logprobs)
+                self.out.end(self._addressed(choice.end))
 
     # --- TextSink
 
@@ -169,7 +183,7 @@ class Call:
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         if self.prompt is None:
             self.prompt = logprobs
-            self._outgoing(self.peer).add_prompt(self.stream, logprobs)
+            self.out.add_prompt(self.stream, logprobs)
 
     def on_end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
         stop_id = stopped_by if isinstance(stopped_by, int) else None
@@ -193,11 +207,11 @@ class Call:
         self._finish(choice, failed)
 
     def _add(self, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None) -> None:
-        self._outgoing(self.peer).add(self.stream, self.attempt, choice, first, tokens, text, logprobs)
+        self.out.add(self.stream, self.attempt, choice, first, tokens, text, logprobs)
 
     def _finish(self, choice: int, end: Done | Failed) -> None:
         self.choices[choice].end = end
-        self._outgoing(self.peer).others.append(self._addressed(end))
+        self.out.end(self._addressed(end))
         self._open -= 1
         if not self._open:
             self._ended(self)
@@ -207,7 +221,7 @@ class Call:
 
 
 class IdsWatcher:
-    """The watcher of a call that wants ids only: counts them and passes them on."""
+    """The watcher of a call that wants ids only: counts them and passes them on. Its call's records are the dispatcher's."""
 
     __slots__ = ("_call", "_meter")
 
@@ -216,7 +230,10 @@ class IdsWatcher:
 
     def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
         self._meter.tokens(len(tokens))
-        self._call.on_ids(choice, first, tokens, logprobs)
+        call = self._call
+        if logprobs is not None:
+            call.choices[choice].logprobs += logprobs
+        call.out.add(call.stream, call.attempt, choice, first, tokens, None, logprobs)
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         self._call.on_prompt(choice, logprobs)

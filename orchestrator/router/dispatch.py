@@ -24,20 +24,22 @@ SendToReplica = Callable[[bytes, ToReplica], bool]
 
 
 class Flight:
-    """A live request's :class:`~orchestrator.router.seam.Ticket`. ``open``: choices whose watcher still expects something."""
+    """A live request's :class:`~orchestrator.router.seam.Ticket`. ``open``: bit i = the watcher still expects something for choice i."""
 
-    __slots__ = ("_dispatch", "id", "open", "watcher")
+    __slots__ = ("_dispatch", "id", "on_tokens", "open", "watcher")
 
     def __init__(self, dispatch: RouterDispatch, id: int, choices: int, watcher: Watcher) -> None:
         self._dispatch, self.id, self.watcher = dispatch, id, watcher
-        self.open = set(range(choices))
+        #: Looked up once: it is called for every token.
+        self.on_tokens = watcher.on_tokens
+        self.open = (1 << choices) - 1
 
     def cancel(self) -> None:
-        self.open.clear()
+        self.open = 0
         self._dispatch.cancel(self)
 
     def finish(self, choice: int) -> None:
-        self.open.discard(choice)
+        self.open &= ~(1 << choice)
         self._dispatch.finish(self, choice)
 
     def credit(self, tokens: int) -> None:
@@ -162,14 +164,16 @@ class RouterDispatch:
             asyncio.get_running_loop().call_soon(self.pump)
 
     def _deliver(self, action: Deliver) -> None:
-        flight = self._flights.get(action.request)
-        if flight is None or action.choice not in flight.open:
-            return
-        try:
-            flight.watcher.on_tokens(action.choice, action.first, action.tokens, action.logprobs)
-        except Exception as error:
-            # The edge of a request: whatever its door did wrong ends this request only.
-            self._break(flight, error)
+        flights = self._flights
+        for request, choice, first, tokens, logprobs in action.rows:
+            flight = flights.get(request)
+            if flight is None or not flight.open >> choice & 1:
+                continue
+            try:
+                flight.on_tokens(choice, first, tokens, logprobs)
+            except Exception as error:
+                # The edge of a request: whatever its door did wrong ends this request only.
+                self._break(flight, error)
 
     def _act(self, action: Send | Scored | Finished | Errored) -> None:
         if isinstance(action, Send):
@@ -177,7 +181,7 @@ class RouterDispatch:
                 self._route.unreachable(action.peer, self._clock())
             return
         flight = self._flights.get(action.request)
-        if flight is None or action.choice not in flight.open:
+        if flight is None or not flight.open >> action.choice & 1:
             return
         try:
             self._tell(flight, action)
@@ -190,7 +194,7 @@ class RouterDispatch:
         if isinstance(action, Scored):
             watcher.on_prompt(action.choice, action.logprobs)
             return
-        flight.open.discard(action.choice)
+        flight.open &= ~(1 << action.choice)
         if not flight.open:
             self._flights.pop(flight.id, None)
         if isinstance(action, Finished):
@@ -200,7 +204,7 @@ class RouterDispatch:
 
     def _break(self, flight: Flight, error: Exception) -> None:
         log.error("request %d: its door failed", flight.id, exc_info=error)
-        choices = sorted(flight.open)
+        choices = [choice for choice in range(flight.open.bit_length()) if flight.open >> choice & 1]
         flight.cancel()
         for choice in choices:
             try:
@@ -219,6 +223,7 @@ def _describe(replica: Replica, now: float) -> dict[str, object]:
         "model": replica.model,
         "state": replica.state,
         "reason": replica.reason,
+        "quarantined": replica.quarantined,
         "epoch": replica.epoch,
         "age_s": round(now - replica.since, 3),
         "tp": capacity.tp,

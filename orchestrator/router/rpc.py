@@ -56,7 +56,8 @@ class RpcDoor:
         self._ended: OrderedDict[tuple[str, str], Call] = OrderedDict()
         self._ended_tokens = 0
         self._outgoing: dict[bytes, Outgoing] = {}
-        self._flushing = False
+        #: Those of them that hold something.
+        self._waiting: list[Outgoing] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.malformed = 0
 
@@ -108,9 +109,10 @@ class RpcDoor:
             self._discard(known)
         if len(self._live) >= MAX_CALLS:
             raise Overloaded(f"{MAX_CALLS} requests are live here", retry_after=1.0)
-        call = Call(name, self._boot, message.texts, self._outgoing_of, self._on_ended)
+        out = self._outgoing_of(peer)
+        call = Call(name, self._boot, message.texts, out, self._on_ended)
         self._live[name] = call
-        call.attach(peer, message.boot, message.stream, message.attempt)
+        call.attach(out, message.boot, message.stream, message.attempt)
         self._streams[client, message.boot, message.stream] = call
         task = asyncio.get_running_loop().create_task(self._begin(call, message))
         self._tasks.add(task)
@@ -119,7 +121,7 @@ class RpcDoor:
     def _attach(self, call: Call, peer: bytes, client: str, message: Generate, have: list[int]) -> None:
         """A repeat: the same call, from what the client says it holds (nothing, without a journal)."""
         self._streams.pop((client, call.client_boot, call.stream), None)
-        call.attach(peer, message.boot, message.stream, message.attempt)
+        call.attach(self._outgoing_of(peer), message.boot, message.stream, message.attempt)
         if call.name in self._live:
             self._streams[client, message.boot, message.stream] = call
         if call.accepted is not None:
@@ -153,24 +155,26 @@ class RpcDoor:
             raise Rejected("one prompt a request here", "a list of prompts is HTTP's", "send one request per prompt", param="prompt")
         if call.cancelled:
             return
-        ask = msgspec.structs.replace(prepared.asks[0], attempt=message.attempt)
+        ask = prepared.asks[0]
         if len(ask.emitted) not in (0, ask.n):
             raise Rejected(f"the journal holds {len(ask.emitted)} choices of {ask.n}", param="journal")
-        call.open([len(ids) for ids in ask.emitted] or [0] * ask.n)
+        ask = msgspec.structs.replace(ask, attempt=message.attempt, emitted=ask.emitted or [[] for _ in range(ask.n)])
         call.ticket = self._submit(call, ask, prepared)
         call.accepted = Accepted(
             boot=self._boot, stream=call.stream, attempt=call.attempt, seed=ask.params.seed, prompt_ids=ask.prompt_ids,
             prompt_tokens=len(ask.prompt_ids),
         )  # fmt: skip
-        self._give(call.peer, call.accepted)
+        self._give(call.out.peer, call.accepted)
 
     def _submit(self, call: Call, ask: Ask, prepared: Prepared) -> Ticket:
         rule = prepared.rule
         meter = call.meter = self._metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
         if not call.spoken and not rule.stops and not rule.json:
+            call.open(ask.emitted)
             ticket = self._dispatcher.submit(ask, IdsWatcher(call, meter))
             meter.admitted()
             return ticket
+        call.open([list(ids) for ids in ask.emitted])
         watcher = TextWatcher(
             prepared.model, rule, call, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter, emitted=ask.emitted
         )  # fmt: skip
@@ -214,21 +218,23 @@ class RpcDoor:
     # --- what clients get
 
     def _outgoing_of(self, peer: bytes) -> Outgoing:
-        """What this client gets next; it leaves when this turn of the loop, and with it the step's messages, is over."""
+        """What this client gets next."""
         out = self._outgoing.get(peer)
         if out is None:
-            out = self._outgoing[peer] = Outgoing()
-            if not self._flushing:
-                self._flushing = True
-                asyncio.get_running_loop().call_soon(self._flush)
+            out = self._outgoing[peer] = Outgoing(peer, self._on_waiting)
         return out
 
+    def _on_waiting(self, out: Outgoing) -> None:
+        """It leaves when this turn of the loop, and with it the step's messages, is over."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting.append(out)
+
     def _flush(self) -> None:
-        self._flushing = False
-        outgoing, self._outgoing = self._outgoing, {}
-        for peer, out in outgoing.items():
+        waiting, self._waiting = self._waiting, []
+        for out in waiting:
             for message in out.take(self._boot):
-                if not self._give(peer, message):
+                if not self._give(out.peer, message):
                     break
 
     def _give(self, peer: bytes, message: ToClient) -> bool:
@@ -236,7 +242,7 @@ class RpcDoor:
             return True
         now = self._clock()
         for call in self._live.values():
-            if call.peer == peer and call.lost_at is None:
+            if call.out.peer == peer and call.lost_at is None:
                 call.lost_at = now
         return False
 
@@ -258,7 +264,8 @@ class RpcDoor:
         self._flush()
         held: dict[bytes, list[Call]] = {}
         for call in self._live.values():
-            held.setdefault(call.peer, []).append(call)
+            held.setdefault(call.out.peer, []).append(call)
+        self._outgoing = {peer: out for peer, out in self._outgoing.items() if peer in held}
         for peer, calls in held.items():
             streams, attempts = [call.stream for call in calls], [call.attempt for call in calls]
             nothing: list[list[int]] = [[]] * len(calls)
@@ -274,7 +281,7 @@ class RpcDoor:
         self._flush()
 
     def _reject(self, call: Call, error: TriremeError) -> None:
-        self._refuse(call.peer, call.stream, call.attempt, error)
+        self._refuse(call.out.peer, call.stream, call.attempt, error)
         self._forget(call)
 
     def _drop(self, call: Call) -> None:

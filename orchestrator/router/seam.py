@@ -18,7 +18,9 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """One validated request: ``n`` choices over one prompt. ``params.seed`` is resolved; choice i uses ``seed + i`` (mod 2**63).
 
     ``client`` names who asks (door's own id), ``request`` is the id that the client sees. ``affinity`` is a session hint. ``emitted``:
-    what the client already holds of each choice (a journal), empty for a new request. ``deadline_s``: seconds from now, None = none.
+    what the client already holds of each choice (a journal), or empty. Where a choice has a list there, the dispatcher takes it over as its
+    record, which grows just before each delivery: a door that needs the record too keeps the list, to read only. ``deadline_s``: seconds
+    from now, None = none.
     """
 
     client: str

@@ -162,18 +162,22 @@ class Routing(RuleBasedStateMachine):
                 elif not isinstance(action.message, Peers):
                     leader.inbox.append(action.message)
                 continue
-            key = (action.request, action.choice)
-            assert key not in self.left, "something was delivered to a caller that had left"
-            assert key not in self.ends, "something was delivered after the end"
             if isinstance(action, Deliver):
-                ask, got = self.asks[action.request], self.got[key]
-                assert action.first == len(got), "a gap or a repeat"
-                got += action.tokens
-                assert got == stream_of(ask.params.seed + action.choice, ask.prompt_ids, len(got)), "tokens of another stream"
+                for request, choice, first, tokens, _ in action.rows:
+                    self.expect_more(request, choice)
+                    ask, got = self.asks[request], self.got[request, choice]
+                    assert first == len(got), "a gap or a repeat"
+                    got += tokens
+                    assert got == stream_of(ask.params.seed + choice, ask.prompt_ids, len(got)), "tokens of another stream"
             else:
-                self.ends[key] = action
+                self.expect_more(action.request, action.choice)
+                self.ends[action.request, action.choice] = action
         if self.route._places.actions:
             self.act()
+
+    def expect_more(self, request: int, choice: int) -> None:
+        assert (request, choice) not in self.left, "something was delivered to a caller that had left"
+        assert (request, choice) not in self.ends, "something was delivered after the end"
 
     @rule(prompt=st.lists(st.integers(0, 50), min_size=1, max_size=20), n=st.integers(1, 2), count=st.integers(1, 5),
           bounded=st.booleans(), held=st.integers(0, 6))  # fmt: skip

@@ -171,11 +171,11 @@ def test_queries_are_answered_by_report() -> None:
 
 def test_a_router_goes_on_from_its_own_record_only_where_that_joins_the_journal() -> None:
     """A client may return with more than this router sent, or with deliveries cut elsewhere: then its journal is what counts."""
-    outgoing = Outgoing()
-    call = Call(("c", "q"), "R", True, lambda peer: outgoing, lambda call: None)
+    outgoing = Outgoing(b"p", lambda out: None)
+    call = Call(("c", "q"), "R", True, outgoing, lambda call: None)
     assert call.continues([]) and not call.continues([3]), "nothing was prepared yet"
-    call.open([2])
-    call.attach(b"p", "boot", 1, 0)
+    call.open([[95, 96]])
+    call.attach(outgoing, "boot", 1, 0)
     call.on_text(0, 2, [97, 98], "ab", None)
     call.on_text(0, 4, [99], "c", None)
     assert [have for have in range(8) if call.continues([have])] == [2, 4, 5]

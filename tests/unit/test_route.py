@@ -41,6 +41,11 @@ def sent(actions: list[Action], kind: type) -> list[Any]:
     return [action.message for action in actions if isinstance(action, Send) and isinstance(action.message, kind)]
 
 
+def delivered(route: Route) -> list[tuple[int, list[int]]]:
+    """(first, tokens) of each delivery that waits."""
+    return [(first, tokens) for a in route.take() if isinstance(a, Deliver) for _, _, first, tokens, _ in a.rows]
+
+
 def where(actions: list[Action]) -> list[bytes]:
     return [action.peer for action in actions if isinstance(action, Send) and isinstance(action.message, Submit)]
 
@@ -110,7 +115,7 @@ def test_a_lost_replicas_rows_go_on_elsewhere_before_all_others() -> None:
         route.submit(ask([index + 1]), 0.0)
     submits = sent(route.take(), Submit)
     route.hear(b"a", "", tokens("a1", submits[0], 0, [10, 11]), 0.5)
-    assert [action.tokens for action in route.take() if isinstance(action, Deliver)] == [[10, 11]]
+    assert delivered(route) == [(0, [10, 11])]
     route.tick(3.0)
     route.take()
     join(route, "b", rows=4, now=3.0)
@@ -135,6 +140,90 @@ def test_a_request_that_outlives_no_replica_is_failed() -> None:
         route.unreachable(first, now)
     (end,) = [action for action in route.take() if isinstance(action, Errored)]
     assert isinstance(end.error, ReplicaLost) and end.error.code == "replica_limit"
+    route.check()
+
+
+def run_on(route: Route, submit: Submit, boot: str, count: int, now: float) -> None:
+    """The replica ``boot`` gives ``count`` more tokens for a placement."""
+    route.hear(boot[0].encode(), "", tokens(boot, submit, len(submit.emitted), list(range(count))), now)
+
+
+def lose_with(route: Route, name: str, now: float) -> list[Submit]:
+    """Replica ``name`` dies; what it ran is submitted elsewhere."""
+    route.unreachable(name.encode(), now)
+    return sent(route.take(), Submit)
+
+
+def test_a_row_that_got_on_is_not_what_ended_its_replicas() -> None:
+    route = router(replica_limit=2)
+    join(route, "a")
+    route.submit(ask(params=SamplingParams(seed=7, max_tokens=100)), 0.0)
+    (submit,) = sent(route.take(), Submit)
+    for death in range(1, 6):
+        run_on(route, submit, "abcdef"[death - 1] + "1", 5, death)
+        route.take()
+        join(route, "abcdef"[death], now=death)
+        (submit,) = lose_with(route, "abcdef"[death - 1], death)
+        assert len(submit.emitted) == 5 * death
+    run_on(route, submit, "f1", 4, 6.0)
+    route.take()
+    assert lose_with(route, "f", 6.0) == [], "no further than where the last one died"
+    assert route.live == 0
+    route.check()
+
+
+def test_of_all_that_saw_two_deaths_those_are_failed_that_never_gave_a_token() -> None:
+    route = router(replica_limit=2)
+    join(route, "a")
+    for prompt in ([1], [2], [3]):
+        route.submit(ask(prompt, params=SamplingParams(seed=7, max_tokens=100)), 0.0)
+    mate, poison, other = sent(route.take(), Submit)
+    for submit in (mate, other):
+        run_on(route, submit, "a1", 50, 0.5)
+    route.take()
+    join(route, "b", now=1.0)
+    assert [submit.prompt_ids for submit in lose_with(route, "a", 1.0)] == [mate.prompt_ids, poison.prompt_ids, other.prompt_ids]
+    join(route, "c", now=2.0)
+    route.take()
+    route.unreachable(b"b", 2.0)
+    actions = route.take()
+    assert [action.error.code for action in actions if isinstance(action, Errored)] == ["replica_limit"]
+    assert [submit.prompt_ids for submit in sent(actions, Submit)] == [mate.prompt_ids, other.prompt_ids]
+    route.check()
+
+
+def test_logits_that_are_not_finite_cost_a_replica_the_choice_for_a_while() -> None:
+    route = router(max_queue=8)
+    join(route, "a")
+    join(route, "b")
+
+    def places(count: int, now: float) -> set[bytes]:
+        for _ in range(count):
+            route.submit(ask(), now)
+        actions = route.take()
+        for submit, place in zip(sent(actions, Submit), where(actions), strict=True):
+            code = "nan_logits" if place == b"a" and now < 50 else "engine_fault"
+            end = Failed(boot=f"{place.decode()}1", stream=submit.stream, attempt=1, code=code, message="")
+            route.hear(place, "", end, now)
+        assert [type(action) for action in route.take()] == [Errored] * count
+        return set(where(actions))
+
+    def live(now: float) -> None:
+        for name in "ab":
+            route.hear(name.encode(), "", beat(boot=f"{name}1"), now)
+        route.tick(now)
+        route.take()
+
+    for second in range(3):
+        live(float(second))
+        places(2, float(second))
+    assert route.counts["quarantines"] == 1 and route.fleet.replicas["a"].quarantined
+    assert places(4, 50.0) == {b"b"}
+    route.unreachable(b"b", 51.0)
+    route.submit(ask(), 51.0)
+    assert where(route.take()) == [b"a"], "it is the last one"
+    live(62.5)
+    assert not route.fleet.replicas["a"].quarantined
     route.check()
 
 
@@ -163,12 +252,12 @@ def test_a_gap_is_asked_for_again_and_a_repeat_dropped() -> None:
     route.hear(b"a", "", Accepted(boot="a1", stream=submit.stream, attempt=1), 0.1)
     route.hear(b"a", "", tokens("a1", submit, 0, [1, 2]), 0.1)
     route.hear(b"a", "", tokens("a1", submit, 1, [2, 3]), 0.1)
-    assert [(a.first, a.tokens) for a in route.take() if isinstance(a, Deliver)] == [(0, [1, 2]), (2, [3])]
+    assert delivered(route) == [(0, [1, 2]), (2, [3])]
     route.hear(b"a", "", tokens("a1", submit, 5, [6]), 0.2)
     (attach,) = sent(route.take(), Attach)
     assert attach.have == 3 and attach.stream != submit.stream and attach.attempt == 1
     route.hear(b"a", "", tokens("a1", attach, 3, [4, 5, 6]), 0.3)
-    assert [(a.first, a.tokens) for a in route.take() if isinstance(a, Deliver)] == [(3, [4, 5, 6])]
+    assert delivered(route) == [(3, [4, 5, 6])]
     assert (route.counts["gaps"], route.counts["duplicate_tokens"]) == (1, 1)
 
 
