@@ -22,7 +22,7 @@ class Board:
         self.counts: dict[str, int] = dict.fromkeys(
             (
                 "accepted", "finished", "failed", "cancelled", "resubmitted", "attached", "stale_tokens", "duplicate_tokens", "gaps",
-                "replicas_lost", "refused_hellos", "unknown_speakers", "overloaded",
+                "replicas_lost", "quarantines", "refused_hellos", "unknown_speakers", "overloaded",
             ),
             0,
         )  # fmt: skip
@@ -42,7 +42,7 @@ class Board:
         """From its line to a new stream at ``replica``, where ``tokens`` of its prompt have to be computed."""
         self.lines[row.request.model].remove(row)
         row.stream = self.next()
-        row.phase, row.replica, row.sent_at = "sent", replica, now
+        row.phase, row.replica, row.sent_at, row.held = "sent", replica, now, len(row.emitted)
         self.streams[row.stream] = row
         replica.streams[row.stream] = tokens
         replica.sent_tokens += tokens

@@ -11,6 +11,7 @@ neither is an identity alone. A replica is its name, fenced by epoch, held by on
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Literal
 
 import msgspec
@@ -22,6 +23,8 @@ State = Literal["ready", "draining", "lost"]
 
 #: Names that one router remembers; more are refused, so an authenticated peer cannot grow the table.
 MAX_REPLICAS = 1024
+#: So many requests that ended by logits that are not finite, within so many seconds, and as long a rest after the last of them.
+FAULT_LIMIT, FAULT_WINDOW_S = 3, 60.0
 #: A step may take this many times its prediction before it counts as hung.
 HANG_FACTOR = 4.0
 
@@ -36,12 +39,14 @@ class Replica:
         "capacity",
         "chosen",
         "epoch",
+        "faults",
         "load",
         "model",
         "name",
         "others",
         "peer",
         "prefixes",
+        "quarantined",
         "reason",
         "refusing",
         "resume",
@@ -75,6 +80,9 @@ class Replica:
         #: It bounced a row; nothing more is sent before its next heartbeat.
         self.refusing = False
         self.prefixes = PrefixRecord(hello.capacity.num_blocks)
+        #: When requests ended here by logits that are not finite; with enough of them it runs only what nobody else can.
+        self.faults: deque[float] = deque(maxlen=FAULT_LIMIT)
+        self.quarantined = False
         self.tok_s = 0.0
         self._tok_mark: tuple[float, int] | None = None
 
@@ -111,6 +119,8 @@ class Replica:
         self.others = max(0, heartbeat.running + heartbeat.waiting - accepted)
         self.sent_tokens = unseen_tokens
         self.refusing = False
+        if heartbeat.prefixes:
+            self.prefixes.add(heartbeat.prefixes)
         mark = self._tok_mark
         if mark is None or heartbeat.output_tokens_total < mark[1]:
             self._tok_mark = (now, heartbeat.output_tokens_total)
@@ -205,6 +215,22 @@ class Fleet:
         replica.tok_s = 0.0
         return True
 
+    def fault(self, replica: Replica, now: float) -> bool:
+        """A request ended there by logits that are not finite; whether that was one too many. The request may be at fault itself, so
+        a quarantine costs only a choice, never the last replica."""
+        replica.faults.append(now)
+        if replica.quarantined or len(replica.faults) < FAULT_LIMIT or now - replica.faults[0] > FAULT_WINDOW_S:
+            return False
+        replica.quarantined = True
+        return True
+
+    def pardon(self, now: float) -> None:
+        """End the quarantines whose rest is over."""
+        for replica in self.replicas.values():
+            if replica.quarantined and now - replica.faults[-1] > FAULT_WINDOW_S:
+                replica.quarantined = False
+                replica.faults.clear()
+
     def silent(self, now: float) -> list[Replica]:
         """Replicas that were not heard for ``replica_timeout_s`` and are not lost yet."""
         return [r for r in self.replicas.values() if r.state != "lost" and now - r.seen > self._timeout]
@@ -216,6 +242,12 @@ class Fleet:
     def serving(self, model: str) -> list[Replica]:
         """Replicas of a model that take or finish rows: ready ones and draining ones."""
         return [r for r in self.replicas.values() if r.model == model and r.state != "lost"]
+
+    def trusted(self, model: str) -> list[Replica]:
+        """Those of :meth:`serving` that rows are sent to: the quarantined ones only while no other is ready."""
+        serving = self.serving(model)
+        sound = [replica for replica in serving if not replica.quarantined]
+        return sound if any(replica.state == "ready" for replica in sound) else serving
 
     def check(self) -> None:
         """Assert that the three indexes tell the same story."""

@@ -46,7 +46,7 @@ class Places:
                 usage = Usage(prompt_tokens=len(row.request.ask.prompt_ids), output_tokens=len(row.emitted))
                 self.finish(row, "length", usage, None)
                 continue
-            replica = self._chooser.choose(row, self._fleet.serving(model))
+            replica = self._chooser.choose(row, self._fleet.trusted(model))
             if replica is None:
                 return
             self._submit(replica, row, now)

@@ -61,7 +61,7 @@ class Row:
     """
 
     __slots__ = (
-        "attempt", "attempts", "base", "choice", "deaths", "emitted", "granted", "id", "params", "phase", "queued_at", "replica",
+        "attempt", "attempts", "base", "choice", "deaths", "emitted", "granted", "held", "id", "params", "phase", "queued_at", "replica",
         "request", "scored", "sent_at", "short", "stream",
     )  # fmt: skip
 
@@ -74,8 +74,8 @@ class Row:
         self.stream = 0
         #: Attempt of the current placement, and how many placements there were.
         self.attempt = self.attempts = 0
-        #: Replicas lost while the row was there.
-        self.deaths = 0
+        #: Replicas lost in a row while this row was there and did not get on; ``held``: its tokens when it was last placed.
+        self.deaths = self.held = 0
         self.queued_at, self.sent_at = request.arrived, 0.0
         #: A Done came before its tokens once.
         self.short = False

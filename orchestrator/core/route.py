@@ -27,6 +27,8 @@ from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Credit, Done, Failed,
 
 #: Codes with which a replica hands a row back unharmed: another one may take it.
 BOUNCES = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})
+#: A row that got on by more tokens than this at a replica did not end it where it may have ended the one before.
+PROGRESS_TOKENS = 4
 #: A Submit or Attach that was not answered for this long (seconds) is taken as lost, though the replica lives.
 ACCEPT_S = 5.0
 
@@ -169,6 +171,7 @@ class Route:
         """Find what took too long; call every 50 to 200 ms."""
         for replica in self.fleet.silent(now):
             self._lose(replica, f"silent for {now - replica.seen:.1f} s", now)
+        self.fleet.pardon(now)
         self._places.expire(now)
 
     # --- what the shell asks
@@ -241,9 +244,9 @@ class Route:
         self.counts["replicas_lost"] += 1
         # Still told to drop them: a replica that was only stopped or cut off works on.
         rows = [self._board.streams[stream] for stream in replica.streams]
+        guilty = self._blame(rows) if death else ()
         for row in rows:
-            row.deaths += death
-            if row.deaths >= self._admission.replica_limit:
+            if row in guilty:
                 error = ReplicaLost(
                     f"{row.deaths} replicas were lost while they ran this request",
                     reason,
@@ -254,6 +257,17 @@ class Route:
             else:
                 self._places.put_back(row, now, cancel=True)
         self._places.fill(replica.model, now)
+
+    def _blame(self, rows: list[Row]) -> list[Row]:
+        """Count a death against each of ``rows``; returns those that must not end another replica.
+
+        What ends a replica ends the next one at the same place, so a row that got on meanwhile starts over. Where some of those at the
+        limit never gave a token, it is they: the others had run beside them or before them.
+        """
+        for row in rows:
+            row.deaths = 1 if len(row.emitted) - row.held > PROGRESS_TOKENS else row.deaths + 1
+        suspects = [row for row in rows if row.deaths >= self._admission.replica_limit]
+        return [row for row in suspects if len(row.emitted) == row.base] or suspects
 
     def _reattach(self, replica: Replica, now: float) -> None:
         """Messages may have been lost with the old connection: ask for every row again from what is here."""
@@ -333,4 +347,6 @@ class Route:
             replica.refusing |= failed.code != "not_found"
             self._places.put_back(row, now, cancel=False)
             return
+        if failed.code == "nan_logits" and self.fleet.fault(replica, now):
+            self.counts["quarantines"] += 1
         self._places.fail(row, from_code(failed.code, failed.message, retry_after=failed.retry_after), cancel=False)
