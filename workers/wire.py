@@ -98,6 +98,13 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "fp32"
     quant: Quant = Quant()
 
+    def __post_init__(self) -> None:
+        sizes = (
+            self.block_size, self.num_blocks, self.max_batch_size, self.max_num_tokens, self.max_seq_len, self.vocab_size, self.tp, self.pp,
+        )  # fmt: skip
+        if min(sizes) < 1 or max(sizes) > UNLIMITED:
+            raise ValueError(f"a size is not between 1 and {UNLIMITED}")
+
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Token counts of one row. ``cached_tokens``: prompt tokens found in the prefix cache at the last placement."""
@@ -205,7 +212,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """State of a leader, sent every ``heartbeat_s`` by its I/O thread even while the engine thread is in a step.
 
     ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: what that step was expected to take. Counters (``*_total``) run
-    from the process's start.
+    from the process's start. ``prefixes``: hashes (:func:`workers.core.blocks.prefix_hashes`) of blocks that are surely in the cache, parents
+    first, where the engine says so.
     """
 
     boot: str
@@ -225,6 +233,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     prefix_queries_total: int = 0
     prefix_hits_total: int = 0
     preemptions_total: int = 0
+    prefixes: list[int] = []
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
@@ -243,6 +252,12 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     prompt_logprobs: list[tuple[int, list[Logprobs]]] | None = None
     texts: list[str] | None = None
     choices: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        rows = len(self.streams)
+        columns = (self.attempts, self.firsts, self.tokens, self.logprobs, self.texts, self.choices)
+        if any(column is not None and len(column) != rows for column in columns):
+            raise ValueError("the columns are not of one length")
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="done"):

@@ -113,7 +113,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     def guide(self) -> GuideSpec | None:
         """The one grammar that was asked for. Raises Rejected on two, or on one that cannot mean anything."""
         older = (self.guided_json, self.guided_regex, self.guided_grammar, self.guided_choice)
-        if self.response_format is self.structured_outputs is None and older == (None,) * len(older):
+        if self.response_format is None and self.structured_outputs is None and older == (None,) * len(older):
             return None
         outputs = grammar.StructuredOutputs(json=older[0], regex=older[1], grammar=older[2], choice=older[3])
         return grammar.choose(self.response_format, self.structured_outputs, outputs)
