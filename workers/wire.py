@@ -212,8 +212,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """State of a leader, sent every ``heartbeat_s`` by its I/O thread even while the engine thread is in a step.
 
     ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: what that step was expected to take. Counters (``*_total``) run
-    from the process's start. ``prefixes``: hashes (:func:`workers.core.blocks.prefix_hashes`) of blocks that are surely in the cache, parents
-    first, where the engine says so.
+    from the process's start. ``prefixes``: hashes (:func:`workers.core.blocks.prefix_hashes`) of blocks that are surely in the cache,
+    parents first, where the engine says so.
     """
 
     boot: str
