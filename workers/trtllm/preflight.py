@@ -1,0 +1,141 @@
+"""Pre-flight: whether a replica's engine can run where it is to run, told before any rank starts.
+
+TensorRT-LLM finds a wrong version, GPU or world only after MPI is up on every node, with messages that name neither, and a rank that fails
+then may leave the others waiting for ever. Every check here is a plain comparison; facts come from ``engine_dir`` and ``node``. Must never
+import tensorrt_llm, nor start anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from workers.errors import ArtifactError, ConfigError, EnvironmentFault, TriremeError
+from workers.spec import EngineSpec, Parallel, ReplicaSpec
+from workers.trtllm.engine_dir import EngineDir
+from workers.trtllm.node import NodeFacts
+
+#: What a rank needs of a GPU besides its engine: contexts of CUDA and NCCL, workspaces, some KV cache. Bytes.
+RESERVE = 1 << 30
+GIB = 1 << 30
+INSTALL = "pip install tensorrt_llm from NVIDIA's index, or run in the image of deploy/docker"
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a gang goes: ``ranks[i]`` consecutive ranks on node i; ``node`` is the one looked at. ``mpi``: family of its mpiexec."""
+
+    ranks: tuple[int, ...]
+    node: int = 0
+    mpi: str = ""
+
+    def here(self) -> range:
+        """The ranks of the node that is looked at."""
+        start = sum(self.ranks[: self.node])
+        return range(start, start + self.ranks[self.node])
+
+
+def check_rank(engine: EngineDir, spec: ReplicaSpec, *, installed: str) -> None:
+    """What any rank can tell by itself. ``installed``: version of TensorRT-LLM, empty without it.
+
+    Raises ArtifactError, ConfigError or EnvironmentFault, on every rank the same.
+    """
+    for fault in (*package_faults(installed), *engine_faults(engine, spec.parallel, spec.engine, installed)):
+        raise fault
+
+
+def faults(
+    engine: EngineDir | None, parallel: Parallel, limits: EngineSpec | None, facts: NodeFacts, place: Place | None
+) -> list[TriremeError]:
+    """Everything that speaks against a launch, the root causes first. ``engine`` None: a model that TensorRT-LLM loads without a build.
+
+    ``limits``: what the replica is to offer; None = what the engine was built for. ``place`` None: only what is true of the node as such.
+    """
+    found = list(package_faults(facts.installed))
+    if engine is not None:
+        found += engine_faults(engine, parallel, limits, facts.installed)
+    found += library_faults(facts, place)
+    if facts.gpus is not None:
+        found += gpu_faults(engine, facts, place)
+    return found
+
+
+def package_faults(installed: str) -> Iterator[TriremeError]:
+    if not installed:
+        yield EnvironmentFault("TensorRT-LLM is not installed", "this Python has no distribution tensorrt_llm", INSTALL)
+
+
+def engine_faults(engine: EngineDir, parallel: Parallel, limits: EngineSpec | None, installed: str) -> Iterator[TriremeError]:
+    """An engine folder against what is installed and what is asked of it."""
+    path, built = engine.path, engine.parallel
+    if installed and engine.version != installed:
+        why = f"{engine.version} built it and {installed} is installed; an engine loads only in the version that built it"
+        hint = f"run `trireme build` again with {installed}, or install tensorrt_llm=={engine.version}"
+        yield ArtifactError(f"{path} is for another TensorRT-LLM", why, hint)
+    if built != parallel:
+        why = f"it was built for tp={built.tp} pp={built.pp}, the replica has tp={parallel.tp} pp={parallel.pp}"
+        hint = f"set tp_size: {built.tp} and pp_size: {built.pp}, or convert and build for the other layout"
+        yield ConfigError(f"{path} has another layout than the replica", why, hint)
+    if not engine.paged_kv_cache:
+        yield ArtifactError(f"{path} has no paged KV cache", "without one it cannot batch in flight", "build it with --kv-cache-type paged")
+    for name in ("max_batch_size", "max_num_tokens", "max_seq_len") if limits is not None else ():
+        asked, most = getattr(limits, name), getattr(engine, name)
+        if asked > most:
+            why = f"its engine was built for {name} {most}"
+            yield ConfigError(f"{name}: {asked} is more than {path.name} can do", why, f"set {name}: {most} or less, or build it larger")
+
+
+def library_faults(facts: NodeFacts, place: Place | None) -> Iterator[TriremeError]:
+    """One NCCL and one MPI a process, and those that TensorRT-LLM was linked against."""
+    nccl = [name for name in facts.versions if name.startswith("nvidia-nccl")]
+    if len(nccl) > 1:
+        why = "they put the same file in the same place, and a process must never hold two"
+        wanted = facts.nccl[0] if len(facts.nccl) == 1 else nccl[-1]
+        yield EnvironmentFault(f"{' and '.join(nccl)} are both installed", why, f"make a fresh environment with {wanted} alone")
+    elif nccl and facts.nccl and nccl[0] not in facts.nccl:
+        why = f"tensorrt_llm {facts.installed} asks for {' or '.join(facts.nccl)}"
+        yield EnvironmentFault(f"{nccl[0]} is the wrong NCCL", why, f"pip uninstall {nccl[0]} and pip install {facts.nccl[0]}")
+    if place is not None and facts.mpi and place.mpi and facts.mpi != place.mpi:
+        why = f"TensorRT-LLM is linked against {facts.mpi}, the launcher's mpiexec is {place.mpi}'s: the ranks would not meet"
+        yield EnvironmentFault(
+            "two MPI libraries would meet in one rank", why, f"install trireme-llm[{facts.mpi}] in place of [{place.mpi}]"
+        )
+
+
+def gpu_faults(engine: EngineDir | None, facts: NodeFacts, place: Place | None) -> Iterator[TriremeError]:
+    """The GPUs of this node against the ranks that go there, and against the GPU that the engine was built on."""
+    gpus = facts.gpus or ()
+    ranks = place.here() if place is not None else range(0)
+    if place is not None and len(set(place.ranks)) > 1:
+        why = f"{', '.join(map(str, place.ranks))} ranks go to its nodes; TensorRT-LLM numbers GPUs as if all nodes had the same number"
+        yield ConfigError("the replica is dealt unevenly to its nodes", why, "set spread: true, or choose a layout that fits the nodes")
+    if len(gpus) < len(ranks):
+        why = f"{len(ranks)} ranks go there, each needs one"
+        yield EnvironmentFault(
+            f"this node has {len(gpus)} usable GPUs", why, "free the others, or look at CUDA_VISIBLE_DEVICES and nvidia-smi"
+        )
+    used = gpus[: len(ranks)] if place is not None else gpus
+    built = engine.record.gpu if engine is not None and engine.record is not None else None
+    for gpu in used if built is not None else ():
+        if built is not None and gpu.capability != built.capability:
+            why = f"its engines were built on {built.name}, compute capability {built.capability}"
+            what = f"GPU {gpu.index} ({gpu.name}) has compute capability {gpu.capability}"
+            yield ArtifactError(what, why, "run `trireme build` again on this node's GPU, or use nodes like the builder's")
+            break
+    for rank, gpu in zip(ranks, used, strict=False) if engine is not None else ():
+        if engine is not None and rank < engine.world and gpu.free < engine.engine_bytes(rank) + RESERVE:
+            need = (engine.engine_bytes(rank) + RESERVE) / GIB
+            why = f"rank {rank} needs {need:.1f} GiB, {gpu.free / GIB:.1f} of {gpu.memory / GIB:.1f} are free"
+            yield EnvironmentFault(f"GPU {gpu.index} has too little free memory", why, "end what holds it: nvidia-smi names the processes")
+
+
+def notes(engine: EngineDir | None, facts: NodeFacts) -> list[str]:
+    """What could not be checked, and why: silence must not read as consent."""
+    found = []
+    if facts.gpus is None:
+        found.append("GPUs were not looked at: there is no nvidia-smi on PATH, or CUDA_VISIBLE_DEVICES names slices of them")
+    if engine is not None and engine.record is None:
+        found.append(f"{engine.path} has no record of its build: neither its GPU nor its hashes can be compared")
+    if facts.installed and not facts.mpi:
+        found.append("the MPI that tensorrt_llm is linked against is not known: its files name none")
+    return found

@@ -1,0 +1,201 @@
+"""A request as TensorRT-LLM's backends see it: what is known of it, what of that was emitted, and the job that continues it.
+
+Owns the record and what follows from it alone: where a stop token ends it, what credit lets out, how the rest is asked for. A row continues
+by asking for what follows prompt + known tokens: after a failover, after its cache was given up, or after TensorRT-LLM ended it early.
+Pure; must never know a backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from workers.core.contract import Emission, Fault, Finish
+from workers.core.params import stop_set
+from workers.core.rows import check_request
+from workers.errors import EngineFault, TooLong, TriremeError, Unsupported
+from workers.wire import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+
+#: Kinds of grammar that TensorRT-LLM's published API has a name for; a choice is written as a regular expression.
+GUIDES = frozenset({"json", "json_schema", "regex", "choice"})
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation asked of TensorRT-LLM: at least ``min_new`` and at most ``max_new`` tokens after ``input_ids``. ``stops``: ids that
+    end it, ascending."""
+
+    id: int
+    input_ids: list[int]
+    max_new: int
+    min_new: int
+    seed: int
+    stops: tuple[int, ...]
+    params: SamplingParams
+    salt: str
+
+
+class Delta(msgspec.Struct, frozen=True, gc=False):
+    """What one poll brought for one job, by the backend's ``handle``. ``logprobs``: one a token, or None; ``error``: it failed."""
+
+    handle: int
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    final: bool = False
+    error: str = ""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a row may ask of a backend. ``max_input_len``: longest input of one job, tokens."""
+
+    capacity: Capacity
+    max_input_len: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A live request. ``tokens``: all known output, the journal that came with Submit first; ``emitted`` of them were given out.
+    ``handle``: the running job, 0 = none; ``begun``: len(tokens) when it began. ``end``: how the row ends once all is emitted."""
+
+    id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    salt: str
+    stops: frozenset[int]
+    tokens: list[int]
+    emitted: int
+    credit: int
+    handle: int = 0
+    begun: int = 0
+    paused_at: float = 0.0
+    preemptions: int = 0
+    logprobs: list[Logprobs] = field(default_factory=list)
+    end: Finish | Fault | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`emit` would have something to say."""
+        held = len(self.tokens) - self.emitted
+        return (held > 0 and self.credit > 0) or (held == 0 and self.end is not None)
+
+    @property
+    def startable(self) -> bool:
+        """Whether a job should run for it and none does."""
+        return self.end is None and self.handle == 0 and self.credit > 0 and self.emitted == len(self.tokens)
+
+    def job(self) -> Job:
+        """What is left to be generated."""
+        known = len(self.tokens)
+        return Job(
+            id=self.id,
+            input_ids=self.prompt_ids + self.tokens,
+            max_new=self.params.max_tokens - known,
+            min_new=max(0, self.params.min_tokens - known),
+            seed=continued_seed(self.params.seed, known),
+            stops=tuple(sorted(self.stops)),
+            params=self.params,
+            salt=self.salt,
+        )
+
+    def take(self, delta: Delta) -> None:
+        """Learn what its job brought; sets ``end`` where that ends the row, else clears ``handle`` where it only ended the job."""
+        if delta.error:
+            self.end = Fault("engine_fault", delta.error)
+            return
+        scored = self.params.logprobs is not None
+        if scored and (delta.logprobs is None or len(delta.logprobs) != len(delta.tokens)):
+            self.end = Fault("engine_fault", "TensorRT-LLM returned no log-probability for a token")
+            return
+        for i, token in enumerate(delta.tokens):
+            if token in self.stops and len(self.tokens) >= self.params.min_tokens:
+                self.end = self.finish("stop", token)
+                return
+            self.tokens.append(token)
+            if scored and delta.logprobs is not None:
+                self.logprobs.append(Logprobs(token, delta.logprobs[i], [], []))
+            if len(self.tokens) >= self.params.max_tokens:
+                self.end = self.finish("length")
+                return
+        if delta.final:
+            self._job_ended()
+
+    def _job_ended(self) -> None:
+        """TensorRT-LLM ended the job by itself: at an end-of-sequence id that it does not return, or (where more was asked for) early."""
+        if len(self.tokens) >= self.params.min_tokens and self.stops:
+            self.end = self.finish("stop", next(iter(self.stops)) if len(self.stops) == 1 else None)
+        elif len(self.tokens) > self.begun:
+            self.handle = 0
+            self.preemptions += 1
+        else:
+            self.end = Fault("engine_fault", f"TensorRT-LLM ended the request at output position {len(self.tokens)} without a token")
+
+    def fail(self, error: TriremeError) -> None:
+        """End it by an error that came with its next job."""
+        self.end = Fault(error.code, str(error))
+
+    def emit(self) -> Emission:
+        """Give out what credit allows, and the end behind the last token."""
+        first = self.emitted
+        last = min(len(self.tokens), first + max(0, self.credit))
+        self.emitted, self.credit = last, self.credit - (last - first)
+        scores: list[Logprobs] | None = None
+        if self.params.logprobs is not None and last > first:
+            scores, self.logprobs = self.logprobs[: last - first], self.logprobs[last - first :]
+        return Emission(self.id, first, self.tokens[first:last], scores, None, self.end if last == len(self.tokens) else None)
+
+    def finish(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
+        usage = Usage(prompt_tokens=len(self.prompt_ids), output_tokens=len(self.tokens), preemptions=self.preemptions)
+        return Finish(reason, usage, stop_id)
+
+
+def make_row(id: int, request: Submit, limits: Limits) -> Row:
+    """The row of a request.
+
+    Raises TooLong, Rejected or Unsupported for what TensorRT-LLM cannot do at all, and EngineFault for what it cannot *continue*: a grammar
+    starts anew with each job, and a continuation's input holds the tokens emitted so far.
+    """
+    params = request.params
+    _refuse_unsupported(params, limits)
+    check_request(request, limits.capacity)
+    spent = len(request.emitted) >= params.max_tokens
+    known = len(request.prompt_ids) + len(request.emitted)
+    if known > limits.max_input_len and not spent:
+        what = f"an input of {known} tokens is longer than this engine takes"
+        why = f"its max_input_len is {limits.max_input_len}, and it was built without chunked context"
+        if request.emitted:
+            raise EngineFault(what, f"{why}; {len(request.emitted)} of them are output that another replica had given")
+        raise TooLong(what, why, "shorten the prompt, or build the engine with use_paged_context_fmha", param="prompt")
+    if params.guide is not None and request.emitted and not spent:
+        raise EngineFault("TensorRT-LLM cannot go on with a guided answer", "a grammar can only be followed from its start", "ask again")
+    row = Row(
+        id=id,
+        prompt_ids=request.prompt_ids,
+        params=params,
+        salt=request.salt,
+        stops=stop_set(params, limits.eos_ids),
+        tokens=list(request.emitted),
+        emitted=len(request.emitted),
+        credit=request.credit,
+    )
+    if spent:
+        row.end = row.finish("length")
+    return row
+
+
+def _refuse_unsupported(params: SamplingParams, limits: Limits) -> None:
+    if params.prompt_logprobs is not None:
+        raise Unsupported("prompt_logprobs is not offered by the TensorRT-LLM engine", param="prompt_logprobs")
+    if params.guide is None:
+        return
+    if not limits.capacity.guided:
+        raise Unsupported("guided output is not offered by this engine", "trtllm.guided_decoding is not set", param="response_format")
+    if params.guide.kind not in GUIDES:
+        raise Unsupported(f"a {params.guide.kind} guide is not offered by the TensorRT-LLM engine", param="response_format")
+
+
+def continued_seed(seed: int, known: int) -> int:
+    """Seed of a job that begins after ``known`` output tokens: another one each time, or a continuation would draw the same numbers again
+    that the beginning drew; 63 bits."""
+    return seed if known == 0 else (seed ^ (known * _GOLDEN)) % 2**63
