@@ -17,7 +17,7 @@ import msgspec
 
 from workers.core.contract import Engine, Finish
 from workers.portable import Follower, build
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
+from workers.spec import QUANT_ALGOS, EngineSpec, Parallel, ReplicaSpec
 from workers.wire import SamplingParams, Submit
 
 
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--quant", choices=QUANT_ALGOS, help="quantize the weights while they are loaded")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32)
@@ -89,9 +90,8 @@ def main() -> None:
         from mpi4py import MPI
 
         comm = MPI.COMM_WORLD
-    engine_spec = msgspec.convert(
-        {"dtype": args.dtype, "threads": args.threads, "max_seq_len": 2048, "kv_tokens": 32768, "prefix_cache": False}, EngineSpec
-    )
+    chosen = {"dtype": args.dtype, "quant": args.quant, "threads": args.threads}
+    engine_spec = msgspec.convert(chosen | {"max_seq_len": 2048, "kv_tokens": 32768, "prefix_cache": False}, EngineSpec)
     engine = build(ReplicaSpec(name="bench", model="bench", artifact=args.artifact, parallel=parallel, engine=engine_spec), comm)
     if isinstance(engine, Follower):
         engine.run()

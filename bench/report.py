@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +38,12 @@ def publish(claims: Sequence[Claim]) -> None:
     """A JSON line a claim on stdout; what is read by a person goes to stderr."""
     for claim in claims:
         print(json.dumps({**msgspec.structs.asdict(claim), "measured": claim.measured, "held": claim.held}), flush=True)
+
+
+def commit() -> str:
+    """The tree that was measured; "unknown" where it is a copy without its history."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def say(text: str) -> None:

@@ -20,7 +20,7 @@ from workers.core.batch import CHECK_STEPS, Batch
 from workers.core.contract import Emission, EngineStats
 from workers.core.guide import Guide, GuideFactory
 from workers.core.params import allowed_ids, stop_set
-from workers.core.plan import F32, OpenSlot, StepPlan, StepResult, column, view
+from workers.core.plan import F32, GUESS, OpenSlot, StepPlan, StepResult, column, view
 from workers.spec import EngineSpec, Parallel, ResumeClass
 from workers.wire import Capacity, Logprobs, SamplingParams, Submit
 
@@ -110,6 +110,7 @@ class FakeModel:
         self._memory = [0] * (capacity.num_blocks * capacity.block_size)
         self._opened: dict[int, OpenSlot] = {}
         self._tables: dict[int, list[int]] = {}
+        self._sampled: dict[int, int] = {}  # by slot: what a later plan may call a guess
 
     def run(self, plan: StepPlan) -> StepResult:
         """Apply one plan; plans come in order."""
@@ -132,7 +133,8 @@ class FakeModel:
         taken = 0
         for i, (slot, start, length) in enumerate(zip(slots, starts, lengths, strict=True)):
             opened = self._opened[slot]
-            states = self._forward(self._tables[slot], start, tokens[taken : taken + length])
+            known = [self._sampled[slot] if token == GUESS else token for token in tokens[taken : taken + length]]
+            states = self._forward(self._tables[slot], start, known)
             taken += length
             if to_score and to_score[i]:
                 prompts.append((i, *self._score_prompt(opened, start, states)))
@@ -140,6 +142,7 @@ class FakeModel:
                 first = start + length - opened.prompt_len
                 token = pick(states[-1], opened.params, first, self._eos_ids, masks.get(i), self._capacity.vocab_size)
                 chosen.append(token)
+                self._sampled[slot] = token
                 if wanted:
                     scores = score(states[-1], token, opened.params.logprobs or 0)
                     own.append(scores.logprob)

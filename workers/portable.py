@@ -2,13 +2,15 @@
 
 The leader (rank 0) owns the :class:`~workers.core.batch.Batch` and is itself the first stage's first rank; a follower owns a runner and
 nothing else. A step is plan → run → commit: the leader issues plans until as many are in flight as there are stages, then commits the
-oldest. Must never let a follower decide, nor send anything but plans and results between them.
+oldest. On GPUs one plan more is in flight, so that the device never waits for the host. Must never let a follower decide, nor send anything
+but plans and results between them.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -16,9 +18,11 @@ import msgspec
 from workers.core.batch import CHECK_STEPS, Batch
 from workers.core.contract import Emission, EngineStats
 from workers.core.plan import StepPlan, StepResult, decode_plan, decode_result, encode
-from workers.engine.build import bring_up, split
+from workers.engine.answers import Answer, PlanRunner
+from workers.engine.build import bring_up
+from workers.engine.comm import Waiter
+from workers.engine.groups import split
 from workers.engine.pace import Pace
-from workers.engine.runner import Runner
 from workers.errors import EngineFault
 from workers.prover import compiler
 from workers.spec import EngineSpec, ReplicaSpec, ResumeClass
@@ -68,29 +72,32 @@ class MpiCrew:
 
 
 class _Out(msgspec.Struct, gc=False):
-    """A plan in flight: its size, and its result where the leader is the last stage too."""
+    """A plan in flight: its size, and its answer where the leader is the last stage too."""
 
     tokens: int
     rows: int
-    result: StepResult | None
+    answer: Answer | None
 
 
 class PortableEngine:
     """Implements :class:`~workers.core.contract.Engine` on rank 0.
 
     ``crew`` None = this rank is alone. With one stage the leader's own runner answers; with more, the last stage's first rank does.
+    ``close``: how this rank goes down.
     """
 
     def __init__(
         self,
         batch: Batch,
-        runner: Runner,
+        runner: PlanRunner,
         capacity: Capacity,
         *,
+        close: Callable[[], None],
         crew: Crew | None = None,
         resume: ResumeClass = "margin",
     ) -> None:
         self._batch, self._runner, self._capacity, self._crew, self._resume = batch, runner, capacity, crew, resume
+        self._close = close
         self._out: deque[_Out] = deque()
         self._pace = Pace()
         self._committed = 0.0
@@ -123,16 +130,17 @@ class PortableEngine:
         while (plan := self._batch.plan(time.monotonic())) is not None:
             if self._crew is not None:
                 self._crew.tell(plan)
-            result = self._runner.run(plan)
-            self._out.append(_Out(len(plan.tokens) // 4, len(plan.slots) // 4, result))
+            answer = self._runner.issue(plan)
+            self._out.append(_Out(len(plan.tokens) // 4, len(plan.slots) // 4, answer))
         if not self._out:
             return []
         oldest = self._out.popleft()
-        result = oldest.result
-        if result is None:
-            if self._crew is None:
-                raise EngineFault("a lone rank that is not the last stage has nobody to answer it")
+        if oldest.answer is not None:
+            result = oldest.answer.result()
+        elif self._crew is not None:
             result = self._crew.answer()
+        else:
+            raise EngineFault("a lone rank that is not the last stage has nobody to answer it")
         emissions = self._batch.commit(result)
         end = time.perf_counter()
         # In a full pipeline a step's cost is the time between commits, not its way through all stages.
@@ -156,24 +164,40 @@ class PortableEngine:
         self._closed = True
         if self._crew is not None:
             self._crew.dismiss(StepPlan(step=-1, stop=True))
+        self._close()
 
 
 class Follower:
-    """Any rank but the leader's: applies plans until one says stop. ``answers``: whether this rank's results go to the leader."""
+    """Any rank but the leader's: applies plans until one says stop, and answers them if ``results`` go to the leader from here."""
 
-    def __init__(self, runner: Runner, plans: Mailbox, results: Mailbox, *, answers: bool) -> None:
+    def __init__(
+        self, runner: PlanRunner, plans: Mailbox, results: Mailbox, *, answers: bool, waiter: Waiter, close: Callable[[], None]
+    ) -> None:
         self._runner, self._plans, self._results, self._answers = runner, plans, results, answers
+        self._waiter, self._close = waiter, close
+        self._out: deque[Answer] = deque()
 
     def run(self) -> None:
         """Returns after a plan with ``stop``. An idle follower waits without a bound: the end of its world is the end of its process."""
         while True:
-            plan = decode_plan(self._plans.take(0, bound_s=None))
+            plan = self._next()
             if plan.stop:
                 self._results.flush(CLOSE_S)
+                self._close()
                 return
-            result = self._runner.run(plan)
-            if self._answers and result is not None:
-                self._results.post(encode(result), 0)
+            answer = self._runner.issue(plan)
+            if self._answers and answer is not None:
+                self._out.append(answer)
+
+    def _next(self) -> StepPlan:
+        """The next plan; answers go out meanwhile, each as soon as it is there."""
+        arrived: list[bytes] = []
+        while self._out:
+            self._waiter.until(lambda: self._out[0].ready() or self._plans.look(0, arrived))
+            if arrived:
+                return decode_plan(arrived[0])
+            self._results.post(encode(self._out.popleft().result()), 0)
+        return decode_plan(self._plans.take(0, bound_s=None))
 
 
 def _resume_class(engine: EngineSpec) -> ResumeClass:
@@ -194,7 +218,8 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Fol
 
         plans, results = Mailbox(comm.Dup(), spec.engine.wait), Mailbox(comm.Dup(), spec.engine.wait)
         if comm.Get_rank() > 0:
-            return Follower(built.runner, plans, results, answers=comm.Get_rank() == world - tp)
+            answers = comm.Get_rank() == world - tp
+            return Follower(built.runner, plans, results, answers=answers, waiter=Waiter(spec.engine.wait), close=built.close)
         crew: Crew | None = MpiCrew(plans, results, world=world, tp=tp)
     else:
         crew = None
@@ -205,7 +230,8 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Fol
         capacity,
         guides=guides,
         micro_batches=spec.parallel.pp,
+        ahead=spec.engine.device == "cuda",
         eos_ids=artifact.eos_ids,
         prefix_cache=spec.engine.prefix_cache,
     )
-    return PortableEngine(batch, built.runner, capacity, crew=crew, resume=_resume_class(spec.engine))
+    return PortableEngine(batch, built.runner, capacity, close=built.close, crew=crew, resume=_resume_class(spec.engine))

@@ -15,7 +15,8 @@ import torch
 from mpi4py import MPI
 
 from workers.core.plan import OpenSlot, StepPlan, column, view
-from workers.engine.build import bring_up, split
+from workers.engine.build import bring_up
+from workers.engine.groups import split
 from workers.spec import ReplicaSpec
 from workers.wire import SamplingParams
 
@@ -38,9 +39,10 @@ def main() -> None:
 
     def step(plan: StepPlan, at: int) -> None:
         nonlocal worst, scale
-        result = built.runner.run(plan)
-        if not shard.last or result is None:
+        answer = built.runner.issue(plan)
+        if not shard.last or answer is None:
             return
+        result = answer.result()
         chosen.append(view(result.tokens).tolist())
         expected = torch.from_numpy(np.array(reference[:, at, shard.vocab.start : shard.vocab.stop]))
         found = seen.pop()[:, : shard.vocab.size]

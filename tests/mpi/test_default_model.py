@@ -1,5 +1,5 @@
 """The default model on several layouts against transformers in fp32: 20 prompts, prefill and 64 forced steps, logits and choices; and in
-bf16, by how far its distributions are from those in fp32."""
+bf16 and with quantized weights, by how far its distributions are from those in fp32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from tests.mpi.world import run
 from tests.reference.default_model import artifact, transformers_model
 from tests.reference.engine import request, serve
 from workers.artifacts.artifact import open_artifact
+from workers.engine.build import bring_up
+from workers.engine.cache import KvCache
+from workers.engine.groups import split
 from workers.errors import ConfigError
+from workers.model.kernels.reference import attention_layout
 from workers.portable import PortableEngine, build
 from workers.spec import EngineSpec, Parallel, ReplicaSpec
 from workers.wire import SamplingParams
@@ -131,3 +135,31 @@ def test_bf16_is_near_fp32(truth: Truth) -> None:
     print(f"bf16: KL over the best 20, mean {mean:.1e}, worst {worst:.1e}; {agreed} of {clear} clear choices equal")
     assert mean < 0.01 and worst < 0.2
     assert agreed == clear > 100
+
+
+#: Bounds of the mean and the worst divergence, and of the share of equal best tokens: about 1.5 times what is measured.
+QUANTIZED = [("int8", 0.006, 0.15, 0.96), ("int4", 0.4, 5.0, 0.70), ("fp8", 0.05, 2.0, 0.90)]
+
+
+@pytest.mark.parametrize(("form", "mean", "worst", "share"), QUANTIZED)
+def test_quantized_weights_are_near_fp32(truth: Truth, form: str, mean: float, worst: float, share: float) -> None:
+    """All 65 positions of all 20 prompts: divergence of whole distributions, and how often the best token is the same."""
+    prompts, forced, file = truth
+    spec = settings(Parallel(), quant=form)
+    stage = bring_up(spec, split(spec, None)).runner.stage
+    cache = KvCache(stage.model, stage.shard, blocks=16, block_size=16, dtype=stage.dtype, device=stage.device)
+    tables = np.arange(cache.blocks, dtype=np.int32)[None, :]
+    logits = np.load(file, mmap_mode="r")
+    divergence, same = [], []
+    with torch.inference_mode():
+        for row, (prompt, rest) in enumerate(zip(prompts, forced, strict=True)):
+            ids = torch.tensor(prompt + rest)
+            layout = attention_layout(np.zeros(1, np.int32), np.array([len(ids)], np.int32), tables, cache.block_size)
+            hidden = stage.forward(stage.embed(ids), layout, cache.layers)
+            ours = torch.log_softmax(stage.logits(hidden[-STEPS - 1 :]), -1)
+            theirs = torch.log_softmax(torch.from_numpy(np.array(logits[row])), -1)
+            divergence += (theirs.exp() * (theirs - ours)).sum(-1).tolist()
+            same += (ours.argmax(-1) == theirs.argmax(-1)).tolist()
+    found = f"{form}: KL mean {np.mean(divergence):.1e}, worst {max(divergence):.1e}; {np.mean(same):.1%} of {len(same)} best tokens equal"
+    print(found)
+    assert np.mean(divergence) < mean and max(divergence) < worst and np.mean(same) > share

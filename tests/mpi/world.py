@@ -26,7 +26,8 @@ def mpiexec() -> str:
 
 def start(ranks: int, program: str, *arguments: str) -> subprocess.Popen[str]:
     """``program`` (module name) on ``ranks`` ranks, one thread each, in a session of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
     # mpi4py's own runner ends the world when one rank raises; a plain interpreter would wait for the others in MPI_Finalize.
     command = [mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", program, *arguments]
     return subprocess.Popen(

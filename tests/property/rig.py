@@ -78,15 +78,22 @@ class Stream:
 class Rig:
     """A batch, its model, the plans in flight, and every stream so far. ``model`` None = the auditing one."""
 
-    def __init__(self, limits: Capacity, *, guides: GuideFactory | None = None, prefix_cache: bool = True) -> None:
-        self.limits, self.guides, self.prefix_cache = limits, guides, prefix_cache
+    def __init__(self, limits: Capacity, *, guides: GuideFactory | None = None, prefix_cache: bool = True, ahead: bool = False) -> None:
+        self.limits, self.guides, self.prefix_cache, self.ahead = limits, guides, prefix_cache, ahead
         self.streams: dict[int, Stream] = {}
         self.now = 0.0
         self.restart()
 
     def restart(self) -> None:
         """Lose the replica: a fresh batch and model; live streams are submitted again with what they have."""
-        self.batch = Batch(self.limits, guides=self.guides, micro_batches=self.limits.pp, eos_ids=EOS, prefix_cache=self.prefix_cache)
+        self.batch = Batch(
+            self.limits,
+            guides=self.guides,
+            micro_batches=self.limits.pp,
+            ahead=self.ahead,
+            eos_ids=EOS,
+            prefix_cache=self.prefix_cache,
+        )
         self.model = AuditModel(self.limits)
         self.flights: deque[StepPlan] = deque()
         for id, stream in self.streams.items():
@@ -114,9 +121,10 @@ class Rig:
         assert 0 < len(slots) == len(set(slots)) <= self.limits.max_batch_size
         assert len(view(plan.tokens)) == view(plan.lengths).sum() <= self.limits.max_num_tokens
         assert view(plan.lengths).min() > 0
-        for other in self.flights:
-            assert set(slots).isdisjoint(view(other.slots).tolist()), "a row is in two plans"
-        assert len(self.flights) < self.limits.pp
+        assert len(self.flights) < self.limits.pp + self.ahead
+        beside = list(self.flights)[len(self.flights) - self.limits.pp + 1 :] if self.ahead else self.flights
+        for other in beside:
+            assert set(slots).isdisjoint(view(other.slots).tolist()), "a row is in two plans at once"
         self.flights.append(plan)
         return plan
 

@@ -55,9 +55,9 @@ class Batching(RuleBasedStateMachine):
 
     live = Bundle("live")
 
-    @initialize(limits=LIMITS, cache=st.booleans())
-    def start(self, limits: Capacity, cache: bool) -> None:
-        self.rig = Rig(limits, guides=table_guides, prefix_cache=cache)
+    @initialize(limits=LIMITS, cache=st.booleans(), ahead=st.booleans())
+    def start(self, limits: Capacity, cache: bool, ahead: bool) -> None:
+        self.rig = Rig(limits, guides=table_guides, prefix_cache=cache, ahead=ahead)
 
     @rule(target=live, requests=st.lists(REQUESTS, min_size=1, max_size=6))
     def arrive(self, requests: list[Submit]) -> object:
@@ -116,10 +116,11 @@ def outcome(rig: Rig) -> list[object]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(requests=st.lists(REQUESTS, min_size=1, max_size=5), limits=LIMITS, cache=st.booleans(), cut=st.integers(0, 60))
-def test_a_stream_depends_on_nothing_but_itself(requests: list[Submit], limits: Capacity, cache: bool, cut: int) -> None:
-    """Alone in a roomy engine, or crowded in a small one that dies after ``cut`` steps: the same tokens, ends and logprobs."""
-    crowded = Rig(limits, guides=table_guides, prefix_cache=cache)
+@given(requests=st.lists(REQUESTS, min_size=1, max_size=5), limits=LIMITS, cache=st.booleans(), ahead=st.booleans(), cut=st.integers(0, 60))
+def test_a_stream_depends_on_nothing_but_itself(requests: list[Submit], limits: Capacity, cache: bool, ahead: bool, cut: int) -> None:
+    """Alone in a roomy engine, or crowded in a small one that dies after ``cut`` steps, one plan ahead or not: the same tokens, ends and
+    logprobs."""
+    crowded = Rig(limits, guides=table_guides, prefix_cache=cache, ahead=ahead)
     for request in requests:
         crowded.submit(request)
     for step in range(cut):
@@ -138,9 +139,17 @@ def test_a_stream_depends_on_nothing_but_itself(requests: list[Submit], limits: 
 
 
 @settings(max_examples=80, deadline=None)
-@given(requests=st.lists(REQUESTS, min_size=1, max_size=6), limits=LIMITS, moment=st.integers(0, 30), victims=st.sets(st.integers(0, 5)))
-def test_a_cancel_at_any_moment_leaks_nothing(requests: list[Submit], limits: Capacity, moment: int, victims: set[int]) -> None:
-    rig = Rig(limits, guides=table_guides)
+@given(
+    requests=st.lists(REQUESTS, min_size=1, max_size=6),
+    limits=LIMITS,
+    ahead=st.booleans(),
+    moment=st.integers(0, 30),
+    victims=st.sets(st.integers(0, 5)),
+)
+def test_a_cancel_at_any_moment_leaks_nothing(
+    requests: list[Submit], limits: Capacity, ahead: bool, moment: int, victims: set[int]
+) -> None:
+    rig = Rig(limits, guides=table_guides, ahead=ahead)
     for request in requests:
         rig.submit(request)
     for _ in range(moment):
@@ -155,10 +164,10 @@ def test_a_cancel_at_any_moment_leaks_nothing(requests: list[Submit], limits: Ca
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows=st.integers(1, 24), stages=st.integers(1, 4))
-def test_rows_are_balanced_over_the_pipeline(rows: int, stages: int) -> None:
+@given(rows=st.integers(1, 24), stages=st.integers(1, 4), ahead=st.booleans())
+def test_rows_are_balanced_over_the_pipeline(rows: int, stages: int, ahead: bool) -> None:
     """In steady decoding any ``stages`` consecutive plans serve every row once, and their sizes differ by what division demands."""
-    rig = Rig(capacity(rows=24, tokens=256, num_blocks=256, stages=stages))
+    rig = Rig(capacity(rows=24, tokens=256, num_blocks=256, stages=stages), ahead=ahead)
     for i in range(rows):
         rig.submit(submit([65 + i], SamplingParams(max_tokens=60, temperature=0.0)))
     for _ in range(12 * stages):

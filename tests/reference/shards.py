@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from workers.core.shard import shard_of, shard_tensors, whole_tensors
 from workers.engine.cache import KvCache
 from workers.engine.comm import Group, Solo
 from workers.engine.runner import Runner
+from workers.model.kernels import Kernels
 from workers.model.llama import LlamaStage
 from workers.spec import ModelSpec, Parallel
 
+CPU = torch.device("cpu")
 # As in every rank: with more threads a product's rows are shared out, and their bits depend on their place.
 torch.set_num_threads(1)
 
@@ -36,10 +39,12 @@ def make_stage(
     dtype: torch.dtype = torch.float32,
     positions: int = 512,
     fixed: bool = False,
+    device: torch.device = CPU,
+    kernels: Kernels[Any] | None = None,
 ) -> LlamaStage:
     parallel = parallel or Parallel()
     shard = shard_of(model, parallel, rank)
-    stage = LlamaStage(model, parallel, shard, tensor or Solo(), dtype=dtype, device=torch.device("cpu"), positions=positions)
+    stage = LlamaStage(model, parallel, shard, tensor or Solo(), dtype=dtype, device=device, positions=positions, kernels=kernels)
     parameters = stage.parameters()
     for wanted in shard_tensors(model, parallel, rank):
         pieces = [weights[p.tensor.name].narrow(p.tensor.axis, p.span.start, p.span.size) for p in wanted.pieces]

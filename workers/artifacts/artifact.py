@@ -12,16 +12,17 @@ import msgspec
 
 from workers.artifacts import gguf, hf
 from workers.artifacts.checkpoint import CONFIG, CheckpointSource, read_checkpoint
+from workers.artifacts.quantize import QuantizedSource
 from workers.artifacts.source import Source
 from workers.artifacts.vocabulary import end_ids, read_vocabulary
 from workers.errors import ArtifactError
-from workers.spec import DType, ModelSpec, Parallel, Quant
+from workers.spec import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
 
 Kind = Literal["checkpoint", "huggingface", "gguf"]
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model path holds. ``dtype``: format of the stored weights (a GGUF's are dequantized to fp32).
+    """What a model path holds. ``dtype``: format of the stored weights that are not quantized (a GGUF's are dequantized to fp32).
 
     ``parallel``: layout of a checkpoint; None for whole models. ``tokenizer_dir``: folder with ``tokenizer.json``; None where there is none
     (a GGUF's tokenizer becomes files when it is converted).
@@ -36,13 +37,21 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     quant: Quant = Quant()
 
+    @property
+    def foreign(self) -> bool:
+        """Whether its weights are in a format that only TensorRT-LLM reads."""
+        return self.quant.quant_algo is not None and self.quant.weights is None
+
     def runs_on(self, parallel: Parallel) -> bool:
         """Whether ranks of this layout can load it directly: an equal layout, or whole weights that each rank slices."""
         return self.parallel is None or self.parallel in (parallel, Parallel())
 
 
-def open_artifact(path: str | Path) -> Artifact:
-    """Read what ``path`` is, without its weights. Raises :class:`ArtifactError` naming the file at fault."""
+def open_artifact(path: str | Path, *, bare: bool = False) -> Artifact:
+    """Read what ``path`` is, without its weights. ``bare``: a Hugging Face folder need not have any (its dtype then says nothing).
+
+    Raises :class:`ArtifactError` naming the file at fault.
+    """
     path = Path(path)
     if not path.exists():
         raise ArtifactError(f"there is no model at {path}", "no such file or folder", "give a folder, a GGUF file or a model's name")
@@ -56,17 +65,42 @@ def open_artifact(path: str | Path) -> Artifact:
     if "pretrained_config" in keys:
         raise ArtifactError(f"{path} holds a TensorRT-LLM engine, not weights", "only the trtllm engine runs it", "use `--engine trtllm`")
     if "model_type" in keys:
-        return _open_huggingface(path)
+        return _open_huggingface(path, bare)
     return _open_checkpoint(path)
 
 
-def open_source(artifact: Artifact) -> Source:
-    """The artifact's weights. Raises :class:`ArtifactError` when tensors are missing, misshapen or unknown."""
+def quant_for(artifact: Artifact, name: QuantName | None) -> Quant:
+    """In which formats a replica that asks for ``name`` holds the artifact's weights; None: as they are."""
+    if name is None or name == artifact.quant.weights:
+        return artifact.quant
+    return msgspec.structs.replace(quant_of(name), kv_cache_quant_algo=artifact.quant.kv_cache_quant_algo)
+
+
+def open_source(artifact: Artifact, quant: Quant | None = None) -> Source:
+    """The artifact's weights; ``quant``: as if they were stored so, which makes their parts while they are read.
+
+    Raises:
+        ArtifactError: tensors are missing, misshapen or unknown, or the weights are quantized otherwise already.
+        ConfigError: the model's shapes do not fit the groups.
+    """
+    source = _open_stored(artifact)
+    if quant is None or quant.same_weights(artifact.quant):
+        return source
+    if artifact.quant.quant_algo is not None:
+        raise ArtifactError(
+            f"{artifact.path} is quantized with {artifact.quant.quant_algo} already",
+            f"its weights cannot become {quant.quant_algo}",
+            "convert the unquantized model",
+        )
+    return QuantizedSource(source, artifact.model, quant)
+
+
+def _open_stored(artifact: Artifact) -> Source:
     if artifact.kind == "gguf":
         return gguf.GgufSource(gguf.GgufFile(artifact.path), artifact.model)
     if artifact.kind == "huggingface":
         return hf.HuggingFaceSource(artifact.path, artifact.model)
-    if artifact.quant.quant_algo is not None:
+    if artifact.foreign:
         raise ArtifactError(
             f"{artifact.path} is quantized with {artifact.quant.quant_algo}",
             "only TensorRT-LLM reads these weights",
@@ -88,12 +122,12 @@ def _open_gguf(path: Path) -> Artifact:
     )
 
 
-def _open_huggingface(path: Path) -> Artifact:
+def _open_huggingface(path: Path, bare: bool) -> Artifact:
     return Artifact(
         path=path,
         kind="huggingface",
         model=hf.read_model(path),
-        dtype=hf.stored_dtype(path),
+        dtype="fp32" if bare else hf.stored_dtype(path),
         parallel=None,
         tokenizer_dir=_tokenizer_dir(path),
         eos_ids=hf.read_eos(path),

@@ -16,7 +16,8 @@ import numpy as np
 from workers.artifacts.hf import decode
 from workers.artifacts.source import Block, cut
 from workers.artifacts.tensorfile import NAMES, FileRecord, TensorFile, hash_file
-from workers.core.shard import Span, Tensor, heads_of, shard_tensors
+from workers.core.parts import StoredTensor, stored_tensors
+from workers.core.shard import Span, Tensor, heads_of
 from workers.errors import ArtifactError
 from workers.spec import DType, ModelSpec, Parallel, Quant
 
@@ -67,6 +68,10 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     quant: Quant
     manifest: Manifest
 
+    def stored(self, rank: int) -> tuple[StoredTensor, ...]:
+        """What the file of ``rank`` holds."""
+        return stored(self.facts, self.quant, rank)
+
 
 class _Config(msgspec.Struct, kw_only=True):
     trireme: Trireme | None = None
@@ -81,7 +86,12 @@ def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[
     return Trireme(format=FORMAT, own_head=for_trtllm and model.tied_embeddings, **facts)  # type: ignore[arg-type]
 
 
-def config_of(facts: Trireme) -> dict[str, Any]:
+def stored(facts: Trireme, quant: Quant, rank: int) -> tuple[StoredTensor, ...]:
+    """What the file of ``rank`` holds. Raises :class:`~workers.errors.ConfigError` when a quantization group would straddle ranks."""
+    return stored_tensors(facts.model, facts.parallel, rank, dtype=facts.dtype, quant=quant, own_head=facts.own_head)
+
+
+def config_of(facts: Trireme, quant: Quant) -> dict[str, Any]:
     """``config.json``, without the key ``trireme``: what TensorRT-LLM 1.2 reads, every default that matters written out."""
     model, parallel = facts.model, facts.parallel
     config: dict[str, Any] = {
@@ -106,11 +116,18 @@ def config_of(facts: Trireme) -> dict[str, Any]:
         "use_parallel_embedding": parallel.tp > 1,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": parallel.world, "tp_size": parallel.tp, "pp_size": parallel.pp},
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "quantization": _quantization(quant),
     }
     if model.architecture in ("qwen2", "qwen3"):
         config |= {"qwen_type": model.architecture, "seq_length": model.max_position}
     return config
+
+
+def _quantization(quant: Quant) -> dict[str, Any]:
+    keys: dict[str, Any] = {"quant_algo": quant.quant_algo, "kv_cache_quant_algo": quant.kv_cache_quant_algo}
+    if quant.quant_algo is not None:
+        keys |= {key: value for key, value in msgspec.to_builtins(quant).items() if value is not None}
+    return keys
 
 
 def _rotary_scaling(model: ModelSpec) -> dict[str, Any] | None:
@@ -157,7 +174,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ArtifactError(f"{folder} has format {facts.format}, this version reads {FORMAT}", "", "run `trireme convert` again")
     if facts != describe(facts.model, facts.parallel, facts.dtype, facts.eos_ids, for_trtllm=facts.own_head):
         raise ArtifactError(f"{folder / CONFIG} contradicts itself", f"heads are {facts.heads}, its model and layout mean others", CONVERT)
-    for key, value in config_of(facts).items():
+    quant = config.quantization or Quant()
+    for key, value in config_of(facts, quant).items():
         if raw.get(key) != value and key != "quantization":
             raise ArtifactError(
                 f"{folder / CONFIG} contradicts itself", f"{key} is {raw.get(key)!r}, its key 'trireme' means {value!r}", CONVERT
@@ -169,7 +187,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder / MANIFEST} does not list {name}", f"tp={facts.parallel.tp} pp={facts.parallel.pp} needs it", CONVERT
             )
         check_size(folder, manifest, name)
-    return Checkpoint(folder=folder, facts=facts, quant=config.quantization or Quant(), manifest=manifest)
+    return Checkpoint(folder=folder, facts=facts, quant=quant, manifest=manifest)
 
 
 def check_size(folder: Path, manifest: Manifest, name: str) -> None:
@@ -200,47 +218,45 @@ def verify_all(checkpoint: Checkpoint) -> None:
 
 def open_rank(checkpoint: Checkpoint, rank: int) -> TensorFile:
     """A rank's file, every tensor of it checked by name, shape and format. Raises :class:`ArtifactError`."""
-    facts = checkpoint.facts
     file = TensorFile(checkpoint.folder / rank_file(rank))
-    wanted = {tensor.name: tensor.shape for tensor in shard_tensors(facts.model, facts.parallel, rank, own_head=facts.own_head)}
+    wanted = {each.tensor.name: each for each in checkpoint.stored(rank)}
     if different := sorted(wanted.keys() ^ file.entries.keys()):
         what = "lacks" if different[0] in wanted else "holds an unknown tensor"
         raise ArtifactError(f"{file.path} {what} {different[0]}", f"{len(different)} names differ from its layout", CONVERT)
-    for name, shape in wanted.items():
+    for name, each in wanted.items():
         entry = file.entries[name]
-        if entry.shape != shape or entry.dtype != NAMES[facts.dtype]:
+        if entry.shape != each.tensor.shape or entry.dtype != NAMES[each.format]:
             raise ArtifactError(
-                f"{file.path}: {name} is {entry.dtype} {list(entry.shape)}", f"expected {facts.dtype} {list(shape)}", CONVERT
+                f"{file.path}: {name} is {entry.dtype} {list(entry.shape)}", f"expected {each.format} {list(each.tensor.shape)}", CONVERT
             )
     return file
 
 
 class CheckpointSource:
-    """Whole tensors put together again from the ranks' shards. Files are opened when first read from."""
+    """Whole tensors, or their parts, put together again from the ranks' shards. Files are opened when first read from."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._files: dict[int, TensorFile] = {}
         #: Whole tensor's name → where its parts lie: (global span, rank, stored name, local start).
         self._parts: dict[str, list[tuple[Span, int, str, int]]] = {}
-        facts = checkpoint.facts
-        for rank in range(facts.parallel.world):
-            for stored in shard_tensors(facts.model, facts.parallel, rank, own_head=facts.own_head):
-                for piece, place in stored.places():
-                    self._parts.setdefault(piece.tensor.name, []).append((piece.span, rank, stored.name, place.start))
+        for rank in range(checkpoint.facts.parallel.world):
+            for each in checkpoint.stored(rank):
+                for piece, place in each.tensor.places():
+                    self._parts.setdefault(piece.tensor.name, []).append((piece.span, rank, each.tensor.name, place.start))
 
     def read(self, tensor: Tensor, span: Span) -> Block:
-        dtype = self._checkpoint.facts.dtype
-        pieces, at = [], span.start
+        pieces, at, form = [], span.start, None
         # Copies (key/value heads, tied rows) overlap; in order of their starts, each part adds what the ones before it lacked.
         for part, rank, name, local in sorted(self._parts[tensor.name]):
             if part.start <= at < min(part.stop, span.stop):
                 stop = min(part.stop, span.stop)
                 begin = local + at - part.start
-                values, _ = self._file(rank).view(name)
+                values, form = self._file(rank).view(name)
                 pieces.append(cut(values, tensor, Span(begin, begin + stop - at)))
                 at = stop
-        return Block(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=tensor.axis), dtype)
+        assert form is not None, f"no shard holds {tensor.name}"
+        return Block(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=tensor.axis), form)
 
     def release(self) -> None:
         for file in self._files.values():

@@ -25,6 +25,7 @@ from workers.artifacts.checkpoint import (
     describe,
     rank_file,
     read_checkpoint,
+    stored,
     verify_all,
 )
 from workers.artifacts.gguf import GgufFile
@@ -32,9 +33,9 @@ from workers.artifacts.hf import TOKENIZER_FILES
 from workers.artifacts.source import Source, assemble
 from workers.artifacts.tensorfile import FileRecord, TensorWriter, write_file
 from workers.artifacts.vocabulary import read_vocabulary, tokenizer_files
-from workers.core.shard import shard_tensors, trtllm_refusal
+from workers.core.shard import trtllm_refusal
 from workers.errors import ArtifactError, ConfigError, EnvironmentFault
-from workers.spec import DTYPE_BYTES, DType, Parallel
+from workers.spec import DType, Parallel, Quant
 
 #: (phase, done, total), in bytes; called from the converting thread.
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -50,22 +51,29 @@ def convert(
     *,
     parallel: Parallel,
     dtype: DType | None = None,
+    quant: Quant | None = None,
+    fp8_kv_cache: bool = False,
     for_trtllm: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Write ``source`` (checkpoint of any layout, Hugging Face folder, GGUF) as a checkpoint for ``parallel``; returns ``target``.
 
-    ``dtype`` None keeps the source's. ``for_trtllm``: only layouts that TensorRT-LLM accepts, and everything that its builder needs. A
-    checkpoint at ``target`` is replaced at the end; a folder of anything else is refused.
+    ``dtype``, ``quant`` None keep the source's. ``fp8_kv_cache``: replicas on a GPU keep keys and values in FP8. ``for_trtllm``: only
+    layouts and formats that TensorRT-LLM accepts, and everything that its builder needs. A checkpoint at ``target`` is replaced at the
+    end; a folder of anything else is refused.
 
     Raises:
-        ConfigError: the model cannot be split this way.
+        ConfigError: the model cannot be split this way, or a quantization group would straddle ranks.
         ArtifactError: the source is damaged or not supported, or the target is not a checkpoint.
         EnvironmentFault: the disk is full or cannot be written.
     """
     target = Path(target)
     artifact = open_artifact(source)
+    quant = artifact.quant if quant is None else quant
+    if fp8_kv_cache:
+        quant = msgspec.structs.replace(quant, kv_cache_quant_algo="FP8")
     refuse_layout(artifact, parallel, for_trtllm)
+    refuse_format(quant, for_trtllm)
     facts = describe(artifact.model, parallel, dtype or artifact.dtype, artifact.eos_ids, for_trtllm=for_trtllm)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise ArtifactError(f"{target} exists and is not a checkpoint", "nothing there is overwritten", "choose another folder")
@@ -73,14 +81,14 @@ def convert(
     if artifact.kind == "checkpoint":
         # The new manifest vouches for what is read here: a damaged shard must not come out with a hash that fits.
         verify_all(read_checkpoint(artifact.path))
+    total = sum(tensor.nbytes for rank in range(parallel.world) for tensor in stored(facts, quant, rank))
     with replacing(target) as aside:
-        total = sum(checkpoint_bytes(facts, rank) for rank in range(parallel.world))
         free = shutil.disk_usage(aside).free
         if free < total:
             raise EnvironmentFault(f"not enough room for {target}", f"needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", ELSEWHERE)
-        files = _write_ranks(open_source(artifact), facts, aside, total, progress)
+        files = _write_ranks(open_source(artifact, quant), facts, quant, aside, total, progress)
         files |= {name: write_file(aside / name, data) for name, data in tokenizer.items()}
-        config = config_of(facts) | {"trireme": msgspec.to_builtins(facts)}
+        config = config_of(facts, quant) | {"trireme": msgspec.to_builtins(facts)}
         files[CONFIG] = write_file(aside / CONFIG, json.dumps(config, indent=2).encode())
         manifest = msgspec.json.format(msgspec.json.encode(Manifest(format=FORMAT, files=files)), indent=2)
         write_file(aside / MANIFEST, manifest)
@@ -95,23 +103,31 @@ def refuse_layout(artifact: Artifact, parallel: Parallel, for_trtllm: bool) -> N
         raise ConfigError(f"{refusal[0]} (model {artifact.path.stem})", "", refusal[1])
 
 
-def checkpoint_bytes(facts: Trireme, rank: int) -> int:
-    """Bytes of weights that ``rank``'s file holds."""
-    width = DTYPE_BYTES[facts.dtype]
-    return width * sum(t.elements for t in shard_tensors(facts.model, facts.parallel, rank, own_head=facts.own_head))
+def refuse_format(quant: Quant, for_trtllm: bool) -> None:
+    """Raises :class:`ConfigError` for a format that TensorRT-LLM reads in another arrangement, where it is to read it."""
+    if for_trtllm and quant.kv_cache_quant_algo is not None:
+        raise ConfigError(
+            "--for-trtllm does not go with an FP8 KV cache", "TensorRT-LLM wants calibrated scales for it", "let its tools quantize"
+        )
+    if for_trtllm and quant.weights in ("int8", "int4"):
+        raise ConfigError(
+            f"--for-trtllm does not go with {quant.quant_algo} weights",
+            "TensorRT-LLM interleaves its integers for one GPU generation, with its own kernels' order",
+            "convert to bf16 or fp16 and let its tools quantize",
+        )
 
 
-def _write_ranks(source: Source, facts: Trireme, folder: Path, total: int, progress: Progress) -> dict[str, FileRecord]:
+def _write_ranks(source: Source, facts: Trireme, quant: Quant, folder: Path, total: int, progress: Progress) -> dict[str, FileRecord]:
     records, done = {}, 0
     progress("convert", 0, total)
     for rank in range(facts.parallel.world):
-        tensors = shard_tensors(facts.model, facts.parallel, rank, own_head=facts.own_head)
-        metadata = {"format": "pt", "rank": str(rank)}
+        wanted = stored(facts, quant, rank)
         name = rank_file(rank)
-        with TensorWriter(folder / name, {t.name: t.shape for t in tensors}, facts.dtype, metadata) as writer:
-            for tensor in tensors:
-                values = assemble(source, tensor, facts.dtype)
-                writer.write(tensor.name, values)
+        announced = {each.tensor.name: (each.tensor.shape, each.format) for each in wanted}
+        with TensorWriter(folder / name, announced, {"format": "pt", "rank": str(rank)}) as writer:
+            for each in wanted:
+                values = assemble(source, each.tensor, each.format)
+                writer.write(each.tensor.name, values)
                 done += values.nbytes
                 progress("convert", done, total)
             records[name] = writer.finish()

@@ -20,7 +20,7 @@ import numpy as np
 
 from workers.artifacts.numbers import Array
 from workers.artifacts.source import CHUNK, Block
-from workers.artifacts.tensorfile import AGAIN, OTHER
+from workers.artifacts.tensorfile import AGAIN, OTHER, regular
 from workers.core.shard import EMBEDDING, FINAL_NORM, HEAD, Span, Tensor, whole_tensors
 from workers.errors import ArtifactError, ConfigError
 from workers.spec import ModelSpec
@@ -94,7 +94,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from workers.artifacts.source import Block, cut
-from workers.artifacts.tensorfile import AGAIN, DTYPES, OTHER, TensorFile
+from workers.artifacts.tensorfile import AGAIN, NAMES, OTHER, TensorFile, regular
 from workers.core.shard import HEAD, Span, Tensor, whole_tensors
 from workers.errors import ArtifactError, ConfigError
-from workers.spec import ARCHITECTURES, DType, ModelSpec, RopeScaling
+from workers.spec import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec, RopeScaling
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -71,7 +71,7 @@ class _Index(msgspec.Struct):
 def decode(path: Path, kind: type[T]) -> T:
     """A JSON file as ``kind``. Raises :class:`ArtifactError` naming the file."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return msgspec.json.decode(regular(path).read_bytes(), type=kind)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), AGAIN) from error
     except msgspec.MsgspecError as error:
@@ -182,14 +182,15 @@ class HuggingFaceSource:
             shape = self._file_of[name].entries[name].shape
             if shape != tensor.shape:
                 raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(tensor.shape)}", AGAIN)
+            _plain(self._file_of[name], name)
         # A tied head is often stored once more; rotary frequencies follow from the config.
         extra = [name for name in self._file_of if name not in wanted and name != HEAD and not name.endswith("rotary_emb.inv_freq")]
         if extra:
             raise ArtifactError(f"{folder} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", OTHER)
 
     def read(self, tensor: Tensor, span: Span) -> Block:
-        values, dtype = self._file_of[tensor.name].view(tensor.name)
-        return Block(cut(values, tensor, span), dtype)
+        values, form = self._file_of[tensor.name].view(tensor.name)
+        return Block(cut(values, tensor, span), form)
 
     def release(self) -> None:
         for file in self._files:
@@ -214,7 +215,13 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_dtype(folder: Path) -> DType:
     """Number format of most weights. Raises :class:`ArtifactError` for quantized ones."""
     file = TensorFile(weight_files(folder)[0])
-    name, entry = max(file.entries.items(), key=lambda item: item[1].data_offsets[1] - item[1].data_offsets[0])
-    if entry.dtype not in DTYPES:
-        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(DTYPES)}", OTHER)
-    return DTYPES[entry.dtype]
+    name, _ = max(file.entries.items(), key=lambda item: item[1].data_offsets[1] - item[1].data_offsets[0])
+    return _plain(file, name)
+
+
+def _plain(file: TensorFile, name: str) -> DType:
+    """Format of a tensor that is not quantized. Raises :class:`ArtifactError` for one that is."""
+    entry, plain = file.entries[name], {NAMES[dtype]: dtype for dtype in DTYPE_BYTES}
+    if entry.dtype not in plain:
+        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(plain)}", OTHER)
+    return plain[entry.dtype]

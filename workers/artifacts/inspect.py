@@ -11,14 +11,16 @@ import msgspec
 
 from workers.artifacts.artifact import Artifact, Kind, open_artifact, open_source
 from workers.artifacts.checkpoint import open_rank, read_checkpoint, verify_all
-from workers.core.shard import parameters, shard_elements, trtllm_refusal
+from workers.artifacts.convert import refuse_format
+from workers.core.parts import stored_tensors
+from workers.core.shard import parameters, trtllm_refusal
 from workers.errors import ConfigError
-from workers.spec import DTYPE_BYTES, DType, ModelSpec, Parallel
+from workers.spec import DType, ModelSpec, Parallel, Quant
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """``parallel``: layout of a checkpoint, None for whole models. ``rank_bytes``: weights of each rank in ``dtype``, for the layout asked
-    about (else the stored one, else one rank).
+    """``parallel``: layout of a checkpoint, None for whole models. ``quant``: format of linear layers' weights; ``dtype``: of the others.
+    ``rank_bytes``: weights of each rank in these formats, for the layout asked about (else the stored one, else one rank).
 
     ``runs``: whether ranks of that layout can load it as it is; ``reason`` says why not, and what would. ``trtllm``: why TensorRT-LLM would
     refuse the layout, empty when it would not. ``verified``: every file's hash was compared.
@@ -29,6 +31,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSpec
     parameters: int
     dtype: DType
+    quant: Quant
     parallel: Parallel | None
     rank_bytes: tuple[int, ...]
     eos_ids: tuple[int, ...]
@@ -48,40 +51,55 @@ def inspect_path(path: str | Path, parallel: Parallel | None = None, *, verify_f
     artifact = open_artifact(path)
     layout = parallel or artifact.parallel or Parallel()
     reason = _why_not(artifact, layout)
-    possible = not _impossible(artifact.model, layout)
-    refusal = trtllm_refusal(artifact.model, layout) if possible else None
+    impossible = _impossible(artifact, layout)
     if verify_files:
         _verify(artifact)
-    width = DTYPE_BYTES[artifact.dtype]
     return Inspection(
         path=artifact.path,
         kind=artifact.kind,
         model=artifact.model,
         parameters=parameters(artifact.model),
         dtype=artifact.dtype,
+        quant=artifact.quant,
         parallel=artifact.parallel,
-        rank_bytes=tuple(width * shard_elements(artifact.model, layout, rank) for rank in range(layout.world)) if possible else (),
+        rank_bytes=() if impossible else _rank_bytes(artifact, layout),
         eos_ids=artifact.eos_ids,
         tokenizer=artifact.tokenizer_dir is not None or artifact.kind == "gguf",
         runs=not reason,
         reason=reason,
-        trtllm=refusal[0] if refusal else "",
+        trtllm="" if impossible else _why_not_trtllm(artifact, layout),
         verified=verify_files,
     )
 
 
-def _impossible(model: ModelSpec, layout: Parallel) -> str:
+def _rank_bytes(artifact: Artifact, layout: Parallel) -> tuple[int, ...]:
+    ranks = [stored_tensors(artifact.model, layout, rank, dtype=artifact.dtype, quant=artifact.quant) for rank in range(layout.world)]
+    return tuple(sum(tensor.nbytes for tensor in tensors) for tensors in ranks)
+
+
+def _impossible(artifact: Artifact, layout: Parallel) -> str:
     try:
-        layout.check(model)
+        layout.check(artifact.model)
+        _rank_bytes(artifact, layout)
     except ConfigError as error:
         return str(error)
     return ""
 
 
+def _why_not_trtllm(artifact: Artifact, layout: Parallel) -> str:
+    if refusal := trtllm_refusal(artifact.model, layout):
+        return refusal[0]
+    try:
+        refuse_format(artifact.quant, for_trtllm=True)
+    except ConfigError as error:
+        return error.why
+    return ""
+
+
 def _why_not(artifact: Artifact, layout: Parallel) -> str:
-    if impossible := _impossible(artifact.model, layout):
+    if impossible := _impossible(artifact, layout):
         return impossible
-    if artifact.quant.quant_algo is not None:
+    if artifact.foreign:
         return f"quantized with {artifact.quant.quant_algo}: only TensorRT-LLM reads these weights"
     if artifact.parallel is None or artifact.runs_on(layout):
         return ""

@@ -1,4 +1,4 @@
-"""Number formats of weights in numpy: fp32, fp16, and bf16 as its raw 16 bits (numpy has no such type).
+"""Number formats of weights in numpy: fp32, fp16, bf16 and fp8 as their raw bits (numpy has no such types), integers as they are.
 
 Pure functions; must never know about files.
 """
@@ -10,22 +10,33 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from workers.core.parts import Format
 from workers.errors import ArtifactError
-from workers.spec import DType
 
 Array: TypeAlias = npt.NDArray[Any]
 
 #: How each format lies in memory and in files, little-endian.
-STORAGE: dict[DType, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "bf16": np.dtype("<u2"), "fp16": np.dtype("<f2")}
+STORAGE: dict[Format, np.dtype[Any]] = {
+    "fp32": np.dtype("<f4"),
+    "bf16": np.dtype("<u2"),
+    "fp16": np.dtype("<f2"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "fp8": np.dtype("u1"),
+}
+#: Largest finite fp8 (e4m3).
+FP8_MAX = 448.0
 
 
-def cast(values: Array, source: DType, target: DType) -> Array:
-    """``values`` of format ``source`` in format ``target``, rounded to nearest, ties to even.
+def cast(values: Array, source: Format, target: Format) -> Array:
+    """``values`` of format ``source`` in format ``target``, rounded to nearest, ties to even. Quantized formats are only ever kept.
 
     Raises :class:`ArtifactError` where a finite weight is too large for fp16: an infinity would surface as NaN logits much later.
     """
     if source == target:
         return values
+    if {source, target} - {"fp32", "bf16", "fp16"}:
+        raise ValueError(f"{source} is not cast to {target}: its scales are elsewhere")
     wide = _from_bf16(values) if source == "bf16" else values.astype(np.float32)
     if target == "fp32":
         return wide
@@ -48,3 +59,15 @@ def _to_bf16(values: Array) -> Array:
     # A carry out of a NaN's mantissa would make it an infinity or a zero.
     quiet = (bits >> 16) | np.uint32(0x40)
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+
+
+def to_fp8(values: Array) -> Array:
+    """fp32 ``values``, none beyond ``FP8_MAX``, as the bits of the nearest e4m3, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    # Three mantissa bits stay, and the exponent's bias goes from 127 to 7. A carry into the exponent is what rounding up means.
+    normal = ((magnitude + np.uint32(0x7FFFF) + ((magnitude >> 20) & 1)) >> 20) - np.uint32(120 << 3)
+    # Below 2**-6 the steps are all 2**-9; eight of them are the smallest normal number's own bits.
+    small = np.rint(np.abs(values) * np.float32(512)).astype(np.uint32)
+    rounded: Array = np.where(magnitude < 0x3C800000, small, normal) | (bits >> 24 & np.uint32(0x80))
+    return rounded.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What every model file offers: slices of whole tensors by their Hugging Face names; and how a rank's tensor is put together from them.
+"""What every model file offers: slices of whole tensors (or their parts) by name; and how a rank's tensor is put together from them.
 
 Owns the ``Source`` protocol and ``assemble``. Must never know a file format or import torch.
 """
@@ -10,18 +10,18 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from workers.artifacts.numbers import STORAGE, Array, cast
+from workers.core.parts import Format
 from workers.core.shard import ShardTensor, Span, Tensor
-from workers.spec import DType
 
 #: Elements that are converted at a time: bounds the temporaries of a cast to a few MB.
 CHUNK = 1 << 20
 
 
 class Block(NamedTuple):
-    """Values of a slice, in storage type ``STORAGE[dtype]``; possibly a view of a mapped file."""
+    """Values of a slice, in storage type ``STORAGE[format]``; possibly a view of a mapped file."""
 
     values: Array
-    dtype: DType
+    format: Format
 
 
 class Source(Protocol):
@@ -34,25 +34,25 @@ class Source(Protocol):
         """What ``read`` gave out is no longer used: its memory may go."""
 
 
-def assemble(source: Source, wanted: ShardTensor, dtype: DType) -> Array:
-    """The tensor that a rank stores, in ``STORAGE[dtype]``; rows that no piece covers are zero."""
-    result = np.zeros(wanted.shape, STORAGE[dtype])
+def assemble(source: Source, wanted: ShardTensor, form: Format) -> Array:
+    """The tensor that a rank stores, in ``STORAGE[form]``; rows that no piece covers are zero."""
+    result = np.zeros(wanted.shape, STORAGE[form])
     for piece, place in wanted.places():
         if not piece.span.size:
             continue
         block = source.read(piece.tensor, piece.span)
         target = result[place.start : place.stop] if piece.tensor.axis == 0 else result[:, place.start : place.stop]
-        convert_into(target, block, dtype)
+        convert_into(target, block, form)
         del block
         source.release()
     return result
 
 
-def convert_into(target: Array, block: Block, dtype: DType) -> None:
-    """Copy ``block`` into ``target`` of the same shape, in ``dtype``, some rows at a time."""
+def convert_into(target: Array, block: Block, form: Format) -> None:
+    """Copy ``block`` into ``target`` of the same shape, in format ``form``, some rows at a time."""
     rows = max(1, CHUNK // max(1, block.values[0].size))
     for start in range(0, len(block.values), rows):
-        target[start : start + rows] = cast(block.values[start : start + rows], block.dtype, dtype)
+        target[start : start + rows] = cast(block.values[start : start + rows], block.format, form)
 
 
 def cut(values: Array, tensor: Tensor, span: Span) -> Array:

@@ -6,6 +6,7 @@ hashes what it writes. Neither knows what the tensors mean.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -18,16 +19,16 @@ import msgspec
 import numpy as np
 
 from workers.artifacts.numbers import STORAGE, Array
+from workers.core.parts import Format
 from workers.errors import ArtifactError
-from workers.spec import DType
 
 #: What to do about a model file that is damaged, and about one that no engine here computes.
 AGAIN = "copy or download it again"
 OTHER = "use a plain llama, mistral, qwen2 or qwen3 model in fp32, bf16 or fp16"
 #: The format's own bound on its header, bytes.
 MAX_HEADER = 100_000_000
-NAMES: dict[DType, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-DTYPES: dict[str, DType] = {name: dtype for dtype, name in NAMES.items()}
+NAMES: dict[Format, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "uint8": "U8", "fp8": "F8_E4M3"}
+FORMATS: dict[str, Format] = {name: form for form, name in NAMES.items()}
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -45,6 +46,13 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     bytes: int
 
 
+def regular(path: Path) -> Path:
+    """``path``, unless something is there that is no file: a FIFO would be waited for, a device read without end. Raises OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return path
+
+
 class TensorFile:
     """A safetensors file for reading. Arrays that it gives out are views of the mapping and live as long as it does."""
 
@@ -52,21 +60,21 @@ class TensorFile:
         """Raises :class:`ArtifactError` when the file is missing, truncated or not safetensors."""
         self.path = path
         try:
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 self.entries, self._data = _read_header(path, file, size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), AGAIN) from error
 
-    def view(self, name: str) -> tuple[Array, DType]:
-        """The whole tensor, without copying. Raises :class:`ArtifactError` for a format other than F32, BF16 and F16."""
+    def view(self, name: str) -> tuple[Array, Format]:
+        """The whole tensor, without copying. Raises :class:`ArtifactError` for a format that has no row in ``NAMES``."""
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise ArtifactError(f"{self.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(DTYPES)}", OTHER)
-        dtype = DTYPES[entry.dtype]
-        flat = np.frombuffer(self._map, STORAGE[dtype], math.prod(entry.shape), self._data + entry.data_offsets[0])
-        return flat.reshape(entry.shape), dtype
+        if entry.dtype not in FORMATS:
+            raise ArtifactError(f"{self.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(FORMATS)}", OTHER)
+        form = FORMATS[entry.dtype]
+        flat = np.frombuffer(self._map, STORAGE[form], math.prod(entry.shape), self._data + entry.data_offsets[0])
+        return flat.reshape(entry.shape), form
 
     def release(self) -> None:
         """Let the kernel take back the pages read so far: they would count as this process's memory."""
@@ -89,7 +97,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
-        width = STORAGE[DTYPES[entry.dtype]].itemsize if entry.dtype in DTYPES else None
+        width = STORAGE[FORMATS[entry.dtype]].itemsize if entry.dtype in FORMATS else None
         if start != end or stop < start or min(entry.shape, default=0) < 0:
             raise ArtifactError(f"{path}: {name} has impossible offsets", f"{start}..{stop}, expected to start at {end}", AGAIN)
         if width is not None and stop - start != width * math.prod(entry.shape):
@@ -103,20 +111,20 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry
 class TensorWriter:
     """Writes one safetensors file tensor by tensor, in the order announced, so that only one tensor is ever in memory."""
 
-    def __init__(self, path: Path, tensors: dict[str, tuple[int, ...]], dtype: DType, metadata: dict[str, str]) -> None:
+    def __init__(self, path: Path, tensors: dict[str, tuple[tuple[int, ...], Format]], metadata: dict[str, str]) -> None:
+        """``tensors``: name → (shape, format)."""
         self._left = list(tensors.items())
-        self._dtype = dtype
         self._path = path
         self._hash = hashlib.sha256()
         self._bytes = 0
         self._file = path.open("xb")
-        self._put(_header(tensors, dtype, metadata))
+        self._put(_header(tensors, metadata))
 
     def write(self, name: str, values: Array) -> None:
-        """Append a tensor; ``values`` must have the announced shape and the file's storage type."""
-        expected = self._left.pop(0)
-        if expected != (name, values.shape) or values.dtype != STORAGE[self._dtype]:
-            raise ValueError(f"{self._path}: expected {expected}, got {name} {values.shape} {values.dtype}")
+        """Append a tensor; ``values`` must have the announced shape and its format's storage type."""
+        expected, (shape, form) = self._left.pop(0)
+        if (expected, shape, STORAGE[form]) != (name, values.shape, values.dtype):
+            raise ValueError(f"{self._path}: expected {expected} {shape} {form}, got {name} {values.shape} {values.dtype}")
         self._put(np.ascontiguousarray(values).data.cast("B"))
 
     def finish(self) -> FileRecord:
@@ -139,12 +147,12 @@ class TensorWriter:
         self._bytes += len(data)
 
 
-def _header(tensors: dict[str, tuple[int, ...]], dtype: DType, metadata: dict[str, str]) -> bytes:
+def _header(tensors: dict[str, tuple[tuple[int, ...], Format]], metadata: dict[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
-    for name, shape in tensors.items():
-        stop = offset + math.prod(shape) * STORAGE[dtype].itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+    for name, (shape, form) in tensors.items():
+        stop = offset + math.prod(shape) * STORAGE[form].itemsize
+        header[name] = {"dtype": NAMES[form], "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     # Data starts on a multiple of 8 bytes, so that a mapping of it is aligned.
@@ -156,7 +164,7 @@ def hash_file(path: Path) -> FileRecord:
     """Hash a file. Raises :class:`ArtifactError` when it is missing or unreadable."""
     digest, size = hashlib.sha256(), 0
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
                 size += len(chunk)

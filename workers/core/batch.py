@@ -10,6 +10,9 @@ are integers. A request is only "computed < known"; prefill, chunk, prefix hit, 
 
 At most ``micro_batches`` plans are in flight over disjoint rows; results are committed in the order of the plans. A driver calls
 :meth:`Batch.plan` until it answers None, runs, then commits the oldest. Each plan takes its share of the rows: a pipeline stays balanced.
+
+With ``ahead`` one plan more is in flight, over rows of the oldest one: each goes on from a token that only the device knows yet (a *guess*,
+-1 in the plan). What ends a row is then seen one step late: its second plan's answer is dropped, and its blocks are free only after that.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from itertools import chain
 from workers.core.blocks import BlockPool
 from workers.core.contract import Emission, EngineStats, Fault, Finish
 from workers.core.guide import GuideFactory
-from workers.core.plan import StepPlan, StepResult, column, view
+from workers.core.plan import StepPlan, StepResult, view
+from workers.core.proof import prove
 from workers.core.rows import NEVER, Draft, Flight, Queue, Row, make_row
 from workers.errors import EngineFault
 from workers.wire import UNLIMITED, Capacity, Submit
@@ -44,6 +48,7 @@ class Batch:
         limits: what the engine can hold: blocks, ``max_batch_size`` rows with a slot, ``max_num_tokens`` a step, context, vocabulary.
         guides: compiles a row's grammar; None = guided rows are refused.
         micro_batches: plans that may be in flight, at least the number of pipeline stages.
+        ahead: whether one plan more may be in flight, over rows whose last token is still being sampled.
         eos_ids: end-of-sequence ids of the model.
         prefix_cache: whether rows reuse blocks by content.
     """
@@ -54,12 +59,14 @@ class Batch:
         *,
         guides: GuideFactory | None = None,
         micro_batches: int = 1,
+        ahead: bool = False,
         eos_ids: Iterable[int] = (),
         prefix_cache: bool = True,
     ) -> None:
         self._limits = limits
         self._guides = guides
         self._micro_batches = micro_batches
+        self._ahead = ahead
         self._eos_ids = frozenset(eos_ids)
         self._pool = BlockPool(limits.num_blocks, limits.block_size, findable=prefix_cache)
         self._rows: dict[int, Row] = {}
@@ -71,6 +78,7 @@ class Batch:
         self._slots = list(range(limits.max_batch_size - 1, -1, -1))
         self._closed: list[int] = []
         self._refused: tuple[int, int, int] | None = None
+        self._tight = False  # the last plan lacked blocks for a row
         self._now = 0.0
         self._orders = 0
         self._steps = 0
@@ -92,11 +100,7 @@ class Batch:
         row = self._rows.pop(id, None)
         if row is None:
             return
-        row.over = True
-        if row.home is not None:
-            row.home.remove(row)
-            row.home = None
-            self._vacate(row)
+        self._leave(row)
 
     def credit(self, id: int, tokens: int) -> None:
         """Allow ``tokens`` more to be emitted. Unknown ids are ignored."""
@@ -129,12 +133,12 @@ class Batch:
         return min(total, self._limits.max_num_tokens)
 
     def stats(self, step_ms: float = 0.0) -> EngineStats:
-        """Counts now and totals; ``running`` rows have a slot. Prefix queries and hits are counted in tokens."""
-        waiting = sum(row.slot < 0 for row in self._rows.values())
+        """Counts now and totals; ``running`` rows have a slot, ``waiting`` ones want one (without credit they do not). Prefix queries and
+        hits are counted in tokens."""
         return EngineStats(
             steps_total=self._steps,
-            running=len(self._rows) - waiting,
-            waiting=waiting,
+            running=sum(row.slot >= 0 for row in self._rows.values()),
+            waiting=len(self._waiting),
             free_blocks=self._pool.available,
             num_blocks=self._pool.num_blocks,
             prefill_tokens=sum(row.pending for row in chain(self._prefills, self._waiting)),
@@ -149,10 +153,13 @@ class Batch:
     # Plan
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
-        """The next step's plan, or None when ``micro_batches`` are out or no row can run. ``now``: seconds on any steady clock."""
+        """The next step's plan, or None when enough are out or no row can run. ``now``: seconds on any steady clock."""
         self._now = max(now, self._now)
         if len(self._flights) >= self._micro_batches:
-            return None
+            if not self._ahead or len(self._flights) > self._micro_batches:
+                return None
+            if not self._tight:  # rows in flight cannot be preempted: where blocks are short, let them land first
+                self._go_on(self._flights[0])
         for row in list(self._overdue(self._now)):
             self._preempt(row)
         draft = self._draft()
@@ -166,21 +173,24 @@ class Batch:
     def _draft(self) -> Draft:
         """Choose the next plan's rows: decodes, then prefill chunks, then admissions, under the token budget and this plan's share."""
         draft = Draft()
+        decodes, rows = self._decodes, draft.rows
         budget = self._limits.max_num_tokens
         paused = sum(row.slot >= 0 for row in self._paused)
         active = min(self._running - paused + len(self._waiting), self._limits.max_batch_size)
         share = -(-active // self._micro_batches)
-        limit = min(share, budget)
-        while self._decodes and len(draft.rows) < limit:
-            row = self._decodes.popleft()
+        free = min(share, budget)
+        while decodes and free:
+            row = decodes.popleft()
             row.home = None
-            if row.computed == row.room and not self._grow(row, draft):
+            if row.computed + row.airborne == row.room and not self._grow(row, draft):
                 continue
-            draft.rows.append(row)
+            rows.append(row)
+            free -= 1
         for row in reversed(draft.stuck):
-            row.home = self._decodes
-            self._decodes.appendleft(row)
-        draft.decodes = len(draft.rows)
+            row.home = decodes
+            decodes.appendleft(row)
+        self._tight = bool(draft.stuck)
+        draft.decodes = len(rows)
         draft.counts = [1] * draft.decodes
         budget -= draft.decodes
         while budget and len(draft.rows) < share and (next_row := self._next_prefill(draft)) is not None:
@@ -209,7 +219,9 @@ class Batch:
 
     def _victim(self) -> Row | None:
         """The row to give up its blocks: the youngest paused one, else the youngest that is not in flight nor in the plan being made."""
-        holders = [row for row in self._paused if row.slot >= 0] or chain(self._decodes, self._prefills)
+        holders = [row for row in self._paused if row.slot >= 0]
+        if not holders:
+            holders = [row for row in chain(self._decodes, self._prefills) if not row.airborne]
         return max(holders, key=_admission_order, default=None)
 
     def _next_prefill(self, draft: Draft) -> Row | None:
@@ -253,33 +265,28 @@ class Batch:
 
     def _issue(self, draft: Draft) -> StepPlan:
         """Turn a draft into the plan and remember it as in flight."""
-        rows, counts, decodes = draft.rows, draft.counts, draft.decodes
-        starts = [row.computed for row in rows]
-        tokens = [row.tokens[-1] for row in rows[:decodes]]
-        samples = [1] * decodes
-        for row, count in zip(rows[decodes:], counts[decodes:], strict=True):
-            tokens += row.tokens[row.computed : row.computed + count]
-            samples.append(int(count == row.pending and not row.spent))
-        scores = [0] * decodes + [int(row.wants_score()) for row in rows[decodes:]]
-        added = [(row.slot, row.blocks) for row in draft.opened] + [(row.slot, row.blocks[-1:]) for row in draft.grown]
         self._steps += 1
-        plan = StepPlan(
-            step=self._steps,
-            slots=column([row.slot for row in rows]),
-            starts=column(starts),
-            lengths=column(counts),
-            tokens=column(tokens),
-            sample=column(samples),
-            score=column(scores) if any(scores) else b"",
-            block_slots=column([slot for slot, blocks in added for _ in blocks]),
-            block_ids=column([block for _, blocks in added for block in blocks]),
-            closed=column(self._closed),
-            opened=[row.opening() for row in draft.opened],
-            masks=[(i, row.guide.mask()) for i, row in enumerate(rows) if row.guide is not None and samples[i]],
-        )
+        plan, flight = draft.issue(self._steps, self._closed)
         self._closed = []
-        self._flights.append(Flight(self._steps, rows, counts, samples))
+        self._flights.append(flight)
         return plan
+
+    def _go_on(self, flight: Flight) -> None:
+        """Let the rows of ``flight`` be planned again before its answer is there: chunks go on, and tokens are guessed."""
+        if flight.left:
+            return
+        flight.left = True
+        decodes = self._decodes
+        for row, sampled in zip(flight.rows, flight.samples, strict=True):
+            if row.over:
+                continue
+            if sampled:
+                # The token in flight must neither pause the row nor be its last; a stop token ends it one step late.
+                if row.predictable and row.credit > 1 and len(row.tokens) < row.last:
+                    row.home = decodes
+                    decodes.append(row)
+            elif row.pending:
+                self._place(row)
 
     # Commit
 
@@ -297,24 +304,30 @@ class Batch:
         prompts = {i: (own, ids, logprobs) for i, own, ids, logprobs in result.prompt}
         emissions: list[Emission] = []
         for i, (row, count, token) in enumerate(zip(flight.rows, flight.counts, chosen, strict=True)):
-            if row.over:  # cancelled while in flight; only now can nothing write its blocks any more
-                self._vacate(row)
+            row.airborne -= count
+            if row.over:  # it ended, or was cancelled, while in flight; only now can nothing write its blocks any more
+                if not row.airborne:
+                    self._vacate(row)
                 continue
             if prompts and i in prompts:
                 row.score(row.computed, prompts[i])
             row.computed += count
             if row.computed >= row.publish_at:
                 row.publish(self._pool)
+            gone_on = row.airborne or row.home is not None
             if token is not None:
                 emission = row.accept(token, scored[i] if scored is not None else None)
             elif row.computed == row.known:
                 emission = row.expire()
             else:
-                self._place(row)
+                if not gone_on:
+                    self._place(row)
                 continue
             emissions.append(emission)
             if emission.end is not None:
                 self._end(row, emission.end)
+            elif gone_on:
+                continue
             elif row.credit > 0:
                 row.home = self._decodes
                 self._decodes.append(row)
@@ -359,9 +372,17 @@ class Batch:
     def _end(self, row: Row, end: Finish | Fault) -> None:
         if isinstance(end, Fault):
             self._pool.forget(row.blocks)  # whatever broke this row must not spread through the prefix cache
-        row.over = True
         del self._rows[row.id]
-        self._vacate(row)
+        self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        """A row is over. Its blocks are free now, or after the last plan in flight that may still write them."""
+        row.over = True
+        if row.home is not None:
+            row.home.remove(row)
+            row.home = None
+        if not row.airborne:
+            self._vacate(row)
 
     def _overdue(self, now: float) -> Iterator[Row]:
         return (row for row in self._paused if row.slot >= 0 and now - row.paused_at >= PAUSE_S)
@@ -375,24 +396,14 @@ class Batch:
 
     def check(self) -> None:
         """Prove the invariants of rows, queues, slots and blocks. Raises AssertionError naming the first one broken."""
-        flying = [row for flight in self._flights for row in flight.rows]
-        queued = [row for queue in (self._waiting, self._prefills, self._decodes, self._paused) for row in queue]
-        everyone = flying + queued
-        assert len({id(row) for row in everyone}) == len(everyone), "a row is in two places"
-        assert {row.id for row in everyone if not row.over} == self._rows.keys(), "a live row is in no place"
-        assert not any(row.over for row in queued), "a row that is over waits for something"
-        assert all(row.home is None for row in flying), "a row in flight can be chosen again"
-        assert all(row.slot < 0 and row.credit > 0 for row in self._waiting), "a waiting row has a slot or no credit"
-        assert all(row.slot >= 0 and row.pending == 1 and row.credit > 0 for row in self._decodes), "a decoding row is not ready"
-        assert not any(row.spent for row in self._decodes), "a row with nothing to emit decodes"
-        assert all(row.slot >= 0 and row.credit > 0 for row in self._prefills), "a prefilling row is not ready"
-        assert all(row.credit <= 0 for row in self._paused), "a paused row has credit"
-        for queue in (self._waiting, self._prefills):
-            assert [row.order for row in queue] == sorted(row.order for row in queue), "a queue is out of admission order"
-        for row in everyone:
-            assert 0 <= row.computed < row.known <= len(row.tokens), "a row is computed beyond what is known"
-            assert (row.slot >= 0) == bool(row.blocks), "a row has a slot without blocks or blocks without a slot"
-            assert row.room == len(row.blocks) * self._pool.block_size and row.computed <= row.room, "a row's table is too short"
-        slots = [row.slot for row in everyone if row.slot >= 0]
-        assert sorted(slots + self._slots) == list(range(self._limits.max_batch_size)), "a slot is lost or shared"
-        self._pool.check([row.blocks for row in everyone])
+        prove(
+            self._rows,
+            self._flights,
+            self._pool,
+            waiting=self._waiting,
+            prefills=self._prefills,
+            decodes=self._decodes,
+            paused=self._paused,
+            slots=self._slots,
+            slot_count=self._limits.max_batch_size,
+        )

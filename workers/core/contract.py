@@ -44,7 +44,8 @@ class Emission(msgspec.Struct, frozen=True, gc=False):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts now (rows, blocks, prompt tokens still to be computed) and totals since start (``*_total``)."""
+    """Counts now (rows, blocks, prompt tokens still to be computed) and totals since start (``*_total``). ``prefixes``: hashes of blocks
+    that are surely in the cache, parents first, from an engine whose cache the router cannot guess."""
 
     steps_total: int = 0
     running: int = 0
@@ -58,6 +59,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queries_total: int = 0
     prefix_hits_total: int = 0
     preemptions_total: int = 0
+    prefixes: list[int] = []
 
 
 class Engine(Protocol):

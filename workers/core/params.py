@@ -102,10 +102,15 @@ def _mix_all(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return x ^ (x >> 16)
 
 
+def seed_keys(seed: int) -> tuple[int, int]:
+    """The pair (a, b) of one row, each in [0, 2**32)."""
+    a = mix((seed & MASK32) ^ GOLDEN)
+    return a, mix(((seed >> 32) + a) & MASK32)
+
+
 def noise_keys(seed: int, position: int) -> tuple[int, int]:
     """The pair (k, j) of one row at one step, each in [0, 2**32)."""
-    a = mix((seed & MASK32) ^ GOLDEN)
-    b = mix(((seed >> 32) + a) & MASK32)
+    a, b = seed_keys(seed)
     k = mix((position + b) & MASK32)
     return k, mix(k ^ a)
 

@@ -19,6 +19,8 @@ from workers.wire import SamplingParams
 I32: Final = np.dtype("<i4")
 F32: Final = np.dtype("<f4")
 Ints = npt.NDArray[np.int32]
+#: Stands in a plan for the token that an earlier plan in flight samples for the same slot: ranks have it, the leader not yet.
+GUESS: Final = -1
 
 
 def column(values: list[int] | Ints) -> bytes:
@@ -48,12 +50,11 @@ class OpenSlot(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One forward over R rows and T tokens.
 
-    ``slots`` [R]; ``starts`` [R] = tokens of the row already in the KV cache (absolute position of its first query token);
-    ``lengths`` [R] = query tokens, sum T; ``tokens`` [T] ids, row after row; ``sample`` [R] = 1 where the last query position yields a
-    token; ``block_slots`` / ``block_ids`` [B] = blocks appended this step, in order; ``closed`` [C] slots.
-    ``masks``: (row index, packed vocabulary bitmask: bit i of uint32 word i // 32 = allowed) for guided rows that sample.
-    ``score`` [R] (or empty = none): 1 where prompt logprobs of this chunk are wanted.
-    ``stop`` ends the rank's loop.
+    ``slots`` [R]; ``starts`` [R] = tokens of the row already in the KV cache (absolute position of its first query token); ``lengths`` [R]
+    = query tokens, sum T; ``tokens`` [T] ids (or ``GUESS``), row after row; ``sample`` [R] = 1 where the last query position yields a
+    token; ``block_slots`` / ``block_ids`` [B] = blocks appended this step, in order; ``closed`` [C] slots. ``masks``: (row index, packed
+    vocabulary bitmask: bit i of uint32 word i // 32 = allowed) for guided rows that sample. ``score`` [R] (or empty = none): 1 where prompt
+    logprobs of this chunk are wanted. ``stop`` ends the rank's loop.
     """
 
     step: int

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from workers.core.blocks import BlockPool, prefix_hashes
 from workers.core.contract import Emission, Fault, Finish
 from workers.core.guide import Guide, GuideFactory
 from workers.core.params import check, has_penalties, stop_set
-from workers.core.plan import OpenSlot, StepResult, column, view, view_floats
+from workers.core.plan import GUESS, OpenSlot, StepPlan, StepResult, column, view, view_floats
 from workers.errors import EngineFault, Rejected, TooLong, Unsupported
 from workers.wire import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
 
@@ -25,9 +24,10 @@ Queue = deque["Row"]
 class Row:
     """A live request, ``computed`` < ``known`` <= len(``tokens``): the K/V of tokens[:computed] is there, that of tokens[:known] is due.
 
-    ``known`` is len(tokens) but for a ``spent`` row, one that came with nothing left to emit: it ends once computed, and where nothing
-    is to be scored one token is enough. ``home`` is the queue that holds the row; None while it is in flight, or over. ``order`` is its
-    place in admission order.
+    ``known`` is len(tokens) but for a ``spent`` row, one that came with nothing left to emit: it ends once computed, and where nothing is
+    to be scored one token is enough. ``airborne``: tokens of it in plans in flight. ``home`` is the queue that holds the row; None while it
+    is in flight, or over. ``predictable``: its next token, whatever it is, changes nothing in how the one after it is chosen. ``last``:
+    length of ``tokens`` at which the next one is the last. ``order`` is its place in admission order.
     """
 
     id: int
@@ -44,6 +44,9 @@ class Row:
     prompt_scores: list[Logprobs] | None
     home: Queue | None = None
     over: bool = False
+    airborne: int = 0
+    predictable: bool = False
+    last: int = 0
     slot: int = -1
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -55,8 +58,13 @@ class Row:
     paused_at: float = 0.0
 
     @property
+    def start(self) -> int:
+        """Where the next plan of the row begins."""
+        return self.computed + self.airborne
+
+    @property
     def pending(self) -> int:
-        return self.known - self.computed
+        return self.known - self.computed - self.airborne
 
     @property
     def output_len(self) -> int:
@@ -102,7 +110,7 @@ class Row:
 
     def wants_score(self) -> bool:
         """Whether the next chunk makes a prediction for a later prompt token that is to be reported."""
-        return self.prompt_scores is not None and self.computed < self.prompt_len - 1
+        return self.prompt_scores is not None and self.start < self.prompt_len - 1
 
     def score(self, start: int, answer: tuple[bytes, bytes, bytes]) -> None:
         """Take the predictions made at prompt positions ``start``.., as in ``StepResult.prompt``."""
@@ -122,7 +130,8 @@ class Row:
 
     def accept(self, token: int, scored: Logprobs | None = None) -> Emission:
         """Take a sampled token: it is emitted, or it ends the row, or both."""
-        first = len(self.tokens) - self.prompt_len
+        length = len(self.tokens)
+        first = length - self.prompt_len
         prompt_scores = None if self.prompt_scores is None else self.take_scores()
         end: Finish | Fault | None = None
         if token < 0 or token in self.stops or self.guide is not None:
@@ -134,7 +143,7 @@ class Row:
         self.credit -= 1
         if self.guide is not None and self.guide.done():
             end = self.finish("stop")
-        elif first + 1 >= self.params.max_tokens:
+        elif length >= self.last:
             end = self.finish("length")
         return Emission(self.id, first, [token], None if scored is None else [scored], prompt_scores, end)
 
@@ -169,28 +178,16 @@ class Row:
 NEVER = 2**62
 
 
-class Draft:
-    """A plan in the making: its rows (the first ``decodes`` of them decode) and their query lengths, the rows that got a slot, those that
-    got a block, and those that must wait for one."""
-
-    __slots__ = ("counts", "decodes", "grown", "opened", "rows", "stuck")
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.counts: list[int] = []
-        self.decodes = 0
-        self.opened: list[Row] = []
-        self.grown: list[Row] = []
-        self.stuck: list[Row] = []
-
-
-class Flight(NamedTuple):
-    """A plan that is out: its rows, their query lengths, and whether they yield a token (0 or 1)."""
+@dataclass(slots=True)
+class Flight:
+    """A plan that is out: its rows, their query lengths, and whether they yield a token (0 or 1). ``left``: its rows may be in a later
+    plan."""
 
     step: int
     rows: list[Row]
     counts: list[int]
     samples: list[int]
+    left: bool = False
 
     def logprobs(self, chosen: list[int | None], result: StepResult) -> list[Logprobs | None]:
         """Per row, the log-probabilities of its token where it asked for them; ``chosen`` has the row's token or None."""
@@ -206,15 +203,56 @@ class Flight(NamedTuple):
         return scored
 
 
+class Draft:
+    """A plan in the making: its rows (the first ``decodes`` of them decode) and their query lengths, the rows that got a slot, those that
+    got a block, and those that must wait for one."""
+
+    __slots__ = ("counts", "decodes", "grown", "opened", "rows", "stuck")
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.counts: list[int] = []
+        self.decodes = 0
+        self.opened: list[Row] = []
+        self.grown: list[Row] = []
+        self.stuck: list[Row] = []
+
+    def issue(self, step: int, closed: list[int]) -> tuple[StepPlan, Flight]:
+        """The plan numbered ``step``, which also closes the slots ``closed``, and its rows in the air."""
+        rows, counts, decodes = self.rows, self.counts, self.decodes
+        starts = [row.computed + row.airborne for row in rows]
+        tokens = [row.tokens[start] if start < row.known else GUESS for row, start in zip(rows[:decodes], starts, strict=False)]
+        samples = [1] * decodes
+        for row, count in zip(rows[decodes:], counts[decodes:], strict=True):
+            tokens += row.tokens[row.start : row.start + count]
+            samples.append(int(count == row.pending and not row.spent))
+        scores = [0] * decodes + [int(row.wants_score()) for row in rows[decodes:]]
+        for row, count in zip(rows, counts, strict=True):
+            row.airborne += count
+        added = [(row.slot, row.blocks) for row in self.opened] + [(row.slot, row.blocks[-1:]) for row in self.grown]
+        plan = StepPlan(
+            step=step,
+            slots=column([row.slot for row in rows]),
+            starts=column(starts),
+            lengths=column(counts),
+            tokens=column(tokens),
+            sample=column(samples),
+            score=column(scores) if any(scores) else b"",
+            block_slots=column([slot for slot, blocks in added for _ in blocks]),
+            block_ids=column([block for _, blocks in added for block in blocks]),
+            closed=column(closed),
+            opened=[row.opening() for row in self.opened],
+            masks=[(i, row.guide.mask()) for i, row in enumerate(rows) if row.guide is not None and samples[i]],
+        )
+        return plan, Flight(step, rows, counts, samples)
+
+
 def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None) -> Row:
     """The row of a request. Raises TooLong for what can never fit, Rejected for ids, parameters or a grammar that mean nothing, Unsupported
     for a grammar where ``guides`` is None."""
-    _check_size(request, limits)
+    check_request(request, limits)
     params = request.params
-    check(params, vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
     tokens = request.prompt_ids + request.emitted
-    if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
-        raise Rejected("a token is outside the vocabulary", f"ids are 0 to {limits.vocab_size - 1}", param="prompt")
     guide = _make_guide(request, guides)
     wants_scores = params.prompt_logprobs is not None and not request.emitted  # emitted tokens came with or after the scores
     spent = len(request.emitted) >= params.max_tokens or (guide is not None and guide.done())
@@ -230,8 +268,19 @@ def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: It
         spent=spent,
         stops=stop_set(params, eos_ids),
         guide=guide,
+        last=len(request.prompt_ids) + params.max_tokens - 1,
+        predictable=guide is None and not wants_scores and not has_penalties(params),
         prompt_scores=[Logprobs(tokens[0], None, [], [])] if wants_scores else None,
     )
+
+
+def check_request(request: Submit, limits: Capacity) -> None:
+    """Raises TooLong for what can never fit, Rejected for ids and parameters that mean nothing; all that any engine must know."""
+    _check_size(request, limits)
+    check(request.params, vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
+    tokens = request.prompt_ids + request.emitted
+    if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
+        raise Rejected("a token is outside the vocabulary", f"ids are 0 to {limits.vocab_size - 1}", param="prompt")
 
 
 def _check_size(request: Submit, limits: Capacity) -> None:

@@ -4,8 +4,9 @@ Pure functions of (ModelSpec, Parallel, rank). Whole tensors go by their Hugging
 which restart layer numbers at 0 in each stage. Must never read a file or know a number format.
 
 Rules: query heads go out in whole key/value groups, sizes differing by at most one; where tp exceeds the key/value heads, one of those is
-copied to several ranks, each with a share of its query heads. FFN columns are dealt the same way. Vocabulary rows are padded to the
-same count on every rank (collectives stay regular; the padding's logits are -inf). The first ``layers mod pp`` stages hold one layer more.
+copied to several ranks, each with a share of its query heads. FFN columns are dealt the same way, in whole quantization groups where there
+are any. Vocabulary rows are padded to the same count on every rank (collectives stay regular; the padding's logits are -inf). The first
+``layers mod pp`` stages hold one layer more.
 """
 
 from __future__ import annotations
@@ -122,16 +123,21 @@ def heads_of(model: ModelSpec, tp: int, tp_rank: int) -> tuple[Span, Span]:
     return Span(head * group + share.start, head * group + share.stop), Span(head, head + 1)
 
 
-def shard_of(model: ModelSpec, parallel: Parallel, rank: int) -> Shard:
-    """What ``rank`` holds. Raises :class:`ConfigError` when the model cannot be split this way or there is no such rank."""
+def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) -> Shard:
+    """What ``rank`` holds. FFN columns are dealt in whole ``unit`` s (:func:`workers.core.parts.unit_of`): none is cut in two.
+
+    Raises :class:`ConfigError` when the model cannot be split this way or there is no such rank.
+    """
     parallel.check(model)
     if not 0 <= rank < parallel.world:
         raise ConfigError(f"rank {rank} is outside a world of {parallel.world}", f"tp={parallel.tp} pp={parallel.pp}")
-    if parallel.tp > model.intermediate_size or parallel.tp > model.vocab_size:
-        raise ConfigError(f"tp={parallel.tp} is more than the model's FFN or vocabulary size")
+    units = -(-model.intermediate_size // unit)
+    if parallel.tp > units or parallel.tp > model.vocab_size:
+        raise ConfigError(f"tp={parallel.tp} is more than the model's FFN or vocabulary can be dealt to", f"the FFN has {units} x {unit}")
     tp_rank, pp_rank = parallel.tp_rank(rank), parallel.pp_rank(rank)
     heads, kv_heads = heads_of(model, parallel.tp, tp_rank)
     rows = -(-model.vocab_size // parallel.tp)
+    ffn = deal(units, parallel.tp, tp_rank).scaled(unit)
     return Shard(
         rank=rank,
         tp_rank=tp_rank,
@@ -141,7 +147,7 @@ def shard_of(model: ModelSpec, parallel: Parallel, rank: int) -> Shard:
         layers=deal(model.num_layers, parallel.pp, pp_rank),
         heads=heads,
         kv_heads=kv_heads,
-        ffn=deal(model.intermediate_size, parallel.tp, tp_rank),
+        ffn=Span(ffn.start, min(ffn.stop, model.intermediate_size)),
         vocab=Span(min(tp_rank * rows, model.vocab_size), min((tp_rank + 1) * rows, model.vocab_size)),
         vocab_rows=rows,
     )
@@ -184,12 +190,13 @@ def _layer_tensors(model: ModelSpec, prefix: str) -> list[Tensor]:
     ]
 
 
-def shard_tensors(model: ModelSpec, parallel: Parallel, rank: int, *, own_head: bool = False) -> tuple[ShardTensor, ...]:
-    """Every tensor of ``rank`` under its TensorRT-LLM checkpoint name, in the order of the forward pass.
+def shard_tensors(model: ModelSpec, parallel: Parallel, rank: int, *, own_head: bool = False, unit: int = 1) -> tuple[ShardTensor, ...]:
+    """Every tensor of ``rank`` under its TensorRT-LLM checkpoint name, in the order of the forward pass, as if nothing were quantized.
 
     ``own_head``: the last stage stores ``lm_head.weight`` even where it shares the embedding's rows (TensorRT-LLM wants it so).
+    ``unit``: as for :func:`shard_of`.
     """
-    shard = shard_of(model, parallel, rank)
+    shard = shard_of(model, parallel, rank, unit=unit)
     whole = whole_tensors(model)
     found: list[ShardTensor] = []
     if shard.first:
@@ -248,11 +255,6 @@ def _vocabulary(name: str, tensor: Tensor, shard: Shard) -> ShardTensor:
 def parameters(model: ModelSpec) -> int:
     """Weights of the unsharded model."""
     return sum(ShardTensor(name=t.name, shape=t.shape, pieces=()).elements for t in whole_tensors(model).values())
-
-
-def shard_elements(model: ModelSpec, parallel: Parallel, rank: int) -> int:
-    """Weights that ``rank`` stores, padding and copies included."""
-    return sum(tensor.elements for tensor in shard_tensors(model, parallel, rank))
 
 
 def trtllm_refusal(model: ModelSpec, parallel: Parallel) -> tuple[str, str] | None:

@@ -1,47 +1,41 @@
-"""Brings up one rank: probes the CPU, splits the world into groups, loads the shard, sizes the cache.
+"""Brings up one rank: probes its device, loads the shard, sizes the cache, makes the runner.
 
-Owns nothing afterwards. Every rank learns of every rank's failure before any other collective, so that one corrupt shard gives the same
-clean error everywhere and no rank waits for one that has given up. Must never pickle: what ranks exchange is msgpack in tensors.
+Owns nothing afterwards but the order in which a rank goes down again: graphs, process groups, and only then MPI.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 import torch
 
-from workers.artifacts.artifact import Artifact, open_artifact
+from workers.artifacts.artifact import Artifact, open_artifact, quant_for
+from workers.core.parts import unit_of
+from workers.core.plan import OpenSlot, StepPlan, column
 from workers.core.shard import Shard, shard_of
-from workers.engine.cache import KvCache, agree, blocks_that_fit
-from workers.engine.comm import Group, Solo
+from workers.engine.answers import PlanRunner
+from workers.engine.cache import KvCache, agree, blocks_that_fit, gpu_budget
+from workers.engine.comm import Waiter
+from workers.engine.device import CudaDevice, pin_numerics
+from workers.engine.groups import Ranks, all_or_none
 from workers.engine.runner import Runner
-from workers.engine.weights import fill, load_shards
-from workers.errors import ConfigError, EngineFault, EnvironmentFault, TriremeError, from_code
+from workers.engine.weights import dummy, fill, load_shards, prove_shard
+from workers.errors import ConfigError
+from workers.model.kernels.layout import HEAD_DIMS
 from workers.model.llama import LlamaStage
-from workers.spec import EngineSpec, ReplicaSpec
-from workers.wire import Capacity
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from workers.spec import EngineSpec, ModelSpec, Quant, ReplicaSpec
+from workers.wire import Capacity, SamplingParams
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Bytes of a rank's status report: 800 characters and their framing, however they are encoded.
-_REPORT = 4096
+#: CPU threads that read weights for a GPU.
+_LOAD_THREADS = 8
 
-
-class Ranks(msgspec.Struct, frozen=True, kw_only=True):
-    """The groups of one rank: all of the world, the tp ranks of its stage, the stages of its tp rank; ``host_ranks`` share its memory."""
-
-    world: Group
-    tensor: Group
-    pipeline: Group
-    host_ranks: int = 1
+log = logging.getLogger("trireme.engine")
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,79 +43,24 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
     artifact: Artifact
     shard: Shard
-    runner: Runner
+    runner: PlanRunner
     capacity: Capacity
+    ranks: Ranks
+
+    def close(self) -> None:
+        """End the runner, then the groups that its graphs used; MPI comes after this."""
+        self.runner.close()
+        if self.ranks.nccl is not None:
+            self.ranks.nccl.leave()
 
 
-class _Report(msgspec.Struct, frozen=True, array_like=True):
-    code: str
-    what: str
-    why: str
-    hint: str
-
-
-def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> Ranks:
-    """Groups of this rank. Raises :class:`EnvironmentFault` when the world has not tp * pp ranks."""
-    size = 1 if comm is None else comm.Get_size()
-    parallel = spec.parallel
-    if size != parallel.world:
-        raise EnvironmentFault(
-            f"tp={parallel.tp} pp={parallel.pp} needs {parallel.world} ranks, the world has {size}",
-            "mpiexec was started with another count",
-            f"use mpiexec -n {parallel.world}",
-        )
-    if comm is None:
-        return Ranks(world=Solo(), tensor=Solo(), pipeline=Solo())
-    from mpi4py import MPI
-
-    from workers.engine.mpi import Mpi
-
-    rank, wait = comm.Get_rank(), spec.engine.wait
-    # A transport's own sum may depend on the message's size, hence on batch mates.
-    ordered = spec.engine.deterministic or spec.engine.fixed_shape
-    host = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    return Ranks(
-        world=Mpi(comm.Dup(), wait=wait),
-        tensor=Mpi(comm.Split(parallel.pp_rank(rank), rank), deterministic=ordered, wait=wait),
-        pipeline=Mpi(comm.Split(parallel.tp_rank(rank), rank), wait=wait),
-        host_ranks=host.Get_size(),
-    )
-
-
-@contextmanager
-def all_or_none(world: Group) -> Iterator[None]:
-    """Run a block on every rank and raise everywhere what the first failing rank raised, before any rank goes on."""
-    failure: TriremeError | None = None
-    try:
-        yield
-    except TriremeError as error:
-        failure = error
-    except (OSError, RuntimeError, MemoryError) as error:
-        failure = EngineFault("a rank could not be brought up", f"{type(error).__name__}: {error}"[:300])
-    report = b""
-    if failure is not None:
-        report = msgspec.msgpack.encode(_Report(failure.code, failure.what[:300], failure.why[:300], failure.hint[:200]))
-    reports = world.all_gather(torch.from_numpy(np.frombuffer(report[:_REPORT].ljust(_REPORT, b"\0"), np.uint8).copy()))
-    if failure is not None:
-        raise failure
-    for rank, row in enumerate(reports):
-        data = row.numpy().tobytes()
-        if data[0]:
-            told = msgspec.msgpack.Decoder(_Report).decode(data[: _length(data)])
-            same = from_code(told.code, told.what)
-            same.why, same.hint = f"rank {rank}: {told.why}" if told.why else f"found by rank {rank}", told.hint
-            raise same
-
-
-def _length(data: bytes) -> int:
-    """Bytes before the padding."""
-    return len(data.rstrip(b"\0"))
-
-
-def probe(engine: EngineSpec) -> torch.dtype:
+def probe(engine: EngineSpec, model: ModelSpec) -> torch.dtype:
     """The dtype to compute in. Raises :class:`ConfigError` for what this machine will not do at the next launch either."""
-    if engine.device != "cpu":
-        raise ConfigError(f"device {engine.device} is not possible", "the portable engine computes on the CPU", "use device: cpu")
+    if engine.device == "cuda":
+        if model.head_dim not in HEAD_DIMS:
+            known = ", ".join(map(str, HEAD_DIMS))
+            raise ConfigError(f"head_dim {model.head_dim} is not possible on a GPU", f"its kernels take {known}", "use --device cpu")
+        return _DTYPES[engine.dtype]
     if engine.dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise ConfigError("this CPU has no bfloat16 arithmetic", "neither AVX512-BF16 nor AMX was found", "use --dtype fp32")
     if engine.dtype == "fp16":
@@ -139,33 +78,30 @@ def _give_back() -> None:
 def bring_up(spec: ReplicaSpec, ranks: Ranks) -> Built:
     """Load this rank's shard and size its cache, together with all other ranks. Raises what any rank found wrong, on every rank."""
     engine, parallel, world = spec.engine, spec.parallel, ranks.world
-    torch.set_num_threads(engine.threads)
-    with all_or_none(world):
-        dtype = probe(engine)
-        artifact = open_artifact(Path(spec.artifact))
-        shard = shard_of(artifact.model, parallel, world.rank)
+    on_gpu = ranks.device.type == "cuda"
+    with ThreadPoolExecutor(1, "proof of weights") as pool:
+        with all_or_none(world):
+            artifact = open_artifact(Path(spec.artifact), bare=engine.load_format == "dummy")
+            dtype = probe(engine, artifact.model)
+            quant = quant_for(artifact, engine.quant)
+            shard = shard_of(artifact.model, parallel, world.rank, unit=unit_of(quant))
+            proof = pool.submit(prove_shard, artifact, parallel, world.rank, quant) if engine.load_format == "auto" else None
+            if not on_gpu and proof is not None:
+                proof.result()
+            stage = _load(spec, ranks, artifact, shard, dtype, quant)
         longest = min(engine.max_seq_len or artifact.model.max_position, artifact.model.max_position)
-        stage = LlamaStage(
-            artifact.model, parallel, shard, ranks.tensor, dtype=dtype, device=torch.device(engine.device), positions=longest
-        )
-        fill(stage.parameters(), load_shards(artifact, parallel, world.rank, engine.dtype))
-        stage.freeze(fixed_rows=engine.fixed_shape)
-        _give_back()
-    with all_or_none(world):
-        fitting = blocks_that_fit(artifact.model, shard, engine, host_ranks=ranks.host_ranks)
-    blocks = agree(world, fitting)
-    with all_or_none(world):
-        cache = KvCache(artifact.model, shard, blocks=blocks, block_size=engine.block_size, dtype=dtype, device=stage.device)
-    runner = Runner(
-        stage,
-        cache,
-        pipeline=ranks.pipeline,
-        tensor=ranks.tensor,
-        slots=engine.max_batch_size,
-        max_seq_len=longest,
-        eos_ids=tuple(artifact.eos_ids),
-        fixed_shape=engine.fixed_shape,
-    )
+        kv_dtype = torch.float8_e4m3fn if on_gpu and quant.kv_cache_quant_algo == "FP8" else dtype
+        with all_or_none(world):
+            budget = gpu_budget(artifact.model, shard, engine, ranks.device) if on_gpu else None
+            fitting = blocks_that_fit(artifact.model, shard, engine, host_ranks=ranks.host_ranks, itemsize=kv_dtype.itemsize, budget=budget)
+        blocks = agree(world, fitting)
+        with all_or_none(world):
+            cache = KvCache(artifact.model, shard, blocks=blocks, block_size=engine.block_size, dtype=kv_dtype, device=stage.device)
+            runner = _runner(spec, ranks, stage, cache, longest, artifact.eos_ids)
+        with all_or_none(world):
+            # A GPU waits for no hash: the file is read twice, side by side, and what was read wrongly is never served.
+            if proof is not None:
+                proof.result()
     capacity = Capacity(
         block_size=engine.block_size,
         num_blocks=blocks,
@@ -177,6 +113,105 @@ def bring_up(spec: ReplicaSpec, ranks: Ranks) -> Built:
         pp=parallel.pp,
         engine="portable",
         dtype=engine.dtype,
-        quant=artifact.quant,
+        quant=quant,
     )
-    return Built(artifact=artifact, shard=shard, runner=runner, capacity=capacity)
+    tokens = blocks * engine.block_size
+    log.info("KV cache: %d blocks hold %d tokens, or %.1f requests of %d tokens", blocks, tokens, tokens / longest, longest)
+    return Built(artifact=artifact, shard=shard, runner=runner, capacity=capacity, ranks=ranks)
+
+
+def _load(spec: ReplicaSpec, ranks: Ranks, artifact: Artifact, shard: Shard, dtype: torch.dtype, quant: Quant) -> LlamaStage:
+    """This rank's stage with its weights."""
+    engine, parallel, device = spec.engine, spec.parallel, ranks.device
+    begin = time.perf_counter()
+    longest = min(engine.max_seq_len or artifact.model.max_position, artifact.model.max_position)
+    torch.set_num_threads(_LOAD_THREADS if device.type == "cuda" else engine.threads)
+    if device.type == "cuda":
+        pin_numerics()
+    stage = LlamaStage(artifact.model, parallel, shard, ranks.tensor, dtype=dtype, device=device, positions=longest, quant=quant)
+    if engine.load_format == "dummy":
+        dummy(stage.parameters(), seed=ranks.world.rank)
+    else:
+        fill(stage.parameters(), load_shards(artifact, parallel, ranks.world.rank, engine.dtype, quant, proven=True))
+    stage.freeze(fixed_rows=engine.fixed_shape)
+    torch.set_num_threads(engine.threads)
+    _give_back()
+    log.info("weights are in place after %.1f s", time.perf_counter() - begin)
+    return stage
+
+
+def _runner(spec: ReplicaSpec, ranks: Ranks, stage: LlamaStage, cache: KvCache, longest: int, eos_ids: tuple[int, ...]) -> PlanRunner:
+    engine, parallel = spec.engine, spec.parallel
+    if ranks.device.type == "cpu":
+        return Runner(
+            stage,
+            cache,
+            pipeline=ranks.pipeline,
+            tensor=ranks.tensor,
+            slots=engine.max_batch_size,
+            max_seq_len=longest,
+            eos_ids=eos_ids,
+            fixed_shape=engine.fixed_shape,
+        )
+    # Triton is imported only where a GPU computes.
+    from workers.engine.device_runner import DeviceRunner, Links
+    from workers.model.kernels import choose
+
+    begin = time.perf_counter()
+    runner = DeviceRunner(
+        stage,
+        cache,
+        CudaDevice(ranks.device),
+        choose,
+        Links(ranks.tensor, ranks.pipeline, ranks.returns),
+        slots=engine.max_batch_size,
+        max_seq_len=longest,
+        max_num_tokens=engine.max_num_tokens,
+        depth=parallel.pp + 1,
+        answers=stage.shard.tp_rank == 0,
+        eos_ids=eos_ids,
+        waiter=Waiter(engine.wait),
+    )
+    log.info("graphs are captured after %.1f s", time.perf_counter() - begin)
+    _warm(runner, cache, min(engine.max_num_tokens, longest - 1))
+    return runner
+
+
+def _warm(runner: PlanRunner, cache: KvCache, tokens: int) -> None:
+    """Run a longest prefill, then a decode beside a short one, through the ordinary way: kernels are compiled, and a step's memory is
+    taken, before anybody waits. The blocks used hold nothing that can be found."""
+    size = cache.block_size
+    tokens = min(tokens, (cache.blocks - 2) * size)
+    if tokens < 1:
+        return
+    params = SamplingParams(temperature=0.0)
+    held = -(-(tokens + 1) // size)
+    first = StepPlan(
+        step=-3,
+        slots=column([0]),
+        starts=column([0]),
+        lengths=column([tokens]),
+        tokens=column([0] * tokens),
+        sample=column([1]),
+        block_slots=column([0] * held),
+        block_ids=column(list(range(held))),
+        opened=[OpenSlot(0, params, tokens)],
+    )
+    short = min(size, tokens)
+    second = StepPlan(
+        step=-2,
+        slots=column([0, 1]),
+        starts=column([tokens, 0]),
+        lengths=column([1, short]),
+        tokens=column([0] * (1 + short)),
+        sample=column([1, 1]),
+        block_slots=column([1]),
+        block_ids=column([held]),
+        opened=[OpenSlot(1, params, short)],
+    )
+    begin = time.perf_counter()
+    for plan in (first, second, StepPlan(step=-1, closed=column([0, 1]))):
+        answer = runner.issue(plan)
+        if answer is not None:
+            answer.result()
+    log.info("kernels are warm after %.1f s", time.perf_counter() - begin)

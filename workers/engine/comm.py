@@ -62,7 +62,8 @@ class Waiter:
 
 
 class Group(Protocol):
-    """Seam 2: ``size`` ranks that exchange tensors. Tensors are contiguous; shapes and dtypes agree on all ranks.
+    """Seam 2: ``size`` ranks that exchange tensors. Tensors are contiguous; shapes and dtypes agree on all ranks. Between two meetings of
+    all, tensors are sent one way along the ranks only.
 
     ``deterministic``: ``all_reduce`` adds in rank order on every rank, so its bits don't depend on the transport.
     """
@@ -77,7 +78,8 @@ class Group(Protocol):
     def deterministic(self) -> bool: ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place; returns ``x``. Half-precision tensors are summed in fp32 and rounded once."""
+        """Sum over ranks, in ``x``'s own memory or beside it; ``x`` means nothing afterwards. Half-precision tensors are summed in fp32 and
+        rounded once; only GPU transports of three ranks and more round after each addition."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape], entry i from rank i."""

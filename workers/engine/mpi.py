@@ -79,22 +79,22 @@ class Mailbox:
         self._sending = [(request, sent) for request, sent in self._sending if not request.Test()]
         self._sending.append((self._comm.Isend([data, MPI.BYTE], to), data))
 
+    def look(self, source: int, into: list[bytes]) -> bool:
+        """Whether a message from ``source`` is there; it then goes into ``into``."""
+        status = MPI.Status()
+        found = self._comm.Improbe(source=source, status=status)
+        if found is None:
+            return False
+        data = bytearray(status.Get_count(MPI.BYTE))
+        self._waiter.until(found.Irecv([data, MPI.BYTE]).Test)
+        into.append(bytes(data))
+        return True
+
     def take(self, source: int, bound_s: float | None = STEP_BOUND_S) -> bytes:
         """The next message from ``source``. Raises :class:`EngineFault` after ``bound_s`` seconds; None waits for ever."""
-        found: list[MPI.Message] = []
-
-        def arrived() -> bool:
-            message = self._comm.Improbe(source=source, status=status)
-            if message is None:
-                return False
-            found.append(message)
-            return True
-
-        status = MPI.Status()
-        self._waiter.until(arrived, bound_s)
-        data = bytearray(status.Get_count(MPI.BYTE))
-        self._waiter.until(found[0].Irecv([data, MPI.BYTE]).Test, bound_s)
-        return bytes(data)
+        arrived: list[bytes] = []
+        self._waiter.until(lambda: self.look(source, arrived), bound_s)
+        return arrived[0]
 
     def flush(self, bound_s: float = 5.0) -> None:
         """Wait until all that was posted has left; used at the end only."""

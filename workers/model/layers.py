@@ -1,6 +1,6 @@
 """Linear layers and vocabulary shards of one rank.
 
-Owns the weights' form in memory. Must never communicate: sums over ranks are the stage's.
+Owns the weights that the loader fills, part by part. Must never communicate: sums over ranks are the stage's.
 """
 
 from __future__ import annotations
@@ -9,42 +9,63 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.core.parts import Format, parts_of
+from workers.model.kernels import product_for
+from workers.model.kernels.linear import Narrow, Product
+from workers.spec import DTYPE_BYTES, PLAIN, Quant
+
+TORCH: dict[Format, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "fp8": torch.float8_e4m3fn,
+}
+_DTYPES = {TORCH[dtype]: dtype for dtype in DTYPE_BYTES}
 #: Rows that the fixed-shape mode gives to every product, so that a row's bits don't depend on how many others there are.
 FIXED_ROWS = 16
 
 
 class Linear:
-    """y = x W^T + b. ``weight`` [out, in] is filled by the loader; :meth:`freeze` then brings it into the form that is fastest here.
+    """y = x W^T + b. The loader fills :meth:`parts`; :meth:`freeze` then brings them into the form that is fastest on this device, which is
+    the only one that stays in memory."""
 
-    On a CPU that is oneDNN's blocked layout: measured on one core, 1.2 to 2.3 times the speed of a plain product at 1 to 32 rows. The
-    plain weight is dropped, so a rank holds it once.
-    """
-
-    def __init__(self, out_features: int, in_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+    def __init__(
+        self, out_features: int, in_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device, quant: Quant = PLAIN
+    ) -> None:
+        self._dtype, self._device, self._form = dtype, device, quant.weights
+        #: Whether :class:`Narrow` rows may be given, which saves the product from narrowing them.
+        self.narrows = quant.weights == "fp8" and device.type == "cuda"
+        self._parts = {
+            part.suffix: torch.empty(part.shape(out_features, in_features), dtype=TORCH[part.format], device=device)
+            for part in parts_of(quant, _DTYPES[dtype])
+        }
+        self._bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self._fixed = False
-        self._packed: Tensor | None = None
+        self._product: Product | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """What the loader fills, by checkpoint suffix: ``weight``, ``bias`` if there is one, scales if quantized."""
+        return self._parts if self._bias is None else self._parts | {"bias": self._bias}
+
+    def share(self, weight: Tensor) -> None:
+        """Multiply with ``weight`` [out, in], which another layer owns and the loader fills there."""
+        self._parts = {"weight": weight}
 
     def freeze(self, *, fixed_rows: bool) -> None:
-        """Fix the filled weight for good. ``fixed_rows``: compute products in tiles of ``FIXED_ROWS`` rows only."""
+        """Fix the filled parts for good. ``fixed_rows``: compute products in tiles of ``FIXED_ROWS`` rows only."""
         self._fixed = fixed_rows
-        if self.weight.device.type == "cpu" and torch._C._has_mkldnn and self.weight.numel():
-            # The row count is a hint for the layout only; any number of rows may follow.
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, FIXED_ROWS)
-            self.weight = torch.empty(0)
+        self._product = product_for(self._device)(self._form, self._parts, self._bias, self._dtype)
+        self._parts = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self._fixed:
+    def __call__(self, x: Tensor | Narrow) -> Tensor:
+        assert self._product is not None, "not frozen"
+        if isinstance(x, Narrow) or not self._fixed:
             return self._product(x)
         rows = x.shape[0]
         padded = functional.pad(x, (0, 0, 0, -rows % FIXED_ROWS))
         return torch.cat([self._product(tile) for tile in torch.split(padded, FIXED_ROWS)])[:rows]
-
-    def _product(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            return functional.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 class VocabEmbedding:
@@ -70,7 +91,7 @@ class VocabHead:
         self._real, self.linear = real, linear
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[R, rows] fp32 logits of ``hidden`` [R, hidden]."""
-        logits = self.linear(hidden).float()
+        """[R, rows] logits of ``hidden`` [R, hidden] in its dtype."""
+        logits = self.linear(hidden)
         logits[:, self._real :] = -torch.inf
         return logits

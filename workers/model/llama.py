@@ -6,26 +6,40 @@ never know of requests, slots or sampling; the cache it writes belongs to the ru
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from workers.core.shard import Shard, shares_embedding
 from workers.engine.comm import Group
-from workers.model.kernels.reference import AttentionLayout, paged_attention, rms_norm, rotate, silu_mul, store
+from workers.model.kernels import Kernels, kernels_for
+from workers.model.kernels.layout import DeviceLayout
+from workers.model.kernels.linear import Narrow
+from workers.model.kernels.reference import AttentionLayout
 from workers.model.layers import Linear, VocabEmbedding, VocabHead
-from workers.model.rope import rope_tables
-from workers.spec import ModelSpec, Parallel
+from workers.model.rope import rope_angles
+from workers.spec import PLAIN, ModelSpec, Parallel, Quant
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers share in one forward."""
+
+    kernels: Kernels[Any]
+    layout: AttentionLayout | DeviceLayout
+    rope: Tensor
 
 
 class DecoderLayer:
     """Attention and MLP of one layer, this tp rank's heads and FFN columns."""
 
-    def __init__(self, model: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device, quant: Quant) -> None:
         self._heads, self._kv, self._dim, self._eps = shard.heads.size, shard.kv_heads.size, model.head_dim, model.rms_norm_eps
 
         def linear(out_features: int, in_features: int, bias: bool = False) -> Linear:
-            return Linear(out_features, in_features, bias=bias, dtype=dtype, device=device)
+            return Linear(out_features, in_features, bias=bias, dtype=dtype, device=device, quant=quant)
 
         def norm(size: int) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
@@ -42,18 +56,11 @@ class DecoderLayer:
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by their checkpoint names within the layer; ``mlp.fc`` is TensorRT-LLM's name for what the activation takes."""
-        fc, gate = self.gate_up.weight.chunk(2)
-        found = {
-            "input_layernorm.weight": self.input_norm,
-            "attention.qkv.weight": self.qkv.weight,
-            "attention.dense.weight": self.dense.weight,
-            "post_layernorm.weight": self.post_norm,
-            "mlp.fc.weight": fc,
-            "mlp.gate.weight": gate,
-            "mlp.proj.weight": self.down.weight,
-        }
-        if self.qkv.bias is not None:
-            found["attention.qkv.bias"] = self.qkv.bias
+        found = {"input_layernorm.weight": self.input_norm, "post_layernorm.weight": self.post_norm}
+        for name, linear in (("attention.qkv", self.qkv), ("attention.dense", self.dense), ("mlp.proj", self.down)):
+            found |= {f"{name}.{suffix}": part for suffix, part in linear.parts().items()}
+        for suffix, part in self.gate_up.parts().items():
+            found[f"mlp.fc.{suffix}"], found[f"mlp.gate.{suffix}"] = part.chunk(2)
         if self.q_norm is not None and self.k_norm is not None:
             found |= {"attention.q_layernorm.weight": self.q_norm, "attention.k_layernorm.weight": self.k_norm}
         return found
@@ -64,33 +71,49 @@ class DecoderLayer:
         if self.qk_norm is not None and self.q_norm is not None and self.k_norm is not None:
             self.qk_norm[: self._heads], self.qk_norm[self._heads :] = self.q_norm, self.k_norm
 
-    def __call__(self, hidden: Tensor, cache: Tensor, layout: AttentionLayout, cosine: Tensor, sine: Tensor, group: Group) -> Tensor:
-        """Add this layer's two branches to ``hidden`` [T, hidden] in place, and return it."""
-        qkv = self.qkv(rms_norm(hidden, self.input_norm, self._eps)).view(-1, self._heads + 2 * self._kv, self._dim)
-        turning = qkv[:, : self._heads + self._kv]
-        if self.qk_norm is not None:
-            turning.copy_(functional.rms_norm(turning, (self._dim,), None, self._eps).mul_(self.qk_norm))
-        rotate(turning, cosine, sine)
-        store(cache, qkv[:, self._heads :], layout.places)
-        hidden += group.all_reduce(self.dense(paged_attention(qkv[:, : self._heads], cache, layout)))
-        gate_up = self.gate_up(rms_norm(hidden, self.post_norm, self._eps))
-        hidden += group.all_reduce(self.down(silu_mul(gate_up)))
-        return hidden
+    def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: Step, group: Group) -> Tensor:
+        """Add ``branch`` and this layer's attention to ``residual`` [T, hidden] in place; returns the MLP's branch, not yet added."""
+        kernels = step.kernels
+        normed = self._norm(kernels, residual, branch, self.input_norm, self.qkv)
+        qkv = self.qkv(normed).view(-1, self._heads + 2 * self._kv, self._dim)
+        kernels.rope_store(qkv, cache, step.rope, step.layout, self.qk_norm, self._eps)
+        attended = group.all_reduce(self.dense(kernels.paged_attention(qkv[:, : self._heads], cache, step.layout)))
+        gate_up = self.gate_up(self._norm(kernels, residual, attended, self.post_norm, self.gate_up))
+        mixed = kernels.silu_mul_narrow(gate_up) if self.down.narrows else kernels.silu_mul(gate_up)
+        return group.all_reduce(self.down(mixed))
+
+    def _norm(self, kernels: Kernels[Any], residual: Tensor, branch: Tensor | None, weight: Tensor, then: Linear) -> Tensor | Narrow:
+        """Add and norm, in the form that ``then`` takes."""
+        if then.narrows:
+            return kernels.add_rms_norm_narrow(residual, branch, weight, self._eps)
+        return kernels.add_rms_norm(residual, branch, weight, self._eps)
 
 
 class LlamaStage:
     """The layers of one (pp rank, tp rank), the embedding on the first stage and the head on the last.
 
-    ``group``: the tp ranks of this stage. Lifecycle: construct, fill :meth:`parameters`, :meth:`freeze`, then run.
+    ``group``: the tp ranks of this stage; ``kernels``: others than the device's own. Lifecycle: construct, fill :meth:`parameters`,
+    :meth:`freeze`, then run.
     """
 
     def __init__(
-        self, model: ModelSpec, parallel: Parallel, shard: Shard, group: Group, *, dtype: torch.dtype, device: torch.device, positions: int
+        self,
+        model: ModelSpec,
+        parallel: Parallel,
+        shard: Shard,
+        group: Group,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        positions: int,
+        quant: Quant = PLAIN,
+        kernels: Kernels[Any] | None = None,
     ) -> None:
         self.model, self.shard, self._group = model, shard, group
         self.dtype, self.device = dtype, device
-        self.layers = [DecoderLayer(model, shard, dtype, device) for _ in range(shard.layers.size)]
-        self._cosine, self._sine = (table.to(device) for table in rope_tables(model, positions, dtype))
+        self.layers = [DecoderLayer(model, shard, dtype, device, quant) for _ in range(shard.layers.size)]
+        self._kernels = kernels or kernels_for(device)
+        self._rope = self._kernels.rope_table(rope_angles(model, positions), dtype).to(device)
         self._tied = shares_embedding(model, parallel)
         self._embedding: VocabEmbedding | None = None
         self._head: VocabHead | None = None
@@ -112,7 +135,7 @@ class LlamaStage:
         if self._head is not None:
             found["transformer.ln_f.weight"] = self._norm
             if not self._tied:
-                found["lm_head.weight"] = self._head.linear.weight
+                found["lm_head.weight"] = self._head.linear.parts()["weight"]
         return found
 
     def freeze(self, *, fixed_rows: bool = False) -> None:
@@ -122,7 +145,7 @@ class LlamaStage:
         if self._head is not None:
             if self._tied and self._embedding is not None:
                 # A CPU's head is repacked, so tied rows are in memory twice: as a table to read and in the form to multiply with.
-                self._head.linear.weight = self._embedding.weight
+                self._head.linear.share(self._embedding.weight)
             self._head.linear.freeze(fixed_rows=fixed_rows)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -133,16 +156,21 @@ class LlamaStage:
         hidden = self._embedding(tokens, whole=whole)
         return hidden if whole else self._group.all_reduce(hidden)
 
-    def forward(self, hidden: Tensor, layout: AttentionLayout, cache: list[Tensor]) -> Tensor:
-        """Run ``hidden`` [T, hidden] through this stage's layers, in place; ``cache``: one tensor a layer."""
-        cosine = self._cosine[layout.positions].unsqueeze(1)
-        sine = self._sine[layout.positions].unsqueeze(1)
+    def forward(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
+        """Run ``hidden`` [T, hidden] through the layers in place; ``layout``: this device's kind; ``cache``: one tensor a layer."""
+        step = Step(self._kernels, layout, self._kernels.rope_rows(self._rope, layout))
+        branch: Tensor | None = None
         for layer, blocks in zip(self.layers, cache, strict=True):
-            hidden = layer(hidden, blocks, layout, cosine, sine, self._group)
-        return hidden
+            branch = layer(hidden, branch, blocks, step, self._group)
+        # The whole sum leaves the stage: were it left to the next one, a pipeline's bits would depend on its cuts.
+        return hidden if branch is None else hidden.add_(branch)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, vocab rows of this rank] fp32 logits of ``hidden`` [R, hidden]; last stage only."""
+    def head(self, hidden: Tensor) -> Tensor:
+        """[R, vocab rows of this rank] logits of ``hidden`` [R, hidden] in the model's dtype; last stage only."""
         if self._head is None:
             raise ValueError("only the last stage makes logits")
-        return self._head(rms_norm(hidden, self._norm, self.model.rms_norm_eps))
+        return self._head(self._kernels.add_rms_norm(hidden, None, self._norm, self.model.rms_norm_eps))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """:meth:`head` in fp32."""
+        return self.head(hidden).float()

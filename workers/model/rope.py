@@ -1,4 +1,4 @@
-"""Rotary embedding tables: cosine and signed sine of every position, once per model.
+"""Rotary embedding: the angle by which each pair of components turns at every position.
 
 Owns the frequency rules (plain, linear, llama3). Must never depend on a request. Rotation is in halves: component i turns with i + dim / 2.
 """
@@ -26,8 +26,6 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def rope_tables(model: ModelSpec, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cosine, signed sine), each [positions, head_dim]: ``x * cosine + roll(x, head_dim / 2) * sine`` rotates ``x``."""
-    angles = torch.outer(torch.arange(positions).float(), inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling))
-    cosine, sine = angles.cos(), angles.sin()
-    return torch.cat((cosine, cosine), -1).to(dtype), torch.cat((-sine, sine), -1).to(dtype)
+def rope_angles(model: ModelSpec, positions: int) -> Tensor:
+    """[positions, head_dim / 2] radians, fp32."""
+    return torch.outer(torch.arange(positions).float(), inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling))

@@ -1,4 +1,4 @@
-"""The operations of a decoder layer in plain torch: what runs on a CPU, and what every other kernel is tested against.
+"""The operations of a decoder layer in plain torch: what runs on a CPU, and what defines the results of every other kernel.
 
 Owns the memory layout of the paged cache: one tensor a layer, [blocks, block_size, 2 * kv_heads, head_dim], keys' heads before values'.
 Must never know about requests; an :class:`AttentionLayout` is all that it learns of a step.
@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from workers.model.kernels.linear import Narrow, to_fp8
 
 Ints = npt.NDArray[np.int32]
 
@@ -174,15 +176,32 @@ def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout) -> Te
     return out
 
 
+def rope_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2, positions, dim] of ``angles`` [positions, dim / 2]: cosine and signed sine, so that ``x * cosine + roll(x, dim / 2) * sine``
+    turns ``x``."""
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))).to(dtype)
+
+
+def rope_rows(table: Tensor, layout: AttentionLayout) -> Tensor:
+    """[2, T, 1, dim] of the step's positions."""
+    return table[:, layout.positions].unsqueeze(2)
+
+
+def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: AttentionLayout, norm: Tensor | None, eps: float) -> None:
+    """Norm and turn the queries and keys of ``qkv`` [T, heads + 2 * kv_heads, dim] in place; write keys and values at ``layout.places``."""
+    kv = cache.shape[2] // 2
+    turning = qkv[:, : qkv.shape[1] - kv]
+    if norm is not None:
+        turning.copy_(functional.rms_norm(turning, (qkv.shape[2],), None, eps).mul_(norm))
+    rotate(turning, rope[0], rope[1])
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, layout.places, qkv[:, qkv.shape[1] - 2 * kv :])
+
+
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
     """Rotary embedding in place: ``heads`` [T, n, dim]; ``cosine``, signed ``sine`` [T, 1, dim]."""
     turned = torch.roll(heads, heads.shape[-1] // 2, -1)
     heads.mul_(cosine).addcmul_(turned, sine)
-
-
-def store(cache: Tensor, keys_values: Tensor, places: Tensor) -> None:
-    """Write ``keys_values`` [T, 2 * kv_heads, dim] at ``places`` [T] of ``cache``."""
-    cache.view(-1, *cache.shape[2:]).index_copy_(0, places, keys_values)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -190,7 +209,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def add_rms_norm(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add ``branch`` to ``residual`` in place and norm the sum."""
+    if branch is not None:
+        residual += branch
+    return rms_norm(residual, weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """SiLU(first half) * second half of the last dimension."""
     half = gate_up.shape[-1] // 2
     return functional.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
+
+
+def add_rms_norm_narrow(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Narrow:
+    """:func:`add_rms_norm`, narrowed."""
+    return to_fp8(add_rms_norm(residual, branch, weight, eps))
+
+
+def silu_mul_narrow(gate_up: Tensor) -> Narrow:
+    """:func:`silu_mul`, narrowed."""
+    return to_fp8(silu_mul(gate_up))

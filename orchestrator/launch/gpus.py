@@ -1,0 +1,37 @@
+"""Which GPUs of this host which gang may see.
+
+Owns the ledger of one launcher without a resource manager (under Ray, placement groups know). Never touches a GPU, and needs no driver: the
+processes that compute say what is wrong with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> list[str]:
+    """What ``CUDA_VISIBLE_DEVICES`` names, else the numbers of the host's GPUs."""
+    if VISIBLE in env:
+        return [name.strip() for name in env[VISIBLE].split(",") if name.strip()]
+    numbers = [path.name.removeprefix("nvidia") for path in devices.glob("nvidia*")]
+    return sorted((number for number in numbers if number.isdigit()), key=int)
+
+
+class GpuLedger:
+    """Hands GPUs to gangs, each to one at a time."""
+
+    def __init__(self, gpus: list[str]) -> None:
+        self._free = list(gpus)
+        self._held: dict[tuple[str, int], list[str]] = {}
+
+    def take(self, gang: tuple[str, int], count: int) -> dict[str, str]:
+        """The variable that shows ``gang`` its ``count`` GPUs; fewer where there are not so many, and its ranks then refuse to start."""
+        taken, self._free = self._free[:count], self._free[count:]
+        self._held[gang] = taken
+        return {VISIBLE: ",".join(taken)}
+
+    def give_back(self, gang: tuple[str, int]) -> None:
+        self._free = self._held.pop(gang, []) + self._free

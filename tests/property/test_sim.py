@@ -1,0 +1,97 @@
+"""The simulator: random fault schedules keep every promise, recorded ones still do, and what breaks a promise is found and made small.
+
+The long series is `make test-sim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from orchestrator.core.fleet import Fleet
+from orchestrator.core.request import Row
+from orchestrator.sim.__main__ import main, run_jobs, run_series
+from orchestrator.sim.schedule import Schedule, draw
+from orchestrator.sim.shrink import judge, shrink
+from orchestrator.sim.world import Outcome
+from workers.core.blocks import BlockPool
+from workers.core.sessions import Sessions
+
+INCIDENTS = sorted((Path(__file__).parent / "incidents").glob("*.json"))
+SCHEDULES = 500
+
+
+def test_random_schedules_keep_every_promise() -> None:
+    tally = run_jobs(100_000, SCHEDULES, jobs=2)
+    assert tally.runs == SCHEDULES and not tally.failures
+    # What never happened was not tested.
+    assert {"arrive", "leave", "wander", "kill", "freeze", "hang", "slow", "cut", "lose", "drain", "usurp", "crash", "close"} == set(
+        tally.events
+    )
+    assert {"finished", "left", "deadline"} == set(tally.ends)
+    for count in ("resubmitted", "attached", "stale_tokens", "duplicate_tokens", "gaps", "replicas_lost", "refused_hellos", "overloaded"):
+        assert tally.counts.get(count, 0) > 0, count
+
+
+@pytest.mark.parametrize("incident", INCIDENTS, ids=lambda path: path.stem)
+def test_a_recorded_incident_stays_mended(incident: Path) -> None:
+    found = judge(msgspec.json.decode(incident.read_bytes(), type=Schedule))
+    assert isinstance(found, Outcome), found
+
+
+def test_a_schedule_runs_equally_every_time() -> None:
+    schedule = draw(7)
+    again = msgspec.json.decode(msgspec.json.encode(schedule), type=Schedule)
+    assert again == schedule and judge(again) == judge(schedule)
+
+
+def _keep_orphans(self: Sessions, route: str, now: float) -> None:
+    """Rows of a lost router run on for nobody."""
+
+
+def _believe_the_dead(self: Fleet, replica: Any, reason: str, now: float) -> bool:
+    """Rows of a lost replica wait for it."""
+    return False
+
+
+def _credit_twice(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, message: [*original(self, message), *original(self, message)]
+
+
+MISTAKES: dict[str, tuple[type, str, Any]] = {
+    "orphans are kept": (Sessions, "lost", _keep_orphans),
+    "a lost replica is waited for": (Fleet, "lose", _believe_the_dead),
+    "credit counts twice": (Sessions, "credit", _credit_twice(Sessions.credit)),
+    "a row that moves gets all its credit again": (Row, "credit", property(lambda self: self.granted)),
+    "blocks are not given back": (BlockPool, "release", lambda self, blocks: None),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_core_is_found_and_made_small(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(owner, name, wrong)
+    failed = next((seed for seed in range(400) if isinstance(judge(draw(seed)), str)), None)
+    assert failed is not None, "the simulator does not see it"
+    small = shrink(draw(failed))
+    assert isinstance(judge(small), str)
+    assert len(small.events) <= max(5, len(draw(failed).events) // 2)
+
+
+def test_a_failure_is_printed_as_what_replay_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Sessions, "lost", _keep_orphans)
+        seed = next(seed for seed in range(400) if run_series(range(seed, seed + 1)).failures)
+        assert main(["--schedules", "1", "--seed", str(seed), "--jobs", "1"]) == 1
+        told = capsys.readouterr().out.splitlines()
+        assert any(line.startswith(f"seed {seed}: AssertionError") for line in told)
+        file = tmp_path / "schedule.json"
+        file.write_text(told[-1])
+        assert main(["--replay", str(file)]) == 1
+    assert main(["--replay", str(file)]) == 0

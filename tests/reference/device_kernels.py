@@ -1,0 +1,84 @@
+"""The device's kernels in plain torch, on the layout that Triton's read: what a device runner is tested with where there is no GPU.
+
+Slow and obvious. A stage made with this module as its ``kernels`` takes a device's layouts on the CPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.core.params import MASK32, gumbel, mix
+from workers.model.kernels import reference
+from workers.model.kernels.layout import DeviceLayout
+from workers.model.kernels.reference import add_rms_norm, rms_norm, rotate, silu_mul
+
+__all__ = ["add_rms_norm", "candidates", "merged", "paged_attention", "rope_rows", "rope_store", "rope_table", "silu_mul", "winners"]
+
+rope_table = reference.rope_table
+
+
+def rope_rows(table: Tensor, layout: DeviceLayout) -> Tensor:
+    return table[:, layout.positions.clamp_min(0).long()].unsqueeze(2)
+
+
+def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: DeviceLayout, norm: Tensor | None, eps: float) -> None:
+    kv = cache.shape[2] // 2
+    turning = qkv[:, : qkv.shape[1] - kv]
+    if norm is not None:
+        turning.copy_(rms_norm(turning, torch.ones(qkv.shape[2]), eps).mul_(norm))
+    rotate(turning, rope[0], rope[1])
+    size = cache.shape[1]
+    for token, (position, slot) in enumerate(zip(layout.positions.tolist(), layout.slots.tolist(), strict=True)):
+        if position >= 0:
+            block = int(layout.paging.tables[slot, position // size])
+            cache[block, position % size] = qkv[token, qkv.shape[1] - 2 * kv :]
+
+
+def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout) -> Tensor:
+    total, heads, dim = query.shape
+    kv, size = cache.shape[2] // 2, cache.shape[1]
+    out = torch.zeros(total, heads * dim, dtype=query.dtype)
+    for token, (position, slot) in enumerate(zip(layout.positions.tolist(), layout.slots.tolist(), strict=True)):
+        if position < 0:
+            continue
+        blocks = layout.paging.tables[slot, : position // size + 1].long()
+        read = cache[blocks].reshape(-1, 2 * kv, dim)[: position + 1].transpose(0, 1)
+        answer = functional.scaled_dot_product_attention(query[token].view(kv, heads // kv, dim), read[:kv], read[kv:])
+        out[token] = answer.reshape(-1)
+    return out
+
+
+def candidates(logits: Tensor, seeds: Tensor, temperatures: Tensor, positions: Tensor, start: int) -> Tensor:
+    """[1, 4, S]: one part."""
+    found = torch.zeros(4, len(logits), dtype=torch.int32)
+    for row, raw in enumerate(logits.float()):
+        broken = raw.isnan() | (raw == torch.inf)
+        scores = raw.masked_fill(broken, -torch.inf)
+        heat = temperatures[row]
+        if heat > 0:
+            a, b = (int(word) & MASK32 for word in seeds[row])
+            k = mix((int(positions[row]) + 1 + b) & MASK32)
+            j = mix(k ^ a)
+            bits = [mix(mix((start + i + k) & MASK32) ^ j) for i in range(len(raw))]
+            scores = scores / heat + torch.from_numpy(gumbel(np.asarray(bits, np.uint32)))
+        best = int(scores.argmax())
+        found[0, row] = scores[best].view(torch.int32)
+        found[1, row] = start + best
+        found[2, row] = raw[best].view(torch.int32)
+        found[3, row] = int(broken.any())
+    return found.unsqueeze(0)
+
+
+def merged(best: Tensor) -> Tensor:
+    return best[0]
+
+
+def winners(best: Tensor) -> tuple[Tensor, Tensor]:
+    scores = best[:, 0].contiguous().view(torch.float32)
+    chosen = scores.argmax(0, keepdim=True)
+    tokens, raw = best[:, 1].gather(0, chosen)[0], best[:, 2].gather(0, chosen)[0]
+    broken = (best[:, 3] != 0).any(0) | (scores.max(0).values == -torch.inf)
+    return tokens.masked_fill(broken, -1), raw.contiguous().view(torch.float32)

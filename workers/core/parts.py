@@ -1,0 +1,134 @@
+"""What a tensor is stored as: itself, or quantized into parts (integers, scales, offsets), each cut among ranks like the tensor it is of.
+
+Pure functions over :mod:`workers.core.shard`; the one table of part names, formats and shapes that converter, loader, checkpoint reader,
+inspection and model read. Parts are named as TensorRT-LLM names them. Must never compute a value.
+
+A part of a whole tensor is a tensor itself: ``...q_proj.weight`` has ``...q_proj.per_channel_scale`` beside it, with an axis of its own. So
+whatever can cut and join whole tensors does the same with parts, and no scale or group ever straddles two ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from workers.core.shard import Piece, ShardTensor, Span, Tensor, shard_tensors, whole_tensors
+from workers.errors import ConfigError
+from workers.spec import DType, ModelSpec, Parallel, Quant
+
+#: How one element lies in a file. ``uint8`` holds two 4-bit integers; ``fp8`` is e4m3 without infinities.
+Format = Literal["fp32", "bf16", "fp16", "int8", "uint8", "fp8"]
+FORMAT_BYTES: dict[Format, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "uint8": 1, "fp8": 1}
+
+#: Inner dimensions that the FP8 matrix instructions take are multiples of this.
+FP8_UNIT = 16
+_LAYER = "model.layers."
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a linear layer's weight [out, in]. ``columns``: inputs that one of its columns stands for; 0 = one value an output row."""
+
+    suffix: str
+    format: Format
+    columns: int = 1
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        return (out_features, in_features // self.columns) if self.columns else (out_features,)
+
+
+class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank's file holds under one name."""
+
+    tensor: ShardTensor
+    format: Format
+
+    @property
+    def nbytes(self) -> int:
+        return FORMAT_BYTES[self.format] * self.tensor.elements
+
+
+def parts_of(quant: Quant, dtype: DType) -> tuple[Part, ...]:
+    """The parts of every linear layer's weight, ``weight`` first. ``dtype``: the format of plain weights.
+
+    int8, fp8: w = weight * scale of its row. int4: w = scale * (nibble - 8) + zero, a scale and a zero for each ``group_size`` inputs; in
+    each group's bytes the first half of its inputs are the low nibbles, the second half the high ones.
+    """
+    form, group = quant.weights, quant.group_size
+    if form == "int4" and group is not None:
+        groups = (Part(suffix=suffix, format="bf16", columns=group) for suffix in ("weights_scaling_factor", "zero"))
+        return (Part(suffix="weight", format="uint8", columns=2), *groups)
+    if form == "int8" or form == "fp8":
+        return (Part(suffix="weight", format=form), Part(suffix="per_channel_scale", format="fp32", columns=0))
+    return (Part(suffix="weight", format=dtype),)
+
+
+def unit_of(quant: Quant) -> int:
+    """Inputs of the down projection that stay together on one rank."""
+    return {"int4": quant.group_size or 1, "fp8": FP8_UNIT}.get(quant.weights or "", 1)
+
+
+def quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether formats of :class:`~workers.spec.Quant` apply to a whole or a stored tensor: the linear layers', not embedding or head."""
+    return "layers." in name and len(shape) == 2
+
+
+def part_of(tensor: Tensor, part: Part) -> Tensor:
+    """A part of the whole ``tensor``, as a whole tensor. Raises :class:`ConfigError` where groups do not fill its rows."""
+    out_features, in_features = tensor.shape
+    if part.columns and in_features % part.columns:
+        raise ConfigError(
+            f"{tensor.name} has {in_features} inputs, not a multiple of {part.columns}",
+            "every scale belongs to a whole group of inputs",
+            "choose a smaller group size, or int8",
+        )
+    name = f"{tensor.name.removesuffix('weight')}{part.suffix}"
+    return Tensor(name=name, shape=part.shape(out_features, in_features), axis=tensor.axis if part.columns else 0)
+
+
+def whole_parts(model: ModelSpec, quant: Quant, dtype: DType) -> dict[str, tuple[Tensor, Part]]:
+    """Every part of the unsharded model's linear layers by its name: (its whole tensor, part); empty when nothing is quantized."""
+    if quant.weights is None:
+        return {}
+    linears = [tensor for tensor in whole_tensors(model).values() if quantized(tensor.name, tensor.shape)]
+    return {part_of(tensor, part).name: (tensor, part) for tensor in linears for part in parts_of(quant, dtype)}
+
+
+def cut_part(span: Span, tensor: Tensor, part: Part) -> Span:
+    """Where ``span`` of the whole ``tensor`` lies in its ``part``. Raises :class:`ConfigError` when it cuts a group in two."""
+    if tensor.axis == 0:
+        return span
+    if not part.columns:
+        return Span(0, tensor.shape[0])
+    if span.start % part.columns or span.stop % part.columns:
+        raise ConfigError(
+            f"inputs {span.start}..{span.stop} of {tensor.name} are no whole groups of {part.columns}",
+            "a rank's share of the heads ends inside a group",
+            "choose another tp size, a smaller group size, or int8",
+        )
+    return Span(span.start // part.columns, span.stop // part.columns)
+
+
+def stored_tensors(
+    model: ModelSpec, parallel: Parallel, rank: int, *, dtype: DType, quant: Quant, own_head: bool = False
+) -> tuple[StoredTensor, ...]:
+    """Everything that the file of ``rank`` holds, in the order of the forward pass; arguments as for :func:`shard_tensors`.
+
+    Raises :class:`ConfigError` when the model cannot be split so, or a group would straddle two ranks.
+    """
+    found: list[StoredTensor] = []
+    parts = parts_of(quant, dtype)
+    for tensor in shard_tensors(model, parallel, rank, own_head=own_head, unit=unit_of(quant)):
+        if quant.weights is None or not quantized(tensor.name, tensor.shape):
+            found.append(StoredTensor(tensor=tensor, format=dtype))
+        else:
+            found += [StoredTensor(tensor=_stored_part(tensor, part), format=part.format) for part in parts]
+    return tuple(found)
+
+
+def _stored_part(tensor: ShardTensor, part: Part) -> ShardTensor:
+    pieces = tuple(Piece(tensor=part_of(p.tensor, part), span=cut_part(p.span, p.tensor, part)) for p in tensor.pieces)
+    out_features, in_features = tensor.shape
+    return ShardTensor(
+        name=f"{tensor.name.removesuffix('weight')}{part.suffix}", shape=part.shape(out_features, in_features), pieces=pieces
+    )

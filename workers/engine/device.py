@@ -1,0 +1,159 @@
+"""The accelerator beneath a device runner: memory that it copies from, marks in its stream, and programs that it replays.
+
+Owns the Device seam, the GPU that implements it, and a CPU that stands in for one, so that the runner's buffers and order of work are
+tested where there is no GPU. Must never know of plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from workers.errors import ConfigError
+from workers.spec import EngineSpec
+
+#: Compute capability from which the kernels run: bf16 on tensor cores.
+MIN_CAPABILITY = (8, 0)
+
+
+class Mark(Protocol):
+    """A place in the device's stream of work."""
+
+    def query(self) -> bool:
+        """Whether all work up to it is done."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
+class Device(Protocol):
+    """One stream of work, in order, and a second one beside it for what must not wait behind later steps."""
+
+    @property
+    def place(self) -> torch.device: ...
+
+    def pinned(self, words: int) -> Tensor:
+        """[words] int32 on the host, from and to which copies run beside the host."""
+
+    def mark(self) -> Mark:
+        """The end of the work issued so far."""
+
+    def capture(self, program: Callable[[], None]) -> Callable[[], None]:
+        """``program`` as something to run again and again, on the same memory: what it makes anew is gone when it returns."""
+
+    def beside(self, mark: Mark) -> AbstractContextManager[None]:
+        """A context whose work runs beside the stream, once ``mark`` is reached."""
+
+    def release(self) -> None:
+        """Wait for all work, then forget what was captured."""
+
+
+class _Now:
+    """A mark where work is done when it is issued."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+class HostDevice:
+    """A CPU in a device's place: work is done at once, and a captured program runs again."""
+
+    place = torch.device("cpu")
+
+    def pinned(self, words: int) -> Tensor:
+        return torch.zeros(words, dtype=torch.int32)
+
+    def mark(self) -> Mark:
+        return _Now()
+
+    def capture(self, program: Callable[[], None]) -> Callable[[], None]:
+        return program
+
+    @contextmanager
+    def beside(self, mark: Mark) -> Iterator[None]:
+        yield
+
+    def release(self) -> None:
+        return
+
+
+class CudaDevice:
+    """The current GPU of this process. Captured programs share one memory pool: capture the largest first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.place = device
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def pinned(self, words: int) -> Tensor:
+        return torch.zeros(words, dtype=torch.int32, pin_memory=True)
+
+    def mark(self) -> Mark:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def capture(self, program: Callable[[], None]) -> Callable[[], None]:
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.place)
+        self._side.wait_stream(here)
+        with torch.cuda.stream(self._side):
+            # Once as it is: kernels are compiled and workspaces made outside the graph.
+            program()
+            # Other threads of this process (NCCL's watchdog) may ask the driver questions meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            program()
+            graph.capture_end()
+        here.wait_stream(self._side)
+        self._graphs.append(graph)
+        return graph.replay
+
+    @contextmanager
+    def beside(self, mark: Mark) -> Iterator[None]:
+        assert isinstance(mark, torch.cuda.Event)
+        self._side.wait_event(mark)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def release(self) -> None:
+        torch.cuda.synchronize(self.place)
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+
+
+def choose_gpu(engine: EngineSpec, host_rank: int, host_ranks: int) -> torch.device:
+    """The GPU of this rank, made current: the launcher shows a gang its GPUs (``CUDA_VISIBLE_DEVICES``), one for each of its
+    ``host_ranks`` ranks on the host, in their order. Raises :class:`ConfigError` for what will not do at the next launch either."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < host_ranks:
+        seen = f"{count} GPUs are visible" if count else "no GPU is visible, or torch is a build without CUDA"
+        raise ConfigError(
+            f"device cuda needs a GPU for each of the {host_ranks} ranks on this host",
+            seen,
+            "use --device cpu, fewer ranks, or show the replica more GPUs (CUDA_VISIBLE_DEVICES)",
+        )
+    if engine.fixed_shape:
+        raise ConfigError("fixed_shape is not possible on a GPU", "its matrix products choose their order by the batch", "use device: cpu")
+    torch.cuda.set_device(host_rank)
+    device = torch.device("cuda", host_rank)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"{name} is too old", f"compute capability {capability[0]}.{capability[1]}, 8.0 is needed", "use --device cpu")
+    return device
+
+
+def pin_numerics() -> None:
+    """Products in the precision that their formats say: no TF32, and no reduced-precision sums in half-precision products."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

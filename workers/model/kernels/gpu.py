@@ -1,0 +1,23 @@
+"""The kernels of an NVIDIA GPU: what :class:`workers.model.kernels.Kernels` asks, gathered from the Triton modules. Owns nothing."""
+
+from workers.model.kernels.attention import paged_attention
+from workers.model.kernels.fused import (
+    add_rms_norm,
+    add_rms_norm_narrow,
+    rope_rows,
+    rope_store,
+    rope_table,
+    silu_mul,
+    silu_mul_narrow,
+)
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_narrow",
+    "paged_attention",
+    "rope_rows",
+    "rope_store",
+    "rope_table",
+    "silu_mul",
+    "silu_mul_narrow",
+]

@@ -1,0 +1,265 @@
+"""Products of linear layers on an NVIDIA GPU: Triton reads quantized weights once for few rows, torch's GEMMs compute many.
+
+Owns the form in which a GPU keeps weights, and the row counts at which the way changes. What the products mean is :mod:`.linear`'s to say.
+Weights are the left operand of every Triton product: there are always enough of their rows to fill a tensor core's 64, and the step's rows
+are the narrow side. Each weight row is summed by one program from end to end, so sums have one order.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from workers.core.parts import FP8_UNIT
+from workers.errors import ConfigError
+from workers.model.kernels.fused import to_fp8
+from workers.model.kernels.linear import Narrow, Parts, Product, in_tiles
+from workers.spec import QuantName
+
+
+class Tuning(NamedTuple):
+    """A program's tile: weight rows, inputs (4-bit weights: groups) a turn of its loop, warps, stages of the pipeline."""
+
+    outs: int
+    ins: int
+    warps: int
+    stages: int
+
+
+#: By format (None = plain), then by the rows of a program's tile.
+TUNED: dict[QuantName | None, dict[int, Tuning]] = {
+    None: dict.fromkeys((16, 32, 64, 128), Tuning(32, 128, 4, 4)),
+    "int8": {16: Tuning(32, 256, 4, 4), 32: Tuning(32, 256, 4, 4), 64: Tuning(64, 128, 4, 4), 128: Tuning(128, 64, 8, 4)},
+    "int4": dict.fromkeys((16, 32, 64, 128), Tuning(32, 4, 4, 3)),
+    "fp8": dict.fromkeys((16, 32, 64, 128), Tuning(64, 256, 4, 4)),
+}
+#: Rows up to which Triton's product is the faster one, by format.
+FEW: dict[QuantName | None, int] = {None: 0, "int8": 256, "int4": 64, "fp8": 64}
+#: Bytes of plain weights that are made at a time for products with many rows: few launches, and no memory to speak of.
+_TILE = 1 << 26
+#: Weights that one program makes plain again.
+_SPAN = 4096
+
+
+def product(form: QuantName | None, parts: Parts, bias: Tensor | None, dtype: torch.dtype) -> Product:
+    """As :func:`workers.model.kernels.linear.product`. Raises :class:`ConfigError` for shapes that FP8 instructions do not take."""
+    weight = parts["weight"]
+    if form is None:
+        return _by_rows(FEW[None], partial(plain_few, weight, bias), lambda x: functional.linear(x, weight, bias))
+    if form == "fp8":
+        if dtype != torch.bfloat16:
+            raise ConfigError(
+                "FP8 products are made in bf16 on a GPU", f"the engine computes in {dtype}".replace("torch.", ""), "use --dtype bf16"
+            )
+        if any(size % FP8_UNIT for size in weight.shape):
+            raise ConfigError(
+                f"FP8 products need multiples of {FP8_UNIT}, a weight is {list(weight.shape)}", "so the GPU's instructions say", "use int8"
+            )
+        return _Fp8(weight, parts["per_channel_scale"], bias, dtype)
+    if form == "int8":
+        few: Product = partial(int8_few, weight, parts["per_channel_scale"], bias)
+        tile = partial(int8_rows, weight, parts["per_channel_scale"], dtype)
+    else:
+        scale, zero = parts["weights_scaling_factor"], parts["zero"]
+        # A tile's scales lie side by side when outputs are the inner dimension.
+        few = partial(int4_few, weight, scale.t().contiguous(), zero.t().contiguous(), bias)
+        tile = partial(int4_rows, weight, scale, zero, dtype)
+    return _by_rows(FEW[form], few, partial(in_tiles, tile, weight.shape[0], _TILE, bias))
+
+
+def _by_rows(few: int, narrow: Product, wide: Product) -> Product:
+    return lambda x: narrow(x) if x.shape[0] <= few else wide(x)
+
+
+class _Fp8:
+    """W8A8: each row of x gets the scale that makes its largest magnitude e4m3's."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._weight, self._scale, self._bias, self._dtype = weight, scale, bias, dtype
+
+    def __call__(self, x: Tensor | Narrow) -> Tensor:
+        values, scale = x if isinstance(x, Narrow) else to_fp8(x)
+        if values.shape[0] <= FEW["fp8"]:
+            return fp8_few(self._weight, self._scale, self._bias, values, scale, self._dtype)
+        # Fast sums are the tensor core's own, of about 14 bits: an eighth faster, and far finer than what enters.
+        return torch._scaled_mm(
+            values,
+            self._weight.t(),
+            scale_a=scale,
+            scale_b=self._scale[None, :],
+            bias=self._bias,
+            out_dtype=self._dtype,
+            use_fast_accum=True,
+        )
+
+
+@triton.jit
+def _scaled(
+    out, x, x_scale, weight, scale, bias, rows, outs,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+    SCALED: tl.constexpr, NARROW: tl.constexpr, BIASES: tl.constexpr,
+):  # fmt: skip
+    """ROWS x OUTS results of x W^T over WIDTH inputs. SCALED: each output row has a scale. NARROW: so has each row of x."""
+    lines = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inner = tl.arange(0, INS)
+    some_lines, some_rows = (lines < outs)[:, None], (row < rows)[None, :]
+    weights = weight + lines[:, None].to(tl.int64) * WIDTH + inner[None, :]
+    inputs = x + row[None, :].to(tl.int64) * WIDTH + inner[:, None]
+    total = tl.zeros((OUTS, ROWS), tl.float32)
+    for start in range(0, WIDTH, INS):
+        if WIDTH % INS == 0:
+            w = tl.load(weights + start, mask=some_lines, other=0.0)
+            a = tl.load(inputs + start, mask=some_rows, other=0.0)
+        else:
+            left = inner < WIDTH - start
+            w = tl.load(weights + start, mask=some_lines & left[None, :], other=0.0)
+            a = tl.load(inputs + start, mask=some_rows & left[:, None], other=0.0)
+        # Eight bits fit bf16's mantissa and fp16's: the products are those of the integers.
+        total = tl.dot(w.to(a.dtype), a, total)
+    if SCALED:
+        total *= tl.load(scale + lines, mask=lines < outs, other=0.0)[:, None]
+    if NARROW:
+        total *= tl.load(x_scale + row, mask=row < rows, other=0.0)[None, :]
+    if BIASES:
+        total += tl.load(bias + lines, mask=lines < outs, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + row[None, :].to(tl.int64) * outs + lines[:, None], total.to(out.dtype.element_ty), mask=some_lines & some_rows)
+
+
+def plain_few(weight: Tensor, bias: Tensor | None, x: Tensor, tuning: Tuning | None = None) -> Tensor:
+    """``x`` [T, in] times ``weight`` [out, in] of its own dtype."""
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    return _launch_scaled(out, x, None, weight, None, bias, tuning or _tuned(None, x))
+
+
+def int8_few(weight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor, tuning: Tuning | None = None) -> Tensor:
+    """``x`` [T, in] times int8 ``weight`` [out, in]; ``scale`` [out] fp32."""
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    return _launch_scaled(out, x, None, weight, scale, bias, tuning or _tuned("int8", x))
+
+
+def fp8_few(
+    weight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor, x_scale: Tensor, dtype: torch.dtype, tuning: Tuning | None = None
+) -> Tensor:
+    """e4m3 ``x`` [T, in] with ``x_scale`` [T, 1] times e4m3 ``weight`` [out, in]; ``scale`` [out] fp32."""
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    return _launch_scaled(out, x, x_scale, weight, scale, bias, tuning or _tuned("fp8", x))
+
+
+def _launch_scaled(
+    out: Tensor, x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor | None, bias: Tensor | None, tuning: Tuning
+) -> Tensor:
+    (rows, width), lines = x.shape, weight.shape[0]
+    tile = _row_tile(rows)
+    _scaled[(triton.cdiv(lines, tuning.outs), triton.cdiv(rows, tile))](
+        out, x, x_scale, weight, scale, bias, rows, lines,
+        WIDTH=width, ROWS=tile, OUTS=tuning.outs, INS=tuning.ins, SCALED=scale is not None,
+        NARROW=x_scale is not None, BIASES=bias is not None, num_warps=tuning.warps, num_stages=tuning.stages,
+    )  # fmt: skip
+    return out
+
+
+def _row_tile(rows: int) -> int:
+    """Rows of one program: from a tensor core's least to what its registers hold."""
+    return min(max(1 << (rows - 1).bit_length(), 16), 128)
+
+
+def _tuned(form: QuantName | None, x: Tensor) -> Tuning:
+    return TUNED[form][_row_tile(x.shape[0])]
+
+
+@triton.jit
+def _grouped(
+    out, x, weight, scale, zero, bias, rows, outs,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, BIASES: tl.constexpr,
+):  # fmt: skip
+    """ROWS x OUTS results of x W^T for 4-bit weights, TURN groups at once so that their loads are under way together.
+
+    Integers are multiplied; a group's scale and zero meet its sums, not its weights.
+    """
+    half: tl.constexpr = GROUP // 2
+    lines = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inner = tl.arange(0, half)
+    some_lines, some_rows = (lines < outs)[:, None], (row < rows)[None, :]
+    weights = weight + lines[:, None].to(tl.int64) * (WIDTH // 2) + inner[None, :]
+    inputs = x + row[None, :].to(tl.int64) * WIDTH + inner[:, None]
+    total = tl.zeros((OUTS, ROWS), tl.float32)
+    for first in range(0, WIDTH // GROUP, TURN):
+        for turn in tl.static_range(TURN):
+            group = first + turn
+            there = group < WIDTH // GROUP
+            packed = tl.load(weights + group * half, mask=some_lines & there, other=0)
+            low = tl.load(inputs + group * GROUP, mask=some_rows & there, other=0.0)
+            high = tl.load(inputs + group * GROUP + half, mask=some_rows & there, other=0.0)
+            part = tl.dot((packed & 15).to(low.dtype) - 8, low)
+            part = tl.dot((packed >> 4).to(low.dtype) - 8, high, part)
+            step = tl.load(scale + group * outs + lines, mask=(lines < outs) & there, other=0.0).to(tl.float32)
+            offset = tl.load(zero + group * outs + lines, mask=(lines < outs) & there, other=0.0).to(tl.float32)
+            sums = tl.sum(low.to(tl.float32), 0) + tl.sum(high.to(tl.float32), 0)
+            total += part * step[:, None] + offset[:, None] * sums[None, :]
+    if BIASES:
+        total += tl.load(bias + lines, mask=lines < outs, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + row[None, :].to(tl.int64) * outs + lines[:, None], total.to(out.dtype.element_ty), mask=some_lines & some_rows)
+
+
+def int4_few(weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x: Tensor, tuning: Tuning | None = None) -> Tensor:
+    """``x`` [T, in] times 4-bit ``weight`` [out, in / 2]; ``scale``, ``zero`` [groups, out]."""
+    (rows, width), lines = x.shape, weight.shape[0]
+    out = torch.empty(rows, lines, dtype=x.dtype, device=x.device)
+    tile, tuning = _row_tile(rows), tuning or _tuned("int4", x)
+    _grouped[(triton.cdiv(lines, tuning.outs), triton.cdiv(rows, tile))](
+        out, x, weight, scale, zero, bias, rows, lines,
+        WIDTH=width, ROWS=tile, OUTS=tuning.outs, GROUP=width // scale.shape[0], TURN=tuning.ins, BIASES=bias is not None,
+        num_warps=tuning.warps, num_stages=tuning.stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _int8_rows(out, weight, scale, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    there = place < WIDTH
+    values = tl.load(weight + row * WIDTH + place, mask=there, other=0).to(tl.float32) * tl.load(scale + row)
+    tl.store(out + row * WIDTH + place, values.to(out.dtype.element_ty), mask=there)
+
+
+def int8_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows ``start``..``stop`` of a weight, plain."""
+    width = weight.shape[1]
+    out = torch.empty(stop - start, width, dtype=dtype, device=weight.device)
+    _int8_rows[(stop - start, triton.cdiv(width, _SPAN))](out, weight[start:stop], scale[start:stop], WIDTH=width, SPAN=_SPAN, num_warps=8)
+    return out
+
+
+@triton.jit
+def _int4_rows(out, weight, scale, zero, GROUPS: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr):
+    half: tl.constexpr = GROUP // 2
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    there = (group < GROUPS)[:, None]
+    inner = tl.arange(0, half)[None, :]
+    packed = tl.load(weight + row * (GROUPS * half) + group[:, None] * half + inner, mask=there, other=0)
+    step = tl.load(scale + row * GROUPS + group, mask=group < GROUPS, other=0.0).to(tl.float32)[:, None]
+    offset = tl.load(zero + row * GROUPS + group, mask=group < GROUPS, other=0.0).to(tl.float32)[:, None]
+    low = ((packed & 15).to(tl.float32) - 8) * step + offset
+    high = ((packed >> 4).to(tl.float32) - 8) * step + offset
+    places = out + row * (GROUPS * GROUP) + group[:, None] * GROUP + inner
+    tl.store(places, low.to(out.dtype.element_ty), mask=there)
+    tl.store(places + half, high.to(out.dtype.element_ty), mask=there)
+
+
+def int4_rows(weight: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows ``start``..``stop`` of a 4-bit weight, plain; ``scale``, ``zero`` [out, groups]."""
+    groups, group = scale.shape[1], 2 * weight.shape[1] // scale.shape[1]
+    out = torch.empty(stop - start, groups * group, dtype=dtype, device=weight.device)
+    span = _SPAN // group
+    _int4_rows[(stop - start, triton.cdiv(groups, span))](
+        out, weight[start:stop], scale[start:stop], zero[start:stop], GROUPS=groups, GROUP=group, SPAN=span, num_warps=8
+    )
+    return out
