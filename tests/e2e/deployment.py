@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,16 +69,30 @@ def wait_for_state(control: Control, state: str, bound_s: float, host: subproces
 
 
 @contextmanager
-def deployed(file: Path) -> Iterator[tuple[Control, Status]]:
-    """``trireme up file`` until READY; SIGTERM at the end must exit 0."""
-    log = file.with_suffix(".log")
+def deployed(
+    file: Path,
+    *,
+    module: str = "orchestrator.cli",
+    name: str = "e2e",
+    folder: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+    path: Sequence[Path] = (),
+    ready_s: float = 120.0,
+) -> Iterator[tuple[Control, Status]]:
+    """``trireme up file`` until READY; SIGTERM at the end must exit 0. ``module``: what stands for the command.
+
+    ``folder``: holds the log and the run folder, the file's own where not given. ``settings``: of the environment, without TRIREME_.
+    ``path``: folders of modules that stand for installed ones. ``ready_s``: bound of the start.
+    """
+    folder = folder or file.parent
+    log = folder / file.with_suffix(".log").name
+    overrides = {"TRIREME_RUN_DIR": str(folder / "run")} | {f"TRIREME_{key}": value for key, value in (settings or {}).items()}
+    env = os.environ | overrides | {"NO_COLOR": "1", "PYTHONPATH": ":".join(map(str, [Path(__file__).resolve().parents[2], *path]))}
     with open(log, "wb") as output:
-        host = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.cli", "up", str(file)], stdout=output, stderr=output, env=os.environ | {"NO_COLOR": "1"}
-        )
-    control = connect("e2e", file.parent / "run")
+        host = subprocess.Popen([sys.executable, "-m", module, "up", str(file)], stdout=output, stderr=output, env=env)
+    control = connect(name, folder / "run")
     try:
-        yield control, wait_for_state(control, "READY", 60, host)
+        yield control, wait_for_state(control, "READY", ready_s, host)
     except BaseException:
         print(log.read_text())
         host.send_signal(signal.SIGTERM)

@@ -1,0 +1,80 @@
+"""`trireme update`: another configuration for a deployment that runs, and how it gets there. Owns only what people see of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.console import Console
+from orchestrator.cli.serving import CacheDir, Launcher, Name, Port, Routers, RunDir
+from workers.errors import ReplicaLost
+
+if TYPE_CHECKING:
+    from orchestrator.launch.control import Control, UpdateReport
+
+POLL_S = 0.3
+
+
+def update(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="The deployment file, changed.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the moves and change nothing.")] = False,
+    port: Port = None,
+    routers: Routers = None,
+    launcher: Launcher = None,
+    name: Name = None,
+    run_dir: RunDir = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Bring a running deployment to a changed file, one replica at a time, without a failed request. Flags as they were given to `up`."""
+    from orchestrator import config as configs
+    from orchestrator import deployment
+    from orchestrator import update as updates
+
+    console: Console = context.obj
+    flags = {"port": port, "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir}
+    resolved = configs.load(file, flags=flags, env=os.environ)
+    control = deployment.connect(resolved.config.name, resolved.config.run_dir)
+    control.status()  # before anything is fetched: it must run
+    with console.progress() as progress:
+        wanted = updates.prepare(resolved.config, progress)
+    report = control.update(wanted, list(resolved.sources), dry_run=dry_run)
+    if not report.moves:
+        console.say(f"{wanted.name} runs this already")
+    elif dry_run:
+        console.out("\n".join(f"{index}. {move}" for index, move in enumerate(report.moves, 1)))
+    else:
+        follow(console, control)
+
+
+def follow(console: Console, control: Control) -> None:
+    """Tell each move as it ends. Raises :class:`ReplicaLost` when the update was taken back."""
+    told, under_way = 0, ""
+    while True:
+        report = control.status().update
+        assert report is not None
+        for text, seconds in report.steps[told:]:
+            console.say(f"{text}: {seconds:.1f} s", kind="update", left=report.left)
+        told = len(report.steps)
+        if report.phase == "returning" and under_way != report.error:
+            under_way = report.error
+            console.warn(f"taken back: {report.error}")
+        if report.phase in ("done", "returned"):
+            break
+        time.sleep(POLL_S)
+    conclude(console, control.name, report)
+
+
+def conclude(console: Console, name: str, report: UpdateReport) -> None:
+    if report.phase == "returned":
+        raise ReplicaLost("the update was taken back", report.error, "what ran before serves again; mend the file and update again")
+    console.say(f"{name} is updated, {report.seconds:.1f} s")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command()(update)

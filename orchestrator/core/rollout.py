@@ -1,0 +1,214 @@
+"""From the replicas that run to those that should: one at a time, and all the way back when a new one does not start.
+
+Owns the order of the moves and how far they have come. Pure: the :class:`~orchestrator.core.reconcile.Reconciler` carries out what is
+wanted after each move (drain the old gang, launch the new one), its views say how that goes, and the next move waits until all is steady.
+
+    rolling --every move done--> done
+    rolling --a new replica fails, or is not ready in time--> returning --every move undone--> returned
+
+For a model whose replicas change and that gets no additional ones, a *spare* comes first and leaves last where there is room for it: as
+many as before serve at every moment, and a spare that fails ends the update before anything else was touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from orchestrator.core.reconcile import ReplicaView, Wanted
+
+#: A new replica that failed this often is not waited for any longer.
+FAILURES = 2
+
+Phase = Literal["rolling", "returning", "done", "returned"]
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica that should run: what it serves, and in which version."""
+
+    name: str
+    model: str
+    spec_hash: str
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica from ``before`` to ``after``, both versions; empty = it is not there."""
+
+    name: str
+    before: str
+    after: str
+    spare: bool = False
+
+    def __str__(self) -> str:
+        if not self.before:
+            return f"start {'the spare ' if self.spare else ''}{self.name}"
+        return f"replace {self.name}" if self.after else f"end {'the spare ' if self.spare else ''}{self.name}"
+
+
+class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds: how long a spare may wait for a place, and how long any move may take."""
+
+    spare_s: float = 10.0
+    move_s: float = 600.0
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """A move that is over."""
+
+    text: str
+    seconds: float
+
+
+def plan(old: Sequence[Target], new: Sequence[Target], spares: Sequence[Target], *, ready: frozenset[str] = frozenset()) -> list[Move]:
+    """The moves, model by model: additional replicas, the spare, changed ones (those that do not serve first), the spare's end; then what
+    is not wanted any more. ``spares``: at most one a model. Empty when nothing changes."""
+    had = {target.name: target.spec_hash for target in old}
+    wanted = {target.name for target in new}
+    moves: list[Move] = []
+    for model in dict.fromkeys(target.model for target in new):
+        targets = [target for target in new if target.model == model]
+        added = [Move(name=target.name, before="", after=target.spec_hash) for target in targets if target.name not in had]
+        changed = [
+            Move(name=target.name, before=had[target.name], after=target.spec_hash)
+            for target in targets
+            if had.get(target.name, target.spec_hash) != target.spec_hash
+        ]
+        changed.sort(key=lambda move: move.name in ready)
+        spare = next((spare for spare in spares if spare.model == model), None)
+        if changed and spare is not None and not added:
+            start = Move(name=spare.name, before="", after=spare.spec_hash, spare=True)
+            changed = [start, *changed, Move(name=spare.name, before=spare.spec_hash, after="", spare=True)]
+        moves += [*added, *changed]
+    return [*moves, *(Move(name=target.name, before=target.spec_hash, after="") for target in old if target.name not in wanted)]
+
+
+class Rollout:
+    """``old``: what runs. ``wanted`` is what should run now; it changes in :meth:`step` only."""
+
+    def __init__(self, old: Sequence[Target], moves: Sequence[Move], bounds: Bounds, now: float) -> None:
+        self.wanted = {target.name: target.spec_hash for target in old}
+        self.phase: Phase = "rolling"
+        #: Why it was taken back.
+        self.error = ""
+        self.steps: list[Step] = []
+        self._bounds = bounds
+        self._todo = list(moves)
+        self._done: list[Move] = []
+        self._move: Move | None = None
+        self._since = now
+        self._end_if_done()
+
+    @property
+    def over(self) -> bool:
+        return self.phase in ("done", "returned")
+
+    @property
+    def doing(self) -> str:
+        """The move under way, or the one that waits for a steady state."""
+        return str(self._move or self._todo[0]) if not self.over else ""
+
+    @property
+    def left(self) -> int:
+        """Moves that are not over."""
+        return len(self._todo) + (self._move is not None)
+
+    def wants(self) -> list[Wanted]:
+        return [Wanted(name=name, spec_hash=version) for name, version in self.wanted.items()]
+
+    def step(self, now: float, views: Mapping[str, ReplicaView]) -> bool:
+        """Look at every replica as the reconciler saw it last; True when ``wanted`` has changed."""
+        if self.over:
+            return False
+        if self._move is not None:
+            verdict = self._judge(self._move, now, views.get(self._move.name))
+            if verdict == "waiting":
+                return False
+            if verdict == "crowded":
+                return self._do_without(self._move, now)
+            if verdict:
+                return self._turn_back(verdict, now)
+            self._finish(self._move, now)
+        if not self._todo:
+            return False
+        troubled = [name for name, version in self.wanted.items() if not self._steady(views.get(name), version)]
+        if not troubled:
+            self._begin(now)
+            return True
+        if now - self._since > self._bounds.move_s:
+            return self._turn_back(f"replica {troubled[0]} was not ready within {self._bounds.move_s:.0f} s", now)
+        return False
+
+    @staticmethod
+    def _steady(view: ReplicaView | None, version: str) -> bool:
+        """Whether a replica is not worth waiting for: it serves, or has failed for good."""
+        if view is None:
+            return False
+        return view.phase == "failed" or (view.phase == "ready" and view.gang is not None and view.gang.spec_hash == version)
+
+    def _judge(self, move: Move, now: float, view: ReplicaView | None) -> str:
+        """``waiting``, ``crowded`` (a spare without a place), empty when it is done, else what is wrong."""
+        if not move.after:
+            return "" if view is None else self._late(move, now)
+        if view is None:
+            return self._late(move, now)
+        if view.phase == "ready" and view.gang is not None and view.gang.spec_hash == move.after:
+            return ""
+        if self.phase == "rolling" and (view.phase == "failed" or view.failures >= FAILURES):
+            return f"replica {move.name} does not start: {view.cause}"
+        if move.spare and view.phase == "placing" and now - self._since > self._bounds.spare_s:
+            return "crowded"
+        return self._late(move, now)
+
+    def _late(self, move: Move, now: float) -> str:
+        return f"{move}: not done within {self._bounds.move_s:.0f} s" if now - self._since > self._bounds.move_s else "waiting"
+
+    def _begin(self, now: float) -> None:
+        move = self._move = self._todo.pop(0)
+        self._since = now
+        if move.after:
+            self.wanted[move.name] = move.after
+        else:
+            self.wanted.pop(move.name, None)
+
+    def _finish(self, move: Move, now: float) -> None:
+        self.steps.append(Step(text=str(move), seconds=now - self._since))
+        self._done.append(move)
+        self._move, self._since = None, now
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if not self._todo and self._move is None:
+            self.phase = "done" if self.phase == "rolling" else "returned"
+
+    def _do_without(self, spare: Move, now: float) -> bool:
+        """No room for it: the replicas are replaced one by one, each drained before its successor starts."""
+        self.steps.append(Step(text=f"{spare}: no room, so each replica ends before its successor starts", seconds=now - self._since))
+        del self.wanted[spare.name]
+        self._todo = [move for move in self._todo if move.name != spare.name]
+        self._move, self._since = None, now
+        return True
+
+    def _turn_back(self, why: str, now: float) -> bool:
+        """Undo what was done, in reverse; when that does not work either, want all of it at once and leave it to the reconciler."""
+        if self._move is not None:
+            self._done.append(self._move)
+        undone = [Move(name=move.name, before=move.after, after=move.before, spare=move.spare) for move in reversed(self._done)]
+        if self.phase == "rolling":
+            self.error, self.phase = why, "returning"
+            self._todo, self._done, self._move = undone, [], None
+            if not undone:
+                self._end_if_done()
+                return False
+            self._begin(now)
+            return True
+        self.error += f"; on the way back: {why}"
+        for move in self._todo:
+            if move.after:
+                self.wanted[move.name] = move.after
+            else:
+                self.wanted.pop(move.name, None)
+        self._todo, self._move = [], None
+        self._end_if_done()
+        return True

@@ -1,0 +1,123 @@
+"""``python -m orchestrator.sim --schedules 10000 [--seed 1] [--jobs 2]``: random fault schedules against the routing core.
+
+``--replay FILE``: one recorded schedule instead. Exit code 1 when a promise was broken; the first failure's seed and shrunk schedule are
+printed as JSON that ``--replay`` takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from orchestrator.sim.schedule import Schedule, draw
+from orchestrator.sim.shrink import judge, shrink
+
+#: Seeds that failed and are named.
+NAMED = 10
+
+
+class Tally(msgspec.Struct, kw_only=True):
+    """What a series of runs came to; ``failures``: seed and verdict."""
+
+    runs: int = 0
+    tokens: int = 0
+    gangs: int = 0
+    simulated_s: float = 0.0
+    events: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    failures: list[tuple[int, str]] = []
+
+    def add(self, other: Tally) -> None:
+        self.runs += other.runs
+        self.tokens += other.tokens
+        self.gangs += other.gangs
+        self.simulated_s += other.simulated_s
+        self.failures = [*self.failures, *other.failures]
+        for name in ("events", "ends", "counts"):
+            setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(other, name))))
+
+
+def run_series(seeds: range) -> Tally:
+    tally = Tally()
+    for seed in seeds:
+        schedule = draw(seed)
+        found = judge(schedule)
+        one = Tally(runs=1, events=dict(Counter(str(event.__struct_config__.tag) for event in schedule.events)))
+        if isinstance(found, str):
+            one.failures = [(seed, found)]
+        else:
+            one.tokens, one.gangs, one.simulated_s = found.tokens, found.gangs, found.seconds
+            one.ends, one.counts = found.ends, found.counts
+        tally.add(one)
+    return tally
+
+
+def run_jobs(first: int, schedules: int, jobs: int) -> Tally:
+    """The series dealt to ``jobs`` processes."""
+    if jobs <= 1:
+        return run_series(range(first, first + schedules))
+    share = -(-schedules // jobs)
+    starts = range(first, first + schedules, share)
+    command = [sys.executable, "-m", "orchestrator.sim", "--json", "--jobs", "1"]
+    children = [
+        subprocess.Popen(
+            [*command, "--seed", str(start), "--schedules", str(min(share, first + schedules - start))], stdout=subprocess.PIPE
+        )
+        for start in starts
+    ]
+    tally = Tally()
+    for child in children:
+        tally.add(msgspec.json.decode(child.communicate()[0], type=Tally))
+    return tally
+
+
+def tell(tally: Tally, seconds: float) -> None:
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count)
+
+    print(f"{tally.runs} schedules in {seconds:.1f} s, {tally.simulated_s:.0f} s simulated, {len(tally.failures)} failed")
+    print(f"events: {listed(tally.events)}")
+    print(f"clients: {listed(tally.ends)}; {tally.tokens} tokens, each checked; {tally.gangs} gangs launched")
+    print(f"routers: {listed(tally.counts)}")
+
+
+def tell_failures(tally: Tally) -> None:
+    for seed, verdict in tally.failures[:NAMED]:
+        print(f"seed {seed}: {verdict}")
+    seed = tally.failures[0][0]
+    small = shrink(draw(seed))
+    print(f"seed {seed}, shrunk: {judge(small)}\n{msgspec.json.encode(small).decode()}")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.sim", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--schedules", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1, help="of the first schedule; the others follow")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--json", action="store_true", help="the tally as JSON")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run the schedule in this file")
+    options = parser.parse_args(argv)
+    if options.replay is not None:
+        found = judge(msgspec.json.decode(options.replay.read_bytes(), type=Schedule))
+        print(found)
+        return int(isinstance(found, str))
+    begun = time.monotonic()
+    tally = run_jobs(options.seed, options.schedules, options.jobs)
+    if options.json:
+        print(msgspec.json.encode(tally).decode())
+        return 0
+    tell(tally, time.monotonic() - begun)
+    if tally.failures:
+        tell_failures(tally)
+    return int(bool(tally.failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

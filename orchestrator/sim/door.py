@@ -1,0 +1,231 @@
+"""One router address: a routing core with the shell's duties, killed and started again; and the calls that clients made there.
+
+Owns the :class:`~orchestrator.core.route.Route` of the life that runs now. Carries out its actions as :mod:`orchestrator.router.dispatch`
+does, and decides nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from orchestrator.core.fleet import Fleet
+from orchestrator.core.request import Deliver, Errored, Finished, Scored, Send
+from orchestrator.core.route import Route
+from orchestrator.sim.gang import HANG_FLOOR_S, HEARTBEAT_S
+from orchestrator.sim.net import Wire
+from orchestrator.sim.timeline import Timeline
+from orchestrator.spec import AdmissionSpec
+from workers.errors import TriremeError
+from workers.wire import FinishReason, FromReplica, Logprobs, Peers, SamplingParams, ToReplica, Usage
+
+TICK_S, REPLICA_TIMEOUT_S, ACCEPT_S = 0.2, 1.0, 2.0
+#: A router proves its indexes after every so many turns, and whenever it is idle.
+CHECK_TURNS = 16
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """One request as the core reads it (:class:`~orchestrator.core.request.Asked`)."""
+
+    client: str
+    request: str
+    model: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    n: int
+    affinity: str = ""
+    salt: str = ""
+    credit: int
+    deadline_s: float | None
+    emitted: list[list[int]]
+    attempt: int
+
+
+class Caller(Protocol):
+    """Who waits for a call."""
+
+    def on_tokens(self, call: Call, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None: ...
+
+    def on_finished(self, call: Call, choice: int, reason: FinishReason, usage: Usage) -> None: ...
+
+    def on_errored(self, call: Call, choice: int, error: TriremeError) -> None: ...
+
+    def on_lost(self, call: Call) -> None:
+        """The router is gone."""
+
+
+class Call:
+    """One request at one life of a router. ``granted``: tokens a choice that may be delivered; ``over``: choices that expect nothing."""
+
+    def __init__(self, caller: Caller, router: Router, id: int, ask: Ask) -> None:
+        self.caller, self._router, self.id, self.ask = caller, router, id, ask
+        self.life = router.life
+        self.granted = ask.credit
+        self.over: set[int] = set()
+
+    @property
+    def alive(self) -> bool:
+        return self._router.up and self._router.life == self.life and self.id in self._router.calls
+
+    def cancel(self) -> None:
+        if self.alive:
+            self.over |= set(range(self.ask.n))
+            self._router.cancel(self)
+
+    def finish(self, choice: int) -> None:
+        if self.alive:
+            self.over.add(choice)
+            self._router.finish(self, choice)
+
+    def credit(self, tokens: int) -> None:
+        if self.alive:
+            self.granted += tokens
+            self._router.credit(self, tokens)
+
+
+class Router:
+    """``up`` while it lives, which may be several times. ``counts``: of all its lives."""
+
+    def __init__(self, index: int, timeline: Timeline) -> None:
+        self.index, self._timeline = index, timeline
+        self.up = False
+        self.life = 0
+        self.wires: dict[bytes, Wire] = {}
+        self.calls: dict[int, Call] = {}
+        self.counts: dict[str, int] = {}
+        self._turns = 0
+
+    def start(self) -> None:
+        self.life += 1
+        self.up = True
+        greeting = Peers(boot=f"router{self.index}.{self.life}", router=f"router{self.index}")
+        self._greeting = greeting
+        # What a client may lose to a bound (a queue's, a request's deaths) is for other tests: here everything must end well.
+        admission = AdmissionSpec(max_queue=4, queue_timeout_s=0.0, request_timeout_s=0.0, replica_limit=1000)
+        self.route = Route(greeting, {"m": "m"}, admission, Fleet(REPLICA_TIMEOUT_S, HANG_FLOOR_S), accept_s=ACCEPT_S)
+        self._tick(self.life)
+        self._pulse(self.life)
+
+    # --- what clients do
+
+    def submit(self, caller: Caller, ask: Ask) -> Call:
+        """Raises as :meth:`Route.submit`."""
+        id = self.route.submit(ask, self._timeline.now)
+        call = self.calls[id] = Call(caller, self, id, ask)
+        self._soon()
+        return call
+
+    def cancel(self, call: Call) -> None:
+        del self.calls[call.id]
+        self.route.cancel(call.id, self._timeline.now)
+        self._soon()
+
+    def finish(self, call: Call, choice: int) -> None:
+        if len(call.over) == call.ask.n:
+            del self.calls[call.id]
+        self.route.finish(call.id, choice, self._timeline.now)
+        self._soon()
+
+    def credit(self, call: Call, tokens: int) -> None:
+        self.route.credit(call.id, tokens)
+        self._soon()
+
+    def _soon(self) -> None:
+        self._timeline.after(0.0, partial(self._pump, self.life))
+
+    # --- what replicas say
+
+    def hear(self, peer: bytes, message: FromReplica) -> None:
+        if self.up:
+            self.route.hear(peer, "", message, self._timeline.now)
+            self._pump(self.life)
+
+    def _tick(self, life: int) -> None:
+        if self.up and self.life == life:
+            self.route.tick(self._timeline.now)
+            self._pump(life)
+            self._timeline.after(TICK_S, partial(self._tick, life))
+
+    def _pulse(self, life: int) -> None:
+        if self.up and self.life == life:
+            for replica in list(self.route.fleet.replicas.values()):
+                if replica.state != "lost" and replica.peer and not self._send(replica.peer, self._greeting):
+                    self.route.unreachable(replica.peer, self._timeline.now)
+            self._pump(life)
+            self._timeline.after(HEARTBEAT_S, partial(self._pulse, life))
+
+    def _send(self, peer: bytes, message: ToReplica) -> bool:
+        wire = self.wires.get(peer)
+        return wire is not None and wire.to_gang(message)
+
+    def _pump(self, life: int) -> None:
+        """Do everything that the core asks."""
+        if not self.up or self.life != life:
+            return
+        while actions := self.route.take():
+            for action in actions:
+                if isinstance(action, Send):
+                    if action.peer and not self._send(action.peer, action.message):
+                        self.route.unreachable(action.peer, self._timeline.now)
+                elif isinstance(action, Deliver):
+                    for id, choice, first, tokens, logprobs in action.rows:
+                        call = self._expecting(id, choice)
+                        call.caller.on_tokens(call, choice, first, tokens, logprobs)
+                elif not isinstance(action, Scored):
+                    self._end(action)
+        self._turns += 1
+        if self._turns % CHECK_TURNS == 0:
+            self.route.check()
+
+    def _expecting(self, id: int, choice: int) -> Call:
+        """The call that something is delivered for. Callers only act between two turns, so nothing may come for one that is over."""
+        call = self.calls.get(id)
+        assert call is not None, f"router{self.index}: something came for call {id} after its end"
+        assert choice not in call.over, f"router{self.index}: something came for choice {choice} of {call.ask.request} after its end"
+        return call
+
+    def _end(self, action: Finished | Errored) -> None:
+        call = self._expecting(action.request, action.choice)
+        call.over.add(action.choice)
+        if len(call.over) == call.ask.n:
+            del self.calls[call.id]
+        if isinstance(action, Finished):
+            call.caller.on_finished(call, action.choice, action.reason, action.usage)
+        else:
+            call.caller.on_errored(call, action.choice, action.error)
+
+    # --- its end
+
+    def crash(self) -> None:
+        """SIGKILL: connections break, clients see a reset or nothing at all."""
+        if not self.up:
+            return
+        self.up = False
+        for name, count in self.route.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        for wire in list(self.wires.values()):
+            wire.sever()
+        calls, self.calls = list(self.calls.values()), {}
+        for call in calls:
+            call.caller.on_lost(call)
+
+    def close(self, grace_s: float) -> None:
+        """SIGTERM."""
+        if self.up:
+            self.route.close()
+            self._timeline.after(grace_s, partial(self._stop, self.life))
+
+    def _stop(self, life: int) -> None:
+        if self.up and self.life == life:
+            self.route.abort(self._timeline.now)
+            self._pump(life)
+            self.crash()
+
+    # --- proof
+
+    def check_idle(self) -> None:
+        self.route.check()
+        assert not self.route.live and not self.calls, f"router{self.index} holds {self.route.live} requests, {len(self.calls)} calls"
+        assert not any(replica.streams for replica in self.route.fleet.replicas.values()), f"router{self.index}: a placement is left"

@@ -1,0 +1,308 @@
+"""One life of a replica's leader: the engine, sessions and links that :mod:`workers.leader` drives, driven by the timeline.
+
+Owns what the leader's two threads own. Events wait while a step runs, heartbeats do not; a frozen gang does nothing, and all of it later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from orchestrator.sim.net import PULSE_S, Far, Net, Wire
+from orchestrator.sim.schedule import Setup
+from orchestrator.sim.timeline import Timeline
+from workers.core.links import Close, Greet, Link, Lose, Open, Verdict
+from workers.core.sessions import Action, Grant, Send, Sessions, Start, Stop
+from workers.errors import TriremeError
+from workers.fake import FakeEngine
+from workers.spec import EngineSpec, Parallel
+from workers.wire import (
+    PROTOCOL,
+    Accepted,
+    Attach,
+    Bye,
+    Cancel,
+    Credit,
+    Done,
+    Failed,
+    FromReplica,
+    Heartbeat,
+    Hello,
+    Peers,
+    Submit,
+    Tokens,
+    ToReplica,
+)
+from workers.wire import Drain as DrainOrder
+
+HEARTBEAT_S, HANG_FLOOR_S, ORPHAN_S = 0.25, 1.0, 1.0
+BLOCK_SIZE = 8
+
+
+class Host(Protocol):
+    """Whoever launched the gang."""
+
+    def ended(self, gang: Gang, why: str) -> None: ...
+
+
+class Port:
+    """The gang's end at one router address."""
+
+    def __init__(self, gang: Gang, router: int, far: Far) -> None:
+        self._gang, self._router, self._far = gang, router, far
+        self.link = Link()
+        self.wire: Wire | None = None
+
+    def carry_out(self, verdicts: list[Verdict]) -> None:
+        for verdict in verdicts:
+            match verdict:
+                case Greet():
+                    self.send(self._gang.hello())
+                case Lose(boot=boot):
+                    if self._gang.routes.get(boot) is self:
+                        del self._gang.routes[boot]
+                        self._gang.deliver(boot)
+                case Close():
+                    if self.wire is not None:
+                        self.wire.close(flush=False)
+                        self.wire = None
+                case Open():
+                    self.wire = self._gang.net.connect((self._gang.index, self._router), self, self._far)
+
+    def send(self, message: FromReplica) -> None:
+        if self.wire is not None and not self.wire.to_router(message):
+            self.carry_out(self.link.broken(self._gang.now))
+
+    # what the connection says, possibly while the gang is frozen
+
+    def connected(self, wire: Wire) -> None:
+        self._gang.run(lambda: self.carry_out(self.link.connected(self._gang.now)) if wire is self.wire else None)
+
+    def broken(self, wire: Wire) -> None:
+        self._gang.run(lambda: self.carry_out(self.link.broken(self._gang.now)) if wire is self.wire else None)
+
+    def take(self, wire: Wire, message: ToReplica) -> None:
+        self._gang.run(lambda: self._take(message) if wire is self.wire else None)
+
+    def _take(self, message: ToReplica) -> None:
+        self.carry_out(self.link.heard(message.boot, self._gang.now))
+        if self.link.state != "live":
+            return
+        self._gang.routes[self.link.boot] = self
+        if isinstance(message, Bye) and message.reason != "stale":
+            self.carry_out(self.link.broken(self._gang.now))
+        elif not isinstance(message, Peers):
+            self._gang.deliver(message)
+
+
+class Gang:
+    """Starts with :meth:`start`, ends by :meth:`die` or by itself; then ``gone``, and its host was told."""
+
+    def __init__(self, index: int, epoch: int, setup: Setup, *, timeline: Timeline, net: Net, routers: Sequence[Far], host: Host) -> None:
+        self.index, self.epoch, self._timeline, self.net, self._host = index, epoch, timeline, net, host
+        self.name, self.boot = f"r{index}", f"r{index}.{epoch}"
+        spec = EngineSpec(
+            kind="fake", block_size=BLOCK_SIZE, max_batch_size=setup.rows, max_num_tokens=setup.tokens, kv_tokens=setup.blocks * BLOCK_SIZE,
+            max_seq_len=setup.blocks * BLOCK_SIZE, fake_step_ms=setup.step_ms,
+        )  # fmt: skip
+        self.engine = FakeEngine(spec, parallel=Parallel(pp=setup.stages), clock=lambda: timeline.now, sleep=lambda seconds: None)
+        self.sessions = Sessions(boot=self.boot, model="m", orphan_s=ORPHAN_S, limit=1024)
+        self.ports = [Port(self, i, far) for i, far in enumerate(routers)]
+        #: Ports by the nonce of the router that lives there.
+        self.routes: dict[str, Port] = {}
+        #: Messages of routers, and nonces of lost ones.
+        self._inbox: deque[tuple[float, ToReplica | str]] = deque()
+        self.gone = self.frozen = False
+        self._backlog: list[Callable[[], None]] = []
+        #: When the running step began, None between steps, and how long it should take, seconds.
+        self._since: float | None = None
+        self._predicted_s = 0.0
+        self._steps = 0
+        self._extra_s = 0.0
+        self._hangs = False
+        self._woken_at = -1.0
+
+    @property
+    def now(self) -> float:
+        return self._timeline.now
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Now, or when the gang runs again; never once it is gone."""
+        if self.frozen:
+            self._backlog.append(call)
+        elif not self.gone:
+            call()
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        self._timeline.after(seconds, partial(self.run, call))
+
+    # --- faults
+
+    def freeze(self, seconds: float) -> None:
+        if self.gone or self.frozen:
+            return
+        self.frozen = True
+        if seconds > PULSE_S:
+            self._timeline.after(PULSE_S, self._fall_silent)
+        self._timeline.after(seconds, self._thaw)
+
+    def _fall_silent(self) -> None:
+        for port in self.ports:
+            if port.wire is not None:
+                port.wire.sever()
+
+    def _thaw(self) -> None:
+        self.frozen = False
+        backlog, self._backlog = self._backlog, []
+        for call in backlog:
+            self.run(call)
+
+    def hang(self) -> None:
+        self._hangs = True
+
+    def slow(self, seconds: float) -> None:
+        self._extra_s += seconds
+
+    def drain(self, grace_s: float) -> None:
+        self.deliver(DrainOrder(boot=self.boot, grace_ms=int(grace_s * 1000)))
+
+    def die(self, why: str, *, flush: bool = False) -> None:
+        """At once; ``flush``: what it had sent still arrives."""
+        if self.gone:
+            return
+        self.gone, self.frozen = True, False
+        for port in self.ports:
+            if port.wire is not None:
+                port.wire.close(flush=flush)
+        self._host.ended(self, why)
+
+    def _farewell(self, why: str) -> None:
+        """Every row continues elsewhere; then the gang ends in order."""
+        self.sessions.drain(self.now, 0.0)
+        self._act(self.sessions.expire(self.now))
+        for port in self.ports:
+            if port.link.up:
+                port.send(Bye(boot=self.boot, reason=why))
+        self.die(why, flush=True)
+
+    # --- the I/O thread
+
+    def start(self) -> None:
+        self._beat()
+
+    def _beat(self) -> None:
+        busy_s = self.now - self._since if self._since is not None else 0.0
+        if busy_s > max(HANG_FLOOR_S, 4 * self._predicted_s):
+            self.die("no progress")
+            return
+        stats = self.engine.stats()
+        message = Heartbeat(
+            boot=self.boot, epoch=self.epoch, step=self._steps, busy_ms=busy_s * 1000.0, predicted_ms=self._predicted_s * 1000.0,
+            running=stats.running, waiting=stats.waiting, free_blocks=stats.free_blocks, num_blocks=stats.num_blocks,
+            prefill_tokens=stats.prefill_tokens, draining=self.sessions.draining, step_ms=stats.step_ms,
+            output_tokens_total=stats.output_tokens_total,
+        )  # fmt: skip
+        for port in self.ports:
+            if port.link.up:
+                port.send(message)
+            port.carry_out(port.link.tick(self.now))
+        self.turn()
+        self.later(HEARTBEAT_S, self._beat)
+
+    def hello(self) -> Hello:
+        return Hello(
+            boot=self.boot, protocol=PROTOCOL, replica=self.name, model="m", epoch=self.epoch, spec_hash="", resume=self.engine.resume,
+            capacity=self.engine.capacity, live=self.sessions.live(),
+        )  # fmt: skip
+
+    def deliver(self, event: ToReplica | str) -> None:
+        self._inbox.append((self.now, event))
+        self.later(0.0, self.turn)
+
+    # --- the engine thread
+
+    def turn(self) -> None:
+        """What it does between two steps, or when something came in while it was idle."""
+        if self.gone or self._since is not None:
+            return
+        while self._inbox and not self.gone:
+            self._handle(*self._inbox.popleft())
+        if self.gone:
+            return
+        self._act(self.sessions.expire(self.now))
+        if self.sessions.draining and not len(self.sessions):
+            self._farewell("drained")
+        elif self.engine.busy():
+            self._step()
+        elif (due := self.sessions.next_due()) is not None and due != self._woken_at:
+            self._woken_at = due
+            self.later(max(0.0, due - self.now), self.turn)
+
+    def _handle(self, received: float, event: ToReplica | str) -> None:
+        match event:
+            case Submit():
+                self._act(self.sessions.submit(event, received))
+            case Attach():
+                self._act(self.sessions.attach(event))
+            case Cancel():
+                self._act(self.sessions.cancel(event))
+            case Credit():
+                self._act(self.sessions.credit(event))
+            case str():
+                self.sessions.lost(event, received)
+            case DrainOrder(grace_ms=grace_ms):
+                self.sessions.drain(received, grace_ms / 1000.0)
+            case Bye():
+                self._farewell("stale")
+            case _:
+                raise AssertionError(f"a gang does not expect {event}")
+
+    def _act(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(route=route, message=message):
+                    self._post(route, message)
+                case Start(id=id, request=request):
+                    try:
+                        self.engine.submit(id, request)
+                    except TriremeError as error:
+                        self._act(self.sessions.refused(id, error))
+                    else:
+                        self._act(self.sessions.started(id))
+                case Stop(id=id):
+                    self.engine.cancel(id)
+                case Grant(id=id, tokens=tokens):
+                    self.engine.credit(id, tokens)
+
+    def _post(self, route: str, message: Accepted | Tokens | Done | Failed) -> None:
+        port = self.routes.get(route)
+        if port is not None:
+            port.send(message)
+
+    def _step(self) -> None:
+        self._steps += 1
+        self._since, self._predicted_s = self.now, self.engine.predicted_ms() / 1000.0
+        if self._hangs:
+            return
+        seconds, self._extra_s = self._predicted_s + self._extra_s, 0.0
+        self.later(seconds, self._step_done)
+
+    def _step_done(self) -> None:
+        emissions = self.engine.step()
+        self._since = None
+        self._act(self.sessions.emitted(emissions))
+        self.turn()
+
+    # --- proof
+
+    def check(self) -> None:
+        self.sessions.check()
+
+    def check_idle(self) -> None:
+        """Assert that nothing is left of any request."""
+        stats = self.engine.stats()
+        assert not len(self.sessions), f"{self.boot} holds rows of {self.sessions.live()}"
+        assert stats.running == stats.waiting == 0, f"{self.boot}: {stats.running} rows run and {stats.waiting} wait"
+        assert stats.free_blocks == stats.num_blocks, f"{self.boot}: {stats.num_blocks - stats.free_blocks} blocks leaked"

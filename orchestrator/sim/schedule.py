@@ -1,0 +1,238 @@
+"""What happens in one run, as a value: the deployment, the requests, the faults, each with its time.
+
+Owns the vocabulary, its JSON (what a failed run prints and a file replays) and how a schedule is drawn from a seed. Everything else that
+chance decides in a run (delays, repeats) comes from ``Setup.noise``, so equal schedules run equally.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Literal, TypeAlias
+
+import msgspec
+
+#: Requests and faults come within this time, seconds; afterwards all is left to heal.
+HORIZON_S = 6.0
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """``rows``, ``blocks``, ``tokens``, ``stages``: a replica's limits. ``repeats``: how often a message comes twice, as a share."""
+
+    routers: int
+    replicas: int
+    rows: int
+    blocks: int
+    tokens: int
+    stages: int
+    step_ms: float
+    repeats: float
+    noise: int
+
+
+class Arrive(msgspec.Struct, frozen=True, kw_only=True, tag="arrive"):
+    """A client asks. ``door`` http: its connection ends with the router and it asks anew; rpc: it holds the journal and goes on elsewhere.
+
+    ``credit`` 0 = unlimited, else the window, granted again ``pace_s`` after it was read.
+    """
+
+    at: float
+    id: int
+    door: Literal["http", "rpc"]
+    router: int
+    prompt: list[int]
+    n: int = 1
+    max_tokens: int = 8
+    temperature: float = 0.0
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    credit: int = 0
+    pace_s: float = 0.0
+    deadline_s: float | None = None
+
+
+class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
+    """A client cancels, or with a ``choice`` ends that one alone, as a stop string does."""
+
+    at: float
+    id: int
+    choice: int | None = None
+
+
+class Wander(msgspec.Struct, frozen=True, kw_only=True, tag="wander"):
+    """An RPC client cannot hear its router, which lives, and goes on at another; the first one finds out 2 s later."""
+
+    at: float
+    id: int
+
+
+class Kill(msgspec.Struct, frozen=True, kw_only=True, tag="kill"):
+    """A gang dies and is launched again."""
+
+    at: float
+    gang: int
+
+
+class Freeze(msgspec.Struct, frozen=True, kw_only=True, tag="freeze"):
+    """SIGSTOP of a whole gang, and SIGCONT ``seconds`` later."""
+
+    at: float
+    gang: int
+    seconds: float
+
+
+class Hang(msgspec.Struct, frozen=True, kw_only=True, tag="hang"):
+    """The next step never ends; heartbeats go on."""
+
+    at: float
+    gang: int
+
+
+class Slow(msgspec.Struct, frozen=True, kw_only=True, tag="slow"):
+    """The next step takes ``seconds`` more."""
+
+    at: float
+    gang: int
+    seconds: float
+
+
+class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
+    """Nothing passes between a gang and a router; after 1.5 s both give the connection up."""
+
+    at: float
+    gang: int
+    router: int
+    seconds: float
+
+
+class Lose(msgspec.Struct, frozen=True, kw_only=True, tag="lose"):
+    """The next Tokens message from a gang to a router vanishes."""
+
+    at: float
+    gang: int
+    router: int
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
+    """A gang is told to finish, leaves, and is launched again."""
+
+    at: float
+    gang: int
+    grace_s: float
+
+
+class Usurp(msgspec.Struct, frozen=True, kw_only=True, tag="usurp"):
+    """A newer epoch of a gang starts while the old one lives."""
+
+    at: float
+    gang: int
+
+
+class Crash(msgspec.Struct, frozen=True, kw_only=True, tag="crash"):
+    """A router is killed, and another takes its address ``seconds`` later."""
+
+    at: float
+    router: int
+    seconds: float
+
+
+class Close(msgspec.Struct, frozen=True, kw_only=True, tag="close"):
+    """A router is told to stop: it takes nothing new, ends what is left after ``grace_s``, and comes back ``seconds`` later."""
+
+    at: float
+    router: int
+    grace_s: float
+    seconds: float
+
+
+Event: TypeAlias = Arrive | Leave | Wander | Kill | Freeze | Hang | Slow | Cut | Lose | Drain | Usurp | Crash | Close
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True):
+    """``events``: in the order of their times."""
+
+    setup: Setup
+    events: list[Event]
+
+
+def draw(seed: int) -> Schedule:
+    """The schedule of a seed."""
+    chance = Random(seed)
+    setup = Setup(
+        routers=chance.choice((1, 2, 2)),
+        replicas=chance.choice((1, 2, 2, 3)),
+        rows=chance.choice((2, 3, 4)),
+        blocks=chance.choice((8, 12, 24)),
+        tokens=chance.choice((4, 8, 32)),
+        stages=chance.choice((1, 1, 1, 2)),
+        step_ms=chance.choice((20.0, 60.0)),
+        repeats=chance.choice((0.0, 0.0, 0.03)),
+        noise=chance.getrandbits(32),
+    )
+    windows = chance.random() < 0.5
+    arrivals = [_arrive(chance, id, setup, windows=windows) for id in range(chance.randint(2, 8))]
+    events: list[Event] = [*arrivals]
+    for arrival in arrivals:
+        if chance.random() < 0.15:
+            choice = chance.choice((None, 0))
+            events.append(Leave(at=_later(chance, arrival.at), id=arrival.id, choice=choice))
+        if arrival.door == "rpc" and setup.routers > 1 and chance.random() < 0.2:
+            events.append(Wander(at=_later(chance, arrival.at), id=arrival.id))
+    events += [_fault(chance, setup) for _ in range(chance.randint(1, 5))]
+    if not windows and chance.random() < 0.4:
+        # No connection loses one message alone, but the core mends it by the next one; a row without credit has no next one.
+        events.append(Lose(at=_time(chance), gang=chance.randrange(setup.replicas), router=chance.randrange(setup.routers)))
+    return Schedule(setup=setup, events=sorted(events, key=lambda event: event.at))
+
+
+def _time(chance: Random) -> float:
+    return round(chance.uniform(0.0, HORIZON_S), 3)
+
+
+def _later(chance: Random, at: float) -> float:
+    return round(at + chance.expovariate(1.5), 3)
+
+
+def _arrive(chance: Random, id: int, setup: Setup, *, windows: bool) -> Arrive:
+    prompt = [chance.randrange(32, 127) for _ in range(chance.randint(1, 30))]
+    if chance.random() < 0.4:
+        prompt = [64] * 16 + prompt  # a prefix that others share
+    credit = chance.choice((0, 0, 1, 3, 8)) if windows else 0
+    return Arrive(
+        at=round(chance.uniform(0.0, HORIZON_S * 0.7), 3),
+        id=id,
+        door=chance.choice(("http", "rpc", "rpc")),
+        router=chance.randrange(setup.routers),
+        prompt=prompt[: setup.blocks * 4],
+        n=chance.choice((1, 1, 1, 2)),
+        max_tokens=chance.choice((1, 4, 12, 28)),
+        temperature=chance.choice((0.0, 0.8)),
+        stop_ids=tuple(chance.sample(range(32, 127), chance.choice((0, 0, 6)))),
+        logprobs=chance.choice((None, None, 0, 2)),
+        credit=credit,
+        pace_s=chance.choice((0.01, 0.3, 2.5)) if credit else 0.0,
+        deadline_s=chance.choice((None, None, None, None, 0.4, 3.0)),
+    )
+
+
+def _fault(chance: Random, setup: Setup) -> Event:
+    at, gang, router = _time(chance), chance.randrange(setup.replicas), chance.randrange(setup.routers)
+    kind = chance.choice(("kill", "kill", "freeze", "hang", "slow", "cut", "cut", "drain", "usurp", "crash", "close"))
+    match kind:
+        case "kill":
+            return Kill(at=at, gang=gang)
+        case "freeze":
+            return Freeze(at=at, gang=gang, seconds=chance.choice((0.3, 1.2, 2.0, 4.0)))
+        case "hang":
+            return Hang(at=at, gang=gang)
+        case "slow":
+            return Slow(at=at, gang=gang, seconds=chance.choice((0.2, 0.8)))
+        case "cut":
+            return Cut(at=at, gang=gang, router=router, seconds=chance.choice((0.2, 1.0, 2.0, 4.0)))
+        case "drain":
+            return Drain(at=at, gang=gang, grace_s=chance.choice((0.0, 0.3, 5.0)))
+        case "usurp":
+            return Usurp(at=at, gang=gang)
+        case "crash":
+            return Crash(at=at, router=router, seconds=chance.choice((0.3, 1.5, 3.0)))
+        case _:
+            return Close(at=at, router=router, grace_s=chance.choice((0.0, 0.5, 3.0)), seconds=chance.choice((0.3, 1.5)))

@@ -1,0 +1,167 @@
+"""One run: the deployment of a schedule, its requests and faults, until every client is content and nothing is left.
+
+Owns everything of the run. Raises AssertionError on whatever breaks a promise; the core's own checks are among them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from random import Random
+
+import msgspec
+
+from orchestrator.sim.client import Client
+from orchestrator.sim.door import Router
+from orchestrator.sim.gang import Gang
+from orchestrator.sim.net import Net
+from orchestrator.sim.schedule import (
+    HORIZON_S,
+    Arrive,
+    Close,
+    Crash,
+    Cut,
+    Drain,
+    Event,
+    Freeze,
+    Hang,
+    Kill,
+    Leave,
+    Lose,
+    Schedule,
+    Slow,
+    Usurp,
+    Wander,
+)
+from orchestrator.sim.timeline import Timeline
+
+#: All requests must have ended by then; then everything that is left has so long to go. Seconds.
+LIMIT_S, SETTLE_S = 90.0, 8.0
+#: A run stops to look at everything this often.
+LOOK_S = 0.5
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """``ends``: clients by how they ended; ``counts``: the routers' totals; ``seconds``: simulated."""
+
+    ends: dict[str, int]
+    counts: dict[str, int]
+    tokens: int
+    gangs: int
+    seconds: float
+
+
+class World:
+    """``run`` once. Implements the gangs' Host: whoever is gone is launched again."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        setup = schedule.setup
+        self._timeline, self._chance = Timeline(), Random(setup.noise)
+        self._net = Net(self._timeline, self._chance, setup.repeats)
+        self._routers = [Router(index, self._timeline) for index in range(setup.routers)]
+        self._clients: dict[int, Client] = {}
+        self._gangs: list[Gang] = []
+        self._epoch = 0
+
+    def run(self) -> Outcome:
+        """Raises AssertionError when a promise is broken."""
+        timeline = self._timeline
+        for router in self._routers:
+            router.start()
+        self._gangs = [self._launch(index) for index in range(self._schedule.setup.replicas)]
+        for event in self._schedule.events:
+            timeline.at(event.at, partial(self._apply, event))
+        last = max((event.at for event in self._schedule.events), default=0.0)
+        while timeline.now < max(last, HORIZON_S) or not all(client.over for client in self._clients.values()):
+            assert timeline.now < LIMIT_S, f"not ended: requests {[id for id, client in self._clients.items() if not client.over]}"
+            self._look(timeline.now + LOOK_S)
+        ended = timeline.now
+        while timeline.now < ended + SETTLE_S:
+            self._look(timeline.now + LOOK_S)
+        for gang in self._gangs:
+            gang.check_idle()
+        for router in self._routers:
+            assert router.up, f"router{router.index} did not come back"
+            router.check_idle()
+            router.crash()  # adds up its counts
+        counts = Counter[str]()
+        for router in self._routers:
+            counts.update(router.counts)
+        return Outcome(
+            ends=dict(Counter(client.outcome for client in self._clients.values())), counts=dict(counts),
+            tokens=sum(client.tokens for client in self._clients.values()), gangs=self._epoch, seconds=ended,
+        )  # fmt: skip
+
+    def _look(self, until: float) -> None:
+        self._timeline.run(until)
+        for gang in self._gangs:
+            gang.check()
+        for router in self._routers:
+            if router.up:
+                router.route.check()
+
+    def _launch(self, index: int) -> Gang:
+        self._epoch += 1
+        gang = Gang(index, self._epoch, self._schedule.setup, timeline=self._timeline, net=self._net, routers=self._routers, host=self)
+        gang.start()
+        return gang
+
+    def ended(self, gang: Gang, why: str) -> None:
+        """Called by every gang at its end; one that a newer epoch took the place of has no successor."""
+        if self._gangs[gang.index] is gang:
+            self._timeline.after(self._chance.uniform(0.3, 1.5), partial(self._replace, gang))
+
+    def _replace(self, gang: Gang) -> None:
+        if self._gangs[gang.index] is gang:
+            self._gangs[gang.index] = self._launch(gang.index)
+
+    def _usurp(self, old: Gang) -> None:
+        self._gangs[old.index] = self._launch(old.index)
+        self._timeline.after(self._chance.uniform(0.5, 3.0), lambda: old.die("a newer epoch lives"))
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case Arrive():
+                self._clients[event.id] = client = Client(event, self._timeline, self._routers)
+                client.ask()
+            case Leave(id=id, choice=choice):
+                if id in self._clients:
+                    self._clients[id].leave(choice)
+            case Wander(id=id):
+                if id in self._clients:
+                    self._clients[id].wander()
+            case Cut(gang=gang, router=router, seconds=seconds):
+                self._net.cut((gang, router), seconds)
+            case Lose(gang=gang, router=router):
+                self._net.losing.add((gang, router))
+            case Crash(router=router, seconds=seconds):
+                self._routers[router].crash()
+                self._restart(router, seconds)
+            case Close(router=router, grace_s=grace_s, seconds=seconds):
+                self._routers[router].close(grace_s)
+                self._restart(router, grace_s + seconds)
+            case _:
+                self._disturb(self._gangs[event.gang], event)
+
+    def _restart(self, router: int, seconds: float) -> None:
+        def start() -> None:
+            if not self._routers[router].up:
+                self._routers[router].start()
+
+        self._timeline.after(seconds, start)
+
+    def _disturb(self, gang: Gang, event: Kill | Freeze | Hang | Slow | Drain | Usurp) -> None:
+        match event:
+            case Kill():
+                gang.die("killed", flush=self._chance.random() < 0.5)
+            case Freeze(seconds=seconds):
+                gang.freeze(seconds)
+            case Hang():
+                gang.hang()
+            case Slow(seconds=seconds):
+                gang.slow(seconds)
+            case Drain(grace_s=grace_s):
+                gang.drain(grace_s)
+            case Usurp():
+                self._usurp(gang)

@@ -1,0 +1,198 @@
+"""A running deployment's way to another configuration: what may change in place, what is to run then, and how far it is.
+
+Owns one update from the order to its last move. Decides nothing about when: :mod:`orchestrator.core.rollout` does, and the controller acts.
+Routers are not touched: whatever they were started with stays, and a file that wants it otherwise is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from orchestrator.config import Config, ModelConfig, Resolved
+from orchestrator.core.reconcile import ReplicaView
+from orchestrator.core.rollout import Bounds, Rollout, Target, plan
+from orchestrator.keys import KeyRing
+from orchestrator.launch import wanted
+from orchestrator.launch.control import UpdateOrder, UpdateReport
+from orchestrator.launch.gang import GangSpec
+from orchestrator.spec import ModelCard
+from workers.artifacts.convert import Progress
+from workers.errors import ConfigError
+
+#: What a router reads of a model's files.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+#: Settings of a model that routers hold.
+_HELD = ("aliases", "max_seq_len")
+#: A spare on this host needs this many times its artifact's size in free memory.
+_ROOM_FACTOR = 3
+_HINT = "trireme down, then trireme up; or leave it as it is"
+
+
+def merge(current: Config, order: UpdateOrder) -> Config:
+    """What runs now with the order's models. Raises :class:`ConfigError` that names every setting which cannot be changed in place.
+
+    What the order does not say itself stays as it is, whatever the default.
+    """
+    new, said = order.config, set(order.said)
+    before = {row.path: row.value for row in Resolved(config=current, sources={}).rows() if not row.path.startswith("models")}
+    after = {row.path: row.value for row in Resolved(config=new, sources={}).rows() if not row.path.startswith("models")}
+    # An order's paths are absolute, since the command and the host work in different folders.
+    before |= {"run_dir": str(current.home.parent), "http.api_keys_file": str(current.api_keys_file or "")}
+    found = [f"{path} ({before[path]} runs, {after[path]} is wanted)" for path in before if path in said and before[path] != after[path]]
+    held = {model.name: model for model in current.models}
+    if held.keys() != {model.name for model in new.models}:
+        found.append(f"models ({', '.join(held)} run, {', '.join(model.name for model in new.models)} are wanted)")
+    for model in new.models:
+        for name in _HELD if model.name in held else ():
+            old_value, new_value = getattr(held[model.name], name), getattr(model, name)
+            if old_value != new_value:
+                found.append(f"{name} of {model.name} ({old_value} runs, {new_value} is wanted)")
+    if found:
+        raise ConfigError("this cannot be changed in place: " + ", ".join(found), "the routers were started with it", _HINT)
+    return msgspec.structs.replace(current, models=new.models)
+
+
+def prepare(config: Config, progress: Progress) -> Config:
+    """Fetch and convert all that the new replicas load, and name it by absolute paths. Raises what ``wanted.resolve_model`` raises."""
+    for model in config.models:
+        wanted.resolve_model(model, config.cache, progress)
+    return msgspec.structs.replace(
+        config,
+        models=tuple(map(_rooted, config.models)),
+        run_dir=str(config.home.parent),
+        http=msgspec.structs.replace(config.http, api_keys_file=str(config.api_keys_file or "")),
+    )
+
+
+def _rooted(model: ModelConfig) -> ModelConfig:
+    rows = model.replicas
+    if not isinstance(rows, int):
+        rows = tuple(msgspec.structs.replace(row, path=_absolute(row.path)) for row in rows)
+    return msgspec.structs.replace(model, path=_absolute(model.path or model.name), replicas=rows)
+
+
+def _absolute(source: str) -> str:
+    """A path that exists in full; a model's name as it is."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if source and path.exists() else source
+
+
+class Update:
+    """``gangs``: what runs; ``cards``: what routers know of the models. Raises :class:`ConfigError`. To make one begins nothing, but lets
+    the new replicas' keys in.
+
+    ``config`` is what is in force, for the status table: the new one unless the update is being taken back.
+    """
+
+    def __init__(
+        self, current: Config, order: UpdateOrder, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
+        *, now: float, progress: Progress,
+    ) -> None:  # fmt: skip
+        self._old, self._new = current, merge(current, order)
+        models = [wanted.resolve_model(model, self._new.cache, progress) for model in self._new.models]
+        for model in models:
+            _check_tokenizer(model, cards)
+        self._keys, self._secured = KeyRing(current.home / "keys"), bool(gangs[0].key)
+        after = wanted.gangs(self._new, models, gangs[0].replica.routers, self._keys, secured=self._secured)
+        spares = self._spares(gangs, after)
+        self._specs = {gang.spec_hash: gang for gang in (*gangs, *after, *spares)}
+        self._before, self._after = list(gangs), after
+        ready = frozenset(view.name for view in views if view.phase == "ready")
+        moves = plan(_targets(gangs), _targets(after), _targets(spares), ready=ready)
+        self.moves = tuple(map(str, moves))
+        if not order.dry_run:
+            wanted.admit(self._keys, list(self._specs.values()), secured=self._secured)
+        move_s = 2 * current.start_timeout_s + current.drain_grace_s
+        self._rollout = Rollout(_targets(gangs), moves, Bounds(move_s=move_s), now)
+        self._begun, self._ended = now, now
+        self._applied = True
+
+    def _spares(self, gangs: Sequence[GangSpec], after: Sequence[GangSpec]) -> list[GangSpec]:
+        """One more replica of each model, where there is room for it."""
+        names = {gang.replica.name for gang in (*gangs, *after)}
+        spares = []
+        for model in self._new.models:
+            first = next(gang for gang in after if gang.replica.model == model.name)
+            name = f"{first.replica.name[:34]}-spare"
+            spare = msgspec.structs.replace(
+                first,
+                replica=msgspec.structs.replace(first.replica, name=name),
+                key=msgspec.json.encode(self._keys.pair("replica", name)).decode() if self._secured else "",
+            )
+            if name not in names and (self._new.launcher == "ray" or _has_room(gangs, spare)):
+                spares.append(spare)
+        return spares
+
+    @property
+    def over(self) -> bool:
+        return self._rollout.over and self._applied
+
+    @property
+    def config(self) -> Config:
+        return self._old if self._rollout.error else self._new
+
+    @property
+    def gangs(self) -> list[GangSpec]:
+        """Every gang that may have processes."""
+        if not self.over:
+            return list(self._specs.values())
+        return self._before if self._rollout.error else self._after
+
+    def step(self, now: float, views: Sequence[ReplicaView], apply: Callable[[list[GangSpec]], None]) -> bool:
+        """Look how far it is; ``apply`` is told the gangs that are wanted from now on when that has changed, and again after it raised."""
+        changed = self._rollout.step(now, {view.name: view for view in views})
+        self._applied &= not changed
+        if not self._applied:
+            apply([self._specs[want.spec_hash] for want in self._rollout.wants()])
+            self._applied = True
+        if self.over:
+            wanted.admit(self._keys, self.gangs, secured=self._secured)
+        else:
+            self._ended = now
+        return changed
+
+    def report(self) -> UpdateReport:
+        rollout = self._rollout
+        return UpdateReport(
+            phase=rollout.phase,
+            moves=self.moves,
+            steps=tuple((step.text, step.seconds) for step in rollout.steps),
+            doing=rollout.doing,
+            left=rollout.left,
+            error=rollout.error,
+            seconds=self._ended - self._begun,
+        )
+
+
+def _targets(gangs: Sequence[GangSpec]) -> list[Target]:
+    return [Target(name=gang.replica.name, model=gang.replica.model, spec_hash=gang.spec_hash) for gang in gangs]
+
+
+def _check_tokenizer(model: wanted.ServedModel, cards: Sequence[ModelCard]) -> None:
+    """Routers turn text into ids with the files that they were started with. Raises :class:`ConfigError` where the new ones differ."""
+    card = next(card for card in cards if card.name == model.config.name)
+    for name in _TOKENIZER_FILES:
+        if _content(Path(card.tokenizer, name)) != _content(Path(model.tokenizer, name)):
+            raise ConfigError(
+                f"this cannot be changed in place: path of {model.config.name} (its {name} is another one)",
+                "the routers were started with the old one",
+                _HINT,
+            )
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _has_room(gangs: Sequence[GangSpec], spare: GangSpec) -> bool:
+    """Whether this host holds one gang more: a CPU share for each rank of all, and memory for its files and what is made of them."""
+    if spare.replica.engine.device == "cuda":
+        return False  # nobody here counts GPUs
+    shares = sum(gang.share.cpus * gang.replica.parallel.world for gang in (*gangs, spare))
+    size = sum(file.stat().st_size for file in Path(spare.replica.artifact).rglob("*") if file.is_file())
+    return shares <= len(os.sched_getaffinity(0)) and size * _ROOM_FACTOR < psutil.virtual_memory().available
