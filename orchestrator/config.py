@@ -18,7 +18,8 @@ import msgspec
 from orchestrator import yamltree
 from orchestrator.spec import AdmissionSpec
 from workers.errors import ConfigError
-from workers.spec import DType, EngineSpec, Parallel, WaitPolicy
+from workers.spec import DType, EngineKind, EngineSpec, Parallel, QuantName, WaitPolicy
+from workers.trtllm.options import TrtllmOptions
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,38}[a-z0-9])?")
 _NAMING = "a name is 1 to 40 of a-z, 0-9, '.' and '-'"
@@ -59,11 +60,15 @@ class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One gang of ``tp_size`` x ``pp_size`` ranks; 0 = the model's own value."""
+    """One gang of ``tp_size`` x ``pp_size`` ranks; what is left out is the model's own value. Replicas of one model may run on different
+    engines, from files of their own (an engine folder beside the weights that it was built from)."""
 
     name: str = ""
     tp_size: int = 0
     pp_size: int = 0
+    engine: EngineKind | None = None
+    path: str = ""
+    device: Literal["cpu", "cuda"] | None = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,7 +86,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     pp_size: int = 1
     spread: bool = False
     cpus_per_rank: float = 1.0
-    engine: Literal["portable", "fake", "trtllm"] = "portable"
+    engine: EngineKind = "portable"
     dtype: DType = "fp32"
     max_batch_size: int = 64
     max_num_tokens: int = 256
@@ -95,8 +100,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     wait: WaitPolicy = "hybrid"
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    load_format: Literal["auto", "dummy"] = "auto"
+    quant: QuantName | None = None
     fake_step_ms: float = 1.0
     fake_token_us: float = 0.0
+    trtllm: TrtllmOptions = TrtllmOptions()
 
     def engine_spec(self) -> EngineSpec:
         names = set(EngineSpec.__struct_fields__) & set(self.__struct_fields__)
@@ -105,11 +113,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def gangs(self) -> list[tuple[str, Parallel]]:
         """(replica name, layout), in file order; replicas without a name are numbered."""
         base = re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")[:32]
-        rows = (ReplicaConfig(),) * self.replicas if isinstance(self.replicas, int) else self.replicas
         return [
             (row.name or f"{base}-{index}", Parallel(tp=row.tp_size or self.tp_size, pp=row.pp_size or self.pp_size))
-            for index, row in enumerate(rows)
+            for index, row in enumerate(self._replicas())
         ]
+
+    def members(self) -> list[ModelConfig]:
+        """This model as each of its gangs runs it, in the same order."""
+        return [
+            msgspec.structs.replace(self, engine=row.engine or self.engine, path=row.path or self.path, device=row.device or self.device)
+            for row in self._replicas()
+        ]
+
+    def _replicas(self) -> tuple[ReplicaConfig, ...]:
+        return (ReplicaConfig(),) * self.replicas if isinstance(self.replicas, int) else self.replicas
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -256,6 +273,8 @@ def settings() -> dict[str, str]:
     """Every flag name (underscores) -> its path; those of a model apply to all models: ``tp_size`` -> ``models[].tp_size``."""
     table = {"host": "http.host", "port": "http.port", "api_keys_file": "http.api_keys_file"}
     for path, kind in _leaves(Config, ""):
+        if path.startswith("models[].trtllm."):  # a table of its own, of which flags would be hundreds
+            continue
         if kind in (str, int, float, bool) or _is_literal(kind):
             table[path.replace("models[].", "").replace(".", "_") if path.startswith("models") else path.replace(".", "_")] = path
     table["name"] = "name"

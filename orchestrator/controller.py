@@ -119,4 +119,7 @@ class ControllerActor:
                 self._controller.tick(self._hung)
             except TriremeError as error:
                 log.error("control loop: %s", error)
+            except Exception:
+                # The edge of a task: whatever Ray raises while its own control plane is away, the next round tries again.
+                log.exception("control loop")
             time.sleep(TICK_S)

@@ -6,9 +6,7 @@ gangs on a Ray that it did not start go on, and the next ``up`` adopts them.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import signal
 import socket
 import threading
@@ -26,15 +24,18 @@ from orchestrator.core.reconcile import Policy, ReplicaView
 from orchestrator.keys import KeyRing, read_private
 from orchestrator.launch import wanted
 from orchestrator.launch.child import kill_tagged, tagged
-from orchestrator.launch.control import Answer, Control, ControlServer, Order, Status
+from orchestrator.launch.control import Answer, Control, ControlServer, Order, Status, UpdateOrder, UpdateReport
 from orchestrator.launch.gang import GangSpec, make_private
 from orchestrator.launch.local import LocalLauncher
+from orchestrator.launch.lock import Lock
 from orchestrator.launch.mpi import find_mpi
 from orchestrator.launch.routers import RouterGroup
 from orchestrator.launch.table import describe
 from orchestrator.router.auth import parse_api_keys
+from orchestrator.spec import ModelCard
+from orchestrator.update import Update
 from workers.artifacts.convert import Progress, silent
-from workers.errors import ConfigError, EnvironmentFault, NotFound, ReplicaLost
+from workers.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError
 from workers.wire import Capacity
 
 log = logging.getLogger("trireme.deployment")
@@ -48,7 +49,7 @@ INTERRUPTED = 130
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
     """Something that a person who waits wants to read. ``seconds``: how long it took."""
 
-    kind: Literal["model", "ray", "router", "replica", "ready", "warning", "stopping", "stopped"]
+    kind: Literal["model", "ray", "router", "replica", "ready", "update", "warning", "stopping", "stopped"]
     subject: str
     text: str
     seconds: float = 0.0
@@ -77,24 +78,6 @@ class _Controls(Protocol):
     def close(self) -> None: ...
 
 
-class Lock:
-    """One host process a deployment; the kernel lets go of it however the process ends."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._file, 32, 0).decode() or "unknown"
-            os.close(self._file)
-            raise EnvironmentFault(f"the deployment {name} already runs", f"pid {holder} holds {path}", f"trireme down {name}") from None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, str(os.getpid()).encode(), 0)
-
-    def release(self) -> None:
-        os.close(self._file)
-
-
 class Deployment:
     """States: STARTING → READY ⇄ DEGRADED → DRAINING. ``run`` is its life; ``stop`` may be called from any thread or signal handler."""
 
@@ -111,6 +94,8 @@ class Deployment:
         self._leave_ray: Callable[[], None] | None = None
         self._models: dict[str, str] = {}
         self._gangs: list[GangSpec] = []
+        self._cards: tuple[ModelCard, ...] = ()
+        self._update: Update | None = None
 
     def stop(self, *, now: bool = False) -> None:
         """Drain and end; a second call, or ``now``, does not wait for what runs."""
@@ -170,7 +155,7 @@ class Deployment:
             self._controls = Controller(LocalLauncher(mpi, environment()), policy)
         self._heed()
         plan = wanted.plan(config, models, keys, back_host)
-        self._gangs = plan.gangs
+        self._gangs, self._cards = plan.gangs, plan.routers[0].models
         self._models = {spec.replica.name: spec.replica.model for spec in plan.gangs}
         folder = make_private(self._home / "routers")
         client, router = keys.pair("client", "local"), keys.pair("router", "all")
@@ -232,7 +217,26 @@ class Deployment:
             ready = [(view.name, view.epoch) for view in self._controls.views() if view.phase == "ready"]
             self._controls.tick(self._routers.hung(ready))
             self._announce()
+            self._follow_update()
             time.sleep(TICK_S)
+
+    def _follow_update(self) -> None:
+        """The next move of an update, when it is time for it."""
+        update = self._update
+        if update is None or update.over:
+            return
+        assert self._controls is not None
+        try:
+            moved = update.step(time.monotonic(), self._controls.views(), self._controls.apply)
+        except TriremeError as error:  # a control plane that is down for a while ends nothing that serves
+            log.warning("update: %s", error)
+            return
+        self.config, self._gangs = update.config, update.gangs
+        self._models = {spec.replica.name: spec.replica.model for spec in update.gangs}
+        if moved or update.over:
+            report = update.report()
+            text = f"{report.phase} {report.error}".strip() if update.over else report.doing
+            self._notify(Notice(kind="update", subject=self.config.name, text=text, seconds=report.seconds))
 
     def _judge(self, status: Status) -> bool:
         """Until the first READY: what failed for good is not waited for. Whether to serve with the rest; raises where there is none."""
@@ -259,7 +263,7 @@ class Deployment:
                 seconds = time.time() - (row.epoch >> 16) / 1000
                 text = f"tp={row.tp} pp={row.pp} ready"
                 self._notify(Notice(kind="replica", subject=row.name, text=text, seconds=seconds, capacity=row.capacity))
-            elif row.cause and row.state in ("BACKOFF", "FAILED", "PLACING"):
+            elif row.cause and row.state in ("BACKOFF", "FAILED", "PLACING", "QUARANTINED"):
                 self._notify(Notice(kind="warning", subject=row.name, text=f"{row.state}: {row.cause}"))
         if begins:
             self._was_ready = True
@@ -331,6 +335,7 @@ class Deployment:
             begun=self._begun,
             stopping=self._stops > 0,
             was_ready=self._was_ready,
+            update=self._update.report() if self._update is not None else None,
         )
 
     def _obey(self, order: Order) -> Answer:
@@ -342,7 +347,24 @@ class Deployment:
                     )
             case "down":
                 self.stop(now=order.now)
+            case "update":
+                return Answer(update=self._begin_update(order.update))
         return Answer(status=self.status())
+
+    def _begin_update(self, order: UpdateOrder | None) -> UpdateReport:
+        """Called in the control socket's thread; the loop takes the update up at its next turn."""
+        if order is None:
+            raise Rejected("an update needs a configuration")
+        state = self.status().state
+        if self._controls is None or state not in ("READY", "DEGRADED"):
+            raise Rejected(f"{self.config.name} is {state}", "an update goes from one serving configuration to another", "wait")
+        if self._update is not None and not self._update.over:
+            raise Rejected("an update is under way", self._update.report().doing, "trireme status tells how far it is")
+        views, now = self._controls.views(), time.monotonic()
+        update = Update(self.config, order, self._gangs, self._cards, views, now=now, progress=silent)
+        if not order.dry_run:
+            self._update = update
+        return update.report()
 
 
 def up(config: Config, *, notify: Notify = _quiet, progress: Progress = silent) -> int:

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,25 +22,12 @@ from orchestrator.launch.gang import make_private, write_private
 from orchestrator.router.admit import Grant, Role, parse_grants
 from orchestrator.router.auth import ApiKey, ApiKeyFile, mint, parse_api_keys
 from workers.errors import ConfigError, NotFound, Rejected
+from workers.sockets import KeyPair
 
 _SALT_BYTES = 32
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 #: The client key that `up` makes for commands on this machine.
 LOCAL_CLIENT = "local"
-
-
-class KeyPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A CURVE key pair, both halves in z85 (40 characters)."""
-
-    public: str
-    secret: str
-
-    def __post_init__(self) -> None:
-        if len(self.public) != 40 or len(self.secret) != 40:
-            raise ConfigError("a CURVE key is not 40 characters of z85")
-
-    def __repr__(self) -> str:
-        return f"KeyPair(public={self.public!r})"
 
 
 def read_private(path: Path) -> bytes:
@@ -142,10 +129,13 @@ class KeyRing:
         write_private(path, msgspec.json.encode(pair))
         return pair
 
-    def allow(self, members: Sequence[tuple[Role, str]]) -> None:
+    def allow(self, members: Sequence[tuple[Role, str]], models: Mapping[str, str] | None = None) -> None:
         """Write the allowed-keys file for exactly these (role, name), and the clients that were admitted by name. A replica's key may speak
-        for its own name only."""
-        grants = {self.pair(role, name).public: Grant(role=role, name=name if role == "replica" else "") for role, name in members}
+        for its own name only, and serve that one of the ``models`` that stands under it (any, where none does)."""
+        grants: dict[str, Grant] = {}
+        for role, name in members:
+            own, served = (name, (models or {}).get(name)) if role == "replica" else ("", None)
+            grants[self.pair(role, name).public] = Grant(role=role, name=own, models=None if served is None else (served,))
         with _alone(self.folder):
             self._write(grants | {key: grant for key, grant in self.grants().items() if grant.role == "client" and grant.name})
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -74,7 +74,7 @@ class Gang:
     def __init__(
         self,
         folder: Path,
-        routers: list[str],
+        routers: Sequence[str | RouterAddress],
         *,
         name: str = "r0",
         tp: int = 2,
@@ -84,6 +84,8 @@ class Gang:
         epoch: int = 1,
         hang_floor_s: float = 10.0,
         ranks: int | None = None,
+        key_file: str = "",
+        env: dict[str, str] | None = None,
     ) -> None:
         self.run_dir = folder / name
         self.run_dir.mkdir(mode=0o700)
@@ -94,16 +96,24 @@ class Gang:
             epoch=epoch,
             parallel=Parallel(tp=tp, pp=pp),
             engine=engine,
-            routers=tuple(RouterAddress(endpoint=endpoint) for endpoint in routers),
+            routers=tuple(RouterAddress(endpoint=router) if isinstance(router, str) else router for router in routers),
             run_dir=str(self.run_dir),
             hang_floor_s=hang_floor_s,
+            key_file=key_file,
         )
         file = self.run_dir / "spec.json"
         file.write_bytes(msgspec.json.encode(self.spec))
         command = [MPIEXEC, "-n", str(ranks or tp * pp), sys.executable, "-m", "workers", "--spec", str(file)]
+        if engine.kind == "trtllm":
+            command.append("--mpi-multiple")
         self._terminal = open(self.run_dir / "terminal", "wb")  # noqa: SIM115 - closed by __exit__
         self.mpiexec = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._terminal, stderr=self._terminal, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._terminal,
+            stderr=self._terminal,
+            start_new_session=True,
+            env=os.environ | (env or {}),
         )
 
     def __enter__(self) -> Gang:

@@ -7,16 +7,22 @@ files; the other ranks get the spec over MPI. Must never import torch or numpy b
 from __future__ import annotations
 
 import argparse
+import difflib
+import faulthandler
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import stat
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import msgspec
 
@@ -26,9 +32,17 @@ from workers.errors import ConfigError, EngineFault, EnvironmentFault, TriremeEr
 from workers.sockets import KeyPair, check_address
 from workers.spec import EngineSpec, ReplicaSpec
 from workers.state import ErrorReport, StateFile
+from workers.trtllm.environment import for_rank
 
 #: Longest that a rank waits for the others at MPI's end, seconds.
 FINALIZE_S = 5
+#: NVLink multicast stays off: a program that dies in it can put a host's GPUs out of service. Workspaces of a fixed size keep products
+#: the same from launch to launch.
+GPU_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+#: What a start that is bounded from inside is given above its bound, seconds.
+GRACE_S = 2.0
+#: See :func:`start_mpi`.
+MPI_MULTIPLE = "--mpi-multiple"
 
 log = logging.getLogger("trireme.main")
 
@@ -63,9 +77,11 @@ def parse(argv: list[str]) -> Briefing:
     for field in msgspec.structs.fields(EngineSpec):
         if field.name != "kind":
             parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, help=argparse.SUPPRESS)
+    parser.add_argument(MPI_MULTIPLE, action="store_true", help="have MPI serve several threads of a rank, which a trtllm engine needs")
     parser.add_argument("--debug", action="store_true", help="verbose log, and stack traces with errors")
     given = {key: value for key, value in vars(parser.parse_args([_dashes(word) for word in argv])).items() if value is not None}
     debug = given.pop("debug")
+    del given["mpi_multiple"]  # acted on before anybody could tell this rank its spec
     if "spec" not in given:
         return Briefing(spec=_from_flags(given), debug=debug)
     if len(given) > 1:
@@ -80,6 +96,8 @@ def _dashes(word: str) -> str:
 
 def _from_flags(given: dict[str, Any]) -> ReplicaSpec:
     engine = {field.name: given.pop(field.name) for field in msgspec.structs.fields(EngineSpec) if field.name in given}
+    if "trtllm" in engine:
+        engine["trtllm"] = _json(engine["trtllm"], "--trtllm")
     if "artifact" not in given and engine.get("kind") != "fake":
         raise ConfigError("no model is given", hint="--model PATH, or --engine fake")
     artifact = given.setdefault("artifact", "")
@@ -92,21 +110,47 @@ def _from_flags(given: dict[str, Any]) -> ReplicaSpec:
 
 def _from_file(path: str) -> ReplicaSpec:
     try:
-        return _convert(msgspec.json.decode(Path(path).read_bytes()), path)
+        data = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}", error.strerror or str(error)) from None
+    return _convert(_json(data, path), path)
+
+
+def _json(data: bytes | str, source: str) -> Any:
+    try:
+        return msgspec.json.decode(data)
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} is not JSON", str(error)) from None
+        raise ConfigError(f"{source} is not JSON", str(error)) from None
 
 
 def _convert(data: Any, source: str) -> ReplicaSpec:
     try:
         spec = msgspec.convert(data, ReplicaSpec, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source} cannot be a replica's spec", str(error)) from None
+        raise ConfigError(f"{source} cannot be a replica's spec", str(error), _nearest(str(error))) from None
     if spec.epoch:
         return spec
     return msgspec.structs.replace(spec, epoch=int(time.time() * 1000) << 16 | random.getrandbits(16))
+
+
+def _nearest(complaint: str) -> str:
+    """What may have been meant by a field that msgspec does not know; empty for any other complaint."""
+    unknown = re.search(r"unknown field `(\w+)`", complaint)
+    if unknown is None:
+        return ""
+    close = difflib.get_close_matches(unknown.group(1), sorted(_field_names(ReplicaSpec)), n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _field_names(struct: Any) -> set[str]:
+    """Of a struct and all structs inside it."""
+    names = set()
+    for field in msgspec.structs.fields(struct):
+        names.add(field.name)
+        for kind in (field.type, *get_args(field.type)):
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                names |= _field_names(kind)
+    return names
 
 
 def read_keys(path: str) -> KeyPair | None:
@@ -123,12 +167,17 @@ def read_keys(path: str) -> KeyPair | None:
         raise ConfigError(f"{path} is not a key file", "it is JSON with the keys public and secret") from None
 
 
-def start_mpi() -> Any:
-    """The world's communicator. Raises :class:`EnvironmentFault` where MPI is missing."""
+def start_mpi(argv: list[str]) -> Any:
+    """The world's communicator. Raises :class:`EnvironmentFault` where MPI is missing.
+
+    The portable engine makes every MPI call from one thread. TensorRT-LLM has threads of its own that call it, and which engine runs only
+    rank 0 will know: so the arguments that all ranks share say it.
+    """
+    multiple = any(word in (MPI_MULTIPLE, "--engine=trtllm") for word in map(_dashes, argv)) or "trtllm" in argv
     try:
         import mpi4py
 
-        mpi4py.rc.thread_level = "funneled"
+        mpi4py.rc.thread_level = "multiple" if multiple else "funneled"
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         why = str(error).splitlines()[0]
@@ -175,11 +224,13 @@ class Rank:
             self._state.enter("stopped")
             self._comm.Abort(0)
         except Exception as error:
-            if not isinstance(error, TriremeError):
+            known = error.error if isinstance(error, process.Alone) else error
+            if not isinstance(known, TriremeError) or known is not error:
                 log.exception("rank %d ends", self._rank)
-                error = EngineFault(f"rank {self._rank} failed", f"{type(error).__name__}: {error}", "the rank's log has the stack trace")
-            self._report(error)
-            self._comm.Abort(error.exit_code)
+            if not isinstance(known, TriremeError):
+                known = EngineFault(f"rank {self._rank} failed", f"{type(error).__name__}: {error}", "the rank's log has the stack trace")
+            self._report(known, alone=True)
+            self._comm.Abort(known.exit_code)
         raise AssertionError("MPI_Abort returned")
 
     def _load(self) -> Engine | rank.Follower:
@@ -198,13 +249,44 @@ class Rank:
             )
         me = msgspec.json.encode((self._rank, socket.gethostname(), os.getpid()))
         pids = [msgspec.json.decode(data, type=tuple[int, str, int]) for data in process.gather(self._comm, me)]
+        process.unlink_shared_memory()
         if self._rank == 0 and failure is None:
             failure = self._prepare(pids)
         rank.agree(self._comm, failure)
         # A rank computes with its share of the cores; spinning threads of several ranks would starve each other.
         os.environ["OMP_NUM_THREADS"] = str(spec.engine.threads)
         os.environ["OMP_WAIT_POLICY"] = "passive"
+        if spec.engine.kind == "trtllm":
+            for name in for_rank(os.environ):
+                del os.environ[name]
+            with self._deadline(spec.engine.trtllm.start_timeout_s):
+                return rank.build(spec, self._comm)
+        if spec.engine.device == "cuda":
+            os.environ.update(GPU_ENVIRONMENT)
         return rank.build(spec, self._comm)
+
+    @contextmanager
+    def _deadline(self, bound_s: float) -> Iterator[None]:
+        """End this process when what is inside takes longer: a constructor in C++ that waits for another rank cannot be interrupted.
+
+        Rank 0 first, for it can say so in the state file. The second clock is one of C, for code that holds the interpreter all the time.
+        """
+
+        def expire() -> None:
+            what = f"rank {self._rank} did not start within {bound_s:g} s"
+            error = EngineFault(what, "it waits for another rank, or hangs", "see the ranks' logs, or raise trtllm.start_timeout_s")
+            self._report(error, alone=True)
+            os._exit(error.exit_code)
+
+        clock = threading.Timer(bound_s + (GRACE_S if self._rank == 0 else 2 * GRACE_S), expire)
+        clock.daemon = True
+        clock.start()
+        faulthandler.dump_traceback_later(bound_s + 3 * GRACE_S, exit=True)
+        try:
+            yield
+        finally:
+            clock.cancel()
+            faulthandler.cancel_dump_traceback_later()
 
     def _prepare(self, pids: list[tuple[int, str, int]]) -> TriremeError | None:
         """What only rank 0 checks and writes before loading; answers the error instead of raising it, for the ranks to agree on."""
@@ -228,18 +310,19 @@ class Rank:
         rank.lead(self._spec, part, keys=self._keys, state=self._state, terminal=self._terminal, signals=self._signals)
         self._state.enter("stopped")
 
-    def _report(self, error: TriremeError) -> None:
-        """Into the log, and from rank 0 also to the state file and the terminal."""
+    def _report(self, error: TriremeError, *, alone: bool = False) -> None:
+        """Into the log, from rank 0 also to the state file, and to the terminal by one rank: rank 0, or the one that ``alone`` knows."""
         log.error("%s", error, exc_info=error if self._debug else None)
         if self._rank == 0:
             self._state.enter("failed", error=error)
+        if self._rank == 0 or alone:
             process.tell(self._terminal, error.lines())
 
 
 def main(argv: list[str]) -> int:
     try:
         process.die_with_parent()
-        comm = start_mpi()
+        comm = start_mpi(argv)
     except TriremeError as error:
         print(error.lines(), file=sys.stderr)
         return error.exit_code

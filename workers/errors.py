@@ -128,6 +128,11 @@ class EnvironmentFault(TriremeError):
     code, exit_code = "environment_fault", 4
 
 
+def printable(text: str) -> str:
+    """``text`` that came from outside, in a form on which no terminal and no reader of logs acts: what is not printable is escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 _CLASSES = (
     NotFound, TooLong, TooLarge, Unsupported, Unauthorized, Overloaded, Unavailable, DeadlineExceeded,
     Cancelled, ReplicaLost, EngineFault, ConfigError, ArtifactError, EnvironmentFault, Rejected,
@@ -135,6 +140,7 @@ _CLASSES = (
 _BY_CODE: Mapping[str, type[TriremeError]] = {c.code: c for c in _CLASSES} | {
     "model_not_found": NotFound,
     "nan_logits": EngineFault,
+    "replica_limit": ReplicaLost,
     "invalid_schema": Rejected,
 }
 

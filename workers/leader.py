@@ -24,8 +24,6 @@ from workers.spec import ReplicaSpec
 from workers.state import Phase
 from workers.wire import PROTOCOL, Attach, Bye, Cancel, Credit, Drain, Heartbeat, Hello, Submit
 
-#: How long rows may go on after SIGTERM, seconds: batch systems kill 30 s after it.
-TERM_GRACE_S = 20.0
 #: Longest sleep of an idle engine thread, and how often stats are read while steps run, seconds.
 IDLE_S, VITALS_S = 0.5, 0.05
 #: Events handled between two steps.
@@ -230,6 +228,7 @@ class Leader:
             prefix_queries_total=stats.prefix_queries_total,
             prefix_hits_total=stats.prefix_hits_total,
             preemptions_total=stats.preemptions_total,
+            prefixes=stats.prefixes,
         )
 
     def deliver(self, received: float, event: Event) -> None:

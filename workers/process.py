@@ -5,6 +5,7 @@ Owns nothing that lives. Must never import torch, and never send a Python object
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -13,11 +14,19 @@ import sys
 from array import array
 from typing import Any
 
-from workers.errors import EnvironmentFault
+from workers.errors import EnvironmentFault, TriremeError
 
 #: Exit code of a rank whose parent died while it started.
 ORPHANED = 113
 _PR_SET_PDEATHSIG = 1
+
+
+class Alone(Exception):
+    """An error that only this rank knows of: the others cannot be told but by the end of their world."""
+
+    def __init__(self, error: TriremeError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def die_with_parent() -> None:
@@ -28,6 +37,18 @@ def die_with_parent() -> None:
         raise EnvironmentFault("cannot bind this process to its parent's life", os.strerror(ctypes.get_errno()), "Linux is needed")
     if os.getppid() != parent:
         os._exit(ORPHANED)
+
+
+def unlink_shared_memory() -> None:
+    """Take the names off the shared memory that MPI has mapped by now: it lasts as long as its ranks, and a killed gang leaves none behind.
+
+    Every rank must have mapped it, so a collective of all ranks comes first.
+    """
+    with open("/proc/self/maps") as maps:
+        names = {path for line in maps if (path := line.rstrip("\n").partition("/dev/shm/")[2]) and not path.endswith(" (deleted)")}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # another rank of this host was first
+            os.unlink(f"/dev/shm/{name}")
 
 
 def open_log(run_dir: str, rank: int, level: int = logging.INFO) -> int:

@@ -20,8 +20,8 @@ import msgspec
 
 from workers import process
 from workers.core.contract import Emission, Engine, EngineStats
-from workers.errors import ConfigError, EngineFault, TriremeError
-from workers.leader import TERM_GRACE_S, Leader
+from workers.errors import EngineFault, TriremeError
+from workers.leader import Leader
 from workers.prover import compiler
 from workers.sockets import KeyPair
 from workers.spec import ReplicaSpec, ResumeClass
@@ -120,7 +120,8 @@ def agree(comm: Any, error: TriremeError | None) -> None:
 
 
 def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
-    """This rank's part of the engine: an Engine on rank 0, a Follower elsewhere. Raises the same TriremeError on every rank."""
+    """This rank's part of the engine: an Engine on rank 0, a Follower elsewhere. Raises the same TriremeError on every rank, or
+    :class:`~workers.process.Alone` where the others cannot know."""
     match spec.engine.kind:
         case "fake":
             return _build_fake(spec, comm)
@@ -129,7 +130,9 @@ def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
 
             return portable.build(spec, comm)
         case "trtllm":
-            raise ConfigError("this installation has no TensorRT-LLM backend", hint="use --engine portable")
+            from workers.trtllm import choose
+
+            return choose.build(spec, comm)
 
 
 def _build_fake(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
@@ -167,6 +170,7 @@ class Signals:
 
     def __init__(self, rank: int) -> None:
         self.leader: Leader | None = None
+        self.grace_s = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal if rank == 0 else signal.SIG_IGN)
 
@@ -174,7 +178,7 @@ class Signals:
         leader, self.leader = self.leader, None
         if leader is None:
             raise SystemExit(0)
-        leader.drain(TERM_GRACE_S)
+        leader.drain(self.grace_s)
 
 
 def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: StateFile, terminal: int, signals: Signals) -> None:
@@ -195,6 +199,6 @@ def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: Stat
     # A waiting I/O thread gets its turn after 0.5 ms of pure Python instead of 5 ms: tokens leave while the next step is planned.
     sys.setswitchinterval(0.0005)
     leader = Leader(spec, engine, boot=uuid.uuid4().hex, keys=keys, enter=enter, die=die)
-    signals.leader = leader
+    signals.leader, signals.grace_s = leader, spec.drain_grace_s
     leader.run()
     engine.close()

@@ -43,8 +43,8 @@ class KeyPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secret: str
 
     def __post_init__(self) -> None:
-        for key in (self.public, self.secret):
-            check_key(key)
+        if not (is_key(self.public) and is_key(self.secret)):
+            raise ValueError("a CURVE key is not 40 characters of z85")  # whoever decodes a file names the file
 
     def __repr__(self) -> str:
         return f"KeyPair(public={self.public!r})"
@@ -76,14 +76,12 @@ class Mind(Protocol):
         """The thread ends by ``error``; the process must too."""
 
 
-def check_key(key: str) -> None:
-    """Raises :class:`ConfigError` on what is not a CURVE key in z85."""
+def is_key(text: str) -> bool:
+    """Whether it is a CURVE key in z85."""
     try:
-        valid = len(key) == 40 and len(z85.decode(key.encode())) == 32
+        return len(text) == 40 and len(z85.decode(text.encode())) == 32
     except (ValueError, KeyError, UnicodeEncodeError):
-        valid = False
-    if not valid:
-        raise ConfigError("a CURVE key is not 40 characters of z85")
+        return False
 
 
 def check_address(address: RouterAddress, keys: KeyPair | None) -> None:
@@ -95,7 +93,8 @@ def check_address(address: RouterAddress, keys: KeyPair | None) -> None:
     if not address.server_key or keys is None:
         missing = "the router's public key" if keys is not None else "this replica's key file"
         raise ConfigError(f"no CURVE for {address.endpoint}", f"{missing} is not given", "use ipc:// on one machine, keys elsewhere")
-    check_key(address.server_key)
+    if not is_key(address.server_key):
+        raise ConfigError(f"the public key of {address.endpoint} is not 40 characters of z85")
 
 
 class _Port:

@@ -11,15 +11,25 @@ from typing import Literal
 import msgspec
 
 from workers.errors import ConfigError
+from workers.trtllm.options import TrtllmOptions
 
 DType = Literal["fp32", "bf16", "fp16"]
 ResumeClass = Literal["bitwise", "margin", "valid"]
 WaitPolicy = Literal["hybrid", "spin"]
+EngineKind = Literal["portable", "fake", "trtllm"]
+#: Weight formats that the portable engine computes with, beside plain ones.
+QuantName = Literal["int8", "int4", "fp8"]
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 MAX_LAYERS = 4096
+#: Longest that rows should go on after SIGTERM, seconds: batch systems kill 30 s after it.
+TERM_GRACE_S = 20.0
 #: Bytes of one element.
-DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+DTYPE_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+#: The same formats as TensorRT-LLM's ``QuantAlgo`` names them.
+QUANT_ALGOS: dict[QuantName, str] = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8_PER_CHANNEL_PER_TOKEN"}
+#: Weights along the input axis that share a scale, where an output row has several.
+GROUP_SIZES = (32, 64, 128)
 
 
 def _require(ok: bool, what: str, why: str = "", hint: str = "") -> None:
@@ -122,10 +132,50 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Quantization as TensorRT-LLM's checkpoint names it (``quantization`` in ``config.json``); ``None`` = none."""
+    """Quantization as TensorRT-LLM's checkpoint names it (``quantization`` in ``config.json``); ``quant_algo`` None = none.
+
+    ``group_size``: one of ``GROUP_SIZES``; None = one scale an output row. ``has_zero_point``: groups have an offset beside their scale.
+    """
 
     quant_algo: str | None = None
     kv_cache_quant_algo: str | None = None
+    group_size: int | None = None
+    has_zero_point: bool = False
+    pre_quant_scale: bool = False
+    exclude_modules: tuple[str, ...] | None = None
+
+    def same_weights(self, other: Quant) -> bool:
+        """Whether weights are stored alike, whatever the KV cache is."""
+        return self == msgspec.structs.replace(other, kv_cache_quant_algo=self.kv_cache_quant_algo)
+
+    @property
+    def weights(self) -> QuantName | None:
+        """The format that the portable engine computes with; None for plain weights, and for formats that only TensorRT-LLM reads."""
+        name = next((name for name, algo in QUANT_ALGOS.items() if algo == self.quant_algo), None)
+        grouped = self.group_size in GROUP_SIZES and self.has_zero_point
+        plain = self.group_size is None and not self.has_zero_point
+        return None if self.pre_quant_scale or not (grouped if name == "int4" else plain) else name
+
+
+#: Nothing quantized.
+PLAIN = Quant()
+
+
+def quant_of(name: QuantName, group_size: int | None = None) -> Quant:
+    """The Quant of a weight format; ``group_size`` None = 64 where the format has groups. Embedding and head stay as they are.
+
+    Raises :class:`ConfigError` for a group size that the format has not.
+    """
+    grouped = name == "int4"
+    _require(grouped or group_size is None, f"{name} weights have no groups", "each output row has one scale", "leave the group size out")
+    size = (group_size or 64) if grouped else None
+    _require(size is None or size in GROUP_SIZES, f"group_size must be {', '.join(map(str, GROUP_SIZES))}, got {size}")
+    return Quant(
+        quant_algo=QUANT_ALGOS[name],
+        group_size=size,
+        has_zero_point=grouped,
+        exclude_modules=("lm_head", "transformer.vocab_embedding"),
+    )
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,7 +185,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ``max_seq_len`` = 0 means the model's own context.
     """
 
-    kind: Literal["portable", "fake", "trtllm"] = "portable"
+    kind: EngineKind = "portable"
     dtype: DType = "fp32"
     max_batch_size: int = 64
     max_num_tokens: int = 256
@@ -149,6 +199,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     wait: WaitPolicy = "hybrid"
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    #: ``dummy``: random weights for the artifact's shape, which then needs no files of weights.
+    load_format: Literal["auto", "dummy"] = "auto"
+    #: Quantize plain weights while loading them; None = as the artifact has them.
+    quant: QuantName | None = None
+    #: Passed through where ``kind`` is trtllm.
+    trtllm: TrtllmOptions = TrtllmOptions()
     #: FakeEngine's cost model: milliseconds a step = fake_step_ms + fake_token_us / 1000 * tokens in the step.
     fake_step_ms: float = 1.0
     fake_token_us: float = 0.0
@@ -180,6 +236,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ``epoch`` = launch time in ms * 2**16 + 16 random bits, minted by the gang supervisor: larger = newer.
     ``run_dir``: where rank 0 writes ``state.json`` and each rank its ``rank<N>.log``; empty = log to stderr, no state file.
     ``key_file``: this replica's CURVE key pair (JSON: public, secret), needed for ``tcp://`` routers only.
+    ``drain_grace_s``: how long rows may go on after SIGTERM; the rest continues elsewhere.
     """
 
     name: str
@@ -193,6 +250,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     key_file: str = ""
     heartbeat_s: float = 0.2
     hang_floor_s: float = 10.0
+    drain_grace_s: float = TERM_GRACE_S
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and self.name.isprintable() and "/" not in self.name, f"replica name {self.name!r} is not usable")

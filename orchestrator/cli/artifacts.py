@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from orchestrator.cli.console import Console, size
-from orchestrator.cli.options import CacheDir, DTypeName, PpSize, TpSize, cache_folder, dtype_of
+from orchestrator.cli.options import CacheDir, DTypeName, PpSize, QuantFlag, TpSize, cache_folder, dtype_of, quant_from
 from workers.errors import ArtifactError
 from workers.spec import Parallel
 
@@ -49,6 +49,9 @@ def convert(
     tp_size: TpSize = 1,
     pp_size: PpSize = 1,
     dtype: DTypeName = "",
+    quant: QuantFlag = "",
+    group_size: Annotated[int | None, typer.Option("--group-size", help="Inputs that share a scale: 32, 64 (default) or 128.")] = None,
+    fp8_kv_cache: Annotated[bool, typer.Option("--fp8-kv-cache", help="Keys and values in FP8, on a GPU.")] = False,
     trtllm: Annotated[bool, typer.Option("--for-trtllm", help="Only layouts that TensorRT-LLM accepts.")] = False,
     cache_dir: CacheDir = None,
 ) -> None:
@@ -58,13 +61,16 @@ def convert(
 
     console: Console = context.obj
     parallel = Parallel(tp=tp_size, pp=pp_size)
+    chosen, form = quant_from(quant, group_size), dtype_of(dtype)
     started = time.monotonic()
     path = source(model, console, cache_dir)
     with console.progress() as progress:
-        conversion.convert(path, output, parallel=parallel, dtype=dtype_of(dtype), for_trtllm=trtllm, progress=progress)
+        conversion.convert(
+            path, output, parallel=parallel, dtype=form, quant=chosen, fp8_kv_cache=fp8_kv_cache, for_trtllm=trtllm, progress=progress
+        )
     made = inspect_path(output, parallel)
     seconds = time.monotonic() - started
-    shards = f"{len(made.rank_bytes)} shards, {size(sum(made.rank_bytes))} {made.dtype}"
+    shards = f"{len(made.rank_bytes)} shards, {size(sum(made.rank_bytes))} {formats(made)}"
     console.say(f"{output}: tp={tp_size} pp={pp_size}, {shards}, {seconds:.1f} s", path=str(output), seconds=round(seconds, 1))
 
 
@@ -103,7 +109,7 @@ def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]
         ("kind", found.kind if found.parallel is None else f"{found.kind} for tp={found.parallel.tp} pp={found.parallel.pp}"),
         ("architecture", f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}, {heads}"),
         ("vocabulary", f"{model.vocab_size} tokens{tied}; context {model.max_position}"),
-        ("weights", f"{found.parameters:,} parameters, {found.dtype}"),
+        ("weights", f"{found.parameters:,} parameters, {formats(found)}"),
         ("tokenizer", f"yes, ends on {', '.join(map(str, found.eos_ids))}" if found.tokenizer else "none"),
     ]
     if found.rank_bytes:
@@ -113,6 +119,16 @@ def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]
     if found.verified:
         rows.append(("verified", "every file"))
     return rows
+
+
+def formats(found: Inspection) -> str:
+    """The number formats of the weights: the linear layers' first where they are quantized, then that of the rest."""
+    quant = found.quant
+    cache = f"; KV cache {quant.kv_cache_quant_algo}" if quant.kv_cache_quant_algo else ""
+    if quant.quant_algo is None:
+        return found.dtype + cache
+    groups = f" in groups of {quant.group_size}" if quant.group_size else ""
+    return f"{quant.weights or 'quantized'} ({quant.quant_algo}){groups}, the rest {found.dtype}{cache}"
 
 
 def register(app: typer.Typer) -> None:

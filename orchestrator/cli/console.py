@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -26,6 +27,8 @@ LogFormat = Literal["text", "json"]
 Progress = Callable[[str, int, int], None]
 #: A plain progress line at most this often, seconds.
 PLAIN_EVERY_S = 5.0
+#: How far a program is whose log is followed in a file or pipe: told at most this often, seconds.
+FOLLOW_EVERY_S = 30.0
 INTERRUPTED = 130
 
 _STYLES = {"error": "1;31", "hint": "36", "good": "32", "warn": "33", "bad": "31", "dim": "2", "bold": "1"}
@@ -132,6 +135,15 @@ class Console:
         finally:
             self._end_progress()
 
+    @contextmanager
+    def following(self) -> Iterator[Follower]:
+        """For another program's log: its lines as they come, and one of ours about how far it is."""
+        follower = Follower(self)
+        try:
+            yield follower
+        finally:
+            follower.finish()
+
     def _end_progress(self) -> None:
         """Leave what is drawn as it is: other lines follow. Progress that goes on begins anew below those."""
         if self._lines is not None:
@@ -165,6 +177,47 @@ class PlainProgress:
         if self.phase:
             self.say(f"{self.phase}: {size(self.done)}, {self.clock() - self.started:.1f} s")
         self.phase = ""
+
+
+class Follower:
+    """Lines of another program, dim; on a terminal the state stays below them and is drawn over itself."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._live = console.settings.log_format == "text" and console.stderr.isatty()
+        self._state = ""
+        self._told = clock()
+
+    def line(self, text: str) -> None:
+        if not self._console.settings.quiet:
+            self._clear()
+            self._console.say(self._console.paint(text, "dim", self._console.stderr))
+            self._draw()
+
+    def state(self, text: str) -> None:
+        """``text`` is what is true now; in files and pipes it is told now and then."""
+        if self._console.settings.quiet:
+            return
+        self._clear()
+        self._state = text
+        self._draw()
+        if not self._live and self._clock() - self._told >= FOLLOW_EVERY_S:
+            self._told = self._clock()
+            self._console.say(text)
+
+    def finish(self) -> None:
+        self._clear()
+        self._state = ""
+
+    def _clear(self) -> None:
+        if self._live and self._state:
+            self._console.stderr.write("\r\x1b[K")
+
+    def _draw(self) -> None:
+        if self._live and self._state:
+            width = shutil.get_terminal_size().columns - 1
+            self._console.stderr.write(self._state[:width])
+            self._console.stderr.flush()
 
 
 def size(count: int) -> str:

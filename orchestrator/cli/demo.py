@@ -103,12 +103,12 @@ def run_inside(console: Console, file: Path) -> None:
 
 
 @contextmanager
-def deployment(console: Console, wanted: Config, file: Path) -> Iterator[str]:
+def deployment(console: Console, wanted: Config, file: Path, *, ready_s: float = READY_S) -> Iterator[str]:
     """`trireme up FILE`, ready on entry (the URL); `trireme down`, gone on exit. Raises :class:`EnvironmentFault` when either fails."""
     flags = ["--quiet"] if console.settings.quiet else []
     child = subprocess.Popen([*COMMAND, *flags, "up", str(file)])
     try:
-        yield wait_ready(child, wanted)
+        yield wait_ready(child, wanted, ready_s)
         subprocess.run([*COMMAND, *flags, "down", wanted.name, "--run-dir", wanted.run_dir], check=True)
         code = child.wait(STOP_S)
     finally:
@@ -119,12 +119,12 @@ def deployment(console: Console, wanted: Config, file: Path) -> Iterator[str]:
         raise EnvironmentFault("the deployment did not end well", f"trireme up exited with {code}", f"its log: {wanted.home}")
 
 
-def wait_ready(child: subprocess.Popen[bytes], wanted: Config) -> str:
+def wait_ready(child: subprocess.Popen[bytes], wanted: Config, ready_s: float) -> str:
     """Until every replica is ready; the URL. Raises :class:`EnvironmentFault` when the deployment ends first or takes too long."""
     from orchestrator.deployment import connect
 
     control = connect(wanted.name, wanted.run_dir)
-    until = time.monotonic() + READY_S
+    until = time.monotonic() + ready_s
     while time.monotonic() < until:
         if child.poll() is not None:
             raise EnvironmentFault(f"the deployment ended before it was ready (exit {child.returncode})", hint="its errors are above")
@@ -134,7 +134,7 @@ def wait_ready(child: subprocess.Popen[bytes], wanted: Config) -> str:
         except (NotFound, EnvironmentFault):
             pass  # its control socket is not there yet
         time.sleep(POLL_S)
-    raise EnvironmentFault(f"the deployment was not ready after {READY_S:.0f} s", hint="trireme doctor")
+    raise EnvironmentFault(f"the deployment was not ready after {ready_s:.0f} s", hint="trireme doctor")
 
 
 def answer(console: Console, wanted: Config, url: str, title: str, *, rpc: bool) -> None:

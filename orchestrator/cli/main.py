@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import artifacts, asking, checking, console, demo, keys, operating, serving
+from orchestrator.cli import agreement, artifacts, asking, checking, console, demo, engines, keys, operating, serving, updating
 from workers.errors import Rejected, TriremeError
 
 #: Short forms that other servers taught people; one dash and two letters are not a shape that the parser knows.
@@ -40,7 +40,7 @@ def common(
     """The global flags, for the parser and its help; :func:`settings` has read them before."""
 
 
-for commands in (serving, operating, keys, asking, artifacts, checking, demo):
+for commands in (serving, operating, updating, keys, asking, artifacts, engines, agreement, checking, demo):
     commands.register(app)
 
 

@@ -94,6 +94,8 @@ def render(found: list[Status], form: str) -> str:
         blocks.append(table(REPLICAS, [row for one in found for row in replica_rows(one)]))
         blocks += ["\n".join(where(one)) for one in found]
     blocks += [f"{one.name}: {one.error}" for one in found if one.error]
+    blocks += [f"{one.name}: update: {one.update.doing}, {one.update.left} of {len(one.update.moves)} moves left"
+               for one in found if one.update is not None and one.update.left]  # fmt: skip
     return "\n\n".join(blocks)
 
 

@@ -8,11 +8,12 @@ from typing import Annotated, cast
 import typer
 
 from workers.errors import Rejected
-from workers.spec import DTYPE_BYTES, DType
+from workers.spec import DTYPE_BYTES, QUANT_ALGOS, DType, Quant, QuantName, quant_of
 
 TpSize = Annotated[int, typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Ranks that share each layer (-tp).")]
 PpSize = Annotated[int, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Stages that share the layers (-pp).")]
 DTypeName = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16; the source's own when not given.")]
+QuantFlag = Annotated[str, typer.Option("--quant", help="Weights as int8, int4 or fp8; as they are when not given.")]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", envvar="TRIREME_CACHE_DIR", help="Where models are kept.")]
 
 #: Spellings that other tools taught people.
@@ -25,6 +26,24 @@ def dtype_of(name: str) -> DType | None:
     if name and name not in DTYPE_BYTES:
         raise Rejected(f"--dtype {name} is not a number format", hint=f"use {', '.join(DTYPE_BYTES)}")
     return cast("DType", name) or None
+
+
+def quant_name(name: str) -> QuantName | None:
+    """The weight format that a flag names, by our name or TensorRT-LLM's; None = as they are. Raises :class:`Rejected`."""
+    if not name:
+        return None
+    known = {spelling: short for short, algo in QUANT_ALGOS.items() for spelling in (short, algo.lower())}
+    if name.lower() not in known:
+        raise Rejected(f"--quant {name} is not a weight format", hint=f"use {', '.join(QUANT_ALGOS)}")
+    return known[name.lower()]
+
+
+def quant_from(name: str, group_size: int | None) -> Quant | None:
+    """The quantization that ``--quant`` and ``--group-size`` mean; None = as the weights are. Raises :class:`Rejected`."""
+    chosen = quant_name(name)
+    if chosen is None and group_size is not None:
+        raise Rejected("--group-size means nothing without --quant", hint="add --quant int4")
+    return None if chosen is None else quant_of(chosen, group_size)
 
 
 def cache_folder(chosen: Path | None) -> Path:

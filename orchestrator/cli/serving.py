@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.options import PpSize, TpSize, dtype_of
+from orchestrator.cli.options import PpSize, QuantFlag, TpSize, dtype_of, quant_name
 from workers.errors import TriremeError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def serve(
     pp_size: PpSize = 1,
     replicas: Annotated[int | None, typer.Option("--replicas", min=1, help="How many gangs.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Number format to compute in: fp32 (default) or bf16.")] = "",
+    quant: QuantFlag = "",
     served_model_name: Annotated[str, typer.Option("--served-model-name", help="What clients call it; else its own name.")] = "",
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", "--max-model-len", help="Longest prompt and answer, tokens.")] = None,
     max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Rows in one step.")] = None,
@@ -70,9 +71,10 @@ def serve(
     from orchestrator import config
 
     flags = {
-        "tp_size": tp_size, "pp_size": pp_size, "replicas": replicas, "dtype": dtype_of(dtype), "max_seq_len": max_seq_len,
-        "max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "kv_tokens": kv_tokens, "threads": threads, "engine": engine,
-        "host": host, "port": port, "api_keys_file": api_keys_file, "insecure_http_without_keys": insecure_http_without_keys,
+        "tp_size": tp_size, "pp_size": pp_size, "replicas": replicas, "dtype": dtype_of(dtype), "quant": quant_name(quant),
+        "max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "kv_tokens": kv_tokens,
+        "threads": threads, "engine": engine, "host": host, "port": port, "api_keys_file": api_keys_file,
+        "insecure_http_without_keys": insecure_http_without_keys,
         "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
     }  # fmt: skip
     tree = {"models": [{"name": served_model_name or label(model), "path": model}]}

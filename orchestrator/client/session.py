@@ -17,13 +17,15 @@ import msgspec
 from orchestrator.client.answer import Choice, Piece, Reply
 from workers import wire
 from workers.errors import Cancelled, DeadlineExceeded, Overloaded, TriremeError, Unavailable, from_code
-from workers.wire import Accepted, Cancel, Done, Failed, FinishReason, Generate, Journal, Logprobs, Query, Report, Tokens, Usage
+from workers.wire import Accepted, Cancel, Credit, Done, Failed, FinishReason, Generate, Journal, Logprobs, Query, Report, Tokens, Usage
 
 Endpoint = Literal["chat", "completions"]
 What = Literal["status", "models", "metrics"]
 
 #: A router that said nothing of a request for this long while it owes the answer is given up, seconds.
 SILENCE_S = 2.0
+#: Tokens of each choice that may be on their way; granted anew by halves, as they are taken in.
+WINDOW = 256
 #: How often one request is asked again without a token in between, per router.
 ROUNDS = 5
 
@@ -56,6 +58,9 @@ class Exchange:
         self.tracks = [_Track() for _ in range(choices)]
         self.stream = self.attempt = 0
         self.router = 0
+        #: Tokens of each choice when it was last asked, and how many since then credit was renewed for.
+        self.bases = [0] * choices
+        self.renewed = 0
         #: Times that it was asked since its last token.
         self.asked = 0
         #: Routers that had no room for it.
@@ -176,6 +181,7 @@ class Session:
             exchange = self._live.get(stream)
             if exchange is not None and exchange.prompt_logprobs is None:
                 exchange.prompt_logprobs = scores
+        grants: dict[int, int] = {}
         for i, stream in enumerate(message.streams):
             exchange = self._live.get(stream)
             choice = message.choices[i] if message.choices is not None else 0
@@ -194,6 +200,13 @@ class Session:
                 track.logprobs += logprobs
             exchange.asked = exchange.refused = 0
             exchange.pieces.append(Piece(choice=choice, first=first, tokens=tokens, text=text, logprobs=logprobs))
+            # Credit is granted to all choices alike, so the furthest one must not starve.
+            taken = len(track.tokens) - exchange.bases[choice]
+            if taken - exchange.renewed >= WINDOW // 2:
+                grants[stream] = grants.get(stream, 0) + taken - exchange.renewed
+                exchange.renewed = taken
+        if grants:
+            self.outbox.append((router, wire.encode(Credit(boot=self._boot, streams=list(grants), tokens=list(grants.values())))))
 
     def _done(self, exchange: Exchange, done: Done, now: float) -> None:
         if done.attempt != exchange.attempt or done.choice >= len(exchange.tracks):
@@ -240,6 +253,7 @@ class Session:
         self._next_stream += 1
         exchange.stream, exchange.heard = self._next_stream, now
         exchange.asked += 1
+        exchange.bases, exchange.renewed = [len(track.tokens) for track in exchange.tracks], 0
         self._live[exchange.stream] = exchange
         left = None if exchange.deadline is None else max(1, int((exchange.deadline - now) * 1000))
         if not exchange.request:
@@ -250,7 +264,7 @@ class Session:
             exchange,
             Generate(
                 boot=self._boot, stream=exchange.stream, request=exchange.request, endpoint=exchange.endpoint, body=exchange.body,
-                attempt=exchange.attempt, journal=exchange.journal(), texts=exchange.texts, deadline_ms=left,
+                attempt=exchange.attempt, journal=exchange.journal(), texts=exchange.texts, deadline_ms=left, credit=WINDOW,
             ),
         )  # fmt: skip
 

@@ -47,6 +47,14 @@ class Board:
         replica.streams[row.stream] = tokens
         replica.sent_tokens += tokens
         replica.chosen = row.stream
+        self.settle(row)
+
+    def settle(self, row: Row) -> None:
+        """Note whether a placed row's client takes anything now; call it when its credit ends or comes again."""
+        starved = row.credit <= 0
+        if row.replica is not None and starved != row.starved:
+            row.starved = starved
+            row.replica.paused += 1 if starved else -1
 
     def restream(self, row: Row, now: float) -> None:
         """To another stream at the same replica."""
@@ -65,7 +73,8 @@ class Board:
             self.lines[row.request.model].remove(row)
             return None
         del self.streams[row.stream], replica.streams[row.stream]
-        row.replica = None
+        replica.paused -= row.starved
+        row.replica, row.starved = None, False
         return replica
 
     def requeue(self, row: Row, now: float) -> None:
@@ -95,9 +104,11 @@ class Board:
                 assert (row.replica is None) == queued, f"row {row.id}: a place and a queue"
                 if row.replica is not None:
                     assert self.streams.get(row.stream) is row and row.stream in row.replica.streams, f"row {row.id}: stream"
+                    assert row.starved == (row.credit <= 0), f"row {row.id}: paused or not"
                     assert row.replica.state != "lost" and fleet.replicas.get(row.replica.name) is row.replica
         queued_rows = sum(map(len, self.lines.values()))
         assert rows == len(self.streams) + queued_rows, "a row is in no place or in two"
         assert len(self.streams) == sum(len(replica.streams) for replica in fleet.replicas.values()), "placements differ"
+        assert sum(row.starved for row in self.streams.values()) == sum(replica.paused for replica in fleet.replicas.values()), "paused"
         ended = self.counts["finished"] + self.counts["failed"] + self.counts["cancelled"]
         assert self.counts["accepted"] == ended + rows, "a row ended twice or never"

@@ -36,8 +36,11 @@ class Chooser:
         last = self._sessions.get(_session(request)) if request.ask.affinity else None
         output_tokens = self._rates[request.model].output_tokens
         best, best_key = None, (inf, 0)
+        # One that has run nothing yet is as fast as the others: taken for faster, it would get a whole burst.
+        measured = [replica.step_ms for replica in open_to if replica.step_ms]
+        typical = sum(measured) / len(measured) if measured else 1.0
         for replica in open_to:
-            step_ms = replica.step_ms
+            step_ms = max(0.1, replica.step_ms or typical)
             wait = expected_wait_ms(
                 step_ms=step_ms,
                 rows=replica.rows,

@@ -25,6 +25,8 @@ State = Literal["ready", "draining", "lost"]
 MAX_REPLICAS = 1024
 #: So many requests that ended by logits that are not finite, within so many seconds, and as long a rest after the last of them.
 FAULT_LIMIT, FAULT_WINDOW_S = 3, 60.0
+#: Rows of one router at a replica, those without credit included, as a multiple of its batch.
+MAX_PLACED = 8
 #: A step may take this many times its prediction before it counts as hung.
 HANG_FACTOR = 4.0
 
@@ -44,6 +46,7 @@ class Replica:
         "model",
         "name",
         "others",
+        "paused",
         "peer",
         "prefixes",
         "quarantined",
@@ -69,6 +72,8 @@ class Replica:
         self.since = self.seen = now
         self.load: Heartbeat | None = None
         self.streams: dict[int, int] = {}
+        #: Those of them whose clients take nothing now: their K/V is given up, so they hold no place.
+        self.paused = 0
         #: Rows that other routers run here, as of the last heartbeat.
         self.others = 0
         #: Prompt tokens sent that the last heartbeat cannot have counted yet.
@@ -88,8 +93,8 @@ class Replica:
 
     @property
     def rows(self) -> int:
-        """Rows here as far as this router can tell: its own placements and what others were last seen to run."""
-        return len(self.streams) + self.others
+        """Rows that run or wait here as far as this router can tell: its own placements and what others were last seen to have."""
+        return len(self.streams) - self.paused + self.others
 
     @property
     def lookahead(self) -> int:
@@ -98,8 +103,8 @@ class Replica:
 
     @property
     def step_ms(self) -> float:
-        """Length of a step here of late."""
-        return max(0.1, self.load.step_ms) if self.load is not None else 1.0
+        """Length of a step here of late; 0 before the first one was heard of."""
+        return self.load.step_ms if self.load is not None else 0.0
 
     @property
     def queued_tokens(self) -> int:
@@ -111,7 +116,8 @@ class Replica:
         """How many more rows may be sent now."""
         if self.state != "ready" or self.refusing:
             return 0
-        return max(0, self.capacity.max_batch_size + self.lookahead - self.rows)
+        size = self.capacity.max_batch_size
+        return max(0, min(size + self.lookahead - self.rows, MAX_PLACED * size - len(self.streams)))
 
     def beat(self, heartbeat: Heartbeat, accepted: int, unseen_tokens: int, now: float) -> None:
         """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``unseen_tokens``: prompt tokens of those it cannot."""

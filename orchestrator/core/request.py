@@ -62,7 +62,7 @@ class Row:
 
     __slots__ = (
         "attempt", "attempts", "base", "choice", "deaths", "emitted", "granted", "held", "id", "params", "phase", "queued_at", "replica",
-        "request", "scored", "sent_at", "short", "stream",
+        "request", "scored", "sent_at", "short", "starved", "stream",
     )  # fmt: skip
 
     def __init__(self, request: Request, id: int, choice: int, params: SamplingParams, emitted: list[int]) -> None:
@@ -81,6 +81,8 @@ class Row:
         self.short = False
         #: Prompt logprobs went out.
         self.scored = False
+        #: It is at a replica and its client takes nothing now.
+        self.starved = False
 
     @property
     def credit(self) -> int:

@@ -105,6 +105,7 @@ class Route:
             if row.phase == "ended" or row.granted >= UNLIMITED:
                 continue
             row.granted = min(UNLIMITED, row.granted + tokens)
+            self._board.settle(row)
             if row.replica is not None:
                 self._places.send(row.replica, Credit(boot=self.boot, streams=[row.stream], tokens=[tokens]))
 
@@ -231,8 +232,9 @@ class Route:
             return
         accepted = unseen = 0
         for stream, tokens in replica.streams.items():
-            if self._board.streams[stream].phase == "running":
-                accepted += 1
+            row = self._board.streams[stream]
+            if row.phase == "running":
+                accepted += not row.starved
             else:
                 unseen += tokens
         replica.beat(heartbeat, accepted, unseen, now)
@@ -259,14 +261,15 @@ class Route:
         self._places.fill(replica.model, now)
 
     def _blame(self, rows: list[Row]) -> list[Row]:
-        """Count a death against each of ``rows``; returns those that must not end another replica.
+        """Count a death against those of ``rows`` that were accepted; returns the ones that must not end another replica.
 
         What ends a replica ends the next one at the same place, so a row that got on meanwhile starts over. Where some of those at the
         limit never gave a token, it is they: the others had run beside them or before them.
         """
-        for row in rows:
+        accepted = [row for row in rows if row.phase == "running"]
+        for row in accepted:
             row.deaths = 1 if len(row.emitted) - row.held > PROGRESS_TOKENS else row.deaths + 1
-        suspects = [row for row in rows if row.deaths >= self._admission.replica_limit]
+        suspects = [row for row in accepted if row.deaths >= self._admission.replica_limit]
         return [row for row in suspects if len(row.emitted) == row.base] or suspects
 
     def _reattach(self, replica: Replica, now: float) -> None:
@@ -304,6 +307,8 @@ class Route:
                 tokens, scores = tokens[skip:], scores and scores[skip:]
             if tokens:
                 emitted += tokens
+                if row.granted <= len(emitted) - row.base:
+                    self._board.settle(row)
                 rows.append((row.request.id, row.choice, have, tokens, scores))
         if rows:
             self._places.actions.append(Deliver(rows))

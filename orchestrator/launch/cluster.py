@@ -9,7 +9,9 @@ import functools
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -65,7 +67,7 @@ def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: 
         if config.num_gpus >= 0:
             options["num_gpus"] = config.num_gpus
     try:
-        with _stderr_to(home / "ray.log"):
+        with _stderr_to(home / "ray.log"), _own_signals():
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = f"cannot join Ray at {address}" if address else "cannot start Ray"
@@ -86,6 +88,18 @@ def _stderr_to(log: Path) -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(file)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's way to end: Ray puts a handler of its own over SIGTERM, which would end the host without a grace."""
+    held = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in held.items():
+                signal.signal(number, handler)
 
 
 def _reach(address: str) -> None:

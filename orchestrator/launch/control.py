@@ -1,4 +1,4 @@
-"""The control socket of a deployment: how ``trireme status``, ``drain`` and ``down`` reach the process that hosts it.
+"""The control socket of a deployment: how ``trireme status``, ``drain``, ``update`` and ``down`` reach the process that hosts it.
 
 Owns a Unix socket (0600 in a 0700 folder; peers of another user are turned away). One JSON request a connection, one JSON answer. Never
 carries a token or a secret.
@@ -12,12 +12,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from orchestrator.config import Config
 from orchestrator.launch.child import alive
 from workers.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
 from workers.spec import RouterAddress
@@ -70,6 +71,19 @@ class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
     rows: tuple[ReplicaRow, ...]
 
 
+class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """An update: its ``moves`` as they were planned, ``steps`` that are over with their seconds, the one under way, how many are ``left``.
+    ``error``: why it was or is being taken back."""
+
+    phase: Literal["rolling", "returning", "done", "returned"]
+    moves: tuple[str, ...]
+    steps: tuple[tuple[str, float], ...] = ()
+    doing: str = ""
+    left: int = 0
+    error: str = ""
+    seconds: float = 0.0
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """A deployment now. ``routers``: name -> pid; ``rpc``: what an RPC client connects to; ``key_file``: the client's own key pair."""
 
@@ -85,18 +99,31 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     key_file: str = ""
     error: str = ""
+    update: UpdateReport | None = None
+
+
+class UpdateOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The configuration that is wanted; ``said``: the paths of what it says itself. ``dry_run``: only plan."""
+
+    config: Config
+    said: tuple[str, ...] = ()
+    dry_run: bool = False
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A request. ``drain``: replace the replica ``name`` gracefully; ``down``: stop everything, ``now`` without a grace."""
 
-    do: Literal["status", "drain", "down"]
+    do: Literal["status", "drain", "down", "update"]
     name: str = ""
     now: bool = False
+    update: UpdateOrder | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """``update``: the plan of the one that was ordered."""
+
     status: Status | None = None
+    update: UpdateReport | None = None
     code: str = ""
     message: str = ""
     hint: str = ""
@@ -194,6 +221,13 @@ class Control:
     def drain(self, replica: str) -> None:
         """Have one replica finish, leave, and be launched anew. Raises :class:`NotFound` for one that does not run."""
         self._order(Order(do="drain", name=replica))
+
+    def update(self, config: Config, said: Sequence[str], *, dry_run: bool = False) -> UpdateReport:
+        """Begin an update to ``config``; ``status`` tells how it goes. Raises :class:`ConfigError` naming what cannot be changed in place,
+        :class:`Rejected` while another one is under way."""
+        answer = self._order(Order(do="update", update=UpdateOrder(config=config, said=tuple(said), dry_run=dry_run)))
+        assert answer.update is not None
+        return answer.update
 
     def down(self, *, now: bool = False, timeout_s: float = 120.0) -> None:
         """Stop the deployment and wait until its process is gone."""

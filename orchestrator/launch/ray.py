@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -47,7 +47,15 @@ class NodeAgent:
         return get_node_ip_address(), self._own.get("CUDA_VISIBLE_DEVICES", "")
 
     def run(self, tag: str, command: str, env: dict[str, str]) -> None:
-        LocalNode(0, own=self._own | {k: v for k, v in env.items() if k in mpi.NODE_NAMES}).run(tag, command, env)
+        self._node(env).run(tag, command, env)
+
+    def ask(self, tag: str, argv: list[str], env: dict[str, str], bound_s: float) -> tuple[int, str]:
+        return self._node(env).ask(tag, argv, env, bound_s)
+
+    def _node(self, env: dict[str, str]) -> LocalNode:
+        """This node, with what is said of it now before what its agent was started with."""
+        own = self._own | {name: value for name, value in env.items() if name in mpi.NODE_NAMES}
+        return LocalNode(0, get_node_ip_address(), own)
 
     def kill(self, tag: str) -> list[int]:
         return kill_tagged(tag)
@@ -66,6 +74,14 @@ class RemoteNode:
             ray.get(self._agent.run.remote(tag, command, {**env, **own}), timeout=_ANSWER_S)
         except ray.exceptions.RayError as error:
             raise EnvironmentFault(f"node {self.address} does not start its ranks", type(error).__name__) from None
+
+    def ask(self, tag: str, argv: Sequence[str], env: Mapping[str, str], bound_s: float) -> tuple[int, str]:
+        own = {"CUDA_VISIBLE_DEVICES": self._devices} if self._devices else {}
+        try:
+            answer: tuple[int, str] = ray.get(self._agent.ask.remote(tag, list(argv), {**env, **own}, bound_s), timeout=bound_s + _ANSWER_S)
+        except ray.exceptions.RayError as error:
+            raise EnvironmentFault(f"node {self.address} does not look at itself", type(error).__name__, "look at that node") from None
+        return answer
 
     def kill(self, tag: str) -> list[int]:
         try:

@@ -18,19 +18,21 @@ from typing import Any, Literal
 import msgspec
 import zmq
 
-from orchestrator.keys import KeyPair
 from orchestrator.launch.child import Child
 from orchestrator.launch.gang import write_private
 from orchestrator.spec import RouterSpec
 from workers.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.sockets import KeyPair
 from workers.spec import RouterAddress
-from workers.wire import Query, Report, decode_to_client, encode
+from workers.wire import HIGH_WATER, MAX_FRAME, Query, Report, decode_to_client, encode
 
 log = logging.getLogger("trireme.routers")
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STABLE_S = 30.0
 _ASK_EVERY_S = 0.5
 _ANSWER_MS = 1000
+#: After the grace: to tell every client that it is over.
+_LAST_WORD_S = 3.0
 #: Longer than a leader needs to find a new router.
 _UNHEARD_S = 10.0
 
@@ -51,6 +53,7 @@ class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     epoch: int
     reason: str = ""
+    quarantined: bool = False
     tok_s: float = 0.0
     running: int = 0
     waiting: int = 0
@@ -125,7 +128,7 @@ class RouterGroup:
         for router in self._routers:
             child = router.child
             state = router.state()
-            router.was_ready |= state is not None and state.phase == "serving"
+            router.was_ready |= state is not None and state.phase != "starting"
             if child is not None and child.returncode is not None:
                 if not router.was_ready:
                     what, why, hint = router.last_words()
@@ -136,7 +139,16 @@ class RouterGroup:
                 log.error("router %s (pid %d) ended with %d; starting it again", router.spec.name, child.pid, child.returncode)
                 router.child = None
             if router.child is None and now >= router.due:
-                router.start()
+                self._restart(router, now)
+
+    @staticmethod
+    def _restart(router: _Router, now: float) -> None:
+        try:
+            router.start()
+        except EnvironmentFault as fault:  # a full disk is no reason to end those that live
+            router.deaths += 1
+            router.due = now + _BACKOFF_S[min(router.deaths, len(_BACKOFF_S) - 1)]
+            log.error("router %s cannot be started again: %s", router.spec.name, fault)
 
     def ready(self) -> bool:
         return all((state := router.state()) is not None and state.phase == "serving" for router in self._routers)
@@ -174,16 +186,24 @@ class RouterGroup:
         return frozenset(silent | {key for key, seen in states.items() if seen == {"lost"}})
 
     def stop(self, grace_s: float) -> None:
-        """SIGTERM, which finishes what runs; SIGKILL after the grace."""
+        """SIGTERM, which finishes what runs; after the grace a second one, which ends it with a last word; then SIGKILL."""
         self._closing.set()
         living = [router.child for router in self._routers if router.child is not None]
         for child in living:
             child.signal(signal.SIGTERM)
-        deadline = time.monotonic() + grace_s
-        for child in living:
-            if child.wait(max(0.0, deadline - time.monotonic())) is None:
-                child.signal(signal.SIGKILL, group=True)
-                child.wait(5.0)
+        for bound_s in (grace_s, _LAST_WORD_S if grace_s else 0.0):
+            deadline = time.monotonic() + bound_s
+            late = [child for child in living if child.wait(max(0.0, deadline - time.monotonic())) is None]
+            for child in late:
+                child.signal(signal.SIGTERM)
+        for child in late:
+            child.signal(signal.SIGKILL, group=True)
+            child.wait(5.0)
+        for router in self._routers:
+            # A killed process leaves its socket files; a successor would reclaim them, and there is none.
+            for endpoint in (router.spec.back, router.spec.rpc):
+                if endpoint.startswith("ipc://"):
+                    Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
         if self._asking.is_alive():
             self._asking.join(5.0)
 
@@ -211,6 +231,8 @@ def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> Rout
     socket = context.socket(zmq.DEALER)
     try:
         socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = HIGH_WATER
+        socket.maxmsgsize = MAX_FRAME
         if address.server_key:
             socket.curve_serverkey = address.server_key.encode()
             socket.curve_publickey, socket.curve_secretkey = key.public.encode(), key.secret.encode()

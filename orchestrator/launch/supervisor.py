@@ -20,6 +20,7 @@ from typing import Protocol
 
 from orchestrator.core.reconcile import ENDED, GangPhase, GangStatus
 from orchestrator.launch import mpi as mpi_calls
+from orchestrator.launch import preflight
 from orchestrator.launch.child import TAG, Child, death_signal, kill_tagged
 from orchestrator.launch.gang import GangSpec, prepare
 from workers.errors import ConfigError, EnvironmentFault, TriremeError
@@ -40,6 +41,9 @@ class Node(Protocol):
     def run(self, tag: str, command: str, env: Mapping[str, str]) -> None:
         """Start a shell command there that dies with the node's agent."""
 
+    def ask(self, tag: str, argv: Sequence[str], env: Mapping[str, str], bound_s: float) -> tuple[int, str]:
+        """Run a short command there to its end: (exit code, stdout). Raises :class:`EnvironmentFault` after ``bound_s`` seconds."""
+
     def kill(self, tag: str) -> list[int]:
         """SIGKILL all of the gang there; returns the pids that are left, bounded by seconds."""
 
@@ -48,13 +52,26 @@ class LocalNode:
     """This host. ``own``: variables of this node alone, such as the GPUs that it may use."""
 
     def __init__(self, ranks: int, address: str = "127.0.0.1", own: Mapping[str, str] | None = None) -> None:
-        self.address, self.ranks, self._own = address, ranks, dict(own or {})
+        self.address, self.ranks, self.own = address, ranks, dict(own or {})
 
     def run(self, tag: str, command: str, env: Mapping[str, str]) -> None:
-        Child(["/bin/sh", "-c", command], env={**env, **self._own, TAG: tag}, cwd="/", log=Path(os.devnull))
+        Child(["/bin/sh", "-c", command], env={**env, **self.own, TAG: tag}, cwd="/", log=Path(os.devnull))
+
+    def ask(self, tag: str, argv: Sequence[str], env: Mapping[str, str], bound_s: float) -> tuple[int, str]:
+        said: list[str] = []
+        child = Child(argv, env={**env, **self.own, TAG: tag}, cwd="/", on_line=said.append)
+        code = child.wait(bound_s)
+        if code is None:
+            child.signal(signal.SIGKILL, group=True)
+            raise EnvironmentFault(f"node {self.address} does not answer", f"{argv[0]} took more than {bound_s:g} s", "look at that node")
+        return code, "\n".join(said)
 
     def kill(self, tag: str) -> list[int]:
         return kill_tagged(tag)
+
+
+#: Ranks that end within this time, seconds, ended at once: nobody can tell which was first.
+TOGETHER_S = 0.05
 
 
 class RankWatch:
@@ -70,6 +87,7 @@ class RankWatch:
                     self._files[os.pidfd_open(pid)] = (rank, pid)
                 except OSError:
                     self.deaths.append((rank, pid, None))
+        self._settled = threading.Event()
         threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
 
     def _watch(self) -> None:
@@ -77,13 +95,18 @@ class RankWatch:
         for file in self._files:
             poller.register(file, select.POLLIN)
         if self._files and not self.deaths:
-            dead = [self._files[file] for file, _ in poller.poll()]
+            poller.poll()
+            # Dying takes time, most for the first: its memory goes before it counts as ended, its sockets before that.
+            time.sleep(TOGETHER_S)
+            dead = [self._files[file] for file, _ in poller.poll(0)]
             self.deaths = [(rank, pid, death_signal(pid)) for rank, pid in dead]
+        self._settled.set()
         for file in self._files:
             os.close(file)
 
-    def cause(self) -> str:
-        """``rank 1 (pid 4711) was killed by SIGKILL``; empty while all live."""
+    def cause(self, wait_s: float = 0.0) -> str:
+        """``rank 1 (pid 4711) was killed by SIGKILL``; empty while all live. ``wait_s``: how long to wait for one who is about to end."""
+        self._settled.wait(wait_s)
         # Seen dead at once, nobody knows the order: only a signal that no clean-up sends tells who was first, else all are named.
         told = [death for death in self.deaths if death[2] not in (None, signal.SIGKILL)] or self.deaths
         return "; ".join(self._tell(*death) for death in told[:3])
@@ -113,26 +136,43 @@ class Gang:
         self._fault: TriremeError | None = None
         self._output: deque[str] = deque(maxlen=_OUTPUT_LINES)
         self._said = False
+        #: Held while mpiexec is started: a gang that was killed during its pre-flight must not start any more.
+        self._starting = threading.Lock()
+        self._killed = False
 
     def start(self) -> None:
-        """Write the files and start mpiexec. A fault is kept and shown by :meth:`status`."""
+        """Write the files and start mpiexec, after a pre-flight in a thread where the engine needs one. A fault is kept and shown by
+        :meth:`status`."""
+        if preflight.needed(self.spec):
+            threading.Thread(target=self._start, name="gang start", daemon=True).start()
+        else:
+            self._start()
+
+    def _start(self) -> None:
         try:
             self._folder = prepare(self.spec, self.epoch)
-            self._child = self._launch()
+            if preflight.needed(self.spec):
+                preflight.inspect(self.spec, self._nodes, family=self._mpi.family, tag=self.tag, env=self._env)
+            with self._starting:
+                if not self._killed:
+                    self._child = self._launch()
         except TriremeError as fault:
             self._fault, self._ended_at = fault, time.time()
 
     def _launch(self) -> Child:
         hosts = [mpi_calls.Host(address=node.address, ranks=node.ranks) for node in self._nodes]
         command = [*self.spec.command, "--spec", str(self._folder / "spec.json")]
+        if self.spec.replica.engine.kind == "trtllm":
+            command.append("--mpi-multiple")  # every rank must know it before it can be told its spec
         argv = mpi_calls.argv(self._mpi, hosts, command, control=self._nodes[0].address)
         env = mpi_calls.environment(self._mpi, self._env, cuda=self.spec.replica.engine.device == "cuda")
         if len(hosts) == 1:
             env |= {name: self._env[name] for name in mpi_calls.NODE_NAMES if name in self._env}
+            env |= self._nodes[0].own if isinstance(self._nodes[0], LocalNode) else {}
         return Child(argv, env={**env, TAG: self.tag}, cwd="/", on_line=lambda line: self._heard(line, env), on_exit=self._exited)
 
     def _heard(self, line: str, env: Mapping[str, str]) -> None:
-        proxy = mpi_calls.proxy_line(line)
+        proxy = mpi_calls.proxy_line(line, [node.address for node in self._nodes])
         if proxy is None:
             self._output.append(line)
             return
@@ -195,26 +235,31 @@ class Gang:
             leaving = state is not None and state.phase in ("draining", "stopped")
             if seen and not leaving:
                 # mpiexec itself may be stopped or busy: the gang is lost either way.
-                return "failed", seen, "", 0
+                return "failed", *self._with_word(seen, ""), 0
             phase: GangPhase = "starting" if state is None else "draining" if state.phase == "stopped" else state.phase
             return phase, "", "", 0
         if code == 0:
             return "stopped", "", "", 0
-        return "failed", self._epitaph(code), f"see {self._folder}", 0
+        return "failed", *self._with_word(self._epitaph(code), f"see {self._folder}"), 0
 
     def _epitaph(self, code: int) -> str:
         assert self._child is not None
         if code < 0:
             return f"mpiexec (pid {self._child.pid}) was killed by {mpi_calls.signal_name(-code)}"
-        seen = self._watch.cause() if self._watch is not None else ""
+        seen = self._watch.cause(4 * TOGETHER_S) if self._watch is not None else ""
         if seen:
             return seen
         number = mpi_calls.exit_signal(self._mpi, code)
-        told = next(
-            (line.strip() for line in reversed(self._output) if line.strip().startswith(("error:", "Abort(", "ModuleNotFoundError"))), ""
-        )
-        what = f"a rank was killed by {mpi_calls.signal_name(number)}" if number else f"a rank exited with code {code}"
-        return f"{what}: {told}" if told else what
+        return f"a rank was killed by {mpi_calls.signal_name(number)}" if number else f"a rank exited with code {code}"
+
+    def _with_word(self, what: str, hint: str) -> tuple[str, str]:
+        """(cause, hint): a rank's own error before ``what`` was seen of its end, else what MPI or Python made of it behind that."""
+        lines = [line.strip() for line in self._output]
+        own = {name: text for name, colon, text in (line.partition(": ") for line in lines) if colon and name in ("error", "why", "hint")}
+        if "error" in own:
+            return ": ".join(filter(None, (own["error"], own.get("why")))) + f" ({what})", own.get("hint", hint)
+        told = next((line for head in ("ModuleNotFoundError", "Abort(") for line in reversed(lines) if line.startswith(head)), "")
+        return f"{what}: {told}" if told else what, hint
 
     def drain(self) -> None:
         """SIGTERM to rank 0 alone: it finishes what runs within its grace, then takes the others along. Before it is up: kill."""
@@ -230,6 +275,8 @@ class Gang:
 
     def kill(self) -> list[int]:
         """End every process of the gang on every node and return what is left: nothing, unless a process hangs in the kernel."""
+        with self._starting:
+            self._killed = True
         if self._child is not None:
             self._child.signal(signal.SIGKILL, group=True)
             self._child.wait(_VERDICT_S)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.config import Config, ModelConfig
 from orchestrator.core.reconcile import ReplicaView
-from orchestrator.launch.control import DeploymentState, ModelRow, ReplicaRow, Status
+from orchestrator.launch.control import DeploymentState, ModelRow, ReplicaRow, Status, UpdateReport
 from orchestrator.launch.routers import RouterGroup, RouterReport
 from workers.spec import Parallel
 
@@ -22,6 +22,7 @@ def describe(
     begun: float,
     stopping: bool,
     was_ready: bool,
+    update: UpdateReport | None,
 ) -> Status:
     """``models``: replica -> model; ``begun``: Unix seconds. READY needs every replica and every router."""
     now = time.time()
@@ -53,6 +54,7 @@ def describe(
         run_dir=str(config.home),
         key_file=str(config.home / "keys" / "client-local.json"),
         error="; ".join(errors),
+        update=update,
     )
 
 
@@ -102,11 +104,17 @@ def _replica(
         return ReplicaRow(name=name, model=model, state="PENDING", age_s=now - begun, tp=parallel.tp, pp=parallel.pp)
     gang = view.gang
     # Every router hears all of a replica's heartbeat, so one report is the whole truth about its load.
-    load = next((row for report in reports for row in report.replicas if row.name == name and row.epoch == view.epoch), None)
+    here = [row for report in reports for row in report.replicas if row.name == name and row.epoch == view.epoch]
+    load = here[0] if here else None
+    placing = gang is not None and gang.phase == "placing"
+    said = gang if gang is not None and (gang.cause or placing) else view
+    state, cause, hint = view.phase.upper(), said.cause, said.hint
+    if state == "READY" and any(row.quarantined for row in here):
+        state, cause, hint = "QUARANTINED", "requests ended here by logits that are not finite", f"trireme drain {name} replaces it"
     return ReplicaRow(
         name=name,
         model=model,
-        state=view.phase.upper(),
+        state=state,
         age_s=max(0.0, now - view.since),
         tp=parallel.tp,
         pp=parallel.pp,
@@ -118,8 +126,8 @@ def _replica(
         epoch=view.epoch,
         restarts=view.failures,
         retry_in_s=max(0.0, view.due - now) if view.due else 0.0,
-        cause=gang.cause if gang is not None and (gang.cause or gang.phase == "placing") else view.cause,
-        hint=gang.hint if gang is not None and (gang.cause or gang.phase == "placing") else view.hint,
+        cause=cause,
+        hint=hint,
         pids=gang.pids if gang is not None else (),
         capacity=gang.capacity if gang is not None else None,
         log_dir=gang.log_dir if gang is not None else "",

@@ -18,8 +18,8 @@ Role = Literal["replica", "client", "router"]
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one key may be. ``name``: the only replica name that it may say Hello as (empty = any); of a client, its tenant. ``models``: as
-    of :class:`~orchestrator.router.auth.Tenant`."""
+    """What one key may be. ``name``: the only replica name that it may say Hello as (empty = any); of a client, its tenant. ``models``:
+    those that the replica may serve; of a client, as of :class:`~orchestrator.router.auth.Tenant`."""
 
     role: Role
     name: str = ""
@@ -56,7 +56,9 @@ class Gate:
         grant = self._grants.get(user)
         return Tenant(grant.name, grant.models) if grant is not None else Tenant(models=())
 
-    def may_be(self, user: str, replica: str) -> bool:
-        """Whether the key ``user`` may speak for the replica of this name."""
+    def may_be(self, user: str, replica: str, model: str) -> bool:
+        """Whether the key ``user`` may speak for the replica of this name, and serve this model as it."""
         grant = self._grants.get(user)
-        return grant is not None and grant.role == "replica" and grant.name in ("", replica)
+        if grant is None or grant.role != "replica":
+            return False
+        return grant.name in ("", replica) and (grant.models is None or model in grant.models)

@@ -13,7 +13,7 @@ import msgspec
 
 from orchestrator.metrics import RequestMeter
 from orchestrator.router.seam import Ticket
-from workers.errors import TriremeError
+from workers.errors import TriremeError, printable
 from workers.wire import Accepted, Done, Failed, FinishReason, Logprobs, Tokens, Usage
 
 #: (client key, the client's own request id): the lasting name of a request.
@@ -106,8 +106,8 @@ class Call:
     ``out`` leads to where it came from. ``spoken``: the client wants text."""
 
     __slots__ = (
-        "_boot", "_ended", "_open", "accepted", "attempt", "cancelled", "choices", "client_boot", "lost_at", "meter", "name", "out",
-        "prompt", "spoken", "stream", "ticket",
+        "_boot", "_ended", "_open", "accepted", "attempt", "cancelled", "choices", "client_boot", "granted", "lost_at", "meter", "name",
+        "out", "prompt", "spoken", "stream", "ticket",
     )  # fmt: skip
 
     def __init__(self, name: Name, boot: str, spoken: bool, out: Outgoing, ended: Callable[[Call], None]) -> None:
@@ -119,6 +119,8 @@ class Call:
         self.choices: list[_Choice] = []
         self.prompt: list[Logprobs] | None = None
         self._open = 0
+        #: Tokens granted to each choice, beyond those that its client held at the start.
+        self.granted = 0
         #: Cancelled before it was submitted.
         self.cancelled = False
         #: When its client was first found gone; None = it is there.
@@ -151,6 +153,11 @@ class Call:
             if not choice.base <= held <= len(choice.tokens) or (self.spoken and held < len(choice.tokens) and held not in choice.starts):
                 return False
         return True
+
+    def lacking(self, have: list[int], credit: int) -> int:
+        """Tokens to grant, so that a client that holds ``have`` tokens may get ``credit`` more: what it granted before may be lost."""
+        taken = max((self._held(have, index) - choice.base for index, choice in enumerate(self.choices)), default=0)
+        return max(0, taken + credit - self.granted)
 
     def attach(self, out: Outgoing, boot: str, stream: int, attempt: int) -> None:
         """From now on this connection and stream get what happens."""
@@ -199,7 +206,7 @@ class Call:
             stream=0,
             attempt=0,
             code=error.code,
-            message=str(error),
+            message=printable(str(error)),
             retry_after=error.retry_after,
             param=error.param,
             choice=choice,

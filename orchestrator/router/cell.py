@@ -85,7 +85,8 @@ class Cell:
         try:
             return self._render(job) if isinstance(job, Render) else _try(job.guide)
         except Rejected as error:
-            return Refused(what=error.what, why=error.why, code=error.code, param=error.param)
+            # A grammar has no field of its own: its request spelled it in one of several.
+            return Refused(what=error.what, why=error.why, code=error.code, param=error.param if isinstance(job, Render) else None)
         except Exception as error:
             # The edge of a job: whatever it did ends it only. Its text may be in the error's, so only the kind is told.
             return Refused(what=f"the request cannot be rendered: {type(error).__name__}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import socket as unix
 import stat
@@ -23,9 +24,11 @@ from workers.sockets import KeyPair
 from workers.wire import HIGH_WATER, MAX_FRAME
 
 #: Frames taken in one turn of the loop before others have theirs.
-TURN_FRAMES = 256
+TURN_FRAMES = 64
 _HANDSHAKE_MS = 4000
 _PULSE_MS, _PULSE_TIMEOUT_MS = 500, 1500
+
+log = logging.getLogger("trireme.port")
 
 #: (peer, authenticated key or "", frame). The frame is valid during the call only.
 OnFrame = Callable[[bytes, str, bytes | memoryview], None]
@@ -51,8 +54,8 @@ class Port:
         self._role, self._gate, self._on_frame, self._on_malformed = role, gate, on_frame, on_malformed
         self._secure = endpoint.startswith("tcp://")
         self._armed = False
-        #: Frames of peers whose key was taken off the list after they connected.
-        self.refused = 0
+        #: Frames of peers whose key was taken off the list after they connected, and those that a fault of ours kept from being handled.
+        self.refused = self.faults = 0
         self._socket = socket = context.socket(zmq.ROUTER)
         socket.router_mandatory = True
         socket.sndhwm = socket.rcvhwm = HIGH_WATER
@@ -125,7 +128,13 @@ class Port:
                 frames = socket.recv_multipart(zmq.DONTWAIT, copy=not self._secure)
             except zmq.Again:
                 return
-            self._take(frames)
+            try:
+                self._take(frames)
+            except Exception:
+                # The edge of a frame: whatever it did, the next one is read.
+                self.faults += 1
+                if self.faults == 1 or self.faults % 1000 == 0:
+                    log.exception("%d frames of a %s could not be handled so far", self.faults, self._role)
         self._arm()
 
     def _take(self, frames: list[bytes] | list[zmq.Frame]) -> None:

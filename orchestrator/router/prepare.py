@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
+from orchestrator.router import request as bodies
 from orchestrator.router.auth import EVERYONE, Salting, Tenant
 from orchestrator.router.cell import Render
 from orchestrator.router.request import ChatRequest, CompletionRequest, Request, refuse
@@ -24,6 +26,8 @@ from workers.wire import UNLIMITED, GuideSpec, Journal, SamplingParams
 #: Choices that all prompts of one request may ask for together.
 MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
+#: Bytes of JSON above which decoding would hold the event loop for milliseconds.
+INLINE_BODY = 64 << 10
 _SEEDS = 2**63
 
 
@@ -59,6 +63,11 @@ class _Frame(msgspec.Struct, frozen=True, kw_only=True):
     admission: AdmissionSpec
 
 
+async def decode(body: bytes, texts: Texts) -> dict[str, Any]:
+    """The JSON object that a body holds, a large one decoded in the pool. Raises Rejected."""
+    return await texts.run(len(body), lambda: bodies.decode_object(body), inline=INLINE_BODY)
+
+
 def resolve(name: str, texts: Texts, tenant: Tenant) -> TextModel:
     """Raises NotFound (``model_not_found``), also for a model that is not the tenant's: the two look the same. The name is echoed cut and
     escaped, for it came from outside."""
@@ -88,7 +97,7 @@ async def prepare(
         refuse("response_format", "the model's engine offers no structured output", "unsupported")
     if guide is not None:
         await texts.cells.check(guide)
-    encoded = await _encode(request, caller, model, texts, vocab)
+    encoded = await _encode(request, caller, model, texts, vocab, context)
     if len(encoded) * n > MAX_CHOICES:
         refuse("prompt", f"{len(encoded)} prompts of {n} choices are more than {MAX_CHOICES} choices")
     salt = salting.of(caller.tenant.name, request.cache_salt or "")
@@ -104,15 +113,17 @@ async def prepare(
     return Prepared(model=model, asks=asks, rule=rule, prompts=_echoed(request, encoded, model))
 
 
-async def encode_prompt(prompt: str | list[int], model: TextModel, texts: Texts, *, add_special: bool) -> list[int]:
-    """Ids of a raw prompt; special tokens in it are read as such, as the caller of a raw endpoint expects."""
+async def encode_prompt(prompt: str | list[int], model: TextModel, texts: Texts, *, add_special: bool, context: int = 0) -> list[int]:
+    """Ids of a raw prompt; special tokens in it are read as such, as the caller of a raw endpoint expects. Raises TooLong where no ids of
+    it could fit ``context`` tokens (0 = any do)."""
     if isinstance(prompt, list):
         return prompt
+    _check_length(len(prompt), model, context, "prompt")
     return await texts.run(len(prompt), lambda: model.table.encode([Piece(prompt, False)], add_special))
 
 
-async def encode_chat(request: ChatRequest, model: TextModel, texts: Texts) -> list[int]:
-    """Ids of a chat through the model's template. Raises Rejected where it has none, or refuses the messages."""
+async def encode_chat(request: ChatRequest, model: TextModel, texts: Texts, *, context: int = 0) -> list[int]:
+    """Ids of a chat through the model's template. Raises Rejected where it has none, or refuses the messages, and TooLong as above."""
     if model.template is None:
         refuse("messages", "the model has no chat template; use the completions endpoint")
     tools = None if request.tool_choice == "none" else request.tools
@@ -125,19 +136,34 @@ async def encode_chat(request: ChatRequest, model: TextModel, texts: Texts) -> l
     )
     pieces = await texts.cells.render(job)
     size = sum(len(piece.text) for piece in pieces)
+    _check_length(size, model, context, "messages")
     return await texts.run(size, lambda: model.table.encode(pieces, bool(request.add_special_tokens)))
 
 
-async def _encode(request: Request, caller: Caller, model: TextModel, texts: Texts, vocab: int) -> list[list[int]]:
+def _check_length(characters: int, model: TextModel, context: int, part: str) -> None:
+    """Raises TooLong without encoding what cannot fit: a megabyte of text takes a second."""
+    fewest = characters // model.table.reach
+    if context and fewest > context:
+        raise _too_long(context, f"at least {fewest} tokens in the {part}", part)
+
+
+def _too_long(context: int, asked: str, part: str) -> TooLong:
+    return TooLong(
+        f"This model's maximum context length is {context} tokens, but you asked for {asked}", hint=f"shorten the {part}", param=part
+    )
+
+
+async def _encode(request: Request, caller: Caller, model: TextModel, texts: Texts, vocab: int, context: int) -> list[list[int]]:
     if caller.journal is not None:
-        check_known(caller.journal.prompt_ids, vocab, "journal")
+        for ids in (caller.journal.prompt_ids, *filter(None, caller.journal.emitted)):
+            check_known(ids, vocab, "journal")
         return [caller.journal.prompt_ids]
     if isinstance(request, ChatRequest):
-        return [await encode_chat(request, model, texts)]
+        return [await encode_chat(request, model, texts, context=context)]
     add_special = request.add_special_tokens is not False
     encoded = []
     for prompt in request.prompts():
-        ids = await encode_prompt(prompt, model, texts, add_special=add_special)
+        ids = await encode_prompt(prompt, model, texts, add_special=add_special, context=context)
         if isinstance(prompt, list):
             check_known(ids, vocab, "prompt")
         if not ids:
@@ -167,6 +193,10 @@ def _seed(request: Request, caller: Caller) -> int:
 
 
 def _ask(request: Request, caller: Caller, frame: _Frame, index: int, ids: list[int]) -> Ask:
+    max_tokens = _max_tokens(request, len(ids), frame.context)
+    emitted = caller.journal.emitted if caller.journal is not None else []
+    if any(len(held) > max_tokens for held in emitted):
+        refuse("journal", f"holds more than the {max_tokens} tokens that were asked for")
     limit = frame.admission.request_timeout_s or None
     deadline = caller.deadline_s if limit is None or (caller.deadline_s is not None and caller.deadline_s < limit) else limit
     return Ask(
@@ -174,13 +204,13 @@ def _ask(request: Request, caller: Caller, frame: _Frame, index: int, ids: list[
         request=f"{caller.request}-{index}" if index else caller.request,
         model=frame.model.name,
         prompt_ids=ids,
-        params=_params(request, frame, _max_tokens(request, len(ids), frame.context), _seed(request, caller)),
+        params=_params(request, frame, max_tokens, _seed(request, caller)),
         n=request.n or 1,
         salt=frame.salt,
         affinity=caller.affinity or request.user or "",
         credit=caller.credit,
         deadline_s=deadline,
-        emitted=caller.journal.emitted if caller.journal is not None else [],
+        emitted=emitted,
     )
 
 
@@ -192,9 +222,7 @@ def _max_tokens(request: Request, prompt: int, context: int) -> int:
         asked = (
             f"{prompt + wanted} tokens ({prompt} in the {part}, {wanted} in the completion)" if wanted else f"{prompt} tokens in the {part}"
         )
-        raise TooLong(
-            f"This model's maximum context length is {context} tokens, but you asked for {asked}", hint=f"shorten the {part}", param=part
-        )
+        raise _too_long(context, asked, part)
     return wanted or (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS))
 
 

@@ -34,6 +34,7 @@ from orchestrator.router.rpc import RpcDoor
 from orchestrator.router.text import Texts
 from orchestrator.router.zap import Zap
 from orchestrator.spec import RouterSpec
+from workers.errors import EnvironmentFault
 from workers.sockets import KeyPair
 from workers.wire import Peers
 
@@ -118,8 +119,8 @@ class RouterProcess:
         ticker = asyncio.create_task(self._tick())
         http = asyncio.create_task(self._serve_http(stop))
         stopped = asyncio.create_task(stop.wait())
-        self._report("serving")
         try:
+            self._report("serving")
             # A task that ends before the signal has failed, and the router with it.
             await asyncio.wait((ticker, http, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not stop.is_set():
@@ -199,12 +200,17 @@ class RouterProcess:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def _report(self, phase: Literal["serving", "draining", "stopped"]) -> None:
-        """Write the state file whole or not at all."""
+        """Write the state file whole or not at all. Raises :class:`EnvironmentFault` at the start; later a full disk is a warning."""
         if not self._spec.state_file:
             return
         http = self.http if phase == "serving" else ""
         state = State(name=self._spec.name, pid=os.getpid(), phase=phase, http=http, back=self._link.endpoint, rpc=self._rpc.endpoint)
         path = Path(self._spec.state_file)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(msgspec.json.encode(state))
-        aside.replace(path)
+        try:
+            aside.write_bytes(msgspec.json.encode(state))
+            aside.replace(path)
+        except OSError as error:
+            if phase == "serving":
+                raise EnvironmentFault(f"cannot write {path}", error.strerror or str(error), "make room or give access there") from None
+            log.warning("cannot write %s: %s; phase %s goes unreported", path, error.strerror, phase)

@@ -70,8 +70,8 @@ class ReplicaLink:
             self._on_malformed(peer)
             return
         if isinstance(message, Hello):
-            if user and not self._gate.may_be(user, message.replica):
-                log.warning("refused a Hello for %s: its key is not granted that name", ascii(message.replica[:64]))
+            if user and not self._gate.may_be(user, message.replica, message.model):
+                log.warning("refused a Hello for %s: its key is not granted that name or model", ascii(message.replica[:64]))
                 self._port.send(peer, wire.encode(wire.Bye(boot=self._boot, reason="denied")))
                 return
             log.info("hello from %s epoch %d", ascii(message.replica[:64]), message.epoch)

@@ -18,7 +18,7 @@ import msgspec
 
 from orchestrator.router import grammar
 from orchestrator.router.message import Message, NamedTool, Tool, ToolFunction
-from workers.errors import Rejected
+from workers.errors import Rejected, printable
 from workers.wire import GuideSpec
 
 Endpoint = Literal["chat", "completions"]
@@ -195,12 +195,11 @@ _KNOWN = {"chat": frozenset(ChatRequest.__struct_fields__), "completions": froze
 
 
 def refuse(param: str | None, why: str, code: str | None = None) -> NoReturn:
-    raise Rejected(f"{param}: {why}" if param else why, code=code, param=param)
+    raise Rejected(printable(f"{param}: {why}" if param else why), code=code, param=printable(param) if param else None)
 
 
-def parse(endpoint: Endpoint, body: bytes | bytearray, *, on_unknown: Callable[[int], None] | None = None) -> Request:
-    """Decode and check a body. ``on_unknown`` is told how many unknown fields were ignored. Raises Rejected."""
-    fields = decode_object(body)
+def read(endpoint: Endpoint, fields: dict[str, Any], *, on_unknown: Callable[[int], None] | None = None) -> Request:
+    """Check a decoded body. ``on_unknown`` is told how many unknown fields were ignored. Raises Rejected."""
     unknown = fields.keys() - _KNOWN[endpoint]
     if unknown and on_unknown is not None:
         on_unknown(len(unknown))
@@ -289,7 +288,7 @@ def _check(request: Request) -> None:
         if value is None:
             continue
         if not (value > low if name in _OPEN_BELOW else value >= low) or (high is not None and not value <= high):
-            refuse(name, f"must be {'above' if name in _OPEN_BELOW else 'at least'} {low:g} and at most {high:g}, got {value}")
+            refuse(name, f"must be {'above' if name in _OPEN_BELOW else 'at least'} {low:g} and at most {high:g}, got {_short(value)}")
     if request.best_of is not None and request.best_of != (request.n or 1):
         refuse("best_of", "choosing among more candidates than n is not offered; leave it out or set it to n")
     if request.stream_options is not None and not request.stream:
@@ -328,7 +327,7 @@ def _check_bias(bias: dict[str, float] | None) -> None:
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             refuse("logit_bias", f"{key[:32]!r} is not a token id")
         if not -100.0 <= value <= 100.0:
-            refuse("logit_bias", f"{value} is not between -100 and 100")
+            refuse("logit_bias", f"{_short(value)} is not between -100 and 100")
 
 
 def _check_labels(request: Request) -> None:
@@ -339,6 +338,12 @@ def _check_labels(request: Request) -> None:
     salt = request.cache_salt
     if salt is not None and not (1 <= len(salt) <= MAX_NAME and salt.isprintable()):
         refuse("cache_salt", f"a salt has 1 to {MAX_NAME} printable characters")
+
+
+def _short(number: float) -> str:
+    """A number as it is told back: JSON's may have thousands of digits."""
+    text = str(number)
+    return text if len(text) <= 32 else f"{text[:32]}..."
 
 
 def _check_chat(request: ChatRequest) -> None:

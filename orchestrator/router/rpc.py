@@ -21,20 +21,20 @@ from orchestrator.router import request as bodies
 from orchestrator.router.admit import Gate
 from orchestrator.router.auth import EVERYONE, Salting, Tenant
 from orchestrator.router.calls import Call, IdsWatcher, Outgoing
-from orchestrator.router.prepare import Caller, Prepared, prepare
+from orchestrator.router.prepare import Caller, Prepared, decode, prepare
 from orchestrator.router.seam import Ask, Dispatcher, Ticket
 from orchestrator.router.text import Texts, TextWatcher
 from orchestrator.spec import AdmissionSpec
 from workers import wire
-from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError
+from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
 from workers.wire import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
 
-#: Seconds in which a client that vanished may come back to its calls.
-GONE_S = 2.0
+#: Seconds in which a client that vanished may come back to its calls; with a pulse's delay, they are given up within 2 s.
+GONE_S = 1.75
 #: Live calls of one router, and ended ones that can still be repeated (calls, tokens).
 MAX_CALLS, MAX_ENDED, MAX_ENDED_TOKENS = 8192, 512, 500_000
-#: Longest request id, characters.
-MAX_REQUEST_ID = 128
+#: Longest request id and client's nonce, characters, and the largest attempt: each placement adds to a multiple of it.
+MAX_REQUEST_ID, MAX_ATTEMPT = 128, 2**31 - 1
 #: On an ``ipc://`` socket every client is this user: the folder lets in nobody else.
 LOCAL = "local"
 
@@ -92,12 +92,7 @@ class RpcDoor:
         self._refuse(peer, 0, 0, Malformed("malformed message", why))
 
     def _generate(self, peer: bytes, client: str, message: Generate) -> None:
-        if not 0 < len(message.request) <= MAX_REQUEST_ID or not message.request.isprintable():
-            raise Rejected(f"a request id is 1 to {MAX_REQUEST_ID} printable characters", param="request")
-        if message.credit < 1 or message.attempt < 0:
-            raise Rejected("credit must be positive and attempt not negative", param="credit" if message.credit < 1 else "attempt")
-        if message.deadline_ms is not None and message.deadline_ms <= 0:
-            raise DeadlineExceeded("the request's deadline has passed", "it arrived with no time left")
+        _check_generate(message)
         name = (client, message.request)
         have = [len(ids) for ids in message.journal.emitted] if message.journal is not None else []
         known = self._live.get(name) or self._ended.get(name)
@@ -112,6 +107,7 @@ class RpcDoor:
         out = self._outgoing_of(peer)
         call = Call(name, self._boot, message.texts, out, self._on_ended)
         self._live[name] = call
+        call.granted = message.credit
         call.attach(out, message.boot, message.stream, message.attempt)
         self._streams[client, message.boot, message.stream] = call
         task = asyncio.get_running_loop().create_task(self._begin(call, message))
@@ -129,6 +125,7 @@ class RpcDoor:
             self._flush()
             self._give(peer, accepted)
         call.replay(have)
+        self._grant(call, call.lacking(have, message.credit))
 
     async def _begin(self, call: Call, message: Generate) -> None:
         """The edge of one request: whatever goes wrong in it ends it only."""
@@ -142,8 +139,8 @@ class RpcDoor:
             self._reject(call, EngineFault("the router failed on this request", code="internal_error"))
 
     async def _admit(self, call: Call, message: Generate) -> None:
-        body = bodies.parse(message.endpoint, message.body, on_unknown=self._metrics.ignored_fields)
-        deadline = None if message.deadline_ms is None else message.deadline_ms / 1000.0
+        body = bodies.read(message.endpoint, await decode(message.body, self._texts), on_unknown=self._metrics.ignored_fields)
+        deadline = None if message.deadline_ms is None else min(message.deadline_ms, UNLIMITED) / 1000.0
         caller = Caller(
             client=call.name[0], request=call.name[1], tenant=self._tenant(call.name[0]), credit=message.credit, deadline_s=deadline,
             journal=message.journal,
@@ -194,8 +191,13 @@ class RpcDoor:
             raise Rejected("credit is a positive count for each stream", param="tokens")
         for stream, tokens in zip(message.streams, message.tokens, strict=True):
             call = self._streams.get((client, message.boot, stream))
-            if call is not None and call.ticket is not None:
-                call.ticket.credit(tokens)
+            if call is not None:
+                self._grant(call, tokens)
+
+    def _grant(self, call: Call, tokens: int) -> None:
+        if call.ticket is not None and tokens:
+            call.granted += tokens
+            call.ticket.credit(tokens)
 
     def _query(self, peer: bytes, client: str, message: Query) -> None:
         tenant = self._tenant(client)
@@ -250,8 +252,8 @@ class RpcDoor:
         self._give(
             peer,
             Failed(
-                boot=self._boot, stream=stream, attempt=attempt, code=error.code, message=str(error), retry_after=error.retry_after,
-                param=error.param,
+                boot=self._boot, stream=stream, attempt=attempt, code=error.code, message=printable(str(error)),
+                retry_after=error.retry_after, param=error.param,
             ),
         )  # fmt: skip
 
@@ -311,3 +313,17 @@ class RpcDoor:
         while len(self._ended) > MAX_ENDED or self._ended_tokens > MAX_ENDED_TOKENS:
             _, oldest = self._ended.popitem(last=False)
             self._ended_tokens -= oldest.size
+
+
+def _check_generate(message: Generate) -> None:
+    """What is kept of a request, or counted with, has bounds. Raises Rejected and DeadlineExceeded."""
+    if not 0 < len(message.request) <= MAX_REQUEST_ID or not message.request.isprintable():
+        raise Rejected(f"a request id is 1 to {MAX_REQUEST_ID} printable characters", param="request")
+    if len(message.boot) > MAX_REQUEST_ID:
+        raise Rejected(f"a nonce has at most {MAX_REQUEST_ID} characters", param="boot")
+    if not 1 <= message.credit <= UNLIMITED:
+        raise Rejected(f"credit is between 1 and {UNLIMITED}", param="credit")
+    if not 0 <= message.attempt <= MAX_ATTEMPT:
+        raise Rejected(f"an attempt is between 0 and {MAX_ATTEMPT}", param="attempt")
+    if message.deadline_ms is not None and message.deadline_ms <= 0:
+        raise DeadlineExceeded("the request's deadline has passed", "it arrived with no time left")

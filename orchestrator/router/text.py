@@ -77,9 +77,9 @@ class Texts:
     def get(self, name: str) -> TextModel | None:
         return self._by_name.get(name)
 
-    async def run(self, size: int, work: Callable[[], T]) -> T:
-        """``work()``, in the pool if it handles more than a few characters."""
-        if size <= INLINE_CHARS:
+    async def run(self, size: int, work: Callable[[], T], *, inline: int = INLINE_CHARS) -> T:
+        """``work()``, in the pool if its ``size`` is above ``inline``."""
+        if size <= inline:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 

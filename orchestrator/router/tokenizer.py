@@ -16,6 +16,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from orchestrator.router.template import Piece, TemplateSource
+from workers.artifacts.tensorfile import regular
 from workers.errors import ArtifactError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -30,6 +31,7 @@ class _AddedToken(msgspec.Struct):
 
 
 class _TokenizerFile(msgspec.Struct):
+    normalizer: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
     added_tokens: list[_AddedToken] = []
 
@@ -51,6 +53,8 @@ class TokenTable:
         self.all = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for text, id in vocabulary.items():
             self.all[id] = text.encode() if id in added else to_bytes(text)
+        #: Characters that one token may stand for. Normalizers put characters together (NFC: up to four).
+        self.reach = max(1, max(map(len, self.all), default=0)) * (1 if parsed.normalizer is None else 4)
         self.visible = list(self.all)
         for id in self.specials.values():
             self.visible[id] = b""
@@ -102,10 +106,10 @@ def load(folder: str) -> Loaded:
     """
     root = Path(folder)
     try:
-        table = TokenTable((root / "tokenizer.json").read_bytes())
+        table = TokenTable(regular(root / "tokenizer.json").read_bytes())
         config = _read_json(root / "tokenizer_config.json")
         generation = _read_json(root / "generation_config.json")
-        template_file = root / "chat_template.jinja"
+        template_file = regular(root / "chat_template.jinja")
         source = template_file.read_text() if template_file.exists() else _template_source(config.get("chat_template"))
     except OSError as error:
         raise ArtifactError(f"cannot read {error.filename}", str(error.strerror), "convert or pull the model again") from None
@@ -156,7 +160,7 @@ def _from_pieces(text: str) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.exists() else {}
+    return msgspec.json.decode(regular(path).read_bytes(), type=dict[str, Any]) if path.exists() else {}
 
 
 def _template_source(found: Any) -> str:

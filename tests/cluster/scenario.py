@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import ray
 
 from orchestrator.config import load
@@ -156,6 +157,15 @@ def three_hosts(fleet: Fleet) -> None:
     say("far rank killed", begun, again.cause)
 
     begun = time.monotonic()
+    spec = fleet.spec("engine", Parallel(pp=3), spread=True)
+    wanted = msgspec.structs.replace(spec.replica, engine=EngineSpec(kind="trtllm"), artifact=str(fleet.run_dir / "nowhere"))
+    fleet.controller.apply([msgspec.structs.replace(spec, replica=wanted)])
+    until("a refusal", lambda: (view := fleet.views().get("engine")) is not None and view.phase == "failed")
+    refused = fleet.views()["engine"]
+    assert "node 127.0.0." in refused.cause and "no such folder" in refused.cause, refused.cause
+    say("pre-flight refuses", begun, refused.cause)
+
+    begun = time.monotonic()
     fleet.controller.abort()
     assert not tagged_processes()
     say("abort", begun)
@@ -218,7 +228,9 @@ def main() -> None:
     run_dir = Path(sys.argv[1])
     (run_dir / "fleet").mkdir()
     config = load({"models": [{"name": "x"}], "ray": {"address": ADDRESS}}).config.ray
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     joined = cluster.join(config, run_dir, os.environ, cpus=1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers, "Ray ends the host at SIGTERM"
     assert sorted(joined.addresses) == ["127.0.0.1", "127.0.0.2", "127.0.0.3"], joined
     cluster.leave()
     whole_deployment(run_dir)

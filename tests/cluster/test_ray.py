@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 UNSHARE = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
 STEPS = (
     "curve over tcp", "answer over three hosts", "deployment down", "two gangs", "rank killed", "controller killed", "supervisor killed",
-    "three hosts", "far rank killed", "abort", "nothing left",
+    "three hosts", "far rank killed", "pre-flight refuses", "abort", "nothing left",
 )  # fmt: skip
 
 

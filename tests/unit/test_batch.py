@@ -12,7 +12,7 @@ from tests.property.rig import EOS, Rig, capacity, submit
 from tests.unit.table_guide import table_guides
 from workers.core.batch import PAUSE_S, Batch
 from workers.core.contract import Fault, Finish
-from workers.core.plan import StepPlan, StepResult, column, encode, view
+from workers.core.plan import GUESS, StepPlan, StepResult, column, encode, view
 from workers.errors import EngineFault, Rejected, TooLong, Unsupported
 from workers.fake import expected_tokens
 from workers.wire import UNLIMITED, GuideSpec, SamplingParams
@@ -208,6 +208,57 @@ def test_a_cancel_in_flight_frees_after_the_step() -> None:
     rig.drain()
     rig.verify()
     assert rig.idle() and rig.streams[0].end is None
+
+
+def test_one_plan_ahead_goes_on_from_a_guess() -> None:
+    rig = Rig(capacity(), ahead=True)
+    rig.submit(submit([65] * 6, greedy(4)))
+    assert columns(rig.plan()) == [(0, 0, 6, 1)]
+    second = rig.plan()
+    assert columns(second) == [(0, 6, 1, 1)] and view(second.tokens).tolist() == [GUESS]
+    assert rig.plan() is None, "one plan ahead, not two"
+    rig.commit()
+    third = rig.plan()
+    assert columns(third) == [(0, 7, 1, 1)] and view(third.tokens).tolist() == [GUESS]
+    rig.commit()
+    assert columns(rig.plan()) == [(0, 8, 1, 1)]
+    rig.commit()
+    assert rig.plan() is None, "the fourth token is the last, and that is known before it is there"
+    rig.drain()
+    rig.verify()
+    assert rig.idle()
+
+
+def test_what_is_planned_behind_an_end_is_dropped_and_keeps_its_blocks_until_then() -> None:
+    stop = expected_tokens([65] * 6, greedy(9))[0]
+    rig = Rig(capacity(), ahead=True, prefix_cache=False)
+    rig.submit(submit([65] * 6, greedy(9, stop_ids=(stop,))))
+    rig.plan()
+    rig.plan()
+    (ended,) = rig.commit()
+    assert ended.end is not None and ended.end.reason == "stop" and not ended.tokens
+    assert not rig.idle() and rig.batch.busy(), "the second plan may still write"
+    assert rig.commit() == [] and rig.idle() and not rig.batch.busy()
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.3}, {"guide": GuideSpec(kind="choice", text='["yes"]')}])
+def test_a_choice_that_needs_the_last_token_waits_for_it(settings: dict[str, object]) -> None:
+    rig = Rig(capacity(), guides=table_guides, ahead=True)
+    rig.submit(submit([65], greedy(4, **settings)))
+    rig.plan()
+    assert rig.plan() is None
+    rig.drain()
+    rig.verify()
+
+
+def test_long_prompts_go_on_while_their_chunks_are_in_flight() -> None:
+    rig = Rig(capacity(tokens=8), ahead=True)
+    rig.submit(submit(list(range(40, 60)), greedy(3, prompt_logprobs=1)))
+    assert columns(rig.plan()) == [(0, 0, 8, 0)] and columns(rig.plan()) == [(0, 8, 8, 0)]
+    rig.commit()
+    assert columns(rig.plan()) == [(0, 16, 4, 1)]
+    rig.drain()
+    rig.verify()
 
 
 def test_a_nan_ends_its_own_row_and_poisons_no_cache() -> None:

@@ -61,7 +61,8 @@ def test_weights_too_large_for_fp16_are_refused() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_written_files_are_read_by_the_safetensors_library(dtype: str, tmp_path: Path) -> None:
     values = cast(np.arange(15, dtype=np.float32).reshape(3, 5), "fp32", dtype)  # type: ignore[arg-type]
-    with TensorWriter(tmp_path / "x", {"odd.name": (3, 5), "b": (1,)}, dtype, {"rank": "0"}) as writer:  # type: ignore[arg-type]
+    shapes = {"odd.name": ((3, 5), dtype), "b": ((1,), dtype)}
+    with TensorWriter(tmp_path / "x", shapes, {"rank": "0"}) as writer:  # type: ignore[arg-type]
         writer.write("odd.name", values)
         writer.write("b", np.zeros(1, STORAGE[dtype]))  # type: ignore[index]
         record = writer.finish()
@@ -81,7 +82,7 @@ def test_data_need_not_be_aligned(tmp_path: Path) -> None:
 
 
 def test_writer_insists_on_what_was_announced(tmp_path: Path) -> None:
-    with TensorWriter(tmp_path / "x", {"a": (2,)}, "fp32", {}) as writer:
+    with TensorWriter(tmp_path / "x", {"a": ((2,), "fp32")}, {}) as writer:
         with pytest.raises(ValueError, match="never written"):
             writer.finish()
         with pytest.raises(ValueError, match="expected"):

@@ -95,6 +95,19 @@ def test_convert_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"hint: trireme convert {target} -tp 1 -pp 2 -o DIR" in output.err
 
 
+def test_convert_quantizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tiny_model(tmp_path / "tiny", hidden=64, heads=2, kv_heads=1, head_dim=32), tmp_path / "ck"
+    assert run(["convert", str(source), "-o", str(target), "--quant", "int4", "--group_size", "32"]) == 0
+    assert "int4 (W4A16) in groups of 32, the rest fp32" in capsys.readouterr().err
+    assert run(["inspect", str(target), "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quant"]["group_size"] == 32
+    for flags, hint in ((["int2"], "use int8, int4, fp8"), (["int8", "--group-size", "32"], "leave the group size out")):
+        assert run(["convert", str(source), "-o", str(target), "--quant", *flags]) != 0
+        assert hint in capsys.readouterr().err
+    assert run(["convert", str(source), "-o", str(target), "--group-size", "32"]) == 2
+    assert "add --quant int4" in capsys.readouterr().err
+
+
 def test_a_damaged_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "whole"
     assert run(["convert", str(tiny_model(tmp_path / "tiny")), "-o", str(target)]) == 0

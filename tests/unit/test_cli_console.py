@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.console import Console, PlainProgress, Settings, age, size, table
+from orchestrator.cli.console import Console, Follower, PlainProgress, Settings, age, size, table
 from workers.errors import ConfigError, EnvironmentFault, ReplicaLost
 
 FAULT = ConfigError("unknown key modles", "models is the nearest", "rename it")
@@ -93,6 +93,33 @@ def test_plain_progress_tells_each_phase_once_and_long_ones_now_and_then() -> No
     progress.finish()
     progress.finish()
     assert told == ["fetching: 50 % of 100 B, 6.0 s", "fetching: 50 B, 6.0 s", "converting: 2.5 MB, 1.0 s"]
+
+
+def test_another_programs_log_flows_above_its_state() -> None:
+    err = Terminal()
+    terminal = Console(Settings(), stdout=io.StringIO(), stderr=err)
+    with terminal.following() as follower:
+        follower.state("build: 0 of 2, 1 s")
+        follower.line("[TRT] one")
+        follower.state("build: 1 of 2, 2 s")
+    shown = err.getvalue().replace("\x1b[2m", "").replace("\x1b[0m", "")
+    assert shown == "build: 0 of 2, 1 s\r\x1b[K[TRT] one\nbuild: 0 of 2, 1 s\r\x1b[Kbuild: 1 of 2, 2 s\r\x1b[K"
+
+
+def test_in_a_file_the_state_is_told_now_and_then() -> None:
+    now = [0.0]
+    terminal, _, err = console()
+    follower = Follower(terminal, clock=lambda: now[0])
+    for second in range(70):
+        now[0] = float(second)
+        follower.state(f"{second} s")
+    follower.line("the log")
+    assert err.getvalue().splitlines() == ["30 s", "60 s", "the log"]
+    quiet, _, silent = console(quiet=True)
+    with quiet.following() as follower:
+        follower.line("the log")
+        follower.state("1 s")
+    assert silent.getvalue() == ""
 
 
 def test_a_table_keeps_its_columns() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from orchestrator.client import asking
-from orchestrator.client.session import ROUNDS, Exchange, Session
+from orchestrator.client.session import ROUNDS, WINDOW, Exchange, Session
 from orchestrator.router.calls import Call, Outgoing
 from workers import wire
 from workers.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
-from workers.wire import Accepted, Cancel, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage
+from workers.wire import Accepted, Cancel, Credit, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage
 
 
 def exchange(deadline: float | None = None, **options: Any) -> Exchange:
@@ -160,6 +160,24 @@ def test_choices_are_kept_apart() -> None:
     assert [choice.text for choice in asked.reply().choices] == ["a", "b"]
 
 
+def test_credit_is_renewed_by_what_was_taken_in() -> None:
+    session, asked = Session("c", 2), exchange(n=2)
+    session.ask(asked, 0.0)
+    assert sent(session)[0][1].credit == WINDOW
+    half = [97] * (WINDOW // 2)
+    say(session, 0, tokens(1, 0, half[1:]))
+    assert sent(session) == []
+    say(session, 0, tokens(1, WINDOW // 2 - 1, [98]))
+    assert sent(session) == [(0, Credit(boot="c", streams=[1], tokens=[WINDOW // 2]))]
+    say(session, 0, tokens(1, 0, half, choice=1))
+    assert sent(session) == [], "credit is for all choices alike: the furthest counts"
+    session.unreachable(0, 0.1)
+    ((router, again),) = sent(session)
+    assert router == 1 and again.credit == WINDOW, "beyond what the journal holds"
+    say(session, 1, tokens(2, WINDOW // 2, half, attempt=1))
+    assert sent(session) == [(1, Credit(boot="c", streams=[2], tokens=[WINDOW // 2]))]
+
+
 def test_queries_are_answered_by_report() -> None:
     session = Session("c", 1)
     query = session.query("models", 0.0, 10.0)
@@ -183,3 +201,12 @@ def test_a_router_goes_on_from_its_own_record_only_where_that_joins_the_journal(
     call.replay([4])
     (again,) = outgoing.take("R")
     assert isinstance(again, Tokens) and (again.firsts, again.tokens, again.texts) == ([4], [[99]], ["c"])
+
+
+def test_a_client_that_comes_back_gets_its_window_whatever_grant_was_lost() -> None:
+    outgoing = Outgoing(b"p", lambda out: None)
+    call = Call(("c", "q"), "R", False, outgoing, lambda call: None)
+    call.granted = 10
+    call.open([[1, 2], []])
+    assert call.lacking([2, 0], 10) == 0
+    assert call.lacking([7, 1], 10) == 5, "it holds five more of one choice, and may get ten beyond them"

@@ -93,3 +93,10 @@ def test_rows_of_other_routers_count() -> None:
     assert replica.others == 3 and replica.rows == 5 and replica.free_rows == 0
     assert replica.queued_tokens == 20
     table.check()
+
+
+def test_prefixes_that_a_replica_reports_count_as_cached_whoever_sent_them() -> None:
+    _, replica = fleet()
+    replica.beat(beat(prefixes=[11, 12, 13]), accepted=0, unseen_tokens=0, now=1.0)
+    replica.beat(beat(), accepted=0, unseen_tokens=0, now=2.0)
+    assert [replica.prefixes.matched(chain) for chain in ([11, 12, 99], [12, 11], [99, 11])] == [2, 2, 0]

@@ -33,8 +33,11 @@ def test_a_replicas_key_speaks_for_its_own_name_only(tmp_path: Path) -> None:
     ring.allow([("replica", "a"), ("client", "local")])
     gate = Gate(parse_grants(ring.allowed_file.read_bytes()))
     a, client = ring.pair("replica", "a").public, ring.pair("client", "local").public
-    assert gate.admits(a, "replica") and gate.may_be(a, "a") and not gate.may_be(a, "b") and not gate.admits(a, "client")
+    assert gate.admits(a, "replica") and gate.may_be(a, "a", "m") and not gate.may_be(a, "b", "m") and not gate.admits(a, "client")
     assert gate.admits(client, "client") and not gate.admits(client, "replica")
+    ring.allow([("replica", "a"), ("replica", "b")], {"a": "m"})
+    gate = Gate(ring.grants())
+    assert gate.may_be(a, "a", "m") and not gate.may_be(a, "a", "n") and gate.may_be(ring.pair("replica", "b").public, "b", "n")
     ring.allow([("client", "local")])
     assert a not in parse_grants(ring.allowed_file.read_bytes())
 

@@ -207,8 +207,8 @@ def test_argv() -> None:
     assert mpi.argv(OPENMPI, HOSTS[:1], ["rank"])[1:] == ["--map-by", ":OVERSUBSCRIBE", "-n", "2", "rank"]
     many = mpi.argv(MPICH, HOSTS, ["rank"], control="10.0.0.1")
     assert many[1:] == ["-launcher", "manual", "-localhost", "10.0.0.1", "-hosts", "10.0.0.1:2,10.0.0.2:1", "-n", "3", "rank"]
-    with pytest.raises(EnvironmentFault, match="one node only"):
-        mpi.argv(OPENMPI, HOSTS, ["rank"], control="10.0.0.1")
+    attached = ["--leave-session-attached", "--map-by", "slot:OVERSUBSCRIBE", "--host", "10.0.0.1:2,10.0.0.2:1"]
+    assert mpi.argv(OPENMPI, HOSTS, ["rank"], control="10.0.0.1")[1:] == [*attached, "-n", "3", "rank"]
 
 
 def test_family_and_environment() -> None:
@@ -216,7 +216,8 @@ def test_family_and_environment() -> None:
     assert mpi.family_of("mpirun (Open MPI) 5.0.11", "x") == "openmpi"
     with pytest.raises(EnvironmentFault, match="unknown MPI family"):
         mpi.family_of("Intel(R) MPI Library", "x")
-    base = {"PATH": "p", "CUDA_VISIBLE_DEVICES": "9", "PMI_RANK": "1", "OMPI_COMM_WORLD_RANK": "0"}
+    base = {"PATH": "p", "CUDA_VISIBLE_DEVICES": "9", "PMI_RANK": "1", "OMPI_COMM_WORLD_RANK": "0", "SLURM_NTASKS": "64"}
+    base["RAY_LOCAL_WORLD_SIZE"] = "4"
     assert mpi.environment(MPICH, base, cuda=False) == {"PATH": "p"}
     cpu, gpu = mpi.environment(OPENMPI, base, cuda=False), mpi.environment(OPENMPI, base, cuda=True)
     assert cpu["OMPI_MCA_pml"] == "ob1" and "OMPI_MCA_pml" not in gpu and gpu["OMPI_MCA_mpi_yield_when_idle"] == "1"
@@ -224,8 +225,20 @@ def test_family_and_environment() -> None:
 
 def test_hydra_lines_and_exit_codes() -> None:
     line = "HYDRA_LAUNCH: /opt/hydra_pmi_proxy --control-port 10.0.0.1:5 --launcher manual --proxy-id 1 "
-    assert mpi.proxy_line(line) == (1, "exec /opt/hydra_pmi_proxy --control-port 10.0.0.1:5 --launcher manual --proxy-id 1")
-    assert mpi.proxy_line("HYDRA_LAUNCH_END") is None
+    proxy = "exec /opt/hydra_pmi_proxy --control-port 10.0.0.1:5 --launcher manual --proxy-id 1"
+    addresses = [host.address for host in HOSTS]
+    assert mpi.proxy_line(line, addresses) == (1, proxy)
+    assert mpi.proxy_line("HYDRA_LAUNCH_END", addresses) is None
     assert mpi.exit_signal(MPICH, 9) == mpi.exit_signal(OPENMPI, 137) == mpi.exit_signal(MPICH, -9) == signal.SIGKILL
     assert mpi.exit_signal(MPICH, 3) is None and mpi.exit_signal(OPENMPI, 9) is None
     assert mpi.signal_name(11) == "SIGSEGV"
+
+
+def test_what_stands_in_for_ssh_says_what_is_wanted_where() -> None:
+    agent = mpi.environment(OPENMPI, {}, cuda=False)["PRTE_MCA_plm_ssh_agent"].split()
+    words = ["-x", "10.0.0.2", "PATH=/opt:$PATH ; export PATH ;", "/opt/prted", "--leader", "10.0.0.1"]
+    ran = subprocess.run([*agent, *words], capture_output=True, text=True, timeout=BOUND_S, check=True)
+    command = "PATH=/opt:$PATH ; export PATH ;exec /opt/prted --leader 10.0.0.1"
+    assert mpi.proxy_line(ran.stdout.rstrip("\n"), ["10.0.0.1", "10.0.0.2"]) == (1, command)
+    assert mpi.proxy_line("TRIREME_LAUNCH: 10.0.0.9 prted", ["10.0.0.1"]) is None
+    assert subprocess.run([*agent, "-x"], timeout=BOUND_S, check=False).returncode == 2

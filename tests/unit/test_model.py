@@ -126,14 +126,11 @@ def test_norm_is_root_mean_square() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, FIXED_ROWS, 40])
 def test_a_frozen_linear_is_the_product(rows: int) -> None:
-    linear = Linear(33, 20, bias=True, dtype=torch.float32, device=torch.device("cpu"))
-    linear.weight.copy_(torch.randint(-3, 4, (33, 20)))
-    linear.bias.copy_(torch.arange(33.0))  # type: ignore[union-attr]
+    weight, bias = torch.randint(-3, 4, (33, 20)).float(), torch.arange(33.0)
     x = torch.randint(-3, 4, (rows, 20)).float()
-    expected = x @ linear.weight.T + linear.bias
     for fixed in (False, True):
-        other = Linear(33, 20, bias=True, dtype=torch.float32, device=torch.device("cpu"))
-        other.weight.copy_(linear.weight)
-        other.bias.copy_(linear.bias)  # type: ignore[union-attr]
-        other.freeze(fixed_rows=fixed)
-        assert torch.equal(other(x), expected)
+        linear = Linear(33, 20, bias=True, dtype=torch.float32, device=torch.device("cpu"))
+        linear.parts()["weight"].copy_(weight)
+        linear.parts()["bias"].copy_(bias)
+        linear.freeze(fixed_rows=fixed)
+        assert torch.equal(linear(x), x @ weight.T + bias)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.reference.engine import margin_violations, request, serve
 from tests.tiny import IM_END, tiny_model
 from workers.core.contract import Finish
-from workers.engine.cache import blocks_that_fit
+from workers.engine.cache import blocks_that_fit, step_bytes
 from workers.engine.pace import Pace
 from workers.errors import ArtifactError, ConfigError, EnvironmentFault, Rejected
 from workers.portable import PortableEngine, build
@@ -132,6 +133,22 @@ def test_what_cannot_be_built_is_said_clearly(folder: Path, tmp_path: Path) -> N
         engine_of(folder, kv_tokens=0, kv_bytes=10)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tests/gpu asks what it refuses")
+def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a GPU for each of the 1 ranks"):
+        engine_of(folder, device="cuda")
+
+
+def test_random_weights_need_no_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ArtifactError):
+        engine_of(tmp_path)
+    for quant in (None, "int8"):
+        engine = engine_of(tmp_path, load_format="dummy", quant=quant)
+        (stream,) = serve(engine, mixed(1))
+        assert len(stream.tokens) == 12 and all(entry.logprob is not None and entry.logprob > -100 for entry in stream.logprobs)
+
+
 def test_block_counts(folder: Path) -> None:
     from workers.artifacts.artifact import open_artifact
     from workers.core.shard import shard_of
@@ -143,6 +160,10 @@ def test_block_counts(folder: Path) -> None:
     assert blocks_that_fit(model, shard, EngineSpec(kv_bytes=10 * each + 1), host_ranks=4) == 10
     assert blocks_that_fit(model, shard, EngineSpec(), host_ranks=4, free_bytes=160 * each) == 10
     assert blocks_that_fit(model, shard, EngineSpec(), host_ranks=4, free_bytes=1 << 40) == (1 << 28) // each
+    assert blocks_that_fit(model, shard, EngineSpec(), host_ranks=4, budget=7 * each) == 7
+    assert blocks_that_fit(model, shard, EngineSpec(), host_ranks=4, budget=7 * each, itemsize=1) == 28
+    small, large = EngineSpec(max_num_tokens=256), EngineSpec(max_num_tokens=512)
+    assert 0 < step_bytes(model, shard, small) < step_bytes(model, shard, large)
 
 
 def test_pace_follows_what_it_saw() -> None:

@@ -64,7 +64,7 @@ def test_grants_are_by_role_and_name() -> None:
     key, other = "a" * 40, "b" * 40
     gate = Gate(parse_grants(msgspec.json.encode({key: Grant(role="replica", name="r0"), other: Grant(role="client")})))
     assert gate.admits(key, "replica") and not gate.admits(key, "client") and not gate.admits("", "replica")
-    assert gate.may_be(key, "r0") and not gate.may_be(key, "r1") and not gate.may_be(other, "r0")
+    assert gate.may_be(key, "r0", "m") and not gate.may_be(key, "r1", "m") and not gate.may_be(other, "r0", "m")
     gate.replace({})
     assert not gate.admits(key, "replica")
     for bad in (b"[]", b'{"short": {"role": "client"}}', b'{"' + b"a" * 40 + b'": {"role": "king"}}'):

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.router.auth import Salting
 from orchestrator.router.prepare import Caller, Prepared, prepare
-from orchestrator.router.request import ChatRequest, CompletionRequest, parse
+from orchestrator.router.request import ChatRequest, CompletionRequest, decode_object, read
 from orchestrator.router.text import Texts
 from orchestrator.spec import AdmissionSpec
 from tests.clients.scripted import CONTEXT, ScriptedDispatcher, tiny_texts
@@ -34,13 +34,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Texts]:
 
 
 def chat(**fields: Any) -> ChatRequest:
-    found = parse("chat", json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}).encode())
+    found = read("chat", decode_object(json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}).encode()))
     assert isinstance(found, ChatRequest)
     return found
 
 
 def completion(**fields: Any) -> CompletionRequest:
-    found = parse("completions", json.dumps({"model": "tiny", "prompt": "hi", **fields}).encode())
+    found = read("completions", decode_object(json.dumps({"model": "tiny", "prompt": "hi", **fields}).encode()))
     assert isinstance(found, CompletionRequest)
     return found
 
@@ -94,7 +94,7 @@ def test_required_tool_call_is_any_of_the_tools() -> None:
 
 def test_unknown_fields_are_told() -> None:
     told: list[int] = []
-    parse("chat", b'{"model":"m","messages":[{"role":"user","content":""}],"x":1,"y":2}', on_unknown=told.append)
+    read("chat", decode_object(b'{"model":"m","messages":[{"role":"user","content":""}],"x":1,"y":2}'), on_unknown=told.append)
     assert told == [2]
 
 

@@ -15,7 +15,7 @@ from orchestrator.router.seam import Ask
 from orchestrator.spec import AdmissionSpec
 from tests.unit.test_fleet import CAPACITY, HELLO, beat
 from workers.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
-from workers.wire import Accepted, Attach, Bye, Cancel, Done, Failed, Peers, SamplingParams, Submit, Tokens, Usage
+from workers.wire import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit, Tokens, Usage
 
 ADMISSION = AdmissionSpec(max_queue=2, queue_timeout_s=5.0, request_timeout_s=100.0)
 
@@ -52,6 +52,12 @@ def where(actions: list[Action]) -> list[bytes]:
 
 def tokens(boot: str, submit: Submit | Attach, first: int, ids: list[int]) -> Tokens:
     return Tokens(boot=boot, streams=[submit.stream], attempts=[submit.attempt], firsts=[first], tokens=[ids])
+
+
+def accept(route: Route, *submits: Submit, place: str) -> None:
+    """The replica ``place`` acknowledges what was sent to it."""
+    for submit in submits:
+        route.hear(place.encode(), "", Accepted(boot=f"{place}1", stream=submit.stream, attempt=submit.attempt), 0.0)
 
 
 def test_unknown_model_full_queue_and_closing_are_refused() -> None:
@@ -135,7 +141,9 @@ def test_a_request_that_outlives_no_replica_is_failed() -> None:
     join(route, "b")
     route.submit(ask(), 0.0)
     for now in (3.0, 6.0):
-        (first,) = where(route.take())
+        actions = route.take()
+        (first,) = where(actions)
+        accept(route, *sent(actions, Submit), place=first.decode())
         route.hear(b"b" if first == b"a" else b"a", "", beat(boot="b1" if first == b"a" else "a1"), now)
         route.unreachable(first, now)
     (end,) = [action for action in route.take() if isinstance(action, Errored)]
@@ -178,17 +186,37 @@ def test_of_all_that_saw_two_deaths_those_are_failed_that_never_gave_a_token() -
     for prompt in ([1], [2], [3]):
         route.submit(ask(prompt, params=SamplingParams(seed=7, max_tokens=100)), 0.0)
     mate, poison, other = sent(route.take(), Submit)
+    accept(route, poison, place="a")
     for submit in (mate, other):
         run_on(route, submit, "a1", 50, 0.5)
     route.take()
     join(route, "b", now=1.0)
-    assert [submit.prompt_ids for submit in lose_with(route, "a", 1.0)] == [mate.prompt_ids, poison.prompt_ids, other.prompt_ids]
+    moved = lose_with(route, "a", 1.0)
+    assert [submit.prompt_ids for submit in moved] == [mate.prompt_ids, poison.prompt_ids, other.prompt_ids]
+    accept(route, *moved, place="b")
     join(route, "c", now=2.0)
     route.take()
     route.unreachable(b"b", 2.0)
     actions = route.take()
     assert [action.error.code for action in actions if isinstance(action, Errored)] == ["replica_limit"]
     assert [submit.prompt_ids for submit in sent(actions, Submit)] == [mate.prompt_ids, other.prompt_ids]
+    route.check()
+
+
+def test_replicas_that_die_together_are_nobodys_doing() -> None:
+    route = router(replica_limit=2)
+    join(route, "a")
+    join(route, "b")
+    route.submit(ask(), 0.0)
+    actions = route.take()
+    (first,) = where(actions)
+    accept(route, *sent(actions, Submit), place=first.decode())
+    other = {b"a": b"b", b"b": b"a"}[first]
+    route.unreachable(first, 1.0)
+    route.unreachable(other, 1.0)
+    assert not [action for action in route.take() if isinstance(action, Errored)]
+    join(route, "c", now=2.0)
+    assert where(route.take()) == [b"c"], "it waits for the next one"
     route.check()
 
 
@@ -433,3 +461,34 @@ def test_expected_wait_counts_prefill_neighbours_and_a_full_batch() -> None:
     assert expected_wait_ms(**base | {"cached_tokens": 100}) == 10.0
     assert expected_wait_ms(**base | {"queued_tokens": 300}) == 50.0
     assert expected_wait_ms(**base | {"rows": 8}) == pytest.approx(10.0 * (200 / 92 + 50 * 8 / 100) + 100.0)
+
+
+def test_a_row_whose_client_takes_nothing_holds_no_place() -> None:
+    """Slow readers must not keep others out: a row without credit leaves its place to the next, up to a multiple of the batch."""
+    route = router(max_queue=100)
+    join(route, "a", rows=2)
+    slow = [route.submit(ask([index + 1], credit=2), 0.0) for index in range(3)]
+    held = sent(route.take(), Submit)
+    assert len(held) == 3, "two run, one is the lookahead"
+    route.submit(ask([9]), 0.0)
+    assert where(route.take()) == []
+    route.hear(b"a", "", tokens("a1", held[0], 0, [65, 66]), 0.0)
+    assert [submit.prompt_ids for submit in sent(route.take(), Submit)] == [[9]]
+    route.check()
+    # Credit gives it its place back, though nobody is put out for it.
+    route.credit(slow[0], 4)
+    assert [message.tokens for message in sent(route.take(), Credit)] == [[4]]
+    route.check()
+    for submit in held[1:]:
+        route.hear(b"a", "", tokens("a1", submit, 0, [65, 66]), 0.0)
+    for index in range(20):
+        route.submit(ask([20 + index], credit=1), 0.0)
+        for submit in sent(route.take(), Submit):
+            route.hear(b"a", "", tokens("a1", submit, 0, [65]), 0.0)
+    assert route.placed == 8 * 2, "as many as the leader may be asked to remember"
+    route.check()
+    route.unreachable(b"a", 1.0)
+    route.check()
+    join(route, "b", rows=2)
+    route.check()
+    assert route.placed == 8 * 2

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import zmq
 
-from orchestrator.client import AsyncClient, Client, ClientKeys
-from orchestrator.keys import KeyRing
+from orchestrator.client import AsyncClient, Client
 from tests.gang import FAKE, Gang, short_folder, wait_for
-from tests.routing import RouterRun, curve_replica
-from workers.errors import Cancelled, DeadlineExceeded, NotFound, Rejected, TriremeError, Unavailable
+from tests.routing import RouterRun
+from workers.errors import Cancelled, DeadlineExceeded, NotFound, Rejected, Unavailable
 from workers.fake import expected_tokens
-from workers.spec import RouterAddress
-from workers.wire import Failed, SamplingParams, decode_to_client
+from workers.wire import SamplingParams
 
 SLOW = msgspec.structs.replace(FAKE, fake_step_ms=10.0)
 
@@ -116,7 +113,7 @@ def test_a_hung_router_is_left_too(folder: Path) -> None:
 
 
 def test_one_router_many_habits(folder: Path) -> None:
-    """Cancel, deadline, repeated ids, refusals, junk frames, a stop string, the async client, drain: one world for all."""
+    """Cancel, deadline, repeated ids, refusals, a stop string, the async client, drain: one world for all."""
     with RouterRun(folder, http=True) as router, Gang(folder, [router.spec.back], name="a", tp=1, engine=SLOW):
         router.wait_serving()
         with Client([router.spec.rpc], model="m") as client:
@@ -124,7 +121,6 @@ def test_one_router_many_habits(folder: Path) -> None:
             _cancel_and_deadline(client)
             _repeats(client, router)
             _refusals(client)
-            _junk(router.spec.rpc)
             whole = client.complete("tell", max_tokens=30, seed=3, ignore_eos=True).result()
             stop = whole.text[5:7]
             stopped = client.complete("tell", max_tokens=30, seed=3, ignore_eos=True, stop=stop).result()
@@ -176,36 +172,6 @@ def _refusals(client: Client) -> None:
         client.complete([1, 2], request="x" * 200).result()
 
 
-def _junk(endpoint: str) -> None:
-    """Every malformed frame is answered, and the door stays open."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.linger, socket.rcvtimeo = 0, 10_000
-    socket.connect(endpoint)
-    frames = (b"", b"\x00", os.urandom(100), b"\x91" * 100_000, b"cos\nsystem\n(S'id'\ntR.", msgspec.msgpack.encode({"type": "generate"}))
-    for frame in frames:
-        socket.send(frame)
-        answer = decode_to_client(socket.recv())
-        assert isinstance(answer, Failed) and answer.code == "malformed"
-    socket.send_multipart([b"a"] * 50)
-    answer = decode_to_client(socket.recv())
-    assert isinstance(answer, Failed) and answer.code == "malformed"
-    for message, code in (
-        ({"type": "cancel", "boot": "x", "stream": 77}, "not_found"),
-        ({"type": "credit", "boot": "x", "streams": [1], "tokens": [-1]}, "invalid_request"),
-        ({"type": "credit", "boot": "x", "streams": [1], "tokens": [0]}, "invalid_request"),
-        (
-            {"type": "generate", "boot": "x", "stream": 1, "request": "q", "endpoint": "chat", "body": b"{}", "deadline_ms": -5},
-            "deadline_exceeded",
-        ),
-    ):
-        socket.send(msgspec.msgpack.encode(message))
-        answer = decode_to_client(socket.recv())
-        assert isinstance(answer, Failed) and answer.code == code
-    socket.close()
-    context.term()
-
-
 async def _asynchronous(endpoint: str) -> None:
     async with AsyncClient([endpoint], model="m") as client:
         calls = [client.complete([index, 1], texts=False, max_tokens=10, seed=index, ignore_eos=True) for index in range(16)]
@@ -220,54 +186,3 @@ async def _asynchronous(endpoint: str) -> None:
             break
         with pytest.raises(Cancelled):
             await call.result()
-
-
-def test_curve_lets_in_known_keys_only(folder: Path) -> None:
-    ring = KeyRing(folder / "keys")
-    ring.allow([("router", "r"), ("replica", "a"), ("client", "c")])
-    server, known = ring.pair("router", "r"), ring.pair("client", "c")
-    with RouterRun(
-        folder, back="tcp://127.0.0.1:*", rpc="tcp://127.0.0.1:*", key_file=str(ring.path("router", "r")),
-        allowed_file=str(ring.allowed_file),
-    ) as router:  # fmt: skip
-        state = router.wait_serving()
-        back = RouterAddress(endpoint=state.back, server_key=server.public)
-        rpc = RouterAddress(endpoint=state.rpc, server_key=server.public)
-        keys = ClientKeys(public=known.public, secret=known.secret)
-        with (
-            curve_replica(folder, "a", back, ring.path("replica", "a")),
-            Client([rpc], model="m", keys=keys) as client,
-        ):
-            ready(client, 1)
-            reply = client.complete([1, 2], texts=False, max_tokens=20, seed=2, ignore_eos=True).result()
-            assert reply.tokens == oracle([1, 2], 2, 20, 1.0)
-            _strangers(rpc, ring)
-            # A replica's key opens the back socket only for the name that it was granted.
-            with curve_replica(folder, "b", back, ring.path("replica", "a")):
-                wait_for(lambda: "not granted that name" in router.log.read_text(), what="the refusal")
-            assert [row["name"] for row in client.status()["replicas"]] == ["a"]
-            # A key that is taken off the list is out, though its connection stands.
-            ring.allow([("router", "r"), ("replica", "a")])
-            wait_for(lambda: not _answers(client), what="the removed key's end")
-
-
-def _answers(client: Client) -> bool:
-    try:
-        client.complete([1], texts=False, max_tokens=1, deadline_s=0.5).result()
-    except (DeadlineExceeded, Unavailable):
-        return False
-    return True
-
-
-def _strangers(rpc: RouterAddress, ring: KeyRing) -> None:
-    public, secret = (key.decode() for key in zmq.curve_keypair())
-    replica = ring.pair("replica", "a")
-    wrong_server = RouterAddress(endpoint=rpc.endpoint, server_key=zmq.curve_keypair()[0].decode())
-    for address, keys in (
-        (rpc, ClientKeys(public=public, secret=secret)),
-        (rpc, ClientKeys(public=replica.public, secret=replica.secret)),
-        (wrong_server, ClientKeys(public=public, secret=secret)),
-    ):
-        with Client([address], model="m", keys=keys, silence_s=0.2) as client, pytest.raises(TriremeError) as caught:
-            client.complete([1], texts=False, max_tokens=1, deadline_s=0.6).result()
-        assert isinstance(caught.value, Unavailable | DeadlineExceeded), "a stranger was answered"

@@ -105,3 +105,19 @@ def test_specs_refuse_what_cannot_mean_anything() -> None:
 def test_rank_order_is_stage_major() -> None:
     layout = Parallel(tp=2, pp=3)
     assert [(layout.pp_rank(r), layout.tp_rank(r)) for r in range(layout.world)] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_what_a_replica_says_is_whole_or_refused() -> None:
+    whole = wire.Tokens(boot="b", streams=[1, 2], attempts=[1, 1], firsts=[0, 0], tokens=[[1], [2]])
+    assert wire.decode_from_replica(wire.encode(whole)) == whole
+    for column, short in (("attempts", [1]), ("firsts", [0]), ("tokens", [[1]]), ("logprobs", [None])):
+        fields = msgspec.msgpack.decode(wire.encode(whole)) | {column: short}
+        with pytest.raises(wire.Malformed):
+            wire.decode_from_replica(msgspec.msgpack.encode(fields))
+    capacity = wire.Capacity(block_size=1, num_blocks=1, max_batch_size=1, max_num_tokens=1, max_seq_len=1, vocab_size=1, tp=1, pp=1)
+    hello = wire.Hello(boot="b", protocol=1, replica="r", model="m", epoch=1, spec_hash="", resume="valid", capacity=capacity)
+    for size in (0, -1, 2**31):
+        fields = msgspec.msgpack.decode(wire.encode(hello))
+        fields["capacity"]["block_size"] = size
+        with pytest.raises(wire.Malformed):
+            wire.decode_from_replica(msgspec.msgpack.encode(fields))

@@ -83,7 +83,7 @@ class Door:
 
     async def _generate(self, http: Request, endpoint: bodies.Endpoint) -> ASGIApp:
         body = await read_body(http, self._max_body)
-        request = bodies.parse(endpoint, body, on_unknown=self._metrics.ignored_fields)
+        request = bodies.read(endpoint, await preparing.decode(body, self._texts), on_unknown=self._metrics.ignored_fields)
         chat = endpoint == "chat"
         id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         caller = preparing.Caller(
@@ -167,7 +167,7 @@ class Door:
         return _json(http, {"version": __version__})
 
     async def tokenize(self, http: Request) -> Response:
-        fields = bodies.decode_object(await read_body(http, self._max_body))
+        fields = await preparing.decode(await read_body(http, self._max_body), self._texts)
         if "messages" in fields:
             request = bodies.check(fields, bodies.ChatRequest)
             model = preparing.resolve(request.model, self._texts, tenant_of(http))
@@ -179,7 +179,7 @@ class Door:
         return _json(http, {"count": len(ids), "max_model_len": self._context(model), "tokens": ids})
 
     async def detokenize(self, http: Request) -> Response:
-        body = bodies.convert(bodies.decode_object(await read_body(http, self._max_body)), DetokenizeBody)
+        body = bodies.convert(await preparing.decode(await read_body(http, self._max_body), self._texts), DetokenizeBody)
         model = preparing.resolve(body.model, self._texts, tenant_of(http))
         if body.tokens:
             preparing.check_known(body.tokens, model.table.size, "tokens")

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from orchestrator.router.text import TextModel
-from workers.errors import Rejected, TriremeError, Unauthorized
+from workers.errors import Rejected, TriremeError, Unauthorized, printable
 from workers.wire import Logprobs, Usage
 
 encode = msgspec.json.Encoder().encode
@@ -92,7 +92,7 @@ def error_body(error: TriremeError) -> dict[str, Any]:
         kind = "rate_limit_error"
     else:
         kind = "server_error"
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": printable(str(error)), "type": kind, "param": error.param, "code": error.code}}
 
 
 class LogprobWriter:

@@ -7,6 +7,9 @@ never read a body (the application does, under its own limit).
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import struct
 from typing import Any
 
 import msgspec
@@ -20,6 +23,8 @@ HEADER_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 30.0
 #: Seconds for which a refused peer may go on sending into nothing.
 LINGER_S = 2.0
+#: Bytes that may wait in this process for a slow reader's socket; then its stream is not written on.
+WRITE_BUFFER = 16 << 10
 #: Key in a scope's state under which the application finds a function that drops the connection, unsent bytes and all.
 ABORT = "trireme.abort"
 
@@ -43,6 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_BUFFER)
         self._expect(self.timeout_keep_alive)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,7 +81,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(431, _TOO_MUCH)
 
     def on_headers_complete(self) -> None:
-        self.scope["state"][ABORT] = self.transport.abort
+        self.scope["state"][ABORT] = self.abort
         self._in_head = False
         self._expect(BODY_DEADLINE_S)
         super().on_headers_complete()
@@ -83,6 +89,24 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._expect(None)
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():  # once what waits is sent: not for ever
+            self._expect(None)
+            self._deadline = self.loop.call_later(BODY_DEADLINE_S, self.abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def abort(self) -> None:
+        """Drop the connection with a reset: otherwise the kernel would keep what is unsent for a peer that takes nothing."""
+        with contextlib.suppress(OSError):
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         if not self._refused:
@@ -95,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _late(self) -> None:
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.abort()
+            self.abort()
         else:
             self._answer(408, "the request did not arrive in time")
 
@@ -108,6 +132,15 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self._expect(None)
+        self.pipeline.clear()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if cycle.response_started:  # an answer in the middle of another's means nothing
+                self.abort()
+                return
+            # What the application still answers has nowhere to go.
+            cycle.disconnected, cycle.waiting_for_100_continue = True, False
+            cycle.message_event.set()
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
         body = msgspec.json.encode({"error": error})
         head = (

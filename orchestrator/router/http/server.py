@@ -71,6 +71,8 @@ async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, g
         ws="none",
         lifespan="off",
         log_config=None,
+        # Below an error it tells of every broken request: whoever sends them would fill the disk.
+        log_level="error",
         access_log=False,
         server_header=False,
         # A proxy on this host says whose request it brings; nobody else is believed.

@@ -1,0 +1,41 @@
+"""Who hosts a deployment: a locked file that holds the host's pid. Owns that file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from workers.errors import EnvironmentFault
+
+
+class Lock:
+    """One host process a deployment; the kernel lets go of it however the process ends."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        """Raises :class:`EnvironmentFault` when another process holds it, and where it cannot be written."""
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._file, 32, 0).decode() or "unknown"
+            os.close(self._file)
+            raise EnvironmentFault(f"the deployment {name} already runs", f"pid {holder} holds {path}", f"trireme down {name}") from None
+        try:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            os.close(self._file)
+            raise _unwritable(path, error) from None
+
+    def release(self) -> None:
+        os.close(self._file)
+
+
+def _unwritable(path: Path, error: OSError) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"cannot write {path}", error.strerror or str(error), "make room or give access there, or choose another --run-dir"
+    )

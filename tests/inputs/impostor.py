@@ -1,0 +1,69 @@
+"""Bare ends of the wire, without any of the manners of ours: a socket that sends what it is told, and one that speaks for a replica."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+
+from tests.inputs.world import MODEL
+from workers import wire
+from workers.wire import Capacity, Heartbeat, Hello
+
+CAPACITY = Capacity(block_size=16, num_blocks=64, max_batch_size=8, max_num_tokens=64, max_seq_len=1024, vocab_size=320, tp=1, pp=1)
+
+
+@contextlib.contextmanager
+def dealer(endpoint: str, server_key: str = "", public: str = "", secret: str = "", **options: Any) -> Iterator[zmq.Socket[bytes]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made = context.socket(zmq.DEALER)
+    try:
+        made.linger = 0
+        for name, value in options.items():
+            setattr(made, name, value)
+        if server_key:
+            made.curve_serverkey, made.curve_publickey, made.curve_secretkey = server_key.encode(), public.encode(), secret.encode()
+        made.connect(endpoint)
+        yield made
+    finally:
+        made.close(0)
+        context.term()
+
+
+class Impostor:
+    """A bare replica's end of the wire: says what it is told to, hears what it is told."""
+
+    def __init__(self, socket: zmq.Socket[bytes], boot: str) -> None:
+        self._socket, self.boot = socket, boot
+
+    def hello(self, name: str, epoch: int = 1, model: str = MODEL) -> None:
+        self.tell(
+            Hello(
+                boot=self.boot, protocol=1, replica=name, model=model, epoch=epoch, spec_hash="", resume="bitwise", capacity=CAPACITY
+            )
+        )  # fmt: skip
+
+    def tell(self, message: wire.Message) -> None:
+        self._socket.send(wire.encode(message))
+
+    def hear(self, kind: type[Any], bound_s: float = 10.0) -> Any:
+        """The next message of this kind."""
+        deadline = time.monotonic() + bound_s
+        while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            message = wire.decode_to_replica(self._socket.recv())
+            if isinstance(message, kind):
+                return message
+        raise AssertionError(f"no {kind.__name__}")
+
+    def beat(self, **fields: Any) -> None:
+        self.tell(
+            Heartbeat(
+                **{
+                    "boot": self.boot, "epoch": 1, "step": 1, "busy_ms": 0.0, "predicted_ms": 1.0, "running": 0, "waiting": 0,
+                    "free_blocks": 64, "num_blocks": 64, **fields,
+                }
+            )
+        )  # fmt: skip
