@@ -1,10 +1,23 @@
-"""What every test run shows: the figures that its tests measured."""
+"""What all tests share: the figures that they measured, at the end of a run. With several processes, each hands its own to the first."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from tests import figures
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["figures"] = figures.lines
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    figures.lines += getattr(node, "workeroutput", {}).get("figures", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
