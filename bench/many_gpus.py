@@ -26,7 +26,7 @@ from typing import Any
 
 from bench import collectives, gpu
 from bench.gpu import ROOT, WORKLOADS, Case, launched, spec_of, write_shape
-from bench.report import say
+from bench.report import commit, say
 from bench.router import cpu_seconds
 from orchestrator.client import AsyncClient
 from orchestrator.launch.control import Control, Status
@@ -256,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=tuple(PARTS))
     parser.add_argument("--output", type=Path, help="append JSON lines here")
-    parser.add_argument("--commit", default=gpu.commit())
+    parser.add_argument("--commit", default=commit())
     parser.add_argument("--client", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client is not None:

@@ -25,7 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_groups_conform_and_layouts_agree(folder: Path, tmp_path: Path) -> None:
-    print(run(2, "tests.gpu.ranks_program", tmp_path / "report.json", {"model": str(folder)}, bound_s=75))
+    arguments = {"model": str(folder), "layouts": [[2, 1], [1, 2]]}
+    print(run(2, "tests.gpu.layouts_program", tmp_path / "report.json", arguments, bound_s=75))
 
 
 def spec(artifact: Path, parallel: Parallel, device: str) -> ReplicaSpec:
