@@ -30,6 +30,15 @@ class Places:
     def send(self, replica: Replica, message: Submit | Attach | Cancel | Credit | Bye) -> None:
         self.actions.append(Send(replica.peer, message))
 
+    def grant(self, replica: Replica, stream: int, tokens: int) -> None:
+        """Tell a replica of credit; grants that come together go in one message, as a client's do."""
+        last = self.actions[-1] if self.actions else None
+        if isinstance(last, Send) and last.peer == replica.peer and isinstance(last.message, Credit):
+            last.message.streams.append(stream)
+            last.message.tokens.append(tokens)
+        else:
+            self.send(replica, Credit(boot=self._boot, streams=[stream], tokens=[tokens]))
+
     def admit(self, request: Request) -> None:
         """Its rows wait in their line from now on."""
         self._board.requests[request.id] = request

@@ -23,7 +23,7 @@ from orchestrator.core.places import Places
 from orchestrator.core.request import Action, Asked, Deliver, Delivery, Request, Row, Scored, Send
 from orchestrator.spec import AdmissionSpec
 from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
-from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Credit, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
+from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
 
 #: Codes with which a replica hands a row back unharmed: another one may take it.
 BOUNCES = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})
@@ -107,7 +107,7 @@ class Route:
             row.granted = min(UNLIMITED, row.granted + tokens)
             self._board.settle(row)
             if row.replica is not None:
-                self._places.send(row.replica, Credit(boot=self.boot, streams=[row.stream], tokens=[tokens]))
+                self._places.grant(row.replica, row.stream, tokens)
 
     def close(self) -> None:
         """Take nothing new; what runs goes on."""
