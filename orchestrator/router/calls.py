@@ -24,49 +24,49 @@ class Outgoing:
     """What one client gets next: tokens of all its streams in one message, then the terminal messages behind them. ``wake`` is told when
     there is something again."""
 
-    __slots__ = ("_others", "_prompts", "_spoken", "_wake", "peer", "rows", "scored", "waits")
+    __slots__ = ("_others", "_prompts", "_rows", "_scored", "_spoken", "_waits", "_wake", "peer")
 
     def __init__(self, peer: bytes, wake: Callable[[Outgoing], None]) -> None:
-        self.peer, self._wake, self.waits = peer, wake, False
+        self.peer, self._wake, self._waits = peer, wake, False
         self._others: list[Done | Failed] = []
         self._clear()
 
     def _clear(self) -> None:
         #: (stream, attempt, first, tokens, choice, text, logprobs): one tuple a row now, columns at the end.
-        self.rows: list[tuple[int, int, int, list[int], int, str, list[Logprobs] | None]] = []
+        self._rows: list[tuple[int, int, int, list[int], int, str, list[Logprobs] | None]] = []
         self._prompts: list[tuple[int, list[Logprobs]]] = []
-        self.scored = self._spoken = False
+        self._scored = self._spoken = False
 
     def add(
         self, stream: int, attempt: int, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None
     ) -> None:
-        if not self.waits:
-            self.rise()
-        self.rows.append((stream, attempt, first, tokens, choice, text or "", logprobs))
+        if not self._waits:
+            self._rise()
+        self._rows.append((stream, attempt, first, tokens, choice, text or "", logprobs))
         if text is not None:
             self._spoken = True
         if logprobs is not None:
-            self.scored = True
+            self._scored = True
 
     def add_prompt(self, stream: int, logprobs: list[Logprobs]) -> None:
-        self.rise()
+        self._rise()
         self._prompts.append((stream, logprobs))
 
     def end(self, message: Done | Failed) -> None:
-        self.rise()
+        self._rise()
         self._others.append(message)
 
-    def rise(self) -> None:
-        if not self.waits:
-            self.waits = True
+    def _rise(self) -> None:
+        if not self._waits:
+            self._waits = True
             self._wake(self)
 
     def take(self, boot: str) -> list[Tokens | Done | Failed]:
         """The messages, in order; afterwards it is empty."""
-        self.waits = False
+        self._waits = False
         messages: list[Tokens | Done | Failed] = []
-        if self.rows or self._prompts:
-            columns = [list(column) for column in zip(*self.rows, strict=True)] or [[] for _ in range(7)]
+        if self._rows or self._prompts:
+            columns = [list(column) for column in zip(*self._rows, strict=True)] or [[] for _ in range(7)]
             streams, attempts, firsts, tokens, choices, texts, logprobs = columns
             messages.append(
                 Tokens(
@@ -75,7 +75,7 @@ class Outgoing:
                     attempts=attempts,
                     firsts=firsts,
                     tokens=tokens,
-                    logprobs=logprobs if self.scored else None,
+                    logprobs=logprobs if self._scored else None,
                     prompt_logprobs=self._prompts or None,
                     texts=texts if self._spoken else None,
                     choices=choices if any(choices) else None,
@@ -240,12 +240,7 @@ class IdsWatcher:
         call = self._call
         if logprobs is not None:
             call.choices[choice].logprobs += logprobs
-            call.out.scored = True
-        # Outgoing.add, written out: this runs once a token and row.
-        out = call.out
-        if not out.waits:
-            out.rise()
-        out.rows.append((call.stream, call.attempt, first, tokens, choice, "", logprobs))
+        call.out.add(call.stream, call.attempt, choice, first, tokens, None, logprobs)
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         self._call.on_prompt(choice, logprobs)
