@@ -34,7 +34,8 @@ _OBJECT_STORE_BYTES = 80 << 20
 _ANSWER_S = 5.0
 #: The opening of an HTTP/2 connection and an empty SETTINGS frame, RFC 9113 section 3.4.
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-_START_S = 60.0
+#: A worker of Ray imports half a gigabyte of packages, on a cluster often from a shared folder.
+_START_S = 180.0
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,7 +164,7 @@ class RemoteController:
         self._silent_since = 0.0
 
     def apply(self, gangs: Sequence[GangSpec]) -> None:
-        """Raises :class:`EnvironmentFault` when the controller does not take the order within a minute."""
+        """Raises :class:`EnvironmentFault` when the controller does not take the order within three minutes."""
         write_private(self._target, msgspec.json.encode(list(gangs)))
         if self._actor is None and not gangs:
             return

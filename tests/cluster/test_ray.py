@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(620)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1520)]
 
 HERE = Path(__file__).resolve().parent
 UNSHARE = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -51,7 +51,7 @@ def done() -> Iterator[dict[str, dict[str, object]]]:
     env.pop("RAY_ADDRESS", None)
     try:
         with open(tmp / "errors", "w+") as errors:
-            ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=600, check=False, env=env)
+            ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=1500, check=False, env=env)
             errors.seek(0)
             text = errors.read()
         steps = {line["step"]: line for line in map(json.loads, filter(lambda x: x.startswith('{"step"'), ended.stdout.splitlines()))}
