@@ -24,6 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
 from bench import collectives, gpu
 from bench.gpu import ROOT, WORKLOADS, Case, launched, spec_of, write_shape
 from bench.report import commit, say
@@ -154,6 +157,13 @@ def clients(endpoints: list[str], count: int) -> tuple[int, float]:
     return sum(end["tokens"] for end in ends), max(end["ended"] for end in ends) - at
 
 
+def served(status: Status) -> list[int]:
+    """Output tokens that each replica has generated so far, by name."""
+    series = text_string_to_metric_families(httpx.get(f"{status.url}/metrics", timeout=10, trust_env=False).text)
+    samples = [sample for family in series for sample in family.samples if sample.name == "trireme_replica_generation_tokens_total"]
+    return [int(sample.value) for sample in sorted(samples, key=lambda sample: sample.labels["replica"])]
+
+
 def together(tp: int, count: int, folder: Path) -> Lines:
     """Several replicas behind one router against as many times one alone; with two of them, what a rank's death costs while they serve."""
     with replicas(folder, 1, tp) as (_, status):
@@ -165,14 +175,15 @@ def together(tp: int, count: int, folder: Path) -> Lines:
         endpoints = [address.endpoint for address in status.rpc]
         asyncio.run(load(endpoints, 64 * number))
         router = next(iter(status.routers.values()))
-        before = cpu_seconds(router)
+        before, dealt = cpu_seconds(router), served(status)
         tokens, seconds = clients(endpoints, number)
         spent = cpu_seconds(router) - before
+        dealt = [after - former for after, former in zip(served(status), dealt, strict=True)]
         total = tokens / seconds
         yield {
             "part": "replicas", "shape": "8b", "replicas": number, "tp": tp, "alone_tok_s": round(alone), "total_tok_s": round(total),
             "share": round(total / (alone * number), 3), "asked": 0.97, "router_us_token": round(spent / tokens * 1e6, 2),
-            "router_busy": round(spent / seconds, 3),
+            "router_busy": round(spent / seconds, 3), "replica_tokens": dealt,
         }  # fmt: skip
         if tp > 1:
             yield lost_rank(control, endpoints)

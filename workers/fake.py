@@ -220,8 +220,9 @@ class FakeEngine:
             guided=guides is not None,
             engine="fake",
             dtype=spec.dtype,
+            prefix_cache=spec.prefix_cache,
         )
-        self._batch = Batch(self._capacity, guides=guides, micro_batches=parallel.pp, eos_ids=eos_ids, prefix_cache=spec.prefix_cache)
+        self._batch = Batch(self._capacity, guides=guides, micro_batches=parallel.pp, eos_ids=eos_ids)
         self._model = FakeModel(self._capacity, eos_ids)
         self._plans: deque[StepPlan] = deque()
         self._step_ms = 0.0

@@ -232,6 +232,5 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Fol
         micro_batches=spec.parallel.pp,
         ahead=spec.engine.device == "cuda",
         eos_ids=artifact.eos_ids,
-        prefix_cache=spec.engine.prefix_cache,
     )
     return PortableEngine(batch, built.runner, capacity, close=built.close, crew=crew, resume=_resume_class(spec.engine))

@@ -97,6 +97,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = "portable"
     dtype: str = "fp32"
     quant: Quant = Quant()
+    #: Whether rows reuse blocks by content, so that sending a known prefix here saves work.
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         sizes = (

@@ -63,7 +63,8 @@ class Chooser:
         if alone:
             return row.known
         tokens = max(1, row.known - _cached(row, replica))
-        replica.prefixes.add(_chain(row.request, replica.capacity.block_size))
+        if replica.prefixes.limit:
+            replica.prefixes.add(_chain(row.request, replica.capacity.block_size))
         if row.request.ask.affinity:
             key = _session(row.request)
             self._sessions[key] = replica.name
@@ -76,7 +77,7 @@ class Chooser:
         """Note an end. The answer is in the cache now too, and a chat's next turn starts with it."""
         self._rates[row.request.model].ended(len(row.emitted), now)
         replica.row_ms += ((now - row.sent_at) * 1000.0 - replica.row_ms) / 16
-        if not alone:
+        if replica.prefixes.limit and not alone:
             ask = row.request.ask
             replica.prefixes.add(prefix_hashes(ask.prompt_ids + row.emitted, replica.capacity.block_size, ask.salt))
 
@@ -90,6 +91,8 @@ def _session(request: Request) -> tuple[str, str, str]:
 
 
 def _cached(row: Row, replica: Replica) -> int:
+    if not replica.prefixes.limit:
+        return 0
     size = replica.capacity.block_size
     return replica.prefixes.matched(_chain(row.request, size)) * size
 

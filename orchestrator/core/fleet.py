@@ -12,6 +12,7 @@ neither is an identity alone. A replica is its name, fenced by epoch, held by on
 from __future__ import annotations
 
 from collections import deque
+from statistics import median
 from typing import Literal
 
 import msgspec
@@ -29,6 +30,9 @@ FAULT_LIMIT, FAULT_WINDOW_S = 3, 60.0
 MAX_PLACED = 8
 #: A step may take this many times its prediction before it counts as hung.
 HANG_FACTOR = 4.0
+#: Heartbeats over which the usual length of a step is taken. One alone tells the load of a moment: right after a burst of prompts, the
+#: replica whose heartbeat happened to see its prefill would look many times slower than its equals, and they would get all the rest.
+PACE_BEATS = 15
 
 
 class Replica:
@@ -36,6 +40,7 @@ class Replica:
     to compute when it was sent. ``peer`` is empty while another connection's owner took its address over."""
 
     __slots__ = (
+        "_paces",
         "_tok_mark",
         "boot",
         "capacity",
@@ -59,6 +64,7 @@ class Replica:
         "since",
         "spec_hash",
         "state",
+        "step_ms",
         "streams",
         "tok_s",
         "user",
@@ -84,7 +90,10 @@ class Replica:
         self.chosen = 0
         #: It bounced a row; nothing more is sent before its next heartbeat.
         self.refusing = False
-        self.prefixes = PrefixRecord(hello.capacity.num_blocks)
+        self.prefixes = PrefixRecord(hello.capacity.num_blocks if hello.capacity.prefix_cache else 0)
+        #: Usual length of a step of late, ms; 0 before the first one was heard of.
+        self.step_ms = 0.0
+        self._paces: deque[float] = deque(maxlen=PACE_BEATS)
         #: When requests ended here by logits that are not finite; with enough of them it runs only what nobody else can.
         self.faults: deque[float] = deque(maxlen=FAULT_LIMIT)
         self.quarantined = False
@@ -102,11 +111,6 @@ class Replica:
         return max(1, self.capacity.max_batch_size // 16)
 
     @property
-    def step_ms(self) -> float:
-        """Length of a step here of late; 0 before the first one was heard of."""
-        return self.load.step_ms if self.load is not None else 0.0
-
-    @property
     def queued_tokens(self) -> int:
         """Prompt tokens that wait here before a new row's: reported, and sent since."""
         return (self.load.prefill_tokens if self.load is not None else 0) + self.sent_tokens
@@ -121,6 +125,9 @@ class Replica:
 
     def beat(self, heartbeat: Heartbeat, accepted: int, unseen_tokens: int, now: float) -> None:
         """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``unseen_tokens``: prompt tokens of those it cannot."""
+        if heartbeat.step_ms and (self.load is None or heartbeat.step != self.load.step):
+            self._paces.append(heartbeat.step_ms)
+            self.step_ms = median(self._paces)
         self.load = heartbeat
         self.others = max(0, heartbeat.running + heartbeat.waiting - accepted)
         self.sent_tokens = unseen_tokens

@@ -14,12 +14,12 @@ MAX_HASHES = 65_536
 
 
 class PrefixRecord:
-    """Least-recently-used set of chained block hashes, at most ``min(num_blocks, MAX_HASHES)``."""
+    """Least-recently-used set of chained block hashes, at most ``limit`` = ``min(num_blocks, MAX_HASHES)``; 0: there is no such cache."""
 
-    __slots__ = ("_hashes", "_limit")
+    __slots__ = ("_hashes", "limit")
 
     def __init__(self, num_blocks: int) -> None:
-        self._limit = max(0, min(num_blocks, MAX_HASHES))
+        self.limit = max(0, min(num_blocks, MAX_HASHES))
         self._hashes: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -36,10 +36,10 @@ class PrefixRecord:
     def add(self, chain: Sequence[int]) -> None:
         """Remember a chain. Leaves age before parents, as in the cache itself: the chain is touched from its end."""
         known = self._hashes
-        for value in reversed(chain[: self._limit]):
+        for value in reversed(chain[: self.limit]):
             known[value] = None
             known.move_to_end(value)
-        while len(known) > self._limit:
+        while len(known) > self.limit:
             known.popitem(last=False)
 
     def clear(self) -> None:

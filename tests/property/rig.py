@@ -9,6 +9,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import msgspec
+
 from workers.core.batch import Batch
 from workers.core.contract import Emission, Fault, Finish
 from workers.core.guide import GuideFactory
@@ -79,21 +81,15 @@ class Rig:
     """A batch, its model, the plans in flight, and every stream so far. ``model`` None = the auditing one."""
 
     def __init__(self, limits: Capacity, *, guides: GuideFactory | None = None, prefix_cache: bool = True, ahead: bool = False) -> None:
-        self.limits, self.guides, self.prefix_cache, self.ahead = limits, guides, prefix_cache, ahead
+        self.limits = msgspec.structs.replace(limits, prefix_cache=prefix_cache)
+        self.guides, self.ahead = guides, ahead
         self.streams: dict[int, Stream] = {}
         self.now = 0.0
         self.restart()
 
     def restart(self) -> None:
         """Lose the replica: a fresh batch and model; live streams are submitted again with what they have."""
-        self.batch = Batch(
-            self.limits,
-            guides=self.guides,
-            micro_batches=self.limits.pp,
-            ahead=self.ahead,
-            eos_ids=EOS,
-            prefix_cache=self.prefix_cache,
-        )
+        self.batch = Batch(self.limits, guides=self.guides, micro_batches=self.limits.pp, ahead=self.ahead, eos_ids=EOS)
         self.model = AuditModel(self.limits)
         self.flights: deque[StepPlan] = deque()
         for id, stream in self.streams.items():

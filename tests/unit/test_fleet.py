@@ -48,6 +48,22 @@ def test_a_live_name_belongs_to_its_key_and_a_process_to_its_name() -> None:
     table.check()
 
 
+def test_one_long_step_is_not_the_pace_of_a_replica() -> None:
+    _, replica = fleet()
+    assert replica.step_ms == 0.0
+    for step in range(20):
+        replica.beat(beat(step=step, step_ms=7.0), 0, 0, step * 0.2)
+    for step in range(20, 24):  # a burst of prompts
+        replica.beat(beat(step=step, step_ms=200.0), 0, 0, step * 0.2)
+    assert replica.step_ms == 7.0
+    for _ in range(20):  # no step since: no news
+        replica.beat(beat(step=23, step_ms=200.0), 0, 0, 5.0)
+    assert replica.step_ms == 7.0
+    for step in range(24, 40):  # it has become slow
+        replica.beat(beat(step=step, step_ms=30.0), 0, 0, step * 0.2)
+    assert replica.step_ms == 30.0
+
+
 def test_a_silent_reconnect_moves_the_address() -> None:
     table, replica = fleet()
     assert table.speaker(b"p9", "key-a", "b1") == (replica, True)

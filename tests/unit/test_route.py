@@ -25,8 +25,8 @@ def router(**admission: Any) -> Route:
     return Route(Peers(boot="R", router="r"), {"m": "m", "alias": "m"}, spec, Fleet(2.0, 10.0))
 
 
-def join(route: Route, name: str, *, epoch: int = 1, rows: int = 4, now: float = 0.0) -> bytes:
-    capacity = msgspec.structs.replace(CAPACITY, max_batch_size=rows, num_blocks=1000)
+def join(route: Route, name: str, *, epoch: int = 1, rows: int = 4, now: float = 0.0, prefix_cache: bool = True) -> bytes:
+    capacity = msgspec.structs.replace(CAPACITY, max_batch_size=rows, num_blocks=1000, prefix_cache=prefix_cache)
     hello = msgspec.structs.replace(HELLO, replica=name, boot=f"{name}{epoch}", epoch=epoch, capacity=capacity)
     route.hear(name.encode(), "", hello, now)
     return name.encode()
@@ -429,6 +429,19 @@ def test_prefixes_attract_until_the_wait_is_longer() -> None:
             route.hear(peer, "", beat(boot=f"{peer.decode()}1", step_ms=10.0, running=running), 0.0)
     assert places[0] == places[1] == places[2], "a cached prefix attracts"
     assert 10 <= places.count(b"a") <= 30, "and does not make a hot spot"
+
+
+def test_without_a_cache_no_prefix_attracts() -> None:
+    route = router(max_queue=100)
+    for name in ("a", "b"):
+        join(route, name, rows=32, prefix_cache=False)
+    route.take()
+    shared = list(range(1, 321))
+    places = []
+    for index in range(20):
+        route.submit(ask([*shared, 400 + index]), 0.0)
+        places += where(route.take())
+    assert places.count(b"a") == places.count(b"b") == 10
 
 
 def test_without_a_shared_prefix_rows_spread_evenly() -> None:

@@ -45,12 +45,12 @@ class Batch:
     """Rows of one replica.
 
     Args:
-        limits: what the engine can hold: blocks, ``max_batch_size`` rows with a slot, ``max_num_tokens`` a step, context, vocabulary.
+        limits: what the engine can hold: blocks, ``max_batch_size`` rows with a slot, ``max_num_tokens`` a step, context, vocabulary;
+            and whether rows reuse blocks by content.
         guides: compiles a row's grammar; None = guided rows are refused.
         micro_batches: plans that may be in flight, at least the number of pipeline stages.
         ahead: whether one plan more may be in flight, over rows whose last token is still being sampled.
         eos_ids: end-of-sequence ids of the model.
-        prefix_cache: whether rows reuse blocks by content.
     """
 
     def __init__(
@@ -61,14 +61,13 @@ class Batch:
         micro_batches: int = 1,
         ahead: bool = False,
         eos_ids: Iterable[int] = (),
-        prefix_cache: bool = True,
     ) -> None:
         self._limits = limits
         self._guides = guides
         self._micro_batches = micro_batches
         self._ahead = ahead
         self._eos_ids = frozenset(eos_ids)
-        self._pool = BlockPool(limits.num_blocks, limits.block_size, findable=prefix_cache)
+        self._pool = BlockPool(limits.num_blocks, limits.block_size, findable=limits.prefix_cache)
         self._rows: dict[int, Row] = {}
         self._waiting: Queue = deque()  # no slot; in admission order
         self._prefills: Queue = deque()  # slot, a prompt to compute; in admission order

@@ -114,6 +114,7 @@ def bring_up(spec: ReplicaSpec, ranks: Ranks) -> Built:
         engine="portable",
         dtype=engine.dtype,
         quant=quant,
+        prefix_cache=engine.prefix_cache,
     )
     tokens = blocks * engine.block_size
     log.info("KV cache: %d blocks hold %d tokens, or %.1f requests of %d tokens", blocks, tokens, tokens / longest, longest)

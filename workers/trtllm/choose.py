@@ -118,7 +118,14 @@ def _with_executor(
     vitals = warm_up(runtime, deadline, eos_ids=model.eos_ids)
     longest = spec.engine.max_seq_len or model.max_seq_len
     capacity = _capacity(
-        spec, vitals, longest, vocab_size=model.vocab_size, block_size=model.tokens_per_block, dtype=model.dtype, quant=model.quant
+        spec,
+        vitals,
+        longest,
+        vocab_size=model.vocab_size,
+        block_size=model.tokens_per_block,
+        dtype=model.dtype,
+        quant=model.quant,
+        prefix_cache=executor.prefix_reuse(model, spec.engine),
     )
     chunked = executor.chunked_context(model, options)
     longest_input = longest if chunked else min(longest, model.max_input_len, capacity.max_num_tokens)
@@ -138,13 +145,24 @@ def _with_llm(
     )
     vitals = warm_up(runtime, deadline, eos_ids=model.eos_ids)
     size, longest = llmapi.block_size(spec, vitals), llmapi.longest(spec, model)
-    capacity = _capacity(spec, vitals, longest, vocab_size=model.model.vocab_size, block_size=size, dtype=model.dtype, quant=model.quant)
+    capacity = _capacity(
+        spec,
+        vitals,
+        longest,
+        vocab_size=model.model.vocab_size,
+        block_size=size,
+        dtype=model.dtype,
+        quant=model.quant,
+        prefix_cache=spec.engine.prefix_cache,
+    )
     chunked = spec.engine.trtllm.chunked_context is not False
     longest_input = longest if chunked else min(longest, capacity.max_num_tokens)
     return _engine(runtime, Limits(capacity=capacity, max_input_len=longest_input, eos_ids=model.eos_ids), prefixes, spec)
 
 
-def _capacity(spec: ReplicaSpec, vitals: Vitals, longest: int, *, vocab_size: int, block_size: int, dtype: str, quant: Quant) -> Capacity:
+def _capacity(
+    spec: ReplicaSpec, vitals: Vitals, longest: int, *, vocab_size: int, block_size: int, dtype: str, quant: Quant, prefix_cache: bool
+) -> Capacity:
     engine = spec.engine
     return Capacity(
         block_size=block_size,
@@ -160,6 +178,7 @@ def _capacity(spec: ReplicaSpec, vitals: Vitals, longest: int, *, vocab_size: in
         engine="trtllm",
         dtype=dtype,
         quant=quant,
+        prefix_cache=prefix_cache,
     )
 
 

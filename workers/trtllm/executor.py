@@ -246,12 +246,17 @@ def chunked_context(engine: EngineDir, options: TrtllmOptions) -> bool:
     return engine.paged_context_fmha if options.chunked_context is None else options.chunked_context
 
 
+def prefix_reuse(engine: EngineDir, spec: EngineSpec) -> bool:
+    """Whether requests reuse K/V blocks by content."""
+    return spec.prefix_cache and engine.paged_context_fmha
+
+
 def config_of(engine: EngineDir, spec: EngineSpec) -> trt.ExecutorConfig:
     """The configuration that all ranks build, each the same. Raises :class:`ConfigError`."""
     from tensorrt_llm.bindings import executor as trt
 
     options = spec.trtllm
-    reuse = spec.prefix_cache and engine.paged_context_fmha
+    reuse = prefix_reuse(engine, spec)
     if spec.prefix_cache and not reuse:
         log.warning("no prefix reuse: the engine was built without use_paged_context_fmha")
     return trt.ExecutorConfig(
