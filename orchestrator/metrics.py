@@ -92,11 +92,11 @@ class RequestMeter:
     """One request's clock, made when it is submitted; it counts from :meth:`admitted` on, so one that is refused leaves no trace here. With
     several choices, an interval runs between deliveries of any of them."""
 
-    __slots__ = ("_choices", "_last", "_model", "_prompt_tokens", "_seen", "_start")
+    __slots__ = ("_choices", "_model", "_prompt_tokens", "_start")
 
     def __init__(self, model: ModelMeter, choices: int, prompt_tokens: int) -> None:
-        self._model, self._choices, self._prompt_tokens, self._seen = model, choices, prompt_tokens, False
-        self._start = self._last = time.perf_counter()
+        self._model, self._choices, self._prompt_tokens = model, choices, prompt_tokens
+        self._start = time.monotonic()
 
     def admitted(self) -> None:
         """The dispatcher took it."""
@@ -104,19 +104,16 @@ class RequestMeter:
         self._model.prompt_tokens += self._prompt_tokens
         self._model.prompt_length.observe(self._prompt_tokens)
 
-    def tokens(self, count: int) -> None:
-        now = time.perf_counter()
+    def first(self, count: int, now: float) -> None:
+        """Its first ``count`` tokens are delivered, at ``now`` of the monotonic clock."""
+        self._model.generation_tokens += count
+        self._model.first_token.observe(now - self._start)
+
+    def tokens(self, rows: int, count: int, spent: float) -> None:
+        """``rows`` requests of its model, this one among them, got ``count`` tokens each, ``spent`` seconds after their last."""
         model = self._model
-        model.generation_tokens += count
-        if self._seen:
-            # Written out: this runs once a token and row.
-            histogram, spent = model.inter_token, now - self._last
-            histogram.counts[bisect_left(LATENCY_BUCKETS, spent / (count or 1))] += count
-            histogram.total += spent
-        else:
-            self._seen = True
-            model.first_token.observe(now - self._start)
-        self._last = now
+        model.generation_tokens += rows * count
+        model.inter_token.observe(spent / count, rows * count)
 
     def ended(self, reason: str, usage: Usage) -> None:
         self._model.success[reason] += 1
@@ -138,7 +135,7 @@ class RequestMeter:
         self._choices -= choices
         if self._choices == 0:
             self._model.in_flight -= 1
-            self._model.end_to_end.observe(time.perf_counter() - self._start)
+            self._model.end_to_end.observe(time.monotonic() - self._start)
 
 
 class Metrics:

@@ -108,12 +108,12 @@ class Places:
         """Its replica has ended it."""
         self._release(row, cancel=False)
         self._board.end(row, "finished")
-        self.actions.append(Finished(row.request.id, row.choice, reason, usage, stop_id))
+        self.actions.append(Finished(row.owner, row.choice, reason, usage, stop_id))
 
     def fail(self, row: Row, error: TriremeError, *, cancel: bool = True) -> None:
         self._release(row, cancel=cancel)
         self._board.end(row, "failed")
-        self.actions.append(Errored(row.request.id, row.choice, error))
+        self.actions.append(Errored(row.owner, row.choice, error))
 
     def _release(self, row: Row, *, cancel: bool) -> None:
         replica = self._board.release(row)

@@ -11,7 +11,7 @@ The record is what makes a dead replica a pause and not a loss: prompt ids, emit
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -61,12 +61,13 @@ class Row:
     """
 
     __slots__ = (
-        "attempt", "attempts", "base", "choice", "deaths", "emitted", "granted", "held", "id", "params", "phase", "queued_at", "replica",
-        "request", "scored", "sent_at", "short", "starved", "stream",
+        "attempt", "attempts", "base", "choice", "deaths", "emitted", "granted", "held", "id", "owner", "params", "phase", "queued_at",
+        "replica", "request", "scored", "sent_at", "short", "starved", "stream",
     )  # fmt: skip
 
     def __init__(self, request: Request, id: int, choice: int, params: SamplingParams, emitted: list[int]) -> None:
         self.request, self.id, self.choice, self.params, self.emitted = request, id, choice, params, emitted
+        self.owner = request.owner
         self.base = len(emitted)
         self.granted = request.ask.credit
         self.phase: Phase = "queued"
@@ -96,12 +97,12 @@ class Row:
 
 
 class Request:
-    """A live request. ``id`` comes back in every delivery. ``deadline`` is absolute, inf = none."""
+    """A live request. ``owner`` comes back in every delivery; here nobody looks into it. ``deadline`` is absolute, inf = none."""
 
-    __slots__ = ("arrived", "ask", "chains", "deadline", "id", "live", "model", "rows")
+    __slots__ = ("arrived", "ask", "chains", "deadline", "id", "live", "model", "owner", "rows")
 
-    def __init__(self, id: int, ask: Asked, model: str, now: float, deadline: float) -> None:
-        self.id, self.ask, self.model, self.arrived, self.deadline = id, ask, model, now, deadline
+    def __init__(self, id: int, owner: Any, ask: Asked, model: str, now: float, deadline: float) -> None:
+        self.id, self.owner, self.ask, self.model, self.arrived, self.deadline = id, owner, ask, model, now, deadline
         self.rows: list[Row] = []
         #: Rows not ended.
         self.live = 0
@@ -158,8 +159,8 @@ class Send(msgspec.Struct, frozen=True, gc=False):
     message: ToReplica
 
 
-#: (request, choice, first, tokens, logprobs): tokens for a choice, in order, without gap or repeat: ``first`` continues the last delivery.
-Delivery: TypeAlias = tuple[int, int, int, list[int], list[Logprobs] | None]
+#: (owner, choice, first, tokens, logprobs): tokens for a choice, in order, without gap or repeat: ``first`` continues the last delivery.
+Delivery: TypeAlias = tuple[Any, int, int, list[int], list[Logprobs] | None]
 
 
 class Deliver(msgspec.Struct, frozen=True, gc=False):
@@ -171,7 +172,7 @@ class Deliver(msgspec.Struct, frozen=True, gc=False):
 class Scored(msgspec.Struct, frozen=True, gc=False):
     """Prompt logprobs of a choice, once."""
 
-    request: int
+    owner: Any
     choice: int
     logprobs: list[Logprobs]
 
@@ -179,7 +180,7 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
 class Finished(msgspec.Struct, frozen=True, gc=False):
     """A choice's terminal: done."""
 
-    request: int
+    owner: Any
     choice: int
     reason: FinishReason
     usage: Usage
@@ -189,7 +190,7 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
 class Errored(msgspec.Struct, frozen=True, gc=False):
     """A choice's terminal: failed."""
 
-    request: int
+    owner: Any
     choice: int
     error: TriremeError
 

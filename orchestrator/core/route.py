@@ -50,8 +50,11 @@ class Route:
 
     # --- what doors do
 
-    def submit(self, ask: Asked, now: float) -> int:
-        """Accept a request and return its id. Raises NotFound, Overloaded (with ``retry_after``), Unavailable (closing)."""
+    def submit(self, ask: Asked, now: float, owner: object = None) -> int:
+        """Accept a request and return its id; all that is delivered for it is addressed to ``owner``, else to the id.
+
+        Raises NotFound, Overloaded (with ``retry_after``), Unavailable (closing), DeadlineExceeded.
+        """
         model = self._models.get(ask.model)
         if model is None:
             raise NotFound(f"the model {ask.model[:64]!r} does not exist", code="model_not_found", param="model")
@@ -70,7 +73,8 @@ class Route:
                 retry_after=self._chooser.retry_after(model, len(line), now),
             )
         limit = self._admission.request_timeout_s or inf
-        request = Request(self._board.next(), ask, model, now, now + min(limit, ask.deadline_s if ask.deadline_s is not None else inf))
+        id = self._board.next()
+        request = Request(id, owner or id, ask, model, now, now + min(limit, ask.deadline_s if ask.deadline_s is not None else inf))
         for choice in range(ask.n):
             params = ask.params if choice == 0 else msgspec.structs.replace(ask.params, seed=(ask.params.seed + choice) % 2**63)
             row = Row(request, self._board.next(), choice, params, ask.emitted[choice] if choice < len(ask.emitted) else [])
@@ -284,7 +288,7 @@ class Route:
             row = self._board.streams.get(stream)
             if row is not None and row.replica is replica and not row.scored:
                 row.scored = True
-                self._places.actions.append(Scored(row.request.id, row.choice, prompt))
+                self._places.actions.append(Scored(row.owner, row.choice, prompt))
         streams, logprobs = self._board.streams, message.logprobs
         attempts, firsts = message.attempts, message.firsts
         rows: list[Delivery] = []
@@ -309,7 +313,7 @@ class Route:
                 emitted += tokens
                 if row.granted <= len(emitted) - row.base:
                     self._board.settle(row)
-                rows.append((row.request.id, row.choice, have, tokens, scores))
+                rows.append((row.owner, row.choice, have, tokens, scores))
         if rows:
             self._places.actions.append(Deliver(rows))
 

@@ -103,11 +103,12 @@ class _Choice:
 
 class Call:
     """A client's request, and what its watcher tells (a TextSink). ``stream`` and ``attempt`` are those of the client's last Generate,
-    ``out`` leads to where it came from. ``spoken``: the client wants text."""
+    ``out`` leads to where it came from. ``spoken``: the client wants text. ``ids``: nobody reads text, so it is the watcher itself, an
+    object less on the way of every token; its choices' records are then the dispatcher's."""
 
     __slots__ = (
-        "_boot", "_ended", "_open", "accepted", "attempt", "cancelled", "choices", "client_boot", "granted", "lost_at", "meter", "name",
-        "out", "prompt", "spoken", "stream", "ticket",
+        "_boot", "_ended", "_open", "accepted", "attempt", "cancelled", "choices", "client_boot", "granted", "ids", "lost_at", "meter",
+        "name", "out", "prompt", "spoken", "stream", "ticket",
     )  # fmt: skip
 
     def __init__(self, name: Name, boot: str, spoken: bool, out: Outgoing, ended: Callable[[Call], None]) -> None:
@@ -116,6 +117,7 @@ class Call:
         self.accepted: Accepted | None = None
         self.ticket: Ticket | None = None
         self.meter: RequestMeter | None = None
+        self.ids = False
         self.choices: list[_Choice] = []
         self.prompt: list[Logprobs] | None = None
         self._open = 0
@@ -176,6 +178,18 @@ class Call:
             if choice.end is not None:
                 self.out.end(self._addressed(choice.end))
 
+    # --- Watcher
+
+    def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
+        if logprobs is not None:
+            self.choices[choice].logprobs += logprobs
+        self.out.add(self.stream, self.attempt, choice, first, tokens, None, logprobs)
+
+    def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
+        assert self.meter is not None
+        self.meter.ended(reason, usage)
+        self.on_end(choice, reason, usage, stop_id, "")
+
     # --- TextSink
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
@@ -201,6 +215,8 @@ class Call:
         )
 
     def on_failed(self, choice: int, error: TriremeError) -> None:
+        if self.ids and self.meter is not None:
+            self.meter.failed(error.code)
         failed = Failed(
             boot=self._boot,
             stream=0,
@@ -225,30 +241,3 @@ class Call:
 
     def _addressed(self, end: Done | Failed) -> Done | Failed:
         return msgspec.structs.replace(end, stream=self.stream, attempt=self.attempt)
-
-
-class IdsWatcher:
-    """The watcher of a call that wants ids only: counts them and passes them on. Its call's records are the dispatcher's."""
-
-    __slots__ = ("_call", "_meter")
-
-    def __init__(self, call: Call, meter: RequestMeter) -> None:
-        self._call, self._meter = call, meter
-
-    def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
-        self._meter.tokens(len(tokens))
-        call = self._call
-        if logprobs is not None:
-            call.choices[choice].logprobs += logprobs
-        call.out.add(call.stream, call.attempt, choice, first, tokens, None, logprobs)
-
-    def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
-        self._call.on_prompt(choice, logprobs)
-
-    def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
-        self._meter.ended(reason, usage)
-        self._call.on_end(choice, reason, usage, stop_id, "")
-
-    def on_failed(self, choice: int, error: TriremeError) -> None:
-        self._meter.failed(error.code)
-        self._call.on_failed(choice, error)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from orchestrator.core.fleet import Replica
 from orchestrator.core.request import Deliver, Errored, Finished, Scored, Send
 from orchestrator.core.route import Route
+from orchestrator.metrics import RequestMeter
 from orchestrator.router.seam import Ask, ModelStatus, Watcher
 from workers.errors import EngineFault
 from workers.wire import FromReplica, ToReplica
@@ -26,12 +27,13 @@ SendToReplica = Callable[[bytes, ToReplica], bool]
 class Flight:
     """A live request's :class:`~orchestrator.router.seam.Ticket`. ``open``: bit i = the watcher still expects something for choice i."""
 
-    __slots__ = ("_dispatch", "id", "on_tokens", "open", "watcher")
+    __slots__ = ("_dispatch", "id", "last", "meter", "open", "watcher")
 
-    def __init__(self, dispatch: RouterDispatch, id: int, choices: int, watcher: Watcher) -> None:
-        self._dispatch, self.id, self.watcher = dispatch, id, watcher
-        #: Looked up once: it is called for every token.
-        self.on_tokens = watcher.on_tokens
+    def __init__(self, dispatch: RouterDispatch, choices: int, watcher: Watcher, meter: RequestMeter) -> None:
+        self._dispatch, self.watcher, self.meter = dispatch, watcher, meter
+        self.id = 0
+        #: When its last tokens were delivered; None = none were.
+        self.last: float | None = None
         self.open = (1 << choices) - 1
 
     def cancel(self) -> None:
@@ -51,27 +53,23 @@ class RouterDispatch:
 
     def __init__(self, route: Route, *, name: str, send: SendToReplica, clock: Callable[[], float]) -> None:
         self._route, self._name, self._send, self._clock = route, name, send, clock
-        self._flights: dict[int, Flight] = {}
         self._pumping = self._armed = False
 
     # --- the doors' side
 
-    def submit(self, ask: Ask, watcher: Watcher) -> Flight:
+    def submit(self, ask: Ask, watcher: Watcher, meter: RequestMeter) -> Flight:
         """Raises NotFound, Overloaded, Unavailable, DeadlineExceeded. The watcher hears nothing before the loop's next turn."""
-        id = self._route.submit(ask, self._clock())
-        flight = self._flights[id] = Flight(self, id, ask.n, watcher)
+        flight = Flight(self, ask.n, watcher, meter)
+        flight.id = self._route.submit(ask, self._clock(), flight)
         self._arm()
         return flight
 
     def cancel(self, flight: Flight) -> None:
-        if self._flights.pop(flight.id, None) is not None:
-            self._route.cancel(flight.id, self._clock())
-            self._arm()
+        self._route.cancel(flight.id, self._clock())
+        self._arm()
 
     def finish(self, flight: Flight, choice: int) -> None:
         self._route.finish(flight.id, choice, self._clock())
-        if not flight.open:
-            self._flights.pop(flight.id, None)
         self._arm()
 
     def credit(self, flight: Flight, tokens: int) -> None:
@@ -164,24 +162,40 @@ class RouterDispatch:
             asyncio.get_running_loop().call_soon(self.pump)
 
     def _deliver(self, action: Deliver) -> None:
-        flights = self._flights
-        for request, choice, first, tokens, logprobs in action.rows:
-            flight = flights.get(request)
-            if flight is None or not flight.open >> choice & 1:
+        now = self._clock()
+        # Rows that come together mostly came together the last time too: one entry for as many as have the same interval.
+        meter: RequestMeter | None = None
+        since, size, rows = -1.0, 0, 0
+        for flight, choice, first, tokens, logprobs in action.rows:
+            if not flight.open >> choice & 1:
                 continue
+            last = flight.last
+            if last is not since or len(tokens) != size:
+                if meter is not None:
+                    meter.tokens(rows, size, now - since)
+                size, rows = len(tokens), 0
+                if last is None:
+                    flight.meter.first(size, now)
+                    meter, since = None, -1.0
+                else:
+                    meter, since = flight.meter, last
+            rows += 1
+            flight.last = now
             try:
-                flight.on_tokens(choice, first, tokens, logprobs)
+                flight.watcher.on_tokens(choice, first, tokens, logprobs)
             except Exception as error:
                 # The edge of a request: whatever its door did wrong ends this request only.
                 self._break(flight, error)
+        if meter is not None:
+            meter.tokens(rows, size, now - since)
 
     def _act(self, action: Send | Scored | Finished | Errored) -> None:
         if isinstance(action, Send):
             if action.peer and not self._send(action.peer, action.message):
                 self._route.unreachable(action.peer, self._clock())
             return
-        flight = self._flights.get(action.request)
-        if flight is None or not flight.open >> action.choice & 1:
+        flight: Flight = action.owner
+        if not flight.open >> action.choice & 1:
             return
         try:
             self._tell(flight, action)
@@ -195,8 +209,6 @@ class RouterDispatch:
             watcher.on_prompt(action.choice, action.logprobs)
             return
         flight.open &= ~(1 << action.choice)
-        if not flight.open:
-            self._flights.pop(flight.id, None)
         if isinstance(action, Finished):
             watcher.on_done(action.choice, action.reason, action.usage, action.stop_id)
         else:

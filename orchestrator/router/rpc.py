@@ -20,7 +20,7 @@ from orchestrator.metrics import Metrics
 from orchestrator.router import request as bodies
 from orchestrator.router.admit import Gate
 from orchestrator.router.auth import EVERYONE, Salting, Tenant
-from orchestrator.router.calls import Call, IdsWatcher, Outgoing
+from orchestrator.router.calls import Call, Outgoing
 from orchestrator.router.prepare import Caller, Prepared, decode, prepare
 from orchestrator.router.seam import Ask, Dispatcher, Ticket
 from orchestrator.router.text import Texts, TextWatcher
@@ -168,14 +168,15 @@ class RpcDoor:
         meter = call.meter = self._metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
         if not call.spoken and not rule.stops and not rule.json:
             call.open(ask.emitted)
-            ticket = self._dispatcher.submit(ask, IdsWatcher(call, meter))
+            call.ids = True
+            ticket = self._dispatcher.submit(ask, call, meter)
             meter.admitted()
             return ticket
         call.open([list(ids) for ids in ask.emitted])
         watcher = TextWatcher(
             prepared.model, rule, call, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter, emitted=ask.emitted
         )  # fmt: skip
-        ticket = self._dispatcher.submit(ask, watcher)
+        ticket = self._dispatcher.submit(ask, watcher, meter)
         meter.admitted()
         watcher.bind(ticket)
         return ticket

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from orchestrator.metrics import RequestMeter
 from workers.errors import TriremeError
 from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
 
@@ -77,8 +78,11 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Dispatcher(Protocol):
     """The routing core with its shell: owns every accepted request until its last token."""
 
-    def submit(self, ask: Ask, watcher: Watcher) -> Ticket:
-        """Accept a request. Raises NotFound (model), Overloaded (queue full, with retry_after), Unavailable (no replica and no hope)."""
+    def submit(self, ask: Ask, watcher: Watcher, meter: RequestMeter) -> Ticket:
+        """Accept a request; ``meter`` counts its tokens as they are delivered.
+
+        Raises NotFound (model), Overloaded (queue full, with retry_after), Unavailable (no replica and no hope).
+        """
 
     def model(self, name: str) -> ModelStatus | None: ...
 

@@ -172,7 +172,6 @@ class TextWatcher:
         row = self._rows[choice]
         if row.ended:
             return
-        self._meter.tokens(len(tokens))
         row.count = first
         text, used, stop = self._read(row, tokens)
         if used < len(tokens):

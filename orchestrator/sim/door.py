@@ -187,7 +187,7 @@ class Router:
         return call
 
     def _end(self, action: Finished | Errored) -> None:
-        call = self._expecting(action.request, action.choice)
+        call = self._expecting(action.owner, action.choice)
         call.over.add(action.choice)
         if len(call.over) == call.ask.n:
             del self.calls[call.id]

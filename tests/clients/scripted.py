@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import httpx
 import msgspec
 import uvloop
 
-from orchestrator.metrics import Metrics
+from orchestrator.metrics import Metrics, RequestMeter
 from orchestrator.router.auth import ApiKeys, Salting
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
@@ -44,8 +45,8 @@ Script = Callable[[Ask, int], Play]
 
 
 class ScriptedTicket:
-    def __init__(self, dispatcher: ScriptedDispatcher, ask: Ask, watcher: Watcher) -> None:
-        self.ask, self.watcher, self._dispatcher = ask, watcher, dispatcher
+    def __init__(self, dispatcher: ScriptedDispatcher, ask: Ask, watcher: Watcher, meter: RequestMeter) -> None:
+        self.ask, self.watcher, self.meter, self._dispatcher = ask, watcher, meter, dispatcher
         self.live = set(range(ask.n))
         self.allowed = ask.credit
         self.cancelled = False
@@ -80,6 +81,10 @@ class ScriptedTicket:
         if self.allowed > position:
             tokens = ids[position : min(position + play.burst, self.allowed)]
             self.sent[choice] += len(tokens)
+            if position == 0:
+                self.meter.first(len(tokens), time.monotonic())
+            else:
+                self.meter.tokens(1, len(tokens), 0.001)
             wanted = self.ask.params.logprobs
             self.watcher.on_tokens(choice, position, tokens, None if wanted is None else score(tokens, wanted))
             asyncio.get_running_loop().call_soon(self._step, choice)
@@ -119,10 +124,10 @@ class ScriptedDispatcher:
         self.refusal: TriremeError | None = None
         self.is_ready = True
 
-    def submit(self, ask: Ask, watcher: Watcher) -> ScriptedTicket:
+    def submit(self, ask: Ask, watcher: Watcher, meter: RequestMeter) -> ScriptedTicket:
         if self.refusal is not None:
             raise self.refusal
-        ticket = ScriptedTicket(self, ask, watcher)
+        ticket = ScriptedTicket(self, ask, watcher, meter)
         self.asks.append(ask)
         self.tickets.append(ticket)
         return ticket

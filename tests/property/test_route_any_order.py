@@ -170,8 +170,8 @@ class Routing(RuleBasedStateMachine):
                     got += tokens
                     assert got == stream_of(ask.params.seed + choice, ask.prompt_ids, len(got)), "tokens of another stream"
             else:
-                self.expect_more(action.request, action.choice)
-                self.ends[action.request, action.choice] = action
+                self.expect_more(action.owner, action.choice)
+                self.ends[action.owner, action.choice] = action
         if self.route._places.actions:
             self.act()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.metrics import Metrics
@@ -39,8 +41,8 @@ def test_a_request_is_counted() -> None:
     assert one(metrics, "trireme_router_inflight_requests", model_name="m") == 0, "it may yet be refused"
     meter.admitted()
     assert one(metrics, "trireme_router_inflight_requests", model_name="m") == 1
-    meter.tokens(1)
-    meter.tokens(3)
+    meter.first(1, time.monotonic())
+    meter.tokens(1, 3, 0.3)
     meter.ended("stop", Usage(prompt_tokens=7, output_tokens=4, cached_tokens=2))
     assert one(metrics, "trireme_e2e_request_latency_seconds_count", model_name="m") == 0
     meter.failed("nan_logits")
@@ -49,6 +51,7 @@ def test_a_request_is_counted() -> None:
     assert one(metrics, "trireme_generation_tokens_total", model_name="m") == 4
     assert one(metrics, "trireme_time_to_first_token_seconds_count", model_name="m") == 1
     assert one(metrics, "trireme_inter_token_latency_seconds_count", model_name="m") == 3
+    assert one(metrics, "trireme_inter_token_latency_seconds_sum", model_name="m") == pytest.approx(0.3)
     assert one(metrics, "trireme_request_success_total", model_name="m", finished_reason="stop") == 1
     assert one(metrics, "trireme_request_error_total", model_name="m", code="nan_logits") == 1
     assert one(metrics, "trireme_e2e_request_latency_seconds_count", model_name="m") == 1

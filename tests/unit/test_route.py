@@ -343,10 +343,10 @@ def test_deadlines_hold_in_the_queue_and_at_a_replica() -> None:
     patient = route.submit(ask(), 0.0)
     route.tick(1.0)
     (end,) = route.take()
-    assert isinstance(end, Errored) and end.request == queued and isinstance(end.error, DeadlineExceeded)
+    assert isinstance(end, Errored) and end.owner == queued and isinstance(end.error, DeadlineExceeded)
     route.tick(5.0)
     (end,) = route.take()
-    assert isinstance(end, Errored) and end.request == patient and isinstance(end.error, Unavailable) and end.error.retry_after
+    assert isinstance(end, Errored) and end.owner == patient and isinstance(end.error, Unavailable) and end.error.retry_after
     join(route, "a", now=6.0)
     route.submit(ask(deadline_s=1.0), 6.0)
     (submit,) = sent(route.take(), Submit)

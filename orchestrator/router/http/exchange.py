@@ -42,7 +42,7 @@ class Exchange:
             watcher = TextWatcher(
                 self.prepared.model, self.prepared.rule, sink, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter
             )
-            ticket = dispatcher.submit(ask, watcher)
+            ticket = dispatcher.submit(ask, watcher, meter)
             meter.admitted()
             watcher.bind(ticket)
             self._live.append((ticket, meter))
