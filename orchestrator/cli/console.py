@@ -98,24 +98,25 @@ class Console:
         return error.exit_code
 
     @contextmanager
-    def progress(self) -> Iterator[Progress]:
-        """A callback that draws bars on a terminal and plain lines (phase, percent, seconds) elsewhere."""
+    def progress(self, counted: Callable[[int], str] | None = None) -> Iterator[Progress]:
+        """A callback that draws bars on a terminal and plain lines (phase, percent, seconds) elsewhere. ``counted`` words what is counted,
+        None = bytes."""
         if self.settings.quiet:
             yield lambda phase, done, total: None
         elif self.settings.log_format == "text" and self.stderr.isatty():
-            with self._draw() as callback:
+            with self._draw(counted is None) as callback:
                 yield callback
         else:
-            self._lines = PlainProgress(lambda text: self._write("info", text, {}))
+            self._lines = PlainProgress(lambda text: self._write("info", text, {}), amount=counted)
             try:
                 yield self._lines
             finally:
                 self._end_progress()
 
     @contextmanager
-    def _draw(self) -> Iterator[Progress]:
+    def _draw(self, bytewise: bool) -> Iterator[Progress]:
         from rich.console import Console as Terminal
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
         tasks: dict[str, Any] = {}
@@ -123,7 +124,8 @@ class Console:
         def callback(phase: str, done: int, total: int) -> None:
             if self._bars is None:
                 tasks.clear()
-                columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+                amount = DownloadColumn() if bytewise else MofNCompleteColumn()
+                columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn())
                 self._bars = Bars(*columns, console=Terminal(file=self.stderr))
                 self._bars.start()
             if phase not in tasks:
@@ -156,8 +158,10 @@ class Console:
 class PlainProgress:
     """Progress for logs and pipes: one line when a phase ends, and now and then while it lasts."""
 
-    def __init__(self, say: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> None:
-        self.say, self.clock = say, clock
+    def __init__(
+        self, say: Callable[..., None], clock: Callable[[], float] = time.monotonic, amount: Callable[[int], str] | None = None
+    ) -> None:
+        self.say, self.clock, self.amount = say, clock, amount or size
         self.phase, self.done, self.total = "", 0, 0
         self.started = self.told = clock()
 
@@ -169,13 +173,13 @@ class PlainProgress:
         self.done, self.total = done, total
         if now - self.told >= PLAIN_EVERY_S:
             self.told = now
-            share = f"{100 * done // total} % of {size(total)}" if total else size(done)
+            share = f"{100 * done // total} % of {self.amount(total)}" if total else self.amount(done)
             self.say(f"{phase}: {share}, {now - self.started:.1f} s")
 
     def finish(self) -> None:
         """Tell how the current phase ended; nothing when none ran."""
         if self.phase:
-            self.say(f"{self.phase}: {size(self.done)}, {self.clock() - self.started:.1f} s")
+            self.say(f"{self.phase}: {self.amount(self.done)}, {self.clock() - self.started:.1f} s")
         self.phase = ""
 
 

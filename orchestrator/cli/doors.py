@@ -16,7 +16,7 @@ import msgspec
 from orchestrator.client import Client, ClientKeys
 from orchestrator.keys import read_private
 from orchestrator.launch.control import Status
-from workers.errors import EngineFault, EnvironmentFault, Rejected, Unavailable, from_code
+from workers.errors import EngineFault, EnvironmentFault, NotFound, Rejected, Unavailable, from_code, printable
 
 Endpoint = Literal["chat", "completions"]
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -41,7 +41,15 @@ class HttpDoor:
 
     def models(self) -> list[str]:
         """Names that are served, the default first."""
-        return [model["id"] for model in self._get("/v1/models")["data"]]
+        return [card["id"] for card in self._get("/v1/models")["data"]]
+
+    def card(self, model: str) -> dict[str, Any]:
+        """What is said of a served model, by default the first: ``id``, and where it is known ``max_model_len``. Raises NotFound."""
+        cards = self._get("/v1/models")["data"]
+        found = next((card for card in cards if model in ("", card["id"])), None)
+        if found is None and not model:
+            raise Unavailable(f"{self.url} serves no model")
+        return dict(found if found is not None else self._get(f"/v1/models/{model}"))  # an alias is not listed
 
     def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]:
         """Stream an answer. Raises the error that the endpoint names (:func:`workers.errors.from_code`), also in mid-stream."""
@@ -74,17 +82,21 @@ class RpcDoor:
     def __init__(self, status: Status) -> None:
         if not status.rpc:
             raise Unavailable(f"{status.name} has no router yet", hint=f"trireme status {status.name}")
-        keys = None
-        if any(address.endpoint.startswith("tcp://") for address in status.rpc):
-            keys = msgspec.json.decode(read_private(Path(status.key_file)), type=ClientKeys)
-        self._client = Client(status.rpc, keys=keys)
+        self._client = Client(status.rpc, keys=client_keys(status))
 
     def close(self) -> None:
         self._client.close()
 
     def models(self) -> list[str]:
         """As :meth:`HttpDoor.models`."""
-        return [model["id"] for model in self._client.models()]
+        return [card["id"] for card in self._client.models()]
+
+    def card(self, model: str) -> dict[str, Any]:
+        """As :meth:`HttpDoor.card`."""
+        found = next((card for card in self._client.models() if model in ("", card["id"], *card["aliases"])), None)
+        if found is None:
+            raise NotFound(f"The model `{printable(model)}` does not exist", code="model_not_found")
+        return {"id": model or found["id"], "max_model_len": (found["status"] or {}).get("max_seq_len") or None}
 
     def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]:
         """As :meth:`HttpDoor.ask`; an answer that is left early is cancelled."""
@@ -99,6 +111,13 @@ class RpcDoor:
                     yield piece.text
         finally:
             call.cancel()
+
+
+def client_keys(status: Status) -> ClientKeys | None:
+    """This user's key pair for a deployment's RPC door; None where that needs none. Raises EnvironmentFault where it cannot be read."""
+    if not any(address.endpoint.startswith("tcp://") for address in status.rpc):
+        return None
+    return msgspec.json.decode(read_private(Path(status.key_file)), type=ClientKeys)
 
 
 def _pieces(lines: Iterator[str]) -> Iterator[str]:

@@ -1,0 +1,242 @@
+"""`trireme bench`: load on an OpenAI endpoint or on the RPC door, and what it came to.
+
+Owns the flags, the process's timers and signals, and the progress. What is sent and counted is :mod:`orchestrator.load`'s.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.asking import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_door
+from orchestrator.cli.console import INTERRUPTED, Console
+from orchestrator.cli.operating import DEFAULT_RUN_DIR, RunDir, pick
+from workers.errors import EngineFault, EnvironmentFault, Rejected
+
+if TYPE_CHECKING:
+    from orchestrator.load.figures import Summary
+    from orchestrator.load.run import Load
+    from orchestrator.load.schedule import Cutter
+    from orchestrator.load.settings import Settings
+    from orchestrator.load.target import Target
+
+#: Requests in flight unless told otherwise: in a closed loop, and at most in an open one.
+CLOSED, OPEN = 8, 1024
+#: Requests of a run that is not told when to end.
+REQUESTS = 100
+#: Tokens kept free of a prompt in words: words may be more tokens than they are, and a chat template stands around them.
+SLACK_TOKENS = 64
+TICK_S = 0.25
+LOST = 5
+
+Concurrency = Annotated[int | None, typer.Option("--concurrency", "-c", min=1, help="Requests in flight; with a rate or trace, at most.")]
+Rate = Annotated[float | None, typer.Option("--rate", "-r", help="Requests a second, sent whatever becomes of them (open loop).")]
+Burstiness = Annotated[float, typer.Option("--burstiness", help="1 = Poisson arrivals, less comes in bursts, more is steadier.")]
+Requests = Annotated[int | None, typer.Option("--requests", "-n", min=1, help="How many; 100 unless there is a duration or a trace.")]
+Duration = Annotated[float | None, typer.Option("--duration", "-d", help="Send for so many seconds.")]
+InputLen = Annotated[
+    str, typer.Option("--input-len", metavar="N|A:B", help="Tokens of a prompt, 512 unless given; A:B = anything between.")
+]
+OutputLen = Annotated[str, typer.Option("--output-len", metavar="N|A:B", help="Tokens of an answer, 128 unless given.")]
+Trace = Annotated[Path | None, typer.Option("--trace", help="Replay a .jsonl or .jsonl.gz of timestamps and lengths.")]
+Speed = Annotated[float, typer.Option("--speed", help="Replay a trace so many times as fast.")]
+Spread = Annotated[float | None, typer.Option("--spread", help="Seconds over which equal timestamps of a trace are spread.")]
+MaxLen = Annotated[int | None, typer.Option("--max-len", min=2, help="Cut requests to this context; the served model's unless given.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Arrivals, lengths and prompts are the same for the same seed.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Ask the chat endpoint; prompts are words.")]
+Words = Annotated[bool, typer.Option("--text", help="Send prompts as words instead of token ids.")]
+Slo = Annotated[list[str] | None, typer.Option("--slo", metavar="FIGURE:MS", help="Objective for goodput: ttft, itl, tpot, e2e or queue.")]
+Warmup = Annotated[int, typer.Option("--warmup", min=0, help="Requests sent before, which do not count.")]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds after which a request has failed.")]
+StopAtEos = Annotated[bool, typer.Option("--stop-at-eos", help="Let answers end by themselves (no ignore_eos in the body).")]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="table|json", help="Form of the report.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Write the report as JSON to this file too.")]
+Deployment = Annotated[str, typer.Option("--name", help="Which deployment of this machine, for --rpc; the only one when not given.")]
+
+#: Makes the target once the loop runs; ``clock`` is what answers are timed by.
+MakeTarget = Callable[[Callable[[], float]], "Target"]
+
+
+def bench(
+    context: typer.Context,
+    url: Url = DEFAULT_URL,
+    rpc: Rpc = False,
+    name: Deployment = "",
+    model: Model = "",
+    concurrency: Concurrency = None,
+    rate: Rate = None,
+    burstiness: Burstiness = 1.0,
+    requests: Requests = None,
+    duration: Duration = None,
+    input_len: InputLen = "",
+    output_len: OutputLen = "",
+    trace: Trace = None,
+    speed: Speed = 1.0,
+    spread: Spread = None,
+    max_len: MaxLen = None,
+    seed: Seed = 0,
+    chat: Chat = False,
+    words: Words = False,
+    temperature: Temperature = 0.0,
+    stop_at_eos: StopAtEos = False,
+    slo: Slo = None,
+    warmup: Warmup = 0,
+    timeout: Timeout = 600.0,
+    form: Output = "table",
+    out: Out = None,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Put load on a deployment, or on any OpenAI endpoint, and measure it."""
+    from orchestrator.load.settings import Settings, check, objectives
+
+    if form not in ("table", "json"):
+        raise Rejected(f"-o {form} is not a form", hint="use table or json")
+    if rpc and chat:
+        raise Rejected("--chat is asked over HTTP", hint="leave out --rpc or --chat")
+    settings = Settings(
+        target=f"rpc {name}".strip() if rpc else url, model=model, endpoint="chat" if chat else "completions",
+        concurrency=concurrency or (CLOSED if rate is None and trace is None else OPEN), rate=rate, burstiness=burstiness,
+        requests=requests or (REQUESTS if duration is None and trace is None else None), duration_s=duration, input_len=input_len,
+        output_len=output_len, trace=str(trace or ""), speed=speed, spread_s=spread, max_len=max_len, seed=seed, words=words or chat,
+        full=not stop_at_eos, temperature=temperature, warmup=warmup, timeout_s=timeout, objectives=objectives(slo or []),
+    )  # fmt: skip
+    check(settings)
+    settings = measured_against(settings, url, rpc, name, run_dir)
+    run(context.obj, settings, target_of(settings, url, rpc, name, run_dir), form, out)
+
+
+def measured_against(settings: Settings, url: str, rpc: bool, name: str, run_dir: str) -> Settings:
+    """The settings with the model that is meant and the context that it has, where the endpoint tells. Raises NotFound."""
+    from msgspec.structs import replace
+
+    with closing(open_door(url, rpc, name, run_dir)) as door:
+        try:
+            card = door.card(settings.model)
+        except EngineFault:
+            if not settings.model:
+                raise
+            card = {"id": settings.model}  # an endpoint that lists no models may serve this one all the same
+    told = card.get("max_model_len")
+    slack = SLACK_TOKENS if settings.words else 0
+    limit = settings.max_len or (told - slack if told and told > 2 * slack else told)
+    return replace(settings, model=settings.model or card["id"], max_len=limit)
+
+
+def target_of(settings: Settings, url: str, rpc: bool, name: str, run_dir: str) -> MakeTarget:
+    if not rpc:
+        from orchestrator.load.http import HttpTarget
+
+        key = os.environ.get(KEY_VARIABLE, "")
+        return lambda clock: HttpTarget(url, model=settings.model, endpoint=settings.endpoint, key=key, clock=clock)
+    from orchestrator.cli.doors import client_keys
+    from orchestrator.load.rpc import RpcTarget
+
+    status = pick(name, run_dir).status()
+    keys = client_keys(status)
+    return lambda clock: RpcTarget(status.rpc, model=settings.model, keys=keys, clock=clock)
+
+
+def run(console: Console, settings: Settings, make: MakeTarget, form: str, out: Path | None) -> None:
+    """Send the load and tell what it came to. Exit code 5 when nothing was answered, 130 after Ctrl-C."""
+    import asyncio
+
+    import uvloop
+
+    from orchestrator.cli import verdict
+    from orchestrator.load.schedule import Cutter
+
+    console.say(verdict.describe(settings))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    date, cutter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Cutter(settings.max_len)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        summary, interrupted = runner.run(_measure(console, settings, make, cutter, read_lines(settings.trace)))
+    report = verdict.Report.of(date, settings, summary, cutter, interrupted)
+    if out is not None:
+        verdict.write(out, report)
+    console.out(verdict.as_json(report) if form == "json" else verdict.render(report))
+    for doubt in verdict.doubts(report):
+        console.warn(doubt)
+    if interrupted or not summary.succeeded:
+        raise typer.Exit(INTERRUPTED if interrupted else LOST)
+
+
+async def _measure(console: Console, settings: Settings, make: MakeTarget, cutter: Cutter, lines: Iterator[bytes]) -> tuple[Summary, bool]:
+    """(the summary, whether Ctrl-C ended the run)."""
+    from orchestrator.load.figures import Tally
+    from orchestrator.load.run import Load, Options, clock
+    from orchestrator.load.settings import plan, warmup
+
+    def options(seed: int) -> Options:
+        return Options(
+            concurrency=settings.concurrency, seed=seed, timeout_s=settings.timeout_s, words=settings.words, full=settings.full,
+            temperature=settings.temperature, duration_s=settings.duration_s if seed == settings.seed else None,
+        )  # fmt: skip
+
+    target = make(clock)
+    try:
+        if settings.warmup:
+            # Other prompts than the run's, which must not find its own in a cache.
+            warm = Load(target, warmup(settings), options(settings.seed + 1), Tally())
+            if await _until_end(console, "warm-up", warm, settings.warmup, timed=False):
+                return warm.tally.summary(0.0), True
+        load = Load(target, plan(settings, cutter, lines), options(settings.seed), Tally(settings.objectives))
+        spent = time.process_time()
+        total = settings.requests or int(settings.duration_s or 0)
+        interrupted = await _until_end(console, "load", load, total, timed=settings.requests is None and settings.duration_s is not None)
+        return load.tally.summary(time.process_time() - spent), interrupted
+    finally:
+        await target.close()
+
+
+async def _until_end(console: Console, phase: str, load: Load, total: int, *, timed: bool) -> bool:
+    """Run a load with its progress: requests that are over, or seconds where only these are known. True: Ctrl-C ended it."""
+    import asyncio
+
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        load.stop()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    running = asyncio.create_task(load.run())
+    try:
+        with console.progress(lambda count: f"{count} s" if timed else f"{count} requests") as tell:
+            over = False
+            while not over:
+                over = bool((await asyncio.wait({running}, timeout=TICK_S))[0])
+                tell(phase, min(int(load.elapsed), total) if timed else load.tally.over, total)
+        await running
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    return interrupted
+
+
+def read_lines(path: str) -> Iterator[bytes]:
+    """The lines of a trace, unpacked where it is gzip; none without one. Raises EnvironmentFault."""
+    if not path:
+        return
+    try:
+        with open(path, "rb") as plain:
+            packed = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            yield from gzip.GzipFile(fileobj=plain) if packed else plain
+    except (OSError, EOFError) as error:
+        raise EnvironmentFault(f"{path} cannot be read", str(error), "name a .jsonl or .jsonl.gz file") from None
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command()(bench)

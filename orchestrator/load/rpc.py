@@ -1,0 +1,40 @@
+"""The RPC door as a target. Owns one client, whose streams share its connection as any program's would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from orchestrator.client import AsyncClient, ClientKeys
+from orchestrator.load.figures import Flight
+from orchestrator.load.target import Wanted
+from workers.spec import RouterAddress
+
+
+class RpcTarget:
+    """Make it inside the loop that uses it. ``keys``: for ``tcp://`` endpoints."""
+
+    def __init__(self, routers: Sequence[RouterAddress], *, model: str, keys: ClientKeys | None, clock: Callable[[], float]) -> None:
+        self._client = AsyncClient(routers, model=model, keys=keys)
+        self._clock = clock
+
+    async def ask(self, wanted: Wanted, flight: Flight) -> None:
+        options: dict[str, Any] = {"max_tokens": wanted.output, "temperature": wanted.temperature, "seed": wanted.seed}
+        if wanted.full:
+            options["ignore_eos"] = True
+        flight.sent(self._clock())
+        call = self._client.complete(wanted.prompt, texts=False, **options)
+        try:
+            async for piece in call.stream():
+                if piece.tokens:
+                    flight.piece(self._clock())
+        finally:
+            call.cancel()
+        reply = await call.result()
+        usage = reply.choices[0].usage
+        flight.counted(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
+        if not flight.pieces:
+            flight.piece(self._clock())
+
+    async def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,149 @@
+"""When requests are sent and how long they are. Pure: seeds and lines in, planned requests out, one at a time.
+
+Owns the arrival processes, the reading of traces, and the cutting of lengths to what a model takes. Never looks at a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+import msgspec
+import numpy as np
+
+from workers.errors import Rejected
+
+#: Tokens that one id of a trace's ``hash_ids`` stands for.
+BLOCK = 512
+#: Mooncake's traces round arrivals to this, seconds.
+QUANTUM_S = 3.0
+#: Records looked at to tell whether a trace's arrivals are rounded.
+_LOOK = 256
+_CHUNK = 1024
+
+
+class Planned(msgspec.Struct, frozen=True, kw_only=True):
+    """One request to come. ``at``: seconds after the start, None = as soon as there is room. ``input``, ``output``: tokens. ``blocks``: ids
+    of the prompt's blocks of :data:`BLOCK` tokens, equal ids being equal text; empty = a prompt like no other."""
+
+    index: int
+    input: int
+    output: int
+    at: float | None = None
+    blocks: tuple[int, ...] = ()
+
+
+class Range(msgspec.Struct, frozen=True):
+    """Whole numbers from ``low`` to ``high``, both included, all alike."""
+
+    low: int
+    high: int
+
+    def draw(self, generator: np.random.Generator) -> int:
+        return self.low if self.low == self.high else int(generator.integers(self.low, self.high + 1))
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of a trace. ``timestamp`` in ms; ``hash_ids`` name the prompt's blocks, the last of which may be partial."""
+
+    timestamp: float
+    input_length: int
+    output_length: int
+    hash_ids: list[int] | None = None
+
+
+class Cutter:
+    """Fits lengths to a context of ``limit`` tokens (None = any), and counts what it took away."""
+
+    def __init__(self, limit: int | None) -> None:
+        if limit is not None and limit < 2:
+            raise Rejected(f"a context of {limit} tokens holds no request", hint="use --max-len 2 or more")
+        self._limit = limit
+        self.requests = self.input_tokens = self.output_tokens = 0
+
+    def fit(self, input: int, output: int) -> tuple[int, int]:
+        """The answer keeps up to half of the context, the prompt the rest of it."""
+        if self._limit is None or input + output <= self._limit:
+            return input, output
+        kept = min(output, max(self._limit // 2, self._limit - input))
+        held = min(input, self._limit - kept)
+        self.requests += 1
+        self.input_tokens += input - held
+        self.output_tokens += output - kept
+        return held, kept
+
+
+def arrivals(rate: float, burstiness: float, seed: int) -> Iterator[float]:
+    """Seconds of arrivals at ``rate`` a second: gaps drawn from a gamma distribution of shape ``burstiness``. 1 is Poisson; less comes in
+    bursts, more is steadier."""
+    generator = np.random.default_rng([seed, 1])
+    now = 0.0
+    while True:
+        for gap in generator.gamma(burstiness, 1.0 / (rate * burstiness), _CHUNK):
+            now += float(gap)
+            yield now
+
+
+def synthetic(input: Range, output: Range, cutter: Cutter, seed: int, times: Iterable[float] | None = None) -> Iterator[Planned]:
+    """Requests of drawn lengths without end; ``times`` None: each as soon as there is room."""
+    generator = np.random.default_rng([seed, 2])
+    clock: Iterator[float | None] = iter(times) if times is not None else iter(lambda: None, 0)
+    for index, at in enumerate(clock):
+        held, kept = cutter.fit(input.draw(generator), output.draw(generator))
+        yield Planned(index=index, input=held, output=kept, at=at)
+
+
+def replayed(
+    records: Iterable[Record], cutter: Cutter, seed: int, *, speed: float = 1.0, spread_s: float | None = None
+) -> Iterator[Planned]:
+    """A trace's requests, ``speed`` times as fast. ``spread_s``: how far requests of one timestamp are spread, uniformly; None = by
+    :data:`QUANTUM_S` where the trace is rounded. Raises Rejected where timestamps go back."""
+    stream = iter(records)
+    seen = list(islice(stream, _LOOK))
+    if not seen:
+        raise Rejected("the trace is empty")
+    width = spread_s if spread_s is not None else QUANTUM_S if _rounded(seen) else 0.0
+    generator = np.random.default_rng([seed, 3])
+    index, begun, last = 0, seen[0].timestamp, 0.0
+    for group in _groups(chain(seen, stream)):
+        start = (group[0].timestamp - begun) / 1000.0
+        offsets = np.sort(generator.uniform(0.0, width, len(group))) if width else np.zeros(len(group))
+        for record, offset in zip(group, offsets, strict=True):
+            last = max(last, start + float(offset))
+            held, kept = cutter.fit(record.input_length, record.output_length)
+            blocks = tuple(record.hash_ids or ())[: -(-held // BLOCK)]
+            yield Planned(index=index, input=held, output=kept, at=last / speed, blocks=blocks)
+            index += 1
+
+
+def records(lines: Iterable[bytes], name: str) -> Iterator[Record]:
+    """Decode a trace's lines, empty ones left out. Raises Rejected that names file and line."""
+    decode = msgspec.json.Decoder(Record).decode
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = decode(line)
+        except msgspec.DecodeError as error:
+            raise Rejected(f"{name}:{number} is not a request of a trace", str(error)) from None
+        if record.input_length < 1 or record.output_length < 1:
+            raise Rejected(f"{name}:{number} is not a request of a trace", "a length is below 1")
+        yield record
+
+
+def _rounded(seen: list[Record]) -> bool:
+    """Block ids come with Mooncake's traces; where many of these share a timestamp, arrivals were rounded."""
+    return seen[0].hash_ids is not None and len({record.timestamp for record in seen}) <= len(seen) // 2
+
+
+def _groups(stream: Iterable[Record]) -> Iterator[list[Record]]:
+    """Consecutive records of one timestamp."""
+    group: list[Record] = []
+    for record in stream:
+        if group and record.timestamp < group[0].timestamp:
+            raise Rejected("the trace's timestamps go back", f"{record.timestamp:g} ms after {group[0].timestamp:g} ms", "sort it by time")
+        if group and record.timestamp != group[0].timestamp:
+            yield group
+            group = []
+        group.append(record)
+    yield group
