@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from bench.report import commit, say
+from orchestrator.core import cost
 from workers.__main__ import GPU_ENVIRONMENT
 from workers.spec import EngineSpec, Parallel, QuantName, ReplicaSpec
 
@@ -62,12 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 #: name → requests, prompt and output tokens of each.
-WORKLOADS = {
-    "latency-b1": (1, 128, 256),
-    "balanced": (256, 512, 256),
-    "prefill-heavy": (256, 2048, 32),
-    "decode-heavy": (512, 128, 512),
-}
+WORKLOADS = {load.name: (load.requests, load.isl, load.osl) for load in cost.WORKLOADS}
 
 
 class Case(msgspec.Struct, frozen=True):

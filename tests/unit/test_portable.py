@@ -11,7 +11,6 @@ import torch
 from tests.reference.engine import margin_violations, request, serve
 from tests.tiny import IM_END, tiny_model
 from workers.core.contract import Finish
-from workers.engine.cache import blocks_that_fit, step_bytes
 from workers.engine.pace import Pace
 from workers.errors import ArtifactError, ConfigError, EnvironmentFault, Rejected
 from workers.portable import PortableEngine, build
@@ -147,23 +146,6 @@ def test_random_weights_need_no_files(folder: Path, tmp_path: Path) -> None:
         engine = engine_of(tmp_path, load_format="dummy", quant=quant)
         (stream,) = serve(engine, mixed(1))
         assert len(stream.tokens) == 12 and all(entry.logprob is not None and entry.logprob > -100 for entry in stream.logprobs)
-
-
-def test_block_counts(folder: Path) -> None:
-    from workers.artifacts.artifact import open_artifact
-    from workers.core.shard import shard_of
-
-    model = open_artifact(folder).model
-    shard = shard_of(model, Parallel(tp=2, pp=2), 0)
-    each = 2 * 16 * 2 * 2 * 8 * 4  # layers, tokens, keys and values, heads, dim, bytes
-    assert blocks_that_fit(model, shard, EngineSpec(kv_tokens=33), host_ranks=4) == 3
-    assert blocks_that_fit(model, shard, EngineSpec(kv_bytes=10 * each + 1), host_ranks=4) == 10
-    assert blocks_that_fit(model, shard, EngineSpec(), host_ranks=4, free_bytes=160 * each) == 10
-    assert blocks_that_fit(model, shard, EngineSpec(), host_ranks=4, free_bytes=1 << 40) == (1 << 28) // each
-    assert blocks_that_fit(model, shard, EngineSpec(), host_ranks=4, budget=7 * each) == 7
-    assert blocks_that_fit(model, shard, EngineSpec(), host_ranks=4, budget=7 * each, itemsize=1) == 28
-    small, large = EngineSpec(max_num_tokens=256), EngineSpec(max_num_tokens=512)
-    assert 0 < step_bytes(model, shard, small) < step_bytes(model, shard, large)
 
 
 def test_pace_follows_what_it_saw() -> None:

@@ -15,11 +15,12 @@ import msgspec
 import torch
 
 from workers.artifacts.artifact import Artifact, open_artifact, quant_for
+from workers.core.memory import blocks_that_fit, cache_budget, kv_format, longest_row
 from workers.core.parts import unit_of
 from workers.core.plan import OpenSlot, StepPlan, column
 from workers.core.shard import Shard, shard_of
 from workers.engine.answers import PlanRunner
-from workers.engine.cache import KvCache, agree, blocks_that_fit, gpu_budget
+from workers.engine.cache import KvCache, agree, free_bytes
 from workers.engine.comm import Waiter
 from workers.engine.device import CudaDevice, pin_numerics
 from workers.engine.groups import Ranks, all_or_none
@@ -27,6 +28,7 @@ from workers.engine.runner import Runner
 from workers.engine.weights import dummy, fill, load_shards, prove_shard
 from workers.errors import ConfigError
 from workers.model.kernels.layout import HEAD_DIMS
+from workers.model.layers import TORCH
 from workers.model.llama import LlamaStage
 from workers.spec import EngineSpec, ModelSpec, Quant, ReplicaSpec
 from workers.wire import Capacity, SamplingParams
@@ -89,14 +91,15 @@ def bring_up(spec: ReplicaSpec, ranks: Ranks) -> Built:
             if not on_gpu and proof is not None:
                 proof.result()
             stage = _load(spec, ranks, artifact, shard, dtype, quant)
-        longest = min(engine.max_seq_len or artifact.model.max_position, artifact.model.max_position)
-        kv_dtype = torch.float8_e4m3fn if on_gpu and quant.kv_cache_quant_algo == "FP8" else dtype
+        longest, form = longest_row(artifact.model, engine), kv_format(engine, quant)
         with all_or_none(world):
-            budget = gpu_budget(artifact.model, shard, engine, ranks.device) if on_gpu else None
-            fitting = blocks_that_fit(artifact.model, shard, engine, host_ranks=ranks.host_ranks, itemsize=kv_dtype.itemsize, budget=budget)
+            free = free_bytes(ranks.device)
+            budget = cache_budget(artifact.model, shard, engine, free=free, host_ranks=ranks.host_ranks)
+            log.info("memory: %.2f GB free with the weights in place, at most %.2f GB of it for the cache", free / 1e9, budget / 1e9)
+            fitting = blocks_that_fit(artifact.model, shard, engine, form, budget)
         blocks = agree(world, fitting)
         with all_or_none(world):
-            cache = KvCache(artifact.model, shard, blocks=blocks, block_size=engine.block_size, dtype=kv_dtype, device=stage.device)
+            cache = KvCache(artifact.model, shard, blocks=blocks, block_size=engine.block_size, dtype=TORCH[form], device=stage.device)
             runner = _runner(spec, ranks, stage, cache, longest, artifact.eos_ids)
         with all_or_none(world):
             # A GPU waits for no hash: the file is read twice, side by side, and what was read wrongly is never served.
@@ -125,7 +128,7 @@ def _load(spec: ReplicaSpec, ranks: Ranks, artifact: Artifact, shard: Shard, dty
     """This rank's stage with its weights."""
     engine, parallel, device = spec.engine, spec.parallel, ranks.device
     begin = time.perf_counter()
-    longest = min(engine.max_seq_len or artifact.model.max_position, artifact.model.max_position)
+    longest = longest_row(artifact.model, engine)
     torch.set_num_threads(_LOAD_THREADS if device.type == "cuda" else engine.threads)
     if device.type == "cuda":
         pin_numerics()
@@ -134,10 +137,11 @@ def _load(spec: ReplicaSpec, ranks: Ranks, artifact: Artifact, shard: Shard, dty
         dummy(stage.parameters(), seed=ranks.world.rank)
     else:
         fill(stage.parameters(), load_shards(artifact, parallel, ranks.world.rank, engine.dtype, quant, proven=True))
+    size = sum(parameter.nbytes for parameter in stage.parameters().values())
     stage.freeze(fixed_rows=engine.fixed_shape)
     torch.set_num_threads(engine.threads)
     _give_back()
-    log.info("weights are in place after %.1f s", time.perf_counter() - begin)
+    log.info("weights: %d bytes in place after %.1f s", size, time.perf_counter() - begin)
     return stage
 
 

@@ -1,0 +1,91 @@
+"""The default model's shape on one CPU thread: fixed workloads with random weights, one JSON line each, for the planner's fit.
+
+python -m bench.cpu_runs [--output FILE] [--repeats 2]
+
+All requests are submitted at once to the real engine, prefix cache off. CPU seconds count, so that what else the machine does matters
+little; of each workload's repeats the quickest is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+
+from bench.drive import submit
+from bench.report import commit
+from orchestrator.core.shapes import SHAPES
+from workers.portable import PortableEngine, build
+from workers.spec import EngineSpec, ReplicaSpec
+
+SHAPE = "smollm2-135m-instruct"
+#: name → requests, prompt and output tokens of each.
+WORKLOADS = {"one": (1, 32, 24), "four": (4, 32, 24), "sixteen": (16, 64, 24), "prefill": (4, 256, 2)}
+
+
+def write_shape(folder: Path) -> Path:
+    """A Hugging Face folder without weights."""
+    model = SHAPES[SHAPE]
+    keys = {
+        "model_type": model.architecture,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position,
+        "rope_theta": model.rope_theta,
+        "rms_norm_eps": model.rms_norm_eps,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "tie_word_embeddings": model.tied_embeddings,
+    }
+    (folder / "config.json").write_text(json.dumps(keys))
+    return folder
+
+
+def started(folder: Path) -> PortableEngine:
+    spec = EngineSpec(load_format="dummy", max_seq_len=1024, kv_tokens=16384, prefix_cache=False)
+    engine = build(ReplicaSpec(name="bench", model=SHAPE, artifact=str(folder), engine=spec), None)
+    assert isinstance(engine, PortableEngine)
+    return engine
+
+
+def cpu_seconds(engine: PortableEngine, requests: int, isl: int, osl: int) -> float:
+    """What serving all of them costs this process."""
+    draw = random.Random(requests)
+    for index in range(requests):
+        engine.submit(index, submit(index, [draw.randrange(engine.capacity.vocab_size) for _ in range(isl)], osl))
+    begin = time.process_time()
+    while engine.busy():
+        engine.step()
+    return time.process_time() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, help="append JSON lines here")
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+    facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit(), "engine": "trireme", "shape": SHAPE}
+    layout = {"tp": 1, "pp": 1, "threads": 1, "dtype": "fp32", "max_num_tokens": 256, "clock": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        engine = started(write_shape(Path(folder)))
+    cpu_seconds(engine, 4, 16, 4)
+    for name, (requests, isl, osl) in WORKLOADS.items():
+        seconds = min(cpu_seconds(engine, requests, isl, osl) for _ in range(args.repeats))
+        sizes = {"workload": name, "requests": requests, "isl": isl, "osl": osl}
+        text = json.dumps(facts | layout | sizes | {"seconds": round(seconds, 3), "output_tok_s": round(requests * osl / seconds, 1)})
+        print(text, flush=True)
+        if args.output:
+            with args.output.open("a") as file:
+                file.write(f"{text}\n")
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

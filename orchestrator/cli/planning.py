@@ -1,0 +1,197 @@
+"""`trireme plan`: what a deployment file needs and gives, before anything is started. Works without a GPU, Ray, MPI or weights.
+
+Owns the words for devices and the tables. What fits and how fast it is belongs to `orchestrator.core.planner`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from orchestrator.cli.console import Console
+from workers.errors import ArtifactError, ConfigError, Rejected
+
+if TYPE_CHECKING:
+    from orchestrator.config import Config
+    from orchestrator.core.planner import Subject, SubjectPlan
+    from orchestrator.core.seating import Cluster
+    from workers.spec import ModelSpec, Quant, QuantName
+
+_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def plan(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A deployment file.")],
+    gpus: Annotated[str, typer.Option("--gpus", metavar="8xH100[,nodes=2]", help="GPUs on each node: H100, H200, A100, L40S.")] = "",
+    cpus: Annotated[
+        str, typer.Option("--cpus", metavar="2[,nodes=1][,memory=16GB]", help="CPUs on each node; this host's if not given.")
+    ] = "",
+    model: Annotated[str, typer.Option("--model", help="A folder or known shape to stand in for the file's paths.")] = "",
+    isl: Annotated[int, typer.Option("--isl", min=1, help="Prompt tokens of a request.")] = 512,
+    osl: Annotated[int, typer.Option("--osl", min=1, help="Output tokens of a request.")] = 256,
+    form: Annotated[str, typer.Option("--output", "-o", metavar="table|json")] = "table",
+    render: Annotated[str, typer.Option("--render", metavar="slurm|ray|kubernetes", help="Print the job of this size instead.")] = "",
+) -> None:
+    """Say whether a deployment fits, on which layouts, and how fast it would be; exit code 3 when it does not fit as it is."""
+    from orchestrator import config
+    from orchestrator.cli import planned, rendering
+    from orchestrator.core import planner
+    from orchestrator.core.cost import Workload
+
+    console: Console = context.obj
+    if form not in ("table", "json"):
+        raise Rejected(f"--output {form} is not a format", hint="use table or json")
+    if render not in ("", *rendering.KINDS):
+        raise Rejected(f"--render {render} is not a kind of job", hint=f"use {', '.join(rendering.KINDS)}")
+    settings = config.load(file, env=os.environ).config
+    load = Workload(name="asked", requests=1, isl=isl, osl=osl)
+    plans: list[tuple[SubjectPlan, Cluster]] = []
+    groups = _by_device(subjects(settings, model))
+    if gpus and groups and "cuda" not in groups:
+        raise ConfigError(f"--gpus {gpus} says nothing about {file}", "its models run on CPUs", "set device: cuda and dtype: bf16 in it")
+    for device, some in groups.items():
+        cluster = gpu_cluster(gpus, settings) if device == "cuda" else host_cluster(cpus, some)
+        plans += ((each, cluster) for each in planner.plan(some, cluster, load))
+    if not plans:
+        raise ConfigError(f"{file} has nothing to plan", "only fake engines, which take no memory", "plan a file with a real engine")
+    refusal = next((each.refusal for each, _ in plans if each.refusal), None)
+    if render:
+        if refusal:
+            raise refusal
+        if len({cluster for _, cluster in plans}) > 1:
+            raise ConfigError(f"{file} runs on GPUs and on CPUs", "a job asks for nodes of one kind", "give each kind a file of its own")
+        console.out(rendering.job(render, file, settings, [each.subject for each, _ in plans], plans[0][1]), end="")
+        return
+    if form == "json":
+        console.out(json.dumps({"models": [planned.facts(each, cluster, load) for each, cluster in plans]}, indent=2))
+    else:
+        console.out("\n\n".join(planned.told(each, cluster, load) for each, cluster in plans))
+    if refusal:
+        raise refusal
+
+
+def subjects(settings: Config, stand_in: str = "") -> list[Subject]:
+    """What a deployment asks for; gangs of one model that run alike together. ``stand_in``: the model to think of instead of each path.
+
+    Raises what reading a model's description raises.
+    """
+    from orchestrator.core.planner import Subject
+
+    found: list[Subject] = []
+    for model in settings.models:
+        groups: dict[tuple[str, bytes], list[int]] = {}
+        members, gangs = model.members(), model.gangs()
+        for index, member in enumerate(members):
+            groups.setdefault((member.path or member.name, msgspec.msgpack.encode(member.engine_spec())), []).append(index)
+        for indices in groups.values():
+            member = members[indices[0]]
+            if member.engine == "fake":
+                continue
+            shape, quant = _description(stand_in or member.path or member.name, member.quant)
+            found.append(
+                Subject(
+                    name=model.name if len(groups) == 1 else f"{model.name} ({gangs[indices[0]][0]})",
+                    model=shape,
+                    quant=quant,
+                    engine=member.engine_spec(),
+                    gangs=tuple(gangs[index] for index in indices),
+                    cpus_per_rank=model.cpus_per_rank,
+                    spread=model.spread,
+                )
+            )
+    return found
+
+
+def _description(name: str, form: QuantName | None) -> tuple[ModelSpec, Quant]:
+    """(shape, weight formats) of a model with weights in ``form``: read from its folder, or known by name."""
+    from orchestrator.core.shapes import SHAPES
+    from workers.artifacts.artifact import open_artifact, quant_for
+    from workers.spec import PLAIN, quant_of
+    from workers.trtllm.engine_dir import is_engine_dir
+
+    path = Path(name).expanduser()
+    if path.exists():
+        if is_engine_dir(path):
+            raise ArtifactError(f"{path} is a built engine", "its layout and limits are settled", "give its checkpoint with --model")
+        artifact = open_artifact(path, bare=True)
+        return artifact.model, quant_for(artifact, form)
+    if name.lower() not in SHAPES:
+        why = f"no file or folder is there, and shapes known by name are: {', '.join(SHAPES)}"
+        raise ArtifactError(f"there is no model at {name}", why, "give one of them, or a folder with a config.json, with --model")
+    return SHAPES[name.lower()], PLAIN if form is None else quant_of(form)
+
+
+def _by_device(some: Sequence[Subject]) -> dict[str, list[Subject]]:
+    found: dict[str, list[Subject]] = {}
+    for subject in some:
+        found.setdefault(subject.engine.device, []).append(subject)
+    return found
+
+
+def gpu_cluster(text: str, settings: Config) -> Cluster:
+    """``8xH100,nodes=2``. Raises :class:`Rejected` for what that cannot mean, :class:`ConfigError` where nothing is said."""
+    from orchestrator.core.hardware import GPUS
+    from orchestrator.core.seating import Cluster
+
+    if not text:
+        raise ConfigError(f"{settings.name} runs on GPUs", "which ones is not said", "add --gpus, such as --gpus 8xH100,nodes=2")
+    first, options = _words("--gpus", text, {"nodes"})
+    count, cross, kind = first.partition("x")
+    known = {name.lower(): gpu for name, gpu in GPUS.items()}
+    if not cross or kind.lower() not in known:
+        raise Rejected(f"--gpus {text}: {kind or first} is not a known GPU", "", f"write COUNTxKIND; kinds are {', '.join(GPUS)}")
+    return Cluster(device=known[kind.lower()], nodes=_count("--gpus", options.get("nodes", "1")), slots=_count("--gpus", count))
+
+
+def host_cluster(text: str, some: Sequence[Subject]) -> Cluster:
+    """``2,nodes=1,memory=16GB``; what is left out is this host's, on which a deployment's own Ray grants its ranks a share each, whether
+    there are as many cores or not."""
+    import psutil
+
+    from orchestrator.core.hardware import Host
+    from orchestrator.core.seating import Cluster
+
+    here = len(os.sched_getaffinity(0))
+    first, options = _words("--cpus", text, {"nodes", "memory"}) if text else (str(here), {})
+    memory = _bytes(options["memory"]) if "memory" in options else int(psutil.virtual_memory().available)
+    cores = _count("--cpus", first)
+    shares = 0 if text else ceil(sum(subject.cpus_per_rank * layout.world for subject in some for _, layout in subject.gangs))
+    device = Host(memory=memory, cores=cores)
+    return Cluster(device=device, nodes=_count("--cpus", options.get("nodes", "1")), slots=max(cores, shares))
+
+
+def _words(flag: str, text: str, known: set[str]) -> tuple[str, dict[str, str]]:
+    first, *rest = text.split(",")
+    options = {name: value for name, _, value in (word.partition("=") for word in rest)}
+    if unknown := options.keys() - known:
+        allowed = " and ".join(f"{name}=" for name in sorted(known, reverse=True))
+        raise Rejected(f"{flag} {text}: {min(unknown)!r} is not known", "", f"after the first comma may follow {allowed}")
+    return first, options
+
+
+def _count(flag: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65536:
+        raise Rejected(f"{flag}: {text!r} is not a count", "", f"{flag} {'8xH100' if flag == '--gpus' else '2'},nodes=2")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    number = text.rstrip("kKMGTiB")
+    unit = text[len(number) :]
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise Rejected(f"--cpus: memory={text} is not a size", "", "write 16GB or 16GiB") from None
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command()(plan)

@@ -1,0 +1,245 @@
+"""What a step costs, as a roofline: bytes over bandwidth, products over peak, sums over links, and what every layer and step costs besides.
+
+Pure functions of shapes and rates. :mod:`orchestrator.core.hardware` holds the rates; a workload is replayed step by step as the batch
+would run it. Must never know a device by its name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+
+import msgspec
+
+from workers.core.memory import kv_format
+from workers.core.parts import FORMAT_BYTES, quantized, stored_tensors, unit_of
+from workers.core.shard import heads_of, shard_of, shares_embedding
+from workers.spec import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
+
+#: How smoothly products take over from reading weights: time = (reading^P + products^P)^(1/P). Products of 256 rows, recorded one by one,
+#: lie between the sum (1) and the larger of the two (infinite).
+BLEND = 4.0
+#: Sums over tensor-parallel ranks in each layer: after attention and after the MLP.
+SUMS_A_LAYER = 2
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank's device gives. Bytes and products (FLOP) a second; seconds for the rest.
+
+    ``read``: weights; ``cached``: keys and values; ``traffic``: what passes between products. ``product``: linear layers; ``narrow``: FP8
+    ones; ``attention``: prefill. ``layer_s``, ``step_s``: launches and gaps. ``choice_s``: choosing a token, for each of its logits.
+    ``sum_s``, ``member_s``: latency of a sum over tp ranks of one host, and more of it for each rank; ``link``: bytes a second a rank.
+    ``hop_s``: latency of a stage's output on its way to the next stage; it travels at ``link`` within a node, at ``wire`` beyond it.
+    """
+
+    read: float
+    cached: float
+    traffic: float
+    product: float
+    narrow: float
+    attention: float
+    layer_s: float
+    step_s: float
+    choice_s: float
+    sum_s: float
+    member_s: float
+    link: float
+    hop_s: float
+    wire: float
+
+
+class StageWork(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank of a stage does: bytes and FLOP for each step, token, sampled row, cached token read, and (query, key) pair."""
+
+    layers: int
+    weights: int
+    token_flop: int
+    row_flop: int
+    row_logits: int
+    token_bytes: int
+    cached_bytes: int
+    pair_flop: int
+    hidden_bytes: int
+    tp: int
+    narrow: bool
+    first: bool
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """One step: new ``tokens``, of which ``rows`` yield one; ``context`` cached tokens read by decodes; ``pairs`` of prefills."""
+
+    tokens: int
+    rows: int
+    context: float
+    pairs: float = 0.0
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """``requests`` at once, each of ``isl`` prompt and ``osl`` output tokens."""
+
+    name: str
+    requests: int
+    isl: int
+    osl: int
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A workload on one replica: seconds from the first step to the last, and ms between two tokens of a row, on average."""
+
+    seconds: float
+    output_tok_s: float
+    token_ms: float
+
+
+#: What `bench.gpu` measures.
+WORKLOADS = (
+    Workload(name="latency-b1", requests=1, isl=128, osl=256),
+    Workload(name="balanced", requests=256, isl=512, osl=256),
+    Workload(name="prefill-heavy", requests=256, isl=2048, osl=32),
+    Workload(name="decode-heavy", requests=512, isl=128, osl=512),
+)
+
+
+def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineSpec, quant: Quant) -> StageWork:
+    """The work of the rank of ``stage`` with the most heads, whom the others wait for. Raises ConfigError as ``shard_of`` does."""
+    rank = stage * parallel.tp + max(range(parallel.tp), key=lambda tp_rank: heads_of(model, parallel.tp, tp_rank)[0].size)
+    shard = shard_of(model, parallel, rank, unit=unit_of(quant))
+    item, hidden = DTYPE_BYTES[engine.dtype], model.hidden_size
+    weights, linear = 0, 0
+    for each in stored_tensors(model, parallel, rank, dtype=engine.dtype, quant=quant):
+        name = each.tensor.name
+        # Rows of the embedding are looked up; its table is read whole only where it is the head too.
+        if "vocab_embedding" not in name or shares_embedding(model, parallel):
+            weights += each.nbytes
+        if quantized(name, each.tensor.shape) and name.endswith(".weight"):
+            linear += each.tensor.elements * (2 if each.format == "uint8" else 1)
+    query, kv = shard.heads.size * model.head_dim, shard.kv_heads.size * model.head_dim
+    # Written and read between the products of a layer: two sums with their norms, queries with keys and values, what the MLP multiplies.
+    between = 8 * hidden + 2 * (query + 2 * kv) + 3 * query + 3 * shard.ffn.size
+    return StageWork(
+        layers=shard.layers.size,
+        weights=weights,
+        token_flop=2 * linear,
+        row_flop=2 * shard.vocab_rows * hidden if shard.last else 0,
+        row_logits=shard.vocab_rows if shard.last else 0,
+        token_bytes=item * between * shard.layers.size,
+        cached_bytes=shard.layers.size * 2 * kv * FORMAT_BYTES[kv_format(engine, quant)],
+        pair_flop=4 * query * shard.layers.size,
+        hidden_bytes=item * hidden,
+        tp=parallel.tp,
+        narrow=quant.weights == "fp8" and engine.device == "cuda",
+        first=shard.first,
+    )
+
+
+def stage_seconds(work: StageWork, rates: Rates, load: Load) -> float:
+    """Time that one stage takes for ``load``."""
+    reading = work.weights / rates.read
+    products = load.tokens * work.token_flop / (rates.narrow if work.narrow else rates.product) + load.rows * work.row_flop / rates.product
+    spent = float((reading**BLEND + products**BLEND) ** (1 / BLEND))
+    spent += load.context * work.cached_bytes / rates.cached + load.pairs * work.pair_flop / rates.attention
+    spent += load.tokens * work.token_bytes / rates.traffic + load.rows * work.row_logits * rates.choice_s
+    return spent + work.layers * rates.layer_s + rates.step_s + _sums(work, rates, load)
+
+
+def _sums(work: StageWork, rates: Rates, load: Load) -> float:
+    """Time of the tensor-parallel sums of a step: each rank sends and takes 2 (n - 1) / n of what is summed."""
+    if work.tp == 1:
+        return 0.0
+    each = rates.sum_s + work.tp * rates.member_s + load.tokens * work.hidden_bytes * 2 * (work.tp - 1) / work.tp / rates.link
+    return (SUMS_A_LAYER * work.layers + work.first) * each
+
+
+class Pipeline:
+    """The stages of one replica, and what a step costs in them. ``crossings``: hops between stages that leave a node."""
+
+    def __init__(self, stages: Sequence[StageWork], rates: Rates, *, crossings: int = 0) -> None:
+        self.depth = len(stages)
+        self._kinds, self._rates, self._crossings = Counter(stages), rates, crossings
+        self._hidden_bytes = stages[0].hidden_bytes
+
+    def seconds(self, load: Load, lanes: int) -> float:
+        """Time until each of ``lanes`` micro-batches of ``load`` has had one step: the slowest stage bounds a full pipeline, the way
+        through all of them a nearly empty one."""
+        times = {work: stage_seconds(work, self._rates, load) for work in self._kinds}
+        inside = self.depth - 1 - self._crossings
+        carried = load.tokens * self._hidden_bytes
+        through = sum(count * times[work] for work, count in self._kinds.items()) + inside * (
+            self._rates.hop_s + carried / self._rates.link
+        )
+        through += self._crossings * (self._rates.hop_s + carried / self._rates.wire)
+        # Sampled ids go back to the first stage.
+        through += self._rates.hop_s if self.depth > 1 else 0.0
+        return max(lanes * max(times.values()), through)
+
+
+def replay(pipeline: Pipeline, workload: Workload, *, rows: int, max_num_tokens: int) -> Run:
+    """Run ``workload`` as the batch does: decodes first, then prefill in chunks under the token budget, ``rows`` at most at a time.
+
+    A pipeline's rows are dealt to as many micro-batches as it has stages; all are alike, so one stands for all.
+    """
+    lanes = min(pipeline.depth, workload.requests, rows)
+    lane = _Lane(-(-workload.requests // lanes), max(1, rows // lanes), max_num_tokens, workload)
+    seconds = decoding = 0.0
+    tokens = 0
+    while not lane.over:
+        load, steps = lane.next()
+        spent = steps * pipeline.seconds(load, lanes)
+        seconds += spent
+        decoding += spent * load.rows
+        tokens += steps * load.rows
+    return Run(
+        seconds=seconds,
+        output_tok_s=workload.requests * workload.osl / seconds,
+        token_ms=1e3 * decoding / tokens,
+    )
+
+
+class _Lane:
+    """One micro-batch's rows on their way. ``_ends``: (step at which they end, rows) of those that decode."""
+
+    def __init__(self, requests: int, places: int, budget: int, workload: Workload) -> None:
+        self._waiting, self._places, self._budget, self._workload = requests, places, budget, workload
+        self._ends: deque[tuple[int, int]] = deque()
+        self._step = self._decoding = 0
+        self._context = 0.0
+        #: Prompt tokens already computed of the row that a chunk has cut.
+        self._begun = 0
+
+    @property
+    def over(self) -> bool:
+        return not self._waiting and not self._ends
+
+    def next(self) -> tuple[Load, int]:
+        """The next step, and how many of them follow each other alike: decodes until a row ends."""
+        room = min(self._places - self._decoding, self._waiting)
+        chunk = min(self._budget - self._decoding, room * self._workload.isl - self._begun) if room > 0 else 0
+        if chunk > 0:
+            return self._prefill(chunk), 1
+        steps = self._ends[0][0] - self._step
+        # Each step reads one token more a row; the mean of an even climb is its middle.
+        load = Load(tokens=self._decoding, rows=self._decoding, context=self._context + self._decoding * (steps - 1) / 2)
+        self._advance(steps)
+        return load, steps
+
+    def _prefill(self, chunk: int) -> Load:
+        isl, decoding, context = self._workload.isl, self._decoding, self._context
+        finished, begun = divmod(self._begun + chunk, isl)
+        # Pairs of whole prompts, less what was computed of the first before, plus what is computed of the last one now.
+        pairs = (finished * isl**2 - self._begun**2 + begun**2) / 2
+        self._advance(1)
+        self._waiting -= finished
+        self._begun = begun
+        if finished and self._workload.osl > 1:
+            self._ends.append((self._step + self._workload.osl - 1, finished))
+            self._decoding += finished
+            self._context += finished * (isl + 1)
+        return Load(tokens=decoding + chunk, rows=decoding + finished, context=context, pairs=pairs)
+
+    def _advance(self, steps: int) -> None:
+        self._step += steps
+        self._context += steps * self._decoding
+        while self._ends and self._ends[0][0] <= self._step:
+            _, ended = self._ends.popleft()
+            self._decoding -= ended
+            self._context -= ended * (self._workload.isl + self._workload.osl)

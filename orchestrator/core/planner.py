@@ -1,0 +1,374 @@
+"""Does a model fit, on which layouts, how many rows does each hold, and how fast will they be: before anything is started. Pure.
+
+Memory is the engine's own arithmetic (:mod:`workers.core.memory`); speed is :mod:`orchestrator.core.cost`. A tensor-parallel group stays
+within a node, where the fast links are; stages may cross. Must never look at a machine or a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from orchestrator.core.cost import WORKLOADS, Load, Pipeline, Rates, Run, StageWork, Workload, replay, stage_work
+from orchestrator.core.hardware import GPU_FIT, HOST_FIT, HOST_RANK, Gpu, Host, gpu_rates, host_rates, leading_s, taken
+from orchestrator.core.seating import Cluster, Seat, layouts, rooms, seat
+from workers.core.memory import GPU_RESERVE, block_bytes, blocks_that_fit, cache_budget, frozen_bytes, kv_format, longest_row, step_bytes
+from workers.core.parts import unit_of
+from workers.core.shard import deal, parameters, shard_of, trtllm_refusal
+from workers.errors import ConfigError
+from workers.spec import EngineSpec, ModelSpec, Parallel, Quant
+
+#: GPUs of the largest usual node: what is advised before more nodes are.
+FULL_NODE = 8
+#: A workload of many more requests than a replica has rows says nothing about it.
+TURNS = 8
+#: What recorded runs on GPUs were like, with some room: ranks at most, tokens of a step's budget at least, parameters of the model.
+RECORDED_RANKS, RECORDED_TOKENS, RECORDED_PARAMETERS = 4, 4096, (5e9, 100e9)
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """What is planned: one model as some gangs run it. ``gangs``: (replica name, layout) as the file says; ``spread``: a node for each
+    stage."""
+
+    name: str
+    model: ModelSpec
+    quant: Quant
+    engine: EngineSpec
+    gangs: tuple[tuple[str, Parallel], ...]
+    cpus_per_rank: float = 1.0
+    spread: bool = False
+
+
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes on one rank, of ``total`` that its device (a host: its share) has: ``weights`` as they run, ``step`` tensors, ``other``: what
+    is gone before and kept in reserve, ``cache``: keys and values. ``kv_tokens``: what this rank alone could hold."""
+
+    total: int
+    weights: int
+    step: int
+    other: int
+    cache: int
+    kv_tokens: int
+
+
+class LayoutPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One layout: ``replicas`` of it, each with ``ranks`` and the cache that all of them agree on, ``kv_tokens``; at most ``rows`` at a
+    time of the load asked about, ``longest`` of the longest kind.
+
+    ``one``: a row alone; ``full``: ``rows`` at once; None where nothing can be said of its speed. ``error``: relative error of both, None
+    where no run like it was recorded. ``crowd``: ranks of all gangs on the fullest node.
+    """
+
+    parallel: Parallel
+    replicas: int
+    seat: Seat
+    ranks: tuple[RankMemory, ...]
+    kv_tokens: int
+    rows: int
+    longest: float
+    one: Run | None
+    full: Run | None
+    error: float | None
+    crowd: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_tok_s(self) -> float:
+        """Output tokens a second of all replicas at full load, as if each were alone."""
+        return self.replicas * self.full.output_tok_s if self.full else 0.0
+
+
+class SubjectPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """``own``: the file's layouts, one each; ``options``: what fits on the same devices, most tokens a second first."""
+
+    subject: Subject
+    own: tuple[LayoutPlan, ...]
+    options: tuple[LayoutPlan, ...]
+    refusal: ConfigError | None = None
+
+    @property
+    def best(self) -> LayoutPlan | None:
+        return self.options[0] if self.options else None
+
+    @property
+    def quickest(self) -> LayoutPlan | None:
+        """The option whose single row gets its tokens soonest."""
+        timed = [(option.one.token_ms, -option.total_tok_s, index) for index, option in enumerate(self.options) if option.one]
+        return self.options[min(timed)[2]] if timed else None
+
+
+def rank_memory(subject: Subject, parallel: Parallel, rank: int, device: Gpu | Host, *, neighbours: int = 1, crowd: int = 1) -> RankMemory:
+    """``neighbours``: ranks of the same gang on the same host; ``crowd``: ranks of all gangs there.
+
+    Raises :class:`ConfigError` where the weights or the cache do not fit.
+    """
+    model, engine, quant = subject.model, subject.engine, subject.quant
+    shard = shard_of(model, parallel, rank, unit=unit_of(quant))
+    weights = frozen_bytes(model, parallel, rank, engine, quant)
+    if isinstance(device, Gpu):
+        total, step = device.memory, step_bytes(model, shard, engine)
+        other = taken(parallel) + GPU_RESERVE
+        free = total - taken(parallel) - weights
+        cache = cache_budget(model, shard, engine, free=free, host_ranks=neighbours)
+    else:
+        total, step, other = device.memory // crowd, 0, HOST_RANK
+        free = device.memory - crowd * (other + weights)
+        cache = cache_budget(model, shard, engine, free=max(0, free), host_ranks=neighbours)
+    form = kv_format(engine, quant)
+    if weights + step + other > total:
+        raise ConfigError(
+            f"{subject.name}: rank {rank} of tp={parallel.tp} pp={parallel.pp} does not fit on {_a(device)}",
+            f"its weights take {_gb(weights)}; of {_gb(total)}, {_gb(total - step - other)} are left for weights and cache",
+        )
+    blocks = blocks_that_fit(model, shard, engine, form, cache)
+    wanted = blocks * block_bytes(model, shard, engine, form)
+    room = max(0, total - weights - step - other)
+    if wanted > room:
+        raise ConfigError(
+            f"{subject.name}: rank {rank} of tp={parallel.tp} pp={parallel.pp} has no room for its cache on {_a(device)}",
+            f"{blocks * engine.block_size} tokens take {_gb(wanted)}; {_gb(room)} are left beside the weights' {_gb(weights)}",
+        )
+    return RankMemory(total=total, weights=weights, step=step, other=other, cache=wanted, kv_tokens=blocks * engine.block_size)
+
+
+def layout_plan(
+    subject: Subject, parallel: Parallel, cluster: Cluster, place: Seat, replicas: int, load: Workload, *, crowd: int = 0
+) -> LayoutPlan:
+    """What one layout holds and gives. ``crowd``: ranks of all gangs on the fullest node; those of this gang if not given.
+
+    Raises :class:`ConfigError` where it does not fit, or cannot be made of this model.
+    """
+    parallel.check(subject.model)
+    _possible(subject, parallel, cluster.device)
+    crowd = crowd or max(place.ranks)
+    ranks = _ranks(subject, parallel, cluster.device, max(place.ranks), crowd)
+    kv_tokens = min(rank.kv_tokens for rank in ranks)
+    longest, rows = longest_row(subject.model, subject.engine), _rows(subject, kv_tokens, load)
+    notes = []
+    if kv_tokens < longest:
+        notes.append(f"rows of more than {kv_tokens} tokens are refused: the cache holds no more")
+    if rows == 0:
+        notes.append(f"no row of {load.isl} + {load.osl} tokens: the longest has {min(kv_tokens, longest)}")
+    if place.torn:
+        notes.append("a tensor-parallel group crosses nodes: its sums would go over the network in every layer; no speed is foretold")
+    one = full = None
+    error = _error(subject, parallel, cluster.device, place, crowd)
+    if rows and not place.torn:
+        pipeline = pipeline_of(subject, parallel, rates_of(subject, cluster.device, crowd), crossings=place.crossings)
+        one, full = (
+            replay(pipeline, msgspec.structs.replace(load, requests=count), rows=rows, max_num_tokens=subject.engine.max_num_tokens)
+            for count in (1, rows)
+        )
+        if isinstance(cluster.device, Gpu) and _led_late(pipeline, rows, load):
+            error = None
+            notes.append(f"steps of {rows} rows are nearly as short as the host's own share of them: expect fewer tokens a second")
+    return LayoutPlan(
+        parallel=parallel,
+        replicas=replicas,
+        seat=place,
+        ranks=ranks,
+        kv_tokens=kv_tokens,
+        rows=rows,
+        longest=kv_tokens / longest,
+        one=one,
+        full=full,
+        error=error,
+        crowd=crowd,
+        notes=tuple(notes),
+    )
+
+
+def _led_late(pipeline: Pipeline, rows: int, load: Workload) -> bool:
+    """Whether the leader takes more than half the time of a decode step, so that the device may wait for it."""
+    lanes = min(pipeline.depth, rows)
+    each = rows // lanes
+    step = Load(tokens=each, rows=each, context=each * (load.isl + load.osl / 2))
+    return pipeline.seconds(step, lanes) / lanes < 2 * leading_s(each)
+
+
+def _rows(subject: Subject, kv_tokens: int, load: Workload) -> int:
+    """Rows of ``load`` that run at a time; 0 where not even one has room, or may be as long."""
+    tokens, block = load.isl + load.osl, subject.engine.block_size
+    if tokens > longest_row(subject.model, subject.engine):
+        return 0
+    return min(subject.engine.max_batch_size, kv_tokens // block // -(-tokens // block))
+
+
+def _ranks(subject: Subject, parallel: Parallel, device: Gpu | Host, neighbours: int, crowd: int) -> tuple[RankMemory, ...]:
+    """All ranks' memory; those that hold alike are counted once."""
+    known: dict[tuple[object, ...], RankMemory] = {}
+    found = []
+    for rank in range(parallel.world):
+        shard = shard_of(subject.model, parallel, rank, unit=unit_of(subject.quant))
+        shape = (shard.first, shard.last, *(span.size for span in (shard.layers, shard.heads, shard.kv_heads, shard.ffn)))
+        if shape not in known:
+            known[shape] = rank_memory(subject, parallel, rank, device, neighbours=neighbours, crowd=crowd)
+        found.append(known[shape])
+    return tuple(found)
+
+
+def rates_of(subject: Subject, device: Gpu | Host, crowd: int) -> Rates:
+    """What a rank of ``subject`` gets from ``device``; a host's cores are shared by ``crowd`` ranks."""
+    if isinstance(device, Gpu):
+        return gpu_rates(device, subject.engine.dtype)
+    return host_rates(min(subject.engine.threads, device.cores / crowd))
+
+
+def pipeline_of(subject: Subject, parallel: Parallel, rates: Rates, *, crossings: int = 0) -> Pipeline:
+    """The stages of one replica; ``crossings``: hops that leave a node."""
+    known: dict[tuple[object, ...], StageWork] = {}
+    stages = []
+    for stage in range(parallel.pp):
+        shape = (deal(subject.model.num_layers, parallel.pp, stage).size, stage == 0, stage == parallel.pp - 1)
+        if shape not in known:
+            known[shape] = stage_work(subject.model, parallel, stage, subject.engine, subject.quant)
+        stages.append(known[shape])
+    return Pipeline(stages, rates, crossings=crossings)
+
+
+def timed(subject: Subject, made: LayoutPlan, device: Gpu | Host) -> list[tuple[Workload, Run]]:
+    """The recorded workloads on one replica of ``made``: those that it takes in at most ``TURNS`` turns."""
+    pipeline = pipeline_of(subject, made.parallel, rates_of(subject, device, made.crowd), crossings=made.seat.crossings)
+    found = []
+    for load in WORKLOADS if made.full else ():
+        rows = _rows(subject, made.kv_tokens, load)
+        if load.requests <= TURNS * rows:
+            found.append((load, replay(pipeline, load, rows=rows, max_num_tokens=subject.engine.max_num_tokens)))
+    return found
+
+
+def options(subject: Subject, cluster: Cluster, free: Sequence[int], load: Workload) -> list[LayoutPlan]:
+    """Every layout that fits in ``free`` places a node, with as many replicas as there is room for; most tokens a second first."""
+    found = []
+    for parallel in layouts(sum(free), max(free, default=0), subject.model):
+        made = _most(subject, parallel, cluster, free, load)
+        if made is not None and made.full is not None:
+            found.append(made)
+    return sorted(found, key=lambda made: (-made.total_tok_s, made.parallel.world))
+
+
+def _most(subject: Subject, parallel: Parallel, cluster: Cluster, free: Sequence[int], load: Workload) -> LayoutPlan | None:
+    """The layout with as many replicas as places, and on a host as memory, hold; None where not even one does."""
+    places, seats = list(free), list[Seat]()
+    while (place := seat(parallel, places, spread=subject.spread)) is not None and not place.torn:
+        seats.append(place)
+    while seats:
+        crowd = -(-len(seats) * parallel.world // cluster.nodes)
+        try:
+            # The last gang seated is spread the widest; all are judged by it.
+            return layout_plan(subject, parallel, cluster, seats[-1], len(seats), load, crowd=crowd)
+        except ConfigError:
+            seats = seats[: len(seats) // 2] if isinstance(cluster.device, Host) else []
+    return None
+
+
+def plan(subjects: Sequence[Subject], cluster: Cluster, load: Workload) -> list[SubjectPlan]:
+    """Plan all that a file asks for. Its gangs are seated in their order; a subject's options are judged on what the others leave."""
+    free = rooms(cluster, subjects[0].cpus_per_rank)
+    seats = {(subject.name, name): seat(parallel, free, spread=subject.spread) for subject in subjects for name, parallel in subject.gangs}
+    return [_subject_plan(subject, subjects, seats, cluster, load) for subject in subjects]
+
+
+def occupied(subjects: Sequence[Subject], cluster: Cluster) -> list[int]:
+    """Ranks on each node that holds any, where all that a file asks for has found room."""
+    whole = rooms(cluster, subjects[0].cpus_per_rank)
+    free = list(whole)
+    for subject in subjects:
+        for _, parallel in subject.gangs:
+            seat(parallel, free, spread=subject.spread)
+    return [room - left for room, left in zip(whole, free, strict=True) if left < room]
+
+
+def _subject_plan(
+    subject: Subject, subjects: Sequence[Subject], seats: dict[tuple[str, str], Seat | None], cluster: Cluster, load: Workload
+) -> SubjectPlan:
+    left = rooms(cluster, subject.cpus_per_rank)
+    for other in subjects:
+        if other is not subject:
+            for _, parallel in other.gangs:
+                seat(parallel, left, spread=other.spread)
+    found = options(subject, cluster, left, load)
+    own: list[LayoutPlan] = []
+    crowd = -(-_needs(subjects) // cluster.nodes)
+    refusal: ConfigError | None = None
+    for parallel in dict.fromkeys(layout for _, layout in subject.gangs):
+        names = [name for name, layout in subject.gangs if layout == parallel]
+        mine = [seats[subject.name, name] for name in names]
+        try:
+            if (last := next((place for place in reversed(mine) if place), None)) is None or None in mine:
+                raise ConfigError(
+                    f"{subject.name}: {len(names)} x tp={parallel.tp} pp={parallel.pp} does not find room on {cluster.what}",
+                    f"{_needs(subjects)} ranks are asked for, {cluster.nodes * rooms(cluster, subject.cpus_per_rank)[0]} places are there",
+                )
+            own.append(layout_plan(subject, parallel, cluster, last, len(names), load, crowd=max(crowd, *last.ranks)))
+        except ConfigError as error:
+            refusal = refusal or ConfigError(error.what, error.why, error.hint or _advice(subject, cluster, found, load))
+    return SubjectPlan(subject=subject, own=tuple(own), options=tuple(found), refusal=refusal)
+
+
+def _needs(subjects: Sequence[Subject]) -> int:
+    return sum(parallel.world for subject in subjects for _, parallel in subject.gangs)
+
+
+def _advice(subject: Subject, cluster: Cluster, found: Sequence[LayoutPlan], load: Workload) -> str:
+    """What would fit: on these devices, or on how many."""
+    if found:
+        return f"use {settings(found[0])}"
+    for larger in _larger(cluster):
+        for parallel in layouts(larger.nodes * larger.slots, larger.slots, subject.model):
+            place = seat(parallel, rooms(larger, subject.cpus_per_rank))
+            if place is None or place.torn:
+                continue
+            try:
+                layout_plan(subject, parallel, larger, place, 1, load)
+            except ConfigError:
+                continue
+            return f"use {larger.what} with tp_size: {parallel.tp}, pp_size: {parallel.pp}; or quant: int8"
+    return "use devices with more memory, or quant: int8"
+
+
+def _larger(cluster: Cluster) -> Iterator[Cluster]:
+    """More of the same devices, the fewest first: GPUs in a node, then nodes."""
+    most = FULL_NODE if isinstance(cluster.device, Gpu) else cluster.slots
+    sizes = [slots for slots in (1, 2, 4, most) if cluster.slots < slots <= most]
+    yield from (Cluster(device=cluster.device, nodes=cluster.nodes, slots=slots) for slots in sizes)
+    slots = max(cluster.slots, most)
+    yield from (Cluster(device=cluster.device, nodes=nodes, slots=slots) for nodes in (2, 4, 8, 16) if nodes > cluster.nodes)
+
+
+def settings(made: LayoutPlan) -> str:
+    """The layout as a deployment file spells it."""
+    return f"tp_size: {made.parallel.tp}, pp_size: {made.parallel.pp}, replicas: {made.replicas}"
+
+
+def _possible(subject: Subject, parallel: Parallel, device: Gpu | Host) -> None:
+    """Raises :class:`ConfigError` for what the engine would refuse at its start."""
+    if subject.engine.kind == "trtllm" and (refusal := trtllm_refusal(subject.model, parallel)):
+        raise ConfigError(f"{subject.name}: {refusal[0]}", "", refusal[1])
+    if isinstance(device, Gpu) and subject.quant.weights == "fp8" and not device.narrow:
+        raise ConfigError(
+            f"{subject.name}: {_a(device)} computes no FP8 products", "its tensor cores are older than the format", "use int8"
+        )
+
+
+def _error(subject: Subject, parallel: Parallel, device: Gpu | Host, place: Seat, crowd: int) -> float | None:
+    if subject.engine.kind != "portable" or not device.recorded or place.crossings:
+        return None
+    if isinstance(device, Host):
+        return HOST_FIT.error if subject.quant.weights is None and crowd * subject.engine.threads <= device.cores else None
+    plain_cache = kv_format(subject.engine, subject.quant) == "bf16"
+    like = subject.engine.dtype == "bf16" and subject.quant.weights in (None, "fp8") and plain_cache
+    least, most = RECORDED_PARAMETERS
+    size = parallel.world <= RECORDED_RANKS and least <= parameters(subject.model) <= most
+    return GPU_FIT.error if like and size and subject.engine.max_num_tokens >= RECORDED_TOKENS else None
+
+
+def _a(device: Gpu | Host) -> str:
+    if isinstance(device, Host):
+        return "its share of the host"
+    return f"an {device.name}" if device.name[0] in "AHL" else f"a {device.name}"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,95 @@
+"""How much memory a rank takes and how much cache it then holds: the one arithmetic of engine and planner.
+
+Pure functions of shapes, layout and free bytes. What is free is the caller's to say: the engine measures it, the planner assumes it. Must
+never look at a device.
+"""
+
+from __future__ import annotations
+
+from workers.core.parts import FORMAT_BYTES, Format, quantized, stored_tensors
+from workers.core.shard import Shard, shares_embedding
+from workers.errors import ConfigError
+from workers.spec import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
+
+#: Default share of a host's free memory for the caches of all its ranks together, and its cap, bytes.
+FREE_SHARE = 0.25
+HOST_CAP = 1 << 30
+#: What a GPU keeps free beside cache and step: graphs, workspaces of libraries, NCCL, and the torch sampler's rows.
+GPU_RESERVE = 2 << 30
+
+
+def weight_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: EngineSpec, quant: Quant) -> int:
+    """Bytes of all parameters of ``rank``, as the loader fills them. Raises :class:`ConfigError` where the model cannot be split so."""
+    return sum(each.nbytes for each in stored_tensors(model, parallel, rank, dtype=engine.dtype, quant=quant))
+
+
+def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: EngineSpec, quant: Quant) -> int:
+    """Bytes of the same weights in the form that they run in, which differs where a device keeps a second form.
+
+    A CPU packs the head of a tied table beside the table itself and makes FP8 weights plain; a GPU keeps the scales of int4 twice.
+    """
+    plain = DTYPE_BYTES[engine.dtype]
+    cpu, total = engine.device == "cpu", 0
+    for each in stored_tensors(model, parallel, rank, dtype=engine.dtype, quant=quant):
+        layer = quantized(each.tensor.name, each.tensor.shape)
+        if cpu and each.format == "fp8" and layer:
+            total += plain * each.tensor.elements
+        elif not cpu and each.tensor.name.endswith((".weights_scaling_factor", ".zero")):
+            total += 2 * each.nbytes
+        else:
+            total += each.nbytes
+        if cpu and each.tensor.name == "transformer.vocab_embedding.weight" and shares_embedding(model, parallel):
+            total += each.nbytes
+    return total
+
+
+def longest_row(model: ModelSpec, engine: EngineSpec) -> int:
+    """Tokens of the longest row that a replica takes."""
+    return min(engine.max_seq_len or model.max_position, model.max_position)
+
+
+def kv_format(engine: EngineSpec, quant: Quant) -> Format:
+    """In which form keys and values are kept: FP8 on a GPU where the weights' artifact asks for it, else as the engine computes."""
+    return "fp8" if engine.device == "cuda" and quant.kv_cache_quant_algo == "FP8" else engine.dtype
+
+
+def block_bytes(model: ModelSpec, shard: Shard, engine: EngineSpec, form: Format) -> int:
+    """Bytes of one block on this rank, all its layers."""
+    return shard.layers.size * engine.block_size * 2 * shard.kv_heads.size * model.head_dim * FORMAT_BYTES[form]
+
+
+def step_bytes(model: ModelSpec, shard: Shard, engine: EngineSpec) -> int:
+    """Most bytes that one step's own tensors take on this rank: the widest moments of a layer, and the logits of all rows."""
+    item = DTYPE_BYTES[engine.dtype]
+    qkv = (shard.heads.size + 2 * shard.kv_heads.size) * model.head_dim
+    token = item * (4 * model.hidden_size + max(3 * shard.ffn.size, 2 * qkv) + 2 * qkv)
+    logits = 2 * item * shard.vocab_rows * engine.max_batch_size if shard.last else 0
+    return token * engine.max_num_tokens + logits
+
+
+def cache_budget(model: ModelSpec, shard: Shard, engine: EngineSpec, *, free: int, host_ranks: int) -> int:
+    """Bytes that the cache of this rank may take of ``free`` bytes, counted with the weights in place.
+
+    On a GPU: all but a step's tensors and ``GPU_RESERVE``. On a host: this rank's part, among ``host_ranks`` there, of the default share.
+    """
+    if engine.device == "cuda":
+        return max(0, free - step_bytes(model, shard, engine) - GPU_RESERVE)
+    return int(min(free * FREE_SHARE, HOST_CAP)) // host_ranks
+
+
+def blocks_that_fit(model: ModelSpec, shard: Shard, engine: EngineSpec, form: Format, budget: int) -> int:
+    """Blocks that this rank can hold: as ``kv_tokens`` or ``kv_bytes`` (of this rank) say, else in ``budget`` bytes.
+
+    Raises :class:`ConfigError` if not even one block fits.
+    """
+    each = block_bytes(model, shard, engine, form)
+    if engine.kv_tokens:
+        return -(-engine.kv_tokens // engine.block_size)
+    budget = engine.kv_bytes or budget
+    if budget < each:
+        raise ConfigError(
+            f"{budget} bytes of KV cache hold no block of {each} bytes",
+            "too little free memory or kv_bytes too small",
+            "raise kv_bytes, or lower block_size",
+        )
+    return budget // each
