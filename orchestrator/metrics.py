@@ -1,29 +1,24 @@
 """Prometheus series of one router: prefix ``trireme_``, vLLM's suffixes, labels ``model_name`` and ``replica``.
 
-Owns the counters of what passed the doors; what replicas report is read from the dispatcher at each scrape, so nothing is counted twice.
-The token path only adds to integers: all text is made at the scrape. Labels come from configuration and fixed lists alone, never from a
-request, so the number of series is bounded whatever clients send.
+Owns the counters of what passed the doors; what the routing core and the replicas know is read at each scrape (:mod:`orchestrator.series`),
+so nothing is counted twice. The token path only adds to integers: all text is made at the scrape. Labels come from configuration and fixed
+lists alone, never from a request, so the number of series is bounded whatever clients send.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from orchestrator import series
+from orchestrator.core.tally import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Tally
 from workers.wire import Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-#: Seconds. The first bucket is 1 ms, for a queue that is empty and a model that is small.
-LATENCY_BUCKETS = (
-    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
-)  # fmt: skip
-TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 REASONS = ("stop", "length", "cancelled")
 #: Codes that get a series of their own; any other is counted as ``other``.
@@ -32,43 +27,6 @@ CODES = (
     "unsupported", "authentication_error", "overloaded", "unavailable", "deadline_exceeded", "cancelled", "replica_lost", "engine_fault",
     "nan_logits", "internal_error", "other",
 )  # fmt: skip
-STATES = ("ready", "draining", "lost")
-
-#: Per replica: key in the dispatcher's status, metric name, help, whether it only grows.
-_REPLICA_SERIES = (
-    ("running", "num_requests_running", "Rows in the running batch", False),
-    ("waiting", "num_requests_waiting", "Rows waiting at the replica", False),
-    ("tok_s", "generation_tokens_per_second", "Output tokens a second, as last reported", False),
-    ("step_ms", "step_milliseconds", "Duration of a step, as last reported", False),
-    ("num_blocks", "kv_cache_blocks", "Blocks in the KV pool", False),
-    ("prompt_tokens_total", "replica_prompt_tokens", "Prompt tokens computed", True),
-    ("output_tokens_total", "replica_generation_tokens", "Output tokens generated", True),
-    ("prefix_queries_total", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache", True),
-    ("prefix_hits_total", "prefix_cache_hits", "Prompt tokens found in the prefix cache", True),
-    ("preemptions_total", "num_preemptions", "Rows preempted for want of KV blocks", True),
-)
-
-
-class Histogram:
-    """Counts per bucket, cumulated only at export."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float, weight: int = 1) -> None:
-        self.counts[bisect_left(self.bounds, value)] += weight
-        self.total += value * weight
-
-    def cumulated(self) -> list[tuple[str, int]]:
-        rows, running = [], 0
-        for bound, count in zip((*map(str, map(float, self.bounds)), "+Inf"), self.counts, strict=True):
-            running += count
-            rows.append((bound, running))
-        return rows
 
 
 class ModelMeter:
@@ -139,19 +97,26 @@ class RequestMeter:
 
 
 class Metrics:
-    """All series of one router. ``status`` is the dispatcher's, asked at each scrape.
+    """All series of one router. ``status`` is the dispatcher's, asked at each scrape; ``tallies`` are the routing core's. ``lag``: how late
+    the event loop woke its own ticker.
 
     Every labelled series exists from the start at 0, so that the first ``rate()`` is right.
     """
 
-    def __init__(self, models: Iterable[str], status: Callable[[], Mapping[str, Any]] = dict) -> None:
+    def __init__(
+        self, models: Iterable[str], status: Callable[[], Mapping[str, Any]] = dict, tallies: Mapping[str, Tally] | None = None
+    ) -> None:
         self.models = {name: ModelMeter() for name in models}
+        self.lag = Histogram(series.LAG_BUCKETS)
         self._status = status
+        self._tallies = tallies if tallies is not None else {name: Tally() for name in self.models}
         self._ignored_fields = 0
         self._disconnected = 0
         self._refused = dict.fromkeys(CODES, 0)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        # CPU, memory and descriptors under the names that every Prometheus client library gives them.
+        ProcessCollector(registry=self._registry)
 
     def request(self, model: str, *, choices: int, prompt_tokens: int) -> RequestMeter:
         return RequestMeter(self.models[model], choices, prompt_tokens)
@@ -170,7 +135,7 @@ class Metrics:
         return bytes(generate_latest(self._registry))
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing to declare ahead: this collector is the registry's only one, so no name can clash."""
+        """Nothing to declare ahead: all names here begin with ``trireme_``, those of the registry's other collector do not."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
@@ -178,19 +143,9 @@ class Metrics:
         yield from self._counts()
         yield from self._histograms()
         status = self._status()
-        yield from self._core(status)
-        yield from _replicas(status)
-
-    def _core(self, status: Mapping[str, Any]) -> Iterator[Metric]:
-        queue: Mapping[str, int] = status.get("queue", {})
-        queued = GaugeMetricFamily("trireme_router_queued_requests", "Rows waiting at this router for a replica", labels=["model_name"])
-        for name in self.models:
-            queued.add_metric([name], queue.get(name, 0))
-        events = CounterMetricFamily("trireme_router_events", "What the routing core counts: rows, tokens and losses", labels=["event"])
-        counts: Mapping[str, int] = status.get("counts", {})
-        for event, count in counts.items():
-            events.add_metric([event], count)
-        yield from (queued, events)
+        yield from series.core(status, self._tallies)
+        yield from series.replicas(status, list(self.models))
+        yield from series.process(status, self.lag)
 
     def _door(self) -> Iterator[Metric]:
         yield CounterMetricFamily("trireme_router_disconnected_clients", "Clients that left before their answer's end", self._disconnected)
@@ -227,31 +182,4 @@ class Metrics:
             ("request_generation_tokens", "Output tokens of a choice", lambda meter: meter.output_length),
         )
         for name, text, pick in families:
-            family = HistogramMetricFamily(f"trireme_{name}", text, labels=["model_name"])
-            for model, meter in self.models.items():
-                histogram = pick(meter)
-                family.add_metric([model], buckets=histogram.cumulated(), sum_value=histogram.total)
-            yield family
-
-
-def _replicas(status: Mapping[str, Any]) -> Iterator[Metric]:
-    replicas: list[Mapping[str, Any]] = list(status.get("replicas", ()))
-    states = GaugeMetricFamily("trireme_replicas", "Replicas known to this router", labels=["state"])
-    for state in STATES:
-        states.add_metric([state], sum(str(replica.get("state")).lower() == state for replica in replicas))
-    yield states
-    for key, name, text, grows in _REPLICA_SERIES:
-        kind = CounterMetricFamily if grows else GaugeMetricFamily
-        family = kind(f"trireme_{name}", text, labels=["model_name", "replica"])
-        for replica in replicas:
-            family.add_metric(_labels(replica), float(replica.get(key) or 0))
-        yield family
-    usage = GaugeMetricFamily("trireme_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", labels=["model_name", "replica"])
-    for replica in replicas:
-        if blocks := replica.get("num_blocks"):
-            usage.add_metric(_labels(replica), 1.0 - float(replica.get("free_blocks") or 0) / float(blocks))
-    yield usage
-
-
-def _labels(replica: Mapping[str, Any]) -> list[str]:
-    return [str(replica.get("model", "")), str(replica.get("name", ""))]
+            yield series.histogram(name, text, {model: pick(meter) for model, meter in self.models.items()})

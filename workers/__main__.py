@@ -241,7 +241,8 @@ class Rank:
         spec, world = self._spec, self._comm.Get_size()
         failure: TriremeError | None = None
         try:
-            self._terminal = process.open_log(spec.run_dir, self._rank, logging.DEBUG if self._debug else logging.INFO)
+            level = logging.DEBUG if self._debug else logging.INFO
+            self._terminal = process.open_log(spec.run_dir, self._rank, level, spec.log_format, spec.name)
         except TriremeError as error:
             failure = error
         if world != spec.parallel.world:

@@ -16,7 +16,7 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from workers.core.contract import Engine, EngineStats
+from workers.core.contract import Engine, EngineStats, Fault
 from workers.core.sessions import Action, Grant, Send, Sessions, Start, Stop
 from workers.errors import EngineFault, ReplicaLost, TriremeError
 from workers.sockets import Event, KeyPair, Lost, Routers
@@ -78,7 +78,7 @@ class Leader:
         self._hello = Hello(
             boot=boot,
             protocol=PROTOCOL,
-            replica=spec.name,
+            replica=spec.announced or spec.name,
             model=spec.model,
             epoch=spec.epoch,
             spec_hash=spec_hash(spec),
@@ -187,6 +187,8 @@ class Leader:
         emissions = self._engine.step()
         self._pulse = Pulse(number)
         self._act(self._sessions.emitted(emissions))
+        while self._sessions.faults:
+            _tell_fault(*self._sessions.faults.popleft())
         if now - self._vitals_at > VITALS_S:
             self._refresh(now)
 
@@ -228,6 +230,8 @@ class Leader:
             prefix_queries_total=stats.prefix_queries_total,
             prefix_hits_total=stats.prefix_hits_total,
             preemptions_total=stats.preemptions_total,
+            step_tokens=stats.step_tokens,
+            step_tokens_total=stats.step_tokens_total,
             prefixes=stats.prefixes,
         )
 
@@ -240,6 +244,11 @@ class Leader:
     def broken(self, error: BaseException) -> None:
         log.error("the I/O thread ends", exc_info=error)
         self._die(error if isinstance(error, TriremeError) else EngineFault("the leader's I/O thread failed", repr(error)))
+
+
+def _tell_fault(request: str, marks: tuple[str, str], fault: Fault) -> None:
+    extra = {"request_id": marks[0] or request} | ({"trace_id": marks[1]} if marks[1] else {})
+    log.warning("row %s failed: %s: %s", ascii(request), fault.code, fault.message, extra=extra)
 
 
 def spec_hash(spec: ReplicaSpec) -> str:

@@ -15,6 +15,7 @@ from array import array
 from typing import Any
 
 from workers.errors import EnvironmentFault, TriremeError
+from workers.logs import JsonLines, LogFormat
 
 #: Exit code of a rank whose parent died while it started.
 ORPHANED = 113
@@ -51,7 +52,7 @@ def unlink_shared_memory() -> None:
             os.unlink(f"/dev/shm/{name}")
 
 
-def open_log(run_dir: str, rank: int, level: int = logging.INFO) -> int:
+def open_log(run_dir: str, rank: int, level: int = logging.INFO, form: LogFormat = "text", replica: str = "") -> int:
     """Send stdout and stderr to ``run_dir/rank<N>.log`` and set logging up; returns a descriptor of the old stderr.
 
     A rank's output must not pass through mpiexec's pipe: a stopped mpiexec would block the rank that writes.
@@ -67,7 +68,10 @@ def open_log(run_dir: str, rank: int, level: int = logging.INFO) -> int:
         os.dup2(file, 2)
         os.close(file)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    logging.basicConfig(level=level, stream=sys.stderr, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonLines(replica=replica, rank=rank) if form == "json" else text)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     return terminal
 
 

@@ -236,7 +236,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ``epoch`` = launch time in ms * 2**16 + 16 random bits, minted by the gang supervisor: larger = newer.
     ``run_dir``: where rank 0 writes ``state.json`` and each rank its ``rank<N>.log``; empty = log to stderr, no state file.
     ``key_file``: this replica's CURVE key pair (JSON: public, secret), needed for ``tcp://`` routers only.
-    ``drain_grace_s``: how long rows may go on after SIGTERM; the rest continues elsewhere.
+    ``drain_grace_s``: how long rows may go on after SIGTERM; the rest continues elsewhere. ``announced``: its name towards routers that
+    serve replicas of several deployments; empty = ``name``. ``log_format``: of the ranks' logs.
     """
 
     name: str
@@ -251,6 +252,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     heartbeat_s: float = 0.2
     hang_floor_s: float = 10.0
     drain_grace_s: float = TERM_GRACE_S
+    announced: str = ""
+    log_format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and self.name.isprintable() and "/" not in self.name, f"replica name {self.name!r} is not usable")

@@ -29,6 +29,8 @@ PROTOCOL = 1
 MAX_FRAME = 8 << 20
 #: High-water mark of every socket, messages.
 HIGH_WATER = 10_000
+#: Upper bounds, tokens, by which steps are counted.
+STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 #: Credit that means "do not count".
 UNLIMITED = 2**31 - 1
 
@@ -124,7 +126,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     """Place a row. ``emitted`` are tokens that the client already holds: the row continues after them and never repeats one.
 
     ``params.seed`` is resolved. ``salt`` separates tenants in the prefix cache. ``deadline_ms`` counts from receipt.
-    ``credit``: tokens that may be sent before more is granted.
+    ``credit``: tokens that may be sent before more is granted. ``marks``: the caller's own request id and trace id, for log lines.
     """
 
     boot: str
@@ -139,6 +141,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     salt: str = ""
     credit: int = UNLIMITED
     deadline_ms: int | None = None
+    marks: tuple[str, str] = ("", "")
 
 
 class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
@@ -214,8 +217,9 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """State of a leader, sent every ``heartbeat_s`` by its I/O thread even while the engine thread is in a step.
 
     ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: what that step was expected to take. Counters (``*_total``) run
-    from the process's start. ``prefixes``: hashes (:func:`workers.core.blocks.prefix_hashes`) of blocks that are surely in the cache,
-    parents first, where the engine says so.
+    from the process's start. ``step_tokens``: steps by the number of tokens that they computed, one count for each of
+    :data:`STEP_TOKEN_BUCKETS` and one beyond them; empty where the engine does not say. ``prefixes``: hashes
+    (:func:`workers.core.blocks.prefix_hashes`) of blocks that are surely in the cache, parents first, where the engine says so.
     """
 
     boot: str
@@ -235,6 +239,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     prefix_queries_total: int = 0
     prefix_hits_total: int = 0
     preemptions_total: int = 0
+    step_tokens: list[int] = []
+    step_tokens_total: int = 0
     prefixes: list[int] = []
 
 

@@ -10,13 +10,16 @@ from collections.abc import Iterable
 
 from orchestrator.core.fleet import Fleet, Replica
 from orchestrator.core.request import Line, Request, Row
+from orchestrator.core.tally import Placement, Tally
 
 
 class Board:
-    """``counts``: totals since start, by event; a row counts as accepted once, and later as finished, failed or cancelled once."""
+    """``counts``: totals since start, by event; a row counts as accepted once, and later as finished, failed or cancelled once.
+    ``tallies``: what was measured, by model."""
 
     def __init__(self, models: Iterable[str]) -> None:
         self.lines: dict[str, Line] = {name: Line() for name in dict.fromkeys(models)}
+        self.tallies: dict[str, Tally] = {name: Tally() for name in self.lines}
         self.requests: dict[int, Request] = {}
         self.streams: dict[int, Row] = {}
         self.counts: dict[str, int] = dict.fromkeys(
@@ -38,15 +41,19 @@ class Board:
         row = self.streams.get(stream)
         return row if row is not None and row.attempt == attempt and row.replica is replica else None
 
-    def place(self, row: Row, replica: Replica, tokens: int, now: float) -> None:
-        """From its line to a new stream at ``replica``, where ``tokens`` of its prompt have to be computed."""
+    def place(self, row: Row, replica: Replica, placement: Placement, now: float) -> None:
+        """From its line to a new stream at ``replica``, as ``placement`` says."""
         self.lines[row.request.model].remove(row)
         row.stream = self.next()
         row.phase, row.replica, row.sent_at, row.held = "sent", replica, now, len(row.emitted)
         self.streams[row.stream] = row
-        replica.streams[row.stream] = tokens
-        replica.sent_tokens += tokens
+        replica.streams[row.stream] = placement.tokens
+        replica.sent_tokens += placement.tokens
         replica.chosen = row.stream
+        placement.attempt, placement.held = row.attempt, row.held
+        placement.queued_at, placement.sent_at = row.queued_at, now
+        row.trail.append(placement)
+        self.tallies[row.request.model].placed(row.trail)
         self.settle(row)
 
     def settle(self, row: Row) -> None:
@@ -112,3 +119,6 @@ class Board:
         assert sum(row.starved for row in self.streams.values()) == sum(replica.paused for replica in fleet.replicas.values()), "paused"
         ended = self.counts["finished"] + self.counts["failed"] + self.counts["cancelled"]
         assert self.counts["accepted"] == ended + rows, "a row ended twice or never"
+        for model, tally in self.tallies.items():
+            for cause, moved in tally.moved.items():
+                assert tally.resumed[cause] + tally.failed[cause] <= moved, f"{model}: more came of rows that moved ({cause}) than did"

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from math import inf
 
 from orchestrator.core.fleet import Replica
-from orchestrator.core.prefixes import expected_wait_ms
+from orchestrator.core.prefixes import expected_wait_ms, first_token_ms
 from orchestrator.core.request import Request, Row
 from orchestrator.core.service import ServiceRate
+from orchestrator.core.tally import Placement, Reason
 from workers.core.blocks import prefix_hashes
 
 #: Sessions whose last replica is remembered.
@@ -27,20 +28,21 @@ class Chooser:
         self._rates = {name: ServiceRate() for name in models}
         self._sessions: OrderedDict[tuple[str, str, str], str] = OrderedDict()
 
-    def choose(self, row: Row, replicas: list[Replica]) -> Replica | None:
-        """The replica with a free place where ``row`` waits least. Within a step a session's last replica wins, then the longest unused."""
+    def choose(self, row: Row, replicas: list[Replica]) -> tuple[Replica, Reason] | None:
+        """The replica with a free place where ``row`` waits least, and why it is that one. Within a step a session's last replica wins,
+        then the longest unused."""
         open_to = [replica for replica in replicas if replica.free_rows]
         if len(open_to) <= 1:
-            return open_to[0] if open_to else None
+            return (open_to[0], "only") if open_to else None
         request = row.request
         last = self._sessions.get(_session(request)) if request.ask.affinity else None
         output_tokens = self._rates[request.model].output_tokens
-        best, best_key = None, (inf, 0)
+        best, best_key, best_cached = open_to[0], (inf, 0), 0
         # One that has run nothing yet is as fast as the others: taken for faster, it would get a whole burst.
         measured = [replica.step_ms for replica in open_to if replica.step_ms]
         typical = sum(measured) / len(measured) if measured else 1.0
         for replica in open_to:
-            step_ms = max(0.1, replica.step_ms or typical)
+            step_ms, cached = max(0.1, replica.step_ms or typical), _cached(row, replica)
             wait = expected_wait_ms(
                 step_ms=step_ms,
                 rows=replica.rows,
@@ -48,21 +50,20 @@ class Chooser:
                 step_tokens=replica.capacity.max_num_tokens,
                 queued_tokens=replica.queued_tokens,
                 own_tokens=row.known,
-                cached_tokens=_cached(row, replica),
+                cached_tokens=cached,
                 row_ms=replica.row_ms,
                 output_tokens=output_tokens,
             )
             key = (wait - step_ms * (replica.name == last), replica.chosen)
             if key < best_key:
-                best, best_key = replica, key
-        return best
+                best, best_key, best_cached = replica, key, cached
+        return best, "session" if best.name == last else "prefix" if best_cached else "load"
 
-    def placed(self, row: Row, replica: Replica, *, alone: bool) -> int:
-        """Note a placement; returns the prompt tokens that it probably has to compute. ``alone``: there is no other replica to choose, so
-        nothing need be remembered."""
+    def placed(self, row: Row, replica: Replica, reason: Reason, *, alone: bool) -> Placement:
+        """Note a placement, with what is expected of it. ``alone``: there is no other replica to choose, so nothing need be remembered."""
         if alone:
-            return row.known
-        tokens = max(1, row.known - _cached(row, replica))
+            return _placement(row, replica, reason, None)
+        placement = _placement(row, replica, reason, _cached(row, replica))
         if replica.prefixes.limit:
             replica.prefixes.add(_chain(row.request, replica.capacity.block_size))
         if row.request.ask.affinity:
@@ -71,7 +72,7 @@ class Chooser:
             self._sessions.move_to_end(key)
             if len(self._sessions) > MAX_SESSIONS:
                 self._sessions.popitem(last=False)
-        return tokens
+        return placement
 
     def finished(self, row: Row, replica: Replica, now: float, *, alone: bool) -> None:
         """Note an end. The answer is in the cache now too, and a chat's next turn starts with it."""
@@ -84,6 +85,17 @@ class Chooser:
     def retry_after(self, model: str, waiting: int, now: float) -> float:
         """Seconds after which a place in the queue is likely."""
         return self._rates[model].retry_after(waiting, now)
+
+
+def _placement(row: Row, replica: Replica, reason: Reason, cached: int | None) -> Placement:
+    tokens = max(1, row.known - (cached or 0))
+    wait_ms = first_token_ms(
+        step_ms=replica.step_ms, rows=replica.rows, max_rows=replica.capacity.max_batch_size, step_tokens=replica.capacity.max_num_tokens,
+        queued_tokens=replica.queued_tokens, new_tokens=tokens, row_ms=replica.row_ms,
+    )  # fmt: skip
+    # The choice compares shares of steps; a clock sees whole ones: what is left of the running step, then at least one with the row in it.
+    wait_ms = max(wait_ms, replica.step_ms) + (replica.step_ms / 2 if replica.rows else 0.0)
+    return Placement(replica.name, replica.epoch, reason, tokens=tokens, cached=cached, expected_s=wait_ms / 1000.0)
 
 
 def _session(request: Request) -> tuple[str, str, str]:

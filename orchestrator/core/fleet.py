@@ -24,8 +24,12 @@ State = Literal["ready", "draining", "lost"]
 
 #: Names that one router remembers; more are refused, so an authenticated peer cannot grow the table.
 MAX_REPLICAS = 1024
+#: Seconds that a lost one is among them: every job that joins standing routers brings names of its own.
+KEPT_LOST_S = 3600.0
 #: So many requests that ended by logits that are not finite, within so many seconds, and as long a rest after the last of them.
 FAULT_LIMIT, FAULT_WINDOW_S = 3, 60.0
+#: Losses that are remembered, for people to read.
+KEPT_LOSSES = 32
 #: Rows of one router at a replica, those without credit included, as a multiple of its batch.
 MAX_PLACED = 8
 #: A step may take this many times its prediction before it counts as hung.
@@ -142,6 +146,18 @@ class Replica:
             self._tok_mark = (now, heartbeat.output_tokens_total)
 
 
+class Loss(msgspec.Struct, frozen=True):
+    """A replica's end in this router's eyes. ``rows``: its own that ran there; ``drained``: it had said that it would leave."""
+
+    replica: str
+    model: str
+    epoch: int
+    reason: str
+    rows: int
+    drained: bool
+    at: float
+
+
 class Joined(msgspec.Struct, frozen=True):
     """A Hello that was believed. ``replaced``: the record that it ended; ``fresh`` False = the same process on another connection."""
 
@@ -162,12 +178,13 @@ class Fleet:
     def __init__(self, replica_timeout_s: float, hang_floor_s: float) -> None:
         self._timeout, self._hang_floor = replica_timeout_s, hang_floor_s
         self.replicas: dict[str, Replica] = {}
+        self.losses: deque[Loss] = deque(maxlen=KEPT_LOSSES)
         self._by_peer: dict[bytes, Replica] = {}
         self._by_boot: dict[str, Replica] = {}
 
     def hello(self, peer: bytes, user: str, hello: Hello, now: float) -> Joined | Refused:
-        """Judge a Hello. The largest epoch of a name is kept for good; a live name belongs to the user that holds it; a process speaks
-        for one name."""
+        """Judge a Hello. The largest epoch of a name is kept as long as the name; a live name belongs to the user that holds it; a process
+        speaks for one name."""
         if hello.protocol != PROTOCOL:
             return Refused("protocol")
         old = self.replicas.get(hello.replica)
@@ -222,6 +239,8 @@ class Fleet:
         """Mark as lost; False if it was so already. Its prefix record goes: a restarted process has an empty cache."""
         if replica.state == "lost":
             return False
+        drained, rows = replica.state == "draining", len(replica.streams)
+        self.losses.append(Loss(replica.name, replica.model, replica.epoch, reason[:200], rows, drained, now))
         self._enter(replica, "lost", reason, now)
         replica.load = None
         replica.others = replica.sent_tokens = 0
@@ -243,6 +262,12 @@ class Fleet:
             if replica.quarantined and now - replica.faults[-1] > FAULT_WINDOW_S:
                 replica.quarantined = False
                 replica.faults.clear()
+
+    def forget(self, now: float) -> None:
+        """Drop those that were lost long ago."""
+        for replica in [r for r in self.replicas.values() if r.state == "lost" and now - r.since > KEPT_LOST_S]:
+            self._forget(replica)
+            del self.replicas[replica.name]
 
     def silent(self, now: float) -> list[Replica]:
         """Replicas that were not heard for ``replica_timeout_s`` and are not lost yet."""

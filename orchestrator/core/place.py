@@ -51,6 +51,12 @@ def room(node: Node, share: Share) -> int:
     return min(limits) if limits else 1 << 20
 
 
+def wish(parallel: Parallel, share: Share, *, spread: bool = False) -> Placement:
+    """What to ask of a cluster that may grow: a bundle a stage, because a node that holds no tensor-parallel group is not worth adding."""
+    strategy: Strategy = "STRICT_PACK" if parallel.pp == 1 else "STRICT_SPREAD" if spread else "PACK"
+    return Placement(ranks=(parallel.tp,) * parallel.pp, share=share, strategy=strategy)
+
+
 def place(name: str, parallel: Parallel, share: Share, nodes: Sequence[Node], *, spread: bool = False) -> Placement:
     """Bundles for one replica, judged against what the nodes hold when empty: a busy cluster is waited for, a too small one refused.
 

@@ -12,6 +12,7 @@ from orchestrator.core.board import Board
 from orchestrator.core.choice import Chooser
 from orchestrator.core.fleet import Fleet, Replica
 from orchestrator.core.request import ATTEMPTS_PER_ASK, Action, Errored, Finished, Request, Row, Send
+from orchestrator.core.tally import Cause, Reason
 from orchestrator.spec import AdmissionSpec
 from workers.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
 from workers.wire import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage
@@ -43,6 +44,7 @@ class Places:
         """Its rows wait in their line from now on."""
         self._board.requests[request.id] = request
         self._next_deadline = min(self._next_deadline, request.deadline)
+        self._board.tallies[request.model].asked(len(request.rows), request.ask.params.max_tokens)
         for row in request.rows:
             self._board.lines[request.model].push(row)
 
@@ -53,19 +55,19 @@ class Places:
             if len(row.emitted) >= row.params.max_tokens:
                 # All its tokens are here, only its Done was lost.
                 usage = Usage(prompt_tokens=len(row.request.ask.prompt_ids), output_tokens=len(row.emitted))
-                self.finish(row, "length", usage, None)
+                self.finish(row, "length", usage, None, now)
                 continue
-            replica = self._chooser.choose(row, self._fleet.trusted(model))
-            if replica is None:
+            choice = self._chooser.choose(row, self._fleet.trusted(model))
+            if choice is None:
                 return
-            self._submit(replica, row, now)
+            self._submit(row, *choice, now)
 
-    def _submit(self, replica: Replica, row: Row, now: float) -> None:
+    def _submit(self, row: Row, replica: Replica, reason: Reason, now: float) -> None:
         ask = row.request.ask
         row.attempts += 1
         row.attempt = ask.attempt * ATTEMPTS_PER_ASK + row.attempts
-        tokens = self._chooser.placed(row, replica, alone=len(self._fleet.replicas) == 1)
-        self._board.place(row, replica, tokens, now)
+        placement = self._chooser.placed(row, replica, reason, alone=len(self._fleet.replicas) == 1)
+        self._board.place(row, replica, placement, now)
         self._next_answer = min(self._next_answer, now + self._accept_s)
         left = row.request.deadline - now
         self.send(
@@ -73,7 +75,7 @@ class Places:
             Submit(
                 boot=self._boot, stream=row.stream, attempt=row.attempt, client=ask.client, request=_row_name(row), model=row.request.model,
                 prompt_ids=ask.prompt_ids, params=row.params, emitted=list(row.emitted), salt=ask.salt, credit=row.credit,
-                deadline_ms=max(1, int(left * 1000)) if left < inf else None,
+                deadline_ms=max(1, int(left * 1000)) if left < inf else None, marks=ask.marks,
             ),
         )  # fmt: skip
 
@@ -92,11 +94,23 @@ class Places:
             ),
         )  # fmt: skip
 
-    def put_back(self, row: Row, now: float, *, cancel: bool) -> None:
+    def began(self, row: Row, now: float) -> None:
+        """The first tokens since it was sent are here."""
+        row.phase = "running"
+        self._board.tallies[row.request.model].began(row.trail, now)
+
+    def put_back(self, row: Row, cause: Cause, now: float, *, cancel: bool) -> None:
         """To the front of the queue, to go on elsewhere from the tokens that are here. ``cancel``: tell the replica to drop it."""
         self._release(row, cancel=cancel)
+        self._board.tallies[row.request.model].moves(row.trail, cause, now)
         self._board.requeue(row, now)
         self._board.counts["resubmitted"] += 1
+
+    def stop(self, row: Row, now: float) -> None:
+        """Its door has ended it: it has all that it wanted."""
+        if row.phase != "ended":
+            self._board.tallies[row.request.model].ended(row.trail, now)
+            self.abandon(row)
 
     def abandon(self, row: Row) -> None:
         """Nobody waits for it any more; its door knows."""
@@ -104,13 +118,15 @@ class Places:
             self._release(row, cancel=True)
             self._board.end(row, "cancelled")
 
-    def finish(self, row: Row, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
+    def finish(self, row: Row, reason: FinishReason, usage: Usage, stop_id: int | None, now: float) -> None:
         """Its replica has ended it."""
+        self._board.tallies[row.request.model].ended(row.trail, now, usage.cached_tokens)
         self._release(row, cancel=False)
         self._board.end(row, "finished")
         self.actions.append(Finished(row.owner, row.choice, reason, usage, stop_id))
 
     def fail(self, row: Row, error: TriremeError, *, cancel: bool = True) -> None:
+        self._board.tallies[row.request.model].gave_up(row.trail)
         self._release(row, cancel=cancel)
         self._board.end(row, "failed")
         self.actions.append(Errored(row.owner, row.choice, error))
@@ -132,7 +148,7 @@ class Places:
             sent = [row for row in self._board.streams.values() if row.phase == "sent"]
             for row in sent:
                 if now >= row.sent_at + self._accept_s:
-                    self.put_back(row, now, cancel=True)
+                    self.put_back(row, "unanswered", now, cancel=True)
             self._next_answer = min((row.sent_at + self._accept_s for row in sent if row.phase == "sent"), default=inf)
         for model, line in self._board.lines.items():
             self.fill(model, now)

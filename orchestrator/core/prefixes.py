@@ -60,12 +60,24 @@ def expected_wait_ms(
 ) -> float:
     """Time that a row would lose at a replica before and while it is decoded, ms; the choice is the replica where it is least.
 
-    Three parts. The prompt tokens before it and its own uncached ones go through steps that hold ``step_tokens``, less one per decoding
-    row. Rows beyond ``max_rows`` wait for others to end, one each ``row_ms / max_rows``. And ``rows`` neighbours slow each of its own
-    about ``output_tokens`` steps by their share of a step. The last part is what keeps a popular prefix from becoming a hot spot.
+    The wait for its first token, and the share of a step by which ``rows`` neighbours slow each of its own about ``output_tokens`` steps.
+    The latter is what keeps a popular prefix from becoming a hot spot.
+    """
+    first = first_token_ms(
+        step_ms=step_ms, rows=rows, max_rows=max_rows, step_tokens=step_tokens, queued_tokens=queued_tokens,
+        new_tokens=own_tokens - cached_tokens, row_ms=row_ms,
+    )  # fmt: skip
+    return first + step_ms * output_tokens * min(rows, max_rows) / step_tokens
+
+
+def first_token_ms(
+    *, step_ms: float, rows: int, max_rows: int, step_tokens: int, queued_tokens: int, new_tokens: int, row_ms: float
+) -> float:
+    """Time from a row's arrival at a replica to its first token, ms.
+
+    The prompt tokens before it and its own ``new_tokens`` go through steps that hold ``step_tokens``, less one per decoding row. Rows
+    beyond ``max_rows`` wait for others to end, one each ``row_ms / max_rows``.
     """
     budget = max(1, step_tokens - min(rows, max_rows))
-    prefill = (queued_tokens + max(1, own_tokens - cached_tokens)) / budget
-    crowd = output_tokens * min(rows, max_rows) / step_tokens
-    excess = max(0, rows + 1 - max_rows)
-    return step_ms * (prefill + crowd) + excess * row_ms / max_rows
+    prefill = (queued_tokens + max(1, new_tokens)) / budget
+    return step_ms * prefill + max(0, rows + 1 - max_rows) * row_ms / max_rows

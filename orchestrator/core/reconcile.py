@@ -160,6 +160,8 @@ class Reconciler:
             return [Launch(want.name)]
         if gang.epoch != replica.epoch:
             replica.epoch, replica.begun, replica.ready_since = gang.epoch, now, 0.0
+        if gang.phase == "placing":
+            replica.begun = now  # waiting for room is no part of a start: a cluster may take an hour to grow
         if gang.spec_hash != want.spec_hash:
             return self._retire(now, gang, "its configuration changed")
         if (gang.name, gang.epoch) in self._asked:

@@ -3,9 +3,10 @@
 The record is what makes a dead replica a pause and not a loss: prompt ids, emitted ids, parameters with the resolved seed, attempt. Only
 :mod:`orchestrator.core.route` and :mod:`orchestrator.core.places` write it.
 
-    queued --Submit--> sent --Accepted | Tokens--> running --Done | Failed | finish | cancel | deadline--> ended
-    sent, running --replica lost, bounced, no Accepted in time--> queued (at the front, attempt + 1)
-    running --connection moved, gap--> sent (by Attach, same attempt)
+    queued --Submit--> sent --Accepted--> accepted --Tokens--> running --Done | Failed | finish | cancel | deadline--> ended
+    sent --Tokens--> running
+    sent, accepted, running --replica lost, bounced, no Accepted in time--> queued (at the front, attempt + 1)
+    accepted, running --connection moved, gap--> sent (by Attach, same attempt)
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from orchestrator.core.fleet import Replica
+from orchestrator.core.tally import Placement
 from workers.errors import TriremeError
 from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, ToReplica, Usage
 
-Phase = Literal["queued", "sent", "running", "ended"]
+Phase = Literal["queued", "sent", "accepted", "running", "ended"]
 
 #: A door's own attempt (a client that continues here after another router died) outranks every placement under the former one.
 ATTEMPTS_PER_ASK = 1024
@@ -52,6 +54,10 @@ class Asked(Protocol):
     def emitted(self) -> list[list[int]]: ...
     @property
     def attempt(self) -> int: ...
+    @property
+    def trails(self) -> list[list[Placement]]: ...
+    @property
+    def marks(self) -> tuple[str, str]: ...
 
 
 class Row:
@@ -62,7 +68,7 @@ class Row:
 
     __slots__ = (
         "attempt", "attempts", "base", "choice", "deaths", "emitted", "granted", "held", "id", "owner", "params", "phase", "queued_at",
-        "replica", "request", "scored", "sent_at", "short", "starved", "stream",
+        "replica", "request", "scored", "sent_at", "short", "starved", "stream", "trail",
     )  # fmt: skip
 
     def __init__(self, request: Request, id: int, choice: int, params: SamplingParams, emitted: list[int]) -> None:
@@ -84,6 +90,8 @@ class Row:
         self.scored = False
         #: It is at a replica and its client takes nothing now.
         self.starved = False
+        #: Its placements in order; the ask's own list where it has one, so that a door which wants to know reads it there.
+        self.trail: list[Placement] = request.ask.trails[choice] if choice < len(request.ask.trails) else []
 
     @property
     def credit(self) -> int:

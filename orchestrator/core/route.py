@@ -21,6 +21,7 @@ from orchestrator.core.choice import Chooser
 from orchestrator.core.fleet import Fleet, Refused, Replica
 from orchestrator.core.places import Places
 from orchestrator.core.request import Action, Asked, Deliver, Delivery, Request, Row, Scored, Send
+from orchestrator.core.tally import LossKind
 from orchestrator.spec import AdmissionSpec
 from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
 from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
@@ -46,7 +47,7 @@ class Route:
         self._chooser = Chooser(self._board.lines)
         self._places = Places(self.boot, self._board, self._chooser, fleet, admission, accept_s)
         self.closing = False
-        self.counts = self._board.counts
+        self.counts, self.tallies = self._board.counts, self._board.tallies
 
     # --- what doors do
 
@@ -97,7 +98,7 @@ class Route:
         """The door ended this choice itself."""
         record = self._board.requests.get(request)
         if record is not None:
-            self._places.abandon(record.rows[choice])
+            self._places.stop(record.rows[choice], now)
             self._places.fill(record.model, now)
 
     def credit(self, request: int, tokens: int) -> None:
@@ -139,7 +140,7 @@ class Route:
         if isinstance(message, Bye):
             leaver = self.fleet.at(peer)
             if leaver is not None and leaver.user == user:
-                self._lose(leaver, f"said goodbye: {message.reason}", now, death=False)
+                self._lose(leaver, "left", f"said goodbye: {message.reason}", now)
             return
         replica, moved = self.fleet.speaker(peer, user, message.boot)
         if replica is None:
@@ -158,7 +159,7 @@ class Route:
         elif isinstance(message, Accepted):
             row = self._board.find(replica, message.stream, message.attempt)
             if row is not None and row.phase == "sent":
-                row.phase = "running"
+                row.phase = "accepted"
         elif isinstance(message, Done):
             self._done(replica, message, now)
         else:
@@ -170,13 +171,14 @@ class Route:
         """A send failed: the connection is gone or has taken nothing for a whole high-water mark."""
         replica = self.fleet.at(peer)
         if replica is not None:
-            self._lose(replica, "unreachable", now)
+            self._lose(replica, "unreachable", "unreachable", now)
 
     def tick(self, now: float) -> None:
         """Find what took too long; call every 50 to 200 ms."""
         for replica in self.fleet.silent(now):
-            self._lose(replica, f"silent for {now - replica.seen:.1f} s", now)
+            self._lose(replica, "silent", f"silent for {now - replica.seen:.1f} s", now)
         self.fleet.pardon(now)
+        self.fleet.forget(now)
         self._places.expire(now)
 
     # --- what the shell asks
@@ -223,7 +225,7 @@ class Route:
             old = verdict.replaced
             if old.peer != peer and old.state != "lost":
                 self._places.actions.append(Send(old.peer, Bye(boot=self.boot, reason="stale")))
-            self._lose(old, "replaced by a newer process", now)
+            self._lose(old, "replaced", "replaced by a newer process", now)
         self._places.actions.append(Send(peer, self._greeting))
         if not verdict.fresh:
             self._reattach(verdict.replica, now)
@@ -232,25 +234,26 @@ class Route:
     def _heartbeat(self, replica: Replica, heartbeat: Heartbeat, now: float) -> None:
         lost = self.fleet.judge(replica, heartbeat, now)
         if lost:
-            self._lose(replica, lost, now)
+            self._lose(replica, "hung", lost, now)
             return
         accepted = unseen = 0
         for stream, tokens in replica.streams.items():
             row = self._board.streams[stream]
-            if row.phase == "running":
-                accepted += not row.starved
-            else:
+            if row.phase == "sent":
                 unseen += tokens
+            else:
+                accepted += not row.starved
         replica.beat(heartbeat, accepted, unseen, now)
 
-    def _lose(self, replica: Replica, reason: str, now: float, *, death: bool = True) -> None:
-        """Its rows go back to the front of the queue; ``death``: the loss may be their doing."""
+    def _lose(self, replica: Replica, loss: LossKind, reason: str, now: float) -> None:
+        """Its rows go back to the front of the queue. The loss may be their doing, but where it ``left`` by itself."""
         if not self.fleet.lose(replica, reason, now):
             return
         self.counts["replicas_lost"] += 1
         # Still told to drop them: a replica that was only stopped or cut off works on.
         rows = [self._board.streams[stream] for stream in replica.streams]
-        guilty = self._blame(rows) if death else ()
+        guilty = self._blame(rows) if loss != "left" else ()
+        self.tallies[replica.model].losses[loss] += 1
         for row in rows:
             if row in guilty:
                 error = ReplicaLost(
@@ -259,9 +262,10 @@ class Route:
                     "the request may be what ends them",
                     code="replica_limit",
                 )
+                self.tallies[replica.model].moves(row.trail, loss, now)
                 self._places.fail(row, error)
             else:
-                self._places.put_back(row, now, cancel=True)
+                self._places.put_back(row, loss, now, cancel=True)
         self._places.fill(replica.model, now)
 
     def _blame(self, rows: list[Row]) -> list[Row]:
@@ -270,7 +274,7 @@ class Route:
         What ends a replica ends the next one at the same place, so a row that got on meanwhile starts over. Where some of those at the
         limit never gave a token, it is they: the others had run beside them or before them.
         """
-        accepted = [row for row in rows if row.phase == "running"]
+        accepted = [row for row in rows if row.phase != "sent"]
         for row in accepted:
             row.deaths = 1 if len(row.emitted) - row.held > PROGRESS_TOKENS else row.deaths + 1
         suspects = [row for row in accepted if row.deaths >= self._admission.replica_limit]
@@ -297,8 +301,8 @@ class Route:
             if row is None or row.attempt != attempts[i] or row.replica is not replica:
                 self._stale(replica, stream, len(tokens), row)
                 continue
-            if row.phase == "sent":
-                row.phase = "running"
+            if row.phase != "running":
+                self._places.began(row, now)
             scores = logprobs[i] if logprobs is not None else None
             emitted = row.emitted
             have = len(emitted)
@@ -335,7 +339,7 @@ class Route:
             self._short(row, done, now)
             return
         self._chooser.finished(row, replica, now, alone=len(self.fleet.replicas) == 1)
-        self._places.finish(row, done.reason, done.usage, done.stop_id)
+        self._places.finish(row, done.reason, done.usage, done.stop_id, now)
 
     def _short(self, row: Row, done: Done, now: float) -> None:
         """The end came, tokens before it did not. The row is over there, so it goes on from here elsewhere, once."""
@@ -345,7 +349,7 @@ class Route:
             self._places.fail(row, EngineFault("a replica ended the request before its last token", why, "retry"), cancel=False)
         else:
             row.short = True
-            self._places.put_back(row, now, cancel=False)
+            self._places.put_back(row, "short", now, cancel=False)
 
     def _failed(self, replica: Replica, failed: Failed, now: float) -> None:
         row = self._board.find(replica, failed.stream, failed.attempt)
@@ -354,7 +358,7 @@ class Route:
         if failed.code in BOUNCES:
             # A replica that refuses is left alone until it says how it is; one that lost a row only forgot that row.
             replica.refusing |= failed.code != "not_found"
-            self._places.put_back(row, now, cancel=False)
+            self._places.put_back(row, "refused", now, cancel=False)
             return
         if failed.code == "nan_logits" and self.fleet.fault(replica, now):
             self.counts["quarantines"] += 1

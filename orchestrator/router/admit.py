@@ -15,15 +15,25 @@ from orchestrator.router.auth import Tenant
 from workers.errors import ConfigError
 
 Role = Literal["replica", "client", "router"]
+#: How the name of a grant ends that holds for a family of names; a name of one process has no slash of its own.
+FAMILY = "/*"
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one key may be. ``name``: the only replica name that it may say Hello as (empty = any); of a client, its tenant. ``models``:
-    those that the replica may serve; of a client, as of :class:`~orchestrator.router.auth.Tenant`."""
+    """What one key may be. ``name``: the only replica name that it may say Hello as (empty = any; ``a/*`` = all that begin with ``a/``); of
+    a client, its tenant. ``models``: those that the replica may serve; of a client, as of :class:`~orchestrator.router.auth.Tenant`, and so
+    is ``watches``."""
 
     role: Role
     name: str = ""
     models: tuple[str, ...] | None = None
+    watches: bool = False
+
+    def speaks_for(self, replica: str) -> bool:
+        """Whether a replica with this key may have this name."""
+        if self.name.endswith(FAMILY):
+            return replica.startswith(self.name.removesuffix("*"))
+        return self.name in ("", replica)
 
 
 def parse_grants(data: bytes) -> dict[str, Grant]:
@@ -54,11 +64,11 @@ class Gate:
     def tenant(self, user: str) -> Tenant:
         """Whose requests the client ``user`` brings; nobody's, who may use nothing, where its key was just taken off the list."""
         grant = self._grants.get(user)
-        return Tenant(grant.name, grant.models) if grant is not None else Tenant(models=())
+        return Tenant(grant.name, grant.models, grant.watches) if grant is not None else Tenant(models=())
 
     def may_be(self, user: str, replica: str, model: str) -> bool:
         """Whether the key ``user`` may speak for the replica of this name, and serve this model as it."""
         grant = self._grants.get(user)
         if grant is None or grant.role != "replica":
             return False
-        return grant.name in ("", replica) and (grant.models is None or model in grant.models)
+        return grant.speaks_for(replica) and (grant.models is None or model in grant.models)

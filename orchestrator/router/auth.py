@@ -20,10 +20,17 @@ _ID_BYTES, _SECRET_BYTES, _SALT_BYTES = 6, 32, 16
 
 
 class Tenant(msgspec.Struct, frozen=True):
-    """Whose request it is. ``models``: names or aliases that it may use and see; None = all, and the state of the whole deployment."""
+    """Whose request it is. ``models``: names or aliases that it may use and see; None = all. ``watches``: it may ask for the state of the
+    whole deployment although it is bound to models; who is not may always."""
 
     name: str = ""
     models: tuple[str, ...] | None = None
+    watches: bool = False
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether what names everybody's models may be told."""
+        return self.models is None or self.watches
 
     def may_use(self, names: Iterable[str]) -> bool:
         """Whether a model of these names is among those allowed."""

@@ -10,12 +10,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from orchestrator.core.fleet import Replica
+from orchestrator.core.fleet import Loss, Replica
 from orchestrator.core.request import Deliver, Errored, Finished, Scored, Send
 from orchestrator.core.route import Route
 from orchestrator.metrics import RequestMeter
+from orchestrator.router import origin
 from orchestrator.router.seam import Ask, ModelStatus, Watcher
-from workers.errors import EngineFault
+from workers.errors import EngineFault, ReplicaLost, printable
 from workers.wire import FromReplica, ToReplica
 
 log = logging.getLogger("trireme.dispatch")
@@ -27,11 +28,13 @@ SendToReplica = Callable[[bytes, ToReplica], bool]
 class Flight:
     """A live request's :class:`~orchestrator.router.seam.Ticket`. ``open``: bit i = the watcher still expects something for choice i."""
 
-    __slots__ = ("_dispatch", "id", "last", "meter", "open", "watcher")
+    __slots__ = ("_dispatch", "id", "last", "meter", "open", "origin", "watcher")
 
     def __init__(self, dispatch: RouterDispatch, choices: int, watcher: Watcher, meter: RequestMeter) -> None:
         self._dispatch, self.watcher, self.meter = dispatch, watcher, meter
         self.id = 0
+        #: Whose it is, for log lines: what befalls it later befalls it in other tasks.
+        self.origin = origin.current()
         #: When its last tokens were delivered; None = none were.
         self.last: float | None = None
         self.open = (1 << choices) - 1
@@ -54,6 +57,7 @@ class RouterDispatch:
     def __init__(self, route: Route, *, name: str, send: SendToReplica, clock: Callable[[], float]) -> None:
         self._route, self._name, self._send, self._clock = route, name, send, clock
         self._pumping = self._armed = False
+        self._told: Loss | None = None
 
     # --- the doors' side
 
@@ -103,9 +107,11 @@ class RouterDispatch:
             "router": self._name,
             "closing": route.closing,
             "queue": {model: route.waiting(model) for model in route.models},
+            "admitted": {model: sum(tally.limits.counts) for model, tally in route.tallies.items()},
             "running": route.placed,
             "counts": dict(route.counts),
             "replicas": [_describe(replica, self._clock()) for replica in route.fleet.replicas.values()],
+            "losses": [_recount(loss, self._clock()) for loss in route.fleet.losses],
         }
 
     # --- the replicas' side
@@ -116,9 +122,20 @@ class RouterDispatch:
 
     def tick(self) -> None:
         self._route.tick(self._clock())
+        self._tell_losses()
         self.pump()
         if not self._route.live:
             self._route.check()
+
+    def _tell_losses(self) -> None:
+        losses = self._route.fleet.losses
+        if not losses or losses[-1] is self._told:
+            return
+        fresh = list(losses)
+        for loss in fresh[fresh.index(self._told) + 1 if self._told in fresh else 0 :]:
+            level = logging.INFO if loss.drained else logging.WARNING
+            log.log(level, "replica %s is lost: %s; %d rows", ascii(loss.replica), loss.reason, loss.rows, extra={"replica": loss.replica})
+        self._told = fresh[-1]
 
     def close(self) -> None:
         """Accept nothing new."""
@@ -212,10 +229,12 @@ class RouterDispatch:
         if isinstance(action, Finished):
             watcher.on_done(action.choice, action.reason, action.usage, action.stop_id)
         else:
+            if isinstance(action.error, EngineFault | ReplicaLost):
+                log.warning("a request failed: %s: %s", action.error.code, printable(str(action.error)), extra=origin.fields(flight.origin))
             watcher.on_failed(action.choice, action.error)
 
     def _break(self, flight: Flight, error: Exception) -> None:
-        log.error("request %d: its door failed", flight.id, exc_info=error)
+        log.error("request %d: its door failed", flight.id, exc_info=error, extra=origin.fields(flight.origin))
         choices = [choice for choice in range(flight.open.bit_length()) if flight.open >> choice & 1]
         flight.cancel()
         for choice in choices:
@@ -224,8 +243,20 @@ class RouterDispatch:
                     choice, EngineFault("the router failed on this request", type(error).__name__, code="internal_error")
                 )
             except Exception:
-                log.exception("request %d: its door failed again", flight.id)
+                log.exception("request %d: its door failed again", flight.id, extra=origin.fields(flight.origin))
                 return
+
+
+def _recount(loss: Loss, now: float) -> dict[str, object]:
+    return {
+        "replica": loss.replica,
+        "model": loss.model,
+        "epoch": loss.epoch,
+        "reason": loss.reason,
+        "rows": loss.rows,
+        "drained": loss.drained,
+        "age_s": round(now - loss.at, 3),
+    }
 
 
 def _describe(replica: Replica, now: float) -> dict[str, object]:
@@ -245,14 +276,19 @@ def _describe(replica: Replica, now: float) -> dict[str, object]:
         "resume": replica.resume,
         "max_batch_size": capacity.max_batch_size,
         "max_seq_len": capacity.max_seq_len,
+        "max_num_tokens": capacity.max_num_tokens,
+        "block_size": capacity.block_size,
         "num_blocks": capacity.num_blocks,
-        "free_blocks": load.free_blocks if load is not None else 0,
+        "free_blocks": load.free_blocks if load is not None else capacity.num_blocks,
         "rows": len(replica.streams),
+        "paused": replica.paused,
+        "signal_age_s": round(now - replica.seen, 3),
+        "reported": load is not None,
         "tok_s": round(replica.tok_s, 1),
     }
     for field in (
         "running", "waiting", "step", "busy_ms", "step_ms", "prefill_tokens", "prompt_tokens_total", "output_tokens_total",
-        "prefix_queries_total", "prefix_hits_total", "preemptions_total",
+        "prefix_queries_total", "prefix_hits_total", "preemptions_total", "step_tokens", "step_tokens_total",
     ):  # fmt: skip
         row[field] = getattr(load, field) if load is not None else 0
     return row

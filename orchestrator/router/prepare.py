@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from orchestrator.router import origin
 from orchestrator.router import request as bodies
 from orchestrator.router.auth import EVERYONE, Salting, Tenant
 from orchestrator.router.cell import Render
@@ -82,6 +83,7 @@ async def prepare(
     request: Request, caller: Caller, *, texts: Texts, dispatcher: Dispatcher, admission: AdmissionSpec, salting: Salting
 ) -> Prepared:
     """Raises NotFound, TooLong, other Rejected, and Unavailable while no replica has yet said how long its context is."""
+    origin.learn(request.metadata, chat=isinstance(request, ChatRequest))
     model = resolve(request.model, texts, caller.tenant)
     status = dispatcher.model(model.name)
     context = (status.max_seq_len if status else 0) or model.card.max_seq_len
@@ -211,6 +213,7 @@ def _ask(request: Request, caller: Caller, frame: _Frame, index: int, ids: list[
         credit=caller.credit,
         deadline_s=deadline,
         emitted=emitted,
+        marks=origin.marks(),
     )
 
 

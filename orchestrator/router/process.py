@@ -2,7 +2,9 @@
 
 Owns the event loop's tasks, signals and the state file. Builds everything and connects it; decides nothing about requests.
 
-    starting → serving --SIGTERM--> draining --all done, or grace over--> stopped      (a second SIGTERM ends the grace at once)
+    starting → serving --SIGTERM, SIGINT or STOP--> draining --all done, or grace over--> stopped
+
+The same signal again ends the grace at once.
 """
 
 from __future__ import annotations
@@ -15,31 +17,35 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import zmq
 
 from orchestrator.core.fleet import Fleet
 from orchestrator.core.route import Route
+from orchestrator.launch.child import STOP
 from orchestrator.metrics import Metrics
 from orchestrator.router.admit import Gate, Grant
 from orchestrator.router.auth import ApiKey, ApiKeys, Salting
 from orchestrator.router.dispatch import RouterDispatch
 from orchestrator.router.http.app import build_app
+from orchestrator.router.http.scrape import build_scrape_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.port import Port
 from orchestrator.router.replicas import ReplicaLink
 from orchestrator.router.rpc import RpcDoor
+from orchestrator.router.seam import Dispatcher
 from orchestrator.router.text import Texts
 from orchestrator.router.zap import Zap
-from orchestrator.spec import RouterSpec
-from workers.errors import EnvironmentFault
+from orchestrator.spec import HttpSpec, RouterSpec
+from workers.errors import ConfigError, EnvironmentFault
 from workers.sockets import KeyPair
 from workers.wire import Peers
 
-#: Seconds that running requests get after SIGTERM.
-GRACE_S = 30.0
+if TYPE_CHECKING:
+    from orchestrator.router.tracing import Traces
+
 #: Seconds between looks at deadlines and silent replicas, and at the allowed-keys and API-keys files.
 TICK_S, RELOAD_S = 0.1, 1.0
 
@@ -87,13 +93,19 @@ class RouterProcess:
         self._gate = Gate(load_grants() or {})
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._listener = bind(spec.http) if spec.http is not None else None
+        # Whoever opens it beyond this host said so by naming the host; it tells counts and names, never what was asked.
+        scrape = HttpSpec(host=spec.metrics.host, port=spec.metrics.port, insecure_without_keys=True)
+        self._scrape = bind(scrape) if spec.metrics.port else None
         self._zap = Zap(self._context, self._gate)
         self._link = ReplicaLink(self._context, spec.back, keys=keys, gate=self._gate, greeting=greeting)
         route = Route(greeting, names, spec.admission, Fleet(spec.replica_timeout_s, spec.hang_floor_s))
         self._dispatch = RouterDispatch(route, name=spec.name, send=self._link.send, clock=time.monotonic)
-        self._metrics = Metrics([card.name for card in spec.models], self._dispatch.status)
+        self._traces = _traces(spec)
+        #: What the doors see of it.
+        self._front: Dispatcher = self._traces.around(self._dispatch) if self._traces is not None else self._dispatch
+        self._metrics = Metrics([card.name for card in spec.models], self._dispatch.status, route.tallies)
         self._door = RpcDoor(
-            boot=boot, dispatcher=self._dispatch, texts=texts, metrics=self._metrics, admission=spec.admission, gate=self._gate,
+            boot=boot, dispatcher=self._front, texts=texts, metrics=self._metrics, admission=spec.admission, gate=self._gate,
             salting=self._salting, send=self._send_to_client, clock=time.monotonic,
         )  # fmt: skip
         door = self._door
@@ -107,17 +119,25 @@ class RouterProcess:
         loop = asyncio.get_running_loop()
         stop, hurry = asyncio.Event(), asyncio.Event()
 
-        def on_signal() -> None:
-            (hurry if stop.is_set() else stop).set()
+        told: set[signal.Signals] = set()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+        def on_signal(number: signal.Signals) -> None:
+            # Who ends a whole tree of processes (a Ray job's stop) tells each of them SIGTERM, and our host, told too, tells us STOP: that
+            # is one order. Only the same signal again is a second one.
+            (hurry if number in told else stop).set()
+            told.add(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, STOP):
+            loop.add_signal_handler(number, on_signal, number)
         self._texts.cells.start()
         self._zap.start(loop)
         self._link.start(loop, self._dispatch)
         self._rpc.start(loop)
         ticker = asyncio.create_task(self._tick())
         http = asyncio.create_task(self._serve_http(stop))
+        # It ends last: what drains is still measured.
+        closing = asyncio.Event()
+        scrape = asyncio.create_task(self._serve_scrape(closing))
         stopped = asyncio.create_task(stop.wait())
         try:
             self._report("serving")
@@ -127,9 +147,10 @@ class RouterProcess:
                 await (ticker if ticker.done() else http)
             await self._drain(hurry)
         finally:
-            for task in (ticker, http, stopped):
+            closing.set()
+            for task in (ticker, http, scrape, stopped):
                 task.cancel()
-            await asyncio.gather(ticker, http, stopped, return_exceptions=True)
+            await asyncio.gather(ticker, http, scrape, stopped, return_exceptions=True)
             self._close()
 
     async def _drain(self, hurry: asyncio.Event) -> None:
@@ -138,7 +159,7 @@ class RouterProcess:
         self._dispatch.close()
         self._idle.clear()
         waits = [asyncio.create_task(event.wait()) for event in (self._idle, hurry)]
-        await asyncio.wait(waits, timeout=GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waits, timeout=self._spec.drain_grace_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         self._dispatch.abort()
@@ -150,20 +171,27 @@ class RouterProcess:
         self._rpc.close()
         self._link.close()
         self._zap.close()
-        if self._listener is not None:
-            self._listener.close()
+        for listener in (self._listener, self._scrape):
+            if listener is not None:
+                listener.close()
         self._texts.close()
         self._context.term()
+        if self._traces is not None:
+            self._traces.close()
         self._report("stopped")
 
     async def _serve_http(self, stop: asyncio.Event) -> None:
         if self._listener is None:
             await stop.wait()
             return
-        app = build_app(self._spec, self._dispatch, self._texts, self._metrics, self._salting, self._api_keys)
+        app = build_app(self._spec, self._front, self._texts, self._metrics, self._salting, self._api_keys)
         if self._api_keys is None and self._spec.http is not None and self._spec.http.insecure_without_keys:
             log.warning("%s is open to everyone who reaches it: no API keys, by insecure_http_without_keys", self.http)
-        await serve(app, self._listener, stop, grace_s=GRACE_S)
+        await serve(app, self._listener, stop, grace_s=self._spec.drain_grace_s)
+
+    async def _serve_scrape(self, closing: asyncio.Event) -> None:
+        if self._scrape is not None:
+            await serve(build_scrape_app(self._metrics), self._scrape, closing, grace_s=1.0)
 
     async def _tick(self) -> None:
         beat_at = reload_at = 0.0
@@ -179,7 +207,10 @@ class RouterProcess:
             self._dispatch.tick()
             if not self._dispatch.live and not self._door.live:
                 self._idle.set()
-            await asyncio.sleep(min(TICK_S, self._spec.heartbeat_s))
+            pause = min(TICK_S, self._spec.heartbeat_s)
+            due = time.monotonic() + pause
+            await asyncio.sleep(pause)
+            self._metrics.lag.observe(max(0.0, time.monotonic() - due))
 
     def _reload(self) -> None:
         grants = self._load_grants()
@@ -214,3 +245,14 @@ class RouterProcess:
             if phase == "serving":
                 raise EnvironmentFault(f"cannot write {path}", error.strerror or str(error), "make room or give access there") from None
             log.warning("cannot write %s: %s; phase %s goes unreported", path, error.strerror, phase)
+
+
+def _traces(spec: RouterSpec) -> Traces | None:
+    """None where no collector is named. Raises ConfigError where OpenTelemetry is not installed."""
+    if not spec.tracing.endpoint:
+        return None
+    try:
+        from orchestrator.router.tracing import Traces
+    except ImportError as error:
+        raise ConfigError("tracing.endpoint: OpenTelemetry is not installed", str(error), "pip install 'trireme-llm[otel]'") from None
+    return Traces(spec.tracing, spec.name)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import msgspec
 
 from orchestrator.metrics import Metrics
+from orchestrator.router import origin
 from orchestrator.router import request as bodies
 from orchestrator.router.admit import Gate
 from orchestrator.router.auth import EVERYONE, Salting, Tenant
@@ -30,7 +31,7 @@ from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, 
 from workers.wire import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
 
 #: Seconds in which a client that vanished may come back to its calls; with a pulse's delay, they are given up within 2 s.
-GONE_S = 1.75
+GONE_S = 1.5
 #: Live calls of one router, and ended ones that can still be repeated (calls, tokens).
 MAX_CALLS, MAX_ENDED, MAX_ENDED_TOKENS = 8192, 512, 500_000
 #: Longest request id and client's nonce, characters, and the largest attempt: each placement adds to a multiple of it.
@@ -129,6 +130,7 @@ class RpcDoor:
 
     async def _begin(self, call: Call, message: Generate) -> None:
         """The edge of one request: whatever goes wrong in it ends it only."""
+        origin.enter(call.name[1], "")
         try:
             await self._admit(call, message)
         except TriremeError as error:
@@ -202,7 +204,7 @@ class RpcDoor:
 
     def _query(self, peer: bytes, client: str, message: Query) -> None:
         tenant = self._tenant(client)
-        if message.what != "models" and tenant.models is not None:
+        if message.what != "models" and not tenant.sees_all:
             raise NotFound(f"no {message.what} for a key that is bound to models")
         if message.what == "metrics":
             body = self._metrics.render()

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from orchestrator.core.tally import Placement
 from orchestrator.metrics import RequestMeter
 from workers.errors import TriremeError
 from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
@@ -20,8 +21,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
     ``client`` names who asks (door's own id), ``request`` is the id that the client sees. ``affinity`` is a session hint. ``emitted``:
     what the client already holds of each choice (a journal), or empty. Where a choice has a list there, the dispatcher takes it over as its
-    record, which grows just before each delivery: a door that needs the record too keeps the list, to read only. ``deadline_s``: seconds
-    from now, None = none.
+    record, which grows just before each delivery: a door that needs the record too keeps the list, to read only. ``trails``: the same for
+    its placements. ``deadline_s``: seconds from now, None = none. ``marks``: the caller's request id and trace id, for log lines elsewhere.
     """
 
     client: str
@@ -36,6 +37,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
     emitted: list[list[int]] = []
     attempt: int = 0
+    trails: list[list[Placement]] = []
+    marks: tuple[str, str] = ("", "")
 
 
 class Watcher(Protocol):

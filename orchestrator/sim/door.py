@@ -14,6 +14,7 @@ import msgspec
 from orchestrator.core.fleet import Fleet
 from orchestrator.core.request import Deliver, Errored, Finished, Scored, Send
 from orchestrator.core.route import Route
+from orchestrator.core.tally import Placement
 from orchestrator.sim.gang import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.net import Wire
 from orchestrator.sim.timeline import Timeline
@@ -41,6 +42,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None
     emitted: list[list[int]]
     attempt: int
+    trails: list[list[Placement]] = []
+    marks: tuple[str, str] = ("", "")
 
 
 class Caller(Protocol):

@@ -31,9 +31,9 @@ CONTEXT, VOCAB = 1024, 259
 
 
 class Play(msgspec.Struct, frozen=True, kw_only=True):
-    """What one choice does: its text, then how it ends. ``hang``: after the text, nothing more ever comes."""
+    """What one choice does: its text (or ids), then how it ends. ``hang``: after the text, nothing more ever comes."""
 
-    text: str | bytes = "Hello, world"
+    text: str | bytes | list[int] = "Hello, world"
     reason: FinishReason = "stop"
     stop_id: int | None = None
     error: TriremeError | None = None
@@ -71,7 +71,7 @@ class ScriptedTicket:
         if choice not in self.live:
             return
         play = self._dispatcher.script(self.ask, choice)
-        ids = list(play.text if isinstance(play.text, bytes) else play.text.encode())[: self.ask.params.max_tokens]
+        ids = list(play.text.encode() if isinstance(play.text, str) else play.text)[: self.ask.params.max_tokens]
         position = self.sent[choice]
         if position == 0 and self.ask.params.prompt_logprobs is not None:
             self.watcher.on_prompt(choice, score(self.ask.prompt_ids, self.ask.params.prompt_logprobs, first=True))
@@ -139,7 +139,16 @@ class ScriptedDispatcher:
         return self.is_ready
 
     def status(self) -> dict[str, object]:
-        replica = {"name": "r0", "model": "tiny", "state": "ready", "running": 2, "waiting": 1, "num_blocks": 10, "free_blocks": 4}
+        replica = {
+            "name": "r0",
+            "model": "tiny",
+            "state": "ready",
+            "reported": True,
+            "running": 2,
+            "waiting": 1,
+            "num_blocks": 10,
+            "free_blocks": 4,
+        }
         return {"router": "test", "queue": {"tiny": 0}, "running": 0, "counts": {"resubmitted": 0}, "replicas": [replica]}
 
     def reset(self) -> None:

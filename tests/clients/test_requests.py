@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.clients.scripted import Play, ServedDoor
 
@@ -166,3 +168,11 @@ def test_small_endpoints(door: ServedDoor) -> None:
     door.dispatcher.is_ready = False
     late = door.http.get("/ready")
     assert late.status_code == 503 and late.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v2/models/tiny/generate_stream"])
+def test_tokens_without_text_do_not_starve_a_stream(door: ServedDoor, path: str) -> None:
+    """More special tokens than may be on their way to a reader: there is nothing to send, and still more must come."""
+    door.dispatcher.script = lambda ask, choice: Play(text=[256] * 700 + list(b"end"))
+    body = {"model": "tiny", "prompt": "x", "text_input": "x", "max_tokens": 703, "ignore_eos": True, "stream": True}
+    assert "".join(re.findall(r'"text(?:_output)?":"(.*?)"', post(door, path, body).text)) == "end"

@@ -22,7 +22,7 @@ import pytest
 import zmq
 
 from orchestrator.client.wires import ClientKeys, Wires
-from orchestrator.launch.routers import ask
+from orchestrator.launch.reports import ask
 from orchestrator.router.admit import Gate
 from orchestrator.router.port import Port
 from orchestrator.router.zap import Zap
@@ -40,7 +40,6 @@ from workers.wire import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams
 
 #: As many tokens as a reader asks for, and rows that run at once.
 WANTED, ROWS = 5000, 64
-#: Steps as long as those of a model, so that the processors are not what everyone waits for.
 ENGINE = msgspec.structs.replace(FAKE, fake_step_ms=5.0, max_seq_len=2 * WANTED, max_batch_size=ROWS, max_num_tokens=512, kv_tokens=2**20)
 
 
@@ -135,7 +134,8 @@ class Watch:
 def test_readers_of_a_byte_a_second(cut: bool) -> None:
     """F16: 50 of them: the buffers that they fill, their K/V given up, the others' tokens, and in the long run their end."""
     readers: list[Reader] = []
-    with served() as (router, _, url):
+    # Steps as long as a model's: 50 streams at once must not be what the processors of a small machine wait for.
+    with served(msgspec.structs.replace(ENGINE, fake_step_ms=12.0)) as (router, _, url):
         watch = Watch(url, 4)
         try:
             wait_for(lambda: watch.tokens >= 4 * 400, what="the others alone")
@@ -158,7 +158,7 @@ def test_readers_of_a_byte_a_second(cut: bool) -> None:
             made = (_generated(url) - watch.tokens) / len(readers) * readers[0].event_size()
             figure("F16 made for a reader and not read", made / 1024, 256, "KiB")
             figure("F16 router memory for 50 readers", max(0.0, grown), 50 * 0.262, "MB")
-            figure("F16 K/V given up after the first byte, buffers filled meanwhile", given_up - begun, PAUSE_S + 8.0)
+            figure("F16 K/V given up after the first byte, buffers filled meanwhile", given_up - begun, PAUSE_S + 12.0)
             _compare("F16 inter-token p99 of the others while buffers fill", filling, alone)
             _compare("F16 inter-token p99 of the others afterwards", beside, alone)
             if cut:

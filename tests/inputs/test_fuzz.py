@@ -45,6 +45,11 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
         {"role": "tool", "content": "1", "tool_call_id": "1"},
     ]}),
 ]  # fmt: skip
+TENSORS = {"id": "1", "outputs": [{"name": "text_output"}], "inputs": [
+    {"name": "text_input", "shape": [2, 1], "datatype": "BYTES", "data": [["a"], ["b"]]},
+    {"name": "max_tokens", "shape": [1], "datatype": "INT32", "data": [1]},
+    {"name": "return_log_probs", "shape": [2, 1], "datatype": "BOOL", "data": [True, True]},
+]}  # fmt: skip
 RARE: list[tuple[str, dict[str, Any]]] = [(CHAT, chat(max_tokens=2, **GUIDED)), (TEXT, text(max_tokens=2, guided_regex="[a-z]{2}"))]
 
 
@@ -120,7 +125,7 @@ def test_mutated_frames_of_clients(world: World, count: int) -> None:
     world.alive()
     world.good_http()
     assert socket_kinds.get("internal_error", 0) + socket_kinds.get("engine_fault", 0) == 0, answers
-    assert socket_kinds["malformed"] > count / 20 and socket_kinds["invalid_request"] > count / 20 and socket_kinds["done"] > count / 200, (
+    assert socket_kinds["malformed"] > count / 20 and socket_kinds["invalid_request"] > count / 50 and socket_kinds["done"] > count / 200, (
         answers
     )
     assert "failed at the door" not in world.open.log.read_text()
@@ -156,8 +161,12 @@ def a_request(mutator: Mutator) -> bytes:
         content = mutator.bytes(json.dumps(body).encode())
     else:
         content = json.dumps(body).encode()
-    if pick.random() < 0.15:
+    if pick.random() < 0.2:
+        asked = {"text_input": "a", "max_tokens": 2, "stop_words": ["b"], "parameters": {"temperature": 0.5, "random_seed": 3}}
         path, content = pick.choice((
+            ("/v2/models/m/generate", json.dumps(mutator.tree(asked)).encode()),
+            ("/v2/models/m/generate_stream", json.dumps(mutator.tree(asked)).encode()),
+            ("/v2/models/m/infer", json.dumps(mutator.tree(TENSORS)).encode()),
             ("/tokenize", json.dumps(mutator.tree({"model": "m", "prompt": "hello"})).encode()),
             ("/detokenize", json.dumps(mutator.tree({"model": "m", "tokens": [65, 66]})).encode()),
             ("/v1/models/m", b""), ("/status", b""), ("/metrics", b""), ("/ready", b""),

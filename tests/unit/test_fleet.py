@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.core.fleet import Fleet, Joined, Refused, Replica
+from orchestrator.core.fleet import KEPT_LOST_S, Fleet, Joined, Refused, Replica
 from workers.wire import Capacity, Heartbeat, Hello
 
 CAPACITY = Capacity(block_size=16, num_blocks=8, max_batch_size=4, max_num_tokens=64, max_seq_len=512, vocab_size=320, tp=1, pp=1)
@@ -29,13 +29,21 @@ def fleet() -> tuple[Fleet, Replica]:
     return table, joined.replica
 
 
-def test_the_largest_epoch_of_a_name_is_kept_for_good() -> None:
+def test_the_largest_epoch_of_a_name_is_kept_as_long_as_the_name() -> None:
     table, old = fleet()
     newer = table.hello(b"p2", "key-a", hello(boot="b2", epoch=6), 1.0)
     assert isinstance(newer, Joined) and newer.replaced is old
     table.lose(newer.replica, "gone", 2.0)
     assert table.hello(b"p3", "key-a", HELLO, 3.0) == Refused("stale")
     assert table.speaker(b"p1", "key-a", "b1") == (None, False), "the fenced process is heard no more"
+    table.check()
+    table.forget(2.0 + KEPT_LOST_S)
+    assert list(table.replicas) == ["a"]
+    table.forget(2.1 + KEPT_LOST_S)
+    assert not table.replicas and table.speaker(b"p2", "key-a", "b2") == (None, False)
+    assert isinstance(table.hello(b"p4", "key-a", hello(boot="b4", epoch=1), 9.0), Joined)
+    table.forget(9.0 + 2 * KEPT_LOST_S)
+    assert list(table.replicas) == ["a"], "who is not lost stays, however long it was silent"
     table.check()
 
 

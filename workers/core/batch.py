@@ -17,7 +17,7 @@ With ``ahead`` one plan more is in flight, over rows of the oldest one: each goe
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -29,7 +29,7 @@ from workers.core.plan import StepPlan, StepResult, view
 from workers.core.proof import prove
 from workers.core.rows import NEVER, Draft, Flight, Queue, Row, make_row
 from workers.errors import EngineFault
-from workers.wire import UNLIMITED, Capacity, Submit
+from workers.wire import STEP_TOKEN_BUCKETS, UNLIMITED, Capacity, Submit
 
 #: Seconds without credit after which a row gives up its K/V.
 PAUSE_S = 2.0
@@ -82,6 +82,7 @@ class Batch:
         self._orders = 0
         self._steps = 0
         self._prompt_tokens = self._output_tokens = self._queried = self._hit = self._preemptions = 0
+        self._step_tokens, self._step_tokens_total = [0] * (len(STEP_TOKEN_BUCKETS) + 1), 0
 
     # Commands
 
@@ -147,6 +148,8 @@ class Batch:
             prefix_queries_total=self._queried,
             prefix_hits_total=self._hit,
             preemptions_total=self._preemptions,
+            step_tokens=self._step_tokens.copy(),
+            step_tokens_total=self._step_tokens_total,
         )
 
     # Plan
@@ -265,6 +268,9 @@ class Batch:
     def _issue(self, draft: Draft) -> StepPlan:
         """Turn a draft into the plan and remember it as in flight."""
         self._steps += 1
+        tokens = sum(draft.counts)
+        self._step_tokens[bisect_left(STEP_TOKEN_BUCKETS, tokens)] += 1
+        self._step_tokens_total += tokens
         plan, flight = draft.issue(self._steps, self._closed)
         self._closed = []
         self._flights.append(flight)

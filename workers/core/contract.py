@@ -45,7 +45,8 @@ class Emission(msgspec.Struct, frozen=True, gc=False):
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts now (rows, blocks, prompt tokens still to be computed) and totals since start (``*_total``). ``prefixes``: hashes of blocks
-    that are surely in the cache, parents first, from an engine whose cache the router cannot guess."""
+    that are surely in the cache, parents first, from an engine whose cache the router cannot guess. ``step_tokens``: as in
+    :class:`~workers.wire.Heartbeat`."""
 
     steps_total: int = 0
     running: int = 0
@@ -59,6 +60,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queries_total: int = 0
     prefix_hits_total: int = 0
     preemptions_total: int = 0
+    step_tokens: list[int] = []
+    step_tokens_total: int = 0
     prefixes: list[int] = []
 
 

@@ -11,6 +11,7 @@ Done or Failed, and nothing after it, unless the route itself was lost, after wh
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -24,6 +25,8 @@ from workers.wire import MAX_FRAME, UNLIMITED, Accepted, Attach, Cancel, Credit,
 MAX_NAME = 1024
 #: Tokens of one row in one message when an attached stream catches up.
 CATCH_UP_TOKENS = 1024
+#: Faults that are kept until somebody asks.
+MAX_FAULTS = 64
 #: Upper bounds of the msgpack encoding, bytes: one alternative (id, float) and one position without alternatives.
 _TOP_BYTES, _POSITION_BYTES = 14, 32
 
@@ -74,6 +77,7 @@ class _Row(msgspec.Struct, kw_only=True):
     tokens: list[int]
     credit: int
     deadline: float | None
+    marks: tuple[str, str]
     orphaned_until: float = 0.0
     logprobs: list[Logprobs] = []
     prompt_logprobs: list[Logprobs] | None = None
@@ -123,6 +127,8 @@ class Sessions:
         self._due: list[tuple[float, int]] = []
         self._drain_until: float | None = None
         self._next_id = 0
+        #: The last rows that the engine could not go on with: (request, the caller's marks, why). Whoever tells people takes them out.
+        self.faults: deque[tuple[str, tuple[str, str], Fault]] = deque(maxlen=MAX_FAULTS)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -158,7 +164,7 @@ class Sessions:
         row = _Row(
             id=self._next_id, name=name, route=message.boot, stream=message.stream, attempt=message.attempt, seed=message.params.seed,
             prompt_tokens=len(message.prompt_ids), tokens=list(message.emitted), credit=message.credit,
-            deadline=None if message.deadline_ms is None else now + message.deadline_ms / 1000.0,
+            deadline=None if message.deadline_ms is None else now + message.deadline_ms / 1000.0, marks=message.marks,
         )  # fmt: skip
         self._rows[row.id] = self._names[name] = self._streams[row.route, row.stream] = row
         if row.deadline is not None:
@@ -326,6 +332,8 @@ class Sessions:
     def _end(self, row: _Row, end: Finish | Fault) -> list[Action]:
         """End a row that the engine has ended."""
         self._drop(row)
+        if isinstance(end, Fault):
+            self.faults.append((row.name[1], row.marks, end))
         if not row.route:
             return []
         if isinstance(end, Fault):

@@ -6,8 +6,6 @@ Owns how an HTTP request becomes a checked body under the size limits, and how e
 
 from __future__ import annotations
 
-import asyncio
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -19,25 +17,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from orchestrator.metrics import CONTENT_TYPE, Metrics
 from orchestrator.router import prepare as preparing
 from orchestrator.router import request as bodies
 from orchestrator.router.auth import ApiKeys, Salting
-from orchestrator.router.http import openai, sse
+from orchestrator.router.http import kserve, openai, sse
+from orchestrator.router.http.answer import Answer, json_response
 from orchestrator.router.http.exchange import Exchange, Gathered
 from orchestrator.router.http.guard import Guard, tenant_of
-from orchestrator.router.http.protocol import ABORT
+from orchestrator.router.http.incoming import Named, affinity, read_body, request_id
+from orchestrator.router.http.ui import StatusPage
 from orchestrator.router.seam import Dispatcher
-from orchestrator.router.text import TextModel, Texts
+from orchestrator.router.text import TextModel, Texts, TextSink
 from orchestrator.spec import HttpSpec, RouterSpec
 from workers import __version__
-from workers.errors import NotFound, Overloaded, TooLarge, TriremeError, Unavailable, Unsupported
+from workers.errors import NotFound, Overloaded, TriremeError, Unavailable
 from workers.wire import UNLIMITED
-
-_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_MAX_AFFINITY = 128
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +54,7 @@ class Door:
     def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, salting: Salting) -> None:
         self._dispatcher, self._texts, self._metrics, self._salting = dispatcher, texts, metrics, salting
         self._admission = spec.admission
+        self._page = StatusPage(spec.name, len(spec.peers), metrics, dispatcher.status)
         self._max_body = (spec.http or HttpSpec()).max_body_bytes
 
     def routes(self) -> list[Route]:
@@ -70,6 +68,8 @@ class Door:
             Route("/ready", self.ready, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/status", self.status, methods=["GET"]),
+            Route("/ui", self.page, methods=["GET"]),
+            Route("/ui/data", self.page_data, methods=["GET"]),
             Route("/version", self.version, methods=["GET"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
@@ -90,7 +90,7 @@ class Door:
             client="http",
             request=id,
             tenant=tenant_of(http),
-            affinity=http.headers.get("x-correlation-id", "")[:_MAX_AFFINITY],
+            affinity=affinity(http),
             credit=sse.window(request) if request.stream else UNLIMITED,
         )
         prepared = await preparing.prepare(
@@ -105,32 +105,16 @@ class Door:
             usage=bool(options.include_usage),
             continuous=bool(options.include_usage and options.continuous_usage_stats),
         )
-        return _Answer(self, request, wording, Exchange(prepared))
-
-    def begin_stream(
-        self, request: bodies.Request, wording: openai.Wording, exchange: Exchange, abort: Callable[[], None]
-    ) -> sse.EventStream:
-        stream = sse.EventStream(exchange, wording, window=sse.window(request), abort=abort)
-        asks = range(len(exchange.prepared.asks))
-        exchange.start(self._dispatcher, self._metrics, [sse.EventSink(stream, exchange, index, request, wording) for index in asks])
-        return stream
-
-    def begin_whole(self, request: bodies.Request, wording: openai.Wording, exchange: Exchange) -> list[Gathered]:
-        sinks = [Gathered(exchange, index, request, wording) for index in range(len(exchange.prepared.asks))]
-        exchange.start(self._dispatcher, self._metrics, list(sinks))
-        return sinks
-
-    def client_left(self) -> None:
-        self._metrics.disconnected()
+        return Answer(Exchange(prepared), _OpenAi(request, wording), self._dispatcher, self._metrics)
 
     async def models(self, http: Request) -> Response:
         tenant = tenant_of(http)
         shown = [self._card(model, model.name) for model in self._texts.models if tenant.may_use(model.names)]
-        return _json(http, {"object": "list", "data": shown})
+        return json_response(http, {"object": "list", "data": shown})
 
     async def model(self, http: Request) -> Response:
         name = http.path_params["name"]
-        return _json(http, self._card(preparing.resolve(name, self._texts, tenant_of(http)), name))
+        return json_response(http, self._card(preparing.resolve(name, self._texts, tenant_of(http)), name))
 
     def _card(self, model: TextModel, name: str) -> dict[str, Any]:
         return {
@@ -148,12 +132,12 @@ class Door:
         return (status.max_seq_len if status else 0) or model.card.max_seq_len or None
 
     async def health(self, http: Request) -> Response:
-        return _json(http, {"status": "ok"})
+        return json_response(http, {"status": "ok"})
 
     async def ready(self, http: Request) -> Response:
         if not self._dispatcher.ready():
             raise Unavailable("not every model has a ready replica", retry_after=1.0)
-        return _json(http, {"status": "ready"})
+        return json_response(http, {"status": "ready"})
 
     async def metrics(self, http: Request) -> Response:
         _check_sees_all(http)
@@ -161,10 +145,19 @@ class Door:
 
     async def status(self, http: Request) -> Response:
         _check_sees_all(http)
-        return _json(http, self._dispatcher.status())
+        return json_response(http, self._dispatcher.status())
+
+    async def page(self, http: Request) -> Response:
+        return Response(self._page.html, headers=self._page.headers | {"x-request-id": request_id(http.scope)})
+
+    async def page_data(self, http: Request) -> Response:
+        _check_sees_all(http)
+        answer = json_response(http, self._page.snapshot())
+        answer.headers["cache-control"] = "no-store"
+        return answer
 
     async def version(self, http: Request) -> Response:
-        return _json(http, {"version": __version__})
+        return json_response(http, {"version": __version__})
 
     async def tokenize(self, http: Request) -> Response:
         fields = await preparing.decode(await read_body(http, self._max_body), self._texts)
@@ -176,17 +169,17 @@ class Door:
             body = bodies.convert(fields, TokenizeBody)
             model = preparing.resolve(body.model, self._texts, tenant_of(http))
             ids = await preparing.encode_prompt(body.prompt, model, self._texts, add_special=body.add_special_tokens)
-        return _json(http, {"count": len(ids), "max_model_len": self._context(model), "tokens": ids})
+        return json_response(http, {"count": len(ids), "max_model_len": self._context(model), "tokens": ids})
 
     async def detokenize(self, http: Request) -> Response:
         body = bodies.convert(await preparing.decode(await read_body(http, self._max_body), self._texts), DetokenizeBody)
         model = preparing.resolve(body.model, self._texts, tenant_of(http))
         if body.tokens:
             preparing.check_known(body.tokens, model.table.size, "tokens")
-        return _json(http, {"prompt": model.decode(body.tokens, skip_special=False)})
+        return json_response(http, {"prompt": model.decode(body.tokens, skip_special=False)})
 
     async def on_error(self, http: Request, error: Exception) -> Response:
-        """Every refusal and failure, as OpenAI words it."""
+        """Every refusal and failure, as the door's own clients expect it."""
         found = error if isinstance(error, TriremeError) else _unexpected(error)
         self._metrics.refused(found.code)
         headers = {"x-request-id": request_id(http.scope)}
@@ -199,55 +192,29 @@ class Door:
         if found.status in (401, 413, 415, 500):
             # What is left of the body was not read, or the server closes after a fault: the client must not send another request here.
             headers["connection"] = "close"
-        return Response(openai.encode(openai.error_body(found)), found.status, headers, "application/json")
+        wording = kserve if kserve.speaks(http.scope["path"]) else openai
+        return Response(openai.encode(wording.error_body(found)), found.status, headers, "application/json")
 
 
-class _Answer:
-    """The response to a generating request: submits when it is sent, and cancels at once when the client leaves."""
+class _OpenAi:
+    """OpenAI's :class:`~orchestrator.router.http.answer.Dialect`."""
 
-    def __init__(self, door: Door, request: bodies.Request, wording: openai.Wording, exchange: Exchange) -> None:
-        self._door, self._request, self._wording, self._exchange = door, request, wording, exchange
+    def __init__(self, request: bodies.Request, wording: openai.Wording) -> None:
+        self.streamed = bool(request.stream)
+        self._request, self._wording = request, wording
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        listening = asyncio.create_task(self._listen(receive))
-        try:
-            if self._request.stream:
-                await self._stream(scope, send)
-            else:
-                await self._whole(scope, receive, send)
-        finally:
-            listening.cancel()
-            self._exchange.leave()
+    def events(self, exchange: Exchange, abort: Callable[[], None]) -> tuple[sse.EventStream, list[TextSink]]:
+        stream = sse.EventStream(exchange, self._wording, window=sse.window(self._request), abort=abort)
+        asks = range(len(exchange.prepared.asks))
+        return stream, [sse.EventSink(stream, exchange, index, self._request, self._wording) for index in asks]
 
-    async def _stream(self, scope: Scope, send: Send) -> None:
-        abort = scope.get("state", {}).get(ABORT, self._exchange.leave)
-        stream = self._door.begin_stream(self._request, self._wording, self._exchange, abort)
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-            (b"x-request-id", request_id(scope).encode()),
-        ]
-        await stream.run(send, headers)
+    def whole(self, exchange: Exchange) -> tuple[list[TextSink], Callable[[], bytes]]:
+        sinks = [Gathered(exchange, index, self._request, self._wording) for index in range(len(exchange.prepared.asks))]
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sinks = self._door.begin_whole(self._request, self._wording, self._exchange)
-        while not self._exchange.over:
-            await self._exchange.news()
-        if self._exchange.failed is not None:
-            raise self._exchange.failed
-        if self._exchange.left:
-            return
-        choices = [choice for sink in sinks for choice in sink.choices()]
-        body = self._wording.answer(choices, self._exchange.usage())
-        await Response(body, 200, {"x-request-id": request_id(scope)}, "application/json")(scope, receive, send)
+        def body() -> bytes:
+            return self._wording.answer([choice for sink in sinks for choice in sink.choices()], exchange.usage())
 
-    async def _listen(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if not self._exchange.over:
-            self._door.client_left()
-            self._exchange.leave()
+        return list(sinks), body
 
 
 def build_app(
@@ -256,52 +223,17 @@ def build_app(
     """The HTTP door as an ASGI application; run it with :func:`orchestrator.router.http.server.serve`. ``keys`` None: open to all."""
     door = Door(spec, dispatcher, texts, metrics, salting)
     app = Starlette(
-        routes=door.routes(),
+        routes=door.routes() + kserve.KServeDoor(spec, dispatcher, texts, metrics, salting).routes(),
         exception_handlers=dict.fromkeys((TriremeError, HTTPException, ClientDisconnect, Exception), door.on_error),
     )
     app.router.redirect_slashes = False
-    return app if keys is None else Guard(app, keys, door.on_error)
-
-
-def request_id(scope: Scope) -> str:
-    """The caller's ``x-request-id`` where it has a harmless form, else a new one; the same for the whole request."""
-    state: dict[str, Any] = scope.setdefault("state", {})
-    if "request_id" not in state:
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-        state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
-    return str(state["request_id"])
-
-
-async def read_body(http: Request, limit: int) -> bytes:
-    """The body, refused as early as can be: by declared length before reading, by count while reading, unread where it is compressed.
-
-    Raises TooLarge, Unsupported.
-    """
-    declared = http.headers.get("content-length")
-    if declared is not None and int(declared) > limit:
-        raise TooLarge(f"the body has {declared} bytes, more than {limit}")
-    if http.headers.get("content-encoding", "identity") != "identity":
-        raise Unsupported("compressed bodies are not taken", hint="send it without Content-Encoding")
-    sent = declared not in (None, "0") or "transfer-encoding" in http.headers
-    if sent and http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Unsupported("the body must be sent as Content-Type: application/json")
-    parts, size = [], 0
-    async for part in http.stream():
-        size += len(part)
-        if size > limit:
-            raise TooLarge(f"the body is larger than {limit} bytes")
-        parts.append(part)
-    return b"".join(parts)
+    return Named(app if keys is None else Guard(app, keys, door.on_error))
 
 
 def _check_sees_all(http: Request) -> None:
     """Raises NotFound for a tenant that is bound to models: what it asks for names those of others."""
     if tenant_of(http).models is not None:
         raise NotFound("no such path")
-
-
-def _json(http: Request, content: object) -> Response:
-    return Response(openai.encode(content), 200, {"x-request-id": request_id(http.scope)}, "application/json")
 
 
 def _unexpected(error: Exception) -> TriremeError:

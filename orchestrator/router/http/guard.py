@@ -15,10 +15,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from orchestrator.router.auth import EVERYONE, ApiKeys, Tenant
 from workers.errors import Unauthorized
 
-#: Probes: they say that this process lives, and nothing else.
-OPEN = frozenset(("/health", "/ready", "/ping"))
+#: Probes, which say that this process lives, and the status page, which is the same everywhere and holds nothing of this deployment.
+OPEN = frozenset(("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/ui"))
 #: Open to this host.
-LOCAL = "/metrics"
+LOCAL = frozenset(("/metrics", "/ui/data"))
 _TENANT = "trireme.tenant"
 
 
@@ -30,7 +30,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if path in OPEN or (path == LOCAL and _is_local(scope)):
+        if path in OPEN or (path in LOCAL and _is_local(scope)):
             await self._app(scope, receive, send)
             return
         sent = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -54,6 +54,13 @@ class Wording(msgspec.Struct, frozen=True, kw_only=True):
     def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
         return encode({**self._body("chat.completion", choices), "usage": usage})
 
+    def last(self, usage: dict[str, Any]) -> bytes:
+        """What ends a stream that is whole: usage where it was asked for, and the mark that nothing follows."""
+        return (self.chunk([], usage) if self.usage else b"") + DONE
+
+    def broken(self, error: TriremeError) -> bytes:
+        return event(error_body(error))
+
     def choice(self, index: int, text: str, *, first: bool, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         """One streamed choice; ``first``: a chat's first delta names the role."""
         delta = {"role": "assistant", "content": text} if first else {"content": text} if text or reason is None else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import Send
 
@@ -113,11 +113,21 @@ class EventSink:
         return openai.usage_json(self._prompt_tokens, output_tokens) if self._wording.continuous else None
 
 
+class Ending(Protocol):
+    """How a dialect ends its streams."""
+
+    def last(self, usage: dict[str, Any]) -> bytes:
+        """What follows the last event of an answer that is whole."""
+
+    def broken(self, error: TriremeError) -> bytes:
+        """The event that ends one which is not."""
+
+
 class EventStream:
     """The writing side: joins what has come since the last send into one, and grants credit for what was sent."""
 
-    def __init__(self, exchange: Exchange, wording: openai.Wording, *, window: int, abort: Callable[[], None]) -> None:
-        self._exchange, self._wording = exchange, wording
+    def __init__(self, exchange: Exchange, ending: Ending, *, window: int, abort: Callable[[], None]) -> None:
+        self._exchange, self._ending = exchange, ending
         self._chunks: list[bytes] = []
         self._received = [0] * len(exchange.prepared.asks)
         self._granted = [0] * len(exchange.prepared.asks)
@@ -135,11 +145,14 @@ class EventStream:
         """Tokens of an ask so far, by its furthest choice: credit is granted to all alike, so the furthest one must not starve."""
         if position > self._received[ask]:
             self._received[ask] = position
+            if position - self._granted[ask] >= self._window:
+                # All credit is spent. Where it went on tokens without text, nothing will be sent that could renew it.
+                self._exchange.tell()
 
     async def run(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Write until the end. Raises the error of a request that failed before its first event."""
         while not self._chunks and not self._exchange.over:
-            await self._exchange.news()
+            await self._wait()
         if self._exchange.failed is not None and not self._chunks:
             raise self._exchange.failed
         self._look(-1)
@@ -150,20 +163,18 @@ class EventStream:
                     await self._send(send, more=True)
                     self._grant()
                 else:
-                    await self._exchange.news()
-            self._push_ending()
+                    await self._wait()
+            failed = self._exchange.failed
+            self.push(self._ending.broken(failed) if failed is not None else self._ending.last(self._exchange.usage()))
             await self._send(send, more=False)
         finally:
             if self._timer is not None:
                 self._timer.cancel()
 
-    def _push_ending(self) -> None:
-        if self._exchange.failed is not None:
-            self.push(openai.event(openai.error_body(self._exchange.failed)))
-            return
-        if self._wording.usage:
-            self.push(self._wording.chunk([], self._exchange.usage()))
-        self.push(openai.DONE)
+    async def _wait(self) -> None:
+        await self._exchange.news()
+        if not self._chunks:
+            self._grant()
 
     def _look(self, seen: int) -> None:
         if self._sending and self._sends == seen:

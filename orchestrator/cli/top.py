@@ -1,0 +1,237 @@
+"""`trireme top`: deployments, replicas and ranks with their rates, drawn anew each second; one plain snapshot where nobody watches.
+
+Owns the samples that rates are made of, and the terminal while it draws. Asks the control sockets of this user's deployments, as `status`
+does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import sys
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from orchestrator.cli import operating
+from orchestrator.cli.console import Console, age, size, table
+from orchestrator.cli.operating import DEFAULT_RUN_DIR, RunDir
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from orchestrator.launch.control import ModelRow, Status
+
+#: Ranks up to so many are shown without being asked for.
+FEW_RANKS = 16
+#: Between the two looks that a snapshot's rates are made of, seconds.
+SNAPSHOT_S = 1.0
+
+_STYLES = {"READY": "green", "DEGRADED": "yellow", "STARTING": "yellow", "LOADING": "yellow", "DRAINING": "yellow", "FAILED": "red",
+           "BACKOFF": "red", "QUARANTINED": "yellow", "PENDING": "yellow", "PLACING": "yellow"}  # fmt: skip
+
+
+class Sheet(msgspec.Struct, frozen=True):
+    """A table: ``rows`` of text under ``header``; ``numbers``: columns that are right-aligned."""
+
+    header: tuple[str, ...]
+    rows: list[list[str]]
+    numbers: frozenset[str] = frozenset()
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """What is shown at one moment: a line for each deployment, and the tables."""
+
+    headlines: list[tuple[str, str]]
+    sheets: list[Sheet]
+
+
+class Meter:
+    """The last two looks. CPU shares and rates are of the time between them."""
+
+    def __init__(self) -> None:
+        self._admitted: dict[tuple[str, str], tuple[float, int]] = {}
+        self._rates: dict[tuple[str, str], float] = {}
+        self._processes: dict[int, Any] = {}
+
+    def look(self, found: list[Status], now: float) -> None:
+        """Take in one status of each deployment; ``now`` in seconds. A router that was replaced began again at 0: its rate is then 0."""
+        for status in found:
+            for model in status.models:
+                key = (status.name, model.name)
+                at, before = self._admitted.get(key, (now, model.admitted))
+                self._rates[key] = max(0, model.admitted - before) / (now - at) if now > at else 0.0
+                self._admitted[key] = (now, model.admitted)
+
+    def rate(self, status: Status, model: ModelRow) -> float:
+        """Requests admitted a second."""
+        return self._rates.get((status.name, model.name), 0.0)
+
+    def process(self, host: str, pid: int) -> tuple[str, str]:
+        """(CPU share, resident memory) of a process of this host; dashes for others, and for one that is gone."""
+        import psutil
+
+        if host != socket.gethostname():
+            return "-", "-"
+        try:
+            process = self._processes.setdefault(pid, psutil.Process(pid))
+            return f"{process.cpu_percent():.0f} %", size(process.memory_info().rss)
+        except psutil.Error:
+            self._processes.pop(pid, None)
+            return "-", "-"
+
+
+def top(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which deployment; all when not given.")] = "",
+    once: Annotated[bool, typer.Option("--once", help="One snapshot; so it is where the output is no terminal.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.2, metavar="SECONDS", help="How often it is drawn.")] = 1.0,
+    ranks: Annotated[bool | None, typer.Option("--ranks/--no-ranks", help="A line for each rank; by default while they are few.")] = None,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Watch deployments: requests and tokens a second, queues, KV cache, replicas and their ranks. `q` or Ctrl-C ends it."""
+    console: Console = context.obj
+    meter = Meter()
+
+    def sample() -> Frame:
+        found = [operating.pick(name, run_dir).status()] if name else operating.running(run_dir)
+        if not found:
+            operating.pick("", run_dir)
+        meter.look(found, time.monotonic())
+        return frame(found, meter, ranks)
+
+    if once or not console.stdout.isatty():
+        sample()
+        time.sleep(SNAPSHOT_S)
+        console.out(plain(sample()))
+    else:
+        watch(console, sample, every)
+
+
+def frame(found: list[Status], meter: Meter, ranks: bool | None) -> Frame:
+    """Everything that is shown of ``found``."""
+    rows = [(status, row) for status in found for model in status.models for row in model.rows]
+    models = Sheet(
+        ("MODEL", "STATE", "READY", "REQ/S", "TOK/S", "RUNNING", "QUEUE", "KV"),
+        [
+            [
+                f"{status.name}/{model.name}", model.state, f"{model.ready}/{model.replicas}", f"{meter.rate(status, model):.1f}",
+                f"{model.tok_s:.1f}", str(sum(row.running for row in model.rows)), str(model.queue), share(fullness(model)),
+            ]
+            for status in found for model in status.models
+        ],
+        frozenset(("REQ/S", "TOK/S", "RUNNING", "QUEUE", "KV")),
+    )  # fmt: skip
+    replicas = Sheet(
+        ("REPLICA", "STATE", "AGE", "RANKS", "RUNNING", "QUEUE", "TOK/S", "KV", "RESTARTS", "CAUSE"),
+        [
+            [
+                f"{status.name}/{row.name}", row.state, age(row.age_s), f"{row.tp * row.pp} (tp {row.tp} pp {row.pp})", str(row.running),
+                str(row.queue), f"{row.tok_s:.1f}", share(row.kv_use), str(row.restarts), row.cause or "-",
+            ]
+            for status, row in rows
+        ],
+        frozenset(("RUNNING", "QUEUE", "TOK/S", "KV", "RESTARTS")),
+    )  # fmt: skip
+    sheets = [models, replicas]
+    known = [(status, row, rank, host, pid) for status, row in rows for rank, host, pid in row.pids]
+    if ranks if ranks is not None else len(known) <= FEW_RANKS:
+        lines = [
+            [f"{status.name}/{row.name}", str(rank), host, str(pid), *meter.process(host, pid)]
+            for status, row, rank, host, pid in known
+        ]  # fmt: skip
+        sheets.append(Sheet(("REPLICA", "RANK", "HOST", "PID", "CPU", "MEMORY"), lines, frozenset(("RANK", "PID", "CPU", "MEMORY"))))
+    return Frame([(status.state, headline(status, meter)) for status in found], sheets)
+
+
+def headline(status: Status, meter: Meter) -> str:
+    requests = sum(meter.rate(status, model) for model in status.models)
+    tokens, queue = sum(model.tok_s for model in status.models), sum(model.queue for model in status.models)
+    living = sum(len(row.pids) for model in status.models for row in model.rows)
+    ready, replicas = (sum(getattr(model, field) for model in status.models) for field in ("ready", "replicas"))
+    return (
+        f"{status.name}: {ready} of {replicas} replicas ready, {living} ranks, {requests:.1f} req/s, {tokens:.1f} tok/s, queue {queue}, "
+        f"up {age(status.age_s)}, {status.url or 'no HTTP door yet'}"
+    )
+
+
+def fullness(model: ModelRow) -> float:
+    """Share of the KV blocks of all its replicas that is in use."""
+    sizes = [(row.kv_use, row.capacity.num_blocks) for row in model.rows if row.capacity is not None]
+    blocks = sum(size for _, size in sizes)
+    return sum(use * size for use, size in sizes) / blocks if blocks else 0.0
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def plain(shown: Frame) -> str:
+    """A frame as text, for files, pipes and people who copy."""
+    lines = [f"{state}  {text}" for state, text in shown.headlines]
+    return "\n\n".join(["\n".join(lines), *(table(list(sheet.header), sheet.rows) for sheet in shown.sheets if sheet.rows)])
+
+
+def drawn(shown: Frame) -> RenderableType:
+    """A frame for a terminal, which cuts what does not fit."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[RenderableType] = [
+        Text.assemble((state, f"bold {_STYLES.get(state, '')}"), "  ", text, overflow="ellipsis") for state, text in shown.headlines
+    ]
+    for sheet in shown.sheets:
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for title in sheet.header:
+            right = title in sheet.numbers
+            grid.add_column(
+                title, justify="right" if right else "left", no_wrap=True, overflow="ellipsis", ratio=1 if title == "CAUSE" else None
+            )
+        for row in sheet.rows:
+            grid.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        parts += [Text(""), grid]
+    return Group(*parts)
+
+
+def watch(console: Console, sample: Callable[[], Frame], every: float) -> None:
+    """Draw until somebody says stop; the screen is then as it was before."""
+    from rich.console import Console as Terminal
+    from rich.live import Live
+
+    live = Live(drawn(sample()), console=Terminal(file=console.stdout), screen=True, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), keys() as pressed, live:
+        live.refresh()
+        while not pressed(every):
+            live.update(drawn(sample()), refresh=True)
+
+
+@contextlib.contextmanager
+def keys() -> Iterator[Callable[[float], bool]]:
+    """A function that waits so many seconds and says whether `q` was pressed; without a keyboard it only waits."""
+    if not sys.stdin.isatty():
+        yield lambda seconds: bool(select.select([], [], [], seconds)[0])
+        return
+    file = sys.stdin.fileno()
+    before = termios.tcgetattr(file)
+    tty.setcbreak(file)
+
+    def pressed(seconds: float) -> bool:
+        return bool(select.select([file], [], [], seconds)[0]) and os.read(file, 64).lower().startswith(b"q")
+
+    try:
+        yield pressed
+    finally:
+        termios.tcsetattr(file, termios.TCSADRAIN, before)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(top)

@@ -1,0 +1,73 @@
+"""What the HTTP door does with any request before it knows what the body means.
+
+Owns the request's id and the limits on how a body may be sent. Never looks into a body, and knows no dialect.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from orchestrator.router import origin
+from workers.errors import TooLarge, Unsupported
+
+_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_MAX_AFFINITY = 128
+#: A browser names itself in one of these on every request that a page of another origin makes it send.
+_FROM_A_PAGE = ("origin", "sec-fetch-site")
+
+
+def request_id(scope: Scope) -> str:
+    """The caller's ``x-request-id`` where it has a harmless form, else a new one; the same for the whole request."""
+    state: dict[str, Any] = scope.setdefault("state", {})
+    if "request_id" not in state:
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
+    return str(state["request_id"])
+
+
+class Named:
+    """ASGI middleware: what a request's task logs and traces says whose work it is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = [value for name, value in scope["headers"] if name == b"traceparent"]
+        # W3C: what came twice is as good as none.
+        origin.enter(request_id(scope), given[0].decode("latin-1") if len(given) == 1 else "")
+        await self._app(scope, receive, send)
+
+
+def affinity(http: Request) -> str:
+    """The session that the caller says it belongs to, or nothing."""
+    return http.headers.get("x-correlation-id", "")[:_MAX_AFFINITY]
+
+
+async def read_body(http: Request, limit: int, *, any_type: bool = False) -> bytes:
+    """The body, refused as early as can be: by declared length before reading, by count while reading, unread where it is compressed.
+
+    It must be called JSON, since a web page can make a browser send other types here unasked. ``any_type``: programs need not, pages must.
+
+    Raises TooLarge, Unsupported.
+    """
+    declared = http.headers.get("content-length")
+    if declared is not None and int(declared) > limit:
+        raise TooLarge(f"the body has {declared} bytes, more than {limit}")
+    if http.headers.get("content-encoding", "identity") != "identity":
+        raise Unsupported("compressed bodies are not taken", hint="send it without Content-Encoding")
+    sent = declared not in (None, "0") or "transfer-encoding" in http.headers
+    typed = not any_type or any(name in http.headers for name in _FROM_A_PAGE)
+    if sent and typed and http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Unsupported("the body must be sent as Content-Type: application/json")
+    parts, size = [], 0
+    async for part in http.stream():
+        size += len(part)
+        if size > limit:
+            raise TooLarge(f"the body is larger than {limit} bytes")
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,33 @@
+"""Log lines, as text or as JSON objects, for routers and ranks alike.
+
+Owns the two forms. Never decides what is logged, nor where it goes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import msgspec
+
+LogFormat = Literal["text", "json"]
+#: What a line may say besides its message, in this order, where its record has it.
+MARKS = ("replica", "rank", "request_id", "trace_id")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; line breaks in messages cannot forge another. ``marks``: what every line says."""
+
+    def __init__(self, **marks: str | int) -> None:
+        super().__init__()
+        self._marks = marks
+
+    def format(self, record: logging.LogRecord) -> str:
+        row: dict[str, object] = {
+            "time": round(record.created, 3), "level": record.levelname, "logger": record.name, "message": record.getMessage(),
+        }  # fmt: skip
+        row |= self._marks
+        row |= {mark: found for mark in MARKS if (found := getattr(record, mark, None)) is not None}
+        if record.exc_info:
+            row["trace"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(row).decode()
