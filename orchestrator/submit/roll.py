@@ -1,0 +1,225 @@
+"""The roll call: the first node of a job and the others, over one TCP connection each that lasts as long as both live.
+
+Owns these connections. A line is JSON behind a MAC made with the job's token, of both sides' nonces, a direction and a count, so nothing
+can be forged, repeated or sent back. Must never wait without a bound. What is said is no secret; the token itself is never sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from orchestrator.submit.preflight import NodeFacts
+from workers.errors import EnvironmentFault
+
+log = logging.getLogger("trireme.job")
+_LINE = 1 << 16
+_NONCE = 16
+_POLL_S = 0.2
+#: Longest that a connected peer may take for its next word while a line is expected, seconds.
+_WORD_S = 10.0
+
+
+class Word(msgspec.Struct, frozen=True, kw_only=True):
+    """``here``: a node with its facts and its clock, Unix seconds; ``join``: start Ray; ``joined``; ``failed`` and why; ``over``: end."""
+
+    say: Literal["here", "join", "joined", "failed", "over"]
+    index: int = 0
+    facts: NodeFacts | None = None
+    clock: float = 0.0
+    why: str = ""
+
+
+class Gone(Exception):
+    """The other side ended, or is not who it must be."""
+
+
+class Line:
+    """One authenticated connection. ``leads``: this is the first node's end."""
+
+    def __init__(self, connection: socket.socket, token: bytes, *, leads: bool) -> None:
+        """Exchanges nonces. Raises :class:`Gone`."""
+        self._socket, self._buffer = connection, bytearray()
+        self._sent = self._heard = 0
+        self._ways = (b"lead", b"node") if leads else (b"node", b"lead")
+        connection.settimeout(_WORD_S)
+        own = secrets.token_bytes(_NONCE)
+        try:
+            connection.sendall(own)
+            theirs = self._exactly(_NONCE)
+        except OSError as error:
+            raise Gone(str(error)) from None
+        nonces = own + theirs if leads else theirs + own
+        self._key = hmac.digest(token, nonces, hashlib.sha256)
+
+    def _exactly(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            self._more()
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+    def _more(self) -> None:
+        part = self._socket.recv(4096)
+        if not part:
+            raise Gone("the connection was closed")
+        self._buffer += part
+
+    def _mac(self, way: bytes, count: int, body: bytes) -> bytes:
+        return hmac.digest(self._key, way + count.to_bytes(8, "big") + body, hashlib.sha256).hex().encode()
+
+    def send(self, word: Word) -> None:
+        """Raises :class:`Gone`."""
+        body = msgspec.json.encode(word)
+        line = self._mac(self._ways[0], self._sent, body) + b" " + body + b"\n"
+        self._sent += 1
+        try:
+            self._socket.settimeout(_WORD_S)
+            self._socket.sendall(line)
+        except OSError as error:
+            raise Gone(str(error)) from None
+
+    def hear(self, bound_s: float) -> Word | None:
+        """The next word, None when there is none within ``bound_s``. Raises :class:`Gone`."""
+        deadline = time.monotonic() + bound_s
+        try:
+            while (end := self._buffer.find(b"\n")) < 0:
+                if len(self._buffer) > _LINE:
+                    raise Gone("a line is too long")
+                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+                self._more()
+        except TimeoutError:
+            return None
+        except OSError as error:
+            raise Gone(str(error)) from None
+        mac, _, body = bytes(self._buffer[:end]).partition(b" ")
+        del self._buffer[: end + 1]
+        if not hmac.compare_digest(mac, self._mac(self._ways[1], self._heard, body)):
+            raise Gone("it does not hold the job's token")
+        self._heard += 1
+        try:
+            return msgspec.json.decode(body, type=Word)
+        except msgspec.DecodeError as error:
+            raise Gone(f"it speaks another language: {error}") from None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Roll:
+    """The first node's side. ``heed`` is called while it waits, and may raise to end the wait."""
+
+    def __init__(self, port: int, token: bytes, others: int, heed: Callable[[], None]) -> None:
+        """Raises :class:`EnvironmentFault` where the port is taken."""
+        self._token, self._others, self._heed = token, others, heed
+        self._lines: dict[int, Line] = {}
+        self.facts: dict[int, NodeFacts] = {}
+        self._listener = socket.socket(socket.AF_INET)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._listener.bind(("", port))
+            self._listener.listen(others + 8)
+        except OSError as error:
+            self._listener.close()
+            hint = "submit again: another job id has other ports"
+            raise EnvironmentFault(f"port {port} of this job is taken", error.strerror or str(error), hint) from None
+
+    def gather(self, bound_s: float) -> list[NodeFacts]:
+        """Until all others are here; their facts in order. Raises :class:`EnvironmentFault` naming the missing ones."""
+        deadline = time.monotonic() + bound_s
+        while len(self._lines) < self._others:
+            self._heed()
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(1, self._others + 1)) - self._lines.keys())
+                raise EnvironmentFault(f"nodes {missing} of the job did not answer within {bound_s:.0f} s",
+                                       "their entry did not start, does not see the jobs folder, or is behind a firewall",
+                                       "the job's log says what they said")  # fmt: skip
+            self._admit()
+        return [self.facts[index] for index in sorted(self.facts)]
+
+    def _admit(self) -> None:
+        self._listener.settimeout(_POLL_S)
+        try:
+            connection, address = self._listener.accept()
+        except TimeoutError:
+            return
+        try:
+            line = Line(connection, self._token, leads=True)
+            asked = time.time()
+            word = line.hear(_WORD_S)
+        except Gone as error:
+            connection.close()
+            log.warning("turned away %s: %s", address[0], error)
+            return
+        if word is None or word.say != "here" or word.facts is None or not 0 < word.index <= self._others:
+            connection.close()
+            return
+        middle = (asked + time.time()) / 2
+        self.facts[word.index] = msgspec.structs.replace(word.facts, skew_s=word.clock - middle)
+        self._lines[word.index] = line
+
+    def join(self, bound_s: float) -> None:
+        """Have all others start Ray, and wait until they have. Raises :class:`EnvironmentFault` naming the first that has not."""
+        for index, line in self._lines.items():
+            self._tell(index, line, Word(say="join"))
+        deadline = time.monotonic() + bound_s
+        for index, line in self._lines.items():
+            node = self.facts[index].node
+            while True:
+                self._heed()
+                try:
+                    word = line.hear(_POLL_S)
+                except Gone as error:
+                    raise EnvironmentFault(f"node {node} left before it had joined", str(error), "the job's log says more") from None
+                if word is not None and word.say == "joined":
+                    break
+                if word is not None or time.monotonic() > deadline:
+                    why = word.why if word is not None else f"not within {bound_s:.0f} s"
+                    raise EnvironmentFault(f"Ray does not start on node {node}", why, "its log is in the job's folder")
+
+    def lost(self) -> list[str]:
+        """Nodes that have left since the last call."""
+        gone = []
+        for index, line in list(self._lines.items()):
+            try:
+                line.hear(0.001)
+            except Gone:
+                gone.append(self.facts[index].node)
+                line.close()
+                del self._lines[index]
+        return gone
+
+    def _tell(self, index: int, line: Line, word: Word) -> None:
+        try:
+            line.send(word)
+        except Gone as error:
+            log.warning("node %s does not hear: %s", self.facts[index].node, error)
+
+    def close(self) -> None:
+        """Send the others home. A second call does nothing."""
+        while self._lines:
+            index, line = self._lines.popitem()
+            self._tell(index, line, Word(say="over"))
+            line.close()
+        self._listener.close()
+
+
+def call(address: str, port: int, token: bytes, bound_s: float) -> Line:
+    """A node's line to the first one, as soon as that listens. Raises :class:`EnvironmentFault` after ``bound_s``."""
+    deadline = time.monotonic() + bound_s
+    while True:
+        try:
+            return Line(socket.create_connection((address, port), timeout=_WORD_S), token, leads=False)
+        except (OSError, Gone) as error:
+            if time.monotonic() > deadline:
+                what = f"the first node of the job does not answer at {address}:{port}"
+                raise EnvironmentFault(what, str(error), "look at the job's log, and at firewalls between nodes") from None
+            time.sleep(_POLL_S)
