@@ -6,6 +6,8 @@ Owns the wanted gangs and the reconciler. Never on the token path: its death sto
 from __future__ import annotations
 
 import logging
+import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +17,7 @@ from typing import TypeAlias
 import msgspec
 
 from orchestrator.core.reconcile import Drain, Kill, Launch, Policy, Reconciler, ReplicaView, Wanted
-from orchestrator.launch.gang import GangSpec, Launcher
+from orchestrator.launch.gang import GangSpec, Launcher, write_private
 from workers.errors import TriremeError
 
 log = logging.getLogger("trireme.controller")
@@ -82,15 +84,21 @@ class Controller:
         """The table of the last round."""
         return self._views
 
+    def end_with_host(self) -> None:
+        """Gangs of this process end with it."""
+
     def close(self) -> None:
         self._launcher.close()
 
 
 class ControllerActor:
-    """The loop inside a Ray actor. The wanted gangs lie in ``target`` (0600), so that Ray may restart the actor with the same arguments."""
+    """The loop inside a Ray actor. The wanted gangs lie in ``target`` (0600), so that Ray may restart the actor with the same arguments.
 
-    def __init__(self, target: str, policy: bytes, make_launcher: Callable[[], Launcher]) -> None:
-        self._target = Path(target)
+    ``end``: ends this actor for good.
+    """
+
+    def __init__(self, target: str, policy: bytes, make_launcher: Callable[[], Launcher], end: Callable[[], None]) -> None:
+        self._target, self._end = Path(target), end
         self._controller = Controller(make_launcher(), msgspec.json.decode(policy, type=Policy))
         self._hung: frozenset[tuple[str, int]] = frozenset()
         self.apply()
@@ -107,6 +115,21 @@ class ControllerActor:
 
     def abort(self) -> None:
         self._controller.abort()
+
+    def end_with(self, pid: int) -> None:
+        """The host, process ``pid`` of this node, is ending. If it is killed before all is gone, this actor finishes it and ends."""
+        threading.Thread(target=self._inherit, args=(os.pidfd_open(pid),), name="last will", daemon=True).start()
+
+    def _inherit(self, host: int) -> None:
+        select.select([host], [], [])
+        log.warning("the host was killed while it ended: ending its gangs")
+        write_private(self._target, b"[]")
+        self.apply()
+        while self._target.read_bytes() == b"[]":  # else a new host has taken over
+            if not self._controller.views():
+                self._end()
+                return
+            time.sleep(TICK_S)
 
     def report(self, hung: list[tuple[str, int]]) -> bytes:
         """Tell what the routers lost; returns the table of replicas as JSON."""

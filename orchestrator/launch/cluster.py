@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ NAMESPACE = "trireme"
 _HINT = "pip install 'trireme-llm[ray]', or use --launcher local"
 _LOOK = "look at the cluster (ray status), then start the deployment again"
 _OBJECT_STORE_BYTES = 80 << 20
+#: Ray's own default.
+_JOB_STOP_WAIT_S = 3.0
 _ANSWER_S = 5.0
 #: The opening of an HTTP/2 connection and an empty SETTINGS frame, RFC 9113 section 3.4.
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
@@ -120,6 +122,14 @@ def _reach(address: str) -> None:
         ) from None
 
 
+def stop_wait_s(env: Mapping[str, str]) -> float | None:
+    """Seconds from SIGTERM to SIGKILL when a Ray job is stopped; None where this process is no Ray job."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in env:
+        return None
+    given = env.get("RAY_JOB_STOP_WAIT_TIME_S", "")
+    return float(given) if given.isdigit() else _JOB_STOP_WAIT_S
+
+
 def leave() -> None:
     """Disconnect; a Ray that we started ends."""
     import ray
@@ -131,6 +141,12 @@ def _make_launcher(deployment: str) -> Launcher:
     from orchestrator.launch.ray import RayLauncher
 
     return RayLauncher(deployment)
+
+
+def _end_this_actor() -> None:
+    import ray
+
+    ray.kill(ray.get_runtime_context().current_actor)
 
 
 class RemoteController:
@@ -157,7 +173,7 @@ class RemoteController:
             )
             .remote
         )
-        self._arguments = (str(target), msgspec.json.encode(policy), functools.partial(_make_launcher, deployment))
+        self._arguments = (str(target), msgspec.json.encode(policy), functools.partial(_make_launcher, deployment), _end_this_actor)
         self._actor: Any = None
         self._views: list[ReplicaView] = []
         self._question: Any = None
@@ -181,6 +197,15 @@ class RemoteController:
         if self._actor is not None:
             self._call("abort", timeout_s=_START_S)
             self._views, self._question = [], None
+
+    def end_with_host(self) -> None:
+        """From now on a killed host leaves nothing: a stopped Ray job is killed after three seconds, whatever it has to finish."""
+        if self._actor is None:
+            return
+        try:
+            self._call("end_with", os.getpid(), timeout_s=_ANSWER_S)
+        except EnvironmentFault as fault:
+            log.warning("%s; a host that is killed now leaves its gangs", fault)
 
     def _call(self, method: str, *arguments: object, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s

@@ -154,7 +154,7 @@ class _Record(msgspec.Struct, kw_only=True):
 
     status: GangStatus
     spec: GangSpec | None = None
-    ranks: list[int] = []
+    placement: placing.Placement | None = None
     supervisor: Any = None
     question: Any = None
     asked: float = 0.0
@@ -206,7 +206,8 @@ class RayLauncher:
         self._reserve(key, self._records[key])
 
     def _reserve(self, key: tuple[str, int], record: _Record) -> None:
-        """Ask for the placement group; a cluster that is too small may grow, so that is tried again."""
+        """Ask for the placement group that suits the cluster as it is now. On one that is too small the group stays pending, which is what
+        Ray's autoscaler looks at."""
         assert record.spec is not None
         nodes = [
             placing.Node(address=node["NodeManagerAddress"], cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
@@ -218,10 +219,16 @@ class RayLauncher:
             placement = placing.place(spec.replica.name, spec.replica.parallel, spec.share, nodes, spread=spec.spread)
         except ConfigError as fault:
             record.status = msgspec.structs.replace(record.status, cause=str(fault), hint=fault.hint)
+            placement = placing.wish(spec.replica.parallel, spec.share, spread=spec.spread)
+        else:
+            record.status = msgspec.structs.replace(record.status, cause="", hint="")
+        if placement == record.placement:
             return
-        record.status = msgspec.structs.replace(record.status, cause="", hint="")
-        record.ranks = list(placement.ranks)
+        if record.placement is not None:
+            record.placement = None
+            self._remove_group(self._name(key))
         placement_group(placement.bundles(), strategy=placement.strategy, name=self._name(key), lifetime="detached")
+        record.placement = placement
 
     def poll(self) -> list[GangStatus]:
         for key, record in list(self._records.items()):
@@ -229,29 +236,29 @@ class RayLauncher:
                 self._bury(key, record)
             elif record.supervisor is not None:
                 self._ask(record)
-            elif not record.ranks:
-                self._reserve(key, record)
-            elif placement_group_table(get_placement_group(self._name(key)))["state"] == "CREATED":
+            elif record.placement is not None and placement_group_table(get_placement_group(self._name(key)))["state"] == "CREATED":
                 self._supervise(key, record)
+            else:
+                self._reserve(key, record)
         return [record.status for record in self._records.values()]
 
     def _supervise(self, key: tuple[str, int], record: _Record) -> None:
-        assert record.spec is not None
-        name, share = self._name(key), record.spec.share
+        assert record.spec is not None and record.placement is not None
+        name, share, ranks = self._name(key), record.spec.share, record.placement.ranks
         record.supervisor = (
             ray.remote(Supervisor)
             .options(
                 name=name,
                 lifetime="detached",
-                num_cpus=share.cpus * record.ranks[0],
-                num_gpus=share.gpus * record.ranks[0],
+                num_cpus=share.cpus * ranks[0],
+                num_gpus=share.gpus * ranks[0],
                 max_restarts=0,
                 max_concurrency=8,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(get_placement_group(name), 0),
             )
-            .remote(name, msgspec.json.encode(record.spec), key[1], record.ranks)
+            .remote(name, msgspec.json.encode(record.spec), key[1], list(ranks))
         )
-        record.status = msgspec.structs.replace(record.status, phase="starting", since=time.time())
+        record.status = msgspec.structs.replace(record.status, phase="starting", since=time.time(), cause="", hint="")
         # Agents and MPI are started in its constructor, so its first answer may take that long.
         record.asked = time.monotonic() + _AGENTS_S
 
@@ -316,8 +323,7 @@ class RayLauncher:
     def _forget(self, key: tuple[str, int], record: _Record) -> None:
         if record.supervisor is not None:
             ray.kill(record.supervisor)
-        if record.ranks or record.spec is None:
-            self._remove_group(self._name(key))
+        self._remove_group(self._name(key))
         del self._records[key]
 
     @staticmethod

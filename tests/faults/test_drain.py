@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from orchestrator.launch.child import alive
@@ -21,7 +22,10 @@ pytestmark = pytest.mark.mpi
 OUTPUT = 60
 
 
-def test_a_deployment_that_is_told_to_end_finishes_what_runs() -> None:
+@pytest.mark.parametrize("tree", [False, True], ids=["the host alone", "each of its processes"])
+def test_a_deployment_that_is_told_to_end_finishes_what_runs(tree: bool) -> None:
+    """The second is how a stopped Ray job is told: the host, its routers and theirs, all at once."""
+    told = "to each process" if tree else "to the host"
     cases = [
         Case(prompt=f"stream {index}", body={"max_tokens": OUTPUT, "temperature": 0.0, "ignore_eos": True}, door=("http", "rpc")[index % 2])
         for index in range(16)
@@ -29,15 +33,18 @@ def test_a_deployment_that_is_told_to_end_finishes_what_runs() -> None:
 
     def end() -> float:
         at = time.monotonic()
-        os.kill(status.pid, signal.SIGTERM)
+        routers = [psutil.Process(pid) for pid in status.routers.values()]
+        family = [process.pid for router in routers for process in (router, *router.children(recursive=True))]
+        for pid in (status.pid, *(family if tree else ())):
+            os.kill(pid, signal.SIGTERM)
         return at
 
     # That the host exits with 0 is seen to by ``deployed``.
     with short_folder() as folder, deployed(write_config(folder, deployment={"drain_grace_s": 20})) as (_, status):
         run = asyncio.run(run_all(status, cases, end, enough=64))
-        figure("F27 SIGTERM under load -> every answer whole", time.monotonic() - run.verdict, 5.0)
+        figure(f"F27 SIGTERM {told} under load -> every answer whole", time.monotonic() - run.verdict, 5.0)
         wait_for(lambda: not alive(status.pid), 30.0, "the host's end")
-        figure("F27 SIGTERM under load -> host gone", time.monotonic() - run.verdict, 8.0)
+        figure(f"F27 SIGTERM {told} under load -> host gone", time.monotonic() - run.verdict, 8.0)
     for case, (choice,) in zip(cases, run.answers, strict=True):
         oracle = expected_tokens(case.prompt.encode(), SamplingParams(max_tokens=OUTPUT, temperature=0.0))
         assert (choice.tokens, choice.reason) == (oracle, "length")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.place import Node, Share, place, room
+from orchestrator.core.place import Node, Share, place, room, wish
 from workers.errors import ConfigError
 from workers.spec import Parallel
 
@@ -39,6 +39,20 @@ def test_too_large_names_both_sides() -> None:
     with pytest.raises(ConfigError) as caught:
         place("big", Parallel(tp=8), GPU, nodes(4, 2))
     assert "big (tp=8, pp=1)" in caught.value.what and "8 GPUs" in caught.value.why and "4 GPU" in caught.value.why
+
+
+def test_a_growing_cluster_is_asked_for_nodes_that_hold_a_stage() -> None:
+    assert wish(Parallel(tp=4, pp=2), GPU).bundles() == [{"CPU": 4.0, "GPU": 4.0}] * 2
+    assert wish(Parallel(tp=4, pp=2), GPU).strategy == "PACK"
+    assert wish(Parallel(tp=4, pp=2), GPU, spread=True).strategy == "STRICT_SPREAD"
+    assert wish(Parallel(tp=2), GPU, spread=True).strategy == "STRICT_PACK"
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("parallel", [Parallel(tp=4), Parallel(tp=4, pp=2)])
+def test_a_cluster_that_grew_as_it_was_asked_to_needs_no_other_layout(parallel: Parallel, spread: bool) -> None:
+    wanted = wish(parallel, GPU, spread=spread)
+    assert place("r", parallel, GPU, nodes(0, *wanted.ranks), spread=spread) == wanted
 
 
 @given(

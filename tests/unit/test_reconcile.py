@@ -124,6 +124,20 @@ def test_hung_and_slow_gangs_are_killed() -> None:
     assert isinstance(action, Kill) and "not ready" in action.reason
 
 
+def test_waiting_for_room_is_no_part_of_a_start() -> None:
+    world = World()
+    epoch = world.add("a", "placing")
+    for _ in range(10):
+        assert world.step() == []
+        world.now += POLICY.start_timeout_s
+    world.phase("a", epoch, "starting")
+    world.now -= POLICY.start_timeout_s / 2
+    assert world.step() == []
+    world.now += POLICY.start_timeout_s
+    (action,) = world.step()
+    assert isinstance(action, Kill) and "not ready" in action.reason
+
+
 def test_a_hung_report_of_another_epoch_is_ignored() -> None:
     world = World()
     epoch = world.add("a", "ready")
