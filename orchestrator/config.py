@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from orchestrator import yamltree
-from orchestrator.spec import AdmissionSpec
+from orchestrator.spec import AdmissionSpec, BackSpec, JoinSpec, MetricsSpec, TracingSpec
 from workers.errors import ConfigError
 from workers.spec import DType, EngineKind, EngineSpec, Parallel, QuantName, WaitPolicy
 from workers.trtllm.options import TrtllmOptions
@@ -137,6 +137,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: str = "local"
     http: HttpConfig = HttpConfig()
     rpc: RpcConfig = RpcConfig()
+    back: BackSpec = BackSpec()
+    join: JoinSpec = JoinSpec()
     routers: int = 1
     launcher: Literal["ray", "local"] = "ray"
     ray: RayConfig = RayConfig()
@@ -149,6 +151,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     run_dir: str = DEFAULT_RUN_DIR
     cache_dir: str = "~/.cache/trireme"
     log_format: Literal["text", "json"] = "text"
+    metrics: MetricsSpec = MetricsSpec()
+    tracing: TracingSpec = TracingSpec()
     insecure_http_without_keys: bool = False
 
     def __post_init__(self) -> None:

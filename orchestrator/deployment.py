@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,22 +15,23 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
-import psutil
 
 from orchestrator.config import DEFAULT_RUN_DIR, Config, environment
 from orchestrator.controller import TICK_S, Controller, Hung
 from orchestrator.core.reconcile import Policy, ReplicaView
-from orchestrator.keys import KeyRing, read_private
-from orchestrator.launch import wanted
-from orchestrator.launch.child import kill_tagged, tagged
+from orchestrator.keys import KeyRing
+from orchestrator.launch import standing, wanted
 from orchestrator.launch.control import Answer, Control, ControlServer, Order, Status, UpdateOrder, UpdateReport
+from orchestrator.launch.front import check_api_keys, check_length, check_port
 from orchestrator.launch.gang import GangSpec, make_private
+from orchestrator.launch.joined import JoinedRouters
 from orchestrator.launch.local import LocalLauncher
 from orchestrator.launch.lock import Lock
-from orchestrator.launch.mpi import find_mpi
+from orchestrator.launch.mpi import Mpi, find_mpi
+from orchestrator.launch.reports import Routers
 from orchestrator.launch.routers import RouterGroup
-from orchestrator.launch.table import describe
-from orchestrator.router.auth import parse_api_keys
+from orchestrator.launch.supervisor import sweep
+from orchestrator.launch.table import describe, describe_standing
 from orchestrator.spec import ModelCard
 from orchestrator.update import Update
 from workers.artifacts.convert import Progress, silent
@@ -39,7 +39,6 @@ from workers.errors import ConfigError, EnvironmentFault, NotFound, Rejected, Re
 from workers.wire import Capacity
 
 log = logging.getLogger("trireme.deployment")
-_LONGEST_SOCKET_PATH = 100
 #: After the grace: time for farewells, kills and their proof, seconds.
 _FAREWELL_S = 15.0
 #: Exit code of a start that somebody ended, as shells have it for Ctrl-C.
@@ -49,7 +48,7 @@ INTERRUPTED = 130
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
     """Something that a person who waits wants to read. ``seconds``: how long it took."""
 
-    kind: Literal["model", "ray", "router", "replica", "ready", "update", "warning", "stopping", "stopped"]
+    kind: Literal["model", "ray", "router", "replica", "join", "ready", "update", "warning", "stopping", "stopped"]
     subject: str
     text: str
     seconds: float = 0.0
@@ -74,15 +73,23 @@ class _Controls(Protocol):
     def drain(self, replica: str) -> bool: ...
     def tick(self, hung: Hung = ()) -> None: ...
     def views(self) -> list[ReplicaView]: ...
+    def end_with_host(self) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Deployment:
-    """States: STARTING → READY ⇄ DEGRADED → DRAINING. ``run`` is its life; ``stop`` may be called from any thread or signal handler."""
+    """States: STARTING → READY ⇄ DEGRADED → DRAINING. ``run`` is its life; ``stop`` may be called from any thread or signal handler.
 
-    def __init__(self, config: Config, *, notify: Notify = _quiet, progress: Progress = silent) -> None:
-        self.config, self._notify, self._progress = config, notify, progress
+    Its routers are its own, or those that ``config.join`` names. ``standing``: routers alone, which others' replicas join. ``beat`` is
+    called at each turn of the loop while it serves, several times a second.
+    """
+
+    def __init__(
+        self, config: Config, *, standing: bool = False, notify: Notify = _quiet, progress: Progress = silent,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.config, self._standing, self._notify, self._progress, self._beat = config, standing, notify, progress, beat
         self._home = config.home
         self._begun = time.time()
         # 0 = run, 1 = drain, 2 = at once. A plain number, because a signal handler may set it in the middle of anything.
@@ -90,7 +97,8 @@ class Deployment:
         self._was_ready = False
         self._announced: set[tuple[str, int, str]] = set()
         self._controls: _Controls | None = None
-        self._routers: RouterGroup | None = None
+        self._routers: Routers | None = None
+        self._back = wanted.Back(addresses=())
         self._leave_ray: Callable[[], None] | None = None
         self._models: dict[str, str] = {}
         self._gangs: list[GangSpec] = []
@@ -108,10 +116,7 @@ class Deployment:
         """
         make_private(self._home)
         socket_path = self._home / "control.sock"
-        if len(str(self._home / "routers" / "router00-back.sock")) > _LONGEST_SOCKET_PATH:
-            raise EnvironmentFault(
-                f"{self._home} is too long for Unix sockets", "their paths end at 107 bytes", "choose a shorter --run-dir"
-            )
+        check_length(self._home)
         lock = Lock(self._home / "lock", self.config.name)
         control = ControlServer(socket_path, self._obey)
         try:
@@ -137,32 +142,46 @@ class Deployment:
 
     def _start(self) -> None:
         config = self.config
-        self._check_port()
-        self._check_api_keys()
+        joined = None
+        if self._standing:
+            standing.check(config)
+        elif config.join.file:
+            joined = JoinedRouters(config)
+            joined.reach(self._heed)
+            self._notify(Notice(kind="router", subject=joined.name, text="replicas join its routers"))
+        if joined is None:
+            check_port(config.http)
+            self._check_api_keys()
         keys = KeyRing(self._home / "keys")
-        policy = Policy(start_timeout_s=config.start_timeout_s, drain_grace_s=config.drain_grace_s)
-        mpi = find_mpi(environment().get("PATH", ""))
-        models = [wanted.resolve_model(model, config.cache, self._go_on) for model in config.models]
+        mpi = None if self._standing else find_mpi(environment().get("PATH", ""))
+        resolve = wanted.resolve_tokenizer if self._standing else wanted.resolve_model
+        models = [resolve(model, config.cache, self._go_on) for model in config.models]
         for model in models:
             self._notify(Notice(kind="model", subject=model.config.name, text=str(model.source)))
+        if joined is not None:
+            joined.check_tokenizers(models)
         self._heed()
-        back_host = ""
-        if config.launcher == "ray":
-            back_host = self._join_ray(
-                policy, sum(gang.parallel.world * model.config.cpus_per_rank for model in models for gang in model.gangs)
-            )
-        else:
-            self._controls = Controller(LocalLauncher(mpi, environment()), policy)
+        host = self._begin_control(mpi, sum(g.parallel.world * m.config.cpus_per_rank for m in models for g in m.gangs))
         self._heed()
-        plan = wanted.plan(config, models, keys, back_host)
-        self._gangs, self._cards = plan.gangs, plan.routers[0].models
+        self._back = joined.back if joined is not None else wanted.own_back(config, keys, host)
+        plan = wanted.plan(config, models, keys, self._back)
+        self._gangs, self._cards = plan.gangs, wanted.cards(models)
         self._models = {spec.replica.name: spec.replica.model for spec in plan.gangs}
-        folder = make_private(self._home / "routers")
-        client, router = keys.pair("client", "local"), keys.pair("router", "all")
-        self._routers = RouterGroup(plan.routers, folder, env=environment(), client=client, router=router)
+        self._routers = joined or RouterGroup(plan.routers, make_private(self._home / "routers"), env=environment(), keys=keys)
         self._routers.start()
         assert self._controls is not None
         self._controls.apply(plan.gangs)
+
+    def _begin_control(self, mpi: Mpi | None, shares: float) -> str:
+        """Who launches the gangs; returns where those on other nodes find routers of ours. ``mpi`` None: there will be none."""
+        policy = Policy(start_timeout_s=self.config.start_timeout_s, drain_grace_s=self.config.drain_grace_s)
+        if mpi is None:
+            self._controls = standing.NoGangs()
+        elif self.config.launcher == "ray":
+            return self._join_ray(policy, shares)
+        else:
+            self._controls = Controller(LocalLauncher(mpi, environment()), policy)
+        return ""
 
     def _heed(self) -> None:
         if self._stops:
@@ -174,7 +193,7 @@ class Deployment:
         self._progress(phase, done, total)
 
     def _join_ray(self, policy: Policy, shares: float) -> str:
-        """Returns the address at which gangs on other nodes reach the routers; empty when there is no other node."""
+        """Returns the address at which gangs on other nodes reach the routers; empty where there never will be another."""
         from orchestrator.launch import cluster
 
         begun = time.time()
@@ -185,29 +204,15 @@ class Deployment:
         what = "started" if joined.started else "joined"
         text = f"{what}, {len(joined.addresses)} node{'s' if len(joined.addresses) > 1 else ''}"
         self._notify(Notice(kind="ray", subject=joined.here, text=text, seconds=time.time() - begun))
-        return joined.here if len(joined.addresses) > 1 else ""
-
-    def _check_port(self) -> None:
-        http = self.config.http
-        family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((http.host, http.port))
-            except OSError as error:
-                held = [c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == http.port and c.pid]
-                why = f"pid {held[0]} listens on it" if held else error.strerror or str(error)
-                raise EnvironmentFault(
-                    f"port {http.port} on {http.host} is taken", why, "choose another --port; 0 = any free one"
-                ) from None
+        wait, need = cluster.stop_wait_s(environment()), self.config.drain_grace_s + _FAREWELL_S
+        if wait is not None and wait < need:
+            text = f"it is killed {wait:g} s after it was told to stop, and draining may take {need:g} s: set RAY_JOB_STOP_WAIT_TIME_S"
+            self._notify(Notice(kind="warning", subject="Ray job", text=text))
+        return "" if joined.started else joined.here  # a cluster that is one node now may grow
 
     def _check_api_keys(self) -> None:
-        """Before anything is fetched; the routers read the file themselves. Raises ConfigError."""
-        if (file := self.config.api_keys_file) is not None:
-            parse_api_keys(read_private(file))
-        elif self.config.http.exposed:
-            text = "whoever reaches it can use the models: it has no API keys, by insecure_http_without_keys"
-            self._notify(Notice(kind="warning", subject=f"HTTP on {self.config.http.host}", text=text))
+        if warning := check_api_keys(self.config):
+            self._notify(Notice(kind="warning", subject=f"HTTP on {self.config.http.host}", text=warning))
 
     def _serve(self) -> None:
         """The host's loop: a tick every 0.2 s until somebody says stop."""
@@ -218,6 +223,7 @@ class Deployment:
             self._controls.tick(self._routers.hung(ready))
             self._announce()
             self._follow_update()
+            self._beat()
             time.sleep(TICK_S)
 
     def _follow_update(self) -> None:
@@ -241,6 +247,8 @@ class Deployment:
     def _judge(self, status: Status) -> bool:
         """Until the first READY: what failed for good is not waited for. Whether to serve with the rest; raises where there is none."""
         assert self._controls is not None
+        if self._standing:
+            return self._routers is not None and self._routers.ready()
         states = [row.state for model in status.models for row in model.rows]
         failed = [view for view in self._controls.views() if view.phase == "failed"]
         if not failed or not set(states) <= {"READY", "FAILED"}:
@@ -266,12 +274,23 @@ class Deployment:
             elif row.cause and row.state in ("BACKOFF", "FAILED", "PLACING", "QUARANTINED"):
                 self._notify(Notice(kind="warning", subject=row.name, text=f"{row.state}: {row.cause}"))
         if begins:
+            self._publish(status)
             self._was_ready = True
             self._notify(Notice(kind="ready", subject=status.name, text=status.url, seconds=status.age_s))
+
+    def _publish(self, status: Status) -> None:
+        """Tell others how to join our routers, where these can be reached."""
+        config = self.config
+        if config.back.host and config.rpc.host and not self._back.prefix:
+            key = self._back.addresses[0].server_key
+            path = standing.publish(config, self._back.addresses, key, self._cards, status.url)
+            self._notify(Notice(kind="join", subject=config.name, text=str(path)))
 
     def _end(self) -> list[int]:
         """Routers finish first, then gangs drain; what is left is killed. Returns pids that would not die."""
         grace = self.config.drain_grace_s
+        if self._controls is not None:
+            self._controls.end_with_host()
         if self._routers is not None:
             self._end_routers(grace)
         left: list[int] = []
@@ -280,7 +299,7 @@ class Deployment:
                 self._end_gangs(self._controls, grace)
         finally:
             if self._controls is not None:
-                left = self._sweep()
+                left = sweep(self._gangs)
             if self._leave_ray is not None:
                 self._leave_ray()
         return left
@@ -315,19 +334,10 @@ class Deployment:
                 done.wait(_FAREWELL_S)
                 return
 
-    def _sweep(self) -> list[int]:
-        """Every process on this host that carries the tag of one of our gangs is one too many."""
-        left = []
-        for spec in self._gangs:
-            folder = Path(spec.run_dir, spec.replica.name)
-            for epoch in folder.iterdir() if folder.is_dir() else ():
-                if epoch.name.isdigit() and tagged(tag := spec.tag(int(epoch.name))):
-                    left += kill_tagged(tag)
-        return left
-
     def status(self) -> Status:
         """The deployment's table, from what the controller and the routers last said."""
-        return describe(
+        table = describe_standing if self._standing else describe
+        return table(
             self.config,
             self._controls.views() if self._controls is not None else [],
             self._routers,
@@ -355,24 +365,28 @@ class Deployment:
         """Called in the control socket's thread; the loop takes the update up at its next turn."""
         if order is None:
             raise Rejected("an update needs a configuration")
+        if self._standing:
+            raise Rejected(f"{self.config.name} has no replicas to update", "it is routers alone", "trireme down, then trireme router")
         state = self.status().state
         if self._controls is None or state not in ("READY", "DEGRADED"):
             raise Rejected(f"{self.config.name} is {state}", "an update goes from one serving configuration to another", "wait")
         if self._update is not None and not self._update.over:
             raise Rejected("an update is under way", self._update.report().doing, "trireme status tells how far it is")
         views, now = self._controls.views(), time.monotonic()
-        update = Update(self.config, order, self._gangs, self._cards, views, now=now, progress=silent)
+        update = Update(self.config, order, self._gangs, self._cards, views, back=self._back, now=now, progress=silent)
         if not order.dry_run:
             self._update = update
         return update.report()
 
 
-def up(config: Config, *, notify: Notify = _quiet, progress: Progress = silent) -> int:
+def up(
+    config: Config, *, standing: bool = False, notify: Notify = _quiet, progress: Progress = silent, beat: Callable[[], None] = lambda: None
+) -> int:
     """Host a deployment in this process until SIGTERM, SIGINT or ``down``; a second one does not wait. Returns the exit code.
 
     Must run in the main thread. Raises ConfigError, ArtifactError or EnvironmentFault when it cannot start; then nothing is left running.
     """
-    deployment = Deployment(config, notify=notify, progress=progress)
+    deployment = Deployment(config, standing=standing, notify=notify, progress=progress, beat=beat)
     before = {number: signal.signal(number, lambda *_: deployment.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return deployment.run()

@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import zmq
 
 from orchestrator.launch.gang import make_private, write_private
-from orchestrator.router.admit import Grant, Role, parse_grants
+from orchestrator.router.admit import FAMILY, Grant, Role, parse_grants
 from orchestrator.router.auth import ApiKey, ApiKeyFile, mint, parse_api_keys
 from workers.errors import ConfigError, NotFound, Rejected
 from workers.sockets import KeyPair
@@ -49,6 +50,26 @@ def read_salt(path: Path) -> bytes:
     return salt
 
 
+class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a deployment needs to have its replicas join routers that are not its own (JSON, mode 0600). ``replica``: the key pair of all
+    its replicas, which announce themselves below ``name``; ``client``: the one with which it asks how they are. ``models``: None = all.
+    ``server``: the public key of the routers that it is for, so that no false address leads elsewhere."""
+
+    name: str
+    server: str
+    models: tuple[str, ...] | None
+    replica: KeyPair
+    client: KeyPair
+
+
+def read_pass(path: Path) -> Pass:
+    """Raises :class:`ConfigError` naming the file, never its content."""
+    try:
+        return msgspec.json.decode(read_private(path), type=Pass)
+    except msgspec.DecodeError:
+        raise ConfigError(f"{path} is no pass", "it is not what `trireme keys join` writes", "make one at the routers") from None
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One writer of a folder's files at a time; two commands at once must not lose each other's key."""
@@ -63,6 +84,16 @@ def _alone(folder: Path) -> Iterator[None]:
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise Rejected(f"{name!r} is not usable as a name", hint="a name is 1 to 64 of a-z, 0-9, '.', '_' and '-'")
+
+
+def _new_pair() -> KeyPair:
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public=public.decode(), secret=secret.decode())
+
+
+def _lasting(grant: Grant) -> bool:
+    """Whether people gave it, by name, and only people take it back."""
+    return grant.name.endswith(FAMILY) or (grant.role == "client" and bool(grant.name))
 
 
 class ApiKeyRing:
@@ -113,7 +144,7 @@ class KeyRing:
         else:
             write_private(self.salt_file, secrets.token_bytes(_SALT_BYTES))
 
-    def path(self, role: Role, name: str) -> Path:
+    def path(self, role: Role | Literal["pass"], name: str) -> Path:
         return self.folder / f"{role}-{name}.json"
 
     def pair(self, role: Role, name: str) -> KeyPair:
@@ -124,20 +155,19 @@ class KeyRing:
                 return msgspec.json.decode(read_private(path), type=KeyPair)
             except msgspec.DecodeError:
                 raise ConfigError(f"{path} holds no CURVE key pair", "", "remove the file: a new pair is made") from None
-        public, secret = zmq.curve_keypair()
-        pair = KeyPair(public=public.decode(), secret=secret.decode())
+        pair = _new_pair()
         write_private(path, msgspec.json.encode(pair))
         return pair
 
     def allow(self, members: Sequence[tuple[Role, str]], models: Mapping[str, str] | None = None) -> None:
-        """Write the allowed-keys file for exactly these (role, name), and the clients that were admitted by name. A replica's key may speak
-        for its own name only, and serve that one of the ``models`` that stands under it (any, where none does)."""
+        """Write the allowed-keys file for exactly these (role, name), the clients that were admitted by name, and the passes. A replica's
+        key may speak for its own name only, and serve that one of the ``models`` that stands under it (any, where none does)."""
         grants: dict[str, Grant] = {}
         for role, name in members:
             own, served = (name, (models or {}).get(name)) if role == "replica" else ("", None)
             grants[self.pair(role, name).public] = Grant(role=role, name=own, models=None if served is None else (served,))
         with _alone(self.folder):
-            self._write(grants | {key: grant for key, grant in self.grants().items() if grant.role == "client" and grant.name})
+            self._write(grants | {key: grant for key, grant in self.grants().items() if _lasting(grant)})
 
     def grants(self) -> dict[str, Grant]:
         """The allowed-keys file as it is. Raises :class:`ConfigError`."""
@@ -161,6 +191,41 @@ class KeyRing:
                 raise NotFound(f"no client {name!r} is allowed", hint="trireme keys show")
             self._write(left)
         self.path("client", name).unlink(missing_ok=True)
+
+    def admit_replicas(self, name: str, models: Sequence[str]) -> Path:
+        """Let replicas of another deployment in, to serve ``models`` (all where there are none), and return the pass to give to it. One
+        that exists keeps its keys; its models become these."""
+        _check_name(name)
+        path = self.path("pass", name)
+        bound = tuple(models) or None
+        old = read_pass(path) if path.exists() else None
+        made = Pass(
+            name=name,
+            server=self.pair("router", "all").public,
+            models=bound,
+            replica=old.replica if old else _new_pair(),
+            client=old.client if old else _new_pair(),
+        )
+        family = name + FAMILY
+        grants = {
+            made.replica.public: Grant(role="replica", name=family, models=bound),
+            made.client.public: Grant(role="client", name=family, models=bound, watches=True),
+        }
+        with _alone(self.folder):
+            self._write(self.grants() | grants)
+        write_private(path, msgspec.json.encode(made))
+        return path
+
+    def remove_pass(self, name: str) -> None:
+        """Take a pass off the list and remove it: its replicas are lost to the routers within two seconds. Raises :class:`NotFound`."""
+        _check_name(name)
+        with _alone(self.folder):
+            grants = self.grants()
+            left = {key: grant for key, grant in grants.items() if grant.name != name + FAMILY}
+            if len(left) == len(grants):
+                raise NotFound(f"no pass {name!r} is allowed", hint="trireme keys show")
+            self._write(left)
+        self.path("pass", name).unlink(missing_ok=True)
 
     def _write(self, grants: dict[str, Grant]) -> None:
         write_private(self.allowed_file, msgspec.json.encode(grants))

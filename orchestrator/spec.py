@@ -6,7 +6,11 @@ from typing import Literal
 
 import msgspec
 
+from workers.errors import ConfigError
 from workers.spec import RouterAddress
+
+#: Addresses that mean every interface of this host: fit to listen on, not to be told to others.
+WILDCARDS = ("0.0.0.0", "::", "*")
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +40,42 @@ class HttpSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     insecure_without_keys: bool = False
 
 
+class BackSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where routers listen for replicas, by ``tcp`` with CURVE: router i on ``port`` + i. No ``host``: `up` chooses, for its own replicas.
+
+    ``advertise``: how others reach this host, where that is not ``host``.
+    """
+
+    host: str = ""
+    port: int = 8200
+    advertise: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"back.port: {self.port} is no port", "ports are 1 to 65535", "choose another")
+        if self.host in WILDCARDS and not self.advertise:
+            raise ConfigError("back.advertise: is missing", f"nobody can connect to {self.host}", "name an address that replicas reach")
+
+    @property
+    def known_as(self) -> str:
+        return self.advertise or self.host
+
+
+class JoinSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Standing routers to serve, in place of routers of one's own. ``file``: what they wrote about themselves (``join.json``);
+    ``key_file``: the pass that their side made for us (`trireme keys join`)."""
+
+    file: str = ""
+    key_file: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.file) != bool(self.key_file):
+            missing = "key_file" if self.file else "file"
+            raise ConfigError(
+                f"join.{missing}: is missing", "both are needed", "trireme keys join NAME, at the routers, prints the pass's path"
+            )
+
+
 class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds at the door: requests waiting for a replica, seconds they may wait, seconds a whole request may take (0 = no limit)."""
 
@@ -46,12 +86,39 @@ class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     replica_limit: int = 2
 
 
+class MetricsSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A port for Prometheus alone: router i on ``port`` + i. 0 = none: then only the HTTP door has ``/metrics``, and with several routers
+    behind one port each scrape finds another of them."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"metrics.port: {self.port} is no port", "ports are 1 to 65535", "choose another; 0 = none")
+
+
+class TracingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Traces by OTLP over HTTP. ``endpoint``: a collector's URL, such as ``http://127.0.0.1:4318/v1/traces``; empty = none are made.
+    ``sample``: share of the requests that begin a trace here; one that brings ``traceparent`` does what that says."""
+
+    endpoint: str = ""
+    sample: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+            raise ConfigError("tracing.endpoint: is no URL", self.endpoint, "such as http://127.0.0.1:4318/v1/traces")
+        if not 0.0 <= self.sample <= 1.0:
+            raise ConfigError(f"tracing.sample: {self.sample} is not possible", "it is a share", "0 to 1")
+
+
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that one router process needs; written as JSON (mode 0600) by ``up``.
 
     ``back`` is bound for replicas, ``rpc`` for clients: ``ipc://`` paths in a 0700 folder on one machine, ``tcp://`` with CURVE otherwise
     (``key_file``: this router's key pair; ``allowed_file``: public keys and roles that ZAP admits). ``state_file``: where the router
     reports (JSON, atomically): pid, phase, http address. ``salt_file``: key of the prefix-cache salt, the same for all routers.
+    ``drain_grace_s``: what running requests get once it was told to end.
     """
 
     name: str
@@ -68,4 +135,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     heartbeat_s: float = 0.2
     replica_timeout_s: float = 2.0
     hang_floor_s: float = 10.0
+    drain_grace_s: float = 30.0
     log_format: Literal["text", "json"] = "text"
+    metrics: MetricsSpec = MetricsSpec()
+    tracing: TracingSpec = TracingSpec()

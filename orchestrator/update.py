@@ -20,7 +20,7 @@ from orchestrator.keys import KeyRing
 from orchestrator.launch import wanted
 from orchestrator.launch.control import UpdateOrder, UpdateReport
 from orchestrator.launch.gang import GangSpec
-from orchestrator.spec import ModelCard
+from orchestrator.spec import JoinSpec, ModelCard
 from workers.artifacts.convert import Progress
 from workers.errors import ConfigError
 
@@ -43,6 +43,7 @@ def merge(current: Config, order: UpdateOrder) -> Config:
     after = {row.path: row.value for row in Resolved(config=new, sources={}).rows() if not row.path.startswith("models")}
     # An order's paths are absolute, since the command and the host work in different folders.
     before |= {"run_dir": str(current.home.parent), "http.api_keys_file": str(current.api_keys_file or "")}
+    before |= {"join.file": _absolute(current.join.file), "join.key_file": _absolute(current.join.key_file)}
     found = [f"{path} ({before[path]} runs, {after[path]} is wanted)" for path in before if path in said and before[path] != after[path]]
     held = {model.name: model for model in current.models}
     if held.keys() != {model.name for model in new.models}:
@@ -66,6 +67,7 @@ def prepare(config: Config, progress: Progress) -> Config:
         models=tuple(map(_rooted, config.models)),
         run_dir=str(config.home.parent),
         http=msgspec.structs.replace(config.http, api_keys_file=str(config.api_keys_file or "")),
+        join=JoinSpec(file=_absolute(config.join.file), key_file=_absolute(config.join.key_file)),
     )
 
 
@@ -91,14 +93,14 @@ class Update:
 
     def __init__(
         self, current: Config, order: UpdateOrder, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
-        *, now: float, progress: Progress,
+        *, back: wanted.Back, now: float, progress: Progress,
     ) -> None:  # fmt: skip
         self._old, self._new = current, merge(current, order)
         models = [wanted.resolve_model(model, self._new.cache, progress) for model in self._new.models]
         for model in models:
             _check_tokenizer(model, cards)
-        self._keys, self._secured = KeyRing(current.home / "keys"), bool(gangs[0].key)
-        after = wanted.gangs(self._new, models, gangs[0].replica.routers, self._keys, secured=self._secured)
+        self._keys, self._back = KeyRing(current.home / "keys"), back
+        after = wanted.gangs(self._new, models, back, self._keys)
         spares = self._spares(gangs, after)
         self._specs = {gang.spec_hash: gang for gang in (*gangs, *after, *spares)}
         self._before, self._after = list(gangs), after
@@ -106,7 +108,7 @@ class Update:
         moves = plan(_targets(gangs), _targets(after), _targets(spares), ready=ready)
         self.moves = tuple(map(str, moves))
         if not order.dry_run:
-            wanted.admit(self._keys, list(self._specs.values()), secured=self._secured)
+            wanted.admit(self._keys, list(self._specs.values()), back)
         move_s = 2 * current.start_timeout_s + current.drain_grace_s
         self._rollout = Rollout(_targets(gangs), moves, Bounds(move_s=move_s), now)
         self._begun, self._ended = now, now
@@ -119,11 +121,7 @@ class Update:
         for model in self._new.models:
             first = next(gang for gang in after if gang.replica.model == model.name)
             name = f"{first.replica.name[:34]}-spare"
-            spare = msgspec.structs.replace(
-                first,
-                replica=msgspec.structs.replace(first.replica, name=name),
-                key=msgspec.json.encode(self._keys.pair("replica", name)).decode() if self._secured else "",
-            )
+            spare = wanted.renamed(first, name, self._back, self._keys)
             if name not in names and (self._new.launcher == "ray" or _has_room(gangs, spare)):
                 spares.append(spare)
         return spares
@@ -151,7 +149,7 @@ class Update:
             apply([self._specs[want.spec_hash] for want in self._rollout.wants()])
             self._applied = True
         if self.over:
-            wanted.admit(self._keys, self.gangs, secured=self._secured)
+            wanted.admit(self._keys, self.gangs, self._back)
         else:
             self._ended = now
         return changed

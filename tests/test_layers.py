@@ -23,10 +23,12 @@ LAYERS = {
     "orchestrator.sim": 2, "workers.fake": 2,
     "workers.artifacts": 3, "workers.model": 3, "workers.engine": 3,
     "workers.portable": 4, "workers.trtllm": 4, "workers.trtllm.options": 0, "workers.leader": 4, "workers.rank": 4,
-    "workers.process": 4, "workers.prover": 4, "workers.sockets": 4, "workers.state": 4,
+    "workers.logs": 4, "workers.process": 4, "workers.prover": 4, "workers.sockets": 4, "workers.state": 4,
     "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.controller": 4, "orchestrator.deployment": 4,
     "orchestrator.keys": 4, "orchestrator.launch": 4, "orchestrator.metrics": 4, "orchestrator.models": 4, "orchestrator.router": 4,
-    "orchestrator.update": 4, "orchestrator.yamltree": 4,
+    "orchestrator.load": 4, "orchestrator.load.figures": 1, "orchestrator.load.prompts": 1, "orchestrator.load.schedule": 1,
+    "orchestrator.load.settings": 1, "orchestrator.series": 4, "orchestrator.submit": 4, "orchestrator.update": 4,
+    "orchestrator.yamltree": 4,
     "workers.__main__": 5, "workers.trtllm.__main__": 5, "orchestrator.cli": 5,
 }  # fmt: skip
 

@@ -7,7 +7,6 @@ every process that it ever started is proven gone. Uses only what any user can: 
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -38,7 +37,6 @@ READY_S = 240.0
 STOP_S = 60.0
 POLL_S = 0.2
 GONE_S = 10.0
-PR_SET_CHILD_SUBREAPER = 36
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 
 
@@ -87,9 +85,10 @@ def find_namespace() -> list[str]:
 
 def run_inside(console: Console, file: Path) -> None:
     from orchestrator import config
+    from orchestrator.launch.child import adopt_orphans
 
     wanted = config.load(file, env=os.environ).config
-    adopt_orphans()
+    adopt_orphans()  # so none can hide from `survivors`
     raise_loopback()
     with deployment(console, wanted, file) as url:
         answer(console, wanted, url, "HTTP", rpc=False)
@@ -151,13 +150,6 @@ def answer(console: Console, wanted: Config, url: str, title: str, *, rpc: bool)
             raise ReplicaLost(f"no answer came over {title}", hint="this is a bug: please report it")
         total = time.monotonic() - started
         console.say(f"  first piece after {1000 * first:.0f} ms, all after {total:.2f} s", door=title, first_s=round(first, 3))
-
-
-def adopt_orphans() -> None:
-    """Whatever loses its parent below here becomes this process's child, so none can hide from :func:`survivors`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise EnvironmentFault("cannot adopt orphaned processes", os.strerror(ctypes.get_errno()))
 
 
 def survivors() -> list[str]:

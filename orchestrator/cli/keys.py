@@ -103,10 +103,31 @@ def client(
     console.say(f"the routers' public key: {found.pair('router', 'all').public}")
 
 
+@keys.command("join")
+def join(
+    context: typer.Context,
+    holder: Annotated[str, typer.Argument(metavar="NAME", help="Whose replicas these are; their names at the routers begin with it.")],
+    models: Models = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Take it off the list and remove the pass.")] = False,
+    name: Deployment = "local",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Let replicas of another deployment join this one's routers; prints the pass, a secret file to give to it (join.key_file)."""
+    from orchestrator.keys import KeyRing
+
+    console: Console = context.obj
+    found = KeyRing(folder(name, run_dir))
+    if revoke:
+        found.remove_pass(holder)
+        console.say(f"the replicas of {holder} are no longer allowed")
+        return
+    console.out(str(found.admit_replicas(holder, listed(models))))
+
+
 @keys.command("show")
 def show(context: typer.Context, name: Deployment = "local", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     """List the deployment's key files: what each is for and its mode. Exit code 3 when one can be read by others."""
-    from orchestrator.router.admit import parse_grants
+    from orchestrator.router.admit import FAMILY, parse_grants
     from workers.errors import ConfigError, NotFound
 
     home = folder(name, run_dir)
@@ -119,9 +140,10 @@ def show(context: typer.Context, name: Deployment = "local", run_dir: RunDir = D
     for path, mode in modes.items():
         role, _, owner = path.stem.partition("-")
         use = {"salt": "prefix-cache salt", "allowed": "public keys and roles", "api": "hashes of API keys"}.get(
-            role, f"key pair of {role} {owner}"
+            role, f"pass for the replicas of {owner}" if role == "pass" else f"key pair of {role} {owner}"
         )
-        rows.append([path.name, f"{mode:04o}", use, limits.get(owner, "all") if role == "client" else "-"])
+        bound = {"client": owner, "pass": owner + FAMILY}.get(role)
+        rows.append([path.name, f"{mode:04o}", use, "-" if bound is None else limits.get(bound, "all")])
     context.obj.out(table(["FILE", "MODE", "WHAT", "MODELS"], rows))
     if loose := [path for path, mode in modes.items() if mode & 0o077]:
         raise ConfigError(f"{loose[0]} can be read by others", hint=f"chmod 600 {' '.join(map(str, loose))}")

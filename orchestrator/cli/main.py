@@ -12,7 +12,25 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import agreement, artifacts, asking, checking, console, demo, engines, keys, operating, serving, updating
+from orchestrator.cli import (
+    agreement,
+    artifacts,
+    asking,
+    bench,
+    checking,
+    console,
+    demo,
+    engines,
+    keys,
+    logs,
+    operating,
+    planning,
+    serving,
+    standing,
+    submit,
+    top,
+    updating,
+)
 from workers.errors import Rejected, TriremeError
 
 #: Short forms that other servers taught people; one dash and two letters are not a shape that the parser knows.
@@ -40,7 +58,24 @@ def common(
     """The global flags, for the parser and its help; :func:`settings` has read them before."""
 
 
-for commands in (serving, operating, updating, keys, asking, artifacts, engines, agreement, checking, demo):
+for commands in (
+    serving,
+    standing,
+    operating,
+    top,
+    logs,
+    updating,
+    keys,
+    asking,
+    bench,
+    artifacts,
+    engines,
+    agreement,
+    checking,
+    planning,
+    demo,
+    submit,
+):
     commands.register(app)
 
 

@@ -20,23 +20,15 @@ import uvloop
 from orchestrator.keys import read_private, read_salt
 from orchestrator.router.admit import parse_grants
 from orchestrator.router.auth import parse_api_keys
+from orchestrator.router.origin import OriginFilter
 from orchestrator.router.process import RouterProcess
 from orchestrator.router.text import load_texts
 from orchestrator.spec import RouterSpec
 from workers.errors import ConfigError, TriremeError
+from workers.logs import JsonLines, LogFormat
 from workers.sockets import KeyPair
 
 USAGE = "usage: python -m orchestrator.cli.router SPEC.json"
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line; line breaks in messages cannot forge another."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        row = {"time": round(record.created, 3), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        if record.exc_info:
-            row["trace"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(row).decode()
 
 
 _T = TypeVar("_T")
@@ -98,9 +90,10 @@ def read_keys(path: str) -> KeyPair | None:
         raise ConfigError(f"{path} holds no CURVE key pair") from None
 
 
-def set_up_logging(form: str) -> None:
+def set_up_logging(form: LogFormat) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(OriginFilter())
+    handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 

@@ -38,6 +38,8 @@ ApiKeysFile = Annotated[str | None, typer.Option("--api-keys-file", help="Whose 
 Insecure = Annotated[
     bool | None, typer.Option("--insecure-http-without-keys", help="Let --host be reachable from other machines without API keys.")
 ]
+JoinFile = Annotated[str | None, typer.Option("--join-file", help="Have the replicas join the routers of this join.json, start none.")]
+JoinKeyFile = Annotated[str | None, typer.Option("--join-key-file", help="The pass for it; see `trireme keys join`.")]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; `trireme down` ends it.")]
 
 
@@ -98,6 +100,8 @@ def up(
     name: Name = None,
     run_dir: RunDir = None,
     cache_dir: CacheDir = None,
+    join_file: JoinFile = None,
+    join_key_file: JoinKeyFile = None,
     detach: Detach = False,
 ) -> None:
     """Start the deployment of a file and stay with it; Ctrl-C or SIGTERM drains and stops it."""
@@ -105,37 +109,46 @@ def up(
 
     flags = {
         "port": port, "api_keys_file": api_keys_file, "insecure_http_without_keys": insecure_http_without_keys, "routers": routers,
-        "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
+        "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir, "join_file": join_file,
+        "join_key_file": join_key_file,
     }  # fmt: skip
     run(context.obj, config.load(file, flags=flags, env=os.environ).config, detach)
 
 
-def run(console: Console, config: Config, detach: bool) -> None:
-    """Host the deployment here until it ends, or in a daemon until it is ready. Ends the command with the host's exit code."""
+def run(console: Console, config: Config, detach: bool, *, standing: bool = False) -> None:
+    """Host the deployment here until it ends, or in a daemon until it is ready. Ends the command with the host's exit code.
+
+    ``standing``: its routers alone.
+    """
     from orchestrator.launch.gang import make_private
 
     make_private(config.home)
-    code = detached(console, config) if detach else host(console, config, lambda: None)
+    code = detached(console, config, standing) if detach else host(console, config, lambda: None, standing)
     if code:
         raise typer.Exit(code)
 
 
-def host(console: Console, config: Config, on_ready: Callable[[], object]) -> int:
+def host(console: Console, config: Config, on_ready: Callable[[], object], standing: bool = False) -> int:
     """`orchestrator.deployment.up`, its notices told as they come. The host's own log goes to a file beside the others."""
     import logging
 
     from orchestrator import deployment
+    from orchestrator.cli.supervision import Supervision
 
+    manager = Supervision(os.environ)
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(filename=config.home / HOST_LOG, filemode="w", level=logging.INFO, format=form)
 
     def notify(notice: Notice) -> None:
         tell(console, config, notice)
         if notice.kind == "ready":
+            manager.ready(f"serving at {notice.text}")
             on_ready()
+        elif notice.kind == "stopping":
+            manager.stopping()
 
     with console.progress() as progress:
-        return deployment.up(config, notify=notify, progress=progress)
+        return deployment.up(config, standing=standing, notify=notify, progress=progress, beat=manager.beat)
 
 
 def tell(console: Console, config: Config, notice: Notice) -> None:
@@ -152,6 +165,8 @@ def tell(console: Console, config: Config, notice: Notice) -> None:
                 console.say(f"  {notice.text}\n  {paste}\n  logs: {config.home}")
         case "replica" if notice.capacity is not None:
             console.say(f"replica {notice.subject}: {notice.text}{seconds}; {room(notice.capacity)}", **facts)
+        case "join":
+            console.say(f"replicas join with {notice.text} and a pass: trireme keys join NAME --name {notice.subject}", **facts)
         case "stopping" | "stopped":
             console.say(f"{notice.subject}: {notice.text}", **facts)
         case _:
@@ -172,14 +187,14 @@ def curl(url: str, model: str, *, keyed: bool = False) -> str:
     return f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
 
 
-def detached(console: Console, config: Config) -> int:
+def detached(console: Console, config: Config, standing: bool) -> int:
     """Host in a forked daemon; return 0 when it is ready, or its exit code when it ended before. Ctrl-C until then ends it too."""
     log = config.home / DAEMON_LOG
     words = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     hears, tells = os.pipe()
     child = os.fork()
     if not child:
-        become_daemon(console, config, words, tells)
+        become_daemon(console, config, words, tells, standing)
     os.close(words)
     os.close(tells)
     try:
@@ -189,7 +204,7 @@ def detached(console: Console, config: Config) -> int:
         raise
 
 
-def become_daemon(console: Console, config: Config, words: int, tells: int) -> NoReturn:
+def become_daemon(console: Console, config: Config, words: int, tells: int, standing: bool) -> NoReturn:
     """The rest of this process's life: a host in a session of its own. A byte in ``tells``: it is ready; its closing: it ended."""
     code = 1
     try:
@@ -197,7 +212,7 @@ def become_daemon(console: Console, config: Config, words: int, tells: int) -> N
         for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, words), (2, words)):
             os.dup2(source, target)
         try:
-            code = host(console, config, lambda: os.write(tells, b"1"))
+            code = host(console, config, lambda: os.write(tells, b"1"), standing)
         except TriremeError as error:
             code = console.fail(error)
     finally:

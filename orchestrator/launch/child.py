@@ -19,7 +19,10 @@ from workers.errors import EnvironmentFault
 
 #: Environment variable that every process of a gang inherits: whatever forks, daemonises or is orphaned, it can be found again.
 TAG = "TRIREME_GANG"
+#: What a host sends its routers to end them; nobody else does, so it is never taken for an order from outside.
+STOP = signal.SIGUSR1
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.02
 
 # Loaded before any fork: a child of a threaded process may call into it but must not import or allocate much.
@@ -131,6 +134,12 @@ def exit_with(pid: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name=f"watch of {pid}", daemon=True).start()
+
+
+def adopt_orphans() -> None:
+    """Whatever loses its parent below this process becomes its child. Raises :class:`EnvironmentFault` where the kernel does not do it."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise EnvironmentFault("cannot adopt orphaned processes", os.strerror(ctypes.get_errno()), "Linux is needed")
 
 
 def alive(pid: int) -> bool:

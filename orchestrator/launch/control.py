@@ -32,7 +32,8 @@ DeploymentState = Literal["STARTING", "READY", "DEGRADED", "DRAINING", "FAILED"]
 
 
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica of a status table. ``age_s``: in this state; ``queue``: rows waiting in the replica; ``restarts``: failures in a row."""
+    """One replica of a status table. ``age_s``: in this state; ``queue``: rows waiting in the replica; ``kv_use``: share of KV blocks in
+    use, 0 to 1; ``restarts``: failures in a row."""
 
     name: str
     model: str
@@ -43,6 +44,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     queue: int = 0
     running: int = 0
     tok_s: float = 0.0
+    kv_use: float = 0.0
     nodes: int = 0
     hosts: tuple[str, ...] = ()
     epoch: int = 0
@@ -56,7 +58,8 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: NAME STATE AGE REPLICAS READY TP PP QUEUE TOK/S NODES. ``tp`` and ``pp``: every layout in use."""
+    """One model: NAME STATE AGE REPLICAS READY TP PP QUEUE TOK/S NODES. ``tp`` and ``pp``: every layout in use; ``admitted``: requests
+    since the living routers' start."""
 
     name: str
     state: DeploymentState
@@ -69,6 +72,7 @@ class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
     tok_s: float
     nodes: int
     rows: tuple[ReplicaRow, ...]
+    admitted: int = 0
 
 
 class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):

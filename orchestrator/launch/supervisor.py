@@ -14,14 +14,14 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from orchestrator.core.reconcile import ENDED, GangPhase, GangStatus
 from orchestrator.launch import mpi as mpi_calls
 from orchestrator.launch import preflight
-from orchestrator.launch.child import TAG, Child, death_signal, kill_tagged
+from orchestrator.launch.child import TAG, Child, death_signal, kill_tagged, tagged
 from orchestrator.launch.gang import GangSpec, prepare
 from workers.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.state import State, read_state
@@ -285,3 +285,14 @@ class Gang:
             if not isinstance(node, LocalNode):
                 left += node.kill(self.tag)
         return left
+
+
+def sweep(gangs: Iterable[GangSpec]) -> list[int]:
+    """Kill every process on this host that carries the tag of one of these gangs, whatever its epoch; returns those that would not die."""
+    left = []
+    for spec in gangs:
+        folder = Path(spec.run_dir, spec.replica.name)
+        for epoch in folder.iterdir() if folder.is_dir() else ():
+            if epoch.name.isdigit() and tagged(tag := spec.tag(int(epoch.name))):
+                left += kill_tagged(tag)
+    return left

@@ -50,6 +50,18 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     routers: list[RouterSpec]
 
 
+class Back(msgspec.Struct, frozen=True, kw_only=True):
+    """How replicas reach their routers. ``addresses``: of the routers; ``secured``: by tcp, so each replica has a key pair.
+
+    At standing routers ``key`` is the key pair of all our replicas (JSON), and ``prefix`` stands before their names.
+    """
+
+    addresses: tuple[RouterAddress, ...]
+    secured: bool = False
+    prefix: str = ""
+    key: str = ""
+
+
 def resolve_model(config: ModelConfig, cache: Path, progress: Progress) -> ServedModel:
     """Fetch and convert what the replicas need. Raises ConfigError for an impossible layout, and what ``models.resolve`` raises."""
     gangs = []
@@ -59,14 +71,27 @@ def resolve_model(config: ModelConfig, cache: Path, progress: Progress) -> Serve
         except ConfigError as error:
             raise ConfigError(f"replica {name}: {error.what}", error.why, error.hint) from None
         gangs.append(GangArtifact(name=name, parallel=parallel, artifact=str(artifact), engine=member.engine_spec()))
-    tokenizer = next((found for gang in gangs if (found := _tokenizer_dir(Path(gang.artifact))) is not None), None)
+    tokenizer = _first_tokenizer([Path(gang.artifact) for gang in gangs])
+    return ServedModel(config=config, source=_source(config), tokenizer=str(tokenizer), gangs=tuple(gangs))
+
+
+def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> ServedModel:
+    """The model as routers alone need it, without gangs. Only a GGUF is converted for it, once. Raises as :func:`resolve_model`."""
+    path = locate(_source(config), cache, progress)
+    if path.is_file():
+        path = resolve(path, parallel=Parallel(), dtype=config.dtype, cache=cache, progress=progress)
+    return ServedModel(config=config, source=_source(config), tokenizer=str(_first_tokenizer([path])), gangs=())
+
+
+def _first_tokenizer(artifacts: Sequence[Path]) -> Path:
+    tokenizer = next((found for artifact in artifacts if (found := _tokenizer_dir(artifact)) is not None), None)
     if tokenizer is None:
         raise ArtifactError(
-            f"{gangs[0].artifact} has no tokenizer",
+            f"{artifacts[0]} has no tokenizer",
             "routers need tokenizer.json to read prompts",
             "copy the tokenizer's files beside the weights",
         )
-    return ServedModel(config=config, source=_source(config), tokenizer=str(tokenizer), gangs=tuple(gangs))
+    return tokenizer
 
 
 def _source(config: ModelConfig) -> str:
@@ -98,15 +123,30 @@ def _tokenizer_dir(artifact: Path) -> Path | None:
     return (open_model(artifact) if is_engine_dir(artifact) else open_artifact(artifact, bare=True)).tokenizer_dir
 
 
-def plan(config: Config, models: list[ServedModel], keys: KeyRing, back_host: str) -> Plan:
-    """Specs of everything. ``back_host``: where gangs on other hosts reach the routers by tcp with CURVE; empty = Unix sockets."""
-    folder = config.home / "routers"
-    secured = bool(back_host or config.rpc.host)
-    server_key = keys.pair("router", "all").public
-    ports = _ports(folder, back_host, config.routers)
-    backs = [f"tcp://{back_host}:{ports[i]}" if back_host else f"ipc://{folder}/router{i}-back.sock" for i in range(config.routers)]
-    addresses = tuple(RouterAddress(endpoint=back, server_key=server_key if back_host else "") for back in backs)
-    cards = tuple(
+def own_back(config: Config, keys: KeyRing, host: str) -> Back:
+    """The back sockets of our own routers. ``host``: where gangs on other hosts reach us; without it and ``back.host``, Unix sockets."""
+    folder, back = config.home / "routers", config.back
+    if back.host:
+        places = [f"tcp://{back.known_as}:{back.port + i}" for i in range(config.routers)]
+    elif host:
+        places = [f"tcp://{host}:{port}" for port in _ports(folder, host, config.routers)]
+    else:
+        places = [f"ipc://{folder}/router{i}-back.sock" for i in range(config.routers)]
+    secured = bool(back.host or host)
+    server_key = keys.pair("router", "all").public if secured else ""
+    return Back(addresses=tuple(RouterAddress(endpoint=place, server_key=server_key) for place in places), secured=secured)
+
+
+def plan(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: Back) -> Plan:
+    """Specs of everything that is ours: routers too, unless the replicas join others'."""
+    found = gangs(config, models, back, keys)
+    admit(keys, found, back)
+    return Plan(gangs=found, routers=[] if back.prefix else _routers(config, models, keys, back))
+
+
+def cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
+    """What routers know of the models."""
+    return tuple(
         ModelCard(
             name=model.config.name,
             tokenizer=model.tokenizer,
@@ -116,6 +156,12 @@ def plan(config: Config, models: list[ServedModel], keys: KeyRing, back_host: st
         )
         for model in models
     )
+
+
+def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: Back) -> list[RouterSpec]:
+    folder = config.home / "routers"
+    secured = back.secured or bool(config.rpc.host)
+    served = cards(models)
     http = HttpSpec(
         host=config.http.host,
         port=config.http.port,
@@ -124,15 +170,15 @@ def plan(config: Config, models: list[ServedModel], keys: KeyRing, back_host: st
         api_keys_file=str(config.api_keys_file or ""),
         insecure_without_keys=config.insecure_http_without_keys,
     )
-    routers = [
+    return [
         RouterSpec(
             name=f"router{i}",
-            back=backs[i],
+            back=f"tcp://{config.back.host}:{config.back.port + i}" if config.back.host else back.addresses[i].endpoint,
             rpc=f"tcp://{config.rpc.host}:{config.rpc.port + i}" if config.rpc.host else f"ipc://{folder}/router{i}-rpc.sock",
-            models=cards,
+            models=served,
             http=http,
             admission=config.admission,
-            peers=addresses,
+            peers=back.addresses,
             key_file=str(keys.path("router", "all")) if secured else "",
             allowed_file=str(keys.allowed_file) if secured else "",
             salt_file=str(keys.salt_file),
@@ -140,40 +186,57 @@ def plan(config: Config, models: list[ServedModel], keys: KeyRing, back_host: st
             heartbeat_s=config.heartbeat_s,
             replica_timeout_s=config.replica_timeout_s,
             hang_floor_s=config.hang_floor_s,
+            drain_grace_s=config.drain_grace_s,
             log_format=config.log_format,
+            metrics=msgspec.structs.replace(config.metrics, port=config.metrics.port + i if config.metrics.port else 0),
+            tracing=config.tracing,
         )
         for i in range(config.routers)
     ]
-    found = gangs(config, models, addresses, keys, secured=bool(back_host))
-    admit(keys, found, secured=bool(back_host))
-    return Plan(gangs=found, routers=routers)
 
 
-def gangs(config: Config, models: list[ServedModel], routers: tuple[RouterAddress, ...], keys: KeyRing, *, secured: bool) -> list[GangSpec]:
-    """One spec a replica. ``secured``: they reach the ``routers`` by tcp, with a key pair of their own."""
-    return [_gang(config, model, gang, routers, keys, secured) for model in models for gang in model.gangs]
+def gangs(config: Config, models: Sequence[ServedModel], back: Back, keys: KeyRing) -> list[GangSpec]:
+    """One spec a replica."""
+    return [_gang(config, model, gang, back, keys) for model in models for gang in model.gangs]
 
 
-def admit(keys: KeyRing, gangs: Sequence[GangSpec], *, secured: bool) -> None:
-    """Let these gangs in at the routers, and no others."""
-    members: list[tuple[Role, str]] = [("replica", gang.replica.name) for gang in gangs] if secured else []
+def admit(keys: KeyRing, gangs: Sequence[GangSpec], back: Back) -> None:
+    """Let these gangs in at our routers, and no others but by a pass. Who joins others' routers has nobody to let in."""
+    if back.prefix:
+        return
+    members: list[tuple[Role, str]] = [("replica", gang.replica.name) for gang in gangs] if back.secured else []
     keys.allow([*members, ("client", "local"), ("router", "all")], {gang.replica.name: gang.replica.model for gang in gangs})
 
 
-def _gang(
-    config: Config, model: ServedModel, gang: GangArtifact, routers: tuple[RouterAddress, ...], keys: KeyRing, secured: bool
-) -> GangSpec:
+def renamed(gang: GangSpec, name: str, back: Back, keys: KeyRing) -> GangSpec:
+    """The same gang as a replica of another name."""
+    replica = msgspec.structs.replace(gang.replica, name=name, announced=_announced(name, back))
+    return msgspec.structs.replace(gang, replica=replica, key=_key_of(name, back, keys))
+
+
+def _announced(name: str, back: Back) -> str:
+    return back.prefix + name if back.prefix else ""
+
+
+def _key_of(name: str, back: Back, keys: KeyRing) -> str:
+    """The key pair (JSON) with which a replica of this name reaches its routers; empty where it needs none."""
+    return back.key or (msgspec.json.encode(keys.pair("replica", name)).decode() if back.secured else "")
+
+
+def _gang(config: Config, model: ServedModel, gang: GangArtifact, back: Back, keys: KeyRing) -> GangSpec:
     replica = ReplicaSpec(
         name=gang.name,
         model=model.config.name,
         artifact=gang.artifact,
         parallel=gang.parallel,
         engine=gang.engine,
-        routers=routers,
+        routers=back.addresses,
         heartbeat_s=config.heartbeat_s,
         hang_floor_s=config.hang_floor_s,
         # Its farewell must be heard before the controller's own grace ends and kills it.
         drain_grace_s=min(config.drain_grace_s, TERM_GRACE_S),
+        announced=_announced(gang.name, back),
+        log_format=config.log_format,
     )
     return GangSpec(
         deployment=config.name,
@@ -181,7 +244,7 @@ def _gang(
         run_dir=str(config.home / "replicas"),
         share=Share(cpus=model.config.cpus_per_rank, gpus=1.0 if gang.engine.device == "cuda" else 0.0),
         spread=model.config.spread,
-        key=msgspec.json.encode(keys.pair("replica", gang.name)).decode() if secured else "",
+        key=_key_of(gang.name, back, keys),
     )
 
 

@@ -173,10 +173,10 @@ def rows_left(client: Client) -> int:
 
 @pytest.mark.model
 def test_a_killed_routers_clients_go_on_at_the_other() -> None:
-    first = free_ports(3)
+    first = free_ports(5)
     settings = {
-        "PORT": str(first), "RPC_PORT": str(first + 1), "LAUNCHER": "local", "ENGINE": "fake", "FAKE_STEP_MS": "20",
-        "MAX_BATCH_SIZE": "32", "KV_TOKENS": "65536", "MAX_SEQ_LEN": "2048",
+        "PORT": str(first), "RPC_PORT": str(first + 1), "METRICS_PORT": str(first + 3), "LAUNCHER": "local", "ENGINE": "fake",
+        "FAKE_STEP_MS": "20", "MAX_BATCH_SIZE": "32", "KV_TOKENS": "65536", "MAX_SEQ_LEN": "2048",
     }  # fmt: skip
     with (
         tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder,

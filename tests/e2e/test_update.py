@@ -11,93 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 import yaml
 
-from orchestrator.client import AsyncClient
 from orchestrator.launch.control import Control, ReplicaRow, Status
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
+from tests.e2e.load import ASKERS, Load
 from tests.tiny import tiny_model
-from workers.fake import expected_tokens
-from workers.wire import SamplingParams
-
-ASKERS = 6
-#: Steps of 20 ms: longer than the drain's grace, so some are handed over in the middle.
-OUTPUT = 60
-
-
-def expected(prompt: str) -> str:
-    return bytes(expected_tokens(prompt.encode(), SamplingParams(max_tokens=OUTPUT, temperature=0.0))).decode()
-
-
-class Load:
-    """Askers that never rest. Leaves with the first wrong or failed answer."""
-
-    def __init__(self, status: Status) -> None:
-        self._status = status
-        self._stop = False
-        self.answered = 0
-
-    async def during(self, command: list[str]) -> tuple[int, str, str]:
-        """Keep asking while ``command`` runs; returns its exit code and what it said."""
-        limits = httpx.Limits(max_connections=2 * ASKERS)
-        async with (
-            httpx.AsyncClient(base_url=self._status.url, timeout=120, limits=limits, trust_env=False) as http,
-            AsyncClient([address.endpoint for address in self._status.rpc], model=MODEL) as rpc,
-            asyncio.TaskGroup() as group,
-        ):
-            for index in range(ASKERS):
-                group.create_task(self._ask_http(http, index, stream=index % 2 == 0))
-                group.create_task(self._ask_rpc(rpc, index))
-            process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            try:
-                out, err = await asyncio.wait_for(process.communicate(), 120)
-            finally:
-                self._stop = True
-                if process.returncode is None:
-                    process.kill()
-        assert process.returncode is not None
-        return process.returncode, out.decode(), err.decode()
-
-    async def _ask_http(self, http: httpx.AsyncClient, index: int, *, stream: bool) -> None:
-        count = 0
-        while not self._stop:
-            prompt = f"http {index} {count}"
-            body = {"model": MODEL, "prompt": prompt, "max_tokens": OUTPUT, "temperature": 0.0, "ignore_eos": True, "stream": stream}
-            text = ""
-            if stream:
-                async with http.stream("POST", "/v1/completions", json=body) as answer:
-                    assert answer.status_code == 200, await answer.aread()
-                    async for line in answer.aiter_lines():
-                        if line.startswith("data: {"):
-                            chunk = msgspec.json.decode(line[6:])
-                            assert "error" not in chunk, chunk
-                            text += "".join(choice["text"] for choice in chunk["choices"])
-            else:
-                answer = await http.post("/v1/completions", json=body)
-                assert answer.status_code == 200, answer.text
-                text = answer.json()["choices"][0]["text"]
-            assert text == expected(prompt)
-            self.answered += 1
-            count += 1
-
-    async def _ask_rpc(self, rpc: AsyncClient, index: int) -> None:
-        count = 0
-        while not self._stop:
-            prompt = f"rpc {index} {count}"
-            reply = await rpc.complete(prompt, max_tokens=OUTPUT, temperature=0.0, ignore_eos=True).result()
-            assert reply.choices[0].text == expected(prompt)
-            self.answered += 1
-            count += 1
-
-
-def trireme(*line: str) -> list[str]:
-    return [sys.executable, "-m", "orchestrator.cli", *line]
 
 
 def run(*line: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(trireme(*line), capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "orchestrator.cli", *line]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
+
+
+def update(load: Load, file: Path) -> tuple[int, str, str]:
+    """Exit code and words of `trireme update`, under load."""
+    done = asyncio.run(load.during(lambda: run("update", str(file))))
+    return done.returncode, done.stdout, done.stderr
 
 
 def change(file: Path, **changes: Any) -> None:
@@ -131,8 +62,8 @@ def test_nothing_fails_while_all_replicas_are_replaced(up: tuple[Control, Status
     assert plan.stdout.splitlines() == [f"{index}. {move}" for index, move in enumerate(moves, 1)]
     assert rows(control.status()).keys() == before.keys() and control.status().update is None
 
-    load = Load(status)
-    code, out, err = asyncio.run(load.during(trireme("update", str(file))))
+    load = Load(status.url, status.rpc)
+    code, out, err = update(load, file)
     assert code == 0 and out == "", err
     told = err.splitlines()
     assert [line.rpartition(": ")[0] for line in told[:-1]] == moves and told[-1].startswith("e2e is updated, ")
@@ -152,8 +83,8 @@ def test_replicas_come_change_and_go(up: tuple[Control, Status, Path]) -> None:
     control, status, file = up
     before = rows(wait_for_state(control, "READY", 60))
     change(file, replicas=[{"name": "left", "tp_size": 1}, {"name": "new", "tp_size": 1}], cpus_per_rank=1)
-    load = Load(status)
-    code, _, err = asyncio.run(load.during(trireme("update", str(file))))
+    load = Load(status.url, status.rpc)
+    code, _, err = update(load, file)
     assert code == 0, err
     assert [line.rpartition(": ")[0] for line in err.splitlines()[:-1]] == ["start new", "replace left", "end right"]
     after = rows(wait_for_state(control, "READY", 60))
@@ -168,9 +99,9 @@ def test_what_does_not_start_is_taken_back(up: tuple[Control, Status, Path]) -> 
     before = rows(wait_for_state(control, "READY", 60))
     kept = file.read_text()
     change(file, engine="trtllm")
-    load = Load(status)
+    load = Load(status.url, status.rpc)
     try:
-        code, _, err = asyncio.run(load.during(trireme("update", str(file))))
+        code, _, err = update(load, file)
     finally:
         file.write_text(kept)
     assert code == 5, err

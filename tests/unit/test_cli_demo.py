@@ -29,8 +29,9 @@ def test_a_daemon_does_not_escape() -> None:
     code = (
         "import os, signal, subprocess, sys\n"
         "from orchestrator.cli import demo\n"
+        "from orchestrator.launch.child import adopt_orphans\n"
         "demo.GONE_S = 0.5\n"
-        "demo.adopt_orphans()\n"
+        "adopt_orphans()\n"
         "print(demo.survivors())\n"
         "subprocess.run(['sh', '-c', 'setsid sleep 60 >/dev/null 2>&1 &'], check=True)\n"
         "left = demo.survivors()\n"

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.cli.main import run
 from orchestrator.config import load
 from orchestrator.deployment import Deployment, Notice
-from orchestrator.keys import ApiKeyRing, KeyRing
+from orchestrator.keys import ApiKeyRing, KeyRing, read_pass
 from workers.errors import ConfigError
 
 Capture = pytest.CaptureFixture[str]
@@ -52,6 +52,16 @@ def test_clients_and_the_list_of_files(tmp_path: Path, capsys: Capture) -> None:
     assert code == ConfigError.exit_code and "0640" in shown and "chmod 600" in said
     ring.salt_file.chmod(0o600)
     assert keys(capsys, tmp_path, "client", "inside", "--revoke")[0] == 0 and not Path(file.strip()).exists()
+
+
+def test_a_pass_is_a_file_and_its_models_are_listed(tmp_path: Path, capsys: Capture) -> None:
+    code, file, said = keys(capsys, tmp_path, "join", "slurm", "--models", "a,b")
+    held = read_pass(Path(file.strip()))
+    assert code == 0 and held.models == ("a", "b") and not any(pair.secret in file + said for pair in (held.replica, held.client))
+    code, shown, _ = keys(capsys, tmp_path, "show")
+    assert code == 0 and "pass for the replicas of slurm   a,b" in shown
+    assert keys(capsys, tmp_path, "join", "slurm", "--revoke")[0] == 0 and not Path(file.strip()).exists()
+    assert keys(capsys, tmp_path, "join", "slurm", "--revoke")[0] == 2
 
 
 def test_other_hosts_need_keys_or_one_explicit_word(tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def test_serve_ask_and_end(run_dir: str, tmp_path: Path) -> None:
     processes = [status["pid"], *status["routers"].values(), *ranks]
     assert all(map(alive, processes))
 
+    top = trireme("top", "--once", run_dir=run_dir)
+    assert top.code == 0 and "1 of 1 replicas ready, 2 ranks" in top.out, top.err
+    assert all(str(pid) in top.out for pid in ranks)
+    told = trireme("logs", run_dir=run_dir)
+    assert told.code == 0 and "hello from 'tiny-0'" in told.out and "tiny-0 rank 0 launched" in told.out, told.err
+
     asked = ("chat", "Hello", "--temperature", "0", "--max-tokens", "12")
     over_http = trireme(*asked, "--url", status["url"], run_dir=run_dir)
     over_rpc = trireme(*asked, "--rpc", run_dir=run_dir)

@@ -1,0 +1,44 @@
+"""What must hold on this host before a deployment is started. Owns nothing, starts nothing."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import psutil
+
+from orchestrator.config import Config, HttpConfig
+from orchestrator.keys import read_private
+from orchestrator.router.auth import parse_api_keys
+from workers.errors import EnvironmentFault
+
+_LONGEST_SOCKET_PATH = 100
+
+
+def check_length(home: Path) -> None:
+    """Raises :class:`EnvironmentFault` on a run folder in which no Unix socket could be bound."""
+    if len(str(home / "routers" / "router00-back.sock")) > _LONGEST_SOCKET_PATH:
+        raise EnvironmentFault(f"{home} is too long for Unix sockets", "their paths end at 107 bytes", "choose a shorter --run-dir")
+
+
+def check_port(http: HttpConfig) -> None:
+    """Raises :class:`EnvironmentFault` naming the process that listens on the HTTP port."""
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((http.host, http.port))
+        except OSError as error:
+            held = [c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == http.port and c.pid]
+            why = f"pid {held[0]} listens on it" if held else error.strerror or str(error)
+            raise EnvironmentFault(f"port {http.port} on {http.host} is taken", why, "choose another --port; 0 = any free one") from None
+
+
+def check_api_keys(config: Config) -> str:
+    """A warning about a door that is open to all, else nothing. The routers read the file themselves; this is before anything is fetched.
+    Raises :class:`ConfigError`."""
+    if (file := config.api_keys_file) is not None:
+        parse_api_keys(read_private(file))
+    elif config.http.exposed:
+        return "whoever reaches it can use the models: it has no API keys, by insecure_http_without_keys"
+    return ""

@@ -1,0 +1,182 @@
+"""Routers of another deployment that our replicas serve, in place of routers of our own.
+
+Owns what is known of them: the join file, our pass, and what they last said of our replicas. Starts and ends no router.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from orchestrator.config import Config
+from orchestrator.keys import Pass, read_pass
+from orchestrator.launch.gang import make_private, write_private
+from orchestrator.launch.reports import Reports, RouterReport, ask
+from orchestrator.launch.standing import JoinFile, fingerprint
+from orchestrator.launch.wanted import Back, ServedModel
+from workers.errors import ConfigError, EnvironmentFault
+from workers.spec import RouterAddress
+from workers.wire import PROTOCOL
+
+#: How long a start looks for one router that answers, seconds.
+REACH_S = 20.0
+_INSTANCE = re.compile(r"[0-9a-f]{6}")
+
+
+def read_join(path: Path) -> JoinFile:
+    """Raises :class:`ConfigError`."""
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=JoinFile)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the join file {path}", error.strerror or str(error), "trireme router writes it when it is ready"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is no join file", str(error), "trireme router writes it") from None
+    if not file.routers or not file.rpc:
+        raise ConfigError(f"{path} names no routers", "it needs back sockets (routers) and client doors (rpc)", "trireme router writes it")
+    return file
+
+
+class JoinedRouters:
+    """The routers that ``config.join`` names. Raises :class:`ConfigError` for what could never work there.
+
+    ``back``: how our replicas reach them, below names of their own, so that two jobs made from one file never fence each other.
+    ``key_file``: the pass's client key pair, for RPC clients of this host.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._file = read_join(Path(config.join.file).expanduser())
+        held = read_pass(Path(config.join.key_file).expanduser())
+        _check(config, self._file, held)
+        home = make_private(config.home)
+        prefix = f"{held.name}/{config.name}-{_instance(home)}/"
+        self.back = Back(addresses=self._file.routers, secured=True, prefix=prefix, key=msgspec.json.encode(held.replica).decode())
+        self.key_file = make_private(home / "keys") / "client-join.json"
+        write_private(self.key_file, msgspec.json.encode(held.client))
+        self._key = held.client
+        self._reports = Reports(lambda: [(address.endpoint, address) for address in self._file.rpc], held.client, prefix=prefix)
+
+    @property
+    def name(self) -> str:
+        """Of the deployment that they belong to."""
+        return self._file.name
+
+    def reach(self, heed: Callable[[], None]) -> None:
+        """Wait until one of them answers. ``heed`` is called between tries and may raise. Raises :class:`EnvironmentFault` when none does
+        within :data:`REACH_S`, :class:`ConfigError` when none knows the pass."""
+        deadline = time.monotonic() + REACH_S
+        context: zmq.Context[Any] = zmq.Context()
+        try:
+            while time.monotonic() < deadline:
+                if self._answers(context):
+                    return
+                heed()
+        finally:
+            context.destroy(linger=0)
+        raise EnvironmentFault(
+            f"no router of {self._file.name} answers",
+            f"asked {', '.join(address.endpoint for address in self._file.rpc)} for {REACH_S:.0f} s",
+            "is it up (trireme router), and can this host reach it?",
+        )
+
+    def _answers(self, context: zmq.Context[Any]) -> bool:
+        refusals = []
+        for address in self._file.rpc:
+            try:
+                if ask(context, address, self._key) is not None:
+                    return True
+            except ConfigError as refusal:
+                refusals.append(refusal)
+        if len(refusals) == len(self._file.rpc):
+            raise refusals[0]
+        return False
+
+    def check_tokenizers(self, models: Sequence[ServedModel]) -> None:
+        """Raises :class:`ConfigError` where the routers turn text into other ids than a model of ours reads."""
+        for model in models:
+            if fingerprint(Path(model.tokenizer)) != self._file.models[model.config.name]:
+                raise ConfigError(
+                    f"{model.config.name} has another tokenizer than the routers of {self._file.name}",
+                    f"{model.tokenizer}/tokenizer.json differs from theirs",
+                    "name another model, or serve it under another name",
+                )
+
+    def start(self) -> None:
+        self._reports.start()
+
+    def tick(self) -> None:
+        """Others look after them."""
+
+    def ready(self) -> bool:
+        return bool(self._reports.fresh())
+
+    def url(self) -> str:
+        return self._file.http
+
+    def addresses(self) -> tuple[RouterAddress, ...]:
+        """The RPC doors."""
+        return self._file.rpc
+
+    def pids(self) -> dict[str, int]:
+        return {}
+
+    def reports(self) -> list[RouterReport]:
+        """What routers said within the last seconds of our replicas, and of those alone."""
+        return self._reports.fresh()
+
+    def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
+        """As :meth:`Reports.hung`."""
+        return self._reports.hung(ready, routers=len(self._file.rpc))
+
+    def stop(self, grace_s: float) -> None:
+        """They stay."""
+        self._reports.close()
+        self._reports.join()
+
+
+def _check(config: Config, file: JoinFile, held: Pass) -> None:
+    if any(address.server_key != held.server for address in (*file.routers, *file.rpc)):
+        raise ConfigError(
+            f"the pass of {held.name} is for other routers than those of {file.name}",
+            f"{config.join.file} names another public key",
+            "take both files from the same deployment",
+        )
+    if file.protocol != PROTOCOL:
+        raise ConfigError(
+            f"the routers of {file.name} speak protocol {file.protocol}, this version {PROTOCOL}", "", "use the same version on both sides"
+        )
+    if file.replica_timeout_s <= 2 * config.heartbeat_s:
+        raise ConfigError(
+            f"heartbeat_s: {config.heartbeat_s} is too long",
+            f"the routers of {file.name} give a replica up after {file.replica_timeout_s} s of silence (replica_timeout_s)",
+            "make it less than half of that",
+        )
+    for model in config.models:
+        if model.name not in file.models:
+            raise ConfigError(
+                f"the routers of {file.name} do not serve {model.name}", f"they serve {', '.join(file.models)}", "name it in their file"
+            )
+        if held.models is not None and model.name not in held.models:
+            raise ConfigError(
+                f"the pass of {held.name} does not cover {model.name}",
+                f"it is for {', '.join(held.models)}",
+                f"trireme keys join {held.name} --models ..., at the routers",
+            )
+
+
+def _instance(home: Path) -> str:
+    """What tells this run folder's replicas from those of another with the same file; made once."""
+    path = home / "instance"
+    if path.exists() and _INSTANCE.fullmatch(text := path.read_text()):
+        return text
+    made = secrets.token_hex(3)
+    write_private(path, made.encode())
+    return made

@@ -1,0 +1,185 @@
+"""What routers say about themselves and their replicas, asked over their own RPC doors.
+
+Owns the thread that asks and the latest answers. Never between a client and its tokens, and never decides: it tells which gangs no router
+can reach.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from workers.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.sockets import KeyPair
+from workers.spec import RouterAddress
+from workers.wire import HIGH_WATER, MAX_FRAME, Query, Report, decode_to_client, encode
+
+log = logging.getLogger("trireme.routers")
+_ASK_EVERY_S = 0.5
+_ANSWER_MS = 1000
+_HINT = "trireme keys, at the routers, makes one"
+#: Longer than a leader needs to find a new router.
+_UNHEARD_S = 10.0
+
+
+class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica in one router's eyes (the router says more)."""
+
+    name: str
+    state: str
+    epoch: int
+    model: str = ""
+    reason: str = ""
+    quarantined: bool = False
+    age_s: float = 0.0
+    tp: int = 0
+    pp: int = 0
+    tok_s: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    num_blocks: int = 0
+    free_blocks: int = 0
+
+
+class RouterReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One router's answer: requests that wait for a replica and requests admitted since its start, by model; rows placed; replicas."""
+
+    router: str
+    queue: dict[str, int] = {}
+    admitted: dict[str, int] = {}
+    running: int = 0
+    replicas: list[ReplicaReport] = []
+
+
+class Routers(Protocol):
+    """What a deployment asks of its routers, its own or those that it joined. ``key_file``: what an RPC client of this host uses."""
+
+    key_file: Path
+
+    def start(self) -> None: ...
+
+    def tick(self) -> None:
+        """Keep them running, where that is ours to do."""
+
+    def ready(self) -> bool: ...
+
+    def url(self) -> str:
+        """The HTTP address, empty while there is none."""
+
+    def addresses(self) -> tuple[RouterAddress, ...]:
+        """The RPC doors."""
+
+    def pids(self) -> dict[str, int]: ...
+
+    def reports(self) -> list[RouterReport]:
+        """What living routers said within the last seconds."""
+
+    def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
+        """As :meth:`Reports.hung`."""
+
+    def stop(self, grace_s: float) -> None: ...
+
+
+class Reports:
+    """``targets``: the routers to ask now, by name. ``prefix``: only replicas whose names begin so are ours; they are told without it."""
+
+    def __init__(self, targets: Callable[[], Iterable[tuple[str, RouterAddress]]], key: KeyPair, *, prefix: str = "") -> None:
+        self._targets, self._key, self._prefix = targets, key, prefix
+        self._latest: dict[str, tuple[float, RouterReport]] = {}
+        self._unheard: dict[tuple[str, int], float] = {}
+        self._closing = threading.Event()
+        self._asking = threading.Thread(target=self._ask_all, name="router reports", daemon=True)
+
+    def start(self) -> None:
+        self._asking.start()
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._closing.set()
+
+    def join(self) -> None:
+        """Wait for the thread, which ends within the bounds of one answer."""
+        if self._asking.is_alive():
+            self._asking.join(5.0)
+
+    def fresh(self) -> list[RouterReport]:
+        """What living routers said within the last seconds."""
+        horizon = time.monotonic() - 4 * _ASK_EVERY_S - _ANSWER_MS / 1000
+        return [report for at, report in list(self._latest.values()) if at >= horizon]
+
+    def hung(self, ready: Iterable[tuple[str, int]], *, routers: int) -> frozenset[tuple[str, int]]:
+        """Those of the ``ready`` gangs, (replica, epoch), that serve nobody: lost to every router that knows them, or 10 s unheard of by
+        all ``routers``."""
+        reports = self.fresh()
+        states: dict[tuple[str, int], set[str]] = {}
+        for report in reports:
+            for replica in report.replicas:
+                states.setdefault((replica.name, replica.epoch), set()).add(replica.state)
+        now = time.monotonic()
+        # A gang may stop before its Hello: no router can lose what it never had.
+        all_speak = len(reports) == routers
+        self._unheard = {key: self._unheard.get(key, now) for key in ready if all_speak and key not in states}
+        silent = {key for key, since in self._unheard.items() if now - since > _UNHEARD_S}
+        return frozenset(silent | {key for key, seen in states.items() if seen == {"lost"}})
+
+    def _ask_all(self) -> None:
+        context: zmq.Context[Any] = zmq.Context()
+        try:
+            while not self._closing.wait(_ASK_EVERY_S):
+                for name, address in self._targets():
+                    try:
+                        report = ask(context, address, self._key)
+                    except TriremeError as error:
+                        log.debug("router %s: %s", name, error)
+                        continue
+                    if report is not None:
+                        self._latest[name] = (time.monotonic(), self._ours(report))
+        finally:
+            context.destroy(linger=0)
+
+    def _ours(self, report: RouterReport) -> RouterReport:
+        if not self._prefix:
+            return report
+        rows = [
+            msgspec.structs.replace(row, name=row.name.removeprefix(self._prefix))
+            for row in report.replicas
+            if row.name.startswith(self._prefix)
+        ]
+        return msgspec.structs.replace(report, replicas=rows)
+
+
+def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> RouterReport | None:
+    """One ``Query`` for ``status``; None when the router does not answer within a second. Raises :class:`ConfigError` where it does not
+    know the key, :class:`EnvironmentFault` on an answer that is none."""
+    socket = context.socket(zmq.DEALER)
+    monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+    try:
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = HIGH_WATER
+        socket.maxmsgsize = MAX_FRAME
+        if address.server_key:
+            socket.curve_serverkey = address.server_key.encode()
+            socket.curve_publickey, socket.curve_secretkey = key.public.encode(), key.secret.encode()
+        socket.connect(address.endpoint)
+        socket.send(encode(Query(boot=secrets.token_hex(8), stream=1, what="status")))
+        ready = {heard for heard, _ in zmq.zmq_poll([(socket, zmq.POLLIN), (monitor, zmq.POLLIN)], _ANSWER_MS)}
+        if socket not in ready:
+            if monitor in ready:
+                raise ConfigError(f"{address.endpoint} does not know this key", "it was never allowed there, or was taken back", _HINT)
+            return None
+        answer = decode_to_client(socket.recv())
+        return msgspec.json.decode(answer.body, type=RouterReport) if isinstance(answer, Report) else None
+    except (zmq.ZMQError, msgspec.DecodeError) as error:
+        raise EnvironmentFault("a router gives no status", str(error)) from None
+    finally:
+        socket.disable_monitor()
+        monitor.close(0)
+        socket.close()

@@ -1,0 +1,100 @@
+"""Routers without gangs of their own, which the replicas of other deployments join: what they tell those who do.
+
+Owns the words of the join file, which holds no secret: who serves at these routers needs a pass beside it (:mod:`orchestrator.keys`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from orchestrator.config import Config
+from orchestrator.controller import Hung
+from orchestrator.core.reconcile import ReplicaView
+from orchestrator.launch.gang import GangSpec, write_private
+from orchestrator.spec import WILDCARDS, ModelCard
+from workers.artifacts.tensorfile import hash_file
+from workers.errors import ConfigError
+from workers.spec import RouterAddress
+from workers.wire import PROTOCOL
+
+#: The file's name in the run folder of the deployment that has the routers.
+JOIN_FILE = "join.json"
+
+
+class JoinFile(msgspec.Struct, frozen=True, kw_only=True):
+    """Where routers are and what they serve. ``routers``: their back sockets; ``rpc``: their client doors; ``models``: name -> SHA-256 of
+    the model's ``tokenizer.json``; ``replica_timeout_s``: the silence after which they give a replica up."""
+
+    protocol: int
+    name: str
+    routers: tuple[RouterAddress, ...]
+    rpc: tuple[RouterAddress, ...]
+    models: dict[str, str]
+    http: str = ""
+    replica_timeout_s: float = 2.0
+
+
+class NoGangs:
+    """The place of a controller where there is nothing to control."""
+
+    def apply(self, gangs: list[GangSpec]) -> None:
+        assert not gangs
+
+    def drain(self, replica: str) -> bool:
+        return False
+
+    def tick(self, hung: Hung = ()) -> None: ...
+
+    def views(self) -> list[ReplicaView]:
+        return []
+
+    def end_with_host(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check(config: Config) -> None:
+    """Raises :class:`ConfigError` where nobody could join the routers of this configuration."""
+    if not config.back.host:
+        raise ConfigError(
+            "back.host: is missing", "standing routers are reached by replicas of other hosts", "name an address of this host to listen on"
+        )
+    if not config.rpc.host:
+        raise ConfigError("rpc.host: is missing", "who joins asks the routers there whether its replicas are accepted", "name one")
+    if config.join.file:
+        raise ConfigError("join: routers join nothing", "replicas do", "trireme up FILE starts replicas that join")
+
+
+def publish(config: Config, routers: Sequence[RouterAddress], server_key: str, cards: Sequence[ModelCard], url: str) -> Path:
+    """Write the join file of running routers. Raises :class:`EnvironmentFault`."""
+    rpc_host = _reachable(config.rpc.host, config)
+    port = urlsplit(url).port
+    file = JoinFile(
+        protocol=PROTOCOL,
+        name=config.name,
+        routers=tuple(routers),
+        rpc=tuple(
+            RouterAddress(endpoint=f"tcp://{rpc_host}:{config.rpc.port + index}", server_key=server_key) for index in range(config.routers)
+        ),
+        models={card.name: fingerprint(Path(card.tokenizer)) for card in cards},
+        http=f"http://{_reachable(config.http.host, config)}:{port}",
+        replica_timeout_s=config.replica_timeout_s,
+    )
+    path = config.home / JOIN_FILE
+    write_private(path, msgspec.json.format(msgspec.json.encode(file), indent=2))
+    return path
+
+
+def fingerprint(tokenizer: Path) -> str:
+    """What must be equal at routers and replicas: the ids that a text has."""
+    return hash_file(tokenizer / "tokenizer.json").sha256
+
+
+def _reachable(host: str, config: Config) -> str:
+    return config.back.known_as if host in WILDCARDS else host
