@@ -50,7 +50,7 @@ check: $(DEVELOPED) ## format, lint, types, layers
 	@echo 'format, lint, types, layers: all good'
 
 test: setup ## the whole suite, in JOBS processes (much of it waits for others)
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/unit/test_launch.py tests/unit/test_launch_deployment.py tests/e2e/test_two_routers.py

@@ -8,14 +8,6 @@ import pytest
 
 from tests import figures
 
-#: Folders whose files take minutes each: processes that deal files out begin with them, so that none is left alone with one at the end.
-LONG_FOLDERS = ("mpi", "cluster", "faults", "e2e", "inputs")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    weight = {folder: place for place, folder in enumerate(LONG_FOLDERS)}
-    items.sort(key=lambda item: weight.get(item.path.parent.name, len(weight)))
-
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)

@@ -26,7 +26,7 @@ from workers.spec import EngineSpec, Parallel, ReplicaSpec, RouterAddress
 from workers.state import State, read_state
 from workers.wire import Accepted, Done, Failed, Heartbeat, Hello, Peers, SamplingParams, Submit, Tokens
 
-BOUND_S = 30.0
+BOUND_S = 120.0
 FAKE = EngineSpec(kind="fake")
 MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
 

@@ -22,7 +22,7 @@ from tests.faults.namespace import measured, step
 from workers.fake import expected_tokens
 from workers.wire import SamplingParams
 
-BOUND_S = 60.0
+BOUND_S = 120.0
 SIZE = 1 << 20
 
 

@@ -156,7 +156,7 @@ class Stage:
         return Healed(strike, gone, time.monotonic(), tuple(phases))
 
     @staticmethod
-    def _until(condition: Callable[[], bool], what: str, bound_s: float = 30.0) -> None:
+    def _until(condition: Callable[[], bool], what: str, bound_s: float = 120.0) -> None:
         deadline = time.monotonic() + bound_s
         while not condition():
             assert time.monotonic() < deadline, f"{what} did not come within {bound_s} s"

@@ -39,7 +39,7 @@ class Watch:
     def counts(self) -> dict[str, int]:
         return dict(self._client.status()["counts"])
 
-    def until(self, condition: Callable[[dict[str, Any]], object], bound_s: float = 30.0) -> float:
+    def until(self, condition: Callable[[dict[str, Any]], object], bound_s: float = 120.0) -> float:
         """Seconds until the router said so."""
         begin = time.monotonic()
         while not condition(row := self.row()):

@@ -52,7 +52,7 @@ def two_routers() -> Iterator[tuple[Path, RouterRun, RouterRun, Gang]]:
         yield folder, a, b, gang
 
 
-def until(condition: Callable[[], object], bound_s: float = 30.0) -> float:
+def until(condition: Callable[[], object], bound_s: float = 120.0) -> float:
     """Seconds until it held."""
     begin = time.monotonic()
     while not condition():
@@ -116,6 +116,7 @@ def test_without_a_replica_requests_wait_their_time_and_no_longer() -> None:
         for epoch in (1, 2):
             with Gang(folder, [router.spec.back], name=f"r{epoch}", tp=1, engine=ENGINE, epoch=epoch) as gang:
                 gang.wait_phase("ready")
+                until(lambda: httpx.get(f"{url}/ready", trust_env=False, timeout=60).status_code == 200)
                 answer = ask()
                 assert answer.json()["choices"][0]["text"] == bytes(oracle("wait", 5)).decode(), answer.text
             refused()

@@ -45,7 +45,14 @@ def foretold(model: ModelSpec, folder: Path, engine: EngineSpec, parallel: Paral
     return found.own[0], [weight_bytes(model, parallel, rank, engine, quant) for rank in range(parallel.world)]
 
 
-@pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=2), Parallel(pp=2)], ids=["tp1", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param(Parallel(), id="tp1"),
+        pytest.param(Parallel(tp=2), id="tp2", marks=pytest.mark.long),
+        pytest.param(Parallel(pp=2), id="pp2"),
+    ],
+)
 def test_memory_is_what_the_engine_reports(tiny: Path, tmp_path: Path, parallel: Parallel) -> None:
     """The default model by its known shape, without its files; the tiny one, whose heads and columns no two ranks share evenly."""
     cases = [(open_artifact(tiny).model, tiny, engine) for engine in ENGINES] + [(SHAPES[NAME], artifact(), EngineSpec())]

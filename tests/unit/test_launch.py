@@ -25,7 +25,7 @@ from workers.spec import EngineSpec, Parallel, ReplicaSpec
 ROOT = Path(__file__).resolve().parents[2]
 MPICH = mpi.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="mpich")
 OPENMPI = mpi.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="openmpi")
-BOUND_S = 30.0
+BOUND_S = 120.0
 
 
 def env() -> dict[str, str]:

@@ -25,7 +25,7 @@ from tests.tiny import tiny_tokenizer
 from workers.errors import ArtifactError, EnvironmentFault, NotFound
 
 pytestmark = pytest.mark.mpi
-BOUND_S = 60.0
+BOUND_S = 120.0
 
 
 @pytest.fixture

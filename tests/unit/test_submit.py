@@ -26,7 +26,7 @@ from orchestrator.submit.roll import Gone, Line, Roll, Word, call
 from orchestrator.submit.slurm import TEMPLATE, SlurmJob, limit_seconds, render, submit
 from workers.errors import EnvironmentFault, Rejected
 
-BOUND_S = 60.0
+BOUND_S = 120.0
 STEP = {
     "SLURM_JOB_ID": "42", "SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURMD_NODENAME": "n7", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.5",
     "SLURM_CPUS_ON_NODE": "8", "SLURM_GPUS_ON_NODE": "4",
