@@ -36,8 +36,9 @@ SLACK = 3
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` neighbours that nobody listens on."""
-    for first in range(20000, 60000, 7):
+    """The first of ``count`` neighbours that nobody listens on. Each process looks elsewhere first: what is free is not yet taken."""
+    begin = os.getpid() * 16
+    for first in (20000 + (begin + step) % 12000 for step in range(0, 12000, 16)):
         probes = [socket.socket() for _ in range(count)]
         try:
             for offset, probe in enumerate(probes):
