@@ -140,16 +140,19 @@ def test_a_changed_nonce_on_a_living_connection_means_hello_again_and_orphans(en
 
 
 def test_a_send_that_would_block_means_a_lost_router(end: RouterEnd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "HIGH_WATER", 4)
+    # Little enough to fill the socket of the one that does not read; more than the other's whole answer, so that
+    # it cannot fill its own, however long this process is kept waiting.
+    monkeypatch.setattr(wire, "HIGH_WATER", 500)
+    params = SamplingParams(temperature=0.0, max_tokens=300)
     monkeypatch.setitem(Link.__init__.__kwdefaults__, "silence_s", 1e9)  # so that nothing but the full socket gives it away
     with RouterEnd(end.endpoint + "2", boot="stuck", high_water=4) as stuck, Running(at(end), at(stuck)):
         stuck.ready()
         end.ready()
         hog = stuck.submit(1, [1], SamplingParams(temperature=0.0, max_tokens=30_000, logprobs=20))
         stuck.until(lambda: hog.tokens)
-        row = end.submit(2, [2], SamplingParams(temperature=0.0, max_tokens=400))
+        row = end.submit(2, [2], params)
         end.until(lambda: row.end)
-        assert row.tokens == expected_tokens([2], SamplingParams(temperature=0.0, max_tokens=400))
+        assert row.tokens == expected_tokens([2], params)
         end.until(lambda: end.beats[-1].running == 0)
         hellos = len(stuck.hellos)
         stuck.until(lambda: len(stuck.hellos) > hellos)
