@@ -48,13 +48,21 @@ class Board:
         row.phase, row.replica, row.sent_at, row.held = "sent", replica, now, len(row.emitted)
         self.streams[row.stream] = row
         replica.streams[row.stream] = placement.tokens
-        replica.sent_tokens += placement.tokens
+        replica.own_tokens += placement.tokens
         replica.chosen = row.stream
         placement.attempt, placement.held = row.attempt, row.held
         placement.queued_at, placement.sent_at = row.queued_at, now
         row.trail.append(placement)
         self.tallies[row.request.model].placed(row.trail)
         self.settle(row)
+
+    def began(self, row: Row, now: float) -> None:
+        """The first tokens since it was sent are here, so its prompt is computed."""
+        row.phase = "running"
+        if row.replica is not None:
+            row.replica.own_tokens -= row.replica.streams[row.stream]
+            row.replica.streams[row.stream] = 0
+        self.tallies[row.request.model].began(row.trail, now)
 
     def settle(self, row: Row) -> None:
         """Note whether a placed row's client takes anything now; call it when its credit ends or comes again."""
@@ -79,7 +87,8 @@ class Board:
         if replica is None:
             self.lines[row.request.model].remove(row)
             return None
-        del self.streams[row.stream], replica.streams[row.stream]
+        del self.streams[row.stream]
+        replica.own_tokens -= replica.streams.pop(row.stream)
         replica.paused -= row.starved
         row.replica, row.starved = None, False
         return replica
@@ -116,6 +125,8 @@ class Board:
         queued_rows = sum(map(len, self.lines.values()))
         assert rows == len(self.streams) + queued_rows, "a row is in no place or in two"
         assert len(self.streams) == sum(len(replica.streams) for replica in fleet.replicas.values()), "placements differ"
+        for replica in fleet.replicas.values():
+            assert replica.own_tokens == sum(replica.streams.values()), f"replica {replica.name}: prompt tokens"
         assert sum(row.starved for row in self.streams.values()) == sum(replica.paused for replica in fleet.replicas.values()), "paused"
         ended = self.counts["finished"] + self.counts["failed"] + self.counts["cancelled"]
         assert self.counts["accepted"] == ended + rows, "a row ended twice or never"

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from math import inf
 
-from orchestrator.core.fleet import Replica
+from orchestrator.core.fleet import Kind, Replica
 from orchestrator.core.prefixes import expected_wait_ms, first_token_ms
 from orchestrator.core.request import Request, Row
 from orchestrator.core.service import ServiceRate
@@ -38,11 +38,9 @@ class Chooser:
         last = self._sessions.get(_session(request)) if request.ask.affinity else None
         output_tokens = self._rates[request.model].output_tokens
         best, best_key, best_cached = open_to[0], (inf, 0), 0
-        # One that has run nothing yet is as fast as the others: taken for faster, it would get a whole burst.
-        measured = [replica.step_ms for replica in open_to if replica.step_ms]
-        typical = sum(measured) / len(measured) if measured else 1.0
+        paces = _paces(open_to)
         for replica in open_to:
-            step_ms, cached = max(0.1, replica.step_ms or typical), _cached(row, replica)
+            step_ms, cached = paces[replica.kind], _cached(row, replica)
             wait = expected_wait_ms(
                 step_ms=step_ms,
                 rows=replica.rows,
@@ -85,6 +83,20 @@ class Chooser:
     def retry_after(self, model: str, waiting: int, now: float) -> float:
         """Seconds after which a place in the queue is likely."""
         return self._rates[model].retry_after(waiting, now)
+
+
+def _paces(replicas: list[Replica]) -> dict[Kind, float]:
+    """Usual length of a step of each kind of replica, ms. One for all of a kind: between equals, the length of a step of late tells what
+    was in it, a prompt or one token, and who was taken for the faster would get a whole burst. One that is slow keeps its rows for longer,
+    and so gets fewer. A kind that has run nothing yet is as fast as the others."""
+    steps: dict[Kind, list[float]] = {}
+    for replica in replicas:
+        heard = steps.setdefault(replica.kind, [])
+        if replica.step_ms:
+            heard.append(replica.step_ms)
+    paces = {kind: sum(heard) / len(heard) for kind, heard in steps.items() if heard}
+    typical = sum(paces.values()) / len(paces) if paces else 1.0
+    return {kind: max(0.1, paces.get(kind, typical)) for kind in steps}
 
 
 def _placement(row: Row, replica: Replica, reason: Reason, cached: int | None) -> Placement:

@@ -38,10 +38,13 @@ HANG_FACTOR = 4.0
 #: replica whose heartbeat happened to see its prefill would look many times slower than its equals, and they would get all the rest.
 PACE_BEATS = 15
 
+#: What a replica's speed depends on as far as a router is told: engine, tp, pp, dtype, quantization, rows and tokens of a step.
+Kind = tuple[str, int, int, str, str | None, int, int]
+
 
 class Replica:
-    """One gang as this router knows it. ``streams``: the router's live placements here, in order, each with the prompt tokens that it had
-    to compute when it was sent. ``peer`` is empty while another connection's owner took its address over."""
+    """One gang as this router knows it. ``streams``: the router's live placements here, in order, each with the prompt tokens that it has
+    to compute before its first token. ``peer`` is empty while another connection's owner took its address over."""
 
     __slots__ = (
         "_paces",
@@ -51,10 +54,13 @@ class Replica:
         "chosen",
         "epoch",
         "faults",
+        "kind",
         "load",
         "model",
         "name",
+        "other_tokens",
         "others",
+        "own_tokens",
         "paused",
         "peer",
         "prefixes",
@@ -64,7 +70,6 @@ class Replica:
         "resume",
         "row_ms",
         "seen",
-        "sent_tokens",
         "since",
         "spec_hash",
         "state",
@@ -86,14 +91,21 @@ class Replica:
         self.paused = 0
         #: Rows that other routers run here, as of the last heartbeat.
         self.others = 0
-        #: Prompt tokens sent that the last heartbeat cannot have counted yet.
-        self.sent_tokens = 0
+        #: Prompt tokens of its own placements whose first token is not here yet: the sum of ``streams``' values.
+        self.own_tokens = 0
+        #: Prompt tokens that wait here for other routers' rows, as of the last heartbeat.
+        self.other_tokens = 0
         #: Smoothed life of a row here, ms; what a freed slot is waited for.
         self.row_ms = 1000.0
         #: Serial of the last placement here: ties go to the least recently chosen.
         self.chosen = 0
         #: It bounced a row; nothing more is sent before its next heartbeat.
         self.refusing = False
+        capacity = hello.capacity
+        self.kind: Kind = (
+            capacity.engine, capacity.tp, capacity.pp, capacity.dtype, capacity.quant.quant_algo, capacity.max_batch_size,
+            capacity.max_num_tokens,
+        )  # fmt: skip
         self.prefixes = PrefixRecord(hello.capacity.num_blocks if hello.capacity.prefix_cache else 0)
         #: Usual length of a step of late, ms; 0 before the first one was heard of.
         self.step_ms = 0.0
@@ -116,8 +128,9 @@ class Replica:
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens that wait here before a new row's: reported, and sent since."""
-        return (self.load.prefill_tokens if self.load is not None else 0) + self.sent_tokens
+        """Prompt tokens that wait here before a new row's. Its own rows' a router knows better than the replica's heartbeats, which tell
+        of the end of some step: in a burst, one whose heartbeat is older would look emptier, and get the rest of it."""
+        return self.own_tokens + self.other_tokens
 
     @property
     def free_rows(self) -> int:
@@ -127,14 +140,14 @@ class Replica:
         size = self.capacity.max_batch_size
         return max(0, min(size + self.lookahead - self.rows, MAX_PLACED * size - len(self.streams)))
 
-    def beat(self, heartbeat: Heartbeat, accepted: int, unseen_tokens: int, now: float) -> None:
-        """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``unseen_tokens``: prompt tokens of those it cannot."""
+    def beat(self, heartbeat: Heartbeat, accepted: int, accepted_tokens: int, now: float) -> None:
+        """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``accepted_tokens``: their prompt tokens still waiting."""
         if heartbeat.step_ms and (self.load is None or heartbeat.step != self.load.step):
             self._paces.append(heartbeat.step_ms)
             self.step_ms = median(self._paces)
         self.load = heartbeat
         self.others = max(0, heartbeat.running + heartbeat.waiting - accepted)
-        self.sent_tokens = unseen_tokens
+        self.other_tokens = max(0, heartbeat.prefill_tokens - accepted_tokens) if self.others else 0
         self.refusing = False
         if heartbeat.prefixes:
             self.prefixes.add(heartbeat.prefixes)
@@ -243,7 +256,7 @@ class Fleet:
         self.losses.append(Loss(replica.name, replica.model, replica.epoch, reason[:200], rows, drained, now))
         self._enter(replica, "lost", reason, now)
         replica.load = None
-        replica.others = replica.sent_tokens = 0
+        replica.others = replica.other_tokens = 0
         replica.tok_s = 0.0
         return True
 

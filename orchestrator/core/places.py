@@ -94,11 +94,6 @@ class Places:
             ),
         )  # fmt: skip
 
-    def began(self, row: Row, now: float) -> None:
-        """The first tokens since it was sent are here."""
-        row.phase = "running"
-        self._board.tallies[row.request.model].began(row.trail, now)
-
     def put_back(self, row: Row, cause: Cause, now: float, *, cancel: bool) -> None:
         """To the front of the queue, to go on elsewhere from the tokens that are here. ``cancel``: tell the replica to drop it."""
         self._release(row, cancel=cancel)

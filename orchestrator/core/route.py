@@ -236,14 +236,13 @@ class Route:
         if lost:
             self._lose(replica, "hung", lost, now)
             return
-        accepted = unseen = 0
+        accepted = waiting = 0
         for stream, tokens in replica.streams.items():
             row = self._board.streams[stream]
-            if row.phase == "sent":
-                unseen += tokens
-            else:
+            if row.phase != "sent":
                 accepted += not row.starved
-        replica.beat(heartbeat, accepted, unseen, now)
+                waiting += tokens
+        replica.beat(heartbeat, accepted, waiting, now)
 
     def _lose(self, replica: Replica, loss: LossKind, reason: str, now: float) -> None:
         """Its rows go back to the front of the queue. The loss may be their doing, but where it ``left`` by itself."""
@@ -302,7 +301,7 @@ class Route:
                 self._stale(replica, stream, len(tokens), row)
                 continue
             if row.phase != "running":
-                self._places.began(row, now)
+                self._board.began(row, now)
             scores = logprobs[i] if logprobs is not None else None
             emitted = row.emitted
             have = len(emitted)

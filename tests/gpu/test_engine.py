@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -119,20 +120,36 @@ def soak(engine: PortableEngine, count: int, seed: int) -> None:
         engine.step()
 
 
-def test_random_requests_leave_no_block_no_byte_and_no_graph(folder: Path) -> None:
+def soaked(folder: Path, count: int, seconds: float) -> tuple[int, float]:
+    """At least ``count`` requests and ``seconds`` of them leave no block, no byte of the GPU's memory and no graph; what it came to."""
     before = allocated()
     engine = engine_of(folder, "cuda", "bf16")
     soak(engine, 200, seed=1)
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    soak(engine, 1500, seed=2)
-    stats = engine.stats()
-    assert (stats.free_blocks, stats.running, stats.waiting) == (stats.num_blocks, 0, 0)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == held, "memory grows with requests"
+    held, begin, done = torch.cuda.memory_allocated(), time.monotonic(), 0
+    while done < count or time.monotonic() - begin < seconds:
+        soak(engine, 500, seed=2 + done)
+        done += 500
+        stats = engine.stats()
+        assert (stats.free_blocks, stats.running, stats.waiting) == (stats.num_blocks, 0, 0)
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == held, f"memory grows with requests: after {done}"
+    took = time.monotonic() - begin
     engine.close()
     del engine
     assert allocated() <= before, "graphs or caches are left behind"
+    return done, took
+
+
+def test_random_requests_leave_no_block_no_byte_and_no_graph(folder: Path) -> None:
+    soaked(folder, 1500, 0.0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_six_minutes_of_random_requests_leave_nothing(folder: Path) -> None:
+    done, took = soaked(folder, 20_000, 360.0)
+    print(f"{done} random requests in {took:.0f} s: no block, no byte and no graph left")
 
 
 def test_what_a_gpu_cannot_do_is_refused(folder: Path) -> None:

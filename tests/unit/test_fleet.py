@@ -112,15 +112,17 @@ def test_lost_by_silence_and_back_by_a_heartbeat() -> None:
 def test_rows_of_other_routers_count() -> None:
     table, replica = fleet()
     assert replica.free_rows == 5, "the batch and one row of lookahead"
-    replica.streams = {1: 10, 2: 20}
-    replica.beat(beat(running=3, waiting=1), accepted=1, unseen_tokens=20, now=1.0)
+    replica.streams, replica.own_tokens = {1: 10, 2: 20}, 30
+    replica.beat(beat(running=3, waiting=1, prefill_tokens=25), accepted=1, accepted_tokens=10, now=1.0)
     assert replica.others == 3 and replica.rows == 5 and replica.free_rows == 0
-    assert replica.queued_tokens == 20
+    assert replica.queued_tokens == 30 + 15
+    replica.beat(beat(running=1, prefill_tokens=25), accepted=1, accepted_tokens=10, now=1.0)
+    assert replica.queued_tokens == 30, "without others it is this router's own row, told of late"
     table.check()
 
 
 def test_prefixes_that_a_replica_reports_count_as_cached_whoever_sent_them() -> None:
     _, replica = fleet()
-    replica.beat(beat(prefixes=[11, 12, 13]), accepted=0, unseen_tokens=0, now=1.0)
-    replica.beat(beat(), accepted=0, unseen_tokens=0, now=2.0)
+    replica.beat(beat(prefixes=[11, 12, 13]), accepted=0, accepted_tokens=0, now=1.0)
+    replica.beat(beat(), accepted=0, accepted_tokens=0, now=2.0)
     assert [replica.prefixes.matched(chain) for chain in ([11, 12, 99], [12, 11], [99, 11])] == [2, 2, 0]

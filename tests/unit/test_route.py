@@ -25,8 +25,8 @@ def router(**admission: Any) -> Route:
     return Route(Peers(boot="R", router="r"), {"m": "m", "alias": "m"}, spec, Fleet(2.0, 10.0))
 
 
-def join(route: Route, name: str, *, epoch: int = 1, rows: int = 4, now: float = 0.0, prefix_cache: bool = True) -> bytes:
-    capacity = msgspec.structs.replace(CAPACITY, max_batch_size=rows, num_blocks=1000, prefix_cache=prefix_cache)
+def join(route: Route, name: str, *, epoch: int = 1, rows: int = 4, now: float = 0.0, **change: Any) -> bytes:
+    capacity = msgspec.structs.replace(CAPACITY, max_batch_size=rows, num_blocks=1000, **change)
     hello = msgspec.structs.replace(HELLO, replica=name, boot=f"{name}{epoch}", epoch=epoch, capacity=capacity)
     route.hear(name.encode(), "", hello, now)
     return name.encode()
@@ -454,6 +454,49 @@ def test_without_a_shared_prefix_rows_spread_evenly() -> None:
         route.submit(ask([index * 7 + 1] * 20), 0.0)
         places += where(route.take())
     assert places.count(b"a") == places.count(b"b") == 10
+
+
+def test_a_burst_spreads_evenly_whatever_the_last_steps_of_equals_were() -> None:
+    """At a burst's begin one replica's heartbeat tells of a prefill, another's still of single tokens: twenty times apart."""
+    route = router(max_queue=400)
+    for name, step_ms in (("a", 180.0), ("b", 9.0), ("c", 8.0)):
+        join(route, name, rows=128)
+        route.hear(name.encode(), "", beat(boot=f"{name}1", step_ms=step_ms), 0.0)
+    route.take()
+    places = []
+    for index in range(300):
+        route.submit(ask([index * 7 + 1] * 20), 0.0)
+        places += where(route.take())
+    assert {name: places.count(name) for name in (b"a", b"b", b"c")} == {b"a": 100, b"b": 100, b"c": 100}
+
+
+def test_a_row_counts_as_waiting_until_its_first_token_whatever_a_heartbeat_says() -> None:
+    route = router(max_queue=100)
+    join(route, "a", rows=32)
+    route.submit(ask(list(range(1, 41))), 0.0)
+    (submit,) = sent(route.take(), Submit)
+    replica = route.fleet.replicas["a"]
+    accept(route, submit, place="a")
+    route.hear(b"a", "", beat(boot="a1", step=1, running=0, prefill_tokens=0), 0.1)  # as of the step before it
+    assert replica.queued_tokens == 40
+    route.hear(b"a", "", tokens("a1", submit, 0, [65]), 0.2)
+    assert replica.queued_tokens == 0
+    route.hear(b"a", "", beat(boot="a1", step=1, running=1, prefill_tokens=40), 0.3)  # nor is it counted twice
+    assert replica.queued_tokens == 0
+    route.check()
+
+
+def test_replicas_of_another_kind_are_chosen_by_their_pace() -> None:
+    route = router(max_queue=400)
+    for name, step_ms, tp in (("a", 10.0, 2), ("b", 20.0, 1)):
+        join(route, name, rows=128, max_num_tokens=2048, tp=tp)
+        route.hear(name.encode(), "", beat(boot=f"{name}1", step_ms=step_ms), 0.0)
+    route.take()
+    places = []
+    for index in range(120):
+        route.submit(ask([index * 7 + 1] * 20), 0.0)
+        places += where(route.take())
+    assert 75 <= places.count(b"a") <= 85, "two thirds go to the one that is twice as fast"
 
 
 def test_the_record_of_prefixes_is_bounded_and_drops_leaves_first() -> None:
