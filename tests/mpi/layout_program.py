@@ -1,12 +1,14 @@
-"""One world of tp * pp ranks over a small model: conformance of the groups, exact integer sums, every rank's logits of fixed steps.
+"""Layouts of a small model, one after the other: conformance of the groups, exact integer sums, every rank's logits of fixed steps.
 
-Run by ``test_layouts.py`` under mpiexec. Each last-stage rank writes its logits shard; rank 0 writes the report.
+Run by ``test_layouts.py`` under mpiexec, with as many ranks as the largest layout has; a layout takes the first of them. Each last-stage
+rank writes its logits shard; rank 0 says which layouts are through, and writes the report.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -52,17 +54,20 @@ def integer_products_are_exact(model: ModelSpec, parallel: Parallel, rank: int, 
         assert torch.equal(layer.gate_up(hidden), both)
 
 
-def main() -> None:
-    arguments = json.loads(sys.argv[1])
-    world = MPI.COMM_WORLD
-    rank = world.Get_rank()
-    parallel = Parallel(tp=arguments["tp"], pp=arguments["pp"])
-    torch.set_num_threads(1)
-    conform(Mpi(world.Dup()))
-    conform(Mpi(world.Dup(), deterministic=True))
-    tensor_comm = world.Split(parallel.pp_rank(rank), rank)
-    pipeline = Mpi(world.Split(parallel.tp_rank(rank), rank))
-    folder = Path(arguments["model"])
+def patiently(comm: MPI.Intracomm) -> None:
+    """A barrier whose waiters sleep: there are more ranks than cores, and those that compute need them."""
+    everyone = comm.Ibarrier()
+    while not everyone.Test():
+        time.sleep(0.005)
+
+
+def layout(parallel: Parallel, comm: MPI.Intracomm, folder: Path, out: str) -> None:
+    """``comm``: the layout's ranks, and nobody else."""
+    rank = comm.Get_rank()
+    conform(Mpi(comm.Dup()))
+    conform(Mpi(comm.Dup(), deterministic=True))
+    tensor_comm = comm.Split(parallel.pp_rank(rank), rank)
+    pipeline = Mpi(comm.Split(parallel.tp_rank(rank), rank))
     model, weights = open_artifact(folder).model, whole_weights(folder)
     integer_products_are_exact(model, parallel, rank, Mpi(tensor_comm))
     for name, deterministic in (("ordered", True), ("plain", False)):
@@ -70,9 +75,23 @@ def main() -> None:
         stage = make_stage(model, weights, parallel, rank, tensor=group)
         logits, results = play(stage, tensor=group, pipeline=pipeline)
         if stage.shard.last:
-            write_played(Path(f"{arguments['out']}.{name}.{parallel.tp_rank(rank)}"), (logits, results))
-    world.Barrier()
-    if rank == 0:
+            write_played(Path(f"{out}.{name}.{parallel.tp_rank(rank)}"), (logits, results))
+    patiently(comm)  # what was sent last is read from its sender's memory
+
+
+def main() -> None:
+    arguments = json.loads(sys.argv[1])
+    world = MPI.COMM_WORLD
+    torch.set_num_threads(1)
+    layouts = [Parallel(tp=tp, pp=pp) for tp, pp in arguments["layouts"]]
+    comms = [world.Split(0 if world.Get_rank() < each.world else MPI.UNDEFINED) for each in layouts]
+    for parallel, comm in zip(layouts, comms, strict=True):
+        if comm != MPI.COMM_NULL:
+            layout(parallel, comm, Path(arguments["model"]), f"{arguments['out']}.{parallel.tp}x{parallel.pp}")
+        patiently(world)
+        if world.Get_rank() == 0:
+            print(f"tp={parallel.tp} pp={parallel.pp} is played", flush=True)
+    if world.Get_rank() == 0:
         Path(arguments["report"]).write_text(json.dumps({"ranks": world.Get_size()}))
 
 
