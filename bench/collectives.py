@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,6 +23,8 @@ from bench.report import say
 from workers.__main__ import GPU_ENVIRONMENT
 
 SIZES = [1 << power for power in range(12, 27)]
+#: Largest sums, bytes, that our own kernel is tried with.
+ONE_SHOT_LIMIT = 4 << 20
 #: Sums in one graph, and replays of it.
 REPEATS, REPLAYS = 20, 15
 BOUND_S = 120.0
@@ -43,7 +46,9 @@ def run(ranks: int) -> list[dict[str, Any]]:
 
 def switches(lines: list[dict[str, Any]]) -> dict[str, int]:
     """The largest sizes, bytes, up to which one shot, and then two shots, are quicker than the other ways."""
-    one = max((line["bytes"] for line in lines if line["one_shot_us"] <= min(line["two_shot_us"], line["nccl_us"])), default=0)
+    one = max(
+        (line["bytes"] for line in lines if line.get("one_shot_us", math.inf) <= min(line["two_shot_us"], line["nccl_us"])), default=0
+    )
     two = max((line["bytes"] for line in lines if line["two_shot_us"] <= line["nccl_us"]), default=0)
     return {"one_shot_bytes": one, "two_shot_bytes": max(one, two)}
 
@@ -56,6 +61,7 @@ def rank() -> None:
     from mpi4py import MPI
 
     from workers.engine.nccl import World
+    from workers.engine.one_shot import OneShot
 
     comm = MPI.COMM_WORLD
     device = torch.device("cuda", comm.Get_rank())
@@ -65,6 +71,7 @@ def rank() -> None:
     assert group is not None
     shared = symmetric.empty(SIZES[-1], dtype=torch.uint8, device=device)
     symmetric.rendezvous(shared, group=group.group_name)
+    one_shot = OneShot(group, device, ONE_SHOT_LIMIT)
 
     def timed(program: Callable[[], object]) -> float:
         """Microseconds of one ``program`` inside a graph; the largest over all ranks."""
@@ -96,13 +103,14 @@ def rank() -> None:
         x = torch.randn(size // 2, device=device).bfloat16()
         mine, out = shared[:size].view(torch.bfloat16), torch.empty_like(x)
         ops, name = torch.ops.symm_mem, group.group_name
-        return {
+        found = {
             "bytes": size,
             "ranks": comm.Get_size(),
             "nccl_us": timed(lambda: dist.all_reduce(x)),
-            "one_shot_us": timed(lambda: ops.one_shot_all_reduce_copy(mine, x, "sum", name)),
+            "torch_one_shot_us": timed(lambda: ops.one_shot_all_reduce_copy(mine, x, "sum", name)),
             "two_shot_us": timed(lambda: (mine.copy_(x), ops.two_shot_all_reduce_out(mine, "sum", name, out))),
         }
+        return found | ({"one_shot_us": timed(lambda: one_shot(x))} if one_shot.takes(x) else {})
 
     with torch.inference_mode():
         for size in SIZES:

@@ -62,7 +62,7 @@ def check(quant: Quant, rows: int) -> float:
     """Relative error of one product against float64."""
     form = quant.weights
     parts, x = random_parts(quant, 4096, 4096), torch.randn(rows, 4096, device=DEVICE, dtype=BF16)
-    found = few(form, parts, x, None)() if form is None else linear_gpu.product(form, parts, None, BF16)(x)
+    found = linear_gpu.product(form, parts, None, BF16)(x)
     entering = linear.emulate_fp8(x.float()) if form == "fp8" else x
     expected = entering.double() @ (parts["weight"] if form is None else linear.dequantize(form, parts)).double().T
     return float((found.double() - expected).norm() / expected.norm())
@@ -71,11 +71,6 @@ def check(quant: Quant, rows: int) -> float:
 def few(form: QuantName | None, parts: dict[str, Tensor], x: Tensor, tuning: Tuning | None) -> Callable[[], Tensor]:
     """The few-rows kernel alone, without the rounding of x."""
     weight = parts["weight"]
-    if form is None:
-        return partial(linear_gpu.plain_few, weight, None, x, tuning)
-    if form == "int4":
-        scale, zero = (parts[name].t().contiguous() for name in ("weights_scaling_factor", "zero"))
-        return partial(linear_gpu.int4_few, weight, scale, zero, None, x, tuning)
     if form == "int8":
         return partial(linear_gpu.int8_few, weight, parts["per_channel_scale"], None, x, tuning)
     values, scale = linear_gpu.to_fp8(x)
@@ -106,7 +101,7 @@ def product_lines() -> Iterator[dict[str, Any]]:
             read = float(sum(part.nbytes for part in sets[0].values()))
             made = [partial(linear_gpu.product(form, parts, None, BF16), x) for parts in sets]
             yield line(name, shape, rows, list(made), read)
-            if rows in (64, 128, 256, 512):
+            if form in linear_gpu.FEW and rows in (64, 128, 256, 512):
                 yield line(f"{name}, few", shape, rows, [few(form, parts, x, None) for parts in sets], read)
         if rows > 16:
             yield from many_lines(shape, x, outs, ins)
@@ -127,28 +122,20 @@ def many_lines(shape: str, x: Tensor, outs: int, ins: int) -> Iterator[dict[str,
         yield line(f"fp8 torch, fast {fast}", shape, x.shape[0], list(calls), outs * ins)
 
 
-def variants(name: str, rows: int) -> list[Tuning]:
+def variants(rows: int) -> list[Tuning]:
     """What could be sensible for a tile of so many rows, and fits a multiprocessor's shared memory."""
-    if name == "int4":
-        tiles = itertools.product((16, 32, 64), (2, 4, 8) if rows <= 16 else (1, 2), (2, 4), (1, 3))
-    elif rows <= 16:
+    if rows <= 16:
         tiles = itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8), (3, 5, 7))
     else:
         tiles = itertools.product((64, 128), (64, 128), (4, 8), (3, 4))
-    width = 2 if name == "bf16" else 1
-    held = [(Tuning(*tile), tile[0] * tile[1] * width * tile[3]) for tile in tiles]
-    return [tuning for tuning, size in held if name == "int4" or (16 << 10) <= size <= (190 << 10)]
+    held = [(Tuning(*tile), tile[0] * tile[1] * tile[3]) for tile in tiles]
+    return [tuning for tuning, size in held if (16 << 10) <= size <= (190 << 10)]
 
 
 def tuned_lines() -> Iterator[dict[str, Any]]:
     """Every tuning that could be sensible, by rows; compiled first, on all cores."""
-    cases = [
-        (name, rows)
-        for name in ("bf16", "int8", "int4", "fp8")
-        for rows in (1, 64, 256)
-        if rows == 1 or name == "int8" or (name, rows) == ("int4", 64)
-    ]
-    jobs = [(name, shape, rows, tuning) for name, rows in cases for shape in ("o", "down") for tuning in variants(name, rows)]
+    cases = [("int8", 1), ("int8", 64), ("int8", 256), ("fp8", 1)]
+    jobs = [(name, shape, rows, tuning) for name, rows in cases for shape in ("o", "down") for tuning in variants(rows)]
     with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, *zip(*jobs, strict=True), chunksize=4))
     for (name, rows), shape in itertools.product(cases, TUNE_SHAPES):
@@ -157,7 +144,7 @@ def tuned_lines() -> Iterator[dict[str, Any]]:
         sets = [random_parts(quant, outs, ins) for _ in range(copies(outs * ins))]
         x = torch.randn(rows, ins, device=DEVICE, dtype=BF16)
         read = float(sum(part.nbytes for part in sets[0].values()))
-        for tuning in variants(name, rows):
+        for tuning in variants(rows):
             yield line(name, shape, rows, [few(form, parts, x, tuning) for parts in sets], read, tuning=list(tuning))
 
 

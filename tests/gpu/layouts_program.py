@@ -7,6 +7,7 @@ references on its own GPU; rank 0 writes the report: the largest relative differ
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +23,12 @@ from tests.reference.conformance import conform, in_threads
 from tests.reference.shards import make_stage, whole_weights
 from workers.artifacts.artifact import open_artifact
 from workers.engine.cache import KvCache
-from workers.engine.comm import Group, Solo
+from workers.engine.comm import Group, Solo, ordered_sum
 from workers.engine.device import CudaDevice, pin_numerics
 from workers.engine.device_runner import DeviceRunner, Links
 from workers.engine.groups import split
 from workers.engine.nccl import TWO_SHOT_BYTES, World
-from workers.model.kernels import choose
+from workers.model.kernels import choose, kernels_for
 from workers.model.llama import LlamaStage
 from workers.spec import EngineSpec, Parallel, ReplicaSpec
 
@@ -66,6 +67,47 @@ def _shard(alone: Callable[[Parallel, int, Group], list[torch.Tensor]], tp: int,
     return alone(Parallel(tp=tp), group.rank, group)
 
 
+def sums_of_every_size(group: Group, device: torch.device) -> None:
+    """Small sums in any order of sizes and types, eagerly and replayed, are in rank order to the bit: nobody reads what is not yet, or no
+    longer, there."""
+    draw = random.Random(3)
+    for turn in range(400):
+        dtype, count = draw.choice((torch.float32, torch.bfloat16)), 2 * draw.choice((1, 3, 300, 2048, 5000, 30_000, 60_000))
+        parts = torch.stack([torch.randn(count, generator=torch.Generator().manual_seed(turn * group.size + r)) for r in range(group.size)])
+        parts = parts.to(dtype).to(device)
+        found = group.all_reduce(parts[group.rank].clone())
+        assert torch.equal(found, ordered_sum(parts.float()).to(dtype)), (turn, dtype, count)
+    x = torch.zeros(4096, device=device)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        total = group.all_reduce(group.all_reduce(x[:3000]))
+    for turn in range(200):
+        x.fill_(turn + group.rank)
+        graph.replay()
+        assert bool((total == group.size * sum(turn + r for r in range(group.size))).all()), turn
+
+
+def sums_with_their_norm(group: Group, device: torch.device) -> None:
+    """One kernel gives what the three operations give: the sum's bits, and the norm's but for the order of its own sum."""
+    kernels = kernels_for(device)
+    for hidden in (288, 4096):
+        fused = group.sum_norm(hidden)
+        assert fused is not None
+        for turn in range(60):
+            draw = torch.Generator().manual_seed(turn)
+            rows, narrows = 1 + 13 * (turn % 5), hidden == 4096 and turn % 2 == 1
+            weight, residual = (torch.randn(*shape, generator=draw).bfloat16().to(device) for shape in ((hidden,), (rows, hidden)))
+            branch = torch.randn(group.size, rows, hidden, generator=draw).bfloat16().to(device)[group.rank]
+            assert fused.takes(branch)
+            total, together = group.all_reduce(branch.clone()), residual.clone()
+            found = fused(together, branch, weight, 1e-5, narrows=narrows)
+            expected = (kernels.add_rms_norm_narrow if narrows else kernels.add_rms_norm)(residual, total, weight, 1e-5)
+            assert torch.equal(together, residual), (hidden, turn)
+            for a, b in zip(found, expected, strict=True) if narrows else ((found, expected),):
+                assert (a.float() - b.float()).norm() <= 2e-3 * b.float().norm(), (hidden, turn, narrows)
+
+
 def main() -> None:
     arguments = json.loads(sys.argv[1])
     comm = MPI.COMM_WORLD
@@ -80,7 +122,10 @@ def main() -> None:
     nccl = World.join(comm, device, one_host=True)
     conform(nccl.group(everyone), device)
     conform(nccl.group(everyone, deterministic=True), device)
-    conform(nccl.group(everyone, symmetric_bytes=TWO_SHOT_BYTES), device)
+    symmetric = nccl.group(everyone, symmetric_bytes=TWO_SHOT_BYTES)
+    conform(symmetric, device)
+    sums_of_every_size(symmetric, device)
+    sums_with_their_norm(symmetric, device)
     nccl.leave()
 
     def alone(parallel: Parallel, at: int, group: Group) -> list[torch.Tensor]:

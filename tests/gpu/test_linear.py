@@ -75,18 +75,6 @@ def test_products(quant: Quant, dtype: torch.dtype) -> None:
         assert error(found, expected) < BOUNDS[dtype], (rows, outs, ins)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
-def test_plain_products_with_few_rows(dtype: torch.dtype) -> None:
-    for seed, (rows, outs, ins, biased) in enumerate(CASES[:3]):
-        generator = torch.Generator().manual_seed(seed)
-        x, weight = (torch.randn(n, ins, generator=generator).to(dtype) for n in (rows, outs))
-        bias = torch.randn(outs, generator=generator).to(dtype) if biased else None
-        expected = x.double() @ weight.double().T
-        expected = expected if bias is None else expected + bias.double()
-        found = linear_gpu.plain_few(weight.to(DEVICE), bias if bias is None else bias.to(DEVICE), x.to(DEVICE))
-        assert error(found, expected) < BOUNDS[dtype], (rows, outs, ins)
-
-
 def test_rows_are_rounded_to_fp8_as_on_a_cpu() -> None:
     x = torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     x[3] = 0

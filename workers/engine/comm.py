@@ -11,13 +11,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from workers.errors import EngineFault
 from workers.spec import WaitPolicy
+
+if TYPE_CHECKING:
+    from workers.model.kernels.linear import Narrow
 
 #: Longest that a peer may keep another waiting inside a step, seconds. The supervisor's watchdog is far quicker; this one is the last.
 STEP_BOUND_S = 300.0
@@ -61,6 +64,15 @@ class Waiter:
                 pause = min(pause * 1.25, _IDLE_SLEEP_S)
 
 
+class SumNorm(Protocol):
+    """A sum over ranks, its addition and the norm after it, as one operation for the branches that it takes."""
+
+    def takes(self, branch: Tensor) -> bool: ...
+
+    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Narrow:
+        """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns the norm, narrowed if it is to be."""
+
+
 class Group(Protocol):
     """Seam 2: ``size`` ranks that exchange tensors. Tensors are contiguous; shapes and dtypes agree on all ranks. Between two meetings of
     all, tensors are sent one way along the ranks only.
@@ -80,6 +92,9 @@ class Group(Protocol):
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in ``x``'s own memory or beside it; ``x`` means nothing afterwards. Half-precision tensors are summed in fp32 and
         rounded once; only GPU transports of three ranks and more round after each addition."""
+
+    def sum_norm(self, hidden: int) -> SumNorm | None:
+        """For rows of ``hidden`` values; None where there is no such operation. All ranks call it together."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape], entry i from rank i."""
@@ -116,6 +131,9 @@ class Solo:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
+
+    def sum_norm(self, hidden: int) -> None:
+        return None
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0)
@@ -167,6 +185,9 @@ class InProcess:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x.copy_(ordered_sum(self._exchange(x.float() if is_half(x) else x)))
+
+    def sum_norm(self, hidden: int) -> None:
+        return None
 
     def all_gather(self, x: Tensor) -> Tensor:
         return self._exchange(x)

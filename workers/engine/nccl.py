@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from workers.engine.comm import STEP_BOUND_S, is_half, ordered_sum
+from workers.engine.one_shot import OneShot, SumNorm
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-#: Largest sums, bytes, that every rank takes from all others' memory at once, and that the ranks share out. Measured inside a graph on four
-#: H200 (`python -m bench.collectives`), where one shot was as quick as any way up to 512 KiB and two shots up to 8 MiB.
-ONE_SHOT_BYTES = 256 << 10
+#: Largest sums, bytes, for which every rank tells all others everything, by the number of ranks; and that the ranks share out. Measured
+#: inside a graph on two and four H200: `python -m bench.collectives`.
+ONE_SHOT_BYTES = {2: 2 << 20}
+ONE_SHOT_MANY = 256 << 10
 TWO_SHOT_BYTES = 8 << 20
 _SUMMED = (torch.bfloat16, torch.float32)
 _TIMEOUT = timedelta(seconds=STEP_BOUND_S)
@@ -42,7 +44,9 @@ class Nccl:
         self.deterministic = deterministic
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._shared: Tensor | None = None
+        self._one_shot: OneShot | None = None
         if symmetric_bytes and self.size > 1 and not deterministic:
+            self._one_shot = OneShot(group, device, ONE_SHOT_BYTES.get(self.size, ONE_SHOT_MANY))
             self._shared = symmetric.empty(symmetric_bytes, dtype=torch.uint8, device=device)
             symmetric.rendezvous(self._shared, group=group.group_name)
 
@@ -51,21 +55,20 @@ class Nccl:
             return x
         if self.deterministic:
             return x.copy_(ordered_sum(self.all_gather(x.float() if is_half(x) else x)))
+        if self._one_shot is not None and self._one_shot.takes(x):
+            return self._one_shot(x)
         nbytes = x.numel() * x.element_size()
         # Every rank's share of a sum, and what a thread moves at once, are whole multiples of 16 bytes.
         if self._shared is not None and nbytes <= len(self._shared) and nbytes % (16 * self.size) == 0 and x.dtype in _SUMMED:
-            return self._over_shared(x, nbytes, self._shared)
+            mine = self._shared[:nbytes].view(x.dtype).view(x.shape)
+            mine.copy_(x)
+            torch.ops.symm_mem.two_shot_all_reduce_out(mine, "sum", self._group.group_name, x)
+            return x
         dist.all_reduce(x, group=self._group)
         return x
 
-    def _over_shared(self, x: Tensor, nbytes: int, shared: Tensor) -> Tensor:
-        mine, name = shared[:nbytes].view(x.dtype).view(x.shape), self._group.group_name
-        if nbytes <= ONE_SHOT_BYTES:
-            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x, "sum", name)
-            return total
-        mine.copy_(x)
-        torch.ops.symm_mem.two_shot_all_reduce_out(mine, "sum", name, x)
-        return x
+    def sum_norm(self, hidden: int) -> SumNorm | None:
+        return None if self._one_shot is None or hidden % 2 else SumNorm(self._group, self._device, hidden)
 
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)

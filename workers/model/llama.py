@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.core.shard import Shard, shares_embedding
-from workers.engine.comm import Group
+from workers.engine.comm import Group, SumNorm
 from workers.model.kernels import Kernels, kernels_for
 from workers.model.kernels.layout import DeviceLayout
 from workers.model.kernels.linear import Narrow
@@ -30,6 +30,8 @@ class Step:
     kernels: Kernels[Any]
     layout: AttentionLayout | DeviceLayout
     rope: Tensor
+    group: Group
+    sum_norm: SumNorm | None
 
 
 class DecoderLayer:
@@ -71,22 +73,26 @@ class DecoderLayer:
         if self.qk_norm is not None and self.q_norm is not None and self.k_norm is not None:
             self.qk_norm[: self._heads], self.qk_norm[self._heads :] = self.q_norm, self.k_norm
 
-    def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: Step, group: Group) -> Tensor:
-        """Add ``branch`` and this layer's attention to ``residual`` [T, hidden] in place; returns the MLP's branch, not yet added."""
+    def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: Step) -> Tensor:
+        """Add ``branch``'s sum over ranks and this layer's attention to ``residual`` [T, hidden] in place; returns this rank's part of the
+        MLP's branch, neither summed nor added."""
         kernels = step.kernels
-        normed = self._norm(kernels, residual, branch, self.input_norm, self.qkv)
+        normed = self._norm(step, residual, branch, self.input_norm, self.qkv)
         qkv = self.qkv(normed).view(-1, self._heads + 2 * self._kv, self._dim)
         kernels.rope_store(qkv, cache, step.rope, step.layout, self.qk_norm, self._eps)
-        attended = group.all_reduce(self.dense(kernels.paged_attention(qkv[:, : self._heads], cache, step.layout)))
-        gate_up = self.gate_up(self._norm(kernels, residual, attended, self.post_norm, self.gate_up))
+        attended = self.dense(kernels.paged_attention(qkv[:, : self._heads], cache, step.layout))
+        gate_up = self.gate_up(self._norm(step, residual, attended, self.post_norm, self.gate_up))
         mixed = kernels.silu_mul_narrow(gate_up) if self.down.narrows else kernels.silu_mul(gate_up)
-        return group.all_reduce(self.down(mixed))
+        return self.down(mixed)
 
-    def _norm(self, kernels: Kernels[Any], residual: Tensor, branch: Tensor | None, weight: Tensor, then: Linear) -> Tensor | Narrow:
-        """Add and norm, in the form that ``then`` takes."""
-        if then.narrows:
-            return kernels.add_rms_norm_narrow(residual, branch, weight, self._eps)
-        return kernels.add_rms_norm(residual, branch, weight, self._eps)
+    def _norm(self, step: Step, residual: Tensor, branch: Tensor | None, weight: Tensor, then: Linear) -> Tensor | Narrow:
+        """Sum, add and norm, in the form that ``then`` takes."""
+        if branch is not None:
+            if step.sum_norm is not None and step.sum_norm.takes(branch):
+                return step.sum_norm(residual, branch, weight, self._eps, narrows=then.narrows)
+            branch = step.group.all_reduce(branch)
+        norm = step.kernels.add_rms_norm_narrow if then.narrows else step.kernels.add_rms_norm
+        return norm(residual, branch, weight, self._eps)
 
 
 class LlamaStage:
@@ -113,6 +119,7 @@ class LlamaStage:
         self.dtype, self.device = dtype, device
         self.layers = [DecoderLayer(model, shard, dtype, device, quant) for _ in range(shard.layers.size)]
         self._kernels = kernels or kernels_for(device)
+        self._sum_norm = group.sum_norm(model.hidden_size)
         self._rope = self._kernels.rope_table(rope_angles(model, positions), dtype).to(device)
         self._tied = shares_embedding(model, parallel)
         self._embedding: VocabEmbedding | None = None
@@ -158,12 +165,12 @@ class LlamaStage:
 
     def forward(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
         """Run ``hidden`` [T, hidden] through the layers in place; ``layout``: this device's kind; ``cache``: one tensor a layer."""
-        step = Step(self._kernels, layout, self._kernels.rope_rows(self._rope, layout))
+        step = Step(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._sum_norm)
         branch: Tensor | None = None
         for layer, blocks in zip(self.layers, cache, strict=True):
-            branch = layer(hidden, branch, blocks, step, self._group)
+            branch = layer(hidden, branch, blocks, step)
         # The whole sum leaves the stage: were it left to the next one, a pipeline's bits would depend on its cuts.
-        return hidden if branch is None else hidden.add_(branch)
+        return hidden if branch is None else hidden.add_(self._group.all_reduce(branch))
 
     def head(self, hidden: Tensor) -> Tensor:
         """[R, vocab rows of this rank] logits of ``hidden`` [R, hidden] in the model's dtype; last stage only."""

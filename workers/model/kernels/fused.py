@@ -35,6 +35,18 @@ def _store_narrow(values, scales, row, line, x, there):
 
 
 @triton.jit
+def store_norm(normed, scales, row, line, x, rates, hidden, eps, there, NARROWS: tl.constexpr):
+    """The norm of one whole row ``x`` times fp32 ``rates``, narrowed if it is to be."""
+    exact = x.to(tl.float32)
+    rate = tl.rsqrt(tl.sum(exact * exact, 0) / hidden + eps)
+    found = (exact * rate * rates).to(x.dtype)
+    if NARROWS:
+        _store_narrow(normed, scales, row, line, found.to(tl.float32), there)
+    else:
+        tl.store(normed + line, found, mask=there)
+
+
+@triton.jit
 def _add_rms_norm(
     normed,
     scales,
@@ -55,18 +67,11 @@ def _add_rms_norm(
     enter(EARLY)
     line = row * hidden + columns
     x = tl.load(residual + line, mask=there, other=0.0)
-    kind = x.dtype
     if ADDS:
         # The norm is of the rounded sum: the next stage of a pipeline has no other.
-        x = (x.to(tl.float32) + tl.load(branch + line, mask=there, other=0.0).to(tl.float32)).to(kind)
+        x = (x.to(tl.float32) + tl.load(branch + line, mask=there, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(residual + line, x, mask=there)
-    x = x.to(tl.float32)
-    rate = tl.rsqrt(tl.sum(x * x, 0) / hidden + eps)
-    found = (x * rate * rates).to(kind)
-    if NARROWS:
-        _store_narrow(normed, scales, row, line, found.to(tl.float32), there)
-    else:
-        tl.store(normed + line, found, mask=there)
+    store_norm(normed, scales, row, line, x, rates, hidden, eps, there, NARROWS)
 
 
 def _norm(normed: Tensor, scales: Tensor, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, narrows: bool) -> None:
@@ -87,12 +92,12 @@ def add_rms_norm(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: f
 
 def add_rms_norm_narrow(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Narrow:
     """As :func:`add_rms_norm`, narrowed."""
-    found = _empty_narrow(residual.shape[0], residual.shape[1], residual.device)
+    found = empty_narrow(residual.shape[0], residual.shape[1], residual.device)
     _norm(found.values, found.scales, residual, branch, weight, eps, narrows=True)
     return found
 
 
-def _empty_narrow(rows: int, columns: int, device: torch.device) -> Narrow:
+def empty_narrow(rows: int, columns: int, device: torch.device) -> Narrow:
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
     return Narrow(values, torch.empty(rows, 1, dtype=torch.float32, device=device))
 
@@ -109,7 +114,7 @@ def _to_fp8(values, scales, x, columns, SPAN: tl.constexpr, EARLY: tl.constexpr)
 def to_fp8(x: Tensor) -> Narrow:
     """As :func:`workers.model.kernels.linear.to_fp8`."""
     rows, columns = x.shape
-    found, span = _empty_narrow(rows, columns, x.device), triton.next_power_of_2(columns)
+    found, span = empty_narrow(rows, columns, x.device), triton.next_power_of_2(columns)
     _to_fp8[(rows,)](found.values, found.scales, x, columns, SPAN=span, **early(), num_warps=min(max(span // 512, 1), 16))
     return found
 
@@ -141,7 +146,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def silu_mul_narrow(gate_up: Tensor) -> Narrow:
     """As :func:`silu_mul`, narrowed: a row's scale needs the whole row in one program."""
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
-    found, span = _empty_narrow(rows, columns, gate_up.device), triton.next_power_of_2(columns)
+    found, span = empty_narrow(rows, columns, gate_up.device), triton.next_power_of_2(columns)
     _silu_mul[(rows, 1)](
         found.values, found.scales, gate_up, columns, NARROWS=True, SPAN=span, **early(), num_warps=min(max(span // 512, 1), 16)
     )  # fmt: skip

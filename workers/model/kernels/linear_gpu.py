@@ -22,7 +22,7 @@ from workers.spec import QuantName
 
 
 class Tuning(NamedTuple):
-    """A program's tile: weight rows, inputs (4-bit weights: groups) a turn of its loop, warps, stages of the pipeline."""
+    """A program's tile: weight rows, inputs a turn of its loop, warps, stages of the pipeline."""
 
     outs: int
     ins: int
@@ -30,15 +30,14 @@ class Tuning(NamedTuple):
     stages: int
 
 
-#: By format (None = plain), then by the rows of a program's tile.
-TUNED: dict[QuantName | None, dict[int, Tuning]] = {
-    None: dict.fromkeys((16, 32, 64, 128), Tuning(32, 128, 4, 4)),
+#: By format, then by the rows of a program's tile.
+TUNED: dict[QuantName, dict[int, Tuning]] = {
     "int8": {16: Tuning(32, 256, 4, 4), 32: Tuning(32, 256, 4, 4), 64: Tuning(64, 128, 4, 4), 128: Tuning(128, 64, 8, 4)},
-    "int4": dict.fromkeys((16, 32, 64, 128), Tuning(32, 4, 4, 3)),
     "fp8": dict.fromkeys((16, 32, 64, 128), Tuning(64, 256, 4, 4)),
 }
-#: Rows up to which Triton's product is the faster one, by format.
-FEW: dict[QuantName | None, int] = {None: 0, "int8": 256, "int4": 64, "fp8": 64}
+#: Rows up to which Triton's product is the faster one, by format. Four-bit weights are made plain for any number of rows: kernels that
+#: multiplied their integers took two to six times as long, from one row on.
+FEW: dict[QuantName, int] = {"int8": 256, "fp8": 64}
 #: Bytes of plain weights that are made at a time for products with many rows: few launches, and no memory to speak of.
 _TILE = 1 << 26
 #: Weights that one program makes plain again.
@@ -49,7 +48,7 @@ def product(form: QuantName | None, parts: Parts, bias: Tensor | None, dtype: to
     """As :func:`workers.model.kernels.linear.product`. Raises :class:`ConfigError` for shapes that FP8 instructions do not take."""
     weight = parts["weight"]
     if form is None:
-        return _by_rows(FEW[None], partial(plain_few, weight, bias), lambda x: functional.linear(x, weight, bias))
+        return lambda x: functional.linear(x, weight, bias)
     if form == "fp8":
         if dtype != torch.bfloat16:
             raise ConfigError(
@@ -60,19 +59,12 @@ def product(form: QuantName | None, parts: Parts, bias: Tensor | None, dtype: to
                 f"FP8 products need multiples of {FP8_UNIT}, a weight is {list(weight.shape)}", "so the GPU's instructions say", "use int8"
             )
         return _Fp8(weight, parts["per_channel_scale"], bias, dtype)
-    if form == "int8":
-        few: Product = partial(int8_few, weight, parts["per_channel_scale"], bias)
-        tile = partial(int8_rows, weight, parts["per_channel_scale"], dtype)
-    else:
-        scale, zero = parts["weights_scaling_factor"], parts["zero"]
-        # A tile's scales lie side by side when outputs are the inner dimension.
-        few = partial(int4_few, weight, scale.t().contiguous(), zero.t().contiguous(), bias)
-        tile = partial(int4_rows, weight, scale, zero, dtype)
-    return _by_rows(FEW[form], few, partial(in_tiles, tile, weight.shape[0], _TILE, bias))
-
-
-def _by_rows(few: int, narrow: Product, wide: Product) -> Product:
-    return lambda x: narrow(x) if x.shape[0] <= few else wide(x)
+    if form == "int4":
+        plain = partial(int4_rows, weight, parts["weights_scaling_factor"], parts["zero"], dtype)
+        return partial(in_tiles, plain, weight.shape[0], _TILE, bias)
+    few = partial(int8_few, weight, parts["per_channel_scale"], bias)
+    many = partial(in_tiles, partial(int8_rows, weight, parts["per_channel_scale"], dtype), weight.shape[0], _TILE, bias)
+    return lambda x: (few if x.shape[0] <= FEW["int8"] else many)(x)
 
 
 class _Fp8:
@@ -101,9 +93,9 @@ class _Fp8:
 def _scaled(
     out, x, x_scale, weight, scale, bias, rows, outs,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
-    SCALED: tl.constexpr, NARROW: tl.constexpr, BIASES: tl.constexpr,
+    NARROW: tl.constexpr, BIASES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x OUTS results of x W^T over WIDTH inputs. SCALED: each output row has a scale. NARROW: so has each row of x."""
+    """ROWS x OUTS results of x W^T over WIDTH inputs; each output row has a scale. NARROW: so has each row of x."""
     lines = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inner = tl.arange(0, INS)
@@ -121,19 +113,12 @@ def _scaled(
             a = tl.load(inputs + start, mask=some_rows & left[:, None], other=0.0)
         # Eight bits fit bf16's mantissa and fp16's: the products are those of the integers.
         total = tl.dot(w.to(a.dtype), a, total)
-    if SCALED:
-        total *= tl.load(scale + lines, mask=lines < outs, other=0.0)[:, None]
+    total *= tl.load(scale + lines, mask=lines < outs, other=0.0)[:, None]
     if NARROW:
         total *= tl.load(x_scale + row, mask=row < rows, other=0.0)[None, :]
     if BIASES:
         total += tl.load(bias + lines, mask=lines < outs, other=0.0).to(tl.float32)[:, None]
     tl.store(out + row[None, :].to(tl.int64) * outs + lines[:, None], total.to(out.dtype.element_ty), mask=some_lines & some_rows)
-
-
-def plain_few(weight: Tensor, bias: Tensor | None, x: Tensor, tuning: Tuning | None = None) -> Tensor:
-    """``x`` [T, in] times ``weight`` [out, in] of its own dtype."""
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    return _launch_scaled(out, x, None, weight, None, bias, tuning or _tuned(None, x))
 
 
 def int8_few(weight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor, tuning: Tuning | None = None) -> Tensor:
@@ -151,13 +136,13 @@ def fp8_few(
 
 
 def _launch_scaled(
-    out: Tensor, x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor | None, bias: Tensor | None, tuning: Tuning
+    out: Tensor, x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None, tuning: Tuning
 ) -> Tensor:
     (rows, width), lines = x.shape, weight.shape[0]
     tile = _row_tile(rows)
     _scaled[(triton.cdiv(lines, tuning.outs), triton.cdiv(rows, tile))](
         out, x, x_scale, weight, scale, bias, rows, lines,
-        WIDTH=width, ROWS=tile, OUTS=tuning.outs, INS=tuning.ins, SCALED=scale is not None,
+        WIDTH=width, ROWS=tile, OUTS=tuning.outs, INS=tuning.ins,
         NARROW=x_scale is not None, BIASES=bias is not None, num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
     return out
@@ -168,56 +153,8 @@ def _row_tile(rows: int) -> int:
     return min(max(1 << (rows - 1).bit_length(), 16), 128)
 
 
-def _tuned(form: QuantName | None, x: Tensor) -> Tuning:
+def _tuned(form: QuantName, x: Tensor) -> Tuning:
     return TUNED[form][_row_tile(x.shape[0])]
-
-
-@triton.jit
-def _grouped(
-    out, x, weight, scale, zero, bias, rows, outs,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, BIASES: tl.constexpr,
-):  # fmt: skip
-    """ROWS x OUTS results of x W^T for 4-bit weights, TURN groups at once so that their loads are under way together.
-
-    Integers are multiplied; a group's scale and zero meet its sums, not its weights.
-    """
-    half: tl.constexpr = GROUP // 2
-    lines = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inner = tl.arange(0, half)
-    some_lines, some_rows = (lines < outs)[:, None], (row < rows)[None, :]
-    weights = weight + lines[:, None].to(tl.int64) * (WIDTH // 2) + inner[None, :]
-    inputs = x + row[None, :].to(tl.int64) * WIDTH + inner[:, None]
-    total = tl.zeros((OUTS, ROWS), tl.float32)
-    for first in range(0, WIDTH // GROUP, TURN):
-        for turn in tl.static_range(TURN):
-            group = first + turn
-            there = group < WIDTH // GROUP
-            packed = tl.load(weights + group * half, mask=some_lines & there, other=0)
-            low = tl.load(inputs + group * GROUP, mask=some_rows & there, other=0.0)
-            high = tl.load(inputs + group * GROUP + half, mask=some_rows & there, other=0.0)
-            part = tl.dot((packed & 15).to(low.dtype) - 8, low)
-            part = tl.dot((packed >> 4).to(low.dtype) - 8, high, part)
-            step = tl.load(scale + group * outs + lines, mask=(lines < outs) & there, other=0.0).to(tl.float32)
-            offset = tl.load(zero + group * outs + lines, mask=(lines < outs) & there, other=0.0).to(tl.float32)
-            sums = tl.sum(low.to(tl.float32), 0) + tl.sum(high.to(tl.float32), 0)
-            total += part * step[:, None] + offset[:, None] * sums[None, :]
-    if BIASES:
-        total += tl.load(bias + lines, mask=lines < outs, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + row[None, :].to(tl.int64) * outs + lines[:, None], total.to(out.dtype.element_ty), mask=some_lines & some_rows)
-
-
-def int4_few(weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, x: Tensor, tuning: Tuning | None = None) -> Tensor:
-    """``x`` [T, in] times 4-bit ``weight`` [out, in / 2]; ``scale``, ``zero`` [groups, out]."""
-    (rows, width), lines = x.shape, weight.shape[0]
-    out = torch.empty(rows, lines, dtype=x.dtype, device=x.device)
-    tile, tuning = _row_tile(rows), tuning or _tuned("int4", x)
-    _grouped[(triton.cdiv(lines, tuning.outs), triton.cdiv(rows, tile))](
-        out, x, weight, scale, zero, bias, rows, lines,
-        WIDTH=width, ROWS=tile, OUTS=tuning.outs, GROUP=width // scale.shape[0], TURN=tuning.ins, BIASES=bias is not None,
-        num_warps=tuning.warps, num_stages=tuning.stages,
-    )  # fmt: skip
-    return out
 
 
 @triton.jit
