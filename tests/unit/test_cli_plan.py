@@ -13,6 +13,7 @@ import yaml
 
 from orchestrator.cli import rendering
 from orchestrator.cli.main import run
+from orchestrator.core.hardware import GPU_FIT
 from tests.tiny import tiny_model
 
 MODEL = {"name": "llama-3.1-70b", "device": "cuda", "dtype": "bf16", "max_batch_size": 256, "max_num_tokens": 8192, "max_seq_len": 8192}
@@ -42,7 +43,7 @@ def test_json_is_whole_and_the_tables_numbers(tmp_path: Path, capsys: pytest.Cap
     own = model["layouts"][0]
     assert own["parallel"] == {"tp": 4, "pp": 1} and "the file's" in own["marks"] and own["settings"].startswith("tp_size: 4")
     assert len(own["ranks"]) == 4 and own["kv_tokens"] == min(rank["kv_tokens"] for rank in own["ranks"])
-    assert own["workloads"]["balanced"]["output_tok_s"] > 0 and own["error"] == 0.06
+    assert own["workloads"]["balanced"]["output_tok_s"] > 0 and own["error"] == GPU_FIT.error
 
 
 def test_what_does_not_fit_ends_with_3_and_says_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

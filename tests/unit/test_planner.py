@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench.fit import FITTED, HELD_OUT, model_of, recorded
 from orchestrator.core.cost import Workload
-from orchestrator.core.hardware import GPUS, HOST_RANK, Host, taken
+from orchestrator.core.hardware import GPU_FIT, GPUS, HOST_RANK, Host, taken
 from orchestrator.core.planner import LayoutPlan, Subject, plan, rank_memory, settings
 from orchestrator.core.seating import Cluster, Seat, layouts, seat
 from orchestrator.core.shapes import SHAPES
@@ -137,8 +137,8 @@ def test_error_is_stated_only_where_runs_were_recorded() -> None:
         return found.own[0].error
 
     model = "llama-3.1-8b"
-    assert error(subject(model)) == 0.06
-    assert error(subject(model, quant=quant_of("fp8"))) == 0.06
+    assert error(subject(model)) == GPU_FIT.error
+    assert error(subject(model, quant=quant_of("fp8"))) == GPU_FIT.error
     assert error(subject(model, quant=quant_of("int4"))) is None
     assert error(subject(model, Parallel(tp=8))) is None
     assert error(subject(model), Cluster(device=GPUS["A100"], nodes=1, slots=8)) is None
