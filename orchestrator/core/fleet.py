@@ -43,8 +43,8 @@ Kind = tuple[str, int, int, str, str | None, int, int]
 
 
 class Replica:
-    """One gang as this router knows it. ``streams``: the router's live placements here, in order, each with the prompt tokens that it has
-    to compute before its first token. ``peer`` is empty while another connection's owner took its address over."""
+    """One gang as this router knows it. ``streams``: the router's live placements here, in order, each with the prompt tokens that are
+    to be computed before its first token. ``peer`` is empty while another connection's owner took its address over."""
 
     __slots__ = (
         "_paces",
@@ -91,7 +91,7 @@ class Replica:
         self.paused = 0
         #: Rows that other routers run here, as of the last heartbeat.
         self.others = 0
-        #: Prompt tokens of its own placements whose first token is not here yet: the sum of ``streams``' values.
+        #: Prompt tokens that its own placements wait for: the sum of ``streams``' values.
         self.own_tokens = 0
         #: Prompt tokens that wait here for other routers' rows, as of the last heartbeat.
         self.other_tokens = 0
@@ -128,8 +128,8 @@ class Replica:
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens that wait here before a new row's. Its own rows' a router knows better than the replica's heartbeats, which tell
-        of the end of some step: in a burst, one whose heartbeat is older would look emptier, and get the rest of it."""
+        """Prompt tokens that wait here before a new row's. A router counts its own rows' itself, since heartbeats tell of the end of some
+        step: in a burst, a replica whose heartbeat is older would look emptier, and get the rest of it."""
         return self.own_tokens + self.other_tokens
 
     @property
@@ -140,14 +140,22 @@ class Replica:
         size = self.capacity.max_batch_size
         return max(0, min(size + self.lookahead - self.rows, MAX_PLACED * size - len(self.streams)))
 
-    def beat(self, heartbeat: Heartbeat, accepted: int, accepted_tokens: int, now: float) -> None:
-        """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``accepted_tokens``: their prompt tokens still waiting."""
+    def beat(self, heartbeat: Heartbeat, accepted: int, waiting: list[int], now: float) -> None:
+        """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``waiting``: those of them without a first token, oldest
+        first."""
         if heartbeat.step_ms and (self.load is None or heartbeat.step != self.load.step):
             self._paces.append(heartbeat.step_ms)
             self.step_ms = median(self._paces)
         self.load = heartbeat
         self.others = max(0, heartbeat.running + heartbeat.waiting - accepted)
-        self.other_tokens = max(0, heartbeat.prefill_tokens - accepted_tokens) if self.others else 0
+        computed = sum(self.streams[stream] for stream in waiting) - heartbeat.prefill_tokens
+        self.other_tokens = max(0, -computed) if self.others else 0
+        if heartbeat.running + heartbeat.waiting >= accepted:  # else it tells of a step before some of them came
+            for stream in waiting:
+                part = min(max(0, computed), self.streams[stream])
+                self.streams[stream] -= part
+                self.own_tokens -= part
+                computed -= part
         self.refusing = False
         if heartbeat.prefixes:
             self.prefixes.add(heartbeat.prefixes)

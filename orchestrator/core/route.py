@@ -236,12 +236,13 @@ class Route:
         if lost:
             self._lose(replica, "hung", lost, now)
             return
-        accepted = waiting = 0
+        accepted, waiting = 0, []
         for stream, tokens in replica.streams.items():
             row = self._board.streams[stream]
             if row.phase != "sent":
                 accepted += not row.starved
-                waiting += tokens
+                if tokens:
+                    waiting.append(stream)
         replica.beat(heartbeat, accepted, waiting, now)
 
     def _lose(self, replica: Replica, loss: LossKind, reason: str, now: float) -> None:

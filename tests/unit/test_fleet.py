@@ -60,15 +60,15 @@ def test_one_long_step_is_not_the_pace_of_a_replica() -> None:
     _, replica = fleet()
     assert replica.step_ms == 0.0
     for step in range(20):
-        replica.beat(beat(step=step, step_ms=7.0), 0, 0, step * 0.2)
+        replica.beat(beat(step=step, step_ms=7.0), 0, [], step * 0.2)
     for step in range(20, 24):  # a burst of prompts
-        replica.beat(beat(step=step, step_ms=200.0), 0, 0, step * 0.2)
+        replica.beat(beat(step=step, step_ms=200.0), 0, [], step * 0.2)
     assert replica.step_ms == 7.0
     for _ in range(20):  # no step since: no news
-        replica.beat(beat(step=23, step_ms=200.0), 0, 0, 5.0)
+        replica.beat(beat(step=23, step_ms=200.0), 0, [], 5.0)
     assert replica.step_ms == 7.0
     for step in range(24, 40):  # it has become slow
-        replica.beat(beat(step=step, step_ms=30.0), 0, 0, step * 0.2)
+        replica.beat(beat(step=step, step_ms=30.0), 0, [], step * 0.2)
     assert replica.step_ms == 30.0
 
 
@@ -113,16 +113,16 @@ def test_rows_of_other_routers_count() -> None:
     table, replica = fleet()
     assert replica.free_rows == 5, "the batch and one row of lookahead"
     replica.streams, replica.own_tokens = {1: 10, 2: 20}, 30
-    replica.beat(beat(running=3, waiting=1, prefill_tokens=25), accepted=1, accepted_tokens=10, now=1.0)
+    replica.beat(beat(running=3, waiting=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
     assert replica.others == 3 and replica.rows == 5 and replica.free_rows == 0
     assert replica.queued_tokens == 30 + 15
-    replica.beat(beat(running=1, prefill_tokens=25), accepted=1, accepted_tokens=10, now=1.0)
+    replica.beat(beat(running=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
     assert replica.queued_tokens == 30, "without others it is this router's own row, told of late"
     table.check()
 
 
 def test_prefixes_that_a_replica_reports_count_as_cached_whoever_sent_them() -> None:
     _, replica = fleet()
-    replica.beat(beat(prefixes=[11, 12, 13]), accepted=0, accepted_tokens=0, now=1.0)
-    replica.beat(beat(), accepted=0, accepted_tokens=0, now=2.0)
+    replica.beat(beat(prefixes=[11, 12, 13]), accepted=0, waiting=[], now=1.0)
+    replica.beat(beat(), accepted=0, waiting=[], now=2.0)
     assert [replica.prefixes.matched(chain) for chain in ([11, 12, 99], [12, 11], [99, 11])] == [2, 2, 0]

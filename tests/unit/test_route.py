@@ -479,6 +479,8 @@ def test_a_row_counts_as_waiting_until_its_first_token_whatever_a_heartbeat_says
     accept(route, submit, place="a")
     route.hear(b"a", "", beat(boot="a1", step=1, running=0, prefill_tokens=0), 0.1)  # as of the step before it
     assert replica.queued_tokens == 40
+    route.hear(b"a", "", beat(boot="a1", step=1, running=1, prefill_tokens=10), 0.1)  # the first chunk of it is computed
+    assert replica.queued_tokens == 10
     route.hear(b"a", "", tokens("a1", submit, 0, [65]), 0.2)
     assert replica.queued_tokens == 0
     route.hear(b"a", "", beat(boot="a1", step=1, running=1, prefill_tokens=40), 0.3)  # nor is it counted twice
