@@ -58,10 +58,11 @@ class Board:
 
     def began(self, row: Row, now: float) -> None:
         """The first tokens since it was sent are here, so its prompt is computed."""
+        replica = row.replica
+        assert replica is not None
         row.phase = "running"
-        if row.replica is not None:
-            row.replica.own_tokens -= row.replica.streams[row.stream]
-            row.replica.streams[row.stream] = 0
+        replica.own_tokens -= replica.streams[row.stream]
+        replica.streams[row.stream] = 0
         self.tallies[row.request.model].began(row.trail, now)
 
     def settle(self, row: Row) -> None:

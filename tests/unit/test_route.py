@@ -50,6 +50,15 @@ def where(actions: list[Action]) -> list[bytes]:
     return [action.peer for action in actions if isinstance(action, Send) and isinstance(action.message, Submit)]
 
 
+def burst(route: Route, count: int) -> list[bytes]:
+    """Where ``count`` rows go that have no prefix in common."""
+    places = []
+    for index in range(count):
+        route.submit(ask([index * 7 + 1] * 20), 0.0)
+        places += where(route.take())
+    return places
+
+
 def tokens(boot: str, submit: Submit | Attach, first: int, ids: list[int]) -> Tokens:
     return Tokens(boot=boot, streams=[submit.stream], attempts=[submit.attempt], firsts=[first], tokens=[ids])
 
@@ -449,10 +458,7 @@ def test_without_a_shared_prefix_rows_spread_evenly() -> None:
     for name in ("a", "b"):
         join(route, name, rows=32)
     route.take()
-    places = []
-    for index in range(20):
-        route.submit(ask([index * 7 + 1] * 20), 0.0)
-        places += where(route.take())
+    places = burst(route, 20)
     assert places.count(b"a") == places.count(b"b") == 10
 
 
@@ -463,10 +469,7 @@ def test_a_burst_spreads_evenly_whatever_the_last_steps_of_equals_were() -> None
         join(route, name, rows=128)
         route.hear(name.encode(), "", beat(boot=f"{name}1", step_ms=step_ms), 0.0)
     route.take()
-    places = []
-    for index in range(300):
-        route.submit(ask([index * 7 + 1] * 20), 0.0)
-        places += where(route.take())
+    places = burst(route, 300)
     assert {name: places.count(name) for name in (b"a", b"b", b"c")} == {b"a": 100, b"b": 100, b"c": 100}
 
 
@@ -494,10 +497,7 @@ def test_replicas_of_another_kind_are_chosen_by_their_pace() -> None:
         join(route, name, rows=128, max_num_tokens=2048, tp=tp)
         route.hear(name.encode(), "", beat(boot=f"{name}1", step_ms=step_ms), 0.0)
     route.take()
-    places = []
-    for index in range(120):
-        route.submit(ask([index * 7 + 1] * 20), 0.0)
-        places += where(route.take())
+    places = burst(route, 120)
     assert 75 <= places.count(b"a") <= 85, "two thirds go to the one that is twice as fast"
 
 

@@ -4,6 +4,9 @@ Owns the inboxes that the ranks of one group map, and how often each of its prog
 write, so there is neither a fence nor a flag to wait for after the data: what it costs is one way over the link. Sums are made in rank
 order in fp32 and rounded once, so every rank has the same bits.
 
+A kernel waits for the others' words without a bound of its own, as NCCL's do. What bounds it is the leader's watchdog, which gives up a
+step that makes no progress, and the gang's end, which all its ranks share.
+
 Why two sides of an inbox are enough: a program writes side k & 1 in its k-th turn, over what the others read in their turn k - 2. It has
 seen their words of turn k - 1, which they wrote after the kernel of turn k - 2 was over.
 """
