@@ -15,6 +15,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from workers.engine.comm import Solo
 from workers.model.kernels import gpu, layout
 from workers.model.kernels.attention import Tuning
 from workers.model.kernels.choose import candidates, winners
-from workers.model.kernels.layout import DeviceLayout, Heads, Paging, fill, step_shape, view
+from workers.model.kernels.layout import DeviceLayout, Heads, Paging, SlotState, fill, step_shape, view
 from workers.model.llama import LlamaStage
 from workers.spec import ModelSpec, Parallel
 
@@ -206,11 +207,15 @@ def fused_cases() -> Iterator[Case]:
 def choose_cases() -> Iterator[Case]:
     for rows in (1, 64, 512):
         logits = [torch.randn(rows, 128256, device=DEVICE, dtype=BF16) for _ in range(copies(rows * 128256 * 2))]
-        seeds = torch.randint(-(2**31), 2**31 - 1, (rows, 2), device=DEVICE, dtype=torch.int32)
-        positions = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+        places, tokens = (torch.arange(rows, dtype=torch.int32, device=DEVICE) for _ in range(2))
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            row = (seeds, torch.full((rows,), temperature, device=DEVICE), positions, 0)
-            calls: list[Call] = [lambda x=x, row=row: winners(candidates(x, *row)) for x in logits]  # type: ignore[misc]
+            state = SlotState.empty(rows, DEVICE)
+            state.temperatures.fill_(temperature)
+
+            def choose(x: torch.Tensor, state: SlotState = state, places: torch.Tensor = places, tokens: torch.Tensor = tokens) -> None:
+                winners(candidates(x, places, places, state, 0), places, state, tokens)
+
+            calls: list[Call] = [partial(choose, x) for x in logits]
             yield Case(f"choose, {rows} x 128256, {name}", calls, "TB/s", rows * 128256 * 2)
 
 

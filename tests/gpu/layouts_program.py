@@ -36,7 +36,7 @@ from workers.spec import EngineSpec, Parallel, ReplicaSpec
 class Plain(CudaDevice):
     """Nothing captured: threads of one process cannot capture at the same time."""
 
-    def capture(self, program: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
         return program
 
 

@@ -15,7 +15,7 @@ from tests.reference.shards import make_stage, random_weights
 from workers.core.params import choose, gumbel, noise_bits, seed_keys
 from workers.engine.cache import KvCache
 from workers.model.kernels import layout
-from workers.model.kernels.layout import Heads, LayoutShape, Paging, decode_shape, fill, step_shape, view
+from workers.model.kernels.layout import Heads, LayoutShape, Paging, SlotState, decode_shape, fill, step_shape, view
 from workers.model.kernels.linear import to_fp8
 from workers.model.kernels.reference import attention_layout
 from workers.spec import ModelSpec
@@ -29,7 +29,7 @@ if not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 from workers.model.kernels import gpu  # noqa: E402
-from workers.model.kernels.choose import candidates, merged, winners  # noqa: E402
+from workers.model.kernels.choose import candidates, known, merged, winners  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -191,21 +191,24 @@ def test_silu_mul(rows: int, columns: int, dtype: torch.dtype) -> None:
 
 
 def chosen(logits: torch.Tensor, params: list[SamplingParams], positions: list[int], shards: int = 1) -> list[int]:
-    """Tokens through the kernels; ``positions`` are those that the tokens take."""
-    keys = np.array([seed_keys(p.seed) for p in params], np.uint32).view(np.int32)
-    rates = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=DEVICE)
+    """Tokens through the kernels; ``positions`` are those that the tokens take. Rows sit in slots in falling order, and padding beside."""
+    count = len(params)
+    state = SlotState.empty(count, DEVICE)
+    state.seeds[:count] = torch.from_numpy(np.array([seed_keys(p.seed) for p in params], np.uint32).view(np.int32)).flip(0)
+    state.temperatures[:count] = torch.tensor([p.temperature for p in params]).flip(0)
+    state.tokens.fill_(-7)
+    slots = torch.arange(count - 1, -1, -1, dtype=torch.int32, device=DEVICE)
     asked = torch.tensor(positions, dtype=torch.int32, device=DEVICE) - 1
     width = -(-logits.shape[1] // shards)
     best = []
     for start in range(0, logits.shape[1], width):
         part = logits[:, start : start + width].contiguous()
-        best.append(candidates(part, torch.from_numpy(keys).to(DEVICE), rates, asked, start))
-    if shards == 1:
-        tokens, raw = winners(best[0])
-    else:
-        tokens, raw = winners(torch.stack([merged(part) for part in best]))
-    for row, token in enumerate(tokens.tolist()):
-        assert token < 0 or raw[row] == logits[row, token].float()
+        best.append(candidates(part, slots, asked, state, start))
+    tokens = torch.empty(count, dtype=torch.int32, device=DEVICE)
+    winners(best[0] if shards == 1 else torch.stack([merged(part) for part in best]), slots, state, tokens)
+    assert state.tokens.tolist() == [max(token, 0) for token in reversed(tokens.tolist())] + [-7]
+    guesses = torch.where(tokens % 2 == 0, -1, tokens)
+    assert known(guesses, slots, state).tolist() == [max(token, 0) for token in tokens.tolist()]
     return tokens.tolist()
 
 
@@ -288,5 +291,7 @@ def test_a_stage_computes_what_the_reference_kernels_do() -> None:
         layout = view(shape, torch.from_numpy(packed).to(DEVICE), paging)
         with torch.inference_mode():
             expected = plain.logits(plain.forward(plain.embed(tokens), attention_layout(begins, counts, tables, 16), caches[0]))
-            found = fast.logits(fast.forward(fast.embed(tokens.to(DEVICE)), layout, caches[1]))
+            entering = fast.embed(tokens.to(DEVICE))
+            found = fast.decode(entering.clone(), layout, caches[1]).float()
+            assert torch.equal(found, fast.logits(fast.forward(entering, layout, caches[1])))
         assert error(found, expected) <= 1e-5

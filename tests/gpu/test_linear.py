@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-from workers.model.kernels import linear_gpu  # noqa: E402
+from workers.model.kernels import linear_gpu, one_row  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -73,6 +73,26 @@ def test_products(quant: Quant, dtype: torch.dtype) -> None:
         found = run(Narrow(*(t.to(DEVICE) for t in narrow)) if form == "fp8" else x.to(DEVICE))
         assert found.dtype == dtype and found.shape == expected.shape
         assert error(found, expected) < BOUNDS[dtype], (rows, outs, ins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize(("outs", "ins", "biased"), [(48, 128, False), (33, 193, True), (7, 2048, False), (130, 5000, True)])
+def test_one_row(outs: int, ins: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths of less than a tile, of one, and of what no tile divides."""
+    generator = torch.Generator().manual_seed(outs)
+    weight, x = torch.randn(outs, ins, generator=generator).to(dtype), torch.randn(1, ins, generator=generator).to(dtype)
+    bias = torch.randn(outs, generator=generator).to(dtype) if biased else None
+    expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+    product = linear_gpu.product(None, {"weight": weight.to(DEVICE)}, bias if bias is None else bias.to(DEVICE), dtype)
+    found = product(x.to(DEVICE))
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert error(found, expected) < BOUNDS[dtype]
+    if GPU:
+        return
+    # Every sum is whole whatever the tile: small integers make sums exact.
+    weight, x = (torch.randint(-3, 4, t.shape, generator=generator).to(dtype) for t in (weight, x))
+    monkeypatch.setattr(one_row, "tile_for", lambda weight: one_row.Tile(4, 64, 4))
+    assert torch.equal(one_row.one_row(weight, None, x), (x.double() @ weight.double().T).to(dtype))
 
 
 def test_rows_are_rounded_to_fp8_as_on_a_cpu() -> None:

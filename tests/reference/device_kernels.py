@@ -12,10 +12,22 @@ from torch.nn import functional
 
 from workers.core.params import MASK32, gumbel, mix
 from workers.model.kernels import reference
-from workers.model.kernels.layout import DeviceLayout
-from workers.model.kernels.reference import add_rms_norm, rms_norm, rotate, silu_mul
+from workers.model.kernels.layout import DeviceLayout, SlotState
+from workers.model.kernels.reference import add_rms_norm, embed, rms_norm, rotate, silu_mul
 
-__all__ = ["add_rms_norm", "candidates", "merged", "paged_attention", "rope_rows", "rope_store", "rope_table", "silu_mul", "winners"]
+__all__ = [
+    "add_rms_norm",
+    "candidates",
+    "embed",
+    "known",
+    "merged",
+    "paged_attention",
+    "rope_rows",
+    "rope_store",
+    "rope_table",
+    "silu_mul",
+    "winners",
+]
 
 rope_table = reference.rope_table
 
@@ -51,15 +63,19 @@ def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout) -> Tenso
     return out
 
 
-def candidates(logits: Tensor, seeds: Tensor, temperatures: Tensor, positions: Tensor, start: int) -> Tensor:
-    """[1, 4, S]: one part."""
-    found = torch.zeros(4, len(logits), dtype=torch.int32)
-    for row, raw in enumerate(logits.float()):
+def known(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
+    return torch.where(tokens < 0, state.tokens[slots.long()], tokens)
+
+
+def candidates(logits: Tensor, slots: Tensor, positions: Tensor, state: SlotState, start: int) -> Tensor:
+    """[1, 3, S]: one part."""
+    found = torch.zeros(3, len(logits), dtype=torch.int32)
+    for row, (raw, slot) in enumerate(zip(logits.float(), slots.tolist(), strict=True)):
         broken = raw.isnan() | (raw == torch.inf)
         scores = raw.masked_fill(broken, -torch.inf)
-        heat = temperatures[row]
+        heat = state.temperatures[slot]
         if heat > 0:
-            a, b = (int(word) & MASK32 for word in seeds[row])
+            a, b = (int(word) & MASK32 for word in state.seeds[slot])
             k = mix((int(positions[row]) + 1 + b) & MASK32)
             j = mix(k ^ a)
             bits = [mix(mix((start + i + k) & MASK32) ^ j) for i in range(len(raw))]
@@ -67,8 +83,7 @@ def candidates(logits: Tensor, seeds: Tensor, temperatures: Tensor, positions: T
         best = int(scores.argmax())
         found[0, row] = scores[best].view(torch.int32)
         found[1, row] = start + best
-        found[2, row] = raw[best].view(torch.int32)
-        found[3, row] = int(broken.any())
+        found[2, row] = int(broken.any())
     return found.unsqueeze(0)
 
 
@@ -76,9 +91,9 @@ def merged(best: Tensor) -> Tensor:
     return best[0]
 
 
-def winners(best: Tensor) -> tuple[Tensor, Tensor]:
+def winners(best: Tensor, slots: Tensor, state: SlotState, tokens: Tensor) -> None:
     scores = best[:, 0].contiguous().view(torch.float32)
     chosen = scores.argmax(0, keepdim=True)
-    tokens, raw = best[:, 1].gather(0, chosen)[0], best[:, 2].gather(0, chosen)[0]
-    broken = (best[:, 3] != 0).any(0) | (scores.max(0).values == -torch.inf)
-    return tokens.masked_fill(broken, -1), raw.contiguous().view(torch.float32)
+    broken = (best[:, 2] != 0).any(0) | (scores.max(0).values == -torch.inf)
+    tokens.copy_(best[:, 1].gather(0, chosen)[0].masked_fill(broken, -1))
+    state.tokens.index_copy_(0, slots.long(), tokens.clamp_min(0))

@@ -24,7 +24,7 @@ from workers.engine.device import HostDevice
 from workers.engine.device_runner import DeviceRunner, Links
 from workers.engine.graphs import SIZES, graph_sizes
 from workers.engine.runner import Runner
-from workers.engine.staging import Staging
+from workers.engine.staging import Staging, rounded
 from workers.model.llama import LlamaStage
 from workers.portable import PortableEngine
 from workers.spec import Parallel
@@ -197,12 +197,16 @@ def test_a_staged_buffer_waits_for_its_copy_and_grows() -> None:
     class Counting(HostDevice):
         def mark(self):  # type: ignore[no-untyped-def]
             mark = super().mark()
-            mark.synchronize = lambda: waited.append(1)  # type: ignore[method-assign]
+            recorded: list[int] = []
+            mark.record = lambda: recorded.append(1)  # type: ignore[method-assign]
+            mark.synchronize = lambda: waited.extend(recorded)  # type: ignore[method-assign]
             return mark
 
     staging = Staging(Counting(), words=4, depth=2)
     for turn in range(5):
-        words = 4 + 3 * turn
+        words = rounded(4 + 300 * turn)
         staging.open(words)[:] = range(words)
-        assert staging.send(torch.empty(words, dtype=torch.int32)).tolist() == list(range(words))
-    assert len(waited) == 3
+        staging.send(into := torch.empty(words, dtype=torch.int32))
+        assert into.tolist() == list(range(words))
+        staging.sent()
+    assert len(waited) == 1 + 1 + 2  # what each of the two buffers was sent for before, in the third turn, the fourth and the fifth

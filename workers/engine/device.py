@@ -21,7 +21,10 @@ MIN_CAPABILITY = (8, 0)
 
 
 class Mark(Protocol):
-    """A place in the device's stream of work."""
+    """A place in the device's stream of work. Before it stands anywhere there is nothing to wait for."""
+
+    def record(self) -> None:
+        """Stand at the end of the work issued so far."""
 
     def query(self) -> bool:
         """Whether all work up to it is done."""
@@ -40,10 +43,11 @@ class Device(Protocol):
         """[words] int32 on the host, from and to which copies run beside the host."""
 
     def mark(self) -> Mark:
-        """The end of the work issued so far."""
+        """A new mark, which stands nowhere yet."""
 
-    def capture(self, program: Callable[[], None]) -> Callable[[], None]:
-        """``program`` as something to run again and again, on the same memory: what it makes anew is gone when it returns."""
+    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
+        """``program`` as something to run again and again, on the same memory: what it makes anew is gone when it returns. ``once`` is run
+        before, and uses every kernel that it does."""
 
     def beside(self, mark: Mark) -> AbstractContextManager[None]:
         """A context whose work runs beside the stream, once ``mark`` is reached."""
@@ -54,6 +58,9 @@ class Device(Protocol):
 
 class _Now:
     """A mark where work is done when it is issued."""
+
+    def record(self) -> None:
+        return
 
     def query(self) -> bool:
         return True
@@ -73,7 +80,7 @@ class HostDevice:
     def mark(self) -> Mark:
         return _Now()
 
-    def capture(self, program: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
         return program
 
     @contextmanager
@@ -97,16 +104,14 @@ class CudaDevice:
         return torch.zeros(words, dtype=torch.int32, pin_memory=True)
 
     def mark(self) -> Mark:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def capture(self, program: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.place)
         self._side.wait_stream(here)
         with torch.cuda.stream(self._side):
-            # Once as it is: kernels are compiled and workspaces made outside the graph.
-            program()
+            # Kernels are compiled and workspaces made outside the graph.
+            once()
             # Other threads of this process (NCCL's watchdog) may ask the driver questions meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             program()

@@ -8,6 +8,7 @@ from the device where a plan can be issued without; rows with more than a temper
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -25,8 +26,8 @@ from workers.engine.device import Device, Mark
 from workers.engine.graphs import Graphs, graph_sizes
 from workers.engine.sampler import Sampler
 from workers.engine.sampling import Sampling, is_plain
-from workers.engine.staging import Staging
-from workers.model.kernels.layout import DeviceLayout, Heads, Paging, decode_shape, fill, step_shape
+from workers.engine.staging import Staging, rounded
+from workers.model.kernels.layout import DeviceLayout, Heads, Paging, SlotState, decode_shape, fill, fill_decodes, step_shape
 from workers.model.kernels.layout import view as view_layout
 from workers.model.llama import LlamaStage
 
@@ -36,11 +37,13 @@ _NONE: Ints = np.zeros(0, I32)
 class Choose(Protocol):
     """Greedy and plain temperature on the device: :mod:`workers.model.kernels.choose`."""
 
-    def candidates(self, logits: Tensor, seeds: Tensor, temperatures: Tensor, positions: Tensor, start: int) -> Tensor: ...
+    def known(self, tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor: ...
+
+    def candidates(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SlotState, start: int) -> Tensor: ...
 
     def merged(self, best: Tensor) -> Tensor: ...
 
-    def winners(self, best: Tensor) -> tuple[Tensor, Tensor]: ...
+    def winners(self, best: Tensor, slots: Tensor, state: SlotState, tokens: Tensor) -> None: ...
 
 
 class Links(NamedTuple):
@@ -53,12 +56,11 @@ class Links(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What one program reads. ``tokens`` [T] int32, the first ``len(lead)`` of them perhaps guesses, of slots ``lead``; ``picks`` [S]
-    places of the tokens that yield one (None = all), of slots ``slots`` [S]."""
+    """What one program reads. ``tokens`` [T] int32, perhaps guesses; ``picks`` [S] places of the tokens that yield one (None = all), of
+    slots ``slots`` [S]."""
 
     layout: DeviceLayout
     tokens: Tensor
-    lead: Tensor
     picks: Tensor | None
     slots: Tensor
 
@@ -126,10 +128,8 @@ class DeviceRunner:
         self._filled = np.zeros(slots, np.int64)
         # One slot more than there are: what padding reads and writes.
         self._nobody = slots
-        self._pool = torch.zeros(slots + 1, dtype=torch.int32, device=on)
-        self._seeds = torch.zeros(slots + 1, 2, dtype=torch.int32, device=on)
-        self._temperatures = torch.zeros(slots + 1, dtype=torch.float32, device=on)
-        self._special = np.zeros(slots, np.bool_)
+        self._state = SlotState.empty(slots, on)
+        self._special, self._specials = np.zeros(slots, np.bool_), 0
         self._sampling: Sampling | None = None
         if shard.last:
             sampler = Sampler(links.tensor, start=shard.vocab.start, rows=shard.vocab_rows, device=on)
@@ -137,9 +137,11 @@ class DeviceRunner:
         sizes = graph_sizes(slots)
         self._hidden = torch.zeros(sizes[-1], stage.model.hidden_size, dtype=stage.dtype, device=on)
         self._tokens = torch.zeros(sizes[-1], dtype=torch.int32, device=on)
-        shapes = [decode_shape(size, self._heads).size + 2 * size for size in sizes]
-        self._inbox = torch.zeros(max(shapes) + 8 * slots, dtype=torch.int32, device=on)
-        self._staging = Staging(device, words=6 * max_num_tokens + 32 * slots + max(shapes), depth=depth + 2)
+        self._shapes = {size: decode_shape(size, self._heads) for size in sizes}
+        longest = max(shape.size + 2 * size for size, shape in self._shapes.items())
+        self._inbox = torch.zeros(rounded(longest + 8 * slots), dtype=torch.int32, device=on)
+        self._inboxes: dict[int, Tensor] = {}
+        self._staging = Staging(device, words=6 * max_num_tokens + 32 * slots + longest, depth=depth + 2)
         self._notes = Staging(device, words=slots, depth=depth + 2)
         self._outbox = [device.pinned(slots) for _ in range(depth + 2)]
         self._marks: dict[int, Mark] = {}
@@ -149,9 +151,10 @@ class DeviceRunner:
     def _captured(self, sizes: tuple[int, ...]) -> Graphs:
         return Graphs(self._device, sizes, self._decode_program)
 
-    def _decode_program(self, size: int) -> Callable[[], None]:
-        """One decode step of ``size`` rows, from the inbox to ``_hidden`` and ``_tokens``."""
-        shape = decode_shape(size, self._heads)
+    def _decode_program(self, size: int) -> tuple[Callable[[], None], Callable[[], None]]:
+        """One decode step of ``size`` rows, from the inbox to ``_hidden`` and ``_tokens``; and one through the first layer alone, which
+        uses the same kernels as all of them."""
+        shape = self._shapes[size]
         packed = np.zeros(shape.size + 2 * size, I32)
         fill(shape, packed[: shape.size], _NONE, _NONE, _NONE, self._heads)
         packed[shape.size + size :] = self._nobody
@@ -159,15 +162,15 @@ class DeviceRunner:
         inbox.copy_(torch.from_numpy(packed))
         slots = inbox[shape.size + size :]
         layout = view_layout(shape, inbox[: shape.size], self._paging)
-        inputs = _Inputs(layout, inbox[shape.size : shape.size + size], slots, None, slots)
+        inputs = _Inputs(layout, inbox[shape.size : shape.size + size], None, slots)
 
-        def program() -> None:
+        def program(layers: list[Tensor]) -> None:
             hidden = self._hidden[:size]
             if self.stage.shard.first:
-                hidden.copy_(self._embed(inputs))
-            self._forward(inputs, hidden, self._tokens[:size])
+                self._embed(inputs, hidden)
+            self._forward(inputs, hidden, self._tokens[:size], layers)
 
-        return program
+        return partial(program, self._cache.layers), partial(program, self._cache.layers[:1])
 
     # One plan
 
@@ -183,16 +186,20 @@ class DeviceRunner:
         if not shard.last:
             # What a graph computes is overwritten by the next one; what is sent must stay as it is.
             self._links.pipeline.send(hidden[:count] if step.graph is None else hidden[:count].clone(), self._links.pipeline.rank + 1)
+            self._staging.sent()
             return None
-        extras = self._extras(plan, step, hidden)
-        mark = self._device.mark()
+        extras = self._extras(plan, step, hidden) if self._specials or plan.score else None
+        out = self._outbox[plan.step % len(self._outbox)][: len(step.rows)]
+        if self._answers:
+            out.copy_(tokens[: len(step.rows)], non_blocking=True)
+        mark = self._staging.sent()
         self._marks[plan.step] = mark
         self._marks.pop(plan.step - self._depth - 1, None)
-        return self._answer(plan.step, tokens[: len(step.rows)], extras) if self._answers else None
+        return Pending(plan.step, out, mark, self._waiter, extras) if self._answers else None
 
     def _note(self, plan: StepPlan) -> _News:
         """Take closed and opened slots and appended blocks into the host's records; returns what the device must learn."""
-        if not (plan.closed or plan.opened or plan.block_slots or self._special.any()):  # most decode steps
+        if not (plan.closed or plan.opened or plan.block_slots or self._specials):  # most decode steps
             return _News(_NONE, _NONE, _NONE, self._guessed(plan))
         closed = view(plan.closed)
         self._filled[closed] = 0
@@ -200,13 +207,15 @@ class DeviceRunner:
         if self._sampling is not None:
             for slot in closed[self._special[closed]].tolist():
                 self._sampling.close(slot)
+                self._specials -= 1
             self._special[closed] = False
             for opened in plan.opened:
                 seeds += (opened.slot, *seed_keys(opened.params.seed))
                 self._special[opened.slot] = special = not is_plain(opened.params)
                 if special:
                     self._sampling.open(opened)
-            if self._special.any():
+                    self._specials += 1
+            if self._specials:
                 self._sampling.follow(plan)
         words = np.asarray(seeds, np.int64).astype(np.uint32).view(I32).reshape(-1, 3)
         heat = np.asarray([opened.params.temperature for opened in plan.opened[: len(words)]], F32).view(I32)
@@ -245,18 +254,21 @@ class DeviceRunner:
 
     def _replay(self, step: _Step, size: int, news: _News) -> tuple[Tensor, Tensor]:
         """A decode step by the graph of ``size`` rows."""
-        shape, count = decode_shape(size, self._heads), len(step.slots)
+        shape, count = self._shapes[size], len(step.slots)
         layout = shape.size
         tokens, head = layout + size, layout + 2 * size
-        if head + news.words > len(self._inbox):
+        words = rounded(head + news.words)
+        if words > len(self._inbox):
             return self._run(step, news)
-        packed = self._staging.open(head + news.words)
-        fill(shape, packed[:layout], step.slots, step.starts, step.lengths, self._heads)
-        packed[layout : layout + count] = step.tokens
-        packed[layout + count : tokens] = 0
-        packed[tokens : tokens + count] = step.slots
-        packed[tokens + count : head] = self._nobody
-        self._learn(self._send(packed, head, news, self._inbox[: len(packed)]), news)
+        inbox = self._inboxes.get(words)
+        if inbox is None:
+            inbox = self._inboxes[words] = self._inbox[:words]
+        packed = self._staging.open(words)
+        fill_decodes(shape, packed[:layout], step.slots, step.starts, self._heads)
+        packed[layout : layout + count], packed[tokens : tokens + count] = step.tokens, step.slots
+        if count < size:
+            packed[layout + count : tokens], packed[tokens + count : head] = 0, self._nobody
+        self._send(packed, head, news, inbox)
         if not self.stage.shard.first:
             self._links.pipeline.recv(self._hidden[:count], self._links.pipeline.rank - 1)
         self._graphs.replay(size)
@@ -265,85 +277,79 @@ class DeviceRunner:
     def _run(self, step: _Step, news: _News) -> tuple[Tensor, Tensor]:
         """Any step, operation by operation."""
         shape, total, sampled = step_shape(step.lengths, self._heads), len(step.tokens), len(step.rows)
-        longer = step.lengths != 1
-        lead = int(longer.argmax()) if longer.any() else len(step.slots)
-        bounds = np.cumsum([shape.size, total, lead, sampled, sampled]).tolist()
-        packed = self._staging.open(bounds[-1] + news.words)
+        bounds = np.cumsum([shape.size, total, sampled, sampled]).tolist()
+        packed = self._staging.open(rounded(bounds[-1] + news.words))
         fill(shape, packed[: bounds[0]], step.slots, step.starts, step.lengths, self._heads)
         packed[bounds[0] : bounds[1]] = step.tokens
-        packed[bounds[1] : bounds[2]] = step.slots[:lead]
-        packed[bounds[2] : bounds[3]] = np.cumsum(step.lengths)[step.rows] - 1
-        packed[bounds[3] : bounds[4]] = step.slots[step.rows]
+        packed[bounds[1] : bounds[2]] = np.cumsum(step.lengths)[step.rows] - 1
+        packed[bounds[2] : bounds[3]] = step.slots[step.rows]
         device = self._device.place
         inbox = torch.empty(len(packed), dtype=torch.int32, device=device)
-        self._learn(self._send(packed, bounds[-1], news, inbox), news)
+        self._send(packed, bounds[-1], news, inbox)
         cuts = [inbox[begin:end] for begin, end in pairwise([0, *bounds])]
         inputs = _Inputs(view_layout(shape, cuts[0], self._paging), *cuts[1:])
+        hidden = torch.empty(total, self.stage.model.hidden_size, dtype=self.stage.dtype, device=device)
         if self.stage.shard.first:
-            hidden = self._embed(inputs)
+            self._embed(inputs, hidden)
         else:
-            hidden = torch.empty(total, self.stage.model.hidden_size, dtype=self.stage.dtype, device=device)
             self._links.pipeline.recv(hidden, self._links.pipeline.rank - 1)
         tokens = torch.empty(sampled, dtype=torch.int32, device=device)
-        self._forward(inputs, hidden, tokens)
+        self._forward(inputs, hidden, tokens, self._cache.layers)
         return hidden, tokens
 
-    def _send(self, packed: Ints, head: int, news: _News, into: Tensor) -> list[Tensor]:
-        """Pack ``news`` behind the first ``head`` words and copy all of it; returns the news' parts on the device."""
-        lengths = [len(part) for part in news]
-        bounds = np.cumsum([head, *lengths]).tolist()
+    def _send(self, packed: Ints, head: int, news: _News, into: Tensor) -> None:
+        """Pack ``news`` behind the first ``head`` words, copy all of it, and bring the device's tables up to date, in stream order."""
+        if not news.words:
+            self._staging.send(into)
+            return
+        bounds = np.cumsum([head, *(len(part) for part in news)]).tolist()
         for part, (begin, end) in zip(news, pairwise(bounds), strict=True):
             packed[begin:end] = part
         self._staging.send(into)
-        return [into[begin:end] for begin, end in pairwise(bounds)]
-
-    def _learn(self, parts: list[Tensor], news: _News) -> None:
-        """Bring the device's tables up to date, in stream order."""
-        cells, blocks, opened, returns = parts
+        cells, blocks, opened, returns = (into[begin:end] for begin, end in pairwise(bounds))
         if len(news.cells):
             self._paging.tables.view(-1).index_copy_(0, cells.long(), blocks)
         if len(news.opened):
             slots, low, high, heat = opened.view(4, -1)
-            self._seeds.index_copy_(0, slots.long(), torch.stack((low, high), 1))
-            self._temperatures.index_copy_(0, slots.long(), heat.view(torch.float32))
+            self._state.seeds.index_copy_(0, slots.long(), torch.stack((low, high), 1))
+            self._state.temperatures.index_copy_(0, slots.long(), heat.view(torch.float32))
         if len(news.returns):
             taken = torch.empty(len(news.returns), dtype=torch.int32, device=self._device.place)
             self._links.returns.recv(taken, self._links.returns.size - 1)
-            self._pool.index_copy_(0, returns.long(), taken)
+            self._state.tokens.index_copy_(0, returns.long(), taken)
 
     def _give(self, step: int, slots: Ints) -> None:
         """Send the tokens of ``slots`` to the first stage as soon as their step has chosen them, before what follows that one here."""
         mark = self._marks[max(number for number in self._marks if number <= step - self._links.pipeline.size)]
         with self._device.beside(mark):
-            self._notes.open(len(slots))[:] = slots
-            places = self._notes.send(torch.empty(len(slots), dtype=torch.int32, device=self._device.place))
-            self._links.returns.send(self._pool.index_select(0, places), 0)
+            words = rounded(len(slots))
+            self._notes.open(words)[: len(slots)] = slots
+            places = torch.empty(words, dtype=torch.int32, device=self._device.place)
+            self._notes.send(places)
+            self._links.returns.send(self._state.tokens.index_select(0, places[: len(slots)]), 0)
+            self._notes.sent()
 
     # What is computed
 
-    def _embed(self, inputs: _Inputs) -> Tensor:
-        ids, lead = inputs.tokens, len(inputs.lead)
-        if lead:
-            known = torch.where(ids[:lead] < 0, self._pool.index_select(0, inputs.lead), ids[:lead])
-            ids = known if lead == len(ids) else torch.cat((known, ids[lead:]))
-        return self.stage.embed(ids)
+    def _embed(self, inputs: _Inputs, hidden: Tensor) -> None:
+        self.stage.embed(self._choose.known(inputs.tokens, inputs.layout.slots, self._state), hidden)
 
-    def _forward(self, inputs: _Inputs, hidden: Tensor, tokens: Tensor) -> None:
-        """Run ``hidden`` [T, hidden] through the stage, in place; on the last one write ``tokens`` [S], -1 where nothing is finite."""
-        self.stage.forward(hidden, inputs.layout, self._cache.layers)
-        if not self.stage.shard.last or not len(tokens):
+    def _forward(self, inputs: _Inputs, hidden: Tensor, tokens: Tensor, layers: list[Tensor]) -> None:
+        """Run ``hidden`` [T, hidden] through as many of the stage's layers as ``layers`` are caches of, in place; on the last stage write
+        ``tokens`` [S], -1 where nothing is finite."""
+        stage, positions, slots, choose = self.stage, inputs.layout.positions, inputs.slots, self._choose
+        if not stage.shard.last or not len(tokens):
+            stage.forward(hidden, inputs.layout, layers)
             return
-        picked, positions = hidden, inputs.layout.positions
-        if inputs.picks is not None:
-            picked, positions = hidden.index_select(0, inputs.picks), positions.index_select(0, inputs.picks)
-        slots, choose = inputs.slots.long(), self._choose
-        seeds, temperatures = self._seeds.index_select(0, slots), self._temperatures.index_select(0, slots)
-        best = choose.candidates(self.stage.head(picked), seeds, temperatures, positions, self.stage.shard.vocab.start)
+        if inputs.picks is None:
+            logits = stage.decode(hidden, inputs.layout, layers)
+        else:
+            stage.forward(hidden, inputs.layout, layers)
+            logits, positions = stage.head(hidden.index_select(0, inputs.picks)), positions.index_select(0, inputs.picks)
+        best = choose.candidates(logits, slots, positions, self._state, stage.shard.vocab.start)
         if self._links.tensor.size > 1:
             best = self._links.tensor.all_gather(choose.merged(best))
-        tokens.copy_(choose.winners(best)[0])
-        # A row without a finite logit goes on, until its fault is seen, from a token that exists.
-        self._pool.index_copy_(0, slots, tokens.clamp_min(0))
+        choose.winners(best, slots, self._state, tokens)
 
     def _extras(self, plan: StepPlan, step: _Step, hidden: Tensor) -> Extras | None:
         """What the torch sampler makes of rows with more than a temperature; reads from the device, so it waits for this step."""
@@ -358,13 +364,8 @@ class DeviceRunner:
         ends = torch.from_numpy(np.cumsum(step.lengths)[rows] - 1).to(hidden.device)
         choice = self._sampling.choose(plan, rows, hidden.index_select(0, ends))
         slots = torch.from_numpy(step.slots[rows].astype(np.int64)).to(hidden.device)
-        self._pool.index_copy_(0, slots, torch.from_numpy(np.maximum(choice.tokens, 0).astype(I32)).to(hidden.device))
+        self._state.tokens.index_copy_(0, slots, torch.from_numpy(np.maximum(choice.tokens, 0).astype(I32)).to(hidden.device))
         return Extras(places, choice.tokens, choice.logprobs, choice.top, prompt)
-
-    def _answer(self, number: int, tokens: Tensor, extras: Extras | None) -> Answer:
-        out = self._outbox[number % len(self._outbox)][: len(tokens)]
-        out.copy_(tokens, non_blocking=True)
-        return Pending(number, out, self._device.mark(), self._waiter, extras)
 
     def close(self) -> None:
         """See :class:`~workers.engine.answers.PlanRunner`."""

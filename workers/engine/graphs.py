@@ -20,11 +20,14 @@ def graph_sizes(rows: int) -> tuple[int, ...]:
 
 
 class Graphs:
-    """``program(size)`` gives what to capture for ``size`` rows. Largest first: the smaller ones then live in its memory."""
+    """``programs(size)`` gives what to capture for ``size`` rows, and what to run once before. Largest first: the smaller ones then live in
+    its memory."""
 
-    def __init__(self, device: Device, sizes: tuple[int, ...], program: Callable[[int], Callable[[], None]]) -> None:
+    def __init__(
+        self, device: Device, sizes: tuple[int, ...], programs: Callable[[int], tuple[Callable[[], None], Callable[[], None]]]
+    ) -> None:
         self._sizes = sizes
-        self._programs = {size: device.capture(program(size)) for size in reversed(sizes)}
+        self._programs = {size: device.capture(*programs(size)) for size in reversed(sizes)}
 
     def size_for(self, rows: int) -> int | None:
         """The smallest captured size that holds ``rows``; None where all are too small."""

@@ -68,22 +68,6 @@ class Linear:
         return torch.cat([self._product(tile) for tile in torch.split(padded, FIXED_ROWS)])[:rows]
 
 
-class VocabEmbedding:
-    """This rank's rows of the embedding: ``weight`` [rows, hidden], the first ``real`` of them tokens ``start``.., the rest padding."""
-
-    def __init__(self, start: int, real: int, rows: int, hidden: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = torch.empty(rows, hidden, dtype=dtype, device=device)
-        self._start, self._real = start, real
-
-    def __call__(self, tokens: Tensor, *, whole: bool) -> Tensor:
-        """[T, hidden] of ``tokens`` [T] int64; zeros for those that live elsewhere, whose owners add them. ``whole``: all live here."""
-        if whole:
-            return functional.embedding(tokens, self.weight)
-        local = tokens - self._start
-        mine = (local >= 0) & (local < self._real)
-        return functional.embedding(local.clamp_(0, self.weight.shape[0] - 1), self.weight).mul_(mine.unsqueeze(1))
-
-
 class VocabHead:
     """This rank's rows of the output projection; logits of padding rows are -inf."""
 

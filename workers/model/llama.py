@@ -18,7 +18,7 @@ from workers.model.kernels import Kernels, kernels_for
 from workers.model.kernels.layout import DeviceLayout
 from workers.model.kernels.linear import Narrow
 from workers.model.kernels.reference import AttentionLayout
-from workers.model.layers import Linear, VocabEmbedding, VocabHead
+from workers.model.layers import Linear, VocabHead
 from workers.model.rope import rope_angles
 from workers.spec import PLAIN, ModelSpec, Parallel, Quant
 
@@ -32,6 +32,15 @@ class Step:
     rope: Tensor
     group: Group
     sum_norm: SumNorm | None
+
+    def norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Narrow:
+        """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm, narrowed if it is to be."""
+        if branch is not None:
+            if self.sum_norm is not None and self.sum_norm.takes(branch):
+                return self.sum_norm(residual, branch, weight, eps, narrows=narrows)
+            branch = self.group.all_reduce(branch)
+        norm = self.kernels.add_rms_norm_narrow if narrows else self.kernels.add_rms_norm
+        return norm(residual, branch, weight, eps)
 
 
 class DecoderLayer:
@@ -77,22 +86,13 @@ class DecoderLayer:
         """Add ``branch``'s sum over ranks and this layer's attention to ``residual`` [T, hidden] in place; returns this rank's part of the
         MLP's branch, neither summed nor added."""
         kernels = step.kernels
-        normed = self._norm(step, residual, branch, self.input_norm, self.qkv)
+        normed = step.norm(residual, branch, self.input_norm, self._eps, narrows=self.qkv.narrows)
         qkv = self.qkv(normed).view(-1, self._heads + 2 * self._kv, self._dim)
         kernels.rope_store(qkv, cache, step.rope, step.layout, self.qk_norm, self._eps)
         attended = self.dense(kernels.paged_attention(qkv[:, : self._heads], cache, step.layout))
-        gate_up = self.gate_up(self._norm(step, residual, attended, self.post_norm, self.gate_up))
+        gate_up = self.gate_up(step.norm(residual, attended, self.post_norm, self._eps, narrows=self.gate_up.narrows))
         mixed = kernels.silu_mul_narrow(gate_up) if self.down.narrows else kernels.silu_mul(gate_up)
         return self.down(mixed)
-
-    def _norm(self, step: Step, residual: Tensor, branch: Tensor | None, weight: Tensor, then: Linear) -> Tensor | Narrow:
-        """Sum, add and norm, in the form that ``then`` takes."""
-        if branch is not None:
-            if step.sum_norm is not None and step.sum_norm.takes(branch):
-                return step.sum_norm(residual, branch, weight, self._eps, narrows=then.narrows)
-            branch = step.group.all_reduce(branch)
-        norm = step.kernels.add_rms_norm_narrow if then.narrows else step.kernels.add_rms_norm
-        return norm(residual, branch, weight, self._eps)
 
 
 class LlamaStage:
@@ -122,12 +122,11 @@ class LlamaStage:
         self._sum_norm = group.sum_norm(model.hidden_size)
         self._rope = self._kernels.rope_table(rope_angles(model, positions), dtype).to(device)
         self._tied = shares_embedding(model, parallel)
-        self._embedding: VocabEmbedding | None = None
+        self._embedding: Tensor | None = None
         self._head: VocabHead | None = None
         self._norm = torch.empty(model.hidden_size, dtype=dtype, device=device)
         if shard.first:
-            vocab = shard.vocab
-            self._embedding = VocabEmbedding(vocab.start, vocab.size, shard.vocab_rows, model.hidden_size, dtype=dtype, device=device)
+            self._embedding = torch.empty(shard.vocab_rows, model.hidden_size, dtype=dtype, device=device)
         if shard.last:
             rows = 0 if self._tied else shard.vocab_rows
             self._head = VocabHead(shard.vocab.size, Linear(rows, model.hidden_size, bias=False, dtype=dtype, device=device))
@@ -136,7 +135,7 @@ class LlamaStage:
         """Every parameter of this rank by its checkpoint name, to be filled in place."""
         found: dict[str, Tensor] = {}
         if self._embedding is not None:
-            found["transformer.vocab_embedding.weight"] = self._embedding.weight
+            found["transformer.vocab_embedding.weight"] = self._embedding
         for index, layer in enumerate(self.layers):
             found |= {f"transformer.layers.{index}.{name}": tensor for name, tensor in layer.parameters().items()}
         if self._head is not None:
@@ -152,31 +151,49 @@ class LlamaStage:
         if self._head is not None:
             if self._tied and self._embedding is not None:
                 # A CPU's head is repacked, so tied rows are in memory twice: as a table to read and in the form to multiply with.
-                self._head.linear.share(self._embedding.weight)
+                self._head.linear.share(self._embedding)
             self._head.linear.freeze(fixed_rows=fixed_rows)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """[T, hidden] of ``tokens`` [T]; first stage only."""
+    def embed(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, hidden] of ``tokens`` [T], in ``out`` if given; first stage only."""
         if self._embedding is None:
             raise ValueError("only the first stage embeds")
-        whole = self._group.size == 1
-        hidden = self._embedding(tokens, whole=whole)
-        return hidden if whole else self._group.all_reduce(hidden)
+        vocab = self.shard.vocab
+        if out is None:
+            out = torch.empty(len(tokens), self.model.hidden_size, dtype=self.dtype, device=self.device)
+        self._kernels.embed(tokens, self._embedding, vocab.start, vocab.size, out)
+        return out if self._group.size == 1 else out.copy_(self._group.all_reduce(out))
 
     def forward(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
-        """Run ``hidden`` [T, hidden] through the layers in place; ``layout``: this device's kind; ``cache``: one tensor a layer."""
-        step = Step(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._sum_norm)
-        branch: Tensor | None = None
-        for layer, blocks in zip(self.layers, cache, strict=True):
-            branch = layer(hidden, branch, blocks, step)
+        """Run ``hidden`` [T, hidden] through the layers in place; ``layout``: this device's kind; ``cache``: one tensor a layer, and where
+        there are fewer, only the first layers run."""
+        _, branch = self._layers(hidden, layout, cache)
         # The whole sum leaves the stage: were it left to the next one, a pipeline's bits would depend on its cuts.
         return hidden if branch is None else hidden.add_(self._group.all_reduce(branch))
 
+    def _layers(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> tuple[Step, Tensor | None]:
+        """Run the layers; what is still to be summed and added to ``hidden``."""
+        step = Step(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._sum_norm)
+        branch: Tensor | None = None
+        for layer, blocks in zip(self.layers, cache, strict=False):
+            branch = layer(hidden, branch, blocks, step)
+        return step, branch
+
+    def decode(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
+        """:meth:`forward` and the :meth:`head` of every token in one, the same bits in fewer kernels; last stage only."""
+        step, branch = self._layers(hidden, layout, cache)
+        normed = step.norm(hidden, branch, self._norm, self.model.rms_norm_eps, narrows=False)
+        assert isinstance(normed, Tensor)
+        return self._logits(normed)
+
     def head(self, hidden: Tensor) -> Tensor:
         """[R, vocab rows of this rank] logits of ``hidden`` [R, hidden] in the model's dtype; last stage only."""
+        return self._logits(self._kernels.add_rms_norm(hidden, None, self._norm, self.model.rms_norm_eps))
+
+    def _logits(self, normed: Tensor) -> Tensor:
         if self._head is None:
             raise ValueError("only the last stage makes logits")
-        return self._head(self._kernels.add_rms_norm(hidden, None, self._norm, self.model.rms_norm_eps))
+        return self._head(normed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """:meth:`head` in fp32."""

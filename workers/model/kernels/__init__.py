@@ -22,6 +22,10 @@ Layout = TypeVar("Layout", contravariant=True)
 class Kernels(Protocol[Layout]):
     """T query tokens of a step; ``cache`` [blocks, block_size, 2 * kv_heads, dim], keys' heads before values'."""
 
+    def embed(self, tokens: Tensor, weight: Tensor, start: int, count: int, out: Tensor) -> None:
+        """Write to ``out`` [T, hidden] the lines of ``weight`` [rows, hidden] for ``tokens`` [T]: its first ``count`` are those of ids
+        ``start``.., which other ids' ranks add theirs to, and zeros stand here."""
+
     def rope_table(self, angles: Tensor, dtype: torch.dtype) -> Tensor:
         """The rotary table that this device reads, from ``angles`` [positions, dim / 2] fp32, radians."""
 

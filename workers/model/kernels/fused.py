@@ -15,9 +15,26 @@ from workers.model.kernels.linear import FP8_MAX, Narrow
 
 #: Heads that one program of :func:`rope_store` turns.
 _HEADS = 8
-#: Columns that one program of :func:`silu_mul` computes.
+#: Columns that one program of :func:`embed` or :func:`silu_mul` computes.
 _COLUMNS = 1024
 _FP8_MAX = tl.constexpr(FP8_MAX)
+
+
+@triton.jit(do_not_specialize=["start", "count"])
+def _embed(out, tokens, weight, start, count, hidden, SPAN: tl.constexpr, EARLY: tl.constexpr):
+    enter(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    line = tl.load(tokens + row) - start
+    there = place < hidden
+    found = tl.load(weight + line.to(tl.int64) * hidden + place, mask=there & (line >= 0) & (line < count), other=0.0)
+    tl.store(out + row * hidden + place, found, mask=there)
+
+
+def embed(tokens: Tensor, weight: Tensor, start: int, count: int, out: Tensor) -> None:
+    """The lines of ``weight`` for ``tokens`` [T] int32, zeros for ids that are not among the ``count`` from ``start``."""
+    rows, hidden = out.shape
+    _embed[(rows, triton.cdiv(hidden, _COLUMNS))](out, tokens, weight, start, count, hidden, SPAN=_COLUMNS, **early(), num_warps=4)
 
 
 @triton.jit

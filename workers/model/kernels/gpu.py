@@ -4,6 +4,7 @@ from workers.model.kernels.attention import paged_attention
 from workers.model.kernels.fused import (
     add_rms_norm,
     add_rms_norm_narrow,
+    embed,
     rope_rows,
     rope_store,
     rope_table,
@@ -14,6 +15,7 @@ from workers.model.kernels.fused import (
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_narrow",
+    "embed",
     "paged_attention",
     "rope_rows",
     "rope_store",

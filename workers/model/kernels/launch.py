@@ -21,6 +21,17 @@ def enter(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def bring(places, nbytes, EARLY: tl.constexpr):
+    """Ask for ``nbytes`` at each of ``places`` to come to the second-level cache; both are multiples of 16."""
+    if EARLY:
+        sizes = tl.zeros(places.shape, tl.int32) + nbytes
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [places.to(tl.int64), sizes],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 @cache
 def early() -> dict[str, bool]:
     """Options of a launch whose kernel calls :func:`enter` with EARLY."""

@@ -11,6 +11,7 @@ cut into equal parts no longer than a segment, which is the longest for which th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import msgspec
 import numpy as np
@@ -107,25 +108,50 @@ def fill(shape: LayoutShape, out: Ints, slots: Ints, starts: Ints, lengths: Ints
     total, decodes = int(lengths.sum()), _decodes(lengths)
     if total > shape.tokens:
         raise ValueError(f"a step of {total} tokens does not fit a layout of {shape.tokens}")
+    if total == decodes == len(lengths) and not shape.tiles:
+        fill_decodes(shape, out, slots, starts, heads, segment)
+        return
     positions, tables, parts, tiles = (out[span] for span in shape.spans)
-    if total == decodes:  # every row has one token: the host pays for each step, so it does not unroll what is unrolled
-        positions[:total], tables[:total] = starts, slots
-    else:
-        rows, positions[:total] = token_positions(starts, lengths)
-        tables[:total] = slots[rows]
+    rows, positions[:total] = token_positions(starts, lengths)
+    tables[:total] = slots[rows]
     positions[total:], tables[total:] = -1, 0
-    # Padding is a row with no context, so that its output is written too.
     padded = decodes if shape.tiles else shape.tokens
     _put_parts(parts.reshape(-1, PART_WORDS), tables[:padded], positions[:padded] + 1, segment, heads.spare_parts)
     if shape.tiles or decodes < len(lengths):
         _put_tiles(tiles.reshape(-1, TILE_WORDS), slots[decodes:], starts[decodes:], lengths[decodes:], decodes, heads.tile_tokens)
 
 
+def fill_decodes(shape: LayoutShape, out: Ints, slots: Ints, starts: Ints, heads: Heads, segment: int | None = None) -> None:
+    """:func:`fill` for rows with one query token each and a shape without tiles: the host pays for it in every decode step."""
+    count, places, parts = len(slots), _aligned(shape.tokens), 2 * _aligned(shape.tokens)
+    positions, tables = out[: shape.tokens], out[places : places + shape.tokens]
+    positions[:count], tables[:count] = starts, slots
+    if count < shape.tokens:
+        positions[count:], tables[count:] = -1, 0
+    # Padding is a row with no context, so that its output is written too.
+    _put_parts(out[parts : shape.size].reshape(-1, PART_WORDS), tables, positions + 1, segment, heads.spare_parts)
+
+
+@cache
+def _whole(rows: int) -> Ints:
+    """Lines of ``rows`` parts that each are all of their row, whose slots and contexts are still to be written."""
+    lines = np.zeros((rows, PART_WORDS), np.int32)
+    lines[:, 0] = lines[:, 4] = np.arange(rows)
+    lines[:, 5] = 1
+    return lines
+
+
 def _put_parts(out: Ints, slots: Ints, contexts: Ints, segment: int | None, spare: int) -> None:
     """Cut ``contexts`` [rows] into equal parts of at most ``segment`` tokens each."""
+    count = len(contexts)
     if segment is None:
         fair = -(-int(contexts.sum()) // spare)
         segment = max(1, -(-fair // SEGMENT_STEP)) * SEGMENT_STEP
+    if count and contexts.max() <= segment:
+        out[:count] = _whole(1 << (count - 1).bit_length())[:count]
+        out[:count, 1], out[:count, 3] = slots, contexts
+        out[count:] = -1
+        return
     counts = np.maximum(-(-contexts // segment), 1)
     lengths = -(-contexts // (counts * SEGMENT_STEP)) * SEGMENT_STEP
     rows, numbers, firsts = _pieces(counts)
@@ -173,6 +199,25 @@ class Paging:
         """``width``: blocks of the longest row; entries say nothing until written."""
         tables = torch.zeros(slots, width, dtype=torch.int32, device=device)
         return Paging(tables, torch.zeros(slots * heads.kv, dtype=torch.int32, device=device))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """What a device remembers of the row in each slot, and of one slot more that padding reads and writes: the last ``tokens`` [slots + 1]
+    int32, the words of their ``seeds`` [slots + 1, 2] int32 (:func:`workers.core.params.seed_keys`), ``temperatures`` [slots + 1] fp32."""
+
+    tokens: Tensor
+    seeds: Tensor
+    temperatures: Tensor
+
+    @staticmethod
+    def empty(slots: int, device: torch.device) -> SlotState:
+        """Nobody's rows, greedy."""
+        return SlotState(
+            torch.zeros(slots + 1, dtype=torch.int32, device=device),
+            torch.zeros(slots + 1, 2, dtype=torch.int32, device=device),
+            torch.zeros(slots + 1, dtype=torch.float32, device=device),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,9 @@ from torch.nn import functional
 from workers.core.parts import FP8_UNIT
 from workers.errors import ConfigError
 from workers.model.kernels.fused import to_fp8
+from workers.model.kernels.launch import bring, early, enter
 from workers.model.kernels.linear import Narrow, Parts, Product, in_tiles
+from workers.model.kernels.one_row import one_row
 from workers.spec import QuantName
 
 
@@ -48,7 +50,7 @@ def product(form: QuantName | None, parts: Parts, bias: Tensor | None, dtype: to
     """As :func:`workers.model.kernels.linear.product`. Raises :class:`ConfigError` for shapes that FP8 instructions do not take."""
     weight = parts["weight"]
     if form is None:
-        return lambda x: functional.linear(x, weight, bias)
+        return lambda x: one_row(weight, bias, x) if x.shape[0] == 1 else functional.linear(x, weight, bias)
     if form == "fp8":
         if dtype != torch.bfloat16:
             raise ConfigError(
@@ -89,14 +91,18 @@ class _Fp8:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _scaled(
     out, x, x_scale, weight, scale, bias, rows, outs,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
-    NARROW: tl.constexpr, BIASES: tl.constexpr,
+    NARROW: tl.constexpr, BIASES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x OUTS results of x W^T over WIDTH inputs; each output row has a scale. NARROW: so has each row of x."""
+    """ROWS x OUTS results of x W^T over WIDTH inputs; each output row has a scale. NARROW: so has each row of x. AHEAD: the inputs whose
+    weights come nearer while the kernels before this one end."""
     lines = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    if AHEAD:
+        bring(weight + tl.minimum(lines, outs - 1).to(tl.int64) * WIDTH, AHEAD, EARLY)
+    enter(EARLY)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inner = tl.arange(0, INS)
     some_lines, some_rows = (lines < outs)[:, None], (row < rows)[None, :]
@@ -140,10 +146,11 @@ def _launch_scaled(
 ) -> Tensor:
     (rows, width), lines = x.shape, weight.shape[0]
     tile = _row_tile(rows)
+    ahead = 0 if width % 16 else min(tuning.ins * tuning.stages, width)
     _scaled[(triton.cdiv(lines, tuning.outs), triton.cdiv(rows, tile))](
         out, x, x_scale, weight, scale, bias, rows, lines,
         WIDTH=width, ROWS=tile, OUTS=tuning.outs, INS=tuning.ins,
-        NARROW=x_scale is not None, BIASES=bias is not None, num_warps=tuning.warps, num_stages=tuning.stages,
+        NARROW=x_scale is not None, BIASES=bias is not None, AHEAD=ahead, **early(), num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
     return out
 

@@ -188,6 +188,14 @@ def rope_rows(table: Tensor, layout: AttentionLayout) -> Tensor:
     return table[:, layout.positions].unsqueeze(2)
 
 
+def embed(tokens: Tensor, weight: Tensor, start: int, count: int, out: Tensor) -> None:
+    """Lines of ``weight``; zeros for ids that are not among the ``count`` from ``start``."""
+    local = tokens - start
+    mine = (local >= 0) & (local < count)
+    torch.index_select(weight, 0, local.clamp_(0, max(count - 1, 0)), out=out)
+    out.mul_(mine.unsqueeze(1))
+
+
 def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: AttentionLayout, norm: Tensor | None, eps: float) -> None:
     """Norm and turn the queries and keys of ``qkv`` [T, heads + 2 * kv_heads, dim] in place; write keys and values at ``layout.places``."""
     kv = cache.shape[2] // 2
