@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,21 +122,23 @@ def launched(ranks: int) -> list[str]:
     return [*([str(mpiexec), "-n", str(ranks)] if ranks > 1 else []), sys.executable, "-m"]
 
 
-def run(spec: ReplicaSpec, arguments: dict[str, Any], bound_s: float = BOUND_S) -> list[dict[str, Any]]:
-    """The lines that rank 0 prints; none where it fails, which is said."""
+def run(spec: ReplicaSpec, arguments: dict[str, Any], bound_s: float = BOUND_S) -> Iterator[dict[str, Any]]:
+    """The lines that rank 0 prints, as they come: those before a failure, which is said, are good ones."""
     told = {"spec": msgspec.to_builtins(spec), "started": time.time(), **arguments}
     environment = os.environ | GPU_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     argv = [*launched(spec.parallel.world), "bench.gpu_rank", json.dumps(told)]
     with subprocess.Popen(argv, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        clock = threading.Timer(bound_s, lambda: (say(f"not done within {bound_s:.0f} s"), os.killpg(process.pid, 9)))
+        clock.start()
         try:
-            output, _ = process.communicate(timeout=bound_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            output, _ = process.communicate()
-            say(f"not done within {bound_s:.0f} s")
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield json.loads(line)
+        finally:
+            clock.cancel()
     if process.returncode:
         say(f"the ranks ended with {process.returncode}")
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
 def gpus() -> int:
@@ -162,13 +166,13 @@ def main() -> None:
             profile = str(args.profile / f"{name}.txt") if args.profile else ""
             wanted = [workload for workload in case.workloads if not args.workload or workload in args.workload]
             workloads = [(workload, *WORKLOADS[workload]) for workload in wanted]
-            lines = [json.dumps(facts | line) for line in run(spec, {"workloads": workloads, "profile": profile})]
-            for line in lines:
+            for found in run(spec, {"workloads": workloads, "profile": profile}):
+                line = json.dumps(facts | found)
                 print(line, flush=True)
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                with args.output.open("a") as file:
-                    file.writelines(f"{line}\n" for line in lines)
+                if args.output:
+                    args.output.parent.mkdir(parents=True, exist_ok=True)
+                    with args.output.open("a") as file:
+                        file.write(f"{line}\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from bench.report import say
 from workers.artifacts.artifact import open_artifact
 from workers.core.parts import stored_tensors
 from workers.engine.comm import Waiter
+from workers.engine.graphs import Graphs
 from workers.portable import Follower, PortableEngine, build
 from workers.spec import ModelSpec, ReplicaSpec
 from workers.wire import SamplingParams, Submit
@@ -47,6 +51,34 @@ class Patience:
                 self.waited += time.perf_counter() - begin
 
         Waiter.until = until  # type: ignore[method-assign]
+
+
+class Gaps:
+    """How long the device stands between two graphs of decode steps, by events around :meth:`Graphs.replay` while :meth:`seen` runs."""
+
+    def __init__(self) -> None:
+        self._watching, self._replays = False, list[tuple[torch.cuda.Event, torch.cuda.Event]]()
+        plain = Graphs.replay
+
+        def replay(graphs: Graphs, size: int) -> None:
+            if not self._watching:
+                plain(graphs, size)
+                return
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            plain(graphs, size)
+            end.record()
+            self._replays.append((begin, end))
+
+        Graphs.replay = replay  # type: ignore[method-assign]
+
+    def seen(self, run: Callable[[], object]) -> int:
+        """Microseconds: the median of ``run``'s steps. What lies between them is a step's copies in and out, and any waiting."""
+        self._watching = True
+        run()
+        torch.cuda.synchronize()
+        self._watching, replays, self._replays = False, self._replays, []
+        return round(statistics.median(end.elapsed_time(begin) for (_, end), (begin, _) in pairwise(replays)) * 1e3)
 
 
 def rates() -> tuple[float, float]:
@@ -156,7 +188,9 @@ def profiled(engine: PortableEngine, model: ModelSpec, patience: Patience, path:
         pstats.Stats(host, stream=file).sort_stats("tottime").print_stats(30)
 
 
-def lead(engine: PortableEngine, model: ModelSpec, arguments: dict[str, Any], spec: ReplicaSpec, floor: Floor, patience: Patience) -> None:
+def lead(
+    engine: PortableEngine, model: ModelSpec, arguments: dict[str, Any], spec: ReplicaSpec, floor: Floor, patience: Patience, gaps: Gaps
+) -> None:
     shared = {
         "engine": "trireme",
         "gpu": torch.cuda.get_device_name(),
@@ -180,6 +214,7 @@ def lead(engine: PortableEngine, model: ModelSpec, arguments: dict[str, Any], sp
             "ms_per_step": round(seconds / osl * 1e3, 3) if requests == 1 else None,
             "floor_share": round(floor.seconds(requests, isl, osl) / seconds, 3),
             "host_us": found["host_us"],
+            "gap_us": gaps.seen(partial(serve, engine, submits(min(requests, 256), 32, 48, model.vocab_size, 3), patience)),
             "kv_tokens": engine.capacity.num_blocks * engine.capacity.block_size,
             "torch": torch.__version__,
         }
@@ -204,7 +239,7 @@ def main() -> None:
     if arguments["workloads"] and (comm is None or comm.Get_rank() == 0):
         measured = rates()  # before the engine takes the memory
     beside = time.time() - begin
-    patience = Patience()
+    patience, gaps = Patience(), Gaps()
     engine = build(spec, comm)
     if isinstance(engine, Follower):
         engine.run()
@@ -214,7 +249,7 @@ def main() -> None:
     if arguments["workloads"]:
         model = open_artifact(spec.artifact, bare=spec.engine.load_format == "dummy").model
         say(f"{torch.cuda.get_device_name()}: copies {measured[0] / 1e12:.2f} TB/s, products {measured[1] / 1e12:.0f} TFLOP/s")
-        lead(engine, model, arguments, spec, Floor(spec, model, engine.capacity.quant, *measured), patience)
+        lead(engine, model, arguments, spec, Floor(spec, model, engine.capacity.quant, *measured), patience, gaps)
     engine.close()
 
 

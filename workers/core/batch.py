@@ -107,7 +107,7 @@ class Batch:
         row = self._rows.get(id)
         if row is None:
             return
-        row.credit = min(row.credit + tokens, UNLIMITED)
+        row.allow(min(row.credit + tokens, UNLIMITED))
         if row.home is self._paused and row.credit > 0:
             self._paused.remove(row)
             self._place(row)
@@ -181,10 +181,19 @@ class Batch:
         active = min(self._running - paused + len(self._waiting), self._limits.max_batch_size)
         share = -(-active // self._micro_batches)
         free = min(share, budget)
+        if len(decodes) <= free:
+            ending = [row for row in decodes if row.issued == row.room]
+            if len(ending) <= self._pool.available:  # most steps: nobody has to give anything up
+                rows += decodes
+                decodes.clear()
+                for row in rows:
+                    row.home = None
+                for row in ending:
+                    self._grow(row, draft)
         while decodes and free:
             row = decodes.popleft()
             row.home = None
-            if row.computed + row.airborne == row.room and not self._grow(row, draft):
+            if row.issued == row.room and not self._grow(row, draft):
                 continue
             rows.append(row)
             free -= 1
@@ -256,7 +265,7 @@ class Batch:
         row.slot = self._slots.pop()
         row.blocks = found + fresh
         row.room = len(row.blocks) * size
-        row.computed = len(found) * size
+        row.computed = row.issued = len(found) * size
         row.publish_at = row.computed + size if self._pool.findable else NEVER
         if row.cached_tokens < 0:
             row.cached_tokens = min(row.computed, row.prompt_len)
@@ -286,8 +295,8 @@ class Batch:
             if row.over:
                 continue
             if sampled:
-                # The token in flight must neither pause the row nor be its last; a stop token ends it one step late.
-                if row.predictable and row.credit > 1 and len(row.tokens) < row.last:
+                # A stop token ends it one step late.
+                if len(row.tokens) < row.ahead:
                     row.home = decodes
                     decodes.append(row)
             elif row.pending:
@@ -308,21 +317,22 @@ class Batch:
         scored = flight.logprobs(chosen, result) if result.logprobs else None
         prompts = {i: (own, ids, logprobs) for i, own, ids, logprobs in result.prompt}
         emissions: list[Emission] = []
+        silent = 0  # emissions without a token: only an end can be one
         for i, (row, count, token) in enumerate(zip(flight.rows, flight.counts, chosen, strict=True)):
-            row.airborne -= count
+            computed = row.computed + count
+            if prompts and i in prompts and not row.over:
+                row.score(row.computed, prompts[i])
+            row.computed = computed
             if row.over:  # it ended, or was cancelled, while in flight; only now can nothing write its blocks any more
-                if not row.airborne:
+                if computed == row.issued:
                     self._vacate(row)
                 continue
-            if prompts and i in prompts:
-                row.score(row.computed, prompts[i])
-            row.computed += count
-            if row.computed >= row.publish_at:
+            if computed >= row.publish_at:
                 row.publish(self._pool)
-            gone_on = row.airborne or row.home is not None
+            gone_on = computed < row.issued or row.home is not None
             if token is not None:
                 emission = row.accept(token, scored[i] if scored is not None else None)
-            elif row.computed == row.known:
+            elif computed == row.known:
                 emission = row.expire()
             else:
                 if not gone_on:
@@ -330,6 +340,7 @@ class Batch:
                 continue
             emissions.append(emission)
             if emission.end is not None:
+                silent += not emission.tokens
                 self._end(row, emission.end)
             elif gone_on:
                 continue
@@ -338,7 +349,7 @@ class Batch:
                 self._decodes.append(row)
             else:
                 self._place(row)
-        self._output_tokens += sum([len(emission.tokens) for emission in emissions])
+        self._output_tokens += len(emissions) - silent
         return emissions
 
     # Places

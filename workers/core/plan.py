@@ -8,6 +8,7 @@ Order in which a rank applies a plan: ``closed`` slots are dropped, ``opened`` a
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
 import msgspec
@@ -25,7 +26,7 @@ GUESS: Final = -1
 
 def column(values: list[int] | Ints) -> bytes:
     """Pack integers as an int32 column."""
-    return np.asarray(values, dtype=I32).tobytes()
+    return struct.pack(f"<{len(values)}i", *values) if isinstance(values, list) else values.astype(I32).tobytes()
 
 
 def view(data: bytes) -> Ints:

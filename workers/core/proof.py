@@ -48,7 +48,7 @@ def prove(
         assert row.tokens[-1] != GUESS, "a guess is taken for a fact"
     for row in everyone:
         assert (row.slot >= 0) == bool(row.blocks), "a row has a slot without blocks or blocks without a slot"
-        assert row.room == len(row.blocks) * pool.block_size and row.start <= row.room, "a row's table is too short"
+        assert row.room == len(row.blocks) * pool.block_size and row.issued <= row.room, "a row's table is too short"
     taken = [row.slot for row in everyone if row.slot >= 0]
     assert sorted([*taken, *slots]) == list(range(slot_count)), "a slot is lost or shared"
     pool.check([row.blocks for row in everyone])

@@ -24,10 +24,13 @@ Queue = deque["Row"]
 class Row:
     """A live request, ``computed`` < ``known`` <= len(``tokens``): the K/V of tokens[:computed] is there, that of tokens[:known] is due.
 
-    ``known`` is len(tokens) but for a ``spent`` row, one that came with nothing left to emit: it ends once computed, and where nothing is
-    to be scored one token is enough. ``airborne``: tokens of it in plans in flight. ``home`` is the queue that holds the row; None while it
-    is in flight, or over. ``predictable``: its next token, whatever it is, changes nothing in how the one after it is chosen. ``last``:
-    length of ``tokens`` at which the next one is the last. ``order`` is its place in admission order.
+    A row is read and written in every step of its life, so what follows from something else is not kept. A ``spent`` row is one that came
+    with nothing left to emit: it ends once computed, and where nothing is to be scored one token is enough. ``issued``: ``computed`` and
+    what of it is in plans in flight. ``allowed``: length of ``tokens`` at which its credit is used up; ``last``: at which the next one is
+    the last; ``ahead``: before which it may go on from a token in flight, which must neither be its last nor pause it. ``predictable``: its
+    next token, whatever it is, changes nothing in how the one after it is chosen. ``ends``: tokens that are not simply emitted: its stop
+    tokens, and -1. ``home`` is the queue that holds the row; None while it is in flight, or over. ``order`` is its place in admission
+    order.
     """
 
     id: int
@@ -36,17 +39,17 @@ class Row:
     salt: str
     prompt_len: int
     tokens: list[int]
-    known: int
-    credit: int
     spent: bool
-    stops: frozenset[int]
+    ends: frozenset[int]
     guide: Guide | None
     prompt_scores: list[Logprobs] | None
+    allowed: int = 0
     home: Queue | None = None
     over: bool = False
-    airborne: int = 0
+    issued: int = 0
     predictable: bool = False
     last: int = 0
+    ahead: int = 0
     slot: int = -1
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -58,13 +61,27 @@ class Row:
     paused_at: float = 0.0
 
     @property
-    def start(self) -> int:
-        """Where the next plan of the row begins."""
-        return self.computed + self.airborne
+    def known(self) -> int:
+        return 1 if self.spent and self.prompt_scores is None else len(self.tokens)
+
+    @property
+    def airborne(self) -> int:
+        """Tokens of it in plans in flight."""
+        return self.issued - self.computed
+
+    @property
+    def credit(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.allowed - len(self.tokens)
+
+    def allow(self, tokens: int) -> None:
+        """Let ``tokens`` be emitted from now on."""
+        self.allowed = len(self.tokens) + tokens
+        self.ahead = min(self.allowed - 1, self.last) if self.predictable else 0
 
     @property
     def pending(self) -> int:
-        return self.known - self.computed - self.airborne
+        return self.known - self.issued
 
     @property
     def output_len(self) -> int:
@@ -110,7 +127,7 @@ class Row:
 
     def wants_score(self) -> bool:
         """Whether the next chunk makes a prediction for a later prompt token that is to be reported."""
-        return self.prompt_scores is not None and self.start < self.prompt_len - 1
+        return self.prompt_scores is not None and self.issued < self.prompt_len - 1
 
     def score(self, start: int, answer: tuple[bytes, bytes, bytes]) -> None:
         """Take the predictions made at prompt positions ``start``.., as in ``StepResult.prompt``."""
@@ -130,28 +147,28 @@ class Row:
 
     def accept(self, token: int, scored: Logprobs | None = None) -> Emission:
         """Take a sampled token: it is emitted, or it ends the row, or both."""
-        length = len(self.tokens)
+        tokens = self.tokens
+        length = len(tokens)
         first = length - self.prompt_len
-        prompt_scores = None if self.prompt_scores is None else self.take_scores()
-        end: Finish | Fault | None = None
-        if token < 0 or token in self.stops or self.guide is not None:
+        if token in self.ends or self.guide is not None:
             end = self._refuse(token, first)
             if end is not None:
-                return Emission(self.id, first, [], None, prompt_scores, end)
-        self.tokens.append(token)
-        self.known += 1
-        self.credit -= 1
+                return Emission(self.id, first, [], None, self.take_scores(), end)
+        tokens.append(token)
+        if length < self.last and scored is None and self.guide is None and self.prompt_scores is None:  # most tokens
+            return Emission(self.id, first, [token])
+        end = None
         if self.guide is not None and self.guide.done():
             end = self.finish("stop")
         elif length >= self.last:
             end = self.finish("length")
-        return Emission(self.id, first, [token], None if scored is None else [scored], prompt_scores, end)
+        return Emission(self.id, first, [token], None if scored is None else [scored], self.take_scores(), end)
 
     def _refuse(self, token: int, first: int) -> Finish | Fault | None:
         """Why ``token`` at output position ``first`` is not emitted; None = it is, and the guide has taken it."""
         if token < 0:
             return Fault("nan_logits", f"logits were not finite at output position {first}")
-        if token in self.stops and first >= self.params.min_tokens:
+        if token in self.ends and first >= self.params.min_tokens:
             return self.finish("stop", token)
         if self.guide is not None:
             try:
@@ -167,7 +184,7 @@ class Row:
 
     def restart(self) -> None:
         """Nothing is computed any more; what was emitted stays, and the guide with it."""
-        self.computed = self.room = 0
+        self.computed = self.issued = self.room = 0
         self.publish_at = NEVER
         self.preemptions += 1
         if self.prompt_scores is not None:
@@ -220,15 +237,17 @@ class Draft:
     def issue(self, step: int, closed: list[int]) -> tuple[StepPlan, Flight]:
         """The plan numbered ``step``, which also closes the slots ``closed``, and its rows in the air."""
         rows, counts, decodes = self.rows, self.counts, self.decodes
-        starts = [row.computed + row.airborne for row in rows]
-        tokens = [row.tokens[start] if start < row.known else GUESS for row, start in zip(rows[:decodes], starts, strict=False)]
-        samples = [1] * decodes
+        starts = [row.issued for row in rows]
+        tokens: list[int] = []
+        for row, start in zip(rows[:decodes], starts, strict=False):
+            tokens.append(row.tokens[start] if start < len(row.tokens) else GUESS)
+            row.issued = start + 1
+        samples, scores = [1] * decodes, [0] * decodes
         for row, count in zip(rows[decodes:], counts[decodes:], strict=True):
-            tokens += row.tokens[row.start : row.start + count]
+            tokens += row.tokens[row.issued : row.issued + count]
             samples.append(int(count == row.pending and not row.spent))
-        scores = [0] * decodes + [int(row.wants_score()) for row in rows[decodes:]]
-        for row, count in zip(rows, counts, strict=True):
-            row.airborne += count
+            scores.append(int(row.wants_score()))
+            row.issued += count
         added = [(row.slot, row.blocks) for row in self.opened] + [(row.slot, row.blocks[-1:]) for row in self.grown]
         plan = StepPlan(
             step=step,
@@ -256,22 +275,22 @@ def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: It
     guide = _make_guide(request, guides)
     wants_scores = params.prompt_logprobs is not None and not request.emitted  # emitted tokens came with or after the scores
     spent = len(request.emitted) >= params.max_tokens or (guide is not None and guide.done())
-    return Row(
+    row = Row(
         id=id,
         order=order,
         params=params,
         salt=request.salt,
         prompt_len=len(request.prompt_ids),
         tokens=tokens,
-        known=1 if spent and not wants_scores else len(tokens),
-        credit=request.credit,
         spent=spent,
-        stops=stop_set(params, eos_ids),
+        ends=stop_set(params, eos_ids) | {-1},
         guide=guide,
         last=len(request.prompt_ids) + params.max_tokens - 1,
         predictable=guide is None and not wants_scores and not has_penalties(params),
         prompt_scores=[Logprobs(tokens[0], None, [], [])] if wants_scores else None,
     )
+    row.allow(request.credit)
+    return row
 
 
 def check_request(request: Submit, limits: Capacity) -> None:
