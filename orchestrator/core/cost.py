@@ -27,7 +27,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank's device gives. Bytes and products (FLOP) a second; seconds for the rest.
 
     ``read``: weights; ``cached``: keys and values; ``traffic``: what passes between products. ``product``: linear layers; ``narrow``: FP8
-    ones; ``attention``: prefill. ``layer_s``, ``step_s``: launches and gaps. ``choice_s``: choosing a token, for each of its logits.
+    ones; ``attention``: prefill. ``layer_s``, ``step_s``: launches and gaps; ``alone_s``: the former for one token and plain weights, whose
+    products begin to read before their turn. ``choice_s``: choosing a token, for each of its logits.
     ``sum_s``, ``member_s``: latency of a sum over tp ranks of one host, and more of it for each rank; ``link``: bytes a second a rank.
     ``hop_s``: latency of a stage's output on its way to the next stage; it travels at ``link`` within a node, at ``wire`` beyond it.
     """
@@ -39,6 +40,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     narrow: float
     attention: float
     layer_s: float
+    alone_s: float
     step_s: float
     choice_s: float
     sum_s: float
@@ -62,6 +64,7 @@ class StageWork(msgspec.Struct, frozen=True, kw_only=True):
     hidden_bytes: int
     tp: int
     narrow: bool
+    plain: bool
     first: bool
 
 
@@ -128,6 +131,7 @@ def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineS
         hidden_bytes=item * hidden,
         tp=parallel.tp,
         narrow=quant.weights == "fp8" and engine.device == "cuda",
+        plain=quant.weights is None,
         first=shard.first,
     )
 
@@ -139,7 +143,8 @@ def stage_seconds(work: StageWork, rates: Rates, load: Load) -> float:
     spent = float((reading**BLEND + products**BLEND) ** (1 / BLEND))
     spent += load.context * work.cached_bytes / rates.cached + load.pairs * work.pair_flop / rates.attention
     spent += load.tokens * work.token_bytes / rates.traffic + load.rows * work.row_logits * rates.choice_s
-    return spent + work.layers * rates.layer_s + rates.step_s + _sums(work, rates, load)
+    layer_s = rates.alone_s if work.plain and load.tokens == 1 else rates.layer_s
+    return spent + work.layers * layer_s + rates.step_s + _sums(work, rates, load)
 
 
 def _sums(work: StageWork, rates: Rates, load: Load) -> float:

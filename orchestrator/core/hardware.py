@@ -56,17 +56,17 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     source: str
 
 
-#: Fitted by `python -m bench.fit` to the 17 runs of the 8B and 70B shapes in gpu.jsonl (one or two GPUs): met within 6.3 %, root mean
-#: square 2.9 %. The six runs in 2026-11-22-four-gpus.jsonl were held out, and are of an engine with slower sums: met within 8.2 %, root
-#: mean square 5.2 %.
+#: Fitted by `python -m bench.fit` to the 16 runs of the 8B and 70B shapes in gpu.jsonl (one or two GPUs): met within 7.0 %, root mean
+#: square 3.1 %. The four runs in 2026-11-22-four-gpus.jsonl were held out, and are of an engine with slower sums: met within 7.3 %, root
+#: mean square 5.1 %.
 GPU_FIT = Fit(
-    read=0.950,
-    product=0.832,
-    narrow=0.862,
-    layer_s=19.8e-6,
-    step_s=518e-6,
+    read=0.987,
+    product=0.856,
+    narrow=0.869,
+    layer_s=24.4e-6,
+    step_s=537e-6,
     error=0.07,
-    runs=23,
+    runs=20,
     source="bench/results/gpu.jsonl and 2026-11-22-four-gpus.jsonl",
 )
 
@@ -145,6 +145,7 @@ def gpu_rates(gpu: Gpu, dtype: DType, fit: Fit = GPU_FIT) -> Rates:
         narrow=gpu.narrow * fit.narrow,
         attention=product * _ATTENTION,
         layer_s=fit.layer_s,
+        alone_s=0.0,
         step_s=fit.step_s,
         choice_s=_CHOICE_S * _CHOICE_COPIED / gpu.copied,
         sum_s=_SUM_S if direct else _PCIE_S,
@@ -166,6 +167,7 @@ def host_rates(threads: float, fit: Fit = HOST_FIT) -> Rates:
         narrow=fit.narrow * threads,
         attention=fit.product * threads,
         layer_s=fit.layer_s,
+        alone_s=fit.layer_s,
         step_s=fit.step_s,
         choice_s=_HOST_CHOICE_S,
         sum_s=_HOST_SUM_S,

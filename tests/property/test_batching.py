@@ -15,7 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from tests.property.rig import Rig, capacity, submit
 from tests.unit.table_guide import table_guides
 from workers.core.contract import Finish
-from workers.core.plan import view
+from workers.core.plan import StepPlan, view
 from workers.errors import Rejected
 from workers.wire import Capacity, GuideSpec, SamplingParams, Submit
 
@@ -136,6 +136,42 @@ def test_a_stream_depends_on_nothing_but_itself(requests: list[Submit], limits: 
         rig.drain()
         alone += outcome(rig)
     assert outcome(crowded) == alone
+
+
+#: Turns, then the number of a row to cancel and of one to credit; most often there is none.
+MOVES = st.lists(st.tuples(st.integers(1, 15), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=8)
+
+
+@settings(max_examples=120, deadline=None)
+@given(requests=st.lists(REQUESTS, min_size=1, max_size=6), limits=LIMITS, cache=st.booleans(), moves=MOVES)
+def test_a_plan_made_from_the_one_before_is_the_plan_made_anew(
+    requests: list[Submit], limits: Capacity, cache: bool, moves: list[tuple[int, int, int]]
+) -> None:
+    quick, plain = (Rig(limits, guides=table_guides, prefix_cache=cache, ahead=True) for _ in range(2))
+    plain.batch._again = lambda flight: None  # type: ignore[method-assign]
+    for rig in (quick, plain):
+        for request in requests:
+            rig.submit(request)
+    for turns, victim, creditor in moves:
+        for _ in range(turns):
+            for quick_plan, plain_plan in zip(*map(turned, (quick, plain)), strict=True):
+                assert quick_plan == plain_plan
+        for rig in (quick, plain):
+            rig.batch.check()
+            if victim < len(requests):
+                rig.cancel(victim)
+            rig.batch.credit(creditor, 3)
+    assert [stream.tokens for stream in quick.streams.values()] == [stream.tokens for stream in plain.streams.values()]
+
+
+def turned(rig: Rig) -> list[StepPlan]:
+    """The plans of one turn."""
+    plans: list[StepPlan] = []
+    while (plan := rig.plan()) is not None:
+        plans.append(plan)
+    if rig.flights:
+        rig.commit()
+    return plans
 
 
 @settings(max_examples=80, deadline=None)

@@ -415,6 +415,25 @@ def test_stats_and_prediction() -> None:
     assert rig.batch.stats().output_tokens_total == 24 and rig.batch.predicted_tokens() == 0
 
 
+def test_most_plans_of_decodes_are_the_one_before_a_token_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    repeated: list[bool] = []
+    plain = Batch._again
+    monkeypatch.setattr(Batch, "_again", lambda self, flight: repeated.append((plan := plain(self, flight)) is not None) or plan)
+    rig = Rig(capacity(num_blocks=64), ahead=True)
+    for i in range(3):
+        rig.submit(submit([65 + i] * 10, greedy(60)))
+    rig.drain()
+    rig.verify()
+    assert sum(repeated) > 50
+    rig.submit(submit([65] * 10, greedy(60)))
+    rig.turn()
+    rig.submit(submit([66] * 10, greedy(60)))
+    repeated.clear()
+    assert len(view(rig.plan().slots)) == 2 and not any(repeated), "a newcomer waits for nobody's end"
+    rig.drain()
+    rig.verify()
+
+
 def test_the_leaders_share_of_a_step_is_small() -> None:
     """plan + encode + commit at 64 decoding rows take about 0.1 ms of processor time; the bound leaves room for a slow machine."""
     batch = Batch(capacity(num_blocks=4096, rows=64, tokens=8192, context=4096, block_size=16))

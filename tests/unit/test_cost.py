@@ -48,12 +48,12 @@ def test_figures_of_cpus_are_met_within_the_stated_error() -> None:
 
 #: A device on which only the step itself costs anything: a replay then counts steps.
 COUNTING = Rates(
-    read=1.0, cached=1.0, traffic=1.0, product=1.0, narrow=1.0, attention=1.0, layer_s=0.0, step_s=1.0, choice_s=0.0, sum_s=0.0,
-    member_s=0.0, link=1.0, hop_s=0.0, wire=1.0,
+    read=1.0, cached=1.0, traffic=1.0, product=1.0, narrow=1.0, attention=1.0, layer_s=0.0, alone_s=0.0, step_s=1.0, choice_s=0.0,
+    sum_s=0.0, member_s=0.0, link=1.0, hop_s=0.0, wire=1.0,
 )  # fmt: skip
 NOTHING = StageWork(
     layers=1, weights=0, token_flop=0, row_flop=0, row_logits=0, token_bytes=0, cached_bytes=0, pair_flop=0, hidden_bytes=0, tp=1,
-    narrow=False, first=True,
+    narrow=False, plain=False, first=True,
 )  # fmt: skip
 
 
@@ -121,6 +121,9 @@ def test_each_term_adds_what_it_says() -> None:
     assert stage_seconds(StageWork(**work | {"pair_flop": 7}), rates, load) == 21.5
     assert stage_seconds(StageWork(**work | {"weights": 9}), rates, load) == pytest.approx(9.5)
     assert stage_seconds(StageWork(**work | {"token_flop": 9}), rates, load) == pytest.approx(36.5)
+    # One token's products with plain weights begin to read before their turn.
+    one = Load(tokens=1, rows=1, context=0.0)
+    assert stage_seconds(StageWork(**work), rates, one) == 0.5 and stage_seconds(StageWork(**work | {"plain": True}), rates, one) == 0.0
     # Two sums a layer and one of the embedding, each 0.25 + 2 x 0.125 s and 4 tokens x 16 bytes over the link.
     assert stage_seconds(StageWork(**work | {"tp": 2, "hidden_bytes": 16}), rates, load) == pytest.approx(0.5 + 3 * (0.5 + 1.0))
 

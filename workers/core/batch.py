@@ -13,6 +13,7 @@ At most ``micro_batches`` plans are in flight over disjoint rows; results are co
 
 With ``ahead`` one plan more is in flight, over rows of the oldest one: each goes on from a token that only the device knows yet (a *guess*,
 -1 in the plan). What ends a row is then seen one step late: its second plan's answer is dropped, and its blocks are free only after that.
+Most plans are the one before once more, a token further (:meth:`Batch._again`): the host pays for every step of every row.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from itertools import chain
 from workers.core.blocks import BlockPool
 from workers.core.contract import Emission, EngineStats, Fault, Finish
 from workers.core.guide import GuideFactory
-from workers.core.plan import StepPlan, StepResult, view
+from workers.core.plan import I32, StepPlan, StepResult, view
 from workers.core.proof import prove
 from workers.core.rows import NEVER, Draft, Flight, Queue, Row, make_row
 from workers.errors import EngineFault
@@ -78,6 +79,7 @@ class Batch:
         self._closed: list[int] = []
         self._refused: tuple[int, int, int] | None = None
         self._tight = False  # the last plan lacked blocks for a row
+        self._left = 0  # rows that are over by now
         self._now = 0.0
         self._orders = 0
         self._steps = 0
@@ -161,6 +163,8 @@ class Batch:
             if not self._ahead or len(self._flights) > self._micro_batches:
                 return None
             if not self._tight:  # rows in flight cannot be preempted: where blocks are short, let them land first
+                if (again := self._again(self._flights[0])) is not None:
+                    return again
                 self._go_on(self._flights[0])
         for row in list(self._overdue(self._now)):
             self._preempt(row)
@@ -171,6 +175,19 @@ class Batch:
                 self._preempt(row)
             draft = self._draft()
         return self._issue(draft) if draft.rows else None
+
+    def _again(self, flight: Flight) -> StepPlan | None:
+        """The plan of ``flight`` one token further, where all its rows surely go on, nobody else wants a place, and there are blocks."""
+        if flight.sure <= 0 or flight.over != self._left or self._decodes or self._prefills or self._waiting or self._paused:
+            return None
+        ending = [row for row in flight.rows if row.issued == row.room]
+        if len(ending) > self._pool.available:
+            return None
+        draft = Draft()
+        for row in ending:
+            self._grow(row, draft)
+        flight.left = True
+        return self._send_off(draft.again(self._steps + 1, self._closed, flight))
 
     def _draft(self) -> Draft:
         """Choose the next plan's rows: decodes, then prefill chunks, then admissions, under the token budget and this plan's share."""
@@ -275,15 +292,22 @@ class Batch:
         return True
 
     def _issue(self, draft: Draft) -> StepPlan:
-        """Turn a draft into the plan and remember it as in flight."""
+        """Turn a draft into the plan."""
+        flight = draft.issue(self._steps + 1, self._closed)
+        # The rows of the plan that they go on from, and nobody else: so it may stay for a while.
+        if self._ahead and draft.decodes == len(draft.rows) and self._flights and self._flights[0].rows == draft.rows:
+            flight.sure, flight.over = min([row.ahead - len(row.tokens) for row in draft.rows]) - 1, self._left
+        return self._send_off(flight)
+
+    def _send_off(self, flight: Flight) -> StepPlan:
+        """Remember a plan as in flight."""
         self._steps += 1
-        tokens = sum(draft.counts)
+        tokens = len(flight.plan.tokens) // I32.itemsize
         self._step_tokens[bisect_left(STEP_TOKEN_BUCKETS, tokens)] += 1
         self._step_tokens_total += tokens
-        plan, flight = draft.issue(self._steps, self._closed)
         self._closed = []
         self._flights.append(flight)
-        return plan
+        return flight.plan
 
     def _go_on(self, flight: Flight) -> None:
         """Let the rows of ``flight`` be planned again before its answer is there: chunks go on, and tokens are guessed."""
@@ -306,23 +330,22 @@ class Batch:
 
     def commit(self, result: StepResult) -> list[Emission]:
         """Take the answer to the oldest plan in flight. Raises EngineFault when ``result`` answers another one."""
-        if not self._flights or self._flights[0].step != result.step:
-            expected = self._flights[0].step if self._flights else None
+        if not self._flights or self._flights[0].plan.step != result.step:
+            expected = self._flights[0].plan.step if self._flights else None
             raise EngineFault("a step's result came out of order", f"expected step {expected}, got {result.step}")
         flight = self._flights.popleft()
         chosen = view(result.tokens).tolist()
         if len(chosen) < len(flight.rows):  # None for the rows that only computed a chunk
             answers = iter(chosen)
             chosen = [next(answers) if sampled else None for sampled in flight.samples]
-        scored = flight.logprobs(chosen, result) if result.logprobs else None
-        prompts = {i: (own, ids, logprobs) for i, own, ids, logprobs in result.prompt}
+        scored = flight.logprobs(chosen, result) if result.logprobs else [None] * len(flight.rows)
+        for i, *answer in result.prompt:
+            if not flight.rows[i].over:
+                flight.rows[i].score(*answer)
         emissions: list[Emission] = []
         silent = 0  # emissions without a token: only an end can be one
-        for i, (row, count, token) in enumerate(zip(flight.rows, flight.counts, chosen, strict=True)):
-            computed = row.computed + count
-            if prompts and i in prompts and not row.over:
-                row.score(row.computed, prompts[i])
-            row.computed = computed
+        for row, count, token, logprobs in zip(flight.rows, flight.counts, chosen, scored, strict=True):
+            row.computed = computed = row.computed + count
             if row.over:  # it ended, or was cancelled, while in flight; only now can nothing write its blocks any more
                 if computed == row.issued:
                     self._vacate(row)
@@ -331,7 +354,7 @@ class Batch:
                 row.publish(self._pool)
             gone_on = computed < row.issued or row.home is not None
             if token is not None:
-                emission = row.accept(token, scored[i] if scored is not None else None)
+                emission = row.accept(token, logprobs)
             elif computed == row.known:
                 emission = row.expire()
             else:
@@ -394,6 +417,7 @@ class Batch:
     def _leave(self, row: Row) -> None:
         """A row is over. Its blocks are free now, or after the last plan in flight that may still write them."""
         row.over = True
+        self._left += 1
         if row.home is not None:
             row.home.remove(row)
             row.home = None

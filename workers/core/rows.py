@@ -129,11 +129,11 @@ class Row:
         """Whether the next chunk makes a prediction for a later prompt token that is to be reported."""
         return self.prompt_scores is not None and self.issued < self.prompt_len - 1
 
-    def score(self, start: int, answer: tuple[bytes, bytes, bytes]) -> None:
-        """Take the predictions made at prompt positions ``start``.., as in ``StepResult.prompt``."""
+    def score(self, own_column: bytes, ids_column: bytes, logprobs_column: bytes) -> None:
+        """Take the predictions made at prompt positions ``computed``.., as in ``StepResult.prompt``."""
         assert self.prompt_scores is not None
-        own, ids, logprobs = view_floats(answer[0]).tolist(), view(answer[1]).tolist(), view_floats(answer[2]).tolist()
-        k = len(ids) // len(own)
+        own, ids, logprobs = view_floats(own_column).tolist(), view(ids_column).tolist(), view_floats(logprobs_column).tolist()
+        start, k = self.computed, len(ids) // len(own)
         for i in range(min(len(own), self.prompt_len - 1 - start)):
             span = slice(i * k, (i + 1) * k)
             self.prompt_scores.append(Logprobs(self.tokens[start + i + 1], own[i], ids[span], logprobs[span]))
@@ -198,13 +198,15 @@ NEVER = 2**62
 @dataclass(slots=True)
 class Flight:
     """A plan that is out: its rows, their query lengths, and whether they yield a token (0 or 1). ``left``: its rows may be in a later
-    plan."""
+    plan. ``sure``: plans of the same rows that may follow, as long as not more than ``over`` rows of the batch have ended."""
 
-    step: int
+    plan: StepPlan
     rows: list[Row]
     counts: list[int]
     samples: list[int]
     left: bool = False
+    sure: int = 0
+    over: int = 0
 
     def logprobs(self, chosen: list[int | None], result: StepResult) -> list[Logprobs | None]:
         """Per row, the log-probabilities of its token where it asked for them; ``chosen`` has the row's token or None."""
@@ -218,6 +220,9 @@ class Flight:
             else:
                 scored.append(Logprobs(token, logprob, *tops.get(i, ([], []))))
         return scored
+
+
+_GUESS = column([GUESS])
 
 
 class Draft:
@@ -234,8 +239,26 @@ class Draft:
         self.grown: list[Row] = []
         self.stuck: list[Row] = []
 
-    def issue(self, step: int, closed: list[int]) -> tuple[StepPlan, Flight]:
-        """The plan numbered ``step``, which also closes the slots ``closed``, and its rows in the air."""
+    def again(self, step: int, closed: list[int], flight: Flight) -> Flight:
+        """:meth:`issue` for the rows of ``flight``, decodes all, each from the token that it has in flight."""
+        before = flight.plan
+        for row in flight.rows:
+            row.issued += 1
+        plan = StepPlan(
+            step=step,
+            slots=before.slots,
+            starts=(view(before.starts) + 1).tobytes(),
+            lengths=before.lengths,
+            tokens=_GUESS * len(flight.rows),
+            sample=before.sample,
+            block_slots=column([row.slot for row in self.grown]),
+            block_ids=column([row.blocks[-1] for row in self.grown]),
+            closed=column(closed),
+        )
+        return Flight(plan, flight.rows, flight.counts, flight.samples, sure=flight.sure - 1, over=flight.over)
+
+    def issue(self, step: int, closed: list[int]) -> Flight:
+        """The plan numbered ``step``, which also closes the slots ``closed``: its rows are in the air."""
         rows, counts, decodes = self.rows, self.counts, self.decodes
         starts = [row.issued for row in rows]
         tokens: list[int] = []
@@ -263,7 +286,7 @@ class Draft:
             opened=[row.opening() for row in self.opened],
             masks=[(i, row.guide.mask()) for i, row in enumerate(rows) if row.guide is not None and samples[i]],
         )
-        return plan, Flight(step, rows, counts, samples)
+        return Flight(plan, rows, counts, samples)
 
 
 def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None) -> Row:
