@@ -138,26 +138,29 @@ def test_a_stream_depends_on_nothing_but_itself(requests: list[Submit], limits: 
     assert outcome(crowded) == alone
 
 
-#: Turns, then the number of a row to cancel and of one to credit; most often there is none.
-MOVES = st.lists(st.tuples(st.integers(1, 15), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=8)
+#: Turns, then seconds that pass, and the numbers of a row to cancel and of one to credit; most often there is none.
+MOVES = st.lists(
+    st.tuples(st.integers(1, 15), st.sampled_from([0.0, 0.0, 3.0]), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=8
+)
 
 
 @settings(max_examples=120, deadline=None)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=6), limits=LIMITS, cache=st.booleans(), moves=MOVES)
 def test_a_plan_made_from_the_one_before_is_the_plan_made_anew(
-    requests: list[Submit], limits: Capacity, cache: bool, moves: list[tuple[int, int, int]]
+    requests: list[Submit], limits: Capacity, cache: bool, moves: list[tuple[int, float, int, int]]
 ) -> None:
     quick, plain = (Rig(limits, guides=table_guides, prefix_cache=cache, ahead=True) for _ in range(2))
     plain.batch._again = lambda flight: None  # type: ignore[method-assign]
     for rig in (quick, plain):
         for request in requests:
             rig.submit(request)
-    for turns, victim, creditor in moves:
+    for turns, seconds, victim, creditor in moves:
         for _ in range(turns):
             for quick_plan, plain_plan in zip(*map(turned, (quick, plain)), strict=True):
                 assert quick_plan == plain_plan
         for rig in (quick, plain):
             rig.batch.check()
+            rig.now += seconds
             if victim < len(requests):
                 rig.cancel(victim)
             rig.batch.credit(creditor, 3)

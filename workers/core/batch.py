@@ -177,8 +177,10 @@ class Batch:
         return self._issue(draft) if draft.rows else None
 
     def _again(self, flight: Flight) -> StepPlan | None:
-        """The plan of ``flight`` one token further, where all its rows surely go on, nobody else wants a place, and there are blocks."""
-        if flight.sure <= 0 or flight.over != self._left or self._decodes or self._prefills or self._waiting or self._paused:
+        """The plan of ``flight`` one token further, where all its rows surely go on, nobody else can have a place, and there are blocks."""
+        if flight.sure <= 0 or flight.over != self._left or self._decodes or self._prefills or (self._waiting and self._slots):
+            return None
+        if any(self._overdue(self._now)):
             return None
         ending = [row for row in flight.rows if row.issued == row.room]
         if len(ending) > self._pool.available:
