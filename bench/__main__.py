@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench.report import say
 
-MODULES = ("bench.replica", "bench.router", "bench.engine")
+MODULES = ("bench.host", "bench.replica", "bench.router", "bench.engine")
 
 
 def hardware() -> str:

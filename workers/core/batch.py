@@ -286,6 +286,7 @@ class Batch:
         row.room = len(row.blocks) * size
         row.computed = row.issued = len(found) * size
         row.publish_at = row.computed + size if self._pool.findable else NEVER
+        row.settle()
         if row.cached_tokens < 0:
             row.cached_tokens = min(row.computed, row.prompt_len)
             self._prompt_tokens += row.prompt_len
@@ -348,6 +349,12 @@ class Batch:
         silent = 0  # emissions without a token: only an end can be one
         for row, count, token, logprobs in zip(flight.rows, flight.counts, chosen, scored, strict=True):
             row.computed = computed = row.computed + count
+            if computed < row.calm and token not in row.ends and logprobs is None:  # most tokens; all that is computed is known
+                row.tokens.append(token)
+                emissions.append(Emission(row.id, computed - row.prompt_len, [token]))
+                if computed == row.issued and row.home is None:
+                    self._place(row)
+                continue
             if row.over:  # it ended, or was cancelled, while in flight; only now can nothing write its blocks any more
                 if computed == row.issued:
                     self._vacate(row)
@@ -367,12 +374,7 @@ class Batch:
             if emission.end is not None:
                 silent += not emission.tokens
                 self._end(row, emission.end)
-            elif gone_on:
-                continue
-            elif row.credit > 0:
-                row.home = self._decodes
-                self._decodes.append(row)
-            else:
+            elif not gone_on:
                 self._place(row)
         self._output_tokens += len(emissions) - silent
         return emissions
@@ -419,6 +421,7 @@ class Batch:
     def _leave(self, row: Row) -> None:
         """A row is over. Its blocks are free now, or after the last plan in flight that may still write them."""
         row.over = True
+        row.settle()
         self._left += 1
         if row.home is not None:
             row.home.remove(row)

@@ -28,9 +28,9 @@ class Row:
     with nothing left to emit: it ends once computed, and where nothing is to be scored one token is enough. ``issued``: ``computed`` and
     what of it is in plans in flight. ``allowed``: length of ``tokens`` at which its credit is used up; ``last``: at which the next one is
     the last; ``ahead``: before which it may go on from a token in flight, which must neither be its last nor pause it. ``predictable``: its
-    next token, whatever it is, changes nothing in how the one after it is chosen. ``ends``: tokens that are not simply emitted: its stop
-    tokens, and -1. ``home`` is the queue that holds the row; None while it is in flight, or over. ``order`` is its place in admission
-    order.
+    next token, whatever it is, changes nothing in how the one after it is chosen. ``ends``: what is not just emitted: its stop tokens, -1,
+    and None, which is no token yet; ``calm``: length of ``computed`` below which all else is (:meth:`settle`). ``home`` is the queue that
+    holds the row; None while it is in flight, or over. ``order`` is its place in admission order.
     """
 
     id: int
@@ -40,7 +40,7 @@ class Row:
     prompt_len: int
     tokens: list[int]
     spent: bool
-    ends: frozenset[int]
+    ends: frozenset[int | None]
     guide: Guide | None
     prompt_scores: list[Logprobs] | None
     allowed: int = 0
@@ -50,6 +50,7 @@ class Row:
     predictable: bool = False
     last: int = 0
     ahead: int = 0
+    calm: int = 0
     slot: int = -1
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -78,6 +79,11 @@ class Row:
         """Let ``tokens`` be emitted from now on."""
         self.allowed = len(self.tokens) + tokens
         self.ahead = min(self.allowed - 1, self.last) if self.predictable else 0
+
+    def settle(self) -> None:
+        """Note until when nothing can happen to the row but that a token is emitted, after a change of what else there is."""
+        quiet = not self.over and self.guide is None and self.prompt_scores is None
+        self.calm = min(self.publish_at, self.last) if quiet else 0
 
     @property
     def pending(self) -> int:
@@ -122,8 +128,9 @@ class Row:
             parent = self.blocks[i - 1] if i else -1
             if not pool.publish(self.blocks[i], hash=self.hashes[i], parent=parent, salt=self.salt, tokens=tokens):
                 self.publish_at = NEVER
-                return
+                break
             self.publish_at += size
+        self.settle()
 
     def wants_score(self) -> bool:
         """Whether the next chunk makes a prediction for a later prompt token that is to be reported."""
@@ -147,17 +154,14 @@ class Row:
 
     def accept(self, token: int, scored: Logprobs | None = None) -> Emission:
         """Take a sampled token: it is emitted, or it ends the row, or both."""
-        tokens = self.tokens
-        length = len(tokens)
+        length = len(self.tokens)
         first = length - self.prompt_len
+        end: Finish | Fault | None = None
         if token in self.ends or self.guide is not None:
             end = self._refuse(token, first)
             if end is not None:
                 return Emission(self.id, first, [], None, self.take_scores(), end)
-        tokens.append(token)
-        if length < self.last and scored is None and self.guide is None and self.prompt_scores is None:  # most tokens
-            return Emission(self.id, first, [token])
-        end = None
+        self.tokens.append(token)
         if self.guide is not None and self.guide.done():
             end = self.finish("stop")
         elif length >= self.last:
@@ -306,7 +310,7 @@ def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: It
         prompt_len=len(request.prompt_ids),
         tokens=tokens,
         spent=spent,
-        ends=stop_set(params, eos_ids) | {-1},
+        ends=stop_set(params, eos_ids) | {-1, None},
         guide=guide,
         last=len(request.prompt_ids) + params.max_tokens - 1,
         predictable=guide is None and not wants_scores and not has_penalties(params),

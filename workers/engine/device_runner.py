@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -145,6 +145,8 @@ class DeviceRunner:
         self._notes = Staging(device, words=slots, depth=depth + 2)
         self._outbox = [device.pinned(slots) for _ in range(depth + 2)]
         self._marks: dict[int, Mark] = {}
+        # The last plan and its columns: most have those of the plan before but for two.
+        self._before = StepPlan(step=-1), _Step(_NONE, _NONE, _NONE, _NONE, np.zeros(0, np.int64), None)
         self._graphs = self._captured(sizes)
 
     @torch.inference_mode()
@@ -199,8 +201,13 @@ class DeviceRunner:
 
     def _note(self, plan: StepPlan) -> _News:
         """Take closed and opened slots and appended blocks into the host's records; returns what the device must learn."""
-        if not (plan.closed or plan.opened or plan.block_slots or self._specials):  # most decode steps
-            return _News(_NONE, _NONE, _NONE, self._guessed(plan))
+        if not (plan.closed or plan.opened or self._specials):  # most decode steps: a row gets one block at most
+            if not plan.block_slots:
+                return _News(_NONE, _NONE, _NONE, self._guessed(plan))
+            slots = view(plan.block_slots)
+            cells = slots * self._width + self._filled[slots]
+            self._filled[slots] += 1
+            return _News(cells.astype(I32), view(plan.block_ids), _NONE, self._guessed(plan))
         closed = view(plan.closed)
         self._filled[closed] = 0
         seeds: list[int] = []
@@ -244,6 +251,15 @@ class DeviceRunner:
         return slots if self.stage.shard.first else _NONE
 
     def _columns(self, plan: StepPlan) -> _Step:
+        before, step = self._before
+        if plan.slots == before.slots and plan.lengths == before.lengths and plan.sample == before.sample and plan.score == before.score:
+            step = step._replace(starts=view(plan.starts), tokens=view(plan.tokens))
+        else:
+            step = self._read(plan)
+        self._before = plan, step
+        return step
+
+    def _read(self, plan: StepPlan) -> _Step:
         slots, starts, lengths, tokens = view(plan.slots), view(plan.starts), view(plan.lengths), view(plan.tokens)
         sample = view(plan.sample)
         rows = np.flatnonzero(sample)
@@ -302,7 +318,7 @@ class DeviceRunner:
         if not news.words:
             self._staging.send(into)
             return
-        bounds = np.cumsum([head, *(len(part) for part in news)]).tolist()
+        bounds = list(accumulate((len(part) for part in news), initial=head))
         for part, (begin, end) in zip(news, pairwise(bounds), strict=True):
             packed[begin:end] = part
         self._staging.send(into)

@@ -1,0 +1,92 @@
+"""What a decode step costs the host of a GPU: batch, plan, packed copy and answers of 256 rows, over a device that does nothing.
+
+python -m bench.host [--runs 5]
+
+CPU seconds of the thread that drives the engine, without CUDA's own calls; `bench.gpu` says what it is with them (``host_us``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tests.reference.device_kernels as kernels
+from bench.report import Claim, publish
+from tests.reference.shards import make_stage, whole_weights
+from tests.tiny import tiny_model
+from workers.artifacts.artifact import open_artifact
+from workers.core.batch import Batch
+from workers.engine.cache import KvCache
+from workers.engine.comm import Solo
+from workers.engine.device import HostDevice
+from workers.engine.device_runner import DeviceRunner, Links
+from workers.portable import PortableEngine
+from workers.wire import Capacity, SamplingParams, Submit
+
+ROWS, TOKENS, ASKED_US = 256, 300, 300.0
+_VOCAB, _BLOCKS = 321, 16384
+
+
+class Idle(HostDevice):
+    """A device whose programs are over at once."""
+
+    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+
+def engine_of(folder: Path) -> PortableEngine:
+    """An engine as on a GPU, one plan ahead, whose model computes nothing."""
+    model = open_artifact(folder).model
+    stage = make_stage(model, whole_weights(folder), kernels=kernels)
+
+    def nothing(hidden: Tensor, *rest: object) -> Tensor:
+        return hidden
+
+    stage.forward = nothing  # type: ignore[method-assign,assignment]
+    limits = Capacity(
+        block_size=16, num_blocks=_BLOCKS, max_batch_size=512, max_num_tokens=8192, max_seq_len=1024, vocab_size=_VOCAB, tp=1, pp=1
+    )
+    cache = KvCache(model, stage.shard, blocks=_BLOCKS, block_size=16, dtype=stage.dtype, device=stage.device)
+    links = Links(Solo(), Solo(), Solo())
+    runner = DeviceRunner(stage, cache, Idle(), kernels, links, slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
+    return PortableEngine(Batch(limits, ahead=True), runner, limits, close=runner.close)
+
+
+def step_us(engine: PortableEngine, rows: int, run: int) -> float:
+    """Median of the steps in which every one of ``rows`` rows yields a token. Prompts differ in length, so blocks fill up in turns; and
+    from ``run`` to run, so whole blocks are made findable."""
+    for i in range(rows):
+        params = SamplingParams(temperature=1.0, seed=i, max_tokens=TOKENS, ignore_eos=True)
+        prompt = [run, *((7 * i + 3 * j) % 300 for j in range(15 + i % 16))]
+        engine.submit(i, Submit(boot="b", stream=i, attempt=0, client="c", request=str(i), model="m", prompt_ids=prompt, params=params))
+    spent = []
+    while engine.busy():
+        begin = time.thread_time()
+        emissions = engine.step()
+        if len(emissions) == rows:
+            spent.append((time.thread_time() - begin) * 1e6)
+    return statistics.median(spent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=int, default=5)
+    runs = parser.parse_args().runs
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_of(tiny_model(Path(folder), heads=6, kv_heads=2, vocab=_VOCAB, layers=1))
+        single = [step_us(engine, 1, run) for run in range(runs)]
+        crowd = [step_us(engine, ROWS, runs + run) for run in range(runs)]
+    detail = f"one row: {statistics.median(single):.0f} us; without CUDA's own calls"
+    publish([Claim(name=f"host's part of a decode step at {ROWS} rows", unit="us", asked=ASKED_US, sense="<=", runs=crowd, detail=detail)])
+
+
+if __name__ == "__main__":
+    main()
