@@ -14,7 +14,7 @@ holder of a block holds the block's whole prefix, so:
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from struct import pack
@@ -58,7 +58,8 @@ class BlockPool:
         self.findable = findable
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
-        self._idle: dict[int, None] = {}
+        # Its first is taken again and again: a dict would pass over what was taken before, each time.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._index: dict[int, int] = {}
         self._contents: dict[int, _Content] = {}
 
@@ -137,8 +138,7 @@ class BlockPool:
                     self._free.append(block)
 
     def _evict(self) -> int:
-        block = next(iter(self._idle))
-        del self._idle[block]
+        block, _ = self._idle.popitem(last=False)
         self._unpublish(block)
         return block
 
