@@ -171,6 +171,8 @@ def refused(url: str) -> bool:
         httpx.get(f"{url}/health", trust_env=False)
     except httpx.ConnectError:
         return True
+    except httpx.TransportError:
+        pass  # accepted, and closed before an answer
     return False
 
 
