@@ -200,15 +200,6 @@ class Batch:
         active = min(self._running - paused + len(self._waiting), self._limits.max_batch_size)
         share = -(-active // self._micro_batches)
         free = min(share, budget)
-        if len(decodes) <= free:
-            ending = [row for row in decodes if row.issued == row.room]
-            if len(ending) <= self._pool.available:  # most steps: nobody has to give anything up
-                rows += decodes
-                decodes.clear()
-                for row in rows:
-                    row.home = None
-                for row in ending:
-                    self._grow(row, draft)
         while decodes and free:
             row = decodes.popleft()
             row.home = None

@@ -1,9 +1,9 @@
 """How Triton kernels of a step follow each other on the device.
 
-Owns the programmatic launch: on Hopper and later a kernel is brought to the multiprocessors while the one before it still ends, and waits
-there. Every program of a kernel launched so must call :func:`enter`, before it returns and before it touches what the kernel before it
-reads or writes. Older memory may be read sooner: a kernel lets the next one be brought only when all that came before itself is complete.
-Must never be relied on for order: without it kernels follow each other as always.
+Owns the programmatic launch, and what a kernel may do meanwhile: on Hopper and later it is brought to the multiprocessors while the one
+before it still ends, and waits there. Every program of a kernel launched so must call :func:`enter`, before it returns or touches
+what the kernel before it reads or writes. Older memory may be read sooner: a kernel lets the next one be brought only when all that came
+before itself is complete. Must never be relied on for order: without it kernels follow each other as always.
 """
 
 from functools import cache

@@ -123,13 +123,12 @@ def fill(shape: LayoutShape, out: Ints, slots: Ints, starts: Ints, lengths: Ints
 
 def fill_decodes(shape: LayoutShape, out: Ints, slots: Ints, starts: Ints, heads: Heads, segment: int | None = None) -> None:
     """:func:`fill` for rows with one query token each and a shape without tiles: the host pays for it in every decode step."""
-    count, places, parts = len(slots), _aligned(shape.tokens), 2 * _aligned(shape.tokens)
-    positions, tables = out[: shape.tokens], out[places : places + shape.tokens]
+    positions, tables, parts, _ = (out[span] for span in shape.spans)
+    count = len(slots)
     positions[:count], tables[:count] = starts, slots
-    if count < shape.tokens:
-        positions[count:], tables[count:] = -1, 0
+    positions[count:], tables[count:] = -1, 0
     # Padding is a row with no context, so that its output is written too.
-    _put_parts(out[parts : shape.size].reshape(-1, PART_WORDS), tables, positions + 1, segment, heads.spare_parts)
+    _put_parts(parts.reshape(-1, PART_WORDS), tables, positions + 1, segment, heads.spare_parts)
 
 
 @cache
