@@ -13,18 +13,26 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from tests.reference.default_model import artifact
 from tests.reference.engine import Stream, margin_violations, request, serve
 from tests.tiny import tiny_model
+from workers.artifacts.convert import convert
 from workers.errors import ConfigError
+from workers.model.kernels import reference
+from workers.model.kernels.linear import FP8_MAX
 from workers.portable import PortableEngine, build
-from workers.spec import EngineSpec, ReplicaSpec
+from workers.spec import EngineSpec, Parallel, ReplicaSpec
 from workers.wire import SamplingParams, Submit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 #: Gap of two log-probabilities below which another order of sums may choose the other token.
 MARGIN = {"fp32": 1e-3, "bf16": 0.15}
+#: The same where keys and values are rounded to FP8: what differs in a last bit before may differ by a sixteenth after.
+NARROW_MARGIN = {"fp32": 0.03, "bf16": 0.15}
+
+plain_store = reference.rope_store
 
 TEXTS = (
     "The capital of France is", "Once upon a time, in a village by the sea,", "def fibonacci(n):\n", "Water boils at",
@@ -60,6 +68,33 @@ def test_greedy_tokens_are_the_cpus(folder: Path, dtype: str, logprobs: int | No
     for turn in range(2):  # the second time from the prefix cache
         for a, b in zip(expected, serve(device, greedy(prompts, 40, logprobs)), strict=True):
             assert not margin_violations(a, b, MARGIN[dtype])
+        assert turn == 0 or device.stats().prefix_hits_total > 0
+    device.close()
+
+
+def rounding_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: reference.AttentionLayout, norm: Tensor | None, eps: float) -> None:
+    """The CPU's own, whose keys and values are rounded as an FP8 cache keeps them."""
+    plain_store(qkv, cache, rope, layout, norm, eps)
+    lines = cache.view(-1, *cache.shape[2:])
+    kept = lines.index_select(0, layout.places).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(cache.dtype)
+    lines.index_copy_(0, layout.places, kept)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_fp8_kv_cache_gives_the_tokens_of_a_cpu_that_rounds_alike(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    narrow = convert(folder, tmp_path / "narrow", parallel=Parallel(), fp8_kv_cache=True)
+    prompts = [[(7 * i + 3 * j) % 300 for j in range(3 + 17 * i)] for i in range(20)]
+    exact = serve(engine_of(narrow, "cpu"), greedy(prompts, 40, 2))
+    monkeypatch.setattr(reference, "rope_store", rounding_store)
+    rounded = serve(engine_of(narrow, "cpu"), greedy(prompts, 40, 2))
+    margin = NARROW_MARGIN[dtype]
+    assert any(margin_violations(a, b, margin) for a, b in zip(rounded, exact, strict=True)), "the margin would hide a plain cache"
+    device = engine_of(narrow, "cuda", dtype)
+    for turn in range(2):  # the second time from the prefix cache
+        for a, b in zip(rounded, serve(device, greedy(prompts, 40, None)), strict=True):
+            assert not margin_violations(a, b, margin)
         assert turn == 0 or device.stats().prefix_hits_total > 0
     device.close()
 
