@@ -207,15 +207,15 @@ def fused_cases() -> Iterator[Case]:
 def choose_cases() -> Iterator[Case]:
     for rows in (1, 64, 512):
         logits = [torch.randn(rows, 128256, device=DEVICE, dtype=BF16) for _ in range(copies(rows * 128256 * 2))]
-        places, tokens = (torch.arange(rows, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        slots, positions, tokens = (torch.arange(rows, dtype=torch.int32, device=DEVICE) for _ in range(3))
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             state = SlotState.empty(rows, DEVICE)
             state.temperatures.fill_(temperature)
 
-            def choose(x: torch.Tensor, state: SlotState = state, places: torch.Tensor = places, tokens: torch.Tensor = tokens) -> None:
-                winners(candidates(x, places, places, state, 0), places, state, tokens)
+            def choose(x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, state: SlotState, tokens: torch.Tensor) -> None:
+                winners(candidates(x, slots, positions, state, 0), slots, positions, state, tokens)
 
-            calls: list[Call] = [partial(choose, x) for x in logits]
+            calls: list[Call] = [partial(choose, x, slots, positions, state, tokens) for x in logits]
             yield Case(f"choose, {rows} x 128256, {name}", calls, "TB/s", rows * 128256 * 2)
 
 

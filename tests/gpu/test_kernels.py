@@ -29,7 +29,7 @@ if not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 from workers.model.kernels import gpu  # noqa: E402
-from workers.model.kernels.choose import candidates, known, merged, winners  # noqa: E402
+from workers.model.kernels.choose import append, candidates, known, merged, winners  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -205,11 +205,28 @@ def chosen(logits: torch.Tensor, params: list[SamplingParams], positions: list[i
         part = logits[:, start : start + width].contiguous()
         best.append(candidates(part, slots, asked, state, start))
     tokens = torch.empty(count, dtype=torch.int32, device=DEVICE)
-    winners(best[0] if shards == 1 else torch.stack([merged(part) for part in best]), slots, state, tokens)
+    winners(best[0] if shards == 1 else torch.stack([merged(part) for part in best]), slots, asked, state, tokens)
+    assert asked.tolist() == positions
     assert state.tokens.tolist() == [max(token, 0) for token in reversed(tokens.tolist())] + [-7]
     guesses = torch.where(tokens % 2 == 0, -1, tokens)
     assert known(guesses, slots, state).tolist() == [max(token, 0) for token in tokens.tolist()]
+    assert guesses.tolist() == [-1] * count
     return tokens.tolist()
+
+
+def test_appended_blocks_are_written_once_and_padding_stays() -> None:
+    tables = torch.full((40, 9), -5, dtype=torch.int32, device=DEVICE)
+    cells = torch.full((200,), -1, dtype=torch.int32, device=DEVICE)
+    cells[3], cells[150], cells[199] = 0, 77, 359
+    append(tables, cells, torch.arange(1000, 1200, dtype=torch.int32, device=DEVICE))
+    expected = torch.full((360,), -5, dtype=torch.int32)
+    expected[[0, 77, 359]] = torch.tensor([1003, 1150, 1199], dtype=torch.int32)
+    assert torch.equal(tables.view(-1).cpu(), expected) and bool((cells == -1).all())
+    slot, state = torch.zeros(1, dtype=torch.int32, device=DEVICE), SlotState.empty(1, DEVICE)
+    nowhere = slot - 1
+    best = candidates(torch.zeros(1, 8, device=DEVICE), slot, slot, state, 0)
+    winners(best, slot, nowhere, state, nowhere.clone())
+    assert nowhere.tolist() == [-1], "padding stays where it is"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

@@ -14,7 +14,7 @@ import msgspec
 from workers.core.batch import Batch
 from workers.core.contract import Emission, Fault, Finish
 from workers.core.guide import GuideFactory
-from workers.core.plan import StepPlan, decode_plan, decode_result, encode, view
+from workers.core.plan import GUESS, StepPlan, decode_plan, decode_result, encode, view
 from workers.fake import FakeModel, advance, expected_tokens
 from workers.wire import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
 
@@ -121,6 +121,10 @@ class Rig:
         beside = list(self.flights)[len(self.flights) - self.limits.pp + 1 :] if self.ahead else self.flights
         for other in beside:
             assert set(slots).isdisjoint(view(other.slots).tolist()), "a row is in two plans at once"
+        if plan.repeats:
+            before = next(other for other in self.flights if other.step == plan.repeats)
+            assert (before.slots, before.lengths, before.sample) == (plan.slots, plan.lengths, plan.sample) and not plan.opened
+            assert (view(before.starts) + 1 == view(plan.starts)).all() and set(view(plan.tokens).tolist()) == {GUESS}
         self.flights.append(plan)
         return plan
 

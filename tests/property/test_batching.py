@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 import hypothesis.strategies as st
+import msgspec
 from hypothesis import given, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
 
@@ -157,7 +158,7 @@ def test_a_plan_made_from_the_one_before_is_the_plan_made_anew(
     for turns, seconds, victim, creditor in moves:
         for _ in range(turns):
             for quick_plan, plain_plan in zip(*map(turned, (quick, plain)), strict=True):
-                assert quick_plan == plain_plan
+                assert msgspec.structs.replace(quick_plan, repeats=0) == plain_plan
         for rig in (quick, plain):
             rig.batch.check()
             rig.now += seconds

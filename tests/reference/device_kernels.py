@@ -17,6 +17,7 @@ from workers.model.kernels.reference import add_rms_norm, embed, rms_norm, rotat
 
 __all__ = [
     "add_rms_norm",
+    "append",
     "candidates",
     "embed",
     "known",
@@ -63,8 +64,16 @@ def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout) -> Tenso
     return out
 
 
+def append(tables: Tensor, cells: Tensor, blocks: Tensor) -> None:
+    there = cells >= 0
+    tables.view(-1)[cells[there].long()] = blocks[there]
+    cells.fill_(-1)
+
+
 def known(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
-    return torch.where(tokens < 0, state.tokens[slots.long()], tokens)
+    found = torch.where(tokens < 0, state.tokens[slots.long()], tokens)
+    tokens.fill_(-1)
+    return found
 
 
 def candidates(logits: Tensor, slots: Tensor, positions: Tensor, state: SlotState, start: int) -> Tensor:
@@ -91,9 +100,10 @@ def merged(best: Tensor) -> Tensor:
     return best[0]
 
 
-def winners(best: Tensor, slots: Tensor, state: SlotState, tokens: Tensor) -> None:
+def winners(best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, tokens: Tensor) -> None:
     scores = best[:, 0].contiguous().view(torch.float32)
     chosen = scores.argmax(0, keepdim=True)
     broken = (best[:, 2] != 0).any(0) | (scores.max(0).values == -torch.inf)
     tokens.copy_(best[:, 1].gather(0, chosen)[0].masked_fill(broken, -1))
     state.tokens.index_copy_(0, slots.long(), tokens.clamp_min(0))
+    positions.add_(positions >= 0)

@@ -38,27 +38,29 @@ def planned(
 def cuts(layout: DeviceLayout) -> dict[int, list[tuple[int, int]]]:
     """Each decode row's (begin, end) of parts."""
     found: dict[int, list[tuple[int, int]]] = {}
-    for number, (row, slot, begin, end, first, count, *_) in enumerate(layout.parts.tolist()):
+    for number, (row, slot, begin, bound, first, count, *_) in enumerate(layout.parts.tolist()):
         if row >= 0:
             assert slot == layout.slots[row] and first <= number < first + count and number == first + len(found.setdefault(row, []))
-            found[row].append((begin, end))
+            found[row].append((begin, min(bound, int(layout.positions[row]) + 1)))
     for row, parts in found.items():
         assert len(parts) == next(count for other, _, _, _, _, count, *_ in layout.parts.tolist() if other == row)
     return found
 
 
 @settings(max_examples=60, deadline=None)
-@given(HEADS, DECODES, st.integers(0, 5))
-def test_parts_cover_each_context_once(heads: Heads, contexts: list[int], padding: int) -> None:
+@given(HEADS, DECODES, st.integers(0, 5), st.integers(0, 500))
+def test_parts_cover_each_context_once(heads: Heads, contexts: list[int], padding: int, steps: int) -> None:
+    """At once, and ``steps`` steps later, when nothing but the positions was raised."""
     rows = len(contexts)
     shape = decode_shape(rows + padding, heads)
     layout = planned(shape, heads, [(7 * i) % 64 for i in range(rows)], contexts, [1] * rows)
     assert layout.positions.tolist() == contexts + [-1] * padding
+    layout.positions[:rows] += steps
     assert layout.slots.tolist() == [(7 * i) % 64 for i in range(rows)] + [0] * padding
     found = cuts(layout)
     assert sorted(found) == list(range(rows + padding))
     for row, parts in found.items():
-        context = contexts[row] + 1 if row < rows else 0
+        context = contexts[row] + steps + 1 if row < rows else 0
         assert parts[0][0] == 0 and parts[-1][1] == context
         assert all(before[1] == after[0] for before, after in pairwise(parts))
         assert all(begin < end for begin, end in parts) or context == 0

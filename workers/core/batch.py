@@ -165,6 +165,7 @@ class Batch:
             if not self._tight:  # rows in flight cannot be preempted: where blocks are short, let them land first
                 if (again := self._again(self._flights[0])) is not None:
                     return again
+                self._settle()
                 self._go_on(self._flights[0])
         for row in list(self._overdue(self._now)):
             self._preempt(row)
@@ -182,14 +183,13 @@ class Batch:
             return None
         if any(self._overdue(self._now)):
             return None
-        ending = [row for row in flight.rows if row.issued == row.room]
-        if len(ending) > self._pool.available:
+        full = flight.full()
+        if len(full) > self._pool.available:
             return None
         draft = Draft()
-        for row in ending:
+        for row in full:
             self._grow(row, draft)
-        flight.left = True
-        return self._send_off(draft.again(self._steps + 1, self._closed, flight))
+        return self._send_off(flight.again(self._steps + 1, self._closed, self._pool.block_size))
 
     def _draft(self) -> Draft:
         """Choose the next plan's rows: decodes, then prefill chunks, then admissions, under the token budget and this plan's share."""
@@ -303,6 +303,11 @@ class Batch:
         self._flights.append(flight)
         return flight.plan
 
+    def _settle(self) -> None:
+        """Let every row know what is in flight of it."""
+        for flight in self._flights:
+            flight.settle()
+
     def _go_on(self, flight: Flight) -> None:
         """Let the rows of ``flight`` be planned again before its answer is there: chunks go on, and tokens are guessed."""
         if flight.left:
@@ -328,11 +333,13 @@ class Batch:
             expected = self._flights[0].plan.step if self._flights else None
             raise EngineFault("a step's result came out of order", f"expected step {expected}, got {result.step}")
         flight = self._flights.popleft()
+        flight.settle()
         chosen = view(result.tokens).tolist()
         if len(chosen) < len(flight.rows):  # None for the rows that only computed a chunk
             answers = iter(chosen)
             chosen = [next(answers) if sampled else None for sampled in flight.samples]
         scored = flight.logprobs(chosen, result) if result.logprobs else [None] * len(flight.rows)
+        landing = not flight.repeated
         for i, *answer in result.prompt:
             if not flight.rows[i].over:
                 flight.rows[i].score(*answer)
@@ -343,7 +350,7 @@ class Batch:
             if computed < row.calm and token not in row.ends and logprobs is None:  # most tokens; all that is computed is known
                 row.tokens.append(token)
                 emissions.append(Emission(row.id, computed - row.prompt_len, [token]))
-                if computed == row.issued and row.home is None:
+                if landing and computed == row.issued and row.home is None:
                     self._place(row)
                 continue
             if row.over:  # it ended, or was cancelled, while in flight; only now can nothing write its blocks any more
@@ -352,7 +359,7 @@ class Batch:
                 continue
             if computed >= row.publish_at:
                 row.publish(self._pool)
-            gone_on = computed < row.issued or row.home is not None
+            gone_on = flight.repeated or computed < row.issued or row.home is not None
             if token is not None:
                 emission = row.accept(token, logprobs)
             elif computed == row.known:
@@ -411,6 +418,7 @@ class Batch:
 
     def _leave(self, row: Row) -> None:
         """A row is over. Its blocks are free now, or after the last plan in flight that may still write them."""
+        self._settle()
         row.over = True
         row.settle()
         self._left += 1
@@ -432,6 +440,7 @@ class Batch:
 
     def check(self) -> None:
         """Prove the invariants of rows, queues, slots and blocks. Raises AssertionError naming the first one broken."""
+        self._settle()
         prove(
             self._rows,
             self._flights,

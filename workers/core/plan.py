@@ -55,10 +55,12 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     = query tokens, sum T; ``tokens`` [T] ids (or ``GUESS``), row after row; ``sample`` [R] = 1 where the last query position yields a
     token; ``block_slots`` / ``block_ids`` [B] = blocks appended this step, in order; ``closed`` [C] slots. ``masks``: (row index, packed
     vocabulary bitmask: bit i of uint32 word i // 32 = allowed) for guided rows that sample. ``score`` [R] (or empty = none): 1 where prompt
-    logprobs of this chunk are wanted. ``stop`` ends the rank's loop.
+    logprobs of this chunk are wanted. ``repeats``: the step whose rows these are, all decodes, each a token further and from a guess; 0 =
+    none. ``stop`` ends the rank's loop.
     """
 
     step: int
+    repeats: int = 0
     slots: bytes = b""
     starts: bytes = b""
     lengths: bytes = b""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from workers.core.blocks import BlockPool, prefix_hashes
 from workers.core.contract import Emission, Fault, Finish
@@ -24,7 +25,8 @@ Queue = deque["Row"]
 class Row:
     """A live request, ``computed`` < ``known`` <= len(``tokens``): the K/V of tokens[:computed] is there, that of tokens[:known] is due.
 
-    A row is read and written in every step of its life, so what follows from something else is not kept. A ``spent`` row is one that came
+    A row is read and written in every step of its life, so what follows from something else is not kept, and what holds for all rows of
+    repeated plans is kept with these (:class:`Flight`). A ``spent`` row is one that came
     with nothing left to emit: it ends once computed, and where nothing is to be scored one token is enough. ``issued``: ``computed`` and
     what of it is in plans in flight. ``allowed``: length of ``tokens`` at which its credit is used up; ``last``: at which the next one is
     the last; ``ahead``: before which it may go on from a token in flight, which must neither be its last nor pause it. ``predictable``: its
@@ -197,12 +199,18 @@ class Row:
 
 #: A ``publish_at`` that is never reached.
 NEVER = 2**62
+_GUESS = column([GUESS])
 
 
 @dataclass(slots=True)
 class Flight:
     """A plan that is out: its rows, their query lengths, and whether they yield a token (0 or 1). ``left``: its rows may be in a later
-    plan. ``sure``: plans of the same rows that may follow, as long as not more than ``over`` rows of the batch have ended."""
+    plan. ``sure``: plans of the same rows that may follow, as long as not more than ``over`` rows of the batch have ended.
+
+    A plan that repeats another is not noted in its rows: ``owed`` is by how much their ``issued`` is behind, until :meth:`settle`.
+    ``repeated``: another one repeats this one, and owes what it owed. ``turn``: repetitions up to this plan; ``due``: rows by the turn
+    after which their blocks are full, one table for all repetitions.
+    """
 
     plan: StepPlan
     rows: list[Row]
@@ -211,6 +219,58 @@ class Flight:
     left: bool = False
     sure: int = 0
     over: int = 0
+    owed: int = 0
+    repeated: bool = False
+    turn: int = 0
+    due: dict[int, list[Row]] | None = None
+
+    def settle(self) -> None:
+        """Pay what is owed."""
+        if self.owed:
+            for row in self.rows:
+                row.issued += self.owed
+            self.owed = 0
+
+    def full(self) -> list[Row]:
+        """Rows that need a block to go on from here; only before anything else is planned for them."""
+        if self.due is None:
+            self.due = {}
+            for row in self.rows:
+                self.due.setdefault(row.room - row.issued, []).append(row)
+        return self.due.get(self.turn, [])
+
+    def again(self, step: int, closed: list[int], block_size: int) -> Flight:
+        """The plan numbered ``step`` of the same rows, decodes all, each from the token that it has in flight. Those that were
+        :meth:`full` have got a block."""
+        before, grown = self.plan, self.full()
+        assert self.due is not None
+        if grown:
+            self.due.setdefault(self.turn + block_size, []).extend(self.due.pop(self.turn))
+        plan = StepPlan(
+            step=step,
+            repeats=before.step,
+            slots=before.slots,
+            starts=(view(before.starts) + 1).tobytes(),
+            lengths=before.lengths,
+            tokens=_GUESS * len(self.rows),
+            sample=before.sample,
+            block_slots=column([row.slot for row in grown]),
+            block_ids=column([row.blocks[-1] for row in grown]),
+            closed=column(closed),
+        )
+        found = Flight(
+            plan,
+            self.rows,
+            self.counts,
+            self.samples,
+            sure=self.sure - 1,
+            over=self.over,
+            owed=self.owed + 1,
+            turn=self.turn + 1,
+            due=self.due,
+        )
+        self.left, self.repeated, self.owed = True, True, 0
+        return found
 
     def logprobs(self, chosen: list[int | None], result: StepResult) -> list[Logprobs | None]:
         """Per row, the log-probabilities of its token where it asked for them; ``chosen`` has the row's token or None."""
@@ -226,9 +286,6 @@ class Flight:
         return scored
 
 
-_GUESS = column([GUESS])
-
-
 class Draft:
     """A plan in the making: its rows (the first ``decodes`` of them decode) and their query lengths, the rows that got a slot, those that
     got a block, and those that must wait for one."""
@@ -242,24 +299,6 @@ class Draft:
         self.opened: list[Row] = []
         self.grown: list[Row] = []
         self.stuck: list[Row] = []
-
-    def again(self, step: int, closed: list[int], flight: Flight) -> Flight:
-        """:meth:`issue` for the rows of ``flight``, decodes all, each from the token that it has in flight."""
-        before = flight.plan
-        for row in flight.rows:
-            row.issued += 1
-        plan = StepPlan(
-            step=step,
-            slots=before.slots,
-            starts=(view(before.starts) + 1).tobytes(),
-            lengths=before.lengths,
-            tokens=_GUESS * len(flight.rows),
-            sample=before.sample,
-            block_slots=column([row.slot for row in self.grown]),
-            block_ids=column([row.blocks[-1] for row in self.grown]),
-            closed=column(closed),
-        )
-        return Flight(plan, flight.rows, flight.counts, flight.samples, sure=flight.sure - 1, over=flight.over)
 
     def issue(self, step: int, closed: list[int]) -> Flight:
         """The plan numbered ``step``, which also closes the slots ``closed``: its rows are in the air."""
@@ -293,6 +332,12 @@ class Draft:
         return Flight(plan, rows, counts, samples)
 
 
+@lru_cache(256)
+def _shared(ends: frozenset[int | None]) -> frozenset[int | None]:
+    """One object for all that are equal: a step looks into every row's, mostly in vain, and each would have to come from memory."""
+    return ends
+
+
 def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None) -> Row:
     """The row of a request. Raises TooLong for what can never fit, Rejected for ids, parameters or a grammar that mean nothing, Unsupported
     for a grammar where ``guides`` is None."""
@@ -310,7 +355,7 @@ def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: It
         prompt_len=len(request.prompt_ids),
         tokens=tokens,
         spent=spent,
-        ends=stop_set(params, eos_ids) | {-1, None},
+        ends=_shared(stop_set(params, eos_ids) | {-1, None}),
         guide=guide,
         last=len(request.prompt_ids) + params.max_tokens - 1,
         predictable=guide is None and not wants_scores and not has_penalties(params),

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
-from workers.core.plan import F32, I32, Ints, StepPlan, StepResult
+from workers.core.plan import F32, Ints, StepPlan, StepResult
 from workers.engine.comm import Waiter
 from workers.engine.device import Mark
 
@@ -66,9 +65,9 @@ class Extras:
 
 
 class Pending:
-    """An answer on its way: sampled ids in pinned memory, whole once ``mark`` is reached."""
+    """An answer on its way: sampled ids in memory that the device writes, whole once ``mark`` is reached."""
 
-    def __init__(self, step: int, tokens: Tensor, mark: Mark, waiter: Waiter, extras: Extras | None) -> None:
+    def __init__(self, step: int, tokens: Ints, mark: Mark, waiter: Waiter, extras: Extras | None) -> None:
         self._step, self._tokens, self._mark, self._waiter, self._extras = step, tokens, mark, waiter, extras
 
     def ready(self) -> bool:
@@ -76,10 +75,10 @@ class Pending:
 
     def result(self) -> StepResult:
         self._waiter.until(self._mark.query)
-        tokens = self._tokens.numpy().astype(I32)
         extras = self._extras
         if extras is None:
-            return StepResult(step=self._step, tokens=tokens.tobytes())
+            return StepResult(step=self._step, tokens=self._tokens.tobytes())
+        tokens = self._tokens.copy()
         tokens[extras.places] = extras.tokens
         logprobs = b""
         if extras.logprobs is not None:

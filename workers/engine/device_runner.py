@@ -1,8 +1,9 @@
 """Applies step plans on one rank with a GPU: starts each without waiting for the one before, and answers when the device gets there.
 
 Owns the device's copy of what a rank remembers: block tables, the last token and the seed of every slot, the cache. A step is one packed
-copy, then a captured program (decodes) or the same operations one by one (all else), in one stream. Must never decide anything, nor read
-from the device where a plan can be issued without; rows with more than a temperature are the exception (:meth:`DeviceRunner._extras`).
+copy, then a captured program (decodes) or the same operations one by one (all else), in one stream; a step that repeats the one before
+needs a copy of what it appends only. Must never decide anything, nor read from the device where a plan can be issued without; rows with
+more than a temperature are the exception (:meth:`DeviceRunner._extras`).
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ from workers.engine.cache import KvCache
 from workers.engine.comm import Group, Waiter
 from workers.engine.device import Device, Mark
 from workers.engine.graphs import Graphs, graph_sizes
+from workers.engine.inbox import Inbox
 from workers.engine.sampler import Sampler
 from workers.engine.sampling import Sampling, is_plain
-from workers.engine.staging import Staging, rounded
-from workers.model.kernels.layout import DeviceLayout, Heads, Paging, SlotState, decode_shape, fill, fill_decodes, step_shape
+from workers.engine.staging import Pinned, Staging, rounded
+from workers.model.kernels.layout import DeviceLayout, Heads, Paging, SlotState, fill, step_shape
 from workers.model.kernels.layout import view as view_layout
 from workers.model.llama import LlamaStage
 
 _NONE: Ints = np.zeros(0, I32)
+#: Repetitions after which a layout is cut anew: its last parts grow by a token each.
+_REPEATS = 16
 
 
 class Choose(Protocol):
-    """Greedy and plain temperature on the device: :mod:`workers.model.kernels.choose`."""
+    """Both ends of a step on the device: :mod:`workers.model.kernels.choose`."""
+
+    def append(self, tables: Tensor, cells: Tensor, blocks: Tensor) -> None: ...
 
     def known(self, tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor: ...
 
@@ -43,7 +49,7 @@ class Choose(Protocol):
 
     def merged(self, best: Tensor) -> Tensor: ...
 
-    def winners(self, best: Tensor, slots: Tensor, state: SlotState, tokens: Tensor) -> None: ...
+    def winners(self, best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, tokens: Tensor) -> None: ...
 
 
 class Links(NamedTuple):
@@ -66,12 +72,10 @@ class _Inputs(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A plan's columns."""
+    """What a plan has in common with those that repeat it; ``rows``: those that yield a token."""
 
     slots: Ints
-    starts: Ints
     lengths: Ints
-    tokens: Ints
     rows: npt.NDArray[np.int64]
     graph: int | None
 
@@ -88,6 +92,9 @@ class _News(NamedTuple):
     @property
     def words(self) -> int:
         return 2 * len(self.cells) + len(self.opened) + len(self.returns)
+
+
+_NO_NEWS = _News(_NONE, _NONE, _NONE, _NONE)
 
 
 class DeviceRunner:
@@ -125,7 +132,7 @@ class DeviceRunner:
         self._heads = Heads(shard.heads.size, shard.kv_heads.size)
         self._width = -(-max_seq_len // cache.block_size)
         self._paging = Paging.empty(slots, self._width, self._heads, on)
-        self._filled = np.zeros(slots, np.int64)
+        self._filled = [0] * slots
         # One slot more than there are: what padding reads and writes.
         self._nobody = slots
         self._state = SlotState.empty(slots, on)
@@ -137,16 +144,18 @@ class DeviceRunner:
         sizes = graph_sizes(slots)
         self._hidden = torch.zeros(sizes[-1], stage.model.hidden_size, dtype=stage.dtype, device=on)
         self._tokens = torch.zeros(sizes[-1], dtype=torch.int32, device=on)
-        self._shapes = {size: decode_shape(size, self._heads) for size in sizes}
-        longest = max(shape.size + 2 * size for size, shape in self._shapes.items())
-        self._inbox = torch.zeros(rounded(longest + 8 * slots), dtype=torch.int32, device=on)
-        self._inboxes: dict[int, Tensor] = {}
+        longest = Inbox.longest(sizes[-1], self._heads)
+        # All inboxes begin here: the next step's is copied when nobody reads the last one's any more.
+        self._memory = torch.zeros(rounded(longest + 8 * slots), dtype=torch.int32, device=on)
+        self._inboxes = {size: Inbox(size, self._heads, self._memory, self._paging, self._nobody) for size in sizes}
+        self._copied: dict[int, Tensor] = {}
+        self._held = self._repeated = 0
         self._staging = Staging(device, words=6 * max_num_tokens + 32 * slots + longest, depth=depth + 2)
         self._notes = Staging(device, words=slots, depth=depth + 2)
-        self._outbox = [device.pinned(slots) for _ in range(depth + 2)]
+        self._outbox = [Pinned(device, slots) for _ in range(depth + 2)]
         self._marks: dict[int, Mark] = {}
-        # The last plan and its columns: most have those of the plan before but for two.
-        self._before = StepPlan(step=-1), _Step(_NONE, _NONE, _NONE, _NONE, np.zeros(0, np.int64), None)
+        # The last plan and what it has in common with most that follow.
+        self._before = StepPlan(step=-1), _Step(_NONE, _NONE, np.zeros(0, np.int64), None)
         self._graphs = self._captured(sizes)
 
     @torch.inference_mode()
@@ -154,20 +163,17 @@ class DeviceRunner:
         return Graphs(self._device, sizes, self._decode_program)
 
     def _decode_program(self, size: int) -> tuple[Callable[[], None], Callable[[], None]]:
-        """One decode step of ``size`` rows, from the inbox to ``_hidden`` and ``_tokens``; and one through the first layer alone, which
+        """One decode step of ``size`` rows, from their inbox to ``_hidden`` and ``_tokens``; and one through the first layer alone, which
         uses the same kernels as all of them."""
-        shape = self._shapes[size]
-        packed = np.zeros(shape.size + 2 * size, I32)
-        fill(shape, packed[: shape.size], _NONE, _NONE, _NONE, self._heads)
-        packed[shape.size + size :] = self._nobody
-        inbox = self._inbox[: len(packed)]
-        inbox.copy_(torch.from_numpy(packed))
-        slots = inbox[shape.size + size :]
-        layout = view_layout(shape, inbox[: shape.size], self._paging)
-        inputs = _Inputs(layout, inbox[shape.size : shape.size + size], None, slots)
+        inbox = self._inboxes[size]
+        packed = np.zeros(inbox.words, I32)
+        inbox.fill(packed, _NONE, _NONE, _NONE, _NONE, _NONE)
+        self._memory[: inbox.words].copy_(torch.from_numpy(packed))
+        inputs = _Inputs(inbox.layout, inbox.tokens, None, inbox.slots)
 
         def program(layers: list[Tensor]) -> None:
             hidden = self._hidden[:size]
+            self._choose.append(self._paging.tables, inbox.cells, inbox.blocks)
             if self.stage.shard.first:
                 self._embed(inputs, hidden)
             self._forward(inputs, hidden, self._tokens[:size], layers)
@@ -183,61 +189,57 @@ class DeviceRunner:
         if not plan.slots:
             return Done(StepResult(step=plan.step)) if self._sampling is not None and self._answers else None
         step = self._columns(plan)
-        hidden, tokens = self._run(step, news) if step.graph is None else self._replay(step, step.graph, news)
-        shard, count = self.stage.shard, len(step.tokens)
+        hidden, tokens = self._run(plan, step, news) if step.graph is None else self._replay(plan, step, step.graph, news)
+        shard, count = self.stage.shard, len(plan.tokens) // I32.itemsize
         if not shard.last:
             # What a graph computes is overwritten by the next one; what is sent must stay as it is.
             self._links.pipeline.send(hidden[:count] if step.graph is None else hidden[:count].clone(), self._links.pipeline.rank + 1)
             self._staging.sent()
             return None
         extras = self._extras(plan, step, hidden) if self._specials or plan.score else None
-        out = self._outbox[plan.step % len(self._outbox)][: len(step.rows)]
+        out, sampled = self._outbox[plan.step % len(self._outbox)], len(step.rows)
         if self._answers:
-            out.copy_(tokens[: len(step.rows)], non_blocking=True)
+            out.view(sampled).copy_(tokens[:sampled], non_blocking=True)
         mark = self._staging.sent()
         self._marks[plan.step] = mark
         self._marks.pop(plan.step - self._depth - 1, None)
-        return Pending(plan.step, out, mark, self._waiter, extras) if self._answers else None
+        return Pending(plan.step, out.array[:sampled], mark, self._waiter, extras) if self._answers else None
 
     def _note(self, plan: StepPlan) -> _News:
         """Take closed and opened slots and appended blocks into the host's records; returns what the device must learn."""
-        if not (plan.closed or plan.opened or self._specials):  # most decode steps: a row gets one block at most
-            if not plan.block_slots:
-                return _News(_NONE, _NONE, _NONE, self._guessed(plan))
-            slots = view(plan.block_slots)
-            cells = slots * self._width + self._filled[slots]
-            self._filled[slots] += 1
-            return _News(cells.astype(I32), view(plan.block_ids), _NONE, self._guessed(plan))
-        closed = view(plan.closed)
-        self._filled[closed] = 0
+        opened = _NONE
+        if plan.closed or plan.opened or self._specials:
+            closed = view(plan.closed)
+            for slot in closed.tolist():
+                self._filled[slot] = 0
+            if self._sampling is not None:
+                opened = self._turned_over(plan, closed, self._sampling)
+        if not plan.block_slots:
+            return _News(_NONE, _NONE, opened, self._guessed(plan))
+        cells, filled = [], self._filled
+        for slot in view(plan.block_slots).tolist():
+            cells.append(slot * self._width + filled[slot])
+            filled[slot] += 1
+        return _News(np.asarray(cells, I32), view(plan.block_ids), opened, self._guessed(plan))
+
+    def _turned_over(self, plan: StepPlan, closed: Ints, sampling: Sampling) -> Ints:
+        """Take slots ``closed`` and those opened into the records of sampling; returns ``_News.opened``."""
+        for slot in closed[self._special[closed]].tolist():
+            sampling.close(slot)
+            self._specials -= 1
+        self._special[closed] = False
         seeds: list[int] = []
-        if self._sampling is not None:
-            for slot in closed[self._special[closed]].tolist():
-                self._sampling.close(slot)
-                self._specials -= 1
-            self._special[closed] = False
-            for opened in plan.opened:
-                seeds += (opened.slot, *seed_keys(opened.params.seed))
-                self._special[opened.slot] = special = not is_plain(opened.params)
-                if special:
-                    self._sampling.open(opened)
-                    self._specials += 1
-            if self._specials:
-                self._sampling.follow(plan)
+        for opened in plan.opened:
+            seeds += (opened.slot, *seed_keys(opened.params.seed))
+            self._special[opened.slot] = special = not is_plain(opened.params)
+            if special:
+                sampling.open(opened)
+                self._specials += 1
+        if self._specials:
+            sampling.follow(plan)
         words = np.asarray(seeds, np.int64).astype(np.uint32).view(I32).reshape(-1, 3)
-        heat = np.asarray([opened.params.temperature for opened in plan.opened[: len(words)]], F32).view(I32)
-        slots, blocks = view(plan.block_slots), view(plan.block_ids)
-        # Blocks of one slot stand together: each comes after those that the slot has and those before it here.
-        change = np.flatnonzero(np.diff(slots, prepend=-1))
-        counts = np.diff(change, append=len(slots))
-        places = self._filled[slots] + np.arange(len(slots)) - np.repeat(change, counts)
-        self._filled[slots[change]] += counts
-        return _News(
-            (slots * self._width + places).astype(I32),
-            blocks,
-            np.concatenate((words, heat[:, None]), 1).T.reshape(-1),
-            self._guessed(plan),
-        )
+        heat = np.asarray([opened.params.temperature for opened in plan.opened], F32).view(I32)
+        return np.concatenate((words, heat[:, None]), 1).T.reshape(-1)
 
     def _guessed(self, plan: StepPlan) -> Ints:
         """Slots of the rows that go on from a token which the last stage has and the first one has not."""
@@ -252,51 +254,53 @@ class DeviceRunner:
 
     def _columns(self, plan: StepPlan) -> _Step:
         before, step = self._before
-        if plan.slots == before.slots and plan.lengths == before.lengths and plan.sample == before.sample and plan.score == before.score:
-            step = step._replace(starts=view(plan.starts), tokens=view(plan.tokens))
-        else:
+        if not (plan.repeats and plan.repeats == before.step):
             step = self._read(plan)
         self._before = plan, step
         return step
 
     def _read(self, plan: StepPlan) -> _Step:
-        slots, starts, lengths, tokens = view(plan.slots), view(plan.starts), view(plan.lengths), view(plan.tokens)
-        sample = view(plan.sample)
-        rows = np.flatnonzero(sample)
-        pure = len(tokens) == len(slots) == len(rows) and not plan.score
-        return _Step(slots, starts, lengths, tokens, rows, self._graphs.size_for(len(slots)) if pure else None)
+        slots, lengths, rows = view(plan.slots), view(plan.lengths), np.flatnonzero(view(plan.sample))
+        pure = len(view(plan.tokens)) == len(slots) == len(rows) and not plan.score
+        return _Step(slots, lengths, rows, self._graphs.size_for(len(slots)) if pure else None)
 
     # Ways to compute it
 
-    def _replay(self, step: _Step, size: int, news: _News) -> tuple[Tensor, Tensor]:
+    def _replay(self, plan: StepPlan, step: _Step, size: int, news: _News) -> tuple[Tensor, Tensor]:
         """A decode step by the graph of ``size`` rows."""
-        shape, count = self._shapes[size], len(step.slots)
-        layout = shape.size
-        tokens, head = layout + size, layout + 2 * size
-        words = rounded(head + news.words)
-        if words > len(self._inbox):
-            return self._run(step, news)
-        inbox = self._inboxes.get(words)
-        if inbox is None:
-            inbox = self._inboxes[words] = self._inbox[:words]
-        packed = self._staging.open(words)
-        fill_decodes(shape, packed[:layout], step.slots, step.starts, self._heads)
-        packed[layout : layout + count], packed[tokens : tokens + count] = step.tokens, step.slots
-        if count < size:
-            packed[layout + count : tokens], packed[tokens + count : head] = 0, self._nobody
-        self._send(packed, head, news, inbox)
+        inbox = self._inboxes[size]
+        # What an inbox has no place for comes behind it, and is applied before the graph.
+        late = _NO_NEWS if not (len(news.opened) or len(news.returns)) and len(news.cells) <= size else news
+        cells, blocks = (news.cells, news.blocks) if late is _NO_NEWS else (_NONE, _NONE)
+        if plan.repeats and plan.repeats == self._held and self._repeated < _REPEATS and late is _NO_NEWS:
+            self._repeated += 1
+            if len(cells):
+                packed = self._staging.open(len(inbox.appended))
+                inbox.append(packed, cells, blocks)
+                self._staging.send(inbox.appended)
+        else:
+            words = rounded(inbox.words + late.words)
+            if words > len(self._memory):
+                return self._run(plan, step, news)
+            self._repeated = 0
+            packed = self._staging.open(words)
+            inbox.fill(packed[: inbox.words], step.slots, view(plan.starts), view(plan.tokens), cells, blocks)
+            self._send(packed, inbox.words, late, self._copied.setdefault(words, self._memory[:words]))
         if not self.stage.shard.first:
-            self._links.pipeline.recv(self._hidden[:count], self._links.pipeline.rank - 1)
+            self._links.pipeline.recv(self._hidden[: len(step.slots)], self._links.pipeline.rank - 1)
         self._graphs.replay(size)
+        if self._links.pipeline.size == 1:  # the last stage alone chooses tokens, and so alone leaves a whole inbox behind
+            self._held = plan.step
         return self._hidden, self._tokens
 
-    def _run(self, step: _Step, news: _News) -> tuple[Tensor, Tensor]:
+    def _run(self, plan: StepPlan, step: _Step, news: _News) -> tuple[Tensor, Tensor]:
         """Any step, operation by operation."""
-        shape, total, sampled = step_shape(step.lengths, self._heads), len(step.tokens), len(step.rows)
+        tokens = view(plan.tokens)
+        shape, total, sampled = step_shape(step.lengths, self._heads), len(tokens), len(step.rows)
         bounds = np.cumsum([shape.size, total, sampled, sampled]).tolist()
         packed = self._staging.open(rounded(bounds[-1] + news.words))
-        fill(shape, packed[: bounds[0]], step.slots, step.starts, step.lengths, self._heads)
-        packed[bounds[0] : bounds[1]] = step.tokens
+        fill(shape, packed[: bounds[0]], step.slots, view(plan.starts), step.lengths, self._heads)
+        packed[bounds[0] : bounds[1]] = tokens
         packed[bounds[1] : bounds[2]] = np.cumsum(step.lengths)[step.rows] - 1
         packed[bounds[2] : bounds[3]] = step.slots[step.rows]
         device = self._device.place
@@ -309,9 +313,9 @@ class DeviceRunner:
             self._embed(inputs, hidden)
         else:
             self._links.pipeline.recv(hidden, self._links.pipeline.rank - 1)
-        tokens = torch.empty(sampled, dtype=torch.int32, device=device)
-        self._forward(inputs, hidden, tokens, self._cache.layers)
-        return hidden, tokens
+        chosen = torch.empty(sampled, dtype=torch.int32, device=device)
+        self._forward(inputs, hidden, chosen, self._cache.layers)
+        return hidden, chosen
 
     def _send(self, packed: Ints, head: int, news: _News, into: Tensor) -> None:
         """Pack ``news`` behind the first ``head`` words, copy all of it, and bring the device's tables up to date, in stream order."""
@@ -324,7 +328,7 @@ class DeviceRunner:
         self._staging.send(into)
         cells, blocks, opened, returns = (into[begin:end] for begin, end in pairwise(bounds))
         if len(news.cells):
-            self._paging.tables.view(-1).index_copy_(0, cells.long(), blocks)
+            self._choose.append(self._paging.tables, cells, blocks)
         if len(news.opened):
             slots, low, high, heat = opened.view(4, -1)
             self._state.seeds.index_copy_(0, slots.long(), torch.stack((low, high), 1))
@@ -365,7 +369,7 @@ class DeviceRunner:
         best = choose.candidates(logits, slots, positions, self._state, stage.shard.vocab.start)
         if self._links.tensor.size > 1:
             best = self._links.tensor.all_gather(choose.merged(best))
-        choose.winners(best, slots, self._state, tokens)
+        choose.winners(best, slots, positions, self._state, tokens)
 
     def _extras(self, plan: StepPlan, step: _Step, hidden: Tensor) -> Extras | None:
         """What the torch sampler makes of rows with more than a temperature; reads from the device, so it waits for this step."""

@@ -16,18 +16,18 @@ from workers.engine.device import Device, Mark
 _WORDS = 256
 
 
-class _Buffer:
-    """Pinned memory: as a tensor, as an array, and in beginnings that were copied before."""
+class Pinned:
+    """``words`` int32 of the host, from and to which copies run beside it: as an array, and as a tensor of every beginning once used."""
 
     def __init__(self, device: Device, words: int) -> None:
-        self.tensor = device.pinned(words)
-        self.array = cast(Ints, self.tensor.numpy())
+        self._tensor = device.pinned(words)
+        self.array = cast(Ints, self._tensor.numpy())
         self._views: dict[int, Tensor] = {}
 
     def view(self, words: int) -> Tensor:
         found = self._views.get(words)
         if found is None:
-            found = self._views[words] = self.tensor[:words]
+            found = self._views[words] = self._tensor[:words]
         return found
 
 
@@ -36,7 +36,7 @@ class Staging:
 
     def __init__(self, device: Device, *, words: int, depth: int) -> None:
         self._device = device
-        self._buffers = [_Buffer(device, rounded(words)) for _ in range(depth)]
+        self._buffers = [Pinned(device, rounded(words)) for _ in range(depth)]
         self._marks = [device.mark() for _ in range(depth)]
         self._turn = 0
 
@@ -44,11 +44,11 @@ class Staging:
         """[words] int32 to write, contents undefined. Waits for what this buffer last fed, ``depth`` steps ago."""
         self._marks[self._turn].synchronize()
         if len(self._buffers[self._turn].array) < words:
-            self._buffers[self._turn] = _Buffer(self._device, rounded(2 * words))
+            self._buffers[self._turn] = Pinned(self._device, rounded(2 * words))
         return self._buffers[self._turn].array[:words]
 
     def send(self, into: Tensor) -> None:
-        """Start copying what was opened and written into ``into``, whose length is a :func:`rounded` one."""
+        """Start copying what was opened and written into ``into``, whose length is one of few."""
         into.copy_(self._buffers[self._turn].view(len(into)), non_blocking=True)
 
     def sent(self) -> Mark:

@@ -122,7 +122,7 @@ def _merge(
 
 @triton.jit(do_not_specialize=["width"])
 def _decode(
-    out, mixes, peaks, norms, query, cache, lines_of_parts, tables, arrived, scale, token_stride, width,
+    out, mixes, peaks, norms, query, cache, lines_of_parts, positions, tables, arrived, scale, token_stride, width,
     KV: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     WORDS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, AT_ONCE: tl.constexpr,
     EARLY: tl.constexpr,
@@ -130,8 +130,9 @@ def _decode(
     """One part of one row for one key/value head; the last part to arrive merges them all. ROWS: GROUP padded to what a product takes."""
     head, part = tl.program_id(0), tl.program_id(1)
     line = lines_of_parts + part * WORDS
-    row, slot, begin, end = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    row, slot, begin, bound = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
     first, parts = tl.load(line + 4), tl.load(line + 5)
+    end = tl.minimum(bound, tl.load(positions + tl.maximum(row, 0)) + 1)
     enter(EARLY)
     if row < 0:
         return
@@ -226,8 +227,8 @@ def paged_attention(
         mixes = torch.empty(parts, heads, dim, dtype=torch.float32, device=query.device)
         peaks, norms = (torch.empty(parts, heads, dtype=torch.float32, device=query.device) for _ in range(2))
         _decode[(kv, parts)](
-            out, mixes, peaks, norms, query, cache, layout.parts, tables, layout.paging.arrived, scale, query.stride(0), tables.stride(0),
-            **shared, PAIRED=paired, ROWS=max(16, paired), WORDS=PART_WORDS,
+            out, mixes, peaks, norms, query, cache, layout.parts, layout.positions, tables, layout.paging.arrived, scale,
+            query.stride(0), tables.stride(0), **shared, PAIRED=paired, ROWS=max(16, paired), WORDS=PART_WORDS,
             AT_ONCE=max(1, _MERGE_VALUES // (paired * dim)), **tuning.options(),
         )  # fmt: skip
     if tiles:

@@ -1,8 +1,9 @@
-"""Choosing tokens in Triton: greedy and plain temperature, the common case, without leaving the device or reading the logits twice.
+"""Both ends of a step in Triton: blocks appended and guesses looked up before the layers, tokens chosen after them, greedy and by plain
+temperature, the common case, without leaving the device or reading the logits twice.
 
-Owns the kernels' form of :mod:`workers.core.params`' definition: the same noise bits, ties to the lowest id. A row's best candidate is
-three int32 words: bits of the score, id, and whether a logit is NaN or infinite. Must never take a row with penalties, masks, top-k, top-p
-or min-p: those are torch's.
+Owns what a step leaves behind so that the next one may need nothing from the host; and the kernels' form of
+:mod:`workers.core.params`' definition: the same noise bits, ties to the lowest id. A row's best candidate is three int32 words: bits of the
+score, id, and whether a logit is NaN or infinite. Must never take a row with penalties, masks, top-k, top-p or min-p: those are torch's.
 """
 
 import torch
@@ -16,7 +17,7 @@ from workers.model.kernels.layout import SlotState
 
 #: Candidates that one program scores.
 _CANDIDATES = 2048
-#: Tokens that one program of :func:`known` looks up.
+#: Tokens that one program of :func:`known` looks up, blocks that one of :func:`append` writes.
 _TOKENS = 128
 _MIX_A, _MIX_B = tl.constexpr(MIX_A), tl.constexpr(MIX_B)
 _UNIT, _HALF_UNIT, _BELOW_ONE = tl.constexpr(2.0**-32), tl.constexpr(2.0**-33), tl.constexpr(1.0 - 2.0**-24)
@@ -40,6 +41,23 @@ def _gumbel(bits):
     return -tl.log(tl.where(gap == 0.0, w, -tl.log(u) * (w / tl.where(gap == 0.0, 1.0, gap))))
 
 
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["cells", "blocks"])
+def _append(tables, cells, blocks, count, SPAN: tl.constexpr, EARLY: tl.constexpr):
+    enter(EARLY)
+    places = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
+    there = places < count
+    found = tl.load(cells + places, mask=there, other=-1)
+    tl.store(tables + found, tl.load(blocks + places, mask=there, other=0), mask=found >= 0)
+    tl.store(cells + places, -1, mask=there)
+
+
+def append(tables: Tensor, cells: Tensor, blocks: Tensor) -> None:
+    """Write ``blocks`` [n] int32 into ``tables``, counted through all of them, at ``cells`` [n] int32; these are -1 afterwards, which is
+    nowhere."""
+    count = len(cells)
+    _append[(triton.cdiv(count, _TOKENS),)](tables, cells, blocks, count, SPAN=_TOKENS, **early(), num_warps=1)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _known(out, tokens, slots, last, count, SPAN: tl.constexpr, EARLY: tl.constexpr):
     enter(EARLY)
@@ -48,10 +66,11 @@ def _known(out, tokens, slots, last, count, SPAN: tl.constexpr, EARLY: tl.conste
     given = tl.load(tokens + places, mask=there, other=0)
     found = tl.load(last + tl.load(slots + places, mask=there, other=0), mask=there & (given < 0), other=0)
     tl.store(out + places, tl.where(given < 0, found, given), mask=there)
+    tl.store(tokens + places, -1, mask=there)
 
 
 def known(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
-    """``tokens`` [T] int32 of rows in ``slots`` [T], the slot's last one for each that is negative."""
+    """``tokens`` [T] int32 of rows in ``slots`` [T], the slot's last one for each that is negative; as all of them are afterwards."""
     out, count = torch.empty_like(tokens), len(tokens)
     _known[(triton.cdiv(count, _TOKENS),)](out, tokens, slots, state.tokens, count, SPAN=_TOKENS, **early(), num_warps=1)
     return out
@@ -98,8 +117,9 @@ def candidates(logits: Tensor, slots: Tensor, positions: Tensor, state: SlotStat
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _winners(out, best, slots, last, parts, SPAN: tl.constexpr, FINAL: tl.constexpr, EARLY: tl.constexpr):
-    """The best of ``parts`` candidates of one row. FINAL: the token, or -1, which is also remembered; else a candidate."""
+def _winners(out, best, slots, positions, last, parts, SPAN: tl.constexpr, FINAL: tl.constexpr, EARLY: tl.constexpr):
+    """The best of ``parts`` candidates of one row. FINAL: the token, or -1, which is also remembered, and a step further; else a
+    candidate."""
     enter(EARLY)
     row, count = tl.program_id(0), tl.num_programs(0)
     numbers = tl.arange(0, SPAN)
@@ -115,6 +135,8 @@ def _winners(out, best, slots, last, parts, SPAN: tl.constexpr, FINAL: tl.conste
         token = tl.where((broken != 0) | (top == float("-inf")), -1, token)
         tl.store(out + row, token)
         tl.store(last + tl.load(slots + row), tl.maximum(token, 0))
+        position = tl.load(positions + row)
+        tl.store(positions + row, tl.where(position < 0, position, position + 1))
     else:
         tl.store(out + row, top.to(tl.int32, bitcast=True))
         tl.store(out + count + row, token)
@@ -125,12 +147,15 @@ def merged(best: Tensor) -> Tensor:
     """[3, S]: the best of ``best`` [n, 3, S], for one message between ranks."""
     parts, words, count = best.shape
     out = torch.empty(words, count, dtype=torch.int32, device=best.device)
-    _winners[(count,)](out, best, best, best, parts, SPAN=triton.next_power_of_2(parts), FINAL=False, **early(), num_warps=1)
+    _winners[(count,)](out, best, best, best, best, parts, SPAN=triton.next_power_of_2(parts), FINAL=False, **early(), num_warps=1)
     return out
 
 
-def winners(best: Tensor, slots: Tensor, state: SlotState, tokens: Tensor) -> None:
+def winners(best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, tokens: Tensor) -> None:
     """Write ``tokens`` [S] int32 from candidates ``best`` [n, 3, S] in order of their ids; -1 where a logit is NaN or +inf, or none is
-    finite. ``state`` remembers them for ``slots`` [S], 0 for -1: such a row goes on, until its fault is seen, from a token that exists."""
+    finite. ``state`` remembers them for ``slots`` [S], 0 for -1: such a row goes on, until its fault is seen, from a token that exists.
+    ``positions`` [S] are one further afterwards, negative ones stay."""
     parts, _, count = best.shape
-    _winners[(count,)](tokens, best, slots, state.tokens, parts, SPAN=triton.next_power_of_2(parts), FINAL=True, **early(), num_warps=1)
+    _winners[(count,)](
+        tokens, best, slots, positions, state.tokens, parts, SPAN=triton.next_power_of_2(parts), FINAL=True, **early(), num_warps=1
+    )

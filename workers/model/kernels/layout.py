@@ -34,6 +34,8 @@ SEGMENT_STEP = 64
 _WORDS = 4
 #: Words of one part and of one tile: a program finds all that it needs in one line of memory.
 PART_WORDS, TILE_WORDS = 8, 4
+#: Bound of a row's last part: it ends where the row does, however far that goes on.
+OPEN = 2**30
 
 
 class Heads(msgspec.Struct, frozen=True):
@@ -63,17 +65,18 @@ class LayoutShape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def spans(self) -> tuple[slice, slice, slice, slice]:
         """Where positions, slots, parts and tiles lie."""
-        positions, slots = _aligned(self.tokens), 2 * _aligned(self.tokens)
+        positions, slots = aligned(self.tokens), 2 * aligned(self.tokens)
         parts = slots + PART_WORDS * self.parts
         return slice(0, self.tokens), slice(positions, positions + self.tokens), slice(slots, parts), slice(parts, self.size)
 
     @property
     def size(self) -> int:
         """Words of the packed buffer."""
-        return 2 * _aligned(self.tokens) + PART_WORDS * self.parts + TILE_WORDS * self.tiles
+        return 2 * aligned(self.tokens) + PART_WORDS * self.parts + TILE_WORDS * self.tiles
 
 
-def _aligned(words: int) -> int:
+def aligned(words: int) -> int:
+    """Where the next column begins."""
     return -(-words // _WORDS) * _WORDS
 
 
@@ -133,10 +136,10 @@ def fill_decodes(shape: LayoutShape, out: Ints, slots: Ints, starts: Ints, heads
 
 @cache
 def _whole(rows: int) -> Ints:
-    """Lines of ``rows`` parts that each are all of their row, whose slots and contexts are still to be written."""
+    """Lines of ``rows`` parts that each are all of their row, whose slots are still to be written."""
     lines = np.zeros((rows, PART_WORDS), np.int32)
     lines[:, 0] = lines[:, 4] = np.arange(rows)
-    lines[:, 5] = 1
+    lines[:, 3], lines[:, 5] = OPEN, 1
     return lines
 
 
@@ -148,14 +151,15 @@ def _put_parts(out: Ints, slots: Ints, contexts: Ints, segment: int | None, spar
         segment = max(1, -(-fair // SEGMENT_STEP)) * SEGMENT_STEP
     if count and contexts.max() <= segment:
         out[:count] = _whole(1 << (count - 1).bit_length())[:count]
-        out[:count, 1], out[:count, 3] = slots, contexts
+        out[:count, 1] = slots
         out[count:] = -1
         return
     counts = np.maximum(-(-contexts // segment), 1)
     lengths = -(-contexts // (counts * SEGMENT_STEP)) * SEGMENT_STEP
     rows, numbers, firsts = _pieces(counts)
     begins = numbers * lengths[rows]
-    _put(out, rows, slots[rows], begins, np.minimum(begins + lengths[rows], contexts[rows]), firsts[rows], counts[rows])
+    bounds = np.where(numbers == counts[rows] - 1, OPEN, begins + lengths[rows])
+    _put(out, rows, slots[rows], begins, bounds, firsts[rows], counts[rows])
 
 
 def _put_tiles(out: Ints, slots: Ints, starts: Ints, lengths: Ints, first: int, tokens: int) -> None:
@@ -224,8 +228,9 @@ class DeviceLayout:
     """Views of one packed buffer on the device, int32.
 
     ``positions``, ``slots`` [tokens]: where each token stands in its row, -1 for padding, and that row's table. ``parts`` [n, 8]: row,
-    slot, first and last + 1 token of the context, the row's first part and how many it has. ``tiles`` [n, 4]: first query token of the
-    step, how many, slot, position of the first. A first word of -1: no part, no tile.
+    slot, first token of the context, the token before which it ends if the row does not, the row's first part and how many it has: so a
+    layout whose positions are raised by one is the next step's. ``tiles`` [n, 4]: first query token of the step, how many, slot, position
+    of the first. A first word of -1: no part, no tile.
     """
 
     positions: Tensor
