@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from workers.core.batch import CHECK_STEPS, Batch
+from workers.core.batch import Batch
 from workers.core.contract import Emission, EngineStats
 from workers.core.guide import Guide, GuideFactory
 from workers.core.params import allowed_ids, stop_set
@@ -226,7 +226,6 @@ class FakeEngine:
         self._model = FakeModel(self._capacity, eos_ids)
         self._plans: deque[StepPlan] = deque()
         self._step_ms = 0.0
-        self._check_at = 0
 
     @property
     def capacity(self) -> Capacity:
@@ -257,13 +256,13 @@ class FakeEngine:
             self._sleep(left)
         emissions = self._batch.commit(result)
         self._step_ms = (self._clock() - started) * 1000
-        if plan.step >= self._check_at and not self.busy():
-            self._batch.check()
-            self._check_at = plan.step + CHECK_STEPS
         return emissions
 
     def busy(self) -> bool:
         return self._batch.busy(self._clock())
+
+    def rest(self) -> None:
+        self._batch.rest()
 
     def predicted_ms(self) -> float:
         return self._cost_ms(len(self._plans[0].tokens) // 4 if self._plans else self._batch.predicted_tokens())

@@ -120,7 +120,7 @@ class Leader:
             self._routers.close(farewell)
 
     def _take_events(self) -> None:
-        """Handle what came in; with nothing to do, sleep until something comes in or falls due."""
+        """Handle what came in; with nothing to do, sleep until something comes in or falls due, and let the engine rest if nothing did."""
         idle = not self._engine.busy()
         try:
             for _ in range(TURN_EVENTS):
@@ -128,7 +128,8 @@ class Leader:
                 self._handle(received, event)
                 idle = False
         except queue.Empty:
-            return
+            if idle:
+                self._engine.rest()
 
     def _patience(self) -> float:
         due = self._sessions.next_due()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from workers.core.batch import CHECK_STEPS, Batch
+from workers.core.batch import Batch
 from workers.core.contract import Emission, EngineStats
 from workers.core.plan import StepPlan, StepResult, decode_plan, decode_result, encode
 from workers.engine.answers import Answer, PlanRunner
@@ -101,7 +101,6 @@ class PortableEngine:
         self._out: deque[_Out] = deque()
         self._pace = Pace()
         self._committed = 0.0
-        self._check_at = 0
         self._closed = False
 
     @property
@@ -146,10 +145,10 @@ class PortableEngine:
         # In a full pipeline a step's cost is the time between commits, not its way through all stages.
         self._pace.observe(oldest.tokens, oldest.rows, (end - max(begin, self._committed)) * 1e3)
         self._committed = end
-        if result.step >= self._check_at and not self.busy():
-            self._batch.check()
-            self._check_at = result.step + CHECK_STEPS
         return emissions
+
+    def rest(self) -> None:
+        self._batch.rest()
 
     def predicted_ms(self) -> float:
         tokens = self._batch.predicted_tokens()

@@ -101,6 +101,9 @@ class _FakeGang:
     def busy(self) -> bool:
         return self._engine.busy()
 
+    def rest(self) -> None:
+        self._engine.rest()
+
     def predicted_ms(self) -> float:
         return self._engine.predicted_ms()
 

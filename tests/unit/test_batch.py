@@ -10,7 +10,7 @@ import pytest
 
 from tests.property.rig import EOS, Rig, capacity, submit
 from tests.unit.table_guide import table_guides
-from workers.core.batch import PAUSE_S, Batch
+from workers.core.batch import CHECK_STEPS, PAUSE_S, Batch
 from workers.core.contract import Fault, Finish
 from workers.core.plan import GUESS, StepPlan, StepResult, column, encode, view
 from workers.errors import EngineFault, Rejected, TooLong, Unsupported
@@ -450,3 +450,22 @@ def test_the_leaders_share_of_a_step_is_small() -> None:
         batch.commit(result)
         spent[-1] += time.thread_time() - start
     assert sorted(spent)[len(spent) // 2] < 1e-3
+
+
+def test_a_resting_batch_proves_itself_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    proofs: list[int] = []
+    monkeypatch.setattr(Batch, "check", lambda self: proofs.append(1))
+    rig = Rig(capacity())
+
+    def rested() -> int:
+        before = len(proofs)
+        rig.batch.rest()
+        return len(proofs) - before
+
+    for length, proves in ((CHECK_STEPS - 1, False), (1, True), (CHECK_STEPS, True)):
+        rig.submit(submit([65], greedy(length)))
+        for _ in range(length - 1):
+            rig.turn()
+        assert rig.batch.busy() and not rested(), "not beside a row"
+        rig.drain()
+        assert [rested(), rested()] == [proves, False]

@@ -26,14 +26,20 @@ SHORT = SamplingParams(temperature=0.0, max_tokens=8)
 
 
 class Breakable(FakeEngine):
-    """Runs ``fault`` before each step."""
+    """Runs ``fault`` before each step, and ``unsound`` where it rests."""
 
     fault: Callable[[], object] | None = None
+    unsound: Callable[[], object] | None = None
 
     def step(self) -> list[Emission]:
         if self.fault is not None:
             self.fault()
         return super().step()
+
+    def rest(self) -> None:
+        if self.unsound is not None:
+            self.unsound()
+        super().rest()
 
 
 class Running:
@@ -88,6 +94,24 @@ def test_an_engine_that_fails_a_step_fails_every_row_as_replica_lost(end: Router
         assert {row.end.code for row in rows if isinstance(row.end, Failed)} == {"replica_lost"}
         running.thread.join(5)
         assert isinstance(running.error, EngineFault)
+
+
+def test_an_engine_proves_itself_after_its_tokens_are_out_and_ends_the_replica_if_unsound(end: RouterEnd) -> None:
+    with Running(at(end)) as running:
+        rested: list[float] = []
+        running.engine.unsound = lambda: rested.append(time.monotonic())
+        row = end.ready().submit(1, [1], SHORT)
+        end.until(lambda: row.end)
+        out = time.monotonic()
+        end.until(lambda: any(at > out for at in rested))
+
+        def fail() -> None:
+            raise AssertionError("a block is lost")
+
+        running.engine.unsound = fail
+        running.thread.join(10)
+        assert isinstance(running.error, AssertionError)
+        end.until(lambda: end.byes == ["lost"])
 
 
 def test_what_the_engine_refuses_fails_without_accepted(end: RouterEnd) -> None:

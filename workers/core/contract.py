@@ -92,6 +92,10 @@ class Engine(Protocol):
     def predicted_ms(self) -> float:
         """What the next ``step`` is expected to take, for the hang watchdog."""
 
+    def rest(self) -> None:
+        """Nothing has come for a while: time for what no token should wait for. Raises AssertionError when the engine's own state is not
+        sound."""
+
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None:

@@ -173,6 +173,9 @@ class TrtllmEngine:
     def busy(self) -> bool:
         return bool(self._jobs or self._ready)
 
+    def rest(self) -> None:
+        return
+
     def predicted_ms(self) -> float:
         return max(self._poll_s * 1000.0, self._vitals.step_ms)
 
