@@ -22,7 +22,7 @@ from workers.engine.cache import KvCache
 from workers.engine.comm import Group, InProcess, Solo
 from workers.engine.device import HostDevice
 from workers.engine.device_runner import DeviceRunner, Links
-from workers.engine.graphs import SIZES, graph_sizes
+from workers.engine.graphs import DECODES, MIXED, graph_sizes
 from workers.engine.runner import Runner
 from workers.engine.staging import Staging, rounded
 from workers.model.llama import LlamaStage
@@ -186,9 +186,9 @@ def test_guesses_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
 
 def test_graph_sizes_hold_every_batch() -> None:
     for rows in (1, 2, 3, 5, 8, 63, 64, 65, 511, 512):
-        sizes = graph_sizes(rows)
+        sizes = graph_sizes(DECODES, rows)
         assert sizes[-1] >= rows and (len(sizes) == 1 or sizes[-2] < rows)
-    assert graph_sizes(4096) == SIZES
+    assert graph_sizes(DECODES, 4096) == DECODES and graph_sizes(MIXED, 8192) == MIXED
 
 
 def test_a_staged_buffer_waits_for_its_copy_and_grows() -> None:

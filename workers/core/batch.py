@@ -25,10 +25,11 @@ from itertools import chain
 
 from workers.core.blocks import BlockPool
 from workers.core.contract import Emission, EngineStats, Fault, Finish
+from workers.core.flights import Draft, Flight
 from workers.core.guide import GuideFactory
 from workers.core.plan import I32, StepPlan, StepResult, view
 from workers.core.proof import prove
-from workers.core.rows import NEVER, Draft, Flight, Queue, Row, make_row
+from workers.core.rows import NEVER, Queue, Row, make_row
 from workers.errors import EngineFault
 from workers.wire import STEP_TOKEN_BUCKETS, UNLIMITED, Capacity, Submit
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from workers.core.blocks import BlockPool
+from workers.core.flights import Flight
 from workers.core.plan import GUESS
-from workers.core.rows import Flight, Queue, Row
+from workers.core.rows import Queue, Row
 
 
 def prove(

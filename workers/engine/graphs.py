@@ -1,4 +1,4 @@
-"""Decode steps as captured programs: one for each of a few row counts, replayed for every count up to it.
+"""Steps as captured programs: one for each of a few sizes, replayed for every smaller step.
 
 Owns the programs and the memory that they share. Must never know what a program computes.
 """
@@ -10,28 +10,31 @@ from collections.abc import Callable
 
 from workers.engine.device import Device
 
-#: Row counts of the programs: padding costs at most 7 rows, whose weights are read anyway.
-SIZES = (1, 2, 4, *range(8, 513, 8))
+#: Rows of decode steps: padding costs at most 7 rows, whose weights are read anyway, and 15 from 256 on.
+DECODES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+#: Tokens of other steps: up to about 256 padding costs little beside the weights. Longer steps take longer on the device than their
+#: launches on the host. 448 is left out: for the widest product of 8B cuBLAS then takes a kernel of half the speed.
+MIXED = (32, 64, 128, 192, 256, 320, 384, 512)
+
+#: What to capture, and what to run once before.
+Programs = tuple[Callable[[], None], Callable[[], None]]
 
 
-def graph_sizes(rows: int) -> tuple[int, ...]:
-    """The sizes that steps of up to ``rows`` rows need, rising; larger steps than the last run without a graph."""
-    return SIZES[: bisect_left(SIZES, rows) + 1]
+def graph_sizes(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Those of the rising ``sizes`` that steps of up to ``most`` need; larger steps than the last run without a graph."""
+    return sizes[: bisect_left(sizes, most) + 1]
 
 
 class Graphs:
-    """``programs(size)`` gives what to capture for ``size`` rows, and what to run once before. Largest first: the smaller ones then live in
-    its memory."""
+    """``programs(size)`` for each of ``sizes``. Largest first: the smaller ones then live in its memory."""
 
-    def __init__(
-        self, device: Device, sizes: tuple[int, ...], programs: Callable[[int], tuple[Callable[[], None], Callable[[], None]]]
-    ) -> None:
+    def __init__(self, device: Device, sizes: tuple[int, ...], programs: Callable[[int], Programs]) -> None:
         self._sizes = sizes
         self._programs = {size: device.capture(*programs(size)) for size in reversed(sizes)}
 
-    def size_for(self, rows: int) -> int | None:
-        """The smallest captured size that holds ``rows``; None where all are too small."""
-        at = bisect_left(self._sizes, rows)
+    def size_for(self, least: int) -> int | None:
+        """The smallest captured size that is ``least`` or more; None where all are too small."""
+        at = bisect_left(self._sizes, least)
         return self._sizes[at] if at < len(self._sizes) else None
 
     def replay(self, size: int) -> None:

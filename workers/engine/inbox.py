@@ -1,51 +1,107 @@
-"""What a captured decode program reads: device memory that the host fills in one copy, or not at all.
+"""What a step's program reads: device memory that the host fills in one copy, or not at all.
 
-Owns the order of its words, and the rule of what a program leaves there: positions one further, every token a guess, nothing to append. So
-what a step has read is what its repetition reads; only blocks that it appends are sent. Must never know of plans.
+Owns the order of its words, and the rule of what a decode program leaves there: positions one further, every token a guess, nothing to
+append. So what a decode step has read is what its repetition reads; only blocks that it appends are sent. Must never know of plans.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 from torch import Tensor
 
 from workers.core.plan import Ints
-from workers.model.kernels.layout import Heads, Paging, aligned, decode_shape, fill_decodes
+from workers.model.kernels.layout import (
+    DeviceLayout,
+    Heads,
+    LayoutShape,
+    Paging,
+    aligned,
+    decode_shape,
+    fill,
+    fill_decodes,
+)
 from workers.model.kernels.layout import view as view_layout
 
 
-class Inbox:
-    """The inbox of up to ``rows`` rows, at the beginning of ``memory``, which others share. Padding is the row of slot ``nobody``.
+class Inputs(NamedTuple):
+    """What a program reads. ``tokens`` [T] int32, perhaps guesses; ``picks`` [S] places of the tokens that yield one (None = all), of
+    slots ``slots`` [S]."""
 
-    ``layout``; ``tokens``, ``slots`` [rows]; ``cells`` [rows] of the block tables, counted through all of them, -1 = none, and the
-    ``blocks`` [rows] that they get. ``appended``: the last two, for a copy of their own. ``words``: how much of ``memory`` it takes.
+    layout: DeviceLayout
+    tokens: Tensor
+    picks: Tensor | None
+    slots: Tensor
+
+
+class StepInbox:
+    """The inbox of any step of at most ``shape.tokens`` tokens, of which ``sampled`` yield one. Padding yields for slot ``nobody``."""
+
+    def __init__(self, shape: LayoutShape, sampled: int, nobody: int) -> None:
+        self.shape, self.sampled, self._nobody = shape, sampled, nobody
+        self._tokens = shape.size
+        self._picks = self._tokens + aligned(shape.tokens)
+        self._slots = self._picks + aligned(sampled)
+        self.words = self._slots + aligned(sampled)
+
+    def holds(self, other: StepInbox) -> bool:
+        """Whether a step of ``other`` fits."""
+        mine, its = self.shape, other.shape
+        return mine.tokens >= its.tokens and mine.parts >= its.parts and mine.tiles >= its.tiles and self.sampled >= other.sampled
+
+    def inputs(self, memory: Tensor, paging: Paging) -> Inputs:
+        """Views of the beginning of ``memory``."""
+        layout = view_layout(self.shape, memory[: self._tokens], paging)
+        tokens = memory[self._tokens : self._tokens + self.shape.tokens]
+        picks, slots = (memory[begin : begin + self.sampled] for begin in (self._picks, self._slots))
+        return Inputs(layout, tokens, picks, slots)
+
+    def fill(self, packed: Ints, slots: Ints, starts: Ints, lengths: Ints, tokens: Ints, rows: np.ndarray, heads: Heads) -> None:
+        """Write a step into ``packed`` [words]; ``rows``: those that yield a token."""
+        fill(self.shape, packed[: self._tokens], slots, starts, lengths, heads)
+        ends = np.cumsum(lengths)[rows] - 1
+        for begin, size, column, padding in (
+            (self._tokens, self.shape.tokens, tokens, 0),
+            (self._picks, self.sampled, ends, 0),
+            (self._slots, self.sampled, slots[rows], self._nobody),
+        ):
+            _put(packed[begin : begin + size], column, padding)
+
+
+class DecodeInbox:
+    """The inbox of up to ``rows`` rows that all decode, at the beginning of ``memory``, which others share. Padding is the row of slot
+    ``nobody``.
+
+    ``inputs``; ``cells`` [rows] of the block tables, counted through all of them, -1 = none, and the ``blocks`` [rows] that they get.
+    ``appended``: the last two, for a copy of their own. ``words``: how much of ``memory`` it takes.
     """
 
     def __init__(self, rows: int, heads: Heads, memory: Tensor, paging: Paging, nobody: int) -> None:
         self._rows, self._heads, self._nobody = rows, heads, nobody
-        self._shape = decode_shape(rows, heads)
-        self._column = aligned(rows)
-        begins = [self._shape.size + i * self._column for i in range(5)]
-        self._tokens, self._slots, self._cells, _, self.words = begins
-        self.layout = view_layout(self._shape, memory[: self._shape.size], paging)
-        self.tokens, self.slots, self.cells, self.blocks = (memory[begin : begin + rows] for begin in begins[:4])
+        self._shape, self._column, self.words = decode_shape(rows, heads), aligned(rows), self.size(rows, heads)
+        self._tokens, self._slots, self._cells, _ = begins = [self._shape.size + i * self._column for i in range(4)]
+        tokens, slots, self.cells, self.blocks = (memory[begin : begin + rows] for begin in begins)
+        self.inputs = Inputs(view_layout(self._shape, memory[: self._shape.size], paging), tokens, None, slots)
         self.appended = memory[self._cells : self.words]
 
     @staticmethod
-    def longest(rows: int, heads: Heads) -> int:
+    def size(rows: int, heads: Heads) -> int:
         """``words`` for ``rows`` rows."""
         return decode_shape(rows, heads).size + 4 * aligned(rows)
 
     def fill(self, packed: Ints, slots: Ints, starts: Ints, tokens: Ints, cells: Ints, blocks: Ints) -> None:
         """Write a step into ``packed`` [words]."""
-        count = len(slots)
         fill_decodes(self._shape, packed[: self._shape.size], slots, starts, self._heads)
-        for begin, column, padding in ((self._tokens, tokens, 0), (self._slots, slots, self._nobody)):
-            packed[begin : begin + count] = column
-            packed[begin + count : begin + self._rows] = padding
+        _put(packed[self._tokens : self._tokens + self._rows], tokens, 0)
+        _put(packed[self._slots : self._slots + self._rows], slots, self._nobody)
         self.append(packed[self._cells : self.words], cells, blocks)
 
     def append(self, packed: Ints, cells: Ints, blocks: Ints) -> None:
         """Write ``appended`` into ``packed``, for at most ``rows`` blocks."""
-        count, column = len(cells), self._column
-        packed[:count], packed[count:column] = cells, -1
-        packed[column : column + count] = blocks
+        _put(packed[: self._column], cells, -1)
+        packed[self._column : self._column + len(blocks)] = blocks
+
+
+def _put(packed: Ints, column: np.ndarray, padding: int) -> None:
+    packed[: len(column)], packed[len(column) :] = column, padding

@@ -85,6 +85,11 @@ def decode_shape(rows: int, heads: Heads) -> LayoutShape:
     return LayoutShape(tokens=rows, parts=rows + heads.spare_parts, tiles=0)
 
 
+def mixed_shape(tokens: int, heads: Heads) -> LayoutShape:
+    """Shape of nearly any step of at most ``tokens`` query tokens: not of one whose longer rows have tiles of a single token mostly."""
+    return LayoutShape(tokens=tokens, parts=tokens + heads.spare_parts, tiles=tokens // 2 + tokens // heads.tile_tokens + 1)
+
+
 def step_shape(lengths: Ints, heads: Heads) -> LayoutShape:
     """Shape of one step whose rows have ``lengths`` [R] query tokens."""
     decodes = _decodes(lengths)
