@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from workers.engine.device import Device
 
-#: Rows of decode steps: padding costs at most 7 rows, whose weights are read anyway, and 15 from 256 on.
-DECODES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+#: Rows of decode steps: padding costs at most 7 rows, whose weights are read anyway, 15 from 128 on, and 31 from 256 on, where products
+#: are made of tiles of 64 rows and more.
+DECODES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 513, 32))
 #: Tokens of other steps: up to about 256 padding costs little beside the weights. Longer steps take longer on the device than their
 #: launches on the host. 448 is left out: for the widest product of 8B cuBLAS then takes a kernel of half the speed.
 MIXED = (32, 64, 128, 192, 256, 320, 384, 512)
