@@ -56,6 +56,7 @@ def engine_of(folder: Path) -> PortableEngine:
     cache = KvCache(model, stage.shard, blocks=_BLOCKS, block_size=16, dtype=stage.dtype, device=stage.device)
     links = Links(Solo(), Solo(), Solo())
     runner = DeviceRunner(stage, cache, Idle(), kernels, links, slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
+    runner.capture()
     return PortableEngine(Batch(limits, ahead=True), runner, limits, close=runner.close)
 
 

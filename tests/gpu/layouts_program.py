@@ -55,6 +55,7 @@ def play(stage: LlamaStage, device: torch.device, links: Links) -> list[torch.Te
     runner = DeviceRunner(
         stage, cache, Plain(device), choose, links, slots=4, max_seq_len=512, max_num_tokens=256, depth=links.pipeline.size + 1
     )
+    runner.capture()
     for plan in plans():
         answer = runner.issue(plan)
         if answer is not None:

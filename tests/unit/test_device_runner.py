@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from workers.engine.cache import KvCache
 from workers.engine.comm import Group, InProcess, Solo
 from workers.engine.device import HostDevice
 from workers.engine.device_runner import DeviceRunner, Links
-from workers.engine.graphs import DECODES, MIXED, graph_sizes
+from workers.engine.graphs import DECODES, MIXED, Graphs, graph_sizes
 from workers.engine.runner import Runner
 from workers.engine.staging import Staging, rounded
 from workers.model.llama import LlamaStage
@@ -38,9 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), heads=6, kv_heads=2, vocab=VOCAB, layers=3)
 
 
-def device_runner(stage: LlamaStage, links: Links, *, blocks: int = BLOCKS) -> DeviceRunner:
+def device_runner(stage: LlamaStage, links: Links, *, blocks: int = BLOCKS, captured: bool = True) -> DeviceRunner:
     cache = KvCache(stage.model, stage.shard, blocks=blocks, block_size=16, dtype=stage.dtype, device=stage.device)
-    return DeviceRunner(
+    runner = DeviceRunner(
         stage,
         cache,
         HostDevice(),
@@ -52,6 +53,9 @@ def device_runner(stage: LlamaStage, links: Links, *, blocks: int = BLOCKS) -> D
         depth=links.pipeline.size + 1,
         eos_ids=(7,),
     )
+    if captured:
+        runner.capture()
+    return runner
 
 
 def engine_of(runner: PlanRunner, *, ahead: bool, blocks: int = BLOCKS) -> PortableEngine:
@@ -61,13 +65,14 @@ def engine_of(runner: PlanRunner, *, ahead: bool, blocks: int = BLOCKS) -> Porta
     return PortableEngine(Batch(limits, ahead=ahead, eos_ids=(7,)), runner, limits, close=runner.close)
 
 
-def both(folder: Path, *, blocks: int = BLOCKS) -> tuple[PortableEngine, PortableEngine]:
+def both(folder: Path, *, blocks: int = BLOCKS, captured: bool = True) -> tuple[PortableEngine, PortableEngine]:
     """(engine over the CPU's runner, engine one plan ahead over the device's)."""
     model, weights = open_artifact(folder).model, whole_weights(folder)
     plain = make_stage(model, weights)
     cache = KvCache(model, plain.shard, blocks=blocks, block_size=16, dtype=plain.dtype, device=plain.device)
     host = Runner(plain, cache, pipeline=Solo(), tensor=Solo(), slots=SLOTS, max_seq_len=LENGTH, eos_ids=(7,))
-    device = device_runner(make_stage(model, weights, kernels=kernels), Links(Solo(), Solo(), Solo()), blocks=blocks)
+    stage, links = make_stage(model, weights, kernels=kernels), Links(Solo(), Solo(), Solo())
+    device = device_runner(stage, links, blocks=blocks, captured=captured)
     return engine_of(host, ahead=False, blocks=blocks), engine_of(device, ahead=True, blocks=blocks)
 
 
@@ -86,8 +91,9 @@ def requests(count: int) -> list[Submit]:
     return [request([(7 * i + 3 * j) % 300 for j in range(2 + 9 * i)], KINDS[i % len(KINDS)], id=i) for i in range(count)]
 
 
-def test_one_plan_ahead_says_what_the_host_says(folder: Path) -> None:
-    host, device = both(folder)
+@pytest.mark.parametrize("captured", [True, False])
+def test_one_plan_ahead_says_what_the_host_says(folder: Path, captured: bool) -> None:
+    host, device = both(folder, captured=captured)
     expected, found = serve(host, requests(14)), serve(device, requests(14))
     for a, b in zip(expected, found, strict=True):
         assert (a.tokens == b.tokens and a.end == b.end) or not margin_violations(a, b, 1e-4)
@@ -99,6 +105,20 @@ def test_one_plan_ahead_says_what_the_host_says(folder: Path) -> None:
     stats = device.stats()
     assert stats.free_blocks == stats.num_blocks
     device.close()
+
+
+def test_steps_are_replayed_and_what_repeats_is_sent_in_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: Counter[int] = Counter()
+    sent: Counter[int] = Counter()
+    replay, send = Graphs.replay, Staging.send
+    monkeypatch.setattr(Graphs, "replay", lambda self, size: (replayed.update([size]), replay(self, size)))
+    monkeypatch.setattr(Staging, "send", lambda self, into: (sent.update([len(into)]), send(self, into)))
+    _, device = both(folder)
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    serve(device, [request([7 * i + j for j in range(11)], params, id=i) for i in range(3)])
+    # Three prompts in one step of 33 tokens; then 99 steps of three rows, each of which gets a block every 16th, all of them at once.
+    assert replayed == {64: 1, 4: 99}
+    assert sum(sent.values()) < 20 and sent[8] >= 5, "a step that repeats is copied again"
 
 
 def test_rows_that_lack_blocks_are_computed_again(folder: Path) -> None:

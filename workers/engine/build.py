@@ -162,7 +162,6 @@ def _runner(spec: ReplicaSpec, ranks: Ranks, stage: LlamaStage, cache: KvCache, 
     from workers.engine.device_runner import DeviceRunner, Links
     from workers.model.kernels import choose
 
-    begin = time.perf_counter()
     runner = DeviceRunner(
         stage,
         cache,
@@ -177,14 +176,18 @@ def _runner(spec: ReplicaSpec, ranks: Ranks, stage: LlamaStage, cache: KvCache, 
         eos_ids=eos_ids,
         waiter=Waiter(engine.wait),
     )
-    log.info("graphs are captured after %.1f s", time.perf_counter() - begin)
+    begin = time.perf_counter()
     _warm(runner, cache, min(engine.max_num_tokens, longest - 1))
+    log.info("kernels are warm after %.1f s", time.perf_counter() - begin)
+    begin = time.perf_counter()
+    runner.capture()
+    log.info("graphs are captured after %.1f s", time.perf_counter() - begin)
     return runner
 
 
 def _warm(runner: PlanRunner, cache: KvCache, tokens: int) -> None:
-    """Run a longest prefill, then a decode beside a short one, through the ordinary way: kernels are compiled, and a step's memory is
-    taken, before anybody waits. The blocks used hold nothing that can be found."""
+    """Run a longest prefill, then a decode beside a short one and one alone: kernels are compiled, and a step's memory is taken, before
+    anybody waits. The blocks used hold nothing that can be found."""
     size = cache.block_size
     tokens = min(tokens, (cache.blocks - 2) * size)
     if tokens < 1:
@@ -192,7 +195,7 @@ def _warm(runner: PlanRunner, cache: KvCache, tokens: int) -> None:
     params = SamplingParams(temperature=0.0)
     held = -(-(tokens + 1) // size)
     first = StepPlan(
-        step=-3,
+        step=-4,
         slots=column([0]),
         starts=column([0]),
         lengths=column([tokens]),
@@ -202,9 +205,9 @@ def _warm(runner: PlanRunner, cache: KvCache, tokens: int) -> None:
         block_ids=column(list(range(held))),
         opened=[OpenSlot(0, params, tokens)],
     )
-    short = min(size, tokens)
+    short = min(size - 1, tokens)
     second = StepPlan(
-        step=-2,
+        step=-3,
         slots=column([0, 1]),
         starts=column([tokens, 0]),
         lengths=column([1, short]),
@@ -214,9 +217,8 @@ def _warm(runner: PlanRunner, cache: KvCache, tokens: int) -> None:
         block_ids=column([held]),
         opened=[OpenSlot(1, params, short)],
     )
-    begin = time.perf_counter()
-    for plan in (first, second, StepPlan(step=-1, closed=column([0, 1]))):
+    third = StepPlan(step=-2, slots=column([1]), starts=column([short]), lengths=column([1]), tokens=column([0]), sample=column([1]))
+    for plan in (first, second, third, StepPlan(step=-1, closed=column([0, 1]))):
         answer = runner.issue(plan)
         if answer is not None:
             answer.result()
-    log.info("kernels are warm after %.1f s", time.perf_counter() - begin)

@@ -71,7 +71,7 @@ class _Step(NamedTuple):
 
 
 class DeviceRunner:
-    """Implements :class:`~workers.engine.answers.PlanRunner`.
+    """Implements :class:`~workers.engine.answers.PlanRunner`. Until :meth:`capture` every step runs operation by operation.
 
     Args:
         stage: this rank's shard on ``device``, frozen.
@@ -130,9 +130,13 @@ class DeviceRunner:
         self._marks: dict[int, Mark] = {}
         # The last plan and what it has in common with most that follow.
         self._before = StepPlan(step=-1), _Step(NONE, NONE, np.zeros(0, np.int64), None)
-        with torch.inference_mode():
-            self._mixed = Graphs(device, mixed, self._mixed_program)
-            self._decodes = Graphs(device, decodes, self._decode_program)
+        self._mixed = self._decodes = Graphs(device, (), self._decode_program)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture the programs of all sizes; kernels that were not used before are compiled."""
+        self._mixed = Graphs(self._device, tuple(self._mixed_inboxes), self._mixed_program)
+        self._decodes = Graphs(self._device, tuple(self._inboxes), self._decode_program)
 
     def _decode_program(self, size: int) -> Programs:
         """One step of ``size`` rows that decode, as for :class:`~workers.engine.graphs.Graphs`."""
