@@ -28,6 +28,7 @@ from workers.core.parts import stored_tensors
 from workers.engine.comm import Waiter
 from workers.engine.graphs import Graphs
 from workers.portable import Follower, PortableEngine, build
+from workers.process import settle_heap
 from workers.spec import ModelSpec, ReplicaSpec
 from workers.wire import SamplingParams, Submit
 
@@ -241,6 +242,7 @@ def main() -> None:
     beside = time.time() - begin
     patience, gaps = Patience(), Gaps()
     engine = build(spec, comm)
+    settle_heap()
     if isinstance(engine, Follower):
         engine.run()
         return

@@ -308,6 +308,7 @@ class Rank:
         return None
 
     def _serve(self, part: Engine | rank.Follower) -> None:
+        process.settle_heap()
         if isinstance(part, rank.Follower):
             part.run()
             return

@@ -6,7 +6,6 @@ error into lines and an exit code.
 
 from __future__ import annotations
 
-import gc
 import logging
 import secrets
 import sys
@@ -26,6 +25,7 @@ from orchestrator.router.text import load_texts
 from orchestrator.spec import RouterSpec
 from workers.errors import ConfigError, TriremeError
 from workers.logs import JsonLines, LogFormat
+from workers.process import settle_heap
 from workers.sockets import KeyPair
 
 USAGE = "usage: python -m orchestrator.cli.router SPEC.json"
@@ -108,11 +108,7 @@ def run(spec: RouterSpec) -> None:
         load_grants=_KeysFile(spec.allowed_file, parse_grants).load if spec.allowed_file else _none,
         load_api_keys=_KeysFile(api_keys_file, parse_api_keys).load if api_keys_file else None,
     )
-    # What start-up made stays; collections in service need not walk it. A step makes hundreds of lists that live for microseconds, and
-    # few cycles: at the default threshold the collector takes a tenth of the token path.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    settle_heap()
     uvloop.run(process.run())
 
 
