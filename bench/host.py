@@ -1,8 +1,9 @@
 """What a decode step costs the host of a GPU: batch, plan, packed copy and answers of 256 rows, over a device that does nothing.
 
-python -m bench.host [--runs 5]
+python -m bench.host [--runs 5] [--pause MS]
 
-CPU seconds of the thread that drives the engine, without CUDA's own calls; `bench.gpu` says what it is with them (``host_us``).
+CPU seconds of the thread that drives the engine, without CUDA's own calls; `bench.gpu` says what it is with them (``host_us``). With
+``--pause`` it waits between steps, as for a device, without sleeping: what the step needs is no longer in the processor's caches.
 """
 
 from __future__ import annotations
@@ -60,15 +61,18 @@ def engine_of(folder: Path) -> PortableEngine:
     return PortableEngine(Batch(limits, ahead=True), runner, limits, close=runner.close)
 
 
-def step_us(engine: PortableEngine, rows: int, run: int) -> float:
+def step_us(engine: PortableEngine, rows: int, run: int, pause_s: float) -> float:
     """Median of the steps in which every one of ``rows`` rows yields a token. Prompts differ in length, so blocks fill up in turns; and
-    from ``run`` to run, so whole blocks are made findable."""
+    from ``run`` to run, so whole blocks are made findable. ``pause_s`` pass before each step."""
     for i in range(rows):
         params = SamplingParams(temperature=1.0, seed=i, max_tokens=TOKENS, ignore_eos=True)
         prompt = [run, *((7 * i + 3 * j) % 300 for j in range(15 + i % 16))]
         engine.submit(i, Submit(boot="b", stream=i, attempt=0, client="c", request=str(i), model="m", prompt_ids=prompt, params=params))
     spent = []
     while engine.busy():
+        resume = time.monotonic() + pause_s
+        while time.monotonic() < resume:
+            pass
         begin = time.thread_time()
         emissions = engine.step()
         if len(emissions) == rows:
@@ -79,12 +83,14 @@ def step_us(engine: PortableEngine, rows: int, run: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
+    parser.add_argument("--pause", type=float, default=0.0, metavar="MS")
+    args = parser.parse_args()
+    runs, pause_s = args.runs, args.pause / 1e3
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_of(tiny_model(Path(folder), heads=6, kv_heads=2, vocab=_VOCAB, layers=1))
-        single = [step_us(engine, 1, run) for run in range(runs)]
-        crowd = [step_us(engine, ROWS, runs + run) for run in range(runs)]
+        single = [step_us(engine, 1, run, pause_s) for run in range(runs)]
+        crowd = [step_us(engine, ROWS, runs + run, pause_s) for run in range(runs)]
     detail = f"one row: {statistics.median(single):.0f} us; without CUDA's own calls"
     publish([Claim(name=f"host's part of a decode step at {ROWS} rows", unit="us", asked=ASKED_US, sense="<=", runs=crowd, detail=detail)])
 

@@ -56,16 +56,16 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     source: str
 
 
-#: Fitted by `python -m bench.fit` to the 16 runs of the 8B and 70B shapes in gpu.jsonl (one or two GPUs): met within 7.0 %, root mean
-#: square 3.1 %. The four runs in 2026-11-22-four-gpus.jsonl were held out, and are of an engine with slower sums: met within 7.3 %, root
-#: mean square 5.1 %.
+#: Fitted by `python -m bench.fit` to the 16 runs of the 8B and 70B shapes in gpu.jsonl (one or two GPUs): met within 8.4 %, root mean
+#: square 3.9 %; those of two GPUs are of an engine that did not capture steps with prompts yet. The four runs in
+#: 2026-11-22-four-gpus.jsonl were held out, and are of an engine with slower sums: met within 8.4 %, root mean square 5.8 %.
 GPU_FIT = Fit(
-    read=0.987,
-    product=0.856,
-    narrow=0.869,
-    layer_s=24.4e-6,
-    step_s=537e-6,
-    error=0.07,
+    read=1.01,
+    product=0.836,
+    narrow=0.857,
+    layer_s=8.74e-6,
+    step_s=601e-6,
+    error=0.09,
     runs=20,
     source="bench/results/gpu.jsonl and 2026-11-22-four-gpus.jsonl",
 )
@@ -111,8 +111,9 @@ _PCIE_S, _PCIE = 20e-6, 20e9
 #: On a CPU: choosing a token, a logit; a sum or a message between two ranks of a host; bytes a second between hosts (not measured).
 _HOST_CHOICE_S, _HOST_SUM_S, _HOST_WIRE = 2e-9, 150e-6, 1e9
 
-#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl (438 us at 1 row, 1,628 at 256, 2,657 at 512).
-_LEAD_S, _LEAD_ROW_S = 0.43e-3, 4.4e-6
+#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl (133 to 178 us at 1 row, 296 to 901 at 256,
+#: 1,042 at 512).
+_LEAD_S, _LEAD_ROW_S = 0.13e-3, 1.8e-6
 
 #: Bytes that are gone before a rank's weights: the CUDA context and torch (recorded on one GPU); what joining NCCL takes; what groups of
 #: tensor-parallel ranks and of stages take beside it (recorded on two and four).
