@@ -18,7 +18,7 @@ from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.core.batch import Batch
 from workers.core.plan import GUESS, OpenSlot, StepPlan, StepResult, column, view
-from workers.engine.answers import PlanRunner
+from workers.engine.answers import Answer, PlanRunner
 from workers.engine.cache import KvCache
 from workers.engine.comm import Group, InProcess, Solo
 from workers.engine.device import HostDevice
@@ -58,11 +58,12 @@ def device_runner(stage: LlamaStage, links: Links, *, blocks: int = BLOCKS, capt
     return runner
 
 
-def engine_of(runner: PlanRunner, *, ahead: bool, blocks: int = BLOCKS) -> PortableEngine:
+def engine_of(runner: PlanRunner, *, ahead: bool, blocks: int = BLOCKS, micro_batches: int = 1) -> PortableEngine:
     limits = Capacity(
         block_size=16, num_blocks=blocks, max_batch_size=SLOTS, max_num_tokens=64, max_seq_len=LENGTH, vocab_size=VOCAB, tp=1, pp=1
     )
-    return PortableEngine(Batch(limits, ahead=ahead, eos_ids=(7,)), runner, limits, close=runner.close)
+    batch = Batch(limits, ahead=ahead, micro_batches=micro_batches, eos_ids=(7,))
+    return PortableEngine(batch, runner, limits, close=runner.close)
 
 
 def both(folder: Path, *, blocks: int = BLOCKS, captured: bool = True) -> tuple[PortableEngine, PortableEngine]:
@@ -202,6 +203,46 @@ def test_guesses_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
     assert len(expected) == len(guessing_plans(pp)) and all(min(view(result.tokens)) >= 0 for result in expected)
     found = in_threads(pp, member)
     assert found[-1] == expected and not any(found[:-1])
+
+
+class Recording:
+    """A runner that remembers its plans and their answers."""
+
+    def __init__(self, runner: DeviceRunner) -> None:
+        self.runner, self.plans, self.answers = runner, list[StepPlan](), list[StepResult]()
+
+    def issue(self, plan: StepPlan) -> Answer:
+        answer = self.runner.issue(plan)
+        assert answer is not None
+        self.plans.append(plan)
+        self.answers.append(answer.result())
+        return answer
+
+    def close(self) -> None:
+        self.runner.close()
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_batchs_plans_say_the_same_on_two_ranks(folder: Path, tp: int, pp: int) -> None:
+    """Plans as a leader makes them, most of which repeat the one before: joins, ends and blocks between."""
+    model, weights = open_artifact(folder).model, whole_weights(folder)
+    alone = Recording(device_runner(make_stage(model, weights, kernels=kernels), Links(Solo(), Solo(), Solo())))
+    crowd = [request([(7 * i + 3 * j) % 300 for j in range(3 + 9 * i)], KINDS[i % 2], id=i) for i in range(9)]
+    serve(engine_of(alone, ahead=True, micro_batches=pp), crowd)
+    assert sum(plan.repeats > 0 for plan in alone.plans) > 20
+    back = InProcess.create(2)
+
+    def member(group: Group) -> list[StepResult]:
+        torch.set_num_threads(1)
+        links = Links(group, Solo(), Solo()) if tp == 2 else Links(Solo(), group, back[group.rank])
+        tensor = group if tp == 2 else None
+        stage = make_stage(model, weights, Parallel(tp=tp, pp=pp), group.rank, tensor=tensor, kernels=kernels)
+        runner = device_runner(stage, links)
+        return [answer.result() for answer in map(runner.issue, alone.plans) if answer is not None]
+
+    found = in_threads(2, member)
+    assert found[-1] == alone.answers
+    assert found[0] == (alone.answers if tp == 2 else [])
 
 
 def test_graph_sizes_hold_every_batch() -> None:
