@@ -147,13 +147,14 @@ class BlockPool:
 
     def check(self, tables: Iterable[Sequence[int]] = ()) -> None:
         """Prove every invariant; ``tables`` are the block lists of all users. Raises AssertionError naming the first one broken."""
-        users = Counter(block for table in tables for block in table)
-        assert all(self._users[block] == users[block] for block in range(self.num_blocks)), "user counts differ from the tables"
-        held = {block for block in range(self.num_blocks) if self._users[block]}
+        held = Counter(block for table in tables for block in table)
+        free = set(self._free)
+        assert all(self._users[block] == count for block, count in held.items()), "user counts differ from the tables"
+        assert self._users.count(0) == self.num_blocks - len(held), "a block is held by nobody"
         assert len(held) + len(self._free) + len(self._idle) == self.num_blocks, "a block is lost or counted twice"
-        assert held.isdisjoint(self._free) and held.isdisjoint(self._idle), "a held block is up for reuse"
-        assert set(self._free).isdisjoint(self._idle) and len(set(self._free)) == len(self._free), "a block is free twice"
-        assert self._contents.keys().isdisjoint(self._free), "a free block is findable"
+        assert free.isdisjoint(held) and self._idle.keys().isdisjoint(held), "a held block is up for reuse"
+        assert free.isdisjoint(self._idle) and len(free) == len(self._free), "a block is free twice"
+        assert free.isdisjoint(self._contents), "a free block is findable"
         assert self._idle.keys() <= self._contents.keys(), "an idle block is not findable"
         assert self._index == {content.hash: block for block, content in self._contents.items()}, "index and contents differ"
         age = {block: i for i, block in enumerate(self._idle)}
