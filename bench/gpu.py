@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -137,6 +138,8 @@ def run(spec: ReplicaSpec, arguments: dict[str, Any], bound_s: float = BOUND_S) 
                     yield json.loads(line)
         finally:
             clock.cancel()
+            if sys.exc_info()[0] is not None:  # told to end: ranks would hold their GPUs until they are done
+                os.killpg(process.pid, 9)
     if process.returncode:
         say(f"the ranks ended with {process.returncode}")
 
@@ -155,6 +158,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="folder for tables of kernels")
     parser.add_argument("--commit", default=commit())
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     visible = gpus()
     names = args.case or [name for name, case in CASES.items() if (case.parallel.world > 1) == (visible > 1)]
     facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": args.commit}
