@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import ROOT, gpus, launched
-from bench.report import say
+from bench.report import record, say
 from workers.__main__ import GPU_ENVIRONMENT
 
 SIZES = [1 << power for power in range(12, 27)]
@@ -130,11 +130,9 @@ def main() -> None:
         rank()
         return
     lines = run(args.ranks or gpus())
-    for each in [*lines, switches(lines)]:
-        print(json.dumps(each))
-    if args.output:
-        with args.output.open("a") as file:
-            file.writelines(json.dumps(each) + "\n" for each in lines)
+    for each in lines:
+        record(each, args.output)
+    record(switches(lines), None)
 
 
 if __name__ == "__main__":

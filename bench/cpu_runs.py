@@ -9,7 +9,6 @@ little; of each workload's repeats the quickest is taken.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
 import tempfile
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 from bench.drive import submit
-from bench.report import commit
+from bench.report import commit, facts, record
 from orchestrator.core.shapes import SHAPES
 from workers.portable import PortableEngine, build
 from workers.spec import EngineSpec, ReplicaSpec
@@ -71,19 +70,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append JSON lines here")
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
-    facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit(), "engine": "trireme", "shape": SHAPE}
-    layout = {"tp": 1, "pp": 1, "threads": 1, "dtype": "fp32", "max_num_tokens": 256, "clock": "cpu"}
+    layout = {"engine": "trireme", "shape": SHAPE, "tp": 1, "pp": 1, "threads": 1, "dtype": "fp32", "max_num_tokens": 256, "clock": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         engine = started(write_shape(Path(folder)))
     cpu_seconds(engine, 4, 16, 4)
     for name, (requests, isl, osl) in WORKLOADS.items():
         seconds = min(cpu_seconds(engine, requests, isl, osl) for _ in range(args.repeats))
         sizes = {"workload": name, "requests": requests, "isl": isl, "osl": osl}
-        text = json.dumps(facts | layout | sizes | {"seconds": round(seconds, 3), "output_tok_s": round(requests * osl / seconds, 1)})
-        print(text, flush=True)
-        if args.output:
-            with args.output.open("a") as file:
-                file.write(f"{text}\n")
+        speeds = {"seconds": round(seconds, 3), "output_tok_s": round(requests * osl / seconds, 1)}
+        record(facts(commit()) | layout | sizes | speeds, args.output)
     engine.close()
 
 

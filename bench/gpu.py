@@ -9,7 +9,6 @@ All requests are submitted at once to the real engine (leader and ranks, under m
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from bench.report import commit, say
+from bench.report import commit, facts, record, say
 from orchestrator.core import cost
 from workers.__main__ import GPU_ENVIRONMENT
 from workers.spec import EngineSpec, Parallel, QuantName, ReplicaSpec
@@ -161,7 +160,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     visible = gpus()
     names = args.case or [name for name, case in CASES.items() if (case.parallel.world > 1) == (visible > 1)]
-    facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": args.commit}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             case = CASES[name]
@@ -171,12 +169,7 @@ def main() -> None:
             wanted = [workload for workload in case.workloads if not args.workload or workload in args.workload]
             workloads = [(workload, *WORKLOADS[workload]) for workload in wanted]
             for found in run(spec, {"workloads": workloads, "profile": profile}):
-                line = json.dumps(facts | found)
-                print(line, flush=True)
-                if args.output:
-                    args.output.parent.mkdir(parents=True, exist_ok=True)
-                    with args.output.open("a") as file:
-                        file.write(f"{line}\n")
+                record(facts(args.commit) | found, args.output)
 
 
 if __name__ == "__main__":

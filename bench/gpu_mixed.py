@@ -8,8 +8,6 @@ python -m bench.gpu_mixed [--case 8b] [--case 8b-fp8] [--output FILE]
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import tempfile
 import time
@@ -20,7 +18,7 @@ import torch
 
 from bench.gpu import CASES, spec_of, write_shape
 from bench.gpu_rank import submits
-from bench.report import commit, say
+from bench.report import commit, facts, record, say
 from workers.artifacts.artifact import open_artifact
 from workers.portable import PortableEngine, build
 
@@ -69,8 +67,8 @@ def measured(name: str, folder: Path) -> list[dict[str, Any]]:
                 runs.append(played(engine, vocab, prompt, seed=100 * turn + prompt))
         for captured, runs in found.items():
             medians = {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
-            facts = {"engine": "trireme", "gpu": torch.cuda.get_device_name(), "shape": case.shape, "quant": case.quant}
-            lines.append(facts | {"workload": "joiners", "prompt": prompt, "captured": captured} | medians)
+            subject = {"engine": "trireme", "gpu": torch.cuda.get_device_name(), "shape": case.shape, "quant": case.quant}
+            lines.append(subject | {"workload": "joiners", "prompt": prompt, "captured": captured} | medians)
     engine.close()
     return lines
 
@@ -81,16 +79,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append JSON lines here")
     parser.add_argument("--commit", default=commit())
     args = parser.parse_args()
-    facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": args.commit}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.case or ["8b"]:
             say(f"bench.gpu_mixed: {name}")
             for found in measured(name, Path(folder)):
-                line = json.dumps(facts | found)
-                print(line, flush=True)
-                if args.output:
-                    with args.output.open("a") as file:
-                        file.write(f"{line}\n")
+                record(facts(args.commit) | found, args.output)
 
 
 if __name__ == "__main__":

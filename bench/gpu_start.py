@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from bench.gpu import Case, commit, run, spec_of, write_shape
-from bench.report import say
+from bench.gpu import Case, run, spec_of, write_shape
+from bench.report import commit, facts, record, say
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.checkpoint import CONFIG, FORMAT, MANIFEST, Manifest, config_of, describe, rank_file
 from workers.artifacts.numbers import STORAGE
@@ -68,11 +68,8 @@ def main() -> None:
         spec = spec_of(Case(args.shape, Parallel()), Path(folder, "checkpoint"), load_format="auto")
         for kernels in ("compiled", "cached"):
             for line in run(spec, {"workloads": []}, 180):
-                text = json.dumps(line | {"workload": "start", "kernels": kernels, "gb": round(size / 1e9, 1), "commit": commit()})
-                print(text, flush=True)
-                if args.output:
-                    with args.output.open("a") as file:
-                        file.write(text + "\n")
+                start = {"workload": "start", "kernels": kernels, "gb": round(size / 1e9, 1)}
+                record(facts(commit()) | line | start, args.output)
 
 
 if __name__ == "__main__":

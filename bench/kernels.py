@@ -9,9 +9,7 @@ kernels. Limits are measured first: an elementwise kernel (read and written byte
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.report import commit, say
+from bench.report import commit, facts, record, say
 from workers.core.shard import shard_of
 from workers.engine.comm import Solo
 from workers.model.kernels import gpu, layout
@@ -279,7 +277,7 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     layout.SPLIT_PROGRAMS = args.splits
     copied, product = limits()
-    name, date = torch.cuda.get_device_name(), datetime.datetime.now(datetime.UTC).date().isoformat()
+    name = torch.cuda.get_device_name()
     say(f"{name}: copy {copied / 1e12:.2f} TB/s, bf16 product {product / 1e12:.0f} TFLOP/s")
     for case in itertools.chain.from_iterable(PARTS[part]() for part in args.parts or list(PARTS)[:-1]):
         if args.match not in case.name:
@@ -288,11 +286,7 @@ def main() -> None:
         if "rate" in line:
             limit = copied if line["unit"] == "TB/s" else product
             line |= {"limit": round(limit / 1e12, 3), "share": round(line["rate"] * 1e12 / limit, 3)}
-        line = {"date": date, "commit": args.commit, "gpu": name, "splits": args.splits} | line
-        print(json.dumps(line), flush=True)
-        if args.output:
-            with args.output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        record(facts(args.commit) | {"gpu": name, "splits": args.splits} | line, args.output)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import json
 import os
 import signal
@@ -29,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench import collectives, gpu
 from bench.gpu import ROOT, WORKLOADS, Case, launched, spec_of, write_shape
-from bench.report import commit, say
+from bench.report import commit, facts, record, say
 from bench.router import cpu_seconds
 from orchestrator.client import AsyncClient
 from orchestrator.launch.control import Control, Status
@@ -276,7 +275,6 @@ def main() -> None:
     count = gpu.gpus()
     if count not in LAYOUTS:
         raise SystemExit(f"4 or 8 GPUs are needed, {count} are visible")
-    facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": args.commit}
     failed = 0
     for name in args.only or PARTS:
         say(f"bench.many_gpus: {name}")
@@ -284,11 +282,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
             try:
                 for line in PARTS[name](count, Path(folder)):
-                    text = json.dumps(facts | line)
-                    print(text, flush=True)
-                    if args.output:
-                        with args.output.open("a") as file:
-                            file.write(text + "\n")
+                    record(facts(args.commit) | line, args.output)
             except Exception as error:  # one part's edge: the others are worth their minutes
                 failed += 1
                 say(f"bench.many_gpus: {name} failed: {type(error).__name__}: {error}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels import DEVICE, copies, limits, timed
-from bench.report import say
+from bench.report import record, say
 from workers.core.parts import parts_of
 from workers.model.kernels import linear, linear_gpu
 from workers.model.kernels.linear_gpu import Tuning
@@ -167,11 +166,7 @@ def main() -> None:
     for found in itertools.chain.from_iterable(makers[part]() for part in args.parts):
         if "tb_s" in found:
             found["share"] = round(max(found["tb_s"] * 1e12 / copied, found["tflop_s"] * 1e12 / dense), 3)
-        text = json.dumps(found | {"gpu": name})
-        print(text, flush=True)
-        if args.output:
-            with args.output.open("a") as file:
-                file.write(text + "\n")
+        record(found | {"gpu": name}, args.output)
 
 
 if __name__ == "__main__":

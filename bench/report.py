@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,6 +39,21 @@ def publish(claims: Sequence[Claim]) -> None:
     """A JSON line a claim on stdout; what is read by a person goes to stderr."""
     for claim in claims:
         print(json.dumps({**msgspec.structs.asdict(claim), "measured": claim.measured, "held": claim.held}), flush=True)
+
+
+def facts(tree: str) -> dict[str, str]:
+    """When, and of which ``tree``, a line is."""
+    return {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": tree}
+
+
+def record(line: dict[str, Any], output: Path | None) -> None:
+    """``line`` as JSON on stdout, and behind what ``output`` holds."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a") as file:
+            file.write(f"{text}\n")
 
 
 def commit() -> str:

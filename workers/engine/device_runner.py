@@ -128,8 +128,8 @@ class DeviceRunner:
         self._notes = Staging(device, words=slots, depth=depth + 2)
         self._outbox = [Pinned(device, slots) for _ in range(depth + 2)]
         self._marks: dict[int, Mark] = {}
-        # The last plan and what it has in common with most that follow.
-        self._before = StepPlan(step=-1), _Step(NONE, NONE, np.zeros(0, np.int64), None)
+        # The last plan's step, and what it has in common with most that follow.
+        self._before = 0, _Step(NONE, NONE, np.zeros(0, np.int64), None)
         self._mixed = self._decodes = Graphs(device, (), self._decode_program)
 
     @torch.inference_mode()
@@ -205,9 +205,9 @@ class DeviceRunner:
 
     def _columns(self, plan: StepPlan) -> _Step:
         before, step = self._before
-        if not (plan.repeats and plan.repeats == before.step):
+        if not plan.repeats or plan.repeats != before:
             step = self._read(plan)
-        self._before = plan, step
+        self._before = plan.step, step
         return step
 
     def _read(self, plan: StepPlan) -> _Step:
