@@ -1,9 +1,11 @@
-"""How long a sum over all ranks takes by its size, on every way that NVIDIA GPUs of one host offer: one JSON line a size.
+"""How long a sum over all ranks takes by its size, on every way that NVIDIA GPUs of one host offer, alone and with the norm after it: one
+JSON line a size.
 
 python -m bench.collectives [--ranks 2] [--output FILE]
 
 Times are of one sum inside a captured graph of twenty, which is how the engine runs them. The sizes from which another way is quicker are
-what ``ONE_SHOT_BYTES`` and ``TWO_SHOT_BYTES`` of :mod:`workers.engine.nccl` should be on this kind of host.
+what ``ONE_SHOT_BYTES`` and ``TWO_SHOT_BYTES`` of :mod:`workers.engine.nccl` and ``WORD_BYTES`` of :mod:`workers.engine.sum_norm` should be
+on this kind of host.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from workers.__main__ import GPU_ENVIRONMENT
 SIZES = [1 << power for power in range(12, 27)]
 #: Largest sums, bytes, that our own kernel is tried with.
 ONE_SHOT_LIMIT = 4 << 20
+#: Rows and their lengths of sums that are added and normed.
+ROWS, HIDDEN = (1, 16, 32, 64, 128, 256, 512, 2048, 8192), (4096, 8192)
 #: Sums in one graph, and replays of it.
 REPEATS, REPLAYS = 20, 15
 BOUND_S = 120.0
@@ -45,12 +49,14 @@ def run(ranks: int) -> list[dict[str, Any]]:
 
 
 def switches(lines: list[dict[str, Any]]) -> dict[str, int]:
-    """The largest sizes, bytes, up to which one shot, and then two shots, are quicker than the other ways."""
+    """The largest sizes, bytes, up to which one shot, and then two shots, are quicker than the other ways; with the norm, words."""
+    words = max((line["bytes"] for line in lines if line.get("words_us", math.inf) <= line.get("flags_us", math.inf)), default=0)
+    lines = [line for line in lines if "hidden" not in line]
     one = max(
         (line["bytes"] for line in lines if line.get("one_shot_us", math.inf) <= min(line["two_shot_us"], line["nccl_us"])), default=0
     )
     two = max((line["bytes"] for line in lines if line["two_shot_us"] <= line["nccl_us"]), default=0)
-    return {"one_shot_bytes": one, "two_shot_bytes": max(one, two)}
+    return {"one_shot_bytes": one, "two_shot_bytes": max(one, two), "word_bytes": words}
 
 
 def rank() -> None:
@@ -60,8 +66,10 @@ def rank() -> None:
     import torch.distributed._symmetric_memory as symmetric
     from mpi4py import MPI
 
-    from workers.engine.nccl import World
+    from workers.engine.nccl import TWO_SHOT_BYTES, World
     from workers.engine.one_shot import OneShot
+    from workers.engine.sum_norm import WORD_ROWS, SumNorm
+    from workers.model.kernels import kernels_for
 
     comm = MPI.COMM_WORLD
     device = torch.device("cuda", comm.Get_rank())
@@ -112,11 +120,30 @@ def rank() -> None:
         }
         return found | ({"one_shot_us": timed(lambda: one_shot(x))} if one_shot.takes(x) else {})
 
+    members = world.group([list(range(comm.Get_size()))], symmetric_bytes=TWO_SHOT_BYTES)
+    kernels = kernels_for(device)
+
+    def with_norm(hidden: int, rows: int, ways: dict[str, SumNorm]) -> dict[str, Any]:
+        branch, residual = (torch.randn(rows, hidden, device=device).bfloat16() for _ in range(2))
+        weight = torch.ones(hidden, device=device).bfloat16()
+        found = {"bytes": 2 * rows * hidden, "ranks": comm.Get_size(), "hidden": hidden, "rows": rows}
+        found["apart_us"] = timed(lambda: kernels.add_rms_norm(residual, members.all_reduce(branch), weight, 1e-5))
+        for name, way in ways.items():
+            if name == "flags" or rows <= WORD_ROWS:
+                found[f"{name}_us"] = timed(lambda way=way: way(residual, branch, weight, 1e-5, narrows=False))
+        return found
+
+    def say_so(found: dict[str, Any]) -> None:
+        if comm.Get_rank() == 0:
+            print(json.dumps({"gpu": torch.cuda.get_device_name(), **found}), flush=True)
+
     with torch.inference_mode():
         for size in SIZES:
-            found = line(size)
-            if comm.Get_rank() == 0:
-                print(json.dumps({"gpu": torch.cuda.get_device_name(), **found}), flush=True)
+            say_so(line(size))
+        for hidden in HIDDEN:
+            ways = {"words": SumNorm(group, device, hidden, word_bytes=1 << 30), "flags": SumNorm(group, device, hidden, word_bytes=0)}
+            for rows in ROWS:
+                say_so(with_norm(hidden, rows, ways))
     world.leave()
 
 

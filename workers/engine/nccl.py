@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from workers.engine.comm import STEP_BOUND_S, is_half, ordered_sum
-from workers.engine.one_shot import OneShot, SumNorm
+from workers.engine.one_shot import OneShot
+from workers.engine.sum_norm import SumNorm
 
 if TYPE_CHECKING:
     from mpi4py import MPI
