@@ -30,10 +30,9 @@ _SIDES = tl.constexpr(4)
 
 
 @triton.jit
-def _add_and_norm(normed, scales, residual, total, row, line, rates, hidden, eps, within, NARROWS: tl.constexpr):
-    """``residual``'s row += ``total``, fp32, and the norm of that. Rounded where it is without this kernel: the branch,
-    then the sum."""
-    before = tl.load(residual + line, mask=within, other=0.0)
+def _add_and_norm(normed, scales, residual, before, total, row, line, rates, hidden, eps, within, NARROWS: tl.constexpr):
+    """``residual``'s row, which was ``before``, += ``total``, fp32, and the norm of that. Rounded where it is without this kernel: the
+    branch, then the sum."""
     after = (before.to(tl.float32) + total.to(before.dtype).to(tl.float32)).to(before.dtype)
     tl.store(residual + line, after, mask=within)
     store_norm(normed, scales, row, line, after, rates, hidden, eps, within, NARROWS)
@@ -55,8 +54,10 @@ def _few(
     place = tl.arange(0, SPAN)
     there = place < hidden // 2
     mine = tl.load(x.to(tl.pointer_type(tl.int32)) + row * (hidden // 2) + place, mask=there, other=0)
+    line = row * hidden + columns
+    before = tl.load(residual + line, mask=within, other=0.0)  # comes while the others' words do
     low, high = meet(mine, program * SPAN + place, there, inboxes, turn, LIMIT, RANK, RANKS, True, SPAN)
-    _add_and_norm(normed, scales, residual, tl.interleave(low, high), row, row * hidden + columns, rates, hidden, eps, within, NARROWS)
+    _add_and_norm(normed, scales, residual, before, tl.interleave(low, high), row, line, rates, hidden, eps, within, NARROWS)
     tl.store(turns + program, turn)
 
 
@@ -98,18 +99,19 @@ def _many(
         line = row * hidden + columns
         if row + stride < rows:
             _send(x, line + stride * hidden, within, inboxes, flags, turn + 1, hidden, PROGRAMS, RANK, RANKS, SPAN)
+        own = tl.load(x + line, mask=within, other=0.0)
+        before = tl.load(residual + line, mask=within, other=0.0)
         total = tl.zeros((SPAN,), tl.float32)
         for peer in tl.static_range(RANKS):
-            if peer == RANK:
-                theirs = tl.load(x + line, mask=within, other=0.0)
-            else:
+            theirs = own
+            if peer != RANK:
                 # The other may be ahead by three turns.
                 while tl.atomic_add(told + peer * PROGRAMS, 0, sem="acquire", scope="sys") - turn < 0:
                     pass
                 place = ((turn & (_SIDES - 1)) * (RANKS * PROGRAMS) + peer * PROGRAMS + program).to(tl.int64) * hidden + columns
                 theirs = tl.load(mine + place, mask=within, other=0.0, cache_modifier=".cg")
             total += theirs.to(tl.float32)
-        _add_and_norm(normed, scales, residual, total, row, line, rates, hidden, eps, within, NARROWS)
+        _add_and_norm(normed, scales, residual, before, total, row, line, rates, hidden, eps, within, NARROWS)
         row += stride
         turn += 1
     tl.store(turns + program, turn - 1)
@@ -152,6 +154,6 @@ class SumNorm:
             _many[(min(rows, _PROGRAMS),)](
                 values, scales, residual, branch, weight, self._rows.addresses, self._flags.addresses, self._many_turns, rows, self._hidden,
                 eps, PROGRAMS=_PROGRAMS, RANK=self._rank, RANKS=self._ranks, NARROWS=narrows, SPAN=self._span,
-                **early(), num_warps=min(max(self._span // 1024, 1), 8),
+                **early(), num_warps=min(max(self._span // 512, 1), 8),
             )  # fmt: skip
         return found
