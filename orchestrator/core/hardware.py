@@ -56,17 +56,17 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     source: str
 
 
-#: Fitted by `python -m bench.fit` to the 16 runs of the 8B and 70B shapes in gpu.jsonl (one or two GPUs): met within 8.4 %, root mean
-#: square 3.9 %; those of two GPUs are of an engine that did not capture steps with prompts yet. The four runs in
-#: 2026-11-22-four-gpus.jsonl were held out, and are of an engine with slower sums: met within 8.4 %, root mean square 5.8 %.
+#: Fitted by `python -m bench.fit` to the 17 runs of the 8B and 70B shapes in gpu.jsonl (one or two GPUs): met within 6.7 %, root mean
+#: square 3.5 %. The four runs in 2026-11-22-four-gpus.jsonl were held out, and are of an engine with slower sums: met within 7.7 %, root
+#: mean square 5.4 %.
 GPU_FIT = Fit(
-    read=1.01,
-    product=0.836,
-    narrow=0.857,
-    layer_s=8.74e-6,
-    step_s=601e-6,
-    error=0.09,
-    runs=20,
+    read=0.996,
+    product=0.828,
+    narrow=0.853,
+    layer_s=1.19e-5,
+    step_s=450e-6,
+    error=0.08,
+    runs=21,
     source="bench/results/gpu.jsonl and 2026-11-22-four-gpus.jsonl",
 )
 
@@ -111,13 +111,13 @@ _PCIE_S, _PCIE = 20e-6, 20e9
 #: On a CPU: choosing a token, a logit; a sum or a message between two ranks of a host; bytes a second between hosts (not measured).
 _HOST_CHOICE_S, _HOST_SUM_S, _HOST_WIRE = 2e-9, 150e-6, 1e9
 
-#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl (133 to 178 us at 1 row, 296 to 901 at 256,
-#: 1,042 at 512).
+#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl (98 to 178 us at 1 row, 411 to 836 at 256, 573 to
+#: 1,274 at 512).
 _LEAD_S, _LEAD_ROW_S = 0.13e-3, 1.8e-6
 
 #: Bytes that are gone before a rank's weights: the CUDA context and torch (recorded on one GPU); what joining NCCL takes; what groups of
 #: tensor-parallel ranks and of stages take beside it (recorded on two and four).
-_CONTEXT, _NCCL, _TENSOR, _PIPELINE = 1_250_000_000, 800_000_000, 450_000_000, 750_000_000
+_CONTEXT, _NCCL, _TENSOR, _PIPELINE = 1_250_000_000, 800_000_000, 480_000_000, 750_000_000
 #: What a rank on a CPU takes beside weights and cache: interpreter, torch, MPI, and room to compute in (bench.replica: 338 MB, bar 350).
 HOST_RANK = 350_000_000
 
