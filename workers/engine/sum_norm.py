@@ -6,7 +6,7 @@ for the one before, so the link is never idle.
 
 Why four sides are enough for many rows: a program writes turn k over what the other read in turn k - 4. It has seen the flag of turn
 k - 2, which the other sent after that reading: there, turn k - 2 is sent before turn k - 3 is waited for, and after turn k - 4 is over.
-All programs run at once, so none waits for one that cannot begin.
+Each program waits for its like on the other ranks alone, and programs begin in order, so the first that is not over can always go on.
 """
 
 import torch
