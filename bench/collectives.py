@@ -16,7 +16,9 @@ import math
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,101 +51,116 @@ def run(ranks: int) -> list[dict[str, Any]]:
 
 
 def switches(lines: list[dict[str, Any]]) -> dict[str, int]:
-    """The largest sizes, bytes, up to which one shot, and then two shots, are quicker than the other ways; with the norm, words."""
-    words = max((line["bytes"] for line in lines if line.get("words_us", math.inf) <= line.get("flags_us", math.inf)), default=0)
-    lines = [line for line in lines if "hidden" not in line]
-    one = max(
-        (line["bytes"] for line in lines if line.get("one_shot_us", math.inf) <= min(line["two_shot_us"], line["nccl_us"])), default=0
-    )
-    two = max((line["bytes"] for line in lines if line["two_shot_us"] <= line["nccl_us"]), default=0)
-    return {"one_shot_bytes": one, "two_shot_bytes": max(one, two), "word_bytes": words}
+    """The largest sizes, bytes, up to which one shot, and then two shots, are quicker than the other ways; and with the norm, words."""
+
+    def largest(way: str, *others: str) -> int:
+        fair = [line for line in lines if way in line]
+        return max((line["bytes"] for line in fair if line[way] <= min(line.get(other, math.inf) for other in others)), default=0)
+
+    one = largest("one_shot_us", "two_shot_us", "nccl_us")
+    return {
+        "one_shot_bytes": one,
+        "two_shot_bytes": max(one, largest("two_shot_us", "nccl_us")),
+        "word_bytes": largest("words_us", "flags_us"),
+    }
+
+
+def timed(program: Callable[[], object]) -> float:
+    """Microseconds of one ``program`` inside a graph; the largest over all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    beside = torch.cuda.Stream()
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            program()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads of this process (NCCL's watchdog) may ask the driver questions meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(REPEATS):
+            program()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / REPEATS)
+    del graph
+    slowest = torch.tensor([statistics.median(times[3:])], device="cuda")
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return round(float(slowest), 2)
+
+
+def sums(group: Any, device: Any) -> Iterator[dict[str, Any]]:
+    """A line for each of ``SIZES``."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed._symmetric_memory as symmetric
+
+    from workers.engine.one_shot import OneShot
+
+    shared = symmetric.empty(SIZES[-1], dtype=torch.uint8, device=device)
+    symmetric.rendezvous(shared, group=group.group_name)
+    one_shot, ops, name = OneShot(group, device, ONE_SHOT_LIMIT), torch.ops.symm_mem, group.group_name
+    for size in SIZES:
+        x = torch.randn(size // 2, device=device).bfloat16()
+        mine, out = shared[:size].view(torch.bfloat16), torch.empty_like(x)
+        ways: dict[str, Callable[[], object]] = {
+            "nccl_us": partial(dist.all_reduce, x),
+            "torch_one_shot_us": partial(ops.one_shot_all_reduce_copy, mine, x, "sum", name),
+            "two_shot_us": lambda mine=mine, x=x, out=out: (mine.copy_(x), ops.two_shot_all_reduce_out(mine, "sum", name, out)),
+        }
+        if one_shot.takes(x):
+            ways["one_shot_us"] = partial(one_shot, x)
+        yield {"bytes": size} | {way: timed(program) for way, program in ways.items()}
+
+
+def sums_with_norm(group: Any, members: Any, device: Any) -> Iterator[dict[str, Any]]:
+    """A line for each of ``HIDDEN`` and ``ROWS``; ``members``: the engine's own group of the same ranks."""
+    import torch
+
+    from workers.engine.sum_norm import WORD_ROWS, SumNorm
+    from workers.model.kernels import kernels_for
+
+    kernels = kernels_for(device)
+    for hidden in HIDDEN:
+        words, flags = (SumNorm(group, device, hidden, word_bytes=limit) for limit in (1 << 30, 0))
+        weight = torch.ones(hidden, device=device).bfloat16()
+        for rows in ROWS:
+            branch, residual = (torch.randn(rows, hidden, device=device).bfloat16() for _ in range(2))
+            ways: dict[str, Callable[[], object]] = {
+                "apart_us": lambda branch=branch, residual=residual, weight=weight: kernels.add_rms_norm(
+                    residual, members.all_reduce(branch), weight, 1e-5
+                ),
+                "flags_us": partial(flags, residual, branch, weight, 1e-5, narrows=False),
+            }
+            if rows <= WORD_ROWS:
+                ways["words_us"] = partial(words, residual, branch, weight, 1e-5, narrows=False)
+            yield {"bytes": 2 * rows * hidden, "hidden": hidden, "rows": rows} | {way: timed(program) for way, program in ways.items()}
 
 
 def rank() -> None:
     """One rank of the measurement; rank 0 prints."""
     import torch
     import torch.distributed as dist
-    import torch.distributed._symmetric_memory as symmetric
     from mpi4py import MPI
 
     from workers.engine.nccl import TWO_SHOT_BYTES, World
-    from workers.engine.one_shot import OneShot
-    from workers.engine.sum_norm import WORD_ROWS, SumNorm
-    from workers.model.kernels import kernels_for
 
     comm = MPI.COMM_WORLD
     device = torch.device("cuda", comm.Get_rank())
     torch.cuda.set_device(device)
     world = World.join(comm, device, one_host=True)
-    group = dist.group.WORLD
-    assert group is not None
-    shared = symmetric.empty(SIZES[-1], dtype=torch.uint8, device=device)
-    symmetric.rendezvous(shared, group=group.group_name)
-    one_shot = OneShot(group, device, ONE_SHOT_LIMIT)
-
-    def timed(program: Callable[[], object]) -> float:
-        """Microseconds of one ``program`` inside a graph; the largest over all ranks."""
-        beside = torch.cuda.Stream()
-        with torch.cuda.stream(beside):
-            for _ in range(3):
-                program()
-        torch.cuda.synchronize()
-        dist.barrier()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of this process (NCCL's watchdog) may ask the driver questions meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(REPEATS):
-                program()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / REPEATS)
-        del graph
-        slowest = torch.tensor([statistics.median(times[3:])], device=device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return round(float(slowest), 2)
-
-    def line(size: int) -> dict[str, Any]:
-        x = torch.randn(size // 2, device=device).bfloat16()
-        mine, out = shared[:size].view(torch.bfloat16), torch.empty_like(x)
-        ops, name = torch.ops.symm_mem, group.group_name
-        found = {
-            "bytes": size,
-            "ranks": comm.Get_size(),
-            "nccl_us": timed(lambda: dist.all_reduce(x)),
-            "torch_one_shot_us": timed(lambda: ops.one_shot_all_reduce_copy(mine, x, "sum", name)),
-            "two_shot_us": timed(lambda: (mine.copy_(x), ops.two_shot_all_reduce_out(mine, "sum", name, out))),
-        }
-        return found | ({"one_shot_us": timed(lambda: one_shot(x))} if one_shot.takes(x) else {})
-
     members = world.group([list(range(comm.Get_size()))], symmetric_bytes=TWO_SHOT_BYTES)
-    kernels = kernels_for(device)
-
-    def with_norm(hidden: int, rows: int, ways: dict[str, SumNorm]) -> dict[str, Any]:
-        branch, residual = (torch.randn(rows, hidden, device=device).bfloat16() for _ in range(2))
-        weight = torch.ones(hidden, device=device).bfloat16()
-        found = {"bytes": 2 * rows * hidden, "ranks": comm.Get_size(), "hidden": hidden, "rows": rows}
-        found["apart_us"] = timed(lambda: kernels.add_rms_norm(residual, members.all_reduce(branch), weight, 1e-5))
-        for name, way in ways.items():
-            if name == "flags" or rows <= WORD_ROWS:
-                found[f"{name}_us"] = timed(lambda way=way: way(residual, branch, weight, 1e-5, narrows=False))
-        return found
-
-    def say_so(found: dict[str, Any]) -> None:
-        if comm.Get_rank() == 0:
-            print(json.dumps({"gpu": torch.cuda.get_device_name(), **found}), flush=True)
-
+    group = dist.group.WORLD
     with torch.inference_mode():
-        for size in SIZES:
-            say_so(line(size))
-        for hidden in HIDDEN:
-            ways = {"words": SumNorm(group, device, hidden, word_bytes=1 << 30), "flags": SumNorm(group, device, hidden, word_bytes=0)}
-            for rows in ROWS:
-                say_so(with_norm(hidden, rows, ways))
+        for found in chain(sums(group, device), sums_with_norm(group, members, device)):
+            if comm.Get_rank() == 0:
+                print(json.dumps({"gpu": torch.cuda.get_device_name(), "ranks": comm.Get_size()} | found), flush=True)
     world.leave()
 
 
