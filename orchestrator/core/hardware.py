@@ -111,8 +111,8 @@ _PCIE_S, _PCIE = 20e-6, 20e9
 #: On a CPU: choosing a token, a logit; a sum or a message between two ranks of a host; bytes a second between hosts (not measured).
 _HOST_CHOICE_S, _HOST_SUM_S, _HOST_WIRE = 2e-9, 150e-6, 1e9
 
-#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl (98 to 178 us at 1 row, 411 to 836 at 256, 573 to
-#: 1,274 at 512).
+#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl without stages (98 to 176 us at 1 row, but 692 of
+#: 70B; 411 to 919 at 256; 573 to 1,274 at 512).
 _LEAD_S, _LEAD_ROW_S = 0.13e-3, 1.8e-6
 
 #: Bytes that are gone before a rank's weights: the CUDA context and torch (recorded on one GPU); what joining NCCL takes; what groups of

@@ -2,11 +2,12 @@
 
 Owns the memory through which rows travel. Few rows go as words that carry their turn (:mod:`workers.engine.one_shot`), which costs twice
 their bytes on the link and no fence. Many rows go as they are, a fence and a flag behind each: a program sends its next row before it waits
-for the one before, so the link is never idle.
+for the one before, so the link has work meanwhile.
 
 Why four sides are enough for many rows: a program writes turn k over what the other read in turn k - 4. It has seen the flag of turn
 k - 2, which the other sent after that reading: there, turn k - 2 is sent before turn k - 3 is waited for, and after turn k - 4 is over.
-Each program waits for its like on the other ranks alone, and programs begin in order, so the first that is not over can always go on.
+Each program waits for its like on the other ranks alone. GPUs begin programs in order, which CUDA does not promise, so the first that is
+not over can always go on; there are few enough that an H100 is meant to hold all at once.
 """
 
 import torch
