@@ -32,6 +32,7 @@ from workers.engine.cache import KvCache
 from workers.engine.comm import Solo
 from workers.engine.device import HostDevice
 from workers.engine.device_runner import DeviceRunner, Links
+from workers.engine.rings import Completion, Submissions
 from workers.portable import PortableEngine
 from workers.process import settle_heap
 from workers.wire import Capacity, SamplingParams, Submit
@@ -43,14 +44,32 @@ _VOCAB, _BLOCKS = 321, 16384
 
 
 class Idle(HostDevice):
-    """A device whose programs are over at once."""
+    """A device that does nothing."""
 
     def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
 
 
+class Nothing:
+    """The kernels of such a device."""
+
+    def take(self, *state: object) -> None: ...
+
+    def known(self, tokens: Tensor, *state: object) -> Tensor:
+        return tokens.zero_()
+
+    def candidates(self, logits: Tensor, *state: object) -> Tensor:
+        return logits
+
+    def merged(self, best: Tensor) -> Tensor:
+        return best
+
+    def winners(self, *state: object) -> None: ...
+
+
 def engine_of(folder: Path) -> PortableEngine:
-    """An engine as on a GPU, one plan ahead, whose model computes nothing."""
+    """An engine as on a GPU, one plan ahead, whose model computes nothing: all that it is told is read, all its tokens are 0."""
+    Submissions._is_read = Completion.ready = lambda self: True  # type: ignore[assignment,method-assign]
     model = open_artifact(folder).model
     stage = make_stage(model, whole_weights(folder), kernels=kernels)
 
@@ -63,7 +82,7 @@ def engine_of(folder: Path) -> PortableEngine:
     )
     cache = KvCache(model, stage.shard, blocks=_BLOCKS, block_size=16, dtype=stage.dtype, device=stage.device)
     links = Links(Solo(), Solo(), Solo())
-    runner = DeviceRunner(stage, cache, Idle(), kernels, links, slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
+    runner = DeviceRunner(stage, cache, Idle(), Nothing(), links, slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
     runner.capture()
     return PortableEngine(Batch(limits, ahead=True), runner, limits, close=runner.close)
 

@@ -26,10 +26,11 @@ from torch.nn import functional
 from bench.report import commit, facts, record, say
 from workers.core.shard import shard_of
 from workers.engine.comm import Solo
+from workers.engine.device import CudaDevice
 from workers.model.kernels import gpu, layout
 from workers.model.kernels.attention import Tuning
 from workers.model.kernels.choose import candidates, winners
-from workers.model.kernels.layout import DeviceLayout, Heads, Paging, SlotState, fill, step_shape, view
+from workers.model.kernels.layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill, step_shape, view
 from workers.model.llama import LlamaStage
 from workers.spec import ModelSpec, Parallel
 
@@ -101,8 +102,7 @@ def make_layout(heads: Heads, starts: list[int], lengths: list[int]) -> DeviceLa
     shape = step_shape(np.array(lengths, np.int32), heads)
     packed = np.zeros(shape.size, np.int32)
     fill(shape, packed, np.arange(rows, dtype=np.int32), np.array(starts, np.int32), np.array(lengths, np.int32), heads)
-    paging = Paging.empty(rows, width, heads, DEVICE)
-    paging.tables.copy_(torch.randperm(rows * width, device=DEVICE).view(rows, width))
+    paging = Paging.over(torch.randperm(rows * width, device=DEVICE).view(rows, width).int(), heads)
     return view(shape, torch.from_numpy(packed).to(DEVICE), paging)
 
 
@@ -205,15 +205,16 @@ def fused_cases() -> Iterator[Case]:
 def choose_cases() -> Iterator[Case]:
     for rows in (1, 64, 512):
         logits = [torch.randn(rows, 128256, device=DEVICE, dtype=BF16) for _ in range(copies(rows * 128256 * 2))]
-        slots, positions, tokens = (torch.arange(rows, dtype=torch.int32, device=DEVICE) for _ in range(3))
+        slots, positions = (torch.arange(rows, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        rings = Rings.empty(CudaDevice(DEVICE).pinned, DEVICE, words=8, rows=rows, depth=4)
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            state = SlotState.empty(rows, DEVICE)
+            state = SlotState.empty(rows, 1, DEVICE)
             state.temperatures.fill_(temperature)
 
-            def choose(x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, state: SlotState, tokens: torch.Tensor) -> None:
-                winners(candidates(x, slots, positions, state, 0), slots, positions, state, tokens)
+            def choose(x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, state: SlotState, rings: Rings) -> None:
+                winners(candidates(x, slots, positions, state, 0), slots, positions, state, rings)
 
-            calls: list[Call] = [partial(choose, x, slots, positions, state, tokens) for x in logits]
+            calls: list[Call] = [partial(choose, x, slots, positions, state, rings) for x in logits]
             yield Case(f"choose, {rows} x 128256, {name}", calls, "TB/s", rows * 128256 * 2)
 
 

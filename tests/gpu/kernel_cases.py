@@ -75,8 +75,7 @@ def make_case(
     shape = shape or step_shape(np.array(lengths, np.int32), heads)
     packed = np.zeros(shape.size, np.int32)
     fill(shape, packed, slots.astype(np.int32), np.array(starts, np.int32), np.array(lengths, np.int32), heads, segment)
-    paging = Paging.empty(count, width, heads, device)
-    paging.tables.copy_(torch.from_numpy(tables))
+    paging = Paging.over(torch.from_numpy(tables).to(device, torch.int32), heads)
     layout = view(shape, torch.from_numpy(packed).to(device), paging)
     return Case(heads, dim, block, slots.tolist(), starts, lengths, tables, layout, device, dtype)
 

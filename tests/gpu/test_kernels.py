@@ -14,8 +14,12 @@ from tests.gpu.kernel_cases import BOUNDS, FP8, attention, error, make_case, ran
 from tests.reference.shards import make_stage, random_weights
 from workers.core.params import choose, gumbel, noise_bits, seed_keys
 from workers.engine.cache import KvCache
+from workers.engine.comm import Waiter
+from workers.engine.device import CudaDevice, HostDevice
+from workers.engine.news import News
+from workers.engine.rings import Completions, Submissions
 from workers.model.kernels import layout
-from workers.model.kernels.layout import Heads, LayoutShape, Paging, SlotState, decode_shape, fill, step_shape, view
+from workers.model.kernels.layout import NUMBER_MASK, Heads, LayoutShape, Paging, Rings, SlotState, decode_shape, fill, step_shape, view
 from workers.model.kernels.linear import to_fp8
 from workers.model.kernels.reference import attention_layout
 from workers.spec import ModelSpec
@@ -29,7 +33,7 @@ if not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 from workers.model.kernels import gpu  # noqa: E402
-from workers.model.kernels.choose import append, candidates, known, merged, winners  # noqa: E402
+from workers.model.kernels.choose import candidates, known, merged, take, winners  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -190,10 +194,19 @@ def test_silu_mul(rows: int, columns: int, dtype: torch.dtype) -> None:
     assert error(gpu.silu_mul(both), gate / (1 + (-gate).exp()) * up) <= BOUNDS[dtype]
 
 
+def make_rings(words: int, rows: int, turn: int = 0, step: int = 0) -> tuple[Rings, Submissions, Completions]:
+    """After ``turn``, which was that of ``step``."""
+    device = CudaDevice(torch.device("cuda", 0)) if GPU else HostDevice()
+    rings = Rings.empty(device.pinned, DEVICE, words=words, rows=rows, depth=4)
+    rings.turn.copy_(torch.tensor([turn, step]))
+    rings.read.fill_(turn)
+    return rings, Submissions(rings, device, Waiter()), Completions(rings, device)
+
+
 def chosen(logits: torch.Tensor, params: list[SamplingParams], positions: list[int], shards: int = 1) -> list[int]:
     """Tokens through the kernels; ``positions`` are those that the tokens take. Rows sit in slots in falling order, and padding beside."""
     count = len(params)
-    state = SlotState.empty(count, DEVICE)
+    state = SlotState.empty(count, 1, DEVICE)
     state.seeds[:count] = torch.from_numpy(np.array([seed_keys(p.seed) for p in params], np.uint32).view(np.int32)).flip(0)
     state.temperatures[:count] = torch.tensor([p.temperature for p in params]).flip(0)
     state.tokens.fill_(-7)
@@ -204,29 +217,45 @@ def chosen(logits: torch.Tensor, params: list[SamplingParams], positions: list[i
     for start in range(0, logits.shape[1], width):
         part = logits[:, start : start + width].contiguous()
         best.append(candidates(part, slots, asked, state, start))
-    tokens = torch.empty(count, dtype=torch.int32, device=DEVICE)
-    winners(best[0] if shards == 1 else torch.stack([merged(part) for part in best]), slots, asked, state, tokens)
+    rings, _, completions = make_rings(8, count + 2, step=7)
+    winners(best[0] if shards == 1 else torch.stack([merged(part) for part in best]), slots, asked, state, rings)
     assert asked.tolist() == positions
-    assert state.tokens.tolist() == [max(token, 0) for token in reversed(tokens.tolist())] + [-7]
-    guesses = torch.where(tokens % 2 == 0, -1, tokens)
-    assert known(guesses, slots, state).tolist() == [max(token, 0) for token in tokens.tolist()]
+    assert not completions.of(6, count).ready() and not completions.of(3, count).ready()
+    Waiter().until((completion := completions.of(7, count)).ready)
+    tokens = completion.tokens.tolist()
+    assert state.tokens.tolist() == [max(token, 0) for token in reversed(tokens)] + [-7]
+    guesses = torch.tensor([-1 if token % 2 == 0 else token for token in tokens], dtype=torch.int32, device=DEVICE)
+    assert known(guesses, slots, state).tolist() == [max(token, 0) for token in tokens]
     assert guesses.tolist() == [-1] * count
-    return tokens.tolist()
+    return tokens
 
 
-def test_appended_blocks_are_written_once_and_padding_stays() -> None:
-    tables = torch.full((40, 9), -5, dtype=torch.int32, device=DEVICE)
-    cells = torch.full((200,), -1, dtype=torch.int32, device=DEVICE)
-    cells[3], cells[150], cells[199] = 0, 77, 359
-    append(tables, cells, torch.arange(1000, 1200, dtype=torch.int32, device=DEVICE))
-    expected = torch.full((360,), -5, dtype=torch.int32)
-    expected[[0, 77, 359]] = torch.tensor([1003, 1150, 1199], dtype=torch.int32)
-    assert torch.equal(tables.view(-1).cpu(), expected) and bool((cells == -1).all())
-    slot, state = torch.zeros(1, dtype=torch.int32, device=DEVICE), SlotState.empty(1, DEVICE)
+def test_submissions_are_taken_in_turn() -> None:
+    """Over the end of the numbers, more than there are entries, of every size; what is not named stays."""
+    draw, turn, room = np.random.default_rng(3), NUMBER_MASK - 4, 9000
+    rings, submissions, _ = make_rings(8 + room, 1, turn)
+    state = SlotState.empty(300, 9, DEVICE)
+    memory, returned = (torch.full((room,), -5, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    expected, words = memory.cpu().numpy(), state.words.cpu().numpy()
+    for step, (size, news, returns) in enumerate(((8, 3, 0), (0, 0, 0), (7001, 0, 0), (0, 1500, 5), (1, 1, 1), (0, 0, 70), (33, 999, 300))):
+        assert max(news, returns) <= submissions.room(size)
+        places = draw.permutation(len(words)).astype(np.int32)[: news + returns]
+        values, given = (draw.integers(-(2**31), 2**31, count).astype(np.int32) for count in (news, returns))
+        inbox = submissions.open(size)
+        inbox[:] = expected[:size] = draw.integers(-(2**31), 2**31, size)
+        submissions.send(2**30 + step, size, News(places[:news], values, places[news:]))
+        returned[:returns] = torch.from_numpy(given)
+        take(rings, memory, state, returned)
+        words[places] = np.concatenate((values, given))
+        assert np.array_equal(memory.cpu().numpy(), expected) and np.array_equal(state.words.cpu().numpy(), words)
+        assert rings.turn.tolist() == [(turn + 1 + step) & NUMBER_MASK, step] and rings.read.tolist() == rings.turn.tolist()[:1]
+
+
+def test_padding_stays_where_it_is() -> None:
+    slot, state = torch.zeros(1, dtype=torch.int32, device=DEVICE), SlotState.empty(1, 1, DEVICE)
     nowhere = slot - 1
-    best = candidates(torch.zeros(1, 8, device=DEVICE), slot, slot, state, 0)
-    winners(best, slot, nowhere, state, nowhere.clone())
-    assert nowhere.tolist() == [-1], "padding stays where it is"
+    winners(candidates(torch.zeros(1, 8, device=DEVICE), slot, slot, state, 0), slot, nowhere, state, make_rings(8, 1)[0])
+    assert nowhere.tolist() == [-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -294,8 +323,7 @@ def test_a_stage_computes_what_the_reference_kernels_do() -> None:
     heads, tables = Heads(6, 2), np.arange(8, dtype=np.int32).reshape(2, 4)
     plain = make_stage(model, weights, positions=64)
     fast = make_stage(model, weights, positions=64, device=DEVICE, kernels=gpu)
-    paging = Paging.empty(2, 4, heads, DEVICE)
-    paging.tables.copy_(torch.from_numpy(tables))
+    paging = Paging.over(torch.from_numpy(tables).to(DEVICE), heads)
     caches = [
         KvCache(model, plain.shard, blocks=8, block_size=16, dtype=torch.float32, device=d).layers for d in (torch.device("cpu"), DEVICE)
     ]

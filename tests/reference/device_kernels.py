@@ -5,6 +5,8 @@ Slow and obvious. A stage made with this module as its ``kernels`` takes a devic
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,12 +14,11 @@ from torch.nn import functional
 
 from workers.core.params import MASK32, gumbel, mix
 from workers.model.kernels import reference
-from workers.model.kernels.layout import DeviceLayout, SlotState
+from workers.model.kernels.layout import HEAD_WORDS, NUMBER_MASK, DeviceLayout, Rings, SlotState, aligned
 from workers.model.kernels.reference import add_rms_norm, embed, rms_norm, rotate, silu_mul
 
 __all__ = [
     "add_rms_norm",
-    "append",
     "candidates",
     "embed",
     "known",
@@ -27,6 +28,7 @@ __all__ = [
     "rope_store",
     "rope_table",
     "silu_mul",
+    "take",
     "winners",
 ]
 
@@ -64,10 +66,16 @@ def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout) -> Tenso
     return out
 
 
-def append(tables: Tensor, cells: Tensor, blocks: Tensor) -> None:
-    there = cells >= 0
-    tables.view(-1)[cells[there].long()] = blocks[there]
-    cells.fill_(-1)
+def take(rings: Rings, memory: Tensor, state: SlotState, returned: Tensor) -> None:
+    mine = (int(rings.turn[0]) + 1) & NUMBER_MASK
+    entry = rings.submissions[mine % len(rings.submissions)]
+    words, news, returns, step = entry[:4].tolist()
+    begins = list(accumulate(map(aligned, (words, news, news)), initial=HEAD_WORDS))
+    inbox, places, values, last = (entry[begin:][:count] for begin, count in zip(begins, (words, news, news, returns), strict=True))
+    memory[:words] = inbox
+    state.words[places.long()] = values
+    state.words[last.long()] = returned[:returns]
+    rings.turn[0], rings.turn[1], rings.read[0] = mine, step, mine
 
 
 def known(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
@@ -100,10 +108,12 @@ def merged(best: Tensor) -> Tensor:
     return best[0]
 
 
-def winners(best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, tokens: Tensor) -> None:
+def winners(best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, rings: Rings) -> None:
     scores = best[:, 0].contiguous().view(torch.float32)
     chosen = scores.argmax(0, keepdim=True)
     broken = (best[:, 2] != 0).any(0) | (scores.max(0).values == -torch.inf)
-    tokens.copy_(best[:, 1].gather(0, chosen)[0].masked_fill(broken, -1))
+    tokens = best[:, 1].gather(0, chosen)[0].masked_fill(broken, -1)
+    step = int(rings.turn[1])
+    rings.completions[step % len(rings.completions), : len(tokens)] = (tokens.long() & MASK32) | step << 32
     state.tokens.index_copy_(0, slots.long(), tokens.clamp_min(0))
     positions.add_(positions >= 0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from workers.core.plan import F32, Ints, StepPlan, StepResult
 from workers.engine.comm import Waiter
-from workers.engine.device import Mark
+from workers.engine.rings import Completion
 
 
 class Answer(Protocol):
@@ -65,20 +65,20 @@ class Extras:
 
 
 class Pending:
-    """An answer on its way: sampled ids in memory that the device writes, whole once ``mark`` is reached."""
+    """An answer on its way."""
 
-    def __init__(self, step: int, tokens: Ints, mark: Mark, waiter: Waiter, extras: Extras | None) -> None:
-        self._step, self._tokens, self._mark, self._waiter, self._extras = step, tokens, mark, waiter, extras
+    def __init__(self, step: int, completion: Completion, waiter: Waiter, extras: Extras | None) -> None:
+        self._step, self._completion, self._waiter, self._extras = step, completion, waiter, extras
 
     def ready(self) -> bool:
-        return self._mark.query()
+        return self._completion.ready()
 
     def result(self) -> StepResult:
-        self._waiter.until(self._mark.query)
+        self._waiter.until(self._completion.ready)
         extras = self._extras
         if extras is None:
-            return StepResult(step=self._step, tokens=self._tokens.tobytes())
-        tokens = self._tokens.copy()
+            return StepResult(step=self._step, tokens=self._completion.tokens.tobytes())
+        tokens = self._completion.tokens.copy()
         tokens[extras.places] = extras.tokens
         logprobs = b""
         if extras.logprobs is not None:

@@ -1,4 +1,4 @@
-"""The accelerator beneath a device runner: memory that it copies from, marks in its stream, and programs that it replays.
+"""The accelerator beneath a device runner: memory that both see, marks in its stream, and programs that it replays.
 
 Owns the Device seam, the GPU that implements it, and a CPU that stands in for one, so that the runner's buffers and order of work are
 tested where there is no GPU. Must never know of plans.
@@ -40,17 +40,20 @@ class Device(Protocol):
     def place(self) -> torch.device: ...
 
     def pinned(self, words: int) -> Tensor:
-        """[words] int32 on the host, from and to which copies run beside the host."""
+        """[words] zeros, int32, of the host: copies run beside it, and the device's programs read and write it."""
 
     def mark(self) -> Mark:
         """A new mark, which stands nowhere yet."""
 
     def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
         """``program`` as something to run again and again, on the same memory: what it makes anew is gone when it returns. ``once`` is run
-        before, and uses every kernel that it does."""
+        before, once, and uses every kernel that it does."""
 
     def beside(self, mark: Mark) -> AbstractContextManager[None]:
         """A context whose work runs beside the stream, once ``mark`` is reached."""
+
+    def check(self) -> None:
+        """Raises what work issued so far ran into, as far as it is known by now."""
 
     def release(self) -> None:
         """Wait for all work, then forget what was captured."""
@@ -81,11 +84,15 @@ class HostDevice:
         return _Now()
 
     def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
+        once()
         return program
 
     @contextmanager
     def beside(self, mark: Mark) -> Iterator[None]:
         yield
+
+    def check(self) -> None:
+        return
 
     def release(self) -> None:
         return
@@ -126,6 +133,9 @@ class CudaDevice:
         self._side.wait_event(mark)
         with torch.cuda.stream(self._side):
             yield
+
+    def check(self) -> None:
+        torch.cuda.current_stream(self.place).query()
 
     def release(self) -> None:
         torch.cuda.synchronize(self.place)

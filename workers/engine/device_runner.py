@@ -1,16 +1,14 @@
 """Applies step plans on one rank with a GPU: starts each without waiting for the one before, and answers when the device gets there.
 
-Owns the device's copy of what a rank remembers: block tables, the last token and the seed of every slot, the cache. A step is one packed
-copy, then a captured program or, where it is long, the same operations one by one, in one stream; decodes that repeat the step before need
-a copy of what they append only. Must never decide anything, nor read from the device where a plan can be issued without; rows with
-more than a temperature are the exception (:meth:`DeviceRunner._extras`).
+Owns the device's copy of what a rank remembers: block tables, the last token and the seed of every slot, the cache. A step is one
+submission, and a captured program that takes it and completes it or, where it is long, the same operations one by one, in one stream;
+decodes that repeat the step before are submitted empty but for the blocks that they append. Must never decide anything, nor read from the
+device where a plan can be issued without; rows with more than a temperature are the exception (:meth:`DeviceRunner._extras`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,13 +24,15 @@ from workers.engine.device import Device, Mark
 from workers.engine.graphs import DECODES, MIXED, Graphs, Programs, graph_sizes
 from workers.engine.inbox import DecodeInbox, Inputs, StepInbox
 from workers.engine.news import NONE, News, Records
+from workers.engine.rings import Completions, Submissions
 from workers.engine.sampler import Sampler
 from workers.engine.sampling import Sampling
-from workers.engine.staging import Pinned, Staging, rounded
-from workers.model.kernels.layout import Heads, Paging, SlotState, mixed_shape, step_shape
+from workers.engine.staging import Staging
+from workers.model.kernels.layout import HEAD_WORDS, Heads, LayoutShape, Paging, Rings, SlotState, mixed_shape, step_shape
 from workers.model.llama import LlamaStage
 
-_NO_NEWS = News()
+#: News that a submission has room for beside its inbox, for each slot: where there are more, some go ahead.
+_NEWS = 8
 #: Repetitions after which a layout is cut anew: its last parts grow by a token each.
 _REPEATS = 16
 
@@ -40,7 +40,7 @@ _REPEATS = 16
 class Choose(Protocol):
     """Both ends of a step on the device: :mod:`workers.model.kernels.choose`."""
 
-    def append(self, tables: Tensor, cells: Tensor, blocks: Tensor) -> None: ...
+    def take(self, rings: Rings, memory: Tensor, state: SlotState, returned: Tensor) -> None: ...
 
     def known(self, tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor: ...
 
@@ -48,7 +48,7 @@ class Choose(Protocol):
 
     def merged(self, best: Tensor) -> Tensor: ...
 
-    def winners(self, best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, tokens: Tensor) -> None: ...
+    def winners(self, best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, rings: Rings) -> None: ...
 
 
 class Links(NamedTuple):
@@ -104,10 +104,10 @@ class DeviceRunner:
         shard, on = stage.shard, device.place
         self._heads = Heads(shard.heads.size, shard.kv_heads.size)
         width = -(-max_seq_len // cache.block_size)
-        self._paging = Paging.empty(slots, width, self._heads, on)
         # One slot more than there are: what padding reads and writes.
         self._nobody = slots
-        self._state = SlotState.empty(slots, on)
+        self._state = SlotState.empty(slots, width, on)
+        self._paging = Paging.over(self._state.tables, self._heads)
         self._sampling: Sampling | None = None
         if shard.last:
             sampler = Sampler(links.tensor, start=shard.vocab.start, rows=shard.vocab_rows, device=on)
@@ -116,17 +116,21 @@ class DeviceRunner:
         decodes, mixed = graph_sizes(DECODES, slots), graph_sizes(MIXED, max_num_tokens)
         most = max(decodes[-1], mixed[-1])
         self._hidden = torch.zeros(most, stage.model.hidden_size, dtype=stage.dtype, device=on)
-        self._tokens = torch.zeros(most, dtype=torch.int32, device=on)
+        self._decode_inboxes = {size: DecodeInbox(size, self._heads, self._nobody) for size in decodes}
         self._mixed_inboxes = {size: StepInbox(mixed_shape(size, self._heads), size, self._nobody) for size in mixed}
-        longest = max(DecodeInbox.size(decodes[-1], self._heads), self._mixed_inboxes[mixed[-1]].words)
-        # All inboxes begin here: the next step's is copied when nobody reads the last one's any more. News come behind.
-        self._memory = torch.zeros(rounded(longest + 8 * slots + 4 * most), dtype=torch.int32, device=on)
-        self._inboxes = {size: DecodeInbox(size, self._heads, self._memory, self._paging, self._nobody) for size in decodes}
-        self._copied: dict[int, Tensor] = {}
+        widest = LayoutShape(tokens=max_num_tokens, parts=slots + self._heads.spare_parts, tiles=max_num_tokens)
+        inboxes = (self._decode_inboxes[decodes[-1]], self._mixed_inboxes[mixed[-1]], StepInbox(widest, slots, self._nobody))
+        longest = max(inbox.words for inbox in inboxes)
+        # All inboxes begin here: the next step's is written when nobody reads the last one's any more.
+        self._memory = torch.zeros(longest, dtype=torch.int32, device=on)
+        self._returned = torch.zeros(slots, dtype=torch.int32, device=on)
+        turns = 1 << (depth + 1).bit_length()
+        words = HEAD_WORDS + longest + 3 * (_NEWS * slots + 8)
+        self._rings = Rings.empty(device.pinned, on, words=words, rows=most, depth=turns)
+        self._submissions, self._completions = Submissions(self._rings, device, self._waiter), Completions(self._rings, device)
+        # The step that left its inbox behind, and how often it was repeated.
         self._held = self._repeated = 0
-        self._staging = Staging(device, words=6 * max_num_tokens + 32 * slots + longest, depth=depth + 2)
-        self._notes = Staging(device, words=slots, depth=depth + 2)
-        self._outbox = [Pinned(device, slots) for _ in range(depth + 2)]
+        self._notes = Staging(device, words=slots, depth=turns)
         self._marks: dict[int, Mark] = {}
         # The last plan's step, and what it has in common with most that follow.
         self._before = 0, _Step(NONE, NONE, np.zeros(0, np.int64), None)
@@ -136,61 +140,56 @@ class DeviceRunner:
     def capture(self) -> None:
         """Capture the programs of all sizes; kernels that were not used before are compiled."""
         self._mixed = Graphs(self._device, tuple(self._mixed_inboxes), self._mixed_program)
-        self._decodes = Graphs(self._device, tuple(self._inboxes), self._decode_program)
+        self._decodes = Graphs(self._device, tuple(self._decode_inboxes), self._decode_program)
 
     def _decode_program(self, size: int) -> Programs:
         """One step of ``size`` rows that decode, as for :class:`~workers.engine.graphs.Graphs`."""
-        inbox = self._inboxes[size]
-        packed = np.zeros(inbox.words, I32)
-        inbox.fill(packed, NONE, NONE, NONE, NONE, NONE)
-        return self._program(packed, inbox.inputs, partial(self._choose.append, self._paging.tables, inbox.cells, inbox.blocks))
+        inbox = self._decode_inboxes[size]
+        inbox.fill(self._submissions.open(inbox.words), NONE, NONE, NONE)
+        return self._program(inbox)
 
     def _mixed_program(self, size: int) -> Programs:
         """Any step of ``size`` tokens, as for :class:`~workers.engine.graphs.Graphs`."""
         inbox = self._mixed_inboxes[size]
-        packed = np.zeros(inbox.words, I32)
-        inbox.fill(packed, NONE, NONE, NONE, NONE, np.zeros(0, np.int64), self._heads)
-        return self._program(packed, inbox.inputs(self._memory, self._paging))
+        inbox.fill(self._submissions.open(inbox.words), NONE, NONE, NONE, NONE, np.zeros(0, np.int64), self._heads)
+        return self._program(inbox)
 
-    def _program(self, packed: Ints, inputs: Inputs, before: Callable[[], None] | None = None) -> Programs:
-        """A step from ``inputs``, which hold ``packed`` at first, to ``_hidden`` and ``_tokens``; and one through the first layer alone,
-        which uses the same kernels as all of them."""
-        self._memory[: len(packed)].copy_(torch.from_numpy(packed))
-
-        def program(layers: list[Tensor]) -> None:
-            hidden = self._hidden[: len(inputs.tokens)]
-            if before is not None:
-                before()
-            if self.stage.shard.first:
-                self._embed(inputs, hidden)
-            self._forward(inputs, hidden, self._tokens[: len(inputs.slots)], layers)
-
-        return partial(program, self._cache.layers), partial(program, self._cache.layers[:1])
+    def _program(self, inbox: DecodeInbox | StepInbox) -> Programs:
+        """A step from ``inbox``, just submitted, to ``_hidden`` and its completion; and one through the first layer alone, which uses the
+        same kernels as all of them."""
+        self._submissions.send(0, inbox.words, News())
+        inputs, hidden = inbox.inputs(self._memory, self._paging), self._hidden
+        return partial(self._compute, inputs, hidden, self._cache.layers), partial(self._compute, inputs, hidden, self._cache.layers[:1])
 
     # One plan
 
     @torch.inference_mode()
     def issue(self, plan: StepPlan) -> Answer | None:
         """See :class:`~workers.engine.answers.PlanRunner`."""
-        news = self._records.take(plan)._replace(returns=self._guessed(plan))
+        news = self._records.take(plan)
+        if self._links.pipeline.size > 1:
+            news = news._replace(returns=self._records.returned(self._guessed(plan)))
         if not plan.slots:
             return Done(StepResult(step=plan.step)) if self._sampling is not None and self._answers else None
         step = self._columns(plan)
-        hidden, tokens = self._run(plan, step, news) if step.decodes is None else self._replay(plan, step, step.decodes, news)
+        hidden = self._run(plan, step, news) if step.decodes is None else self._replay(plan, step, step.decodes, news)
         shard, count = self.stage.shard, len(plan.tokens) // I32.itemsize
         if not shard.last:
             # What a graph computes is overwritten by the next one; what is sent must stay as it is.
             self._links.pipeline.send(hidden[:count].clone() if hidden is self._hidden else hidden, self._links.pipeline.rank + 1)
-            self._staging.sent()
             return None
         extras = self._extras(plan, step, hidden) if self._records.specials or plan.score else None
-        out, sampled = self._outbox[plan.step % len(self._outbox)], len(step.rows)
-        if self._answers:
-            out.view(sampled).copy_(tokens[:sampled], non_blocking=True)
-        mark = self._staging.sent()
-        self._marks[plan.step] = mark
-        self._marks.pop(plan.step - self._depth - 1, None)
-        return Pending(plan.step, out.array[:sampled], mark, self._waiter, extras) if self._answers else None
+        if self._links.pipeline.size > 1:
+            self._mark(plan.step)
+        if not self._answers:
+            return None
+        return Pending(plan.step, self._completions.of(plan.step, len(step.rows)), self._waiter, extras)
+
+    def _mark(self, step: int) -> None:
+        """Remember where the device's work for ``step`` ends."""
+        known = self._marks
+        mark = known[step] = known.pop(step - self._depth - 1) if step - self._depth - 1 in known else self._device.mark()
+        mark.record()
 
     def _guessed(self, plan: StepPlan) -> Ints:
         """Slots of the rows that go on from a token which the last stage has and the first one has not."""
@@ -217,116 +216,82 @@ class DeviceRunner:
 
     # Ways to compute it
 
-    def _replay(self, plan: StepPlan, step: _Step, size: int, news: News) -> tuple[Tensor, Tensor]:
+    def _replay(self, plan: StepPlan, step: _Step, size: int, news: News) -> Tensor:
         """A step of decodes by the graph of ``size`` rows."""
-        inbox = self._inboxes[size]
-        # What an inbox has no place for comes behind it, and is applied before the graph.
-        late = _NO_NEWS if not (len(news.opened) or len(news.returns)) and len(news.cells) <= size else news
-        cells, blocks = (news.cells, news.blocks) if late is _NO_NEWS else (NONE, NONE)
-        if plan.repeats and plan.repeats == self._held and self._repeated < _REPEATS and late is _NO_NEWS:
+        inbox = self._decode_inboxes[size]
+        if plan.repeats and plan.repeats == self._held and self._repeated < _REPEATS:
             self._repeated += 1
-            if len(cells):
-                packed = self._staging.open(len(inbox.appended))
-                inbox.append(packed, cells, blocks)
-                self._staging.send(inbox.appended)
+            _, news = self._open(plan.step, 0, news)
+            self._submissions.send(plan.step, 0, news)
         else:
-            words = rounded(inbox.words + late.words)
-            if words > len(self._memory):
-                return self._run(plan, step, news)
             self._repeated = 0
-            packed = self._staging.open(words)
-            inbox.fill(packed[: inbox.words], step.slots, view(plan.starts), view(plan.tokens), cells, blocks)
-            self._send(packed, inbox.words, late, self._begin(words))
-        if not self.stage.shard.first:
-            self._links.pipeline.recv(self._hidden[: len(step.slots)], self._links.pipeline.rank - 1)
+            packed, news = self._open(plan.step, inbox.words, news)
+            inbox.fill(packed, step.slots, view(plan.starts), view(plan.tokens))
+            self._submissions.send(plan.step, inbox.words, news)
+        self._receive(self._hidden[: len(step.slots)], news)
         self._decodes.replay(size)
         if self._links.pipeline.size == 1:  # the last stage alone chooses tokens, and so alone leaves a whole inbox behind
             self._held = plan.step
-        return self._hidden, self._tokens
+        return self._hidden
 
-    def _run(self, plan: StepPlan, step: _Step, news: News) -> tuple[Tensor, Tensor]:
+    def _run(self, plan: StepPlan, step: _Step, news: News) -> Tensor:
         """Any step: by a graph that holds it, or operation by operation."""
         tokens, sampled = view(plan.tokens), len(step.rows)
-        exact = StepInbox(step_shape(step.lengths, self._heads), sampled, self._nobody)
+        # A step that yields nothing is completed by padding.
+        exact = StepInbox(step_shape(step.lengths, self._heads), max(1, sampled), self._nobody)
         size = self._mixed.size_for(len(tokens))
         inbox = exact if size is None else self._mixed_inboxes[size]
-        if not inbox.holds(exact) or inbox.words + news.words > len(self._memory):
+        if not inbox.holds(exact):
             size, inbox = None, exact
-        words = rounded(inbox.words + news.words)
-        packed = self._staging.open(words)
+        packed, news = self._open(plan.step, inbox.words, news)
         inbox.fill(packed, step.slots, view(plan.starts), step.lengths, tokens, step.rows, self._heads)
-        memory, hidden = (self._begin(words), self._hidden) if size is not None else self._fresh(words, len(tokens))
-        self._send(packed, inbox.words, news, memory)
-        if not self.stage.shard.first:
-            self._links.pipeline.recv(hidden[: len(tokens)], self._links.pipeline.rank - 1)
+        self._submissions.send(plan.step, inbox.words, news)
+        self._held = 0
         if size is not None:
-            self._held = 0
+            self._receive(self._hidden[: len(tokens)], news)
             self._mixed.replay(size)
-            return hidden, self._tokens
-        inputs = inbox.inputs(memory, self._paging)
-        if self.stage.shard.first:
-            self._embed(inputs, hidden)
-        chosen = torch.empty(sampled, dtype=torch.int32, device=self._device.place)
-        self._forward(inputs, hidden, chosen, self._cache.layers)
-        return hidden, chosen
+            return self._hidden
+        hidden = torch.empty(len(tokens), self.stage.model.hidden_size, dtype=self.stage.dtype, device=self._device.place)
+        self._receive(hidden, news)
+        self._compute(inbox.inputs(self._memory, self._paging), hidden, self._cache.layers)
+        return hidden
 
-    def _fresh(self, words: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """An inbox's memory and hidden states of a step's own."""
-        place = self._device.place
-        hidden = torch.empty(tokens, self.stage.model.hidden_size, dtype=self.stage.dtype, device=place)
-        return torch.empty(words, dtype=torch.int32, device=place), hidden
+    def _open(self, step: int, words: int, news: News) -> tuple[Ints, News]:
+        """[words] for an inbox, and the ``news`` that go with it: what there is no room for goes ahead, in submissions of its own."""
+        while len(news.places) > self._submissions.room(words):
+            ahead, news = news.cut(self._submissions.room(0))
+            self._submissions.open(0)
+            self._submissions.send(step, 0, ahead)
+            self._choose.take(self._rings, self._memory, self._state, self._returned)
+        return self._submissions.open(words), news
 
-    def _begin(self, words: int) -> Tensor:
-        """The first ``words`` of the inboxes' memory."""
-        found = self._copied.get(words)
-        if found is None:
-            found = self._copied[words] = self._memory[:words]
-        return found
-
-    def _send(self, packed: Ints, head: int, news: News, into: Tensor) -> None:
-        """Pack ``news`` behind the first ``head`` words, copy all of it, and bring the device's tables up to date, in stream order."""
-        if not news.words:
-            self._staging.send(into)
-            return
-        bounds = list(accumulate((len(part) for part in news), initial=head))
-        for part, (begin, end) in zip(news, pairwise(bounds), strict=True):
-            packed[begin:end] = part
-        self._staging.send(into)
-        cells, blocks, opened, returns = (into[begin:end] for begin, end in pairwise(bounds))
-        if len(news.cells):
-            self._choose.append(self._paging.tables, cells, blocks)
-        if len(news.opened):
-            slots, low, high, heat = opened.view(4, -1)
-            self._state.seeds.index_copy_(0, slots.long(), torch.stack((low, high), 1))
-            self._state.temperatures.index_copy_(0, slots.long(), heat.view(torch.float32))
+    def _receive(self, hidden: Tensor, news: News) -> None:
+        """What other stages send for this step."""
+        if not self.stage.shard.first:
+            self._links.pipeline.recv(hidden, self._links.pipeline.rank - 1)
         if len(news.returns):
-            taken = torch.empty(len(news.returns), dtype=torch.int32, device=self._device.place)
-            self._links.returns.recv(taken, self._links.returns.size - 1)
-            self._state.tokens.index_copy_(0, returns.long(), taken)
+            self._links.returns.recv(self._returned[: len(news.returns)], self._links.returns.size - 1)
 
     def _give(self, step: int, slots: Ints) -> None:
         """Send the tokens of ``slots`` to the first stage as soon as their step has chosen them, before what follows that one here."""
         mark = self._marks[max(number for number in self._marks if number <= step - self._links.pipeline.size)]
         with self._device.beside(mark):
-            words = rounded(len(slots))
-            self._notes.open(words)[: len(slots)] = slots
-            places = torch.empty(words, dtype=torch.int32, device=self._device.place)
-            self._notes.send(places)
-            self._links.returns.send(self._state.tokens.index_select(0, places[: len(slots)]), 0)
+            self._links.returns.send(self._state.tokens.index_select(0, self._notes.send(slots)), 0)
             self._notes.sent()
 
     # What is computed
 
-    def _embed(self, inputs: Inputs, hidden: Tensor) -> None:
-        self.stage.embed(self._choose.known(inputs.tokens, inputs.layout.slots, self._state), hidden)
-
-    def _forward(self, inputs: Inputs, hidden: Tensor, tokens: Tensor, layers: list[Tensor]) -> None:
-        """Run ``hidden`` [T, hidden] through as many of the stage's layers as ``layers`` are caches of, in place; on the last stage write
-        ``tokens`` [S], -1 where nothing is finite."""
-        stage, positions, slots, choose = self.stage, inputs.layout.positions, inputs.slots, self._choose
-        if not stage.shard.last or not len(tokens):
+    def _compute(self, inputs: Inputs, hidden: Tensor, layers: list[Tensor]) -> None:
+        """Take a submission, and run ``hidden`` [at least T, hidden], which stages before this one give, through as many of the stage's
+        layers as ``layers`` are caches of, in place; on the last stage complete the step."""
+        stage, slots, choose, hidden = self.stage, inputs.slots, self._choose, hidden[: len(inputs.tokens)]
+        choose.take(self._rings, self._memory, self._state, self._returned)
+        if stage.shard.first:
+            stage.embed(choose.known(inputs.tokens, inputs.layout.slots, self._state), hidden)
+        if not stage.shard.last:
             stage.forward(hidden, inputs.layout, layers)
             return
+        positions = inputs.layout.positions
         if inputs.picks is None:
             logits = stage.decode(hidden, inputs.layout, layers)
         else:
@@ -335,7 +300,7 @@ class DeviceRunner:
         best = choose.candidates(logits, slots, positions, self._state, stage.shard.vocab.start)
         if self._links.tensor.size > 1:
             best = self._links.tensor.all_gather(choose.merged(best))
-        choose.winners(best, slots, positions, self._state, tokens)
+        choose.winners(best, slots, positions, self._state, self._rings)
 
     def _extras(self, plan: StepPlan, step: _Step, hidden: Tensor) -> Extras | None:
         """What the torch sampler makes of rows with more than a temperature; reads from the device, so it waits for this step."""

@@ -1,7 +1,7 @@
-"""What a step's program reads: device memory that the host fills in one copy, or not at all.
+"""What a step's program reads: device memory that is written whole from a submission, or not at all.
 
-Owns the order of its words, and the rule of what a decode program leaves there: positions one further, every token a guess, nothing to
-append. So what a decode step has read is what its repetition reads; only blocks that it appends are sent. Must never know of plans.
+Owns the order of its words, and the rule of what a decode program leaves there: positions one further, every token a guess. So what a
+decode step has read is what its repetition reads. Must never know of plans.
 """
 
 from __future__ import annotations
@@ -70,37 +70,25 @@ class StepInbox:
 
 
 class DecodeInbox:
-    """The inbox of up to ``rows`` rows that all decode, at the beginning of ``memory``, which others share. Padding is the row of slot
-    ``nobody``.
+    """The inbox of up to ``rows`` rows that all decode, of ``words`` words. Padding is the row of slot ``nobody``."""
 
-    ``inputs``; ``cells`` [rows] of the block tables, counted through all of them, -1 = none, and the ``blocks`` [rows] that they get.
-    ``appended``: the last two, for a copy of their own. ``words``: how much of ``memory`` it takes.
-    """
-
-    def __init__(self, rows: int, heads: Heads, memory: Tensor, paging: Paging, nobody: int) -> None:
+    def __init__(self, rows: int, heads: Heads, nobody: int) -> None:
         self._rows, self._heads, self._nobody = rows, heads, nobody
-        self._shape, self._column, self.words = decode_shape(rows, heads), aligned(rows), self.size(rows, heads)
-        self._tokens, self._slots, self._cells, _ = begins = [self._shape.size + i * self._column for i in range(4)]
-        tokens, slots, self.cells, self.blocks = (memory[begin : begin + rows] for begin in begins)
-        self.inputs = Inputs(view_layout(self._shape, memory[: self._shape.size], paging), tokens, None, slots)
-        self.appended = memory[self._cells : self.words]
+        self._shape = decode_shape(rows, heads)
+        self._tokens = self._shape.size
+        self._slots = self._tokens + aligned(rows)
+        self.words = self._slots + aligned(rows)
 
-    @staticmethod
-    def size(rows: int, heads: Heads) -> int:
-        """``words`` for ``rows`` rows."""
-        return decode_shape(rows, heads).size + 4 * aligned(rows)
+    def inputs(self, memory: Tensor, paging: Paging) -> Inputs:
+        """Views of the beginning of ``memory``."""
+        tokens, slots = (memory[begin : begin + self._rows] for begin in (self._tokens, self._slots))
+        return Inputs(view_layout(self._shape, memory[: self._tokens], paging), tokens, None, slots)
 
-    def fill(self, packed: Ints, slots: Ints, starts: Ints, tokens: Ints, cells: Ints, blocks: Ints) -> None:
+    def fill(self, packed: Ints, slots: Ints, starts: Ints, tokens: Ints) -> None:
         """Write a step into ``packed`` [words]."""
-        fill_decodes(self._shape, packed[: self._shape.size], slots, starts, self._heads)
+        fill_decodes(self._shape, packed[: self._tokens], slots, starts, self._heads)
         _put(packed[self._tokens : self._tokens + self._rows], tokens, 0)
         _put(packed[self._slots : self._slots + self._rows], slots, self._nobody)
-        self.append(packed[self._cells : self.words], cells, blocks)
-
-    def append(self, packed: Ints, cells: Ints, blocks: Ints) -> None:
-        """Write ``appended`` into ``packed``, for at most ``rows`` blocks."""
-        _put(packed[: self._column], cells, -1)
-        packed[self._column : self._column + len(blocks)] = blocks
 
 
 def _put(packed: Ints, column: np.ndarray, padding: int) -> None:

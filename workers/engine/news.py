@@ -10,24 +10,27 @@ from typing import NamedTuple
 import numpy as np
 
 from workers.core.params import seed_keys
-from workers.core.plan import F32, I32, Ints, StepPlan, view
+from workers.core.plan import I32, Ints, StepPlan, view
 from workers.engine.sampling import Sampling, is_plain
+from workers.model.kernels.layout import Places
 
 NONE: Ints = np.zeros(0, I32)
 
 
 class News(NamedTuple):
-    """What the device must learn, as one int32 row after the other: ``cells`` of the block tables, counted through all of them, and their
-    ``blocks``; ``opened`` slots, two words of their seeds, bits of their temperatures; slots whose token the last stage ``returns``."""
+    """What the device must learn: ``places`` in :class:`~workers.model.kernels.layout.SlotState`'s words and the ``values`` that they get,
+    and the places of tokens that the last stage ``returns``, int32 all."""
 
-    cells: Ints = NONE
-    blocks: Ints = NONE
-    opened: Ints = NONE
+    places: Ints = NONE
+    values: Ints = NONE
     returns: Ints = NONE
 
-    @property
-    def words(self) -> int:
-        return 2 * len(self.cells) + len(self.opened) + len(self.returns)
+    def cut(self, count: int) -> tuple[News, News]:
+        """The first ``count`` places, and the rest."""
+        return News(self.places[:count], self.values[:count]), News(self.places[count:], self.values[count:], self.returns)
+
+
+_NO_NEWS = News()
 
 
 class Records:
@@ -35,13 +38,14 @@ class Records:
 
     def __init__(self, slots: int, width: int, sampling: Sampling | None) -> None:
         self._width, self._sampling = width, sampling
+        self._at = Places.of(slots, width)
         self._filled = [0] * slots
         #: Slots that want more than a temperature, and how many there are.
         self.special, self.specials = np.zeros(slots, np.bool_), 0
 
     def take(self, plan: StepPlan) -> News:
         """Take closed and opened slots and appended blocks."""
-        opened = NONE
+        opened = _NO_NEWS
         if plan.closed or plan.opened or self.specials:
             closed = view(plan.closed)
             for slot in closed.tolist():
@@ -49,28 +53,37 @@ class Records:
             if self._sampling is not None:
                 opened = self._open(plan, closed, self._sampling)
         if not plan.block_slots:
-            return News(opened=opened)
+            return opened
         cells, filled = [], self._filled
         for slot in view(plan.block_slots).tolist():
             cells.append(slot * self._width + filled[slot])
             filled[slot] += 1
-        return News(np.asarray(cells, I32), view(plan.block_ids), opened)
+        appended = News(np.asarray(cells, I32), view(plan.block_ids))
+        if opened is _NO_NEWS:
+            return appended
+        return News(np.concatenate((appended.places, opened.places)), np.concatenate((appended.values, opened.values)))
 
-    def _open(self, plan: StepPlan, closed: Ints, sampling: Sampling) -> Ints:
-        """Let ``sampling`` know of slots ``closed`` and opened; returns ``News.opened``."""
+    def returned(self, slots: Ints) -> Ints:
+        """Places of the last tokens of ``slots``."""
+        return slots + np.int32(self._at.tokens)
+
+    def _open(self, plan: StepPlan, closed: Ints, sampling: Sampling) -> News:
+        """Let ``sampling`` know of slots ``closed`` and opened; returns seeds and temperatures of these."""
         for slot in closed[self.special[closed]].tolist():
             sampling.close(slot)
             self.specials -= 1
         self.special[closed] = False
-        seeds: list[int] = []
+        places: list[int] = []
+        values: list[int] = []
         for opened in plan.opened:
-            seeds += (opened.slot, *seed_keys(opened.params.seed))
-            self.special[opened.slot] = special = not is_plain(opened.params)
+            slot, seeds = opened.slot, self._at.seeds + 2 * opened.slot
+            places += (seeds, seeds + 1, self._at.temperatures + slot)
+            values += seed_keys(opened.params.seed)
+            values.append(int(np.float32(opened.params.temperature).view(np.uint32)))
+            self.special[slot] = special = not is_plain(opened.params)
             if special:
                 sampling.open(opened)
                 self.specials += 1
         if self.specials:
             sampling.follow(plan)
-        words = np.asarray(seeds, np.int64).astype(np.uint32).view(I32).reshape(-1, 3)
-        heat = np.asarray([opened.params.temperature for opened in plan.opened], F32).view(I32)
-        return np.concatenate((words, heat[:, None]), 1).T.reshape(-1)
+        return News(np.asarray(places, I32), np.asarray(values, np.int64).astype(np.uint32).view(I32))

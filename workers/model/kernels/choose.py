@@ -1,5 +1,5 @@
-"""Both ends of a step in Triton: blocks appended and guesses looked up before the layers, tokens chosen after them, greedy and by plain
-temperature, the common case, without leaving the device or reading the logits twice.
+"""Both ends of a step in Triton: what the host has submitted taken and guesses looked up before the layers, tokens chosen and told after
+them, greedy and by plain temperature, the common case, without leaving the device or reading the logits twice.
 
 Owns what a step leaves behind so that the next one may need nothing from the host; and the kernels' form of
 :mod:`workers.core.params`' definition: the same noise bits, ties to the lowest id. A row's best candidate is three int32 words: bits of the
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from workers.core.params import MIX_A, MIX_B
 from workers.model.kernels.launch import early, enter
-from workers.model.kernels.layout import SlotState
+from workers.model.kernels.layout import HEAD_WORDS, NUMBER_MASK, Rings, SlotState
 
 #: Candidates that one program scores.
 _CANDIDATES = 2048
-#: Tokens that one program of :func:`known` looks up, blocks that one of :func:`append` writes.
+#: Tokens that one program of :func:`known` looks up, and words that :func:`take` reads at a time.
 _TOKENS = 128
+_WORDS = 4096
+_HEAD, _NUMBERS = tl.constexpr(HEAD_WORDS), tl.constexpr(NUMBER_MASK)
 _MIX_A, _MIX_B = tl.constexpr(MIX_A), tl.constexpr(MIX_B)
 _UNIT, _HALF_UNIT, _BELOW_ONE = tl.constexpr(2.0**-32), tl.constexpr(2.0**-33), tl.constexpr(1.0 - 2.0**-24)
 
@@ -41,21 +43,46 @@ def _gumbel(bits):
     return -tl.log(tl.where(gap == 0.0, w, -tl.log(u) * (w / tl.where(gap == 0.0, 1.0, gap))))
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["cells", "blocks"])
-def _append(tables, cells, blocks, count, SPAN: tl.constexpr, EARLY: tl.constexpr):
+@triton.jit
+def _take(ring, memory, state, returned, turn, read, ENTRY: tl.constexpr, DEPTH: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr):
+    """One program. The host's memory is read past all caches, which know nothing of its writes."""
     enter(EARLY)
-    places = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
-    there = places < count
-    found = tl.load(cells + places, mask=there, other=-1)
-    tl.store(tables + found, tl.load(blocks + places, mask=there, other=0), mask=found >= 0)
-    tl.store(cells + places, -1, mask=there)
+    mine = (tl.load(turn) + 1) & _NUMBERS
+    entry = ring + (mine % DEPTH) * ENTRY
+    words = tl.load(entry, cache_modifier=".cv")
+    news = tl.load(entry + 1, cache_modifier=".cv")
+    returns = tl.load(entry + 2, cache_modifier=".cv")
+    step = tl.load(entry + 3, cache_modifier=".cv")
+    span = tl.arange(0, SPAN)
+    body = entry + _HEAD
+    for begin in range(0, words, SPAN):
+        there = begin + span < words
+        tl.store(memory + begin + span, tl.load(body + begin + span, mask=there, other=0, cache_modifier=".cv"), mask=there)
+    body += (words + 3) // 4 * 4
+    values = body + (news + 3) // 4 * 4
+    for begin in range(0, news, SPAN):
+        there = begin + span < news
+        place = tl.load(body + begin + span, mask=there, other=0, cache_modifier=".cv")
+        tl.store(state + place, tl.load(values + begin + span, mask=there, other=0, cache_modifier=".cv"), mask=there)
+    body = values + (news + 3) // 4 * 4
+    for begin in range(0, returns, SPAN):
+        there = begin + span < returns
+        place = tl.load(body + begin + span, mask=there, other=0, cache_modifier=".cv")
+        tl.store(state + place, tl.load(returned + begin + span, mask=there, other=0), mask=there)
+    tl.debug_barrier()  # all threads have read their turn and the entry
+    tl.store(turn, mine)
+    tl.store(turn + 1, step)
+    tl.store(read, mine)
 
 
-def append(tables: Tensor, cells: Tensor, blocks: Tensor) -> None:
-    """Write ``blocks`` [n] int32 into ``tables``, counted through all of them, at ``cells`` [n] int32; these are -1 afterwards, which is
-    nowhere."""
-    count = len(cells)
-    _append[(triton.cdiv(count, _TOKENS),)](tables, cells, blocks, count, SPAN=_TOKENS, **early(), num_warps=1)
+def take(rings: Rings, memory: Tensor, state: SlotState, returned: Tensor) -> None:
+    """Take the next submission: write its inbox to the beginning of ``memory`` int32, and its news into ``state``, of which the last get
+    ``returned`` int32, one after the other."""
+    depth, words = rings.submissions.shape
+    _take[(1,)](
+        rings.submissions, memory, state.words, returned, rings.turn, rings.read, ENTRY=words, DEPTH=depth, SPAN=_WORDS, **early(),
+        num_warps=16,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -117,9 +144,12 @@ def candidates(logits: Tensor, slots: Tensor, positions: Tensor, state: SlotStat
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _winners(out, best, slots, positions, last, parts, SPAN: tl.constexpr, FINAL: tl.constexpr, EARLY: tl.constexpr):
-    """The best of ``parts`` candidates of one row. FINAL: the token, or -1, which is also remembered, and a step further; else a
-    candidate."""
+def _winners(
+    out, best, slots, positions, last, turn, parts, WIDTH: tl.constexpr, DEPTH: tl.constexpr, SPAN: tl.constexpr, FINAL: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """The best of ``parts`` candidates of one row. FINAL: the token, or -1, told to the host, which is also remembered, and a step further;
+    else a candidate."""
     enter(EARLY)
     row, count = tl.program_id(0), tl.num_programs(0)
     numbers = tl.arange(0, SPAN)
@@ -133,7 +163,8 @@ def _winners(out, best, slots, positions, last, parts, SPAN: tl.constexpr, FINAL
     top = tl.max(scores, 0)
     if FINAL:
         token = tl.where((broken != 0) | (top == float("-inf")), -1, token)
-        tl.store(out + row, token)
+        step = tl.load(turn + 1)
+        tl.store(out + (step % DEPTH) * WIDTH + row, (step.to(tl.int64) << 32) | (token.to(tl.int64) & 0xFFFFFFFF))
         tl.store(last + tl.load(slots + row), tl.maximum(token, 0))
         position = tl.load(positions + row)
         tl.store(positions + row, tl.where(position < 0, position, position + 1))
@@ -147,15 +178,17 @@ def merged(best: Tensor) -> Tensor:
     """[3, S]: the best of ``best`` [n, 3, S], for one message between ranks."""
     parts, words, count = best.shape
     out = torch.empty(words, count, dtype=torch.int32, device=best.device)
-    _winners[(count,)](out, best, best, best, best, parts, SPAN=triton.next_power_of_2(parts), FINAL=False, **early(), num_warps=1)
+    span = triton.next_power_of_2(parts)
+    _winners[(count,)](out, best, best, best, best, best, parts, WIDTH=0, DEPTH=1, SPAN=span, FINAL=False, **early(), num_warps=1)
     return out
 
 
-def winners(best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, tokens: Tensor) -> None:
-    """Write ``tokens`` [S] int32 from candidates ``best`` [n, 3, S] in order of their ids; -1 where a logit is NaN or +inf, or none is
+def winners(best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, rings: Rings) -> None:
+    """Complete the step: tokens [S] from candidates ``best`` [n, 3, S] in order of their ids; -1 where a logit is NaN or +inf, or none is
     finite. ``state`` remembers them for ``slots`` [S], 0 for -1: such a row goes on, until its fault is seen, from a token that exists.
     ``positions`` [S] are one further afterwards, negative ones stay."""
-    parts, _, count = best.shape
+    (parts, _, count), (depth, width) = best.shape, rings.completions.shape
     _winners[(count,)](
-        tokens, best, slots, positions, state.tokens, parts, SPAN=triton.next_power_of_2(parts), FINAL=True, **early(), num_warps=1
-    )
+        rings.completions, best, slots, positions, state.tokens, rings.turn, parts, WIDTH=width, DEPTH=depth,
+        SPAN=triton.next_power_of_2(parts), FINAL=True, **early(), num_warps=1,
+    )  # fmt: skip

@@ -10,8 +10,10 @@ cut into equal parts no longer than a segment, which is the longest for which th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -203,28 +205,85 @@ class Paging:
     arrived: Tensor
 
     @staticmethod
-    def empty(slots: int, width: int, heads: Heads, device: torch.device) -> Paging:
-        """``width``: blocks of the longest row; entries say nothing until written."""
-        tables = torch.zeros(slots, width, dtype=torch.int32, device=device)
-        return Paging(tables, torch.zeros(slots * heads.kv, dtype=torch.int32, device=device))
+    def over(tables: Tensor, heads: Heads) -> Paging:
+        """For ``tables``, whose entries may say nothing until written."""
+        return Paging(tables, torch.zeros(len(tables) * heads.kv, dtype=torch.int32, device=tables.device))
+
+
+class Places(NamedTuple):
+    """Where a :class:`SlotState`'s parts begin in its ``words``, and how many there are. ``tables`` begin at 0."""
+
+    tokens: int
+    seeds: int
+    temperatures: int
+    words: int
+
+    @staticmethod
+    def of(slots: int, width: int) -> Places:
+        tokens = aligned(slots * width)
+        seeds = tokens + aligned(slots + 1)
+        temperatures = seeds + aligned(2 * (slots + 1))
+        return Places(tokens, seeds, temperatures, temperatures + aligned(slots + 1))
 
 
 @dataclass(frozen=True, slots=True)
 class SlotState:
-    """What a device remembers of the row in each slot, and of one slot more that padding reads and writes: the last ``tokens`` [slots + 1]
-    int32, the words of their ``seeds`` [slots + 1, 2] int32 (:func:`workers.core.params.seed_keys`), ``temperatures`` [slots + 1] fp32."""
+    """What a device remembers of the row in each slot, all of it in ``words`` int32, so that news are places and values.
 
+    Block ``tables`` [slots, width] int32; and, for one slot more, which padding reads and writes: the last ``tokens`` [slots + 1] int32,
+    the words of their ``seeds`` [slots + 1, 2] int32 (:func:`workers.core.params.seed_keys`), ``temperatures`` [slots + 1] fp32.
+    """
+
+    words: Tensor
+    tables: Tensor
     tokens: Tensor
     seeds: Tensor
     temperatures: Tensor
 
     @staticmethod
-    def empty(slots: int, device: torch.device) -> SlotState:
-        """Nobody's rows, greedy."""
+    def empty(slots: int, width: int, device: torch.device) -> SlotState:
+        """Nobody's rows, greedy. ``width``: blocks of the longest row."""
+        at = Places.of(slots, width)
+        words = torch.zeros(at.words, dtype=torch.int32, device=device)
         return SlotState(
-            torch.zeros(slots + 1, dtype=torch.int32, device=device),
-            torch.zeros(slots + 1, 2, dtype=torch.int32, device=device),
-            torch.zeros(slots + 1, dtype=torch.float32, device=device),
+            words,
+            words[: slots * width].view(slots, width),
+            words[at.tokens : at.tokens + slots + 1],
+            words[at.seeds : at.seeds + 2 * (slots + 1)].view(-1, 2),
+            words[at.temperatures : at.temperatures + slots + 1].view(torch.float32),
+        )
+
+
+#: Words before a submission's inbox: how many words that has, how many news follow it, how many returned tokens, the step's number.
+HEAD_WORDS = 8
+#: Turns and steps are told apart by this many low bits of their numbers.
+NUMBER_MASK = 2**30 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rings:
+    """Memory of the host through which it and its device tell each other of steps (:mod:`workers.engine.rings`).
+
+    ``submissions`` [depth, words] int32: a head, an inbox, places in :class:`SlotState`'s words and their values, places that get what
+    another rank returned; each of these columns ends at a multiple of 4 words. ``completions`` [depth, rows] int64: a row's token, -1 =
+    nothing finite, in the low half, the step's number in the high half. ``read`` [1] int32: the last turn whose submission the device has
+    read. ``turn`` [2] int32, on the device: that turn, and its step's number. ``depth`` is a power of two.
+    """
+
+    submissions: Tensor
+    completions: Tensor
+    read: Tensor
+    turn: Tensor
+
+    @staticmethod
+    def empty(pinned: Callable[[int], Tensor], place: torch.device, *, words: int, rows: int, depth: int) -> Rings:
+        """``pinned`` gives that many zeros, int32, of the host which the device at ``place`` reads and writes too."""
+        words = -(-words // 64) * 64
+        return Rings(
+            pinned(depth * words).view(depth, words),
+            pinned(2 * depth * rows).view(torch.int64).view(depth, rows),
+            pinned(1),
+            torch.zeros(2, dtype=torch.int32, device=place),
         )
 
 

@@ -1,0 +1,90 @@
+"""What a host may write and believe of its device's rings; the device's side is in tests/gpu/test_kernels.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from workers.engine.comm import Waiter
+from workers.engine.device import HostDevice
+from workers.engine.news import News
+from workers.engine.rings import Completions, Submissions
+from workers.errors import EngineFault
+from workers.model.kernels.layout import HEAD_WORDS, NUMBER_MASK, Rings
+
+
+class Broken(HostDevice):
+    def check(self) -> None:
+        raise EngineFault("an illegal address was read")
+
+
+def rings_of(depth: int = 4) -> Rings:
+    return Rings.empty(HostDevice().pinned, torch.device("cpu"), words=128, rows=3, depth=depth)
+
+
+@pytest.mark.parametrize("first", [0, NUMBER_MASK - 2])
+def test_an_entry_is_written_again_only_when_the_device_has_read_it(first: int) -> None:
+    rings = rings_of()
+    rings.read.fill_(first)
+    submissions, waited = Submissions(rings, HostDevice(), Waiter("spin")), 0
+
+    def read(self: Waiter, ready, bound_s: float | None = None) -> None:  # type: ignore[no-untyped-def]
+        nonlocal waited
+        if not ready():
+            waited += 1
+            rings.read.copy_((rings.read + 1) & NUMBER_MASK)  # what lies longest is read
+            assert ready()
+
+    submissions._waiter.until = read.__get__(submissions._waiter)  # type: ignore[method-assign]
+    for step in range(7):
+        submissions.open(2)[:] = step
+        submissions.send(step, 2, News())
+    assert waited == 3
+    turns = [(first + 1 + step) & NUMBER_MASK for step in range(7)]
+    heads = {turn % 4: [2, 0, 0, step, *[0] * (HEAD_WORDS - 4), step, step] for step, turn in enumerate(turns)}
+    assert [entry[: HEAD_WORDS + 2].tolist() for entry in rings.submissions] == [heads[i] for i in range(4)]
+
+
+def test_news_follow_the_inbox() -> None:
+    rings = rings_of()
+    submissions = Submissions(rings, HostDevice(), Waiter())
+    room = submissions.room(6)
+    assert 30 <= room <= 40
+    submissions.open(6)[:] = 9
+    news = News(*(np.arange(begin, begin + room, dtype=np.int32) for begin in (100, 200, 300)))
+    submissions.send(1, 6, news)
+    entry = rings.submissions[1].tolist()
+    assert entry[:4] == [6, room, room, 1] and entry[HEAD_WORDS : HEAD_WORDS + 6] == [9] * 6
+    step = -(-room // 4) * 4
+    assert [entry[begin : begin + room] for begin in range(HEAD_WORDS + 8, HEAD_WORDS + 8 + 3 * step, step)] == [c.tolist() for c in news]
+
+
+def test_a_step_is_complete_when_all_its_rows_are() -> None:
+    rings = rings_of()
+    completion = Completions(rings, HostDevice()).of(2**30 + 5, 3)
+    ring = rings.completions[1]
+    ring[:] = torch.tensor([1 << 32 | 7] * 3)  # of an earlier step
+    for row, token in ((2, 8), (0, 9), (1, 2**32 - 1)):
+        assert not completion.ready()
+        ring[row] = 5 << 32 | token
+    assert completion.ready() and completion.tokens.tolist() == [9, -1, 8]
+
+
+def test_a_step_that_yields_nothing_is_complete_with_its_padding() -> None:
+    rings = rings_of()
+    completion = Completions(rings, HostDevice()).of(3, 0)
+    assert not completion.ready()
+    rings.completions[3, 0] = 3 << 32
+    assert completion.ready() and completion.tokens.tolist() == []
+
+
+def test_a_device_that_broke_ends_the_wait() -> None:
+    rings = rings_of()
+    with pytest.raises(EngineFault, match="illegal address"):
+        Waiter("spin").until(Completions(rings, Broken()).of(1, 1).ready, 20.0)
+    submissions = Submissions(rings, Broken(), Waiter("spin"))
+    with pytest.raises(EngineFault, match="illegal address"):
+        for step in range(5):
+            submissions.open(0)
+            submissions.send(step, 0, News())
