@@ -94,6 +94,24 @@ def test_an_answer_is_found_by_the_next_turn() -> None:
     assert columns(rig.plan())[0][1] == 24
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("leave", "found"), [("end", 48), ("cancel", 40)])
+def test_a_prompt_is_findable_when_computed_and_its_answer_when_the_row_leaves(leave: str, found: int, ahead: bool) -> None:
+    rig, prompt = Rig(capacity(), ahead=ahead), [65] * 20
+    rig.submit(submit(prompt, greedy(30)))
+    while len(rig.streams[0].tokens) < 22:
+        rig.turn()
+    rig.submit(submit([*prompt, 70], greedy(1)))
+    rig.finish(1)
+    if leave == "cancel":
+        rig.cancel(0)
+    rig.drain()
+    rig.submit(submit(prompt + expected_tokens(prompt, greedy(30)), greedy(1)))
+    rig.drain()
+    rig.verify()
+    assert [rig.streams[i].end.usage.cached_tokens for i in (1, 2)] == [16, found]
+
+
 def test_prompt_logprobs_want_the_whole_prompt_computed() -> None:
     rig = Rig(capacity(tokens=8))
     prompt = list(range(40, 60))
@@ -273,6 +291,23 @@ def test_a_nan_ends_its_own_row_and_poisons_no_cache() -> None:
     assert good.end is None and good.tokens == [70]
     rig.batch.check()
     rig.cancel(1)
+    rig.submit(submit(prompt, greedy()))
+    assert columns(rig.plan())[0][1] == 0
+
+
+def test_nothing_is_findable_behind_what_a_fault_has_spoiled() -> None:
+    rig = Rig(capacity())
+    prompt = list(range(40, 60))
+    for _ in range(2):
+        rig.submit(submit(prompt, greedy(40)))
+        rig.turn()
+    rig.plan()
+    result = rig.model.run(rig.flights.popleft())
+    good, bad = rig.batch.commit(StepResult(step=result.step, tokens=column([view(result.tokens)[0], -1])))
+    assert good.end is None and isinstance(bad.end, Fault)
+    rig.streams[0].tokens += good.tokens
+    rig.finish(0)
+    rig.batch.check()
     rig.submit(submit(prompt, greedy()))
     assert columns(rig.plan())[0][1] == 0
 

@@ -277,7 +277,7 @@ class Batch:
         row.blocks = found + fresh
         row.room = len(row.blocks) * size
         row.computed = row.issued = len(found) * size
-        row.publish_at = row.computed + size if self._pool.findable else NEVER
+        row.publish_at, row.opened = row.computed + size if self._pool.findable else NEVER, row.known
         row.settle()
         if row.cached_tokens < 0:
             row.cached_tokens = min(row.computed, row.prompt_len)
@@ -334,13 +334,16 @@ class Batch:
             expected = self._flights[0].plan.step if self._flights else None
             raise EngineFault("a step's result came out of order", f"expected step {expected}, got {result.step}")
         flight = self._flights.popleft()
+        if not result.logprobs and flight.over == self._left and (landed := flight.land(view(result.tokens))) is not None:
+            self._output_tokens += len(landed)
+            return landed
         flight.settle()
         chosen = view(result.tokens).tolist()
         if len(chosen) < len(flight.rows):  # None for the rows that only computed a chunk
             answers = iter(chosen)
             chosen = [next(answers) if sampled else None for sampled in flight.samples]
         scored = flight.logprobs(chosen, result) if result.logprobs else [None] * len(flight.rows)
-        landing = not flight.repeated
+        landing = flight.next is None
         for i, *answer in result.prompt:
             if not flight.rows[i].over:
                 flight.rows[i].score(*answer)
@@ -360,7 +363,7 @@ class Batch:
                 continue
             if computed >= row.publish_at:
                 row.publish(self._pool)
-            gone_on = flight.repeated or computed < row.issued or row.home is not None
+            gone_on = not landing or computed < row.issued or row.home is not None
             if token is not None:
                 emission = row.accept(token, logprobs)
             elif computed == row.known:
@@ -406,6 +409,7 @@ class Batch:
         """Free a row's slot and blocks; ranks are told with the next plan."""
         if row.slot < 0:
             return
+        row.publish(self._pool)
         self._pool.release(row.blocks)
         self._slots.append(row.slot)
         self._closed.append(row.slot)
@@ -414,6 +418,7 @@ class Batch:
     def _end(self, row: Row, end: Finish | Fault) -> None:
         if isinstance(end, Fault):
             self._pool.forget(row.blocks)  # whatever broke this row must not spread through the prefix cache
+            row.publish_at = NEVER
         del self._rows[row.id]
         self._leave(row)
 

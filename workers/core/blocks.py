@@ -117,10 +117,10 @@ class BlockPool:
     def publish(self, block: int, *, hash: int, parent: int, salt: str, tokens: Sequence[int]) -> bool:
         """Make a held, whole, computed block findable after its findable ``parent`` (-1 = none).
 
-        Returns False when it is not, because ``hash`` already names another block: the caller must then publish none of its later blocks,
-        for it does not hold that other block and so could not keep it from being evicted before its children.
+        Returns False when it is not, because ``hash`` already names another block or ``parent`` was forgotten: the caller must then publish
+        none of its later blocks, for it does not hold that other block and so could not keep it from being evicted before its children.
         """
-        if not self.findable or hash in self._index:
+        if not self.findable or hash in self._index or (parent >= 0 and parent not in self._contents):
             return False
         self._index[hash] = block
         self._contents[block] = _Content(hash, parent, salt, tuple(tokens))

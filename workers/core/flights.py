@@ -5,13 +5,53 @@ Owns what rows of one plan have in common. Must never decide who runs: that is :
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 
-from workers.core.plan import GUESS, StepPlan, StepResult, column, view, view_floats
+import numpy as np
+
+from workers.core.contract import Emission
+from workers.core.plan import GUESS, I32, Ints, StepPlan, StepResult, column, view, view_floats
 from workers.core.rows import Row
 from workers.wire import Logprobs
 
 _GUESS = column([GUESS])
+
+
+class Streak:
+    """What plans that repeat each other have in common: their rows, which all decode. ``due``: rows by the turn after which their blocks
+    are full."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows
+        self.due: dict[int, list[Row]] = {}
+        for row in rows:
+            self.due.setdefault(row.room - row.issued, []).append(row)
+
+    @cached_property
+    def _ids(self) -> list[int]:
+        return [row.id for row in self._rows]
+
+    @cached_property
+    def _offsets(self) -> Ints:
+        """From the place of a query token to the output position of the token that follows it."""
+        return np.array([1 - row.prompt_len for row in self._rows], I32)
+
+    @cached_property
+    def _histories(self) -> list[list[int]]:
+        return [row.tokens for row in self._rows]
+
+    @cached_property
+    def ends(self) -> frozenset[int | None]:
+        """Tokens that are not just emitted, of one row at least."""
+        return frozenset().union(*{row.ends for row in self._rows})
+
+    def emit(self, starts: Ints, tokens: Ints) -> list[Emission]:
+        """Give each row its one of ``tokens``, which follows that at its one of ``starts``, both [rows]."""
+        deque(map(list.append, self._histories, tokens.tolist()), 0)
+        # Loops of the interpreter's own: this is done for every token.
+        return list(map(Emission, self._ids, (starts + self._offsets).tolist(), tokens.reshape(-1, 1).tolist()))
 
 
 @dataclass(slots=True)
@@ -19,9 +59,9 @@ class Flight:
     """A plan that is out: its rows, their query lengths, and whether they yield a token (0 or 1). ``left``: its rows may be in a later
     plan. ``sure``: plans of the same rows that may follow, as long as not more than ``over`` rows of the batch have ended.
 
-    A plan that repeats another is not noted in its rows: ``owed`` is by how much their ``issued`` is behind, until :meth:`settle`.
-    ``repeated``: another one repeats this one, and owes what it owed. ``turn``: repetitions up to this plan; ``due``: rows by the turn
-    after which their blocks are full, one table for all repetitions.
+    A plan that repeats another is not noted in its rows, nor is the answer to one that is repeated: ``owed`` and ``landed`` are by how much
+    their ``issued`` and their ``computed`` are behind, until :meth:`settle`. ``next`` repeats this one, and owes what it owed. ``turn``:
+    repetitions up to this plan.
     """
 
     plan: StepPlan
@@ -32,32 +72,40 @@ class Flight:
     sure: int = 0
     over: int = 0
     owed: int = 0
-    repeated: bool = False
+    landed: int = 0
+    next: Flight | None = None
     turn: int = 0
-    due: dict[int, list[Row]] | None = None
+    streak: Streak | None = None
 
     def settle(self) -> None:
         """Pay what is owed."""
-        if self.owed:
+        if self.owed or self.landed:
             for row in self.rows:
                 row.issued += self.owed
-            self.owed = 0
+                row.computed += self.landed
+            self.owed = self.landed = 0
 
     def full(self) -> list[Row]:
         """Rows that need a block to go on from here; only before anything else is planned for them."""
-        if self.due is None:
-            self.due = {}
-            for row in self.rows:
-                self.due.setdefault(row.room - row.issued, []).append(row)
-        return self.due.get(self.turn, [])
+        if self.streak is None:
+            self.streak = Streak(self.rows)
+        return self.streak.due.get(self.turn, [])
+
+    def land(self, tokens: Ints) -> list[Emission] | None:
+        """Emit ``tokens`` [rows], if all that happens to any row is that it gets one: none has ended since this plan was repeated, and
+        there is none of ``tokens`` at which one might. None: look at each."""
+        if self.next is None or self.streak is None or not self.streak.ends.isdisjoint(tokens.tolist()):
+            return None
+        self.next.landed, self.landed = self.landed + 1, 0
+        return self.streak.emit(view(self.plan.starts), tokens)
 
     def again(self, step: int, closed: list[int], block_size: int) -> Flight:
         """The plan numbered ``step`` of the same rows, decodes all, each from the token that it has in flight. Those that were
         :meth:`full` have got a block."""
         before, grown = self.plan, self.full()
-        assert self.due is not None
+        assert self.streak is not None
         if grown:
-            self.due.setdefault(self.turn + block_size, []).extend(self.due.pop(self.turn))
+            self.streak.due.setdefault(self.turn + block_size, []).extend(self.streak.due.pop(self.turn))
         plan = StepPlan(
             step=step,
             repeats=before.step,
@@ -79,9 +127,9 @@ class Flight:
             over=self.over,
             owed=self.owed + 1,
             turn=self.turn + 1,
-            due=self.due,
+            streak=self.streak,
         )
-        self.left, self.repeated, self.owed = True, True, 0
+        self.left, self.next, self.owed = True, found, 0
         return found
 
     def logprobs(self, chosen: list[int | None], result: StepResult) -> list[Logprobs | None]:

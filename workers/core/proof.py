@@ -47,7 +47,7 @@ def prove(
     for row in live:
         assert 0 <= row.computed < row.known <= len(row.tokens), "a row is computed beyond what is known"
         assert row.tokens[-1] != GUESS, "a guess is taken for a fact"
-        assert row.calm <= min(row.publish_at, row.last), "a row's token is taken for one like all"
+        assert row.calm <= row.last and (not row.calm or row.publish_at > row.opened), "a row's token is taken for one like all"
     for row in everyone:
         assert (row.slot >= 0) == bool(row.blocks), "a row has a slot without blocks or blocks without a slot"
         assert row.room == len(row.blocks) * pool.block_size and row.issued <= row.room, "a row's table is too short"

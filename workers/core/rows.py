@@ -30,7 +30,7 @@ class Row:
     ``computed`` and what of it is in plans in flight, but for what these owe (:class:`~workers.core.flights.Flight`). ``allowed``:
     length of ``tokens`` at which its credit is used up; ``last``: at which the next one is the last; ``ahead``: before which it may go
     on from a token in flight, which must neither be its last nor pause it. ``predictable``: its next token, whatever it is, changes
-    nothing in how the one after it is chosen. ``ends``: what is not just emitted: its stop tokens, -1, and None, which is no token yet;
+    nothing in how the one after it is chosen. ``opened``: what was known when it got its slot. ``ends``: what is not just emitted: its stop tokens, -1, and None, which is no token yet;
     ``calm``: length of ``computed`` below which all else is (:meth:`settle`). ``home`` is the queue that holds the row; None while it
     is in flight, or over. ``order`` is its place in admission order.
     """
@@ -58,6 +58,7 @@ class Row:
     blocks: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     room: int = 0
+    opened: int = 0
     publish_at: int = 0
     cached_tokens: int = -1
     preemptions: int = 0
@@ -85,7 +86,7 @@ class Row:
     def settle(self) -> None:
         """Note until when nothing can happen to the row but that a token is emitted, after a change of what else there is."""
         quiet = not self.over and self.guide is None and self.prompt_scores is None
-        self.calm = min(self.publish_at, self.last) if quiet else 0
+        self.calm = self.last if quiet and self.publish_at > self.opened else 0
 
     @property
     def pending(self) -> int:
@@ -120,14 +121,17 @@ class Row:
         return self.hashes[:count]
 
     def publish(self, pool: BlockPool) -> None:
-        """Make the blocks that are now whole and computed findable, until one is a duplicate of another row's."""
-        size = pool.block_size
-        while self.computed >= self.publish_at:
+        """Make the blocks that are whole and computed findable, until one is a duplicate of another row's: a prompt's as it is computed, what
+        follows when the row leaves its slot, for nobody can ask for it before."""
+        size, end = pool.block_size, min(self.computed, len(self.tokens))  # a token computed after the row's end is not its own
+        if self.publish_at <= end:
+            first = len(self.hashes)
+            self.hashes += prefix_hashes(
+                self.tokens[first * size : end // size * size], size, self.salt, parent=self.hashes[-1] if first else None
+            )
+        while self.publish_at <= end:
             i = self.publish_at // size - 1
-            tokens = self.tokens[i * size : self.publish_at]
-            if i == len(self.hashes):
-                self.hashes += prefix_hashes(tokens, size, self.salt, parent=self.hashes[-1] if i else None)
-            parent = self.blocks[i - 1] if i else -1
+            tokens, parent = self.tokens[i * size : self.publish_at], self.blocks[i - 1] if i else -1
             if not pool.publish(self.blocks[i], hash=self.hashes[i], parent=parent, salt=self.salt, tokens=tokens):
                 self.publish_at = NEVER
                 break
