@@ -185,12 +185,13 @@ class Batch:
         if any(self._overdue(self._now)):
             return None
         full = flight.full()
-        if len(full) > self._pool.available:
+        fresh = self._pool.allocate(len(full))
+        if fresh is None:
             return None
-        draft = Draft()
-        for row in full:
-            self._grow(row, draft)
-        return self._send_off(flight.again(self._steps + 1, self._closed, self._pool.block_size))
+        for row, block in zip(full, fresh, strict=True):
+            row.blocks.append(block)
+            row.room += self._pool.block_size
+        return self._send_off(flight.again(self._steps + 1, self._closed, fresh, self._pool.block_size))
 
     def _draft(self) -> Draft:
         """Choose the next plan's rows: decodes, then prefill chunks, then admissions, under the token budget and this plan's share."""

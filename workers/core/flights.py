@@ -99,9 +99,9 @@ class Flight:
         self.next.landed, self.landed = self.landed + 1, 0
         return self.streak.emit(view(self.plan.starts), tokens)
 
-    def again(self, step: int, closed: list[int], block_size: int) -> Flight:
+    def again(self, step: int, closed: list[int], fresh: list[int], block_size: int) -> Flight:
         """The plan numbered ``step`` of the same rows, decodes all, each from the token that it has in flight. Those that were
-        :meth:`full` have got a block."""
+        :meth:`full` have got a block each, ``fresh``."""
         before, grown = self.plan, self.full()
         assert self.streak is not None
         if grown:
@@ -115,7 +115,7 @@ class Flight:
             tokens=_GUESS * len(self.rows),
             sample=before.sample,
             block_slots=column([row.slot for row in grown]),
-            block_ids=column([row.blocks[-1] for row in grown]),
+            block_ids=column(fresh),
             closed=column(closed),
         )
         found = Flight(

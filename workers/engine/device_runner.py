@@ -163,9 +163,9 @@ class DeviceRunner:
 
     # One plan
 
-    @torch.inference_mode()
     def issue(self, plan: StepPlan) -> Answer | None:
         """See :class:`~workers.engine.answers.PlanRunner`."""
+        # Most plans are replayed without a call of torch's: only what makes some is in its inference mode.
         news = self._records.take(plan)
         if self._links.pipeline.size > 1:
             news = news._replace(returns=self._records.returned(self._guessed(plan)))
@@ -173,10 +173,8 @@ class DeviceRunner:
             return Done(StepResult(step=plan.step)) if self._sampling is not None and self._answers else None
         step = self._columns(plan)
         hidden = self._run(plan, step, news) if step.decodes is None else self._replay(plan, step, step.decodes, news)
-        shard, count = self.stage.shard, len(plan.tokens) // I32.itemsize
-        if not shard.last:
-            # What a graph computes is overwritten by the next one; what is sent must stay as it is.
-            self._links.pipeline.send(hidden[:count].clone() if hidden is self._hidden else hidden, self._links.pipeline.rank + 1)
+        if not self.stage.shard.last:
+            self._pass_on(hidden, len(plan.tokens) // I32.itemsize)
             return None
         extras = self._extras(plan, step, hidden) if self._records.specials or plan.score else None
         if self._links.pipeline.size > 1:
@@ -190,6 +188,11 @@ class DeviceRunner:
         known = self._marks
         mark = known[step] = known.pop(step - self._depth - 1) if step - self._depth - 1 in known else self._device.mark()
         mark.record()
+
+    @torch.inference_mode()
+    def _pass_on(self, hidden: Tensor, count: int) -> None:
+        # What a graph computes is overwritten by the next one; what is sent must stay as it is.
+        self._links.pipeline.send(hidden[:count].clone() if hidden is self._hidden else hidden, self._links.pipeline.rank + 1)
 
     def _guessed(self, plan: StepPlan) -> Ints:
         """Slots of the rows that go on from a token which the last stage has and the first one has not."""
@@ -228,12 +231,13 @@ class DeviceRunner:
             packed, news = self._open(plan.step, inbox.words, news)
             inbox.fill(packed, step.slots, view(plan.starts), view(plan.tokens))
             self._submissions.send(plan.step, inbox.words, news)
-        self._receive(self._hidden[: len(step.slots)], news)
+        self._receive(self._hidden, len(step.slots), news)
         self._decodes.replay(size)
         if self._links.pipeline.size == 1:  # the last stage alone chooses tokens, and so alone leaves a whole inbox behind
             self._held = plan.step
         return self._hidden
 
+    @torch.inference_mode()
     def _run(self, plan: StepPlan, step: _Step, news: News) -> Tensor:
         """Any step: by a graph that holds it, or operation by operation."""
         tokens, sampled = view(plan.tokens), len(step.rows)
@@ -248,11 +252,11 @@ class DeviceRunner:
         self._submissions.send(plan.step, inbox.words, news)
         self._held = 0
         if size is not None:
-            self._receive(self._hidden[: len(tokens)], news)
+            self._receive(self._hidden, len(tokens), news)
             self._mixed.replay(size)
             return self._hidden
         hidden = torch.empty(len(tokens), self.stage.model.hidden_size, dtype=self.stage.dtype, device=self._device.place)
-        self._receive(hidden, news)
+        self._receive(hidden, len(tokens), news)
         self._compute(inbox.inputs(self._memory, self._paging), hidden, self._cache.layers)
         return hidden
 
@@ -265,13 +269,14 @@ class DeviceRunner:
             self._choose.take(self._rings, self._memory, self._state, self._returned)
         return self._submissions.open(words), news
 
-    def _receive(self, hidden: Tensor, news: News) -> None:
-        """What other stages send for this step."""
+    def _receive(self, hidden: Tensor, count: int, news: News) -> None:
+        """What other stages send for this step, ``count`` rows of ``hidden`` among it."""
         if not self.stage.shard.first:
-            self._links.pipeline.recv(hidden, self._links.pipeline.rank - 1)
+            self._links.pipeline.recv(hidden[:count], self._links.pipeline.rank - 1)
         if len(news.returns):
             self._links.returns.recv(self._returned[: len(news.returns)], self._links.returns.size - 1)
 
+    @torch.inference_mode()
     def _give(self, step: int, slots: Ints) -> None:
         """Send the tokens of ``slots`` to the first stage as soon as their step has chosen them, before what follows that one here."""
         mark = self._marks[max(number for number in self._marks if number <= step - self._links.pipeline.size)]
@@ -302,6 +307,7 @@ class DeviceRunner:
             best = self._links.tensor.all_gather(choose.merged(best))
         choose.winners(best, slots, positions, self._state, self._rings)
 
+    @torch.inference_mode()
     def _extras(self, plan: StepPlan, step: _Step, hidden: Tensor) -> Extras | None:
         """What the torch sampler makes of rows with more than a temperature; reads from the device, so it waits for this step."""
         assert self._sampling is not None
