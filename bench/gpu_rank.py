@@ -74,7 +74,7 @@ class Gaps:
         Graphs.replay = replay  # type: ignore[method-assign]
 
     def seen(self, run: Callable[[], object]) -> int:
-        """Microseconds: the median of ``run``'s steps. What lies between them is a step's copies in and out, and any waiting."""
+        """Microseconds: the median of ``run``'s steps. What lies between them is a launch, what ranks send each other, and any waiting."""
         self._watching = True
         run()
         torch.cuda.synchronize()

@@ -30,9 +30,9 @@ class Row:
     ``computed`` and what of it is in plans in flight, but for what these owe (:class:`~workers.core.flights.Flight`). ``allowed``:
     length of ``tokens`` at which its credit is used up; ``last``: at which the next one is the last; ``ahead``: before which it may go
     on from a token in flight, which must neither be its last nor pause it. ``predictable``: its next token, whatever it is, changes
-    nothing in how the one after it is chosen. ``opened``: what was known when it got its slot. ``ends``: what is not just emitted: its stop tokens, -1, and None, which is no token yet;
-    ``calm``: length of ``computed`` below which all else is (:meth:`settle`). ``home`` is the queue that holds the row; None while it
-    is in flight, or over. ``order`` is its place in admission order.
+    nothing in how the one after it is chosen. ``ends``: what is not just emitted: its stop tokens, -1, and None, which is no token yet;
+    ``calm``: length of ``computed`` below which all else is (:meth:`settle`). ``opened``: what was known when it got its slot. ``home``
+    is the queue that holds the row; None while it is in flight, or over. ``order`` is its place in admission order.
     """
 
     id: int
@@ -121,8 +121,8 @@ class Row:
         return self.hashes[:count]
 
     def publish(self, pool: BlockPool) -> None:
-        """Make the blocks that are whole and computed findable, until one is a duplicate of another row's: a prompt's as it is computed, what
-        follows when the row leaves its slot, for nobody can ask for it before."""
+        """Make the blocks that are whole and computed findable, until one is a duplicate of another row's. A prompt's are as it is
+        computed; what follows when the row leaves its slot, for hardly anybody asks for it before."""
         size, end = pool.block_size, min(self.computed, len(self.tokens))  # a token computed after the row's end is not its own
         if self.publish_at <= end:
             first = len(self.hashes)

@@ -5,6 +5,7 @@ Owns how many blocks each slot has, and which slots want more of sampling than a
 
 from __future__ import annotations
 
+from struct import pack
 from typing import NamedTuple
 
 import numpy as np
@@ -74,16 +75,15 @@ class Records:
             self.specials -= 1
         self.special[closed] = False
         places: list[int] = []
-        values: list[int] = []
+        values = b""
         for opened in plan.opened:
             slot, seeds = opened.slot, self._at.seeds + 2 * opened.slot
             places += (seeds, seeds + 1, self._at.temperatures + slot)
-            values += seed_keys(opened.params.seed)
-            values.append(int(np.float32(opened.params.temperature).view(np.uint32)))
+            values += pack("<IIf", *seed_keys(opened.params.seed), opened.params.temperature)
             self.special[slot] = special = not is_plain(opened.params)
             if special:
                 sampling.open(opened)
                 self.specials += 1
         if self.specials:
             sampling.follow(plan)
-        return News(np.asarray(places, I32), np.asarray(values, np.int64).astype(np.uint32).view(I32))
+        return News(np.asarray(places, I32), view(values))
