@@ -47,7 +47,7 @@ class Device(Protocol):
 
     def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
         """``program`` as something to run again and again, on the same memory: what it makes anew is gone when it returns. ``once`` is run
-        before, once, and uses every kernel that it does."""
+        before, and uses every kernel that it does."""
 
     def beside(self, mark: Mark) -> AbstractContextManager[None]:
         """A context whose work runs beside the stream, once ``mark`` is reached."""

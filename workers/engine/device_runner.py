@@ -8,6 +8,7 @@ device where a plan can be issued without; rows with more than a temperature are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -145,21 +146,24 @@ class DeviceRunner:
     def _decode_program(self, size: int) -> Programs:
         """One step of ``size`` rows that decode, as for :class:`~workers.engine.graphs.Graphs`."""
         inbox = self._decode_inboxes[size]
-        inbox.fill(self._submissions.open(inbox.words), NONE, NONE, NONE)
-        return self._program(inbox)
+        return self._program(inbox, lambda packed: inbox.fill(packed, NONE, NONE, NONE))
 
     def _mixed_program(self, size: int) -> Programs:
         """Any step of ``size`` tokens, as for :class:`~workers.engine.graphs.Graphs`."""
         inbox = self._mixed_inboxes[size]
-        inbox.fill(self._submissions.open(inbox.words), NONE, NONE, NONE, NONE, np.zeros(0, np.int64), self._heads)
-        return self._program(inbox)
+        return self._program(inbox, lambda packed: inbox.fill(packed, NONE, NONE, NONE, NONE, np.zeros(0, np.int64), self._heads))
 
-    def _program(self, inbox: DecodeInbox | StepInbox) -> Programs:
-        """A step from ``inbox``, just submitted, to ``_hidden`` and its completion; and one through the first layer alone, which uses the
-        same kernels as all of them."""
-        self._submissions.send(0, inbox.words, News())
-        inputs, hidden = inbox.inputs(self._memory, self._paging), self._hidden
-        return partial(self._compute, inputs, hidden, self._cache.layers), partial(self._compute, inputs, hidden, self._cache.layers[:1])
+    def _program(self, inbox: DecodeInbox | StepInbox, fill: Callable[[Ints], None]) -> Programs:
+        """A step from ``inbox`` to ``_hidden`` and its completion; and one of padding alone, which ``fill`` writes, through the first layer
+        only, which uses the same kernels as all of them."""
+        inputs = inbox.inputs(self._memory, self._paging)
+
+        def once() -> None:
+            fill(self._submissions.open(inbox.words))
+            self._submissions.send(0, inbox.words, News())
+            self._compute(inputs, self._hidden, self._cache.layers[:1])
+
+        return partial(self._compute, inputs, self._hidden, self._cache.layers), once
 
     # One plan
 
