@@ -56,15 +56,15 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     source: str
 
 
-#: Fitted by `python -m bench.fit` to the 17 runs of the 8B and 70B shapes in gpu.jsonl (one or two GPUs): met within 6.7 %, root mean
-#: square 3.5 %. The four runs in 2026-11-22-four-gpus.jsonl were held out, and are of an engine with slower sums: met within 7.7 %, root
-#: mean square 5.4 %.
+#: Fitted by `python -m bench.fit` to the 17 runs of the 8B and 70B shapes in gpu.jsonl (one or two GPUs): met within 6.4 %, root mean
+#: square 3.0 %. The four runs in 2026-11-22-four-gpus.jsonl were held out, and are of an engine with slower sums and steps: met within
+#: 9.3 %, root mean square 6.5 %.
 GPU_FIT = Fit(
-    read=0.996,
-    product=0.828,
-    narrow=0.853,
-    layer_s=1.19e-5,
-    step_s=450e-6,
+    read=1.01,
+    product=0.847,
+    narrow=0.864,
+    layer_s=1.2e-5,
+    step_s=462e-6,
     error=0.08,
     runs=21,
     source="bench/results/gpu.jsonl and 2026-11-22-four-gpus.jsonl",
@@ -111,9 +111,9 @@ _PCIE_S, _PCIE = 20e-6, 20e9
 #: On a CPU: choosing a token, a logit; a sum or a message between two ranks of a host; bytes a second between hosts (not measured).
 _HOST_CHOICE_S, _HOST_SUM_S, _HOST_WIRE = 2e-9, 150e-6, 1e9
 
-#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl without stages (98 to 176 us at 1 row, but 692 of
-#: 70B; 411 to 919 at 256; 573 to 1,274 at 512).
-_LEAD_S, _LEAD_ROW_S = 0.13e-3, 1.8e-6
+#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl without stages (41 to 153 us at 1 row, 160 to 550 at
+#: 256, 218 to 586 at 512).
+_LEAD_S, _LEAD_ROW_S = 0.1e-3, 0.8e-6
 
 #: Bytes that are gone before a rank's weights: the CUDA context and torch (recorded on one GPU); what joining NCCL takes; what groups of
 #: tensor-parallel ranks and of stages take beside it (recorded on two and four).
