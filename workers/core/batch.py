@@ -278,7 +278,8 @@ class Batch:
         row.blocks = found + fresh
         row.room = len(row.blocks) * size
         row.computed = row.issued = len(found) * size
-        row.publish_at, row.opened = row.computed + size if self._pool.findable else NEVER, row.known
+        row.publish_at = row.computed + size if self._pool.findable else NEVER
+        row.opened = row.known
         row.settle()
         if row.cached_tokens < 0:
             row.cached_tokens = min(row.computed, row.prompt_len)

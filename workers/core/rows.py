@@ -122,7 +122,7 @@ class Row:
 
     def publish(self, pool: BlockPool) -> None:
         """Make the blocks that are whole and computed findable, until one is a duplicate of another row's. A prompt's are as it is
-        computed; what follows when the row leaves its slot, for hardly anybody asks for it before."""
+        computed; what follows at the latest when the row leaves its slot: hardly anybody asks for it before, and all at once costs less."""
         size, end = pool.block_size, min(self.computed, len(self.tokens))  # a token computed after the row's end is not its own
         if self.publish_at <= end:
             first = len(self.hashes)

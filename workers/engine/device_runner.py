@@ -189,8 +189,8 @@ class DeviceRunner:
 
     def _mark(self, step: int) -> None:
         """Remember where the device's work for ``step`` ends."""
-        known = self._marks
-        mark = known[step] = known.pop(step - self._depth - 1) if step - self._depth - 1 in known else self._device.mark()
+        spent = self._marks.pop(step - self._depth - 1, None)
+        mark = self._marks[step] = self._device.mark() if spent is None else spent
         mark.record()
 
     @torch.inference_mode()
