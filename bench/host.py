@@ -1,8 +1,8 @@
-"""What a decode step costs the host of a GPU: batch, plan, packed copy and answers of 256 rows, over a device that does nothing.
+"""What a decode step costs the host of a GPU: batch, plan, submission and answers of 256 rows, over a device that does nothing.
 
 python -m bench.host [--runs 5] [--pause MS]
 
-CPU seconds of the thread that drives the engine, without CUDA's own calls; `bench.gpu` says what it is with them (``host_us``). Also for
+CPU seconds of the thread that drives the engine, without the graph's launch; `bench.gpu` says what it is with it (``host_us``). Also for
 one row, and where in about every step a row ends and another begins. With ``--pause`` it waits between steps, as for a device, without
 sleeping: what the step needs is no longer in the processor's caches.
 """
@@ -155,7 +155,7 @@ def main() -> None:
         crowd = [steady_us(engine, ROWS, runs + run, pause_s) for run in range(runs)]
         changing = [changing_us(engine, run, pause_s) for run in range(runs)]
     one, some = statistics.median(single), statistics.median(changing)
-    detail = f"one row: {one:.0f} us; rows that come and go: {some:.0f} us; without CUDA's own calls"
+    detail = f"one row: {one:.0f} us; rows that come and go: {some:.0f} us; without the graph's launch"
     publish([Claim(name=f"host's part of a decode step at {ROWS} rows", unit="us", asked=ASKED_US, sense="<=", runs=crowd, detail=detail)])
 
 
