@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tests.reference.device_kernels as kernels
+import workers.engine.device_runner as device_runner_module
 from tests.reference.conformance import in_threads
 from tests.reference.engine import Stream, drain, margin_violations, request, serve
 from tests.reference.shards import make_stage, whole_weights
@@ -121,6 +122,14 @@ def test_steps_are_replayed_and_what_repeats_is_sent_in_part(folder: Path, monke
     # Three prompts in one step of 33 tokens; then 99 steps of three rows, each of which gets a block every 16th, all of them at once.
     assert replayed == {64: 1, 4: 99}
     assert sent.total() == 100 and sent[0] >= 90, "the inbox of a step that repeats is written again"
+
+
+def test_more_rows_than_any_graph_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_runner_module, "DECODES", (1, 2))
+    monkeypatch.setattr(device_runner_module, "MIXED", (4,))
+    host, device = both(folder)
+    crowd = requests(SLOTS)
+    assert [stream.tokens for stream in serve(device, crowd)] == [stream.tokens for stream in serve(host, crowd)]
 
 
 def test_news_for_which_there_is_no_room_go_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -336,11 +336,11 @@ class Batch:
             expected = self._flights[0].plan.step if self._flights else None
             raise EngineFault("a step's result came out of order", f"expected step {expected}, got {result.step}")
         flight = self._flights.popleft()
-        if not result.logprobs and flight.over == self._left and (landed := flight.land(view(result.tokens))) is not None:
+        chosen = view(result.tokens).tolist()
+        if not result.logprobs and flight.over == self._left and (landed := flight.land(chosen)) is not None:
             self._output_tokens += len(landed)
             return landed
         flight.settle()
-        chosen = view(result.tokens).tolist()
         if len(chosen) < len(flight.rows):  # None for the rows that only computed a chunk
             answers = iter(chosen)
             chosen = [next(answers) if sampled else None for sampled in flight.samples]

@@ -47,11 +47,11 @@ class Streak:
         """Tokens that are not just emitted, of one row at least."""
         return frozenset().union(*{row.ends for row in self._rows})
 
-    def emit(self, starts: Ints, tokens: Ints) -> list[Emission]:
+    def emit(self, starts: Ints, tokens: list[int]) -> list[Emission]:
         """Give each row its one of ``tokens``, which follows that at its one of ``starts``, both [rows]."""
-        deque(map(list.append, self._histories, tokens.tolist()), 0)
-        # Loops of the interpreter's own: this is done for every token.
-        return list(map(Emission, self._ids, (starts + self._offsets).tolist(), tokens.reshape(-1, 1).tolist()))
+        # Loops of the interpreter's own, as far as they can be: this is done for every token.
+        deque(map(list.append, self._histories, tokens), 0)
+        return list(map(Emission, self._ids, (starts + self._offsets).tolist(), [[token] for token in tokens]))
 
 
 @dataclass(slots=True)
@@ -91,10 +91,10 @@ class Flight:
             self.streak = Streak(self.rows)
         return self.streak.due.get(self.turn, [])
 
-    def land(self, tokens: Ints) -> list[Emission] | None:
-        """Emit ``tokens`` [rows], if all that happens to any row is that it gets one: none has ended since this plan was repeated, and
-        there is none of ``tokens`` at which one might. None: look at each."""
-        if self.next is None or self.streak is None or not self.streak.ends.isdisjoint(tokens.tolist()):
+    def land(self, tokens: list[int]) -> list[Emission] | None:
+        """Emit ``tokens`` [rows], if all that happens to any row is that it gets one: only where none has ended since this plan was
+        repeated, and nobody wants to know more. None: look at each, for one might end."""
+        if self.next is None or self.streak is None or not self.streak.ends.isdisjoint(tokens):
             return None
         self.next.landed, self.landed = self.landed + 1, 0
         return self.streak.emit(view(self.plan.starts), tokens)

@@ -127,7 +127,7 @@ class DeviceRunner:
         self._returned = torch.zeros(slots, dtype=torch.int32, device=on)
         turns = 1 << (depth + 1).bit_length()
         words = HEAD_WORDS + longest + 3 * (_NEWS * slots + 8)
-        self._rings = Rings.empty(device.pinned, on, words=words, rows=most, depth=turns)
+        self._rings = Rings.empty(device.pinned, on, words=words, rows=max(most, slots), depth=turns)
         self._submissions, self._completions = Submissions(self._rings, device, self._waiter), Completions(self._rings, device)
         # The step that left its inbox behind, and how often it was repeated.
         self._held = self._repeated = 0

@@ -31,9 +31,6 @@ class News(NamedTuple):
         return News(self.places[:count], self.values[:count]), News(self.places[count:], self.values[count:], self.returns)
 
 
-_NO_NEWS = News()
-
-
 class Records:
     """Of a rank with ``slots`` slots, whose tables hold ``width`` blocks each. ``sampling``: of a rank of the last stage, else None."""
 
@@ -46,7 +43,7 @@ class Records:
 
     def take(self, plan: StepPlan) -> News:
         """Take closed and opened slots and appended blocks."""
-        opened = _NO_NEWS
+        opened = News()
         if plan.closed or plan.opened or self.specials:
             closed = view(plan.closed)
             for slot in closed.tolist():
@@ -60,7 +57,7 @@ class Records:
             cells.append(slot * self._width + filled[slot])
             filled[slot] += 1
         appended = News(np.asarray(cells, I32), view(plan.block_ids))
-        if opened is _NO_NEWS:
+        if not len(opened.places):
             return appended
         return News(np.concatenate((appended.places, opened.places)), np.concatenate((appended.values, opened.values)))
 
