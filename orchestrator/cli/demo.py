@@ -42,7 +42,7 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 
 def demo(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A deployment file.")] = EXAMPLE,
+    file: Annotated[Path, typer.Argument(help="A deployment file.", show_default="deploy/examples/local.yaml")] = EXAMPLE,
     inside: Annotated[bool, typer.Option("--inside", hidden=True, help="The second half, in a namespace.")] = False,
     isolate: Annotated[bool, typer.Option(help="Run the deployment in a network of its own where the system allows it.")] = True,
 ) -> None:
