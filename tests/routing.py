@@ -1,4 +1,4 @@
-"""Real router processes for tests: ``python -m orchestrator.cli.router`` on a tiny tokenizer, over ipc or CURVE tcp.
+"""Real router processes for tests: ``python -m orchestrator.router`` on a tiny tokenizer, over ipc or CURVE tcp.
 
 Owns the processes that it starts and ends them by pid.
 """
@@ -49,7 +49,7 @@ class RouterRun:
         file = folder / f"{name}.json"
         file.write_bytes(msgspec.json.encode(self.spec))
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "orchestrator.cli.router", str(file)], stdout=log, stderr=log)
+            self.process = subprocess.Popen([sys.executable, "-m", "orchestrator.router", str(file)], stdout=log, stderr=log)
 
     def __enter__(self) -> RouterRun:
         return self

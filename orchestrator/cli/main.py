@@ -13,23 +13,23 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli import (
-    agreement,
-    artifacts,
-    asking,
     bench,
-    checking,
+    chat,
     console,
+    convert,
     demo,
+    doctor,
     engines,
     keys,
     logs,
-    operating,
-    planning,
-    serving,
-    standing,
+    plan,
+    router,
+    serve,
+    status,
     submit,
     top,
-    updating,
+    update,
+    verify,
 )
 from workers.errors import Rejected, TriremeError
 
@@ -59,20 +59,20 @@ def common(
 
 
 for commands in (
-    serving,
-    standing,
-    operating,
+    serve,
+    router,
+    status,
     top,
     logs,
-    updating,
+    update,
     keys,
-    asking,
+    chat,
     bench,
-    artifacts,
+    convert,
     engines,
-    agreement,
-    checking,
-    planning,
+    verify,
+    doctor,
+    plan,
     demo,
     submit,
 ):

@@ -1,131 +1,38 @@
-"""Entry of a router process: ``python -m orchestrator.cli.router SPEC.json``.
-
-Reads the spec and the key files that it names, sets up logging, runs :class:`~orchestrator.router.process.RouterProcess`, and turns an
-error into lines and an exit code.
-"""
+"""`trireme router`: routers alone, for replicas of any job or cluster to join. Owns only the command's words; `up` is its sibling."""
 
 from __future__ import annotations
 
-import logging
-import secrets
-import sys
-from collections.abc import Callable, Sequence
+import os
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Annotated
 
-import msgspec
-import uvloop
+import typer
 
-from orchestrator.keys import read_private, read_salt
-from orchestrator.router.admit import parse_grants
-from orchestrator.router.auth import parse_api_keys
-from orchestrator.router.origin import OriginFilter
-from orchestrator.router.process import RouterProcess
-from orchestrator.router.text import load_texts
-from orchestrator.spec import RouterSpec
-from workers.errors import ConfigError, TriremeError
-from workers.logs import JsonLines, LogFormat
-from workers.process import settle_heap
-from workers.sockets import KeyPair
-
-USAGE = "usage: python -m orchestrator.cli.router SPEC.json"
+from orchestrator.cli.serve import ApiKeysFile, CacheDir, Detach, Insecure, Name, Port, Routers, RunDir, run
 
 
-_T = TypeVar("_T")
+def router(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A deployment file with back.host and rpc.host, such as deploy/examples/router.yaml.")],
+    port: Port = None,
+    api_keys_file: ApiKeysFile = None,
+    insecure_http_without_keys: Insecure = None,
+    routers: Routers = None,
+    name: Name = None,
+    run_dir: RunDir = None,
+    cache_dir: CacheDir = None,
+    detach: Detach = False,
+) -> None:
+    """Start the routers of a file alone; replicas join them with a pass (`trireme keys join`). Ctrl-C or SIGTERM drains and stops them."""
+    from orchestrator import config
+
+    flags = {
+        "port": port, "api_keys_file": api_keys_file, "insecure_http_without_keys": insecure_http_without_keys, "routers": routers,
+        "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
+    }  # fmt: skip
+    run(context.obj, config.load(file, flags=flags, env=os.environ).config, detach, standing=True)
 
 
-class _KeysFile(Generic[_T]):
-    """A private file, read again when it was written again."""
-
-    def __init__(self, path: str, parse: Callable[[bytes], _T]) -> None:
-        self._path, self._parse = Path(path), parse
-        self._stamp: tuple[int, int, int] | None = None
-        self._complaint = ""
-
-    def load(self) -> _T | None:
-        """None while unchanged. A file that is broken or gone for a moment keeps the table in force."""
-        try:
-            stamp = self._look()
-            if stamp is not None and stamp == self._stamp:
-                return None
-            table = self._parse(read_private(self._path))
-        except ConfigError as error:
-            if self._stamp is None:
-                raise
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                logging.getLogger("trireme.router").warning("%s was not taken over: %s", self._path, error)
-            return None
-        self._stamp, self._complaint = stamp, ""
-        return table
-
-    def _look(self) -> tuple[int, int, int] | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None  # reading it says why
-        return status.st_mtime_ns, status.st_ino, status.st_mode
-
-
-def _none() -> None:
-    """Without an allowed-keys file nobody is on the list."""
-
-
-def read_spec(path: Path) -> RouterSpec:
-    """Raises ConfigError on a file that is missing or is no router spec."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=RouterSpec)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}", error.strerror or "") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} is not a router spec", str(error)) from None
-
-
-def read_keys(path: str) -> KeyPair | None:
-    if not path:
-        return None
-    try:
-        return msgspec.json.decode(read_private(Path(path)), type=KeyPair)
-    except msgspec.DecodeError:
-        raise ConfigError(f"{path} holds no CURVE key pair") from None
-
-
-def set_up_logging(form: LogFormat) -> None:
-    handler = logging.StreamHandler()
-    handler.addFilter(OriginFilter())
-    handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
-def run(spec: RouterSpec) -> None:
-    """Run a router until it is told to stop. Raises every :class:`TriremeError` that keeps it from serving."""
-    api_keys_file = spec.http.api_keys_file if spec.http is not None else ""
-    process = RouterProcess(
-        spec,
-        load_texts(spec.models),
-        salt_key=read_salt(Path(spec.salt_file)) if spec.salt_file else secrets.token_bytes(32),
-        keys=read_keys(spec.key_file),
-        load_grants=_KeysFile(spec.allowed_file, parse_grants).load if spec.allowed_file else _none,
-        load_api_keys=_KeysFile(api_keys_file, parse_api_keys).load if api_keys_file else None,
-    )
-    settle_heap()
-    uvloop.run(process.run())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(USAGE, file=sys.stderr)
-        return 2
-    try:
-        spec = read_spec(Path(arguments[0]))
-        set_up_logging(spec.log_format)
-        run(spec)
-    except TriremeError as error:
-        print(error.lines(), file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command()(router)

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from orchestrator.cli import operating
+from orchestrator.cli import status as status_command
 from orchestrator.cli.console import Console, age, size, table
-from orchestrator.cli.operating import DEFAULT_RUN_DIR, RunDir
+from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -101,9 +101,9 @@ def top(
     meter = Meter()
 
     def sample() -> Frame:
-        found = [operating.pick(name, run_dir).status()] if name else operating.running(run_dir)
+        found = [status_command.pick(name, run_dir).status()] if name else status_command.running(run_dir)
         if not found:
-            operating.pick("", run_dir)
+            status_command.pick("", run_dir)
         meter.look(found, time.monotonic())
         return frame(found, meter, ranks)
 

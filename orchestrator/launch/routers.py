@@ -55,7 +55,7 @@ class _Router:
     def start(self) -> None:
         Path(self.spec.state_file).unlink(missing_ok=True)
         write_private(self._file, msgspec.json.encode(self.spec))
-        argv = [sys.executable, "-m", "orchestrator.cli.router", str(self._file)]
+        argv = [sys.executable, "-m", "orchestrator.router", str(self._file)]
         self.child = Child(argv, env=self._env, cwd="/", log=self.log)
         self.begun = time.monotonic()
 

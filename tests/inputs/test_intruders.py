@@ -16,10 +16,10 @@ import msgspec
 import pytest
 import zmq
 
-from orchestrator.cli.router import read_keys
 from orchestrator.client import Client
 from orchestrator.keys import KeyRing
 from orchestrator.launch.gang import make_private
+from orchestrator.router import read_keys
 from orchestrator.router.admit import Gate, Grant
 from orchestrator.router.port import Port
 from orchestrator.router.zap import Zap

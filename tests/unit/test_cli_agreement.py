@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import agreement
-from orchestrator.cli.agreement import Agreement, ask_both, compare, report
+from orchestrator.cli import verify
 from orchestrator.cli.console import Console, Settings
 from orchestrator.cli.main import run
+from orchestrator.cli.verify import Agreement, ask_both, compare, report
 from tests.trtllm import checkpoint_of, engine_of, pretend
 from workers.errors import ArtifactError
 from workers.wire import Logprobs
@@ -76,7 +76,7 @@ def test_an_engine_that_says_something_else_is_told(
     tmp_path: Path, two_gpus: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The faked TensorRT-LLM answers with a hash of the prompt: served, compared, and found to differ at the first token."""
-    monkeypatch.setattr(agreement, "PROMPTS", ("hello", "once more"))
+    monkeypatch.setattr(verify, "PROMPTS", ("hello", "once more"))
     engine = engine_of(tmp_path, checkpoint_of(tmp_path, tp=2, pp=1))
     assert run(["verify", str(engine.path), "--tokens", "8", "--cache-dir", str(tmp_path / "cache"), "--quiet"]) == 3
     told = capsys.readouterr()

@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 
-from orchestrator.cli.doors import HttpDoor
+from orchestrator.cli.chat_backends import HttpDoor
 from workers.errors import EngineFault, EnvironmentFault, NotFound, Overloaded, ReplicaLost
 
 

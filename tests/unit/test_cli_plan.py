@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.cli import rendering
+from orchestrator.cli import plan_render
 from orchestrator.cli.main import run
 from orchestrator.core.hardware import GPU_FIT
 from tests.tiny import tiny_model
@@ -69,7 +69,7 @@ def test_a_folder_with_a_config_alone_will_do(tmp_path: Path, capsys: pytest.Cap
 def test_the_examples_for_one_machine_fit_on_this_one(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever cores it has: their own Ray grants every rank a share."""
     for name in ("local", "ha"):
-        assert run(["plan", str(rendering.DEPLOY / "examples" / f"{name}.yaml")]) == 0
+        assert run(["plan", str(plan_render.DEPLOY / "examples" / f"{name}.yaml")]) == 0
         assert "the file's" in capsys.readouterr().out
 
 
@@ -145,7 +145,7 @@ def test_the_ray_job_differs_from_the_manifest_in_its_sizes_alone(tmp_path: Path
     file = write(tmp_path, MODEL | {"tp_size": 4, "pp_size": 3, "cpus_per_rank": 2})
     config, job = yaml.safe_load_all(rendered(file, "ray", capsys))
     assert config["metadata"]["name"] == "trireme-ray" and config["data"] == {"deployment.yaml": Path(file).read_text()}
-    manifest = yaml.safe_load((rendering.DEPLOY / "ray/kuberay/rayjob.yaml").read_text())
+    manifest = yaml.safe_load((plan_render.DEPLOY / "ray/kuberay/rayjob.yaml").read_text())
     (group,), (given,) = (each["spec"]["rayClusterSpec"]["workerGroupSpecs"] for each in (job, manifest))
     assert (group["replicas"], group["maxReplicas"]) == (2, 2)
     resources = group["template"]["spec"]["containers"][0]["resources"]
@@ -158,11 +158,11 @@ def test_the_ray_job_differs_from_the_manifest_in_its_sizes_alone(tmp_path: Path
 def test_the_kustomization_builds_on_the_manifests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, MODEL | {"tp_size": 4})
     (found,) = yaml.safe_load_all(rendered(file, "kubernetes", capsys))
-    overlays = rendering.DEPLOY / "kubernetes" / "overlays"
+    overlays = plan_render.DEPLOY / "kubernetes" / "overlays"
     assert [(overlays / "planned" / folder).resolve() for folder in found["resources"]] == [overlays / "gpu"]
     assert found["configMapGenerator"] == [{"name": "trireme", "behavior": "replace", "files": ["deployment.yaml=file.yaml"]}]
     patch = yaml.safe_load(found["patches"][0]["patch"])
-    given = yaml.safe_load((rendering.DEPLOY / "kubernetes/base/statefulset.yaml").read_text())
+    given = yaml.safe_load((plan_render.DEPLOY / "kubernetes/base/statefulset.yaml").read_text())
     assert [patch[key] for key in ("apiVersion", "kind", "metadata")] == [given[key] for key in ("apiVersion", "kind", "metadata")]
     (container,) = patch["spec"]["template"]["spec"]["containers"]
     assert container["name"] in [each["name"] for each in given["spec"]["template"]["spec"]["containers"]]
@@ -193,7 +193,7 @@ def test_kustomize_takes_the_kustomization(tmp_path: Path, capsys: pytest.Captur
     if kubectl is None:
         pytest.skip("kubectl is not here")
     file = Path(write(tmp_path, MODEL | {"tp_size": 4}))
-    shutil.copytree(rendering.DEPLOY / "kubernetes", tmp_path / "kubernetes")
+    shutil.copytree(plan_render.DEPLOY / "kubernetes", tmp_path / "kubernetes")
     overlay = tmp_path / "kubernetes/overlays/planned"
     overlay.mkdir()
     shutil.copy(file, overlay)

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.cli.operating import render
-from orchestrator.cli.serving import curl, label, room
+from orchestrator.cli.serve import curl, label, room
+from orchestrator.cli.status import render
 from orchestrator.launch.child import alive
 from orchestrator.launch.control import ModelRow, ReplicaRow, Status
 from tests.tiny import tiny_model

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import zmq
 
-from orchestrator.cli import router as entry
+from orchestrator.router import __main__ as entry
 from orchestrator.router.admit import Gate, Grant, parse_grants
 from orchestrator.router.port import Port
 from tests.gang import short_folder

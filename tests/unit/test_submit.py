@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 from orchestrator.cli.main import run as trireme
-from orchestrator.cli.node import offered, parse
 from orchestrator.submit import endpoint as endpoints
+from orchestrator.submit import offered, parse
 from orchestrator.submit.endpoint import Endpoint, reachable
 from orchestrator.submit.handover import Sight, least_lead, why_drain
 from orchestrator.submit.place import read_place
@@ -120,7 +120,7 @@ def script(folder: Path, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], 
 def test_a_signal_submits_one_successor_and_term_drains(tmp_path: Path) -> None:
     with script(tmp_path, SLURM_ARRAY_TASK_ID="5") as (process, start):
         argv = (tmp_path / "argv").read_text().split("\0")[:-1]
-        spec = parse(argv[argv.index("orchestrator.cli.node") + 1 :])
+        spec = parse(argv[argv.index("orchestrator.submit") + 1 :])
         assert argv[argv.index("-m") - 1] == "py thon" and "--ntasks=2" in argv
         assert (spec.name, spec.generation, spec.offered, spec.lead_s) == ("chat", 4, ("pmix",), 600.0)
         token = start / "token"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.console import Console, Settings
-from orchestrator.cli.serving import host
-from orchestrator.cli.supervision import Supervision
+from orchestrator.cli.serve import host
+from orchestrator.cli.systemd import Supervision
 from orchestrator.config import load
 from orchestrator.deployment import Notice
 from tests.gang import short_folder

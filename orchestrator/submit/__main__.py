@@ -1,4 +1,4 @@
-"""Entry of every node of a Slurm job: ``python -m orchestrator.cli.node``, as `deploy/slurm/serve.sbatch` calls it.
+"""Entry of every node of a Slurm job: ``python -m orchestrator.submit``, as `deploy/slurm/serve.sbatch` calls it.
 
 Reads the command line and the environment of the step, runs :func:`orchestrator.submit.node.run`, and turns an error into lines and an
 exit code.
@@ -18,7 +18,7 @@ from workers.errors import TriremeError
 
 
 def parse(arguments: Sequence[str]) -> JobSpec:
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.cli.node", description="One node of a Slurm job; see deploy/slurm.")
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.submit", description="One node of a Slurm job; see deploy/slurm.")
     parser.add_argument("--name", required=True, help="name of the job")
     parser.add_argument("--jobs", required=True, help="folder of all jobs, on a shared file system")
     parser.add_argument("--file", required=True, help="deployment file")

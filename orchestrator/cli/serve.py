@@ -133,7 +133,7 @@ def host(console: Console, config: Config, on_ready: Callable[[], object], stand
     import logging
 
     from orchestrator import deployment
-    from orchestrator.cli.supervision import Supervision
+    from orchestrator.cli.systemd import Supervision
 
     manager = Supervision(os.environ)
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -42,15 +42,15 @@ def plan(
 ) -> None:
     """Say whether a deployment fits, on which layouts, and how fast it would be; exit code 3 when it does not fit as it is."""
     from orchestrator import config
-    from orchestrator.cli import planned, rendering
+    from orchestrator.cli import plan_render, plan_tables
     from orchestrator.core import planner
     from orchestrator.core.cost import Workload
 
     console: Console = context.obj
     if form not in ("table", "json"):
         raise Rejected(f"--output {form} is not a format", hint="use table or json")
-    if render not in ("", *rendering.KINDS):
-        raise Rejected(f"--render {render} is not a kind of job", hint=f"use {', '.join(rendering.KINDS)}")
+    if render not in ("", *plan_render.KINDS):
+        raise Rejected(f"--render {render} is not a kind of job", hint=f"use {', '.join(plan_render.KINDS)}")
     settings = config.load(file, env=os.environ).config
     load = Workload(name="asked", requests=1, isl=isl, osl=osl)
     plans: list[tuple[SubjectPlan, Cluster]] = []
@@ -68,12 +68,12 @@ def plan(
             raise refusal
         if len({cluster for _, cluster in plans}) > 1:
             raise ConfigError(f"{file} runs on GPUs and on CPUs", "a job asks for nodes of one kind", "give each kind a file of its own")
-        console.out(rendering.job(render, file, settings, [each.subject for each, _ in plans], plans[0][1]), end="")
+        console.out(plan_render.job(render, file, settings, [each.subject for each, _ in plans], plans[0][1]), end="")
         return
     if form == "json":
-        console.out(json.dumps({"models": [planned.facts(each, cluster, load) for each, cluster in plans]}, indent=2))
+        console.out(json.dumps({"models": [plan_tables.facts(each, cluster, load) for each, cluster in plans]}, indent=2))
     else:
-        console.out("\n\n".join(planned.told(each, cluster, load) for each, cluster in plans))
+        console.out("\n\n".join(plan_tables.told(each, cluster, load) for each, cluster in plans))
     if refusal:
         raise refusal
 

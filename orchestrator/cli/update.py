@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.serving import CacheDir, Launcher, Name, Port, Routers, RunDir
+from orchestrator.cli.serve import CacheDir, Launcher, Name, Port, Routers, RunDir
 from workers.errors import ReplicaLost
 
 if TYPE_CHECKING:

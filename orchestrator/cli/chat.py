@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.operating import DEFAULT_RUN_DIR, RunDir, pick
+from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir, pick
 from workers.errors import Rejected, TriremeError
 
 if TYPE_CHECKING:
-    from orchestrator.cli.doors import Endpoint
+    from orchestrator.cli.chat_backends import Endpoint
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "TRIREME_API_KEY"
@@ -51,9 +51,9 @@ class Door(Protocol):
 
 def open_door(url: str, rpc: bool, name: str, run_dir: str) -> Door:
     """The HTTP door at ``url``, or the RPC door of a deployment on this machine. The key is no flag: other users can read those."""
-    from orchestrator.cli import doors
+    from orchestrator.cli import chat_backends
 
-    return doors.RpcDoor(pick(name, run_dir).status()) if rpc else doors.HttpDoor(url, os.environ.get(KEY_VARIABLE, ""))
+    return chat_backends.RpcDoor(pick(name, run_dir).status()) if rpc else chat_backends.HttpDoor(url, os.environ.get(KEY_VARIABLE, ""))
 
 
 def stream(console: Console, pieces: Generator[str]) -> str:
