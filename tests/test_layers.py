@@ -169,7 +169,7 @@ def test_every_module_keeps_its_layer() -> None:
         ("workers.model.llama", "import zmq", "layer 3 may use"),
         ("workers.engine.comm", "import os\nx = os.environ['HOME']", "touches os.environ"),
         ("orchestrator.router.rpc", "from os import getenv", "touches os.getenv"),
-        ("orchestrator.client.sync", "import uvicorn", "pyzmq and msgspec only"),
+        ("orchestrator.client.sync_client", "import uvicorn", "pyzmq and msgspec only"),
         ("orchestrator.deployment", "import torch", "hosts without an engine"),
         ("orchestrator.deployment", "from orchestrator.cli import main", "of layer 5, itself being layer 4"),
         ("orchestrator.cli.main", "import pickle", "may run code that arrived as data"),

@@ -20,7 +20,7 @@ from workers.errors import ArtifactError, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.client import Client
-    from orchestrator.client.answer import Choice
+    from orchestrator.client.results import Choice
     from workers.wire import Logprobs
 
 PROMPTS = (

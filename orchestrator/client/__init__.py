@@ -3,9 +3,9 @@
 Needs pyzmq and msgspec only. An answer survives the death of a router: the client holds the request's journal and goes on at another one.
 """
 
-from orchestrator.client.aio import AsyncCall, AsyncClient
-from orchestrator.client.answer import Choice, Piece, Reply
-from orchestrator.client.sync import Call, Client
-from orchestrator.client.wires import ClientKeys
+from orchestrator.client.async_client import AsyncCall, AsyncClient
+from orchestrator.client.results import Choice, Piece, Reply
+from orchestrator.client.sockets import ClientKeys
+from orchestrator.client.sync_client import Call, Client
 
 __all__ = ["AsyncCall", "AsyncClient", "Call", "Choice", "Client", "ClientKeys", "Piece", "Reply"]

@@ -21,7 +21,7 @@ import msgspec
 import pytest
 import zmq
 
-from orchestrator.client.wires import ClientKeys, Wires
+from orchestrator.client.sockets import ClientKeys, Wires
 from orchestrator.launch.reports import ask
 from orchestrator.router.admit import Gate
 from orchestrator.router.port import Port

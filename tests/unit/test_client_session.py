@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.client import asking
-from orchestrator.client.session import ROUNDS, WINDOW, Exchange, Session
+from orchestrator.client import requests
+from orchestrator.client.protocol import ROUNDS, WINDOW, Exchange, Session
 from orchestrator.router.calls import Call, Outgoing
 from workers import wire
 from workers.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
@@ -15,7 +15,7 @@ from workers.wire import Accepted, Cancel, Credit, Done, Failed, Generate, Journ
 
 
 def exchange(deadline: float | None = None, **options: Any) -> Exchange:
-    return asking.complete([1, 2], options, model="m", request="q", deadline=deadline, texts=True)
+    return requests.complete([1, 2], options, model="m", request="q", deadline=deadline, texts=True)
 
 
 def sent(session: Session) -> list[tuple[int, Any]]:

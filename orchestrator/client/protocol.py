@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.client.answer import Choice, Piece, Reply
+from orchestrator.client.results import Choice, Piece, Reply
 from workers import wire
 from workers.errors import Cancelled, DeadlineExceeded, Overloaded, TriremeError, Unavailable, from_code
 from workers.wire import Accepted, Cancel, Credit, Done, Failed, FinishReason, Generate, Journal, Logprobs, Query, Report, Tokens, Usage

@@ -1,4 +1,4 @@
-"""The blocking client: a poll loop around :class:`~orchestrator.client.session.Session`.
+"""The blocking client: a poll loop around :class:`~orchestrator.client.protocol.Session`.
 
 Owns its sockets. One thread at a time may use it; it starts none. While one call is waited for, all live calls move on.
 """
@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 import zmq
 
-from orchestrator.client import asking
-from orchestrator.client.answer import Piece, Reply
-from orchestrator.client.session import SILENCE_S, Exchange, Session, What
-from orchestrator.client.wires import ClientKeys, Wires
+from orchestrator.client import requests
+from orchestrator.client.protocol import SILENCE_S, Exchange, Session, What
+from orchestrator.client.results import Piece, Reply
+from orchestrator.client.sockets import ClientKeys, Wires
 from workers.spec import RouterAddress
 
 #: Longest wait in one poll, seconds: deadlines and silent routers are looked at this often.
@@ -89,7 +89,7 @@ class Client:
 
     def chat(
         self,
-        messages: asking.Messages,
+        messages: requests.Messages,
         *,
         model: str | None = None,
         request: str | None = None,
@@ -101,12 +101,14 @@ class Client:
 
         ``request``: an id of your own; repeating one attaches to the same answer. ``texts`` False = token ids only.
         """
-        exchange = asking.chat(messages, options, model=model or self._model, request=request, deadline=_deadline(deadline_s), texts=texts)
+        exchange = requests.chat(
+            messages, options, model=model or self._model, request=request, deadline=_deadline(deadline_s), texts=texts
+        )
         return self._start(exchange)
 
     def complete(
         self,
-        prompt: asking.Prompt,
+        prompt: requests.Prompt,
         *,
         model: str | None = None,
         request: str | None = None,
@@ -115,7 +117,7 @@ class Client:
         **options: Any,
     ) -> Call:
         """Start a completion of text or of token ids; otherwise as :meth:`chat`."""
-        exchange = asking.complete(
+        exchange = requests.complete(
             prompt, options, model=model or self._model, request=request, deadline=_deadline(deadline_s), texts=texts
         )
         return self._start(exchange)

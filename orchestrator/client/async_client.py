@@ -1,4 +1,4 @@
-"""The asyncio client: the loop's readers around :class:`~orchestrator.client.session.Session`.
+"""The asyncio client: the loop's readers around :class:`~orchestrator.client.protocol.Session`.
 
 Owns its sockets and one timer, which runs while anything is live. Use it from one loop; it starts no thread and no task.
 """
@@ -14,16 +14,16 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.client import asking
-from orchestrator.client.answer import Piece, Reply
-from orchestrator.client.session import SILENCE_S, Exchange, Session, What
-from orchestrator.client.sync import QUERY_S, TICK_S
-from orchestrator.client.wires import ClientKeys, Wires
+from orchestrator.client import requests
+from orchestrator.client.protocol import SILENCE_S, Exchange, Session, What
+from orchestrator.client.results import Piece, Reply
+from orchestrator.client.sockets import ClientKeys, Wires
+from orchestrator.client.sync_client import QUERY_S, TICK_S
 from workers.spec import RouterAddress
 
 
 class AsyncCall:
-    """A live request, as :class:`orchestrator.client.sync.Call`."""
+    """A live request, as :class:`orchestrator.client.sync_client.Call`."""
 
     def __init__(self, client: AsyncClient, exchange: Exchange) -> None:
         self._client, self._exchange = client, exchange
@@ -54,7 +54,7 @@ class AsyncCall:
 
 
 class AsyncClient:
-    """As :class:`orchestrator.client.sync.Client`; make it inside the loop that uses it."""
+    """As :class:`orchestrator.client.sync_client.Client`; make it inside the loop that uses it."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class AsyncClient:
 
     def chat(
         self,
-        messages: asking.Messages,
+        messages: requests.Messages,
         *,
         model: str | None = None,
         request: str | None = None,
@@ -103,13 +103,15 @@ class AsyncClient:
         texts: bool = True,
         **options: Any,
     ) -> AsyncCall:
-        """Start a chat completion; arguments as :meth:`orchestrator.client.sync.Client.chat`."""
-        exchange = asking.chat(messages, options, model=model or self._model, request=request, deadline=_deadline(deadline_s), texts=texts)
+        """Start a chat completion; arguments as :meth:`orchestrator.client.sync_client.Client.chat`."""
+        exchange = requests.chat(
+            messages, options, model=model or self._model, request=request, deadline=_deadline(deadline_s), texts=texts
+        )
         return self._start(exchange)
 
     def complete(
         self,
-        prompt: asking.Prompt,
+        prompt: requests.Prompt,
         *,
         model: str | None = None,
         request: str | None = None,
@@ -118,7 +120,7 @@ class AsyncClient:
         **options: Any,
     ) -> AsyncCall:
         """Start a completion of text or of token ids."""
-        exchange = asking.complete(
+        exchange = requests.complete(
             prompt, options, model=model or self._model, request=request, deadline=_deadline(deadline_s), texts=texts
         )
         return self._start(exchange)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from orchestrator.client.session import Exchange
+from orchestrator.client.protocol import Exchange
 from workers.errors import Rejected
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
