@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.drive import submit
 from bench.report import commit, facts, record
-from orchestrator.core.shapes import SHAPES
+from orchestrator.planner.known_models import SHAPES
 from workers.portable import PortableEngine, build
 from workers.spec import EngineSpec, ReplicaSpec
 

@@ -4,7 +4,7 @@ python -m bench.fit [--device gpu|cpu]
 
 GPUs: the runs of one and two GPUs are fitted to, those of four are held out. CPU: the runs of one thread are fitted to, the figures of a
 quiet machine with two threads and two ranks (docs/performance.md) are held out. What comes out is copied to
-:mod:`orchestrator.core.hardware` by hand, with the spread; a test holds the two together.
+:mod:`orchestrator.planner.devices` by hand, with the spread; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy.typing as npt
 
 from bench.gpu import write_shape
 from bench.report import ROOT
-from orchestrator.core import hardware, shapes
-from orchestrator.core.cost import Load, Rates, Workload, replay
-from orchestrator.core.hardware import GPUS, Fit, gpu_rates, host_rates
-from orchestrator.core.planner import Subject, pipeline_of
+from orchestrator.planner import devices, known_models
+from orchestrator.planner.cost_model import Load, Rates, Workload, replay
+from orchestrator.planner.devices import GPUS, Fit, gpu_rates, host_rates
+from orchestrator.planner.planner import Subject, pipeline_of
 from workers.artifacts.artifact import open_artifact
 from workers.spec import PLAIN, DType, EngineSpec, ModelSpec, Parallel, quant_of
 
@@ -62,8 +62,8 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
         return Parallel(tp=self.tp, pp=self.pp)
 
     @property
-    def device(self) -> hardware.Gpu | hardware.Host:
-        return next(gpu for name, gpu in GPUS.items() if name in self.gpu) if self.gpu else hardware.Host(memory=16 << 30, cores=2)
+    def device(self) -> devices.Gpu | devices.Host:
+        return next(gpu for name, gpu in GPUS.items() if name in self.gpu) if self.gpu else devices.Host(memory=16 << 30, cores=2)
 
     @property
     def subject(self) -> Subject:
@@ -84,8 +84,8 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def model_of(shape: str) -> ModelSpec:
-    if shape in shapes.SHAPES:
-        return shapes.SHAPES[shape]
+    if shape in known_models.SHAPES:
+        return known_models.SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
         return open_artifact(write_shape(Path(folder), shape), bare=True).model
 
@@ -120,7 +120,7 @@ def misses(runs: Sequence[Recorded], fit: Fit) -> Vector:
 
 def rates_of(run: Recorded, fit: Fit) -> Rates:
     device = run.device
-    return gpu_rates(device, run.dtype, fit) if isinstance(device, hardware.Gpu) else host_rates(run.threads, fit)
+    return gpu_rates(device, run.dtype, fit) if isinstance(device, devices.Gpu) else host_rates(run.threads, fit)
 
 
 def fitted(runs: Sequence[Recorded], start: Fit, free: Sequence[str], turns: int = 12) -> Fit:
@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=tuple(FREE), default="gpu")
     device = parser.parse_args().device
-    files, start = ((FITTED, HELD_OUT), hardware.GPU_FIT) if device == "gpu" else ((CPU_FITTED, CPU_HELD_OUT), hardware.HOST_FIT)
+    files, start = ((FITTED, HELD_OUT), devices.GPU_FIT) if device == "gpu" else ((CPU_FITTED, CPU_HELD_OUT), devices.HOST_FIT)
     runs, held_out = (list(recorded(file)) for file in files)
     found = fitted(runs, start, FREE[device])
     print(json.dumps({name: float(f"{getattr(found, name):.3g}") for name in FREE[device]}))

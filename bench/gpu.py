@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from bench.report import commit, facts, record, say
-from orchestrator.core import cost
+from orchestrator.planner import cost_model
 from workers.__main__ import GPU_ENVIRONMENT
 from workers.spec import EngineSpec, Parallel, QuantName, ReplicaSpec
 
@@ -65,7 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 #: name → requests, prompt and output tokens of each.
-WORKLOADS = {load.name: (load.requests, load.isl, load.osl) for load in cost.WORKLOADS}
+WORKLOADS = {load.name: (load.requests, load.isl, load.osl) for load in cost_model.WORKLOADS}
 
 
 class Case(msgspec.Struct, frozen=True):

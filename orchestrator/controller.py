@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from orchestrator.core.reconcile import Drain, Kill, Launch, Policy, Reconciler, ReplicaView, Wanted
+from orchestrator.control.reconciler import Drain, Kill, Launch, Policy, Reconciler, ReplicaView, Wanted
 from orchestrator.launch.gang import GangSpec, Launcher, write_private
 from workers.errors import TriremeError
 

@@ -17,8 +17,8 @@ from typing import Literal, Protocol
 import msgspec
 
 from orchestrator.config import DEFAULT_RUN_DIR, Config, environment
+from orchestrator.control.reconciler import Policy, ReplicaView
 from orchestrator.controller import TICK_S, Controller, Hung
-from orchestrator.core.reconcile import Policy, ReplicaView
 from orchestrator.keys import KeyRing
 from orchestrator.launch import standing, wanted
 from orchestrator.launch.control import Answer, Control, ControlServer, Order, Status, UpdateOrder, UpdateReport

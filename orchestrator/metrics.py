@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from orchestrator import series
-from orchestrator.core.tally import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Tally
+from orchestrator.router.core.stats import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Tally
 from workers.wire import Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from orchestrator.core.tally import Histogram, Tally
+from orchestrator.router.core.stats import Histogram, Tally
 from workers import __version__
 from workers.wire import STEP_TOKEN_BUCKETS
 

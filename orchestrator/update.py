@@ -1,7 +1,7 @@
 """A running deployment's way to another configuration: what may change in place, what is to run then, and how far it is.
 
-Owns one update from the order to its last move. Decides nothing about when: :mod:`orchestrator.core.rollout` does, and the controller acts.
-Routers are not touched: whatever they were started with stays, and a file that wants it otherwise is refused by name.
+Owns one update from the order to its last move. Decides nothing about when: :mod:`orchestrator.control.rollout` does, and the controller
+acts. Routers are not touched: whatever they were started with stays, and a file that wants it otherwise is refused by name.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import msgspec
 import psutil
 
 from orchestrator.config import Config, ModelConfig, Resolved
-from orchestrator.core.reconcile import ReplicaView
-from orchestrator.core.rollout import Bounds, Rollout, Target, plan
+from orchestrator.control.reconciler import ReplicaView
+from orchestrator.control.rollout import Bounds, Rollout, Target, plan
 from orchestrator.keys import KeyRing
 from orchestrator.launch import wanted
 from orchestrator.launch.control import UpdateOrder, UpdateReport

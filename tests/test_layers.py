@@ -20,17 +20,15 @@ PACKAGES = ("workers", "orchestrator")
 ENTRY_LAYER = 5
 LAYERS = {
     "workers.spec": 0, "workers.wire": 0, "workers.errors": 0, "orchestrator.spec": 0,
-    "workers.core": 1, "orchestrator.core": 1,
-    "orchestrator.sim": 2, "workers.fake": 2,
-    "workers.artifacts": 3, "workers.model": 3, "workers.engine": 3,
-    "workers.portable": 4, "workers.trtllm": 4, "workers.trtllm.options": 0, "workers.leader": 4, "workers.rank": 4,
-    "workers.logs": 4, "workers.process": 4, "workers.prover": 4, "workers.sockets": 4, "workers.state": 4,
-    "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.controller": 4, "orchestrator.deployment": 4,
-    "orchestrator.keys": 4, "orchestrator.launch": 4, "orchestrator.metrics": 4, "orchestrator.models": 4, "orchestrator.router": 4,
-    "orchestrator.load": 4, "orchestrator.load.figures": 1, "orchestrator.load.prompts": 1, "orchestrator.load.schedule": 1,
-    "orchestrator.load.settings": 1, "orchestrator.series": 4, "orchestrator.submit": 4, "orchestrator.update": 4,
-    "orchestrator.yamltree": 4,
-    "orchestrator.cli": 5,
+    "workers.core": 1, "orchestrator.router.core": 1, "orchestrator.control": 4, "orchestrator.control.reconciler": 1,
+    "orchestrator.control.rollout": 1, "orchestrator.control.placement": 1, "orchestrator.planner": 1, "orchestrator.sim": 2,
+    "workers.fake": 2, "workers.artifacts": 3, "workers.model": 3, "workers.engine": 3, "workers.portable": 4, "workers.trtllm": 4,
+    "workers.trtllm.options": 0, "workers.leader": 4, "workers.rank": 4, "workers.logs": 4, "workers.process": 4, "workers.prover": 4,
+    "workers.sockets": 4, "workers.state": 4, "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.controller": 4,
+    "orchestrator.deployment": 4, "orchestrator.keys": 4, "orchestrator.launch": 4, "orchestrator.metrics": 4, "orchestrator.models": 4,
+    "orchestrator.router": 4, "orchestrator.load": 4, "orchestrator.load.figures": 1, "orchestrator.load.prompts": 1,
+    "orchestrator.load.schedule": 1, "orchestrator.load.settings": 1, "orchestrator.series": 4, "orchestrator.submit": 4,
+    "orchestrator.update": 4, "orchestrator.yamltree": 4, "orchestrator.cli": 5,
 }  # fmt: skip
 
 #: Third-party packages that a layer adds to those below it; layers 4 and 5 are open but for FORBIDDEN.
@@ -220,7 +218,7 @@ def loaded(names: list[str]) -> set[str]:
     [
         ("workers.core", {"torch", "mpi4py", "zmq", "ray"}),
         ("workers.artifacts", {"torch", "mpi4py", "ray", "orchestrator"}),
-        ("orchestrator.core", {"torch", "mpi4py", "zmq", "ray"}),
+        ("orchestrator.router.core", {"torch", "mpi4py", "zmq", "ray"}),
         ("orchestrator.sim", {"torch", "mpi4py", "zmq", "ray"}),
         ("orchestrator.client", {"torch", "mpi4py", "ray", "starlette", "uvicorn"}),
         ("orchestrator.router", {"torch", "mpi4py", "ray"}),

@@ -1,6 +1,6 @@
 """`trireme plan`: what a deployment file needs and gives, before anything is started. Works without a GPU, Ray, MPI or weights.
 
-Owns the words for devices and the tables. What fits and how fast it is belongs to `orchestrator.core.planner`.
+Owns the words for devices and the tables. What fits and how fast it is belongs to `orchestrator.planner.planner`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from workers.errors import ArtifactError, ConfigError, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.config import Config
-    from orchestrator.core.planner import Subject, SubjectPlan
-    from orchestrator.core.seating import Cluster
+    from orchestrator.planner.planner import Subject, SubjectPlan
+    from orchestrator.planner.seating import Cluster
     from workers.spec import ModelSpec, Quant, QuantName
 
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -43,8 +43,8 @@ def plan(
     """Say whether a deployment fits, on which layouts, and how fast it would be; exit code 3 when it does not fit as it is."""
     from orchestrator import config
     from orchestrator.cli import plan_render, plan_tables
-    from orchestrator.core import planner
-    from orchestrator.core.cost import Workload
+    from orchestrator.planner import planner
+    from orchestrator.planner.cost_model import Workload
 
     console: Console = context.obj
     if form not in ("table", "json"):
@@ -83,7 +83,7 @@ def subjects(settings: Config, stand_in: str = "") -> list[Subject]:
 
     Raises what reading a model's description raises.
     """
-    from orchestrator.core.planner import Subject
+    from orchestrator.planner.planner import Subject
 
     found: list[Subject] = []
     for model in settings.models:
@@ -112,7 +112,7 @@ def subjects(settings: Config, stand_in: str = "") -> list[Subject]:
 
 def _description(name: str, form: QuantName | None) -> tuple[ModelSpec, Quant]:
     """(shape, weight formats) of a model with weights in ``form``: read from its folder, or known by name."""
-    from orchestrator.core.shapes import SHAPES
+    from orchestrator.planner.known_models import SHAPES
     from workers.artifacts.artifact import open_artifact, quant_for
     from workers.spec import PLAIN, quant_of
     from workers.trtllm.engine_dir import is_engine_dir
@@ -138,8 +138,8 @@ def _by_device(some: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 def gpu_cluster(text: str, settings: Config) -> Cluster:
     """``8xH100,nodes=2``. Raises :class:`Rejected` for what that cannot mean, :class:`ConfigError` where nothing is said."""
-    from orchestrator.core.hardware import GPUS
-    from orchestrator.core.seating import Cluster
+    from orchestrator.planner.devices import GPUS
+    from orchestrator.planner.seating import Cluster
 
     if not text:
         raise ConfigError(f"{settings.name} runs on GPUs", "which ones is not said", "add --gpus, such as --gpus 8xH100,nodes=2")
@@ -156,8 +156,8 @@ def host_cluster(text: str, some: Sequence[Subject]) -> Cluster:
     there are as many cores or not."""
     import psutil
 
-    from orchestrator.core.hardware import Host
-    from orchestrator.core.seating import Cluster
+    from orchestrator.planner.devices import Host
+    from orchestrator.planner.seating import Cluster
 
     here = len(os.sched_getaffinity(0))
     first, options = _words("--cpus", text, {"nodes", "memory"}) if text else (str(here), {})

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import yaml
 
-from orchestrator.core.planner import Subject, occupied
-from orchestrator.core.seating import Cluster
+from orchestrator.planner.planner import Subject, occupied
+from orchestrator.planner.seating import Cluster
 from workers.errors import ConfigError, EnvironmentFault
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from orchestrator.cli.console import table
-from orchestrator.core.cost import Workload
-from orchestrator.core.hardware import GPU_FIT, HOST_FIT, Gpu
-from orchestrator.core.planner import RECORDED_TOKENS, LayoutPlan, SubjectPlan, settings, timed
-from orchestrator.core.seating import Cluster
+from orchestrator.planner.cost_model import Workload
+from orchestrator.planner.devices import GPU_FIT, HOST_FIT, Gpu
+from orchestrator.planner.planner import RECORDED_TOKENS, LayoutPlan, SubjectPlan, settings, timed
+from orchestrator.planner.seating import Cluster
 from workers.core.shard import parameters
 
 #: Layouts that are listed beside the file's own.

@@ -21,8 +21,8 @@ from typing import Any
 import msgspec
 
 from orchestrator.config import RayConfig
+from orchestrator.control.reconciler import Policy, ReplicaView
 from orchestrator.controller import ControllerActor, Hung
-from orchestrator.core.reconcile import Policy, ReplicaView
 from orchestrator.launch.gang import GangSpec, Launcher, write_private
 from workers.errors import EnvironmentFault
 

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.core.place import Share
-from orchestrator.core.reconcile import GangStatus
+from orchestrator.control.placement import Share
+from orchestrator.control.reconciler import GangStatus
 from workers.errors import EnvironmentFault
 from workers.spec import ReplicaSpec
 

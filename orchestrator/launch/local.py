@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from orchestrator.core.reconcile import GangStatus
+from orchestrator.control.reconciler import GangStatus
 from orchestrator.launch.gang import GangSpec, mint_epoch
 from orchestrator.launch.gpus import GpuLedger, visible_gpus
 from orchestrator.launch.mpi import Mpi

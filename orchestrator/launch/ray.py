@@ -19,8 +19,8 @@ from ray.util.placement_group import get_placement_group, placement_group, place
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.config import environment
-from orchestrator.core import place as placing
-from orchestrator.core.reconcile import GangStatus
+from orchestrator.control import placement as placing
+from orchestrator.control.reconciler import GangStatus
 from orchestrator.launch import mpi
 from orchestrator.launch.child import exit_with, kill_tagged
 from orchestrator.launch.gang import GangSpec, mint_epoch

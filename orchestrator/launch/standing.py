@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from orchestrator.config import Config
+from orchestrator.control.reconciler import ReplicaView
 from orchestrator.controller import Hung
-from orchestrator.core.reconcile import ReplicaView
 from orchestrator.launch.gang import GangSpec, write_private
 from orchestrator.spec import WILDCARDS, ModelCard
 from workers.artifacts.tensorfile import hash_file

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.core.reconcile import ENDED, GangPhase, GangStatus
+from orchestrator.control.reconciler import ENDED, GangPhase, GangStatus
 from orchestrator.launch import mpi as mpi_calls
 from orchestrator.launch import preflight
 from orchestrator.launch.child import TAG, Child, death_signal, kill_tagged, tagged

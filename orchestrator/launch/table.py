@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from orchestrator.config import Config, ModelConfig
-from orchestrator.core.reconcile import ReplicaView
+from orchestrator.control.reconciler import ReplicaView
 from orchestrator.launch.control import DeploymentState, ModelRow, ReplicaRow, Status, UpdateReport
 from orchestrator.launch.reports import ReplicaReport, RouterReport, Routers
 from workers.spec import Parallel

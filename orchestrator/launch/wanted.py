@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.config import Config, ModelConfig
-from orchestrator.core.place import Share
+from orchestrator.control.placement import Share
 from orchestrator.keys import KeyRing
 from orchestrator.launch.gang import GangSpec, write_private
 from orchestrator.models import locate, resolve

@@ -10,11 +10,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from orchestrator.core.fleet import Loss, Replica
-from orchestrator.core.request import Deliver, Errored, Finished, Scored, Send
-from orchestrator.core.route import Route
 from orchestrator.metrics import RequestMeter
 from orchestrator.router import origin
+from orchestrator.router.core.replica_registry import Loss, Replica
+from orchestrator.router.core.request_state import Deliver, Errored, Finished, Scored, Send
+from orchestrator.router.core.router_core import Route
 from orchestrator.router.seam import Ask, ModelStatus, Watcher
 from workers.errors import EngineFault, ReplicaLost, printable
 from workers.wire import FromReplica, ToReplica

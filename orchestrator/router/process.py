@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import zmq
 
-from orchestrator.core.fleet import Fleet
-from orchestrator.core.route import Route
 from orchestrator.launch.child import STOP
 from orchestrator.metrics import Metrics
 from orchestrator.router.admit import Gate, Grant
 from orchestrator.router.auth import ApiKey, ApiKeys, Salting
+from orchestrator.router.core.replica_registry import Fleet
+from orchestrator.router.core.router_core import Route
 from orchestrator.router.dispatch import RouterDispatch
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.scrape import build_scrape_app

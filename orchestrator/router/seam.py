@@ -10,8 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.core.tally import Placement
 from orchestrator.metrics import RequestMeter
+from orchestrator.router.core.stats import Placement
 from workers.errors import TriremeError
 from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
 

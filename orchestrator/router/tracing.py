@@ -29,9 +29,9 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer
 from opentelemetry.util.types import AttributeValue
 
-from orchestrator.core.tally import Placement
 from orchestrator.metrics import RequestMeter
 from orchestrator.router import genai, origin
+from orchestrator.router.core.stats import Placement
 from orchestrator.router.seam import Ask, Dispatcher, Ticket, Watcher
 from orchestrator.spec import TracingSpec
 from workers import __version__

@@ -1,7 +1,7 @@
 """One router address: a routing core with the shell's duties, killed and started again; and the calls that clients made there.
 
-Owns the :class:`~orchestrator.core.route.Route` of the life that runs now. Carries out its actions as :mod:`orchestrator.router.dispatch`
-does, and decides nothing.
+Owns the :class:`~orchestrator.router.core.router_core.Route` of the life that runs now. Carries out its actions as
+:mod:`orchestrator.router.dispatch` does, and decides nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.core.fleet import Fleet
-from orchestrator.core.request import Deliver, Errored, Finished, Scored, Send
-from orchestrator.core.route import Route
-from orchestrator.core.tally import Placement
+from orchestrator.router.core.replica_registry import Fleet
+from orchestrator.router.core.request_state import Deliver, Errored, Finished, Scored, Send
+from orchestrator.router.core.router_core import Route
+from orchestrator.router.core.stats import Placement
 from orchestrator.sim.gang import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.net import Wire
 from orchestrator.sim.timeline import Timeline
@@ -28,7 +28,7 @@ CHECK_TURNS = 16
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """One request as the core reads it (:class:`~orchestrator.core.request.Asked`)."""
+    """One request as the core reads it (:class:`~orchestrator.router.core.request_state.Asked`)."""
 
     client: str
     request: str

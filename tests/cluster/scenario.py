@@ -20,7 +20,7 @@ import msgspec
 import ray
 
 from orchestrator.config import load
-from orchestrator.core.reconcile import Policy, ReplicaView
+from orchestrator.control.reconciler import Policy, ReplicaView
 from orchestrator.deployment import Deployment
 from orchestrator.launch import cluster
 from orchestrator.launch.child import TAG, alive

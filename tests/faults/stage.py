@@ -18,7 +18,7 @@ import httpx
 import msgspec
 import psutil
 
-from orchestrator.core.reconcile import Policy, Reconciler
+from orchestrator.control.reconciler import Policy, Reconciler
 from orchestrator.launch.child import alive, tagged
 from orchestrator.launch.control import Control, ReplicaRow, Status
 from tests.e2e.deployment import deployed, wait_for_state, write_config

@@ -9,11 +9,11 @@ import msgspec
 import psutil
 import pytest
 
-from orchestrator.core.cost import Workload
-from orchestrator.core.hardware import Host
-from orchestrator.core.planner import LayoutPlan, Subject, plan
-from orchestrator.core.seating import Cluster
-from orchestrator.core.shapes import SHAPES
+from orchestrator.planner.cost_model import Workload
+from orchestrator.planner.devices import Host
+from orchestrator.planner.known_models import SHAPES
+from orchestrator.planner.planner import LayoutPlan, Subject, plan
+from orchestrator.planner.seating import Cluster
 from tests import figures
 from tests.mpi.world import run
 from tests.reference.default_model import NAME, artifact

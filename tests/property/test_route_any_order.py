@@ -12,9 +12,9 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from orchestrator.core.fleet import Fleet
-from orchestrator.core.request import Deliver, Errored, Finished, Send
-from orchestrator.core.route import Route
+from orchestrator.router.core.replica_registry import Fleet
+from orchestrator.router.core.request_state import Deliver, Errored, Finished, Send
+from orchestrator.router.core.router_core import Route
 from orchestrator.router.seam import Ask
 from orchestrator.spec import AdmissionSpec
 from workers.errors import Overloaded

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from orchestrator.core.fleet import Fleet
-from orchestrator.core.request import Row
+from orchestrator.router.core.replica_registry import Fleet
+from orchestrator.router.core.request_state import Row
 from orchestrator.sim.__main__ import main, run_jobs, run_series
 from orchestrator.sim.schedule import Schedule, draw
 from orchestrator.sim.shrink import judge, shrink

@@ -13,7 +13,7 @@ import yaml
 
 from orchestrator.cli import plan_render
 from orchestrator.cli.main import run
-from orchestrator.core.hardware import GPU_FIT
+from orchestrator.planner.devices import GPU_FIT
 from tests.tiny import tiny_model
 
 MODEL = {"name": "llama-3.1-70b", "device": "cuda", "dtype": "bf16", "max_batch_size": 256, "max_num_tokens": 8192, "max_seq_len": 8192}

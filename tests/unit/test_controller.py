@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from orchestrator.control.reconciler import GangStatus, Policy
 from orchestrator.controller import ControllerActor
-from orchestrator.core.reconcile import GangStatus, Policy
 from orchestrator.launch.gang import GangSpec, write_private
 from tests.gang import wait_for
 from workers.spec import EngineSpec, ReplicaSpec

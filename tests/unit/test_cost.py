@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.fit import CPU_FITTED, CPU_HELD_OUT, FITTED, HELD_OUT, misses, recorded
-from orchestrator.core.cost import Load, Pipeline, Rates, StageWork, Workload, replay, stage_seconds
-from orchestrator.core.hardware import GPU_FIT, HOST_FIT
+from orchestrator.planner.cost_model import Load, Pipeline, Rates, StageWork, Workload, replay, stage_seconds
+from orchestrator.planner.devices import GPU_FIT, HOST_FIT
 from tests import figures
 from workers.fake import FakeEngine
 from workers.spec import EngineSpec, Parallel

@@ -25,7 +25,7 @@ import yaml
 
 from orchestrator.cli.main import app
 from orchestrator.config import Config, load
-from orchestrator.core.place import Node, Share, place
+from orchestrator.control.placement import Node, Share, place
 from workers.spec import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]

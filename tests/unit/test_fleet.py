@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.core.fleet import KEPT_LOST_S, Fleet, Joined, Refused, Replica
+from orchestrator.router.core.replica_registry import KEPT_LOST_S, Fleet, Joined, Refused, Replica
 from workers.wire import Capacity, Heartbeat, Hello
 
 CAPACITY = Capacity(block_size=16, num_blocks=8, max_batch_size=4, max_num_tokens=64, max_seq_len=512, vocab_size=320, tp=1, pp=1)

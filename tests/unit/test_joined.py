@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.client import Client, ClientKeys
 from orchestrator.config import Config, load
-from orchestrator.core.reconcile import GangStatus, ReplicaView
+from orchestrator.control.reconciler import GangStatus, ReplicaView
 from orchestrator.keys import KeyRing, Pass, read_pass
 from orchestrator.launch import joined, standing, wanted
 from orchestrator.launch.joined import JoinedRouters

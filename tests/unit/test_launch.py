@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.core.reconcile import GangPhase, GangStatus
+from orchestrator.control.reconciler import GangPhase, GangStatus
 from orchestrator.launch import mpi
 from orchestrator.launch.child import TAG, Child, alive, tagged
 from orchestrator.launch.gang import KEPT_EPOCHS, GangSpec, mint_epoch, prepare, write_private

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from orchestrator.core.place import Share
+from orchestrator.control.placement import Share
 from orchestrator.launch import mpi
 from orchestrator.launch.gang import GangSpec
 from orchestrator.launch.gpus import GpuLedger, visible_gpus

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.place import Node, Share, place, room, wish
+from orchestrator.control.placement import Node, Share, place, room, wish
 from workers.errors import ConfigError
 from workers.spec import Parallel
 

@@ -9,11 +9,11 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 
 from bench.fit import FITTED, HELD_OUT, model_of, recorded
-from orchestrator.core.cost import Workload
-from orchestrator.core.hardware import GPU_FIT, GPUS, HOST_RANK, Host, taken
-from orchestrator.core.planner import LayoutPlan, Subject, plan, rank_memory, settings
-from orchestrator.core.seating import Cluster, Seat, layouts, seat
-from orchestrator.core.shapes import SHAPES
+from orchestrator.planner.cost_model import Workload
+from orchestrator.planner.devices import GPU_FIT, GPUS, HOST_RANK, Host, taken
+from orchestrator.planner.known_models import SHAPES
+from orchestrator.planner.planner import LayoutPlan, Subject, plan, rank_memory, settings
+from orchestrator.planner.seating import Cluster, Seat, layouts, seat
 from tests import figures
 from workers.core.memory import frozen_bytes
 from workers.core.shard import parameters

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from orchestrator.core.reconcile import (
+from orchestrator.control.reconciler import (
     ENDED,
     Action,
     Drain,

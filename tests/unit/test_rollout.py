@@ -5,8 +5,8 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from orchestrator.core.reconcile import ENDED, Drain, GangPhase, GangStatus, Kill, Launch, Policy, Reconciler
-from orchestrator.core.rollout import Bounds, Move, Rollout, Target, plan
+from orchestrator.control.reconciler import ENDED, Drain, GangPhase, GangStatus, Kill, Launch, Policy, Reconciler
+from orchestrator.control.rollout import Bounds, Move, Rollout, Target, plan
 
 TICK_S, LOAD_S, DRAIN_S = 0.2, 1.0, 0.6
 

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from orchestrator.core.fleet import Fleet
-from orchestrator.core.prefixes import PrefixRecord, expected_wait_ms
-from orchestrator.core.request import Action, Deliver, Errored, Finished, Send
-from orchestrator.core.route import Route
+from orchestrator.router.core.prefix_index import PrefixRecord, expected_wait_ms
+from orchestrator.router.core.replica_registry import Fleet
+from orchestrator.router.core.request_state import Action, Deliver, Errored, Finished, Send
+from orchestrator.router.core.router_core import Route
 from orchestrator.router.seam import Ask
 from orchestrator.spec import AdmissionSpec
 from tests.unit.test_fleet import CAPACITY, HELLO, beat

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.core.fleet import Fleet
-from orchestrator.core.route import Route
 from orchestrator.metrics import Metrics
 from orchestrator.router.admit import Gate
 from orchestrator.router.auth import Salting
+from orchestrator.router.core.replica_registry import Fleet
+from orchestrator.router.core.router_core import Route
 from orchestrator.router.dispatch import RouterDispatch
 from orchestrator.router.rpc import RpcDoor
 from orchestrator.router.text import load_texts

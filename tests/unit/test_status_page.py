@@ -15,9 +15,9 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestrator.core.fleet import Fleet, Replica
 from orchestrator.metrics import Metrics
 from orchestrator.router.auth import ApiKeys, mint
+from orchestrator.router.core.replica_registry import Fleet, Replica
 from orchestrator.router.http.ui import LossFigures, ModelFigures, ReplicaFigures, Snapshot, StatusPage, judge
 from tests.clients.scripted import ServedDoor
 from workers.wire import PROTOCOL, Capacity, Hello

@@ -22,9 +22,9 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import SpanKind, StatusCode
 
 from orchestrator.client import Client
-from orchestrator.core.route import Route
 from orchestrator.metrics import Metrics
 from orchestrator.router import genai, origin, tracing
+from orchestrator.router.core.router_core import Route
 from orchestrator.router.dispatch import RouterDispatch
 from orchestrator.router.origin import Trace, parse_traceparent
 from orchestrator.router.seam import Ask, Ticket

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from orchestrator import config
-from orchestrator.core.place import Node, Share, place
+from orchestrator.control.placement import Node, Share, place
 from workers.spec import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]

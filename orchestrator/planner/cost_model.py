@@ -1,6 +1,6 @@
 """What a step costs, as a roofline: bytes over bandwidth, products over peak, sums over links, and what every layer and step costs besides.
 
-Pure functions of shapes and rates. :mod:`orchestrator.core.hardware` holds the rates; a workload is replayed step by step as the batch
+Pure functions of shapes and rates. :mod:`orchestrator.planner.devices` holds the rates; a workload is replayed step by step as the batch
 would run it. Must never know a device by its name.
 """
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.core.cost import Rates
+from orchestrator.planner.cost_model import Rates
 from workers.spec import DType, Parallel
 
 Link = Literal["NVLink", "PCIe", "memory"]

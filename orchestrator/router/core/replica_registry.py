@@ -1,6 +1,7 @@
 """The replica table of one router: who is there, since when, how loaded, and who must not be believed.
 
-Owns every :class:`Replica` record and its state. Never touches requests (the router's :mod:`orchestrator.core.route` does), clocks or
+Owns every :class:`Replica` record and its state. Never touches requests (the router's :mod:`orchestrator.router.core.router_core` does),
+clocks or
 sockets: ``peer`` is an opaque reply address, ``user`` the authenticated key (empty where the transport itself proves the caller), and
 neither is an identity alone. A replica is its name, fenced by epoch, held by one user, and spoken for by one process (``boot``).
 
@@ -17,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.core.prefixes import PrefixRecord
+from orchestrator.router.core.prefix_index import PrefixRecord
 from workers.wire import PROTOCOL, Heartbeat, Hello
 
 State = Literal["ready", "draining", "lost"]

@@ -1,16 +1,16 @@
 """Where every live row of a router is: in its model's line, or on a stream at a replica; never both, never neither.
 
-Owns the indexes by request and by stream, the lines, and the totals. Moves rows and decides nothing: :mod:`orchestrator.core.places` says
-when, and tells replicas and doors.
+Owns the indexes by request and by stream, the lines, and the totals. Moves rows and decides nothing:
+:mod:`orchestrator.router.core.transitions` says when, and tells replicas and doors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from orchestrator.core.fleet import Fleet, Replica
-from orchestrator.core.request import Line, Request, Row
-from orchestrator.core.tally import Placement, Tally
+from orchestrator.router.core.replica_registry import Fleet, Replica
+from orchestrator.router.core.request_state import Line, Request, Row
+from orchestrator.router.core.stats import Placement, Tally
 
 
 class Board:

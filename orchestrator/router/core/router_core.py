@@ -1,8 +1,8 @@
 """The routing core: which request runs where, and what its client has been given.
 
-Owns every accepted request until its last token, the queues, and (through :class:`~orchestrator.core.fleet.Fleet`) the replica table.
-A pure state machine: each method is one event with its time, what must be done about it collects in :meth:`Route.take`. Never reads a
-clock, a socket or a random number; the simulator runs this same object.
+Owns every accepted request until its last token, the queues, and (through :class:`~orchestrator.router.core.replica_registry.Fleet`) the
+replica table. A pure state machine: each method is one event with its time, what must be done about it collects in :meth:`Route.take`.
+Never reads a clock, a socket or a random number; the simulator runs this same object.
 
 Bounds: ``max_queue`` rows waiting per model (rows that lost their replica are let in above it), ``max_batch_size`` + lookahead rows in
 flight per replica, a deadline on everything that waits. Terminal messages: exactly one of Finished and Errored a choice, unless its door
@@ -16,12 +16,12 @@ from math import inf
 
 import msgspec
 
-from orchestrator.core.board import Board
-from orchestrator.core.choice import Chooser
-from orchestrator.core.fleet import Fleet, Refused, Replica
-from orchestrator.core.places import Places
-from orchestrator.core.request import Action, Asked, Deliver, Delivery, Request, Row, Scored, Send
-from orchestrator.core.tally import LossKind
+from orchestrator.router.core.policy import Chooser
+from orchestrator.router.core.replica_registry import Fleet, Refused, Replica
+from orchestrator.router.core.request_state import Action, Asked, Deliver, Delivery, Request, Row, Scored, Send
+from orchestrator.router.core.request_table import Board
+from orchestrator.router.core.stats import LossKind
+from orchestrator.router.core.transitions import Places
 from orchestrator.spec import AdmissionSpec
 from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
 from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens

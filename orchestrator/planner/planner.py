@@ -1,7 +1,7 @@
 """Does a model fit, on which layouts, how many rows does each hold, and how fast will they be: before anything is started. Pure.
 
-Memory is the engine's own arithmetic (:mod:`workers.core.memory`); speed is :mod:`orchestrator.core.cost`. A tensor-parallel group stays
-within a node, where the fast links are; stages may cross. Must never look at a machine or a file.
+Memory is the engine's own arithmetic (:mod:`workers.core.memory`); speed is :mod:`orchestrator.planner.cost_model`. A tensor-parallel group
+stays within a node, where the fast links are; stages may cross. Must never look at a machine or a file.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from orchestrator.core.cost import WORKLOADS, Load, Pipeline, Rates, Run, StageWork, Workload, replay, stage_work
-from orchestrator.core.hardware import GPU_FIT, HOST_FIT, HOST_RANK, Gpu, Host, gpu_rates, host_rates, leading_s, taken
-from orchestrator.core.seating import Cluster, Seat, layouts, rooms, seat
+from orchestrator.planner.cost_model import WORKLOADS, Load, Pipeline, Rates, Run, StageWork, Workload, replay, stage_work
+from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, Gpu, Host, gpu_rates, host_rates, leading_s, taken
+from orchestrator.planner.seating import Cluster, Seat, layouts, rooms, seat
 from workers.core.memory import GPU_RESERVE, block_bytes, blocks_that_fit, cache_budget, frozen_bytes, kv_format, longest_row, step_bytes
 from workers.core.parts import unit_of
 from workers.core.shard import deal, parameters, shard_of, trtllm_refusal

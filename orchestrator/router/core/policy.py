@@ -1,7 +1,7 @@
 """Which replica a row goes to: the one where it is expected to wait least, cached prefixes counted.
 
 Owns what the choice is learnt from: per model the measured service, per session the last replica (bounded), per request its prefix hashes.
-Never changes a row's or a replica's place; :mod:`orchestrator.core.places` does that and reports it here.
+Never changes a row's or a replica's place; :mod:`orchestrator.router.core.transitions` does that and reports it here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from math import inf
 
-from orchestrator.core.fleet import Kind, Replica
-from orchestrator.core.prefixes import expected_wait_ms, first_token_ms
-from orchestrator.core.request import Request, Row
-from orchestrator.core.service import ServiceRate
-from orchestrator.core.tally import Placement, Reason
+from orchestrator.router.core.prefix_index import expected_wait_ms, first_token_ms
+from orchestrator.router.core.replica_registry import Kind, Replica
+from orchestrator.router.core.request_state import Request, Row
+from orchestrator.router.core.service_rate import ServiceRate
+from orchestrator.router.core.stats import Placement, Reason
 from workers.core.blocks import prefix_hashes
 
 #: Sessions whose last replica is remembered.

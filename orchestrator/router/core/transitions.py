@@ -1,18 +1,19 @@
 """What becomes of a row: into a replica, back into its line, or over; and what replicas and doors are told of it.
 
 Owns the actions not yet taken by the shell and the times at which something may be late. Moves rows on the
-:class:`~orchestrator.core.board.Board`; never judges a replica or a message, :mod:`orchestrator.core.route` does that.
+:class:`~orchestrator.router.core.request_table.Board`; never judges a replica or a message, :mod:`orchestrator.router.core.router_core`
+does that.
 """
 
 from __future__ import annotations
 
 from math import inf
 
-from orchestrator.core.board import Board
-from orchestrator.core.choice import Chooser
-from orchestrator.core.fleet import Fleet, Replica
-from orchestrator.core.request import ATTEMPTS_PER_ASK, Action, Errored, Finished, Request, Row, Send
-from orchestrator.core.tally import Cause, Reason
+from orchestrator.router.core.policy import Chooser
+from orchestrator.router.core.replica_registry import Fleet, Replica
+from orchestrator.router.core.request_state import ATTEMPTS_PER_ASK, Action, Errored, Finished, Request, Row, Send
+from orchestrator.router.core.request_table import Board
+from orchestrator.router.core.stats import Cause, Reason
 from orchestrator.spec import AdmissionSpec
 from workers.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
 from workers.wire import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage

@@ -1,7 +1,7 @@
 """A router's record of one request, and what the routing core asks its shell to do.
 
 The record is what makes a dead replica a pause and not a loss: prompt ids, emitted ids, parameters with the resolved seed, attempt. Only
-:mod:`orchestrator.core.route` and :mod:`orchestrator.core.places` write it.
+:mod:`orchestrator.router.core.router_core` and :mod:`orchestrator.router.core.transitions` write it.
 
     queued --Submit--> sent --Accepted--> accepted --Tokens--> running --Done | Failed | finish | cancel | deadline--> ended
     sent --Tokens--> running
@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
-from orchestrator.core.fleet import Replica
-from orchestrator.core.tally import Placement
+from orchestrator.router.core.replica_registry import Replica
+from orchestrator.router.core.stats import Placement
 from workers.errors import TriremeError
 from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, ToReplica, Usage
 

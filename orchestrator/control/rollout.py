@@ -1,6 +1,6 @@
 """From the replicas that run to those that should: one at a time, and all the way back when a new one does not start.
 
-Owns the order of the moves and how far they have come. Pure: the :class:`~orchestrator.core.reconcile.Reconciler` carries out what is
+Owns the order of the moves and how far they have come. Pure: the :class:`~orchestrator.control.reconciler.Reconciler` carries out what is
 wanted after each move (drain the old gang, launch the new one), its views say how that goes, and the next move waits until all is steady.
 
     rolling --every move done--> done
@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.core.reconcile import ReplicaView, Wanted
+from orchestrator.control.reconciler import ReplicaView, Wanted
 
 #: A new replica that failed this often is not waited for any longer.
 FAILURES = 2

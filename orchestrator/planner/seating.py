@@ -1,7 +1,7 @@
 """Nodes, and where the ranks of a gang sit on them before any exists. Pure.
 
 A tensor-parallel group stays within a node, where the fast links are; stages may cross. What a launcher does with real nodes is
-:mod:`orchestrator.core.place`.
+:mod:`orchestrator.control.placement`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from orchestrator.core.hardware import Gpu, Host
+from orchestrator.planner.devices import Gpu, Host
 from workers.spec import ModelSpec, Parallel
 
 #: Most stages that are tried for a model.
