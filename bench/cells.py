@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
-from orchestrator.router.cell import Render
-from orchestrator.router.cells import Cells
-from orchestrator.router.message import Message
-from orchestrator.router.template import TemplateSource
+from orchestrator.router.frontend.chat_messages import Message
+from orchestrator.router.frontend.chat_template import TemplateSource
+from orchestrator.router.frontend.sandbox_pool import Cells
+from orchestrator.router.frontend.sandbox_worker import Render
 from tests.tiny import CHAT_TEMPLATE, SPECIALS
 
 

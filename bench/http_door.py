@@ -17,13 +17,13 @@ from pathlib import Path
 
 import uvloop
 
-from orchestrator.metrics import Metrics
-from orchestrator.router.auth import Salting
+from orchestrator.router.api_keys import Salting
+from orchestrator.router.frontend.detokenizer import TextModel, TextRule, Texts, TextWatcher, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.seam import Ask, ModelStatus, Watcher
-from orchestrator.router.text import TextModel, TextRule, Texts, TextWatcher, load_texts
-from orchestrator.spec import HttpSpec, ModelCard, RouterSpec
+from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
+from orchestrator.router.metrics import Metrics
+from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec
 from tests.tiny import tiny_tokenizer
 from workers.errors import TriremeError
 from workers.wire import FinishReason, Logprobs, Usage

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from orchestrator import yamltree
-from orchestrator.spec import AdmissionSpec, BackSpec, JoinSpec, MetricsSpec, TracingSpec
+from orchestrator.router.spec import AdmissionSpec, BackSpec, JoinSpec, MetricsSpec, TracingSpec
 from workers.errors import ConfigError
 from workers.spec import DType, EngineKind, EngineSpec, Parallel, QuantName, WaitPolicy
 from workers.trtllm.options import TrtllmOptions

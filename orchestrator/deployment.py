@@ -32,7 +32,7 @@ from orchestrator.launch.reports import Routers
 from orchestrator.launch.routers import RouterGroup
 from orchestrator.launch.supervisor import sweep
 from orchestrator.launch.table import describe, describe_standing
-from orchestrator.spec import ModelCard
+from orchestrator.router.spec import ModelCard
 from orchestrator.update import Update
 from workers.artifacts.convert import Progress, silent
 from workers.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError

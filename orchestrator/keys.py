@@ -20,8 +20,8 @@ import msgspec
 import zmq
 
 from orchestrator.launch.gang import make_private, write_private
-from orchestrator.router.admit import FAMILY, Grant, Role, parse_grants
-from orchestrator.router.auth import ApiKey, ApiKeyFile, mint, parse_api_keys
+from orchestrator.router.api_keys import ApiKey, ApiKeyFile, mint, parse_api_keys
+from orchestrator.router.net.curve_acl import FAMILY, Grant, Role, parse_grants
 from workers.errors import ConfigError, NotFound, Rejected
 from workers.sockets import KeyPair
 

@@ -20,7 +20,7 @@ from orchestrator.keys import KeyRing
 from orchestrator.launch import wanted
 from orchestrator.launch.control import UpdateOrder, UpdateReport
 from orchestrator.launch.gang import GangSpec
-from orchestrator.spec import JoinSpec, ModelCard
+from orchestrator.router.spec import JoinSpec, ModelCard
 from workers.artifacts.convert import Progress
 from workers.errors import ConfigError
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from orchestrator.router.process import State
-from orchestrator.spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
+from orchestrator.router.spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
 from tests.gang import MPIEXEC, processes_of, wait_for
 from tests.tiny import tiny_tokenizer
 from workers.spec import EngineSpec, ReplicaSpec, RouterAddress

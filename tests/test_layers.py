@@ -19,15 +19,15 @@ PACKAGES = ("workers", "orchestrator")
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
 LAYERS = {
-    "workers.spec": 0, "workers.wire": 0, "workers.errors": 0, "orchestrator.spec": 0,
+    "workers.spec": 0, "workers.wire": 0, "workers.errors": 0, "orchestrator.router.spec": 0,
     "workers.core": 1, "orchestrator.router.core": 1, "orchestrator.control": 4, "orchestrator.control.reconciler": 1,
     "orchestrator.control.rollout": 1, "orchestrator.control.placement": 1, "orchestrator.planner": 1, "orchestrator.sim": 2,
     "workers.fake": 2, "workers.artifacts": 3, "workers.model": 3, "workers.engine": 3, "workers.portable": 4, "workers.trtllm": 4,
     "workers.trtllm.options": 0, "workers.leader": 4, "workers.rank": 4, "workers.logs": 4, "workers.process": 4, "workers.prover": 4,
     "workers.sockets": 4, "workers.state": 4, "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.controller": 4,
-    "orchestrator.deployment": 4, "orchestrator.keys": 4, "orchestrator.launch": 4, "orchestrator.metrics": 4, "orchestrator.models": 4,
-    "orchestrator.router": 4, "orchestrator.load": 4, "orchestrator.load.figures": 1, "orchestrator.load.prompts": 1,
-    "orchestrator.load.schedule": 1, "orchestrator.load.settings": 1, "orchestrator.series": 4, "orchestrator.submit": 4,
+    "orchestrator.deployment": 4, "orchestrator.keys": 4, "orchestrator.launch": 4, "orchestrator.router.metrics": 4, "orchestrator.models":
+    4, "orchestrator.router": 4, "orchestrator.load": 4, "orchestrator.load.figures": 1, "orchestrator.load.prompts": 1,
+    "orchestrator.load.schedule": 1, "orchestrator.load.settings": 1, "orchestrator.router.metric_families": 4, "orchestrator.submit": 4,
     "orchestrator.update": 4, "orchestrator.yamltree": 4, "orchestrator.cli": 5,
 }  # fmt: skip
 
@@ -148,7 +148,7 @@ def modules() -> dict[str, Path]:
 
 def test_every_module_keeps_its_layer() -> None:
     files = modules()
-    assert {"workers.wire", "orchestrator.spec"} <= files.keys()
+    assert {"workers.wire", "orchestrator.router.spec"} <= files.keys()
     found = [fault for name, path in files.items() for fault in violations(name, path.read_text(), package=path.name == "__init__.py")]
     assert not found, "\n" + "\n".join(found)
 
@@ -161,12 +161,12 @@ def test_every_module_keeps_its_layer() -> None:
         ("workers.core.batch", "from workers.engine import comm", "imports workers.engine.comm of layer 3, itself being layer 1"),
         ("workers.core.batch", "from ..engine.comm import Group", "imports workers.engine.comm.Group of layer 3"),
         ("workers.spec", "import numpy", "layer 0 may use msgspec"),
-        ("workers.leader", "from orchestrator.spec import RouterSpec", "a replica is complete alone"),
+        ("workers.leader", "from orchestrator.router.spec import RouterSpec", "a replica is complete alone"),
         ("workers.leader", "import ray", "imports ray"),
         ("workers.artifacts.gguf", "import torch", "conversion runs where no engine is installed"),
         ("workers.model.llama", "import zmq", "layer 3 may use"),
         ("workers.engine.comm", "import os\nx = os.environ['HOME']", "touches os.environ"),
-        ("orchestrator.router.rpc", "from os import getenv", "touches os.getenv"),
+        ("orchestrator.router.rpc.server", "from os import getenv", "touches os.getenv"),
         ("orchestrator.client.sync_client", "import uvicorn", "pyzmq and msgspec only"),
         ("orchestrator.deployment", "import torch", "hosts without an engine"),
         ("orchestrator.deployment", "from orchestrator.cli import main", "of layer 5, itself being layer 4"),

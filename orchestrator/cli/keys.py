@@ -127,7 +127,7 @@ def join(
 @keys.command("show")
 def show(context: typer.Context, name: Deployment = "local", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     """List the deployment's key files: what each is for and its mode. Exit code 3 when one can be read by others."""
-    from orchestrator.router.admit import FAMILY, parse_grants
+    from orchestrator.router.net.curve_acl import FAMILY, parse_grants
     from workers.errors import ConfigError, NotFound
 
     home = folder(name, run_dir)

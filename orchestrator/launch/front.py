@@ -9,7 +9,7 @@ import psutil
 
 from orchestrator.config import Config, HttpConfig
 from orchestrator.keys import read_private
-from orchestrator.router.auth import parse_api_keys
+from orchestrator.router.api_keys import parse_api_keys
 from workers.errors import EnvironmentFault
 
 _LONGEST_SOCKET_PATH = 100

@@ -19,7 +19,7 @@ from orchestrator.keys import LOCAL_CLIENT, KeyRing
 from orchestrator.launch.child import STOP, Child
 from orchestrator.launch.gang import write_private
 from orchestrator.launch.reports import Reports, RouterReport
-from orchestrator.spec import RouterSpec
+from orchestrator.router.spec import RouterSpec
 from workers.errors import ConfigError, EnvironmentFault
 from workers.spec import RouterAddress
 

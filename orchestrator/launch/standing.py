@@ -15,7 +15,7 @@ from orchestrator.config import Config
 from orchestrator.control.reconciler import ReplicaView
 from orchestrator.controller import Hung
 from orchestrator.launch.gang import GangSpec, write_private
-from orchestrator.spec import WILDCARDS, ModelCard
+from orchestrator.router.spec import WILDCARDS, ModelCard
 from workers.artifacts.tensorfile import hash_file
 from workers.errors import ConfigError
 from workers.spec import RouterAddress

@@ -17,8 +17,8 @@ from orchestrator.control.placement import Share
 from orchestrator.keys import KeyRing
 from orchestrator.launch.gang import GangSpec, write_private
 from orchestrator.models import locate, resolve
-from orchestrator.router.admit import Role
-from orchestrator.spec import HttpSpec, ModelCard, RouterSpec
+from orchestrator.router.net.curve_acl import Role
+from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import Progress
 from workers.errors import ArtifactError, ConfigError, EnvironmentFault

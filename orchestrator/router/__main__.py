@@ -17,12 +17,12 @@ import msgspec
 import uvloop
 
 from orchestrator.keys import read_private, read_salt
-from orchestrator.router.admit import parse_grants
-from orchestrator.router.auth import parse_api_keys
-from orchestrator.router.origin import OriginFilter
+from orchestrator.router.api_keys import parse_api_keys
+from orchestrator.router.frontend.detokenizer import load_texts
+from orchestrator.router.net.curve_acl import parse_grants
 from orchestrator.router.process import RouterProcess
-from orchestrator.router.text import load_texts
-from orchestrator.spec import RouterSpec
+from orchestrator.router.request_context import OriginFilter
+from orchestrator.router.spec import RouterSpec
 from workers.errors import ConfigError, TriremeError
 from workers.logs import JsonLines, LogFormat
 from workers.process import settle_heap

@@ -23,22 +23,22 @@ import msgspec
 import zmq
 
 from orchestrator.launch.child import STOP
-from orchestrator.metrics import Metrics
-from orchestrator.router.admit import Gate, Grant
-from orchestrator.router.auth import ApiKey, ApiKeys, Salting
+from orchestrator.router.api_keys import ApiKey, ApiKeys, Salting
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.router_core import Route
-from orchestrator.router.dispatch import RouterDispatch
+from orchestrator.router.dispatcher import RouterDispatch
+from orchestrator.router.frontend.detokenizer import Texts
 from orchestrator.router.http.app import build_app
-from orchestrator.router.http.scrape import build_scrape_app
+from orchestrator.router.http.metrics_app import build_scrape_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.port import Port
-from orchestrator.router.replicas import ReplicaLink
-from orchestrator.router.rpc import RpcDoor
-from orchestrator.router.seam import Dispatcher
-from orchestrator.router.text import Texts
-from orchestrator.router.zap import Zap
-from orchestrator.spec import HttpSpec, RouterSpec
+from orchestrator.router.interfaces import Dispatcher
+from orchestrator.router.metrics import Metrics
+from orchestrator.router.net.curve_acl import Gate, Grant
+from orchestrator.router.net.curve_auth import Zap
+from orchestrator.router.net.replica_link import ReplicaLink
+from orchestrator.router.net.router_socket import Port
+from orchestrator.router.rpc.server import RpcDoor
+from orchestrator.router.spec import HttpSpec, RouterSpec
 from workers.errors import ConfigError, EnvironmentFault
 from workers.sockets import KeyPair
 from workers.wire import Peers

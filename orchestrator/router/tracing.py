@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, where a deployment asks for them: a :class:`~orchestrator.router.seam.Dispatcher` around the real one.
+"""OpenTelemetry traces, where a deployment asks for them: a :class:`~orchestrator.router.interfaces.Dispatcher` around the real one.
 
 Owns the story of each traced request from its submission to its last terminal message, and makes all spans of it then, from times that the
 routing core noted anyway: nothing is done per token, nothing at all for a request that is not sampled, and without tracing this module is
@@ -29,11 +29,11 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer
 from opentelemetry.util.types import AttributeValue
 
-from orchestrator.metrics import RequestMeter
-from orchestrator.router import genai, origin
+from orchestrator.router import request_context, span_names
 from orchestrator.router.core.stats import Placement
-from orchestrator.router.seam import Ask, Dispatcher, Ticket, Watcher
-from orchestrator.spec import TracingSpec
+from orchestrator.router.interfaces import Ask, Dispatcher, Ticket, Watcher
+from orchestrator.router.metrics import RequestMeter
+from orchestrator.router.spec import TracingSpec
 from workers import __version__
 from workers.errors import TriremeError
 from workers.wire import FinishReason, Logprobs, Usage
@@ -108,14 +108,14 @@ class _Story:
         self.ticket: Ticket | None = None
         self._open = set(range(ask.n))
         self._ends: dict[int, tuple[float, str, Usage | None]] = {}
-        self._origin = found = origin.current()
-        operation = genai.CHAT if found is not None and found.chat else genai.TEXT
+        self._origin = found = request_context.current()
+        operation = span_names.CHAT if found is not None and found.chat else span_names.TEXT
         self._span = tracer.start_span(
             f"{operation} {ask.model}",
             context=_parent(found),
             kind=SpanKind.SERVER,
             start_time=self._ns(found.received if found is not None else self._submitted),
-            attributes={genai.OPERATION: operation, genai.PROVIDER: genai.PROVIDED_BY, genai.REQUEST_MODEL: ask.model},
+            attributes={span_names.OPERATION: operation, span_names.PROVIDER: span_names.PROVIDED_BY, span_names.REQUEST_MODEL: ask.model},
         )
 
     @property
@@ -162,7 +162,7 @@ class _Story:
     # --- spans
 
     def _fail(self, error: TriremeError) -> None:
-        self._span.set_attribute(genai.ERROR_TYPE, error.code)
+        self._span.set_attribute(span_names.ERROR_TYPE, error.code)
         self._span.set_status(Status(StatusCode.ERROR, error.code))
 
     def _close(self, choice: int, reason: str, usage: Usage | None) -> None:
@@ -177,45 +177,45 @@ class _Story:
         """All is known: make every span."""
         ask, root = self._ask, self._span
         facts: dict[str, AttributeValue] = {
-            genai.RESPONSE_ID: ask.request,
-            genai.REQUEST_MAX_TOKENS: ask.params.max_tokens,
-            genai.REQUEST_CHOICES: ask.n,
-            genai.INPUT_TOKENS: len(ask.prompt_ids),
-            genai.OUTPUT_TOKENS: sum(map(len, self.emitted)),
-            genai.CACHED_TOKENS: max((usage.cached_tokens for _, _, usage in self._ends.values() if usage is not None), default=0),
-            genai.FINISH_REASONS: [reason for _, (_, reason, _) in sorted(self._ends.items())],
+            span_names.RESPONSE_ID: ask.request,
+            span_names.REQUEST_MAX_TOKENS: ask.params.max_tokens,
+            span_names.REQUEST_CHOICES: ask.n,
+            span_names.INPUT_TOKENS: len(ask.prompt_ids),
+            span_names.OUTPUT_TOKENS: sum(map(len, self.emitted)),
+            span_names.CACHED_TOKENS: max((usage.cached_tokens for _, _, usage in self._ends.values() if usage is not None), default=0),
+            span_names.FINISH_REASONS: [reason for _, (_, reason, _) in sorted(self._ends.items())],
         }
         if self._origin is not None:
-            facts[genai.REQUEST_ID] = self._origin.request
-            self._child(root, genai.PREPARE, self._origin.received, self._submitted)
+            facts[span_names.REQUEST_ID] = self._origin.request
+            self._child(root, span_names.PREPARE, self._origin.received, self._submitted)
         root.set_attributes(facts)
         for choice, (over, _, _) in sorted(self._ends.items()):
             self._choice(choice, self.trails[choice], over)
         root.end(self._ns(now))
 
     def _choice(self, choice: int, trail: Sequence[Placement], over: float) -> None:
-        mark: dict[str, AttributeValue] = {genai.CHOICE: choice} if self._ask.n > 1 else {}
+        mark: dict[str, AttributeValue] = {span_names.CHOICE: choice} if self._ask.n > 1 else {}
         for index, place in enumerate(trail):
-            self._child(self._span, genai.QUEUE, place.queued_at, place.sent_at, {genai.DECISION: place.reason} | mark)
+            self._child(self._span, span_names.QUEUE, place.queued_at, place.sent_at, {span_names.DECISION: place.reason} | mark)
             end = place.over_at or over
             held = trail[index + 1].held if index + 1 < len(trail) else len(self.emitted[choice])
             self._placement(place, end, held - place.held, mark)
         if not trail or trail[-1].cause:
-            self._child(self._span, genai.QUEUE, trail[-1].over_at if trail else self._submitted, over, mark)
+            self._child(self._span, span_names.QUEUE, trail[-1].over_at if trail else self._submitted, over, mark)
 
     def _placement(self, place: Placement, end: float, tokens: int, mark: dict[str, AttributeValue]) -> None:
         facts: dict[str, AttributeValue] = mark | {
-            genai.REPLICA: place.replica, genai.EPOCH: place.epoch, genai.ATTEMPT: place.attempt, genai.NEW_TOKENS: place.tokens,
-            genai.EXPECTED_WAIT: place.expected_s, genai.TOKENS: tokens,
+            span_names.REPLICA: place.replica, span_names.EPOCH: place.epoch, span_names.ATTEMPT: place.attempt, span_names.NEW_TOKENS:
+            place.tokens, span_names.EXPECTED_WAIT: place.expected_s, span_names.TOKENS: tokens,
         }  # fmt: skip
         if place.cached is not None:
-            facts[genai.EXPECTED_CACHED] = place.cached
+            facts[span_names.EXPECTED_CACHED] = place.cached
         span = self._start(self._span, f"replica {place.replica}", place.sent_at, facts, SpanKind.CLIENT)
         if place.first_at:
-            self._child(span, genai.PREFILL, place.sent_at, place.first_at)
-            self._child(span, genai.DECODE, place.first_at, end, {genai.TOKENS: tokens})
+            self._child(span, span_names.PREFILL, place.sent_at, place.first_at)
+            self._child(span, span_names.DECODE, place.first_at, end, {span_names.TOKENS: tokens})
         if place.cause:
-            span.add_event(genai.FAILOVER, {genai.CAUSE: place.cause}, self._ns(end))
+            span.add_event(span_names.FAILOVER, {span_names.CAUSE: place.cause}, self._ns(end))
             span.set_status(Status(StatusCode.ERROR, place.cause))
         span.end(self._ns(end))
 
@@ -230,7 +230,7 @@ class _Story:
         return self._offset + int(moment * 1e9)
 
 
-def _parent(found: origin.Origin | None) -> Context:
+def _parent(found: request_context.Origin | None) -> Context:
     """The caller's span, or none: never whatever this process happens to have."""
     if found is None or found.trace is None:
         return Context()

@@ -1,7 +1,7 @@
 """One router address: a routing core with the shell's duties, killed and started again; and the calls that clients made there.
 
 Owns the :class:`~orchestrator.router.core.router_core.Route` of the life that runs now. Carries out its actions as
-:mod:`orchestrator.router.dispatch` does, and decides nothing.
+:mod:`orchestrator.router.dispatcher` does, and decides nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.request_state import Deliver, Errored, Finished, Scored, Send
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.core.stats import Placement
+from orchestrator.router.spec import AdmissionSpec
 from orchestrator.sim.gang import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.net import Wire
 from orchestrator.sim.timeline import Timeline
-from orchestrator.spec import AdmissionSpec
 from workers.errors import TriremeError
 from workers.wire import FinishReason, FromReplica, Logprobs, Peers, SamplingParams, ToReplica, Usage
 

@@ -16,13 +16,13 @@ import httpx
 import msgspec
 import uvloop
 
-from orchestrator.metrics import Metrics, RequestMeter
-from orchestrator.router.auth import ApiKeys, Salting
+from orchestrator.router.api_keys import ApiKeys, Salting
+from orchestrator.router.frontend.detokenizer import Texts, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.seam import Ask, ModelStatus, Watcher
-from orchestrator.router.text import Texts, load_texts
-from orchestrator.spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
+from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
+from orchestrator.router.metrics import Metrics, RequestMeter
+from orchestrator.router.spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
 from tests.tiny import tiny_tokenizer
 from workers.errors import TriremeError
 from workers.wire import FinishReason, Logprobs, Usage
@@ -113,7 +113,7 @@ def score(ids: list[int], count: int, *, first: bool = False) -> list[Logprobs]:
 
 
 class ScriptedDispatcher:
-    """Implements :class:`orchestrator.router.seam.Dispatcher` for one model, ``tiny``."""
+    """Implements :class:`orchestrator.router.interfaces.Dispatcher` for one model, ``tiny``."""
 
     def __init__(self) -> None:
         self.script: Script = lambda ask, choice: Play()

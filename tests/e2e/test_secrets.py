@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from orchestrator.router.auth import Salting
+from orchestrator.router.api_keys import Salting
 from tests.e2e.deployment import MODEL, deployed, write_config
 from tests.gang import short_folder
 

@@ -20,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.keys import ApiKeyRing
-from orchestrator.spec import HttpSpec
+from orchestrator.router.spec import HttpSpec
 from tests.browser import Browser
 from tests.e2e.deployment import deployed, wait_for_state, write_config
 from tests.gang import short_folder

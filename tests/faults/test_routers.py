@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from orchestrator.client import AsyncClient, Client
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router.spec import AdmissionSpec
 from tests.figures import figure
 from tests.gang import Gang, short_folder
 from tests.routing import RouterRun

@@ -23,9 +23,9 @@ import zmq
 
 from orchestrator.client.sockets import ClientKeys, Wires
 from orchestrator.launch.reports import ask
-from orchestrator.router.admit import Gate
-from orchestrator.router.port import Port
-from orchestrator.router.zap import Zap
+from orchestrator.router.net.curve_acl import Gate
+from orchestrator.router.net.curve_auth import Zap
+from orchestrator.router.net.router_socket import Port
 from tests.figures import SLACK, figure, lines
 from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.inputs.test_http import head

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import zmq
 
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router.spec import AdmissionSpec
 from tests.figures import figure
 from tests.gang import Gang, short_folder, wait_for
 from tests.inputs.mutate import WIRE_EDGES, Mutator

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router.spec import AdmissionSpec
 from tests.figures import figure
 from tests.gang import short_folder, wait_for
 from tests.inputs.impostor import Impostor, dealer

@@ -20,9 +20,9 @@ from orchestrator.client import Client
 from orchestrator.keys import KeyRing
 from orchestrator.launch.gang import make_private
 from orchestrator.router import read_keys
-from orchestrator.router.admit import Gate, Grant
-from orchestrator.router.port import Port
-from orchestrator.router.zap import Zap
+from orchestrator.router.net.curve_acl import Gate, Grant
+from orchestrator.router.net.curve_auth import Zap
+from orchestrator.router.net.router_socket import Port
 from tests.figures import figure
 from tests.gang import Gang, short_folder, wait_for
 from tests.inputs.impostor import Impostor, dealer

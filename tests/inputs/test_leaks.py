@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from orchestrator.client import Client
-from orchestrator.router.auth import Salting
+from orchestrator.router.api_keys import Salting
 from tests.figures import lines
 from tests.inputs.table import image, schema
 from tests.inputs.test_http import head

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.main import run
-from orchestrator.router.cell import Render
-from orchestrator.router.cells import Cells
-from orchestrator.router.message import Message
-from orchestrator.router.template import TemplateSource
-from orchestrator.router.tokenizer import load
+from orchestrator.router.frontend.chat_messages import Message
+from orchestrator.router.frontend.chat_template import TemplateSource
+from orchestrator.router.frontend.sandbox_pool import Cells
+from orchestrator.router.frontend.sandbox_worker import Render
+from orchestrator.router.frontend.tokenizer import load
 from tests.tiny import tiny_model, tiny_tokenizer
 from workers.artifacts.artifact import open_artifact
 from workers.errors import ArtifactError, Rejected

@@ -21,7 +21,7 @@ import msgspec
 
 from orchestrator.client import Client, ClientKeys
 from orchestrator.keys import ApiKeyRing, KeyRing
-from orchestrator.spec import AdmissionSpec, HttpSpec
+from orchestrator.router.spec import AdmissionSpec, HttpSpec
 from tests.gang import FAKE, Gang, wait_for
 from tests.routing import RouterRun
 from workers.fake import expected_tokens

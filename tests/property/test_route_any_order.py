@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.request_state import Deliver, Errored, Finished, Send
 from orchestrator.router.core.router_core import Route
-from orchestrator.router.seam import Ask
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router.interfaces import Ask
+from orchestrator.router.spec import AdmissionSpec
 from workers.errors import Overloaded
 from workers.wire import (
     UNLIMITED,

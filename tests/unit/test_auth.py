@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from orchestrator.keys import ApiKeyRing
-from orchestrator.router.auth import ApiKeys, Salting, Tenant, mint
+from orchestrator.router.api_keys import ApiKeys, Salting, Tenant, mint
 from orchestrator.router.http.server import bind
-from orchestrator.spec import HttpSpec
+from orchestrator.router.spec import HttpSpec
 from tests.clients.scripted import ServedDoor
 from tests.gang import short_folder, wait_for
 from tests.routing import RouterRun

@@ -15,10 +15,10 @@ import httpx
 import psutil
 import pytest
 
-from orchestrator.router.cell import Render
-from orchestrator.router.cells import Cells
-from orchestrator.router.message import Message
-from orchestrator.router.template import MAX_RENDERED, Piece, TemplateSource
+from orchestrator.router.frontend.chat_messages import Message
+from orchestrator.router.frontend.chat_template import MAX_RENDERED, Piece, TemplateSource
+from orchestrator.router.frontend.sandbox_pool import Cells
+from orchestrator.router.frontend.sandbox_worker import Render
 from tests.clients.scripted import ServedDoor
 from tests.tiny import CHAT_TEMPLATE, SPECIALS
 from workers.errors import Rejected

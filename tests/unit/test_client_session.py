@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.client import requests
 from orchestrator.client.protocol import ROUNDS, WINDOW, Exchange, Session
-from orchestrator.router.calls import Call, Outgoing
+from orchestrator.router.rpc.call import Call, Outgoing
 from workers import wire
 from workers.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
 from workers.wire import Accepted, Cancel, Credit, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage

@@ -79,7 +79,7 @@ def test_a_client_that_leaves_frees_its_rows(door: ServedDoor, stream: bool, tex
 
 
 def test_a_reader_that_stops_stops_the_generation(door: ServedDoor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.router.http.sse.STALL_S", 2.0)
+    monkeypatch.setattr("orchestrator.router.http.event_stream.STALL_S", 2.0)
     door.dispatcher.script = lambda ask, choice: Play(text="x" * 1000, hang=True)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from orchestrator.router.http.server import bind
-from orchestrator.spec import HttpSpec
+from orchestrator.router.spec import HttpSpec
 from workers.errors import ConfigError, EnvironmentFault
 
 

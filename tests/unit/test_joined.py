@@ -19,7 +19,7 @@ from orchestrator.launch.joined import JoinedRouters
 from orchestrator.launch.reports import ReplicaReport, RouterReport
 from orchestrator.launch.standing import JoinFile
 from orchestrator.launch.table import describe, describe_standing
-from orchestrator.router.admit import Gate
+from orchestrator.router.net.curve_acl import Gate
 from tests.gang import short_folder, wait_for
 from tests.inputs.impostor import Impostor, dealer
 from tests.routing import RouterRun

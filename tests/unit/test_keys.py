@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from orchestrator.keys import KeyRing, read_private
-from orchestrator.router.admit import Gate, parse_grants
+from orchestrator.router.net.curve_acl import Gate, parse_grants
 from workers.errors import ConfigError, NotFound, Rejected
 
 

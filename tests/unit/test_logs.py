@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.router import origin
-from orchestrator.router.origin import OriginFilter
+from orchestrator.router import request_context
+from orchestrator.router.request_context import OriginFilter
 from tests.unit.test_route import ask, join
 from tests.unit.test_tracing import Stage
 from workers.core.contract import Emission, Fault
@@ -77,7 +77,7 @@ def test_a_ranks_log_is_json_where_that_is_wanted(tmp_path: Path) -> None:
 
 def test_lines_of_a_request_carry_its_ids_and_others_do_not(sheet: Sheet) -> None:
     async def work(name: str, traceparent: str) -> None:
-        origin.enter(name, traceparent)
+        request_context.enter(name, traceparent)
         await asyncio.sleep(0)
         sheet.log.info("at work")
 
@@ -94,17 +94,17 @@ def test_lines_of_a_request_carry_its_ids_and_others_do_not(sheet: Sheet) -> Non
 
 def test_traceparent_of_a_body_counts_where_the_door_brought_none() -> None:
     async def main() -> list[tuple[str, str]]:
-        found = [origin.marks()]
-        origin.enter("r", "")
-        origin.learn({"traceparent": TRACEPARENT}, chat=False)
-        found.append(origin.marks())
-        origin.enter("r", TRACEPARENT)
-        origin.learn({"traceparent": TRACEPARENT.replace("0af7", "ffff")}, chat=True)
-        found.append(origin.marks())
+        found = [request_context.marks()]
+        request_context.enter("r", "")
+        request_context.learn({"traceparent": TRACEPARENT}, chat=False)
+        found.append(request_context.marks())
+        request_context.enter("r", TRACEPARENT)
+        request_context.learn({"traceparent": TRACEPARENT.replace("0af7", "ffff")}, chat=True)
+        found.append(request_context.marks())
         for odd in ({"traceparent": 7}, {"traceparent": "odd"}, None):
-            origin.enter("r", "")
-            origin.learn(odd, chat=False)
-            found.append(origin.marks())
+            request_context.enter("r", "")
+            request_context.learn(odd, chat=False)
+            found.append(request_context.marks())
         return found
 
     trace = "0af7651916cd43dd8448eb211c80319c"
@@ -126,7 +126,7 @@ def test_a_leader_can_tell_whose_row_failed() -> None:
 def test_a_router_tells_of_lost_replicas_and_of_requests_that_failed_with_them(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         stage = Stage(replica_limit=1)
-        origin.enter("mine", TRACEPARENT)
+        request_context.enter("mine", TRACEPARENT)
         join(stage.route, "a", now=stage.now)
         stage.submit(ask())
         (submit,) = stage.submits()

@@ -8,7 +8,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestrator.metrics import Metrics
+from orchestrator.router.metrics import Metrics
 from tests.clients.scripted import ScriptedDispatcher
 from workers.wire import Usage
 

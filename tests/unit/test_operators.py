@@ -13,8 +13,8 @@ import yaml
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestrator.metrics import Metrics
-from orchestrator.router.dispatch import RouterDispatch
+from orchestrator.router.dispatcher import RouterDispatch
+from orchestrator.router.metrics import Metrics
 from tests.unit.test_fleet import beat
 from tests.unit.test_route import ask, join, router
 from workers.wire import STEP_TOKEN_BUCKETS

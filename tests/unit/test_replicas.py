@@ -10,8 +10,8 @@ import pytest
 import zmq
 
 from orchestrator.router import __main__ as entry
-from orchestrator.router.admit import Gate, Grant, parse_grants
-from orchestrator.router.port import Port
+from orchestrator.router.net.curve_acl import Gate, Grant, parse_grants
+from orchestrator.router.net.router_socket import Port
 from tests.gang import short_folder
 from tests.routing import RouterRun
 from workers.errors import ConfigError, EnvironmentFault

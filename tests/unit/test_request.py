@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.router.auth import Salting
-from orchestrator.router.prepare import Caller, Prepared, prepare
-from orchestrator.router.request import ChatRequest, CompletionRequest, decode_object, read
-from orchestrator.router.text import Texts
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router.api_keys import Salting
+from orchestrator.router.frontend.detokenizer import Texts
+from orchestrator.router.frontend.preprocess import Caller, Prepared, prepare
+from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, decode_object, read
+from orchestrator.router.spec import AdmissionSpec
 from tests.clients.scripted import CONTEXT, ScriptedDispatcher, tiny_texts
 from workers.errors import NotFound, Rejected, TooLong, Unavailable
 from workers.wire import GuideSpec, Journal

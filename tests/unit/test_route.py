@@ -11,8 +11,8 @@ from orchestrator.router.core.prefix_index import PrefixRecord, expected_wait_ms
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.request_state import Action, Deliver, Errored, Finished, Send
 from orchestrator.router.core.router_core import Route
-from orchestrator.router.seam import Ask
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router.interfaces import Ask
+from orchestrator.router.spec import AdmissionSpec
 from tests.unit.test_fleet import CAPACITY, HELLO, beat
 from workers.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
 from workers.wire import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit, Tokens, Usage

@@ -10,15 +10,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.metrics import Metrics
-from orchestrator.router.admit import Gate
-from orchestrator.router.auth import Salting
+from orchestrator.router.api_keys import Salting
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.router_core import Route
-from orchestrator.router.dispatch import RouterDispatch
-from orchestrator.router.rpc import RpcDoor
-from orchestrator.router.text import load_texts
-from orchestrator.spec import AdmissionSpec, ModelCard
+from orchestrator.router.dispatcher import RouterDispatch
+from orchestrator.router.frontend.detokenizer import load_texts
+from orchestrator.router.metrics import Metrics
+from orchestrator.router.net.curve_acl import Gate
+from orchestrator.router.rpc.server import RpcDoor
+from orchestrator.router.spec import AdmissionSpec, ModelCard
 from tests.tiny import tiny_tokenizer
 from workers import wire
 from workers.wire import Capacity, Generate, Hello, Peers, Submit, Tokens

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.metrics import Metrics
 from orchestrator.router.core.prefix_index import expected_wait_ms, first_token_ms
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.core.stats import CAUSES, Placement
+from orchestrator.router.metrics import Metrics
 from tests.unit.test_fleet import beat
 from tests.unit.test_route import accept, ask, join, router, sent, tokens
 from workers.wire import Accepted, Done, Submit, Usage

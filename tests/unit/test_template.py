@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.router.message import Message, Tool, ToolFunction
-from orchestrator.router.template import ChatTemplate, Piece
-from orchestrator.router.tokenizer import load
+from orchestrator.router.frontend.chat_messages import Message, Tool, ToolFunction
+from orchestrator.router.frontend.chat_template import ChatTemplate, Piece
+from orchestrator.router.frontend.tokenizer import load
 from tests.tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
 from workers.errors import Rejected
 

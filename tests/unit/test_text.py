@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.metrics import Metrics
 from orchestrator.models import DEFAULT_MODEL, resolve
-from orchestrator.router.message import Message
-from orchestrator.router.template import Piece
-from orchestrator.router.text import StopStrings, TextModel, TextRule, TextWatcher
-from orchestrator.router.tokenizer import TokenTable, load
-from orchestrator.spec import ModelCard
+from orchestrator.router.frontend.chat_messages import Message
+from orchestrator.router.frontend.chat_template import Piece
+from orchestrator.router.frontend.detokenizer import StopStrings, TextModel, TextRule, TextWatcher
+from orchestrator.router.frontend.tokenizer import TokenTable, load
+from orchestrator.router.metrics import Metrics
+from orchestrator.router.spec import ModelCard
 from tests.tiny import IM_END, tiny_tokenizer
 from workers.errors import ArtifactError, EngineFault, EnvironmentFault, TriremeError
 from workers.spec import Parallel

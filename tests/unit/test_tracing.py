@@ -22,14 +22,14 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import SpanKind, StatusCode
 
 from orchestrator.client import Client
-from orchestrator.metrics import Metrics
-from orchestrator.router import genai, origin, tracing
+from orchestrator.router import request_context, span_names, tracing
 from orchestrator.router.core.router_core import Route
-from orchestrator.router.dispatch import RouterDispatch
-from orchestrator.router.origin import Trace, parse_traceparent
-from orchestrator.router.seam import Ask, Ticket
+from orchestrator.router.dispatcher import RouterDispatch
+from orchestrator.router.interfaces import Ask, Ticket
+from orchestrator.router.metrics import Metrics
+from orchestrator.router.request_context import Trace, parse_traceparent
+from orchestrator.router.spec import MetricsSpec, TracingSpec
 from orchestrator.router.tracing import EXPORT_S, TracedDispatcher, Traces
-from orchestrator.spec import MetricsSpec, TracingSpec
 from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.routing import RouterRun
 from tests.unit.test_route import ask, join, router, tokens
@@ -45,8 +45,8 @@ def test_names_are_those_of_the_conventions() -> None:
     conventions = pytest.importorskip("opentelemetry.semconv._incubating.attributes.gen_ai_attributes")
     known = {value for value in vars(conventions).values() if isinstance(value, str)} | {"error.type"}
     known |= {value.value for value in conventions.GenAiOperationNameValues}
-    ours = {value for name, value in vars(genai).items() if name.isupper() and isinstance(value, str)}
-    theirs = {value for value in ours if value.startswith("gen_ai.")} | {genai.ERROR_TYPE, genai.CHAT, genai.TEXT}
+    ours = {value for name, value in vars(span_names).items() if name.isupper() and isinstance(value, str)}
+    theirs = {value for value in ours if value.startswith("gen_ai.")} | {span_names.ERROR_TYPE, span_names.CHAT, span_names.TEXT}
     assert theirs <= known
     assert not any(word in value for value in ours for word in ("message", "content", "instructions"))
 
@@ -139,8 +139,8 @@ def done(stage: Stage, place: str, submit: Submit, output: int) -> None:
 
 def test_a_request_is_one_trace_from_the_door_through_a_failover_to_its_end() -> None:
     async def play(stage: Stage) -> None:
-        origin.enter("my-request", TRACEPARENT)
-        origin.learn(None, chat=True)
+        request_context.enter("my-request", TRACEPARENT)
+        request_context.learn(None, chat=True)
         stage.submit(ask())
         stage.now = 101.0
         join(stage.route, "a", now=stage.now)
@@ -212,7 +212,7 @@ def test_a_stop_string_a_cancel_and_a_refusal_end_it_too() -> None:
 
 def test_what_is_not_sampled_passes_untouched() -> None:
     async def play(stage: Stage) -> None:
-        origin.enter("quiet", f"00-{TRACE}-{CALLER}-00")
+        request_context.enter("quiet", f"00-{TRACE}-{CALLER}-00")
         join(stage.route, "a", now=stage.now)
         seen: list[tuple[object, object]] = []
         stage.dispatch.submit = lambda asked, watcher, meter: seen.append((asked, watcher))  # type: ignore
@@ -282,7 +282,7 @@ def test_a_real_router_sends_both_doors_requests_and_no_text() -> None:
         assert run.terminate() == 0, "what is left is sent at the end"
         roots = [span for span in spans if span.name == "text_completion m"]
         assert {span.trace_id.hex() for span in spans} == {TRACE} and len(roots) == 2
-        ids = {value.value.string_value for span in roots for value in span.attributes if value.key == genai.REQUEST_ID}
+        ids = {value.value.string_value for span in roots for value in span.attributes if value.key == span_names.REQUEST_ID}
         assert ids == {"mine", "by-rpc"}
         assert {span.name for span in spans} == {"text_completion m", "prepare", "queue", "replica a", "prefill", "decode"}
         assert b"SECRET" not in b"".join(span.SerializeToString() for span in spans)

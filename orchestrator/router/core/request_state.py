@@ -28,7 +28,7 @@ ATTEMPTS_PER_ASK = 1024
 
 
 class Asked(Protocol):
-    """What the core reads of a request; ``orchestrator.router.seam.Ask`` has it all and documents it."""
+    """What the core reads of a request; ``orchestrator.router.interfaces.Ask`` has it all and documents it."""
 
     @property
     def client(self) -> str: ...

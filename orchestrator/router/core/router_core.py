@@ -22,7 +22,7 @@ from orchestrator.router.core.request_state import Action, Asked, Deliver, Deliv
 from orchestrator.router.core.request_table import Board
 from orchestrator.router.core.stats import LossKind
 from orchestrator.router.core.transitions import Places
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router.spec import AdmissionSpec
 from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
 from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
 

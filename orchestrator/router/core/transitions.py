@@ -14,7 +14,7 @@ from orchestrator.router.core.replica_registry import Fleet, Replica
 from orchestrator.router.core.request_state import ATTEMPTS_PER_ASK, Action, Errored, Finished, Request, Row, Send
 from orchestrator.router.core.request_table import Board
 from orchestrator.router.core.stats import Cause, Reason
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router.spec import AdmissionSpec
 from workers.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
 from workers.wire import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage
 

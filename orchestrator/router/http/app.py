@@ -1,7 +1,7 @@
 """The HTTP door: OpenAI's endpoints in vLLM's dialect, health, metrics.
 
 Owns how an HTTP request becomes a checked body under the size limits, and how errors become answers. What a body means is
-:mod:`orchestrator.router.request`'s and :mod:`orchestrator.router.prepare`'s; the RPC door asks the same two.
+:mod:`orchestrator.router.frontend.schema`'s and :mod:`orchestrator.router.frontend.preprocess`'s; the RPC door asks the same two.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from orchestrator.metrics import CONTENT_TYPE, Metrics
-from orchestrator.router import prepare as preparing
-from orchestrator.router import request as bodies
-from orchestrator.router.auth import ApiKeys, Salting
-from orchestrator.router.http import kserve, openai, sse
-from orchestrator.router.http.answer import Answer, json_response
-from orchestrator.router.http.exchange import Exchange, Gathered
-from orchestrator.router.http.guard import Guard, tenant_of
-from orchestrator.router.http.incoming import Named, affinity, read_body, request_id
-from orchestrator.router.http.ui import StatusPage
-from orchestrator.router.seam import Dispatcher
-from orchestrator.router.text import TextModel, Texts, TextSink
-from orchestrator.spec import HttpSpec, RouterSpec
+from orchestrator.router.api_keys import ApiKeys, Salting
+from orchestrator.router.frontend import preprocess as preparing
+from orchestrator.router.frontend import schema as bodies
+from orchestrator.router.frontend.detokenizer import TextModel, Texts, TextSink
+from orchestrator.router.http import event_stream
+from orchestrator.router.http.authentication import Guard, tenant_of
+from orchestrator.router.http.dialects import kserve, openai
+from orchestrator.router.http.in_flight import Exchange, Gathered
+from orchestrator.router.http.middleware import Named, affinity, read_body, request_id
+from orchestrator.router.http.response import Answer, json_response
+from orchestrator.router.http.status_page import StatusPage
+from orchestrator.router.interfaces import Dispatcher
+from orchestrator.router.metrics import CONTENT_TYPE, Metrics
+from orchestrator.router.spec import HttpSpec, RouterSpec
 from workers import __version__
 from workers.errors import NotFound, Overloaded, TriremeError, Unavailable
 from workers.wire import UNLIMITED
@@ -91,7 +92,7 @@ class Door:
             request=id,
             tenant=tenant_of(http),
             affinity=affinity(http),
-            credit=sse.window(request) if request.stream else UNLIMITED,
+            credit=event_stream.window(request) if request.stream else UNLIMITED,
         )
         prepared = await preparing.prepare(
             request, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission, salting=self._salting
@@ -197,16 +198,16 @@ class Door:
 
 
 class _OpenAi:
-    """OpenAI's :class:`~orchestrator.router.http.answer.Dialect`."""
+    """OpenAI's :class:`~orchestrator.router.http.response.Dialect`."""
 
     def __init__(self, request: bodies.Request, wording: openai.Wording) -> None:
         self.streamed = bool(request.stream)
         self._request, self._wording = request, wording
 
-    def events(self, exchange: Exchange, abort: Callable[[], None]) -> tuple[sse.EventStream, list[TextSink]]:
-        stream = sse.EventStream(exchange, self._wording, window=sse.window(self._request), abort=abort)
+    def events(self, exchange: Exchange, abort: Callable[[], None]) -> tuple[event_stream.EventStream, list[TextSink]]:
+        stream = event_stream.EventStream(exchange, self._wording, window=event_stream.window(self._request), abort=abort)
         asks = range(len(exchange.prepared.asks))
-        return stream, [sse.EventSink(stream, exchange, index, self._request, self._wording) for index in asks]
+        return stream, [event_stream.EventSink(stream, exchange, index, self._request, self._wording) for index in asks]
 
     def whole(self, exchange: Exchange) -> tuple[list[TextSink], Callable[[], bytes]]:
         sinks = [Gathered(exchange, index, self._request, self._wording) for index in range(len(exchange.prepared.asks))]

@@ -17,7 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from orchestrator.router.http.protocol import BoundedProtocol
-from orchestrator.spec import HttpSpec
+from orchestrator.router.spec import HttpSpec
 from workers.errors import ConfigError, EnvironmentFault
 
 BACKLOG = 2048

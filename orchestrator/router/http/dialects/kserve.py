@@ -1,7 +1,8 @@
 """The doors of Triton's clients: the KServe v2 protocol over HTTP, and Triton's ``generate`` and ``generate_stream``.
 
-Owns these paths and how their answers are worded. A request becomes a completion (:mod:`orchestrator.router.http.tensors`) and from there
-on takes the way of all: one validator, one dispatcher, one stream writer. No tensors but text and numbers, none of them binary.
+Owns these paths and how their answers are worded. A request becomes a completion (:mod:`orchestrator.router.http.dialects.kserve_tensors`)
+and from there on takes the way of all: one validator, one dispatcher, one stream writer. No tensors but text and numbers, none of them
+binary.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from orchestrator.metrics import Metrics
-from orchestrator.router import prepare as preparing
-from orchestrator.router import request as bodies
-from orchestrator.router.auth import Salting
-from orchestrator.router.http import sse, tensors
-from orchestrator.router.http.answer import Answer, json_response
-from orchestrator.router.http.exchange import Exchange
-from orchestrator.router.http.guard import tenant_of
-from orchestrator.router.http.incoming import affinity, read_body
-from orchestrator.router.http.openai import clamp, encode, event
-from orchestrator.router.http.tensors import Asked
-from orchestrator.router.request import CompletionRequest
-from orchestrator.router.seam import Dispatcher
-from orchestrator.router.text import TextModel, Texts, TextSink
-from orchestrator.spec import HttpSpec, RouterSpec
+from orchestrator.router.api_keys import Salting
+from orchestrator.router.frontend import preprocess as preparing
+from orchestrator.router.frontend import schema as bodies
+from orchestrator.router.frontend.detokenizer import TextModel, Texts, TextSink
+from orchestrator.router.frontend.schema import CompletionRequest
+from orchestrator.router.http import event_stream
+from orchestrator.router.http.authentication import tenant_of
+from orchestrator.router.http.dialects import kserve_tensors
+from orchestrator.router.http.dialects.kserve_tensors import Asked
+from orchestrator.router.http.dialects.openai import clamp, encode, event
+from orchestrator.router.http.in_flight import Exchange
+from orchestrator.router.http.middleware import affinity, read_body
+from orchestrator.router.http.response import Answer, json_response
+from orchestrator.router.interfaces import Dispatcher
+from orchestrator.router.metrics import Metrics
+from orchestrator.router.spec import HttpSpec, RouterSpec
 from workers import __version__
 from workers.errors import Cancelled, NotFound, Rejected, TriremeError, Unavailable, printable
 from workers.wire import UNLIMITED, FinishReason, Logprobs, Usage
@@ -100,9 +102,10 @@ class KServeDoor:
     async def metadata(self, http: Request) -> Response:
         self._resolve(http)
         inputs = [
-            {"name": name, "datatype": one.shown_type(), "shape": [-1, -1 if one.many else 1]} for name, one in tensors.INPUTS.items()
+            {"name": name, "datatype": one.shown_type(), "shape": [-1, -1 if one.many else 1]}
+            for name, one in kserve_tensors.INPUTS.items()
         ]
-        outputs = [{"name": name, "datatype": datatype, "shape": [-1, *dims]} for name, (datatype, dims) in tensors.OUTPUTS.items()]
+        outputs = [{"name": name, "datatype": datatype, "shape": [-1, *dims]} for name, (datatype, dims) in kserve_tensors.OUTPUTS.items()]
         found = {"name": http.path_params["name"], "versions": [VERSION], "platform": "trireme", "inputs": inputs, "outputs": outputs}
         return json_response(http, found)
 
@@ -110,9 +113,11 @@ class KServeDoor:
         self._resolve(http)
         inputs = [
             {"name": name, "data_type": _config_type(one.shown_type()), "dims": [-1 if one.many else 1], "optional": name != "text_input"}
-            for name, one in tensors.INPUTS.items()
+            for name, one in kserve_tensors.INPUTS.items()
         ]
-        outputs = [{"name": name, "data_type": _config_type(datatype), "dims": dims} for name, (datatype, dims) in tensors.OUTPUTS.items()]
+        outputs = [
+            {"name": name, "data_type": _config_type(datatype), "dims": dims} for name, (datatype, dims) in kserve_tensors.OUTPUTS.items()
+        ]
         return json_response(
             http,
             {
@@ -128,19 +133,19 @@ class KServeDoor:
         )
 
     async def infer(self, http: Request) -> ASGIApp:
-        asked = tensors.read_infer(*await self._read(http))
+        asked = kserve_tensors.read_infer(*await self._read(http))
         if asked.stream:
             bodies.refuse("stream", "infer answers once; generate_stream streams")
         return await self._answer(http, asked, "infer")
 
     async def generate(self, http: Request) -> ASGIApp:
-        asked = tensors.read_generate(*await self._read(http))
+        asked = kserve_tensors.read_generate(*await self._read(http))
         if asked.stream:
             bodies.refuse("stream", "generate answers once; generate_stream streams")
         return await self._answer(http, asked, "generate")
 
     async def generate_stream(self, http: Request) -> ASGIApp:
-        asked = tensors.read_generate(*await self._read(http))
+        asked = kserve_tensors.read_generate(*await self._read(http))
         return await self._answer(http, asked, "event" if asked.stream is False else "events")
 
     async def _read(self, http: Request) -> tuple[dict[str, Any], str, Callable[[int], None]]:
@@ -159,7 +164,7 @@ class KServeDoor:
                 request=f"infer-{uuid.uuid4().hex}",
                 tenant=tenant_of(http),
                 affinity=affinity(http),
-                credit=sse.window(request) if form == "events" else UNLIMITED,
+                credit=event_stream.window(request) if form == "events" else UNLIMITED,
             )
             prepared = await preparing.prepare(
                 request, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission, salting=self._salting
@@ -219,15 +224,15 @@ class _Sink:
 
 
 class _Speech:
-    """These doors' :class:`~orchestrator.router.http.answer.Dialect`."""
+    """These doors' :class:`~orchestrator.router.http.response.Dialect`."""
 
     def __init__(self, asked: Asked, request: CompletionRequest, form: Form) -> None:
         self.streamed = form in ("events", "event")
         self._asked, self._request, self._form = asked, request, form
         self._head = {"model_name": request.model, "model_version": VERSION, **({"id": asked.id} if asked.id else {})}
 
-    def events(self, exchange: Exchange, abort: Callable[[], None]) -> tuple[sse.EventStream, list[TextSink]]:
-        stream = sse.EventStream(exchange, self, window=sse.window(self._request), abort=abort)
+    def events(self, exchange: Exchange, abort: Callable[[], None]) -> tuple[event_stream.EventStream, list[TextSink]]:
+        stream = event_stream.EventStream(exchange, self, window=event_stream.window(self._request), abort=abort)
         row = self._rows()[0]
         begun = False
 
@@ -280,7 +285,7 @@ class _Speech:
             "output_log_probs": ([len(rows), 1, longest], padded),
         }
         outputs = [
-            {"name": name, "datatype": tensors.OUTPUTS[name][0], "shape": values[name][0], "data": values[name][1]}
+            {"name": name, "datatype": kserve_tensors.OUTPUTS[name][0], "shape": values[name][0], "data": values[name][1]}
             for name in self._asked.outputs
         ]
         return self._head | {"outputs": outputs}

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.router.text import TextModel
+from orchestrator.router.frontend.detokenizer import TextModel
 from workers.errors import Rejected, TriremeError, Unauthorized, printable
 from workers.wire import Logprobs, Usage
 

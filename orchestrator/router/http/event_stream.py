@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from starlette.types import Send
 
-from orchestrator.router.http import openai, tools
-from orchestrator.router.http.exchange import Exchange
-from orchestrator.router.request import ChatRequest, Request
+from orchestrator.router.frontend import tool_parsers
+from orchestrator.router.frontend.schema import ChatRequest, Request
+from orchestrator.router.http.dialects import openai
+from orchestrator.router.http.in_flight import Exchange
 from workers.errors import Cancelled, TriremeError
 from workers.wire import FinishReason, Logprobs, Usage
 
@@ -43,7 +44,7 @@ class EventSink:
         self._with_logprobs = request.wanted_logprobs() is not None
         self._echo = exchange.prepared.prompts[index] if exchange.prepared.prompts else ""
         chat = request if isinstance(request, ChatRequest) else None
-        self._readers = [tools.reader(chat) if chat else None for _ in range(ask.n)]
+        self._readers = [tool_parsers.reader(chat) if chat else None for _ in range(ask.n)]
         self._plain = not (self._with_logprobs or wording.continuous or self._readers[0])
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:

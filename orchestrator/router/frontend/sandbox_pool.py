@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from orchestrator.router.cell import HEADER_BYTES, Answer, Job, Refused, Render, Rendered, Setup, Sound, Try
-from orchestrator.router.template import MAX_RENDERED, Piece, TemplateSource
+from orchestrator.router.frontend.chat_template import MAX_RENDERED, Piece, TemplateSource
+from orchestrator.router.frontend.sandbox_worker import HEADER_BYTES, Answer, Job, Refused, Render, Rendered, Setup, Sound, Try
 from workers.errors import Overloaded, Rejected
 from workers.wire import GuideSpec
 
@@ -38,7 +38,7 @@ class _Process:
     """One cell and the socket to it."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "orchestrator.router.cell"]
+        command = [sys.executable, "-m", "orchestrator.router.frontend.sandbox_worker"]
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         with theirs:

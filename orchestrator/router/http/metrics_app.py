@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from orchestrator.metrics import CONTENT_TYPE, Metrics
+from orchestrator.router.metrics import CONTENT_TYPE, Metrics
 
 
 def build_scrape_app(metrics: Metrics) -> ASGIApp:

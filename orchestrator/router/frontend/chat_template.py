@@ -18,7 +18,7 @@ import msgspec
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from orchestrator.router.message import Message, Tool
+from orchestrator.router.frontend.chat_messages import Message, Tool
 from workers.errors import Rejected
 
 #: Characters that a rendered prompt may have; four times what the largest body can hold.

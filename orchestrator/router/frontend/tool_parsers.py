@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.router.message import NamedTool
-from orchestrator.router.request import ChatRequest
-from orchestrator.router.text import StopStrings
+from orchestrator.router.frontend.chat_messages import NamedTool
+from orchestrator.router.frontend.detokenizer import StopStrings
+from orchestrator.router.frontend.schema import ChatRequest
 
 _OPEN = StopStrings(("<tool_call>",))
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)

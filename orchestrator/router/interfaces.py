@@ -10,8 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.metrics import RequestMeter
 from orchestrator.router.core.stats import Placement
+from orchestrator.router.metrics import RequestMeter
 from workers.errors import TriremeError
 from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
 

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import zmq
 
-from orchestrator.router.admit import Gate
-from orchestrator.router.port import Port
+from orchestrator.router.net.curve_acl import Gate
+from orchestrator.router.net.router_socket import Port
 from workers import wire
 from workers.sockets import KeyPair
 from workers.wire import FromReplica, Hello, Malformed, Peers, ToReplica
@@ -32,7 +32,8 @@ class Ears(Protocol):
 
 
 class ReplicaLink:
-    """Bind ``endpoint`` and serve it from ``start``. Raises as :class:`~orchestrator.router.port.Port`. ``malformed``: frames refused."""
+    """Bind ``endpoint`` and serve it from ``start``. Raises as :class:`~orchestrator.router.net.router_socket.Port`. ``malformed``: frames
+    refused."""
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, keys: KeyPair | None, gate: Gate, greeting: Peers

@@ -1,7 +1,7 @@
 """Bodies of the two generating endpoints, checked: vLLM's dialect of the OpenAI API.
 
-Owns the fields, their types and every limit that can be checked without a model; :mod:`orchestrator.router.prepare` does the rest
-(tokens, context, vocabulary). Serves the HTTP and the RPC door alike, so it must never know of either, and never fetch anything.
+Owns the fields, their types and every limit that can be checked without a model; :mod:`orchestrator.router.frontend.preprocess` does the
+rest (tokens, context, vocabulary). Serves the HTTP and the RPC door alike, so it must never know of either, and never fetch anything.
 
 Strict where a mistake would change an answer (types, ranges, duplicate keys), lenient where only a newer client shows (unknown fields
 are ignored and counted). Every refusal is :class:`~workers.errors.Rejected` with the field in ``param``.
@@ -16,8 +16,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import msgspec
 
-from orchestrator.router import grammar
-from orchestrator.router.message import Message, NamedTool, Tool, ToolFunction
+from orchestrator.router.frontend import structured_output
+from orchestrator.router.frontend.chat_messages import Message, NamedTool, Tool, ToolFunction
 from workers.errors import Rejected, printable
 from workers.wire import GuideSpec
 
@@ -97,8 +97,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: grammar.ResponseFormat | None = None
-    structured_outputs: grammar.StructuredOutputs | None = None
+    response_format: structured_output.ResponseFormat | None = None
+    structured_outputs: structured_output.StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
@@ -115,8 +115,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         older = (self.guided_json, self.guided_regex, self.guided_grammar, self.guided_choice)
         if self.response_format is None and self.structured_outputs is None and older == (None,) * len(older):
             return None
-        outputs = grammar.StructuredOutputs(json=older[0], regex=older[1], grammar=older[2], choice=older[3])
-        return grammar.choose(self.response_format, self.structured_outputs, outputs)
+        outputs = structured_output.StructuredOutputs(json=older[0], regex=older[1], grammar=older[2], choice=older[3])
+        return structured_output.choose(self.response_format, self.structured_outputs, outputs)
 
 
 class ChatRequest(Generation, frozen=True, kw_only=True):
@@ -152,7 +152,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
             schema = next(tool.function.parameters for tool in self.tools if tool.function.name == name) or {"type": "object"}
         else:
             schema = {"anyOf": [_call_schema(tool.function) for tool in self.tools]}
-        return grammar.from_schema(schema, "tools")
+        return structured_output.from_schema(schema, "tools")
 
 
 class CompletionRequest(Generation, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import zmq
 
-from orchestrator.router.admit import Gate, Role
+from orchestrator.router.net.curve_acl import Gate, Role
 from workers.errors import ConfigError, EnvironmentFault
 from workers.sockets import KeyPair
 from workers.wire import HIGH_WATER, MAX_FRAME

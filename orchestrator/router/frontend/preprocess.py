@@ -11,15 +11,15 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.router import origin
-from orchestrator.router import request as bodies
-from orchestrator.router.auth import EVERYONE, Salting, Tenant
-from orchestrator.router.cell import Render
-from orchestrator.router.request import ChatRequest, CompletionRequest, Request, refuse
-from orchestrator.router.seam import Ask, Dispatcher
-from orchestrator.router.template import Piece
-from orchestrator.router.text import TextModel, TextRule, Texts
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router import request_context
+from orchestrator.router.api_keys import EVERYONE, Salting, Tenant
+from orchestrator.router.frontend import schema as bodies
+from orchestrator.router.frontend.chat_template import Piece
+from orchestrator.router.frontend.detokenizer import TextModel, TextRule, Texts
+from orchestrator.router.frontend.sandbox_worker import Render
+from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, Request, refuse
+from orchestrator.router.interfaces import Ask, Dispatcher
+from orchestrator.router.spec import AdmissionSpec
 from workers.core.params import MIN_TEMPERATURE
 from workers.errors import NotFound, TooLong, Unavailable
 from workers.wire import UNLIMITED, GuideSpec, Journal, SamplingParams
@@ -83,7 +83,7 @@ async def prepare(
     request: Request, caller: Caller, *, texts: Texts, dispatcher: Dispatcher, admission: AdmissionSpec, salting: Salting
 ) -> Prepared:
     """Raises NotFound, TooLong, other Rejected, and Unavailable while no replica has yet said how long its context is."""
-    origin.learn(request.metadata, chat=isinstance(request, ChatRequest))
+    request_context.learn(request.metadata, chat=isinstance(request, ChatRequest))
     model = resolve(request.model, texts, caller.tenant)
     status = dispatcher.model(model.name)
     context = (status.max_seq_len if status else 0) or model.card.max_seq_len
@@ -213,7 +213,7 @@ def _ask(request: Request, caller: Caller, frame: _Frame, index: int, ids: list[
         credit=caller.credit,
         deadline_s=deadline,
         emitted=emitted,
-        marks=origin.marks(),
+        marks=request_context.marks(),
     )
 
 

@@ -1,7 +1,7 @@
 """What Triton's clients ask, in the words of the completions endpoint: named tensors and parameters, as TensorRT-LLM's backend names them.
 
 Owns the names, the tensors' form and what has no meaning here. The values are checked where every door's are
-(:mod:`orchestrator.router.request`); nothing here knows of sockets, models or tokens.
+(:mod:`orchestrator.router.frontend.schema`); nothing here knows of sockets, models or tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from orchestrator.router.request import MAX_NAME, MAX_PROMPTS, convert, refuse
+from orchestrator.router.frontend.schema import MAX_NAME, MAX_PROMPTS, convert, refuse
 from workers.errors import Rejected
 
 Kind = Literal["text", "integer", "number", "flag"]

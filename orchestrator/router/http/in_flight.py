@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from orchestrator.metrics import Metrics, RequestMeter
-from orchestrator.router.http import openai, tools
-from orchestrator.router.prepare import Prepared
-from orchestrator.router.request import ChatRequest, Request
-from orchestrator.router.seam import Ask, Dispatcher, Ticket
-from orchestrator.router.text import TextSink, TextWatcher
+from orchestrator.router.frontend import tool_parsers
+from orchestrator.router.frontend.detokenizer import TextSink, TextWatcher
+from orchestrator.router.frontend.preprocess import Prepared
+from orchestrator.router.frontend.schema import ChatRequest, Request
+from orchestrator.router.http.dialects import openai
+from orchestrator.router.interfaces import Ask, Dispatcher, Ticket
+from orchestrator.router.metrics import Metrics, RequestMeter
 from workers.errors import Cancelled, TriremeError
 from workers.wire import FinishReason, Logprobs, Usage
 
@@ -128,7 +129,7 @@ class Gathered:
         finish: str = reason
         if isinstance(self._request, ChatRequest):
             shown = {"message": {"role": "assistant", "content": text}}
-            if (reader := tools.reader(self._request)) is not None:
+            if (reader := tool_parsers.reader(self._request)) is not None:
                 content = reader.feed(text)
                 rest, calls = reader.finish()
                 shown = {"message": {"role": "assistant", "content": (content + rest) or None, "tool_calls": calls}}

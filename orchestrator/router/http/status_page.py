@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from orchestrator.metrics import Metrics, ModelMeter
 from orchestrator.router.core.stats import LATENCY_BUCKETS, Histogram
+from orchestrator.router.metrics import Metrics, ModelMeter
 from workers import __version__
 
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)

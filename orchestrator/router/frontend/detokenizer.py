@@ -15,11 +15,11 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from orchestrator.metrics import RequestMeter
-from orchestrator.router.cells import Cells
-from orchestrator.router.seam import Ticket
-from orchestrator.router.tokenizer import Loaded, load
-from orchestrator.spec import ModelCard
+from orchestrator.router.frontend.sandbox_pool import Cells
+from orchestrator.router.frontend.tokenizer import Loaded, load
+from orchestrator.router.interfaces import Ticket
+from orchestrator.router.metrics import RequestMeter
+from orchestrator.router.spec import ModelCard
 from workers.errors import TriremeError
 from workers.wire import FinishReason, Logprobs, Usage
 
@@ -135,7 +135,7 @@ class _Row:
 
 
 class TextWatcher:
-    """A :class:`~orchestrator.router.seam.Watcher` that turns ids into text for a door.
+    """A :class:`~orchestrator.router.interfaces.Watcher` that turns ids into text for a door.
 
     Make it, submit it, then :meth:`bind` the ticket. ``emitted``: ids that the client already holds, per choice (a journal): decoding goes
     on after them, and a choice that has its stop string already ends at once. ``prompt_tokens`` is for the usage of a choice that a stop

@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from orchestrator.metrics import Metrics
-from orchestrator.router.http.exchange import Exchange
-from orchestrator.router.http.incoming import request_id
-from orchestrator.router.http.openai import encode
+from orchestrator.router.frontend.detokenizer import TextSink
+from orchestrator.router.http.dialects.openai import encode
+from orchestrator.router.http.event_stream import EventStream
+from orchestrator.router.http.in_flight import Exchange
+from orchestrator.router.http.middleware import request_id
 from orchestrator.router.http.protocol import ABORT
-from orchestrator.router.http.sse import EventStream
-from orchestrator.router.seam import Dispatcher
-from orchestrator.router.text import TextSink
+from orchestrator.router.interfaces import Dispatcher
+from orchestrator.router.metrics import Metrics
 
 
 class Dialect(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from orchestrator.router.template import Piece, TemplateSource
+from orchestrator.router.frontend.chat_template import Piece, TemplateSource
 from workers.artifacts.tensorfile import regular
 from workers.errors import ArtifactError
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from orchestrator.router import origin
+from orchestrator.router import request_context
 from workers.errors import TooLarge, Unsupported
 
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -39,7 +39,7 @@ class Named:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = [value for name, value in scope["headers"] if name == b"traceparent"]
         # W3C: what came twice is as good as none.
-        origin.enter(request_id(scope), given[0].decode("latin-1") if len(given) == 1 else "")
+        request_context.enter(request_id(scope), given[0].decode("latin-1") if len(given) == 1 else "")
         await self._app(scope, receive, send)
 
 

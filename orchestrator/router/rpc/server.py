@@ -16,16 +16,16 @@ from collections.abc import Callable
 
 import msgspec
 
-from orchestrator.metrics import Metrics
-from orchestrator.router import origin
-from orchestrator.router import request as bodies
-from orchestrator.router.admit import Gate
-from orchestrator.router.auth import EVERYONE, Salting, Tenant
-from orchestrator.router.calls import Call, Outgoing
-from orchestrator.router.prepare import Caller, Prepared, decode, prepare
-from orchestrator.router.seam import Ask, Dispatcher, Ticket
-from orchestrator.router.text import Texts, TextWatcher
-from orchestrator.spec import AdmissionSpec
+from orchestrator.router import request_context
+from orchestrator.router.api_keys import EVERYONE, Salting, Tenant
+from orchestrator.router.frontend import schema as bodies
+from orchestrator.router.frontend.detokenizer import Texts, TextWatcher
+from orchestrator.router.frontend.preprocess import Caller, Prepared, decode, prepare
+from orchestrator.router.interfaces import Ask, Dispatcher, Ticket
+from orchestrator.router.metrics import Metrics
+from orchestrator.router.net.curve_acl import Gate
+from orchestrator.router.rpc.call import Call, Outgoing
+from orchestrator.router.spec import AdmissionSpec
 from workers import wire
 from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
 from workers.wire import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
@@ -130,7 +130,7 @@ class RpcDoor:
 
     async def _begin(self, call: Call, message: Generate) -> None:
         """The edge of one request: whatever goes wrong in it ends it only."""
-        origin.enter(call.name[1], "")
+        request_context.enter(call.name[1], "")
         try:
             await self._admit(call, message)
         except TriremeError as error:

@@ -1,8 +1,9 @@
 """A cell: a process that renders chat templates and tries grammars out for a router, and that may be killed at any moment.
 
 Owns the code that a model's template or a request's grammar can keep busy, with bounds on memory and output that the kernel and the
-renderer keep; the bound on time is kept by :mod:`orchestrator.router.cells`, with SIGKILL. Typed msgpack frames over the socket that is
-its standard input: a :class:`Setup`, then one job, one answer. Must never open a file of its own, nor print what a request holds.
+renderer keep; the bound on time is kept by :mod:`orchestrator.router.frontend.sandbox_pool`, with SIGKILL. Typed msgpack frames over the
+socket that is its standard input: a :class:`Setup`, then one job, one answer. Must never open a file of its own, nor print what a request
+holds.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 import jinja2
 import msgspec
 
-from orchestrator.router.message import Message, Tool
-from orchestrator.router.template import ChatTemplate, Piece, TemplateSource
+from orchestrator.router.frontend.chat_messages import Message, Tool
+from orchestrator.router.frontend.chat_template import ChatTemplate, Piece, TemplateSource
 from workers.errors import Rejected
 from workers.process import die_with_parent
 from workers.wire import GuideSpec
@@ -33,7 +34,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Render(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
-    """Arguments as of :meth:`~orchestrator.router.template.ChatTemplate.render`."""
+    """Arguments as of :meth:`~orchestrator.router.frontend.chat_template.ChatTemplate.render`."""
 
     model: str
     messages: list[Message]

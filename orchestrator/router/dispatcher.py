@@ -1,7 +1,7 @@
 """The shell of the routing core: gives it events with the time, and does what it asks.
 
-Owns the watchers of live requests. Implements :class:`orchestrator.router.seam.Dispatcher`. Decides nothing itself, never awaits, and an
-error in one request's watcher never reaches another's.
+Owns the watchers of live requests. Implements :class:`orchestrator.router.interfaces.Dispatcher`. Decides nothing itself, never awaits, and
+an error in one request's watcher never reaches another's.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from orchestrator.metrics import RequestMeter
-from orchestrator.router import origin
+from orchestrator.router import request_context
 from orchestrator.router.core.replica_registry import Loss, Replica
 from orchestrator.router.core.request_state import Deliver, Errored, Finished, Scored, Send
 from orchestrator.router.core.router_core import Route
-from orchestrator.router.seam import Ask, ModelStatus, Watcher
+from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
+from orchestrator.router.metrics import RequestMeter
 from workers.errors import EngineFault, ReplicaLost, printable
 from workers.wire import FromReplica, ToReplica
 
@@ -26,7 +26,7 @@ SendToReplica = Callable[[bytes, ToReplica], bool]
 
 
 class Flight:
-    """A live request's :class:`~orchestrator.router.seam.Ticket`. ``open``: bit i = the watcher still expects something for choice i."""
+    """The :class:`~orchestrator.router.interfaces.Ticket`. ``open``: bit i = the watcher still expects something for choice i."""
 
     __slots__ = ("_dispatch", "id", "last", "meter", "open", "origin", "watcher")
 
@@ -34,7 +34,7 @@ class Flight:
         self._dispatch, self.watcher, self.meter = dispatch, watcher, meter
         self.id = 0
         #: Whose it is, for log lines: what befalls it later befalls it in other tasks.
-        self.origin = origin.current()
+        self.origin = request_context.current()
         #: When its last tokens were delivered; None = none were.
         self.last: float | None = None
         self.open = (1 << choices) - 1
@@ -230,11 +230,13 @@ class RouterDispatch:
             watcher.on_done(action.choice, action.reason, action.usage, action.stop_id)
         else:
             if isinstance(action.error, EngineFault | ReplicaLost):
-                log.warning("a request failed: %s: %s", action.error.code, printable(str(action.error)), extra=origin.fields(flight.origin))
+                log.warning(
+                    "a request failed: %s: %s", action.error.code, printable(str(action.error)), extra=request_context.fields(flight.origin)
+                )
             watcher.on_failed(action.choice, action.error)
 
     def _break(self, flight: Flight, error: Exception) -> None:
-        log.error("request %d: its door failed", flight.id, exc_info=error, extra=origin.fields(flight.origin))
+        log.error("request %d: its door failed", flight.id, exc_info=error, extra=request_context.fields(flight.origin))
         choices = [choice for choice in range(flight.open.bit_length()) if flight.open >> choice & 1]
         flight.cancel()
         for choice in choices:
@@ -243,7 +245,7 @@ class RouterDispatch:
                     choice, EngineFault("the router failed on this request", type(error).__name__, code="internal_error")
                 )
             except Exception:
-                log.exception("request %d: its door failed again", flight.id, extra=origin.fields(flight.origin))
+                log.exception("request %d: its door failed again", flight.id, extra=request_context.fields(flight.origin))
                 return
 
 

@@ -1,8 +1,9 @@
 """Prometheus series of one router: prefix ``trireme_``, vLLM's suffixes, labels ``model_name`` and ``replica``.
 
-Owns the counters of what passed the doors; what the routing core and the replicas know is read at each scrape (:mod:`orchestrator.series`),
-so nothing is counted twice. The token path only adds to integers: all text is made at the scrape. Labels come from configuration and fixed
-lists alone, never from a request, so the number of series is bounded whatever clients send.
+Owns the counters of what passed the doors; what the routing core and the replicas know is read at each scrape
+(:mod:`orchestrator.router.metric_families`), so nothing is counted twice. The token path only adds to integers: all text is made at the
+scrape. Labels come from configuration and fixed lists alone, never from a request, so the number of series is bounded whatever clients
+send.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from orchestrator import series
+from orchestrator.router import metric_families
 from orchestrator.router.core.stats import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Tally
 from workers.wire import Usage
 
@@ -107,7 +108,7 @@ class Metrics:
         self, models: Iterable[str], status: Callable[[], Mapping[str, Any]] = dict, tallies: Mapping[str, Tally] | None = None
     ) -> None:
         self.models = {name: ModelMeter() for name in models}
-        self.lag = Histogram(series.LAG_BUCKETS)
+        self.lag = Histogram(metric_families.LAG_BUCKETS)
         self._status = status
         self._tallies = tallies if tallies is not None else {name: Tally() for name in self.models}
         self._ignored_fields = 0
@@ -143,9 +144,9 @@ class Metrics:
         yield from self._counts()
         yield from self._histograms()
         status = self._status()
-        yield from series.core(status, self._tallies)
-        yield from series.replicas(status, list(self.models))
-        yield from series.process(status, self.lag)
+        yield from metric_families.core(status, self._tallies)
+        yield from metric_families.replicas(status, list(self.models))
+        yield from metric_families.process(status, self.lag)
 
     def _door(self) -> Iterator[Metric]:
         yield CounterMetricFamily("trireme_router_disconnected_clients", "Clients that left before their answer's end", self._disconnected)
@@ -182,4 +183,4 @@ class Metrics:
             ("request_generation_tokens", "Output tokens of a choice", lambda meter: meter.output_length),
         )
         for name, text, pick in families:
-            yield series.histogram(name, text, {model: pick(meter) for model, meter in self.models.items()})
+            yield metric_families.histogram(name, text, {model: pick(meter) for model, meter in self.models.items()})
