@@ -31,7 +31,7 @@ from bench.gpu import ROOT, WORKLOADS, Case, launched, spec_of, write_shape
 from bench.report import commit, facts, record, say
 from bench.router import cpu_seconds
 from orchestrator.client import AsyncClient
-from orchestrator.launch.control import Control, Status
+from orchestrator.control.host.control_socket import Control, Status
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.tiny import tiny_model, tiny_tokenizer
 from workers.__main__ import GPU_ENVIRONMENT

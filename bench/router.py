@@ -20,7 +20,7 @@ import psutil
 
 from bench.report import Claim, publish, say
 from orchestrator.client import AsyncClient
-from orchestrator.launch.control import Status
+from orchestrator.control.host.control_socket import Status
 from tests.e2e.deployment import MODEL, deployed, write_config
 
 BODY = {"temperature": 0.0, "ignore_eos": True}

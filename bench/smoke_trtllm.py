@@ -24,8 +24,8 @@ import yaml
 from orchestrator import config
 from orchestrator.cli.demo import POLL_S, STOP_S, wait_ready
 from orchestrator.client import Client
-from orchestrator.deployment import connect
-from orchestrator.launch.control import ReplicaRow
+from orchestrator.control.host.control_socket import ReplicaRow
+from orchestrator.control.host.deployment import connect
 from orchestrator.models import DEFAULT_MODEL
 from workers.errors import EnvironmentFault, TriremeError
 from workers.spec import Parallel

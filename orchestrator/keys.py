@@ -19,7 +19,7 @@ from typing import Literal
 import msgspec
 import zmq
 
-from orchestrator.launch.gang import make_private, write_private
+from orchestrator.control.launch.launcher import make_private, write_private
 from orchestrator.router.api_keys import ApiKey, ApiKeyFile, mint, parse_api_keys
 from orchestrator.router.net.curve_acl import FAMILY, Grant, Role, parse_grants
 from workers.errors import ConfigError, NotFound, Rejected

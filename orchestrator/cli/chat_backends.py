@@ -14,8 +14,8 @@ import httpx
 import msgspec
 
 from orchestrator.client import Client, ClientKeys
+from orchestrator.control.host.control_socket import Status
 from orchestrator.keys import read_private
-from orchestrator.launch.control import Status
 from workers.errors import EngineFault, EnvironmentFault, NotFound, Rejected, Unavailable, from_code, printable
 
 Endpoint = Literal["chat", "completions"]

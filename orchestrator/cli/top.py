@@ -27,7 +27,7 @@ from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from orchestrator.launch.control import ModelRow, Status
+    from orchestrator.control.host.control_socket import ModelRow, Status
 
 #: Ranks up to so many are shown without being asked for.
 FEW_RANKS = 16

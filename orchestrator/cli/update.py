@@ -14,7 +14,7 @@ from orchestrator.cli.serve import CacheDir, Launcher, Name, Port, Routers, RunD
 from workers.errors import ReplicaLost
 
 if TYPE_CHECKING:
-    from orchestrator.launch.control import Control, UpdateReport
+    from orchestrator.control.host.control_socket import Control, UpdateReport
 
 POLL_S = 0.3
 
@@ -32,8 +32,8 @@ def update(
 ) -> None:
     """Bring a running deployment to a changed file, one replica at a time, without a failed request. Flags as they were given to `up`."""
     from orchestrator import config as configs
-    from orchestrator import deployment
-    from orchestrator import update as updates
+    from orchestrator.control.host import deployment
+    from orchestrator.control.host import update as updates
 
     console: Console = context.obj
     flags = {"port": port, "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir}

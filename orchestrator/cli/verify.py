@@ -152,7 +152,7 @@ def ask_both(
     from orchestrator import config
     from orchestrator.cli.demo import deployment
     from orchestrator.client import Client
-    from orchestrator.deployment import connect
+    from orchestrator.control.host.deployment import connect
 
     with tempfile.TemporaryDirectory(prefix="trireme-") as folder:
         models = [{"name": ENGINE, **candidate}, {"name": REFERENCE, **reference}]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import zmq
 
-from orchestrator.launch.child import STOP
+from orchestrator.control.launch.subprocesses import STOP
 from orchestrator.router.api_keys import ApiKey, ApiKeys, Salting
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.router_core import Route

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.launch.gang import write_private
+from orchestrator.control.launch.launcher import write_private
 from workers.spec import RouterAddress
 
 FILE = "endpoint.json"

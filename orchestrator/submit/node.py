@@ -18,9 +18,9 @@ import msgspec
 import psutil
 
 from orchestrator import config as configs
-from orchestrator.deployment import INTERRUPTED, connect
-from orchestrator.launch.child import Child, adopt_orphans
-from orchestrator.launch.gang import make_private, write_private
+from orchestrator.control.host.deployment import INTERRUPTED, connect
+from orchestrator.control.launch.launcher import make_private, write_private
+from orchestrator.control.launch.subprocesses import Child, adopt_orphans
 from orchestrator.submit import endpoint as endpoints
 from orchestrator.submit import preflight
 from orchestrator.submit.endpoint import Endpoint

@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 import psutil
 
-from orchestrator.launch.mpi import find_mpi
+from orchestrator.control.launch.mpiexec import find_mpi
 from workers.errors import EnvironmentFault
 from workers.trtllm.node import gpus, installed_versions
 

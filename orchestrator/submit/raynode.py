@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from orchestrator.launch.child import Child
+from orchestrator.control.launch.subprocesses import Child
 from orchestrator.submit.place import Place
 from workers.errors import EnvironmentFault
 

@@ -22,9 +22,9 @@ import msgspec
 import ray
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from orchestrator.deployment import connect
-from orchestrator.launch.child import TAG, alive, tagged
-from orchestrator.launch.control import Control
+from orchestrator.control.host.control_socket import Control
+from orchestrator.control.host.deployment import connect
+from orchestrator.control.launch.subprocesses import TAG, alive, tagged
 from tests.e2e.deployment import write_config
 from tests.faults.control_plane import cases, daemon, epochs, exactly, rows, until
 from tests.faults.namespace import measured, step

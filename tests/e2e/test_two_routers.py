@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from orchestrator.client import AsyncClient, Client, ClientKeys
-from orchestrator.launch.control import Control, Status
+from orchestrator.control.host.control_socket import Control, Status
 from tests.e2e.deployment import deployed, wait_for_state
 from tests.gang import wait_for
 from workers.fake import expected_tokens

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from orchestrator.launch.control import Control, ReplicaRow, Status
+from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.e2e.load import ASKERS, Load
 from tests.tiny import tiny_model

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.deployment import connect
-from orchestrator.launch.child import alive, tagged
-from orchestrator.launch.control import Control, ReplicaRow, Status
+from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
+from orchestrator.control.host.deployment import connect
+from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.e2e.deployment import write_config
 from tests.faults.namespace import measured, step
 from tests.faults.streams import Case, counts, run_all

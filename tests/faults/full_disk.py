@@ -15,8 +15,8 @@ from pathlib import Path
 
 import httpx
 
-from orchestrator.deployment import connect
-from orchestrator.launch.control import Control, ReplicaRow, Status
+from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
+from orchestrator.control.host.deployment import connect
 from tests.e2e.deployment import MODEL, write_config
 from tests.faults.namespace import measured, step
 from workers.fake import expected_tokens

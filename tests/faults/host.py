@@ -7,20 +7,19 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator import deployment
 from orchestrator.config import load
-from orchestrator.launch import wanted
+from orchestrator.control.host import deployment, desired_state
 from tests.faults.saboteur import COMMAND
 
 
 def main(file: str) -> int:
-    plan = wanted.plan
+    plan = desired_state.plan
 
-    def sabotaged(*arguments: object) -> wanted.Plan:
+    def sabotaged(*arguments: object) -> desired_state.Plan:
         made = plan(*arguments)  # type: ignore[arg-type]
         return msgspec.structs.replace(made, gangs=[msgspec.structs.replace(gang, command=COMMAND) for gang in made.gangs])
 
-    wanted.plan = sabotaged
+    desired_state.plan = sabotaged
     return deployment.up(load(Path(file)).config)
 
 

@@ -18,9 +18,9 @@ import httpx
 import msgspec
 import psutil
 
+from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
+from orchestrator.control.launch.subprocesses import alive, tagged
 from orchestrator.control.reconciler import Policy, Reconciler
-from orchestrator.launch.child import alive, tagged
-from orchestrator.launch.control import Control, ReplicaRow, Status
 from tests.e2e.deployment import deployed, wait_for_state, write_config
 from tests.figures import figure
 from tests.gang import short_folder, wait_for

@@ -15,7 +15,7 @@ import httpx
 import msgspec
 
 from orchestrator.client import AsyncClient
-from orchestrator.launch.control import Status
+from orchestrator.control.host.control_socket import Status
 from tests.e2e.deployment import MODEL
 from workers.fake import score, state_of
 from workers.wire import GuideSpec, Logprobs, SamplingParams

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from orchestrator.launch.child import alive
+from orchestrator.control.launch.subprocesses import alive
 from tests.e2e.deployment import deployed, write_config
 from tests.faults.streams import Case, run_all
 from tests.figures import figure

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.launch.child import alive
+from orchestrator.control.launch.subprocesses import alive
 from tests.faults.stage import HANG_S, NEXT_TOKEN_S, Healed, Stage, staged
 from tests.faults.streams import Case, Choice, counts, run_all, warm
 from tests.figures import figure

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from orchestrator.client import AsyncClient
-from orchestrator.launch.control import Status
+from orchestrator.control.host.control_socket import Status
 from tests.e2e.deployment import MODEL
 from tests.faults.saboteur import HUNGRY, NAN, NAN_FROM, OOM
 from tests.faults.stage import HANG_S, NEXT_TOKEN_S, Healed, Stage, staged

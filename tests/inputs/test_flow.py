@@ -22,7 +22,7 @@ import pytest
 import zmq
 
 from orchestrator.client.sockets import ClientKeys, Wires
-from orchestrator.launch.reports import ask
+from orchestrator.control.host.router_poller import ask
 from orchestrator.router.net.curve_acl import Gate
 from orchestrator.router.net.curve_auth import Zap
 from orchestrator.router.net.router_socket import Port

@@ -17,8 +17,8 @@ import pytest
 import zmq
 
 from orchestrator.client import Client
+from orchestrator.control.launch.launcher import make_private
 from orchestrator.keys import KeyRing
-from orchestrator.launch.gang import make_private
 from orchestrator.router import read_keys
 from orchestrator.router.net.curve_acl import Gate, Grant
 from orchestrator.router.net.curve_auth import Zap

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from orchestrator.client import AsyncClient, ClientKeys
-from orchestrator.launch.control import Status
+from orchestrator.control.host.control_socket import Status
 from tests.e2e.deployment import MODEL, deployed, write_config
 from tests.e2e.test_two_routers import free_ports
 from tests.load.report import Report, percentile, say

@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 import psutil
 
-from orchestrator.launch.control import Status
+from orchestrator.control.host.control_socket import Status
 from tests.load.report import Report, say
 
 #: Samples of a process's first seconds are its start, not its growth.

@@ -25,7 +25,7 @@ import msgspec
 import psutil
 
 from orchestrator.client import AsyncClient
-from orchestrator.launch.control import Control, Status
+from orchestrator.control.host.control_socket import Control, Status
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.e2e.test_two_routers import free_ports
 from tests.load.growth import Growth

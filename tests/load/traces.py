@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.launch.child import tagged
-from orchestrator.launch.control import Status
+from orchestrator.control.host.control_socket import Status
+from orchestrator.control.launch.subprocesses import tagged
 
 SHARED = "/dev/shm/"
 

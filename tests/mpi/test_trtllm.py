@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.launch.gang import GangSpec, mint_epoch
-from orchestrator.launch.mpi import find_mpi
-from orchestrator.launch.supervisor import Gang as Launched
-from orchestrator.launch.supervisor import LocalNode
+from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.mpiexec import find_mpi
+from orchestrator.control.launch.supervisor import Gang as Launched
+from orchestrator.control.launch.supervisor import LocalNode
 from tests.gang import Gang, RouterEnd, short_folder, wait_for
 from tests.tiny import tiny_model, tiny_tokenizer
 from workers.core.blocks import prefix_hashes

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.launch.control import Status
+from orchestrator.control.host.control_socket import Status
 from tests.e2e.deployment import MODEL, deployed, write_config
 from tests.gang import short_folder, wait_for
 from tests.operators.prometheus import ROOT, SHIPPED, Prometheus, free_ports, scraping, tool

@@ -23,8 +23,8 @@ import httpx
 import yaml
 
 from orchestrator.client import Client
-from orchestrator.deployment import connect
-from orchestrator.launch.child import TAG, alive
+from orchestrator.control.host.deployment import connect
+from orchestrator.control.launch.subprocesses import TAG, alive
 from orchestrator.submit import endpoint as endpoints
 from orchestrator.submit.endpoint import Endpoint
 from tests.slurm.load import Load

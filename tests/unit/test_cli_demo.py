@@ -29,7 +29,7 @@ def test_a_daemon_does_not_escape() -> None:
     code = (
         "import os, signal, subprocess, sys\n"
         "from orchestrator.cli import demo\n"
-        "from orchestrator.launch.child import adopt_orphans\n"
+        "from orchestrator.control.launch.subprocesses import adopt_orphans\n"
         "demo.GONE_S = 0.5\n"
         "adopt_orphans()\n"
         "print(demo.survivors())\n"

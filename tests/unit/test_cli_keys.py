@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.cli.main import run
 from orchestrator.config import load
-from orchestrator.deployment import Deployment, Notice
+from orchestrator.control.host.deployment import Deployment, Notice
 from orchestrator.keys import ApiKeyRing, KeyRing, read_pass
 from workers.errors import ConfigError
 

@@ -14,8 +14,8 @@ import pytest
 
 from orchestrator.cli.serve import curl, label, room
 from orchestrator.cli.status import render
-from orchestrator.launch.child import alive
-from orchestrator.launch.control import ModelRow, ReplicaRow, Status
+from orchestrator.control.host.control_socket import ModelRow, ReplicaRow, Status
+from orchestrator.control.launch.subprocesses import alive
 from tests.tiny import tiny_model
 from workers.wire import Capacity
 

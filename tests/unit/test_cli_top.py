@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.top import Meter, frame, plain
-from orchestrator.launch.control import Answer, ControlServer, ModelRow, ReplicaRow, Status
+from orchestrator.control.host.control_socket import Answer, ControlServer, ModelRow, ReplicaRow, Status
 from tests.gang import short_folder
 from workers.wire import Capacity
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from orchestrator.control.controller import ControllerActor
+from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.reconciler import GangStatus, Policy
-from orchestrator.controller import ControllerActor
-from orchestrator.launch.gang import GangSpec, write_private
 from tests.gang import wait_for
 from workers.spec import EngineSpec, ReplicaSpec
 

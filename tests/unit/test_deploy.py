@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 #: The oldest release that the manifests are for, and the newest that the package knows.
 VERSIONS = ("1.30", "1.37")
-#: Farewells, kills and their proof after a grace, seconds: `orchestrator.deployment`.
+#: Farewells, kills and their proof after a grace, seconds: `orchestrator.control.host.deployment`.
 FAREWELL_S = 15.0
 #: KubeRay 1.6's API reference, ray.io/v1, field by field: no package carries its schemas. Pod templates go to Kubernetes' own.
 KUBERAY = json.loads((ROOT / "tests" / "contracts" / "kuberay.json").read_text())

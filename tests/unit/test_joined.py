@@ -12,13 +12,13 @@ import pytest
 
 from orchestrator.client import Client, ClientKeys
 from orchestrator.config import Config, load
+from orchestrator.control.host import desired_state, external_routers, join_file
+from orchestrator.control.host.external_routers import JoinedRouters
+from orchestrator.control.host.join_file import JoinFile
+from orchestrator.control.host.router_poller import ReplicaReport, RouterReport
+from orchestrator.control.host.status_table import describe, describe_standing
 from orchestrator.control.reconciler import GangStatus, ReplicaView
 from orchestrator.keys import KeyRing, Pass, read_pass
-from orchestrator.launch import joined, standing, wanted
-from orchestrator.launch.joined import JoinedRouters
-from orchestrator.launch.reports import ReplicaReport, RouterReport
-from orchestrator.launch.standing import JoinFile
-from orchestrator.launch.table import describe, describe_standing
 from orchestrator.router.net.curve_acl import Gate
 from tests.gang import short_folder, wait_for
 from tests.inputs.impostor import Impostor, dealer
@@ -97,17 +97,21 @@ def test_names_are_the_run_folders_own(tmp_path: Path) -> None:
     assert first.back.prefix.startswith("slurm/job-") and first.back.prefix.endswith("/")
     assert first.key_file.stat().st_mode & 0o777 == 0o600
     keys = KeyRing(tmp_path / "run" / "job" / "keys")
-    model = wanted.ServedModel(
+    model = desired_state.ServedModel(
         config=job(tmp_path).models[0],
         source="m",
         tokenizer="",
-        gangs=(wanted.GangArtifact(name="m-0", parallel=wanted.Parallel(), artifact="", engine=job(tmp_path).models[0].engine_spec()),),
+        gangs=(
+            desired_state.GangArtifact(
+                name="m-0", parallel=desired_state.Parallel(), artifact="", engine=job(tmp_path).models[0].engine_spec()
+            ),
+        ),
     )
-    plan = wanted.plan(job(tmp_path), [model], keys, first.back)
+    plan = desired_state.plan(job(tmp_path), [model], keys, first.back)
     assert plan.routers == [] and not keys.allowed_file.exists()
     (gang,) = plan.gangs
     assert (gang.replica.name, gang.replica.announced) == ("m-0", f"{first.back.prefix}m-0") and gang.key == first.back.key
-    assert wanted.renamed(gang, "m-0-spare", first.back, keys).replica.announced == f"{first.back.prefix}m-0-spare"
+    assert desired_state.renamed(gang, "m-0-spare", first.back, keys).replica.announced == f"{first.back.prefix}m-0-spare"
 
 
 @pytest.mark.parametrize(
@@ -144,9 +148,9 @@ def test_files_that_are_none_are_named_and_not_quoted(tmp_path: Path) -> None:
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     theirs, ours = tiny_tokenizer(tmp_path / "theirs"), tiny_tokenizer(tmp_path / "ours")
-    write(tmp_path, models={"m": standing.fingerprint(theirs)})
+    write(tmp_path, models={"m": join_file.fingerprint(theirs)})
     routers = JoinedRouters(job(tmp_path))
-    model = wanted.ServedModel(config=job(tmp_path).models[0], source="m", tokenizer=str(ours), gangs=())
+    model = desired_state.ServedModel(config=job(tmp_path).models[0], source="m", tokenizer=str(ours), gangs=())
     routers.check_tokenizers([model])
     (ours / "tokenizer.json").write_text((ours / "tokenizer.json").read_text() + "\n")
     with pytest.raises(ConfigError, match="another tokenizer"):
@@ -161,17 +165,17 @@ def standing_config(**more: Any) -> Config:
 def test_a_join_file_names_what_others_can_reach(tmp_path: Path) -> None:
     config = standing_config(run_dir=str(tmp_path), http={"host": "0.0.0.0", "api_keys_file": "k"})
     keys = KeyRing(config.home / "keys")
-    back = wanted.own_back(config, keys, "")
+    back = desired_state.own_back(config, keys, "")
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
-    model = wanted.ServedModel(config=config.models[0], source="m", tokenizer=str(tokenizer), gangs=())
-    plan = wanted.plan(config, [model], keys, back)
+    model = desired_state.ServedModel(config=config.models[0], source="m", tokenizer=str(tokenizer), gangs=())
+    plan = desired_state.plan(config, [model], keys, back)
     assert [router.back for router in plan.routers] == ["tcp://0.0.0.0:8200", "tcp://0.0.0.0:8201"]
     assert all(router.peers == back.addresses and router.allowed_file for router in plan.routers)
-    path = standing.publish(config, back.addresses, keys.pair("router", "all").public, wanted.cards([model]), "http://0.0.0.0:8000")
-    file = joined.read_join(path)
+    path = join_file.publish(config, back.addresses, keys.pair("router", "all").public, desired_state.cards([model]), "http://0.0.0.0:8000")
+    file = external_routers.read_join(path)
     assert [address.endpoint for address in file.routers] == ["tcp://front.example:8200", "tcp://front.example:8201"]
     assert [address.endpoint for address in file.rpc] == ["tcp://front.example:8100", "tcp://front.example:8101"]
-    assert file.http == "http://front.example:8000" and file.models == {"m": standing.fingerprint(tokenizer)}
+    assert file.http == "http://front.example:8000" and file.models == {"m": join_file.fingerprint(tokenizer)}
     assert keys.pair("router", "all").secret not in path.read_text()
 
 
@@ -184,7 +188,7 @@ def test_an_address_that_nobody_can_use_is_refused(back: dict[str, Any], said: s
 @pytest.mark.parametrize("missing", ["back", "rpc"])
 def test_routers_that_nobody_could_join_do_not_start(missing: str) -> None:
     with pytest.raises(ConfigError, match=f"{missing}.host: is missing"):
-        standing.check(standing_config(**{missing: {}}))
+        join_file.check(standing_config(**{missing: {}}))
 
 
 class Told:
@@ -307,7 +311,7 @@ def test_a_router_believes_a_pass_and_no_other(monkeypatch: pytest.MonkeyPatch) 
                 return False
 
             wait_for(refused, what="the end of the pass")
-        monkeypatch.setattr(joined, "REACH_S", 0.5)
+        monkeypatch.setattr(external_routers, "REACH_S", 0.5)
         with pytest.raises(EnvironmentFault, match="no router of front answers"):
             JoinedRouters(job(folder)).reach(lambda: None)
 
@@ -315,7 +319,7 @@ def test_a_router_believes_a_pass_and_no_other(monkeypatch: pytest.MonkeyPatch) 
 def test_the_examples_fit_each_other() -> None:
     examples = Path(__file__).resolve().parents[2] / "deploy" / "examples"
     front, jobs = load(examples / "router.yaml").config, load(examples / "join.yaml").config
-    standing.check(front)
+    join_file.check(front)
     assert jobs.join.file and jobs.join.key_file and {model.name for model in jobs.models} <= {model.name for model in front.models}
     with pytest.raises(ConfigError, match=r"back.host: is missing"):
-        standing.check(jobs)
+        join_file.check(jobs)

@@ -13,18 +13,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from orchestrator.control.launch import mpiexec
+from orchestrator.control.launch.launcher import KEPT_EPOCHS, GangSpec, mint_epoch, prepare, write_private
+from orchestrator.control.launch.local_launcher import LocalLauncher
+from orchestrator.control.launch.subprocesses import TAG, Child, alive, tagged
+from orchestrator.control.launch.supervisor import Gang, LocalNode
 from orchestrator.control.reconciler import GangPhase, GangStatus
-from orchestrator.launch import mpi
-from orchestrator.launch.child import TAG, Child, alive, tagged
-from orchestrator.launch.gang import KEPT_EPOCHS, GangSpec, mint_epoch, prepare, write_private
-from orchestrator.launch.local import LocalLauncher
-from orchestrator.launch.supervisor import Gang, LocalNode
 from workers.errors import EnvironmentFault
 from workers.spec import EngineSpec, Parallel, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-MPICH = mpi.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="mpich")
-OPENMPI = mpi.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="openmpi")
+MPICH = mpiexec.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="mpich")
+OPENMPI = mpiexec.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="openmpi")
 BOUND_S = 120.0
 
 
@@ -49,7 +49,7 @@ class Launched:
     """One gang under the local launcher."""
 
     def __init__(self, tmp_path: Path, **more: object) -> None:
-        self.launcher = LocalLauncher(mpi.find_mpi(os.environ["PATH"]), env())
+        self.launcher = LocalLauncher(mpiexec.find_mpi(os.environ["PATH"]), env())
         self.spec = spec(tmp_path, **more)
         self.launcher.start(self.spec)
 
@@ -128,8 +128,8 @@ def test_the_supervisors_death_ends_its_gang(tmp_path: Path) -> None:
     code = (
         "import sys, time, msgspec, os\n"
         "from orchestrator.launch import mpi\n"
-        "from orchestrator.launch.gang import GangSpec\n"
-        "from orchestrator.launch.local import LocalLauncher\n"
+        "from orchestrator.control.launch.launcher import GangSpec\n"
+        "from orchestrator.control.launch.local_launcher import LocalLauncher\n"
         "launcher = LocalLauncher(mpi.find_mpi(os.environ['PATH']), os.environ)\n"
         "launcher.start(msgspec.json.decode(sys.argv[1], type=GangSpec))\n"
         "while True:\n"
@@ -160,7 +160,7 @@ def test_a_wrong_spec_fails_with_the_replicas_own_words(tmp_path: Path) -> None:
 
 
 def test_a_missing_program_is_a_failed_gang(tmp_path: Path) -> None:
-    gang = Gang(spec(tmp_path), mint_epoch(), [LocalNode(3)], mpi=mpi.Mpi(mpiexec="/no/mpiexec", family="mpich"), env={})
+    gang = Gang(spec(tmp_path), mint_epoch(), [LocalNode(3)], mpi=mpiexec.Mpi(mpiexec="/no/mpiexec", family="mpich"), env={})
     gang.start()
     status = gang.status()
     assert status.phase == "failed" and "/no/mpiexec" in status.cause and gang.kill() == []
@@ -199,27 +199,27 @@ def test_a_child_dies_with_the_thread_that_keeps_it_and_reports_its_end() -> Non
     assert sleeper.wait(10.0) == -signal.SIGKILL and not alive(sleeper.pid)
 
 
-HOSTS = [mpi.Host(address="10.0.0.1", ranks=2), mpi.Host(address="10.0.0.2", ranks=1)]
+HOSTS = [mpiexec.Host(address="10.0.0.1", ranks=2), mpiexec.Host(address="10.0.0.2", ranks=1)]
 
 
 def test_argv() -> None:
-    assert mpi.argv(MPICH, HOSTS[:1], ["rank"])[1:] == ["-n", "2", "rank"]
-    assert mpi.argv(OPENMPI, HOSTS[:1], ["rank"])[1:] == ["--map-by", ":OVERSUBSCRIBE", "-n", "2", "rank"]
-    many = mpi.argv(MPICH, HOSTS, ["rank"], control="10.0.0.1")
+    assert mpiexec.argv(MPICH, HOSTS[:1], ["rank"])[1:] == ["-n", "2", "rank"]
+    assert mpiexec.argv(OPENMPI, HOSTS[:1], ["rank"])[1:] == ["--map-by", ":OVERSUBSCRIBE", "-n", "2", "rank"]
+    many = mpiexec.argv(MPICH, HOSTS, ["rank"], control="10.0.0.1")
     assert many[1:] == ["-launcher", "manual", "-localhost", "10.0.0.1", "-hosts", "10.0.0.1:2,10.0.0.2:1", "-n", "3", "rank"]
     attached = ["--leave-session-attached", "--map-by", "slot:OVERSUBSCRIBE", "--host", "10.0.0.1:2,10.0.0.2:1"]
-    assert mpi.argv(OPENMPI, HOSTS, ["rank"], control="10.0.0.1")[1:] == [*attached, "-n", "3", "rank"]
+    assert mpiexec.argv(OPENMPI, HOSTS, ["rank"], control="10.0.0.1")[1:] == [*attached, "-n", "3", "rank"]
 
 
 def test_family_and_environment() -> None:
-    assert mpi.family_of("HYDRA build details:\n Version: 5.0.2", "x") == "mpich"
-    assert mpi.family_of("mpirun (Open MPI) 5.0.11", "x") == "openmpi"
+    assert mpiexec.family_of("HYDRA build details:\n Version: 5.0.2", "x") == "mpich"
+    assert mpiexec.family_of("mpirun (Open MPI) 5.0.11", "x") == "openmpi"
     with pytest.raises(EnvironmentFault, match="unknown MPI family"):
-        mpi.family_of("Intel(R) MPI Library", "x")
+        mpiexec.family_of("Intel(R) MPI Library", "x")
     base = {"PATH": "p", "CUDA_VISIBLE_DEVICES": "9", "PMI_RANK": "1", "OMPI_COMM_WORLD_RANK": "0", "SLURM_NTASKS": "64"}
     base["RAY_LOCAL_WORLD_SIZE"] = "4"
-    assert mpi.environment(MPICH, base, cuda=False) == {"PATH": "p"}
-    cpu, gpu = mpi.environment(OPENMPI, base, cuda=False), mpi.environment(OPENMPI, base, cuda=True)
+    assert mpiexec.environment(MPICH, base, cuda=False) == {"PATH": "p"}
+    cpu, gpu = mpiexec.environment(OPENMPI, base, cuda=False), mpiexec.environment(OPENMPI, base, cuda=True)
     assert cpu["OMPI_MCA_pml"] == "ob1" and "OMPI_MCA_pml" not in gpu and gpu["OMPI_MCA_mpi_yield_when_idle"] == "1"
 
 
@@ -227,18 +227,18 @@ def test_hydra_lines_and_exit_codes() -> None:
     line = "HYDRA_LAUNCH: /opt/hydra_pmi_proxy --control-port 10.0.0.1:5 --launcher manual --proxy-id 1 "
     proxy = "exec /opt/hydra_pmi_proxy --control-port 10.0.0.1:5 --launcher manual --proxy-id 1"
     addresses = [host.address for host in HOSTS]
-    assert mpi.proxy_line(line, addresses) == (1, proxy)
-    assert mpi.proxy_line("HYDRA_LAUNCH_END", addresses) is None
-    assert mpi.exit_signal(MPICH, 9) == mpi.exit_signal(OPENMPI, 137) == mpi.exit_signal(MPICH, -9) == signal.SIGKILL
-    assert mpi.exit_signal(MPICH, 3) is None and mpi.exit_signal(OPENMPI, 9) is None
-    assert mpi.signal_name(11) == "SIGSEGV"
+    assert mpiexec.proxy_line(line, addresses) == (1, proxy)
+    assert mpiexec.proxy_line("HYDRA_LAUNCH_END", addresses) is None
+    assert mpiexec.exit_signal(MPICH, 9) == mpiexec.exit_signal(OPENMPI, 137) == mpiexec.exit_signal(MPICH, -9) == signal.SIGKILL
+    assert mpiexec.exit_signal(MPICH, 3) is None and mpiexec.exit_signal(OPENMPI, 9) is None
+    assert mpiexec.signal_name(11) == "SIGSEGV"
 
 
 def test_what_stands_in_for_ssh_says_what_is_wanted_where() -> None:
-    agent = mpi.environment(OPENMPI, {}, cuda=False)["PRTE_MCA_plm_ssh_agent"].split()
+    agent = mpiexec.environment(OPENMPI, {}, cuda=False)["PRTE_MCA_plm_ssh_agent"].split()
     words = ["-x", "10.0.0.2", "PATH=/opt:$PATH ; export PATH ;", "/opt/prted", "--leader", "10.0.0.1"]
     ran = subprocess.run([*agent, *words], capture_output=True, text=True, timeout=BOUND_S, check=True)
     command = "PATH=/opt:$PATH ; export PATH ;exec /opt/prted --leader 10.0.0.1"
-    assert mpi.proxy_line(ran.stdout.rstrip("\n"), ["10.0.0.1", "10.0.0.2"]) == (1, command)
-    assert mpi.proxy_line("TRIREME_LAUNCH: 10.0.0.9 prted", ["10.0.0.1"]) is None
+    assert mpiexec.proxy_line(ran.stdout.rstrip("\n"), ["10.0.0.1", "10.0.0.2"]) == (1, command)
+    assert mpiexec.proxy_line("TRIREME_LAUNCH: 10.0.0.9 prted", ["10.0.0.1"]) is None
     assert subprocess.run([*agent, "-x"], timeout=BOUND_S, check=False).returncode == 2

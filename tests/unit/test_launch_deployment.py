@@ -17,9 +17,9 @@ import msgspec
 import pytest
 
 from orchestrator.config import Config, load
-from orchestrator.deployment import Deployment, Notice, connect
-from orchestrator.launch.child import alive, tagged
-from orchestrator.launch.control import Control, Order, Status
+from orchestrator.control.host.control_socket import Control, Order, Status
+from orchestrator.control.host.deployment import Deployment, Notice, connect
+from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.figures import figure
 from tests.tiny import tiny_tokenizer
 from workers.errors import ArtifactError, EnvironmentFault, NotFound
@@ -53,7 +53,7 @@ def until(control: Control, condition: Callable[[Status], bool]) -> Status:
 HOST = """
 import sys, msgspec
 from orchestrator.config import Config
-from orchestrator.deployment import up
+from orchestrator.control.host.deployment import up
 from workers.errors import TriremeError
 try:
     notify = lambda notice: print(msgspec.json.encode(notice).decode(), flush=True)
@@ -243,7 +243,7 @@ def test_ray_that_is_not_there(home: Path) -> None:
     code = (
         "import sys, msgspec\n"
         "from orchestrator.config import load\n"
-        "from orchestrator.deployment import up\n"
+        "from orchestrator.control.host.deployment import up\n"
         "from workers.errors import TriremeError\n"
         "try:\n"
         "    up(load(msgspec.json.decode(sys.argv[1])).config)\n"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from orchestrator.control.launch import mpiexec as mpi
+from orchestrator.control.launch.gpu_ledger import GpuLedger, visible_gpus
+from orchestrator.control.launch.launcher import GangSpec
+from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.placement import Share
-from orchestrator.launch import mpi
-from orchestrator.launch.gang import GangSpec
-from orchestrator.launch.gpus import GpuLedger, visible_gpus
-from orchestrator.launch.local import LocalLauncher
 from tests.unit.test_launch import until
 from workers.spec import Parallel, ReplicaSpec
 

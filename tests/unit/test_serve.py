@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.deployment import connect
-from orchestrator.launch.child import alive
-from orchestrator.launch.serve import ServeHost
+from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.ray_serve_app import ServeHost
+from orchestrator.control.launch.subprocesses import alive
 from tests.e2e.deployment import write_config
 from tests.gang import short_folder, wait_for
 from workers.errors import EnvironmentFault, NotFound

@@ -14,7 +14,7 @@ from orchestrator.cli.console import Console, Settings
 from orchestrator.cli.serve import host
 from orchestrator.cli.systemd import Supervision
 from orchestrator.config import load
-from orchestrator.deployment import Notice
+from orchestrator.control.host.deployment import Notice
 from tests.gang import short_folder
 
 
@@ -84,7 +84,7 @@ def test_the_host_tells_what_becomes_of_it(manager: socket.socket, tmp_path: Pat
         beat()  # type: ignore[operator]
         return 0
 
-    monkeypatch.setattr("orchestrator.deployment.up", up)
+    monkeypatch.setattr("orchestrator.control.host.deployment.up", up)
     for name, value in {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": str(os.getpid())}.items():
         monkeypatch.setenv(name, value)
     config = load({"models": [{"name": "m"}], "run_dir": str(tmp_path)}).config

@@ -13,10 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.launch import mpi
-from orchestrator.launch.child import tagged
-from orchestrator.launch.gang import GangSpec, mint_epoch
-from orchestrator.launch.supervisor import Gang, LocalNode
+from orchestrator.control.launch import mpiexec as mpi
+from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.subprocesses import tagged
+from orchestrator.control.launch.supervisor import Gang, LocalNode
 from tests.trtllm import FAKES, checkpoint_of, engine_of, even_model, pretend
 from workers.errors import EnvironmentFault, TriremeError
 from workers.spec import EngineSpec, Parallel, ReplicaSpec

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from orchestrator.config import Resolved, load
-from orchestrator.launch.control import UpdateOrder
-from orchestrator.update import merge, prepare
+from orchestrator.control.host.control_socket import UpdateOrder
+from orchestrator.control.host.update import merge, prepare
 from tests.tiny import tiny_tokenizer
 from workers.artifacts.convert import silent
 from workers.errors import ConfigError

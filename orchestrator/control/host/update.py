@@ -14,12 +14,12 @@ import msgspec
 import psutil
 
 from orchestrator.config import Config, ModelConfig, Resolved
+from orchestrator.control.host import desired_state
+from orchestrator.control.host.control_socket import UpdateOrder, UpdateReport
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.reconciler import ReplicaView
 from orchestrator.control.rollout import Bounds, Rollout, Target, plan
 from orchestrator.keys import KeyRing
-from orchestrator.launch import wanted
-from orchestrator.launch.control import UpdateOrder, UpdateReport
-from orchestrator.launch.gang import GangSpec
 from orchestrator.router.spec import JoinSpec, ModelCard
 from workers.artifacts.convert import Progress
 from workers.errors import ConfigError
@@ -61,7 +61,7 @@ def merge(current: Config, order: UpdateOrder) -> Config:
 def prepare(config: Config, progress: Progress) -> Config:
     """Fetch and convert all that the new replicas load, and name it by absolute paths. Raises what ``wanted.resolve_model`` raises."""
     for model in config.models:
-        wanted.resolve_model(model, config.cache, progress)
+        desired_state.resolve_model(model, config.cache, progress)
     return msgspec.structs.replace(
         config,
         models=tuple(map(_rooted, config.models)),
@@ -93,14 +93,14 @@ class Update:
 
     def __init__(
         self, current: Config, order: UpdateOrder, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
-        *, back: wanted.Back, now: float, progress: Progress,
+        *, back: desired_state.Back, now: float, progress: Progress,
     ) -> None:  # fmt: skip
         self._old, self._new = current, merge(current, order)
-        models = [wanted.resolve_model(model, self._new.cache, progress) for model in self._new.models]
+        models = [desired_state.resolve_model(model, self._new.cache, progress) for model in self._new.models]
         for model in models:
             _check_tokenizer(model, cards)
         self._keys, self._back = KeyRing(current.home / "keys"), back
-        after = wanted.gangs(self._new, models, back, self._keys)
+        after = desired_state.gangs(self._new, models, back, self._keys)
         spares = self._spares(gangs, after)
         self._specs = {gang.spec_hash: gang for gang in (*gangs, *after, *spares)}
         self._before, self._after = list(gangs), after
@@ -108,7 +108,7 @@ class Update:
         moves = plan(_targets(gangs), _targets(after), _targets(spares), ready=ready)
         self.moves = tuple(map(str, moves))
         if not order.dry_run:
-            wanted.admit(self._keys, list(self._specs.values()), back)
+            desired_state.admit(self._keys, list(self._specs.values()), back)
         move_s = 2 * current.start_timeout_s + current.drain_grace_s
         self._rollout = Rollout(_targets(gangs), moves, Bounds(move_s=move_s), now)
         self._begun, self._ended = now, now
@@ -121,7 +121,7 @@ class Update:
         for model in self._new.models:
             first = next(gang for gang in after if gang.replica.model == model.name)
             name = f"{first.replica.name[:34]}-spare"
-            spare = wanted.renamed(first, name, self._back, self._keys)
+            spare = desired_state.renamed(first, name, self._back, self._keys)
             if name not in names and (self._new.launcher == "ray" or _has_room(gangs, spare)):
                 spares.append(spare)
         return spares
@@ -149,7 +149,7 @@ class Update:
             apply([self._specs[want.spec_hash] for want in self._rollout.wants()])
             self._applied = True
         if self.over:
-            wanted.admit(self._keys, self.gangs, self._back)
+            desired_state.admit(self._keys, self.gangs, self._back)
         else:
             self._ended = now
         return changed
@@ -171,7 +171,7 @@ def _targets(gangs: Sequence[GangSpec]) -> list[Target]:
     return [Target(name=gang.replica.name, model=gang.replica.model, spec_hash=gang.spec_hash) for gang in gangs]
 
 
-def _check_tokenizer(model: wanted.ServedModel, cards: Sequence[ModelCard]) -> None:
+def _check_tokenizer(model: desired_state.ServedModel, cards: Sequence[ModelCard]) -> None:
     """Routers turn text into ids with the files that they were started with. Raises :class:`ConfigError` where the new ones differ."""
     card = next(card for card in cards if card.name == model.config.name)
     for name in _TOKENIZER_FILES:

@@ -1,4 +1,5 @@
-"""A deployment as the one replica of a Ray Serve application, for KubeRay's RayService: `import_path: orchestrator.launch.serve:app`.
+"""A deployment as the one replica of a Ray Serve application, for KubeRay's RayService: `import_path:
+orchestrator.control.host.ray_serve_app:app`.
 
 Owns one `trireme up` on the head node. Serve starts, watches and ends it, and never carries a request: clients speak to our own doors.
 """
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import environment, load
-from orchestrator.deployment import connect
-from orchestrator.launch.child import Child
+from orchestrator.control.host.deployment import connect
+from orchestrator.control.launch.subprocesses import Child
 from workers.errors import EnvironmentFault, TriremeError
 
 log = logging.getLogger("trireme.serve")

@@ -17,23 +17,23 @@ from typing import Literal, Protocol
 import msgspec
 
 from orchestrator.config import DEFAULT_RUN_DIR, Config, environment
+from orchestrator.control.controller import TICK_S, Controller, Hung
+from orchestrator.control.host import desired_state, join_file
+from orchestrator.control.host.control_socket import Answer, Control, ControlServer, Order, Status, UpdateOrder, UpdateReport
+from orchestrator.control.host.external_routers import JoinedRouters
+from orchestrator.control.host.host_checks import check_api_keys, check_length, check_port
+from orchestrator.control.host.lock import Lock
+from orchestrator.control.host.own_routers import RouterGroup
+from orchestrator.control.host.router_poller import Routers
+from orchestrator.control.host.status_table import describe, describe_standing
+from orchestrator.control.host.update import Update
+from orchestrator.control.launch.launcher import GangSpec, make_private
+from orchestrator.control.launch.local_launcher import LocalLauncher
+from orchestrator.control.launch.mpiexec import Mpi, find_mpi
+from orchestrator.control.launch.supervisor import sweep
 from orchestrator.control.reconciler import Policy, ReplicaView
-from orchestrator.controller import TICK_S, Controller, Hung
 from orchestrator.keys import KeyRing
-from orchestrator.launch import standing, wanted
-from orchestrator.launch.control import Answer, Control, ControlServer, Order, Status, UpdateOrder, UpdateReport
-from orchestrator.launch.front import check_api_keys, check_length, check_port
-from orchestrator.launch.gang import GangSpec, make_private
-from orchestrator.launch.joined import JoinedRouters
-from orchestrator.launch.local import LocalLauncher
-from orchestrator.launch.lock import Lock
-from orchestrator.launch.mpi import Mpi, find_mpi
-from orchestrator.launch.reports import Routers
-from orchestrator.launch.routers import RouterGroup
-from orchestrator.launch.supervisor import sweep
-from orchestrator.launch.table import describe, describe_standing
 from orchestrator.router.spec import ModelCard
-from orchestrator.update import Update
 from workers.artifacts.convert import Progress, silent
 from workers.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError
 from workers.wire import Capacity
@@ -98,7 +98,7 @@ class Deployment:
         self._announced: set[tuple[str, int, str]] = set()
         self._controls: _Controls | None = None
         self._routers: Routers | None = None
-        self._back = wanted.Back(addresses=())
+        self._back = desired_state.Back(addresses=())
         self._leave_ray: Callable[[], None] | None = None
         self._models: dict[str, str] = {}
         self._gangs: list[GangSpec] = []
@@ -144,7 +144,7 @@ class Deployment:
         config = self.config
         joined = None
         if self._standing:
-            standing.check(config)
+            join_file.check(config)
         elif config.join.file:
             joined = JoinedRouters(config)
             joined.reach(self._heed)
@@ -154,7 +154,7 @@ class Deployment:
             self._check_api_keys()
         keys = KeyRing(self._home / "keys")
         mpi = None if self._standing else find_mpi(environment().get("PATH", ""))
-        resolve = wanted.resolve_tokenizer if self._standing else wanted.resolve_model
+        resolve = desired_state.resolve_tokenizer if self._standing else desired_state.resolve_model
         models = [resolve(model, config.cache, self._go_on) for model in config.models]
         for model in models:
             self._notify(Notice(kind="model", subject=model.config.name, text=str(model.source)))
@@ -163,9 +163,9 @@ class Deployment:
         self._heed()
         host = self._begin_control(mpi, sum(g.parallel.world * m.config.cpus_per_rank for m in models for g in m.gangs))
         self._heed()
-        self._back = joined.back if joined is not None else wanted.own_back(config, keys, host)
-        plan = wanted.plan(config, models, keys, self._back)
-        self._gangs, self._cards = plan.gangs, wanted.cards(models)
+        self._back = joined.back if joined is not None else desired_state.own_back(config, keys, host)
+        plan = desired_state.plan(config, models, keys, self._back)
+        self._gangs, self._cards = plan.gangs, desired_state.cards(models)
         self._models = {spec.replica.name: spec.replica.model for spec in plan.gangs}
         self._routers = joined or RouterGroup(plan.routers, make_private(self._home / "routers"), env=environment(), keys=keys)
         self._routers.start()
@@ -176,7 +176,7 @@ class Deployment:
         """Who launches the gangs; returns where those on other nodes find routers of ours. ``mpi`` None: there will be none."""
         policy = Policy(start_timeout_s=self.config.start_timeout_s, drain_grace_s=self.config.drain_grace_s)
         if mpi is None:
-            self._controls = standing.NoGangs()
+            self._controls = join_file.NoGangs()
         elif self.config.launcher == "ray":
             return self._join_ray(policy, shares)
         else:
@@ -194,17 +194,17 @@ class Deployment:
 
     def _join_ray(self, policy: Policy, shares: float) -> str:
         """Returns the address at which gangs on other nodes reach the routers; empty where there never will be another."""
-        from orchestrator.launch import cluster
+        from orchestrator.control.launch import ray_cluster
 
         begun = time.time()
         make_private(self._home / "keys")
-        joined = cluster.join(self.config.ray, self._home, environment(), cpus=self.config.ray.num_cpus or int(shares + 0.999) + 1)
-        self._leave_ray = cluster.leave
-        self._controls = cluster.RemoteController(self.config.name, self._home / "target.json", policy)
+        joined = ray_cluster.join(self.config.ray, self._home, environment(), cpus=self.config.ray.num_cpus or int(shares + 0.999) + 1)
+        self._leave_ray = ray_cluster.leave
+        self._controls = ray_cluster.RemoteController(self.config.name, self._home / "target.json", policy)
         what = "started" if joined.started else "joined"
         text = f"{what}, {len(joined.addresses)} node{'s' if len(joined.addresses) > 1 else ''}"
         self._notify(Notice(kind="ray", subject=joined.here, text=text, seconds=time.time() - begun))
-        wait, need = cluster.stop_wait_s(environment()), self.config.drain_grace_s + _FAREWELL_S
+        wait, need = ray_cluster.stop_wait_s(environment()), self.config.drain_grace_s + _FAREWELL_S
         if wait is not None and wait < need:
             text = f"it is killed {wait:g} s after it was told to stop, and draining may take {need:g} s: set RAY_JOB_STOP_WAIT_TIME_S"
             self._notify(Notice(kind="warning", subject="Ray job", text=text))
@@ -283,7 +283,7 @@ class Deployment:
         config = self.config
         if config.back.host and config.rpc.host and not self._back.prefix:
             key = self._back.addresses[0].server_key
-            path = standing.publish(config, self._back.addresses, key, self._cards, status.url)
+            path = join_file.publish(config, self._back.addresses, key, self._cards, status.url)
             self._notify(Notice(kind="join", subject=config.name, text=str(path)))
 
     def _end(self) -> list[int]:

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from orchestrator.config import Config
+from orchestrator.control.controller import Hung
+from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.reconciler import ReplicaView
-from orchestrator.controller import Hung
-from orchestrator.launch.gang import GangSpec, write_private
 from orchestrator.router.spec import WILDCARDS, ModelCard
 from workers.artifacts.tensorfile import hash_file
 from workers.errors import ConfigError

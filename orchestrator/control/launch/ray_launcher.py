@@ -20,11 +20,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.config import environment
 from orchestrator.control import placement as placing
+from orchestrator.control.launch import mpiexec
+from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.subprocesses import exit_with, kill_tagged
+from orchestrator.control.launch.supervisor import Gang, LocalNode, Node
 from orchestrator.control.reconciler import GangStatus
-from orchestrator.launch import mpi
-from orchestrator.launch.child import exit_with, kill_tagged
-from orchestrator.launch.gang import GangSpec, mint_epoch
-from orchestrator.launch.supervisor import Gang, LocalNode, Node
 from workers.errors import ConfigError, EnvironmentFault
 
 log = logging.getLogger("trireme.launch")
@@ -40,7 +40,7 @@ class NodeAgent:
     def __init__(self) -> None:
         exit_with(os.getppid())  # a worker may outlive its raylet by many seconds
         env = environment()
-        self._own = {name: env[name] for name in mpi.NODE_NAMES if name in env}
+        self._own = {name: env[name] for name in mpiexec.NODE_NAMES if name in env}
 
     def where(self) -> tuple[str, str]:
         """(address, CUDA_VISIBLE_DEVICES) of the bundle."""
@@ -54,7 +54,7 @@ class NodeAgent:
 
     def _node(self, env: dict[str, str]) -> LocalNode:
         """This node, with what is said of it now before what its agent was started with."""
-        own = self._own | {name: value for name, value in env.items() if name in mpi.NODE_NAMES}
+        own = self._own | {name: value for name, value in env.items() if name in mpiexec.NODE_NAMES}
         return LocalNode(0, get_node_ip_address(), own)
 
     def kill(self, tag: str) -> list[int]:
@@ -117,7 +117,7 @@ class Supervisor:
             if index > 0
         ]
         nodes = self._nodes(ranks, env)
-        self._gang = Gang(gang, epoch, nodes, mpi=mpi.find_mpi(env.get("PATH", "")), env=env)
+        self._gang = Gang(gang, epoch, nodes, mpi=mpiexec.find_mpi(env.get("PATH", "")), env=env)
         self._gang.start()
 
     def _nodes(self, ranks: list[int], env: Mapping[str, str]) -> list[Node]:

@@ -19,7 +19,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.config import Config
-from orchestrator.launch.child import alive
+from orchestrator.control.launch.subprocesses import alive
 from workers.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
 from workers.spec import RouterAddress
 from workers.wire import Capacity

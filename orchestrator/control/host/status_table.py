@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from orchestrator.config import Config, ModelConfig
+from orchestrator.control.host.control_socket import DeploymentState, ModelRow, ReplicaRow, Status, UpdateReport
+from orchestrator.control.host.router_poller import ReplicaReport, RouterReport, Routers
 from orchestrator.control.reconciler import ReplicaView
-from orchestrator.launch.control import DeploymentState, ModelRow, ReplicaRow, Status, UpdateReport
-from orchestrator.launch.reports import ReplicaReport, RouterReport, Routers
 from workers.spec import Parallel
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.launch import rsh
+from orchestrator.control.launch import openmpi_rsh
 from workers.errors import EnvironmentFault
 
 Family = Literal["mpich", "openmpi"]
@@ -35,7 +35,7 @@ _OPENMPI_ENV = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_mpi_yield_when_idle": "1",
     # Its daemons on other nodes are started by the node agents: what stands in for ssh only says what is wanted where.
-    "PRTE_MCA_plm_ssh_agent": f"{sys.executable} {Path(rsh.__file__).resolve()}",
+    "PRTE_MCA_plm_ssh_agent": f"{sys.executable} {Path(openmpi_rsh.__file__).resolve()}",
 }
 #: CPU ranks only: removes a fixed second from MPI_Init, and would switch an InfiniBand fabric off.
 _OPENMPI_CPU_ENV = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx"}
@@ -137,8 +137,8 @@ def proxy_line(line: str, addresses: Sequence[str]) -> tuple[int, str] | None:
         command = line.partition(":")[2].strip()
         number = _PROXY_ID.search(command)
         return (int(number.group(1)) if number else 0), f"exec {command}"
-    if line.startswith(rsh.PREFIX):
-        address, _, command = line.removeprefix(rsh.PREFIX).partition(" ")
+    if line.startswith(openmpi_rsh.PREFIX):
+        address, _, command = line.removeprefix(openmpi_rsh.PREFIX).partition(" ")
         before, semicolon, last = command.rpartition(";")
         return (addresses.index(address), f"{before}{semicolon}exec {last.strip()}") if address in addresses else None
     return None

@@ -16,8 +16,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
 from orchestrator.control.reconciler import Drain, Kill, Launch, Policy, Reconciler, ReplicaView, Wanted
-from orchestrator.launch.gang import GangSpec, Launcher, write_private
 from workers.errors import TriremeError
 
 log = logging.getLogger("trireme.controller")

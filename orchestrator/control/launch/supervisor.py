@@ -18,11 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.control.launch import gang_preflight
+from orchestrator.control.launch import mpiexec as mpi_calls
+from orchestrator.control.launch.launcher import GangSpec, prepare
+from orchestrator.control.launch.subprocesses import TAG, Child, death_signal, kill_tagged, tagged
 from orchestrator.control.reconciler import ENDED, GangPhase, GangStatus
-from orchestrator.launch import mpi as mpi_calls
-from orchestrator.launch import preflight
-from orchestrator.launch.child import TAG, Child, death_signal, kill_tagged, tagged
-from orchestrator.launch.gang import GangSpec, prepare
 from workers.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.state import State, read_state
 
@@ -143,7 +143,7 @@ class Gang:
     def start(self) -> None:
         """Write the files and start mpiexec, after a pre-flight in a thread where the engine needs one. A fault is kept and shown by
         :meth:`status`."""
-        if preflight.needed(self.spec):
+        if gang_preflight.needed(self.spec):
             threading.Thread(target=self._start, name="gang start", daemon=True).start()
         else:
             self._start()
@@ -151,8 +151,8 @@ class Gang:
     def _start(self) -> None:
         try:
             self._folder = prepare(self.spec, self.epoch)
-            if preflight.needed(self.spec):
-                preflight.inspect(self.spec, self._nodes, family=self._mpi.family, tag=self.tag, env=self._env)
+            if gang_preflight.needed(self.spec):
+                gang_preflight.inspect(self.spec, self._nodes, family=self._mpi.family, tag=self.tag, env=self._env)
             with self._starting:
                 if not self._killed:
                     self._child = self._launch()

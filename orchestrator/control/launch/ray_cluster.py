@@ -1,6 +1,7 @@
 """Ray itself: join the cluster that is there, or start one that ends with this process; and the controller actor seen from here.
 
-Owns the connection to Ray. Token authentication is on, usage reports are off. Everything about gangs is in :mod:`orchestrator.launch.ray`.
+Owns the connection to Ray. Token authentication is on, usage reports are off. Everything about gangs is in
+:mod:`orchestrator.control.launch.ray_launcher`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any
 import msgspec
 
 from orchestrator.config import RayConfig
+from orchestrator.control.controller import ControllerActor, Hung
+from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
 from orchestrator.control.reconciler import Policy, ReplicaView
-from orchestrator.controller import ControllerActor, Hung
-from orchestrator.launch.gang import GangSpec, Launcher, write_private
 from workers.errors import EnvironmentFault
 
 log = logging.getLogger("trireme.ray")
@@ -138,7 +139,7 @@ def leave() -> None:
 
 
 def _make_launcher(deployment: str) -> Launcher:
-    from orchestrator.launch.ray import RayLauncher
+    from orchestrator.control.launch.ray_launcher import RayLauncher
 
     return RayLauncher(deployment)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.config import Config, ModelConfig
+from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.placement import Share
 from orchestrator.keys import KeyRing
-from orchestrator.launch.gang import GangSpec, write_private
 from orchestrator.models import locate, resolve
 from orchestrator.router.net.curve_acl import Role
 from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec

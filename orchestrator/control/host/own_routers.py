@@ -15,10 +15,10 @@ from typing import Literal
 
 import msgspec
 
+from orchestrator.control.host.router_poller import Reports, RouterReport
+from orchestrator.control.launch.launcher import write_private
+from orchestrator.control.launch.subprocesses import STOP, Child
 from orchestrator.keys import LOCAL_CLIENT, KeyRing
-from orchestrator.launch.child import STOP, Child
-from orchestrator.launch.gang import write_private
-from orchestrator.launch.reports import Reports, RouterReport
 from orchestrator.router.spec import RouterSpec
 from workers.errors import ConfigError, EnvironmentFault
 from workers.spec import RouterAddress

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from orchestrator.control.launch.gpu_ledger import GpuLedger, visible_gpus
+from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.mpiexec import Mpi
+from orchestrator.control.launch.supervisor import Gang, LocalNode
 from orchestrator.control.reconciler import GangStatus
-from orchestrator.launch.gang import GangSpec, mint_epoch
-from orchestrator.launch.gpus import GpuLedger, visible_gpus
-from orchestrator.launch.mpi import Mpi
-from orchestrator.launch.supervisor import Gang, LocalNode
 
 log = logging.getLogger("trireme.launch")
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.launch.gang import GangSpec
+from orchestrator.control.launch.launcher import GangSpec
 from workers.errors import EnvironmentFault
 from workers.state import ErrorReport
 

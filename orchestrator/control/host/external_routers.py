@@ -16,11 +16,11 @@ import msgspec
 import zmq
 
 from orchestrator.config import Config
+from orchestrator.control.host.desired_state import Back, ServedModel
+from orchestrator.control.host.join_file import JoinFile, fingerprint
+from orchestrator.control.host.router_poller import Reports, RouterReport, ask
+from orchestrator.control.launch.launcher import make_private, write_private
 from orchestrator.keys import Pass, read_pass
-from orchestrator.launch.gang import make_private, write_private
-from orchestrator.launch.reports import Reports, RouterReport, ask
-from orchestrator.launch.standing import JoinFile, fingerprint
-from orchestrator.launch.wanted import Back, ServedModel
 from workers.errors import ConfigError, EnvironmentFault
 from workers.spec import RouterAddress
 from workers.wire import PROTOCOL
