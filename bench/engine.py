@@ -18,7 +18,7 @@ from statistics import median
 import msgspec
 
 from bench.report import Claim, publish, say
-from orchestrator.models import resolve
+from orchestrator.model_store import resolve
 from workers.spec import Parallel
 
 #: One thread per rank and no spinning OpenMP threads: shared cores otherwise fall from 18 tok/s to 2.

@@ -22,7 +22,7 @@ import psutil
 from bench.report import Claim, publish, say
 from bench.router import cpu_seconds, rpc_streams
 from orchestrator.control.host.control_socket import Status
-from orchestrator.models import DEFAULT_MODEL, pull
+from orchestrator.model_store import DEFAULT_MODEL, pull
 from tests.e2e.deployment import deployed, write_config
 
 MB = 1e6

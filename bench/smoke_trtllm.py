@@ -21,12 +21,12 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator import config
 from orchestrator.cli.demo import POLL_S, STOP_S, wait_ready
 from orchestrator.client import Client
+from orchestrator.config import deployment_file
 from orchestrator.control.host.control_socket import ReplicaRow
 from orchestrator.control.host.deployment import connect
-from orchestrator.models import DEFAULT_MODEL
+from orchestrator.model_store import DEFAULT_MODEL
 from workers.errors import EnvironmentFault, TriremeError
 from workers.spec import Parallel
 from workers.trtllm import build as building
@@ -138,7 +138,7 @@ def serving(smoke: Smoke, layout: Parallel, checkpoint: Path, target: Path) -> N
         }  # fmt: skip
         file = Path(folder, "smoke.yaml")
         file.write_text(yaml.safe_dump(tree))
-        wanted = config.load(file, env={}).config
+        wanted = deployment_file.load(file, env={}).config
         with (smoke.folder / "up.log").open("w") as log:
             up = subprocess.Popen([*COMMAND, "up", str(file)], stdout=log, stderr=log)
         try:
@@ -152,7 +152,7 @@ def serving(smoke: Smoke, layout: Parallel, checkpoint: Path, target: Path) -> N
                 assert up.wait(STOP_S) == 0, f"trireme up exited with {up.returncode}"
 
 
-def ask(smoke: Smoke, wanted: config.Config) -> None:
+def ask(smoke: Smoke, wanted: deployment_file.Config) -> None:
     control = connect(wanted.name, wanted.run_dir)
 
     def rows() -> dict[str, ReplicaRow]:

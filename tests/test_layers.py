@@ -19,16 +19,22 @@ PACKAGES = ("workers", "orchestrator")
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
 LAYERS = {
-    "workers.spec": 0, "workers.wire": 0, "workers.errors": 0, "orchestrator.router.spec": 0,
-    "workers.core": 1, "orchestrator.router.core": 1, "orchestrator.control": 4, "orchestrator.control.reconciler": 1,
-    "orchestrator.control.rollout": 1, "orchestrator.control.placement": 1, "orchestrator.planner": 1, "orchestrator.sim": 2,
-    "workers.fake": 2, "workers.artifacts": 3, "workers.model": 3, "workers.engine": 3, "workers.portable": 4, "workers.trtllm": 4,
-    "workers.trtllm.options": 0, "workers.leader": 4, "workers.rank": 4, "workers.logs": 4, "workers.process": 4, "workers.prover": 4,
-    "workers.sockets": 4, "workers.state": 4, "orchestrator.client": 4, "orchestrator.config": 4,
-    "orchestrator.keys": 4, "orchestrator.models": 4, "orchestrator.router": 4, "orchestrator.load": 4,
-     "orchestrator.load.figures": 1, "orchestrator.load.prompts": 1,
-    "orchestrator.load.schedule": 1, "orchestrator.load.settings": 1, "orchestrator.submit": 4,
-    "orchestrator.yamltree": 4, "orchestrator.cli": 5,
+    "workers.spec": 0, "workers.wire": 0, "workers.errors": 0, "workers.core": 1, "workers.fake": 2, "workers.model": 3,
+    "workers.engine": 3, "workers.portable": 4, "workers.trtllm": 4, "workers.trtllm.options": 0, "workers.leader": 4, "workers.rank": 4,
+    "workers.process": 4, "workers.prover": 4, "workers.sockets": 4, "workers.state": 4,
+    "workers.protocol": 0, "orchestrator.router.spec": 0,
+    "workers.scheduler": 1, "workers.layout": 1, "workers.sampling.definition": 1, "workers.sampling.guide": 1,
+    "workers.serving.router_link": 1, "workers.serving.stream_table": 1,
+    "orchestrator.router.core": 1, "orchestrator.control.placement": 1, "orchestrator.control.reconciler": 1,
+    "orchestrator.control.rollout": 1, "orchestrator.planner": 1,
+    "orchestrator.loadgen.prompts": 1, "orchestrator.loadgen.schedule": 1, "orchestrator.loadgen.settings": 1,
+    "orchestrator.loadgen.stats": 1,
+    "workers.engines.fake": 2, "orchestrator.sim": 2,
+    "workers.artifacts": 3, "workers.distributed": 3, "workers.models": 3, "workers.runner": 3, "workers.sampling": 3,
+    "workers.engines": 4, "workers.logs": 4, "workers.sampling.grammar_checker": 4, "workers.serving": 4,
+    "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.control": 4, "orchestrator.keys": 4, "orchestrator.loadgen": 4,
+    "orchestrator.model_store": 4, "orchestrator.router": 4, "orchestrator.slurm": 4,
+    "orchestrator.cli": 5,
 }  # fmt: skip
 
 #: Third-party packages that a layer adds to those below it; layers 4 and 5 are open but for FORBIDDEN.
@@ -58,7 +64,7 @@ FORBIDDEN = (
 )
 
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
-ENVIRONMENT_READERS = ("orchestrator.config",)
+ENVIRONMENT_READERS = ("orchestrator.config.deployment_file",)
 
 
 def within(module: str, prefix: str) -> bool:
@@ -185,7 +191,7 @@ def test_a_breach_is_named(module: str, source: str, fault: str) -> None:
     [
         ("workers.core.batch", "import numpy\nfrom workers.wire import Submit\nfrom workers.core.plan import StepPlan"),
         ("workers.portable", "import torch\nimport zmq\nimport threading\nfrom workers import __version__"),
-        ("orchestrator.config", "import os\nhome = os.environ"),
+        ("orchestrator.config.deployment_file", "import os\nhome = os.environ"),
         ("orchestrator.cli.main", "import os\nhome = os.environ"),
     ],
 )

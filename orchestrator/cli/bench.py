@@ -1,6 +1,6 @@
 """`trireme bench`: load on an OpenAI endpoint or on the RPC door, and what it came to.
 
-Owns the flags, the process's timers and signals, and the progress. What is sent and counted is :mod:`orchestrator.load`'s.
+Owns the flags, the process's timers and signals, and the progress. What is sent and counted is :mod:`orchestrator.loadgen`'s.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir, pick
 from workers.errors import EngineFault, EnvironmentFault, Rejected
 
 if TYPE_CHECKING:
-    from orchestrator.load.figures import Summary
-    from orchestrator.load.run import Load
-    from orchestrator.load.schedule import Cutter
-    from orchestrator.load.settings import Settings
-    from orchestrator.load.target import Target
+    from orchestrator.loadgen.runner import Load
+    from orchestrator.loadgen.schedule import Cutter
+    from orchestrator.loadgen.settings import Settings
+    from orchestrator.loadgen.stats import Summary
+    from orchestrator.loadgen.target import Target
 
 #: Requests in flight unless told otherwise: in a closed loop, and at most in an open one.
 CLOSED, OPEN = 8, 1024
@@ -96,7 +96,7 @@ def bench(
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Put load on a deployment, or on any OpenAI endpoint, and measure it."""
-    from orchestrator.load.settings import Settings, check, objectives
+    from orchestrator.loadgen.settings import Settings, check, objectives
 
     if form not in ("table", "json"):
         raise Rejected(f"-o {form} is not a form", hint="use table or json")
@@ -133,12 +133,12 @@ def measured_against(settings: Settings, url: str, rpc: bool, name: str, run_dir
 
 def target_of(settings: Settings, url: str, rpc: bool, name: str, run_dir: str) -> MakeTarget:
     if not rpc:
-        from orchestrator.load.http import HttpTarget
+        from orchestrator.loadgen.http_target import HttpTarget
 
         key = os.environ.get(KEY_VARIABLE, "")
         return lambda clock: HttpTarget(url, model=settings.model, endpoint=settings.endpoint, key=key, clock=clock)
     from orchestrator.cli.chat_backends import client_keys
-    from orchestrator.load.rpc import RpcTarget
+    from orchestrator.loadgen.rpc_target import RpcTarget
 
     status = pick(name, run_dir).status()
     keys = client_keys(status)
@@ -152,7 +152,7 @@ def run(console: Console, settings: Settings, make: MakeTarget, form: str, out: 
     import uvloop
 
     from orchestrator.cli import bench_report
-    from orchestrator.load.schedule import Cutter
+    from orchestrator.loadgen.schedule import Cutter
 
     console.say(bench_report.describe(settings))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -172,9 +172,9 @@ def run(console: Console, settings: Settings, make: MakeTarget, form: str, out: 
 
 async def _measure(console: Console, settings: Settings, make: MakeTarget, cutter: Cutter, lines: Iterator[bytes]) -> tuple[Summary, bool]:
     """(the summary, whether Ctrl-C ended the run)."""
-    from orchestrator.load.figures import Tally
-    from orchestrator.load.run import Load, Options, clock
-    from orchestrator.load.settings import plan, warmup
+    from orchestrator.loadgen.runner import Load, Options, clock
+    from orchestrator.loadgen.settings import plan, warmup
+    from orchestrator.loadgen.stats import Tally
 
     def options(seed: int) -> Options:
         return Options(

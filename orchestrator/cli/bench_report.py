@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.cli.console import table
-from orchestrator.load.figures import METRICS, Spread, Summary
-from orchestrator.load.schedule import Cutter
-from orchestrator.load.settings import Settings
+from orchestrator.loadgen.schedule import Cutter
+from orchestrator.loadgen.settings import Settings
+from orchestrator.loadgen.stats import METRICS, Spread, Summary
 from workers import __version__
 from workers.errors import EnvironmentFault
 

@@ -1,4 +1,4 @@
-"""`trireme pull`, `convert` and `inspect`: models on disk. Owns no format: `orchestrator.models` and `workers.artifacts` do the work."""
+"""`trireme pull`, `convert` and `inspect`: models on disk. `orchestrator.model_store` and `workers.artifacts` do the work."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def pull(
     cache_dir: CacheDir = None,
 ) -> None:
     """Fetch a named model into the cache and verify its sha256; a second time only the check is made."""
-    from orchestrator import models
+    from orchestrator import model_store
 
     console: Console = context.obj
     with console.progress() as progress:
-        path = models.pull(model or models.DEFAULT_MODEL, cache_folder(cache_dir), progress)
+        path = model_store.pull(model or model_store.DEFAULT_MODEL, cache_folder(cache_dir), progress)
     if not console.settings.quiet:
         console.out(str(path))
 
 
 def source(model: str, console: Console, cache_dir: Path | None) -> Path:
-    """:func:`orchestrator.models.locate`, its progress shown."""
-    from orchestrator import models
+    """:func:`orchestrator.model_store.locate`, its progress shown."""
+    from orchestrator import model_store
 
     with console.progress() as progress:
-        return models.locate(model, cache_folder(cache_dir), progress)
+        return model_store.locate(model, cache_folder(cache_dir), progress)
 
 
 def convert(

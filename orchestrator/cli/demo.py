@@ -28,7 +28,7 @@ from orchestrator.cli.console import Console
 from workers.errors import EnvironmentFault, NotFound, ReplicaLost
 
 if TYPE_CHECKING:
-    from orchestrator.config import Config
+    from orchestrator.config.deployment_file import Config
 
 QUESTION = "What is the capital of France?"
 EXAMPLE = Path(__file__).resolve().parents[2] / "deploy" / "examples" / "local.yaml"
@@ -62,10 +62,10 @@ def demo(
 
 def prepare(console: Console, file: Path) -> Config:
     """Fetch and convert what the file's replicas need, so that the second half needs no network."""
-    from orchestrator import config
+    from orchestrator.config import deployment_file
     from orchestrator.control.host.desired_state import resolve_model
 
-    found = config.load(file, env=os.environ).config
+    found = deployment_file.load(file, env=os.environ).config
     for model in found.models:
         started = time.monotonic()
         with console.progress() as progress:
@@ -84,10 +84,10 @@ def find_namespace() -> list[str]:
 
 
 def run_inside(console: Console, file: Path) -> None:
-    from orchestrator import config
+    from orchestrator.config import deployment_file
     from orchestrator.control.launch.subprocesses import adopt_orphans
 
-    wanted = config.load(file, env=os.environ).config
+    wanted = deployment_file.load(file, env=os.environ).config
     adopt_orphans()  # so none can hide from `survivors`
     raise_loopback()
     with deployment(console, wanted, file) as url:

@@ -58,10 +58,10 @@ def config_show(
     import msgspec
     import yaml
 
-    from orchestrator import config
+    from orchestrator.config import deployment_file
 
     console: Console = context.obj
-    found = config.load(file, env=os.environ)
+    found = deployment_file.load(file, env=os.environ)
     if resolved:
         rows = [[row.path, json.dumps(row.value), row.source] for row in found.rows()]
         console.out(table(["KEY", "VALUE", "SOURCE"], rows))

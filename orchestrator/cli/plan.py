@@ -19,7 +19,7 @@ from orchestrator.cli.console import Console
 from workers.errors import ArtifactError, ConfigError, Rejected
 
 if TYPE_CHECKING:
-    from orchestrator.config import Config
+    from orchestrator.config.deployment_file import Config
     from orchestrator.planner.planner import Subject, SubjectPlan
     from orchestrator.planner.seating import Cluster
     from workers.spec import ModelSpec, Quant, QuantName
@@ -41,8 +41,8 @@ def plan(
     render: Annotated[str, typer.Option("--render", metavar="slurm|ray|kubernetes", help="Print the job of this size instead.")] = "",
 ) -> None:
     """Say whether a deployment fits, on which layouts, and how fast it would be; exit code 3 when it does not fit as it is."""
-    from orchestrator import config
     from orchestrator.cli import plan_render, plan_tables
+    from orchestrator.config import deployment_file
     from orchestrator.planner import planner
     from orchestrator.planner.cost_model import Workload
 
@@ -51,7 +51,7 @@ def plan(
         raise Rejected(f"--output {form} is not a format", hint="use table or json")
     if render not in ("", *plan_render.KINDS):
         raise Rejected(f"--render {render} is not a kind of job", hint=f"use {', '.join(plan_render.KINDS)}")
-    settings = config.load(file, env=os.environ).config
+    settings = deployment_file.load(file, env=os.environ).config
     load = Workload(name="asked", requests=1, isl=isl, osl=osl)
     plans: list[tuple[SubjectPlan, Cluster]] = []
     groups = _by_device(subjects(settings, model))

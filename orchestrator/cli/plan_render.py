@@ -1,6 +1,6 @@
 """A plan as a job: the very script and manifests of `deploy/`, with the sizes of one deployment filled in.
 
-Owns which field is a size. The script belongs to `orchestrator.submit`, the manifests to `deploy/`: nothing here repeats them.
+Owns which field is a size. The script belongs to `orchestrator.slurm`, the manifests to `deploy/`: nothing here repeats them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.planner.seating import Cluster
 from workers.errors import ConfigError, EnvironmentFault
 
 if TYPE_CHECKING:
-    from orchestrator.config import Config
+    from orchestrator.config.deployment_file import Config
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 #: CPUs of a node beside its ranks': routers, controller, agents.
@@ -43,16 +43,16 @@ def job(kind: str, file: Path, settings: Config, subjects: Sequence[Subject], cl
 
 
 def _slurm(file: Path, settings: Config, sizes: Sizes) -> str:
-    from orchestrator.submit import slurm
+    from orchestrator.slurm import job_script
 
-    wanted = slurm.SlurmJob(
+    wanted = job_script.SlurmJob(
         name=settings.name,
         jobs=str(Path("trireme-jobs").absolute()),
         nodes=sizes.nodes,
         gpus_per_node=sizes.gpus,
         cpus_per_task=sizes.cpus,
     )
-    return slurm.render(wanted, slurm.TEMPLATE.read_text())
+    return job_script.render(wanted, job_script.TEMPLATE.read_text())
 
 
 def _ray(file: Path, settings: Config, sizes: Sizes) -> str:

@@ -24,13 +24,13 @@ def router(
     detach: Detach = False,
 ) -> None:
     """Start the routers of a file alone; replicas join them with a pass (`trireme keys join`). Ctrl-C or SIGTERM drains and stops them."""
-    from orchestrator import config
+    from orchestrator.config import deployment_file
 
     flags = {
         "port": port, "api_keys_file": api_keys_file, "insecure_http_without_keys": insecure_http_without_keys, "routers": routers,
         "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
     }  # fmt: skip
-    run(context.obj, config.load(file, flags=flags, env=os.environ).config, detach, standing=True)
+    run(context.obj, deployment_file.load(file, flags=flags, env=os.environ).config, detach, standing=True)
 
 
 def register(app: typer.Typer) -> None:

@@ -20,7 +20,7 @@ from orchestrator.cli.options import PpSize, QuantFlag, TpSize, dtype_of, quant_
 from workers.errors import TriremeError
 
 if TYPE_CHECKING:
-    from orchestrator.config import Config
+    from orchestrator.config.deployment_file import Config
     from orchestrator.control.host.deployment import Notice
     from workers.wire import Capacity
 
@@ -70,7 +70,7 @@ def serve(
     detach: Detach = False,
 ) -> None:
     """Serve one model: `trireme serve smollm2-135m-instruct -tp 2`."""
-    from orchestrator import config
+    from orchestrator.config import deployment_file
 
     flags = {
         "tp_size": tp_size, "pp_size": pp_size, "replicas": replicas, "dtype": dtype_of(dtype), "quant": quant_name(quant),
@@ -80,7 +80,7 @@ def serve(
         "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
     }  # fmt: skip
     tree = {"models": [{"name": served_model_name or label(model), "path": model}]}
-    run(context.obj, config.load(tree, flags=flags, env=os.environ).config, detach)
+    run(context.obj, deployment_file.load(tree, flags=flags, env=os.environ).config, detach)
 
 
 def label(model: str) -> str:
@@ -105,14 +105,14 @@ def up(
     detach: Detach = False,
 ) -> None:
     """Start the deployment of a file and stay with it; Ctrl-C or SIGTERM drains and stops it."""
-    from orchestrator import config
+    from orchestrator.config import deployment_file
 
     flags = {
         "port": port, "api_keys_file": api_keys_file, "insecure_http_without_keys": insecure_http_without_keys, "routers": routers,
         "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir, "join_file": join_file,
         "join_key_file": join_key_file,
     }  # fmt: skip
-    run(context.obj, config.load(file, flags=flags, env=os.environ).config, detach)
+    run(context.obj, deployment_file.load(file, flags=flags, env=os.environ).config, detach)
 
 
 def run(console: Console, config: Config, detach: bool, *, standing: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""`trireme submit slurm`: a deployment file as a Slurm job. Owns what people see of it; the script belongs to `orchestrator.submit`."""
+"""`trireme submit slurm`: a deployment file as a Slurm job. Owns what people see of it; the script belongs to `orchestrator.slurm`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def slurm(
     """Submit a deployment to Slurm. The endpoint is printed in the job's log and written to DIR/NAME.json when it is ready."""
     import sys
 
-    from orchestrator import config as configs
-    from orchestrator.submit import slurm as jobs
-    from orchestrator.submit.handover import least_lead
+    from orchestrator.config import deployment_file as configs
+    from orchestrator.slurm import job_script as jobs
+    from orchestrator.slurm.handover import least_lead
 
     console: Console = context.obj
     config = configs.load(file, env=os.environ).config

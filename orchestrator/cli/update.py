@@ -31,7 +31,7 @@ def update(
     cache_dir: CacheDir = None,
 ) -> None:
     """Bring a running deployment to a changed file, one replica at a time, without a failed request. Flags as they were given to `up`."""
-    from orchestrator import config as configs
+    from orchestrator.config import deployment_file as configs
     from orchestrator.control.host import deployment
     from orchestrator.control.host import update as updates
 

@@ -149,9 +149,9 @@ def ask_both(
     """Serve both models on this machine and compare their answers to every prompt."""
     import yaml
 
-    from orchestrator import config
     from orchestrator.cli.demo import deployment
     from orchestrator.client import Client
+    from orchestrator.config import deployment_file
     from orchestrator.control.host.deployment import connect
 
     with tempfile.TemporaryDirectory(prefix="trireme-") as folder:
@@ -162,7 +162,7 @@ def ask_both(
         }  # fmt: skip
         file = Path(folder, "deployment.yaml")
         file.write_text(yaml.safe_dump(tree))
-        wanted = config.load(file, env={}).config
+        wanted = deployment_file.load(file, env={}).config
         with deployment(console, wanted, file, ready_s=READY_S), Client(connect("verify", wanted.run_dir).status().rpc) as client:
             return [_ask(client, prompt, tokens) for prompt in prompts]
 

@@ -11,10 +11,6 @@ from random import Random
 
 import msgspec
 
-from orchestrator.sim.client import Client
-from orchestrator.sim.door import Router
-from orchestrator.sim.gang import Gang
-from orchestrator.sim.net import Net
 from orchestrator.sim.schedule import (
     HORIZON_S,
     Arrive,
@@ -33,6 +29,10 @@ from orchestrator.sim.schedule import (
     Usurp,
     Wander,
 )
+from orchestrator.sim.sim_client import Client
+from orchestrator.sim.sim_network import Net
+from orchestrator.sim.sim_replica import Gang
+from orchestrator.sim.sim_router import Router
 from orchestrator.sim.timeline import Timeline
 
 #: All requests must have ended by then; then everything that is left has so long to go. Seconds.

@@ -19,7 +19,7 @@ import httpx
 import msgspec
 import ray
 
-from orchestrator.config import load
+from orchestrator.config.deployment_file import load
 from orchestrator.control.host.deployment import Deployment
 from orchestrator.control.launch import ray_cluster
 from orchestrator.control.launch.launcher import GangSpec

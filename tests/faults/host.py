@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.config import load
+from orchestrator.config.deployment_file import load
 from orchestrator.control.host import deployment, desired_state
 from tests.faults.saboteur import COMMAND
 

@@ -19,7 +19,7 @@ NAME = "smollm2-135m-instruct"
 
 def artifact(parallel: Parallel | None = None, dtype: DType = "fp32") -> Path:
     """The converted default model for ``parallel``; skips the test, and says why, where it cannot be had."""
-    from orchestrator.models import resolve
+    from orchestrator.model_store import resolve
 
     cache = Path(os.environ.get("TRIREME_TEST_CACHE", Path.home() / ".cache" / "trireme"))
     try:

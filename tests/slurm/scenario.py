@@ -25,8 +25,8 @@ import yaml
 from orchestrator.client import Client
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.subprocesses import TAG, alive
-from orchestrator.submit import endpoint as endpoints
-from orchestrator.submit.endpoint import Endpoint
+from orchestrator.slurm import endpoint as endpoints
+from orchestrator.slurm.endpoint import Endpoint
 from tests.slurm.load import Load
 from tests.tiny import tiny_model, tiny_tokenizer
 from workers.fake import expected_tokens

@@ -62,7 +62,7 @@ def test_the_exit_code_is_the_class_of_the_error(line: list[str], code: int, tol
 
 
 def test_what_was_not_foreseen_is_an_error_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("orchestrator.models.pull", lambda *_: 1 // 0)
+    monkeypatch.setattr("orchestrator.model_store.pull", lambda *_: 1 // 0)
     assert run(["pull"]) == 1
     assert "unexpected ZeroDivisionError" in (plain := capsys.readouterr().err) and "Traceback" not in plain
     assert run(["pull", "--debug"]) == 1

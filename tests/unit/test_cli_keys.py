@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.main import run
-from orchestrator.config import load
+from orchestrator.config.deployment_file import load
 from orchestrator.control.host.deployment import Deployment, Notice
 from orchestrator.keys import ApiKeyRing, KeyRing, read_pass
 from workers.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import load, settings
+from orchestrator.config.deployment_file import load, settings
 from workers.errors import ConfigError
 from workers.spec import Parallel
 

@@ -24,7 +24,7 @@ import typer
 import yaml
 
 from orchestrator.cli.main import app
-from orchestrator.config import Config, load
+from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.placement import Node, Share, place
 from workers.spec import Parallel
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from orchestrator.client import Client, ClientKeys
-from orchestrator.config import Config, load
+from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.host import desired_state, external_routers, join_file
 from orchestrator.control.host.external_routers import JoinedRouters
 from orchestrator.control.host.join_file import JoinFile

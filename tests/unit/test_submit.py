@@ -16,14 +16,14 @@ import msgspec
 import pytest
 
 from orchestrator.cli.main import run as trireme
-from orchestrator.submit import endpoint as endpoints
-from orchestrator.submit import offered, parse
-from orchestrator.submit.endpoint import Endpoint, reachable
-from orchestrator.submit.handover import Sight, least_lead, why_drain
-from orchestrator.submit.place import read_place
-from orchestrator.submit.preflight import NodeFacts, judge
-from orchestrator.submit.roll import Gone, Line, Roll, Word, call
-from orchestrator.submit.slurm import TEMPLATE, SlurmJob, limit_seconds, render, submit
+from orchestrator.slurm import endpoint as endpoints
+from orchestrator.slurm import offered, parse
+from orchestrator.slurm.endpoint import Endpoint, reachable
+from orchestrator.slurm.handover import Sight, least_lead, why_drain
+from orchestrator.slurm.job_env import read_place
+from orchestrator.slurm.job_preflight import NodeFacts, judge
+from orchestrator.slurm.job_script import TEMPLATE, SlurmJob, limit_seconds, render, submit
+from orchestrator.slurm.roll_call import Gone, Line, Roll, Word, call
 from workers.errors import EnvironmentFault, Rejected
 
 BOUND_S = 120.0
@@ -120,7 +120,7 @@ def script(folder: Path, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], 
 def test_a_signal_submits_one_successor_and_term_drains(tmp_path: Path) -> None:
     with script(tmp_path, SLURM_ARRAY_TASK_ID="5") as (process, start):
         argv = (tmp_path / "argv").read_text().split("\0")[:-1]
-        spec = parse(argv[argv.index("orchestrator.submit") + 1 :])
+        spec = parse(argv[argv.index("orchestrator.slurm") + 1 :])
         assert argv[argv.index("-m") - 1] == "py thon" and "--ntasks=2" in argv
         assert (spec.name, spec.generation, spec.offered, spec.lead_s) == ("chat", 4, ("pmix",), 600.0)
         token = start / "token"

@@ -13,7 +13,7 @@ import pytest
 from orchestrator.cli.console import Console, Settings
 from orchestrator.cli.serve import host
 from orchestrator.cli.systemd import Supervision
-from orchestrator.config import load
+from orchestrator.config.deployment_file import load
 from orchestrator.control.host.deployment import Notice
 from tests.gang import short_folder
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.models import DEFAULT_MODEL, resolve
+from orchestrator.model_store import DEFAULT_MODEL, resolve
 from orchestrator.router.frontend.chat_messages import Message
 from orchestrator.router.frontend.chat_template import Piece
 from orchestrator.router.frontend.detokenizer import StopStrings, TextModel, TextRule, TextWatcher

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from orchestrator import config
+from orchestrator.config import deployment_file
 from orchestrator.control.placement import Node, Share, place
 from workers.spec import Parallel
 
@@ -14,7 +14,7 @@ IMAGE = ROOT / "deploy" / "docker" / "tensorrt-llm.Dockerfile"
 
 
 def test_the_example_puts_each_stage_on_a_node_of_its_own() -> None:
-    model = config.load(ROOT / "deploy" / "examples" / "tensorrt-llm.yaml").config.models[0]
+    model = deployment_file.load(ROOT / "deploy" / "examples" / "tensorrt-llm.yaml").config.models[0]
     assert (model.engine, model.device, model.engine_spec().kind) == ("trtllm", "cuda", "trtllm")
     [(name, parallel)] = model.gangs()
     assert parallel == Parallel(tp=4, pp=2)

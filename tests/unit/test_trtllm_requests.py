@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import load
+from orchestrator.config.deployment_file import load
 from tests.tiny import tiny_gguf
 from tests.trtllm import FAKES, checkpoint_of
 from workers.__main__ import parse

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import Resolved, load
+from orchestrator.config.deployment_file import Resolved, load
 from orchestrator.control.host.control_socket import UpdateOrder
 from orchestrator.control.host.update import merge, prepare
 from tests.tiny import tiny_tokenizer

@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.config import Config
+from orchestrator.config.deployment_file import Config
 from orchestrator.control.launch.subprocesses import alive
 from workers.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
 from workers.spec import RouterAddress

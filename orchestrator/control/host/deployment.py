@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from orchestrator.config import DEFAULT_RUN_DIR, Config, environment
+from orchestrator.config.deployment_file import DEFAULT_RUN_DIR, Config, environment
 from orchestrator.control.controller import TICK_S, Controller, Hung
 from orchestrator.control.host import desired_state, join_file
 from orchestrator.control.host.control_socket import Answer, Control, ControlServer, Order, Status, UpdateOrder, UpdateReport

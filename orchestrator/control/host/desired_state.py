@@ -12,11 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.config import Config, ModelConfig
+from orchestrator.config.deployment_file import Config, ModelConfig
 from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.placement import Share
 from orchestrator.keys import KeyRing
-from orchestrator.models import locate, resolve
+from orchestrator.model_store import locate, resolve
 from orchestrator.router.net.curve_acl import Role
 from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec
 from workers.artifacts.artifact import open_artifact

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from orchestrator.config import Config
+from orchestrator.config.deployment_file import Config
 from orchestrator.control.host.desired_state import Back, ServedModel
 from orchestrator.control.host.join_file import JoinFile, fingerprint
 from orchestrator.control.host.router_poller import Reports, RouterReport, ask

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.config import Config, HttpConfig
+from orchestrator.config.deployment_file import Config, HttpConfig
 from orchestrator.keys import read_private
 from orchestrator.router.api_keys import parse_api_keys
 from workers.errors import EnvironmentFault

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from orchestrator.config import Config
+from orchestrator.config.deployment_file import Config
 from orchestrator.control.controller import Hung
 from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.reconciler import ReplicaView

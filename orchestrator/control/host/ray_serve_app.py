@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import environment, load
+from orchestrator.config.deployment_file import environment, load
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.subprocesses import Child
 from workers.errors import EnvironmentFault, TriremeError

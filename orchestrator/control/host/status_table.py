@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from orchestrator.config import Config, ModelConfig
+from orchestrator.config.deployment_file import Config, ModelConfig
 from orchestrator.control.host.control_socket import DeploymentState, ModelRow, ReplicaRow, Status, UpdateReport
 from orchestrator.control.host.router_poller import ReplicaReport, RouterReport, Routers
 from orchestrator.control.reconciler import ReplicaView

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from orchestrator.config import Config, ModelConfig, Resolved
+from orchestrator.config.deployment_file import Config, ModelConfig, Resolved
 from orchestrator.control.host import desired_state
 from orchestrator.control.host.control_socket import UpdateOrder, UpdateReport
 from orchestrator.control.launch.launcher import GangSpec

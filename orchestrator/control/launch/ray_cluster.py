@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.config import RayConfig
+from orchestrator.config.deployment_file import RayConfig
 from orchestrator.control.controller import ControllerActor, Hung
 from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
 from orchestrator.control.reconciler import Policy, ReplicaView

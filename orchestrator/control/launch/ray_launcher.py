@@ -18,7 +18,7 @@ from ray.util import get_node_ip_address, list_named_actors
 from ray.util.placement_group import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.config import environment
+from orchestrator.config.deployment_file import environment
 from orchestrator.control import placement as placing
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import GangSpec, mint_epoch

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from orchestrator import yamltree
+from orchestrator.config import yaml_tree
 from orchestrator.router.spec import AdmissionSpec, BackSpec, JoinSpec, MetricsSpec, TracingSpec
 from workers.errors import ConfigError
 from workers.spec import DType, EngineKind, EngineSpec, Parallel, QuantName, WaitPolicy
@@ -297,11 +297,11 @@ def load(
     Raises :class:`ConfigError` naming the path of what is wrong, with the nearest name for an unknown key.
     """
     if isinstance(source, Path):
-        tree, origin = yamltree.read(source), f"file {source}"
+        tree, origin = yaml_tree.read(source), f"file {source}"
     else:
-        tree, origin = yamltree.copy(source), "built in"
+        tree, origin = yaml_tree.copy(source), "built in"
     _refuse_unknown(tree, Config, "", origin)
-    sources = dict.fromkeys(yamltree.paths(tree), origin)
+    sources = dict.fromkeys(yaml_tree.paths(tree), origin)
     table = settings()
     for flag, value in ({} if env is None else env).items():
         if flag.startswith(_PREFIX) and (name := flag[len(_PREFIX) :].lower()) in table:
@@ -374,7 +374,7 @@ def _nearest(key: str, names: Mapping[str, Any]) -> str:
 def _allowed(path: str) -> str:
     """What a setting may be: the hint beside a value that it cannot be."""
     kind = dict(_leaves(Config, "")).get(re.sub(r"\[\d+\]", "[]", path))
-    return f"one of: {', '.join(map(str, get_args(kind)))}" if _is_literal(kind) else yamltree.EXAMPLE
+    return f"one of: {', '.join(map(str, get_args(kind)))}" if _is_literal(kind) else yaml_tree.EXAMPLE
 
 
 def _put(tree: dict[str, Any], sources: dict[str, str], path: str, value: object, source: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestrator.client import AsyncClient, ClientKeys
-from orchestrator.load.figures import Flight
-from orchestrator.load.target import Wanted
+from orchestrator.loadgen.stats import Flight
+from orchestrator.loadgen.target import Wanted
 from workers.spec import RouterAddress
 
 

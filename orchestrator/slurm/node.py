@@ -17,17 +17,17 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from orchestrator import config as configs
+from orchestrator.config import deployment_file as configs
 from orchestrator.control.host.deployment import INTERRUPTED, connect
 from orchestrator.control.launch.launcher import make_private, write_private
 from orchestrator.control.launch.subprocesses import Child, adopt_orphans
-from orchestrator.submit import endpoint as endpoints
-from orchestrator.submit import preflight
-from orchestrator.submit.endpoint import Endpoint
-from orchestrator.submit.handover import Sight, why_drain
-from orchestrator.submit.place import Place
-from orchestrator.submit.raynode import RayNode, environment
-from orchestrator.submit.roll import Gone, Line, Roll, Word, call
+from orchestrator.slurm import endpoint as endpoints
+from orchestrator.slurm import job_preflight
+from orchestrator.slurm.endpoint import Endpoint
+from orchestrator.slurm.handover import Sight, why_drain
+from orchestrator.slurm.job_env import Place
+from orchestrator.slurm.ray_node import RayNode, environment
+from orchestrator.slurm.roll_call import Gone, Line, Roll, Word, call
 from workers.errors import ConfigError, EnvironmentFault, ReplicaLost, TriremeError
 
 #: Bounds, seconds: entries of other nodes (prologs, containers), Ray on a node, the host's end after its drain, what is left.
@@ -100,8 +100,8 @@ def _kill_descendants() -> None:
         psutil.wait_procs(left, timeout=_POLL_S)
 
 
-def _look(place: Place, ports: tuple[int, ...], env: Mapping[str, str]) -> preflight.NodeFacts:
-    return preflight.look(place.node, place.gpus, ports, env.get("PATH", ""), env.get("CUDA_VISIBLE_DEVICES"))
+def _look(place: Place, ports: tuple[int, ...], env: Mapping[str, str]) -> job_preflight.NodeFacts:
+    return job_preflight.look(place.node, place.gpus, ports, env.get("PATH", ""), env.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _follow(place: Place, token: bytes, probes: tuple[Path, ...], env: Mapping[str, str], start: Path) -> int:
@@ -220,7 +220,7 @@ class Leader:
         ]  # fmt: skip
         wants_gpus = any(member.device == "cuda" for model in self._config.models for member in model.members())
         wants_ray = self._config.launcher == "ray"
-        verdicts = preflight.judge([own, *unseen], offered=self._spec.offered, wants_gpus=wants_gpus, wants_ray=wants_ray)
+        verdicts = job_preflight.judge([own, *unseen], offered=self._spec.offered, wants_gpus=wants_gpus, wants_ray=wants_ray)
         write_private(self._start / "preflight.json", msgspec.json.format(msgspec.json.encode(verdicts)) + b"\n")
         for verdict in verdicts:
             say(f"pre-flight {verdict.state:4} {verdict.what}: {verdict.found}" + (f" ({verdict.hint})" if verdict.hint else ""))

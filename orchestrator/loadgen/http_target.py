@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from orchestrator.load.figures import Flight
-from orchestrator.load.target import Wanted
+from orchestrator.loadgen.stats import Flight
+from orchestrator.loadgen.target import Wanted
 from workers.errors import EngineFault, EnvironmentFault, Rejected, TriremeError, from_code
 
 Endpoint = Literal["completions", "chat"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.load.schedule import BLOCK, Planned
+from orchestrator.loadgen.schedule import BLOCK, Planned
 
 #: Ids below 256 are in every vocabulary; the first few are often special tokens.
 _LOW, _HIGH = 32, 256

@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.load.figures import METRICS
-from orchestrator.load.schedule import Cutter, Planned, Range, arrivals, records, replayed, synthetic
+from orchestrator.loadgen.schedule import Cutter, Planned, Range, arrivals, records, replayed, synthetic
+from orchestrator.loadgen.stats import METRICS
 from workers.errors import Rejected
 
 #: Lengths of requests that are not told how long to be, tokens.

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from orchestrator.load import prompts
-from orchestrator.load.figures import Flight, Tally
-from orchestrator.load.schedule import Planned
-from orchestrator.load.target import Target, Wanted
+from orchestrator.loadgen import prompts
+from orchestrator.loadgen.schedule import Planned
+from orchestrator.loadgen.stats import Flight, Tally
+from orchestrator.loadgen.target import Target, Wanted
 from workers.errors import TriremeError
 
 clock = time.perf_counter

@@ -11,8 +11,8 @@ from functools import partial
 
 import msgspec
 
-from orchestrator.sim.door import Ask, Call, Router
 from orchestrator.sim.schedule import Arrive
+from orchestrator.sim.sim_router import Ask, Call, Router
 from orchestrator.sim.timeline import Timeline
 from workers.errors import DeadlineExceeded, Overloaded, TriremeError
 from workers.fake import BYTES_EOS, expected_tokens

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator.control.launch.subprocesses import Child
-from orchestrator.submit.place import Place
+from orchestrator.slurm.job_env import Place
 from workers.errors import EnvironmentFault
 
 _OBJECT_STORE_BYTES = 80 << 20

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.load.figures import Flight
+from orchestrator.loadgen.stats import Flight
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from orchestrator.sim.net import PULSE_S, Far, Net, Wire
 from orchestrator.sim.schedule import Setup
+from orchestrator.sim.sim_network import PULSE_S, Far, Net, Wire
 from orchestrator.sim.timeline import Timeline
 from workers.core.links import Close, Greet, Link, Lose, Open, Verdict
 from workers.core.sessions import Action, Grant, Send, Sessions, Start, Stop

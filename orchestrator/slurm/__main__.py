@@ -1,6 +1,6 @@
-"""Entry of every node of a Slurm job: ``python -m orchestrator.submit``, as `deploy/slurm/serve.sbatch` calls it.
+"""Entry of every node of a Slurm job: ``python -m orchestrator.slurm``, as `deploy/slurm/serve.sbatch` calls it.
 
-Reads the command line and the environment of the step, runs :func:`orchestrator.submit.node.run`, and turns an error into lines and an
+Reads the command line and the environment of the step, runs :func:`orchestrator.slurm.node.run`, and turns an error into lines and an
 exit code.
 """
 
@@ -12,13 +12,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from orchestrator.submit.node import JobSpec, run
-from orchestrator.submit.place import read_place
+from orchestrator.slurm.job_env import read_place
+from orchestrator.slurm.node import JobSpec, run
 from workers.errors import TriremeError
 
 
 def parse(arguments: Sequence[str]) -> JobSpec:
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.submit", description="One node of a Slurm job; see deploy/slurm.")
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.slurm", description="One node of a Slurm job; see deploy/slurm.")
     parser.add_argument("--name", required=True, help="name of the job")
     parser.add_argument("--jobs", required=True, help="folder of all jobs, on a shared file system")
     parser.add_argument("--file", required=True, help="deployment file")

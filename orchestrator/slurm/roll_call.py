@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.submit.preflight import NodeFacts
+from orchestrator.slurm.job_preflight import NodeFacts
 from workers.errors import EnvironmentFault
 
 log = logging.getLogger("trireme.job")

@@ -16,8 +16,8 @@ from orchestrator.router.core.request_state import Deliver, Errored, Finished, S
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.core.stats import Placement
 from orchestrator.router.spec import AdmissionSpec
-from orchestrator.sim.gang import HANG_FLOOR_S, HEARTBEAT_S
-from orchestrator.sim.net import Wire
+from orchestrator.sim.sim_network import Wire
+from orchestrator.sim.sim_replica import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.timeline import Timeline
 from workers.errors import TriremeError
 from workers.wire import FinishReason, FromReplica, Logprobs, Peers, SamplingParams, ToReplica, Usage
