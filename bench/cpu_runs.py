@@ -19,7 +19,7 @@ from bench.drive import submit
 from bench.report import commit, facts, record
 from orchestrator.planner.known_models import SHAPES
 from workers.portable import PortableEngine, build
-from workers.spec import EngineSpec, ReplicaSpec
+from workers.protocol.specs import EngineSpec, ReplicaSpec
 
 SHAPE = "smollm2-135m-instruct"
 #: name → requests, prompt and output tokens of each.

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from workers.core.contract import Engine, Finish
 from workers.portable import Follower, build
-from workers.spec import QUANT_ALGOS, EngineSpec, Parallel, ReplicaSpec
-from workers.wire import SamplingParams, Submit
+from workers.protocol.engine import Engine, Finish
+from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.specs import QUANT_ALGOS, EngineSpec, Parallel, ReplicaSpec
 
 
 def submit(id: int, prompt: list[int], output: int) -> Submit:

@@ -19,7 +19,7 @@ import msgspec
 
 from bench.report import Claim, publish, say
 from orchestrator.model_store import resolve
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
 
 #: One thread per rank and no spinning OpenMP threads: shared cores otherwise fall from 18 tok/s to 2.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}

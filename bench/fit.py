@@ -27,7 +27,7 @@ from orchestrator.planner.cost_model import Load, Rates, Workload, replay
 from orchestrator.planner.devices import GPUS, Fit, gpu_rates, host_rates
 from orchestrator.planner.planner import Subject, pipeline_of
 from workers.artifacts.artifact import open_artifact
-from workers.spec import PLAIN, DType, EngineSpec, ModelSpec, Parallel, quant_of
+from workers.protocol.specs import PLAIN, DType, EngineSpec, ModelSpec, Parallel, quant_of
 
 RESULTS = ROOT / "bench" / "results"
 FITTED, HELD_OUT = "gpu.jsonl", "2026-11-22-four-gpus.jsonl"

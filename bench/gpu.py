@@ -27,7 +27,7 @@ import msgspec
 from bench.report import commit, facts, record, say
 from orchestrator.planner import cost_model
 from workers.__main__ import GPU_ENVIRONMENT
-from workers.spec import EngineSpec, Parallel, QuantName, ReplicaSpec
+from workers.protocol.specs import EngineSpec, Parallel, QuantName, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Longest that one case may take, seconds.

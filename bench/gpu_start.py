@@ -23,8 +23,8 @@ from workers.artifacts.artifact import open_artifact
 from workers.artifacts.checkpoint import CONFIG, FORMAT, MANIFEST, Manifest, config_of, describe, rank_file
 from workers.artifacts.numbers import STORAGE
 from workers.artifacts.tensorfile import TensorWriter, write_file
-from workers.core.parts import stored_tensors
-from workers.spec import Parallel, Quant
+from workers.layout.quant_parts import stored_tensors
+from workers.protocol.specs import Parallel, Quant
 
 
 def write_checkpoint(folder: Path, shape: Path) -> int:

@@ -26,16 +26,16 @@ from bench.report import Claim, publish
 from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.core.batch import Batch
-from workers.core.contract import Emission
 from workers.engine.cache import KvCache
 from workers.engine.comm import Solo
 from workers.engine.device import HostDevice
 from workers.engine.device_runner import DeviceRunner, Links
 from workers.engine.rings import Completion, Submissions
 from workers.portable import PortableEngine
-from workers.process import settle_heap
-from workers.wire import Capacity, SamplingParams, Submit
+from workers.protocol.engine import Emission
+from workers.protocol.messages import Capacity, SamplingParams, Submit
+from workers.scheduler.scheduler import Batch
+from workers.serving.rank_process import settle_heap
 
 ROWS, TOKENS, ASKED_US = 256, 300, 300.0
 #: Steps while rows come and go.

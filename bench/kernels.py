@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.report import commit, facts, record, say
-from workers.core.shard import shard_of
 from workers.engine.comm import Solo
 from workers.engine.device import CudaDevice
+from workers.layout.sharding import shard_of
 from workers.model.kernels import gpu, layout
 from workers.model.kernels.attention import Tuning
 from workers.model.kernels.choose import candidates, winners
 from workers.model.kernels.layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill, step_shape, view
 from workers.model.llama import LlamaStage
-from workers.spec import ModelSpec, Parallel
+from workers.protocol.specs import ModelSpec, Parallel
 
 DEVICE = torch.device("cuda")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn

@@ -35,7 +35,7 @@ from orchestrator.control.host.control_socket import Control, Status
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.tiny import tiny_model, tiny_tokenizer
 from workers.__main__ import GPU_ENVIRONMENT
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
 
 Lines = Iterator[dict[str, Any]]
 #: tp x pp that use every GPU; the first and the last also carry the 70B shape.

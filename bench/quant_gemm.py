@@ -22,11 +22,11 @@ from torch import Tensor
 
 from bench.kernels import DEVICE, copies, limits, timed
 from bench.report import record, say
-from workers.core.parts import parts_of
+from workers.layout.quant_parts import parts_of
 from workers.model.kernels import linear, linear_gpu
 from workers.model.kernels.linear_gpu import Tuning
 from workers.model.layers import TORCH
-from workers.spec import Quant, QuantName, quant_of
+from workers.protocol.specs import Quant, QuantName, quant_of
 
 BF16 = torch.bfloat16
 #: Outputs and inputs of the 8B shape's linear layers.

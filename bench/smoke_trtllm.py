@@ -27,8 +27,8 @@ from orchestrator.config import deployment_file
 from orchestrator.control.host.control_socket import ReplicaRow
 from orchestrator.control.host.deployment import connect
 from orchestrator.model_store import DEFAULT_MODEL
-from workers.errors import EnvironmentFault, TriremeError
-from workers.spec import Parallel
+from workers.protocol.errors import EnvironmentFault, TriremeError
+from workers.protocol.specs import Parallel
 from workers.trtllm import build as building
 from workers.trtllm import node
 from workers.trtllm.engine_dir import read_engine_dir

@@ -22,8 +22,8 @@ import zmq
 from orchestrator.control.launch.launcher import make_private, write_private
 from orchestrator.router.api_keys import ApiKey, ApiKeyFile, mint, parse_api_keys
 from orchestrator.router.net.curve_acl import FAMILY, Grant, Role, parse_grants
-from workers.errors import ConfigError, NotFound, Rejected
-from workers.sockets import KeyPair
+from workers.protocol.errors import ConfigError, NotFound, Rejected
+from workers.serving.router_io import KeyPair
 
 _SALT_BYTES = 32
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")

@@ -23,8 +23,8 @@ from workers.artifacts.artifact import open_artifact
 from workers.artifacts.aside import locked, replacing
 from workers.artifacts.convert import Progress, convert, silent
 from workers.artifacts.tensorfile import FileRecord, hash_file
-from workers.errors import ArtifactError, EnvironmentFault, NotFound
-from workers.spec import DType, Parallel
+from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound
+from workers.protocol.specs import DType, Parallel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DOWNLOAD_TIMEOUT_S = 1800.0

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from workers.spec import EngineSpec, ReplicaSpec
-from workers.trtllm import options
+from workers.protocol import trtllm_options
+from workers.protocol.specs import EngineSpec, ReplicaSpec
 
 CONTRACT: dict[str, Any] = json.loads((Path(__file__).parent / "contracts" / "tensorrt_llm_api.json").read_text())
 PYTHON: dict[str, Any] = CONTRACT["python"]
@@ -24,7 +24,7 @@ TRT = "tensorrt_llm.bindings.executor."
 
 #: Our own structs whose fields are followed to what is passed on with ``**given(...)``.
 STRUCTS = {"EngineSpec": EngineSpec, "ReplicaSpec": ReplicaSpec} | {
-    name: kind for name, kind in vars(options).items() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    name: kind for name, kind in vars(trtllm_options).items() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 }
 
 

@@ -21,10 +21,10 @@ from types import TracebackType
 import msgspec
 import zmq
 
-from workers import wire
-from workers.spec import EngineSpec, Parallel, ReplicaSpec, RouterAddress
-from workers.state import State, read_state
-from workers.wire import Accepted, Done, Failed, Heartbeat, Hello, Peers, SamplingParams, Submit, Tokens
+from workers.protocol import messages
+from workers.protocol.messages import Accepted, Done, Failed, Heartbeat, Hello, Peers, SamplingParams, Submit, Tokens
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec, RouterAddress
+from workers.serving.state_file import State, read_state
 
 BOUND_S = 120.0
 FAKE = EngineSpec(kind="fake")
@@ -214,8 +214,8 @@ class RouterEnd:
         self._socket.close(0)
         self._context.term()
 
-    def send(self, message: wire.Message, replica: str = "r0") -> None:
-        self.send_raw(wire.encode(message), replica=replica)
+    def send(self, message: messages.Message, replica: str = "r0") -> None:
+        self.send_raw(messages.encode(message), replica=replica)
 
     def send_raw(self, *frames: bytes, replica: str = "r0") -> None:
         self._socket.send_multipart([self.replicas[replica], *frames])
@@ -229,7 +229,7 @@ class RouterEnd:
         request: str = "",
         attempt: int = 0,
         emitted: list[int] | None = None,
-        credit: int = wire.UNLIMITED,
+        credit: int = messages.UNLIMITED,
         deadline_ms: int | None = None,
         replica: str = "r0",
     ) -> Stream:
@@ -270,11 +270,11 @@ class RouterEnd:
         for identity in identities:
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.send_multipart(
-                    [identity, wire.encode(Peers(boot=self.boot, router=self.name, routers=self._peers))], zmq.DONTWAIT
+                    [identity, messages.encode(Peers(boot=self.boot, router=self.name, routers=self._peers))], zmq.DONTWAIT
                 )
 
     def _take(self, identity: bytes, frame: bytes) -> None:
-        message = wire.decode_from_replica(frame)
+        message = messages.decode_from_replica(frame)
         self.frames += 1
         match message:
             case Hello():

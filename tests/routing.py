@@ -21,7 +21,7 @@ from orchestrator.router.process import State
 from orchestrator.router.spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
 from tests.gang import MPIEXEC, processes_of, wait_for
 from tests.tiny import tiny_tokenizer
-from workers.spec import EngineSpec, ReplicaSpec, RouterAddress
+from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
 
 
 class RouterRun:

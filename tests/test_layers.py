@@ -19,9 +19,8 @@ PACKAGES = ("workers", "orchestrator")
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
 LAYERS = {
-    "workers.spec": 0, "workers.wire": 0, "workers.errors": 0, "workers.core": 1, "workers.fake": 2, "workers.model": 3,
-    "workers.engine": 3, "workers.portable": 4, "workers.trtllm": 4, "workers.trtllm.options": 0, "workers.leader": 4, "workers.rank": 4,
-    "workers.process": 4, "workers.prover": 4, "workers.sockets": 4, "workers.state": 4,
+    "workers.core": 1, "workers.fake": 2, "workers.model": 3, "workers.engine": 3, "workers.portable": 4, "workers.trtllm": 4,
+    "workers.prover": 4,
     "workers.protocol": 0, "orchestrator.router.spec": 0,
     "workers.scheduler": 1, "workers.layout": 1, "workers.sampling.definition": 1, "workers.sampling.guide": 1,
     "workers.serving.router_link": 1, "workers.serving.stream_table": 1,
@@ -154,7 +153,7 @@ def modules() -> dict[str, Path]:
 
 def test_every_module_keeps_its_layer() -> None:
     files = modules()
-    assert {"workers.wire", "orchestrator.router.spec"} <= files.keys()
+    assert {"workers.protocol.messages", "orchestrator.router.spec"} <= files.keys()
     found = [fault for name, path in files.items() for fault in violations(name, path.read_text(), package=path.name == "__init__.py")]
     assert not found, "\n" + "\n".join(found)
 
@@ -162,13 +161,13 @@ def test_every_module_keeps_its_layer() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
-        ("workers.core.batch", "import torch", "imports torch"),
-        ("workers.core.batch", "def f():\n    import time", ":2: imports time"),
-        ("workers.core.batch", "from workers.engine import comm", "imports workers.engine.comm of layer 3, itself being layer 1"),
-        ("workers.core.batch", "from ..engine.comm import Group", "imports workers.engine.comm.Group of layer 3"),
-        ("workers.spec", "import numpy", "layer 0 may use msgspec"),
-        ("workers.leader", "from orchestrator.router.spec import RouterSpec", "a replica is complete alone"),
-        ("workers.leader", "import ray", "imports ray"),
+        ("workers.scheduler.scheduler", "import torch", "imports torch"),
+        ("workers.scheduler.scheduler", "def f():\n    import time", ":2: imports time"),
+        ("workers.scheduler.scheduler", "from workers.engine import comm", "imports workers.engine.comm of layer 3, itself being layer 1"),
+        ("workers.scheduler.scheduler", "from ..engine.comm import Group", "imports workers.engine.comm.Group of layer 3"),
+        ("workers.protocol.specs", "import numpy", "layer 0 may use msgspec"),
+        ("workers.serving.leader", "from orchestrator.router.spec import RouterSpec", "a replica is complete alone"),
+        ("workers.serving.leader", "import ray", "imports ray"),
         ("workers.artifacts.gguf", "import torch", "conversion runs where no engine is installed"),
         ("workers.model.llama", "import zmq", "layer 3 may use"),
         ("workers.engine.comm", "import os\nx = os.environ['HOME']", "touches os.environ"),
@@ -189,7 +188,10 @@ def test_a_breach_is_named(module: str, source: str, fault: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("workers.core.batch", "import numpy\nfrom workers.wire import Submit\nfrom workers.core.plan import StepPlan"),
+        (
+            "workers.scheduler.scheduler",
+            "import numpy\nfrom workers.protocol.messages import Submit\nfrom workers.scheduler.step_plan import StepPlan",
+        ),
         ("workers.portable", "import torch\nimport zmq\nimport threading\nfrom workers import __version__"),
         ("orchestrator.config.deployment_file", "import os\nhome = os.environ"),
         ("orchestrator.cli.main", "import os\nhome = os.environ"),

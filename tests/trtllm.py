@@ -14,7 +14,7 @@ import pytest
 
 from tests.tiny import tiny_model
 from workers.artifacts.convert import convert
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
 from workers.trtllm import build as building
 from workers.trtllm import node
 from workers.trtllm.build_options import BuildOptions

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from workers.core.batch import Batch
-from workers.core.contract import Emission, EngineStats
 from workers.core.guide import Guide, GuideFactory
 from workers.core.params import allowed_ids, stop_set
-from workers.core.plan import F32, GUESS, OpenSlot, StepPlan, StepResult, column, view
-from workers.spec import EngineSpec, Parallel, ResumeClass
-from workers.wire import Capacity, Logprobs, SamplingParams, Submit
+from workers.protocol.engine import Emission, EngineStats
+from workers.protocol.messages import Capacity, Logprobs, SamplingParams, Submit
+from workers.protocol.specs import EngineSpec, Parallel, ResumeClass
+from workers.scheduler.scheduler import Batch
+from workers.scheduler.step_plan import F32, GUESS, OpenSlot, StepPlan, StepResult, column, view
 
 #: Ids that are chosen from without a guide: printable ASCII in a byte-level vocabulary.
 PRINTABLE = range(32, 127)
@@ -180,7 +180,7 @@ class FakeModel:
 
 
 class FakeEngine:
-    """Implements :class:`workers.core.contract.Engine` in one process.
+    """Implements :class:`workers.protocol.engine.Engine` in one process.
 
     Args:
         spec: limits, and the cost of a step: ``fake_step_ms`` + ``fake_token_us`` a token, shared by the ``pp`` stages.

@@ -1,9 +1,9 @@
 """The portable engine: one leader that batches and answers, and followers that apply its plans.
 
-The leader (rank 0) owns the :class:`~workers.core.batch.Batch` and is itself the first stage's first rank; a follower owns a runner and
-nothing else. A step is plan → run → commit: the leader issues plans until as many are in flight as there are stages, then commits the
-oldest. On GPUs one plan more is in flight, so that the device never waits for the host. Must never let a follower decide, nor send anything
-but plans and results between them.
+The leader (rank 0) owns the :class:`~workers.scheduler.scheduler.Batch` and is itself the first stage's first rank; a follower owns a
+runner and nothing else. A step is plan → run → commit: the leader issues plans until as many are in flight as there are stages, then
+commits the oldest. On GPUs one plan more is in flight, so that the device never waits for the host. Must never let a follower decide, nor
+send anything but plans and results between them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from workers.core.batch import Batch
-from workers.core.contract import Emission, EngineStats
-from workers.core.plan import StepPlan, StepResult, decode_plan, decode_result, encode
 from workers.engine.answers import Answer, PlanRunner
 from workers.engine.build import bring_up
 from workers.engine.comm import Waiter
 from workers.engine.groups import split
 from workers.engine.pace import Pace
-from workers.errors import EngineFault
+from workers.protocol.engine import Emission, EngineStats
+from workers.protocol.errors import EngineFault
+from workers.protocol.messages import Capacity, Submit
+from workers.protocol.specs import EngineSpec, ReplicaSpec, ResumeClass
 from workers.prover import compiler
-from workers.spec import EngineSpec, ReplicaSpec, ResumeClass
-from workers.wire import Capacity, Submit
+from workers.scheduler.scheduler import Batch
+from workers.scheduler.step_plan import StepPlan, StepResult, decode_plan, decode_result, encode
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -80,7 +80,7 @@ class _Out(msgspec.Struct, gc=False):
 
 
 class PortableEngine:
-    """Implements :class:`~workers.core.contract.Engine` on rank 0.
+    """Implements :class:`~workers.protocol.engine.Engine` on rank 0.
 
     ``crew`` None = this rank is alone. With one stage the leader's own runner answers; with more, the last stage's first rank does.
     ``close``: how this rank goes down.

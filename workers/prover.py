@@ -25,9 +25,9 @@ from pathlib import Path
 import msgspec
 
 from workers.core.guide import Guide, GuideFactory
-from workers.errors import Overloaded, Rejected, Unsupported
-from workers.process import die_with_parent
-from workers.wire import GuideSpec
+from workers.protocol.errors import Overloaded, Rejected, Unsupported
+from workers.protocol.messages import GuideSpec
+from workers.serving.rank_process import die_with_parent
 
 #: Processor time that compiling a grammar and its first mask may take, seconds.
 TRY_CPU_S = 1.0

@@ -20,7 +20,7 @@ import typer
 from orchestrator.cli.chat import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_door
 from orchestrator.cli.console import INTERRUPTED, Console
 from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir, pick
-from workers.errors import EngineFault, EnvironmentFault, Rejected
+from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.loadgen.runner import Load

@@ -12,7 +12,7 @@ from orchestrator.loadgen.schedule import Cutter
 from orchestrator.loadgen.settings import Settings
 from orchestrator.loadgen.stats import METRICS, Spread, Summary
 from workers import __version__
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 #: Above these the generator itself shows in the figures: p99 of how late its timers come in ms, and cores.
 LATE_MS, BUSY_CORES = 10.0, 0.9

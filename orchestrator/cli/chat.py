@@ -15,7 +15,7 @@ import typer
 
 from orchestrator.cli.console import Console
 from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir, pick
-from workers.errors import Rejected, TriremeError
+from workers.protocol.errors import Rejected, TriremeError
 
 if TYPE_CHECKING:
     from orchestrator.cli.chat_backends import Endpoint

@@ -16,7 +16,7 @@ import msgspec
 from orchestrator.client import Client, ClientKeys
 from orchestrator.control.host.control_socket import Status
 from orchestrator.keys import read_private
-from workers.errors import EngineFault, EnvironmentFault, NotFound, Rejected, Unavailable, from_code, printable
+from workers.protocol.errors import EngineFault, EnvironmentFault, NotFound, Rejected, Unavailable, from_code, printable
 
 Endpoint = Literal["chat", "completions"]
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -52,7 +52,7 @@ class HttpDoor:
         return dict(found if found is not None else self._get(f"/v1/models/{model}"))  # an alias is not listed
 
     def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]:
-        """Stream an answer. Raises the error that the endpoint names (:func:`workers.errors.from_code`), also in mid-stream."""
+        """Stream an answer. Raises the error that the endpoint names (:func:`workers.protocol.errors.from_code`), also in mid-stream."""
         try:
             with self._http.stream("POST", PATHS[endpoint], json={**body, "stream": True}) as response:
                 if response.status_code != 200:

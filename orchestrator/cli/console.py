@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from workers.errors import TriremeError
+from workers.protocol.errors import TriremeError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

@@ -12,8 +12,8 @@ import typer
 
 from orchestrator.cli.console import Console, size
 from orchestrator.cli.options import CacheDir, DTypeName, PpSize, QuantFlag, TpSize, cache_folder, dtype_of, quant_from
-from workers.errors import ArtifactError
-from workers.spec import Parallel
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import Parallel
 
 if TYPE_CHECKING:
     from workers.artifacts.inspect import Inspection

@@ -25,7 +25,7 @@ import typer
 
 from orchestrator.cli.chat import open_door
 from orchestrator.cli.console import Console
-from workers.errors import EnvironmentFault, NotFound, ReplicaLost
+from workers.protocol.errors import EnvironmentFault, NotFound, ReplicaLost
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config

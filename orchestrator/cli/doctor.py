@@ -12,7 +12,7 @@ import typer
 from orchestrator.cli.console import Console, table
 from orchestrator.cli.options import CacheDir, cache_folder
 from workers import __version__
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 STYLES = {"ok": "good", "warn": "warn", "fail": "bad"}
 

@@ -19,7 +19,7 @@ import typer
 
 from orchestrator.cli.console import Console, age, size, table
 from orchestrator.cli.options import CacheDir, cache_folder
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 if TYPE_CHECKING:
     from workers.trtllm.catalogue import Entry

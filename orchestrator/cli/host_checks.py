@@ -21,7 +21,7 @@ import psutil
 
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.mpiexec import version
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 State = Literal["ok", "warn", "fail"]
 PATIENCE_S = 60.0

@@ -128,7 +128,7 @@ def join(
 def show(context: typer.Context, name: Deployment = "local", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     """List the deployment's key files: what each is for and its mode. Exit code 3 when one can be read by others."""
     from orchestrator.router.net.curve_acl import FAMILY, parse_grants
-    from workers.errors import ConfigError, NotFound
+    from workers.protocol.errors import ConfigError, NotFound
 
     home = folder(name, run_dir)
     if not home.is_dir():

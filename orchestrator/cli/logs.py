@@ -16,7 +16,7 @@ import typer
 
 from orchestrator.cli.console import Console
 from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
-from workers.errors import NotFound, Rejected, TriremeError
+from workers.protocol.errors import NotFound, Rejected, TriremeError
 
 if TYPE_CHECKING:
     from orchestrator.control.host.log_files import Entry, LogFile

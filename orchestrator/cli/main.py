@@ -31,7 +31,7 @@ from orchestrator.cli import (
     update,
     verify,
 )
-from workers.errors import Rejected, TriremeError
+from workers.protocol.errors import Rejected, TriremeError
 
 #: Short forms that other servers taught people; one dash and two letters are not a shape that the parser knows.
 SHORT = {"-tp": "--tp-size", "-pp": "--pp-size"}

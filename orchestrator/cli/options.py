@@ -7,8 +7,8 @@ from typing import Annotated, cast
 
 import typer
 
-from workers.errors import Rejected
-from workers.spec import DTYPE_BYTES, QUANT_ALGOS, DType, Quant, QuantName, quant_of
+from workers.protocol.errors import Rejected
+from workers.protocol.specs import DTYPE_BYTES, QUANT_ALGOS, DType, Quant, QuantName, quant_of
 
 TpSize = Annotated[int, typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Ranks that share each layer (-tp).")]
 PpSize = Annotated[int, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Stages that share the layers (-pp).")]

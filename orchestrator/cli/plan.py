@@ -16,13 +16,13 @@ import msgspec
 import typer
 
 from orchestrator.cli.console import Console
-from workers.errors import ArtifactError, ConfigError, Rejected
+from workers.protocol.errors import ArtifactError, ConfigError, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
     from orchestrator.planner.planner import Subject, SubjectPlan
     from orchestrator.planner.seating import Cluster
-    from workers.spec import ModelSpec, Quant, QuantName
+    from workers.protocol.specs import ModelSpec, Quant, QuantName
 
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -114,7 +114,7 @@ def _description(name: str, form: QuantName | None) -> tuple[ModelSpec, Quant]:
     """(shape, weight formats) of a model with weights in ``form``: read from its folder, or known by name."""
     from orchestrator.planner.known_models import SHAPES
     from workers.artifacts.artifact import open_artifact, quant_for
-    from workers.spec import PLAIN, quant_of
+    from workers.protocol.specs import PLAIN, quant_of
     from workers.trtllm.engine_dir import is_engine_dir
 
     path = Path(name).expanduser()

@@ -15,7 +15,7 @@ import yaml
 
 from orchestrator.planner.planner import Subject, occupied
 from orchestrator.planner.seating import Cluster
-from workers.errors import ConfigError, EnvironmentFault
+from workers.protocol.errors import ConfigError, EnvironmentFault
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config

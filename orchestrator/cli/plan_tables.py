@@ -12,7 +12,7 @@ from orchestrator.planner.cost_model import Workload
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT, Gpu
 from orchestrator.planner.planner import RECORDED_TOKENS, LayoutPlan, SubjectPlan, settings, timed
 from orchestrator.planner.seating import Cluster
-from workers.core.shard import parameters
+from workers.layout.sharding import parameters
 
 #: Layouts that are listed beside the file's own.
 SHOWN = 6

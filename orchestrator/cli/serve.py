@@ -17,12 +17,12 @@ import typer
 
 from orchestrator.cli.console import Console
 from orchestrator.cli.options import PpSize, QuantFlag, TpSize, dtype_of, quant_name
-from workers.errors import TriremeError
+from workers.protocol.errors import TriremeError
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
     from orchestrator.control.host.deployment import Notice
-    from workers.wire import Capacity
+    from workers.protocol.messages import Capacity
 
 #: Files in the deployment's run folder: what the host logs, and what a detached host prints.
 HOST_LOG, DAEMON_LOG = "host.log", "up.log"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Console, age, table
-from workers.errors import NotFound, Rejected
+from workers.protocol.errors import NotFound, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.control.host.control_socket import Control, Status

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.console import Console
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 #: What the longest path of a socket below the jobs folder is made of.
 LONGEST_ID, SOCKET, LONGEST_PATH = "0" * 10, "/routers/router00-back.sock", 100

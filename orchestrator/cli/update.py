@@ -11,7 +11,7 @@ import typer
 
 from orchestrator.cli.console import Console
 from orchestrator.cli.serve import CacheDir, Launcher, Name, Port, Routers, RunDir
-from workers.errors import ReplicaLost
+from workers.protocol.errors import ReplicaLost
 
 if TYPE_CHECKING:
     from orchestrator.control.host.control_socket import Control, UpdateReport

@@ -16,12 +16,12 @@ import typer
 
 from orchestrator.cli.console import Console, table
 from orchestrator.cli.options import CacheDir, cache_folder
-from workers.errors import ArtifactError, Rejected
+from workers.protocol.errors import ArtifactError, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.client import Client
     from orchestrator.client.results import Choice
-    from workers.wire import Logprobs
+    from workers.protocol.messages import Logprobs
 
 PROMPTS = (
     "The capital of France is",

@@ -19,7 +19,7 @@ from orchestrator.client.protocol import SILENCE_S, Exchange, Session, What
 from orchestrator.client.results import Piece, Reply
 from orchestrator.client.sockets import ClientKeys, Wires
 from orchestrator.client.sync_client import QUERY_S, TICK_S
-from workers.spec import RouterAddress
+from workers.protocol.specs import RouterAddress
 
 
 class AsyncCall:

@@ -15,9 +15,23 @@ from typing import Literal
 import msgspec
 
 from orchestrator.client.results import Choice, Piece, Reply
-from workers import wire
-from workers.errors import Cancelled, DeadlineExceeded, Overloaded, TriremeError, Unavailable, from_code
-from workers.wire import Accepted, Cancel, Credit, Done, Failed, FinishReason, Generate, Journal, Logprobs, Query, Report, Tokens, Usage
+from workers.protocol import messages
+from workers.protocol.errors import Cancelled, DeadlineExceeded, Overloaded, TriremeError, Unavailable, from_code
+from workers.protocol.messages import (
+    Accepted,
+    Cancel,
+    Credit,
+    Done,
+    Failed,
+    FinishReason,
+    Generate,
+    Journal,
+    Logprobs,
+    Query,
+    Report,
+    Tokens,
+    Usage,
+)
 
 Endpoint = Literal["chat", "completions"]
 What = Literal["status", "models", "metrics"]
@@ -140,8 +154,8 @@ class Session:
     # --- what routers say
 
     def received(self, router: int, frame: bytes, now: float) -> None:
-        """Raises :class:`~workers.wire.Malformed` on what is no message of a router."""
-        message = wire.decode_to_client(frame)
+        """Raises :class:`~workers.protocol.messages.Malformed` on what is no message of a router."""
+        message = messages.decode_to_client(frame)
         if isinstance(message, Tokens):
             self._tokens(router, message, now)
             return
@@ -206,7 +220,7 @@ class Session:
                 grants[stream] = grants.get(stream, 0) + taken - exchange.renewed
                 exchange.renewed = taken
         if grants:
-            self.outbox.append((router, wire.encode(Credit(boot=self._boot, streams=list(grants), tokens=list(grants.values())))))
+            self.outbox.append((router, messages.encode(Credit(boot=self._boot, streams=list(grants), tokens=list(grants.values())))))
 
     def _done(self, exchange: Exchange, done: Done, now: float) -> None:
         if done.attempt != exchange.attempt or done.choice >= len(exchange.tracks):
@@ -268,8 +282,8 @@ class Session:
             ),
         )  # fmt: skip
 
-    def _post(self, exchange: Exchange, message: wire.FromClient) -> None:
-        self.outbox.append((exchange.router, wire.encode(message)))
+    def _post(self, exchange: Exchange, message: messages.FromClient) -> None:
+        self.outbox.append((exchange.router, messages.encode(message)))
 
     def _end(self, exchange: Exchange, error: TriremeError) -> None:
         error.request = exchange.request

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from orchestrator.client.protocol import Exchange
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Sequence[int]

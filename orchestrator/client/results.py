@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from workers.wire import FinishReason, Logprobs, Usage
+from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):

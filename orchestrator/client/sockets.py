@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import msgspec
 import zmq
 
-from workers.errors import ConfigError
-from workers.spec import RouterAddress
-from workers.wire import HIGH_WATER, MAX_FRAME
+from workers.protocol.errors import ConfigError
+from workers.protocol.messages import HIGH_WATER, MAX_FRAME
+from workers.protocol.specs import RouterAddress
 
 _HANDSHAKE_MS = 4000
 _RECONNECT_MS, _RECONNECT_MAX_MS = 100, 2000

@@ -18,7 +18,7 @@ from orchestrator.client import requests
 from orchestrator.client.protocol import SILENCE_S, Exchange, Session, What
 from orchestrator.client.results import Piece, Reply
 from orchestrator.client.sockets import ClientKeys, Wires
-from workers.spec import RouterAddress
+from workers.protocol.specs import RouterAddress
 
 #: Longest wait in one poll, seconds: deadlines and silent routers are looked at this often.
 TICK_S = 0.05
@@ -55,7 +55,7 @@ class Call:
         return self._exchange.reply()
 
     def cancel(self) -> None:
-        """Stop the request; :meth:`stream` and :meth:`result` then raise :class:`~workers.errors.Cancelled`."""
+        """Stop the request; :meth:`stream` and :meth:`result` then raise :class:`~workers.protocol.errors.Cancelled`."""
         self._client._cancel(self._exchange)
 
 

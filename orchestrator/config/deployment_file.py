@@ -17,9 +17,9 @@ import msgspec
 
 from orchestrator.config import yaml_tree
 from orchestrator.router.spec import AdmissionSpec, BackSpec, JoinSpec, MetricsSpec, TracingSpec
-from workers.errors import ConfigError
-from workers.spec import DType, EngineKind, EngineSpec, Parallel, QuantName, WaitPolicy
-from workers.trtllm.options import TrtllmOptions
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import DType, EngineKind, EngineSpec, Parallel, QuantName, WaitPolicy
+from workers.protocol.trtllm_options import TrtllmOptions
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,38}[a-z0-9])?")
 _NAMING = "a name is 1 to 40 of a-z, 0-9, '.' and '-'"
@@ -75,7 +75,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``.
 
     ``replicas``: how many of ``tp_size`` x ``pp_size``, or a list that says it for each. ``spread``: a node of its own for each pipeline
-    stage. The rest is :class:`~workers.spec.EngineSpec`.
+    stage. The rest is :class:`~workers.protocol.specs.EngineSpec`.
     """
 
     name: str

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 EXAMPLE = "deploy/examples/local.yaml is a whole one"
 

@@ -18,7 +18,7 @@ import msgspec
 
 from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
 from orchestrator.control.reconciler import Drain, Kill, Launch, Policy, Reconciler, ReplicaView, Wanted
-from workers.errors import TriremeError
+from workers.protocol.errors import TriremeError
 
 log = logging.getLogger("trireme.controller")
 TICK_S = 0.2

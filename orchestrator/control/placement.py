@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from workers.errors import ConfigError
-from workers.spec import Parallel
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import Parallel
 
 Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from workers.wire import Capacity
+from workers.protocol.messages import Capacity
 
 GangPhase = Literal["placing", "starting", "loading", "ready", "draining", "stopped", "failed"]
 ReplicaPhase = Literal["pending", "placing", "starting", "loading", "ready", "draining", "backoff", "failed", "stopped"]
@@ -22,7 +22,7 @@ class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One gang as its launcher sees it. ``since``: Unix seconds at which ``phase`` began; ``pids``: (rank, host, pid).
 
     ``permanent``: the failure will repeat on every launch (a wrong configuration or a broken artifact); ``exit_code``: its class, as
-    :mod:`workers.errors` numbers them, 0 = not known.
+    :mod:`workers.protocol.errors` numbers them, 0 = not known.
     """
 
     name: str

@@ -16,7 +16,7 @@ import msgspec
 
 from orchestrator.loadgen.stats import Flight
 from orchestrator.loadgen.target import Wanted
-from workers.errors import EngineFault, EnvironmentFault, Rejected, TriremeError, from_code
+from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected, TriremeError, from_code
 
 Endpoint = Literal["completions", "chat"]
 PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.client import AsyncClient, ClientKeys
 from orchestrator.loadgen.stats import Flight
 from orchestrator.loadgen.target import Wanted
-from workers.spec import RouterAddress
+from workers.protocol.specs import RouterAddress
 
 
 class RpcTarget:

@@ -17,7 +17,7 @@ from orchestrator.loadgen import prompts
 from orchestrator.loadgen.schedule import Planned
 from orchestrator.loadgen.stats import Flight, Tally
 from orchestrator.loadgen.target import Target, Wanted
-from workers.errors import TriremeError
+from workers.protocol.errors import TriremeError
 
 clock = time.perf_counter
 #: The generator looks this often whether its own timers come late, seconds.

@@ -11,7 +11,7 @@ from itertools import chain, islice
 import msgspec
 import numpy as np
 
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 #: Tokens that one id of a trace's ``hash_ids`` stands for.
 BLOCK = 512

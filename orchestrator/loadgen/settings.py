@@ -13,7 +13,7 @@ import msgspec
 
 from orchestrator.loadgen.schedule import Cutter, Planned, Range, arrivals, records, replayed, synthetic
 from orchestrator.loadgen.stats import METRICS
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 #: Lengths of requests that are not told how long to be, tokens.
 INPUT, OUTPUT = "512", "128"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from workers.errors import printable
+from workers.protocol.errors import printable
 
 #: A bucket's upper end is this many times its lower one: a percentile is off by 0.5 % at most.
 _GROWTH = 1.01

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from workers.core.memory import kv_format
-from workers.core.parts import FORMAT_BYTES, quantized, stored_tensors, unit_of
-from workers.core.shard import heads_of, shard_of, shares_embedding
-from workers.spec import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
+from workers.layout.memory import kv_format
+from workers.layout.quant_parts import FORMAT_BYTES, quantized, stored_tensors, unit_of
+from workers.layout.sharding import heads_of, shard_of, shares_embedding
+from workers.protocol.specs import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
 
 #: How smoothly products take over from reading weights: time = (reading^P + products^P)^(1/P). Products of 256 rows, recorded one by one,
 #: lie between the sum (1) and the larger of the two (infinite).

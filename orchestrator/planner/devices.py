@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.planner.cost_model import Rates
-from workers.spec import DType, Parallel
+from workers.protocol.specs import DType, Parallel
 
 Link = Literal["NVLink", "PCIe", "memory"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.spec import ModelSpec, RopeScaling
+from workers.protocol.specs import ModelSpec, RopeScaling
 
 _ROPE = RopeScaling(kind="llama3", factor=8.0)
 

@@ -1,7 +1,7 @@
 """Does a model fit, on which layouts, how many rows does each hold, and how fast will they be: before anything is started. Pure.
 
-Memory is the engine's own arithmetic (:mod:`workers.core.memory`); speed is :mod:`orchestrator.planner.cost_model`. A tensor-parallel group
-stays within a node, where the fast links are; stages may cross. Must never look at a machine or a file.
+Memory is the engine's own arithmetic (:mod:`workers.layout.memory`); speed is :mod:`orchestrator.planner.cost_model`. A tensor-parallel
+group stays within a node, where the fast links are; stages may cross. Must never look at a machine or a file.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import msgspec
 from orchestrator.planner.cost_model import WORKLOADS, Load, Pipeline, Rates, Run, StageWork, Workload, replay, stage_work
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, Gpu, Host, gpu_rates, host_rates, leading_s, taken
 from orchestrator.planner.seating import Cluster, Seat, layouts, rooms, seat
-from workers.core.memory import GPU_RESERVE, block_bytes, blocks_that_fit, cache_budget, frozen_bytes, kv_format, longest_row, step_bytes
-from workers.core.parts import unit_of
-from workers.core.shard import deal, parameters, shard_of, trtllm_refusal
-from workers.errors import ConfigError
-from workers.spec import EngineSpec, ModelSpec, Parallel, Quant
+from workers.layout.memory import GPU_RESERVE, block_bytes, blocks_that_fit, cache_budget, frozen_bytes, kv_format, longest_row, step_bytes
+from workers.layout.quant_parts import unit_of
+from workers.layout.sharding import deal, parameters, shard_of, trtllm_refusal
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, Quant
 
 #: GPUs of the largest usual node: what is advised before more nodes are.
 FULL_NODE = 8

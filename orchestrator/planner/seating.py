@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import msgspec
 
 from orchestrator.planner.devices import Gpu, Host
-from workers.spec import ModelSpec, Parallel
+from workers.protocol.specs import ModelSpec, Parallel
 
 #: Most stages that are tried for a model.
 DEEPEST = 16

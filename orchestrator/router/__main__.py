@@ -23,10 +23,10 @@ from orchestrator.router.net.curve_acl import parse_grants
 from orchestrator.router.process import RouterProcess
 from orchestrator.router.request_context import OriginFilter
 from orchestrator.router.spec import RouterSpec
-from workers.errors import ConfigError, TriremeError
 from workers.logs import JsonLines, LogFormat
-from workers.process import settle_heap
-from workers.sockets import KeyPair
+from workers.protocol.errors import ConfigError, TriremeError
+from workers.serving.rank_process import settle_heap
+from workers.serving.router_io import KeyPair
 
 USAGE = "usage: python -m orchestrator.router SPEC.json"
 

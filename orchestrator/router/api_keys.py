@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 _PREFIX = "trireme-"
 _ID_BYTES, _SECRET_BYTES, _SALT_BYTES = 6, 32, 16

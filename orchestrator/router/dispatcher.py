@@ -16,8 +16,8 @@ from orchestrator.router.core.request_state import Deliver, Errored, Finished, S
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
 from orchestrator.router.metrics import RequestMeter
-from workers.errors import EngineFault, ReplicaLost, printable
-from workers.wire import FromReplica, ToReplica
+from workers.protocol.errors import EngineFault, ReplicaLost, printable
+from workers.protocol.messages import FromReplica, ToReplica
 
 log = logging.getLogger("trireme.dispatch")
 

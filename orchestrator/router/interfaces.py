@@ -12,8 +12,8 @@ import msgspec
 
 from orchestrator.router.core.stats import Placement
 from orchestrator.router.metrics import RequestMeter
-from workers.errors import TriremeError
-from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):

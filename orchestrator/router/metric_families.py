@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from orchestrator.router.core.stats import Histogram, Tally
 from workers import __version__
-from workers.wire import STEP_TOKEN_BUCKETS
+from workers.protocol.messages import STEP_TOKEN_BUCKETS
 
 STATES = ("ready", "draining", "lost")
 #: Loop turns that come late by less are no news: seconds.

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from orchestrator.router import metric_families
 from orchestrator.router.core.stats import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Tally
-from workers.wire import Usage
+from workers.protocol.messages import Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -39,9 +39,9 @@ from orchestrator.router.net.replica_link import ReplicaLink
 from orchestrator.router.net.router_socket import Port
 from orchestrator.router.rpc.server import RpcDoor
 from orchestrator.router.spec import HttpSpec, RouterSpec
-from workers.errors import ConfigError, EnvironmentFault
-from workers.sockets import KeyPair
-from workers.wire import Peers
+from workers.protocol.errors import ConfigError, EnvironmentFault
+from workers.protocol.messages import Peers
+from workers.serving.router_io import KeyPair
 
 if TYPE_CHECKING:
     from orchestrator.router.tracing import Traces

@@ -6,8 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from workers.errors import ConfigError
-from workers.spec import RouterAddress
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import RouterAddress
 
 #: Addresses that mean every interface of this host: fit to listen on, not to be told to others.
 WILDCARDS = ("0.0.0.0", "::", "*")

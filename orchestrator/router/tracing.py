@@ -35,8 +35,8 @@ from orchestrator.router.interfaces import Ask, Dispatcher, Ticket, Watcher
 from orchestrator.router.metrics import RequestMeter
 from orchestrator.router.spec import TracingSpec
 from workers import __version__
-from workers.errors import TriremeError
-from workers.wire import FinishReason, Logprobs, Usage
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 #: Finished spans that may wait for the collector; more are dropped, and counted by the SDK. A request has about seven.
 MAX_WAITING, BATCH = 8192, 512

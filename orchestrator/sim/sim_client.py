@@ -14,9 +14,9 @@ import msgspec
 from orchestrator.sim.schedule import Arrive
 from orchestrator.sim.sim_router import Ask, Call, Router
 from orchestrator.sim.timeline import Timeline
-from workers.errors import DeadlineExceeded, Overloaded, TriremeError
 from workers.fake import BYTES_EOS, expected_tokens
-from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
+from workers.protocol.errors import DeadlineExceeded, Overloaded, TriremeError
+from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
 
 #: Pause before a refused or reset request is asked again; silence after which an RPC client goes elsewhere; how long a router keeps the
 #: call of a client that it cannot reach. Seconds.

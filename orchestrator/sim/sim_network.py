@@ -12,7 +12,7 @@ from random import Random
 from typing import Protocol
 
 from orchestrator.sim.timeline import Timeline
-from workers.wire import Credit, FromReplica, Hello, Tokens, ToReplica
+from workers.protocol.messages import Credit, FromReplica, Hello, Tokens, ToReplica
 
 #: Silence on a connection after which both ends drop it, as ZMTP heartbeats do; pause between two attempts to connect. Seconds.
 PULSE_S, RETRY_S = 1.5, 0.1

@@ -1,4 +1,4 @@
-"""One life of a replica's leader: the engine, sessions and links that :mod:`workers.leader` drives, driven by the timeline.
+"""One life of a replica's leader: the engine, sessions and links that :mod:`workers.serving.leader` drives, driven by the timeline.
 
 Owns what the leader's two threads own. Events wait while a step runs, heartbeats do not; a frozen gang does nothing, and all of it later.
 """
@@ -13,12 +13,9 @@ from typing import Protocol
 from orchestrator.sim.schedule import Setup
 from orchestrator.sim.sim_network import PULSE_S, Far, Net, Wire
 from orchestrator.sim.timeline import Timeline
-from workers.core.links import Close, Greet, Link, Lose, Open, Verdict
-from workers.core.sessions import Action, Grant, Send, Sessions, Start, Stop
-from workers.errors import TriremeError
 from workers.fake import FakeEngine
-from workers.spec import EngineSpec, Parallel
-from workers.wire import (
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import (
     PROTOCOL,
     Accepted,
     Attach,
@@ -35,7 +32,10 @@ from workers.wire import (
     Tokens,
     ToReplica,
 )
-from workers.wire import Drain as DrainOrder
+from workers.protocol.messages import Drain as DrainOrder
+from workers.protocol.specs import EngineSpec, Parallel
+from workers.serving.router_link import Close, Greet, Link, Lose, Open, Verdict
+from workers.serving.stream_table import Action, Grant, Send, Sessions, Start, Stop
 
 HEARTBEAT_S, HANG_FLOOR_S, ORPHAN_S = 0.25, 1.0, 1.0
 BLOCK_SIZE = 8

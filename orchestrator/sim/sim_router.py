@@ -19,8 +19,8 @@ from orchestrator.router.spec import AdmissionSpec
 from orchestrator.sim.sim_network import Wire
 from orchestrator.sim.sim_replica import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.timeline import Timeline
-from workers.errors import TriremeError
-from workers.wire import FinishReason, FromReplica, Logprobs, Peers, SamplingParams, ToReplica, Usage
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import FinishReason, FromReplica, Logprobs, Peers, SamplingParams, ToReplica, Usage
 
 TICK_S, REPLICA_TIMEOUT_S, ACCEPT_S = 0.2, 1.0, 2.0
 #: A router proves its indexes after every so many turns, and whenever it is idle.

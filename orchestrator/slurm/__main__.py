@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from orchestrator.slurm.job_env import read_place
 from orchestrator.slurm.node import JobSpec, run
-from workers.errors import TriremeError
+from workers.protocol.errors import TriremeError
 
 
 def parse(arguments: Sequence[str]) -> JobSpec:

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.control.launch.launcher import write_private
-from workers.spec import RouterAddress
+from workers.protocol.specs import RouterAddress
 
 FILE = "endpoint.json"
 

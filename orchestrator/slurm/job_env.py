@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 #: Ports of a job: a pair below the range from which kernels deal out ports, the same on all nodes, another one for each of the next jobs.
 _FIRST_PORT, _PAIRS = 20_000, 6_000

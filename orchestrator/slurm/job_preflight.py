@@ -18,7 +18,7 @@ import msgspec
 import psutil
 
 from orchestrator.control.launch.mpiexec import find_mpi
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 from workers.trtllm.node import gpus, installed_versions
 
 #: Clocks: logs and epochs of two jobs are compared by time. More than the first is told, more than the second is refused; seconds.

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.control.launch.launcher import write_private
-from workers.errors import EnvironmentFault, Rejected
+from workers.protocol.errors import EnvironmentFault, Rejected
 
 #: Lies in `deploy/slurm`, and is packaged with this module.
 TEMPLATE = Path(__file__).with_name("serve.sbatch")

@@ -28,7 +28,7 @@ from orchestrator.slurm.handover import Sight, why_drain
 from orchestrator.slurm.job_env import Place
 from orchestrator.slurm.ray_node import RayNode, environment
 from orchestrator.slurm.roll_call import Gone, Line, Roll, Word, call
-from workers.errors import ConfigError, EnvironmentFault, ReplicaLost, TriremeError
+from workers.protocol.errors import ConfigError, EnvironmentFault, ReplicaLost, TriremeError
 
 #: Bounds, seconds: entries of other nodes (prologs, containers), Ray on a node, the host's end after its drain, what is left.
 _HERE_S, _RAY_S, _END_S, _KILL_S = 300.0, 240.0, 240.0, 5.0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from orchestrator.control.launch.subprocesses import Child
 from orchestrator.slurm.job_env import Place
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 _OBJECT_STORE_BYTES = 80 << 20
 _STARTED = "Ray runtime started."

@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.slurm.job_preflight import NodeFacts
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 log = logging.getLogger("trireme.job")
 _LINE = 1 << 16

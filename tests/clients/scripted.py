@@ -24,8 +24,8 @@ from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
 from orchestrator.router.spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
 from tests.tiny import tiny_tokenizer
-from workers.errors import TriremeError
-from workers.wire import FinishReason, Logprobs, Usage
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 CONTEXT, VOCAB = 1024, 259
 

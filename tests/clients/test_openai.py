@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.clients.scripted import CONTEXT, Play, ServedDoor
-from workers.errors import EngineFault, Overloaded, Unavailable
+from workers.protocol.errors import EngineFault, Overloaded, Unavailable
 
 HELLO = [{"role": "user", "content": "hi"}]
 

@@ -29,9 +29,9 @@ from tests.e2e.deployment import write_config
 from tests.faults.control_plane import cases, daemon, epochs, exactly, rows, until
 from tests.faults.namespace import measured, step
 from tests.faults.streams import run_all
-from workers.errors import TriremeError
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import SamplingParams
 
 #: Generous: on a busy machine Ray takes ten times as long to start a worker as on an idle one.
 BOUND_S = 300.0

@@ -28,8 +28,8 @@ from orchestrator.control.reconciler import Policy, ReplicaView
 from tests.reference.engine import request, serve
 from tests.tiny import tiny_model
 from workers.portable import Follower, build
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 #: Generous: on a busy machine Ray takes ten times as long to start a worker as on an idle one.
 BOUND_S = 300.0

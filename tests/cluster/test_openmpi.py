@@ -22,7 +22,7 @@ from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import GangSpec, mint_epoch
 from orchestrator.control.launch.subprocesses import tagged
 from orchestrator.control.launch.supervisor import Gang, LocalNode
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "TRIREME_TWO_HOSTS"

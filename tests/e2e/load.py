@@ -12,8 +12,8 @@ import msgspec
 from orchestrator.client import AsyncClient, ClientKeys
 from tests.e2e.deployment import MODEL
 from workers.fake import expected_tokens
-from workers.spec import RouterAddress
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import RouterAddress
 
 ASKERS = 6
 #: Steps of 20 ms: longer than the drain's grace in these tests, so some are handed over in the middle.

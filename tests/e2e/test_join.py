@@ -28,7 +28,7 @@ from tests.e2e.load import ASKERS, Load, expected
 from tests.e2e.test_two_routers import free_ports
 from tests.gang import wait_for
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
 
 FRONT = "front"
 BOUND_S = 60.0

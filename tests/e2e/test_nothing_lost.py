@@ -18,9 +18,9 @@ import pytest
 from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Control, Status
 from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
-from workers.errors import Cancelled
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.errors import Cancelled
+from workers.protocol.messages import SamplingParams
 
 REQUESTS = 64
 CANCEL_AFTER = 5

@@ -21,9 +21,9 @@ from tests.e2e.deployment import deployed, wait_for_state
 from tests.trtllm import FAKES, checkpoint_of, engine_of, pretend
 from workers.fake import expected_tokens
 from workers.portable import build
-from workers.spec import EngineSpec, ReplicaSpec
+from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.specs import EngineSpec, ReplicaSpec
 from workers.trtllm.build_options import BuildOptions
-from workers.wire import SamplingParams, Submit
 
 OUTPUT = 300
 #: Tokens of each answer that a client holds before its replica dies.

@@ -24,7 +24,7 @@ from orchestrator.control.host.control_socket import Control, Status
 from tests.e2e.deployment import deployed, wait_for_state
 from tests.gang import wait_for
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
 
 HA = Path(__file__).resolve().parents[2] / "deploy" / "examples" / "ha.yaml"
 MODEL = "smollm2-135m-instruct"

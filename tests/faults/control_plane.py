@@ -23,9 +23,9 @@ from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.e2e.deployment import write_config
 from tests.faults.namespace import measured, step
 from tests.faults.streams import Case, counts, run_all
-from workers.errors import NotFound
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.errors import NotFound
+from workers.protocol.messages import SamplingParams
 
 BOUND_S = 120.0
 #: How long GCS is away, seconds; Ray's default limit on it.

@@ -20,7 +20,7 @@ from orchestrator.control.host.deployment import connect
 from tests.e2e.deployment import MODEL, write_config
 from tests.faults.namespace import measured, step
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
 
 BOUND_S = 120.0
 SIZE = 1 << 20

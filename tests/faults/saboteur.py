@@ -19,9 +19,9 @@ from functools import wraps
 from types import FrameType
 from typing import Any
 
-from workers import rank
 from workers.__main__ import main
-from workers.spec import ReplicaSpec
+from workers.protocol.specs import ReplicaSpec
+from workers.serving import rank
 
 COMMAND = (sys.executable, "-m", "tests.faults.saboteur")
 NAN, OOM, HUNGRY = 2_000_000, 3_000_000, 4_000_000

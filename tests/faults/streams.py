@@ -18,7 +18,7 @@ from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Status
 from tests.e2e.deployment import MODEL
 from workers.fake import score, state_of
-from workers.wire import GuideSpec, Logprobs, SamplingParams
+from workers.protocol.messages import GuideSpec, Logprobs, SamplingParams
 
 T = TypeVar("T")
 #: Longest that any answer may take, seconds.

@@ -17,7 +17,7 @@ from orchestrator.cli.main import run
 from tests.figures import figure
 from tests.gang import Gang, short_folder
 from tests.tiny import tiny_model
-from workers.spec import EngineSpec
+from workers.protocol.specs import EngineSpec
 
 pytestmark = pytest.mark.mpi
 SHARD = "rank1.safetensors"

@@ -16,7 +16,7 @@ from tests.faults.streams import Case, run_all
 from tests.figures import figure
 from tests.gang import short_folder, wait_for
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
 
 pytestmark = pytest.mark.mpi
 OUTPUT = 60

@@ -16,7 +16,7 @@ from tests.faults.streams import Case, Choice, counts, run_all
 from tests.figures import figure
 from workers.engine.guided import guide_factory
 from workers.fake import BYTES, BYTES_EOS, expected_tokens, score, state_of
-from workers.wire import GuideSpec, SamplingParams
+from workers.protocol.messages import GuideSpec, SamplingParams
 
 pytestmark = pytest.mark.mpi
 OUTPUT = 120

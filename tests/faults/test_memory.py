@@ -16,7 +16,7 @@ from tests.figures import figure
 from tests.gang import Gang, short_folder, wait_for
 from tests.routing import RouterRun
 from tests.tiny import tiny_model
-from workers.spec import EngineSpec
+from workers.protocol.specs import EngineSpec
 
 pytestmark = pytest.mark.mpi
 POOL, OUTPUT, ROWS = 256, 90, 6

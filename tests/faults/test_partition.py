@@ -16,8 +16,8 @@ from tests.figures import figure
 from tests.gang import Gang, short_folder
 from tests.routing import RouterRun
 from workers.fake import expected_tokens
-from workers.spec import EngineSpec
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import EngineSpec
 
 pytestmark = pytest.mark.mpi
 STREAMS, OUTPUT = 24, 250

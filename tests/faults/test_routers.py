@@ -24,8 +24,8 @@ from tests.figures import figure
 from tests.gang import Gang, short_folder
 from tests.routing import RouterRun
 from workers.fake import expected_tokens
-from workers.spec import EngineSpec
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import EngineSpec
 
 pytestmark = pytest.mark.mpi
 ENGINE = EngineSpec(kind="fake", fake_step_ms=10.0, max_batch_size=64)

@@ -21,7 +21,7 @@ from tests.faults.stage import HANG_S, NEXT_TOKEN_S, Healed, Stage, staged
 from tests.faults.streams import Case, Choice, counts, run_all
 from tests.gang import wait_for
 from tests.tiny import tiny_model
-from workers.errors import EngineFault, ReplicaLost, TriremeError
+from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
 
 pytestmark = pytest.mark.mpi
 OUTPUT = 64

@@ -30,7 +30,7 @@ from workers.engine.groups import split
 from workers.engine.nccl import TWO_SHOT_BYTES, World
 from workers.model.kernels import choose, kernels_for
 from workers.model.llama import LlamaStage
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 
 class Plain(CudaDevice):

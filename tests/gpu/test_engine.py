@@ -19,12 +19,12 @@ from tests.reference.default_model import artifact
 from tests.reference.engine import Stream, margin_violations, request, serve
 from tests.tiny import tiny_model
 from workers.artifacts.convert import convert
-from workers.errors import ConfigError
 from workers.model.kernels import reference
 from workers.model.kernels.linear import FP8_MAX
 from workers.portable import PortableEngine, build
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
-from workers.wire import SamplingParams, Submit
+from workers.protocol.errors import ConfigError
+from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 #: Gap of two log-probabilities below which another order of sums may choose the other token.

@@ -22,8 +22,8 @@ from workers.model.kernels import layout
 from workers.model.kernels.layout import NUMBER_MASK, Heads, LayoutShape, Paging, Rings, SlotState, decode_shape, fill, step_shape, view
 from workers.model.kernels.linear import to_fp8
 from workers.model.kernels.reference import attention_layout
-from workers.spec import ModelSpec
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import ModelSpec
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: triton is not installed (it comes with torch for CUDA)", allow_module_level=True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.unit.test_quantize import random_parts
-from workers.errors import ConfigError
 from workers.model.kernels.linear import Narrow, dequantize
 from workers.model.kernels.linear import to_fp8 as rounded
-from workers.spec import Quant, quant_of
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import Quant, quant_of
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: triton is not installed (it comes with torch for CUDA)", allow_module_level=True)

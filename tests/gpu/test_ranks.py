@@ -12,8 +12,8 @@ from tests.mpi.world import run
 from tests.reference.engine import request, serve
 from tests.tiny import tiny_model
 from workers.portable import build
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
-from workers.wire import SamplingParams, Submit
+from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")]
 

@@ -10,8 +10,8 @@ from typing import Any
 import zmq
 
 from tests.inputs.world import MODEL
-from workers import wire
-from workers.wire import Capacity, Heartbeat, Hello
+from workers.protocol import messages
+from workers.protocol.messages import Capacity, Heartbeat, Hello
 
 CAPACITY = Capacity(block_size=16, num_blocks=64, max_batch_size=8, max_num_tokens=64, max_seq_len=1024, vocab_size=320, tp=1, pp=1)
 
@@ -46,14 +46,14 @@ class Impostor:
             )
         )  # fmt: skip
 
-    def tell(self, message: wire.Message) -> None:
-        self._socket.send(wire.encode(message))
+    def tell(self, message: messages.Message) -> None:
+        self._socket.send(messages.encode(message))
 
     def hear(self, kind: type[Any], bound_s: float = 10.0) -> Any:
         """The next message of this kind."""
         deadline = time.monotonic() + bound_s
         while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
-            message = wire.decode_to_replica(self._socket.recv())
+            message = messages.decode_to_replica(self._socket.recv())
             if isinstance(message, kind):
                 return message
         raise AssertionError(f"no {kind.__name__}")

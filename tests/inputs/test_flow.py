@@ -32,11 +32,11 @@ from tests.inputs.test_http import head
 from tests.inputs.world import TEXT, rss_mb, text
 from tests.routing import RouterRun
 from tests.test_layers import modules
-from workers.core.batch import PAUSE_S
 from workers.fake import expected_tokens
-from workers.sockets import KeyPair, Routers
-from workers.spec import RouterAddress
-from workers.wire import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams
+from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams
+from workers.protocol.specs import RouterAddress
+from workers.scheduler.scheduler import PAUSE_S
+from workers.serving.router_io import KeyPair, Routers
 
 #: As many tokens as a reader asks for, and rows that run at once.
 WANTED, ROWS = 5000, 64
@@ -328,6 +328,6 @@ def _make_each(kept: dict[str, dict[str, int]]) -> None:
         assert ask(context, nobody, keys) is None
         routers = Routers(_Mind(), (nobody,), None, boot="b", heartbeat_s=60.0)
         routers.start()
-        wait_for(lambda: any(name.startswith("workers.sockets.") for name in kept), what="the leader's socket")
+        wait_for(lambda: any(name.startswith("workers.serving.router_io.") for name in kept), what="the leader's socket")
         routers.close("done")
     context.destroy(0)

@@ -21,8 +21,23 @@ from tests.gang import Gang, short_folder, wait_for
 from tests.inputs.mutate import WIRE_EDGES, Mutator
 from tests.inputs.world import CHAT, TEXT, Health, World, chat, growth, text
 from tests.routing import RouterRun
-from workers import wire
-from workers.wire import Accepted, Cancel, Capacity, Credit, Done, Failed, Generate, Heartbeat, Hello, Journal, Query, Submit, Tokens, Usage
+from workers.protocol import messages
+from workers.protocol.messages import (
+    Accepted,
+    Cancel,
+    Capacity,
+    Credit,
+    Done,
+    Failed,
+    Generate,
+    Heartbeat,
+    Hello,
+    Journal,
+    Query,
+    Submit,
+    Tokens,
+    Usage,
+)
 
 SEED = 20261122
 pack, unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
@@ -64,7 +79,7 @@ def a_frame(mutator: Mutator, boot: str) -> bytes:
     path, body = a_body(mutator)
     stream, request = pick.randrange(64), f"q{pick.randrange(200)}"
     kind = pick.randrange(8)
-    message: wire.Message
+    message: messages.Message
     if kind == 0:
         message = Cancel(boot=boot, stream=stream)
     elif kind == 1:
@@ -75,15 +90,15 @@ def a_frame(mutator: Mutator, boot: str) -> bytes:
         journal = Journal(prompt_ids=[1, 2, 3], seed=5, emitted=[[65, 66]]) if kind == 3 else None
         message = Generate(
             boot=boot, stream=stream, request=request, endpoint="chat" if path == CHAT else "completions", body=json.dumps(body).encode(),
-            attempt=pick.randrange(3), journal=journal, credit=pick.choice((1, 16, wire.UNLIMITED)), deadline_ms=2000,
+            attempt=pick.randrange(3), journal=journal, credit=pick.choice((1, 16, messages.UNLIMITED)), deadline_ms=2000,
             texts=pick.random() < 0.5,
         )  # fmt: skip
     return _spoilt(mutator, message, body)
 
 
-def _spoilt(mutator: Mutator, message: wire.Message, body: dict[str, Any] | None = None) -> bytes:
+def _spoilt(mutator: Mutator, message: messages.Message, body: dict[str, Any] | None = None) -> bytes:
     """A message with a byte, a field, or something in its body wrong."""
-    frame = wire.encode(message)
+    frame = messages.encode(message)
     kind = mutator.random.random()
     if kind < 0.2:
         return mutator.bytes(frame)
@@ -139,16 +154,16 @@ def _barrier(socket: zmq.Socket[bytes], number: int, answers: Counter[str]) -> f
     """Read until a question asked now is answered; counts what came by kind. Returns the seconds that it took."""
     started = time.monotonic()
     stream = 10**6 + number
-    socket.send(wire.encode(Query(boot="barrier", stream=stream, what="models")))
+    socket.send(messages.encode(Query(boot="barrier", stream=stream, what="models")))
     while True:
         message = _answer(socket, answers)
-        if isinstance(message, wire.Report) and message.stream == stream:
+        if isinstance(message, messages.Report) and message.stream == stream:
             return time.monotonic() - started
 
 
-def _answer(socket: zmq.Socket[bytes], answers: Counter[str]) -> wire.ToClient:
+def _answer(socket: zmq.Socket[bytes], answers: Counter[str]) -> messages.ToClient:
     assert socket.poll(30_000), "the router does not answer any more"
-    message = wire.decode_to_client(socket.recv())
+    message = messages.decode_to_client(socket.recv())
     answers[message.code if isinstance(message, Failed) else type(message).__name__.lower()] += 1
     return message
 
@@ -265,7 +280,7 @@ BEAT = Heartbeat(
 )
 
 
-NONE = Submit(boot="", stream=1, attempt=1, client="", request="", model="", prompt_ids=[], params=wire.SamplingParams())
+NONE = Submit(boot="", stream=1, attempt=1, client="", request="", model="", prompt_ids=[], params=messages.SamplingParams())
 
 
 def a_reply(mutator: Mutator, rows: list[Submit]) -> bytes:
@@ -274,15 +289,15 @@ def a_reply(mutator: Mutator, rows: list[Submit]) -> bytes:
     row = pick.choice(rows)
     about = {"boot": "mad", "stream": row.stream, "attempt": row.attempt}
     usage = Usage(prompt_tokens=3, output_tokens=pick.randrange(3))
-    scores = [[wire.Logprobs(65, -0.5, [65, 66], [-0.5, -1.0])]]
+    scores = [[messages.Logprobs(65, -0.5, [65, 66], [-0.5, -1.0])]]
     failed = Failed(**about, code=pick.choice(("replica_lost", "engine_fault", "x")), message="m")
     message = pick.choice((
         HELLO, BEAT, Accepted(**about, seed=1, prompt_tokens=3), failed,
         Tokens(boot="mad", streams=[row.stream], attempts=[row.attempt], firsts=[0], tokens=[[65]], logprobs=scores),
         Tokens(boot="mad", streams=[row.stream] * 2, attempts=[row.attempt] * 2, firsts=[0, 1], tokens=[[65], [66]]),
-        Done(**about, reason="stop", usage=usage), wire.Bye(boot="mad", reason="drained"),
+        Done(**about, reason="stop", usage=usage), messages.Bye(boot="mad", reason="drained"),
     ))  # fmt: skip
-    return wire.encode(message) if pick.random() < 0.2 else _spoilt(mutator, message)
+    return messages.encode(message) if pick.random() < 0.2 else _spoilt(mutator, message)
 
 
 @pytest.mark.parametrize("count", [4_000, pytest.param(50_000, marks=long)])
@@ -305,7 +320,7 @@ def test_mutated_frames_of_a_replica(count: int) -> None:
         mad = context.socket(zmq.DEALER)
         mad.linger, mad.sndhwm, mad.rcvhwm = 0, 100_000, 100_000
         mad.connect(router.spec.back)
-        mad.send(wire.encode(HELLO))
+        mad.send(messages.encode(HELLO))
         try:
             for thread in clients:
                 thread.start()
@@ -314,7 +329,7 @@ def test_mutated_frames_of_a_replica(count: int) -> None:
                 for number in range(count):
                     mad.send(a_reply(mutator, rows))
                     while mad.poll(0 if number % 100 else 20):
-                        message = wire.decode_to_replica(mad.recv())
+                        message = messages.decode_to_replica(mad.recv())
                         if isinstance(message, Submit):
                             rows = [*rows[-7:], message]
         finally:

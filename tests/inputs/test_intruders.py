@@ -28,12 +28,12 @@ from tests.gang import Gang, short_folder, wait_for
 from tests.inputs.impostor import Impostor, dealer
 from tests.inputs.world import MODEL, PROMPT, World, expected
 from tests.routing import RouterRun
-from workers import wire
 from workers.__main__ import read_keys as replica_read_keys
-from workers.errors import ConfigError, DeadlineExceeded, EnvironmentFault, Unavailable
-from workers.sockets import KeyPair
-from workers.spec import RouterAddress
-from workers.wire import Bye, Peers, Query, Tokens
+from workers.protocol import messages
+from workers.protocol.errors import ConfigError, DeadlineExceeded, EnvironmentFault, Unavailable
+from workers.protocol.messages import Bye, Peers, Query, Tokens
+from workers.protocol.specs import RouterAddress
+from workers.serving.router_io import KeyPair
 
 # --- S1: strangers
 
@@ -51,7 +51,7 @@ def test_strangers_are_not_heard(world: World, case: str) -> None:
     with dealer(world.rpc.endpoint, *keys, **options) as socket:
         for _ in range(3):
             socket.send(b"junk, and then a question")
-            socket.send(wire.encode(Query(boot="x", stream=1, what="models")))
+            socket.send(messages.encode(Query(boot="x", stream=1, what="models")))
         assert not socket.poll(700), "a stranger was answered"
     assert world.client.status()["rpc"]["malformed"] == malformed, "a stranger was heard"
     if case in ("an unknown key", "a replica's key"):

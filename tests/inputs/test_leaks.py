@@ -25,7 +25,7 @@ from tests.inputs.table import image, schema
 from tests.inputs.test_http import head
 from tests.inputs.test_rpc import Peer
 from tests.inputs.world import CHAT, TEXT, World, chat, text
-from workers import wire
+from workers.protocol import messages
 
 #: Everything but the line's end that moves a terminal's cursor or forges a line.
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\u202e]")
@@ -63,7 +63,7 @@ def test_nothing_from_outside_forges_a_line_of_a_log(world: World) -> None:
         for fields in ({"request": EVIL}, {"boot": EVIL}, {"request": secrets.token_hex(4), "body": msgspec.json.encode({EVIL: EVIL})}):
             peer.tell(peer.generate(1, **{"request": secrets.token_hex(4), **fields}))
         peer.send(EVIL.encode())
-        peer.send(wire.encode(wire.Query(boot=EVIL, stream=1, what="models")))
+        peer.send(messages.encode(messages.Query(boot=EVIL, stream=1, what="models")))
         peer.answers()
     finally:
         peer.close()

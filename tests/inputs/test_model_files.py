@@ -21,7 +21,7 @@ from orchestrator.router.frontend.sandbox_worker import Render
 from orchestrator.router.frontend.tokenizer import load
 from tests.tiny import tiny_model, tiny_tokenizer
 from workers.artifacts.artifact import open_artifact
-from workers.errors import ArtifactError, Rejected
+from workers.protocol.errors import ArtifactError, Rejected
 
 
 class Bomb:

@@ -22,8 +22,21 @@ from tests.figures import figure
 from tests.gang import wait_for
 from tests.inputs.table import IDS, ROWS, Row
 from tests.inputs.world import CHAT, PATIENCE_S, World, growth, text
-from workers import wire
-from workers.wire import MAX_FRAME, UNLIMITED, Accepted, Cancel, Credit, Done, Failed, Generate, Query, Report, ToClient, Tokens
+from workers.protocol import messages
+from workers.protocol.messages import (
+    MAX_FRAME,
+    UNLIMITED,
+    Accepted,
+    Cancel,
+    Credit,
+    Done,
+    Failed,
+    Generate,
+    Query,
+    Report,
+    ToClient,
+    Tokens,
+)
 
 pack = msgspec.msgpack.encode
 BODY = msgspec.json.encode(text(prompt=[1, 2, 3], max_tokens=4, ignore_eos=True))
@@ -50,12 +63,12 @@ class Peer:
     def send(self, *frames: bytes) -> None:
         self.socket.send_multipart(frames)
 
-    def tell(self, message: wire.Message) -> None:
-        self.send(wire.encode(message))
+    def tell(self, message: messages.Message) -> None:
+        self.send(messages.encode(message))
 
     def hear(self, bound_s: float = 10.0) -> ToClient:
         assert self.socket.poll(int(bound_s * 1000)), "no answer"
-        return wire.decode_to_client(self.socket.recv())
+        return messages.decode_to_client(self.socket.recv())
 
     def failure(self, *frames: bytes) -> Failed:
         self.send(*frames)
@@ -117,7 +130,7 @@ class _Canary:
 
 def junk(canary: Path) -> list[tuple[str, bytes]]:
     """What is no message, by the number of its row."""
-    good = wire.encode(Cancel(boot="x", stream=1))
+    good = messages.encode(Cancel(boot="x", stream=1))
     fields = {"type": "cancel", "boot": "x", "stream": 1}
     objects = np.array([_Canary(canary)], dtype=object)
     return [
@@ -146,7 +159,7 @@ def junk(canary: Path) -> list[tuple[str, bytes]]:
         ("R12", pack({**fields, "stream": 1.5})),
         ("R12", pack({**fields, "stream": None})),
         ("R12", pack([fields])),
-        ("R12", wire.encode(Cancel(boot="x", stream=1)).replace(b"boot", b"b\xffot")),
+        ("R12", messages.encode(Cancel(boot="x", stream=1)).replace(b"boot", b"b\xffot")),
     ]
 
 
@@ -209,12 +222,12 @@ BAD_GENERATES: list[tuple[str, dict[str, Any], str]] = [
     ("R16", {"credit": 2**63}, "invalid_request"),
     ("R17", {"deadline_ms": 0}, "deadline_exceeded"),
     ("R17", {"deadline_ms": -(2**63)}, "deadline_exceeded"),
-    ("R13", {"journal": wire.Journal(prompt_ids=[], seed=1, emitted=[])}, "invalid_request"),
-    ("R13", {"journal": wire.Journal(prompt_ids=[2**63], seed=1, emitted=[[]])}, "invalid_request"),
-    ("R13", {"journal": wire.Journal(prompt_ids=[1], seed=1, emitted=[[-1]])}, "invalid_request"),
-    ("R13", {"journal": wire.Journal(prompt_ids=[1], seed=1, emitted=[[1, 2**63]])}, "invalid_request"),
-    ("R13", {"journal": wire.Journal(prompt_ids=[1], seed=1, emitted=[[1], [1]])}, "invalid_request"),
-    ("R13", {"journal": wire.Journal(prompt_ids=[1], seed=1, emitted=[[1] * 5])}, "invalid_request"),
+    ("R13", {"journal": messages.Journal(prompt_ids=[], seed=1, emitted=[])}, "invalid_request"),
+    ("R13", {"journal": messages.Journal(prompt_ids=[2**63], seed=1, emitted=[[]])}, "invalid_request"),
+    ("R13", {"journal": messages.Journal(prompt_ids=[1], seed=1, emitted=[[-1]])}, "invalid_request"),
+    ("R13", {"journal": messages.Journal(prompt_ids=[1], seed=1, emitted=[[1, 2**63]])}, "invalid_request"),
+    ("R13", {"journal": messages.Journal(prompt_ids=[1], seed=1, emitted=[[1], [1]])}, "invalid_request"),
+    ("R13", {"journal": messages.Journal(prompt_ids=[1], seed=1, emitted=[[1] * 5])}, "invalid_request"),
 ]
 
 
@@ -276,7 +289,7 @@ def test_nobody_cancels_what_is_not_theirs(world: World, peer: Peer) -> None:
             ("finished", Cancel(boot=peer.boot, stream=1)),
         ):  # fmt: skip
             started = time.monotonic()
-            answer = peer.failure(wire.encode(message))
+            answer = peer.failure(messages.encode(message))
             times[name].append(time.monotonic() - started)
             assert (answer.code, answer.message) == ("not_found", "no such live request")
     medians = [sorted(found)[15] for found in times.values()]

@@ -25,8 +25,8 @@ from orchestrator.router.spec import AdmissionSpec, HttpSpec
 from tests.gang import FAKE, Gang, wait_for
 from tests.routing import RouterRun
 from workers.fake import expected_tokens
-from workers.spec import RouterAddress
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import RouterAddress
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MODEL = "m"

@@ -27,10 +27,10 @@ from tests.e2e.deployment import MODEL, deployed, write_config
 from tests.e2e.test_two_routers import free_ports
 from tests.load.report import Report, percentile, say
 from tests.load.wire import Streamed, ask, stream
-from workers.errors import TriremeError
 from workers.fake import expected_tokens
-from workers.spec import RouterAddress
-from workers.wire import SamplingParams
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import RouterAddress
 
 SLACK = 3.0
 ONE = [{"name": "only", "tp_size": 1}]

@@ -31,9 +31,9 @@ from tests.e2e.test_two_routers import free_ports
 from tests.load.growth import Growth
 from tests.load.report import Report, percentile, say
 from tests.load.traces import Traces
-from workers.errors import Cancelled
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.errors import Cancelled
+from workers.protocol.messages import SamplingParams
 
 EVERY_S, RECOVERY_S = 20.0, 60.0
 HTTP_ASKERS, RPC_ASKERS = 10, 10

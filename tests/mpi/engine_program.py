@@ -16,10 +16,10 @@ from mpi4py import MPI
 
 from tests.reference.engine import serve
 from workers.engine.comm import Waiter
-from workers.errors import TriremeError
 from workers.portable import Follower, PortableEngine, build
-from workers.spec import ReplicaSpec
-from workers.wire import Submit
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import Submit
+from workers.protocol.specs import ReplicaSpec
 
 IDLE_S = 2.0
 

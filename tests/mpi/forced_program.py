@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from workers.core.plan import OpenSlot, StepPlan, column, view
 from workers.engine.build import bring_up
 from workers.engine.groups import split
-from workers.spec import ReplicaSpec
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import ReplicaSpec
+from workers.scheduler.step_plan import OpenSlot, StepPlan, column, view
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ from tests.mpi.steps import play, write_played
 from tests.reference.conformance import conform
 from tests.reference.shards import make_stage, whole_weights
 from workers.artifacts.artifact import open_artifact
-from workers.core.shard import shard_of, whole_tensors
 from workers.engine.comm import Group
 from workers.engine.mpi import Mpi
-from workers.spec import ModelSpec, Parallel
+from workers.layout.sharding import shard_of, whole_tensors
+from workers.protocol.specs import ModelSpec, Parallel
 
 
 def integer_products_are_exact(model: ModelSpec, parallel: Parallel, rank: int, group: Group) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from mpi4py import MPI
 
 from workers.portable import Follower, build
-from workers.spec import ReplicaSpec
+from workers.protocol.specs import ReplicaSpec
 
 
 class Lines(logging.Handler):

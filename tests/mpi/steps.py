@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.reference.shards import make_runner
-from workers.core.plan import OpenSlot, StepPlan, column, encode
 from workers.engine.comm import Group
 from workers.model.llama import LlamaStage
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.scheduler.step_plan import OpenSlot, StepPlan, column, encode
 
 PARAMS = (
     SamplingParams(temperature=0.0, logprobs=3),

@@ -18,11 +18,11 @@ from workers.artifacts.artifact import open_artifact
 from workers.engine.build import bring_up
 from workers.engine.cache import KvCache
 from workers.engine.groups import split
-from workers.errors import ConfigError
 from workers.model.kernels.reference import attention_layout
 from workers.portable import PortableEngine, build
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
-from workers.wire import SamplingParams
+from workers.protocol.errors import ConfigError
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 pytestmark = [pytest.mark.model, pytest.mark.mpi, pytest.mark.timeout(900)]
 STEPS = 64

@@ -13,8 +13,8 @@ from tests.reference.engine import request, serve
 from tests.tiny import tiny_model
 from workers.artifacts.convert import convert
 from workers.portable import build
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
-from workers.wire import SamplingParams, Submit
+from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 pytestmark = pytest.mark.mpi
 

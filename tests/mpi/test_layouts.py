@@ -13,9 +13,9 @@ from tests.reference.conformance import in_threads
 from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.core.plan import decode_result, view
 from workers.engine.comm import Group, Solo
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
+from workers.scheduler.step_plan import decode_result, view
 
 pytestmark = pytest.mark.mpi
 LAYOUTS = [(tp, pp) for tp in (1, 2, 3, 4) for pp in (1, 2, 3)]

@@ -19,9 +19,9 @@ from tests.mpi.world import run
 from tests.reference.default_model import NAME, artifact
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact, quant_for
-from workers.core.memory import weight_bytes
-from workers.spec import EngineSpec, ModelSpec, Parallel, ReplicaSpec
-from workers.wire import Capacity
+from workers.layout.memory import weight_bytes
+from workers.protocol.messages import Capacity
+from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, ReplicaSpec
 
 pytestmark = [pytest.mark.model, pytest.mark.mpi, pytest.mark.timeout(600)]
 LOAD = Workload(name="asked", requests=1, isl=16, osl=16)

@@ -11,12 +11,12 @@ from itertools import pairwise
 
 import msgspec
 
-from workers.core.batch import Batch
-from workers.core.contract import Emission, Fault, Finish
 from workers.core.guide import GuideFactory
-from workers.core.plan import GUESS, StepPlan, decode_plan, decode_result, encode, view
 from workers.fake import FakeModel, advance, expected_tokens
-from workers.wire import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
+from workers.protocol.engine import Emission, Fault, Finish
+from workers.protocol.messages import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
+from workers.scheduler.scheduler import Batch
+from workers.scheduler.step_plan import GUESS, StepPlan, decode_plan, decode_result, encode, view
 
 EOS = (258, 256)
 

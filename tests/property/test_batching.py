@@ -15,10 +15,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from tests.property.rig import Rig, capacity, submit
 from tests.unit.table_guide import table_guides
-from workers.core.contract import Finish
-from workers.core.plan import StepPlan, view
-from workers.errors import Rejected
-from workers.wire import Capacity, GuideSpec, SamplingParams, Submit
+from workers.protocol.engine import Finish
+from workers.protocol.errors import Rejected
+from workers.protocol.messages import Capacity, GuideSpec, SamplingParams, Submit
+from workers.scheduler.step_plan import StepPlan, view
 
 EXAMPLES = 100
 

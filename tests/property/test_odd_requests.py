@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from tests.reference.engine import Stream, request, serve
 from tests.tiny import IM_END, tiny_model
-from workers.core.contract import Engine
-from workers.core.sessions import MAX_NAME, Send, Sessions
-from workers.errors import Rejected
 from workers.fake import FakeEngine
 from workers.portable import build
+from workers.protocol.engine import Engine
+from workers.protocol.errors import Rejected
+from workers.protocol.messages import Failed, GuideSpec, SamplingParams, Submit, decode_to_replica, encode
+from workers.protocol.specs import EngineSpec, ReplicaSpec
 from workers.prover import compiler
-from workers.spec import EngineSpec, ReplicaSpec
-from workers.wire import Failed, GuideSpec, SamplingParams, Submit, decode_to_replica, encode
+from workers.serving.stream_table import MAX_NAME, Send, Sessions
 
 VOCAB = 321
 LIMITS = EngineSpec(kv_tokens=4096, max_batch_size=8, max_num_tokens=64, max_seq_len=256, fake_step_ms=0.0)

@@ -17,8 +17,8 @@ from orchestrator.router.core.request_state import Deliver, Errored, Finished, S
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.interfaces import Ask
 from orchestrator.router.spec import AdmissionSpec
-from workers.errors import Overloaded
-from workers.wire import (
+from workers.protocol.errors import Overloaded
+from workers.protocol.messages import (
     UNLIMITED,
     Accepted,
     Attach,

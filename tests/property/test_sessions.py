@@ -8,10 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from workers.core.contract import Emission, Fault, Finish
-from workers.core.sessions import Action, Grant, Send, Sessions, Start, Stop
-from workers.errors import TooLong
-from workers.wire import Accepted, Attach, Cancel, Credit, Done, Failed, SamplingParams, Submit, Tokens, Usage
+from workers.protocol.engine import Emission, Fault, Finish
+from workers.protocol.errors import TooLong
+from workers.protocol.messages import Accepted, Attach, Cancel, Credit, Done, Failed, SamplingParams, Submit, Tokens, Usage
+from workers.serving.stream_table import Action, Grant, Send, Sessions, Start, Stop
 
 ROUTES = ("a", "b", "c")
 NAMES = ("x", "y", "z")

@@ -18,8 +18,8 @@ from orchestrator.sim.__main__ import main, run_jobs, run_series
 from orchestrator.sim.schedule import Schedule, draw
 from orchestrator.sim.shrink import judge, shrink
 from orchestrator.sim.world import Outcome
-from workers.core.blocks import BlockPool
-from workers.core.sessions import Sessions
+from workers.scheduler.block_pool import BlockPool
+from workers.serving.stream_table import Sessions
 
 INCIDENTS = sorted((Path(__file__).parent / "incidents").glob("*.json"))
 SCHEDULES = 500

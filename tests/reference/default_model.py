@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from workers.artifacts.artifact import open_artifact
-from workers.errors import TriremeError
-from workers.spec import DType, Parallel
+from workers.protocol.errors import TriremeError
+from workers.protocol.specs import DType, Parallel
 
 NAME = "smollm2-135m-instruct"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from workers.core.contract import Engine, Fault, Finish
-from workers.wire import Logprobs, SamplingParams, Submit
+from workers.protocol.engine import Engine, Fault, Finish
+from workers.protocol.messages import Logprobs, SamplingParams, Submit
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Ready runners over a Hugging Face folder: an independent, short loader that cuts by :mod:`workers.core.shard`."""
+"""Ready runners over a Hugging Face folder: an independent, short loader that cuts by :mod:`workers.layout.sharding`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from workers.core.shard import shard_of, shard_tensors, whole_tensors
 from workers.engine.cache import KvCache
 from workers.engine.comm import Group, Solo
 from workers.engine.runner import Runner
+from workers.layout.sharding import shard_of, shard_tensors, whole_tensors
 from workers.model.kernels import Kernels
 from workers.model.llama import LlamaStage
-from workers.spec import ModelSpec, Parallel
+from workers.protocol.specs import ModelSpec, Parallel
 
 CPU = torch.device("cpu")
 # As in every rank: with more threads a product's rows are shared out, and their bits depend on their place.

@@ -14,8 +14,8 @@ import msgspec
 
 from orchestrator.client import AsyncClient, ClientKeys
 from tests.load.wire import stream
-from workers.errors import TriremeError
-from workers.spec import RouterAddress
+from workers.protocol.errors import TriremeError
+from workers.protocol.specs import RouterAddress
 
 #: Longest that one answer may take, seconds.
 ANSWER_S = 120.0

@@ -30,7 +30,7 @@ from orchestrator.slurm.endpoint import Endpoint
 from tests.slurm.load import Load
 from tests.tiny import tiny_model, tiny_tokenizer
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
 
 #: Generous: on a busy machine Ray takes ten times as long to start as on an idle one.
 BOUND_S = 400.0

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from workers.core.guide import Guide
-from workers.errors import EngineFault, Rejected
-from workers.wire import GuideSpec
+from workers.protocol.errors import EngineFault, Rejected
+from workers.protocol.messages import GuideSpec
 
 VOCAB = 320
 

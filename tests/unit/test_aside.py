@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from workers.artifacts.aside import locked, replacing
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 HOLD = """
 import sys, time

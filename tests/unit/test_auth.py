@@ -15,7 +15,7 @@ from orchestrator.router.spec import HttpSpec
 from tests.clients.scripted import ServedDoor
 from tests.gang import short_folder, wait_for
 from tests.routing import RouterRun
-from workers.errors import ConfigError, NotFound, Rejected
+from workers.protocol.errors import ConfigError, NotFound, Rejected
 
 MINTED = {
     name: mint(tenant, models, 0)

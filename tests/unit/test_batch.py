@@ -10,12 +10,12 @@ import pytest
 
 from tests.property.rig import EOS, Rig, capacity, submit
 from tests.unit.table_guide import table_guides
-from workers.core.batch import CHECK_STEPS, PAUSE_S, Batch
-from workers.core.contract import Fault, Finish
-from workers.core.plan import GUESS, StepPlan, StepResult, column, encode, view
-from workers.errors import EngineFault, Rejected, TooLong, Unsupported
 from workers.fake import expected_tokens
-from workers.wire import UNLIMITED, GuideSpec, SamplingParams
+from workers.protocol.engine import Fault, Finish
+from workers.protocol.errors import EngineFault, Rejected, TooLong, Unsupported
+from workers.protocol.messages import UNLIMITED, GuideSpec, SamplingParams
+from workers.scheduler.scheduler import CHECK_STEPS, PAUSE_S, Batch
+from workers.scheduler.step_plan import GUESS, StepPlan, StepResult, column, encode, view
 
 
 def greedy(max_tokens: int = 8, **settings: object) -> SamplingParams:

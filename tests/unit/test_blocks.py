@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from workers.core.blocks import BlockPool, prefix_hashes
+from workers.scheduler.block_pool import BlockPool, prefix_hashes
 
 
 def publish_chain(pool: BlockPool, blocks: list[int], tokens: list[int], salt: str = "") -> None:

@@ -21,8 +21,8 @@ from orchestrator.router.frontend.sandbox_pool import Cells
 from orchestrator.router.frontend.sandbox_worker import Render
 from tests.clients.scripted import ServedDoor
 from tests.tiny import CHAT_TEMPLATE, SPECIALS
-from workers.errors import Rejected
-from workers.wire import GuideSpec
+from workers.protocol.errors import Rejected
+from workers.protocol.messages import GuideSpec
 
 SLEEPLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = {

@@ -19,9 +19,9 @@ from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
 from workers.artifacts.numbers import STORAGE, cast
 from workers.artifacts.tensorfile import TensorFile, TensorWriter, hash_file
-from workers.core.shard import shard_tensors
-from workers.errors import ArtifactError
-from workers.spec import Parallel
+from workers.layout.sharding import shard_tensors
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import Parallel
 
 torch = pytest.importorskip("torch")
 TP2_PP2 = Parallel(tp=2, pp=2)

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.cli.main import normalise, run, settings
 from orchestrator.cli.options import dtype_of
 from tests.tiny import tiny_model
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from orchestrator.cli.console import Console, Settings
 from orchestrator.cli.main import run
 from orchestrator.cli.verify import Agreement, ask_both, compare, report
 from tests.trtllm import checkpoint_of, engine_of, pretend
-from workers.errors import ArtifactError
-from workers.wire import Logprobs
+from workers.protocol.errors import ArtifactError
+from workers.protocol.messages import Logprobs
 
 
 def scores(*rows: dict[int, float]) -> list[Logprobs]:

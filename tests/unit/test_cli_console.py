@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.console import Console, Follower, PlainProgress, Settings, age, size, table
-from workers.errors import ConfigError, EnvironmentFault, ReplicaLost
+from workers.protocol.errors import ConfigError, EnvironmentFault, ReplicaLost
 
 FAULT = ConfigError("unknown key modles", "models is the nearest", "rename it")
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from orchestrator.cli.chat_backends import HttpDoor
-from workers.errors import EngineFault, EnvironmentFault, NotFound, Overloaded, ReplicaLost
+from workers.protocol.errors import EngineFault, EnvironmentFault, NotFound, Overloaded, ReplicaLost
 
 
 def door(*, status: int = 200, body: str = "") -> tuple[HttpDoor, list[httpx.Request]]:

@@ -10,7 +10,7 @@ from orchestrator.cli.main import run
 from orchestrator.config.deployment_file import load
 from orchestrator.control.host.deployment import Deployment, Notice
 from orchestrator.keys import ApiKeyRing, KeyRing, read_pass
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 Capture = pytest.CaptureFixture[str]
 MODELS = {"models": [{"name": "m"}]}

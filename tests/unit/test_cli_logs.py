@@ -16,7 +16,7 @@ from orchestrator.cli.main import run
 from orchestrator.control.host import log_files
 from orchestrator.control.host.log_files import Reader, find
 from tests.gang import wait_for
-from workers.errors import NotFound, Rejected
+from workers.protocol.errors import NotFound, Rejected
 
 T0 = datetime(2026, 11, 22, 10, 0, 0).timestamp()
 

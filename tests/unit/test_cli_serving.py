@@ -17,7 +17,7 @@ from orchestrator.cli.status import render
 from orchestrator.control.host.control_socket import ModelRow, ReplicaRow, Status
 from orchestrator.control.launch.subprocesses import alive
 from tests.tiny import tiny_model
-from workers.wire import Capacity
+from workers.protocol.messages import Capacity
 
 BOUND_S = 120.0
 

@@ -16,7 +16,7 @@ import pytest
 from orchestrator.cli.top import Meter, frame, plain
 from orchestrator.control.host.control_socket import Answer, ControlServer, ModelRow, ReplicaRow, Status
 from tests.gang import short_folder
-from workers.wire import Capacity
+from workers.protocol.messages import Capacity
 
 CAPACITY = Capacity(block_size=16, num_blocks=100, max_batch_size=16, max_num_tokens=256, max_seq_len=512, vocab_size=320, tp=2, pp=1)
 

@@ -9,9 +9,9 @@ import pytest
 from orchestrator.client import requests
 from orchestrator.client.protocol import ROUNDS, WINDOW, Exchange, Session
 from orchestrator.router.rpc.call import Call, Outgoing
-from workers import wire
-from workers.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
-from workers.wire import Accepted, Cancel, Credit, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage
+from workers.protocol import messages as wire
+from workers.protocol.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
+from workers.protocol.messages import Accepted, Cancel, Credit, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage
 
 
 def exchange(deadline: float | None = None, **options: Any) -> Exchange:

@@ -9,7 +9,7 @@ import torch
 
 from tests.reference.conformance import conform, in_threads
 from workers.engine.comm import Solo, Waiter
-from workers.errors import EngineFault
+from workers.protocol.errors import EngineFault
 
 
 def test_solo_conforms() -> None:

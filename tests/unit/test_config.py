@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from orchestrator.config.deployment_file import load, settings
-from workers.errors import ConfigError
-from workers.spec import Parallel
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import Parallel
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
 MODEL: dict[str, Any] = {"name": "m"}

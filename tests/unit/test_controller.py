@@ -15,7 +15,7 @@ from orchestrator.control.controller import ControllerActor
 from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.reconciler import GangStatus, Policy
 from tests.gang import wait_for
-from workers.spec import EngineSpec, ReplicaSpec
+from workers.protocol.specs import EngineSpec, ReplicaSpec
 
 
 class Gangs:

@@ -19,9 +19,9 @@ from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
 from workers.artifacts.tensorfile import TensorFile
-from workers.core.shard import Span, whole_tensors
-from workers.errors import ArtifactError, ConfigError, EnvironmentFault
-from workers.spec import Parallel
+from workers.layout.sharding import Span, whole_tensors
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
+from workers.protocol.specs import Parallel
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_room_is_checked_before_writing(hf: Path, tmp_path: Path, monkeypatch: p
 HALF = """
 import sys, time
 from workers.artifacts.convert import convert
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
 def stop(phase, done, total):
     if done > total // 2:
         print("half", flush=True)

@@ -12,8 +12,8 @@ from orchestrator.planner.cost_model import Load, Pipeline, Rates, StageWork, Wo
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT
 from tests import figures
 from workers.fake import FakeEngine
-from workers.spec import EngineSpec, Parallel
-from workers.wire import SamplingParams, Submit
+from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.specs import EngineSpec, Parallel
 
 
 def spread(name: str, *files: str) -> tuple[float, float]:

@@ -26,7 +26,7 @@ import yaml
 from orchestrator.cli.main import app
 from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.placement import Node, Share, place
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

@@ -17,8 +17,6 @@ from tests.reference.engine import Stream, drain, margin_violations, request, se
 from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.core.batch import Batch
-from workers.core.plan import GUESS, OpenSlot, StepPlan, StepResult, column, view
 from workers.engine.answers import Answer, PlanRunner
 from workers.engine.cache import KvCache
 from workers.engine.comm import Group, InProcess, Solo
@@ -30,8 +28,10 @@ from workers.engine.runner import Runner
 from workers.engine.staging import Staging
 from workers.model.llama import LlamaStage
 from workers.portable import PortableEngine
-from workers.spec import Parallel
-from workers.wire import Capacity, SamplingParams, Submit
+from workers.protocol.messages import Capacity, SamplingParams, Submit
+from workers.protocol.specs import Parallel
+from workers.scheduler.scheduler import Batch
+from workers.scheduler.step_plan import GUESS, OpenSlot, StepPlan, StepResult, column, view
 
 BLOCKS, SLOTS, LENGTH, VOCAB = 96, 7, 256, 321
 

@@ -8,12 +8,12 @@ import pytest
 
 from tests.property.rig import submit
 from tests.unit.table_guide import table_guides
-from workers.core.contract import Engine, Fault, Finish
-from workers.core.plan import StepPlan, StepResult, column, view
-from workers.errors import TooLong, Unsupported
 from workers.fake import PRINTABLE, FakeEngine, expected_tokens, score, state_of
-from workers.spec import EngineSpec, Parallel
-from workers.wire import GuideSpec, SamplingParams
+from workers.protocol.engine import Engine, Fault, Finish
+from workers.protocol.errors import TooLong, Unsupported
+from workers.protocol.messages import GuideSpec, SamplingParams
+from workers.protocol.specs import EngineSpec, Parallel
+from workers.scheduler.step_plan import StepPlan, StepResult, column, view
 
 SPEC = EngineSpec(kind="fake", max_batch_size=8, max_num_tokens=64, kv_tokens=2048, fake_step_ms=4.0, fake_token_us=100.0)
 

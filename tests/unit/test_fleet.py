@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from orchestrator.router.core.replica_registry import KEPT_LOST_S, Fleet, Joined, Refused, Replica
-from workers.wire import Capacity, Heartbeat, Hello
+from workers.protocol.messages import Capacity, Heartbeat, Hello
 
 CAPACITY = Capacity(block_size=16, num_blocks=8, max_batch_size=4, max_num_tokens=64, max_seq_len=512, vocab_size=320, tp=1, pp=1)
 HELLO = Hello(boot="b1", protocol=1, replica="a", model="m", epoch=5, spec_hash="", resume="bitwise", capacity=CAPACITY)

@@ -17,8 +17,8 @@ from tests.tiny import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, tiny_gguf, ti
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.gguf import GgufFile, GgufSource, read_model, stored_name
 from workers.artifacts.vocabulary import end_ids, read_vocabulary, tokenizer_files
-from workers.core.shard import Span, whole_tensors
-from workers.errors import ArtifactError
+from workers.layout.sharding import Span, whole_tensors
+from workers.protocol.errors import ArtifactError
 
 gguf = pytest.importorskip("gguf")
 

@@ -13,8 +13,8 @@ from tests.tiny import IM_END, tiny_tokenizer
 from workers.core.guide import Guide, GuideFactory
 from workers.core.params import allowed_ids
 from workers.engine.guided import MAX_CHOICES, MAX_TEXT, guide_factory
-from workers.errors import ArtifactError, EngineFault, Rejected
-from workers.wire import GuideSpec
+from workers.protocol.errors import ArtifactError, EngineFault, Rejected
+from workers.protocol.messages import GuideSpec
 
 VOCAB = 320  # more than the tokenizer's 259
 

@@ -11,8 +11,8 @@ import pytest
 from tests.tiny import ENDOFTEXT, IM_END, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.hf import read_eos, read_model
-from workers.errors import ArtifactError
-from workers.spec import RopeScaling
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import RopeScaling
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 

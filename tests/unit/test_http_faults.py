@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.clients.scripted import Play, ServedDoor
-from workers.errors import EngineFault, Overloaded
+from workers.protocol.errors import EngineFault, Overloaded
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hi"}]

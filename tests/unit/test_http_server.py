@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.router.http.server import bind
 from orchestrator.router.spec import HttpSpec
-from workers.errors import ConfigError, EnvironmentFault
+from workers.protocol.errors import ConfigError, EnvironmentFault
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])

@@ -24,9 +24,9 @@ from tests.gang import short_folder, wait_for
 from tests.inputs.impostor import Impostor, dealer
 from tests.routing import RouterRun
 from tests.tiny import tiny_tokenizer
-from workers.errors import ConfigError, EnvironmentFault, NotFound, Rejected
-from workers.spec import RouterAddress
-from workers.wire import PROTOCOL, Bye, Peers
+from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected
+from workers.protocol.messages import PROTOCOL, Bye, Peers
+from workers.protocol.specs import RouterAddress
 
 KEY = "a" * 40
 

@@ -10,7 +10,7 @@ import zmq
 
 from orchestrator.keys import KeyRing, read_private
 from orchestrator.router.net.curve_acl import Gate, parse_grants
-from workers.errors import ConfigError, NotFound, Rejected
+from workers.protocol.errors import ConfigError, NotFound, Rejected
 
 
 def mode(path: Path) -> int:

@@ -19,8 +19,8 @@ from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.launch.subprocesses import TAG, Child, alive, tagged
 from orchestrator.control.launch.supervisor import Gang, LocalNode
 from orchestrator.control.reconciler import GangPhase, GangStatus
-from workers.errors import EnvironmentFault
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.errors import EnvironmentFault
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 MPICH = mpiexec.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="mpich")

@@ -22,7 +22,7 @@ from orchestrator.control.host.deployment import Deployment, Notice, connect
 from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.figures import figure
 from tests.tiny import tiny_tokenizer
-from workers.errors import ArtifactError, EnvironmentFault, NotFound
+from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound
 
 pytestmark = pytest.mark.mpi
 BOUND_S = 120.0
@@ -54,7 +54,7 @@ HOST = """
 import sys, msgspec
 from orchestrator.config.deployment_file import Config
 from orchestrator.control.host.deployment import up
-from workers.errors import TriremeError
+from workers.protocol.errors import TriremeError
 try:
     notify = lambda notice: print(msgspec.json.encode(notice).decode(), flush=True)
     sys.exit(up(msgspec.json.decode(sys.argv[1], type=Config), notify=notify))
@@ -244,7 +244,7 @@ def test_ray_that_is_not_there(home: Path) -> None:
         "import sys, msgspec\n"
         "from orchestrator.config.deployment_file import load\n"
         "from orchestrator.control.host.deployment import up\n"
-        "from workers.errors import TriremeError\n"
+        "from workers.protocol.errors import TriremeError\n"
         "try:\n"
         "    up(load(msgspec.json.decode(sys.argv[1])).config)\n"
         "except TriremeError as error:\n"

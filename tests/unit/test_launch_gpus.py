@@ -11,7 +11,7 @@ from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.placement import Share
 from tests.unit.test_launch import until
-from workers.spec import Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, ReplicaSpec
 
 
 def test_gpus_are_those_named_or_those_there(tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ import pytest
 import zmq
 
 from tests.gang import RouterEnd, short_folder, wait_for
-from workers import wire
-from workers.core.contract import Emission
-from workers.core.links import Link
-from workers.errors import ConfigError, EngineFault, ReplicaLost, TriremeError
 from workers.fake import FakeEngine, expected_tokens
-from workers.leader import Leader
-from workers.sockets import KeyPair
-from workers.spec import EngineSpec, ReplicaSpec, RouterAddress
-from workers.wire import Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit
+from workers.protocol import messages as wire
+from workers.protocol.engine import Emission
+from workers.protocol.errors import ConfigError, EngineFault, ReplicaLost, TriremeError
+from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit
+from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
+from workers.serving.leader import Leader
+from workers.serving.router_io import KeyPair
+from workers.serving.router_link import Link
 
 LONG = SamplingParams(temperature=0.0, max_tokens=30_000)
 SHORT = SamplingParams(temperature=0.0, max_tokens=8)
@@ -251,7 +251,7 @@ def test_addresses_that_would_be_unsafe_are_refused() -> None:
 
 
 def test_no_event_is_lost_when_more_come_than_a_turn_takes(end: RouterEnd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.leader.TURN_EVENTS", 2)
+    monkeypatch.setattr("workers.serving.leader.TURN_EVENTS", 2)
     with Running(at(end)):
         rows = [end.ready().submit(i, [i], SHORT) for i in range(25)]
         end.until(lambda: all(row.end for row in rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.core.links import PAUSE_MAX_S, PAUSE_MIN_S, Close, Greet, Link, Lose, Open, Verdict
+from workers.serving.router_link import PAUSE_MAX_S, PAUSE_MIN_S, Close, Greet, Link, Lose, Open, Verdict
 
 
 def live(now: float = 0.0) -> Link:

@@ -15,9 +15,9 @@ import zmq
 
 from tests.gang import wait_for
 from workers.__main__ import parse, read_keys
-from workers.errors import ArtifactError, ConfigError, EnvironmentFault
-from workers.spec import RouterAddress
-from workers.state import StateFile, read_state
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
+from workers.protocol.specs import RouterAddress
+from workers.serving.state_file import StateFile, read_state
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.loadgen import prompts, settings
 from orchestrator.loadgen.schedule import BLOCK, Cutter, Planned, Range, Record, arrivals, records, replayed, synthetic
 from orchestrator.loadgen.stats import Flight, Histogram, Tally
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 
 @pytest.mark.parametrize(("burstiness", "variation"), [(1.0, 1.0), (0.25, 2.0), (4.0, 0.5)])

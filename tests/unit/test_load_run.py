@@ -29,8 +29,8 @@ from orchestrator.loadgen.target import Target, Wanted
 from tests.clients.scripted import Play, ServedDoor
 from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.routing import RouterRun
-from workers.errors import EngineFault, Overloaded, Rejected
-from workers.spec import RouterAddress
+from workers.protocol.errors import EngineFault, Overloaded, Rejected
+from workers.protocol.specs import RouterAddress
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from orchestrator.router import request_context
 from orchestrator.router.request_context import OriginFilter
 from tests.unit.test_route import ask, join
 from tests.unit.test_tracing import Stage
-from workers.core.contract import Emission, Fault
-from workers.core.sessions import Sessions, Start
 from workers.logs import JsonLines
-from workers.wire import Accepted, SamplingParams, Submit
+from workers.protocol.engine import Emission, Fault
+from workers.protocol.messages import Accepted, SamplingParams, Submit
+from workers.serving.stream_table import Sessions, Start
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -62,7 +62,7 @@ def test_a_line_is_one_object_whatever_it_says(sheet: Sheet) -> None:
 
 def test_a_ranks_log_is_json_where_that_is_wanted(tmp_path: Path) -> None:
     code = (
-        "import logging, sys; from workers.process import open_log;"
+        "import logging, sys; from workers.serving.rank_process import open_log;"
         "open_log(sys.argv[1], 3, form=sys.argv[2], replica='a'); logging.getLogger('t').info('up')"
     )
     lines = {}

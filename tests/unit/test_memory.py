@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from workers.core.memory import GPU_RESERVE, HOST_CAP, blocks_that_fit, cache_budget, frozen_bytes, kv_format, step_bytes, weight_bytes
-from workers.core.shard import parameters, shard_of
-from workers.errors import ConfigError
-from workers.spec import PLAIN, EngineSpec, ModelSpec, Parallel, Quant, quant_of
+from workers.layout.memory import GPU_RESERVE, HOST_CAP, blocks_that_fit, cache_budget, frozen_bytes, kv_format, step_bytes, weight_bytes
+from workers.layout.sharding import parameters, shard_of
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import PLAIN, EngineSpec, ModelSpec, Parallel, Quant, quant_of
 
 MODEL = ModelSpec(
     architecture="llama",

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.router.metrics import Metrics
 from tests.clients.scripted import ScriptedDispatcher
-from workers.wire import Usage
+from workers.protocol.messages import Usage
 
 #: Facts, not counts.
 ALWAYS = ("trireme_router_info",)

@@ -19,9 +19,9 @@ from tests.tiny import tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.convert import convert
 from workers.artifacts.tensorfile import FileRecord, hash_file
-from workers.core.shard import Span, whole_tensors
-from workers.errors import ArtifactError, ConfigError, EnvironmentFault, NotFound
-from workers.spec import Parallel
+from workers.layout.sharding import Span, whole_tensors
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, NotFound
+from workers.protocol.specs import Parallel
 
 TP2 = Parallel(tp=2)
 

@@ -17,7 +17,7 @@ from orchestrator.router.dispatcher import RouterDispatch
 from orchestrator.router.metrics import Metrics
 from tests.unit.test_fleet import beat
 from tests.unit.test_route import ask, join, router
-from workers.wire import STEP_TOKEN_BUCKETS
+from workers.protocol.messages import STEP_TOKEN_BUCKETS
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "deploy/grafana/trireme.json"

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.placement import Node, Share, place, room, wish
-from workers.errors import ConfigError
-from workers.spec import Parallel
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import Parallel
 
 GPU = Share(cpus=1, gpus=1)
 

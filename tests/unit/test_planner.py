@@ -15,10 +15,10 @@ from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.planner import LayoutPlan, Subject, plan, rank_memory, settings
 from orchestrator.planner.seating import Cluster, Seat, layouts, seat
 from tests import figures
-from workers.core.memory import frozen_bytes
-from workers.core.shard import parameters
-from workers.errors import ConfigError
-from workers.spec import PLAIN, EngineSpec, Parallel, QuantName, quant_of
+from workers.layout.memory import frozen_bytes
+from workers.layout.sharding import parameters
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import PLAIN, EngineSpec, Parallel, QuantName, quant_of
 
 LOAD = Workload(name="asked", requests=1, isl=512, osl=256)
 GPU = EngineSpec(device="cuda", dtype="bf16", max_batch_size=512, max_num_tokens=8192, max_seq_len=8192)

@@ -16,10 +16,10 @@ from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
 from workers.artifacts.numbers import FP8_MAX, to_fp8
 from workers.artifacts.tensorfile import hash_file
-from workers.core.parts import parts_of, stored_tensors, unit_of
-from workers.core.shard import shard_tensors
-from workers.errors import ArtifactError, ConfigError
-from workers.spec import Parallel, Quant, QuantName, quant_of
+from workers.layout.quant_parts import parts_of, stored_tensors, unit_of
+from workers.layout.sharding import shard_tensors
+from workers.protocol.errors import ArtifactError, ConfigError
+from workers.protocol.specs import Parallel, Quant, QuantName, quant_of
 
 torch = pytest.importorskip("torch")
 import msgspec  # noqa: E402

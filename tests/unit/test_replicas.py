@@ -14,7 +14,7 @@ from orchestrator.router.net.curve_acl import Gate, Grant, parse_grants
 from orchestrator.router.net.router_socket import Port
 from tests.gang import short_folder
 from tests.routing import RouterRun
-from workers.errors import ConfigError, EnvironmentFault
+from workers.protocol.errors import ConfigError, EnvironmentFault
 
 
 @pytest.fixture

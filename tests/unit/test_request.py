@@ -16,8 +16,8 @@ from orchestrator.router.frontend.preprocess import Caller, Prepared, prepare
 from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, decode_object, read
 from orchestrator.router.spec import AdmissionSpec
 from tests.clients.scripted import CONTEXT, ScriptedDispatcher, tiny_texts
-from workers.errors import NotFound, Rejected, TooLong, Unavailable
-from workers.wire import GuideSpec, Journal
+from workers.protocol.errors import NotFound, Rejected, TooLong, Unavailable
+from workers.protocol.messages import GuideSpec, Journal
 
 CALLER = Caller(client="test", request="r")
 SALTING = Salting(b"salt")

@@ -10,8 +10,8 @@ from workers.engine.comm import Waiter
 from workers.engine.device import HostDevice
 from workers.engine.news import News
 from workers.engine.rings import Completions, Submissions
-from workers.errors import EngineFault
 from workers.model.kernels.layout import HEAD_WORDS, NUMBER_MASK, Rings
+from workers.protocol.errors import EngineFault
 
 
 class Broken(HostDevice):

@@ -14,8 +14,8 @@ from orchestrator.router.core.router_core import Route
 from orchestrator.router.interfaces import Ask
 from orchestrator.router.spec import AdmissionSpec
 from tests.unit.test_fleet import CAPACITY, HELLO, beat
-from workers.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
-from workers.wire import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit, Tokens, Usage
+from workers.protocol.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
+from workers.protocol.messages import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit, Tokens, Usage
 
 ADMISSION = AdmissionSpec(max_queue=2, queue_timeout_s=5.0, request_timeout_s=100.0)
 

@@ -20,8 +20,8 @@ from orchestrator.router.net.curve_acl import Gate
 from orchestrator.router.rpc.server import RpcDoor
 from orchestrator.router.spec import AdmissionSpec, ModelCard
 from tests.tiny import tiny_tokenizer
-from workers import wire
-from workers.wire import Capacity, Generate, Hello, Peers, Submit, Tokens
+from workers.protocol import messages
+from workers.protocol.messages import Capacity, Generate, Hello, Peers, Submit, Tokens
 
 STREAMS, CLIENTS, STEPS = 128, 8, 200
 FENCE_US = 200.0
@@ -66,22 +66,22 @@ async def _measure(folder: Path, texts: bool) -> float:
     for stream in range(STREAMS):
         client = f"c{stream % CLIENTS}"
         generate = Generate(boot=client, stream=stream, request=f"q{stream}", endpoint="completions", body=body, texts=texts)
-        door.on_frame(client.encode(), "", wire.encode(generate))
+        door.on_frame(client.encode(), "", messages.encode(generate))
     await _turns(lambda: len(submits) == STREAMS)
     streams, attempts = [submit.stream for submit in submits], [submit.attempt for submit in submits]
     steps = [
-        wire.encode(Tokens(boot="b", streams=streams, attempts=attempts, firsts=[step] * STREAMS, tokens=[[97]] * STREAMS))
+        messages.encode(Tokens(boot="b", streams=streams, attempts=attempts, firsts=[step] * STREAMS, tokens=[[97]] * STREAMS))
         for step in range(STEPS)
     ]
     await asyncio.sleep(0)
     frames.clear()
     begin = time.process_time()
     for step in steps:
-        dispatch.hear(b"a", "", wire.decode_from_replica(step))
+        dispatch.hear(b"a", "", messages.decode_from_replica(step))
         door._flush()
     spent = time.process_time() - begin
     assert len(frames) == STEPS * CLIENTS, "one message a client and step"
-    last = wire.decode_to_client(frames[-1])
+    last = messages.decode_to_client(frames[-1])
     assert isinstance(last, Tokens) and last.tokens == [[97]] * (STREAMS // CLIENTS)
     assert last.texts == (["a"] * (STREAMS // CLIENTS) if texts else None)
     loaded.close()

@@ -14,9 +14,9 @@ import pytest
 from orchestrator.client import AsyncClient, Client
 from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.routing import RouterRun
-from workers.errors import Cancelled, DeadlineExceeded, NotFound, Rejected, Unavailable
 from workers.fake import expected_tokens
-from workers.wire import SamplingParams
+from workers.protocol.errors import Cancelled, DeadlineExceeded, NotFound, Rejected, Unavailable
+from workers.protocol.messages import SamplingParams
 
 SLOW = msgspec.structs.replace(FAKE, fake_step_ms=10.0)
 

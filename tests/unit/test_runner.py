@@ -13,11 +13,11 @@ from tests.reference.shards import make_runner, make_stage, random_weights, whol
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.core.params import choose, logprobs_of
-from workers.core.plan import OpenSlot, StepPlan, StepResult, column, view, view_floats
 from workers.engine.comm import Group
 from workers.engine.runner import Runner
-from workers.spec import ModelSpec, Parallel
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import ModelSpec, Parallel
+from workers.scheduler.step_plan import OpenSlot, StepPlan, StepResult, column, view, view_floats
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=2)
 MODEL = ModelSpec(

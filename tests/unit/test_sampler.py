@@ -10,7 +10,7 @@ from tests.reference.conformance import in_threads
 from workers.core.params import allowed_ids, choose, gumbel, logprobs_of, noise_bits
 from workers.engine.comm import Group, Solo
 from workers.engine.sampler import Draw, Sampler, noise
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
 
 VOCAB = 1009  # prime: no shard count divides it
 

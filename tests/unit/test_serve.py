@@ -11,7 +11,7 @@ from orchestrator.control.host.ray_serve_app import ServeHost
 from orchestrator.control.launch.subprocesses import alive
 from tests.e2e.deployment import write_config
 from tests.gang import short_folder, wait_for
-from workers.errors import EnvironmentFault, NotFound
+from workers.protocol.errors import EnvironmentFault, NotFound
 
 
 @pytest.mark.mpi

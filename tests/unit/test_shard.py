@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.core.shard import (
+from workers.layout.sharding import (
     EMBEDDING,
     HEAD,
     Span,
@@ -20,8 +20,8 @@ from workers.core.shard import (
     trtllm_refusal,
     whole_tensors,
 )
-from workers.errors import ConfigError
-from workers.spec import ModelSpec, Parallel
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import ModelSpec, Parallel
 
 
 def model(**changes: object) -> ModelSpec:

@@ -20,7 +20,7 @@ from orchestrator.router.core.replica_registry import Fleet, Replica
 from orchestrator.router.http.status_page import LossFigures, ModelFigures, ReplicaFigures, Snapshot, StatusPage, judge
 from orchestrator.router.metrics import Metrics
 from tests.clients.scripted import ServedDoor
-from workers.wire import PROTOCOL, Capacity, Hello
+from workers.protocol.messages import PROTOCOL, Capacity, Hello
 
 ADMIN, ADMIN_ROW = mint("admin", None, 0)
 BOUND, BOUND_ROW = mint("bound", ("tiny",), 0)

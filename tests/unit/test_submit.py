@@ -24,7 +24,7 @@ from orchestrator.slurm.job_env import read_place
 from orchestrator.slurm.job_preflight import NodeFacts, judge
 from orchestrator.slurm.job_script import TEMPLATE, SlurmJob, limit_seconds, render, submit
 from orchestrator.slurm.roll_call import Gone, Line, Roll, Word, call
-from workers.errors import EnvironmentFault, Rejected
+from workers.protocol.errors import EnvironmentFault, Rejected
 
 BOUND_S = 120.0
 STEP = {

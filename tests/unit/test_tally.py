@@ -12,7 +12,7 @@ from orchestrator.router.core.stats import CAUSES, Placement
 from orchestrator.router.metrics import Metrics
 from tests.unit.test_fleet import beat
 from tests.unit.test_route import accept, ask, join, router, sent, tokens
-from workers.wire import Accepted, Done, Submit, Usage
+from workers.protocol.messages import Accepted, Done, Submit, Usage
 
 
 def done(route: Route, place: str, submit: Submit, output: int, now: float, **usage: Any) -> None:

@@ -14,7 +14,7 @@ from orchestrator.router.frontend.chat_messages import Message, Tool, ToolFuncti
 from orchestrator.router.frontend.chat_template import ChatTemplate, Piece
 from orchestrator.router.frontend.tokenizer import load
 from tests.tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 USER = [Message(role="user", content="hi")]
 TOOLS = [Tool(type="function", function=ToolFunction(name="f"))]

@@ -9,8 +9,8 @@ from orchestrator.client import Client, ClientKeys
 from orchestrator.keys import KeyRing
 from tests.gang import short_folder, wait_for
 from tests.routing import RouterRun, curve_replica
-from workers.errors import NotFound
-from workers.spec import RouterAddress
+from workers.protocol.errors import NotFound
+from workers.protocol.specs import RouterAddress
 
 
 def test_a_clients_key_decides_what_it_may_use_and_see() -> None:

@@ -21,9 +21,9 @@ from orchestrator.router.frontend.tokenizer import TokenTable, load
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.spec import ModelCard
 from tests.tiny import IM_END, tiny_tokenizer
-from workers.errors import ArtifactError, EngineFault, EnvironmentFault, TriremeError
-from workers.spec import Parallel
-from workers.wire import FinishReason, Logprobs, Usage
+from workers.protocol.errors import ArtifactError, EngineFault, EnvironmentFault, TriremeError
+from workers.protocol.messages import FinishReason, Logprobs, Usage
+from workers.protocol.specs import Parallel
 
 TEXTS = st.text(st.sampled_from("ab<|im_end|> é🙂\u200d日STOP\n"), max_size=40)
 

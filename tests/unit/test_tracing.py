@@ -33,8 +33,8 @@ from orchestrator.router.tracing import EXPORT_S, TracedDispatcher, Traces
 from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.routing import RouterRun
 from tests.unit.test_route import ask, join, router, tokens
-from workers.errors import ConfigError, Overloaded
-from workers.wire import Done, Submit, ToReplica, Usage
+from workers.protocol.errors import ConfigError, Overloaded
+from workers.protocol.messages import Done, Submit, ToReplica, Usage
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{CALLER}-01"

@@ -17,8 +17,8 @@ from orchestrator.cli.main import run
 from tests.tiny import IM_END, tiny_model
 from tests.trtllm import FAKES, checkpoint_of, engine_of, even_model, pretend
 from workers.artifacts.convert import convert
-from workers.errors import ArtifactError, ConfigError, EnvironmentFault
-from workers.spec import Parallel, quant_of
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
+from workers.protocol.specs import Parallel, quant_of
 from workers.trtllm import build as building
 from workers.trtllm import node
 from workers.trtllm.build_options import BuildOptions, from_flags, options

@@ -11,7 +11,7 @@ import pytest
 import workers.trtllm
 from tests.contract import PYTHON, TRT, Reader
 from tests.test_layers import imports
-from workers.trtllm import options
+from workers.protocol import trtllm_options
 from workers.trtllm.choose import PROBES
 
 FOLDER = Path(workers.trtllm.__file__).parent
@@ -107,9 +107,9 @@ def test_a_right_name_is_not_a_fault() -> None:
 
 #: Option that is turned into a member by its name -> the enum or the class of factories that must have it.
 NAMED = {
-    (options.SchedulerOptions, "capacity_scheduler_policy"): "CapacitySchedulerPolicy",
-    (options.SchedulerOptions, "context_chunking_policy"): "ContextChunkingPolicy",
-    (options.DecodingOptions, "mode"): "DecodingMode",
+    (trtllm_options.SchedulerOptions, "capacity_scheduler_policy"): "CapacitySchedulerPolicy",
+    (trtllm_options.SchedulerOptions, "context_chunking_policy"): "ContextChunkingPolicy",
+    (trtllm_options.DecodingOptions, "mode"): "DecodingMode",
 }
 
 
@@ -122,6 +122,6 @@ def test_options_that_name_members_name_real_ones(option: tuple[type, str], targ
 
 def test_options_of_the_llm_api_take_its_literals() -> None:
     literals = PYTHON["tensorrt_llm.llmapi.llm_args.TorchLlmArgs"]["literals"]
-    hints = get_type_hints(options.LlmOptions)
+    hints = get_type_hints(trtllm_options.LlmOptions)
     for name in ("allreduce_strategy", "sampler_type"):
         assert {value for kind in get_args(hints[name]) for value in get_args(kind)} == set(literals[name])

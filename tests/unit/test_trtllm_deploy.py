@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.config import deployment_file
 from orchestrator.control.placement import Node, Share, place
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "deploy" / "docker" / "tensorrt-llm.Dockerfile"

@@ -1,6 +1,6 @@
 """Our converter's checkpoints against the layout that TensorRT-LLM publishes: names, shapes, splits and config keys.
 
-The expected shards are cut here from the Hugging Face tensors by the published rules alone, in numpy; nothing of `workers.core.shard`
+The expected shards are cut here from the Hugging Face tensors by the published rules alone, in numpy; nothing of `workers.layout.sharding`
 helps. Then each folder is read back and must give the source's logits to the bit.
 """
 
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from tests.trtllm import FAKES, even_model
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import convert
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
 
 FORMAT = json.loads((FAKES.parent / "contracts" / "tensorrt_llm_api.json").read_text())["checkpoint_format"]
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
@@ -118,8 +118,8 @@ def test_read_back_gives_the_same_logits(source: Path, tp: int, pp: int, tmp_pat
     torch = pytest.importorskip("torch")
     from tests.reference.engine import request, serve
     from workers.portable import PortableEngine, build
-    from workers.spec import EngineSpec, ReplicaSpec
-    from workers.wire import SamplingParams
+    from workers.protocol.messages import SamplingParams
+    from workers.protocol.specs import EngineSpec, ReplicaSpec
 
     assert torch
     target = convert(source, tmp_path / "ck", parallel=Parallel(tp=tp, pp=pp), for_trtllm=True)

@@ -18,8 +18,8 @@ from orchestrator.control.launch.launcher import GangSpec, mint_epoch
 from orchestrator.control.launch.subprocesses import tagged
 from orchestrator.control.launch.supervisor import Gang, LocalNode
 from tests.trtllm import FAKES, checkpoint_of, engine_of, even_model, pretend
-from workers.errors import EnvironmentFault, TriremeError
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.errors import EnvironmentFault, TriremeError
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 from workers.trtllm import environment, node, preflight
 from workers.trtllm.build_options import BuildOptions
 from workers.trtllm.engine_dir import EngineDir, Gpu, read_engine_dir

@@ -13,14 +13,15 @@ from orchestrator.config.deployment_file import load
 from tests.tiny import tiny_gguf
 from tests.trtllm import FAKES, checkpoint_of
 from workers.__main__ import parse
-from workers.errors import ArtifactError, ConfigError
-from workers.spec import EngineSpec, Parallel, Quant
-from workers.trtllm import executor, llmapi, options
+from workers.protocol import trtllm_options
+from workers.protocol.errors import ArtifactError, ConfigError
+from workers.protocol.messages import GuideSpec, SamplingParams
+from workers.protocol.specs import EngineSpec, Parallel, Quant
+from workers.protocol.trtllm_options import TrtllmOptions
+from workers.trtllm import executor, llmapi
 from workers.trtllm.engine_dir import EngineDir
 from workers.trtllm.model import open_model
-from workers.trtllm.options import TrtllmOptions
 from workers.trtllm.rows import Job
-from workers.wire import GuideSpec, SamplingParams
 
 ENGINE = EngineDir(
     path=Path("/engine"), version="1.2.1", parallel=Parallel(tp=2), world=2, vocab_size=320, max_batch_size=64, max_num_tokens=256,
@@ -32,20 +33,21 @@ ENGINE = EngineDir(
 EVERYTHING = TrtllmOptions(
     chunked_context=True,
     device_ids=(0, 1),
-    kv_cache=options.KvCacheOptions(
+    kv_cache=trtllm_options.KvCacheOptions(
         free_gpu_memory_fraction=0.5, host_cache_size=1 << 30, max_attention_window=(1024,), sink_token_length=4, onboard_blocks=False,
         secondary_offload_min_priority=10, enable_partial_reuse=False, copy_on_partial_reuse=False, use_uvm=False,
     ),
-    scheduler=options.SchedulerOptions(
+    scheduler=trtllm_options.SchedulerOptions(
         capacity_scheduler_policy="MAX_UTILIZATION", context_chunking_policy="EQUAL_PROGRESS",
-        dynamic_batch=options.DynamicBatchOptions(
+        dynamic_batch=trtllm_options.DynamicBatchOptions(
             enable_batch_size_tuning=True, enable_max_num_tokens_tuning=False, dynamic_batch_moving_average_window=64
         ),
     ),
-    peft_cache=options.PeftCacheOptions(lora_prefetch_dir="/adapters", host_cache_size=1 << 28, device_cache_percent=0.1),
-    decoding=options.DecodingOptions(mode="Eagle", medusa_choices=((0,), (0, 1)), eagle=options.EagleOptions(eagle_choices=((0,),))),
-    executor=options.ExecutorOptions(normalize_log_probs=False, max_queue_size=8, gpu_weights_percent=0.5, enable_trt_overlap=True),
-    perf_knobs=options.PerfKnobOptions(multi_block_mode=False, enable_context_fmha_fp32_acc=True),
+    peft_cache=trtllm_options.PeftCacheOptions(lora_prefetch_dir="/adapters", host_cache_size=1 << 28, device_cache_percent=0.1),
+    decoding=trtllm_options.DecodingOptions(mode="Eagle", medusa_choices=((0,), (0, 1)),
+    eagle=trtllm_options.EagleOptions(eagle_choices=((0,),))), executor=trtllm_options.ExecutorOptions(normalize_log_probs=False,
+    max_queue_size=8, gpu_weights_percent=0.5, enable_trt_overlap=True), perf_knobs=trtllm_options.PerfKnobOptions(multi_block_mode=False,
+    enable_context_fmha_fp32_acc=True),
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from orchestrator.control.host.control_socket import UpdateOrder
 from orchestrator.control.host.update import merge, prepare
 from tests.tiny import tiny_tokenizer
 from workers.artifacts.convert import silent
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 TREE: dict[str, Any] = {"name": "d", "http": {"port": 8123}, "models": [{"name": "m", "engine": "fake", "aliases": ["old"]}]}
 

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from tests.tiny import tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import convert
-from workers.errors import ArtifactError
-from workers.spec import Parallel
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import Parallel
 
 torch = pytest.importorskip("torch")
 from workers.engine.weights import fill, load_shards  # noqa: E402

@@ -15,8 +15,8 @@ from workers.artifacts.checkpoint import CONFIG, CheckpointSource, read_checkpoi
 from workers.artifacts.quantize import QuantizedSource
 from workers.artifacts.source import Source
 from workers.artifacts.vocabulary import end_ids, read_vocabulary
-from workers.errors import ArtifactError
-from workers.spec import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
 
 Kind = Literal["checkpoint", "huggingface", "gguf"]
 

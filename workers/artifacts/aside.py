@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 #: How long one process waits for another that writes the same thing, seconds: longer than any conversion.
 LOCK_TIMEOUT_S = 3600.0

@@ -16,10 +16,10 @@ import numpy as np
 from workers.artifacts.hf import decode
 from workers.artifacts.source import Block, cut
 from workers.artifacts.tensorfile import NAMES, FileRecord, TensorFile, hash_file
-from workers.core.parts import StoredTensor, stored_tensors
-from workers.core.shard import Span, Tensor, heads_of
-from workers.errors import ArtifactError
-from workers.spec import DType, ModelSpec, Parallel, Quant
+from workers.layout.quant_parts import StoredTensor, stored_tensors
+from workers.layout.sharding import Span, Tensor, heads_of
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -79,7 +79,7 @@ class _Config(msgspec.Struct, kw_only=True):
 
 
 def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[int, ...], *, for_trtllm: bool = False) -> Trireme:
-    """The facts of a checkpoint to be written. Raises :class:`~workers.errors.ConfigError` when the model cannot be split so."""
+    """The facts of a checkpoint to be written. Raises :class:`~workers.protocol.errors.ConfigError` when the model cannot be split so."""
     parallel.check(model)
     heads = tuple(heads_of(model, parallel.tp, tp_rank) for tp_rank in range(parallel.tp))
     facts = {"model": model, "parallel": parallel, "dtype": dtype, "eos_ids": eos_ids, "heads": heads}
@@ -87,7 +87,7 @@ def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[
 
 
 def stored(facts: Trireme, quant: Quant, rank: int) -> tuple[StoredTensor, ...]:
-    """What the file of ``rank`` holds. Raises :class:`~workers.errors.ConfigError` when a quantization group would straddle ranks."""
+    """What the file of ``rank`` holds. Raises :class:`~workers.protocol.errors.ConfigError` if a quantization group would straddle ranks."""
     return stored_tensors(facts.model, facts.parallel, rank, dtype=facts.dtype, quant=quant, own_head=facts.own_head)
 
 

@@ -33,9 +33,9 @@ from workers.artifacts.hf import TOKENIZER_FILES
 from workers.artifacts.source import Source, assemble
 from workers.artifacts.tensorfile import FileRecord, TensorWriter, write_file
 from workers.artifacts.vocabulary import read_vocabulary, tokenizer_files
-from workers.core.shard import trtllm_refusal
-from workers.errors import ArtifactError, ConfigError, EnvironmentFault
-from workers.spec import DType, Parallel, Quant
+from workers.layout.sharding import trtllm_refusal
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
+from workers.protocol.specs import DType, Parallel, Quant
 
 #: (phase, done, total), in bytes; called from the converting thread.
 Progress: TypeAlias = Callable[[str, int, int], None]

@@ -21,9 +21,9 @@ import numpy as np
 from workers.artifacts.numbers import Array
 from workers.artifacts.source import CHUNK, Block
 from workers.artifacts.tensorfile import AGAIN, OTHER, regular
-from workers.core.shard import EMBEDDING, FINAL_NORM, HEAD, Span, Tensor, whole_tensors
-from workers.errors import ArtifactError, ConfigError
-from workers.spec import ModelSpec
+from workers.layout.sharding import EMBEDDING, FINAL_NORM, HEAD, Span, Tensor, whole_tensors
+from workers.protocol.errors import ArtifactError, ConfigError
+from workers.protocol.specs import ModelSpec
 
 MAGIC = b"GGUF"
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}

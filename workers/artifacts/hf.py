@@ -13,9 +13,9 @@ import msgspec
 
 from workers.artifacts.source import Block, cut
 from workers.artifacts.tensorfile import AGAIN, NAMES, OTHER, TensorFile, regular
-from workers.core.shard import HEAD, Span, Tensor, whole_tensors
-from workers.errors import ArtifactError, ConfigError
-from workers.spec import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec, RopeScaling
+from workers.layout.sharding import HEAD, Span, Tensor, whole_tensors
+from workers.protocol.errors import ArtifactError, ConfigError
+from workers.protocol.specs import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec, RopeScaling
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -12,10 +12,10 @@ import msgspec
 from workers.artifacts.artifact import Artifact, Kind, open_artifact, open_source
 from workers.artifacts.checkpoint import open_rank, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
-from workers.core.parts import stored_tensors
-from workers.core.shard import parameters, trtllm_refusal
-from workers.errors import ConfigError
-from workers.spec import DType, ModelSpec, Parallel, Quant
+from workers.layout.quant_parts import stored_tensors
+from workers.layout.sharding import parameters, trtllm_refusal
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +46,7 @@ def inspect_path(path: str | Path, parallel: Parallel | None = None, *, verify_f
     """Describe the model at ``path``, for the layout ``parallel``.
 
     ``verify_files`` also reads every byte of a checkpoint (sha256 against the manifest), and of other kinds the headers of all files
-    against the model. Raises :class:`~workers.errors.ArtifactError` when it is no model, or damaged.
+    against the model. Raises :class:`~workers.protocol.errors.ArtifactError` when it is no model, or damaged.
     """
     artifact = open_artifact(path)
     layout = parallel or artifact.parallel or Parallel()

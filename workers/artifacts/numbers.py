@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from workers.core.parts import Format
-from workers.errors import ArtifactError
+from workers.layout.quant_parts import Format
+from workers.protocol.errors import ArtifactError
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from workers.artifacts.numbers import FP8_MAX, STORAGE, Array, cast, to_fp8
 from workers.artifacts.source import CHUNK, Block, Source
-from workers.core.parts import Part, cut_part, part_of, parts_of, whole_parts
-from workers.core.shard import Span, Tensor
-from workers.errors import ArtifactError
-from workers.spec import ModelSpec, Quant, QuantName
+from workers.layout.quant_parts import Part, cut_part, part_of, parts_of, whole_parts
+from workers.layout.sharding import Span, Tensor
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import ModelSpec, Quant, QuantName
 
 
 class QuantizedSource:
@@ -70,7 +70,7 @@ class QuantizedSource:
 
 
 def _uncut(span: Span, whole: Tensor, part: Part) -> Span:
-    """The inverse of :func:`workers.core.parts.cut_part`."""
+    """The inverse of :func:`workers.layout.quant_parts.cut_part`."""
     return span.scaled(part.columns) if whole.axis == 1 else span
 
 

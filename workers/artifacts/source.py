@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from workers.artifacts.numbers import STORAGE, Array, cast
-from workers.core.parts import Format
-from workers.core.shard import ShardTensor, Span, Tensor
+from workers.layout.quant_parts import Format
+from workers.layout.sharding import ShardTensor, Span, Tensor
 
 #: Elements that are converted at a time: bounds the temporaries of a cast to a few MB.
 CHUNK = 1 << 20
@@ -28,7 +28,7 @@ class Source(Protocol):
     """Weights of one unsharded model, wherever they lie."""
 
     def read(self, tensor: Tensor, span: Span) -> Block:
-        """``span`` of ``tensor`` along the tensor's own axis. Raises :class:`~workers.errors.ArtifactError`."""
+        """``span`` of ``tensor`` along the tensor's own axis. Raises :class:`~workers.protocol.errors.ArtifactError`."""
 
     def release(self) -> None:
         """What ``read`` gave out is no longer used: its memory may go."""

@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 
 from workers.artifacts.numbers import STORAGE, Array
-from workers.core.parts import Format
-from workers.errors import ArtifactError
+from workers.layout.quant_parts import Format
+from workers.protocol.errors import ArtifactError
 
 #: What to do about a model file that is damaged, and about one that no engine here computes.
 AGAIN = "copy or download it again"

@@ -13,7 +13,7 @@ import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from workers.artifacts.tensorfile import AGAIN
-from workers.errors import ArtifactError
+from workers.protocol.errors import ArtifactError
 
 #: ``tokenizer.ggml.token_type`` values.
 CONTROL, USER_DEFINED = 3, 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from workers.wire import GuideSpec
+from workers.protocol.messages import GuideSpec
 
 
 class Guide(Protocol):
@@ -19,7 +19,7 @@ class Guide(Protocol):
         """Packed bitmask of the allowed next ids: bit ``i % 32`` of little-endian uint32 word ``i // 32``; ceil(vocab / 32) words."""
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Consume tokens; raises :class:`~workers.errors.EngineFault` if the grammar does not allow them."""
+        """Consume tokens; raises :class:`~workers.protocol.errors.EngineFault` if the grammar does not allow them."""
 
     def rollback(self, count: int) -> None:
         """Undo the last ``count`` consumed tokens."""
@@ -28,5 +28,5 @@ class Guide(Protocol):
         """Whether the output is whole and nothing but an end-of-sequence token could follow."""
 
 
-#: Compiles a grammar; raises :class:`~workers.errors.Rejected` (code ``invalid_schema``) on one that means nothing.
+#: Compiles a grammar; raises :class:`~workers.protocol.errors.Rejected` (code ``invalid_schema``) on one that means nothing.
 GuideFactory = Callable[[GuideSpec], Guide]

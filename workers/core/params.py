@@ -22,8 +22,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from workers.errors import Rejected
-from workers.wire import SamplingParams
+from workers.protocol.errors import Rejected
+from workers.protocol.messages import SamplingParams
 
 MASK32: Final = 0xFFFFFFFF
 GOLDEN: Final = 0x9E3779B9

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from workers.core.plan import F32, Ints, StepPlan, StepResult
 from workers.engine.comm import Waiter
 from workers.engine.rings import Completion
+from workers.scheduler.step_plan import F32, Ints, StepPlan, StepResult
 
 
 class Answer(Protocol):
@@ -21,7 +21,7 @@ class Answer(Protocol):
         """Whether :meth:`result` returns at once."""
 
     def result(self) -> StepResult:
-        """Raises :class:`~workers.errors.EngineFault` when the device does not get there within the bound of a step."""
+        """Raises :class:`~workers.protocol.errors.EngineFault` when the device does not get there within the bound of a step."""
 
 
 class PlanRunner(Protocol):

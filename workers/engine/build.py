@@ -15,10 +15,6 @@ import msgspec
 import torch
 
 from workers.artifacts.artifact import Artifact, open_artifact, quant_for
-from workers.core.memory import blocks_that_fit, cache_budget, kv_format, longest_row
-from workers.core.parts import unit_of
-from workers.core.plan import OpenSlot, StepPlan, column
-from workers.core.shard import Shard, shard_of
 from workers.engine.answers import PlanRunner
 from workers.engine.cache import KvCache, agree, free_bytes
 from workers.engine.comm import Waiter
@@ -26,12 +22,16 @@ from workers.engine.device import CudaDevice, pin_numerics
 from workers.engine.groups import Ranks, all_or_none
 from workers.engine.runner import Runner
 from workers.engine.weights import dummy, fill, load_shards, prove_shard
-from workers.errors import ConfigError
+from workers.layout.memory import blocks_that_fit, cache_budget, kv_format, longest_row
+from workers.layout.quant_parts import unit_of
+from workers.layout.sharding import Shard, shard_of
 from workers.model.kernels.layout import HEAD_DIMS
 from workers.model.layers import TORCH
 from workers.model.llama import LlamaStage
-from workers.spec import EngineSpec, ModelSpec, Quant, ReplicaSpec
-from workers.wire import Capacity, SamplingParams
+from workers.protocol.errors import ConfigError
+from workers.protocol.messages import Capacity, SamplingParams
+from workers.protocol.specs import EngineSpec, ModelSpec, Quant, ReplicaSpec
+from workers.scheduler.step_plan import OpenSlot, StepPlan, column
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: CPU threads that read weights for a GPU.

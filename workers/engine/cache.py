@@ -11,9 +11,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from workers.core.shard import Shard
 from workers.engine.comm import Group
-from workers.spec import ModelSpec
+from workers.layout.sharding import Shard
+from workers.protocol.specs import ModelSpec
 
 
 def free_bytes(device: torch.device) -> int:

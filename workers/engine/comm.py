@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from workers.errors import EngineFault
-from workers.spec import WaitPolicy
+from workers.protocol.errors import EngineFault
+from workers.protocol.specs import WaitPolicy
 
 if TYPE_CHECKING:
     from workers.model.kernels.linear import Narrow

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.errors import ConfigError
-from workers.spec import EngineSpec
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import EngineSpec
 
 #: Compute capability from which the kernels run: bf16 on tensor cores.
 MIN_CAPABILITY = (8, 0)

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.core.plan import I32, Ints, StepPlan, StepResult, view
 from workers.engine.answers import Answer, Done, Extras, Pending
 from workers.engine.cache import KvCache
 from workers.engine.comm import Group, Waiter
@@ -31,6 +30,7 @@ from workers.engine.sampling import Sampling
 from workers.engine.staging import Staging
 from workers.model.kernels.layout import HEAD_WORDS, Heads, LayoutShape, Paging, Rings, SlotState, mixed_shape, step_shape
 from workers.model.llama import LlamaStage
+from workers.scheduler.step_plan import I32, Ints, StepPlan, StepResult, view
 
 #: News that a submission has room for beside its inbox, for each slot: where there are more, some go ahead.
 _NEWS = 8

@@ -17,8 +17,8 @@ import torch
 
 from workers.engine.comm import Group, Solo
 from workers.engine.device import choose_gpu
-from workers.errors import EngineFault, EnvironmentFault, TriremeError, from_code
-from workers.spec import Parallel, ReplicaSpec
+from workers.protocol.errors import EngineFault, EnvironmentFault, TriremeError, from_code
+from workers.protocol.specs import Parallel, ReplicaSpec
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,7 +51,7 @@ class _Report(msgspec.Struct, frozen=True, array_like=True):
 
 def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> Ranks:
     """Groups of this rank, and its GPU. Raises :class:`EnvironmentFault` when the world has not tp * pp ranks, and
-    :class:`~workers.errors.ConfigError` where there is no GPU for each of them, on every rank the same."""
+    :class:`~workers.protocol.errors.ConfigError` where there is no GPU for each of them, on every rank the same."""
     size = 1 if comm is None else comm.Get_size()
     parallel = spec.parallel
     if size != parallel.world:

@@ -13,8 +13,8 @@ import llguidance
 import msgspec
 
 from workers.core.guide import Guide
-from workers.errors import ArtifactError, EngineFault, Rejected
-from workers.wire import GuideSpec
+from workers.protocol.errors import ArtifactError, EngineFault, Rejected
+from workers.protocol.messages import GuideSpec
 
 #: Longest grammar text, bytes, and most choices.
 MAX_TEXT = 64 << 10

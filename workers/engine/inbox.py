@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from workers.core.plan import Ints
 from workers.model.kernels.layout import (
     DeviceLayout,
     Heads,
@@ -23,6 +22,7 @@ from workers.model.kernels.layout import (
     fill_decodes,
 )
 from workers.model.kernels.layout import view as view_layout
+from workers.scheduler.step_plan import Ints
 
 
 class Inputs(NamedTuple):

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from workers.engine.comm import STEP_BOUND_S, Waiter, is_half, ordered_sum
-from workers.spec import WaitPolicy
+from workers.protocol.specs import WaitPolicy
 
 
 def _bytes(x: Tensor) -> Any:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from workers.core.params import seed_keys
-from workers.core.plan import I32, Ints, StepPlan, view
 from workers.engine.sampling import Sampling, is_plain
 from workers.model.kernels.layout import Places
+from workers.scheduler.step_plan import I32, Ints, StepPlan, view
 
 NONE: Ints = np.zeros(0, I32)
 

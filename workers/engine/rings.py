@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import cast
 
-from workers.core.plan import Ints
 from workers.engine.comm import Waiter
 from workers.engine.device import Device
 from workers.engine.news import News
 from workers.model.kernels.layout import HEAD_WORDS, NUMBER_MASK, Rings, aligned
+from workers.scheduler.step_plan import Ints
 
 #: Looks at what a device has written after which it is asked whether it still works: that costs a call of the driver's.
 _LOOKS = 256

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.core.plan import Ints, StepPlan, StepResult, view
 from workers.engine.answers import Answer, Done
 from workers.engine.cache import KvCache
 from workers.engine.comm import Group
@@ -18,6 +17,7 @@ from workers.engine.sampler import Sampler
 from workers.engine.sampling import Sampling
 from workers.model.kernels.reference import TABLE_STEP, attention_layout
 from workers.model.llama import LlamaStage
+from workers.scheduler.step_plan import Ints, StepPlan, StepResult, view
 
 
 class Runner:

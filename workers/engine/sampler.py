@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workers.core.params import MIX_A, MIX_B, noise_keys
 from workers.engine.comm import Group
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
 
 #: Largest values that each shard shows for top-k and top-p before whole rows must be gathered.
 SHOWN = 64

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from workers.core.params import allowed_ids, has_penalties, stop_set
-from workers.core.plan import F32, I32, Ints, OpenSlot, StepPlan, StepResult, view
 from workers.engine.sampler import Draw, Sampler
 from workers.model.llama import LlamaStage
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.scheduler.step_plan import F32, I32, Ints, OpenSlot, StepPlan, StepResult, view
 
 #: Rows of logits that prompt scores hold at a time: 128 MB for a vocabulary of 128k.
 _SCORED_ROWS = 256

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.core.plan import Ints
 from workers.engine.device import Device
+from workers.scheduler.step_plan import Ints
 
 
 class Staging:

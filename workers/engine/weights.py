@@ -17,10 +17,10 @@ from workers.artifacts.checkpoint import open_rank, rank_file, read_checkpoint, 
 from workers.artifacts.numbers import STORAGE, Array
 from workers.artifacts.source import Block, Source, assemble, convert_into
 from workers.artifacts.tensorfile import TensorFile
-from workers.core.parts import Format, StoredTensor, stored_tensors
-from workers.errors import ArtifactError
+from workers.layout.quant_parts import Format, StoredTensor, stored_tensors
 from workers.model.layers import TORCH
-from workers.spec import DType, Parallel, Quant
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import DType, Parallel, Quant
 
 #: Formats between which a tensor may be converted while it is copied; the others are bits that mean something only with their scales.
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,10 +36,10 @@ def load_shards(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(TensorRT-LLM checkpoint name, CPU tensor) of everything that ``rank`` holds, in the order of the forward pass.
 
-    Names, shapes and formats are those of :func:`workers.core.parts.stored_tensors` in ``dtype``. ``quant``: quantize plain weights while
-    they are read; None = as the artifact has them. A checkpoint of this very layout is verified by size and sha256 here, before the first
-    tensor, unless it is ``proven`` elsewhere; whole weights (tp=1 pp=1, Hugging Face, GGUF) are verified by size and header, since each
-    rank reads only its slices of them.
+    Names, shapes and formats are those of :func:`workers.layout.quant_parts.stored_tensors` in ``dtype``. ``quant``: quantize plain weights
+    while they are read; None = as the artifact has them. A checkpoint of this very layout is verified by size and sha256 here, before the
+    first tensor, unless it is ``proven`` elsewhere; whole weights (tp=1 pp=1, Hugging Face, GGUF) are verified by size and header, since
+    each rank reads only its slices of them.
 
     Raises :class:`ArtifactError`: another layout (names both), a file missing, damaged or different from what the manifest says, or
     weights that are quantized otherwise already.

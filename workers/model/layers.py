@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.core.parts import Format, parts_of
+from workers.layout.quant_parts import Format, parts_of
 from workers.model.kernels import product_for
 from workers.model.kernels.linear import Narrow, Product
-from workers.spec import DTYPE_BYTES, PLAIN, Quant
+from workers.protocol.specs import DTYPE_BYTES, PLAIN, Quant
 
 TORCH: dict[Format, torch.dtype] = {
     "fp32": torch.float32,

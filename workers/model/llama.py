@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.core.shard import Shard, shares_embedding
 from workers.engine.comm import Group, SumNorm
+from workers.layout.sharding import Shard, shares_embedding
 from workers.model.kernels import Kernels, kernels_for
 from workers.model.kernels.layout import DeviceLayout
 from workers.model.kernels.linear import Narrow
 from workers.model.kernels.reference import AttentionLayout
 from workers.model.layers import Linear, VocabHead
 from workers.model.rope import rope_angles
-from workers.spec import PLAIN, ModelSpec, Parallel, Quant
+from workers.protocol.specs import PLAIN, ModelSpec, Parallel, Quant
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from workers.spec import ModelSpec, RopeScaling
+from workers.protocol.specs import ModelSpec, RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:

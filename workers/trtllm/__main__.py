@@ -10,9 +10,9 @@ import sys
 
 import msgspec
 
-from workers.errors import ArtifactError, ConfigError, TriremeError
-from workers.spec import EngineSpec, Parallel
-from workers.state import ErrorReport
+from workers.protocol.errors import ArtifactError, ConfigError, TriremeError
+from workers.protocol.specs import EngineSpec, Parallel
+from workers.serving.state_file import ErrorReport
 from workers.trtllm import node, preflight
 from workers.trtllm.engine_dir import is_engine_dir, read_engine_dir
 

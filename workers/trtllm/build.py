@@ -22,15 +22,15 @@ from typing import IO
 
 import msgspec
 
-from workers import process
 from workers.artifacts.aside import ELSEWHERE, locked, replacing
 from workers.artifacts.checkpoint import MANIFEST, Checkpoint, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
 from workers.artifacts.hf import TOKENIZER_FILES
 from workers.artifacts.tensorfile import FileRecord, hash_file, write_file
-from workers.core.shard import shares_embedding, trtllm_refusal
-from workers.errors import ArtifactError, ConfigError, EnvironmentFault
-from workers.spec import Parallel
+from workers.layout.sharding import shares_embedding, trtllm_refusal
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
+from workers.protocol.specs import Parallel
+from workers.serving import rank_process
 from workers.trtllm.build_options import BuildOptions
 from workers.trtllm.engine_dir import CONFIG, FORMAT, LOG, RECORD, EngineDir, Gpu, Record, engine_name, is_engine_dir, read_engine_dir
 from workers.trtllm.environment import for_tool
@@ -237,7 +237,7 @@ def _started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterat
     try:
         builder = subprocess.Popen(
             command, cwd=folder, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=process.die_with_parent,  # noqa: PLW1509 - this process has one thread when it builds
+            start_new_session=True, preexec_fn=rank_process.die_with_parent,  # noqa: PLW1509 - this process has one thread when it builds
         )  # fmt: skip
     except OSError as error:
         raise EnvironmentFault(f"cannot start {command[0]}", error.strerror or str(error), "mend the install of tensorrt_llm") from None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 Switch = Literal["", "enable", "disable"]
 DrafterName = Literal["", "draft_tokens_external", "lookahead_decoding", "medusa", "explicit_draft_tokens", "eagle"]

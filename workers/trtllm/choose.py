@@ -2,7 +2,8 @@
 
 The choice is made by what the installed package can do, never by its version's text: engines left TensorRT-LLM with the 1.3 line. Owns the
 bring-up: agree on what can be known before, build on every rank, hear every rank, generate one token. What fails before the build is raised
-alike on all ranks; what fails in or after it is known to one rank alone, which must end the world (:class:`~workers.process.Alone`).
+alike on all ranks; what fails in or after it is known to one rank alone, which must end the world
+(:class:`~workers.serving.rank_process.Alone`).
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from importlib.util import find_spec
 from typing import Any
 
 from workers.artifacts.artifact import Artifact
-from workers.errors import ConfigError, EnvironmentFault, TriremeError
-from workers.process import Alone
-from workers.rank import Follower, agree
-from workers.spec import Quant, ReplicaSpec
+from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.protocol.messages import Capacity
+from workers.protocol.specs import Quant, ReplicaSpec
+from workers.protocol.trtllm_options import Backend
+from workers.serving.rank import Follower, agree
+from workers.serving.rank_process import Alone
 from workers.trtllm import executor, llmapi
 from workers.trtllm.engine import TrtllmEngine, Vitals, warm_up
 from workers.trtllm.engine_dir import EngineDir
 from workers.trtllm.faults import explain
 from workers.trtllm.model import open_model
 from workers.trtllm.node import installed_versions
-from workers.trtllm.options import Backend
 from workers.trtllm.prefixes import HotPrefixes
 from workers.trtllm.preflight import check_rank
 from workers.trtllm.pulse import Listener
 from workers.trtllm.rows import Limits
-from workers.wire import Capacity
 
 PACKAGE = "tensorrt_llm"
 #: Capability -> (module, the name in it that proves it).

@@ -13,12 +13,12 @@ from typing import Protocol
 
 import msgspec
 
-from workers.core.contract import Emission, EngineStats
-from workers.errors import EngineFault, TriremeError
-from workers.spec import ResumeClass
+from workers.protocol.engine import Emission, EngineStats
+from workers.protocol.errors import EngineFault, TriremeError
+from workers.protocol.messages import UNLIMITED, Capacity, SamplingParams, Submit
+from workers.protocol.specs import ResumeClass
 from workers.trtllm.prefixes import HotPrefixes
 from workers.trtllm.rows import Delta, Job, Limits, Row, make_row
-from workers.wire import UNLIMITED, Capacity, SamplingParams, Submit
 
 #: Seconds without credit after which a row's job is cancelled; it is asked for again when credit comes.
 PAUSE_S = 2.0
@@ -87,7 +87,7 @@ def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> V
 
 
 class TrtllmEngine:
-    """Implements :class:`workers.core.contract.Engine` on rank 0.
+    """Implements :class:`workers.protocol.engine.Engine` on rank 0.
 
     Args:
         runtime: warmed up.

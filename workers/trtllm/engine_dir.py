@@ -14,8 +14,8 @@ import msgspec
 
 from workers.artifacts.hf import decode, read_eos
 from workers.artifacts.tensorfile import FileRecord, hash_file
-from workers.errors import ArtifactError
-from workers.spec import Parallel, Quant
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import Parallel, Quant
 
 CONFIG, RECORD, LOG = "config.json", "trireme.json", "build.log"
 FORMAT = 1

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workers.errors import ConfigError, EngineFault, EnvironmentFault
-from workers.spec import EngineSpec
+from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault
+from workers.protocol.messages import GuideSpec, SamplingParams
+from workers.protocol.specs import EngineSpec
+from workers.protocol.trtllm_options import TrtllmOptions, given
 from workers.trtllm.engine import Vitals
 from workers.trtllm.engine_dir import EngineDir
-from workers.trtllm.options import TrtllmOptions, given
 from workers.trtllm.prefixes import HotPrefixes
 from workers.trtllm.pulse import Beat, Listener
 from workers.trtllm.rows import Delta, Job
-from workers.wire import GuideSpec, SamplingParams
 
 if TYPE_CHECKING:
     from tensorrt_llm.bindings import executor as trt

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from workers.errors import ArtifactError, EngineFault, EnvironmentFault, TriremeError
+from workers.protocol.errors import ArtifactError, EngineFault, EnvironmentFault, TriremeError
 
 _LONGEST = 300
 _VERSION = re.compile(r"stdVersionRead|kSERIALIZATION_VERSION|[Vv]ersion tag does not match|incompatible (TensorRT )?version")

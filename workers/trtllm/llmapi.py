@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workers.artifacts.artifact import Artifact
-from workers.errors import EngineFault, Unsupported
-from workers.spec import ReplicaSpec
+from workers.protocol.errors import EngineFault, Unsupported
+from workers.protocol.messages import GuideSpec
+from workers.protocol.specs import ReplicaSpec
+from workers.protocol.trtllm_options import given
 from workers.trtllm.engine import Vitals
 from workers.trtllm.executor import regex_of, shut_down
-from workers.trtllm.options import given
 from workers.trtllm.prefixes import HotPrefixes
 from workers.trtllm.pulse import Beat, Listener
 from workers.trtllm.rows import Delta, Job
-from workers.wire import GuideSpec
 
 if TYPE_CHECKING:
     import tensorrt_llm

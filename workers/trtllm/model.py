@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from workers.artifacts.artifact import Artifact, open_artifact
-from workers.errors import ArtifactError
+from workers.protocol.errors import ArtifactError
 from workers.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
 
 

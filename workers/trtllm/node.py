@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 from workers.trtllm.engine_dir import Gpu
 
 LOOK_S = 30.0

@@ -1,8 +1,9 @@
 """Which prefixes TensorRT-LLM's cache holds, in the project's own hashes.
 
 TensorRT-LLM names blocks by hashes of its own and salts them by an integer that its events do not tell; routers know chains of
-:func:`workers.core.blocks.prefix_hashes`. Owns the map between the two: what rows are expected to store is hashed here, and an event that
-stores those tokens behind that parent makes the block known. Pure; a wrong or missing entry costs time at a router, never a token.
+:func:`workers.scheduler.block_pool.prefix_hashes`. Owns the map between the two: what rows are expected to store is hashed here, and an
+event that stores those tokens behind that parent makes the block known. Pure; a wrong or missing entry costs time at a router, never a
+token.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from workers.core.blocks import prefix_hashes
+from workers.scheduler.block_pool import prefix_hashes
 
 #: Hashes that one heartbeat names, and blocks that are expected or known at most.
 MAX_HOT, MAX_EXPECTED, MAX_KNOWN = 128, 16_384, 65_536

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from workers.errors import ArtifactError, ConfigError, EnvironmentFault, TriremeError
-from workers.spec import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, TriremeError
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 from workers.trtllm.engine_dir import EngineDir
 from workers.trtllm.node import NodeFacts
 

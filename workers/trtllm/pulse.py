@@ -12,7 +12,7 @@ import time
 from array import array
 from typing import Any
 
-from workers.errors import EngineFault
+from workers.protocol.errors import EngineFault
 
 BEAT_S = 0.5
 _TAG = 7

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from workers.core.contract import Emission, Fault, Finish
 from workers.core.params import stop_set
-from workers.core.rows import check_request
-from workers.errors import EngineFault, TooLong, TriremeError, Unsupported
-from workers.wire import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+from workers.protocol.engine import Emission, Fault, Finish
+from workers.protocol.errors import EngineFault, TooLong, TriremeError, Unsupported
+from workers.protocol.messages import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+from workers.scheduler.sequence import check_request
 
 #: Kinds of grammar that TensorRT-LLM's published API has a name for; a choice is written as a regular expression.
 GUIDES = frozenset({"json", "json_schema", "regex", "choice"})

@@ -20,9 +20,9 @@ import msgspec
 
 from orchestrator.config.deployment_file import Config
 from orchestrator.control.launch.subprocesses import alive
-from workers.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
-from workers.spec import RouterAddress
-from workers.wire import Capacity
+from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
+from workers.protocol.messages import Capacity
+from workers.protocol.specs import RouterAddress
 
 log = logging.getLogger("trireme.control")
 _LIMIT = 1 << 20

@@ -35,8 +35,8 @@ from orchestrator.control.reconciler import Policy, ReplicaView
 from orchestrator.keys import KeyRing
 from orchestrator.router.spec import ModelCard
 from workers.artifacts.convert import Progress, silent
-from workers.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError
-from workers.wire import Capacity
+from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError
+from workers.protocol.messages import Capacity
 
 log = logging.getLogger("trireme.deployment")
 #: After the grace: time for farewells, kills and their proof, seconds.

@@ -21,8 +21,8 @@ from orchestrator.router.net.curve_acl import Role
 from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import Progress
-from workers.errors import ArtifactError, ConfigError, EnvironmentFault
-from workers.spec import TERM_GRACE_S, EngineSpec, Parallel, ReplicaSpec, RouterAddress
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
+from workers.protocol.specs import TERM_GRACE_S, EngineSpec, Parallel, ReplicaSpec, RouterAddress
 from workers.trtllm.engine_dir import is_engine_dir
 from workers.trtllm.model import open_model
 

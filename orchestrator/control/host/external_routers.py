@@ -21,9 +21,9 @@ from orchestrator.control.host.join_file import JoinFile, fingerprint
 from orchestrator.control.host.router_poller import Reports, RouterReport, ask
 from orchestrator.control.launch.launcher import make_private, write_private
 from orchestrator.keys import Pass, read_pass
-from workers.errors import ConfigError, EnvironmentFault
-from workers.spec import RouterAddress
-from workers.wire import PROTOCOL
+from workers.protocol.errors import ConfigError, EnvironmentFault
+from workers.protocol.messages import PROTOCOL
+from workers.protocol.specs import RouterAddress
 
 #: How long a start looks for one router that answers, seconds.
 REACH_S = 20.0

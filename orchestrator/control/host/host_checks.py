@@ -10,7 +10,7 @@ import psutil
 from orchestrator.config.deployment_file import Config, HttpConfig
 from orchestrator.keys import read_private
 from orchestrator.router.api_keys import parse_api_keys
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 _LONGEST_SOCKET_PATH = 100
 

@@ -17,9 +17,9 @@ from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.reconciler import ReplicaView
 from orchestrator.router.spec import WILDCARDS, ModelCard
 from workers.artifacts.tensorfile import hash_file
-from workers.errors import ConfigError
-from workers.spec import RouterAddress
-from workers.wire import PROTOCOL
+from workers.protocol.errors import ConfigError
+from workers.protocol.messages import PROTOCOL
+from workers.protocol.specs import RouterAddress
 
 #: The file's name in the run folder of the deployment that has the routers.
 JOIN_FILE = "join.json"

@@ -6,7 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 
 class Lock:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import msgspec
 
-from workers.errors import NotFound, printable
+from workers.protocol.errors import NotFound, printable
 
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (?:rank \d+ )?([A-Z]+) ([\w.]+): (.*)", re.DOTALL)
 _RANK = re.compile(r"rank(\d+)")

@@ -20,8 +20,8 @@ from orchestrator.control.launch.launcher import write_private
 from orchestrator.control.launch.subprocesses import STOP, Child
 from orchestrator.keys import LOCAL_CLIENT, KeyRing
 from orchestrator.router.spec import RouterSpec
-from workers.errors import ConfigError, EnvironmentFault
-from workers.spec import RouterAddress
+from workers.protocol.errors import ConfigError, EnvironmentFault
+from workers.protocol.specs import RouterAddress
 
 log = logging.getLogger("trireme.routers")
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)

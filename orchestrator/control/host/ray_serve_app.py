@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator.config.deployment_file import environment, load
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.subprocesses import Child
-from workers.errors import EnvironmentFault, TriremeError
+from workers.protocol.errors import EnvironmentFault, TriremeError
 
 log = logging.getLogger("trireme.serve")
 _POLL_S = 0.5

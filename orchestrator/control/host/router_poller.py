@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
-from workers.errors import ConfigError, EnvironmentFault, TriremeError
-from workers.sockets import KeyPair
-from workers.spec import RouterAddress
-from workers.wire import HIGH_WATER, MAX_FRAME, Query, Report, decode_to_client, encode
+from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Query, Report, decode_to_client, encode
+from workers.protocol.specs import RouterAddress
+from workers.serving.router_io import KeyPair
 
 log = logging.getLogger("trireme.routers")
 _ASK_EVERY_S = 0.5

@@ -12,7 +12,7 @@ from orchestrator.config.deployment_file import Config, ModelConfig
 from orchestrator.control.host.control_socket import DeploymentState, ModelRow, ReplicaRow, Status, UpdateReport
 from orchestrator.control.host.router_poller import ReplicaReport, RouterReport, Routers
 from orchestrator.control.reconciler import ReplicaView
-from workers.spec import Parallel
+from workers.protocol.specs import Parallel
 
 
 def describe(

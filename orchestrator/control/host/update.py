@@ -22,7 +22,7 @@ from orchestrator.control.rollout import Bounds, Rollout, Target, plan
 from orchestrator.keys import KeyRing
 from orchestrator.router.spec import JoinSpec, ModelCard
 from workers.artifacts.convert import Progress
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 #: What a router reads of a model's files.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")

@@ -15,8 +15,8 @@ import msgspec
 
 from orchestrator.control.placement import Share
 from orchestrator.control.reconciler import GangStatus
-from workers.errors import EnvironmentFault
-from workers.spec import ReplicaSpec
+from workers.protocol.errors import EnvironmentFault
+from workers.protocol.specs import ReplicaSpec
 
 #: Folders of dead epochs that are kept for their logs, a replica.
 KEPT_EPOCHS = 5

@@ -19,7 +19,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.control.launch import openmpi_rsh
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 Family = Literal["mpich", "openmpi"]
 _HINT = "install one of them: pip install 'trireme-llm[mpich]', or trireme-llm[openmpi]"

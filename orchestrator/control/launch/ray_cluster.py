@@ -25,7 +25,7 @@ from orchestrator.config.deployment_file import RayConfig
 from orchestrator.control.controller import ControllerActor, Hung
 from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
 from orchestrator.control.reconciler import Policy, ReplicaView
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 log = logging.getLogger("trireme.ray")
 NAMESPACE = "trireme"

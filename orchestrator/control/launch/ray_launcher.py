@@ -25,7 +25,7 @@ from orchestrator.control.launch.launcher import GangSpec, mint_epoch
 from orchestrator.control.launch.subprocesses import exit_with, kill_tagged
 from orchestrator.control.launch.supervisor import Gang, LocalNode, Node
 from orchestrator.control.reconciler import GangStatus
-from workers.errors import ConfigError, EnvironmentFault
+from workers.protocol.errors import ConfigError, EnvironmentFault
 
 log = logging.getLogger("trireme.launch")
 #: Bounds on actors, seconds: an answer to a question, the start of all node agents, silence that counts as death.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from workers.errors import EnvironmentFault
+from workers.protocol.errors import EnvironmentFault
 
 #: Environment variable that every process of a gang inherits: whatever forks, daemonises or is orphaned, it can be found again.
 TAG = "TRIREME_GANG"

@@ -23,8 +23,8 @@ from orchestrator.control.launch import mpiexec as mpi_calls
 from orchestrator.control.launch.launcher import GangSpec, prepare
 from orchestrator.control.launch.subprocesses import TAG, Child, death_signal, kill_tagged, tagged
 from orchestrator.control.reconciler import ENDED, GangPhase, GangStatus
-from workers.errors import ConfigError, EnvironmentFault, TriremeError
-from workers.state import State, read_state
+from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.serving.state_file import State, read_state
 
 log = logging.getLogger("trireme.launch")
 #: mpiexec returns within milliseconds of a rank's death; after this the first dead rank alone is the verdict.

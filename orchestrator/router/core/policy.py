@@ -15,7 +15,7 @@ from orchestrator.router.core.replica_registry import Kind, Replica
 from orchestrator.router.core.request_state import Request, Row
 from orchestrator.router.core.service_rate import ServiceRate
 from orchestrator.router.core.stats import Placement, Reason
-from workers.core.blocks import prefix_hashes
+from workers.scheduler.block_pool import prefix_hashes
 
 #: Sessions whose last replica is remembered.
 MAX_SESSIONS = 4096

@@ -1,7 +1,8 @@
 """What a router believes each replica's prefix cache holds, and what a wait is worth against it.
 
 Owns the record of block hashes that this router sent to one replica, bounded by that replica's own cache, oldest out first. A guess only:
-a wrong one costs time, never a token. Hashes come from :func:`workers.core.blocks.prefix_hashes`, the function that the caches use too.
+a wrong one costs time, never a token. Hashes come from :func:`workers.scheduler.block_pool.prefix_hashes`, the function that the caches use
+too.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.router.core.prefix_index import PrefixRecord
-from workers.wire import PROTOCOL, Heartbeat, Hello
+from workers.protocol.messages import PROTOCOL, Heartbeat, Hello
 
 State = Literal["ready", "draining", "lost"]
 

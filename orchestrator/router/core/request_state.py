@@ -18,8 +18,8 @@ import msgspec
 
 from orchestrator.router.core.replica_registry import Replica
 from orchestrator.router.core.stats import Placement
-from workers.errors import TriremeError
-from workers.wire import UNLIMITED, FinishReason, Logprobs, SamplingParams, ToReplica, Usage
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, ToReplica, Usage
 
 Phase = Literal["queued", "sent", "accepted", "running", "ended"]
 

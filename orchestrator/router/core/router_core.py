@@ -23,8 +23,8 @@ from orchestrator.router.core.request_table import Board
 from orchestrator.router.core.stats import LossKind
 from orchestrator.router.core.transitions import Places
 from orchestrator.router.spec import AdmissionSpec
-from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
-from workers.wire import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
+from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
+from workers.protocol.messages import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
 
 #: Codes with which a replica hands a row back unharmed: another one may take it.
 BOUNCES = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})

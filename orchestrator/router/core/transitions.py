@@ -15,8 +15,8 @@ from orchestrator.router.core.request_state import ATTEMPTS_PER_ASK, Action, Err
 from orchestrator.router.core.request_table import Board
 from orchestrator.router.core.stats import Cause, Reason
 from orchestrator.router.spec import AdmissionSpec
-from workers.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
-from workers.wire import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage
+from workers.protocol.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
+from workers.protocol.messages import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage
 
 
 class Places:

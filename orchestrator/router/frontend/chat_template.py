@@ -19,7 +19,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from orchestrator.router.frontend.chat_messages import Message, Tool
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 #: Characters that a rendered prompt may have; four times what the largest body can hold.
 MAX_RENDERED = 16 << 20

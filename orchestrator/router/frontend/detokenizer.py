@@ -20,8 +20,8 @@ from orchestrator.router.frontend.tokenizer import Loaded, load
 from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import RequestMeter
 from orchestrator.router.spec import ModelCard
-from workers.errors import TriremeError
-from workers.wire import FinishReason, Logprobs, Usage
+from workers.protocol.errors import TriremeError
+from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 #: Prompts up to this many characters are encoded on the loop: a hand-over to the pool costs more than they do.
 INLINE_CHARS = 1024

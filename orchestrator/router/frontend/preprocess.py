@@ -21,8 +21,8 @@ from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, 
 from orchestrator.router.interfaces import Ask, Dispatcher
 from orchestrator.router.spec import AdmissionSpec
 from workers.core.params import MIN_TEMPERATURE
-from workers.errors import NotFound, TooLong, Unavailable
-from workers.wire import UNLIMITED, GuideSpec, Journal, SamplingParams
+from workers.protocol.errors import NotFound, TooLong, Unavailable
+from workers.protocol.messages import UNLIMITED, GuideSpec, Journal, SamplingParams
 
 #: Choices that all prompts of one request may ask for together.
 MAX_CHOICES = 128

@@ -17,8 +17,8 @@ import msgspec
 
 from orchestrator.router.frontend.chat_template import MAX_RENDERED, Piece, TemplateSource
 from orchestrator.router.frontend.sandbox_worker import HEADER_BYTES, Answer, Job, Refused, Render, Rendered, Setup, Sound, Try
-from workers.errors import Overloaded, Rejected
-from workers.wire import GuideSpec
+from workers.protocol.errors import Overloaded, Rejected
+from workers.protocol.messages import GuideSpec
 
 #: Seconds that one job may take, may wait for a free cell, and that a new process may take to be ready.
 LIMIT_S, WAIT_S, START_S = 2.0, 5.0, 30.0

@@ -4,7 +4,7 @@ Owns the fields, their types and every limit that can be checked without a model
 rest (tokens, context, vocabulary). Serves the HTTP and the RPC door alike, so it must never know of either, and never fetch anything.
 
 Strict where a mistake would change an answer (types, ranges, duplicate keys), lenient where only a newer client shows (unknown fields
-are ignored and counted). Every refusal is :class:`~workers.errors.Rejected` with the field in ``param``.
+are ignored and counted). Every refusal is :class:`~workers.protocol.errors.Rejected` with the field in ``param``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import msgspec
 
 from orchestrator.router.frontend import structured_output
 from orchestrator.router.frontend.chat_messages import Message, NamedTool, Tool, ToolFunction
-from workers.errors import Rejected, printable
-from workers.wire import GuideSpec
+from workers.protocol.errors import Rejected, printable
+from workers.protocol.messages import GuideSpec
 
 Endpoint = Literal["chat", "completions"]
 

@@ -1,4 +1,4 @@
-"""Which grammar a request asks for, in any of its four spellings, as one :class:`~workers.wire.GuideSpec`.
+"""Which grammar a request asks for, in any of its four spellings, as one :class:`~workers.protocol.messages.GuideSpec`.
 
 Owns the checks that need no compiler: size, depth, references, explosive patterns. It must never follow a reference out of the schema;
 what a grammar means is decided where it is compiled, at the replica.
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from workers.errors import Rejected
-from workers.wire import GuideSpec
+from workers.protocol.errors import Rejected
+from workers.protocol.messages import GuideSpec
 
 MAX_TEXT = 64 << 10
 MAX_DEPTH = 64

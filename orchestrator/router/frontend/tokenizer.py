@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from orchestrator.router.frontend.chat_template import Piece, TemplateSource
 from workers.artifacts.tensorfile import regular
-from workers.errors import ArtifactError
+from workers.protocol.errors import ArtifactError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 #: Token texts that end a turn or a document in the llama family; where a tokenizer has one as a special token, it ends output.

@@ -34,8 +34,8 @@ from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import CONTENT_TYPE, Metrics
 from orchestrator.router.spec import HttpSpec, RouterSpec
 from workers import __version__
-from workers.errors import NotFound, Overloaded, TriremeError, Unavailable
-from workers.wire import UNLIMITED
+from workers.protocol.errors import NotFound, Overloaded, TriremeError, Unavailable
+from workers.protocol.messages import UNLIMITED
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.router.api_keys import EVERYONE, ApiKeys, Tenant
-from workers.errors import Unauthorized
+from workers.protocol.errors import Unauthorized
 
 #: Probes, which say that this process lives, and the status page, which is the same everywhere and holds nothing of this deployment.
 OPEN = frozenset(("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/ui"))

@@ -16,8 +16,8 @@ from orchestrator.router.frontend import tool_parsers
 from orchestrator.router.frontend.schema import ChatRequest, Request
 from orchestrator.router.http.dialects import openai
 from orchestrator.router.http.in_flight import Exchange
-from workers.errors import Cancelled, TriremeError
-from workers.wire import FinishReason, Logprobs, Usage
+from workers.protocol.errors import Cancelled, TriremeError
+from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 #: Tokens in flight to one reader (fewer with logprobs, which are longer): at 200 bytes and 2 KB a token, some 50 and 130 KB.
 WINDOW, WINDOW_LOGPROBS = 256, 64

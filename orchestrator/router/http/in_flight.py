@@ -16,8 +16,8 @@ from orchestrator.router.frontend.schema import ChatRequest, Request
 from orchestrator.router.http.dialects import openai
 from orchestrator.router.interfaces import Ask, Dispatcher, Ticket
 from orchestrator.router.metrics import Metrics, RequestMeter
-from workers.errors import Cancelled, TriremeError
-from workers.wire import FinishReason, Logprobs, Usage
+from workers.protocol.errors import Cancelled, TriremeError
+from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 
 class Exchange:

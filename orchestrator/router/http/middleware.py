@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.router import request_context
-from workers.errors import TooLarge, Unsupported
+from workers.protocol.errors import TooLarge, Unsupported
 
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _MAX_AFFINITY = 128

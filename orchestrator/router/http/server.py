@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from orchestrator.router.http.protocol import BoundedProtocol
 from orchestrator.router.spec import HttpSpec
-from workers.errors import ConfigError, EnvironmentFault
+from workers.protocol.errors import ConfigError, EnvironmentFault
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75

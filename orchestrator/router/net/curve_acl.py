@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.router.api_keys import Tenant
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 Role = Literal["replica", "client", "router"]
 #: How the name of a grant ends that holds for a family of names; a name of one process has no slash of its own.

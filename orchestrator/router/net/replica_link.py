@@ -14,9 +14,9 @@ import zmq
 
 from orchestrator.router.net.curve_acl import Gate
 from orchestrator.router.net.router_socket import Port
-from workers import wire
-from workers.sockets import KeyPair
-from workers.wire import FromReplica, Hello, Malformed, Peers, ToReplica
+from workers.protocol import messages
+from workers.protocol.messages import FromReplica, Hello, Malformed, Peers, ToReplica
+from workers.serving.router_io import KeyPair
 
 log = logging.getLogger("trireme.replicas")
 
@@ -39,7 +39,7 @@ class ReplicaLink:
         self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, keys: KeyPair | None, gate: Gate, greeting: Peers
     ) -> None:
         self._gate = gate
-        self._greeting = wire.encode(greeting)
+        self._greeting = messages.encode(greeting)
         self._boot = greeting.boot
         self.malformed = 0
         self._port = Port(context, endpoint, "replica", keys=keys, gate=gate, on_frame=self._on_frame, on_malformed=self._on_malformed)
@@ -56,7 +56,7 @@ class ReplicaLink:
         self._port.close()
 
     def send(self, peer: bytes, message: ToReplica) -> bool:
-        return self._port.send(peer, wire.encode(message))
+        return self._port.send(peer, messages.encode(message))
 
     def pulse(self) -> None:
         """The heartbeat: says who this router is, so that a leader notices a new one behind an old address."""
@@ -66,14 +66,14 @@ class ReplicaLink:
 
     def _on_frame(self, peer: bytes, user: str, frame: bytes | memoryview) -> None:
         try:
-            message = wire.decode_from_replica(frame)
+            message = messages.decode_from_replica(frame)
         except Malformed:
             self._on_malformed(peer)
             return
         if isinstance(message, Hello):
             if user and not self._gate.may_be(user, message.replica, message.model):
                 log.warning("refused a Hello for %s: its key is not granted that name or model", ascii(message.replica[:64]))
-                self._port.send(peer, wire.encode(wire.Bye(boot=self._boot, reason="denied")))
+                self._port.send(peer, messages.encode(messages.Bye(boot=self._boot, reason="denied")))
                 return
             log.info("hello from %s epoch %d", ascii(message.replica[:64]), message.epoch)
         self._ears.hear(peer, user, message)

@@ -19,9 +19,9 @@ from pathlib import Path
 import zmq
 
 from orchestrator.router.net.curve_acl import Gate, Role
-from workers.errors import ConfigError, EnvironmentFault
-from workers.sockets import KeyPair
-from workers.wire import HIGH_WATER, MAX_FRAME
+from workers.protocol.errors import ConfigError, EnvironmentFault
+from workers.protocol.messages import HIGH_WATER, MAX_FRAME
+from workers.serving.router_io import KeyPair
 
 #: Frames taken in one turn of the loop before others have theirs.
 TURN_FRAMES = 64

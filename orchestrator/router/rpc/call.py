@@ -1,7 +1,7 @@
 """One RPC request inside the router: what its client has been sent, so that it can be sent again.
 
-Owns the record of one :class:`~workers.wire.Generate` from receipt to its last terminal message, and the parallel lists of what the next
-message to each client holds. Never touches a socket: :mod:`orchestrator.router.rpc.server` flushes.
+Owns the record of one :class:`~workers.protocol.messages.Generate` from receipt to its last terminal message, and the parallel lists of
+what the next message to each client holds. Never touches a socket: :mod:`orchestrator.router.rpc.server` flushes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import msgspec
 
 from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import RequestMeter
-from workers.errors import TriremeError, printable
-from workers.wire import Accepted, Done, Failed, FinishReason, Logprobs, Tokens, Usage
+from workers.protocol.errors import TriremeError, printable
+from workers.protocol.messages import Accepted, Done, Failed, FinishReason, Logprobs, Tokens, Usage
 
 #: (client key, the client's own request id): the lasting name of a request.
 Name: TypeAlias = tuple[str, str]

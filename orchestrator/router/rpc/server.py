@@ -26,9 +26,9 @@ from orchestrator.router.metrics import Metrics
 from orchestrator.router.net.curve_acl import Gate
 from orchestrator.router.rpc.call import Call, Outgoing
 from orchestrator.router.spec import AdmissionSpec
-from workers import wire
-from workers.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
-from workers.wire import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
+from workers.protocol import messages
+from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
+from workers.protocol.messages import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
 
 #: Seconds in which a client that vanished may come back to its calls; with a pulse's delay, they are given up within 2 s.
 GONE_S = 1.5
@@ -70,7 +70,7 @@ class RpcDoor:
 
     def on_frame(self, peer: bytes, user: str, frame: bytes | memoryview) -> None:
         try:
-            message = wire.decode_from_client(frame)
+            message = messages.decode_from_client(frame)
         except Malformed as error:
             self.on_malformed(peer, str(error))
             return
@@ -243,7 +243,7 @@ class RpcDoor:
                     break
 
     def _give(self, peer: bytes, message: ToClient) -> bool:
-        if self._send(peer, wire.encode(message)):
+        if self._send(peer, messages.encode(message)):
             return True
         now = self._clock()
         for call in self._live.values():

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorrt_llm import _modes
-from workers.core.blocks import prefix_hashes
 from workers.fake import advance, pick, score, state_of
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
+from workers.scheduler.block_pool import prefix_hashes
 
 #: Our hashes and "theirs" must not be the same numbers.
 _THEIRS = 0x5EED

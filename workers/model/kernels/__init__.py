@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.model.kernels import linear, reference
 from workers.model.kernels.linear import Narrow, Parts, Product
-from workers.spec import QuantName
+from workers.protocol.specs import QuantName
 
 Layout = TypeVar("Layout", contravariant=True)
 

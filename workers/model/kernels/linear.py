@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.spec import QuantName
+from workers.protocol.specs import QuantName
 
 
 class Narrow(NamedTuple):
@@ -26,7 +26,7 @@ class Narrow(NamedTuple):
 
 #: Takes a Tensor; an FP8 product on a GPU also takes :class:`Narrow` rows, which nothing else is ever given.
 Product: TypeAlias = Callable[[Any], Tensor]
-#: Parts of a weight by their suffix (:func:`workers.core.parts.parts_of`).
+#: Parts of a weight by their suffix (:func:`workers.layout.quant_parts.parts_of`).
 Parts: TypeAlias = Mapping[str, Tensor]
 #: (first row, row after the last) → these rows of a weight, plain.
 Tile: TypeAlias = Callable[[int, int], Tensor]

@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from workers.core.parts import FP8_UNIT
-from workers.errors import ConfigError
+from workers.layout.quant_parts import FP8_UNIT
 from workers.model.kernels.fused import to_fp8
 from workers.model.kernels.launch import bring, early, enter
 from workers.model.kernels.linear import Narrow, Parts, Product, in_tiles
 from workers.model.kernels.one_row import one_row
-from workers.spec import QuantName
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import QuantName
 
 
 class Tuning(NamedTuple):

@@ -33,8 +33,8 @@ from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.spec import HttpSpec, RouterSpec
 from workers import __version__
-from workers.errors import Cancelled, NotFound, Rejected, TriremeError, Unavailable, printable
-from workers.wire import UNLIMITED, FinishReason, Logprobs, Usage
+from workers.protocol.errors import Cancelled, NotFound, Rejected, TriremeError, Unavailable, printable
+from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, Usage
 
 PREFIX = "/v2"
 #: A served model has one version.

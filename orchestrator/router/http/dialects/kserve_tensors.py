@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from orchestrator.router.frontend.schema import MAX_NAME, MAX_PROMPTS, convert, refuse
-from workers.errors import Rejected
+from workers.protocol.errors import Rejected
 
 Kind = Literal["text", "integer", "number", "flag"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from orchestrator.router.frontend.detokenizer import TextModel
-from workers.errors import Rejected, TriremeError, Unauthorized, printable
-from workers.wire import Logprobs, Usage
+from workers.protocol.errors import Rejected, TriremeError, Unauthorized, printable
+from workers.protocol.messages import Logprobs, Usage
 
 encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"

@@ -1,7 +1,7 @@
-"""Rank 0's shell around an engine: the engine thread, fed by the I/O thread of :mod:`workers.sockets`.
+"""Rank 0's shell around an engine: the engine thread, fed by the I/O thread of :mod:`workers.serving.router_io`.
 
-Owns the :class:`~workers.core.sessions.Sessions` table and the pulse that the I/O thread reads for heartbeats. Every engine call (and so
-every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and never wait without a bound: when
+Owns the :class:`~workers.serving.stream_table.Sessions` table and the pulse that the I/O thread reads for heartbeats. Every engine call
+(and so every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and never wait without a bound: when
 idle it sleeps on its inbox, and a step that makes no progress is noticed by the I/O thread, which ends the process.
 """
 
@@ -16,13 +16,13 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from workers.core.contract import Engine, EngineStats, Fault
-from workers.core.sessions import Action, Grant, Send, Sessions, Start, Stop
-from workers.errors import EngineFault, ReplicaLost, TriremeError
-from workers.sockets import Event, KeyPair, Lost, Routers
-from workers.spec import ReplicaSpec
-from workers.state import Phase
-from workers.wire import PROTOCOL, Attach, Bye, Cancel, Credit, Drain, Heartbeat, Hello, Submit
+from workers.protocol.engine import Engine, EngineStats, Fault
+from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
+from workers.protocol.messages import PROTOCOL, Attach, Bye, Cancel, Credit, Drain, Heartbeat, Hello, Submit
+from workers.protocol.specs import ReplicaSpec
+from workers.serving.router_io import Event, KeyPair, Lost, Routers
+from workers.serving.state_file import Phase
+from workers.serving.stream_table import Action, Grant, Send, Sessions, Start, Stop
 
 #: Longest sleep of an idle engine thread, and how often stats are read while steps run, seconds.
 IDLE_S, VITALS_S = 0.5, 0.05

@@ -1,8 +1,8 @@
 """The leader's I/O thread: one DEALER to each router, heartbeats, and nothing else.
 
-Owns every socket of a replica. Carries out the verdicts of :mod:`workers.core.links`, turns frames into messages for the engine thread and
-messages into frames. Must never block on a peer (a send that would block means a lost router), never touch the engine or MPI, and never
-deliver a frame that :mod:`workers.wire` does not accept.
+Owns every socket of a replica. Carries out the verdicts of :mod:`workers.serving.router_link`, turns frames into messages for the engine
+thread and messages into frames. Must never block on a peer (a send that would block means a lost router), never touch the engine or MPI,
+and never deliver a frame that :mod:`workers.protocol.messages` does not accept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import msgspec
 import zmq
 from zmq.utils import monitor, z85
 
-from workers import wire
-from workers.core.links import Close, Greet, Link, Lose, Open, Verdict
-from workers.errors import ConfigError
-from workers.spec import RouterAddress
-from workers.wire import Attach, Bye, Cancel, Credit, Drain, FromReplica, Heartbeat, Hello, Peers, Submit
+from workers.protocol import messages
+from workers.protocol.errors import ConfigError
+from workers.protocol.messages import Attach, Bye, Cancel, Credit, Drain, FromReplica, Heartbeat, Hello, Peers, Submit
+from workers.protocol.specs import RouterAddress
+from workers.serving.router_link import Close, Greet, Link, Lose, Open, Verdict
 
 #: Longest that the thread sleeps: links look at the time this often, seconds.
 TICK_S = 0.05
@@ -65,7 +65,7 @@ class Mind(Protocol):
     def hello(self) -> Hello: ...
 
     def beat(self) -> Heartbeat:
-        """Called every ``heartbeat_s``. Raises :class:`~workers.errors.TriremeError` when the engine thread makes no progress."""
+        """Called every ``heartbeat_s``. Raises :class:`~workers.protocol.errors.TriremeError` when the engine thread makes no progress."""
 
     def deliver(self, received: float, event: Event) -> None: ...
 
@@ -213,7 +213,7 @@ class Routers:
         if port.socket is None:
             return
         try:
-            port.socket.send(wire.encode(message), zmq.DONTWAIT)
+            port.socket.send(messages.encode(message), zmq.DONTWAIT)
         except zmq.Again:
             self._carry_out(port, port.link.broken(time.monotonic()))
 
@@ -236,8 +236,8 @@ class Routers:
         socket = port.socket = self._context.socket(zmq.DEALER)
         # Immediate: nothing is queued for a router that is not there, so a send that would block means a lost router.
         socket.immediate = True
-        socket.sndhwm = socket.rcvhwm = wire.HIGH_WATER
-        socket.maxmsgsize = wire.MAX_FRAME
+        socket.sndhwm = socket.rcvhwm = messages.HIGH_WATER
+        socket.maxmsgsize = messages.MAX_FRAME
         socket.linger = 0
         socket.handshake_ivl = 3000
         socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = 500, 1500, 1500
@@ -275,14 +275,14 @@ class Routers:
             now = time.monotonic()
             try:
                 if len(parts) != 1:
-                    raise wire.Malformed(f"a message of {len(parts)} frames")
-                message = wire.decode_to_replica(parts[0])
-            except wire.Malformed as error:
+                    raise messages.Malformed(f"a message of {len(parts)} frames")
+                message = messages.decode_to_replica(parts[0])
+            except messages.Malformed as error:
                 self._complain(port, str(error))
                 continue
             self._take(port, message, now)
 
-    def _take(self, port: _Port, message: wire.ToReplica, now: float) -> None:
+    def _take(self, port: _Port, message: messages.ToReplica, now: float) -> None:
         self._carry_out(port, port.link.heard(message.boot, now))
         if port.link.state != "live":  # nothing may come before the handshake, nor without a nonce
             self._complain(port, "a message without a boot nonce")

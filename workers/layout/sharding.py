@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from workers.errors import ConfigError
-from workers.spec import ModelSpec, Parallel
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import ModelSpec, Parallel
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -124,7 +124,7 @@ def heads_of(model: ModelSpec, tp: int, tp_rank: int) -> tuple[Span, Span]:
 
 
 def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) -> Shard:
-    """What ``rank`` holds. FFN columns are dealt in whole ``unit`` s (:func:`workers.core.parts.unit_of`): none is cut in two.
+    """What ``rank`` holds. FFN columns are dealt in whole ``unit`` s (:func:`workers.layout.quant_parts.unit_of`): none is cut in two.
 
     Raises :class:`ConfigError` when the model cannot be split this way or there is no such rank.
     """

@@ -1,6 +1,6 @@
 """One request inside the batch core: what is known of it, what is computed of it, where it waits.
 
-Owns the record and what can be said of it alone. Must never decide who runs: that is :mod:`workers.core.batch`.
+Owns the record and what can be said of it alone. Must never decide who runs: that is :mod:`workers.scheduler.scheduler`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from workers.core.blocks import BlockPool, prefix_hashes
-from workers.core.contract import Emission, Fault, Finish
 from workers.core.guide import Guide, GuideFactory
 from workers.core.params import check, has_penalties, stop_set
-from workers.core.plan import OpenSlot, column, view, view_floats
-from workers.errors import EngineFault, Rejected, TooLong, Unsupported
-from workers.wire import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+from workers.protocol.engine import Emission, Fault, Finish
+from workers.protocol.errors import EngineFault, Rejected, TooLong, Unsupported
+from workers.protocol.messages import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+from workers.scheduler.block_pool import BlockPool, prefix_hashes
+from workers.scheduler.step_plan import OpenSlot, column, view, view_floats
 
 Queue = deque["Row"]
 
@@ -27,7 +27,7 @@ class Row:
 
     A row is read and written in every step of its life, so what follows from something else is not kept. A ``spent`` row is one that
     came with nothing left to emit: it ends once computed, and where nothing is to be scored one token is enough. ``issued``:
-    ``computed`` and what of it is in plans in flight, but for what these owe (:class:`~workers.core.flights.Flight`). ``allowed``:
+    ``computed`` and what of it is in plans in flight, but for what these owe (:class:`~workers.scheduler.in_flight.Flight`). ``allowed``:
     length of ``tokens`` at which its credit is used up; ``last``: at which the next one is the last; ``ahead``: before which it may go
     on from a token in flight, which must neither be its last nor pause it. ``predictable``: its next token, whatever it is, changes
     nothing in how the one after it is chosen. ``ends``: what is not just emitted: its stop tokens, -1, and None, which is no token yet;

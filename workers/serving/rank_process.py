@@ -15,8 +15,8 @@ import sys
 from array import array
 from typing import Any
 
-from workers.errors import EnvironmentFault, TriremeError
 from workers.logs import JsonLines, LogFormat
+from workers.protocol.errors import EnvironmentFault, TriremeError
 
 #: Exit code of a rank whose parent died while it started.
 ORPHANED = 113

@@ -23,15 +23,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-from workers.core.blocks import BlockPool
-from workers.core.contract import Emission, EngineStats, Fault, Finish
-from workers.core.flights import Draft, Flight
 from workers.core.guide import GuideFactory
-from workers.core.plan import I32, StepPlan, StepResult, view
-from workers.core.proof import prove
-from workers.core.rows import NEVER, Queue, Row, make_row
-from workers.errors import EngineFault
-from workers.wire import STEP_TOKEN_BUCKETS, UNLIMITED, Capacity, Submit
+from workers.protocol.engine import Emission, EngineStats, Fault, Finish
+from workers.protocol.errors import EngineFault
+from workers.protocol.messages import STEP_TOKEN_BUCKETS, UNLIMITED, Capacity, Submit
+from workers.scheduler.block_pool import BlockPool
+from workers.scheduler.in_flight import Draft, Flight
+from workers.scheduler.invariants import prove
+from workers.scheduler.sequence import NEVER, Queue, Row, make_row
+from workers.scheduler.step_plan import I32, StepPlan, StepResult, view
 
 #: Seconds without credit after which a row gives up its K/V.
 PAUSE_S = 2.0

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from workers.errors import ConfigError
+from workers.protocol.errors import ConfigError
 
 Backend = Literal["executor", "llmapi"]
 

@@ -17,9 +17,9 @@ from typing import TypeAlias
 
 import msgspec
 
-from workers.core.contract import Emission, Fault, Finish
-from workers.errors import NotFound, Overloaded, Rejected, TriremeError
-from workers.wire import MAX_FRAME, UNLIMITED, Accepted, Attach, Cancel, Credit, Done, Failed, Logprobs, Submit, Tokens, Usage
+from workers.protocol.engine import Emission, Fault, Finish
+from workers.protocol.errors import NotFound, Overloaded, Rejected, TriremeError
+from workers.protocol.messages import MAX_FRAME, UNLIMITED, Accepted, Attach, Cancel, Credit, Done, Failed, Logprobs, Submit, Tokens, Usage
 
 #: Characters of a row's lasting name: Hello, one message, names every live row.
 MAX_NAME = 1024

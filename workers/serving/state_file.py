@@ -15,8 +15,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from workers.errors import EnvironmentFault, TriremeError, from_code
-from workers.wire import Capacity
+from workers.protocol.errors import EnvironmentFault, TriremeError, from_code
+from workers.protocol.messages import Capacity
 
 Phase: TypeAlias = Literal["starting", "loading", "ready", "draining", "stopped", "failed"]
 STATE_FILE = "state.json"
@@ -25,7 +25,7 @@ log = logging.getLogger("trireme.state")
 
 
 class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A :class:`~workers.errors.TriremeError` as data."""
+    """A :class:`~workers.protocol.errors.TriremeError` as data."""
 
     code: str
     what: str

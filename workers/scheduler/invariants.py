@@ -9,10 +9,10 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
-from workers.core.blocks import BlockPool
-from workers.core.flights import Flight
-from workers.core.plan import GUESS
-from workers.core.rows import Queue, Row
+from workers.scheduler.block_pool import BlockPool
+from workers.scheduler.in_flight import Flight
+from workers.scheduler.sequence import Queue, Row
+from workers.scheduler.step_plan import GUESS
 
 
 def prove(

@@ -1,7 +1,7 @@
 """What a replica is made of, as frozen values: model shape, layout, number formats, limits.
 
 Owns no state. Every struct checks itself on construction (msgspec runs ``__post_init__`` when decoding too), so a value of these
-types is proof that it makes sense. Errors are :class:`~workers.errors.ConfigError`.
+types is proof that it makes sense. Errors are :class:`~workers.protocol.errors.ConfigError`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from workers.errors import ConfigError
-from workers.trtllm.options import TrtllmOptions
+from workers.protocol.errors import ConfigError
+from workers.protocol.trtllm_options import TrtllmOptions
 
 DType = Literal["fp32", "bf16", "fp16"]
 ResumeClass = Literal["bitwise", "margin", "valid"]

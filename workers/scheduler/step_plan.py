@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from workers.wire import SamplingParams
+from workers.protocol.messages import SamplingParams
 
 I32: Final = np.dtype("<i4")
 F32: Final = np.dtype("<f4")

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from workers.spec import ResumeClass
-from workers.wire import Capacity, FinishReason, Logprobs, Submit, Usage
+from workers.protocol.messages import Capacity, FinishReason, Logprobs, Submit, Usage
+from workers.protocol.specs import ResumeClass
 
 
 class Finish(msgspec.Struct, frozen=True):
@@ -23,7 +23,7 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """A row that the engine could not go on with; ``code`` as in :mod:`workers.errors`."""
+    """A row that the engine could not go on with; ``code`` as in :mod:`workers.protocol.errors`."""
 
     code: str
     message: str
@@ -46,7 +46,7 @@ class Emission(msgspec.Struct, frozen=True, gc=False):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts now (rows, blocks, prompt tokens still to be computed) and totals since start (``*_total``). ``prefixes``: hashes of blocks
     that are surely in the cache, parents first, from an engine whose cache the router cannot guess. ``step_tokens``: as in
-    :class:`~workers.wire.Heartbeat`."""
+    :class:`~workers.protocol.messages.Heartbeat`."""
 
     steps_total: int = 0
     running: int = 0
@@ -75,7 +75,7 @@ class Engine(Protocol):
     def resume(self) -> ResumeClass: ...
 
     def submit(self, id: int, request: Submit) -> None:
-        """Queue a row. Raises :class:`~workers.errors.Rejected` (TooLong, bad grammar, ...) and then holds nothing."""
+        """Queue a row. Raises :class:`~workers.protocol.errors.Rejected` (TooLong, bad grammar, ...) and then holds nothing."""
 
     def cancel(self, id: int) -> None:
         """Forget a row; nothing is emitted for it afterwards, and its blocks are free after the running step. Unknown ids are ignored."""

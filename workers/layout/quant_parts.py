@@ -1,7 +1,7 @@
 """What a tensor is stored as: itself, or quantized into parts (integers, scales, offsets), each cut among ranks like the tensor it is of.
 
-Pure functions over :mod:`workers.core.shard`; the one table of part names, formats and shapes that converter, loader, checkpoint reader,
-inspection and model read. Parts are named as TensorRT-LLM names them. Must never compute a value.
+Pure functions over :mod:`workers.layout.sharding`; the one table of part names, formats and shapes that converter, loader, checkpoint
+reader, inspection and model read. Parts are named as TensorRT-LLM names them. Must never compute a value.
 
 A part of a whole tensor is a tensor itself: ``...q_proj.weight`` has ``...q_proj.per_channel_scale`` beside it, with an axis of its own. So
 whatever can cut and join whole tensors does the same with parts, and no scale or group ever straddles two ranks.
@@ -13,9 +13,9 @@ from typing import Literal
 
 import msgspec
 
-from workers.core.shard import Piece, ShardTensor, Span, Tensor, shard_tensors, whole_tensors
-from workers.errors import ConfigError
-from workers.spec import DType, ModelSpec, Parallel, Quant
+from workers.layout.sharding import Piece, ShardTensor, Span, Tensor, shard_tensors, whole_tensors
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
 #: How one element lies in a file. ``uint8`` holds two 4-bit integers; ``fp8`` is e4m3 without infinities.
 Format = Literal["fp32", "bf16", "fp16", "int8", "uint8", "fp8"]
@@ -69,7 +69,8 @@ def unit_of(quant: Quant) -> int:
 
 
 def quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether formats of :class:`~workers.spec.Quant` apply to a whole or a stored tensor: the linear layers', not embedding or head."""
+    """Whether formats of :class:`~workers.protocol.specs.Quant` apply to a whole or a stored tensor: the linear layers', not embedding or
+    head."""
     return "layers." in name and len(shape) == 2
 
 

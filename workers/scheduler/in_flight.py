@@ -1,6 +1,6 @@
 """Plans in the making and plans that are out, over the rows of one batch.
 
-Owns what rows of one plan have in common. Must never decide who runs: that is :mod:`workers.core.batch`.
+Owns what rows of one plan have in common. Must never decide who runs: that is :mod:`workers.scheduler.scheduler`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from functools import cached_property
 
 import numpy as np
 
-from workers.core.contract import Emission
-from workers.core.plan import GUESS, I32, Ints, StepPlan, StepResult, column, view, view_floats
-from workers.core.rows import Row
-from workers.wire import Logprobs
+from workers.protocol.engine import Emission
+from workers.protocol.messages import Logprobs
+from workers.scheduler.sequence import Row
+from workers.scheduler.step_plan import GUESS, I32, Ints, StepPlan, StepResult, column, view, view_floats
 
 _GUESS = column([GUESS])
 

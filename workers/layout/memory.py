@@ -6,10 +6,10 @@ never look at a device.
 
 from __future__ import annotations
 
-from workers.core.parts import FORMAT_BYTES, Format, quantized, stored_tensors
-from workers.core.shard import Shard, shares_embedding
-from workers.errors import ConfigError
-from workers.spec import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
+from workers.layout.quant_parts import FORMAT_BYTES, Format, quantized, stored_tensors
+from workers.layout.sharding import Shard, shares_embedding
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
 
 #: Default share of a host's free memory for the caches of all its ranks together, and its cap, bytes.
 FREE_SHARE = 0.25

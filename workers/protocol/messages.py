@@ -21,8 +21,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from workers.errors import Rejected
-from workers.spec import Quant, ResumeClass, RouterAddress
+from workers.protocol.errors import Rejected
+from workers.protocol.specs import Quant, ResumeClass, RouterAddress
 
 PROTOCOL = 1
 #: Largest frame that either side accepts, bytes (ZMQ_MAXMSGSIZE).
@@ -219,7 +219,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: what that step was expected to take. Counters (``*_total``) run
     from the process's start. ``step_tokens``: steps by the number of tokens that they computed, one count for each of
     :data:`STEP_TOKEN_BUCKETS` and one beyond them; empty where the engine does not say. ``prefixes``: hashes
-    (:func:`workers.core.blocks.prefix_hashes`) of blocks that are surely in the cache, parents first, where the engine says so.
+    (:func:`workers.scheduler.block_pool.prefix_hashes`) of blocks that are surely in the cache, parents first, where the engine says so.
     """
 
     boot: str
@@ -282,7 +282,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="d
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="failed"):
-    """A row's (or, with ``choice`` 0 and no Accepted, a request's) terminal error; ``code`` as in :mod:`workers.errors`."""
+    """A row's (or, with ``choice`` 0 and no Accepted, a request's) terminal error; ``code`` as in :mod:`workers.protocol.errors`."""
 
     boot: str
     stream: int
