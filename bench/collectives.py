@@ -4,8 +4,8 @@ JSON line a size.
 python -m bench.collectives [--ranks 2] [--output FILE]
 
 Times are of one sum inside a captured graph of twenty, which is how the engine runs them. The sizes from which another way is quicker are
-what ``ONE_SHOT_BYTES`` and ``TWO_SHOT_BYTES`` of :mod:`workers.engine.nccl` and ``WORD_BYTES`` of :mod:`workers.engine.sum_norm` should be
-on this kind of host.
+what ``ONE_SHOT_BYTES`` and ``TWO_SHOT_BYTES`` of :mod:`workers.distributed.nccl_group` and ``WORD_BYTES`` of
+:mod:`workers.distributed.allreduce_norm` should be on this kind of host.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def sums(group: Any, device: Any) -> Iterator[dict[str, Any]]:
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symmetric
 
-    from workers.engine.one_shot import OneShot
+    from workers.distributed.one_shot_allreduce import OneShot
 
     shared = symmetric.empty(SIZES[-1], dtype=torch.uint8, device=device)
     symmetric.rendezvous(shared, group=group.group_name)
@@ -123,8 +123,8 @@ def sums_with_norm(group: Any, members: Any, device: Any) -> Iterator[dict[str, 
     """A line for each of ``HIDDEN`` and ``ROWS``; ``members``: the engine's own group of the same ranks."""
     import torch
 
-    from workers.engine.sum_norm import WORD_ROWS, SumNorm
-    from workers.model.kernels import kernels_for
+    from workers.distributed.allreduce_norm import WORD_ROWS, SumNorm
+    from workers.models.kernels import kernels_for
 
     kernels = kernels_for(device)
     for hidden in HIDDEN:
@@ -149,7 +149,7 @@ def rank() -> None:
     import torch.distributed as dist
     from mpi4py import MPI
 
-    from workers.engine.nccl import TWO_SHOT_BYTES, World
+    from workers.distributed.nccl_group import TWO_SHOT_BYTES, World
 
     comm = MPI.COMM_WORLD
     device = torch.device("cuda", comm.Get_rank())

@@ -26,14 +26,14 @@ from bench.report import Claim, publish
 from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.engine.cache import KvCache
-from workers.engine.comm import Solo
-from workers.engine.device import HostDevice
-from workers.engine.device_runner import DeviceRunner, Links
-from workers.engine.rings import Completion, Submissions
+from workers.distributed.group import Solo
 from workers.portable import PortableEngine
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Capacity, SamplingParams, Submit
+from workers.runner.device import HostDevice
+from workers.runner.gpu_runner import DeviceRunner, Links
+from workers.runner.host_device_rings import Completion, Submissions
+from workers.runner.kv_cache import KvCache
 from workers.scheduler.scheduler import Batch
 from workers.serving.rank_process import settle_heap
 

@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.report import commit, facts, record, say
-from workers.engine.comm import Solo
-from workers.engine.device import CudaDevice
+from workers.distributed.group import Solo
 from workers.layout.sharding import shard_of
-from workers.model.kernels import gpu, layout
-from workers.model.kernels.attention import Tuning
-from workers.model.kernels.choose import candidates, winners
-from workers.model.kernels.layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill, step_shape, view
-from workers.model.llama import LlamaStage
+from workers.models.decoder import LlamaStage
+from workers.models.kernels import gpu, step_layout
+from workers.models.kernels.attention import Tuning
+from workers.models.kernels.step_ends import candidates, winners
+from workers.models.kernels.step_layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill, step_shape, view
 from workers.protocol.specs import ModelSpec, Parallel
+from workers.runner.device import CudaDevice
 
 DEVICE = torch.device("cuda")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -269,14 +269,14 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all but the last if none is named")
-    parser.add_argument("--splits", type=int, default=layout.SPLIT_PROGRAMS, help="programs over which decodes are spread")
+    parser.add_argument("--splits", type=int, default=step_layout.SPLIT_PROGRAMS, help="programs over which decodes are spread")
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     parser.add_argument("--commit", default=commit())
     parser.add_argument("--output", type=Path, help="append JSON lines here")
     args = parser.parse_args()
     if unknown := set(args.parts) - PARTS.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    layout.SPLIT_PROGRAMS = args.splits
+    step_layout.SPLIT_PROGRAMS = args.splits
     copied, product = limits()
     name = torch.cuda.get_device_name()
     say(f"{name}: copy {copied / 1e12:.2f} TB/s, bf16 product {product / 1e12:.0f} TFLOP/s")

@@ -23,9 +23,9 @@ from torch import Tensor
 from bench.kernels import DEVICE, copies, limits, timed
 from bench.report import record, say
 from workers.layout.quant_parts import parts_of
-from workers.model.kernels import linear, linear_gpu
-from workers.model.kernels.linear_gpu import Tuning
-from workers.model.layers import TORCH
+from workers.models.kernels import linear, linear_gpu
+from workers.models.kernels.linear_gpu import Tuning
+from workers.models.layers import TORCH
 from workers.protocol.specs import Quant, QuantName, quant_of
 
 BF16 = torch.bfloat16

@@ -19,8 +19,7 @@ PACKAGES = ("workers", "orchestrator")
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
 LAYERS = {
-    "workers.core": 1, "workers.fake": 2, "workers.model": 3, "workers.engine": 3, "workers.portable": 4, "workers.trtllm": 4,
-    "workers.prover": 4,
+    "workers.fake": 2, "workers.portable": 4, "workers.trtllm": 4,
     "workers.protocol": 0, "orchestrator.router.spec": 0,
     "workers.scheduler": 1, "workers.layout": 1, "workers.sampling.definition": 1, "workers.sampling.guide": 1,
     "workers.serving.router_link": 1, "workers.serving.stream_table": 1,
@@ -163,14 +162,18 @@ def test_every_module_keeps_its_layer() -> None:
     [
         ("workers.scheduler.scheduler", "import torch", "imports torch"),
         ("workers.scheduler.scheduler", "def f():\n    import time", ":2: imports time"),
-        ("workers.scheduler.scheduler", "from workers.engine import comm", "imports workers.engine.comm of layer 3, itself being layer 1"),
-        ("workers.scheduler.scheduler", "from ..engine.comm import Group", "imports workers.engine.comm.Group of layer 3"),
+        (
+            "workers.scheduler.scheduler",
+            "from workers.distributed import group",
+            "imports workers.distributed.group of layer 3, itself being layer 1",
+        ),
+        ("workers.scheduler.scheduler", "from ..distributed.group import Group", "imports workers.distributed.group.Group of layer 3"),
         ("workers.protocol.specs", "import numpy", "layer 0 may use msgspec"),
         ("workers.serving.leader", "from orchestrator.router.spec import RouterSpec", "a replica is complete alone"),
         ("workers.serving.leader", "import ray", "imports ray"),
         ("workers.artifacts.gguf", "import torch", "conversion runs where no engine is installed"),
-        ("workers.model.llama", "import zmq", "layer 3 may use"),
-        ("workers.engine.comm", "import os\nx = os.environ['HOME']", "touches os.environ"),
+        ("workers.models.decoder", "import zmq", "layer 3 may use"),
+        ("workers.distributed.group", "import os\nx = os.environ['HOME']", "touches os.environ"),
         ("orchestrator.router.rpc.server", "from os import getenv", "touches os.getenv"),
         ("orchestrator.client.sync_client", "import uvicorn", "pyzmq and msgspec only"),
         ("orchestrator.control.host.deployment", "import torch", "hosts without an engine"),
@@ -224,7 +227,7 @@ def loaded(names: list[str]) -> set[str]:
 @pytest.mark.parametrize(
     ("prefix", "absent"),
     [
-        ("workers.core", {"torch", "mpi4py", "zmq", "ray"}),
+        ("workers.scheduler", {"torch", "mpi4py", "zmq", "ray"}),
         ("workers.artifacts", {"torch", "mpi4py", "ray", "orchestrator"}),
         ("orchestrator.router.core", {"torch", "mpi4py", "zmq", "ray"}),
         ("orchestrator.sim", {"torch", "mpi4py", "zmq", "ray"}),

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from workers.core.guide import Guide, GuideFactory
-from workers.core.params import allowed_ids, stop_set
 from workers.protocol.engine import Emission, EngineStats
 from workers.protocol.messages import Capacity, Logprobs, SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel, ResumeClass
+from workers.sampling.definition import allowed_ids, stop_set
+from workers.sampling.guide import Guide, GuideFactory
 from workers.scheduler.scheduler import Batch
 from workers.scheduler.step_plan import F32, GUESS, OpenSlot, StepPlan, StepResult, column, view
 

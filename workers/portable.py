@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from workers.engine.answers import Answer, PlanRunner
-from workers.engine.build import bring_up
-from workers.engine.comm import Waiter
-from workers.engine.groups import split
-from workers.engine.pace import Pace
+from workers.distributed.group import Waiter
+from workers.distributed.rank_groups import split
 from workers.protocol.engine import Emission, EngineStats
 from workers.protocol.errors import EngineFault
 from workers.protocol.messages import Capacity, Submit
 from workers.protocol.specs import EngineSpec, ReplicaSpec, ResumeClass
-from workers.prover import compiler
+from workers.runner.bring_up import bring_up
+from workers.runner.step_results import Answer, PlanRunner
+from workers.runner.step_time import Pace
+from workers.sampling.grammar_checker import compiler
 from workers.scheduler.scheduler import Batch
 from workers.scheduler.step_plan import StepPlan, StepResult, decode_plan, decode_result, encode
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from workers.engine.mpi import Mailbox
+    from workers.distributed.mpi_group import Mailbox
 
 #: Bound of closing, seconds.
 CLOSE_S = 5.0
@@ -213,7 +213,7 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Fol
     built = bring_up(spec, ranks)
     world, tp = spec.parallel.world, spec.parallel.tp
     if comm is not None:
-        from workers.engine.mpi import Mailbox
+        from workers.distributed.mpi_group import Mailbox
 
         plans, results = Mailbox(comm.Dup(), spec.engine.wait), Mailbox(comm.Dup(), spec.engine.wait)
         if comm.Get_rank() > 0:

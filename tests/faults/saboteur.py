@@ -47,8 +47,8 @@ def sabotage(me: int) -> None:
     """Change this rank's engine; it is imported by now."""
     import torch
 
-    from workers.engine.runner import Runner
-    from workers.engine.sampler import Sampler
+    from workers.runner.cpu_runner import Runner
+    from workers.sampling.sampler import Sampler
 
     run, draw = Runner.run, Sampler.draw
     begun: dict[int, int] = {}

@@ -14,9 +14,9 @@ import pytest
 from tests.faults.stage import HANG_S, NEXT_TOKEN_S, Healed, Stage, Strike, staged
 from tests.faults.streams import Case, Choice, counts, run_all
 from tests.figures import figure
-from workers.engine.guided import guide_factory
 from workers.fake import BYTES, BYTES_EOS, expected_tokens, score, state_of
 from workers.protocol.messages import GuideSpec, SamplingParams
+from workers.sampling.llguidance_guide import guide_factory
 
 pytestmark = pytest.mark.mpi
 OUTPUT = 120

@@ -22,15 +22,15 @@ from tests.mpi.steps import plans
 from tests.reference.conformance import conform, in_threads
 from tests.reference.shards import make_stage, whole_weights
 from workers.artifacts.artifact import open_artifact
-from workers.engine.cache import KvCache
-from workers.engine.comm import Group, Solo, ordered_sum
-from workers.engine.device import CudaDevice, pin_numerics
-from workers.engine.device_runner import DeviceRunner, Links
-from workers.engine.groups import split
-from workers.engine.nccl import TWO_SHOT_BYTES, World
-from workers.model.kernels import choose, kernels_for
-from workers.model.llama import LlamaStage
+from workers.distributed.group import Group, Solo, ordered_sum
+from workers.distributed.nccl_group import TWO_SHOT_BYTES, World
+from workers.distributed.rank_groups import split
+from workers.models.decoder import LlamaStage
+from workers.models.kernels import kernels_for, step_ends
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.runner.device import CudaDevice, pin_numerics
+from workers.runner.gpu_runner import DeviceRunner, Links
+from workers.runner.kv_cache import KvCache
 
 
 class Plain(CudaDevice):
@@ -53,7 +53,7 @@ def play(stage: LlamaStage, device: torch.device, links: Links) -> list[torch.Te
         stage.logits = recording  # type: ignore[method-assign]
     cache = KvCache(stage.model, stage.shard, blocks=64, block_size=16, dtype=stage.dtype, device=device)
     runner = DeviceRunner(
-        stage, cache, Plain(device), choose, links, slots=4, max_seq_len=512, max_num_tokens=256, depth=links.pipeline.size + 1
+        stage, cache, Plain(device), step_ends, links, slots=4, max_seq_len=512, max_num_tokens=256, depth=links.pipeline.size + 1
     )
     runner.capture()
     for plan in plans():

@@ -19,8 +19,8 @@ from tests.reference.default_model import artifact
 from tests.reference.engine import Stream, margin_violations, request, serve
 from tests.tiny import tiny_model
 from workers.artifacts.convert import convert
-from workers.model.kernels import reference
-from workers.model.kernels.linear import FP8_MAX
+from workers.models.kernels import reference
+from workers.models.kernels.linear import FP8_MAX
 from workers.portable import PortableEngine, build
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import SamplingParams, Submit

@@ -12,18 +12,29 @@ import torch
 
 from tests.gpu.kernel_cases import BOUNDS, FP8, attention, error, make_case, random_cache, turned
 from tests.reference.shards import make_stage, random_weights
-from workers.core.params import choose, gumbel, noise_bits, seed_keys
-from workers.engine.cache import KvCache
-from workers.engine.comm import Waiter
-from workers.engine.device import CudaDevice, HostDevice
-from workers.engine.news import News
-from workers.engine.rings import Completions, Submissions
-from workers.model.kernels import layout
-from workers.model.kernels.layout import NUMBER_MASK, Heads, LayoutShape, Paging, Rings, SlotState, decode_shape, fill, step_shape, view
-from workers.model.kernels.linear import to_fp8
-from workers.model.kernels.reference import attention_layout
+from workers.distributed.group import Waiter
+from workers.models.kernels import step_layout as layout
+from workers.models.kernels.linear import to_fp8
+from workers.models.kernels.reference import attention_layout
+from workers.models.kernels.step_layout import (
+    NUMBER_MASK,
+    Heads,
+    LayoutShape,
+    Paging,
+    Rings,
+    SlotState,
+    decode_shape,
+    fill,
+    step_shape,
+    view,
+)
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import ModelSpec
+from workers.runner.device import CudaDevice, HostDevice
+from workers.runner.host_device_rings import Completions, Submissions
+from workers.runner.kv_cache import KvCache
+from workers.runner.slot_updates import News
+from workers.sampling.definition import choose, gumbel, noise_bits, seed_keys
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: triton is not installed (it comes with torch for CUDA)", allow_module_level=True)
@@ -32,8 +43,8 @@ if not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     pytest.skip("the Triton kernels are not tested: without a GPU, Triton's interpreter needs numpy below 2.4", allow_module_level=True)
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-from workers.model.kernels import gpu  # noqa: E402
-from workers.model.kernels.choose import candidates, known, merged, take, winners  # noqa: E402
+from workers.models.kernels import gpu  # noqa: E402
+from workers.models.kernels.step_ends import candidates, known, merged, take, winners  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.unit.test_quantize import random_parts
-from workers.model.kernels.linear import Narrow, dequantize
-from workers.model.kernels.linear import to_fp8 as rounded
+from workers.models.kernels.linear import Narrow, dequantize
+from workers.models.kernels.linear import to_fp8 as rounded
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import Quant, quant_of
 
@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-from workers.model.kernels import linear_gpu, one_row  # noqa: E402
+from workers.models.kernels import gemv, linear_gpu  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -91,8 +91,8 @@ def test_one_row(outs: int, ins: int, biased: bool, dtype: torch.dtype, monkeypa
         return
     # Every sum is whole whatever the tile: small integers make sums exact.
     weight, x = (torch.randint(-3, 4, t.shape, generator=generator).to(dtype) for t in (weight, x))
-    monkeypatch.setattr(one_row, "tile_for", lambda weight: one_row.Tile(4, 64, 4))
-    assert torch.equal(one_row.one_row(weight, None, x), (x.double() @ weight.double().T).to(dtype))
+    monkeypatch.setattr(gemv, "tile_for", lambda weight: gemv.Tile(4, 64, 4))
+    assert torch.equal(gemv.one_row(weight, None, x), (x.double() @ weight.double().T).to(dtype))
 
 
 def test_rows_are_rounded_to_fp8_as_on_a_cpu() -> None:

@@ -15,7 +15,7 @@ import torch
 from mpi4py import MPI
 
 from tests.reference.engine import serve
-from workers.engine.comm import Waiter
+from workers.distributed.group import Waiter
 from workers.portable import Follower, PortableEngine, build
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import Submit

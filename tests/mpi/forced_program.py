@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from workers.engine.build import bring_up
-from workers.engine.groups import split
+from workers.distributed.rank_groups import split
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import ReplicaSpec
+from workers.runner.bring_up import bring_up
 from workers.scheduler.step_plan import OpenSlot, StepPlan, column, view
 
 

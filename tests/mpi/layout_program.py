@@ -18,8 +18,8 @@ from tests.mpi.steps import play, write_played
 from tests.reference.conformance import conform
 from tests.reference.shards import make_stage, whole_weights
 from workers.artifacts.artifact import open_artifact
-from workers.engine.comm import Group
-from workers.engine.mpi import Mpi
+from workers.distributed.group import Group
+from workers.distributed.mpi_group import Mpi
 from workers.layout.sharding import shard_of, whole_tensors
 from workers.protocol.specs import ModelSpec, Parallel
 

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.reference.shards import make_runner
-from workers.engine.comm import Group
-from workers.model.llama import LlamaStage
+from workers.distributed.group import Group
+from workers.models.decoder import LlamaStage
 from workers.protocol.messages import SamplingParams
 from workers.scheduler.step_plan import OpenSlot, StepPlan, column, encode
 

@@ -15,14 +15,14 @@ from tests.mpi.world import run
 from tests.reference.default_model import artifact, transformers_model
 from tests.reference.engine import request, serve
 from workers.artifacts.artifact import open_artifact
-from workers.engine.build import bring_up
-from workers.engine.cache import KvCache
-from workers.engine.groups import split
-from workers.model.kernels.reference import attention_layout
+from workers.distributed.rank_groups import split
+from workers.models.kernels.reference import attention_layout
 from workers.portable import PortableEngine, build
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.runner.bring_up import bring_up
+from workers.runner.kv_cache import KvCache
 
 pytestmark = [pytest.mark.model, pytest.mark.mpi, pytest.mark.timeout(900)]
 STEPS = 64

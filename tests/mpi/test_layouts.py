@@ -13,7 +13,7 @@ from tests.reference.conformance import in_threads
 from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.engine.comm import Group, Solo
+from workers.distributed.group import Group, Solo
 from workers.protocol.specs import Parallel
 from workers.scheduler.step_plan import decode_result, view
 

@@ -11,10 +11,10 @@ from itertools import pairwise
 
 import msgspec
 
-from workers.core.guide import GuideFactory
 from workers.fake import FakeModel, advance, expected_tokens
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.messages import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
+from workers.sampling.guide import GuideFactory
 from workers.scheduler.scheduler import Batch
 from workers.scheduler.step_plan import GUESS, StepPlan, decode_plan, decode_result, encode, view
 

@@ -19,7 +19,7 @@ from workers.protocol.engine import Engine
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import Failed, GuideSpec, SamplingParams, Submit, decode_to_replica, encode
 from workers.protocol.specs import EngineSpec, ReplicaSpec
-from workers.prover import compiler
+from workers.sampling.grammar_checker import compiler
 from workers.serving.stream_table import MAX_NAME, Send, Sessions
 
 VOCAB = 321

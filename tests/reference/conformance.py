@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from workers.engine.comm import Group, InProcess, ordered_sum
+from workers.distributed.group import Group, InProcess, ordered_sum
 
 T = TypeVar("T")
 CPU = torch.device("cpu")

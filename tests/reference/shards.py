@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from workers.engine.cache import KvCache
-from workers.engine.comm import Group, Solo
-from workers.engine.runner import Runner
+from workers.distributed.group import Group, Solo
 from workers.layout.sharding import shard_of, shard_tensors, whole_tensors
-from workers.model.kernels import Kernels
-from workers.model.llama import LlamaStage
+from workers.models.decoder import LlamaStage
+from workers.models.kernels import Kernels
 from workers.protocol.specs import ModelSpec, Parallel
+from workers.runner.cpu_runner import Runner
+from workers.runner.kv_cache import KvCache
 
 CPU = torch.device("cpu")
 # As in every rank: with more threads a product's rows are shared out, and their bits depend on their place.

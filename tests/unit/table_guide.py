@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workers.core.guide import Guide
 from workers.protocol.errors import EngineFault, Rejected
 from workers.protocol.messages import GuideSpec
+from workers.sampling.guide import Guide
 
 VOCAB = 320
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.reference.conformance import conform, in_threads
-from workers.engine.comm import Solo, Waiter
+from workers.distributed.group import Solo, Waiter
 from workers.protocol.errors import EngineFault
 
 

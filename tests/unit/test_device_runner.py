@@ -11,25 +11,25 @@ import pytest
 import torch
 
 import tests.reference.device_kernels as kernels
-import workers.engine.device_runner as device_runner_module
+import workers.runner.gpu_runner as device_runner_module
 from tests.reference.conformance import in_threads
 from tests.reference.engine import Stream, drain, margin_violations, request, serve
 from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.engine.answers import Answer, PlanRunner
-from workers.engine.cache import KvCache
-from workers.engine.comm import Group, InProcess, Solo
-from workers.engine.device import HostDevice
-from workers.engine.device_runner import DeviceRunner, Links
-from workers.engine.graphs import DECODES, MIXED, Graphs, graph_sizes
-from workers.engine.rings import Submissions
-from workers.engine.runner import Runner
-from workers.engine.staging import Staging
-from workers.model.llama import LlamaStage
+from workers.distributed.group import Group, InProcess, Solo
+from workers.models.decoder import LlamaStage
 from workers.portable import PortableEngine
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.protocol.specs import Parallel
+from workers.runner.cpu_runner import Runner
+from workers.runner.device import HostDevice
+from workers.runner.gpu_runner import DeviceRunner, Links
+from workers.runner.graphs import DECODES, MIXED, Graphs, graph_sizes
+from workers.runner.host_device_rings import Submissions
+from workers.runner.kv_cache import KvCache
+from workers.runner.staging import Staging
+from workers.runner.step_results import Answer, PlanRunner
 from workers.scheduler.scheduler import Batch
 from workers.scheduler.step_plan import GUESS, OpenSlot, StepPlan, StepResult, column, view
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.tiny import IM_END, tiny_tokenizer
-from workers.core.guide import Guide, GuideFactory
-from workers.core.params import allowed_ids
-from workers.engine.guided import MAX_CHOICES, MAX_TEXT, guide_factory
 from workers.protocol.errors import ArtifactError, EngineFault, Rejected
 from workers.protocol.messages import GuideSpec
+from workers.sampling.definition import allowed_ids
+from workers.sampling.guide import Guide, GuideFactory
+from workers.sampling.llguidance_guide import MAX_CHOICES, MAX_TEXT, guide_factory
 
 VOCAB = 320  # more than the tokenizer's 259
 

@@ -12,10 +12,10 @@ import torch
 from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.engine.cache import KvCache
-from workers.model.kernels.reference import attention_layout, paged_attention, rms_norm, rotate
-from workers.model.layers import FIXED_ROWS, Linear
-from workers.model.llama import LlamaStage
+from workers.models.decoder import LlamaStage
+from workers.models.kernels.reference import attention_layout, paged_attention, rms_norm, rotate
+from workers.models.layers import FIXED_ROWS, Linear
+from workers.runner.kv_cache import KvCache
 
 warnings.filterwarnings("ignore", category=UserWarning)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

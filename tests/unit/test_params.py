@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from workers.core.params import check, choice_seed, choose, gumbel, has_penalties, logprobs_of, mix, noise_bits, noise_keys, stop_set
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import SamplingParams
+from workers.sampling.definition import (
+    check,
+    choice_seed,
+    choose,
+    gumbel,
+    has_penalties,
+    logprobs_of,
+    mix,
+    noise_bits,
+    noise_keys,
+    stop_set,
+)
 
 GREEDY = SamplingParams(temperature=0.0)
 IDS = np.arange(50_000)

@@ -10,12 +10,12 @@ import torch
 
 from tests.reference.engine import margin_violations, request, serve
 from tests.tiny import IM_END, tiny_model
-from workers.engine.pace import Pace
 from workers.portable import PortableEngine, build
 from workers.protocol.engine import Finish
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, Rejected
 from workers.protocol.messages import GuideSpec, SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.runner.step_time import Pace
 
 
 @pytest.fixture(scope="module")

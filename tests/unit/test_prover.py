@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import IM_END, tiny_tokenizer
-from workers.core.guide import GuideFactory
 from workers.protocol.errors import Rejected, Unsupported
 from workers.protocol.messages import GuideSpec
-from workers.prover import Prover, Tokenizer, compiler
+from workers.sampling.grammar_checker import Prover, Tokenizer, compiler
+from workers.sampling.guide import GuideFactory
 
 VOCAB = 320
 COUNT = 4000

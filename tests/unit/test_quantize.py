@@ -24,8 +24,8 @@ from workers.protocol.specs import Parallel, Quant, QuantName, quant_of
 torch = pytest.importorskip("torch")
 import msgspec  # noqa: E402
 
-from workers.engine.weights import fill, load_shards  # noqa: E402
-from workers.model.kernels.linear import dequantize, emulate_fp8, product  # noqa: E402
+from workers.models.kernels.linear import dequantize, emulate_fp8, product  # noqa: E402
+from workers.runner.weights import fill, load_shards  # noqa: E402
 
 FORMS: tuple[QuantName, ...] = ("int8", "int4", "fp8")
 QUANTS = [quant_of("int8"), quant_of("int4", 32), quant_of("int4", 64), quant_of("fp8")]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from workers.engine.comm import Waiter
-from workers.engine.device import HostDevice
-from workers.engine.news import News
-from workers.engine.rings import Completions, Submissions
-from workers.model.kernels.layout import HEAD_WORDS, NUMBER_MASK, Rings
+from workers.distributed.group import Waiter
+from workers.models.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings
 from workers.protocol.errors import EngineFault
+from workers.runner.device import HostDevice
+from workers.runner.host_device_rings import Completions, Submissions
+from workers.runner.slot_updates import News
 
 
 class Broken(HostDevice):

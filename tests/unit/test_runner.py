@@ -12,11 +12,11 @@ from tests.reference.conformance import in_threads
 from tests.reference.shards import make_runner, make_stage, random_weights, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.core.params import choose, logprobs_of
-from workers.engine.comm import Group
-from workers.engine.runner import Runner
+from workers.distributed.group import Group
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import ModelSpec, Parallel
+from workers.runner.cpu_runner import Runner
+from workers.sampling.definition import choose, logprobs_of
 from workers.scheduler.step_plan import OpenSlot, StepPlan, StepResult, column, view, view_floats
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=2)

@@ -14,7 +14,7 @@ from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import Parallel
 
 torch = pytest.importorskip("torch")
-from workers.engine.weights import fill, load_shards  # noqa: E402
+from workers.runner.weights import fill, load_shards  # noqa: E402
 
 
 @pytest.fixture(scope="module")

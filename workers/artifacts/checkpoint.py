@@ -87,7 +87,7 @@ def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[
 
 
 def stored(facts: Trireme, quant: Quant, rank: int) -> tuple[StoredTensor, ...]:
-    """What the file of ``rank`` holds. Raises :class:`~workers.protocol.errors.ConfigError` if a quantization group would straddle ranks."""
+    """What the file of ``rank`` holds. Raises ConfigError if a quantization group would straddle ranks."""
     return stored_tensors(facts.model, facts.parallel, rank, dtype=facts.dtype, quant=quant, own_head=facts.own_head)
 
 

@@ -23,10 +23,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-from workers.core.guide import GuideFactory
 from workers.protocol.engine import Emission, EngineStats, Fault, Finish
 from workers.protocol.errors import EngineFault
 from workers.protocol.messages import STEP_TOKEN_BUCKETS, UNLIMITED, Capacity, Submit
+from workers.sampling.guide import GuideFactory
 from workers.scheduler.block_pool import BlockPool
 from workers.scheduler.in_flight import Draft, Flight
 from workers.scheduler.invariants import prove

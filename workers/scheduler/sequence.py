@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from workers.core.guide import Guide, GuideFactory
-from workers.core.params import check, has_penalties, stop_set
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import EngineFault, Rejected, TooLong, Unsupported
 from workers.protocol.messages import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+from workers.sampling.definition import check, has_penalties, stop_set
+from workers.sampling.guide import Guide, GuideFactory
 from workers.scheduler.block_pool import BlockPool, prefix_hashes
 from workers.scheduler.step_plan import OpenSlot, column, view, view_floats
 

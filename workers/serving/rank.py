@@ -22,7 +22,7 @@ from workers.protocol.engine import Emission, Engine, EngineStats
 from workers.protocol.errors import EngineFault, TriremeError
 from workers.protocol.messages import Capacity, Submit
 from workers.protocol.specs import ReplicaSpec, ResumeClass
-from workers.prover import compiler
+from workers.sampling.grammar_checker import compiler
 from workers.serving import rank_process
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from workers.core.params import stop_set
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import EngineFault, TooLong, TriremeError, Unsupported
 from workers.protocol.messages import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+from workers.sampling.definition import stop_set
 from workers.scheduler.sequence import check_request
 
 #: Kinds of grammar that TensorRT-LLM's published API has a name for; a choice is written as a regular expression.

@@ -20,9 +20,9 @@ from orchestrator.router.frontend.sandbox_worker import Render
 from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, Request, refuse
 from orchestrator.router.interfaces import Ask, Dispatcher
 from orchestrator.router.spec import AdmissionSpec
-from workers.core.params import MIN_TEMPERATURE
 from workers.protocol.errors import NotFound, TooLong, Unavailable
 from workers.protocol.messages import UNLIMITED, GuideSpec, Journal, SamplingParams
+from workers.sampling.definition import MIN_TEMPERATURE
 
 #: Choices that all prompts of one request may ask for together.
 MAX_CHOICES = 128

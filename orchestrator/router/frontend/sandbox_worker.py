@@ -102,7 +102,7 @@ class Cell:
 
 def _try(guide: GuideSpec) -> Answer:
     try:
-        from workers.engine.guided import check_grammar
+        from workers.sampling.llguidance_guide import check_grammar
     except ImportError:
         return Sound()  # without llguidance on this host, the replica is the first to compile
     check_grammar(guide)

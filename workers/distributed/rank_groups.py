@@ -1,0 +1,158 @@
+"""The groups of one rank, and how ranks agree while they come up.
+
+Owns the split of the world: MPI carries what ranks say to each other on every device, and tensors on CPUs; NCCL carries tensors on GPUs.
+Every rank learns of every rank's failure before any other collective, so that one corrupt shard gives the same clean error everywhere and
+no rank waits for one that has given up. Must never pickle: what ranks exchange is msgpack in tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch
+
+from workers.distributed.group import Group, Solo
+from workers.protocol.errors import EngineFault, EnvironmentFault, TriremeError, from_code
+from workers.protocol.specs import Parallel, ReplicaSpec
+from workers.runner.device import choose_gpu
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from workers.distributed.nccl_group import World
+
+#: Bytes of a rank's status report: 800 characters and their framing, however they are encoded.
+_REPORT = 4096
+
+
+class Ranks(msgspec.Struct, frozen=True, kw_only=True):
+    """The groups of one rank: all of the world (bytes on the host), the tp ranks of its stage, the stages of its tp rank, and the same
+    stages once more for sampled ids. ``host_ranks`` share its host; ``nccl``: what is to be left at the end."""
+
+    world: Group
+    tensor: Group
+    pipeline: Group
+    returns: Group
+    host_ranks: int = 1
+    device: torch.device = torch.device("cpu")
+    nccl: World | None = None
+
+
+class _Report(msgspec.Struct, frozen=True, array_like=True):
+    code: str
+    what: str
+    why: str
+    hint: str
+
+
+def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> Ranks:
+    """Groups of this rank, and its GPU. Raises :class:`EnvironmentFault` when the world has not tp * pp ranks, and
+    :class:`~workers.protocol.errors.ConfigError` where there is no GPU for each of them, on every rank the same."""
+    size = 1 if comm is None else comm.Get_size()
+    parallel = spec.parallel
+    if size != parallel.world:
+        raise EnvironmentFault(
+            f"tp={parallel.tp} pp={parallel.pp} needs {parallel.world} ranks, the world has {size}",
+            "mpiexec was started with another count",
+            f"use mpiexec -n {parallel.world}",
+        )
+    if comm is None:
+        device = torch.device("cpu") if spec.engine.device == "cpu" else choose_gpu(spec.engine, 0, 1)
+        return Ranks(world=Solo(), tensor=Solo(), pipeline=Solo(), returns=Solo(), device=device)
+    from mpi4py import MPI
+
+    from workers.distributed.mpi_group import Mpi
+
+    rank, wait = comm.Get_rank(), spec.engine.wait
+    # A transport's own sum may depend on the message's size, hence on batch mates.
+    ordered = spec.engine.deterministic or spec.engine.fixed_shape
+    host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    world = Mpi(comm.Dup(), wait=wait)
+    if spec.engine.device == "cuda":
+        return _split_gpus(spec, comm, world, host, ordered)
+    pipeline = Mpi(comm.Split(parallel.tp_rank(rank), rank), wait=wait)
+    return Ranks(
+        world=world,
+        tensor=Mpi(comm.Split(parallel.pp_rank(rank), rank), deterministic=ordered, wait=wait),
+        pipeline=pipeline,
+        returns=pipeline,
+        host_ranks=host.Get_size(),
+    )
+
+
+def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.Comm, ordered: bool) -> Ranks:
+    from workers.distributed.nccl_group import TWO_SHOT_BYTES, World
+
+    parallel, rank, place, count = spec.parallel, comm.Get_rank(), host.Get_rank(), host.Get_size()
+    with all_or_none(world):
+        device = choose_gpu(spec.engine, place, count)
+        # Memory that members map needs a direct way between their GPUs.
+        direct = all(torch.cuda.can_device_access_peer(place, other) for other in range(count) if other != place)
+    reach = int(world.all_gather(torch.tensor([direct and count == comm.Get_size()], dtype=torch.int64)).min())
+    with all_or_none(world):
+        nccl = World.join(comm, device, one_host=count == comm.Get_size())
+        rows = [[stage * parallel.tp + tp for tp in range(parallel.tp)] for stage in range(parallel.pp)]
+        columns = [[stage * parallel.tp + tp for stage in range(parallel.pp)] for tp in range(parallel.tp)]
+        ranks = Ranks(
+            world=world,
+            tensor=nccl.group(rows, deterministic=ordered, symmetric_bytes=TWO_SHOT_BYTES * reach) if parallel.tp > 1 else Solo(),
+            pipeline=nccl.group(columns) if parallel.pp > 1 else Solo(),
+            returns=nccl.group(columns) if parallel.pp > 1 else Solo(),
+            host_ranks=count,
+            device=device,
+            nccl=nccl,
+        )
+        _meet(ranks, parallel, rank)
+    return ranks
+
+
+def _meet(ranks: Ranks, parallel: Parallel, rank: int) -> None:
+    """Use every connection once: they are made at first use, which no step should wait for."""
+    token = torch.zeros(4, device=ranks.device)
+    ranks.tensor.all_reduce(token.clone())
+    if parallel.pp == 1:
+        return
+    stage, last = parallel.pp_rank(rank), parallel.pp - 1
+    if stage > 0:
+        ranks.pipeline.recv(token, stage - 1)
+    if stage < last:
+        ranks.pipeline.send(token.clone(), stage + 1)
+    if stage == 0:
+        ranks.returns.recv(token, last)
+    if stage == last:
+        ranks.returns.send(token.clone(), 0)
+    torch.cuda.synchronize(ranks.device)
+
+
+@contextmanager
+def all_or_none(world: Group) -> Iterator[None]:
+    """Run a block on every rank and raise everywhere what the first failing rank raised, before any rank goes on."""
+    failure: TriremeError | None = None
+    try:
+        yield
+    except TriremeError as error:
+        failure = error
+    except (OSError, RuntimeError, MemoryError) as error:
+        failure = EngineFault("a rank could not be brought up", f"{type(error).__name__}: {error}"[:300])
+    report = b""
+    if failure is not None:
+        report = msgspec.msgpack.encode(_Report(failure.code, failure.what[:300], failure.why[:300], failure.hint[:200]))
+    reports = world.all_gather(torch.from_numpy(np.frombuffer(report[:_REPORT].ljust(_REPORT, b"\0"), np.uint8).copy()))
+    if failure is not None:
+        raise failure
+    for rank, row in enumerate(reports):
+        data = row.numpy().tobytes()
+        if data[0]:
+            told = msgspec.msgpack.Decoder(_Report).decode(data[: _length(data)])
+            same = from_code(told.code, told.what)
+            same.why, same.hint = f"rank {rank}: {told.why}" if told.why else f"found by rank {rank}", told.hint
+            raise same
+
+
+def _length(data: bytes) -> int:
+    """Bytes before the padding."""
+    return len(data.rstrip(b"\0"))

@@ -1,0 +1,25 @@
+"""The kernels of an NVIDIA GPU: what :class:`workers.models.kernels.Kernels` asks, gathered from the Triton modules. Owns nothing."""
+
+from workers.models.kernels.attention import paged_attention
+from workers.models.kernels.fused import (
+    add_rms_norm,
+    add_rms_norm_narrow,
+    embed,
+    rope_rows,
+    rope_store,
+    rope_table,
+    silu_mul,
+    silu_mul_narrow,
+)
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_narrow",
+    "embed",
+    "paged_attention",
+    "rope_rows",
+    "rope_store",
+    "rope_table",
+    "silu_mul",
+    "silu_mul_narrow",
+]

@@ -1,0 +1,240 @@
+"""The operations of a decoder layer in plain torch: what runs on a CPU, and what defines the results of every other kernel.
+
+Owns the memory layout of the paged cache: one tensor a layer, [blocks, block_size, 2 * kv_heads, head_dim], keys' heads before values'.
+Must never know about requests; an :class:`AttentionLayout` is all that it learns of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.models.kernels.linear import Narrow, to_fp8
+
+Ints = npt.NDArray[np.int32]
+
+#: Decode rows are computed together while the shortest context is at least this share of the longest: padding is bounded by it.
+_SHARE = 0.6
+#: ... or while the longest is below this many tokens, where one call costs more than the padding.
+_SMALL = 128
+#: Block tables hold a multiple of this many tokens, and fixed shapes pad contexts to one.
+TABLE_STEP = 128
+#: Query tokens that fixed shapes compute together, at most.
+_FIXED_QUERIES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Rows with one query token each. ``tokens`` [n]: their places in the step, None = the whole step in order; ``blocks`` [n * b];
+    ``mask`` [n, 1, 1, b * block_size], True = visible."""
+
+    count: int
+    tokens: Tensor | None
+    blocks: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One row's query tokens ``start``..``stop`` of the step, seeing ``context`` cached tokens, their own included. ``blocks`` [b];
+    ``mask`` [stop - start, context], None = plain causal (nothing was cached before)."""
+
+    start: int
+    stop: int
+    context: int
+    blocks: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """Where a step's T tokens write (``places`` [T]: block * block_size + offset) and what they read."""
+
+    positions: Tensor
+    places: Tensor
+    groups: tuple[DecodeGroup, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def token_positions(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
+    """(row of each token, its absolute position), each [sum of lengths]."""
+    rows = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    first = np.cumsum(lengths, dtype=np.int32) - lengths
+    return rows, np.arange(len(rows), dtype=np.int32) - first[rows] + starts[rows]
+
+
+def attention_layout(starts: Ints, lengths: Ints, tables: Ints, block_size: int, *, grouped: bool = True) -> AttentionLayout:
+    """Layout of a step over R rows. ``starts``, ``lengths`` [R] as in a StepPlan; ``tables`` [R, max blocks] block ids, wide
+    enough for a multiple of ``TABLE_STEP`` tokens and filled up with a block of zeros.
+
+    ``grouped`` False treats every query token as a row of its own with a context padded by its position alone, so that a token's
+    arithmetic doesn't depend on what else is in the step (fixed-shape mode).
+    """
+    rows, positions = token_positions(starts, lengths)
+    places = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    chunks: list[Chunk] = []
+    if grouped:
+        ends = np.cumsum(lengths)
+        single = lengths == 1
+        query_rows, query_tokens = np.flatnonzero(single), ends[single] - 1
+        for row in np.flatnonzero(~single):
+            chunks.append(_chunk(int(ends[row] - lengths[row]), int(starts[row]), int(lengths[row]), tables[row], block_size))
+        groups = _decode_groups(starts[query_rows] + 1, query_tokens, tables[query_rows], block_size, len(rows))
+    else:
+        groups = _fixed_groups(positions + 1, tables, rows, block_size)
+    return AttentionLayout(torch.from_numpy(positions).long(), torch.from_numpy(places), groups, tuple(chunks))
+
+
+def _chunk(first: int, start: int, length: int, table: Ints, block_size: int) -> Chunk:
+    context = start + length
+    blocks = torch.from_numpy(table[: -(-context // block_size)].astype(np.int64))
+    mask = None if start == 0 else torch.ones(length, context, dtype=torch.bool).tril_(start)
+    return Chunk(first, first + length, context, blocks, mask)
+
+
+def _decode_groups(contexts: Ints, tokens: npt.NDArray[np.int64], tables: Ints, block_size: int, total: int) -> tuple[DecodeGroup, ...]:
+    if not len(contexts):
+        return ()
+    longest, shortest = int(contexts.max()), int(contexts.min())
+    if longest <= _SMALL or shortest >= _SHARE * longest:
+        whole = len(contexts) == total
+        return (_group(contexts, None if whole else tokens, tables, longest, block_size),)
+    order = np.argsort(contexts, kind="stable")[::-1]
+    groups: list[DecodeGroup] = []
+    begin = 0
+    while begin < len(order):
+        longest = int(contexts[order[begin]])
+        bound = 0 if longest <= _SMALL else _SHARE * longest
+        count = int(np.count_nonzero(contexts[order[begin:]] >= bound))
+        members = order[begin : begin + count]
+        groups.append(_group(contexts[members], tokens[members], tables[members], longest, block_size))
+        begin += count
+    return tuple(groups)
+
+
+def _fixed_groups(contexts: Ints, tables: Ints, rows: Ints, block_size: int) -> tuple[DecodeGroup, ...]:
+    padded = -(-contexts // TABLE_STEP) * TABLE_STEP
+    groups: list[DecodeGroup] = []
+    for width in np.unique(padded):
+        members = np.flatnonzero(padded == width)
+        for begin in range(0, len(members), _FIXED_QUERIES):
+            part = members[begin : begin + _FIXED_QUERIES]
+            groups.append(_group(contexts[part], part, tables[rows[part]], int(width), block_size))
+    return tuple(groups)
+
+
+def _group(contexts: Ints, tokens: npt.NDArray[np.int64] | None, tables: Ints, width: int, block_size: int) -> DecodeGroup:
+    count = -(-width // block_size)
+    blocks = tables[:, :count]
+    mask = np.arange(count * block_size, dtype=np.int32)[None, :] < contexts[:, None]
+    return DecodeGroup(
+        len(contexts),
+        None if tokens is None else torch.from_numpy(tokens),
+        torch.from_numpy(blocks.astype(np.int64).reshape(-1)),
+        torch.from_numpy(mask)[:, None, None, :],
+    )
+
+
+def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout) -> Tensor:
+    """Softmax attention of ``query`` [T, heads, dim] over the cached keys and values; [T, heads * dim].
+
+    ``cache`` [blocks, block_size, 2 * kv_heads, dim] already holds this step's keys and values.
+    """
+    total, heads, dim = query.shape
+    kv = cache.shape[2] // 2
+    out: Tensor | None = None
+    if len(layout.groups) != 1 or layout.groups[0].tokens is not None:
+        out = query.new_empty(total, heads * dim)
+    for group in layout.groups:
+        chosen = query if group.tokens is None else query.index_select(0, group.tokens)
+        read = cache.index_select(0, group.blocks).view(group.count, -1, 2 * kv, dim).transpose(1, 2)
+        # One query a row: a key/value head's query heads take the place of the query positions, so nothing is repeated.
+        result = functional.scaled_dot_product_attention(
+            chosen.view(group.count, kv, heads // kv, dim), read[:, :kv], read[:, kv:], attn_mask=group.mask
+        ).reshape(group.count, heads * dim)
+        if out is None:
+            return result
+        assert group.tokens is not None
+        out.index_copy_(0, group.tokens, result)
+    assert out is not None
+    for chunk in layout.chunks:
+        read = cache.index_select(0, chunk.blocks).view(-1, 2 * kv, dim)[: chunk.context].transpose(0, 1)
+        result = functional.scaled_dot_product_attention(
+            query[chunk.start : chunk.stop].transpose(0, 1).unsqueeze(0),
+            read[:kv].unsqueeze(0),
+            read[kv:].unsqueeze(0),
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            enable_gqa=True,
+        )
+        out[chunk.start : chunk.stop] = result.squeeze(0).transpose(0, 1).reshape(chunk.stop - chunk.start, heads * dim)
+    return out
+
+
+def rope_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2, positions, dim] of ``angles`` [positions, dim / 2]: cosine and signed sine, so that ``x * cosine + roll(x, dim / 2) * sine``
+    turns ``x``."""
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))).to(dtype)
+
+
+def rope_rows(table: Tensor, layout: AttentionLayout) -> Tensor:
+    """[2, T, 1, dim] of the step's positions."""
+    return table[:, layout.positions].unsqueeze(2)
+
+
+def embed(tokens: Tensor, weight: Tensor, start: int, count: int, out: Tensor) -> None:
+    """Lines of ``weight``; zeros for ids that are not among the ``count`` from ``start``."""
+    local = tokens - start
+    mine = (local >= 0) & (local < count)
+    torch.index_select(weight, 0, local.clamp_(0, max(count - 1, 0)), out=out)
+    out.mul_(mine.unsqueeze(1))
+
+
+def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: AttentionLayout, norm: Tensor | None, eps: float) -> None:
+    """Norm and turn the queries and keys of ``qkv`` [T, heads + 2 * kv_heads, dim] in place; write keys and values at ``layout.places``."""
+    kv = cache.shape[2] // 2
+    turning = qkv[:, : qkv.shape[1] - kv]
+    if norm is not None:
+        turning.copy_(functional.rms_norm(turning, (qkv.shape[2],), None, eps).mul_(norm))
+    rotate(turning, rope[0], rope[1])
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, layout.places, qkv[:, qkv.shape[1] - 2 * kv :])
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
+    """Rotary embedding in place: ``heads`` [T, n, dim]; ``cosine``, signed ``sine`` [T, 1, dim]."""
+    turned = torch.roll(heads, heads.shape[-1] // 2, -1)
+    heads.mul_(cosine).addcmul_(turned, sine)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in fp32."""
+    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def add_rms_norm(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add ``branch`` to ``residual`` in place and norm the sum."""
+    if branch is not None:
+        residual += branch
+    return rms_norm(residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """SiLU(first half) * second half of the last dimension."""
+    half = gate_up.shape[-1] // 2
+    return functional.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
+
+
+def add_rms_norm_narrow(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Narrow:
+    """:func:`add_rms_norm`, narrowed."""
+    return to_fp8(add_rms_norm(residual, branch, weight, eps))
+
+
+def silu_mul_narrow(gate_up: Tensor) -> Narrow:
+    """:func:`silu_mul`, narrowed."""
+    return to_fp8(silu_mul(gate_up))

@@ -1,0 +1,114 @@
+"""Applies step plans on one rank with a CPU: the owner of what a rank remembers between steps (block tables, sampling state, cache).
+
+Every rank sees every plan, in the same order, and so holds the same tables. Must never decide anything: what runs, what is sampled and what
+is freed is in the plan.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.distributed.group import Group
+from workers.models.decoder import LlamaStage
+from workers.models.kernels.reference import TABLE_STEP, attention_layout
+from workers.runner.kv_cache import KvCache
+from workers.runner.step_results import Answer, Done
+from workers.sampling.sampler import Sampler
+from workers.sampling.slot_sampling import Sampling
+from workers.scheduler.step_plan import Ints, StepPlan, StepResult, view
+
+
+class Runner:
+    """One rank's part of every step, each done when it is issued.
+
+    Args:
+        stage: this rank's shard, frozen.
+        pipeline: the ranks that hold the other stages of this tp rank, in stage order.
+        tensor: the tp ranks of this stage.
+        slots, max_seq_len: bounds of slot numbers and of a row's tokens.
+        fixed_shape: compute every token in shapes that depend on its position alone.
+    """
+
+    def __init__(
+        self,
+        stage: LlamaStage,
+        cache: KvCache,
+        *,
+        pipeline: Group,
+        tensor: Group,
+        slots: int,
+        max_seq_len: int,
+        eos_ids: tuple[int, ...] = (),
+        fixed_shape: bool = False,
+    ) -> None:
+        #: This rank's part of the model; read-only for others.
+        self.stage = stage
+        self._cache, self._pipeline = cache, pipeline
+        self._fixed_shape = fixed_shape
+        width = -(-max_seq_len // TABLE_STEP) * TABLE_STEP // cache.block_size
+        self._tables = np.full((slots, width), cache.dummy, dtype=np.int32)
+        self._filled = np.zeros(slots, dtype=np.int32)
+        self._sampling: Sampling | None = None
+        if stage.shard.last:
+            sampler = Sampler(tensor, start=stage.shard.vocab.start, rows=stage.shard.vocab_rows, device=stage.device)
+            self._sampling = Sampling(stage, sampler, eos_ids)
+
+    def issue(self, plan: StepPlan) -> Answer | None:
+        """See :class:`~workers.runner.step_results.PlanRunner`."""
+        result = self.run(plan)
+        return None if result is None else Done(result)
+
+    def close(self) -> None:
+        """Nothing is under way between steps."""
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Apply ``plan``; the last stage answers, the others return None."""
+        self._apply(plan)
+        hidden = self._forward(plan) if plan.slots else None
+        if self._sampling is None:
+            return None
+        return StepResult(step=plan.step) if hidden is None else self._sampling.result(plan, hidden)
+
+    def _apply(self, plan: StepPlan) -> None:
+        slots, starts = view(plan.slots), view(plan.starts)
+        for slot in view(plan.closed).tolist():
+            self._tables[slot] = self._cache.dummy
+            self._filled[slot] = 0
+            if self._sampling is not None:
+                self._sampling.close(slot)
+        if self._sampling is not None:
+            for opened in plan.opened:
+                self._sampling.open(opened)
+        if plan.block_slots:
+            self._append(dict(zip(slots.tolist(), starts.tolist(), strict=True)), view(plan.block_slots), view(plan.block_ids))
+        if self._sampling is not None:
+            self._sampling.follow(plan)
+
+    def _append(self, starts: dict[int, int], slots: Ints, blocks: Ints) -> None:
+        """Append ``blocks`` to the tables of ``slots`` and clear those that hold nothing computed yet (a prefix hit's do)."""
+        fresh: list[int] = []
+        for slot, block in zip(slots.tolist(), blocks.tolist(), strict=True):
+            place = self._filled[slot]
+            self._tables[slot, place] = block
+            self._filled[slot] = place + 1
+            if place * self._cache.block_size >= starts.get(slot, 0):
+                fresh.append(block)
+        if fresh:
+            self._cache.clear(torch.tensor(fresh, device=self.stage.device))
+
+    def _forward(self, plan: StepPlan) -> Tensor:
+        stage, slots = self.stage, view(plan.slots)
+        starts, lengths, tokens = view(plan.starts), view(plan.lengths), view(plan.tokens)
+        layout = attention_layout(starts, lengths, self._tables[slots], self._cache.block_size, grouped=not self._fixed_shape)
+        if stage.shard.first:
+            hidden = stage.embed(torch.from_numpy(tokens.astype(np.int64)).to(stage.device))
+        else:
+            hidden = torch.empty(len(tokens), stage.model.hidden_size, dtype=stage.dtype, device=stage.device)
+            self._pipeline.recv(hidden, self._pipeline.rank - 1)
+        hidden = stage.forward(hidden, layout, self._cache.layers)
+        if not stage.shard.last:
+            self._pipeline.send(hidden, self._pipeline.rank + 1)
+        return hidden

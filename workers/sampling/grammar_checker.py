@@ -1,0 +1,208 @@
+"""Tries a grammar in a process of its own before the leader compiles it: one that overflows a stack or never ends must not end a gang.
+
+Owns that child process: started at the first guided request, replaced when a grammar ends it, gone with its parent. The kernel counts the
+processor time of each try, so a busy machine refuses nothing that an idle one takes. Must never judge what a grammar means: the leader
+compiles it again and says so; all that is learnt here is that doing so is harmless.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from workers.protocol.errors import Overloaded, Rejected, Unsupported
+from workers.protocol.messages import GuideSpec
+from workers.sampling.guide import Guide, GuideFactory
+from workers.serving.rank_process import die_with_parent
+
+#: Processor time that compiling a grammar and its first mask may take, seconds.
+TRY_CPU_S = 1.0
+#: Bounds of waiting for an answer and for the child's start, seconds: far more than either takes, for a machine that does much else.
+ANSWER_S, START_S = 10.0, 30.0
+#: Address space of the child, and stack of a try: half of what the leader's thread has, which stands deeper.
+MEMORY, STACK = 2 << 30, 4 << 20
+#: Verdicts remembered.
+REMEMBERED = 1024
+
+_HEAD = 4
+_READY = b"\1"
+
+
+class Tokenizer(msgspec.Struct, frozen=True):
+    """What both processes compile for: as in :func:`workers.sampling.llguidance_guide.guide_factory`."""
+
+    file: str
+    vocab_size: int
+    eos_ids: list[int]
+
+
+class Prover:
+    """Says whether compiling a grammar is harmless; calls come from one thread."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: OrderedDict[bytes, bool] = OrderedDict()
+        #: The process; None before the first grammar.
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def check(self, spec: GuideSpec) -> None:
+        """Raises :class:`Rejected` for a grammar that takes too much, Unsupported where the tokenizer is of no use, and Overloaded when
+        no answer can be had now."""
+        key = hashlib.sha256(msgspec.msgpack.encode(spec)).digest()
+        harmless = self._known.get(key)
+        if harmless is None:
+            harmless = self._known[key] = self._ask(spec)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        if not harmless:
+            raise Rejected(
+                f"the {spec.kind} grammar cannot be followed", "compiling it takes too much time or memory", "ask for less",
+                code="invalid_schema", param="guide",
+            )  # fmt: skip
+
+    def _ask(self, spec: GuideSpec) -> bool:
+        if self.child is None or self.child.poll() is not None:
+            self.child = self._start()
+        if not self._tell(self.child, spec):
+            raise _no_answer("it ended between two grammars")
+        return self._hear(self.child, ANSWER_S)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # From the folder that holds the package, wherever this process was started.
+        child = subprocess.Popen(
+            [sys.executable, "-m", "workers.sampling.grammar_checker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=Path(__file__).parents[2],
+        )
+        weakref.finalize(self, _end, child)
+        if not self._tell(child, self._tokenizer) or not self._hear(child, START_S):
+            raise Unsupported("guided output is not offered", f"{self._tokenizer.file} cannot be used for it", param="response_format")
+        return child
+
+    def _tell(self, child: subprocess.Popen[bytes], what: GuideSpec | Tokenizer) -> bool:
+        """Whether the child was there to take it; it reads whenever it does not compile."""
+        data = msgspec.msgpack.encode(what)
+        assert child.stdin is not None
+        try:
+            with memoryview(len(data).to_bytes(_HEAD, "little") + data) as frame:
+                sent = 0
+                while sent < len(frame):
+                    sent += child.stdin.write(frame[sent:]) or 0
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _hear(self, child: subprocess.Popen[bytes], bound_s: float) -> bool:
+        """True = the child is well; False = it ended. Raises :class:`Overloaded` after ``bound_s`` seconds."""
+        assert child.stdout is not None
+        if not select.select([child.stdout], [], [], bound_s)[0]:
+            _end(child)
+            raise _no_answer(f"no answer within {bound_s:g} s")
+        if child.stdout.read(1) == _READY:
+            return True
+        _end(child)
+        return False
+
+
+def _no_answer(why: str) -> Overloaded:
+    return Overloaded("the process that tries grammars does not answer", why, "try again", retry_after=1.0)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def compiler(file: Path, vocab_size: int, eos_ids: Sequence[int]) -> GuideFactory | None:
+    """A :data:`~workers.sampling.guide.GuideFactory` for ``tokenizer.json`` that tries each new grammar first; None where that file or
+    llguidance is missing. Neither the child nor the tokenizer's trie (44 MB for 49,152 tokens) exists before the first guided request."""
+    if not file.exists() or find_spec("llguidance") is None:
+        return None
+    prover = Prover(Tokenizer(str(file), vocab_size, list(eos_ids)))
+    made: list[GuideFactory] = []
+
+    def compile_guide(spec: GuideSpec) -> Guide:
+        prover.check(spec)
+        if not made:
+            from workers.sampling.llguidance_guide import guide_factory
+
+            made.append(guide_factory(file, vocab_size, eos_ids))
+        return made[0](spec)
+
+    return compile_guide
+
+
+# the child
+
+
+def _read(size: int) -> bytes:
+    """Exactly ``size`` bytes of what the parent says; ends the process when it is gone."""
+    data = b""
+    while len(data) < size:
+        part = os.read(0, size - len(data))
+        if not part:
+            os._exit(0)
+        data += part
+    return data
+
+
+def _frame() -> bytes:
+    return _read(int.from_bytes(_read(_HEAD), "little"))
+
+
+def _try(factory: GuideFactory, spec: GuideSpec) -> bool:
+    """Compile and mask, on a small stack and with the clock running; a grammar that is refused in time is harmless too."""
+    harmless = False
+
+    def work() -> None:
+        nonlocal harmless
+        with suppress(Rejected):
+            factory(spec).mask()
+        harmless = True
+
+    signal.setitimer(signal.ITIMER_PROF, TRY_CPU_S)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    signal.setitimer(signal.ITIMER_PROF, 0.0)
+    return harmless
+
+
+def main() -> None:
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, whose end is this process's end
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the clock of a try: ends the process
+    from workers.sampling.llguidance_guide import guide_factory
+
+    told = msgspec.msgpack.decode(_frame(), type=Tokenizer)
+    factory = guide_factory(Path(told.file), told.vocab_size, told.eos_ids)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.stack_size(STACK)
+    os.write(1, _READY)
+    while _try(factory, msgspec.msgpack.decode(_frame(), type=GuideSpec)):
+        os.write(1, _READY)
+
+
+if __name__ == "__main__":
+    main()

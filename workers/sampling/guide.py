@@ -1,0 +1,32 @@
+"""The Guide seam: a grammar that the output must follow.
+
+Pure protocol; ``workers.sampling.llguidance_guide`` implements it over llguidance, tests over a table. A guide is owned by the batch core
+of one leader; it is rebuilt from the emitted tokens when a row continues elsewhere or is preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from workers.protocol.messages import GuideSpec
+
+
+class Guide(Protocol):
+    """Seam 4: state of one row's grammar."""
+
+    def mask(self) -> bytes:
+        """Packed bitmask of the allowed next ids: bit ``i % 32`` of little-endian uint32 word ``i // 32``; ceil(vocab / 32) words."""
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Consume tokens; raises :class:`~workers.protocol.errors.EngineFault` if the grammar does not allow them."""
+
+    def rollback(self, count: int) -> None:
+        """Undo the last ``count`` consumed tokens."""
+
+    def done(self) -> bool:
+        """Whether the output is whole and nothing but an end-of-sequence token could follow."""
+
+
+#: Compiles a grammar; raises :class:`~workers.protocol.errors.Rejected` (code ``invalid_schema``) on one that means nothing.
+GuideFactory = Callable[[GuideSpec], Guide]

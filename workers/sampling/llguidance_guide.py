@@ -1,0 +1,96 @@
+"""Grammars over llguidance: compiles what a request asks for and steps one matcher a row.
+
+Owns the tokenizer's trie, shared by all matchers of a process. Must never wait: compiling is bounded by llguidance's own limits and by the
+size of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import llguidance
+import msgspec
+
+from workers.protocol.errors import ArtifactError, EngineFault, Rejected
+from workers.protocol.messages import GuideSpec
+from workers.sampling.guide import Guide
+
+#: Longest grammar text, bytes, and most choices.
+MAX_TEXT = 64 << 10
+MAX_CHOICES = 1024
+
+
+class LlGuide:
+    """A matcher of one row, over ``vocab_size`` ids (the model's, which may be more than the tokenizer's)."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, words: int) -> None:
+        self._matcher, self._words = matcher, words
+
+    def mask(self) -> bytes:
+        """See :class:`workers.sampling.guide.Guide`; ids that the tokenizer lacks are never allowed."""
+        found: bytes = self._matcher.compute_bitmask()
+        return found[: 4 * self._words].ljust(4 * self._words, b"\0")
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        if not self._matcher.consume_tokens(list(tokens)):
+            raise EngineFault("the grammar does not allow a token", self._matcher.get_error().splitlines()[0][:200])
+
+    def rollback(self, count: int) -> None:
+        if not self._matcher.rollback(count):
+            raise EngineFault(f"the grammar cannot go back {count} tokens", self._matcher.get_error()[:200])
+
+    def done(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+
+def _grammar(spec: GuideSpec) -> str:
+    """``spec`` as llguidance's own text. Raises Rejected for what is not even JSON where JSON is due."""
+    try:
+        if spec.kind == "json":
+            return str(llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}'))
+        if spec.kind == "json_schema":
+            return str(llguidance.LLMatcher.grammar_from_json_schema(spec.text))
+        if spec.kind == "regex":
+            return str(llguidance.LLMatcher.grammar_from_regex(spec.text))
+        if spec.kind == "grammar":
+            return str(llguidance.LLMatcher.grammar_from_lark(spec.text))
+        choices = msgspec.json.decode(spec.text, type=list[str])
+    except (ValueError, msgspec.DecodeError) as error:
+        raise _invalid(spec, str(error)) from None
+    if not 1 <= len(choices) <= MAX_CHOICES:
+        raise _invalid(spec, f"{len(choices)} choices; 1 to {MAX_CHOICES} are possible")
+    alternatives = " | ".join(msgspec.json.encode(choice).decode() for choice in choices)
+    return str(llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}"))
+
+
+def _invalid(spec: GuideSpec, why: str) -> Rejected:
+    return Rejected(
+        f"the {spec.kind} grammar cannot be followed", why.strip()[:300], "correct it or ask for less", code="invalid_schema", param="guide"
+    )
+
+
+def check_grammar(spec: GuideSpec) -> None:
+    """Compile ``spec`` without a tokenizer. Raises Rejected for one that means nothing."""
+    if fault := llguidance.LLMatcher.validate_grammar(_grammar(spec)):
+        raise _invalid(spec, fault)
+
+
+def guide_factory(tokenizer_file: Path, vocab_size: int, eos_ids: Sequence[int]) -> Callable[[GuideSpec], Guide]:
+    """A :data:`~workers.sampling.guide.GuideFactory` for ``tokenizer.json``. Raises ArtifactError when the file is none."""
+    try:
+        # The first end-of-sequence id alone: releases before 1.7 take no list, and one is enough to end with.
+        tokenizer = llguidance.LLTokenizer(tokenizer_file.read_text(), eos_token=eos_ids[0] if eos_ids else None)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{tokenizer_file} cannot be used for guided output", str(error)[:300]) from None
+    words = -(-vocab_size // 32)
+
+    def compile_guide(spec: GuideSpec) -> Guide:
+        if len(spec.text) > MAX_TEXT:
+            raise _invalid(spec, f"it has {len(spec.text)} characters; {MAX_TEXT} are the limit")
+        matcher = llguidance.LLMatcher(tokenizer, _grammar(spec), log_level=0)
+        if matcher.is_error():
+            raise _invalid(spec, matcher.get_error())
+        return LlGuide(matcher, words)
+
+    return compile_guide
