@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.drive import submit
 from bench.report import commit, facts, record
 from orchestrator.planner.known_models import SHAPES
-from workers.portable import PortableEngine, build
+from workers.engines.portable import PortableEngine, build
 from workers.protocol.specs import EngineSpec, ReplicaSpec
 
 SHAPE = "smollm2-135m-instruct"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from workers.portable import Follower, build
+from workers.engines.portable import Follower, build
 from workers.protocol.engine import Engine, Finish
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import QUANT_ALGOS, EngineSpec, Parallel, ReplicaSpec

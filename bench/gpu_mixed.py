@@ -20,7 +20,7 @@ from bench.gpu import CASES, spec_of, write_shape
 from bench.gpu_rank import submits
 from bench.report import commit, facts, record, say
 from workers.artifacts.artifact import open_artifact
-from workers.portable import PortableEngine, build
+from workers.engines.portable import PortableEngine, build
 
 ROWS, JOINERS, EVERY, TURNS = 32, 40, 8, 2
 PROMPTS = (100, 400)

@@ -25,8 +25,8 @@ import torch
 from bench.report import say
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Waiter
+from workers.engines.portable import Follower, PortableEngine, build
 from workers.layout.quant_parts import stored_tensors
-from workers.portable import Follower, PortableEngine, build
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import ModelSpec, ReplicaSpec
 from workers.runner.graphs import Graphs

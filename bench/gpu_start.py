@@ -21,8 +21,8 @@ from bench.gpu import Case, run, spec_of, write_shape
 from bench.report import commit, facts, record, say
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.checkpoint import CONFIG, FORMAT, MANIFEST, Manifest, config_of, describe, rank_file
-from workers.artifacts.numbers import STORAGE
-from workers.artifacts.tensorfile import TensorWriter, write_file
+from workers.artifacts.number_formats import STORAGE
+from workers.artifacts.safetensors_file import TensorWriter, write_file
 from workers.layout.quant_parts import stored_tensors
 from workers.protocol.specs import Parallel, Quant
 

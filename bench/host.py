@@ -27,7 +27,7 @@ from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Solo
-from workers.portable import PortableEngine
+from workers.engines.portable import PortableEngine
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.runner.device import HostDevice

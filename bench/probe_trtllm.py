@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import workers.trtllm
+import workers.engines.trtllm
 from tests.contract import PYTHON, Reader
 
 BACKENDS = ("executor.py", "llmapi.py")
@@ -27,7 +27,7 @@ Verdict = Literal["there", "missing", "untold"]
 
 def uses() -> list[str]:
     """``a.b.Class``, ``a.b.Class.member``, ``a.b.call(keyword=)``: all that the backends' source names, as far as it can be typed."""
-    folder = Path(workers.trtllm.__file__).parent
+    folder = Path(workers.engines.trtllm.__file__).parent
     seen = set().union(*(Reader((folder / name).read_text()).seen for name in BACKENDS))
     return sorted(importable(use) for use in seen if re.fullmatch(r"[\w.]+(\(\w+=\))?", use))
 

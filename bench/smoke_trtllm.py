@@ -27,11 +27,11 @@ from orchestrator.config import deployment_file
 from orchestrator.control.host.control_socket import ReplicaRow
 from orchestrator.control.host.deployment import connect
 from orchestrator.model_store import DEFAULT_MODEL
+from workers.engines.trtllm import build as building
+from workers.engines.trtllm import node_probe
+from workers.engines.trtllm.engine_dir import read_engine_dir
 from workers.protocol.errors import EnvironmentFault, TriremeError
 from workers.protocol.specs import Parallel
-from workers.trtllm import build as building
-from workers.trtllm import node
-from workers.trtllm.engine_dir import read_engine_dir
 
 COMMAND = [sys.executable, "-m", "orchestrator.cli"]
 #: Layouts that the default model's 9 query and 3 key/value heads allow, smallest first.
@@ -75,10 +75,10 @@ class Smoke:
         return self.run(name, *COMMAND, *words)
 
 
-def host() -> node.NodeFacts:
+def host() -> node_probe.NodeFacts:
     """What this host has. Raises :class:`EnvironmentFault` where nothing can be tried."""
     path = os.environ.get("PATH", os.defpath)
-    facts = node.look(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    facts = node_probe.look(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not facts.installed:
         what = "this host has no TensorRT-LLM, so nothing was tried"
         raise EnvironmentFault(
@@ -95,7 +95,7 @@ def installed_interface(smoke: Smoke) -> None:
     with smoke.check("the installed package has every name that the backends use"):
         smoke.run("probe", sys.executable, "-m", "bench.probe_trtllm")
     with smoke.check("trtllm-build has every option that may be passed"):
-        from workers.trtllm.build_options import options
+        from workers.engines.trtllm.build_options import options
 
         told = smoke.run("trtllm-build-help", building.PROGRAM, "--help")
         lacking = [option.name for option in options() if f"--{option.name}" not in told]

@@ -20,9 +20,9 @@ from pathlib import Path
 import msgspec
 
 from workers.artifacts.artifact import open_artifact
-from workers.artifacts.aside import locked, replacing
+from workers.artifacts.atomic_folder import locked, replacing
 from workers.artifacts.convert import Progress, convert, silent
-from workers.artifacts.tensorfile import FileRecord, hash_file
+from workers.artifacts.safetensors_file import FileRecord, hash_file
 from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound
 from workers.protocol.specs import DType, Parallel
 

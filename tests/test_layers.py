@@ -19,7 +19,6 @@ PACKAGES = ("workers", "orchestrator")
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
 LAYERS = {
-    "workers.fake": 2, "workers.portable": 4, "workers.trtllm": 4,
     "workers.protocol": 0, "orchestrator.router.spec": 0,
     "workers.scheduler": 1, "workers.layout": 1, "workers.sampling.definition": 1, "workers.sampling.guide": 1,
     "workers.serving.router_link": 1, "workers.serving.stream_table": 1,
@@ -195,7 +194,7 @@ def test_a_breach_is_named(module: str, source: str, fault: str) -> None:
             "workers.scheduler.scheduler",
             "import numpy\nfrom workers.protocol.messages import Submit\nfrom workers.scheduler.step_plan import StepPlan",
         ),
-        ("workers.portable", "import torch\nimport zmq\nimport threading\nfrom workers import __version__"),
+        ("workers.engines.portable", "import torch\nimport zmq\nimport threading\nfrom workers import __version__"),
         ("orchestrator.config.deployment_file", "import os\nhome = os.environ"),
         ("orchestrator.cli.main", "import os\nhome = os.environ"),
     ],

@@ -14,11 +14,11 @@ import pytest
 
 from tests.tiny import tiny_model
 from workers.artifacts.convert import convert
+from workers.engines.trtllm import build as building
+from workers.engines.trtllm import node_probe
+from workers.engines.trtllm.build_options import BuildOptions
+from workers.engines.trtllm.engine_dir import EngineDir
 from workers.protocol.specs import Parallel
-from workers.trtllm import build as building
-from workers.trtllm import node
-from workers.trtllm.build_options import BuildOptions
-from workers.trtllm.engine_dir import EngineDir
 
 FAKES = Path(__file__).resolve().parent / "fakes"
 
@@ -48,6 +48,6 @@ def checkpoint_of(folder: Path, *, tp: int = 2, pp: int = 2, for_trtllm: bool = 
 def engine_of(folder: Path, checkpoint: Path, *, options: BuildOptions | None = None, target: str = "engine") -> EngineDir:
     """Build with the faked builder; :func:`pretend` first."""
     path = os.environ["PATH"]
-    plan = building.prepare(checkpoint, options or BuildOptions(), model="tiny", path=path, facts=node.look(path, None))
+    plan = building.prepare(checkpoint, options or BuildOptions(), model="tiny", path=path, facts=node_probe.look(path, None))
     engine, _ = building.build(plan, folder / target, env=os.environ, on_line=lambda line: None, on_tick=lambda *tick: None)
     return engine

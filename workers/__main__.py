@@ -26,13 +26,13 @@ from typing import Any, NoReturn, get_args
 
 import msgspec
 
+from workers.engines.trtllm.environment import for_rank
 from workers.protocol.engine import Engine
 from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, TriremeError
 from workers.protocol.specs import EngineSpec, ReplicaSpec
 from workers.serving import rank, rank_process
 from workers.serving.router_io import KeyPair, check_address
 from workers.serving.state_file import ErrorReport, StateFile
-from workers.trtllm.environment import for_rank
 
 #: Longest that a rank waits for the others at MPI's end, seconds.
 FINALIZE_S = 5

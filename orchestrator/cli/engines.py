@@ -1,6 +1,6 @@
 """`trireme build` and `trireme engines`: TensorRT-LLM engines made from checkpoints, and what became of them.
 
-Owns what people see of a build. The work, and every refusal, belongs to `workers.trtllm`.
+Owns what people see of a build. The work, and every refusal, belongs to `workers.engines.trtllm`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from orchestrator.cli.options import CacheDir, cache_folder
 from workers.protocol.errors import Rejected
 
 if TYPE_CHECKING:
-    from workers.trtllm.catalogue import Entry
-    from workers.trtllm.engine_dir import EngineDir
-    from workers.trtllm.node import NodeFacts
+    from workers.engines.trtllm.engine_catalogue import Entry
+    from workers.engines.trtllm.engine_dir import EngineDir
+    from workers.engines.trtllm.node_probe import NodeFacts
 
 engines = typer.Typer(name="engines", help="The TensorRT-LLM engines that were built here.", no_args_is_help=True)
 
@@ -33,8 +33,8 @@ Form = Annotated[str, typer.Option("--output", "-o", metavar="text|json")]
 
 
 def with_build_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with a flag for every option that `workers.trtllm.build_options` knows; they arrive as ``given``, by name."""
-    from workers.trtllm.build_options import options
+    """``command`` with a flag for every option that `workers.engines.trtllm.build_options` knows; they arrive as ``given``, by name."""
+    from workers.engines.trtllm.build_options import options
 
     own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "given"]
     flags = []
@@ -68,9 +68,9 @@ def build(
 
     Layout and quantization are the checkpoint's. Needs TensorRT-LLM 1.2 and the GPU that is to serve.
     """
-    from workers.trtllm import build as building
-    from workers.trtllm import catalogue, node
-    from workers.trtllm.build_options import from_flags
+    from workers.engines.trtllm import build as building
+    from workers.engines.trtllm import engine_catalogue, node_probe
+    from workers.engines.trtllm.build_options import from_flags
 
     console: Console = context.obj
     options, path = from_flags(given), os.environ.get("PATH", os.defpath)
@@ -80,9 +80,9 @@ def build(
         words = building.command(building.PROGRAM, found, building.settle(found, options), output or Path("DIR"))
         console.out(" ".join(words))
         return
-    facts = node.look(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    facts = node_probe.look(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
     plan = building.prepare(checkpoint, options, model=model, path=path, facts=facts)
-    target = output or catalogue.folder(cache_folder(cache_dir)) / plan.key
+    target = output or engine_catalogue.folder(cache_folder(cache_dir)) / plan.key
     tell_unproven(console, plan)
     console.say(f"{plan.key}: {plan.gpu.name}, tensorrt_llm {plan.facts.installed}")
     with console.following() as follower, terminable():
@@ -133,10 +133,10 @@ def engines_list(context: typer.Context, form: Form = "text", cache_dir: CacheDi
     """Every engine in the catalogue."""
     import msgspec
 
-    from workers.trtllm import catalogue
+    from workers.engines.trtllm import engine_catalogue
 
     console: Console = context.obj
-    found = catalogue.entries(cache_folder(cache_dir))
+    found = engine_catalogue.entries(cache_folder(cache_dir))
     if form == "json":
         console.out(json.dumps(msgspec.to_builtins(found, enc_hook=str), indent=2))
         return
@@ -165,11 +165,11 @@ def engines_show(context: typer.Context, engine: EngineName, form: Form = "text"
     """What an engine is, and how it was built."""
     import msgspec
 
-    from workers.trtllm import catalogue
-    from workers.trtllm.engine_dir import read_engine_dir
+    from workers.engines.trtllm import engine_catalogue
+    from workers.engines.trtllm.engine_dir import read_engine_dir
 
     console: Console = context.obj
-    found = read_engine_dir(catalogue.find(cache_folder(cache_dir), engine))
+    found = read_engine_dir(engine_catalogue.find(cache_folder(cache_dir), engine))
     if form == "json":
         console.out(json.dumps(msgspec.to_builtins(found, enc_hook=str), indent=2))
     else:
@@ -205,14 +205,14 @@ def describe(engine: EngineDir) -> list[tuple[str, str]]:
 @engines.command("verify")
 def engines_verify(context: typer.Context, engine: EngineName, cache_dir: CacheDir = None) -> None:
     """Compare every hash, and ask whether the engine can run on this machine; exit code 3 or 4 when it cannot."""
-    from workers.trtllm import catalogue, node, preflight
-    from workers.trtllm.engine_dir import read_engine_dir, verify_files
+    from workers.engines.trtllm import engine_catalogue, node_probe, preflight
+    from workers.engines.trtllm.engine_dir import read_engine_dir, verify_files
 
     console: Console = context.obj
-    found = read_engine_dir(catalogue.find(cache_folder(cache_dir), engine))
+    found = read_engine_dir(engine_catalogue.find(cache_folder(cache_dir), engine))
     if found.record is not None:
         console.out(f"{console.paint('ok', 'good')}    every file as it was built, {size(verify_files(found))}")
-    facts = node.look(os.environ.get("PATH", os.defpath), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    facts = node_probe.look(os.environ.get("PATH", os.defpath), os.environ.get("CUDA_VISIBLE_DEVICES"))
     tell_node(console, found, facts)
     faults = preflight.faults(found, found.parallel, None, facts, None)
     for note in preflight.notes(found, facts):
@@ -241,15 +241,15 @@ def engines_rm(
     cache_dir: CacheDir = None,
 ) -> None:
     """Delete an engine. Replicas that run it keep what they have loaded."""
-    from workers.trtllm import catalogue
+    from workers.engines.trtllm import engine_catalogue
 
     console: Console = context.obj
-    path = catalogue.find(cache_folder(cache_dir), engine)
+    path = engine_catalogue.find(cache_folder(cache_dir), engine)
     if not yes:
         if not console.stderr.isatty():
             raise Rejected(f"{path} was not deleted", "nobody is there to be asked", "add --yes")
         typer.confirm(f"delete {path}?", abort=True, err=True)
-    console.say(f"{path}: deleted, {size(catalogue.remove(path))} freed")
+    console.say(f"{path}: deleted, {size(engine_catalogue.remove(path))} freed")
 
 
 def register(app: typer.Typer) -> None:

@@ -114,8 +114,8 @@ def _description(name: str, form: QuantName | None) -> tuple[ModelSpec, Quant]:
     """(shape, weight formats) of a model with weights in ``form``: read from its folder, or known by name."""
     from orchestrator.planner.known_models import SHAPES
     from workers.artifacts.artifact import open_artifact, quant_for
+    from workers.engines.trtllm.engine_dir import is_engine_dir
     from workers.protocol.specs import PLAIN, quant_of
-    from workers.trtllm.engine_dir import is_engine_dir
 
     path = Path(name).expanduser()
     if path.exists():

@@ -103,13 +103,13 @@ def verify(
     cache_dir: CacheDir = None,
 ) -> None:
     """Run fixed prompts through an engine and through the portable engine on the same checkpoint; exit code 3 when they disagree."""
-    from workers.trtllm import catalogue
-    from workers.trtllm.engine_dir import read_engine_dir
+    from workers.engines.trtllm import engine_catalogue
+    from workers.engines.trtllm.engine_dir import read_engine_dir
 
     console: Console = context.obj
     if reference_device not in ("cpu", "cuda"):
         raise Rejected(f"--reference-device {reference_device} is not a device", hint="use cpu or cuda")
-    found = read_engine_dir(catalogue.find(cache_folder(cache_dir), engine))
+    found = read_engine_dir(engine_catalogue.find(cache_folder(cache_dir), engine))
     source = checkpoint or origin(found)
     asked = [line for line in prompts.read_text().splitlines() if line.strip()] if prompts is not None else list(PROMPTS)
     candidate = {
@@ -128,7 +128,7 @@ def verify(
 def origin(engine: Any) -> Path:
     """The checkpoint that an engine was built from, as it was then. Raises :class:`ArtifactError` when it is not there any more."""
     from workers.artifacts.checkpoint import MANIFEST
-    from workers.artifacts.tensorfile import hash_file
+    from workers.artifacts.safetensors_file import hash_file
 
     if engine.record is None:
         raise ArtifactError(f"{engine.path} does not say what it was built from", "another program built it", "name it with --checkpoint")

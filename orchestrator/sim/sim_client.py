@@ -1,7 +1,7 @@
 """A client that knows what it should get: it asks, reads at its pace, goes on elsewhere when its router is gone, and distrusts everything.
 
-Owns the journal of one request and the oracle's answer (:func:`workers.fake.expected_tokens`). What it asserts is what users are promised:
-no gap, no repeat, the right tokens, no more than was granted, and one end a choice.
+Owns the journal of one request and the oracle's answer (:func:`workers.engines.fake.expected_tokens`). What it asserts is what users are
+promised: no gap, no repeat, the right tokens, no more than was granted, and one end a choice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from orchestrator.sim.schedule import Arrive
 from orchestrator.sim.sim_router import Ask, Call, Router
 from orchestrator.sim.timeline import Timeline
-from workers.fake import BYTES_EOS, expected_tokens
+from workers.engines.fake import BYTES_EOS, expected_tokens
 from workers.protocol.errors import DeadlineExceeded, Overloaded, TriremeError
 from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from orchestrator.sim.schedule import Setup
 from orchestrator.sim.sim_network import PULSE_S, Far, Net, Wire
 from orchestrator.sim.timeline import Timeline
-from workers.fake import FakeEngine
+from workers.engines.fake import FakeEngine
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import (
     PROTOCOL,

@@ -18,8 +18,8 @@ import msgspec
 import psutil
 
 from orchestrator.control.launch.mpiexec import find_mpi
+from workers.engines.trtllm.node_probe import gpus, installed_versions
 from workers.protocol.errors import EnvironmentFault
-from workers.trtllm.node import gpus, installed_versions
 
 #: Clocks: logs and epochs of two jobs are compared by time. More than the first is told, more than the second is refused; seconds.
 SKEW_TOLD_S, SKEW_REFUSED_S = 2.0, 60.0

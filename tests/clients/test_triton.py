@@ -12,7 +12,7 @@ import pytest
 
 from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.routing import RouterRun
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 
 client_of = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed (pip install '.[kserve]', or make test-kserve)")

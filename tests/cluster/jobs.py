@@ -29,7 +29,7 @@ from tests.e2e.deployment import write_config
 from tests.faults.control_plane import cases, daemon, epochs, exactly, rows, until
 from tests.faults.namespace import measured, step
 from tests.faults.streams import run_all
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import SamplingParams
 

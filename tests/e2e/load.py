@@ -11,7 +11,7 @@ import msgspec
 
 from orchestrator.client import AsyncClient, ClientKeys
 from tests.e2e.deployment import MODEL
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import RouterAddress
 

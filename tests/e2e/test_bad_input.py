@@ -225,7 +225,7 @@ def test_an_interrupted_start_leaves_nothing(stage: Path, moment: str) -> None:
 
 def test_a_start_that_waits_for_a_download_can_be_interrupted(stage: Path) -> None:
     """Another process fetches the model: the lock is held here, and never let go."""
-    from workers.artifacts.aside import locked
+    from workers.artifacts.atomic_folder import locked
 
     cache = stage / "cache"
     with locked(cache / "models" / "smollm2-135m-instruct.lock"):

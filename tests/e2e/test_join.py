@@ -27,7 +27,7 @@ from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.e2e.load import ASKERS, Load, expected
 from tests.e2e.test_two_routers import free_ports
 from tests.gang import wait_for
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 
 FRONT = "front"

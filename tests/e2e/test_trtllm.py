@@ -19,11 +19,11 @@ from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Status
 from tests.e2e.deployment import deployed, wait_for_state
 from tests.trtllm import FAKES, checkpoint_of, engine_of, pretend
-from workers.fake import expected_tokens
-from workers.portable import build
+from workers.engines.fake import expected_tokens
+from workers.engines.portable import build
+from workers.engines.trtllm.build_options import BuildOptions
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, ReplicaSpec
-from workers.trtllm.build_options import BuildOptions
 
 OUTPUT = 300
 #: Tokens of each answer that a client holds before its replica dies.

@@ -23,7 +23,7 @@ from orchestrator.client import AsyncClient, Client, ClientKeys
 from orchestrator.control.host.control_socket import Control, Status
 from tests.e2e.deployment import deployed, wait_for_state
 from tests.gang import wait_for
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 
 HA = Path(__file__).resolve().parents[2] / "deploy" / "examples" / "ha.yaml"

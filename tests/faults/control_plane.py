@@ -23,7 +23,7 @@ from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.e2e.deployment import write_config
 from tests.faults.namespace import measured, step
 from tests.faults.streams import Case, counts, run_all
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.errors import NotFound
 from workers.protocol.messages import SamplingParams
 

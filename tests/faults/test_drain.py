@@ -15,7 +15,7 @@ from tests.e2e.deployment import deployed, write_config
 from tests.faults.streams import Case, run_all
 from tests.figures import figure
 from tests.gang import short_folder, wait_for
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 
 pytestmark = pytest.mark.mpi

@@ -15,7 +15,7 @@ from tests.faults.wire_cut import Wire
 from tests.figures import figure
 from tests.gang import Gang, short_folder
 from tests.routing import RouterRun
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec
 

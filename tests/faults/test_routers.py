@@ -23,7 +23,7 @@ from orchestrator.router.spec import AdmissionSpec
 from tests.figures import figure
 from tests.gang import Gang, short_folder
 from tests.routing import RouterRun
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec
 

@@ -19,9 +19,9 @@ from tests.reference.default_model import artifact
 from tests.reference.engine import Stream, margin_violations, request, serve
 from tests.tiny import tiny_model
 from workers.artifacts.convert import convert
+from workers.engines.portable import PortableEngine, build
 from workers.models.kernels import reference
 from workers.models.kernels.linear import FP8_MAX
-from workers.portable import PortableEngine, build
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec

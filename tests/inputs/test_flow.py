@@ -32,7 +32,7 @@ from tests.inputs.test_http import head
 from tests.inputs.world import TEXT, rss_mb, text
 from tests.routing import RouterRun
 from tests.test_layers import modules
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams
 from workers.protocol.specs import RouterAddress
 from workers.scheduler.scheduler import PAUSE_S

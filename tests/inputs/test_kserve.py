@@ -18,7 +18,7 @@ from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.inputs.table import DEEP
 from tests.inputs.world import MAX_BODY, MODEL, VOCAB, World
 from tests.routing import RouterRun
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 
 GENERATE, STREAM, INFER = (f"/v2/models/{MODEL}/{verb}" for verb in ("generate", "generate_stream", "infer"))

@@ -24,7 +24,7 @@ from orchestrator.keys import ApiKeyRing, KeyRing
 from orchestrator.router.spec import AdmissionSpec, HttpSpec
 from tests.gang import FAKE, Gang, wait_for
 from tests.routing import RouterRun
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import RouterAddress
 

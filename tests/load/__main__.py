@@ -27,7 +27,7 @@ from tests.e2e.deployment import MODEL, deployed, write_config
 from tests.e2e.test_two_routers import free_ports
 from tests.load.report import Report, percentile, say
 from tests.load.wire import Streamed, ask, stream
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import RouterAddress

@@ -31,7 +31,7 @@ from tests.e2e.test_two_routers import free_ports
 from tests.load.growth import Growth
 from tests.load.report import Report, percentile, say
 from tests.load.traces import Traces
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.errors import Cancelled
 from workers.protocol.messages import SamplingParams
 

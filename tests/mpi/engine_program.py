@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from tests.reference.engine import serve
 from workers.distributed.group import Waiter
-from workers.portable import Follower, PortableEngine, build
+from workers.engines.portable import Follower, PortableEngine, build
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import Submit
 from workers.protocol.specs import ReplicaSpec

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from mpi4py import MPI
 
-from workers.portable import Follower, build
+from workers.engines.portable import Follower, build
 from workers.protocol.specs import ReplicaSpec
 
 

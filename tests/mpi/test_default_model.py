@@ -16,8 +16,8 @@ from tests.reference.default_model import artifact, transformers_model
 from tests.reference.engine import request, serve
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.rank_groups import split
+from workers.engines.portable import PortableEngine, build
 from workers.models.kernels.reference import attention_layout
-from workers.portable import PortableEngine, build
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec

@@ -12,7 +12,7 @@ from tests.mpi.world import run
 from tests.reference.engine import request, serve
 from tests.tiny import tiny_model
 from workers.artifacts.convert import convert
-from workers.portable import build
+from workers.engines.portable import build
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 

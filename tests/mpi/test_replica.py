@@ -14,7 +14,7 @@ import pytest
 
 from tests.gang import MPIEXEC, Gang, RouterEnd, cpu_seconds, short_folder
 from tests.tiny import tiny_model
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Drain, Failed, SamplingParams
 from workers.protocol.specs import EngineSpec
 

@@ -18,12 +18,12 @@ from orchestrator.control.launch.supervisor import Gang as Launched
 from orchestrator.control.launch.supervisor import LocalNode
 from tests.gang import Gang, RouterEnd, short_folder, wait_for
 from tests.tiny import tiny_model, tiny_tokenizer
-from workers.fake import BYTES_EOS, expected_tokens
+from workers.engines.fake import BYTES_EOS, expected_tokens
+from workers.engines.trtllm.sequence import continued_seed
 from workers.protocol.messages import Cancel, Credit, Done, Failed, SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 from workers.protocol.trtllm_options import TrtllmOptions
 from workers.scheduler.block_pool import prefix_hashes
-from workers.trtllm.rows import continued_seed
 
 pytestmark = pytest.mark.mpi
 

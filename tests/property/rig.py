@@ -1,6 +1,7 @@
 """The batch core over a model that distrusts it, driven by hand: what the property tests and the unit tests of the batch share.
 
-Owns nothing of the product. Must judge by :func:`workers.fake.expected_tokens` and by the plans alone, never by the batch's own fields.
+Owns nothing of the product. Must judge by :func:`workers.engines.fake.expected_tokens` and by the plans alone, never by the batch's own
+fields.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from itertools import pairwise
 
 import msgspec
 
-from workers.fake import FakeModel, advance, expected_tokens
+from workers.engines.fake import FakeModel, advance, expected_tokens
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.messages import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
 from workers.sampling.guide import GuideFactory

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.reference.engine import Stream, request, serve
 from tests.tiny import IM_END, tiny_model
-from workers.fake import FakeEngine
-from workers.portable import build
+from workers.engines.fake import FakeEngine
+from workers.engines.portable import build
 from workers.protocol.engine import Engine
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import Failed, GuideSpec, SamplingParams, Submit, decode_to_replica, encode

@@ -29,7 +29,7 @@ from orchestrator.slurm import endpoint as endpoints
 from orchestrator.slurm.endpoint import Endpoint
 from tests.slurm.load import Load
 from tests.tiny import tiny_model, tiny_tokenizer
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 
 #: Generous: on a busy machine Ray takes ten times as long to start as on an idle one.

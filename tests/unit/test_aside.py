@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from workers.artifacts.aside import locked, replacing
+from workers.artifacts.atomic_folder import locked, replacing
 from workers.protocol.errors import EnvironmentFault
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from workers.artifacts.aside import locked
+from workers.artifacts.atomic_folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.property.rig import EOS, Rig, capacity, submit
 from tests.unit.table_guide import table_guides
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.engine import Fault, Finish
 from workers.protocol.errors import EngineFault, Rejected, TooLong, Unsupported
 from workers.protocol.messages import UNLIMITED, GuideSpec, SamplingParams

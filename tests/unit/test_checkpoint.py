@@ -17,8 +17,8 @@ from workers.artifacts.artifact import open_artifact
 from workers.artifacts.checkpoint import open_rank, read_checkpoint
 from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
-from workers.artifacts.numbers import STORAGE, cast
-from workers.artifacts.tensorfile import TensorFile, TensorWriter, hash_file
+from workers.artifacts.number_formats import STORAGE, cast
+from workers.artifacts.safetensors_file import TensorFile, TensorWriter, hash_file
 from workers.layout.sharding import shard_tensors
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import Parallel

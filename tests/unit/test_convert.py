@@ -18,7 +18,7 @@ from workers.artifacts import convert as conversion
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
-from workers.artifacts.tensorfile import TensorFile
+from workers.artifacts.safetensors_file import TensorFile
 from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
 from workers.protocol.specs import Parallel

@@ -11,7 +11,7 @@ from bench.fit import CPU_FITTED, CPU_HELD_OUT, FITTED, HELD_OUT, misses, record
 from orchestrator.planner.cost_model import Load, Pipeline, Rates, StageWork, Workload, replay, stage_seconds
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT
 from tests import figures
-from workers.fake import FakeEngine
+from workers.engines.fake import FakeEngine
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel
 

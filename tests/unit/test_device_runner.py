@@ -18,8 +18,8 @@ from tests.reference.shards import make_stage, whole_weights
 from tests.tiny import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group, InProcess, Solo
+from workers.engines.portable import PortableEngine
 from workers.models.decoder import LlamaStage
-from workers.portable import PortableEngine
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.protocol.specs import Parallel
 from workers.runner.cpu_runner import Runner

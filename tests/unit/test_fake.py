@@ -8,7 +8,7 @@ import pytest
 
 from tests.property.rig import submit
 from tests.unit.table_guide import table_guides
-from workers.fake import PRINTABLE, FakeEngine, expected_tokens, score, state_of
+from workers.engines.fake import PRINTABLE, FakeEngine, expected_tokens, score, state_of
 from workers.protocol.engine import Engine, Fault, Finish
 from workers.protocol.errors import TooLong, Unsupported
 from workers.protocol.messages import GuideSpec, SamplingParams

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from tests.tiny import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.gguf import GgufFile, GgufSource, read_model, stored_name
-from workers.artifacts.vocabulary import end_ids, read_vocabulary, tokenizer_files
+from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary, tokenizer_files
 from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError
 

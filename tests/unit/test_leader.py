@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from tests.gang import RouterEnd, short_folder, wait_for
-from workers.fake import FakeEngine, expected_tokens
+from workers.engines.fake import FakeEngine, expected_tokens
 from workers.protocol import messages as wire
 from workers.protocol.engine import Emission
 from workers.protocol.errors import ConfigError, EngineFault, ReplicaLost, TriremeError

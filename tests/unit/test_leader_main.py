@@ -131,7 +131,7 @@ def test_a_rank_dies_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_nothing_heavy_is_imported_before_the_threads_are_set() -> None:
-    code = "import sys, workers.__main__; print(*{'torch', 'numpy', 'mpi4py', 'workers.portable'} & sys.modules.keys())"
+    code = "import sys, workers.__main__; print(*{'torch', 'numpy', 'mpi4py', 'workers.engines.portable'} & sys.modules.keys())"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout.split() == []
 

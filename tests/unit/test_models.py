@@ -18,7 +18,7 @@ from orchestrator.model_store import CATALOGUE, DEFAULT_MODEL, NamedModel, pull,
 from tests.tiny import tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.convert import convert
-from workers.artifacts.tensorfile import FileRecord, hash_file
+from workers.artifacts.safetensors_file import FileRecord, hash_file
 from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, NotFound
 from workers.protocol.specs import Parallel

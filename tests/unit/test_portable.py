@@ -10,7 +10,7 @@ import torch
 
 from tests.reference.engine import margin_violations, request, serve
 from tests.tiny import IM_END, tiny_model
-from workers.portable import PortableEngine, build
+from workers.engines.portable import PortableEngine, build
 from workers.protocol.engine import Finish
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, Rejected
 from workers.protocol.messages import GuideSpec, SamplingParams, Submit

@@ -14,8 +14,8 @@ from workers.artifacts.artifact import open_artifact, quant_for
 from workers.artifacts.checkpoint import MANIFEST, Manifest, open_rank, read_checkpoint
 from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
-from workers.artifacts.numbers import FP8_MAX, to_fp8
-from workers.artifacts.tensorfile import hash_file
+from workers.artifacts.number_formats import FP8_MAX, to_fp8
+from workers.artifacts.safetensors_file import hash_file
 from workers.layout.quant_parts import parts_of, stored_tensors, unit_of
 from workers.layout.sharding import shard_tensors
 from workers.protocol.errors import ArtifactError, ConfigError

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.client import AsyncClient, Client
 from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.routing import RouterRun
-from workers.fake import expected_tokens
+from workers.engines.fake import expected_tokens
 from workers.protocol.errors import Cancelled, DeadlineExceeded, NotFound, Rejected, Unavailable
 from workers.protocol.messages import SamplingParams
 

@@ -17,12 +17,12 @@ from orchestrator.cli.main import run
 from tests.tiny import IM_END, tiny_model
 from tests.trtllm import FAKES, checkpoint_of, engine_of, even_model, pretend
 from workers.artifacts.convert import convert
+from workers.engines.trtllm import build as building
+from workers.engines.trtllm import node_probe
+from workers.engines.trtllm.build_options import BuildOptions, from_flags, options
+from workers.engines.trtllm.engine_dir import RECORD, read_engine_dir
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
 from workers.protocol.specs import Parallel, quant_of
-from workers.trtllm import build as building
-from workers.trtllm import node
-from workers.trtllm.build_options import BuildOptions, from_flags, options
-from workers.trtllm.engine_dir import RECORD, read_engine_dir
 
 CONTRACT = json.loads((FAKES.parent / "contracts" / "tensorrt_llm_api.json").read_text())
 BUILDER = {flag.removeprefix("--"): option for option in CONTRACT["cli"]["trtllm-build"]["options"] for flag in option["flags"]}
@@ -111,7 +111,7 @@ def test_build_then_list_show_verify_rm(
 def test_keys_differ_where_engines_would(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     def key(path: Path = checkpoint, **given: object) -> str:
         where = os.environ["PATH"]
-        return building.prepare(path, from_flags(given), model="tiny", path=where, facts=node.look(where, None)).key
+        return building.prepare(path, from_flags(given), model="tiny", path=where, facts=node_probe.look(where, None)).key
 
     same = key()
     assert key(workers=4, log_level="verbose") == same  # how, not what
@@ -171,7 +171,9 @@ def test_a_build_that_fails_leaves_nothing_but_its_log(
 
 def test_a_build_that_hangs_is_ended_with_all_that_it_started(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     host.setenv("TRIREME_FAKE_BUILD", "hang")
-    plan = building.prepare(checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node.look(os.environ["PATH"], None))
+    plan = building.prepare(
+        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.look(os.environ["PATH"], None)
+    )
     heard: list[str] = []
     with pytest.raises(EnvironmentFault, match="did not end in"):
         building.build(plan, tmp_path / "engine", env=os.environ, on_line=heard.append, on_tick=lambda *tick: None, limit_s=3.0)
@@ -193,7 +195,9 @@ def test_ctrl_c_and_sigterm_end_a_build(host: pytest.MonkeyPatch, checkpoint: Pa
 
 
 def test_two_builds_of_one_key_make_one_engine(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
-    plan = building.prepare(checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node.look(os.environ["PATH"], None))
+    plan = building.prepare(
+        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.look(os.environ["PATH"], None)
+    )
     made: list[bool] = []
 
     def work() -> None:
@@ -210,7 +214,9 @@ def test_two_builds_of_one_key_make_one_engine(host: pytest.MonkeyPatch, checkpo
 
 def test_a_log_is_text_whatever_the_builder_writes(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     host.setenv("TRIREME_FAKE_BUILD", "noisy")
-    plan = building.prepare(checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node.look(os.environ["PATH"], None))
+    plan = building.prepare(
+        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.look(os.environ["PATH"], None)
+    )
     heard: list[str] = []
     building.build(plan, tmp_path / "engine", env=os.environ, on_line=heard.append, on_tick=lambda *tick: None)
     assert "Loading weights: 10%" in heard and "Loading weights: 100%" in heard and any("not text" in line for line in heard)

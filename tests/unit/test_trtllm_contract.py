@@ -8,13 +8,13 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-import workers.trtllm
+import workers.engines.trtllm
 from tests.contract import PYTHON, TRT, Reader
 from tests.test_layers import imports
+from workers.engines.trtllm.backend_choice import PROBES
 from workers.protocol import trtllm_options
-from workers.trtllm.choose import PROBES
 
-FOLDER = Path(workers.trtllm.__file__).parent
+FOLDER = Path(workers.engines.trtllm.__file__).parent
 BACKENDS = ("executor.py", "llmapi.py")
 
 HEAD = "from tensorrt_llm.bindings import executor as trt\nfrom tensorrt_llm import llmapi\nimport tensorrt_llm\n"

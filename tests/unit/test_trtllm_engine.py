@@ -5,15 +5,15 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from workers.engines.trtllm.engine import PAUSE_S, TrtllmEngine, Vitals, warm_up
+from workers.engines.trtllm.error_map import explain
+from workers.engines.trtllm.hot_prefixes import HotPrefixes
+from workers.engines.trtllm.sequence import Delta, Job, Limits, continued_seed
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import ArtifactError, ConfigError, EngineFault, EnvironmentFault, Rejected, TooLong, TriremeError, Unsupported
 from workers.protocol.messages import UNLIMITED, Capacity, GuideSpec, SamplingParams, Submit
 from workers.protocol.trtllm_options import LlmOptions, SchedulerOptions, TrtllmOptions, given
 from workers.scheduler.block_pool import prefix_hashes
-from workers.trtllm.engine import PAUSE_S, TrtllmEngine, Vitals, warm_up
-from workers.trtllm.faults import explain
-from workers.trtllm.prefixes import HotPrefixes
-from workers.trtllm.rows import Delta, Job, Limits, continued_seed
 
 EOS = (258, 256)
 CAPACITY = Capacity(

@@ -117,7 +117,7 @@ def test_config_keys(source: Path, tp: int, pp: int, tmp_path: Path) -> None:
 def test_read_back_gives_the_same_logits(source: Path, tp: int, pp: int, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from tests.reference.engine import request, serve
-    from workers.portable import PortableEngine, build
+    from workers.engines.portable import PortableEngine, build
     from workers.protocol.messages import SamplingParams
     from workers.protocol.specs import EngineSpec, ReplicaSpec
 

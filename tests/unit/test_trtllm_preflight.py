@@ -18,13 +18,13 @@ from orchestrator.control.launch.launcher import GangSpec, mint_epoch
 from orchestrator.control.launch.subprocesses import tagged
 from orchestrator.control.launch.supervisor import Gang, LocalNode
 from tests.trtllm import FAKES, checkpoint_of, engine_of, even_model, pretend
+from workers.engines.trtllm import environment, node_probe, preflight
+from workers.engines.trtllm.build_options import BuildOptions
+from workers.engines.trtllm.engine_dir import EngineDir, Gpu, read_engine_dir
+from workers.engines.trtllm.node_probe import NodeFacts, needed_libraries
+from workers.engines.trtllm.preflight import Place, check_rank, faults
 from workers.protocol.errors import EnvironmentFault, TriremeError
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
-from workers.trtllm import environment, node, preflight
-from workers.trtllm.build_options import BuildOptions
-from workers.trtllm.engine_dir import EngineDir, Gpu, read_engine_dir
-from workers.trtllm.node import NodeFacts, needed_libraries
-from workers.trtllm.preflight import Place, check_rank, faults
 
 ROOT = FAKES.parents[1]
 GIB = 1 << 30
@@ -141,18 +141,18 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch) -> None
     path = os.environ["PATH"]
 
     def names(visible: str | None) -> str:
-        return "".join(found.name for found in node.gpus(path, visible) or ())
+        return "".join(found.name for found in node_probe.gpus(path, visible) or ())
 
     assert [names(visible) for visible in (None, "2,0", "GPU-00000001", "", "0,7,1")] == ["ABC", "CA", "B", "", "A"]
-    assert node.gpus(path, "1") == (Gpu(index=1, name="B", capability="8.9", memory=2000 << 20, free=100 << 20, driver="580.65.06"),)
-    assert node.gpus("/no/such/folder", None) is None and node.gpus(path, "MIG-0000-1111") is None
+    assert node_probe.gpus(path, "1") == (Gpu(index=1, name="B", capability="8.9", memory=2000 << 20, free=100 << 20, driver="580.65.06"),)
+    assert node_probe.gpus("/no/such/folder", None) is None and node_probe.gpus(path, "MIG-0000-1111") is None
     monkeypatch.setenv("TRIREME_FAKE_GPUS", "broken")
     with pytest.raises(EnvironmentFault, match="couldn't communicate"):
-        node.gpus(path, None)
+        node_probe.gpus(path, None)
     monkeypatch.setenv("TRIREME_FAKE_GPUS", "hang")
-    monkeypatch.setattr(node, "LOOK_S", 1.0)
+    monkeypatch.setattr(node_probe, "LOOK_S", 1.0)
     with pytest.raises(EnvironmentFault, match="does not answer"):
-        node.gpus(path, None)
+        node_probe.gpus(path, None)
 
 
 def test_libraries_of_a_shared_object(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_node_without_the_artifact_says_so(tmp_path: Path, monkeypatch: pytest
     pretend(monkeypatch)
     place = {"ranks": [1], "node": 0, "mpi": "openmpi"}
     order = {"artifact": str(tmp_path / "none"), "parallel": Parallel(), "engine": EngineSpec(kind="trtllm"), "place": place}
-    line = [sys.executable, "-m", "workers.trtllm", msgspec.json.encode(order).decode()]
+    line = [sys.executable, "-m", "workers.engines.trtllm", msgspec.json.encode(order).decode()]
     ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S, check=False)
     assert ran.returncode == 3 and "no such folder" in json.loads(ran.stdout)["faults"][0]["why"]
     ran = subprocess.run([*line[:-1], "{}"], cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S, check=False)

@@ -13,15 +13,15 @@ from orchestrator.config.deployment_file import load
 from tests.tiny import tiny_gguf
 from tests.trtllm import FAKES, checkpoint_of
 from workers.__main__ import parse
+from workers.engines.trtllm import executor, llmapi
+from workers.engines.trtllm.engine_dir import EngineDir
+from workers.engines.trtllm.model import open_model
+from workers.engines.trtllm.sequence import Job
 from workers.protocol import trtllm_options
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.messages import GuideSpec, SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel, Quant
 from workers.protocol.trtllm_options import TrtllmOptions
-from workers.trtllm import executor, llmapi
-from workers.trtllm.engine_dir import EngineDir
-from workers.trtllm.model import open_model
-from workers.trtllm.rows import Job
 
 ENGINE = EngineDir(
     path=Path("/engine"), version="1.2.1", parallel=Parallel(tp=2), world=2, vocab_size=320, max_batch_size=64, max_num_tokens=256,

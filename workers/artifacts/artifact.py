@@ -12,9 +12,9 @@ import msgspec
 
 from workers.artifacts import gguf, hf
 from workers.artifacts.checkpoint import CONFIG, CheckpointSource, read_checkpoint
+from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary
 from workers.artifacts.quantize import QuantizedSource
 from workers.artifacts.source import Source
-from workers.artifacts.vocabulary import end_ids, read_vocabulary
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
 

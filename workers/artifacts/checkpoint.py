@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 
 from workers.artifacts.hf import decode
+from workers.artifacts.safetensors_file import NAMES, FileRecord, TensorFile, hash_file
 from workers.artifacts.source import Block, cut
-from workers.artifacts.tensorfile import NAMES, FileRecord, TensorFile, hash_file
 from workers.layout.quant_parts import StoredTensor, stored_tensors
 from workers.layout.sharding import Span, Tensor, heads_of
 from workers.protocol.errors import ArtifactError

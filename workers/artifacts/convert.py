@@ -14,7 +14,7 @@ from typing import TypeAlias
 import msgspec
 
 from workers.artifacts.artifact import Artifact, open_artifact, open_source
-from workers.artifacts.aside import ELSEWHERE, replacing
+from workers.artifacts.atomic_folder import ELSEWHERE, replacing
 from workers.artifacts.checkpoint import (
     CONFIG,
     FORMAT,
@@ -29,10 +29,10 @@ from workers.artifacts.checkpoint import (
     verify_all,
 )
 from workers.artifacts.gguf import GgufFile
+from workers.artifacts.gguf_tokenizer import read_vocabulary, tokenizer_files
 from workers.artifacts.hf import TOKENIZER_FILES
+from workers.artifacts.safetensors_file import FileRecord, TensorWriter, write_file
 from workers.artifacts.source import Source, assemble
-from workers.artifacts.tensorfile import FileRecord, TensorWriter, write_file
-from workers.artifacts.vocabulary import read_vocabulary, tokenizer_files
 from workers.layout.sharding import trtllm_refusal
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
 from workers.protocol.specs import DType, Parallel, Quant

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from workers.artifacts.numbers import Array
+from workers.artifacts.number_formats import Array
+from workers.artifacts.safetensors_file import AGAIN, OTHER, regular
 from workers.artifacts.source import CHUNK, Block
-from workers.artifacts.tensorfile import AGAIN, OTHER, regular
 from workers.layout.sharding import EMBEDDING, FINAL_NORM, HEAD, Span, Tensor, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import ModelSpec

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from workers.artifacts.safetensors_file import AGAIN, NAMES, OTHER, TensorFile, regular
 from workers.artifacts.source import Block, cut
-from workers.artifacts.tensorfile import AGAIN, NAMES, OTHER, TensorFile, regular
 from workers.layout.sharding import HEAD, Span, Tensor, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec, RopeScaling

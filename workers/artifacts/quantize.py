@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from workers.artifacts.numbers import FP8_MAX, STORAGE, Array, cast, to_fp8
+from workers.artifacts.number_formats import FP8_MAX, STORAGE, Array, cast, to_fp8
 from workers.artifacts.source import CHUNK, Block, Source
 from workers.layout.quant_parts import Part, cut_part, part_of, parts_of, whole_parts
 from workers.layout.sharding import Span, Tensor

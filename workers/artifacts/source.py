@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from workers.artifacts.numbers import STORAGE, Array, cast
+from workers.artifacts.number_formats import STORAGE, Array, cast
 from workers.layout.quant_parts import Format
 from workers.layout.sharding import ShardTensor, Span, Tensor
 

@@ -1,7 +1,8 @@
 """The Engine seam: what a leader's engine thread drives, whichever engine it is.
 
-At request level on purpose: TensorRT-LLM batches by itself. Implemented by ``workers.fake.FakeEngine``, ``workers.portable.PortableEngine``
-and ``workers.trtllm``. All calls come from one thread; ids are the leader's own small integers, unique while the row lives.
+At request level on purpose: TensorRT-LLM batches by itself. Implemented by ``workers.engines.fake.FakeEngine``,
+``workers.engines.portable.PortableEngine`` and ``workers.engines.trtllm``. All calls come from one thread; ids are the leader's own small
+integers, unique while the row lives.
 """
 
 from __future__ import annotations

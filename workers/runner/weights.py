@@ -14,9 +14,9 @@ import torch
 
 from workers.artifacts.artifact import Artifact, open_source
 from workers.artifacts.checkpoint import open_rank, rank_file, read_checkpoint, verify
-from workers.artifacts.numbers import STORAGE, Array
+from workers.artifacts.number_formats import STORAGE, Array
+from workers.artifacts.safetensors_file import TensorFile
 from workers.artifacts.source import Block, Source, assemble, convert_into
-from workers.artifacts.tensorfile import TensorFile
 from workers.layout.quant_parts import Format, StoredTensor, stored_tensors
 from workers.models.layers import TORCH
 from workers.protocol.errors import ArtifactError

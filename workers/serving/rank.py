@@ -129,13 +129,13 @@ def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
         case "fake":
             return _build_fake(spec, comm)
         case "portable":
-            from workers import portable
+            from workers.engines import portable
 
             return portable.build(spec, comm)
         case "trtllm":
-            from workers.trtllm import choose
+            from workers.engines.trtllm import backend_choice
 
-            return choose.build(spec, comm)
+            return backend_choice.build(spec, comm)
 
 
 def _build_fake(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
@@ -156,7 +156,7 @@ def _build_fake(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
 def _fake(spec: ReplicaSpec) -> Engine:
     """The fake engine over the vocabulary of the artifact, or over bytes where that is a tokenizer alone."""
     from workers.artifacts.artifact import open_artifact
-    from workers.fake import BYTES, BYTES_EOS, FakeEngine
+    from workers.engines.fake import BYTES, BYTES_EOS, FakeEngine
 
     tokenizer = Path(spec.artifact, "tokenizer.json")
     if not Path(spec.artifact, "config.json").exists():

@@ -21,10 +21,10 @@ from orchestrator.router.net.curve_acl import Role
 from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import Progress
+from workers.engines.trtllm.engine_dir import is_engine_dir
+from workers.engines.trtllm.model import open_model
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
 from workers.protocol.specs import TERM_GRACE_S, EngineSpec, Parallel, ReplicaSpec, RouterAddress
-from workers.trtllm.engine_dir import is_engine_dir
-from workers.trtllm.model import open_model
 
 
 class GangArtifact(msgspec.Struct, frozen=True, kw_only=True):

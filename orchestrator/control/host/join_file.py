@@ -16,7 +16,7 @@ from orchestrator.control.controller import Hung
 from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.reconciler import ReplicaView
 from orchestrator.router.spec import WILDCARDS, ModelCard
-from workers.artifacts.tensorfile import hash_file
+from workers.artifacts.safetensors_file import hash_file
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import PROTOCOL
 from workers.protocol.specs import RouterAddress

@@ -1,7 +1,7 @@
 """Pre-flight of a gang: every node looks at itself before mpiexec starts, and the first refusal ends the launch.
 
 Only TensorRT-LLM asks for it: an engine that does not fit its node says so late there, or never. Owns nothing; the checks are
-`workers.trtllm.preflight`, run on each node by its own Python. Must never wait without a bound.
+`workers.engines.trtllm.preflight`, run on each node by its own Python. Must never wait without a bound.
 """
 
 from __future__ import annotations

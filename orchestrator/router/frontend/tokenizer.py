@@ -16,7 +16,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from orchestrator.router.frontend.chat_template import Piece, TemplateSource
-from workers.artifacts.tensorfile import regular
+from workers.artifacts.safetensors_file import regular
 from workers.protocol.errors import ArtifactError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")

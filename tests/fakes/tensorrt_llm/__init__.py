@@ -1,7 +1,7 @@
 """A stand-in for TensorRT-LLM 1.2, generated from its published API as ``tests/contracts/tensorrt_llm_api.json`` records it.
 
-It generates what :mod:`workers.fake`'s oracle says, over as many MPI ranks as the engine has, and fails in the ways that users report
-(``_modes``). It exists to prove the orchestrator; it says nothing about TensorRT-LLM.
+It generates what :mod:`workers.engines.fake`'s oracle says, over as many MPI ranks as the engine has, and fails in the ways that users
+report (``_modes``). It exists to prove the orchestrator; it says nothing about TensorRT-LLM.
 """
 
 from __future__ import annotations

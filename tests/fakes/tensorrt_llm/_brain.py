@@ -1,4 +1,5 @@
-"""What the fake computes: one token an iteration for each request of a batch, from the oracle of ``workers.fake``, and a cache of blocks.
+"""What the fake computes: one token an iteration for each request of a batch, from the oracle of ``workers.engines.fake``, and a cache of
+blocks.
 
 Owns requests, blocks, cache events and statistics; knows neither Executor nor LLM. A token is a function of the known prefix (and of the
 seed when it is sampled), so a continuation can be checked to the token.
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorrt_llm import _modes
-from workers.fake import advance, pick, score, state_of
+from workers.engines.fake import advance, pick, score, state_of
 from workers.protocol.messages import SamplingParams
 from workers.scheduler.block_pool import prefix_hashes
 

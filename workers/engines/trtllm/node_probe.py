@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from workers.engines.trtllm.engine_dir import Gpu
 from workers.protocol.errors import EnvironmentFault
-from workers.trtllm.engine_dir import Gpu
 
 LOOK_S = 30.0
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from workers.artifacts.hf import decode, read_eos
-from workers.artifacts.tensorfile import FileRecord, hash_file
+from workers.artifacts.safetensors_file import FileRecord, hash_file
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import Parallel, Quant
 

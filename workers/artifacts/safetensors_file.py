@@ -18,7 +18,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
-from workers.artifacts.numbers import STORAGE, Array
+from workers.artifacts.number_formats import STORAGE, Array
 from workers.layout.quant_parts import Format
 from workers.protocol.errors import ArtifactError
 

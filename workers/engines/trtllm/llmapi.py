@@ -1,4 +1,5 @@
-"""Hugging Face weights through TensorRT-LLM's LLM API (PyTorch backend, 1.2 and later): the Runtime behind :mod:`workers.trtllm.engine`.
+"""Hugging Face weights through TensorRT-LLM's LLM API (PyTorch backend, 1.2 and later): the Runtime behind
+:mod:`workers.engines.trtllm.engine`.
 
 Rank 0 makes one ``LLM`` over our own MPI world (``MpiCommSession``); the other ranks serve it from inside an ``MPICommExecutor``. Owns the
 LLM, an event loop in a thread of its own that follows the answers, and the one reader of statistics and cache events. Outputs come
@@ -19,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workers.artifacts.artifact import Artifact
+from workers.engines.trtllm.engine import Vitals
+from workers.engines.trtllm.executor import regex_of, shut_down
+from workers.engines.trtllm.hot_prefixes import HotPrefixes
+from workers.engines.trtllm.rank_liveness import Beat, Listener
+from workers.engines.trtllm.sequence import Delta, Job
 from workers.protocol.errors import EngineFault, Unsupported
 from workers.protocol.messages import GuideSpec
 from workers.protocol.specs import ReplicaSpec
 from workers.protocol.trtllm_options import given
-from workers.trtllm.engine import Vitals
-from workers.trtllm.executor import regex_of, shut_down
-from workers.trtllm.prefixes import HotPrefixes
-from workers.trtllm.pulse import Beat, Listener
-from workers.trtllm.rows import Delta, Job
 
 if TYPE_CHECKING:
     import tensorrt_llm
@@ -41,7 +42,7 @@ log = logging.getLogger("trireme.trtllm")
 
 
 class LlmRuntime:
-    """Implements :class:`workers.trtllm.engine.Runtime` on rank 0. ``listener``: None where this rank is alone."""
+    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``listener``: None where this rank is alone."""
 
     def __init__(self, llm: tensorrt_llm.LLM, *, prefixes: HotPrefixes, listener: Listener | None) -> None:
         self._llm, self._prefixes, self._listener = llm, prefixes, listener

@@ -13,12 +13,12 @@ from typing import Protocol
 
 import msgspec
 
+from workers.engines.trtllm.hot_prefixes import HotPrefixes
+from workers.engines.trtllm.sequence import Delta, Job, Limits, Row, make_row
 from workers.protocol.engine import Emission, EngineStats
 from workers.protocol.errors import EngineFault, TriremeError
 from workers.protocol.messages import UNLIMITED, Capacity, SamplingParams, Submit
 from workers.protocol.specs import ResumeClass
-from workers.trtllm.prefixes import HotPrefixes
-from workers.trtllm.rows import Delta, Job, Limits, Row, make_row
 
 #: Seconds without credit after which a row's job is cancelled; it is asked for again when credit comes.
 PAUSE_S = 2.0

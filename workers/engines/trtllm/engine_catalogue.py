@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from workers.artifacts.aside import locked
+from workers.artifacts.atomic_folder import locked
+from workers.engines.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
 from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound, Rejected
-from workers.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
 
 REMOVE_S = 60.0
 

@@ -1,4 +1,4 @@
-"""TensorRT engine shards through the C++ Executor of TensorRT-LLM 1.2: the Runtime behind :mod:`workers.trtllm.engine`.
+"""TensorRT engine shards through the C++ Executor of TensorRT-LLM 1.2: the Runtime behind :mod:`workers.engines.trtllm.engine`.
 
 Every rank builds the same Executor in LEADER mode; afterwards only rank 0 enqueues, and the others block in C++ until rank 0 shuts it down.
 Owns the Executor of this rank and the translation both ways. Requests are built here, on the leader, from plain data; every name used is in
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from workers.engines.trtllm.engine import Vitals
+from workers.engines.trtllm.engine_dir import EngineDir
+from workers.engines.trtllm.hot_prefixes import HotPrefixes
+from workers.engines.trtllm.rank_liveness import Beat, Listener
+from workers.engines.trtllm.sequence import Delta, Job
 from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault
 from workers.protocol.messages import GuideSpec, SamplingParams
 from workers.protocol.specs import EngineSpec
 from workers.protocol.trtllm_options import TrtllmOptions, given
-from workers.trtllm.engine import Vitals
-from workers.trtllm.engine_dir import EngineDir
-from workers.trtllm.prefixes import HotPrefixes
-from workers.trtllm.pulse import Beat, Listener
-from workers.trtllm.rows import Delta, Job
 
 if TYPE_CHECKING:
     from tensorrt_llm.bindings import executor as trt
@@ -35,7 +35,7 @@ log = logging.getLogger("trireme.trtllm")
 
 
 class ExecutorRuntime:
-    """Implements :class:`workers.trtllm.engine.Runtime` on rank 0. ``listener``: None where this rank is alone.
+    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``listener``: None where this rank is alone.
 
     Raises :class:`EnvironmentFault` when TensorRT-LLM takes another rank for its leader.
     """

@@ -22,19 +22,30 @@ from typing import IO
 
 import msgspec
 
-from workers.artifacts.aside import ELSEWHERE, locked, replacing
+from workers.artifacts.atomic_folder import ELSEWHERE, locked, replacing
 from workers.artifacts.checkpoint import MANIFEST, Checkpoint, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
 from workers.artifacts.hf import TOKENIZER_FILES
-from workers.artifacts.tensorfile import FileRecord, hash_file, write_file
+from workers.artifacts.safetensors_file import FileRecord, hash_file, write_file
+from workers.engines.trtllm.build_options import BuildOptions
+from workers.engines.trtllm.engine_dir import (
+    CONFIG,
+    FORMAT,
+    LOG,
+    RECORD,
+    EngineDir,
+    Gpu,
+    Record,
+    engine_name,
+    is_engine_dir,
+    read_engine_dir,
+)
+from workers.engines.trtllm.environment import for_tool
+from workers.engines.trtllm.node_probe import NodeFacts
 from workers.layout.sharding import shares_embedding, trtllm_refusal
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
 from workers.protocol.specs import Parallel
 from workers.serving import rank_process
-from workers.trtllm.build_options import BuildOptions
-from workers.trtllm.engine_dir import CONFIG, FORMAT, LOG, RECORD, EngineDir, Gpu, Record, engine_name, is_engine_dir, read_engine_dir
-from workers.trtllm.environment import for_tool
-from workers.trtllm.node import NodeFacts
 
 PROGRAM = "trtllm-build"
 #: Longest that a build may take, seconds: hours for the largest models.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from workers.artifacts.artifact import Artifact, open_artifact
+from workers.engines.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
 from workers.protocol.errors import ArtifactError
-from workers.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
 
 
 def open_model(path: str | Path) -> EngineDir | Artifact:

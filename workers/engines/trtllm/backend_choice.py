@@ -14,22 +14,22 @@ from importlib.util import find_spec
 from typing import Any
 
 from workers.artifacts.artifact import Artifact
+from workers.engines.trtllm import executor, llmapi
+from workers.engines.trtllm.engine import TrtllmEngine, Vitals, warm_up
+from workers.engines.trtllm.engine_dir import EngineDir
+from workers.engines.trtllm.error_map import explain
+from workers.engines.trtllm.hot_prefixes import HotPrefixes
+from workers.engines.trtllm.model import open_model
+from workers.engines.trtllm.node_probe import installed_versions
+from workers.engines.trtllm.preflight import check_rank
+from workers.engines.trtllm.rank_liveness import Listener
+from workers.engines.trtllm.sequence import Limits
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.messages import Capacity
 from workers.protocol.specs import Quant, ReplicaSpec
 from workers.protocol.trtllm_options import Backend
 from workers.serving.rank import Follower, agree
 from workers.serving.rank_process import Alone
-from workers.trtllm import executor, llmapi
-from workers.trtllm.engine import TrtllmEngine, Vitals, warm_up
-from workers.trtllm.engine_dir import EngineDir
-from workers.trtllm.faults import explain
-from workers.trtllm.model import open_model
-from workers.trtllm.node import installed_versions
-from workers.trtllm.prefixes import HotPrefixes
-from workers.trtllm.preflight import check_rank
-from workers.trtllm.pulse import Listener
-from workers.trtllm.rows import Limits
 
 PACKAGE = "tensorrt_llm"
 #: Capability -> (module, the name in it that proves it).

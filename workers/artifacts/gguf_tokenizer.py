@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from workers.artifacts.tensorfile import AGAIN
+from workers.artifacts.safetensors_file import AGAIN
 from workers.protocol.errors import ArtifactError
 
 #: ``tokenizer.ggml.token_type`` values.

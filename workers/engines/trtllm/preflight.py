@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import msgspec
 
+from workers.engines.trtllm.engine_dir import EngineDir
+from workers.engines.trtllm.node_probe import NodeFacts
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
-from workers.trtllm.engine_dir import EngineDir
-from workers.trtllm.node import NodeFacts
 
 #: What a rank needs of a GPU besides its engine: contexts of CUDA and NCCL, workspaces, some KV cache. Bytes.
 RESERVE = 1 << 30

@@ -1,4 +1,4 @@
-"""``python -m workers.trtllm ORDER``: the pre-flight of one node, run there by the gang's launcher before mpiexec.
+"""``python -m workers.engines.trtllm ORDER``: the pre-flight of one node, run there by the gang's launcher before mpiexec.
 
 Owns the process only: an order (JSON) in, a verdict (one line of JSON) out; the exit code is that of the first fault. Starts no MPI.
 """
@@ -10,11 +10,11 @@ import sys
 
 import msgspec
 
+from workers.engines.trtllm import node_probe, preflight
+from workers.engines.trtllm.engine_dir import is_engine_dir, read_engine_dir
 from workers.protocol.errors import ArtifactError, ConfigError, TriremeError
 from workers.protocol.specs import EngineSpec, Parallel
 from workers.serving.state_file import ErrorReport
-from workers.trtllm import node, preflight
-from workers.trtllm.engine_dir import is_engine_dir, read_engine_dir
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 def judge(order: Order, path: str, visible: str | None) -> Verdict:
     """Look at this node and compare. What cannot even be looked at is a fault too."""
     try:
-        facts = node.look(path, visible)
+        facts = node_probe.look(path, visible)
         engine = read_engine_dir(order.artifact) if is_engine_dir(order.artifact) else None
     except TriremeError as error:
         return Verdict(faults=(ErrorReport.of(error),))
