@@ -57,7 +57,7 @@ test: setup ## the whole suite, in JOBS processes (much of it waits for others)
 	@$(BIN)/python -m pytest -q tests/cluster
 
 test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
-	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/unit/test_launch.py tests/unit/test_launch_deployment.py tests/e2e/test_two_routers.py
+	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/orchestrator/control/launch/test_supervisor.py tests/orchestrator/control/host/test_deployment.py tests/e2e/test_two_routers.py
 
 test-inputs: setup ## bad input at both doors, 220,000 mutated requests, slow readers, intruders: 5 to 10 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/inputs
@@ -88,7 +88,7 @@ test-kserve: $(DEVELOPED) ## Triton's own client package at the KServe doors
 
 test-manifests: $(DEVELOPED) ## deploy/ against Kubernetes' schemas, KubeRay's fields, Ray's schema and systemd
 	$(call phase,installing kubernetes-validate,$(INSTALL) -e '.[manifests]')
-	@$(BIN)/python -m pytest -q -rs tests/unit/test_deploy.py
+	@$(BIN)/python -m pytest -q -rs tests/deploy/test_deploy.py
 
 test-ray-jobs: setup ## a deployment as a Ray job on three raylets, one killed under load, in a network of its own: 2 to 5 minutes
 	@$(BIN)/python -m pytest -q -rs -m '' tests/cluster/test_ray_job.py

@@ -16,7 +16,7 @@ from orchestrator.router.frontend.chat_messages import Message
 from orchestrator.router.frontend.chat_template import TemplateSource
 from orchestrator.router.frontend.sandbox_pool import Cells
 from orchestrator.router.frontend.sandbox_worker import Render
-from tests.tiny import CHAT_TEMPLATE, SPECIALS
+from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS
 
 
 async def measure(title: str, count: int, render: Callable[[], Awaitable[object]]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 import tests.reference.device_kernels as kernels
 from bench.report import Claim, publish
 from tests.reference.shards import make_stage, whole_weights
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Solo
 from workers.engines.portable import PortableEngine

@@ -24,7 +24,7 @@ from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
 

@@ -32,8 +32,8 @@ from bench.report import commit, facts, record, say
 from bench.router import cpu_seconds
 from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Control, Status
-from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from workers.__main__ import GPU_ENVIRONMENT
 from workers.protocol.specs import Parallel
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import workers.engines.trtllm
-from tests.contract import PYTHON, Reader
+from tests.support.trtllm_contract import PYTHON, Reader
 
 BACKENDS = ("executor.py", "llmapi.py")
 NOT_HERE = 4

@@ -23,7 +23,7 @@ from bench.report import Claim, publish, say
 from bench.router import cpu_seconds, rpc_streams
 from orchestrator.control.host.control_socket import Status
 from orchestrator.model_store import DEFAULT_MODEL, pull
-from tests.e2e.deployment import deployed, write_config
+from tests.support.deployment import deployed, write_config
 
 MB = 1e6
 #: Seconds over which idle CPU is read.

@@ -21,7 +21,7 @@ import psutil
 from bench.report import Claim, publish, say
 from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Status
-from tests.e2e.deployment import MODEL, deployed, write_config
+from tests.support.deployment import MODEL, deployed, write_config
 
 BODY = {"temperature": 0.0, "ignore_eos": True}
 

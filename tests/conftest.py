@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests import figures
+from tests.support import figures
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -15,7 +15,7 @@ COPY pyproject.toml README.md LICENSE Makefile ./
 COPY workers workers
 COPY orchestrator orchestrator
 COPY bench bench
-COPY tests/contract.py tests/
+COPY tests/support/trtllm_contract.py tests/support/
 COPY tests/contracts tests/contracts
 COPY deploy/examples deploy/examples
 RUN python3 -m pip freeze --exclude-editable | grep -v ' @ ' > /tmp/there.txt \

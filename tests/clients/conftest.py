@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.clients.scripted import ServedDoor
+from tests.support.scripted_router import ServedDoor
 
 
 @pytest.fixture(scope="session")

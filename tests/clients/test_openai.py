@@ -8,7 +8,7 @@ import json
 import openai
 import pytest
 
-from tests.clients.scripted import CONTEXT, Play, ServedDoor
+from tests.support.scripted_router import CONTEXT, Play, ServedDoor
 from workers.protocol.errors import EngineFault, Overloaded, Unavailable
 
 HELLO = [{"role": "user", "content": "hi"}]

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.clients.scripted import Play, ServedDoor
+from tests.support.scripted_router import Play, ServedDoor
 
 HELLO = [{"role": "user", "content": "hi"}]
 

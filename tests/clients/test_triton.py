@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gang import FAKE, Gang, short_folder, wait_for
-from tests.routing import RouterRun
+from tests.support.gang import FAKE, Gang, short_folder, wait_for
+from tests.support.routing import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

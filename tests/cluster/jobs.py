@@ -25,10 +25,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from orchestrator.control.host.control_socket import Control
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.subprocesses import TAG, alive, tagged
-from tests.e2e.deployment import write_config
 from tests.faults.control_plane import cases, daemon, epochs, exactly, rows, until
 from tests.faults.namespace import measured, step
 from tests.faults.streams import run_all
+from tests.support.deployment import write_config
 from workers.engines.fake import expected_tokens
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import SamplingParams

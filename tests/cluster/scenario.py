@@ -26,7 +26,7 @@ from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import TAG, alive
 from orchestrator.control.reconciler import Policy, ReplicaView
 from tests.reference.engine import request, serve
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 from workers.engines.portable import Follower, build
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec

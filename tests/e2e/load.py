@@ -10,7 +10,7 @@ import httpx
 import msgspec
 
 from orchestrator.client import AsyncClient, ClientKeys
-from tests.e2e.deployment import MODEL
+from tests.support.deployment import MODEL
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import RouterAddress

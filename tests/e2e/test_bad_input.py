@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from orchestrator.cli.main import run
-from tests.tiny import tiny_gguf, tiny_model
+from tests.support.tiny_models import tiny_gguf, tiny_model
 
 BOUND_S = 60.0
 LOCAL = ("--launcher", "local", "--port", "0")

@@ -23,10 +23,10 @@ from orchestrator.control.host.control_socket import Control, Status
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.launcher import make_private
 from orchestrator.keys import KeyRing
-from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.e2e.load import ASKERS, Load, expected
 from tests.e2e.test_two_routers import free_ports
-from tests.gang import wait_for
+from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
+from tests.support.gang import wait_for
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

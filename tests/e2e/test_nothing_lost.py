@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Control, Status
-from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
+from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
 from workers.engines.fake import expected_tokens
 from workers.protocol.errors import Cancelled
 from workers.protocol.messages import SamplingParams

@@ -14,8 +14,8 @@ import httpx
 import psutil
 
 from orchestrator.router.api_keys import Salting
-from tests.e2e.deployment import MODEL, deployed, write_config
-from tests.gang import short_folder
+from tests.support.deployment import MODEL, deployed, write_config
+from tests.support.gang import short_folder
 
 PROMPT = "planted prompt of a patient " * 8
 WRONG = "trireme-0123456789ab-" + "planted" * 8

@@ -17,8 +17,8 @@ import yaml
 
 from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Status
-from tests.e2e.deployment import deployed, wait_for_state
-from tests.trtllm import FAKES, checkpoint_of, engine_of, pretend
+from tests.support.deployment import deployed, wait_for_state
+from tests.support.trtllm_host import FAKES, checkpoint_of, engine_of, pretend
 from workers.engines.fake import expected_tokens
 from workers.engines.portable import build
 from workers.engines.trtllm.build_options import BuildOptions

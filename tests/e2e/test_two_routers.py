@@ -21,8 +21,8 @@ import pytest
 
 from orchestrator.client import AsyncClient, Client, ClientKeys
 from orchestrator.control.host.control_socket import Control, Status
-from tests.e2e.deployment import deployed, wait_for_state
-from tests.gang import wait_for
+from tests.support.deployment import deployed, wait_for_state
+from tests.support.gang import wait_for
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

@@ -21,10 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.keys import ApiKeyRing
 from orchestrator.router.spec import HttpSpec
-from tests.browser import Browser
-from tests.e2e.deployment import deployed, wait_for_state, write_config
-from tests.gang import short_folder
-from tests.routing import RouterRun
+from tests.support.browser import Browser
+from tests.support.deployment import deployed, wait_for_state, write_config
+from tests.support.gang import short_folder
+from tests.support.routing import RouterRun
 
 pytestmark = pytest.mark.long
 PICTURES = Path(__file__).resolve().parents[2] / "build"

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
-from tests.e2e.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.e2e.load import ASKERS, Load
-from tests.tiny import tiny_model
+from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
+from tests.support.tiny_models import tiny_model
 
 
 def run(*line: str) -> subprocess.CompletedProcess[str]:

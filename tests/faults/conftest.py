@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gang import wait_for
+from tests.support.gang import wait_for
 
 _MARK = "FAULT_TESTS"
 _GONE_S = 5.0

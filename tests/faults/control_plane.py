@@ -20,9 +20,9 @@ import msgspec
 from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.subprocesses import alive, tagged
-from tests.e2e.deployment import write_config
 from tests.faults.namespace import measured, step
 from tests.faults.streams import Case, counts, run_all
+from tests.support.deployment import write_config
 from workers.engines.fake import expected_tokens
 from workers.protocol.errors import NotFound
 from workers.protocol.messages import SamplingParams

@@ -17,8 +17,8 @@ import httpx
 
 from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
 from orchestrator.control.host.deployment import connect
-from tests.e2e.deployment import MODEL, write_config
 from tests.faults.namespace import measured, step
+from tests.support.deployment import MODEL, write_config
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

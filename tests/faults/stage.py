@@ -21,9 +21,9 @@ import psutil
 from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
 from orchestrator.control.launch.subprocesses import alive, tagged
 from orchestrator.control.reconciler import Policy, Reconciler
-from tests.e2e.deployment import deployed, wait_for_state, write_config
-from tests.figures import figure
-from tests.gang import short_folder, wait_for
+from tests.support.deployment import deployed, wait_for_state, write_config
+from tests.support.figures import figure
+from tests.support.gang import short_folder, wait_for
 
 #: Test settings: hang floor, silence, drain grace; and no request is suspected, since the tests kill on purpose.
 SETTINGS: dict[str, object] = {

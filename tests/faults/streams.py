@@ -16,7 +16,7 @@ import msgspec
 
 from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Status
-from tests.e2e.deployment import MODEL
+from tests.support.deployment import MODEL
 from workers.engines.fake import score, state_of
 from workers.protocol.messages import GuideSpec, Logprobs, SamplingParams
 

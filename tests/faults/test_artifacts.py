@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.main import run
-from tests.figures import figure
-from tests.gang import Gang, short_folder
-from tests.tiny import tiny_model
+from tests.support.figures import figure
+from tests.support.gang import Gang, short_folder
+from tests.support.tiny_models import tiny_model
 from workers.protocol.specs import EngineSpec
 
 pytestmark = pytest.mark.mpi
@@ -72,7 +72,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
-#: Those that `make test` leaves to tests/unit/test_checkpoint.py.
+#: Those that `make test` leaves to tests/workers/artifacts/test_checkpoint.py.
 LONG = ("F19 truncated", "F19 missing", "F19 unreadable", "F20 ranks swapped", "F20 builds mixed")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.namespace import ROOT, run_inside, script
-from tests.gang import short_folder
+from tests.support.gang import short_folder
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]

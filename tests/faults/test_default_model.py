@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.client import AsyncClient
-from tests.e2e.deployment import MODEL
 from tests.faults.stage import Healed, Stage, staged
 from tests.faults.streams import Arrivals
-from tests.figures import lines
 from tests.reference.default_model import NAME, artifact
+from tests.support.deployment import MODEL
+from tests.support.figures import lines
 
 pytestmark = [pytest.mark.mpi, pytest.mark.model, pytest.mark.long, pytest.mark.timeout(900)]
 PROMPT = "Once upon a time, in a village by the sea, there lived a fisherman who had three daughters. " * 4

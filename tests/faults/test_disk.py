@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.namespace import run_inside, script
-from tests.gang import short_folder
+from tests.support.gang import short_folder
 
 pytestmark = [pytest.mark.mpi, pytest.mark.long]
 

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from orchestrator.control.launch.subprocesses import alive
-from tests.e2e.deployment import deployed, write_config
 from tests.faults.streams import Case, run_all
-from tests.figures import figure
-from tests.gang import short_folder, wait_for
+from tests.support.deployment import deployed, write_config
+from tests.support.figures import figure
+from tests.support.gang import short_folder, wait_for
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.stage import HANG_S, NEXT_TOKEN_S, Healed, Stage, Strike, staged
 from tests.faults.streams import Case, Choice, counts, run_all
-from tests.figures import figure
+from tests.support.figures import figure
 from workers.engines.fake import BYTES, BYTES_EOS, expected_tokens, score, state_of
 from workers.protocol.messages import GuideSpec, SamplingParams
 from workers.sampling.llguidance_guide import guide_factory

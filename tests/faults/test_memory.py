@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from orchestrator.client import AsyncClient, Client
-from tests.figures import figure
-from tests.gang import Gang, short_folder, wait_for
-from tests.routing import RouterRun
-from tests.tiny import tiny_model
+from tests.support.figures import figure
+from tests.support.gang import Gang, short_folder, wait_for
+from tests.support.routing import RouterRun
+from tests.support.tiny_models import tiny_model
 from workers.protocol.specs import EngineSpec
 
 pytestmark = pytest.mark.mpi

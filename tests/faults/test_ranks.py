@@ -19,8 +19,8 @@ import pytest
 from orchestrator.control.launch.subprocesses import alive
 from tests.faults.stage import HANG_S, NEXT_TOKEN_S, Healed, Stage, staged
 from tests.faults.streams import Case, Choice, counts, run_all, warm
-from tests.figures import figure
-from tests.tiny import tiny_model
+from tests.support.figures import figure
+from tests.support.tiny_models import tiny_model
 
 pytestmark = [pytest.mark.mpi, pytest.mark.long, pytest.mark.timeout(900)]
 OUTPUT = 96

@@ -20,9 +20,9 @@ import pytest
 
 from orchestrator.client import AsyncClient, Client
 from orchestrator.router.spec import AdmissionSpec
-from tests.figures import figure
-from tests.gang import Gang, short_folder
-from tests.routing import RouterRun
+from tests.support.figures import figure
+from tests.support.gang import Gang, short_folder
+from tests.support.routing import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec

@@ -15,12 +15,12 @@ import pytest
 
 from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import Status
-from tests.e2e.deployment import MODEL
 from tests.faults.saboteur import HUNGRY, NAN, NAN_FROM, OOM
 from tests.faults.stage import HANG_S, NEXT_TOKEN_S, Healed, Stage, staged
 from tests.faults.streams import Case, Choice, counts, run_all
-from tests.gang import wait_for
-from tests.tiny import tiny_model
+from tests.support.deployment import MODEL
+from tests.support.gang import wait_for
+from tests.support.tiny_models import tiny_model
 from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
 
 pytestmark = pytest.mark.mpi

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.reference.default_model import artifact
 from tests.reference.engine import Stream, margin_violations, request, serve
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 from workers.artifacts.convert import convert
 from workers.engines.portable import PortableEngine, build
 from workers.models.kernels import reference

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from tests.unit.test_quantize import random_parts
+from tests.workers.artifacts.test_quantize import random_parts
 from workers.models.kernels.linear import Narrow, dequantize
 from workers.models.kernels.linear import to_fp8 as rounded
 from workers.protocol.errors import ConfigError

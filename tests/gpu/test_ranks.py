@@ -10,7 +10,7 @@ import torch
 
 from tests.mpi.world import run
 from tests.reference.engine import request, serve
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 from workers.engines.portable import build
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec

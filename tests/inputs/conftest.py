@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.gang import short_folder
 from tests.inputs.world import World
+from tests.support.gang import short_folder
 
 
 @pytest.fixture(scope="session")

@@ -26,11 +26,11 @@ from orchestrator.control.host.router_poller import ask
 from orchestrator.router.net.curve_acl import Gate
 from orchestrator.router.net.curve_auth import Zap
 from orchestrator.router.net.router_socket import Port
-from tests.figures import SLACK, figure, lines
-from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.inputs.test_http import head
 from tests.inputs.world import TEXT, rss_mb, text
-from tests.routing import RouterRun
+from tests.support.figures import SLACK, figure, lines
+from tests.support.gang import FAKE, Gang, short_folder, wait_for
+from tests.support.routing import RouterRun
 from tests.test_layers import modules
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams

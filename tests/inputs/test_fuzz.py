@@ -16,11 +16,11 @@ import pytest
 import zmq
 
 from orchestrator.router.spec import AdmissionSpec
-from tests.figures import figure
-from tests.gang import Gang, short_folder, wait_for
 from tests.inputs.mutate import WIRE_EDGES, Mutator
 from tests.inputs.world import CHAT, TEXT, Health, World, chat, growth, text
-from tests.routing import RouterRun
+from tests.support.figures import figure
+from tests.support.gang import Gang, short_folder, wait_for
+from tests.support.routing import RouterRun
 from workers.protocol import messages
 from workers.protocol.messages import (
     Accepted,

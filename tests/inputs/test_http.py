@@ -15,13 +15,13 @@ import httpx
 import pytest
 
 from orchestrator.router.spec import AdmissionSpec
-from tests.figures import figure
-from tests.gang import short_folder, wait_for
-from tests.inputs.impostor import Impostor, dealer
 from tests.inputs.table import IDS, ROWS, SCHEMA, Row
 from tests.inputs.world import CHAT, MAX_BODY, MODEL, TEXT, Health, World, chat, growth, text
-from tests.routing import RouterRun
-from tests.tiny import IM_END, IM_START
+from tests.support.figures import figure
+from tests.support.gang import short_folder, wait_for
+from tests.support.impostor import Impostor, dealer
+from tests.support.routing import RouterRun
+from tests.support.tiny_models import IM_END, IM_START
 
 JSON = {"content-type": "application/json"}
 #: The slowest answer to a row; the last test tells it.

@@ -19,15 +19,15 @@ import zmq
 from orchestrator.client import Client
 from orchestrator.control.launch.launcher import make_private
 from orchestrator.keys import KeyRing
-from orchestrator.router import read_keys
+from orchestrator.router.__main__ import read_keys
 from orchestrator.router.net.curve_acl import Gate, Grant
 from orchestrator.router.net.curve_auth import Zap
 from orchestrator.router.net.router_socket import Port
-from tests.figures import figure
-from tests.gang import Gang, short_folder, wait_for
-from tests.inputs.impostor import Impostor, dealer
 from tests.inputs.world import MODEL, PROMPT, World, expected
-from tests.routing import RouterRun
+from tests.support.figures import figure
+from tests.support.gang import Gang, short_folder, wait_for
+from tests.support.impostor import Impostor, dealer
+from tests.support.routing import RouterRun
 from workers.__main__ import read_keys as replica_read_keys
 from workers.protocol import messages
 from workers.protocol.errors import ConfigError, DeadlineExceeded, EnvironmentFault, Unavailable

@@ -14,10 +14,10 @@ import httpx
 import msgspec
 import pytest
 
-from tests.gang import FAKE, Gang, short_folder, wait_for
 from tests.inputs.table import DEEP
 from tests.inputs.world import MAX_BODY, MODEL, VOCAB, World
-from tests.routing import RouterRun
+from tests.support.gang import FAKE, Gang, short_folder, wait_for
+from tests.support.routing import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

@@ -20,11 +20,11 @@ import pytest
 
 from orchestrator.client import Client
 from orchestrator.router.api_keys import Salting
-from tests.figures import lines
 from tests.inputs.table import image, schema
 from tests.inputs.test_http import head
 from tests.inputs.test_rpc import Peer
 from tests.inputs.world import CHAT, TEXT, World, chat, text
+from tests.support.figures import lines
 from workers.protocol import messages
 
 #: Everything but the line's end that moves a terminal's cursor or forges a line.

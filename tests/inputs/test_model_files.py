@@ -19,7 +19,7 @@ from orchestrator.router.frontend.chat_template import TemplateSource
 from orchestrator.router.frontend.sandbox_pool import Cells
 from orchestrator.router.frontend.sandbox_worker import Render
 from orchestrator.router.frontend.tokenizer import load
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from workers.artifacts.artifact import open_artifact
 from workers.protocol.errors import ArtifactError, Rejected
 

@@ -18,10 +18,10 @@ import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tests.figures import figure
-from tests.gang import wait_for
 from tests.inputs.table import IDS, ROWS, Row
 from tests.inputs.world import CHAT, PATIENCE_S, World, growth, text
+from tests.support.figures import figure
+from tests.support.gang import wait_for
 from workers.protocol import messages
 from workers.protocol.messages import (
     MAX_FRAME,

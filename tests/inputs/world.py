@@ -22,8 +22,8 @@ import msgspec
 from orchestrator.client import Client, ClientKeys
 from orchestrator.keys import ApiKeyRing, KeyRing
 from orchestrator.router.spec import AdmissionSpec, HttpSpec
-from tests.gang import FAKE, Gang, wait_for
-from tests.routing import RouterRun
+from tests.support.gang import FAKE, Gang, wait_for
+from tests.support.routing import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import RouterAddress

@@ -11,7 +11,7 @@ from tests.mpi.steps import play, read_played
 from tests.mpi.world import run
 from tests.reference.conformance import in_threads
 from tests.reference.shards import make_stage, whole_weights
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group, Solo
 from workers.protocol.specs import Parallel

@@ -14,10 +14,10 @@ from orchestrator.planner.devices import Host
 from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.planner import LayoutPlan, Subject, plan
 from orchestrator.planner.seating import Cluster
-from tests import figures
 from tests.mpi.world import run
 from tests.reference.default_model import NAME, artifact
-from tests.tiny import tiny_model
+from tests.support import figures
+from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact, quant_for
 from workers.layout.memory import weight_bytes
 from workers.protocol.messages import Capacity

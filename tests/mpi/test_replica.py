@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.gang import MPIEXEC, Gang, RouterEnd, cpu_seconds, short_folder
-from tests.tiny import tiny_model
+from tests.support.gang import MPIEXEC, Gang, RouterEnd, cpu_seconds, short_folder
+from tests.support.tiny_models import tiny_model
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Drain, Failed, SamplingParams
 from workers.protocol.specs import EngineSpec

@@ -16,8 +16,8 @@ from orchestrator.control.launch.launcher import GangSpec, mint_epoch
 from orchestrator.control.launch.mpiexec import find_mpi
 from orchestrator.control.launch.supervisor import Gang as Launched
 from orchestrator.control.launch.supervisor import LocalNode
-from tests.gang import Gang, RouterEnd, short_folder, wait_for
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.gang import Gang, RouterEnd, short_folder, wait_for
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from workers.engines.fake import BYTES_EOS, expected_tokens
 from workers.engines.trtllm.sequence import continued_seed
 from workers.protocol.messages import Cancel, Credit, Done, Failed, SamplingParams

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.gang import wait_for
+from tests.support.gang import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "deploy/prometheus"

@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from orchestrator.control.host.control_socket import Status
-from tests.e2e.deployment import MODEL, deployed, write_config
-from tests.gang import short_folder, wait_for
 from tests.operators.prometheus import ROOT, SHIPPED, Prometheus, free_ports, scraping, tool
+from tests.support.deployment import MODEL, deployed, write_config
+from tests.support.gang import short_folder, wait_for
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

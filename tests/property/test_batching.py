@@ -1,6 +1,6 @@
 """Properties of in-flight batching: whatever is submitted, cancelled, paused, preempted or cut, every stream is the oracle's.
 
-The model under the batch (tests/property/rig.py) re-reads each row's whole context through its block table at each step, so a wrong
+The model under the batch (tests/support/batching_rig.py) re-reads each row's whole context through its block table at each step, so a wrong
 share, an early free or a skipped token fails at once.
 """
 
@@ -13,8 +13,8 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
 
-from tests.property.rig import Rig, capacity, submit
-from tests.unit.table_guide import table_guides
+from tests.support.batching_rig import Rig, capacity, submit
+from tests.support.table_guide import table_guides
 from workers.protocol.engine import Finish
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import Capacity, GuideSpec, SamplingParams, Submit

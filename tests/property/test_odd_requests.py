@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.reference.engine import Stream, request, serve
-from tests.tiny import IM_END, tiny_model
+from tests.support.tiny_models import IM_END, tiny_model
 from workers.engines.fake import FakeEngine
 from workers.engines.portable import build
 from workers.protocol.engine import Engine

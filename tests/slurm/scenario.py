@@ -28,7 +28,7 @@ from orchestrator.control.launch.subprocesses import TAG, alive
 from orchestrator.slurm import endpoint as endpoints
 from orchestrator.slurm.endpoint import Endpoint
 from tests.slurm.load import Load
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

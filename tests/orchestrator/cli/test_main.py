@@ -1,0 +1,160 @@
+"""The `trireme` command: spelling, exit codes, cost of starting, and the commands on models, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.main import normalise, run, settings
+from orchestrator.cli.options import dtype_of
+from tests.support.tiny_models import tiny_model
+from workers.protocol.errors import Rejected
+
+
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        ("serve M --tp_size 2 --max_num_tokens=64", "serve M --tp-size 2 --max-num-tokens=64"),
+        ("serve M -tp 2 -pp=3", "serve M --tp-size 2 --pp-size=3"),
+        ("status --debug -o wide --log_format json", "--debug --log-format json status -o wide"),
+        ("up a_file.yaml --log-format=json", "--log-format=json up a_file.yaml"),
+        ("chat -- --keep_this -tp", "chat -- --keep_this -tp"),
+        ("pull --log-format", "--log-format pull"),
+    ],
+)
+def test_one_spelling(typed: str, means: str) -> None:
+    assert normalise(typed.split()) == means.split()
+
+
+def test_a_value_is_never_respelled() -> None:
+    assert normalise(["serve", "--served-model-name=a_b", "c_d"]) == ["serve", "--served-model-name=a_b", "c_d"]
+
+
+def test_global_flags_are_read_wherever_they_stood() -> None:
+    told = settings(normalise(["status", "--quiet", "--log-format", "json"]))
+    assert (told.quiet, told.log_format, told.debug) == (True, "json", False)
+    assert settings(["status"]).log_format == "text"
+    with pytest.raises(Rejected, match="xml"):
+        settings(["--log-format", "xml", "status"])
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        (["pull", "no-such-model"], 2, "error: there is no model named 'no-such-model'"),
+        (["pull", "--no-such-flag"], 2, "hint: trireme pull --help"),
+        (["doctr"], 2, "Did you mean 'doctor'"),
+        (["inspect", "/no/such/folder"], 3, "error: there is no model at /no/such/folder"),
+        (["chat", "hello", "--url", "http://127.0.0.1:9"], 4, "error: nothing answers at http://127.0.0.1:9"),
+        (["chat", "", "--url", "http://127.0.0.1:9"], 4, "error: "),
+        (["--log-format", "xml", "version"], 2, "hint: use text or json"),
+    ],
+)
+def test_the_exit_code_is_the_class_of_the_error(line: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line) == code
+    output = capsys.readouterr()
+    assert told in output.err and output.out == ""
+    assert "Traceback" not in output.err
+
+
+def test_what_was_not_foreseen_is_an_error_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("orchestrator.model_store.pull", lambda *_: 1 // 0)
+    assert run(["pull"]) == 1
+    assert "unexpected ZeroDivisionError" in (plain := capsys.readouterr().err) and "Traceback" not in plain
+    assert run(["pull", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_costs_no_engine_no_ray_and_no_http() -> None:
+    code = "import sys; from orchestrator.cli.main import run; code = run(['--help']); print(*sys.modules); sys.exit(code)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0
+    assert "doctor" in ran.stdout
+    loaded = set(ran.stdout.splitlines()[-1].split())
+    assert not loaded & {"torch", "ray", "mpi4py", "zmq", "httpx", "numpy", "starlette", "uvicorn", "tokenizers", "pydantic"}
+
+
+def test_convert_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_model(tmp_path / "tiny")
+    target = tmp_path / "tp2"
+    assert run(["convert", str(source), "-o", str(target), "-tp", "2", "--dtype", "bfloat16"]) == 0
+    assert "tp=2 pp=1, 2 shards" in capsys.readouterr().err
+    assert sorted(path.name for path in target.glob("rank*")) == ["rank0.safetensors", "rank1.safetensors"]
+
+    assert run(["inspect", str(target), "--verify", "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parallel"], found["dtype"], found["runs"], found["verified"]) == ({"tp": 2, "pp": 1}, "bf16", True, True)
+
+    assert run(["inspect", str(target), "--pp_size", "2"]) == 3
+    output = capsys.readouterr()
+    assert "checkpoint for tp=2 pp=1" in output.out
+    assert f"hint: trireme convert {target} -tp 1 -pp 2 -o DIR" in output.err
+
+
+def test_convert_quantizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tiny_model(tmp_path / "tiny", hidden=64, heads=2, kv_heads=1, head_dim=32), tmp_path / "ck"
+    assert run(["convert", str(source), "-o", str(target), "--quant", "int4", "--group_size", "32"]) == 0
+    assert "int4 (W4A16) in groups of 32, the rest fp32" in capsys.readouterr().err
+    assert run(["inspect", str(target), "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quant"]["group_size"] == 32
+    for flags, hint in ((["int2"], "use int8, int4, fp8"), (["int8", "--group-size", "32"], "leave the group size out")):
+        assert run(["convert", str(source), "-o", str(target), "--quant", *flags]) != 0
+        assert hint in capsys.readouterr().err
+    assert run(["convert", str(source), "-o", str(target), "--group-size", "32"]) == 2
+    assert "add --quant int4" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "whole"
+    assert run(["convert", str(tiny_model(tmp_path / "tiny")), "-o", str(target)]) == 0
+    shard = target / "rank0.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert run(["inspect", str(target), "--verify"]) == 3
+    assert "rank0.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "means"), [("", None), ("auto", None), ("bf16", "bf16"), ("bfloat16", "bf16"), ("half", "fp16")])
+def test_number_formats(name: str, means: str | None) -> None:
+    assert dtype_of(name) == means
+
+
+def test_an_unknown_number_format_is_refused() -> None:
+    with pytest.raises(Rejected, match="int3"):
+        dtype_of("int3")
+
+
+DEPLOYMENT = """
+name: small
+models:
+  - name: tiny
+    engine: fake
+    replicas: 2
+"""
+
+
+def test_config_show_tells_where_a_value_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "deployment.yaml"
+    file.write_text(DEPLOYMENT)
+    monkeypatch.setenv("TRIREME_MAX_BATCH_SIZE", "8")
+    assert run(["config", "show", str(file), "--resolved"]) == 0
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["name"] == ['"small"', f"file {file}"]
+    assert rows["models[0].max_batch_size"] == ["8", "environment TRIREME_MAX_BATCH_SIZE"]
+    assert rows["http.port"] == ["8000", "default"]
+
+
+def test_an_unknown_key_is_told_with_its_neighbour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "deployment.yaml"
+    file.write_text(DEPLOYMENT.replace("engine", "engin"))
+    for line in (["config", "show", str(file)], ["up", str(file)]):
+        assert run(line) == 3
+        told = capsys.readouterr().err
+        assert "models[0].engin" in told and "did you mean engine" in told

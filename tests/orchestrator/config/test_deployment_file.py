@@ -1,0 +1,103 @@
+"""A deployment file means one thing, says where each value came from, and is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config.deployment_file import load, settings
+from workers.protocol.errors import ConfigError
+from workers.protocol.specs import Parallel
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "deploy" / "examples"
+MODEL: dict[str, Any] = {"name": "m"}
+
+
+def refused(tree: dict[str, Any], **more: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load(tree, **more)
+    return caught.value
+
+
+def test_the_examples_say_what_the_demo_needs() -> None:
+    config = load(EXAMPLES / "local.yaml").config
+    assert (config.launcher, config.http.host, config.http.port) == ("ray", "127.0.0.1", 8000)
+    assert config.models[0].name == "smollm2-135m-instruct"
+    assert config.models[0].gangs() == [("tp2", Parallel(tp=2)), ("pp2", Parallel(pp=2))]
+    fake = load(EXAMPLES / "fake.yaml").config
+    assert fake.launcher == "local" and fake.models[0].engine_spec().kind == "fake"
+
+
+def test_precedence_and_sources(tmp_path: Path) -> None:
+    file = tmp_path / "d.yaml"
+    file.write_text("routers: 2\nhttp: {port: 7000}\nmodels: [{name: m, dtype: bf16, tp_size: 2}]\n")
+    env = {"TRIREME_ROUTERS": "3", "TRIREME_HTTP_PORT": "7001", "TRIREME_KV_TOKENS": "512", "TRIREME_URL": "not ours"}
+    resolved = load(file, flags={"port": 7002, "dtype": None, "tp_size": 4}, env=env)
+    rows = {row.path: (row.value, row.source) for row in resolved.rows()}
+    assert rows["http.port"] == (7002, "flag --port")
+    assert rows["routers"] == (3, "environment TRIREME_ROUTERS")
+    assert rows["models[0].kv_tokens"] == (512, "environment TRIREME_KV_TOKENS")
+    assert rows["models[0].tp_size"] == (4, "flag --tp-size")
+    assert rows["models[0].dtype"] == ("bf16", f"file {file}")
+    assert rows["heartbeat_s"] == (0.2, "default")
+    assert resolved.config.models[0].gangs() == [("m-0", Parallel(tp=4))]
+
+
+def test_unknown_keys_are_refused_with_the_nearest_name() -> None:
+    assert "did you mean models?" in refused({"modles": []}).hint
+    error = refused({"models": [MODEL | {"max_bath_size": 3}]})
+    assert "models[0].max_bath_size" in error.what and error.hint == "did you mean max_batch_size?"
+    error = refused({"models": [MODEL | {"replicas": [{"name": "a", "tp-size": 2}]}]})
+    assert "models[0].replicas[0].tp-size" in error.what and error.hint == "did you mean tp_size?"
+    assert "did you mean max_seq_len" in refused({"models": [MODEL]}, flags={"max_sequ_len": 3}).hint
+
+
+@pytest.mark.parametrize(
+    ("tree", "named"),
+    [
+        ({"models": [MODEL | {"threads": "two"}]}, "models[0].threads"),
+        ({"models": [MODEL | {"max_batch_size": 512}]}, "models[0]: max_num_tokens"),
+        ({"models": [MODEL], "http": {"host": "0.0.0.0"}}, "http.host"),
+        ({"models": [MODEL], "http": {"port": True}}, "http.port"),
+        ({"models": [MODEL], "http": {"port": 0}, "routers": 2}, "http.port"),
+        ({"models": []}, "models"),
+        ({"models": [MODEL], "name": "../x"}, "name"),
+        ({"models": [MODEL | {"replicas": [{"name": "a/b"}]}]}, "models[0].replicas"),
+        ({"models": [MODEL | {"replicas": [{"name": "a"}, {"name": "a"}]}]}, "models[0].replicas"),
+        ({"models": [MODEL, MODEL]}, "model name m is used twice"),
+        ({"models": [MODEL | {"replicas": 0}]}, "models[0].replicas"),
+        ({"models": [MODEL | {"tp_size": -1}]}, "models[0]"),
+        ({"models": [MODEL], "heartbeat_s": 0}, "heartbeat_s"),
+        ({"models": [MODEL], "launcher": "ssh"}, "launcher"),
+        ({"models": MODEL}, "models"),
+        ({"models": [MODEL], "http": 3}, "http"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_path(tree: dict[str, Any], named: str) -> None:
+    error = refused(tree)
+    assert named in error.what and error.exit_code == 3
+
+
+def test_environment_text_must_be_of_the_type() -> None:
+    error = refused({"models": [MODEL]}, env={"TRIREME_ROUTERS": "many"})
+    assert error.what.startswith("routers") and "TRIREME_ROUTERS" in error.why
+
+
+def test_files_that_are_no_deployment(tmp_path: Path) -> None:
+    file = tmp_path / "d.yaml"
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(file)
+    for text, said in (("- 1", "no mapping"), ("a: [", "not YAML"), ("name: a\nname: b\nmodels: [{name: m}]", "stands twice")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            load(file)
+
+
+def test_every_flag_reaches_a_value() -> None:
+    table = settings()
+    assert {"tp_size", "pp_size", "dtype", "port", "host", "launcher", "replicas", "run_dir", "cache_dir", "ray_address", "name"} <= set(
+        table
+    )
+    assert table["name"] == "name" and table["tp_size"] == "models[].tp_size"

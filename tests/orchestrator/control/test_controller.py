@@ -1,0 +1,87 @@
+"""The controller's last will: a host that is killed while it ends leaves no gang. The loop is the real one, gangs and the host are not."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from orchestrator.control.controller import ControllerActor
+from orchestrator.control.launch.launcher import GangSpec, write_private
+from orchestrator.control.reconciler import GangStatus, Policy
+from tests.support.gang import wait_for
+from workers.protocol.specs import EngineSpec, ReplicaSpec
+
+
+class Gangs:
+    """A launcher whose gangs are ready at once and end when they are told to."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, int], GangStatus] = {}
+        self.drained: list[str] = []
+
+    def start(self, spec: GangSpec) -> None:
+        epoch = 1 + len(self.rows)
+        status = GangStatus(name=spec.replica.name, epoch=epoch, spec_hash=spec.spec_hash, phase="ready", since=time.time())
+        self.rows[(status.name, epoch)] = status
+
+    def poll(self) -> list[GangStatus]:
+        return list(self.rows.values())
+
+    def drain(self, name: str, epoch: int) -> None:
+        self.drained.append(name)
+        self.rows[(name, epoch)] = msgspec.structs.replace(self.rows[(name, epoch)], phase="stopped")
+
+    def kill(self, name: str, epoch: int) -> None:
+        self.rows.pop((name, epoch), None)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def host() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def spec(run_dir: Path) -> GangSpec:
+    replica = ReplicaSpec(name="a", model="m", artifact="", engine=EngineSpec(kind="fake"))
+    return GangSpec(deployment="d", replica=replica, run_dir=str(run_dir))
+
+
+def test_a_host_killed_while_it_ends_is_finished_for(tmp_path: Path, host: subprocess.Popen[bytes]) -> None:
+    gangs, ended = Gangs(), []
+    target = tmp_path / "target.json"
+    write_private(target, msgspec.json.encode([spec(tmp_path)]))
+    actor = ControllerActor(str(target), msgspec.json.encode(Policy()), lambda: gangs, lambda: ended.append(list(gangs.rows)))
+    wait_for(lambda: b'"ready"' in actor.report([]), what="the gang")
+    actor.end_with(host.pid)
+    assert gangs.rows and not ended, "a host that ends by itself is not helped"
+    host.kill()
+    host.wait()
+    wait_for(lambda: ended, what="the end")
+    assert ended == [[]] and gangs.drained == ["a"]
+    assert target.read_bytes() == b"[]", "Ray may start the actor again"
+
+
+def test_a_new_host_takes_over(tmp_path: Path, host: subprocess.Popen[bytes]) -> None:
+    """Between the old host's death and the end of its gangs somebody may want gangs again: they stay."""
+    gangs, ended = Gangs(), []
+    target = tmp_path / "target.json"
+    wanted = msgspec.json.encode([spec(tmp_path)])
+    write_private(target, wanted)
+    gangs.drain = lambda name, epoch: write_private(target, wanted)  # type: ignore[method-assign, assignment]
+    actor = ControllerActor(str(target), msgspec.json.encode(Policy()), lambda: gangs, lambda: ended.append(1))
+    wait_for(lambda: b'"ready"' in actor.report([]), what="the gang")
+    actor.end_with(host.pid)
+    host.kill()
+    host.wait()
+    wait_for(lambda: not any(thread.name == "last will" for thread in threading.enumerate()), what="the end of the will")
+    assert gangs.rows and not ended

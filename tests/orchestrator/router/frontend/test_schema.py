@@ -1,0 +1,148 @@
+"""Checked bodies and what becomes of them, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.router.api_keys import Salting
+from orchestrator.router.frontend.detokenizer import Texts
+from orchestrator.router.frontend.preprocess import Caller, Prepared, prepare
+from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, decode_object, read
+from orchestrator.router.spec import AdmissionSpec
+from tests.support.scripted_router import CONTEXT, ScriptedDispatcher, tiny_texts
+from workers.protocol.errors import NotFound, Rejected, TooLong, Unavailable
+from workers.protocol.messages import GuideSpec, Journal
+
+CALLER = Caller(client="test", request="r")
+SALTING = Salting(b"salt")
+#: One loop for all: the processes that render belong to it.
+LOOP = asyncio.Runner()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Texts]:
+    texts = tiny_texts(Path(tmp_path_factory.mktemp("tiny")))
+    yield texts
+    texts.close()
+    LOOP.close()
+
+
+def chat(**fields: Any) -> ChatRequest:
+    found = read("chat", decode_object(json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}).encode()))
+    assert isinstance(found, ChatRequest)
+    return found
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    found = read("completions", decode_object(json.dumps({"model": "tiny", "prompt": "hi", **fields}).encode()))
+    assert isinstance(found, CompletionRequest)
+    return found
+
+
+def ready(texts: Texts, request: ChatRequest | CompletionRequest, caller: Caller = CALLER) -> Prepared:
+    admission = AdmissionSpec(request_timeout_s=30)
+    return LOOP.run(prepare(request, caller, texts=texts, dispatcher=ScriptedDispatcher(), admission=admission, salting=SALTING))
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"children": {"items": {"$ref": "#/$defs/leaf"}}},
+    "$defs": {"leaf": {"type": "string"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json", ""),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}, "json_schema", SCHEMA),
+        ({"guided_json": SCHEMA}, "json_schema", SCHEMA),
+        ({"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA),
+        ({"guided_regex": "[a-z]+( [a-z]+)*"}, "regex", "[a-z]+( [a-z]+)*"),
+        ({"guided_grammar": 'start: "a"'}, "grammar", 'start: "a"'),
+        ({"guided_choice": ["a", "b"]}, "choice", ["a", "b"]),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", SCHEMA),
+        ({"structured_outputs": {"choice": ["a"]}}, "choice", ["a"]),
+        ({"structured_outputs": {"json_object": True}}, "json", ""),
+    ],
+)
+def test_every_spelling_of_a_grammar(fields: dict[str, Any], kind: str, text: Any) -> None:
+    guide = chat(**fields).guide()
+    assert guide is not None and guide.kind == kind
+    assert (json.loads(guide.text) if isinstance(text, dict | list) else guide.text) == text
+    assert completion(**fields).guide() == guide
+
+
+def test_plain_text_needs_no_grammar() -> None:
+    assert chat(response_format={"type": "text"}).guide() is None
+
+
+def test_required_tool_call_is_any_of_the_tools() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]
+    guide = chat(tools=tools, tool_choice="required").guide()
+    assert isinstance(guide, GuideSpec)
+    names = [option["properties"]["name"]["const"] for option in json.loads(guide.text)["anyOf"]]
+    assert names == ["a", "b"]
+    assert chat(tools=tools, tool_choice="auto").guide() is None
+
+
+def test_unknown_fields_are_told() -> None:
+    told: list[int] = []
+    read("chat", decode_object(b'{"model":"m","messages":[{"role":"user","content":""}],"x":1,"y":2}'), on_unknown=told.append)
+    assert told == [2]
+
+
+def test_defaults(texts: Texts) -> None:
+    params = ready(texts, completion()).asks[0].params
+    assert (params.temperature, params.top_k, params.top_p, params.max_tokens, params.logprobs, params.guide) == (
+        1.0,
+        0,
+        1.0,
+        16,
+        None,
+        None,
+    )
+    assert params.stop_ids == (258, 256)
+    assert ready(texts, completion(prompt="x" * (CONTEXT - 3))).asks[0].params.max_tokens == 3
+
+
+def test_seeds(texts: Texts) -> None:
+    assert ready(texts, completion(seed=-1)).asks[0].params.seed == 2**63 - 1
+    given = ready(texts, completion(prompt=["a", "b"], seed=5)).asks
+    assert [ask.params.seed for ask in given] == [5, 5], "each as if it were asked alone"
+    drawn = ready(texts, completion(prompt=["a", "a"])).asks
+    assert drawn[0].params.seed != drawn[1].params.seed
+
+
+def test_deadlines_are_cut_to_the_limit(texts: Texts) -> None:
+    deadlines = [ready(texts, chat(), Caller(client="c", request="r", deadline_s=wanted)).asks[0].deadline_s for wanted in (None, 5.0, 1e9)]
+    assert deadlines == [30, 5.0, 30]
+
+
+def test_a_journal_replaces_prompt_and_seed(texts: Texts) -> None:
+    journal = Journal(prompt_ids=[1, 2, 3], seed=9, emitted=[[4]])
+    ask = ready(texts, chat(seed=1), Caller(client="c", request="r", journal=journal)).asks[0]
+    assert (ask.prompt_ids, ask.params.seed, ask.emitted) == ([1, 2, 3], 9, [[4]])
+    with pytest.raises(Rejected) as caught:
+        ready(texts, chat(), Caller(client="c", request="r", journal=Journal(prompt_ids=[999], seed=0, emitted=[])))
+    assert caught.value.param == "journal"
+
+
+def test_long_prompts_go_through_the_pool(texts: Texts) -> None:
+    with pytest.raises(TooLong, match=f"{CONTEXT} tokens.*5000 tokens"):
+        ready(texts, completion(prompt="x" * 5000))
+
+
+def test_what_the_model_decides(texts: Texts) -> None:
+    with pytest.raises(NotFound):
+        ready(texts, chat(model="other"))
+    unseen = ScriptedDispatcher()
+    unseen.model = lambda name: None  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(Unavailable):
+        LOOP.run(prepare(chat(), CALLER, texts=texts, dispatcher=unseen, admission=AdmissionSpec(), salting=SALTING))
