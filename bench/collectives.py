@@ -124,7 +124,7 @@ def sums_with_norm(group: Any, members: Any, device: Any) -> Iterator[dict[str, 
     import torch
 
     from workers.distributed.allreduce_norm import WORD_ROWS, SumNorm
-    from workers.models.kernels import kernels_for
+    from workers.kernels import kernels_for
 
     kernels = kernels_for(device)
     for hidden in HIDDEN:

@@ -27,10 +27,10 @@ from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Waiter
 from workers.engines.portable import Follower, PortableEngine, build
 from workers.layout.quant_parts import stored_tensors
+from workers.process import settle_heap
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import ModelSpec, ReplicaSpec
 from workers.runner.graphs import Graphs
-from workers.serving.rank_process import settle_heap
 
 #: Bytes a second that are copied, counting read and written, and products a second: this GPU's own, measured at each start.
 _COPIED = 4 << 30

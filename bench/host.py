@@ -28,6 +28,7 @@ from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Solo
 from workers.engines.portable import PortableEngine
+from workers.process import settle_heap
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.runner.device import HostDevice
@@ -35,7 +36,6 @@ from workers.runner.gpu_runner import DeviceRunner, Links
 from workers.runner.host_device_rings import Completion, Submissions
 from workers.runner.kv_cache import KvCache
 from workers.scheduler.scheduler import Batch
-from workers.serving.rank_process import settle_heap
 
 ROWS, TOKENS, ASKED_US = 256, 300, 300.0
 #: Steps while rows come and go.

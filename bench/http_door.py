@@ -17,13 +17,13 @@ from pathlib import Path
 
 import uvloop
 
-from orchestrator.router.api_keys import Salting
+from orchestrator.auth.api_keys import Salting
+from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
 from orchestrator.router.frontend.detokenizer import TextModel, TextRule, Texts, TextWatcher, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage

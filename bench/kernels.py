@@ -25,12 +25,12 @@ from torch.nn import functional
 
 from bench.report import commit, facts, record, say
 from workers.distributed.group import Solo
+from workers.kernels import gpu, step_layout
+from workers.kernels.attention import Tuning
+from workers.kernels.step_ends import candidates, winners
+from workers.kernels.step_layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill, step_shape, view
 from workers.layout.sharding import shard_of
 from workers.models.decoder import LlamaStage
-from workers.models.kernels import gpu, step_layout
-from workers.models.kernels.attention import Tuning
-from workers.models.kernels.step_ends import candidates, winners
-from workers.models.kernels.step_layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill, step_shape, view
 from workers.protocol.specs import ModelSpec, Parallel
 from workers.runner.device import CudaDevice
 

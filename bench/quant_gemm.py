@@ -22,9 +22,9 @@ from torch import Tensor
 
 from bench.kernels import DEVICE, copies, limits, timed
 from bench.report import record, say
+from workers.kernels import linear, linear_gpu
+from workers.kernels.linear_gpu import Tuning
 from workers.layout.quant_parts import parts_of
-from workers.models.kernels import linear, linear_gpu
-from workers.models.kernels.linear_gpu import Tuning
 from workers.models.layers import TORCH
 from workers.protocol.specs import Quant, QuantName, quant_of
 

@@ -19,7 +19,7 @@ PACKAGES = ("workers", "orchestrator")
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
 LAYERS = {
-    "workers.protocol": 0, "orchestrator.router.spec": 0,
+    "workers.protocol": 0, "orchestrator.config.router_spec": 0,
     "workers.scheduler": 1, "workers.layout": 1, "workers.sampling.definition": 1, "workers.sampling.guide": 1,
     "workers.serving.router_link": 1, "workers.serving.stream_table": 1,
     "orchestrator.router.core": 1, "orchestrator.control.placement": 1, "orchestrator.control.reconciler": 1,
@@ -27,9 +27,10 @@ LAYERS = {
     "orchestrator.loadgen.prompts": 1, "orchestrator.loadgen.schedule": 1, "orchestrator.loadgen.settings": 1,
     "orchestrator.loadgen.stats": 1,
     "workers.engines.fake": 2, "orchestrator.sim": 2,
-    "workers.artifacts": 3, "workers.distributed": 3, "workers.models": 3, "workers.runner": 3, "workers.sampling": 3,
-    "workers.engines": 4, "workers.logs": 4, "workers.sampling.grammar_checker": 4, "workers.serving": 4,
-    "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.control": 4, "orchestrator.keys": 4, "orchestrator.loadgen": 4,
+    "workers.artifacts": 3, "workers.distributed": 3, "workers.kernels": 3, "workers.models": 3, "workers.runner": 3, "workers.sampling": 3,
+    "workers.engines": 4, "workers.logs": 4, "workers.process": 4, "workers.rank": 4, "workers.sampling.grammar_checker": 4,
+    "workers.serving": 4,
+    "orchestrator.auth": 4, "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.control": 4, "orchestrator.loadgen": 4,
     "orchestrator.model_store": 4, "orchestrator.router": 4, "orchestrator.slurm": 4,
     "orchestrator.cli": 5,
 }  # fmt: skip
@@ -151,7 +152,7 @@ def modules() -> dict[str, Path]:
 
 def test_every_module_keeps_its_layer() -> None:
     files = modules()
-    assert {"workers.protocol.messages", "orchestrator.router.spec"} <= files.keys()
+    assert {"workers.protocol.messages", "orchestrator.config.router_spec"} <= files.keys()
     found = [fault for name, path in files.items() for fault in violations(name, path.read_text(), package=path.name == "__init__.py")]
     assert not found, "\n" + "\n".join(found)
 
@@ -168,7 +169,7 @@ def test_every_module_keeps_its_layer() -> None:
         ),
         ("workers.scheduler.scheduler", "from ..distributed.group import Group", "imports workers.distributed.group.Group of layer 3"),
         ("workers.protocol.specs", "import numpy", "layer 0 may use msgspec"),
-        ("workers.serving.leader", "from orchestrator.router.spec import RouterSpec", "a replica is complete alone"),
+        ("workers.serving.leader", "from orchestrator.config.router_spec import RouterSpec", "a replica is complete alone"),
         ("workers.serving.leader", "import ray", "imports ray"),
         ("workers.artifacts.gguf", "import torch", "conversion runs where no engine is installed"),
         ("workers.models.decoder", "import zmq", "layer 3 may use"),

@@ -26,11 +26,11 @@ from typing import Any, NoReturn, get_args
 
 import msgspec
 
+from workers import process, rank
 from workers.engines.trtllm.environment import for_rank
 from workers.protocol.engine import Engine
 from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, TriremeError
 from workers.protocol.specs import EngineSpec, ReplicaSpec
-from workers.serving import rank, rank_process
 from workers.serving.router_io import KeyPair, check_address
 from workers.serving.state_file import ErrorReport, StateFile
 
@@ -197,7 +197,7 @@ def brief(comm: Any, argv: list[str]) -> Briefing:
             told = Briefing(error=ErrorReport.of(error))
         except SystemExit:  # --help
             told = Briefing()
-    return msgspec.json.decode(rank_process.broadcast(comm, msgspec.json.encode(told)), type=Briefing)
+    return msgspec.json.decode(process.broadcast(comm, msgspec.json.encode(told)), type=Briefing)
 
 
 class Rank:
@@ -226,7 +226,7 @@ class Rank:
             self._state.enter("stopped")
             self._comm.Abort(0)
         except Exception as error:
-            known = error.error if isinstance(error, rank_process.Alone) else error
+            known = error.error if isinstance(error, process.Alone) else error
             if not isinstance(known, TriremeError) or known is not error:
                 log.exception("rank %d ends", self._rank)
             if not isinstance(known, TriremeError):
@@ -242,7 +242,7 @@ class Rank:
         failure: TriremeError | None = None
         try:
             level = logging.DEBUG if self._debug else logging.INFO
-            self._terminal = rank_process.open_log(spec.run_dir, self._rank, level, spec.log_format, spec.name)
+            self._terminal = process.open_log(spec.run_dir, self._rank, level, spec.log_format, spec.name)
         except TriremeError as error:
             failure = error
         if world != spec.parallel.world:
@@ -252,8 +252,8 @@ class Rank:
                 f"mpiexec -n {spec.parallel.world} python -m workers ...",
             )
         me = msgspec.json.encode((self._rank, socket.gethostname(), os.getpid()))
-        pids = [msgspec.json.decode(data, type=tuple[int, str, int]) for data in rank_process.gather(self._comm, me)]
-        rank_process.unlink_shared_memory()
+        pids = [msgspec.json.decode(data, type=tuple[int, str, int]) for data in process.gather(self._comm, me)]
+        process.unlink_shared_memory()
         if self._rank == 0 and failure is None:
             failure = self._prepare(pids)
         rank.agree(self._comm, failure)
@@ -308,7 +308,7 @@ class Rank:
         return None
 
     def _serve(self, part: Engine | rank.Follower) -> None:
-        rank_process.settle_heap()
+        process.settle_heap()
         if isinstance(part, rank.Follower):
             part.run()
             return
@@ -321,12 +321,12 @@ class Rank:
         if self._rank == 0:
             self._state.enter("failed", error=error)
         if self._rank == 0 or alone:
-            rank_process.tell(self._terminal, error.lines())
+            process.tell(self._terminal, error.lines())
 
 
 def main(argv: list[str]) -> int:
     try:
-        rank_process.die_with_parent()
+        process.die_with_parent()
         comm = start_mpi(argv)
     except TriremeError as error:
         print(error.lines(), file=sys.stderr)

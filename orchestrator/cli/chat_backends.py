@@ -13,9 +13,9 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
+from orchestrator.auth.keyring import read_private
 from orchestrator.client import Client, ClientKeys
 from orchestrator.control.host.control_socket import Status
-from orchestrator.keys import read_private
 from workers.protocol.errors import EngineFault, EnvironmentFault, NotFound, Rejected, Unavailable, from_code, printable
 
 Endpoint = Literal["chat", "completions"]

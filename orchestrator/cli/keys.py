@@ -15,7 +15,7 @@ from orchestrator.cli.console import Console, age, table
 from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
 
 if TYPE_CHECKING:
-    from orchestrator.keys import ApiKeyRing
+    from orchestrator.auth.keyring import ApiKeyRing
 
 API_KEYS = "api.json"
 
@@ -33,7 +33,7 @@ def folder(name: str, run_dir: str) -> Path:
 
 
 def ring(file: Path | None, name: str, run_dir: str) -> ApiKeyRing:
-    from orchestrator.keys import ApiKeyRing
+    from orchestrator.auth.keyring import ApiKeyRing
 
     return ApiKeyRing((file or folder(name, run_dir) / API_KEYS).expanduser().absolute())
 
@@ -91,7 +91,7 @@ def client(
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Make a CURVE key pair for an RPC client over tcp and allow it; prints the file to give to it."""
-    from orchestrator.keys import KeyRing
+    from orchestrator.auth.keyring import KeyRing
 
     console: Console = context.obj
     found = KeyRing(folder(name, run_dir))
@@ -113,7 +113,7 @@ def join(
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Let replicas of another deployment join this one's routers; prints the pass, a secret file to give to it (join.key_file)."""
-    from orchestrator.keys import KeyRing
+    from orchestrator.auth.keyring import KeyRing
 
     console: Console = context.obj
     found = KeyRing(folder(name, run_dir))
@@ -127,7 +127,7 @@ def join(
 @keys.command("show")
 def show(context: typer.Context, name: Deployment = "local", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     """List the deployment's key files: what each is for and its mode. Exit code 3 when one can be read by others."""
-    from orchestrator.router.net.curve_acl import FAMILY, parse_grants
+    from orchestrator.auth.curve_acl import FAMILY, parse_grants
     from workers.protocol.errors import ConfigError, NotFound
 
     home = folder(name, run_dir)

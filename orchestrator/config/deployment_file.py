@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from orchestrator.config import yaml_tree
-from orchestrator.router.spec import AdmissionSpec, BackSpec, JoinSpec, MetricsSpec, TracingSpec
+from orchestrator.config.router_spec import AdmissionSpec, BackSpec, JoinSpec, MetricsSpec, TracingSpec
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import DType, EngineKind, EngineSpec, Parallel, QuantName, WaitPolicy
 from workers.protocol.trtllm_options import TrtllmOptions

@@ -16,16 +16,16 @@ from typing import Generic, TypeVar
 import msgspec
 import uvloop
 
-from orchestrator.keys import read_private, read_salt
-from orchestrator.router.api_keys import parse_api_keys
+from orchestrator.auth.api_keys import parse_api_keys
+from orchestrator.auth.curve_acl import parse_grants
+from orchestrator.auth.keyring import read_private, read_salt
+from orchestrator.config.router_spec import RouterSpec
 from orchestrator.router.frontend.detokenizer import load_texts
-from orchestrator.router.net.curve_acl import parse_grants
 from orchestrator.router.process import RouterProcess
 from orchestrator.router.request_context import OriginFilter
-from orchestrator.router.spec import RouterSpec
 from workers.logs import JsonLines, LogFormat
+from workers.process import settle_heap
 from workers.protocol.errors import ConfigError, TriremeError
-from workers.serving.rank_process import settle_heap
 from workers.serving.router_io import KeyPair
 
 USAGE = "usage: python -m orchestrator.router SPEC.json"

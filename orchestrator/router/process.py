@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import zmq
 
+from orchestrator.auth.api_keys import ApiKey, ApiKeys, Salting
+from orchestrator.auth.curve_acl import Gate, Grant
+from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.control.launch.subprocesses import STOP
-from orchestrator.router.api_keys import ApiKey, ApiKeys, Salting
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.dispatcher import RouterDispatch
@@ -33,12 +35,10 @@ from orchestrator.router.http.metrics_app import build_scrape_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.net.curve_acl import Gate, Grant
 from orchestrator.router.net.curve_auth import Zap
 from orchestrator.router.net.replica_link import ReplicaLink
 from orchestrator.router.net.router_socket import Port
 from orchestrator.router.rpc.server import RpcDoor
-from orchestrator.router.spec import HttpSpec, RouterSpec
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import Peers
 from workers.serving.router_io import KeyPair

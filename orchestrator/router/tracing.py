@@ -29,11 +29,11 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer
 from opentelemetry.util.types import AttributeValue
 
+from orchestrator.config.router_spec import TracingSpec
 from orchestrator.router import request_context, span_names
 from orchestrator.router.core.stats import Placement
 from orchestrator.router.interfaces import Ask, Dispatcher, Ticket, Watcher
 from orchestrator.router.metrics import RequestMeter
-from orchestrator.router.spec import TracingSpec
 from workers import __version__
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage

@@ -11,11 +11,11 @@ from typing import Protocol
 
 import msgspec
 
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.request_state import Deliver, Errored, Finished, Scored, Send
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.core.stats import Placement
-from orchestrator.router.spec import AdmissionSpec
 from orchestrator.sim.sim_network import Wire
 from orchestrator.sim.sim_replica import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.timeline import Timeline

@@ -18,11 +18,11 @@ import httpx
 import msgspec
 import yaml
 
+from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client, ClientKeys
 from orchestrator.control.host.control_socket import Control, Status
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.launcher import make_private
-from orchestrator.keys import KeyRing
 from tests.e2e.load import ASKERS, Load, expected
 from tests.e2e.test_two_routers import free_ports
 from tests.support.deployment import MODEL, deployed, wait_for_state, write_config

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from orchestrator.router.api_keys import Salting
+from orchestrator.auth.api_keys import Salting
 from tests.support.deployment import MODEL, deployed, write_config
 from tests.support.gang import short_folder
 

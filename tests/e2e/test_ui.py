@@ -19,8 +19,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestrator.keys import ApiKeyRing
-from orchestrator.router.spec import HttpSpec
+from orchestrator.auth.keyring import ApiKeyRing
+from orchestrator.config.router_spec import HttpSpec
 from tests.support.browser import Browser
 from tests.support.deployment import deployed, wait_for_state, write_config
 from tests.support.gang import short_folder

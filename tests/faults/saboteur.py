@@ -19,9 +19,9 @@ from functools import wraps
 from types import FrameType
 from typing import Any
 
+from workers import rank
 from workers.__main__ import main
 from workers.protocol.specs import ReplicaSpec
-from workers.serving import rank
 
 COMMAND = (sys.executable, "-m", "tests.faults.saboteur")
 NAN, OOM, HUNGRY = 2_000_000, 3_000_000, 4_000_000
@@ -48,7 +48,7 @@ def sabotage(me: int) -> None:
     import torch
 
     from workers.runner.cpu_runner import Runner
-    from workers.sampling.sampler import Sampler
+    from workers.runner.sampler import Sampler
 
     run, draw = Runner.run, Sampler.draw
     begun: dict[int, int] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.client import AsyncClient, Client
-from orchestrator.router.spec import AdmissionSpec
+from orchestrator.config.router_spec import AdmissionSpec
 from tests.faults.wire_cut import Wire
 from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from orchestrator.client import AsyncClient, Client
-from orchestrator.router.spec import AdmissionSpec
+from orchestrator.config.router_spec import AdmissionSpec
 from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder
 from tests.support.routing import RouterRun

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.models.kernels.step_layout import DeviceLayout, Heads, LayoutShape, Paging, fill, step_shape, view
+from workers.kernels.step_layout import DeviceLayout, Heads, LayoutShape, Paging, fill, step_shape, view
 
 FP8 = torch.float8_e4m3fn
 #: ||out - ref|| / ||ref|| that a kernel may have, by dtype: rounding of the result and, for attention, of the softmax's weights.

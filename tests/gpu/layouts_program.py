@@ -25,8 +25,8 @@ from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group, Solo, ordered_sum
 from workers.distributed.nccl_group import TWO_SHOT_BYTES, World
 from workers.distributed.rank_groups import split
+from workers.kernels import kernels_for, step_ends
 from workers.models.decoder import LlamaStage
-from workers.models.kernels import kernels_for, step_ends
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 from workers.runner.device import CudaDevice, pin_numerics
 from workers.runner.gpu_runner import DeviceRunner, Links

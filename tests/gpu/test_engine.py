@@ -20,8 +20,8 @@ from tests.reference.engine import Stream, margin_violations, request, serve
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.convert import convert
 from workers.engines.portable import PortableEngine, build
-from workers.models.kernels import reference
-from workers.models.kernels.linear import FP8_MAX
+from workers.kernels import reference
+from workers.kernels.linear import FP8_MAX
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec

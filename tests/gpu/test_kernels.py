@@ -13,10 +13,10 @@ import torch
 from tests.gpu.kernel_cases import BOUNDS, FP8, attention, error, make_case, random_cache, turned
 from tests.reference.shards import make_stage, random_weights
 from workers.distributed.group import Waiter
-from workers.models.kernels import step_layout as layout
-from workers.models.kernels.linear import to_fp8
-from workers.models.kernels.reference import attention_layout
-from workers.models.kernels.step_layout import (
+from workers.kernels import step_layout as layout
+from workers.kernels.linear import to_fp8
+from workers.kernels.reference import attention_layout
+from workers.kernels.step_layout import (
     NUMBER_MASK,
     Heads,
     LayoutShape,
@@ -43,8 +43,8 @@ if not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     pytest.skip("the Triton kernels are not tested: without a GPU, Triton's interpreter needs numpy below 2.4", allow_module_level=True)
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-from workers.models.kernels import gpu  # noqa: E402
-from workers.models.kernels.step_ends import candidates, known, merged, take, winners  # noqa: E402
+from workers.kernels import gpu  # noqa: E402
+from workers.kernels.step_ends import candidates, known, merged, take, winners  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.workers.artifacts.test_quantize import random_parts
-from workers.models.kernels.linear import Narrow, dequantize
-from workers.models.kernels.linear import to_fp8 as rounded
+from workers.kernels.linear import Narrow, dequantize
+from workers.kernels.linear import to_fp8 as rounded
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import Quant, quant_of
 
@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-from workers.models.kernels import gemv, linear_gpu  # noqa: E402
+from workers.kernels import gemv, linear_gpu  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}

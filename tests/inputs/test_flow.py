@@ -21,9 +21,9 @@ import msgspec
 import pytest
 import zmq
 
+from orchestrator.auth.curve_acl import Gate
 from orchestrator.client.sockets import ClientKeys, Wires
 from orchestrator.control.host.router_poller import ask
-from orchestrator.router.net.curve_acl import Gate
 from orchestrator.router.net.curve_auth import Zap
 from orchestrator.router.net.router_socket import Port
 from tests.inputs.test_http import head

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import zmq
 
-from orchestrator.router.spec import AdmissionSpec
+from orchestrator.config.router_spec import AdmissionSpec
 from tests.inputs.mutate import WIRE_EDGES, Mutator
 from tests.inputs.world import CHAT, TEXT, Health, World, chat, growth, text
 from tests.support.figures import figure

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.router.spec import AdmissionSpec
+from orchestrator.config.router_spec import AdmissionSpec
 from tests.inputs.table import IDS, ROWS, SCHEMA, Row
 from tests.inputs.world import CHAT, MAX_BODY, MODEL, TEXT, Health, World, chat, growth, text
 from tests.support.figures import figure

@@ -16,11 +16,11 @@ import msgspec
 import pytest
 import zmq
 
+from orchestrator.auth.curve_acl import Gate, Grant
+from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client
 from orchestrator.control.launch.launcher import make_private
-from orchestrator.keys import KeyRing
 from orchestrator.router.__main__ import read_keys
-from orchestrator.router.net.curve_acl import Gate, Grant
 from orchestrator.router.net.curve_auth import Zap
 from orchestrator.router.net.router_socket import Port
 from tests.inputs.world import MODEL, PROMPT, World, expected

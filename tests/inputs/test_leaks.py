@@ -18,8 +18,8 @@ import httpx
 import msgspec
 import pytest
 
+from orchestrator.auth.api_keys import Salting
 from orchestrator.client import Client
-from orchestrator.router.api_keys import Salting
 from tests.inputs.table import image, schema
 from tests.inputs.test_http import head
 from tests.inputs.test_rpc import Peer

@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 import msgspec
 
+from orchestrator.auth.keyring import ApiKeyRing, KeyRing
 from orchestrator.client import Client, ClientKeys
-from orchestrator.keys import ApiKeyRing, KeyRing
-from orchestrator.router.spec import AdmissionSpec, HttpSpec
+from orchestrator.config.router_spec import AdmissionSpec, HttpSpec
 from tests.support.gang import FAKE, Gang, wait_for
 from tests.support.routing import RouterRun
 from workers.engines.fake import expected_tokens

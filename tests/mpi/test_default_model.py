@@ -17,7 +17,7 @@ from tests.reference.engine import request, serve
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.rank_groups import split
 from workers.engines.portable import PortableEngine, build
-from workers.models.kernels.reference import attention_layout
+from workers.kernels.reference import attention_layout
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec

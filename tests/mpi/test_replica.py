@@ -298,13 +298,13 @@ def test_a_missing_model_is_reported_by_every_rank_and_ends_the_gang(folder: Pat
 
 def test_a_rank_that_fails_alone_ends_the_world(folder: Path) -> None:
     script = f"""
-import sys, workers.serving.rank, workers.__main__ as main
-build = workers.serving.rank.build
+import sys, workers.rank, workers.__main__ as main
+build = workers.rank.build
 def failing(spec, comm):
     if comm.Get_rank() == 1:
         raise MemoryError("no room for the shard")
     return build(spec, comm)
-workers.serving.rank.build = failing
+workers.rank.build = failing
 sys.exit(main.main(["--engine", "fake", "--tp-size", "2", "--run-dir", {str(folder)!r}]))
 """
     ran = subprocess.run([MPIEXEC, "-n", "2", sys.executable, "-c", script], timeout=60, capture_output=True, check=False)

@@ -12,11 +12,11 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.request_state import Deliver, Errored, Finished, Send
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.interfaces import Ask
-from orchestrator.router.spec import AdmissionSpec
 from workers.protocol.errors import Overloaded
 from workers.protocol.messages import (
     UNLIMITED,

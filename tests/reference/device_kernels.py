@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.models.kernels import reference
-from workers.models.kernels.reference import add_rms_norm, embed, rms_norm, rotate, silu_mul
-from workers.models.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, DeviceLayout, Rings, SlotState, aligned
+from workers.kernels import reference
+from workers.kernels.reference import add_rms_norm, embed, rms_norm, rotate, silu_mul
+from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, DeviceLayout, Rings, SlotState, aligned
 from workers.sampling.definition import MASK32, gumbel, mix
 
 __all__ = [

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from workers.distributed.group import Group, Solo
+from workers.kernels import Kernels
 from workers.layout.sharding import shard_of, shard_tensors, whole_tensors
 from workers.models.decoder import LlamaStage
-from workers.models.kernels import Kernels
 from workers.protocol.specs import ModelSpec, Parallel
 from workers.runner.cpu_runner import Runner
 from workers.runner.kv_cache import KvCache

@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
+from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
 from orchestrator.router.process import State
-from orchestrator.router.spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
 from tests.support.gang import MPIEXEC, processes_of, wait_for
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress

@@ -62,7 +62,7 @@ def test_a_line_is_one_object_whatever_it_says(sheet: Sheet) -> None:
 
 def test_a_ranks_log_is_json_where_that_is_wanted(tmp_path: Path) -> None:
     code = (
-        "import logging, sys; from workers.serving.rank_process import open_log;"
+        "import logging, sys; from workers.process import open_log;"
         "open_log(sys.argv[1], 3, form=sys.argv[2], replica='a'); logging.getLogger('t').info('up')"
     )
     lines = {}

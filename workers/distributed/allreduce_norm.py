@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.distributed.one_shot_allreduce import Mapped, meet
-from workers.models.kernels.fused import empty_narrow, store_norm
-from workers.models.kernels.launch import early, enter
-from workers.models.kernels.linear import Narrow
+from workers.kernels.fused import empty_narrow, store_norm
+from workers.kernels.launch import early, enter
+from workers.kernels.linear import Narrow
 
 #: Most rows whose words carry their turn; and by the number of ranks, the largest sums, bytes, for which that is quicker than flags, where
 #: these were measured: `python -m bench.collectives`.

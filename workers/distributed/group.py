@@ -21,7 +21,7 @@ from workers.protocol.errors import EngineFault
 from workers.protocol.specs import WaitPolicy
 
 if TYPE_CHECKING:
-    from workers.models.kernels.linear import Narrow
+    from workers.kernels.linear import Narrow
 
 #: Longest that a peer may keep another waiting inside a step, seconds. The supervisor's watchdog is far quicker; this one is the last.
 STEP_BOUND_S = 300.0

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.models.kernels.launch import early, enter
+from workers.kernels.launch import early, enter
 
 #: 4-byte words of one program of a plain sum.
 _SPAN = 512

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from workers.distributed.group import Group, SumNorm
+from workers.kernels import Kernels, kernels_for
+from workers.kernels.linear import Narrow
+from workers.kernels.reference import AttentionLayout
+from workers.kernels.step_layout import DeviceLayout
 from workers.layout.sharding import Shard, shares_embedding
-from workers.models.kernels import Kernels, kernels_for
-from workers.models.kernels.linear import Narrow
-from workers.models.kernels.reference import AttentionLayout
-from workers.models.kernels.step_layout import DeviceLayout
 from workers.models.layers import Linear, VocabHead
 from workers.models.rope import rope_angles
 from workers.protocol.specs import PLAIN, ModelSpec, Parallel, Quant

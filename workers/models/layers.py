@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.kernels import product_for
+from workers.kernels.linear import Narrow, Product
 from workers.layout.quant_parts import Format, parts_of
-from workers.models.kernels import product_for
-from workers.models.kernels.linear import Narrow, Product
 from workers.protocol.specs import DTYPE_BYTES, PLAIN, Quant
 
 TORCH: dict[Format, torch.dtype] = {

@@ -17,11 +17,11 @@ import torch
 from workers.artifacts.artifact import Artifact, open_artifact, quant_for
 from workers.distributed.group import Waiter
 from workers.distributed.rank_groups import Ranks, all_or_none
+from workers.kernels.step_layout import HEAD_DIMS
 from workers.layout.memory import blocks_that_fit, cache_budget, kv_format, longest_row
 from workers.layout.quant_parts import unit_of
 from workers.layout.sharding import Shard, shard_of
 from workers.models.decoder import LlamaStage
-from workers.models.kernels.step_layout import HEAD_DIMS
 from workers.models.layers import TORCH
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import Capacity, SamplingParams
@@ -159,7 +159,7 @@ def _runner(spec: ReplicaSpec, ranks: Ranks, stage: LlamaStage, cache: KvCache, 
             fixed_shape=engine.fixed_shape,
         )
     # Triton is imported only where a GPU computes.
-    from workers.models.kernels import step_ends
+    from workers.kernels import step_ends
     from workers.runner.gpu_runner import DeviceRunner, Links
 
     runner = DeviceRunner(

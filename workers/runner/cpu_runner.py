@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from workers.distributed.group import Group
+from workers.kernels.reference import TABLE_STEP, attention_layout
 from workers.models.decoder import LlamaStage
-from workers.models.kernels.reference import TABLE_STEP, attention_layout
 from workers.runner.kv_cache import KvCache
+from workers.runner.sampler import Sampler
+from workers.runner.slot_sampling import Sampling
 from workers.runner.step_results import Answer, Done
-from workers.sampling.sampler import Sampler
-from workers.sampling.slot_sampling import Sampling
 from workers.scheduler.step_plan import Ints, StepPlan, StepResult, view
 
 

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from workers.distributed.group import Group, Waiter
+from workers.kernels.step_layout import HEAD_WORDS, Heads, LayoutShape, Paging, Rings, SlotState, mixed_shape, step_shape
 from workers.models.decoder import LlamaStage
-from workers.models.kernels.step_layout import HEAD_WORDS, Heads, LayoutShape, Paging, Rings, SlotState, mixed_shape, step_shape
 from workers.runner.device import Device, Mark
 from workers.runner.graphs import DECODES, MIXED, Graphs, Programs, graph_sizes
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.kv_cache import KvCache
+from workers.runner.sampler import Sampler
+from workers.runner.slot_sampling import Sampling
 from workers.runner.slot_updates import NONE, News, Records
 from workers.runner.staging import Staging
 from workers.runner.step_inputs import DecodeInbox, Inputs, StepInbox
 from workers.runner.step_results import Answer, Done, Extras, Pending
-from workers.sampling.sampler import Sampler
-from workers.sampling.slot_sampling import Sampling
 from workers.scheduler.step_plan import I32, Ints, StepPlan, StepResult, view
 
 #: News that a submission has room for beside its inbox, for each slot: where there are more, some go ahead.
@@ -39,7 +39,7 @@ _REPEATS = 16
 
 
 class Choose(Protocol):
-    """Both ends of a step on the device: :mod:`workers.models.kernels.step_ends`."""
+    """Both ends of a step on the device: :mod:`workers.kernels.step_ends`."""
 
     def take(self, rings: Rings, memory: Tensor, state: SlotState, returned: Tensor) -> None: ...
 

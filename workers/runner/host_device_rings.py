@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import cast
 
 from workers.distributed.group import Waiter
-from workers.models.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings, aligned
+from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings, aligned
 from workers.runner.device import Device
 from workers.runner.slot_updates import News
 from workers.scheduler.step_plan import Ints

@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from workers.models.kernels.step_layout import Places
+from workers.kernels.step_layout import Places
+from workers.runner.slot_sampling import Sampling, is_plain
 from workers.sampling.definition import seed_keys
-from workers.sampling.slot_sampling import Sampling, is_plain
 from workers.scheduler.step_plan import I32, Ints, StepPlan, view
 
 NONE: Ints = np.zeros(0, I32)
 
 
 class News(NamedTuple):
-    """What the device must learn: ``places`` in :class:`~workers.models.kernels.step_layout.SlotState`'s words and the ``values`` that they
+    """What the device must learn: ``places`` in :class:`~workers.kernels.step_layout.SlotState`'s words and the ``values`` that they
     get, and the places of tokens that the last stage ``returns``, int32 all."""
 
     places: Ints = NONE

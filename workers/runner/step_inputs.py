@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from workers.models.kernels.step_layout import (
+from workers.kernels.step_layout import (
     DeviceLayout,
     Heads,
     LayoutShape,
@@ -21,7 +21,7 @@ from workers.models.kernels.step_layout import (
     fill,
     fill_decodes,
 )
-from workers.models.kernels.step_layout import view as view_layout
+from workers.kernels.step_layout import view as view_layout
 from workers.scheduler.step_plan import Ints
 
 

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import msgspec
 
+from workers.process import die_with_parent
 from workers.protocol.errors import Overloaded, Rejected, Unsupported
 from workers.protocol.messages import GuideSpec
 from workers.sampling.guide import Guide, GuideFactory
-from workers.serving.rank_process import die_with_parent
 
 #: Processor time that compiling a grammar and its first mask may take, seconds.
 TRY_CPU_S = 1.0

@@ -16,7 +16,9 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import DEFAULT_RUN_DIR, Config, environment
+from orchestrator.config.router_spec import ModelCard
 from orchestrator.control.controller import TICK_S, Controller, Hung
 from orchestrator.control.host import desired_state, join_file
 from orchestrator.control.host.control_socket import Answer, Control, ControlServer, Order, Status, UpdateOrder, UpdateReport
@@ -32,8 +34,6 @@ from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.launch.mpiexec import Mpi, find_mpi
 from orchestrator.control.launch.supervisor import sweep
 from orchestrator.control.reconciler import Policy, ReplicaView
-from orchestrator.keys import KeyRing
-from orchestrator.router.spec import ModelCard
 from workers.artifacts.convert import Progress, silent
 from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError
 from workers.protocol.messages import Capacity

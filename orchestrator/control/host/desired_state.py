@@ -12,13 +12,13 @@ from pathlib import Path
 
 import msgspec
 
+from orchestrator.auth.curve_acl import Role
+from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig
+from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
 from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.placement import Share
-from orchestrator.keys import KeyRing
 from orchestrator.model_store import locate, resolve
-from orchestrator.router.net.curve_acl import Role
-from orchestrator.router.spec import HttpSpec, ModelCard, RouterSpec
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import Progress
 from workers.engines.trtllm.engine_dir import is_engine_dir

@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 import zmq
 
+from orchestrator.auth.keyring import Pass, read_pass
 from orchestrator.config.deployment_file import Config
 from orchestrator.control.host.desired_state import Back, ServedModel
 from orchestrator.control.host.join_file import JoinFile, fingerprint
 from orchestrator.control.host.router_poller import Reports, RouterReport, ask
 from orchestrator.control.launch.launcher import make_private, write_private
-from orchestrator.keys import Pass, read_pass
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import PROTOCOL
 from workers.protocol.specs import RouterAddress

@@ -1,6 +1,7 @@
 """Routers without gangs of their own, which the replicas of other deployments join: what they tell those who do.
 
-Owns the words of the join file, which holds no secret: who serves at these routers needs a pass beside it (:mod:`orchestrator.keys`).
+Owns the words of the join file, which holds no secret: who serves at these routers needs a pass beside it
+(:mod:`orchestrator.auth.keyring`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from orchestrator.config.deployment_file import Config
+from orchestrator.config.router_spec import WILDCARDS, ModelCard
 from orchestrator.control.controller import Hung
 from orchestrator.control.launch.launcher import GangSpec, write_private
 from orchestrator.control.reconciler import ReplicaView
-from orchestrator.router.spec import WILDCARDS, ModelCard
 from workers.artifacts.safetensors_file import hash_file
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import PROTOCOL

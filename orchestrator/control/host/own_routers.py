@@ -15,11 +15,11 @@ from typing import Literal
 
 import msgspec
 
+from orchestrator.auth.keyring import LOCAL_CLIENT, KeyRing
+from orchestrator.config.router_spec import RouterSpec
 from orchestrator.control.host.router_poller import Reports, RouterReport
 from orchestrator.control.launch.launcher import write_private
 from orchestrator.control.launch.subprocesses import STOP, Child
-from orchestrator.keys import LOCAL_CLIENT, KeyRing
-from orchestrator.router.spec import RouterSpec
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import RouterAddress
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig, Resolved
+from orchestrator.config.router_spec import JoinSpec, ModelCard
 from orchestrator.control.host import desired_state
 from orchestrator.control.host.control_socket import UpdateOrder, UpdateReport
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.reconciler import ReplicaView
 from orchestrator.control.rollout import Bounds, Rollout, Target, plan
-from orchestrator.keys import KeyRing
-from orchestrator.router.spec import JoinSpec, ModelCard
 from workers.artifacts.convert import Progress
 from workers.protocol.errors import ConfigError
 

@@ -16,13 +16,13 @@ from math import inf
 
 import msgspec
 
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.policy import Chooser
 from orchestrator.router.core.replica_registry import Fleet, Refused, Replica
 from orchestrator.router.core.request_state import Action, Asked, Deliver, Delivery, Request, Row, Scored, Send
 from orchestrator.router.core.request_table import Board
 from orchestrator.router.core.stats import LossKind
 from orchestrator.router.core.transitions import Places
-from orchestrator.router.spec import AdmissionSpec
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
 from workers.protocol.messages import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
 

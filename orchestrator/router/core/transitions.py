@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from math import inf
 
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.policy import Chooser
 from orchestrator.router.core.replica_registry import Fleet, Replica
 from orchestrator.router.core.request_state import ATTEMPTS_PER_ASK, Action, Errored, Finished, Request, Row, Send
 from orchestrator.router.core.request_table import Board
 from orchestrator.router.core.stats import Cause, Reason
-from orchestrator.router.spec import AdmissionSpec
 from workers.protocol.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage
 

@@ -15,11 +15,11 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from orchestrator.config.router_spec import ModelCard
 from orchestrator.router.frontend.sandbox_pool import Cells
 from orchestrator.router.frontend.tokenizer import Loaded, load
 from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import RequestMeter
-from orchestrator.router.spec import ModelCard
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
 

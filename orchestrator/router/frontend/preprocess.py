@@ -11,15 +11,15 @@ from typing import Any
 
 import msgspec
 
+from orchestrator.auth.api_keys import EVERYONE, Salting, Tenant
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
-from orchestrator.router.api_keys import EVERYONE, Salting, Tenant
 from orchestrator.router.frontend import schema as bodies
 from orchestrator.router.frontend.chat_template import Piece
 from orchestrator.router.frontend.detokenizer import TextModel, TextRule, Texts
 from orchestrator.router.frontend.sandbox_worker import Render
 from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, Request, refuse
 from orchestrator.router.interfaces import Ask, Dispatcher
-from orchestrator.router.spec import AdmissionSpec
 from workers.protocol.errors import NotFound, TooLong, Unavailable
 from workers.protocol.messages import UNLIMITED, GuideSpec, Journal, SamplingParams
 from workers.sampling.definition import MIN_TEMPERATURE

@@ -18,9 +18,9 @@ import msgspec
 
 from orchestrator.router.frontend.chat_messages import Message, Tool
 from orchestrator.router.frontend.chat_template import ChatTemplate, Piece, TemplateSource
+from workers.process import die_with_parent
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import GuideSpec
-from workers.serving.rank_process import die_with_parent
 
 #: Address space of a cell. What asks for more gets a MemoryError, which ends its request.
 MAX_MEMORY = 1 << 30

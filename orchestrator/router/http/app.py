@@ -19,7 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from orchestrator.router.api_keys import ApiKeys, Salting
+from orchestrator.auth.api_keys import ApiKeys, Salting
+from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.router.frontend import preprocess as preparing
 from orchestrator.router.frontend import schema as bodies
 from orchestrator.router.frontend.detokenizer import TextModel, Texts, TextSink
@@ -32,7 +33,6 @@ from orchestrator.router.http.response import Answer, json_response
 from orchestrator.router.http.status_page import StatusPage
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import CONTENT_TYPE, Metrics
-from orchestrator.router.spec import HttpSpec, RouterSpec
 from workers import __version__
 from workers.protocol.errors import NotFound, Overloaded, TriremeError, Unavailable
 from workers.protocol.messages import UNLIMITED

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from orchestrator.router.api_keys import EVERYONE, ApiKeys, Tenant
+from orchestrator.auth.api_keys import EVERYONE, ApiKeys, Tenant
 from workers.protocol.errors import Unauthorized
 
 #: Probes, which say that this process lives, and the status page, which is the same everywhere and holds nothing of this deployment.

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from orchestrator.config.router_spec import HttpSpec
 from orchestrator.router.http.protocol import BoundedProtocol
-from orchestrator.router.spec import HttpSpec
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
 BACKLOG = 2048

@@ -13,7 +13,7 @@ import time
 import zmq
 from zmq.utils import z85
 
-from orchestrator.router.net.curve_acl import Gate
+from orchestrator.auth.curve_acl import Gate
 
 _ENDPOINT = "inproc://zeromq.zap.01"
 _COMPLAIN_S = 5.0

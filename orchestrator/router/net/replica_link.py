@@ -12,7 +12,7 @@ from typing import Protocol
 
 import zmq
 
-from orchestrator.router.net.curve_acl import Gate
+from orchestrator.auth.curve_acl import Gate
 from orchestrator.router.net.router_socket import Port
 from workers.protocol import messages
 from workers.protocol.messages import FromReplica, Hello, Malformed, Peers, ToReplica

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import zmq
 
-from orchestrator.router.net.curve_acl import Gate, Role
+from orchestrator.auth.curve_acl import Gate, Role
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME
 from workers.serving.router_io import KeyPair

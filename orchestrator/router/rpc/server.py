@@ -16,16 +16,16 @@ from collections.abc import Callable
 
 import msgspec
 
+from orchestrator.auth.api_keys import EVERYONE, Salting, Tenant
+from orchestrator.auth.curve_acl import Gate
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
-from orchestrator.router.api_keys import EVERYONE, Salting, Tenant
 from orchestrator.router.frontend import schema as bodies
 from orchestrator.router.frontend.detokenizer import Texts, TextWatcher
 from orchestrator.router.frontend.preprocess import Caller, Prepared, decode, prepare
 from orchestrator.router.interfaces import Ask, Dispatcher, Ticket
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.net.curve_acl import Gate
 from orchestrator.router.rpc.call import Call, Outgoing
-from orchestrator.router.spec import AdmissionSpec
 from workers.protocol import messages
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
 from workers.protocol.messages import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.auth.keyring import ApiKeyRing, KeyRing, read_pass
 from orchestrator.cli.main import run
 from orchestrator.config.deployment_file import load
 from orchestrator.control.host.deployment import Deployment, Notice
-from orchestrator.keys import ApiKeyRing, KeyRing, read_pass
 from workers.protocol.errors import ConfigError
 
 Capture = pytest.CaptureFixture[str]

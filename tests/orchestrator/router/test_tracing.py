@@ -22,13 +22,13 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import SpanKind, StatusCode
 
 from orchestrator.client import Client
+from orchestrator.config.router_spec import MetricsSpec, TracingSpec
 from orchestrator.router import request_context, span_names, tracing
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.dispatcher import RouterDispatch
 from orchestrator.router.interfaces import Ask, Ticket
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.request_context import Trace, parse_traceparent
-from orchestrator.router.spec import MetricsSpec, TracingSpec
 from orchestrator.router.tracing import EXPORT_S, TracedDispatcher, Traces
 from tests.orchestrator.router.core.test_router_core import ask, join, router, tokens
 from tests.support.gang import FAKE, Gang, short_folder, wait_for

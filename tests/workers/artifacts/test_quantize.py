@@ -24,7 +24,7 @@ from workers.protocol.specs import Parallel, Quant, QuantName, quant_of
 torch = pytest.importorskip("torch")
 import msgspec  # noqa: E402
 
-from workers.models.kernels.linear import dequantize, emulate_fp8, product  # noqa: E402
+from workers.kernels.linear import dequantize, emulate_fp8, product  # noqa: E402
 from workers.runner.weights import fill, load_shards  # noqa: E402
 
 FORMS: tuple[QuantName, ...] = ("int8", "int4", "fp8")

@@ -12,8 +12,8 @@ import torch
 from tests.reference.shards import make_stage, whole_weights
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
+from workers.kernels.reference import attention_layout, paged_attention, rms_norm, rotate
 from workers.models.decoder import LlamaStage
-from workers.models.kernels.reference import attention_layout, paged_attention, rms_norm, rotate
 from workers.models.layers import FIXED_ROWS, Linear
 from workers.runner.kv_cache import KvCache
 

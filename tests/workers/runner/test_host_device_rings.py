@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from workers.distributed.group import Waiter
-from workers.models.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings
+from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings
 from workers.protocol.errors import EngineFault
 from workers.runner.device import HostDevice
 from workers.runner.host_device_rings import Completions, Submissions

@@ -3,7 +3,7 @@
 The choice is made by what the installed package can do, never by its version's text: engines left TensorRT-LLM with the 1.3 line. Owns the
 bring-up: agree on what can be known before, build on every rank, hear every rank, generate one token. What fails before the build is raised
 alike on all ranks; what fails in or after it is known to one rank alone, which must end the world
-(:class:`~workers.serving.rank_process.Alone`).
+(:class:`~workers.process.Alone`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from workers.engines.trtllm.node_probe import installed_versions
 from workers.engines.trtllm.preflight import check_rank
 from workers.engines.trtllm.rank_liveness import Listener
 from workers.engines.trtllm.sequence import Limits
+from workers.process import Alone
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.messages import Capacity
 from workers.protocol.specs import Quant, ReplicaSpec
 from workers.protocol.trtllm_options import Backend
-from workers.serving.rank import Follower, agree
-from workers.serving.rank_process import Alone
+from workers.rank import Follower, agree
 
 PACKAGE = "tensorrt_llm"
 #: Capability -> (module, the name in it that proves it).

@@ -22,6 +22,7 @@ from typing import IO
 
 import msgspec
 
+from workers import process
 from workers.artifacts.atomic_folder import ELSEWHERE, locked, replacing
 from workers.artifacts.checkpoint import MANIFEST, Checkpoint, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
@@ -45,7 +46,6 @@ from workers.engines.trtllm.node_probe import NodeFacts
 from workers.layout.sharding import shares_embedding, trtllm_refusal
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
 from workers.protocol.specs import Parallel
-from workers.serving import rank_process
 
 PROGRAM = "trtllm-build"
 #: Longest that a build may take, seconds: hours for the largest models.
@@ -248,7 +248,7 @@ def _started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterat
     try:
         builder = subprocess.Popen(
             command, cwd=folder, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=rank_process.die_with_parent,  # noqa: PLW1509 - this process has one thread when it builds
+            start_new_session=True, preexec_fn=process.die_with_parent,  # noqa: PLW1509 - this process has one thread when it builds
         )  # fmt: skip
     except OSError as error:
         raise EnvironmentFault(f"cannot start {command[0]}", error.strerror or str(error), "mend the install of tensorrt_llm") from None

@@ -16,7 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from orchestrator.router.api_keys import Salting
+from orchestrator.auth.api_keys import Salting
+from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.router.frontend import preprocess as preparing
 from orchestrator.router.frontend import schema as bodies
 from orchestrator.router.frontend.detokenizer import TextModel, Texts, TextSink
@@ -31,7 +32,6 @@ from orchestrator.router.http.middleware import affinity, read_body
 from orchestrator.router.http.response import Answer, json_response
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.spec import HttpSpec, RouterSpec
 from workers import __version__
 from workers.protocol.errors import Cancelled, NotFound, Rejected, TriremeError, Unavailable, printable
 from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, Usage

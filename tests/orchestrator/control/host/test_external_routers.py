@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from orchestrator.auth.curve_acl import Gate
+from orchestrator.auth.keyring import KeyRing, Pass, read_pass
 from orchestrator.client import Client, ClientKeys
 from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.host import desired_state, external_routers, join_file
@@ -18,8 +20,6 @@ from orchestrator.control.host.join_file import JoinFile
 from orchestrator.control.host.router_poller import ReplicaReport, RouterReport
 from orchestrator.control.host.status_table import describe, describe_standing
 from orchestrator.control.reconciler import GangStatus, ReplicaView
-from orchestrator.keys import KeyRing, Pass, read_pass
-from orchestrator.router.net.curve_acl import Gate
 from tests.support.gang import short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
 from tests.support.routing import RouterRun

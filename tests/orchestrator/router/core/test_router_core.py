@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.prefix_index import PrefixRecord, expected_wait_ms
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.request_state import Action, Deliver, Errored, Finished, Send
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.interfaces import Ask
-from orchestrator.router.spec import AdmissionSpec
 from tests.orchestrator.router.core.test_replica_registry import CAPACITY, HELLO, beat
 from workers.protocol.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
 from workers.protocol.messages import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit, Tokens, Usage

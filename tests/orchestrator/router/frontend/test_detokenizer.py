@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from orchestrator.config.router_spec import ModelCard
 from orchestrator.model_store import DEFAULT_MODEL, resolve
 from orchestrator.router.frontend.chat_messages import Message
 from orchestrator.router.frontend.chat_template import Piece
 from orchestrator.router.frontend.detokenizer import StopStrings, TextModel, TextRule, TextWatcher
 from orchestrator.router.frontend.tokenizer import TokenTable, load
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.spec import ModelCard
 from tests.support.tiny_models import IM_END, tiny_tokenizer
 from workers.protocol.errors import ArtifactError, EngineFault, EnvironmentFault, TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage

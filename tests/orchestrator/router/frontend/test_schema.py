@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.router.api_keys import Salting
+from orchestrator.auth.api_keys import Salting
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.frontend.detokenizer import Texts
 from orchestrator.router.frontend.preprocess import Caller, Prepared, prepare
 from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, decode_object, read
-from orchestrator.router.spec import AdmissionSpec
 from tests.support.scripted_router import CONTEXT, ScriptedDispatcher, tiny_texts
 from workers.protocol.errors import NotFound, Rejected, TooLong, Unavailable
 from workers.protocol.messages import GuideSpec, Journal

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
+from orchestrator.config.router_spec import HttpSpec
 from orchestrator.router.http.server import bind
-from orchestrator.router.spec import HttpSpec
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
 

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestrator.router.api_keys import ApiKeys, mint
+from orchestrator.auth.api_keys import ApiKeys, mint
 from orchestrator.router.core.replica_registry import Fleet, Replica
 from orchestrator.router.http.status_page import LossFigures, ModelFigures, ReplicaFigures, Snapshot, StatusPage, judge
 from orchestrator.router.metrics import Metrics

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 import zmq
 
+from orchestrator.auth.curve_acl import Gate, Grant, parse_grants
 from orchestrator.router import __main__ as entry
-from orchestrator.router.net.curve_acl import Gate, Grant, parse_grants
 from orchestrator.router.net.router_socket import Port
 from tests.support.gang import short_folder
 from tests.support.routing import RouterRun

@@ -10,15 +10,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.router.api_keys import Salting
+from orchestrator.auth.api_keys import Salting
+from orchestrator.auth.curve_acl import Gate
+from orchestrator.config.router_spec import AdmissionSpec, ModelCard
 from orchestrator.router.core.replica_registry import Fleet
 from orchestrator.router.core.router_core import Route
 from orchestrator.router.dispatcher import RouterDispatch
 from orchestrator.router.frontend.detokenizer import load_texts
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.net.curve_acl import Gate
 from orchestrator.router.rpc.server import RpcDoor
-from orchestrator.router.spec import AdmissionSpec, ModelCard
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol import messages
 from workers.protocol.messages import Capacity, Generate, Hello, Peers, Submit, Tokens

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client, ClientKeys
-from orchestrator.keys import KeyRing
 from tests.support.gang import short_folder, wait_for
 from tests.support.routing import RouterRun, curve_replica
 from workers.protocol.errors import NotFound

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from orchestrator.keys import KeyRing, read_private
-from orchestrator.router.net.curve_acl import Gate, parse_grants
+from orchestrator.auth.curve_acl import Gate, parse_grants
+from orchestrator.auth.keyring import KeyRing, read_private
 from workers.protocol.errors import ConfigError, NotFound, Rejected
 
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from workers.models.kernels import linear, reference
-from workers.models.kernels.linear import Narrow, Parts, Product
+from workers.kernels import linear, reference
+from workers.kernels.linear import Narrow, Parts, Product
 from workers.protocol.specs import QuantName
 
 Layout = TypeVar("Layout", contravariant=True)
@@ -58,15 +58,15 @@ def kernels_for(device: torch.device) -> Kernels[Any]:
     """The kernels of ``device``."""
     if device.type != "cuda":
         return reference
-    from workers.models.kernels import gpu
+    from workers.kernels import gpu
 
     return gpu
 
 
 def product_for(device: torch.device) -> Callable[[QuantName | None, Parts, Tensor | None, torch.dtype], Product]:
-    """What makes a linear layer's product on ``device``: as :func:`workers.models.kernels.linear.product`."""
+    """What makes a linear layer's product on ``device``: as :func:`workers.kernels.linear.product`."""
     if device.type != "cuda":
         return linear.product
-    from workers.models.kernels import linear_gpu
+    from workers.kernels import linear_gpu
 
     return linear_gpu.product

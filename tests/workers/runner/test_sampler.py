@@ -9,8 +9,8 @@ import torch
 from tests.reference.conformance import in_threads
 from workers.distributed.group import Group, Solo
 from workers.protocol.messages import SamplingParams
+from workers.runner.sampler import Draw, Sampler, noise
 from workers.sampling.definition import allowed_ids, choose, gumbel, logprobs_of, noise_bits
-from workers.sampling.sampler import Draw, Sampler, noise
 
 VOCAB = 1009  # prime: no shard count divides it
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.models.kernels.launch import early, enter
-from workers.models.kernels.step_layout import HEAD_DIMS, PART_WORDS, TILE_ROWS, TILE_WORDS, DeviceLayout
+from workers.kernels.launch import early, enter
+from workers.kernels.step_layout import HEAD_DIMS, PART_WORDS, TILE_ROWS, TILE_WORDS, DeviceLayout
 
 #: exp(x) = exp2(LOG2E * x).
 _LOG2E = 1.4426950408889634

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.router.api_keys import Tenant
+from orchestrator.auth.api_keys import Tenant
 from workers.protocol.errors import ConfigError
 
 Role = Literal["replica", "client", "router"]
@@ -21,7 +21,7 @@ FAMILY = "/*"
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one key may be. ``name``: the only replica name that it may say Hello as (empty = any; ``a/*`` = all that begin with ``a/``); of
-    a client, its tenant. ``models``: those that the replica may serve; of a client, as of :class:`~orchestrator.router.api_keys.Tenant`,
+    a client, its tenant. ``models``: those that the replica may serve; of a client, as of :class:`~orchestrator.auth.api_keys.Tenant`,
     and so is ``watches``."""
 
     role: Role

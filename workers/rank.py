@@ -18,12 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
+from workers import process
 from workers.protocol.engine import Emission, Engine, EngineStats
 from workers.protocol.errors import EngineFault, TriremeError
 from workers.protocol.messages import Capacity, Submit
 from workers.protocol.specs import ReplicaSpec, ResumeClass
 from workers.sampling.grammar_checker import compiler
-from workers.serving import rank_process
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair
 from workers.serving.state_file import ErrorReport, Phase, StateFile
@@ -117,14 +117,14 @@ class _FakeGang:
 
 def agree(comm: Any, error: TriremeError | None) -> None:
     """Raise the same error on every rank when any rank has one: that of the lowest rank."""
-    for data in rank_process.gather(comm, b"" if error is None else msgspec.json.encode(ErrorReport.of(error))):
+    for data in process.gather(comm, b"" if error is None else msgspec.json.encode(ErrorReport.of(error))):
         if data:
             raise msgspec.json.decode(data, type=ErrorReport).error() from error
 
 
 def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
     """This rank's part of the engine: an Engine on rank 0, a Follower elsewhere. Raises the same TriremeError on every rank, or
-    :class:`~workers.serving.rank_process.Alone` where the others cannot know."""
+    :class:`~workers.process.Alone` where the others cannot know."""
     match spec.engine.kind:
         case "fake":
             return _build_fake(spec, comm)
@@ -193,7 +193,7 @@ def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: Stat
     def die(error: TriremeError) -> None:
         # The engine thread may hang inside MPI: only the end of the process helps, and the launcher then ends the other ranks.
         state.enter("failed", error=error)
-        rank_process.tell(terminal, error.lines())
+        process.tell(terminal, error.lines())
         os._exit(error.exit_code)
 
     def enter(phase: Phase) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.models.kernels.launch import early, enter
+from workers.kernels.launch import early, enter
 
 
 class Tile(NamedTuple):

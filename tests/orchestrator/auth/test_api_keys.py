@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from orchestrator.keys import ApiKeyRing
-from orchestrator.router.api_keys import ApiKeys, Salting, Tenant, mint
+from orchestrator.auth.api_keys import ApiKeys, Salting, Tenant, mint
+from orchestrator.auth.keyring import ApiKeyRing
+from orchestrator.config.router_spec import HttpSpec
 from orchestrator.router.http.server import bind
-from orchestrator.router.spec import HttpSpec
 from tests.support.gang import short_folder, wait_for
 from tests.support.routing import RouterRun
 from tests.support.scripted_router import ServedDoor

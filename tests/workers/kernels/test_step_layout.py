@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from workers.models.kernels.step_layout import (
+from workers.kernels.step_layout import (
     SEGMENT_STEP,
     SPLIT_PROGRAMS,
     DeviceLayout,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.models.kernels.linear import Narrow, to_fp8
+from workers.kernels.linear import Narrow, to_fp8
 
 Ints = npt.NDArray[np.int32]
 

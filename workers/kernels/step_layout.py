@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.models.kernels.reference import Ints, token_positions
+from workers.kernels.reference import Ints, token_positions
 
 #: Head dimensions that the kernels are made for.
 HEAD_DIMS = (16, 32, 64, 128, 256)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.models.kernels.launch import early, enter
-from workers.models.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings, SlotState
+from workers.kernels.launch import early, enter
+from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings, SlotState
 from workers.sampling.definition import MIX_A, MIX_B
 
 #: Candidates that one program scores.

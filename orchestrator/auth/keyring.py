@@ -19,9 +19,9 @@ from typing import Literal
 import msgspec
 import zmq
 
+from orchestrator.auth.api_keys import ApiKey, ApiKeyFile, mint, parse_api_keys
+from orchestrator.auth.curve_acl import FAMILY, Grant, Role, parse_grants
 from orchestrator.control.launch.launcher import make_private, write_private
-from orchestrator.router.api_keys import ApiKey, ApiKeyFile, mint, parse_api_keys
-from orchestrator.router.net.curve_acl import FAMILY, Grant, Role, parse_grants
 from workers.protocol.errors import ConfigError, NotFound, Rejected
 from workers.serving.router_io import KeyPair
 

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from workers.kernels.fused import to_fp8
+from workers.kernels.gemv import one_row
+from workers.kernels.launch import bring, early, enter
+from workers.kernels.linear import Narrow, Parts, Product, in_tiles
 from workers.layout.quant_parts import FP8_UNIT
-from workers.models.kernels.fused import to_fp8
-from workers.models.kernels.gemv import one_row
-from workers.models.kernels.launch import bring, early, enter
-from workers.models.kernels.linear import Narrow, Parts, Product, in_tiles
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import QuantName
 
@@ -47,7 +47,7 @@ _SPAN = 4096
 
 
 def product(form: QuantName | None, parts: Parts, bias: Tensor | None, dtype: torch.dtype) -> Product:
-    """As :func:`workers.models.kernels.linear.product`. Raises :class:`ConfigError` for shapes that FP8 instructions do not take."""
+    """As :func:`workers.kernels.linear.product`. Raises :class:`ConfigError` for shapes that FP8 instructions do not take."""
     weight = parts["weight"]
     if form is None:
         return lambda x: one_row(weight, bias, x) if x.shape[0] == 1 else functional.linear(x, weight, bias)

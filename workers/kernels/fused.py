@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.models.kernels.launch import early, enter
-from workers.models.kernels.linear import FP8_MAX, Narrow
-from workers.models.kernels.step_layout import DeviceLayout
+from workers.kernels.launch import early, enter
+from workers.kernels.linear import FP8_MAX, Narrow
+from workers.kernels.step_layout import DeviceLayout
 
 #: Heads that one program of :func:`rope_store` turns.
 _HEADS = 8
@@ -45,7 +45,7 @@ def _narrowed(x):
 
 @triton.jit
 def _store_narrow(values, scales, row, line, x, there):
-    """One whole row ``x``, as :func:`workers.models.kernels.linear.to_fp8` defines it."""
+    """One whole row ``x``, as :func:`workers.kernels.linear.to_fp8` defines it."""
     scale = tl.maximum(tl.max(tl.abs(x), 0) / _FP8_MAX, 1e-12)
     tl.store(values + line, _narrowed(x / scale).to(values.dtype.element_ty), mask=there)
     tl.store(scales + row, scale)
@@ -129,7 +129,7 @@ def _to_fp8(values, scales, x, columns, SPAN: tl.constexpr, EARLY: tl.constexpr)
 
 
 def to_fp8(x: Tensor) -> Narrow:
-    """As :func:`workers.models.kernels.linear.to_fp8`."""
+    """As :func:`workers.kernels.linear.to_fp8`."""
     rows, columns = x.shape
     found, span = empty_narrow(rows, columns, x.device), triton.next_power_of_2(columns)
     _to_fp8[(rows,)](found.values, found.scales, x, columns, SPAN=span, **early(), num_warps=min(max(span // 512, 1), 16))

@@ -1,7 +1,7 @@
-"""The kernels of an NVIDIA GPU: what :class:`workers.models.kernels.Kernels` asks, gathered from the Triton modules. Owns nothing."""
+"""The kernels of an NVIDIA GPU: what :class:`workers.kernels.Kernels` asks, gathered from the Triton modules. Owns nothing."""
 
-from workers.models.kernels.attention import paged_attention
-from workers.models.kernels.fused import (
+from workers.kernels.attention import paged_attention
+from workers.kernels.fused import (
     add_rms_norm,
     add_rms_norm_narrow,
     embed,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from workers.models.decoder import LlamaStage
 from workers.protocol.messages import SamplingParams
+from workers.runner.sampler import Draw, Sampler
 from workers.sampling.definition import allowed_ids, has_penalties, stop_set
-from workers.sampling.sampler import Draw, Sampler
 from workers.scheduler.step_plan import F32, I32, Ints, OpenSlot, StepPlan, StepResult, view
 
 #: Rows of logits that prompt scores hold at a time: 128 MB for a vocabulary of 128k.
