@@ -14,8 +14,8 @@ import uvloop
 
 from orchestrator.router.frontend.chat_messages import Message
 from orchestrator.router.frontend.chat_template import TemplateSource
-from orchestrator.router.frontend.sandbox_pool import Cells
-from orchestrator.router.frontend.sandbox_worker import Render
+from orchestrator.router.frontend.sandbox_pool import SandboxPool
+from orchestrator.router.frontend.sandbox_worker import RenderJob
 from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS
 
 
@@ -34,14 +34,14 @@ async def measure(title: str, count: int, render: Callable[[], Awaitable[object]
 
 async def run(count: int) -> None:
     source = TemplateSource(source=CHAT_TEMPLATE, specials=SPECIALS, tokens={})
-    template, cells = source.compile(), Cells({"m": source})
+    template, cells = source.compile(), SandboxPool({"m": source})
     for turns, words in ((1, 20), (20, 200)):
-        job = Render(model="m", messages=[Message(role="user", content="word " * words)] * turns)
+        job = RenderJob(model="m", messages=[Message(role="user", content="word " * words)] * turns)
 
-        async def here(job: Render = job) -> object:
+        async def here(job: RenderJob = job) -> object:
             return template.render(job.messages)
 
-        async def there(job: Render = job) -> object:
+        async def there(job: RenderJob = job) -> object:
             return await cells.render(job)
 
         shape = f"{turns} messages of {words} words"

@@ -101,11 +101,11 @@ def sums(group: Any, device: Any) -> Iterator[dict[str, Any]]:
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symmetric
 
-    from workers.distributed.one_shot_allreduce import OneShot
+    from workers.distributed.one_shot_allreduce import OneShotAllReduce
 
     shared = symmetric.empty(SIZES[-1], dtype=torch.uint8, device=device)
     symmetric.rendezvous(shared, group=group.group_name)
-    one_shot, ops, name = OneShot(group, device, ONE_SHOT_LIMIT), torch.ops.symm_mem, group.group_name
+    one_shot, ops, name = OneShotAllReduce(group, device, ONE_SHOT_LIMIT), torch.ops.symm_mem, group.group_name
     for size in SIZES:
         x = torch.randn(size // 2, device=device).bfloat16()
         mine, out = shared[:size].view(torch.bfloat16), torch.empty_like(x)
@@ -123,12 +123,12 @@ def sums_with_norm(group: Any, members: Any, device: Any) -> Iterator[dict[str, 
     """A line for each of ``HIDDEN`` and ``ROWS``; ``members``: the engine's own group of the same ranks."""
     import torch
 
-    from workers.distributed.allreduce_norm import WORD_ROWS, SumNorm
+    from workers.distributed.allreduce_norm import WORD_ROWS, AllReduceNorm
     from workers.kernels import kernels_for
 
     kernels = kernels_for(device)
     for hidden in HIDDEN:
-        words, flags = (SumNorm(group, device, hidden, word_bytes=limit) for limit in (1 << 30, 0))
+        words, flags = (AllReduceNorm(group, device, hidden, word_bytes=limit) for limit in (1 << 30, 0))
         weight = torch.ones(hidden, device=device).bfloat16()
         for rows in ROWS:
             branch, residual = (torch.randn(rows, hidden, device=device).bfloat16() for _ in range(2))
@@ -149,12 +149,12 @@ def rank() -> None:
     import torch.distributed as dist
     from mpi4py import MPI
 
-    from workers.distributed.nccl_group import TWO_SHOT_BYTES, World
+    from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
 
     comm = MPI.COMM_WORLD
     device = torch.device("cuda", comm.Get_rank())
     torch.cuda.set_device(device)
-    world = World.join(comm, device, one_host=True)
+    world = NcclWorld.join(comm, device, one_host=True)
     members = world.group([list(range(comm.Get_size()))], symmetric_bytes=TWO_SHOT_BYTES)
     group = dist.group.WORLD
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from workers.engines.portable import Follower, build
+from workers.engines.portable import PortableFollower, build
 from workers.protocol.engine import Engine, Finish
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import QUANT_ALGOS, EngineSpec, Parallel, ReplicaSpec
@@ -93,7 +93,7 @@ def main() -> None:
     chosen = {"dtype": args.dtype, "quant": args.quant, "threads": args.threads}
     engine_spec = msgspec.convert(chosen | {"max_seq_len": 2048, "kv_tokens": 32768, "prefix_cache": False}, EngineSpec)
     engine = build(ReplicaSpec(name="bench", model="bench", artifact=args.artifact, parallel=parallel, engine=engine_spec), comm)
-    if isinstance(engine, Follower):
+    if isinstance(engine, PortableFollower):
         engine.run()
         return
     run_batch(engine, min(args.batch, 4), 16, 8)  # warm-up

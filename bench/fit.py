@@ -23,7 +23,7 @@ import numpy.typing as npt
 from bench.gpu import write_shape
 from bench.report import ROOT
 from orchestrator.planner import devices, known_models
-from orchestrator.planner.cost_model import Load, Rates, Workload, replay
+from orchestrator.planner.cost_model import Rates, StepLoad, Workload, replay
 from orchestrator.planner.devices import GPUS, Fit, gpu_rates, host_rates
 from orchestrator.planner.planner import Subject, pipeline_of
 from workers.artifacts.artifact import open_artifact
@@ -62,8 +62,8 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
         return Parallel(tp=self.tp, pp=self.pp)
 
     @property
-    def device(self) -> devices.Gpu | devices.Host:
-        return next(gpu for name, gpu in GPUS.items() if name in self.gpu) if self.gpu else devices.Host(memory=16 << 30, cores=2)
+    def device(self) -> devices.GpuModel | devices.HostModel:
+        return next(gpu for name, gpu in GPUS.items() if name in self.gpu) if self.gpu else devices.HostModel(memory=16 << 30, cores=2)
 
     @property
     def subject(self) -> Subject:
@@ -107,7 +107,7 @@ def ratio(run: Recorded, rates: Rates) -> float:
     subject, rows = run.subject, run.requests
     pipeline = pipeline_of(subject, run.parallel, rates)
     if not run.seconds:
-        step = Load(tokens=rows, rows=rows, context=rows * (run.isl + run.osl / 2))
+        step = StepLoad(tokens=rows, rows=rows, context=rows * (run.isl + run.osl / 2))
         return pipeline.seconds(step, 1) * run.output_tok_s / rows
     rows = subject.engine.max_batch_size
     return replay(pipeline, run.load, rows=rows, max_num_tokens=run.max_num_tokens).seconds / run.seconds
@@ -120,7 +120,7 @@ def misses(runs: Sequence[Recorded], fit: Fit) -> Vector:
 
 def rates_of(run: Recorded, fit: Fit) -> Rates:
     device = run.device
-    return gpu_rates(device, run.dtype, fit) if isinstance(device, devices.Gpu) else host_rates(run.threads, fit)
+    return gpu_rates(device, run.dtype, fit) if isinstance(device, devices.GpuModel) else host_rates(run.threads, fit)
 
 
 def fitted(runs: Sequence[Recorded], start: Fit, free: Sequence[str], turns: int = 12) -> Fit:

@@ -25,7 +25,7 @@ import torch
 from bench.report import say
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Waiter
-from workers.engines.portable import Follower, PortableEngine, build
+from workers.engines.portable import PortableEngine, PortableFollower, build
 from workers.layout.quant_parts import stored_tensors
 from workers.process import settle_heap
 from workers.protocol.messages import SamplingParams, Submit
@@ -243,7 +243,7 @@ def main() -> None:
     patience, gaps = Patience(), Gaps()
     engine = build(spec, comm)
     settle_heap()
-    if isinstance(engine, Follower):
+    if isinstance(engine, PortableFollower):
         engine.run()
         return
     ready_s = time.time() - arguments["started"] - beside

@@ -22,7 +22,7 @@ from bench.report import commit, facts, record, say
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.checkpoint import CONFIG, FORMAT, MANIFEST, Manifest, config_of, describe, rank_file
 from workers.artifacts.number_formats import STORAGE
-from workers.artifacts.safetensors_file import TensorWriter, write_file
+from workers.artifacts.safetensors_file import SafetensorsWriter, write_file
 from workers.layout.quant_parts import stored_tensors
 from workers.protocol.specs import Parallel, Quant
 
@@ -36,7 +36,7 @@ def write_checkpoint(folder: Path, shape: Path) -> int:
     # bf16 of numbers around 1/50: random signs and mantissas over one exponent.
     some = np.random.default_rng(0).integers(0, 1 << 16, 1 << 26, dtype=np.uint16)
     some = (some & 0x80FF) | 0x3C00
-    with TensorWriter(folder / rank_file(0), {each.tensor.name: (each.tensor.shape, each.format) for each in tensors}, {}) as writer:
+    with SafetensorsWriter(folder / rank_file(0), {each.tensor.name: (each.tensor.shape, each.format) for each in tensors}, {}) as writer:
         for each in tensors:
             count = int(np.prod(each.tensor.shape))
             writer.write(each.tensor.name, np.resize(some, count).reshape(each.tensor.shape).astype(STORAGE["bf16"], copy=False))

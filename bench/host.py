@@ -32,10 +32,10 @@ from workers.process import settle_heap
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.runner.device import HostDevice
-from workers.runner.gpu_runner import DeviceRunner, Links
+from workers.runner.gpu_runner import GpuRunner, RankGroups
 from workers.runner.host_device_rings import Completion, Submissions
 from workers.runner.kv_cache import KvCache
-from workers.scheduler.scheduler import Batch
+from workers.scheduler.scheduler import Scheduler
 
 ROWS, TOKENS, ASKED_US = 256, 300, 300.0
 #: Steps while rows come and go.
@@ -81,10 +81,10 @@ def engine_of(folder: Path) -> PortableEngine:
         block_size=16, num_blocks=_BLOCKS, max_batch_size=512, max_num_tokens=8192, max_seq_len=1024, vocab_size=_VOCAB, tp=1, pp=1
     )
     cache = KvCache(model, stage.shard, blocks=_BLOCKS, block_size=16, dtype=stage.dtype, device=stage.device)
-    links = Links(Solo(), Solo(), Solo())
-    runner = DeviceRunner(stage, cache, Idle(), Nothing(), links, slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
+    links = RankGroups(Solo(), Solo(), Solo())
+    runner = GpuRunner(stage, cache, Idle(), Nothing(), links, slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
     runner.capture()
-    return PortableEngine(Batch(limits, ahead=True), runner, limits, close=runner.close)
+    return PortableEngine(Scheduler(limits, ahead=True), runner, limits, close=runner.close)
 
 
 def request(i: int, first: int, tokens: int) -> Submit:

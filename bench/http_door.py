@@ -19,10 +19,10 @@ import uvloop
 
 from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
-from orchestrator.router.frontend.detokenizer import TextModel, TextRule, Texts, TextWatcher, load_texts
+from orchestrator.router.frontend.detokenizer import Detokenizer, TextModel, TextModels, TextRule, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
+from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher
 from orchestrator.router.metrics import Metrics
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
@@ -34,12 +34,12 @@ class Stepping:
 
     def __init__(self, streams: int, step_s: float) -> None:
         self._waiting, self._step_s = streams, step_s
-        self._live: list[tuple[Ask, Watcher]] = []
+        self._live: list[tuple[RouterRequest, Watcher]] = []
         self._position = 0
         self.started = 0.0
         self.spent = 0.0
 
-    def submit(self, ask: Ask, watcher: Watcher) -> Stepping:
+    def submit(self, ask: RouterRequest, watcher: Watcher) -> Stepping:
         self._live.append((ask, watcher))
         if len(self._live) == self._waiting:
             self.started = time.process_time()
@@ -89,7 +89,7 @@ class Nothing:
     def on_failed(self, choice: int, error: TriremeError) -> None: ...
 
 
-def texts_of(folder: str) -> Texts:
+def texts_of(folder: str) -> TextModels:
     return load_texts([ModelCard(name="tiny", tokenizer=str(tiny_tokenizer(Path(folder))))])
 
 
@@ -130,7 +130,7 @@ async def read_streams(port: int, streams: int, body: bytes) -> int:
 
 def text_layer_us(model: TextModel, stops: tuple[str, ...], tokens: int = 100_000) -> float:
     meter = Metrics(["tiny"]).request("tiny", choices=1, prompt_tokens=1)
-    watcher = TextWatcher(model, TextRule(stops=stops), Nothing(), choices=1, prompt_tokens=1, meter=meter)
+    watcher = Detokenizer(model, TextRule(stops=stops), Nothing(), choices=1, prompt_tokens=1, meter=meter)
     started = time.process_time()
     for position in range(tokens):
         watcher.on_tokens(0, position, [97 + position % 26], None)

@@ -26,11 +26,11 @@ from torch.nn import functional
 from bench.report import commit, facts, record, say
 from workers.distributed.group import Solo
 from workers.kernels import gpu, step_layout
-from workers.kernels.attention import Tuning
+from workers.kernels.attention import AttentionTuning
 from workers.kernels.step_ends import candidates, winners
 from workers.kernels.step_layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill, step_shape, view
 from workers.layout.sharding import shard_of
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.protocol.specs import ModelSpec, Parallel
 from workers.runner.device import CudaDevice
 
@@ -66,7 +66,7 @@ class Case(NamedTuple):
     unit: str
     amount: float
     anchor: float | None = None
-    tuning: Tuning | None = None
+    tuning: AttentionTuning | None = None
 
 
 def timed(calls: Sequence[Call], repeats: int = 12) -> float:
@@ -115,7 +115,7 @@ def make_qkv(heads: Heads, tokens: int) -> Tensor:
     return torch.randn(tokens, heads.query + 2 * heads.kv, DIM, device=DEVICE, dtype=BF16)
 
 
-def decode_calls(heads: Heads, rows: int, context: int, dtype: torch.dtype) -> tuple[Callable[[Tuning | None], list[Call]], float]:
+def decode_calls(heads: Heads, rows: int, context: int, dtype: torch.dtype) -> tuple[Callable[[AttentionTuning | None], list[Call]], float]:
     """(calls over rotating caches for a tuning, bytes of keys and values that one call reads)."""
     read = rows * context * 2 * heads.kv * DIM * dtype.itemsize
     query, plan = make_qkv(heads, rows)[:, : heads.query], make_layout(heads, [context - 1] * rows, [1] * rows)
@@ -123,7 +123,7 @@ def decode_calls(heads: Heads, rows: int, context: int, dtype: torch.dtype) -> t
     return lambda tuning: [lambda c=cache: gpu.paged_attention(query, c, plan, decode=tuning) for cache in caches], read  # type: ignore[misc]
 
 
-def tile_calls(rows: int, length: int) -> tuple[Callable[[Tuning | None], list[Call]], float]:
+def tile_calls(rows: int, length: int) -> tuple[Callable[[AttentionTuning | None], list[Call]], float]:
     """(calls for a tuning, floating-point operations of one): causal attention of whole prompts."""
     heads = Heads(32, 8)
     query, plan = make_qkv(heads, rows * length)[:, : heads.query], make_layout(heads, [0] * rows, [length] * rows)
@@ -142,7 +142,9 @@ def limits() -> tuple[float, float]:
     return copied, 2 * 8192**3 / timed([lambda: a @ b])
 
 
-def attention_cases(decodes: Sequence[Tuning | None], tiles: Sequence[Tuning | None], dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+def attention_cases(
+    decodes: Sequence[AttentionTuning | None], tiles: Sequence[AttentionTuning | None], dtypes: Sequence[torch.dtype]
+) -> Iterator[Case]:
     for (queries, kv, rows, context, anchor), dtype in itertools.product(DECODES, dtypes):
         calls, read = decode_calls(Heads(queries, kv), rows, context, dtype)
         name = f"decode {rows} x {context}, {queries}/{kv}{' fp8' if dtype == FP8 else ''}"
@@ -156,16 +158,20 @@ def attention_cases(decodes: Sequence[Tuning | None], tiles: Sequence[Tuning | N
 
 def tuned_cases() -> Iterator[Case]:
     """Every tuning that could be sensible; compiled first, on all cores."""
-    decodes = [Tuning(k, w, s) for k, w in ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8)) for s in (3, 5, 7)]
-    decodes += [Tuning(128, w, s) for w in (4, 8) for s in (3, 5)]
-    tiles = [Tuning(64, 8, s) for s in (2, 3, 5, 7)] + [Tuning(128, 8, s) for s in (2, 3, 5)] + [Tuning(64, 4, 3), Tuning(32, 8, 5)]
+    decodes = [AttentionTuning(k, w, s) for k, w in ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8)) for s in (3, 5, 7)]
+    decodes += [AttentionTuning(128, w, s) for w in (4, 8) for s in (3, 5)]
+    tiles = (
+        [AttentionTuning(64, 8, s) for s in (2, 3, 5, 7)]
+        + [AttentionTuning(128, 8, s) for s in (2, 3, 5)]
+        + [AttentionTuning(64, 4, 3), AttentionTuning(32, 8, 5)]
+    )
     variants = [("decode", t) for t in decodes] + [("tile", t) for t in tiles]
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, *zip(*variants, strict=True)))
     yield from attention_cases(decodes, tiles, (BF16,))
 
 
-def compile_one(kind: str, tuning: Tuning) -> None:
+def compile_one(kind: str, tuning: AttentionTuning) -> None:
     """Fill Triton's cache with one variant, in a process of its own."""
     calls, _ = decode_calls(Heads(32, 8), 1, 256, BF16) if kind == "decode" else tile_calls(1, 256)
     measure(Case(kind, calls(tuning)[:1], "", 0.0))
@@ -242,7 +248,7 @@ def layer_cases() -> Iterator[Case]:
         vocab_size=256, max_position=4096, tied_embeddings=True,
     )  # fmt: skip
     heads, shard = Heads(32, 8), shard_of(model, Parallel(), 0)
-    stage = LlamaStage(model, Parallel(), shard, Solo(), dtype=BF16, device=DEVICE, positions=4096)
+    stage = DecoderStage(model, Parallel(), shard, Solo(), dtype=BF16, device=DEVICE, positions=4096)
     for weight in stage.parameters().values():
         weight.normal_(std=0.02)
     stage.freeze()

@@ -31,7 +31,7 @@ from bench.gpu import ROOT, WORKLOADS, Case, launched, spec_of, write_shape
 from bench.report import commit, facts, record, say
 from bench.router import cpu_seconds
 from orchestrator.client import AsyncClient
-from orchestrator.control.host.control_socket import Control, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from workers.__main__ import GPU_ENVIRONMENT
@@ -81,7 +81,7 @@ def speed(count: int, folder: Path) -> Lines:
 
 
 @contextmanager
-def replicas(folder: Path, count: int, tp: int) -> Iterator[tuple[Control, Status]]:
+def replicas(folder: Path, count: int, tp: int) -> Iterator[tuple[ControlClient, DeploymentStatus]]:
     """``count`` replicas of the 8B shape, each over ``tp`` GPUs, behind one router."""
     write_shape(folder, "8b")
     tiny_tokenizer(folder)
@@ -156,7 +156,7 @@ def clients(endpoints: list[str], count: int) -> tuple[int, float]:
     return sum(end["tokens"] for end in ends), max(end["ended"] for end in ends) - at
 
 
-def served(status: Status) -> list[int]:
+def served(status: DeploymentStatus) -> list[int]:
     """Output tokens that each replica has generated so far, by name."""
     series = text_string_to_metric_families(httpx.get(f"{status.url}/metrics", timeout=10, trust_env=False).text)
     samples = [sample for family in series for sample in family.samples if sample.name == "trireme_replica_generation_tokens_total"]
@@ -216,7 +216,7 @@ class MemoryWatch:
         self._thread.join(5)
 
 
-def lost_rank(control: Control, endpoints: list[str]) -> dict[str, Any]:
+def lost_rank(control: ControlClient, endpoints: list[str]) -> dict[str, Any]:
     """SIGKILL of rank 1 of the first replica under load."""
     victim = next(row for model in control.status().models for row in model.rows)
     pids = {rank: pid for rank, _, pid in victim.pids}

@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.kernels import DEVICE, copies, limits, timed
 from bench.report import record, say
 from workers.kernels import linear, linear_gpu
-from workers.kernels.linear_gpu import Tuning
+from workers.kernels.linear_gpu import GemmTuning
 from workers.layout.quant_parts import parts_of
 from workers.models.layers import TORCH
 from workers.protocol.specs import Quant, QuantName, quant_of
@@ -67,7 +67,7 @@ def check(quant: Quant, rows: int) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def few(form: QuantName | None, parts: dict[str, Tensor], x: Tensor, tuning: Tuning | None) -> Callable[[], Tensor]:
+def few(form: QuantName | None, parts: dict[str, Tensor], x: Tensor, tuning: GemmTuning | None) -> Callable[[], Tensor]:
     """The few-rows kernel alone, without the rounding of x."""
     weight = parts["weight"]
     if form == "int8":
@@ -121,13 +121,13 @@ def many_lines(shape: str, x: Tensor, outs: int, ins: int) -> Iterator[dict[str,
         yield line(f"fp8 torch, fast {fast}", shape, x.shape[0], list(calls), outs * ins)
 
 
-def variants(rows: int) -> list[Tuning]:
+def variants(rows: int) -> list[GemmTuning]:
     """What could be sensible for a tile of so many rows, and fits a multiprocessor's shared memory."""
     if rows <= 16:
         tiles = itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8), (3, 5, 7))
     else:
         tiles = itertools.product((64, 128), (64, 128), (4, 8), (3, 4))
-    held = [(Tuning(*tile), tile[0] * tile[1] * tile[3]) for tile in tiles]
+    held = [(GemmTuning(*tile), tile[0] * tile[1] * tile[3]) for tile in tiles]
     return [tuning for tuning, size in held if (16 << 10) <= size <= (190 << 10)]
 
 
@@ -147,7 +147,7 @@ def tuned_lines() -> Iterator[dict[str, Any]]:
             yield line(name, shape, rows, [few(form, parts, x, tuning) for parts in sets], read, tuning=list(tuning))
 
 
-def compile_one(name: str, shape: str, rows: int, tuning: Tuning) -> None:
+def compile_one(name: str, shape: str, rows: int, tuning: GemmTuning) -> None:
     """Fill Triton's cache with one variant, in a process of its own."""
     ins = SHAPES[shape][1]
     x = torch.randn(rows, ins, device=DEVICE, dtype=BF16)

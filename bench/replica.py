@@ -21,7 +21,7 @@ import psutil
 
 from bench.report import Claim, publish, say
 from bench.router import cpu_seconds, rpc_streams
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from orchestrator.model_store import DEFAULT_MODEL, pull
 from tests.support.deployment import deployed, write_config
 
@@ -30,13 +30,13 @@ MB = 1e6
 IDLE_S = 10.0
 
 
-def ranks(status: Status) -> dict[str, int]:
+def ranks(status: DeploymentStatus) -> dict[str, int]:
     """Process ids of all ranks by "replica/rank"."""
     return {f"{row.name}/{rank}": pid for model in status.models for row in model.rows for rank, _, pid in row.pids}
 
 
 @contextmanager
-def portable(cache: Path) -> Iterator[Status]:
+def portable(cache: Path) -> Iterator[DeploymentStatus]:
     """The default model as tp=2 and as pp=2, ready and idle."""
     with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
         replicas = [{"name": "tp2", "tp_size": 2}, {"name": "pp2", "pp_size": 2}]
@@ -69,7 +69,7 @@ def standing_claims(cache: Path, runs: int) -> list[Claim]:
     ]
 
 
-def over_shard(name: str, pid: int, status: Status) -> float:
+def over_shard(name: str, pid: int, status: DeploymentStatus) -> float:
     """RSS of a rank less its shard file, in MB. The KV pool (2,048 tokens, 94 MB a model) stays in: it is touched in use only."""
     replica, rank = name.split("/")
     row = next(row for model in status.models for row in model.rows if row.name == replica)

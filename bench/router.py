@@ -20,7 +20,7 @@ import psutil
 
 from bench.report import Claim, publish, say
 from orchestrator.client import AsyncClient
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from tests.support.deployment import MODEL, deployed, write_config
 
 BODY = {"temperature": 0.0, "ignore_eos": True}
@@ -31,7 +31,7 @@ def cpu_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
-async def http_streams(status: Status, streams: int, tokens: int) -> int:
+async def http_streams(status: DeploymentStatus, streams: int, tokens: int) -> int:
     """Read ``streams`` SSE answers at once; returns the tokens that arrived."""
     limits = httpx.Limits(max_connections=streams)
     async with httpx.AsyncClient(base_url=status.url, timeout=300, limits=limits, trust_env=False) as client:
@@ -48,7 +48,7 @@ async def http_streams(status: Status, streams: int, tokens: int) -> int:
         return sum(await asyncio.gather(*(one(index) for index in range(streams))))
 
 
-async def rpc_streams(status: Status, streams: int, tokens: int) -> int:
+async def rpc_streams(status: DeploymentStatus, streams: int, tokens: int) -> int:
     """Read ``streams`` answers over one RPC client, ids only; returns the tokens that arrived."""
     async with AsyncClient([address.endpoint for address in status.rpc], model=MODEL) as client:
 
@@ -59,7 +59,7 @@ async def rpc_streams(status: Status, streams: int, tokens: int) -> int:
         return sum(await asyncio.gather(*(one(index) for index in range(streams))))
 
 
-def spent_by(pid: int, door: str, status: Status, streams: int, tokens: int) -> float:
+def spent_by(pid: int, door: str, status: DeploymentStatus, streams: int, tokens: int) -> float:
     """CPU seconds of process ``pid`` while ``streams`` answers of ``tokens`` tokens are read."""
     before = cpu_seconds(pid)
     arrived = asyncio.run(DOORS[door](status, streams, tokens))

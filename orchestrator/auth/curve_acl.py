@@ -19,7 +19,7 @@ Role = Literal["replica", "client", "router"]
 FAMILY = "/*"
 
 
-class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CurveGrant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one key may be. ``name``: the only replica name that it may say Hello as (empty = any; ``a/*`` = all that begin with ``a/``); of
     a client, its tenant. ``models``: those that the replica may serve; of a client, as of :class:`~orchestrator.auth.api_keys.Tenant`,
     and so is ``watches``."""
@@ -36,10 +36,10 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.name in ("", replica)
 
 
-def parse_grants(data: bytes) -> dict[str, Grant]:
+def parse_grants(data: bytes) -> dict[str, CurveGrant]:
     """Decode an allowed-keys file. Raises ConfigError, which never quotes the file."""
     try:
-        grants = msgspec.json.decode(data, type=dict[str, Grant])
+        grants = msgspec.json.decode(data, type=dict[str, CurveGrant])
     except msgspec.DecodeError as error:
         raise ConfigError("the allowed-keys file cannot be read", str(error)) from None
     if not all(len(key) == 40 and key.isascii() for key in grants):
@@ -47,14 +47,14 @@ def parse_grants(data: bytes) -> dict[str, Grant]:
     return grants
 
 
-class Gate:
+class CurveAcl:
     """The table in force. ``admits`` is asked once a connection by ZAP and once a message by the doors, so a key that was removed is out at
     its next message."""
 
-    def __init__(self, grants: Mapping[str, Grant]) -> None:
+    def __init__(self, grants: Mapping[str, CurveGrant]) -> None:
         self._grants = dict(grants)
 
-    def replace(self, grants: Mapping[str, Grant]) -> None:
+    def replace(self, grants: Mapping[str, CurveGrant]) -> None:
         self._grants = dict(grants)
 
     def admits(self, user: str, role: str) -> bool:

@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from orchestrator.auth.api_keys import ApiKey, ApiKeyFile, mint, parse_api_keys
-from orchestrator.auth.curve_acl import FAMILY, Grant, Role, parse_grants
+from orchestrator.auth.curve_acl import FAMILY, CurveGrant, Role, parse_grants
 from orchestrator.control.launch.launcher import make_private, write_private
 from workers.protocol.errors import ConfigError, NotFound, Rejected
 from workers.serving.router_io import KeyPair
@@ -50,7 +50,7 @@ def read_salt(path: Path) -> bytes:
     return salt
 
 
-class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class JoinPass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a deployment needs to have its replicas join routers that are not its own (JSON, mode 0600). ``replica``: the key pair of all
     its replicas, which announce themselves below ``name``; ``client``: the one with which it asks how they are. ``models``: None = all.
     ``server``: the public key of the routers that it is for, so that no false address leads elsewhere."""
@@ -62,10 +62,10 @@ class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     client: KeyPair
 
 
-def read_pass(path: Path) -> Pass:
+def read_pass(path: Path) -> JoinPass:
     """Raises :class:`ConfigError` naming the file, never its content."""
     try:
-        return msgspec.json.decode(read_private(path), type=Pass)
+        return msgspec.json.decode(read_private(path), type=JoinPass)
     except msgspec.DecodeError:
         raise ConfigError(f"{path} is no pass", "it is not what `trireme keys join` writes", "make one at the routers") from None
 
@@ -91,7 +91,7 @@ def _new_pair() -> KeyPair:
     return KeyPair(public=public.decode(), secret=secret.decode())
 
 
-def _lasting(grant: Grant) -> bool:
+def _lasting(grant: CurveGrant) -> bool:
     """Whether people gave it, by name, and only people take it back."""
     return grant.name.endswith(FAMILY) or (grant.role == "client" and bool(grant.name))
 
@@ -162,14 +162,14 @@ class KeyRing:
     def allow(self, members: Sequence[tuple[Role, str]], models: Mapping[str, str] | None = None) -> None:
         """Write the allowed-keys file for exactly these (role, name), the clients that were admitted by name, and the passes. A replica's
         key may speak for its own name only, and serve that one of the ``models`` that stands under it (any, where none does)."""
-        grants: dict[str, Grant] = {}
+        grants: dict[str, CurveGrant] = {}
         for role, name in members:
             own, served = (name, (models or {}).get(name)) if role == "replica" else ("", None)
-            grants[self.pair(role, name).public] = Grant(role=role, name=own, models=None if served is None else (served,))
+            grants[self.pair(role, name).public] = CurveGrant(role=role, name=own, models=None if served is None else (served,))
         with _alone(self.folder):
             self._write(grants | {key: grant for key, grant in self.grants().items() if _lasting(grant)})
 
-    def grants(self) -> dict[str, Grant]:
+    def grants(self) -> dict[str, CurveGrant]:
         """The allowed-keys file as it is. Raises :class:`ConfigError`."""
         return parse_grants(read_private(self.allowed_file)) if self.allowed_file.exists() else {}
 
@@ -178,7 +178,7 @@ class KeyRing:
         self._check_client(name)
         pair = self.pair("client", name)
         with _alone(self.folder):
-            self._write(self.grants() | {pair.public: Grant(role="client", name=name, models=tuple(models) or None)})
+            self._write(self.grants() | {pair.public: CurveGrant(role="client", name=name, models=tuple(models) or None)})
         return self.path("client", name)
 
     def remove_client(self, name: str) -> None:
@@ -199,7 +199,7 @@ class KeyRing:
         path = self.path("pass", name)
         bound = tuple(models) or None
         old = read_pass(path) if path.exists() else None
-        made = Pass(
+        made = JoinPass(
             name=name,
             server=self.pair("router", "all").public,
             models=bound,
@@ -208,8 +208,8 @@ class KeyRing:
         )
         family = name + FAMILY
         grants = {
-            made.replica.public: Grant(role="replica", name=family, models=bound),
-            made.client.public: Grant(role="client", name=family, models=bound, watches=True),
+            made.replica.public: CurveGrant(role="replica", name=family, models=bound),
+            made.client.public: CurveGrant(role="client", name=family, models=bound, watches=True),
         }
         with _alone(self.folder):
             self._write(self.grants() | grants)
@@ -227,7 +227,7 @@ class KeyRing:
             self._write(left)
         self.path("pass", name).unlink(missing_ok=True)
 
-    def _write(self, grants: dict[str, Grant]) -> None:
+    def _write(self, grants: dict[str, CurveGrant]) -> None:
         write_private(self.allowed_file, msgspec.json.encode(grants))
 
     @staticmethod

@@ -23,11 +23,11 @@ from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir, pick
 from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected
 
 if TYPE_CHECKING:
-    from orchestrator.loadgen.runner import Load
+    from orchestrator.loadgen.runner import LoadRun
     from orchestrator.loadgen.schedule import Cutter
-    from orchestrator.loadgen.settings import Settings
+    from orchestrator.loadgen.settings import LoadSettings
     from orchestrator.loadgen.stats import Summary
-    from orchestrator.loadgen.target import Target
+    from orchestrator.loadgen.target import LoadTarget
 
 #: Requests in flight unless told otherwise: in a closed loop, and at most in an open one.
 CLOSED, OPEN = 8, 1024
@@ -63,7 +63,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Write the report as JSO
 Deployment = Annotated[str, typer.Option("--name", help="Which deployment of this machine, for --rpc; the only one when not given.")]
 
 #: Makes the target once the loop runs; ``clock`` is what answers are timed by.
-MakeTarget = Callable[[Callable[[], float]], "Target"]
+MakeTarget = Callable[[Callable[[], float]], "LoadTarget"]
 
 
 def bench(
@@ -96,13 +96,13 @@ def bench(
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Put load on a deployment, or on any OpenAI endpoint, and measure it."""
-    from orchestrator.loadgen.settings import Settings, check, objectives
+    from orchestrator.loadgen.settings import LoadSettings, check, objectives
 
     if form not in ("table", "json"):
         raise Rejected(f"-o {form} is not a form", hint="use table or json")
     if rpc and chat:
         raise Rejected("--chat is asked over HTTP", hint="leave out --rpc or --chat")
-    settings = Settings(
+    settings = LoadSettings(
         target=f"rpc {name}".strip() if rpc else url, model=model, endpoint="chat" if chat else "completions",
         concurrency=concurrency or (CLOSED if rate is None and trace is None else OPEN), rate=rate, burstiness=burstiness,
         requests=requests or (REQUESTS if duration is None and trace is None else None), duration_s=duration, input_len=input_len,
@@ -114,7 +114,7 @@ def bench(
     run(context.obj, settings, target_of(settings, url, rpc, name, run_dir), form, out)
 
 
-def measured_against(settings: Settings, url: str, rpc: bool, name: str, run_dir: str) -> Settings:
+def measured_against(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: str) -> LoadSettings:
     """The settings with the model that is meant and the context that it has, where the endpoint tells. Raises NotFound."""
     from msgspec.structs import replace
 
@@ -131,7 +131,7 @@ def measured_against(settings: Settings, url: str, rpc: bool, name: str, run_dir
     return replace(settings, model=settings.model or card["id"], max_len=limit)
 
 
-def target_of(settings: Settings, url: str, rpc: bool, name: str, run_dir: str) -> MakeTarget:
+def target_of(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: str) -> MakeTarget:
     if not rpc:
         from orchestrator.loadgen.http_target import HttpTarget
 
@@ -145,7 +145,7 @@ def target_of(settings: Settings, url: str, rpc: bool, name: str, run_dir: str) 
     return lambda clock: RpcTarget(status.rpc, model=settings.model, keys=keys, clock=clock)
 
 
-def run(console: Console, settings: Settings, make: MakeTarget, form: str, out: Path | None) -> None:
+def run(console: Console, settings: LoadSettings, make: MakeTarget, form: str, out: Path | None) -> None:
     """Send the load and tell what it came to. Exit code 5 when nothing was answered, 130 after Ctrl-C."""
     import asyncio
 
@@ -160,7 +160,7 @@ def run(console: Console, settings: Settings, make: MakeTarget, form: str, out: 
     date, cutter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Cutter(settings.max_len)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         summary, interrupted = runner.run(_measure(console, settings, make, cutter, read_lines(settings.trace)))
-    report = bench_report.Report.of(date, settings, summary, cutter, interrupted)
+    report = bench_report.BenchReport.of(date, settings, summary, cutter, interrupted)
     if out is not None:
         bench_report.write(out, report)
     console.out(bench_report.as_json(report) if form == "json" else bench_report.render(report))
@@ -170,14 +170,16 @@ def run(console: Console, settings: Settings, make: MakeTarget, form: str, out: 
         raise typer.Exit(INTERRUPTED if interrupted else LOST)
 
 
-async def _measure(console: Console, settings: Settings, make: MakeTarget, cutter: Cutter, lines: Iterator[bytes]) -> tuple[Summary, bool]:
+async def _measure(
+    console: Console, settings: LoadSettings, make: MakeTarget, cutter: Cutter, lines: Iterator[bytes]
+) -> tuple[Summary, bool]:
     """(the summary, whether Ctrl-C ended the run)."""
-    from orchestrator.loadgen.runner import Load, Options, clock
+    from orchestrator.loadgen.runner import LoadRun, RunOptions, clock
     from orchestrator.loadgen.settings import plan, warmup
-    from orchestrator.loadgen.stats import Tally
+    from orchestrator.loadgen.stats import RunStats
 
-    def options(seed: int) -> Options:
-        return Options(
+    def options(seed: int) -> RunOptions:
+        return RunOptions(
             concurrency=settings.concurrency, seed=seed, timeout_s=settings.timeout_s, words=settings.words, full=settings.full,
             temperature=settings.temperature, duration_s=settings.duration_s if seed == settings.seed else None,
         )  # fmt: skip
@@ -186,10 +188,10 @@ async def _measure(console: Console, settings: Settings, make: MakeTarget, cutte
     try:
         if settings.warmup:
             # Other prompts than the run's, which must not find its own in a cache.
-            warm = Load(target, warmup(settings), options(settings.seed + 1), Tally())
+            warm = LoadRun(target, warmup(settings), options(settings.seed + 1), RunStats())
             if await _until_end(console, "warm-up", warm, settings.warmup, timed=False):
                 return warm.tally.summary(0.0), True
-        load = Load(target, plan(settings, cutter, lines), options(settings.seed), Tally(settings.objectives))
+        load = LoadRun(target, plan(settings, cutter, lines), options(settings.seed), RunStats(settings.objectives))
         spent = time.process_time()
         total = settings.requests or int(settings.duration_s or 0)
         interrupted = await _until_end(console, "load", load, total, timed=settings.requests is None and settings.duration_s is not None)
@@ -198,7 +200,7 @@ async def _measure(console: Console, settings: Settings, make: MakeTarget, cutte
         await target.close()
 
 
-async def _until_end(console: Console, phase: str, load: Load, total: int, *, timed: bool) -> bool:
+async def _until_end(console: Console, phase: str, load: LoadRun, total: int, *, timed: bool) -> bool:
     """Run a load with its progress: requests that are over, or seconds where only these are known. True: Ctrl-C ended it."""
     import asyncio
 

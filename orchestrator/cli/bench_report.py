@@ -9,7 +9,7 @@ import msgspec
 
 from orchestrator.cli.console import table
 from orchestrator.loadgen.schedule import Cutter
-from orchestrator.loadgen.settings import Settings
+from orchestrator.loadgen.settings import LoadSettings
 from orchestrator.loadgen.stats import METRICS, Spread, Summary
 from workers import __version__
 from workers.protocol.errors import EnvironmentFault
@@ -18,7 +18,7 @@ from workers.protocol.errors import EnvironmentFault
 LATE_MS, BUSY_CORES = 10.0, 0.9
 
 
-class Cut(msgspec.Struct, frozen=True, kw_only=True):
+class PromptCuts(msgspec.Struct, frozen=True, kw_only=True):
     """What was taken from requests so that they fit the context."""
 
     requests: int
@@ -26,27 +26,27 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     """``date``: the start, UTC. ``interrupted``: Ctrl-C ended the run."""
 
     date: str
     version: str
-    settings: Settings
+    settings: LoadSettings
     summary: Summary
-    cut: Cut
+    cut: PromptCuts
     interrupted: bool
 
     @classmethod
-    def of(cls, date: str, settings: Settings, summary: Summary, cutter: Cutter, interrupted: bool) -> Report:
-        cut = Cut(requests=cutter.requests, input_tokens=cutter.input_tokens, output_tokens=cutter.output_tokens)
+    def of(cls, date: str, settings: LoadSettings, summary: Summary, cutter: Cutter, interrupted: bool) -> BenchReport:
+        cut = PromptCuts(requests=cutter.requests, input_tokens=cutter.input_tokens, output_tokens=cutter.output_tokens)
         return cls(date=date, version=__version__, settings=settings, summary=summary, cut=cut, interrupted=interrupted)
 
 
-def as_json(report: Report) -> str:
+def as_json(report: BenchReport) -> str:
     return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
 
 
-def write(path: Path, report: Report) -> None:
+def write(path: Path, report: BenchReport) -> None:
     """The file appears whole. Raises EnvironmentFault."""
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -56,7 +56,7 @@ def write(path: Path, report: Report) -> None:
         raise EnvironmentFault(f"{path} cannot be written", error.strerror or str(error), "name another --out") from None
 
 
-def describe(settings: Settings) -> str:
+def describe(settings: LoadSettings) -> str:
     """One line of what will be sent where."""
     if settings.trace:
         how = f"{settings.trace} at {settings.speed:g} x its speed"
@@ -70,7 +70,7 @@ def describe(settings: Settings) -> str:
     return f"{settings.model} at {settings.target}: {', '.join([how, *ends])}, seed {settings.seed}"
 
 
-def render(report: Report) -> str:
+def render(report: BenchReport) -> str:
     """The report for a person."""
     summary, cut = report.summary, report.cut
     rows = [[METRICS[name], *_row(spread)] for name, spread in summary.latency_ms.items()]
@@ -98,7 +98,7 @@ def render(report: Report) -> str:
     return "\n".join(lines)
 
 
-def doubts(report: Report) -> list[str]:
+def doubts(report: BenchReport) -> list[str]:
     """Why the figures may not be the server's."""
     client, found = report.summary.client, []
     if client.late.p99 > LATE_MS or client.cpu > BUSY_CORES:

@@ -37,7 +37,7 @@ Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same answer.")]
 
 
-class Door(Protocol):
+class ChatBackend(Protocol):
     """What HTTP and RPC have in common."""
 
     def models(self) -> list[str]: ...
@@ -49,11 +49,13 @@ class Door(Protocol):
     def close(self) -> None: ...
 
 
-def open_door(url: str, rpc: bool, name: str, run_dir: str) -> Door:
+def open_door(url: str, rpc: bool, name: str, run_dir: str) -> ChatBackend:
     """The HTTP door at ``url``, or the RPC door of a deployment on this machine. The key is no flag: other users can read those."""
     from orchestrator.cli import chat_backends
 
-    return chat_backends.RpcDoor(pick(name, run_dir).status()) if rpc else chat_backends.HttpDoor(url, os.environ.get(KEY_VARIABLE, ""))
+    return (
+        chat_backends.RpcBackend(pick(name, run_dir).status()) if rpc else chat_backends.HttpBackend(url, os.environ.get(KEY_VARIABLE, ""))
+    )
 
 
 def stream(console: Console, pieces: Generator[str]) -> str:
@@ -72,7 +74,7 @@ def stream(console: Console, pieces: Generator[str]) -> str:
     return "".join(parts)
 
 
-def request(model: str, door: Door, max_tokens: int, temperature: float, seed: int | None) -> dict[str, Any]:
+def request(model: str, door: ChatBackend, max_tokens: int, temperature: float, seed: int | None) -> dict[str, Any]:
     """The fields that chat and generate share."""
     body: dict[str, Any] = {"model": model or door.models()[0], "max_tokens": max_tokens, "temperature": temperature}
     return body if seed is None else body | {"seed": seed}
@@ -106,7 +108,7 @@ def chat(
             converse(console, door, body, messages)
 
 
-def converse(console: Console, door: Door, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
+def converse(console: Console, door: ChatBackend, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
     """Questions from the keyboard until it ends; each answer joins the conversation, a failed one leaves it as it was."""
     import readline  # noqa: F401  (importing it gives input() a history and line editing)
 

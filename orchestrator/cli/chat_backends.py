@@ -15,7 +15,7 @@ import msgspec
 
 from orchestrator.auth.keyring import read_private
 from orchestrator.client import Client, ClientKeys
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from workers.protocol.errors import EngineFault, EnvironmentFault, NotFound, Rejected, Unavailable, from_code, printable
 
 Endpoint = Literal["chat", "completions"]
@@ -25,7 +25,7 @@ CONNECT_S = 5.0
 SILENCE_S = 120.0
 
 
-class HttpDoor:
+class HttpBackend:
     """The OpenAI endpoint at ``url``, asked with ``key`` unless it is empty. ``transport`` replaces the network in tests."""
 
     def __init__(self, url: str, key: str = "", transport: httpx.BaseTransport | None = None) -> None:
@@ -76,10 +76,10 @@ class HttpDoor:
         return EnvironmentFault(f"the connection to {self.url} broke", f"{type(error).__name__} {error}".strip(), "trireme status")
 
 
-class RpcDoor:
+class RpcBackend:
     """The ZeroMQ door of a deployment on this machine, which says where it is and which key to use."""
 
-    def __init__(self, status: Status) -> None:
+    def __init__(self, status: DeploymentStatus) -> None:
         if not status.rpc:
             raise Unavailable(f"{status.name} has no router yet", hint=f"trireme status {status.name}")
         self._client = Client(status.rpc, keys=client_keys(status))
@@ -88,18 +88,18 @@ class RpcDoor:
         self._client.close()
 
     def models(self) -> list[str]:
-        """As :meth:`HttpDoor.models`."""
+        """As :meth:`HttpBackend.models`."""
         return [card["id"] for card in self._client.models()]
 
     def card(self, model: str) -> dict[str, Any]:
-        """As :meth:`HttpDoor.card`."""
+        """As :meth:`HttpBackend.card`."""
         found = next((card for card in self._client.models() if model in ("", card["id"], *card["aliases"])), None)
         if found is None:
             raise NotFound(f"The model `{printable(model)}` does not exist", code="model_not_found")
         return {"id": model or found["id"], "max_model_len": (found["status"] or {}).get("max_seq_len") or None}
 
     def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]:
-        """As :meth:`HttpDoor.ask`; an answer that is left early is cancelled."""
+        """As :meth:`HttpBackend.ask`; an answer that is left early is cancelled."""
         options = dict(body)
         if endpoint == "chat":
             call = self._client.chat(options.pop("messages"), **options)
@@ -113,7 +113,7 @@ class RpcDoor:
             call.cancel()
 
 
-def client_keys(status: Status) -> ClientKeys | None:
+def client_keys(status: DeploymentStatus) -> ClientKeys | None:
     """This user's key pair for a deployment's RPC door; None where that needs none. Raises EnvironmentFault where it cannot be read."""
     if not any(address.endpoint.startswith("tcp://") for address in status.rpc):
         return None

@@ -34,7 +34,7 @@ INTERRUPTED = 130
 _STYLES = {"error": "1;31", "hint": "36", "good": "32", "warn": "33", "bad": "31", "dim": "2", "bold": "1"}
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class ConsoleSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What the global flags say."""
 
     quiet: bool = False
@@ -45,7 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 class Console:
     """The terminal of one process. ``say`` informs (stderr), ``out`` answers (stdout)."""
 
-    def __init__(self, settings: Settings, *, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> None:
+    def __init__(self, settings: ConsoleSettings, *, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> None:
         self.settings = settings
         self.stdout, self.stderr = stdout or sys.stdout, stderr or sys.stderr
         self._bars: Bars | None = None
@@ -138,9 +138,9 @@ class Console:
             self._end_progress()
 
     @contextmanager
-    def following(self) -> Iterator[Follower]:
+    def following(self) -> Iterator[OutputFollower]:
         """For another program's log: its lines as they come, and one of ours about how far it is."""
-        follower = Follower(self)
+        follower = OutputFollower(self)
         try:
             yield follower
         finally:
@@ -183,7 +183,7 @@ class PlainProgress:
         self.phase = ""
 
 
-class Follower:
+class OutputFollower:
     """Lines of another program, dim; on a terminal the state stays below them and is drawn over itself."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:

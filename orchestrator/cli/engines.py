@@ -22,7 +22,7 @@ from orchestrator.cli.options import CacheDir, cache_folder
 from workers.protocol.errors import Rejected
 
 if TYPE_CHECKING:
-    from workers.engines.trtllm.engine_catalogue import Entry
+    from workers.engines.trtllm.engine_catalogue import CatalogueEntry
     from workers.engines.trtllm.engine_dir import EngineDir
     from workers.engines.trtllm.node_probe import NodeFacts
 
@@ -154,7 +154,7 @@ def row(engine: EngineDir) -> list[str]:
     return [record.model, weights, layout, record.gpu.capability, engine.version, total, age(time.time() - record.began)]
 
 
-def state(entry: Entry) -> str:
+def state(entry: CatalogueEntry) -> str:
     if entry.engine is None:
         return "DAMAGED"
     return "WHOLE" if entry.engine.record is not None else "FOREIGN"

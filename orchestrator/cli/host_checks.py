@@ -50,7 +50,7 @@ class Finding(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
-class Attempt(msgspec.Struct, frozen=True):
+class CommandResult(msgspec.Struct, frozen=True):
     """How a command that was tried ended; ``code`` is None when it could not be started or took too long."""
 
     code: int | None
@@ -58,16 +58,16 @@ class Attempt(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def attempt(argv: list[str], timeout: float = PATIENCE_S, env: dict[str, str] | None = None) -> Attempt:
+def attempt(argv: list[str], timeout: float = PATIENCE_S, env: dict[str, str] | None = None) -> CommandResult:
     """Run a command to its end or its bound."""
     started = time.monotonic()
     try:
         ran = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL, env=env)
     except FileNotFoundError:
-        return Attempt(None, f"{argv[0]} not found", 0.0)
+        return CommandResult(None, f"{argv[0]} not found", 0.0)
     except subprocess.TimeoutExpired:
-        return Attempt(None, f"no answer in {timeout:.0f} s", timeout)
-    return Attempt(ran.returncode, (ran.stdout if ran.returncode == 0 else ran.stderr).strip(), time.monotonic() - started)
+        return CommandResult(None, f"no answer in {timeout:.0f} s", timeout)
+    return CommandResult(ran.returncode, (ran.stdout if ran.returncode == 0 else ran.stderr).strip(), time.monotonic() - started)
 
 
 def python() -> Finding:
@@ -106,7 +106,7 @@ def mpi_run() -> Finding:
     """Two real ranks meet in an all-reduce."""
     try:
         found = mpiexec.find_mpi(os.environ.get("PATH", os.defpath))
-        argv = mpiexec.argv(found, [mpiexec.Host(address="localhost", ranks=2)], [sys.executable, "-c", _TWO_RANKS])
+        argv = mpiexec.argv(found, [mpiexec.MpiHost(address="localhost", ranks=2)], [sys.executable, "-c", _TWO_RANKS])
     except EnvironmentFault as error:
         return Finding("mpiexec", "fail", str(error), error.hint)
     ran = attempt(argv, env=mpiexec.environment(found, os.environ, cuda=False))

@@ -19,7 +19,7 @@ from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
 from workers.protocol.errors import NotFound, Rejected, TriremeError
 
 if TYPE_CHECKING:
-    from orchestrator.control.host.log_files import Entry, LogFile
+    from orchestrator.control.host.log_files import LogEntry, LogFile
 
 POLL_S = 0.25
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
@@ -54,7 +54,7 @@ def logs(
                        f"trireme logs {home.name} --epoch all")  # fmt: skip
     for absent in elsewhere(home, owner, rank):
         console.warn(absent)
-    readers = {file.path: log_files.Reader(file) for file in files}
+    readers = {file.path: log_files.LogReader(file) for file in files}
     lines = (entry for entry in log_files.merge(readers.values(), final=not follow) if entry.time >= start)
     show(console, lines if tail is None else deque(lines, maxlen=tail), files)
     while follow:
@@ -63,7 +63,7 @@ def logs(
         # Of a gang that was replaced meanwhile, the last words are still to be told.
         readers = {path: reader for path, reader in readers.items() if path.exists()}
         for file in files:
-            readers.setdefault(file.path, log_files.Reader(file))
+            readers.setdefault(file.path, log_files.LogReader(file))
         show(console, log_files.merge(readers.values(), final=False), files)
 
 
@@ -124,7 +124,7 @@ def elsewhere(home: Path, owner: str, rank: int | None) -> list[str]:
     return told
 
 
-def show(console: Console, entries: Iterable[Entry], files: list[LogFile]) -> None:
+def show(console: Console, entries: Iterable[LogEntry], files: list[LogFile]) -> None:
     """One line an entry: time, whose, level, words. Lines after the first of an entry stand below its words."""
     width = max((len(file.label) for file in files), default=0)
     for entry in entries:

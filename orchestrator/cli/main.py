@@ -99,7 +99,7 @@ def normalise(argv: Sequence[str]) -> list[str]:
     return front + rest
 
 
-def settings(line: Sequence[str]) -> console.Settings:
+def settings(line: Sequence[str]) -> console.ConsoleSettings:
     """What the global flags at the front of a normalised line say. Raises :class:`Rejected` on a log format that does not exist."""
     words = list(line)
     chosen = {"--log-format": "text"}
@@ -109,13 +109,13 @@ def settings(line: Sequence[str]) -> console.Settings:
     told = chosen["--log-format"]
     if told not in ("text", "json"):
         raise Rejected(f"--log-format {told} is not a format", hint="use text or json")
-    return console.Settings(quiet="--quiet" in chosen, debug="--debug" in chosen, log_format="json" if told == "json" else "text")
+    return console.ConsoleSettings(quiet="--quiet" in chosen, debug="--debug" in chosen, log_format="json" if told == "json" else "text")
 
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0, 1 unexpected, 2 usage, 3 config, 4 environment, 5 worker lost, 130 interrupted."""
     line = normalise(argv)
-    terminal = console.Console(console.Settings())
+    terminal = console.Console(console.ConsoleSettings())
     try:
         terminal = console.Console(settings(line))
         return int(app(line, prog_name="trireme", standalone_mode=False, obj=terminal) or 0)

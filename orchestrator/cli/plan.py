@@ -21,7 +21,7 @@ from workers.protocol.errors import ArtifactError, ConfigError, Rejected
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
     from orchestrator.planner.planner import Subject, SubjectPlan
-    from orchestrator.planner.seating import Cluster
+    from orchestrator.planner.seating import PlannedCluster
     from workers.protocol.specs import ModelSpec, Quant, QuantName
 
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -53,7 +53,7 @@ def plan(
         raise Rejected(f"--render {render} is not a kind of job", hint=f"use {', '.join(plan_render.KINDS)}")
     settings = deployment_file.load(file, env=os.environ).config
     load = Workload(name="asked", requests=1, isl=isl, osl=osl)
-    plans: list[tuple[SubjectPlan, Cluster]] = []
+    plans: list[tuple[SubjectPlan, PlannedCluster]] = []
     groups = _by_device(subjects(settings, model))
     if gpus and groups and "cuda" not in groups:
         raise ConfigError(f"--gpus {gpus} says nothing about {file}", "its models run on CPUs", "set device: cuda and dtype: bf16 in it")
@@ -136,10 +136,10 @@ def _by_device(some: Sequence[Subject]) -> dict[str, list[Subject]]:
     return found
 
 
-def gpu_cluster(text: str, settings: Config) -> Cluster:
+def gpu_cluster(text: str, settings: Config) -> PlannedCluster:
     """``8xH100,nodes=2``. Raises :class:`Rejected` for what that cannot mean, :class:`ConfigError` where nothing is said."""
     from orchestrator.planner.devices import GPUS
-    from orchestrator.planner.seating import Cluster
+    from orchestrator.planner.seating import PlannedCluster
 
     if not text:
         raise ConfigError(f"{settings.name} runs on GPUs", "which ones is not said", "add --gpus, such as --gpus 8xH100,nodes=2")
@@ -148,24 +148,24 @@ def gpu_cluster(text: str, settings: Config) -> Cluster:
     known = {name.lower(): gpu for name, gpu in GPUS.items()}
     if not cross or kind.lower() not in known:
         raise Rejected(f"--gpus {text}: {kind or first} is not a known GPU", "", f"write COUNTxKIND; kinds are {', '.join(GPUS)}")
-    return Cluster(device=known[kind.lower()], nodes=_count("--gpus", options.get("nodes", "1")), slots=_count("--gpus", count))
+    return PlannedCluster(device=known[kind.lower()], nodes=_count("--gpus", options.get("nodes", "1")), slots=_count("--gpus", count))
 
 
-def host_cluster(text: str, some: Sequence[Subject]) -> Cluster:
+def host_cluster(text: str, some: Sequence[Subject]) -> PlannedCluster:
     """``2,nodes=1,memory=16GB``; what is left out is this host's, on which a deployment's own Ray grants its ranks a share each, whether
     there are as many cores or not."""
     import psutil
 
-    from orchestrator.planner.devices import Host
-    from orchestrator.planner.seating import Cluster
+    from orchestrator.planner.devices import HostModel
+    from orchestrator.planner.seating import PlannedCluster
 
     here = len(os.sched_getaffinity(0))
     first, options = _words("--cpus", text, {"nodes", "memory"}) if text else (str(here), {})
     memory = _bytes(options["memory"]) if "memory" in options else int(psutil.virtual_memory().available)
     cores = _count("--cpus", first)
     shares = 0 if text else ceil(sum(subject.cpus_per_rank * layout.world for subject in some for _, layout in subject.gangs))
-    device = Host(memory=memory, cores=cores)
-    return Cluster(device=device, nodes=_count("--cpus", options.get("nodes", "1")), slots=max(cores, shares))
+    device = HostModel(memory=memory, cores=cores)
+    return PlannedCluster(device=device, nodes=_count("--cpus", options.get("nodes", "1")), slots=max(cores, shares))
 
 
 def _words(flag: str, text: str, known: set[str]) -> tuple[str, dict[str, str]]:

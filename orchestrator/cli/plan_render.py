@@ -14,7 +14,7 @@ import msgspec
 import yaml
 
 from orchestrator.planner.planner import Subject, occupied
-from orchestrator.planner.seating import Cluster
+from orchestrator.planner.seating import PlannedCluster
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     cpus: int
 
 
-def job(kind: str, file: Path, settings: Config, subjects: Sequence[Subject], cluster: Cluster) -> str:
+def job(kind: str, file: Path, settings: Config, subjects: Sequence[Subject], cluster: PlannedCluster) -> str:
     """The job of ``kind`` (one of ``KINDS``) that runs ``file``. Raises :class:`ConfigError` for what such a job cannot be."""
     ranks = occupied(subjects, cluster)
     share = max(subject.cpus_per_rank for subject in subjects)

@@ -9,9 +9,9 @@ import msgspec
 
 from orchestrator.cli.console import table
 from orchestrator.planner.cost_model import Workload
-from orchestrator.planner.devices import GPU_FIT, HOST_FIT, Gpu
+from orchestrator.planner.devices import GPU_FIT, HOST_FIT, GpuModel
 from orchestrator.planner.planner import RECORDED_TOKENS, LayoutPlan, SubjectPlan, settings, timed
-from orchestrator.planner.seating import Cluster
+from orchestrator.planner.seating import PlannedCluster
 from workers.layout.sharding import parameters
 
 #: Layouts that are listed beside the file's own.
@@ -20,7 +20,7 @@ SHOWN = 6
 USUAL_TOKENS = 8192
 
 
-def told(each: SubjectPlan, cluster: Cluster, load: Workload) -> str:
+def told(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> str:
     """Everything about one model, for a terminal."""
     subject = each.subject
     formats = f"{subject.quant.weights} weights, the rest {subject.engine.dtype}" if subject.quant.weights else subject.engine.dtype
@@ -39,7 +39,7 @@ def told(each: SubjectPlan, cluster: Cluster, load: Workload) -> str:
     return "\n\n".join(parts)
 
 
-def facts(each: SubjectPlan, cluster: Cluster, load: Workload) -> dict[str, Any]:
+def facts(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> dict[str, Any]:
     """The same for a script: bytes, seconds and tokens, nothing rounded."""
     subject = each.subject
     refusal = each.refusal
@@ -132,9 +132,9 @@ def _speeds(made: LayoutPlan, speeds: list[tuple[Workload, Any]]) -> str:
     )
 
 
-def _errors(rows: list[tuple[LayoutPlan, tuple[str, ...]]], cluster: Cluster) -> list[str]:
+def _errors(rows: list[tuple[LayoutPlan, tuple[str, ...]]], cluster: PlannedCluster) -> list[str]:
     """What the error bars are, and where there is none."""
-    fit = GPU_FIT if isinstance(cluster.device, Gpu) else HOST_FIT
+    fit = GPU_FIT if isinstance(cluster.device, GpuModel) else HOST_FIT
     lines = []
     if any(made.error for made, _ in rows):
         lines.append(f"+-: twice the root mean square by which {fit.runs} recorded runs were missed ({fit.source})")
@@ -143,11 +143,11 @@ def _errors(rows: list[tuple[LayoutPlan, tuple[str, ...]]], cluster: Cluster) ->
     return lines
 
 
-def _advice(each: SubjectPlan, cluster: Cluster) -> list[str]:
+def _advice(each: SubjectPlan, cluster: PlannedCluster) -> list[str]:
     """What to change in the file; where it does not fit, the refusal says so instead."""
     lines = []
     budget = each.subject.engine.max_num_tokens
-    if isinstance(cluster.device, Gpu) and budget < RECORDED_TOKENS:
+    if isinstance(cluster.device, GpuModel) and budget < RECORDED_TOKENS:
         lines.append(f"hint: max_num_tokens: {USUAL_TOKENS} lets a step take whole prompts; the file has {budget}")
     own = sum(made.total_tok_s for made in each.own)
     # Less than its own error is no gain.

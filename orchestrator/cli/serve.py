@@ -132,10 +132,10 @@ def host(console: Console, config: Config, on_ready: Callable[[], object], stand
     """`orchestrator.control.host.deployment.up`, its notices told as they come. The host's own log goes to a file beside the others."""
     import logging
 
-    from orchestrator.cli.systemd import Supervision
+    from orchestrator.cli.systemd import ServiceManager
     from orchestrator.control.host import deployment
 
-    manager = Supervision(os.environ)
+    manager = ServiceManager(os.environ)
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(filename=config.home / HOST_LOG, filemode="w", level=logging.INFO, format=form)
 

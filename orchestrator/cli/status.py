@@ -13,7 +13,7 @@ from orchestrator.cli.console import Console, age, table
 from workers.protocol.errors import NotFound, Rejected
 
 if TYPE_CHECKING:
-    from orchestrator.control.host.control_socket import Control, Status
+    from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 
 DEFAULT_RUN_DIR = "~/.local/state/trireme"
 WATCH_S = 1.0
@@ -27,7 +27,7 @@ MODELS = ["NAME", "STATE", "AGE", "REPLICAS", "READY", "TP", "PP", "QUEUE", "TOK
 REPLICAS = ["REPLICA", "STATE", "AGE", "TP", "PP", "RUNNING", "QUEUE", "TOK/S", "KV-TOKENS", "RESTARTS", "HOSTS", "PIDS"]
 
 
-def running(run_dir: str) -> list[Status]:
+def running(run_dir: str) -> list[DeploymentStatus]:
     """Every deployment that answers, by name."""
     from orchestrator.control.host import deployment
 
@@ -40,7 +40,7 @@ def running(run_dir: str) -> list[Status]:
     return found
 
 
-def pick(name: str, run_dir: str) -> Control:
+def pick(name: str, run_dir: str) -> ControlClient:
     """The deployment that is meant. Raises :class:`NotFound` when none runs, :class:`Rejected` when several do and none was named."""
     from orchestrator.control.host import deployment
 
@@ -81,7 +81,7 @@ def status(
         raise typer.Exit(LOST)
 
 
-def render(found: list[Status], form: str) -> str:
+def render(found: list[DeploymentStatus], form: str) -> str:
     """The answer of `trireme status` in one of its forms."""
     if form in ("json", "yaml"):
         import msgspec
@@ -99,7 +99,7 @@ def render(found: list[Status], form: str) -> str:
     return "\n\n".join(blocks)
 
 
-def model_rows(found: Status) -> list[list[str]]:
+def model_rows(found: DeploymentStatus) -> list[list[str]]:
     return [
         [
             f"{found.name}/{model.name}", model.state, age(model.age_s), str(model.replicas), str(model.ready), commas(model.tp),
@@ -109,7 +109,7 @@ def model_rows(found: Status) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def replica_rows(found: Status) -> list[list[str]]:
+def replica_rows(found: DeploymentStatus) -> list[list[str]]:
     return [
         [
             f"{found.name}/{row.name}", row.state, age(row.age_s), str(row.tp), str(row.pp), str(row.running), str(row.queue),
@@ -125,7 +125,7 @@ def commas(values: tuple[object, ...]) -> str:
     return ",".join(map(str, values)) or "-"
 
 
-def where(found: Status) -> list[str]:
+def where(found: DeploymentStatus) -> list[str]:
     """Addresses, processes and files of one deployment."""
     lines = [f"{found.name}: {found.url or 'no HTTP door yet'}, host process {found.pid}, launcher {found.launcher}"]
     lines += [f"  router {name}: process {pid}" for name, pid in found.routers.items()]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 _PATIENCE_S = 1.0
 
 
-class Supervision:
+class ServiceManager:
     """The manager behind ``NOTIFY_SOCKET``, if there is one. ``ready``, ``stopping`` and ``beat`` tell it what they are named after."""
 
     def __init__(self, env: Mapping[str, str]) -> None:

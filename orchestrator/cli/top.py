@@ -27,7 +27,7 @@ from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from orchestrator.control.host.control_socket import ModelRow, Status
+    from orchestrator.control.host.control_socket import DeploymentStatus, ModelRow
 
 #: Ranks up to so many are shown without being asked for.
 FEW_RANKS = 16
@@ -61,7 +61,7 @@ class Meter:
         self._rates: dict[tuple[str, str], float] = {}
         self._processes: dict[int, Any] = {}
 
-    def look(self, found: list[Status], now: float) -> None:
+    def look(self, found: list[DeploymentStatus], now: float) -> None:
         """Take in one status of each deployment; ``now`` in seconds. A router that was replaced began again at 0: its rate is then 0."""
         for status in found:
             for model in status.models:
@@ -70,7 +70,7 @@ class Meter:
                 self._rates[key] = max(0, model.admitted - before) / (now - at) if now > at else 0.0
                 self._admitted[key] = (now, model.admitted)
 
-    def rate(self, status: Status, model: ModelRow) -> float:
+    def rate(self, status: DeploymentStatus, model: ModelRow) -> float:
         """Requests admitted a second."""
         return self._rates.get((status.name, model.name), 0.0)
 
@@ -115,7 +115,7 @@ def top(
         watch(console, sample, every)
 
 
-def frame(found: list[Status], meter: Meter, ranks: bool | None) -> Frame:
+def frame(found: list[DeploymentStatus], meter: Meter, ranks: bool | None) -> Frame:
     """Everything that is shown of ``found``."""
     rows = [(status, row) for status in found for model in status.models for row in model.rows]
     models = Sheet(
@@ -151,7 +151,7 @@ def frame(found: list[Status], meter: Meter, ranks: bool | None) -> Frame:
     return Frame([(status.state, headline(status, meter)) for status in found], sheets)
 
 
-def headline(status: Status, meter: Meter) -> str:
+def headline(status: DeploymentStatus, meter: Meter) -> str:
     requests = sum(meter.rate(status, model) for model in status.models)
     tokens, queue = sum(model.tok_s for model in status.models), sum(model.queue for model in status.models)
     living = sum(len(row.pids) for model in status.models for row in model.rows)

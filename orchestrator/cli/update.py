@@ -14,7 +14,7 @@ from orchestrator.cli.serve import CacheDir, Launcher, Name, Port, Routers, RunD
 from workers.protocol.errors import ReplicaLost
 
 if TYPE_CHECKING:
-    from orchestrator.control.host.control_socket import Control, UpdateReport
+    from orchestrator.control.host.control_socket import ControlClient, UpdateReport
 
 POLL_S = 0.3
 
@@ -51,7 +51,7 @@ def update(
         follow(console, control)
 
 
-def follow(console: Console, control: Control) -> None:
+def follow(console: Console, control: ControlClient) -> None:
     """Tell each move as it ends. Raises :class:`ReplicaLost` when the update was taken back."""
     told, under_way = 0, ""
     while True:

@@ -1,4 +1,4 @@
-"""The asyncio client: the loop's readers around :class:`~orchestrator.client.protocol.Session`.
+"""The asyncio client: the loop's readers around :class:`~orchestrator.client.protocol.ClientProtocol`.
 
 Owns its sockets and one timer, which runs while anything is live. Use it from one loop; it starts no thread and no task.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from orchestrator.client import requests
-from orchestrator.client.protocol import SILENCE_S, Exchange, Session, What
+from orchestrator.client.protocol import SILENCE_S, ClientExchange, ClientProtocol, What
 from orchestrator.client.results import Piece, Reply
-from orchestrator.client.sockets import ClientKeys, Wires
+from orchestrator.client.sockets import ClientKeys, ClientSockets
 from orchestrator.client.sync_client import QUERY_S, TICK_S
 from workers.protocol.specs import RouterAddress
 
@@ -25,7 +25,7 @@ from workers.protocol.specs import RouterAddress
 class AsyncCall:
     """A live request, as :class:`orchestrator.client.sync_client.Call`."""
 
-    def __init__(self, client: AsyncClient, exchange: Exchange) -> None:
+    def __init__(self, client: AsyncClient, exchange: ClientExchange) -> None:
         self._client, self._exchange = client, exchange
 
     @property
@@ -66,9 +66,9 @@ class AsyncClient:
     ) -> None:
         self._model = model
         self._loop = asyncio.get_running_loop()
-        self._wires = Wires(routers, keys)
-        self._session = Session(secrets.token_hex(8), len(self._wires), silence_s=silence_s)
-        self._events: dict[Exchange, asyncio.Event] = {}
+        self._wires = ClientSockets(routers, keys)
+        self._session = ClientProtocol(secrets.token_hex(8), len(self._wires), silence_s=silence_s)
+        self._events: dict[ClientExchange, asyncio.Event] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._armed = self._closed = False
         for router in range(len(self._wires)):
@@ -143,18 +143,18 @@ class AsyncClient:
             await self._changed(exchange)
         return exchange.answer()
 
-    def _start(self, exchange: Exchange) -> AsyncCall:
+    def _start(self, exchange: ClientExchange) -> AsyncCall:
         self._session.ask(exchange, time.monotonic())
         self._flush()
         self._keep_time()
         return AsyncCall(self, exchange)
 
-    def _cancel(self, exchange: Exchange) -> None:
+    def _cancel(self, exchange: ClientExchange) -> None:
         self._session.cancel(exchange)
         self._flush()
         self._wake()
 
-    async def _changed(self, exchange: Exchange) -> None:
+    async def _changed(self, exchange: ClientExchange) -> None:
         """Wait until something arrived for ``exchange`` or it ended."""
         event = self._events.setdefault(exchange, asyncio.Event())
         await event.wait()

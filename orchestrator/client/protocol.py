@@ -58,7 +58,7 @@ class _Track:
         self.stop_id: int | None = None
 
 
-class Exchange:
+class ClientExchange:
     """A live request. ``pieces`` fills as messages come and is emptied by the shell; ``error`` or a full set of choices ends it."""
 
     def __init__(self, request: str, endpoint: Endpoint, body: bytes, choices: int, *, texts: bool, deadline: float | None) -> None:
@@ -112,13 +112,13 @@ class Exchange:
         )
 
 
-class Session:
+class ClientProtocol:
     """All exchanges of one client. ``routers``: how many there are. The shell renews the connections named in ``resets``, then sends
     ``outbox``: (router, frame)."""
 
     def __init__(self, boot: str, routers: int, *, silence_s: float = SILENCE_S) -> None:
         self._boot, self._routers, self._silence_s = boot, routers, silence_s
-        self._live: dict[int, Exchange] = {}
+        self._live: dict[int, ClientExchange] = {}
         self._next_stream = 0
         self._preferred = 0
         self.outbox: deque[tuple[int, bytes]] = deque()
@@ -130,24 +130,24 @@ class Session:
 
     # --- what the caller does
 
-    def ask(self, exchange: Exchange, now: float) -> None:
+    def ask(self, exchange: ClientExchange, now: float) -> None:
         exchange.router = self._preferred
         self._send(exchange, now)
 
-    def query(self, what: What, now: float, deadline: float) -> Exchange:
+    def query(self, what: What, now: float, deadline: float) -> ClientExchange:
         """``report`` of the result is the answer."""
-        exchange = Exchange("", "chat", what.encode(), 1, texts=False, deadline=deadline)
+        exchange = ClientExchange("", "chat", what.encode(), 1, texts=False, deadline=deadline)
         exchange.router = self._preferred
         self._send(exchange, now)
         return exchange
 
-    def cancel(self, exchange: Exchange) -> None:
+    def cancel(self, exchange: ClientExchange) -> None:
         """End it here and now as cancelled; one that has ended stays as it is."""
         if self._live.pop(exchange.stream, None) is not None:
             self._post(exchange, Cancel(boot=self._boot, stream=exchange.stream))
             self._end(exchange, Cancelled("the request was cancelled"))
 
-    def exchanges(self) -> list[Exchange]:
+    def exchanges(self) -> list[ClientExchange]:
         """The live ones."""
         return list(self._live.values())
 
@@ -222,7 +222,7 @@ class Session:
         if grants:
             self.outbox.append((router, messages.encode(Credit(boot=self._boot, streams=list(grants), tokens=list(grants.values())))))
 
-    def _done(self, exchange: Exchange, done: Done, now: float) -> None:
+    def _done(self, exchange: ClientExchange, done: Done, now: float) -> None:
         if done.attempt != exchange.attempt or done.choice >= len(exchange.tracks):
             return
         track = exchange.tracks[done.choice]
@@ -233,7 +233,7 @@ class Session:
             track.text.append(done.text)
             exchange.pieces.append(Piece(choice=done.choice, first=len(track.tokens), tokens=[], text=done.text, finish_reason=done.reason))
 
-    def _failed(self, exchange: Exchange, failed: Failed, now: float) -> None:
+    def _failed(self, exchange: ClientExchange, failed: Failed, now: float) -> None:
         if failed.attempt != exchange.attempt:
             return
         error = from_code(failed.code, failed.message, retry_after=failed.retry_after)
@@ -246,7 +246,7 @@ class Session:
 
     # --- which router
 
-    def _leave(self, exchange: Exchange, why: str, now: float) -> None:
+    def _leave(self, exchange: ClientExchange, why: str, now: float) -> None:
         """Its router does not answer. What is queued for that one must never reach it: it would run the request once more."""
         self.resets[exchange.router] = None
         if exchange.asked >= ROUNDS * self._routers:
@@ -254,7 +254,7 @@ class Session:
         else:
             self._move(exchange, now)
 
-    def _move(self, exchange: Exchange, now: float) -> None:
+    def _move(self, exchange: ClientExchange, now: float) -> None:
         """Ask the next router to go on from what is here."""
         self._live.pop(exchange.stream, None)
         if self._preferred == exchange.router:
@@ -263,7 +263,7 @@ class Session:
         exchange.attempt += 1
         self._send(exchange, now)
 
-    def _send(self, exchange: Exchange, now: float) -> None:
+    def _send(self, exchange: ClientExchange, now: float) -> None:
         self._next_stream += 1
         exchange.stream, exchange.heard = self._next_stream, now
         exchange.asked += 1
@@ -282,10 +282,10 @@ class Session:
             ),
         )  # fmt: skip
 
-    def _post(self, exchange: Exchange, message: messages.FromClient) -> None:
+    def _post(self, exchange: ClientExchange, message: messages.FromClient) -> None:
         self.outbox.append((exchange.router, messages.encode(message)))
 
-    def _end(self, exchange: Exchange, error: TriremeError) -> None:
+    def _end(self, exchange: ClientExchange, error: TriremeError) -> None:
         error.request = exchange.request
         exchange.error = error
         self._live.pop(exchange.stream, None)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from orchestrator.client.protocol import Exchange
+from orchestrator.client.protocol import ClientExchange
 from workers.protocol.errors import Rejected
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -20,18 +20,18 @@ _MAX_CHOICES = 128
 
 def chat(
     messages: Messages, options: Mapping[str, Any], *, model: str | None, request: str | None, deadline: float | None, texts: bool
-) -> Exchange:
+) -> ClientExchange:
     """An exchange at the chat endpoint; ``options`` are further fields of its body."""
     body = {**options, "model": _model(model), "messages": list(messages)}
-    return Exchange(_id(request), "chat", msgspec.json.encode(body), _choices(options), texts=texts, deadline=deadline)
+    return ClientExchange(_id(request), "chat", msgspec.json.encode(body), _choices(options), texts=texts, deadline=deadline)
 
 
 def complete(
     prompt: Prompt, options: Mapping[str, Any], *, model: str | None, request: str | None, deadline: float | None, texts: bool
-) -> Exchange:
+) -> ClientExchange:
     """An exchange at the completions endpoint, of text or of token ids."""
     body = {**options, "model": _model(model), "prompt": prompt if isinstance(prompt, str) else list(prompt)}
-    return Exchange(_id(request), "completions", msgspec.json.encode(body), _choices(options), texts=texts, deadline=deadline)
+    return ClientExchange(_id(request), "completions", msgspec.json.encode(body), _choices(options), texts=texts, deadline=deadline)
 
 
 def _model(name: str | None) -> str:

@@ -26,7 +26,7 @@ class ClientKeys(msgspec.Struct, frozen=True, kw_only=True):
         return f"ClientKeys(public={self.public!r})"
 
 
-class Wires:
+class ClientSockets:
     """The sockets by router number. Raises ConfigError on an endpoint that cannot be used."""
 
     def __init__(self, routers: Sequence[RouterAddress | str], keys: ClientKeys | None) -> None:

@@ -1,4 +1,4 @@
-"""The blocking client: a poll loop around :class:`~orchestrator.client.protocol.Session`.
+"""The blocking client: a poll loop around :class:`~orchestrator.client.protocol.ClientProtocol`.
 
 Owns its sockets. One thread at a time may use it; it starts none. While one call is waited for, all live calls move on.
 """
@@ -15,9 +15,9 @@ import msgspec
 import zmq
 
 from orchestrator.client import requests
-from orchestrator.client.protocol import SILENCE_S, Exchange, Session, What
+from orchestrator.client.protocol import SILENCE_S, ClientExchange, ClientProtocol, What
 from orchestrator.client.results import Piece, Reply
-from orchestrator.client.sockets import ClientKeys, Wires
+from orchestrator.client.sockets import ClientKeys, ClientSockets
 from workers.protocol.specs import RouterAddress
 
 #: Longest wait in one poll, seconds: deadlines and silent routers are looked at this often.
@@ -29,7 +29,7 @@ QUERY_S = 10.0
 class Call:
     """A live request. Iterate :meth:`stream`, or wait for the whole with :meth:`result`; either may be called at any time."""
 
-    def __init__(self, client: Client, exchange: Exchange) -> None:
+    def __init__(self, client: Client, exchange: ClientExchange) -> None:
         self._client, self._exchange = client, exchange
 
     @property
@@ -71,8 +71,8 @@ class Client:
         silence_s: float = SILENCE_S,
     ) -> None:
         self._model = model
-        self._wires = Wires(routers, keys)
-        self._session = Session(secrets.token_hex(8), len(self._wires), silence_s=silence_s)
+        self._wires = ClientSockets(routers, keys)
+        self._session = ClientProtocol(secrets.token_hex(8), len(self._wires), silence_s=silence_s)
 
     def __enter__(self) -> Client:
         return self
@@ -140,12 +140,12 @@ class Client:
         self._wait(lambda: exchange.ended)
         return exchange.answer()
 
-    def _start(self, exchange: Exchange) -> Call:
+    def _start(self, exchange: ClientExchange) -> Call:
         self._session.ask(exchange, time.monotonic())
         self._flush()
         return Call(self, exchange)
 
-    def _cancel(self, exchange: Exchange) -> None:
+    def _cancel(self, exchange: ClientExchange) -> None:
         self._session.cancel(exchange)
         self._flush()
 

@@ -250,7 +250,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return Path(self.cache_dir).expanduser().absolute()
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class ResolvedSetting(msgspec.Struct, frozen=True, kw_only=True):
     """One resolved setting, for ``config show --resolved``."""
 
     path: str
@@ -264,7 +264,7 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     config: Config
     sources: dict[str, str]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResolvedSetting]:
         return list(_rows(self.config, "", self.sources))
 
 
@@ -405,7 +405,7 @@ def _put_leaf(node: dict[str, Any], key: str, struct: Any, value: object, path: 
     sources[path] = source
 
 
-def _rows(value: Any, path: str, sources: Mapping[str, str]) -> Iterator[Row]:
+def _rows(value: Any, path: str, sources: Mapping[str, str]) -> Iterator[ResolvedSetting]:
     if isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
             yield from _rows(getattr(value, name), f"{path}.{name}" if path else name, sources)
@@ -413,4 +413,4 @@ def _rows(value: Any, path: str, sources: Mapping[str, str]) -> Iterator[Row]:
         for index, item in enumerate(value):
             yield from _rows(item, f"{path}[{index}]", sources)
     else:
-        yield Row(path=path, value=value, source=sources.get(path, "default"))
+        yield ResolvedSetting(path=path, value=value, source=sources.get(path, "default"))

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import msgspec
 
 from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
-from orchestrator.control.reconciler import Drain, Kill, Launch, Policy, Reconciler, ReplicaView, Wanted
+from orchestrator.control.reconciler import DrainGang, KillGang, LaunchGang, Reconciler, ReplicaView, RestartPolicy, WantedReplica
 from workers.protocol.errors import TriremeError
 
 log = logging.getLogger("trireme.controller")
@@ -30,7 +30,7 @@ Hung: TypeAlias = Iterable[tuple[str, int]]
 class Controller:
     """One deployment's loop, driven from outside: ``tick`` is one round. Thread-safe."""
 
-    def __init__(self, launcher: Launcher, policy: Policy) -> None:
+    def __init__(self, launcher: Launcher, policy: RestartPolicy) -> None:
         self._launcher = launcher
         self._reconciler = Reconciler(policy)
         self._specs: dict[str, GangSpec] = {}
@@ -50,21 +50,21 @@ class Controller:
     def tick(self, hung: Hung = ()) -> None:
         """Observe, reconcile, act: milliseconds, but for the removal of a gang, which is bounded by seconds."""
         with self._lock:
-            wanted = [Wanted(name=name, spec_hash=spec.spec_hash) for name, spec in self._specs.items()]
+            wanted = [WantedReplica(name=name, spec_hash=spec.spec_hash) for name, spec in self._specs.items()]
             actions = self._reconciler.step(time.time(), wanted, self._launcher.poll(), frozenset(hung))
             self._views = self._reconciler.views()
             for action in actions:
                 self._act(action)
 
-    def _act(self, action: Launch | Drain | Kill) -> None:
+    def _act(self, action: LaunchGang | DrainGang | KillGang) -> None:
         match action:
-            case Launch(name):
+            case LaunchGang(name):
                 log.info("replica %s: launching", name)
                 self._launcher.start(self._specs[name])
-            case Drain(name, epoch):
+            case DrainGang(name, epoch):
                 log.info("replica %s epoch %d: draining", name, epoch)
                 self._launcher.drain(name, epoch)
-            case Kill(name, epoch, reason):
+            case KillGang(name, epoch, reason):
                 log.warning("replica %s epoch %d: removing: %s", name, epoch, reason)
                 self._launcher.kill(name, epoch)
 
@@ -99,7 +99,7 @@ class ControllerActor:
 
     def __init__(self, target: str, policy: bytes, make_launcher: Callable[[], Launcher], end: Callable[[], None]) -> None:
         self._target, self._end = Path(target), end
-        self._controller = Controller(make_launcher(), msgspec.json.decode(policy, type=Policy))
+        self._controller = Controller(make_launcher(), msgspec.json.decode(policy, type=RestartPolicy))
         self._hung: frozenset[tuple[str, int]] = frozenset()
         self.apply()
         threading.Thread(target=self._loop, name="control loop", daemon=True).start()

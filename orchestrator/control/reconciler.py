@@ -40,23 +40,23 @@ class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
     log_dir: str = ""
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class WantedReplica(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that should run. Another ``spec_hash`` under the same name means: drain the old gang, then launch the new one."""
 
     name: str
     spec_hash: str
 
 
-class Launch(msgspec.Struct, frozen=True):
+class LaunchGang(msgspec.Struct, frozen=True):
     name: str
 
 
-class Drain(msgspec.Struct, frozen=True):
+class DrainGang(msgspec.Struct, frozen=True):
     name: str
     epoch: int
 
 
-class Kill(msgspec.Struct, frozen=True):
+class KillGang(msgspec.Struct, frozen=True):
     """End a gang whole and forget it; also what removes the remains of one that ended by itself."""
 
     name: str
@@ -64,10 +64,10 @@ class Kill(msgspec.Struct, frozen=True):
     reason: str
 
 
-Action: TypeAlias = Launch | Drain | Kill
+Action: TypeAlias = LaunchGang | DrainGang | KillGang
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
+class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds, seconds. A gang that was ready for ``stable_s`` clears its replica's failures; ``max_failures`` in a row end it."""
 
     backoff_s: float = 1.0
@@ -111,7 +111,7 @@ class _Replica(msgspec.Struct, kw_only=True):
 class Reconciler:
     """The controller's memory. ``step`` is called with everything that is observed; its actions are carried out before the next call."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: RestartPolicy) -> None:
         self.policy = policy
         self._replicas: dict[str, _Replica] = {}
         self._draining: dict[tuple[str, int], float] = {}
@@ -126,7 +126,9 @@ class Reconciler:
         self._asked.add((name, gang.epoch))
         return True
 
-    def step(self, now: float, wanted: Sequence[Wanted], gangs: Iterable[GangStatus], hung: frozenset[tuple[str, int]]) -> list[Action]:
+    def step(
+        self, now: float, wanted: Sequence[WantedReplica], gangs: Iterable[GangStatus], hung: frozenset[tuple[str, int]]
+    ) -> list[Action]:
         """Actions in the order in which they are to be done. ``hung``: (name, epoch) of ready gangs that the routers lost."""
         names = {want.name: want for want in wanted}
         for name in [name for name in self._replicas if name not in names]:
@@ -138,7 +140,7 @@ class Reconciler:
             newest[gang.name] = gang
         for gang in observed:
             if newest[gang.name] is not gang:
-                actions.append(Kill(gang.name, gang.epoch, "a newer epoch of this replica exists"))
+                actions.append(KillGang(gang.name, gang.epoch, "a newer epoch of this replica exists"))
         self._gangs = newest
         for name, gang in newest.items():
             if name not in names:
@@ -150,14 +152,14 @@ class Reconciler:
         self._asked &= present
         return actions
 
-    def _replica(self, now: float, want: Wanted, gang: GangStatus | None, hung: frozenset[tuple[str, int]]) -> list[Action]:
+    def _replica(self, now: float, want: WantedReplica, gang: GangStatus | None, hung: frozenset[tuple[str, int]]) -> list[Action]:
         replica = self._replicas.get(want.name)
         if replica is None or replica.spec_hash != want.spec_hash:
             replica = self._replicas[want.name] = _Replica(spec_hash=want.spec_hash, since=now)
         if gang is None:
             if replica.dead or now < replica.due:
                 return []
-            return [Launch(want.name)]
+            return [LaunchGang(want.name)]
         if gang.epoch != replica.epoch:
             replica.epoch, replica.begun, replica.ready_since = gang.epoch, now, 0.0
         if gang.phase == "placing":
@@ -168,7 +170,7 @@ class Reconciler:
             return self._retire(now, gang, "it was told to drain")
         if gang.phase in ENDED:
             self._record(now, replica, gang.cause or "it stopped by itself", gang.hint, gang.exit_code, permanent=gang.permanent)
-            return [Kill(gang.name, gang.epoch, gang.cause or "it stopped by itself")]
+            return [KillGang(gang.name, gang.epoch, gang.cause or "it stopped by itself")]
         if gang.phase == "ready" and not replica.ready_since:
             replica.ready_since = now
         if replica.ready_since and now - replica.ready_since >= self.policy.stable_s:
@@ -184,7 +186,7 @@ class Reconciler:
         if not reason:
             return []
         self._record(now, replica, reason, "", 0, permanent=False)
-        return [Kill(gang.name, gang.epoch, reason)]
+        return [KillGang(gang.name, gang.epoch, reason)]
 
     def _record(self, now: float, replica: _Replica, cause: str, hint: str, exit_code: int, *, permanent: bool) -> None:
         """Count the end of one gang, once, however long its removal takes."""
@@ -208,11 +210,13 @@ class Reconciler:
     def _retire(self, now: float, gang: GangStatus, reason: str) -> list[Action]:
         """Drain first; kill what is still there after the grace and a second for the farewells."""
         if gang.phase in ENDED or gang.phase in ("placing", "starting", "loading"):
-            return [Kill(gang.name, gang.epoch, reason)]
+            return [KillGang(gang.name, gang.epoch, reason)]
         begun = self._draining.setdefault((gang.name, gang.epoch), now)
         if now - begun > self.policy.drain_grace_s + 1.0:
-            return [Kill(gang.name, gang.epoch, f"{reason}; still running {self.policy.drain_grace_s:.0f} s after it was told to drain")]
-        return [Drain(gang.name, gang.epoch)] if begun == now else []
+            return [
+                KillGang(gang.name, gang.epoch, f"{reason}; still running {self.policy.drain_grace_s:.0f} s after it was told to drain")
+            ]
+        return [DrainGang(gang.name, gang.epoch)] if begun == now else []
 
     def views(self) -> list[ReplicaView]:
         """Every wanted replica, then every gang that is on its way out."""

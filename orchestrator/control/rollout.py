@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.control.reconciler import ReplicaView, Wanted
+from orchestrator.control.reconciler import ReplicaView, WantedReplica
 
 #: A new replica that failed this often is not waited for any longer.
 FAILURES = 2
@@ -25,7 +25,7 @@ FAILURES = 2
 Phase = Literal["rolling", "returning", "done", "returned"]
 
 
-class Target(msgspec.Struct, frozen=True, kw_only=True):
+class RolloutTarget(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that should run: what it serves, and in which version."""
 
     name: str
@@ -33,7 +33,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     spec_hash: str
 
 
-class Move(msgspec.Struct, frozen=True, kw_only=True):
+class RolloutMove(msgspec.Struct, frozen=True, kw_only=True):
     """One replica from ``before`` to ``after``, both versions; empty = it is not there."""
 
     name: str
@@ -47,56 +47,58 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
         return f"replace {self.name}" if self.after else f"end {'the spare ' if self.spare else ''}{self.name}"
 
 
-class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+class RolloutBounds(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds: how long a spare may wait for a place, and how long any move may take."""
 
     spare_s: float = 10.0
     move_s: float = 600.0
 
 
-class Step(msgspec.Struct, frozen=True, kw_only=True):
+class RolloutStep(msgspec.Struct, frozen=True, kw_only=True):
     """A move that is over."""
 
     text: str
     seconds: float
 
 
-def plan(old: Sequence[Target], new: Sequence[Target], spares: Sequence[Target], *, ready: frozenset[str] = frozenset()) -> list[Move]:
+def plan(
+    old: Sequence[RolloutTarget], new: Sequence[RolloutTarget], spares: Sequence[RolloutTarget], *, ready: frozenset[str] = frozenset()
+) -> list[RolloutMove]:
     """The moves, model by model: additional replicas, the spare, changed ones (those that do not serve first), the spare's end; then what
     is not wanted any more. ``spares``: at most one a model. Empty when nothing changes."""
     had = {target.name: target.spec_hash for target in old}
     wanted = {target.name for target in new}
-    moves: list[Move] = []
+    moves: list[RolloutMove] = []
     for model in dict.fromkeys(target.model for target in new):
         targets = [target for target in new if target.model == model]
-        added = [Move(name=target.name, before="", after=target.spec_hash) for target in targets if target.name not in had]
+        added = [RolloutMove(name=target.name, before="", after=target.spec_hash) for target in targets if target.name not in had]
         changed = [
-            Move(name=target.name, before=had[target.name], after=target.spec_hash)
+            RolloutMove(name=target.name, before=had[target.name], after=target.spec_hash)
             for target in targets
             if had.get(target.name, target.spec_hash) != target.spec_hash
         ]
         changed.sort(key=lambda move: move.name in ready)
         spare = next((spare for spare in spares if spare.model == model), None)
         if changed and spare is not None and not added:
-            start = Move(name=spare.name, before="", after=spare.spec_hash, spare=True)
-            changed = [start, *changed, Move(name=spare.name, before=spare.spec_hash, after="", spare=True)]
+            start = RolloutMove(name=spare.name, before="", after=spare.spec_hash, spare=True)
+            changed = [start, *changed, RolloutMove(name=spare.name, before=spare.spec_hash, after="", spare=True)]
         moves += [*added, *changed]
-    return [*moves, *(Move(name=target.name, before=target.spec_hash, after="") for target in old if target.name not in wanted)]
+    return [*moves, *(RolloutMove(name=target.name, before=target.spec_hash, after="") for target in old if target.name not in wanted)]
 
 
 class Rollout:
     """``old``: what runs. ``wanted`` is what should run now; it changes in :meth:`step` only."""
 
-    def __init__(self, old: Sequence[Target], moves: Sequence[Move], bounds: Bounds, now: float) -> None:
+    def __init__(self, old: Sequence[RolloutTarget], moves: Sequence[RolloutMove], bounds: RolloutBounds, now: float) -> None:
         self.wanted = {target.name: target.spec_hash for target in old}
         self.phase: Phase = "rolling"
         #: Why it was taken back.
         self.error = ""
-        self.steps: list[Step] = []
+        self.steps: list[RolloutStep] = []
         self._bounds = bounds
         self._todo = list(moves)
-        self._done: list[Move] = []
-        self._move: Move | None = None
+        self._done: list[RolloutMove] = []
+        self._move: RolloutMove | None = None
         self._since = now
         self._end_if_done()
 
@@ -114,8 +116,8 @@ class Rollout:
         """Moves that are not over."""
         return len(self._todo) + (self._move is not None)
 
-    def wants(self) -> list[Wanted]:
-        return [Wanted(name=name, spec_hash=version) for name, version in self.wanted.items()]
+    def wants(self) -> list[WantedReplica]:
+        return [WantedReplica(name=name, spec_hash=version) for name, version in self.wanted.items()]
 
     def step(self, now: float, views: Mapping[str, ReplicaView]) -> bool:
         """Look at every replica as the reconciler saw it last; True when ``wanted`` has changed."""
@@ -147,7 +149,7 @@ class Rollout:
             return False
         return view.phase == "failed" or (view.phase == "ready" and view.gang is not None and view.gang.spec_hash == version)
 
-    def _judge(self, move: Move, now: float, view: ReplicaView | None) -> str:
+    def _judge(self, move: RolloutMove, now: float, view: ReplicaView | None) -> str:
         """``waiting``, ``crowded`` (a spare without a place), empty when it is done, else what is wrong."""
         if not move.after:
             return "" if view is None else self._late(move, now)
@@ -161,7 +163,7 @@ class Rollout:
             return "crowded"
         return self._late(move, now)
 
-    def _late(self, move: Move, now: float) -> str:
+    def _late(self, move: RolloutMove, now: float) -> str:
         return f"{move}: not done within {self._bounds.move_s:.0f} s" if now - self._since > self._bounds.move_s else "waiting"
 
     def _begin(self, now: float) -> None:
@@ -172,8 +174,8 @@ class Rollout:
         else:
             self.wanted.pop(move.name, None)
 
-    def _finish(self, move: Move, now: float) -> None:
-        self.steps.append(Step(text=str(move), seconds=now - self._since))
+    def _finish(self, move: RolloutMove, now: float) -> None:
+        self.steps.append(RolloutStep(text=str(move), seconds=now - self._since))
         self._done.append(move)
         self._move, self._since = None, now
         self._end_if_done()
@@ -182,9 +184,11 @@ class Rollout:
         if not self._todo and self._move is None:
             self.phase = "done" if self.phase == "rolling" else "returned"
 
-    def _do_without(self, spare: Move, now: float) -> bool:
+    def _do_without(self, spare: RolloutMove, now: float) -> bool:
         """No room for it: the replicas are replaced one by one, each drained before its successor starts."""
-        self.steps.append(Step(text=f"{spare}: no room, so each replica ends before its successor starts", seconds=now - self._since))
+        self.steps.append(
+            RolloutStep(text=f"{spare}: no room, so each replica ends before its successor starts", seconds=now - self._since)
+        )
         del self.wanted[spare.name]
         self._todo = [move for move in self._todo if move.name != spare.name]
         self._move, self._since = None, now
@@ -194,7 +198,7 @@ class Rollout:
         """Undo what was done, in reverse; when that does not work either, want all of it at once and leave it to the reconciler."""
         if self._move is not None:
             self._done.append(self._move)
-        undone = [Move(name=move.name, before=move.after, after=move.before, spare=move.spare) for move in reversed(self._done)]
+        undone = [RolloutMove(name=move.name, before=move.after, after=move.before, spare=move.spare) for move in reversed(self._done)]
         if self.phase == "rolling":
             self.error, self.phase = why, "returning"
             self._todo, self._done, self._move = undone, [], None

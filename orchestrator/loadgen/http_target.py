@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from orchestrator.loadgen.stats import Flight
-from orchestrator.loadgen.target import Wanted
+from orchestrator.loadgen.stats import RequestSample
+from orchestrator.loadgen.target import TargetRequest
 from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected, TriremeError, from_code
 
 Endpoint = Literal["completions", "chat"]
@@ -30,7 +30,7 @@ class _Delta(msgspec.Struct):
     reasoning_content: str | None = None
 
 
-class _Choice(msgspec.Struct):
+class _ChunkChoice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
 
@@ -46,7 +46,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    choices: list[_Choice] = []
+    choices: list[_ChunkChoice] = []
     usage: _Usage | None = None
     error: Any = None
 
@@ -57,7 +57,7 @@ _decode = msgspec.json.Decoder(_Event).decode
 class _Reading:
     """One answer as it comes."""
 
-    def __init__(self, flight: Flight, clock: Callable[[], float]) -> None:
+    def __init__(self, flight: RequestSample, clock: Callable[[], float]) -> None:
         self.flight, self.clock = flight, clock
         self.status = 0
         self.events = False
@@ -205,7 +205,7 @@ class HttpTarget:
         ).encode()
         self._idle: list[_Connection] = []
 
-    async def ask(self, wanted: Wanted, flight: Flight) -> None:
+    async def ask(self, wanted: TargetRequest, flight: RequestSample) -> None:
         body = self._body(wanted)
         request = self._head + b"%d\r\n\r\n" % len(body) + body
         while True:
@@ -241,7 +241,7 @@ class HttpTarget:
             raise EnvironmentFault(f"{self._host}:{self._port} cannot be reached", why, code="connection") from None
         return made
 
-    def _body(self, wanted: Wanted) -> bytes:
+    def _body(self, wanted: TargetRequest) -> bytes:
         fields: dict[str, Any] = {"model": self._model}
         if self._endpoint == "chat":
             fields["messages"] = [{"role": "user", "content": wanted.prompt}]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.loadgen.schedule import BLOCK, Planned
+from orchestrator.loadgen.schedule import BLOCK, PlannedRequest
 
 #: Ids below 256 are in every vocabulary; the first few are often special tokens.
 _LOW, _HIGH = 32, 256
@@ -23,18 +23,18 @@ _WORDS = (
 )  # fmt: skip
 
 
-def token_ids(planned: Planned, seed: int) -> list[int]:
+def token_ids(planned: PlannedRequest, seed: int) -> list[int]:
     """``planned.input`` ids between 32 and 255."""
     found: list[int] = (_LOW + _noise(planned, seed) % np.uint64(_HIGH - _LOW)).tolist()
     return found
 
 
-def text(planned: Planned, seed: int) -> str:
+def text(planned: PlannedRequest, seed: int) -> str:
     """``planned.input`` words: about as many tokens."""
     return " ".join(_WORDS[index] for index in (_noise(planned, seed) % np.uint64(len(_WORDS))).tolist())
 
 
-def _noise(planned: Planned, seed: int) -> npt.NDArray[np.uint64]:
+def _noise(planned: PlannedRequest, seed: int) -> npt.NDArray[np.uint64]:
     """64 random bits a position."""
     places = np.arange(planned.input, dtype=np.uint64)
     size = np.uint64(BLOCK)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestrator.client import AsyncClient, ClientKeys
-from orchestrator.loadgen.stats import Flight
-from orchestrator.loadgen.target import Wanted
+from orchestrator.loadgen.stats import RequestSample
+from orchestrator.loadgen.target import TargetRequest
 from workers.protocol.specs import RouterAddress
 
 
@@ -18,7 +18,7 @@ class RpcTarget:
         self._client = AsyncClient(routers, model=model, keys=keys)
         self._clock = clock
 
-    async def ask(self, wanted: Wanted, flight: Flight) -> None:
+    async def ask(self, wanted: TargetRequest, flight: RequestSample) -> None:
         options: dict[str, Any] = {"max_tokens": wanted.output, "temperature": wanted.temperature, "seed": wanted.seed}
         if wanted.full:
             options["ignore_eos"] = True

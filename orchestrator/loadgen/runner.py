@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from orchestrator.loadgen import prompts
-from orchestrator.loadgen.schedule import Planned
-from orchestrator.loadgen.stats import Flight, Tally
-from orchestrator.loadgen.target import Target, Wanted
+from orchestrator.loadgen.schedule import PlannedRequest
+from orchestrator.loadgen.stats import RequestSample, RunStats
+from orchestrator.loadgen.target import LoadTarget, TargetRequest
 from workers.protocol.errors import TriremeError
 
 clock = time.perf_counter
@@ -24,7 +24,7 @@ clock = time.perf_counter
 _LOOK_S = 0.02
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """``duration_s``: nothing is sent later than that after the start. ``timeout_s``: longest answer. ``words``: prompts as text."""
 
     concurrency: int
@@ -36,10 +36,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 0.0
 
 
-class Load:
+class LoadRun:
     """One run. ``plan`` ends it; requests with a time make it an open loop, those without one a closed loop."""
 
-    def __init__(self, target: Target, plan: Iterator[Planned], options: Options, tally: Tally) -> None:
+    def __init__(self, target: LoadTarget, plan: Iterator[PlannedRequest], options: RunOptions, tally: RunStats) -> None:
         self._target, self._plan, self._options, self.tally = target, plan, options, tally
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(options.concurrency)
@@ -89,7 +89,7 @@ class Load:
             self._defect = defect
             self.stop()
 
-    async def _due(self, planned: Planned) -> bool:
+    async def _due(self, planned: PlannedRequest) -> bool:
         """Wait for a request's time; False when the run ends before. What was due in time is sent, however late it has become."""
         limit = self._options.duration_s
         if limit is not None and (self.elapsed if planned.at is None else planned.at) >= limit:
@@ -102,8 +102,8 @@ class Load:
             await asyncio.sleep(0)
         return not self._stopped.is_set()
 
-    async def _one(self, planned: Planned, wanted: Wanted, intended: float) -> None:
-        tally, flight = self.tally, Flight(intended, planned.input)
+    async def _one(self, planned: PlannedRequest, wanted: TargetRequest, intended: float) -> None:
+        tally, flight = self.tally, RequestSample(intended, planned.input)
         tally.begin(intended)
         try:
             async with asyncio.timeout(self._options.timeout_s):
@@ -117,11 +117,11 @@ class Load:
         else:
             tally.done(flight)
 
-    def _wanted(self, planned: Planned) -> Wanted:
+    def _wanted(self, planned: PlannedRequest) -> TargetRequest:
         options = self._options
-        make: Callable[[Planned, int], str | list[int]] = prompts.text if options.words else prompts.token_ids
+        make: Callable[[PlannedRequest, int], str | list[int]] = prompts.text if options.words else prompts.token_ids
         prompt = make(planned, options.seed)
-        return Wanted(prompt=prompt, output=planned.output, seed=planned.index, full=options.full, temperature=options.temperature)
+        return TargetRequest(prompt=prompt, output=planned.output, seed=planned.index, full=options.full, temperature=options.temperature)
 
     async def _watch(self) -> None:
         while True:

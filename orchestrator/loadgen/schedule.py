@@ -22,7 +22,7 @@ _LOOK = 256
 _CHUNK = 1024
 
 
-class Planned(msgspec.Struct, frozen=True, kw_only=True):
+class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request to come. ``at``: seconds after the start, None = as soon as there is room. ``input``, ``output``: tokens. ``blocks``: ids
     of the prompt's blocks of :data:`BLOCK` tokens, equal ids being equal text; empty = a prompt like no other."""
 
@@ -43,7 +43,7 @@ class Range(msgspec.Struct, frozen=True):
         return self.low if self.low == self.high else int(generator.integers(self.low, self.high + 1))
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class TraceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A line of a trace. ``timestamp`` in ms; ``hash_ids`` name the prompt's blocks, the last of which may be partial."""
 
     timestamp: float
@@ -84,18 +84,18 @@ def arrivals(rate: float, burstiness: float, seed: int) -> Iterator[float]:
             yield now
 
 
-def synthetic(input: Range, output: Range, cutter: Cutter, seed: int, times: Iterable[float] | None = None) -> Iterator[Planned]:
+def synthetic(input: Range, output: Range, cutter: Cutter, seed: int, times: Iterable[float] | None = None) -> Iterator[PlannedRequest]:
     """Requests of drawn lengths without end; ``times`` None: each as soon as there is room."""
     generator = np.random.default_rng([seed, 2])
     clock: Iterator[float | None] = iter(times) if times is not None else iter(lambda: None, 0)
     for index, at in enumerate(clock):
         held, kept = cutter.fit(input.draw(generator), output.draw(generator))
-        yield Planned(index=index, input=held, output=kept, at=at)
+        yield PlannedRequest(index=index, input=held, output=kept, at=at)
 
 
 def replayed(
-    records: Iterable[Record], cutter: Cutter, seed: int, *, speed: float = 1.0, spread_s: float | None = None
-) -> Iterator[Planned]:
+    records: Iterable[TraceRecord], cutter: Cutter, seed: int, *, speed: float = 1.0, spread_s: float | None = None
+) -> Iterator[PlannedRequest]:
     """A trace's requests, ``speed`` times as fast. ``spread_s``: how far requests of one timestamp are spread, uniformly; None = by
     :data:`QUANTUM_S` where the trace is rounded. Raises Rejected where timestamps go back."""
     stream = iter(records)
@@ -112,13 +112,13 @@ def replayed(
             last = max(last, start + float(offset))
             held, kept = cutter.fit(record.input_length, record.output_length)
             blocks = tuple(record.hash_ids or ())[: -(-held // BLOCK)]
-            yield Planned(index=index, input=held, output=kept, at=last / speed, blocks=blocks)
+            yield PlannedRequest(index=index, input=held, output=kept, at=last / speed, blocks=blocks)
             index += 1
 
 
-def records(lines: Iterable[bytes], name: str) -> Iterator[Record]:
+def records(lines: Iterable[bytes], name: str) -> Iterator[TraceRecord]:
     """Decode a trace's lines, empty ones left out. Raises Rejected that names file and line."""
-    decode = msgspec.json.Decoder(Record).decode
+    decode = msgspec.json.Decoder(TraceRecord).decode
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -131,14 +131,14 @@ def records(lines: Iterable[bytes], name: str) -> Iterator[Record]:
         yield record
 
 
-def _rounded(seen: list[Record]) -> bool:
+def _rounded(seen: list[TraceRecord]) -> bool:
     """Block ids come with Mooncake's traces; where many of these share a timestamp, arrivals were rounded."""
     return seen[0].hash_ids is not None and len({record.timestamp for record in seen}) <= len(seen) // 2
 
 
-def _groups(stream: Iterable[Record]) -> Iterator[list[Record]]:
+def _groups(stream: Iterable[TraceRecord]) -> Iterator[list[TraceRecord]]:
     """Consecutive records of one timestamp."""
-    group: list[Record] = []
+    group: list[TraceRecord] = []
     for record in stream:
         if group and record.timestamp < group[0].timestamp:
             raise Rejected("the trace's timestamps go back", f"{record.timestamp:g} ms after {group[0].timestamp:g} ms", "sort it by time")

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.loadgen.schedule import Cutter, Planned, Range, arrivals, records, replayed, synthetic
+from orchestrator.loadgen.schedule import Cutter, PlannedRequest, Range, arrivals, records, replayed, synthetic
 from orchestrator.loadgen.stats import METRICS
 from workers.protocol.errors import Rejected
 
@@ -19,7 +19,7 @@ from workers.protocol.errors import Rejected
 INPUT, OUTPUT = "512", "128"
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``target``: where the load goes, in words. ``concurrency``: in flight, or in an open loop at most. ``input_len``, ``output_len``:
     ``N`` or ``A:B``, empty with a trace. ``trace``: a file's name. ``full``: answers are as long as asked for, whatever the model says.
     ``words``: prompts as text. ``objectives``: ms by figure."""
@@ -51,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.rate is not None or bool(self.trace)
 
 
-def check(settings: Settings) -> None:
+def check(settings: LoadSettings) -> None:
     """Raises Rejected on flags that exclude each other or mean nothing."""
     positive = {
         "--rate": settings.rate, "--burstiness": settings.burstiness, "--duration": settings.duration_s, "--speed": settings.speed,
@@ -83,7 +83,7 @@ def objectives(slo: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def plan(settings: Settings, cutter: Cutter, lines: Iterable[bytes]) -> Iterator[Planned]:
+def plan(settings: LoadSettings, cutter: Cutter, lines: Iterable[bytes]) -> Iterator[PlannedRequest]:
     """The run's requests. ``lines``: the trace's. Raises Rejected, for a trace also while it is read."""
     if settings.trace:
         stream = records(lines, settings.trace)
@@ -95,13 +95,13 @@ def plan(settings: Settings, cutter: Cutter, lines: Iterable[bytes]) -> Iterator
     return islice(found, settings.requests)
 
 
-def warmup(settings: Settings) -> Iterator[Planned]:
+def warmup(settings: LoadSettings) -> Iterator[PlannedRequest]:
     """Requests of their own before the run, in a closed loop."""
     input, output = _lengths(settings)
     return islice(synthetic(input, output, Cutter(settings.max_len), settings.seed), settings.warmup)
 
 
-def _lengths(settings: Settings) -> tuple[Range, Range]:
+def _lengths(settings: LoadSettings) -> tuple[Range, Range]:
     return _range(settings.input_len or INPUT, "--input-len"), _range(settings.output_len or OUTPUT, "--output-len")
 
 

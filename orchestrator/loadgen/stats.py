@@ -45,7 +45,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
     max: float
 
 
-class Histogram:
+class LatencyHistogram:
     """Counts in buckets that grow geometrically; the extremes and the sum are exact."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Histogram:
         return Spread(count=self.count, mean=mean, min=_ms(self._min), p50=p50, p90=p90, p95=p95, p99=p99, max=_ms(self._max))
 
 
-class Flight:
+class RequestSample:
     """One request's clock. ``intended``, then :meth:`sent`, :meth:`piece` for whatever brings tokens, all in seconds of one clock."""
 
     def __init__(self, intended: float, input: int) -> None:
@@ -132,7 +132,7 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_s: float
 
 
-class Client(msgspec.Struct, frozen=True, kw_only=True):
+class GeneratorLoad(msgspec.Struct, frozen=True, kw_only=True):
     """How busy the generator itself was. ``late``: by how much its own timers came late, ms; ``cpu``: cores that it used."""
 
     late: Spread
@@ -159,16 +159,16 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     latency_ms: dict[str, Spread]
     errors: dict[str, Failures]
     goodput: Goodput | None
-    client: Client
+    client: GeneratorLoad
 
 
-class Tally:
+class RunStats:
     """Counts requests as they end. ``objectives``: ms by figure."""
 
     def __init__(self, objectives: Mapping[Metric, float] | None = None) -> None:
         self._objectives = dict(objectives or {})
-        self._spreads = {name: Histogram() for name in METRICS}
-        self.late = Histogram()
+        self._spreads = {name: LatencyHistogram() for name in METRICS}
+        self.late = LatencyHistogram()
         self._errors: dict[str, tuple[int, str]] = {}
         self.sent = self.succeeded = self.failed = self.abandoned = 0
         self.peak = 0
@@ -189,7 +189,7 @@ class Tally:
         self._begun = min(self._begun, intended)
         self.peak = max(self.peak, self.in_flight)
 
-    def done(self, flight: Flight) -> None:
+    def done(self, flight: RequestSample) -> None:
         figures = flight.figures()
         for name, value in figures.items():
             self._spreads[name].add(max(0.0, value))
@@ -240,7 +240,7 @@ class Tally:
             latency_ms={name: histogram.spread() for name, histogram in self._spreads.items()},
             errors={code: Failures(count=count, example=example) for code, (count, example) in self._errors.items()},
             goodput=goodput,
-            client=Client(late=self.late.spread(), cpu=cpu_s * per_s, peak_in_flight=self.peak),
+            client=GeneratorLoad(late=self.late.spread(), cpu=cpu_s * per_s, peak_in_flight=self.peak),
         )
 
 

@@ -6,10 +6,10 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.loadgen.stats import Flight
+from orchestrator.loadgen.stats import RequestSample
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class TargetRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request, ready to send. ``prompt``: text or token ids. ``full``: all ``output`` tokens, whatever the model says."""
 
     prompt: str | list[int]
@@ -19,8 +19,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 0.0
 
 
-class Target(Protocol):
-    async def ask(self, wanted: Wanted, flight: Flight) -> None:
+class LoadTarget(Protocol):
+    async def ask(self, wanted: TargetRequest, flight: RequestSample) -> None:
         """Send it and read the answer to its end. Raises TriremeError, whose code names the kind of failure."""
 
     async def close(self) -> None: ...

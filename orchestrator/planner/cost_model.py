@@ -68,7 +68,7 @@ class StageWork(msgspec.Struct, frozen=True, kw_only=True):
     first: bool
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class StepLoad(msgspec.Struct, frozen=True, kw_only=True):
     """One step: new ``tokens``, of which ``rows`` yield one; ``context`` cached tokens read by decodes; ``pairs`` of prefills."""
 
     tokens: int
@@ -86,7 +86,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     osl: int
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class PredictedRun(msgspec.Struct, frozen=True, kw_only=True):
     """A workload on one replica: seconds from the first step to the last, and ms between two tokens of a row, on average."""
 
     seconds: float
@@ -136,7 +136,7 @@ def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineS
     )
 
 
-def stage_seconds(work: StageWork, rates: Rates, load: Load) -> float:
+def stage_seconds(work: StageWork, rates: Rates, load: StepLoad) -> float:
     """Time that one stage takes for ``load``."""
     reading = work.weights / rates.read
     products = load.tokens * work.token_flop / (rates.narrow if work.narrow else rates.product) + load.rows * work.row_flop / rates.product
@@ -147,7 +147,7 @@ def stage_seconds(work: StageWork, rates: Rates, load: Load) -> float:
     return spent + work.layers * layer_s + rates.step_s + _sums(work, rates, load)
 
 
-def _sums(work: StageWork, rates: Rates, load: Load) -> float:
+def _sums(work: StageWork, rates: Rates, load: StepLoad) -> float:
     """Time of the tensor-parallel sums of a step: each rank sends and takes 2 (n - 1) / n of what is summed."""
     if work.tp == 1:
         return 0.0
@@ -163,7 +163,7 @@ class Pipeline:
         self._kinds, self._rates, self._crossings = Counter(stages), rates, crossings
         self._hidden_bytes = stages[0].hidden_bytes
 
-    def seconds(self, load: Load, lanes: int) -> float:
+    def seconds(self, load: StepLoad, lanes: int) -> float:
         """Time until each of ``lanes`` micro-batches of ``load`` has had one step: the slowest stage bounds a full pipeline, the way
         through all of them a nearly empty one."""
         times = {work: stage_seconds(work, self._rates, load) for work in self._kinds}
@@ -178,7 +178,7 @@ class Pipeline:
         return max(lanes * max(times.values()), through)
 
 
-def replay(pipeline: Pipeline, workload: Workload, *, rows: int, max_num_tokens: int) -> Run:
+def replay(pipeline: Pipeline, workload: Workload, *, rows: int, max_num_tokens: int) -> PredictedRun:
     """Run ``workload`` as the batch does: decodes first, then prefill in chunks under the token budget, ``rows`` at most at a time.
 
     A pipeline's rows are dealt to as many micro-batches as it has stages; all are alike, so one stands for all.
@@ -193,7 +193,7 @@ def replay(pipeline: Pipeline, workload: Workload, *, rows: int, max_num_tokens:
         seconds += spent
         decoding += spent * load.rows
         tokens += steps * load.rows
-    return Run(
+    return PredictedRun(
         seconds=seconds,
         output_tok_s=workload.requests * workload.osl / seconds,
         token_ms=1e3 * decoding / tokens,
@@ -215,7 +215,7 @@ class _Lane:
     def over(self) -> bool:
         return not self._waiting and not self._ends
 
-    def next(self) -> tuple[Load, int]:
+    def next(self) -> tuple[StepLoad, int]:
         """The next step, and how many of them follow each other alike: decodes until a row ends."""
         room = min(self._places - self._decoding, self._waiting)
         chunk = min(self._budget - self._decoding, room * self._workload.isl - self._begun) if room > 0 else 0
@@ -223,11 +223,11 @@ class _Lane:
             return self._prefill(chunk), 1
         steps = self._ends[0][0] - self._step
         # Each step reads one token more a row; the mean of an even climb is its middle.
-        load = Load(tokens=self._decoding, rows=self._decoding, context=self._context + self._decoding * (steps - 1) / 2)
+        load = StepLoad(tokens=self._decoding, rows=self._decoding, context=self._context + self._decoding * (steps - 1) / 2)
         self._advance(steps)
         return load, steps
 
-    def _prefill(self, chunk: int) -> Load:
+    def _prefill(self, chunk: int) -> StepLoad:
         isl, decoding, context = self._workload.isl, self._decoding, self._context
         finished, begun = divmod(self._begun + chunk, isl)
         # Pairs of whole prompts, less what was computed of the first before, plus what is computed of the last one now.
@@ -239,7 +239,7 @@ class _Lane:
             self._ends.append((self._step + self._workload.osl - 1, finished))
             self._decoding += finished
             self._context += finished * (isl + 1)
-        return Load(tokens=decoding + chunk, rows=decoding + finished, context=context, pairs=pairs)
+        return StepLoad(tokens=decoding + chunk, rows=decoding + finished, context=context, pairs=pairs)
 
     def _advance(self, steps: int) -> None:
         self._step += steps

@@ -16,7 +16,7 @@ from workers.protocol.specs import DType, Parallel
 Link = Literal["NVLink", "PCIe", "memory"]
 
 
-class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+class GpuModel(msgspec.Struct, frozen=True, kw_only=True):
     """One kind of GPU. ``memory``: bytes in all. ``copied``: bytes a second that a copy reads and writes; ``product``: bf16 FLOP a second
     of a large product; ``narrow``: the same in FP8, 0 where there is none; ``single``: in fp32 without TF32, as the engine computes it.
     ``recorded``: whether runs on it were recorded."""
@@ -31,7 +31,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     recorded: bool
 
 
-class Host(msgspec.Struct, frozen=True, kw_only=True):
+class HostModel(msgspec.Struct, frozen=True, kw_only=True):
     """The CPUs of a node: ``cores`` of them; ``memory``: bytes that are free there before anything is started."""
 
     memory: int
@@ -88,10 +88,14 @@ HOST_FIT = Fit(
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu(name="H100", memory=81559 << 20, copied=3.0e12, product=798e12, narrow=1596e12, single=54e12, link="NVLink", recorded=True),
-        Gpu(name="H200", memory=143771 << 20, copied=4.3e12, product=790e12, narrow=1580e12, single=54e12, link="NVLink", recorded=True),
-        Gpu(name="A100", memory=81920 << 20, copied=1.83e12, product=250e12, narrow=0.0, single=16e12, link="NVLink", recorded=False),
-        Gpu(name="L40S", memory=46068 << 20, copied=0.78e12, product=290e12, narrow=580e12, single=73e12, link="PCIe", recorded=False),
+        GpuModel(
+            name="H100", memory=81559 << 20, copied=3.0e12, product=798e12, narrow=1596e12, single=54e12, link="NVLink", recorded=True
+        ),
+        GpuModel(
+            name="H200", memory=143771 << 20, copied=4.3e12, product=790e12, narrow=1580e12, single=54e12, link="NVLink", recorded=True
+        ),
+        GpuModel(name="A100", memory=81920 << 20, copied=1.83e12, product=250e12, narrow=0.0, single=16e12, link="NVLink", recorded=False),
+        GpuModel(name="L40S", memory=46068 << 20, copied=0.78e12, product=290e12, narrow=580e12, single=73e12, link="PCIe", recorded=False),
     )
 }
 
@@ -134,7 +138,7 @@ def leading_s(rows: int) -> float:
     return _LEAD_S + rows * _LEAD_ROW_S
 
 
-def gpu_rates(gpu: Gpu, dtype: DType, fit: Fit = GPU_FIT) -> Rates:
+def gpu_rates(gpu: GpuModel, dtype: DType, fit: Fit = GPU_FIT) -> Rates:
     """What a rank on ``gpu`` does in a second where it computes in ``dtype``, by ``fit``."""
     direct = gpu.link == "NVLink"
     product = gpu.single if dtype == "fp32" else gpu.product

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from orchestrator.planner.cost_model import WORKLOADS, Load, Pipeline, Rates, Run, StageWork, Workload, replay, stage_work
-from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, Gpu, Host, gpu_rates, host_rates, leading_s, taken
-from orchestrator.planner.seating import Cluster, Seat, layouts, rooms, seat
+from orchestrator.planner.cost_model import WORKLOADS, Pipeline, PredictedRun, Rates, StageWork, StepLoad, Workload, replay, stage_work
+from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, GpuModel, HostModel, gpu_rates, host_rates, leading_s, taken
+from orchestrator.planner.seating import PlannedCluster, Seat, layouts, rooms, seat
 from workers.layout.memory import GPU_RESERVE, block_bytes, blocks_that_fit, cache_budget, frozen_bytes, kv_format, longest_row, step_bytes
 from workers.layout.quant_parts import unit_of
 from workers.layout.sharding import deal, parameters, shard_of, trtllm_refusal
@@ -67,8 +67,8 @@ class LayoutPlan(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int
     rows: int
     longest: float
-    one: Run | None
-    full: Run | None
+    one: PredictedRun | None
+    full: PredictedRun | None
     error: float | None
     crowd: int
     notes: tuple[str, ...] = ()
@@ -98,7 +98,9 @@ class SubjectPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.options[min(timed)[2]] if timed else None
 
 
-def rank_memory(subject: Subject, parallel: Parallel, rank: int, device: Gpu | Host, *, neighbours: int = 1, crowd: int = 1) -> RankMemory:
+def rank_memory(
+    subject: Subject, parallel: Parallel, rank: int, device: GpuModel | HostModel, *, neighbours: int = 1, crowd: int = 1
+) -> RankMemory:
     """``neighbours``: ranks of the same gang on the same host; ``crowd``: ranks of all gangs there.
 
     Raises :class:`ConfigError` where the weights or the cache do not fit.
@@ -106,7 +108,7 @@ def rank_memory(subject: Subject, parallel: Parallel, rank: int, device: Gpu | H
     model, engine, quant = subject.model, subject.engine, subject.quant
     shard = shard_of(model, parallel, rank, unit=unit_of(quant))
     weights = frozen_bytes(model, parallel, rank, engine, quant)
-    if isinstance(device, Gpu):
+    if isinstance(device, GpuModel):
         total, step = device.memory, step_bytes(model, shard, engine)
         other = taken(parallel) + GPU_RESERVE
         free = total - taken(parallel) - weights
@@ -133,7 +135,7 @@ def rank_memory(subject: Subject, parallel: Parallel, rank: int, device: Gpu | H
 
 
 def layout_plan(
-    subject: Subject, parallel: Parallel, cluster: Cluster, place: Seat, replicas: int, load: Workload, *, crowd: int = 0
+    subject: Subject, parallel: Parallel, cluster: PlannedCluster, place: Seat, replicas: int, load: Workload, *, crowd: int = 0
 ) -> LayoutPlan:
     """What one layout holds and gives. ``crowd``: ranks of all gangs on the fullest node; those of this gang if not given.
 
@@ -160,7 +162,7 @@ def layout_plan(
             replay(pipeline, msgspec.structs.replace(load, requests=count), rows=rows, max_num_tokens=subject.engine.max_num_tokens)
             for count in (1, rows)
         )
-        if isinstance(cluster.device, Gpu) and _led_late(pipeline, rows, load):
+        if isinstance(cluster.device, GpuModel) and _led_late(pipeline, rows, load):
             error = None
             notes.append(f"steps of {rows} rows are nearly as short as the host's own share of them: expect fewer tokens a second")
     return LayoutPlan(
@@ -183,7 +185,7 @@ def _led_late(pipeline: Pipeline, rows: int, load: Workload) -> bool:
     """Whether the leader takes more than half the time of a decode step, so that the device may wait for it."""
     lanes = min(pipeline.depth, rows)
     each = rows // lanes
-    step = Load(tokens=each, rows=each, context=each * (load.isl + load.osl / 2))
+    step = StepLoad(tokens=each, rows=each, context=each * (load.isl + load.osl / 2))
     return pipeline.seconds(step, lanes) / lanes < 2 * leading_s(each)
 
 
@@ -195,7 +197,7 @@ def _rows(subject: Subject, kv_tokens: int, load: Workload) -> int:
     return min(subject.engine.max_batch_size, kv_tokens // block // -(-tokens // block))
 
 
-def _ranks(subject: Subject, parallel: Parallel, device: Gpu | Host, neighbours: int, crowd: int) -> tuple[RankMemory, ...]:
+def _ranks(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, neighbours: int, crowd: int) -> tuple[RankMemory, ...]:
     """All ranks' memory; those that hold alike are counted once."""
     known: dict[tuple[object, ...], RankMemory] = {}
     found = []
@@ -208,9 +210,9 @@ def _ranks(subject: Subject, parallel: Parallel, device: Gpu | Host, neighbours:
     return tuple(found)
 
 
-def rates_of(subject: Subject, device: Gpu | Host, crowd: int) -> Rates:
+def rates_of(subject: Subject, device: GpuModel | HostModel, crowd: int) -> Rates:
     """What a rank of ``subject`` gets from ``device``; a host's cores are shared by ``crowd`` ranks."""
-    if isinstance(device, Gpu):
+    if isinstance(device, GpuModel):
         return gpu_rates(device, subject.engine.dtype)
     return host_rates(min(subject.engine.threads, device.cores / crowd))
 
@@ -227,7 +229,7 @@ def pipeline_of(subject: Subject, parallel: Parallel, rates: Rates, *, crossings
     return Pipeline(stages, rates, crossings=crossings)
 
 
-def timed(subject: Subject, made: LayoutPlan, device: Gpu | Host) -> list[tuple[Workload, Run]]:
+def timed(subject: Subject, made: LayoutPlan, device: GpuModel | HostModel) -> list[tuple[Workload, PredictedRun]]:
     """The recorded workloads on one replica of ``made``: those that it takes in at most ``TURNS`` turns."""
     pipeline = pipeline_of(subject, made.parallel, rates_of(subject, device, made.crowd), crossings=made.seat.crossings)
     found = []
@@ -238,7 +240,7 @@ def timed(subject: Subject, made: LayoutPlan, device: Gpu | Host) -> list[tuple[
     return found
 
 
-def options(subject: Subject, cluster: Cluster, free: Sequence[int], load: Workload) -> list[LayoutPlan]:
+def options(subject: Subject, cluster: PlannedCluster, free: Sequence[int], load: Workload) -> list[LayoutPlan]:
     """Every layout that fits in ``free`` places a node, with as many replicas as there is room for; most tokens a second first."""
     found = []
     for parallel in layouts(sum(free), max(free, default=0), subject.model):
@@ -248,7 +250,7 @@ def options(subject: Subject, cluster: Cluster, free: Sequence[int], load: Workl
     return sorted(found, key=lambda made: (-made.total_tok_s, made.parallel.world))
 
 
-def _most(subject: Subject, parallel: Parallel, cluster: Cluster, free: Sequence[int], load: Workload) -> LayoutPlan | None:
+def _most(subject: Subject, parallel: Parallel, cluster: PlannedCluster, free: Sequence[int], load: Workload) -> LayoutPlan | None:
     """The layout with as many replicas as places, and on a host as memory, hold; None where not even one does."""
     places, seats = list(free), list[Seat]()
     while (place := seat(parallel, places, spread=subject.spread)) is not None and not place.torn:
@@ -259,18 +261,18 @@ def _most(subject: Subject, parallel: Parallel, cluster: Cluster, free: Sequence
             # The last gang seated is spread the widest; all are judged by it.
             return layout_plan(subject, parallel, cluster, seats[-1], len(seats), load, crowd=crowd)
         except ConfigError:
-            seats = seats[: len(seats) // 2] if isinstance(cluster.device, Host) else []
+            seats = seats[: len(seats) // 2] if isinstance(cluster.device, HostModel) else []
     return None
 
 
-def plan(subjects: Sequence[Subject], cluster: Cluster, load: Workload) -> list[SubjectPlan]:
+def plan(subjects: Sequence[Subject], cluster: PlannedCluster, load: Workload) -> list[SubjectPlan]:
     """Plan all that a file asks for. Its gangs are seated in their order; a subject's options are judged on what the others leave."""
     free = rooms(cluster, subjects[0].cpus_per_rank)
     seats = {(subject.name, name): seat(parallel, free, spread=subject.spread) for subject in subjects for name, parallel in subject.gangs}
     return [_subject_plan(subject, subjects, seats, cluster, load) for subject in subjects]
 
 
-def occupied(subjects: Sequence[Subject], cluster: Cluster) -> list[int]:
+def occupied(subjects: Sequence[Subject], cluster: PlannedCluster) -> list[int]:
     """Ranks on each node that holds any, where all that a file asks for has found room."""
     whole = rooms(cluster, subjects[0].cpus_per_rank)
     free = list(whole)
@@ -281,7 +283,7 @@ def occupied(subjects: Sequence[Subject], cluster: Cluster) -> list[int]:
 
 
 def _subject_plan(
-    subject: Subject, subjects: Sequence[Subject], seats: dict[tuple[str, str], Seat | None], cluster: Cluster, load: Workload
+    subject: Subject, subjects: Sequence[Subject], seats: dict[tuple[str, str], Seat | None], cluster: PlannedCluster, load: Workload
 ) -> SubjectPlan:
     left = rooms(cluster, subject.cpus_per_rank)
     for other in subjects:
@@ -311,7 +313,7 @@ def _needs(subjects: Sequence[Subject]) -> int:
     return sum(parallel.world for subject in subjects for _, parallel in subject.gangs)
 
 
-def _advice(subject: Subject, cluster: Cluster, found: Sequence[LayoutPlan], load: Workload) -> str:
+def _advice(subject: Subject, cluster: PlannedCluster, found: Sequence[LayoutPlan], load: Workload) -> str:
     """What would fit: on these devices, or on how many."""
     if found:
         return f"use {settings(found[0])}"
@@ -328,13 +330,13 @@ def _advice(subject: Subject, cluster: Cluster, found: Sequence[LayoutPlan], loa
     return "use devices with more memory, or quant: int8"
 
 
-def _larger(cluster: Cluster) -> Iterator[Cluster]:
+def _larger(cluster: PlannedCluster) -> Iterator[PlannedCluster]:
     """More of the same devices, the fewest first: GPUs in a node, then nodes."""
-    most = FULL_NODE if isinstance(cluster.device, Gpu) else cluster.slots
+    most = FULL_NODE if isinstance(cluster.device, GpuModel) else cluster.slots
     sizes = [slots for slots in (1, 2, 4, most) if cluster.slots < slots <= most]
-    yield from (Cluster(device=cluster.device, nodes=cluster.nodes, slots=slots) for slots in sizes)
+    yield from (PlannedCluster(device=cluster.device, nodes=cluster.nodes, slots=slots) for slots in sizes)
     slots = max(cluster.slots, most)
-    yield from (Cluster(device=cluster.device, nodes=nodes, slots=slots) for nodes in (2, 4, 8, 16) if nodes > cluster.nodes)
+    yield from (PlannedCluster(device=cluster.device, nodes=nodes, slots=slots) for nodes in (2, 4, 8, 16) if nodes > cluster.nodes)
 
 
 def settings(made: LayoutPlan) -> str:
@@ -342,20 +344,20 @@ def settings(made: LayoutPlan) -> str:
     return f"tp_size: {made.parallel.tp}, pp_size: {made.parallel.pp}, replicas: {made.replicas}"
 
 
-def _possible(subject: Subject, parallel: Parallel, device: Gpu | Host) -> None:
+def _possible(subject: Subject, parallel: Parallel, device: GpuModel | HostModel) -> None:
     """Raises :class:`ConfigError` for what the engine would refuse at its start."""
     if subject.engine.kind == "trtllm" and (refusal := trtllm_refusal(subject.model, parallel)):
         raise ConfigError(f"{subject.name}: {refusal[0]}", "", refusal[1])
-    if isinstance(device, Gpu) and subject.quant.weights == "fp8" and not device.narrow:
+    if isinstance(device, GpuModel) and subject.quant.weights == "fp8" and not device.narrow:
         raise ConfigError(
             f"{subject.name}: {_a(device)} computes no FP8 products", "its tensor cores are older than the format", "use int8"
         )
 
 
-def _error(subject: Subject, parallel: Parallel, device: Gpu | Host, place: Seat, crowd: int) -> float | None:
+def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, place: Seat, crowd: int) -> float | None:
     if subject.engine.kind != "portable" or not device.recorded or place.crossings:
         return None
-    if isinstance(device, Host):
+    if isinstance(device, HostModel):
         return HOST_FIT.error if subject.quant.weights is None and crowd * subject.engine.threads <= device.cores else None
     plain_cache = kv_format(subject.engine, subject.quant) == "bf16"
     like = subject.engine.dtype == "bf16" and subject.quant.weights in (None, "fp8") and plain_cache
@@ -364,8 +366,8 @@ def _error(subject: Subject, parallel: Parallel, device: Gpu | Host, place: Seat
     return GPU_FIT.error if like and size and subject.engine.max_num_tokens >= RECORDED_TOKENS else None
 
 
-def _a(device: Gpu | Host) -> str:
-    if isinstance(device, Host):
+def _a(device: GpuModel | HostModel) -> str:
+    if isinstance(device, HostModel):
         return "its share of the host"
     return f"an {device.name}" if device.name[0] in "AHL" else f"a {device.name}"
 

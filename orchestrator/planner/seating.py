@@ -10,24 +10,24 @@ from collections.abc import Iterator
 
 import msgspec
 
-from orchestrator.planner.devices import Gpu, Host
+from orchestrator.planner.devices import GpuModel, HostModel
 from workers.protocol.specs import ModelSpec, Parallel
 
 #: Most stages that are tried for a model.
 DEEPEST = 16
 
 
-class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+class PlannedCluster(msgspec.Struct, frozen=True, kw_only=True):
     """``nodes`` alike, each with ``slots`` GPUs, or CPU shares where ``device`` is a host's."""
 
-    device: Gpu | Host
+    device: GpuModel | HostModel
     nodes: int
     slots: int
 
     @property
     def what(self) -> str:
         kind = f"{self.slots} x {self.device.name}"
-        if isinstance(self.device, Host) and self.slots != self.device.cores:
+        if isinstance(self.device, HostModel) and self.slots != self.device.cores:
             kind = f"{self.slots} shares of {self.device.cores} x {self.device.name}"
         return kind if self.nodes == 1 else f"{self.nodes} nodes of {kind}"
 
@@ -40,9 +40,9 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True):
     torn: bool
 
 
-def rooms(cluster: Cluster, cpus_per_rank: float) -> list[int]:
+def rooms(cluster: PlannedCluster, cpus_per_rank: float) -> list[int]:
     """Ranks that each empty node holds: one a GPU, or as many as its CPU shares allow."""
-    share = 1.0 if isinstance(cluster.device, Gpu) else cpus_per_rank
+    share = 1.0 if isinstance(cluster.device, GpuModel) else cpus_per_rank
     return [int(cluster.slots / share + 1e-9)] * cluster.nodes
 
 

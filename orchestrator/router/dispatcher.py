@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable
 
 from orchestrator.router import request_context
-from orchestrator.router.core.replica_registry import Loss, Replica
-from orchestrator.router.core.request_state import Deliver, Errored, Finished, Scored, Send
-from orchestrator.router.core.router_core import Route
-from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
+from orchestrator.router.core.replica_registry import Replica, ReplicaLoss
+from orchestrator.router.core.request_state import DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher
 from orchestrator.router.metrics import RequestMeter
 from workers.protocol.errors import EngineFault, ReplicaLost, printable
 from workers.protocol.messages import FromReplica, ToReplica
@@ -25,12 +25,12 @@ log = logging.getLogger("trireme.dispatch")
 SendToReplica = Callable[[bytes, ToReplica], bool]
 
 
-class Flight:
+class RequestTicket:
     """The :class:`~orchestrator.router.interfaces.Ticket`. ``open``: bit i = the watcher still expects something for choice i."""
 
     __slots__ = ("_dispatch", "id", "last", "meter", "open", "origin", "watcher")
 
-    def __init__(self, dispatch: RouterDispatch, choices: int, watcher: Watcher, meter: RequestMeter) -> None:
+    def __init__(self, dispatch: RouterDispatcher, choices: int, watcher: Watcher, meter: RequestMeter) -> None:
         self._dispatch, self.watcher, self.meter = dispatch, watcher, meter
         self.id = 0
         #: Whose it is, for log lines: what befalls it later befalls it in other tasks.
@@ -51,32 +51,32 @@ class Flight:
         self._dispatch.credit(self, tokens)
 
 
-class RouterDispatch:
+class RouterDispatcher:
     """One router's dispatcher. ``send`` belongs to the replica link; ``clock`` is monotonic seconds."""
 
-    def __init__(self, route: Route, *, name: str, send: SendToReplica, clock: Callable[[], float]) -> None:
+    def __init__(self, route: RouterCore, *, name: str, send: SendToReplica, clock: Callable[[], float]) -> None:
         self._route, self._name, self._send, self._clock = route, name, send, clock
         self._pumping = self._armed = False
-        self._told: Loss | None = None
+        self._told: ReplicaLoss | None = None
 
     # --- the doors' side
 
-    def submit(self, ask: Ask, watcher: Watcher, meter: RequestMeter) -> Flight:
+    def submit(self, ask: RouterRequest, watcher: Watcher, meter: RequestMeter) -> RequestTicket:
         """Raises NotFound, Overloaded, Unavailable, DeadlineExceeded. The watcher hears nothing before the loop's next turn."""
-        flight = Flight(self, ask.n, watcher, meter)
+        flight = RequestTicket(self, ask.n, watcher, meter)
         flight.id = self._route.submit(ask, self._clock(), flight)
         self._arm()
         return flight
 
-    def cancel(self, flight: Flight) -> None:
+    def cancel(self, flight: RequestTicket) -> None:
         self._route.cancel(flight.id, self._clock())
         self._arm()
 
-    def finish(self, flight: Flight, choice: int) -> None:
+    def finish(self, flight: RequestTicket, choice: int) -> None:
         self._route.finish(flight.id, choice, self._clock())
         self._arm()
 
-    def credit(self, flight: Flight, tokens: int) -> None:
+    def credit(self, flight: RequestTicket, tokens: int) -> None:
         self._route.credit(flight.id, tokens)
         self._arm()
 
@@ -166,7 +166,7 @@ class RouterDispatch:
         try:
             while actions := self._route.take():
                 for action in actions:
-                    if isinstance(action, Deliver):
+                    if isinstance(action, DeliverTokens):
                         self._deliver(action)
                     else:
                         self._act(action)
@@ -178,7 +178,7 @@ class RouterDispatch:
             self._armed = True
             asyncio.get_running_loop().call_soon(self.pump)
 
-    def _deliver(self, action: Deliver) -> None:
+    def _deliver(self, action: DeliverTokens) -> None:
         now = self._clock()
         # Rows that come together mostly came together the last time too: one entry for as many as have the same interval.
         meter: RequestMeter | None = None
@@ -206,12 +206,12 @@ class RouterDispatch:
         if meter is not None:
             meter.tokens(rows, size, now - since)
 
-    def _act(self, action: Send | Scored | Finished | Errored) -> None:
-        if isinstance(action, Send):
+    def _act(self, action: SendMessage | DeliverPromptLogprobs | FinishChoice | FailChoice) -> None:
+        if isinstance(action, SendMessage):
             if action.peer and not self._send(action.peer, action.message):
                 self._route.unreachable(action.peer, self._clock())
             return
-        flight: Flight = action.owner
+        flight: RequestTicket = action.owner
         if not flight.open >> action.choice & 1:
             return
         try:
@@ -220,13 +220,13 @@ class RouterDispatch:
             # As above.
             self._break(flight, error)
 
-    def _tell(self, flight: Flight, action: Scored | Finished | Errored) -> None:
+    def _tell(self, flight: RequestTicket, action: DeliverPromptLogprobs | FinishChoice | FailChoice) -> None:
         watcher = flight.watcher
-        if isinstance(action, Scored):
+        if isinstance(action, DeliverPromptLogprobs):
             watcher.on_prompt(action.choice, action.logprobs)
             return
         flight.open &= ~(1 << action.choice)
-        if isinstance(action, Finished):
+        if isinstance(action, FinishChoice):
             watcher.on_done(action.choice, action.reason, action.usage, action.stop_id)
         else:
             if isinstance(action.error, EngineFault | ReplicaLost):
@@ -235,7 +235,7 @@ class RouterDispatch:
                 )
             watcher.on_failed(action.choice, action.error)
 
-    def _break(self, flight: Flight, error: Exception) -> None:
+    def _break(self, flight: RequestTicket, error: Exception) -> None:
         log.error("request %d: its door failed", flight.id, exc_info=error, extra=request_context.fields(flight.origin))
         choices = [choice for choice in range(flight.open.bit_length()) if flight.open >> choice & 1]
         flight.cancel()
@@ -249,7 +249,7 @@ class RouterDispatch:
                 return
 
 
-def _recount(loss: Loss, now: float) -> dict[str, object]:
+def _recount(loss: ReplicaLoss, now: float) -> dict[str, object]:
     return {
         "replica": loss.replica,
         "model": loss.model,

@@ -1,7 +1,8 @@
 """The line inside a router process between its doors (HTTP, RPC) and the dispatcher that owns requests and replicas.
 
-A door turns bytes into an :class:`Ask`, gives it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a :class:`Ticket`. Everything
-runs on the router's one event loop; no call here blocks or awaits, and the dispatcher calls a watcher from its own socket callback.
+A door turns bytes into an :class:`RouterRequest`, gives it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a :class:`Ticket`.
+Everything runs on the router's one event loop; no call here blocks or awaits, and the dispatcher calls a watcher from its own socket
+callback.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.router.core.stats import Placement
+from orchestrator.router.core.stats import Attempt
 from orchestrator.router.metrics import RequestMeter
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True):
+class RouterRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One validated request: ``n`` choices over one prompt. ``params.seed`` is resolved; choice i uses ``seed + i`` (mod 2**63).
 
     ``client`` names who asks (door's own id), ``request`` is the id that the client sees. ``affinity`` is a session hint. ``emitted``:
@@ -37,7 +38,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
     emitted: list[list[int]] = []
     attempt: int = 0
-    trails: list[list[Placement]] = []
+    trails: list[list[Attempt]] = []
     marks: tuple[str, str] = ("", "")
 
 
@@ -81,7 +82,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Dispatcher(Protocol):
     """The routing core with its shell: owns every accepted request until its last token."""
 
-    def submit(self, ask: Ask, watcher: Watcher, meter: RequestMeter) -> Ticket:
+    def submit(self, ask: RouterRequest, watcher: Watcher, meter: RequestMeter) -> Ticket:
         """Accept a request; ``meter`` counts its tokens as they are delivered.
 
         Raises NotFound (model), Overloaded (queue full, with retry_after), Unavailable (no replica and no hope).

@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from orchestrator.router.core.stats import Histogram, Tally
+from orchestrator.router.core.stats import Histogram, ModelStats
 from workers import __version__
 from workers.protocol.messages import STEP_TOKEN_BUCKETS
 
@@ -39,7 +39,7 @@ _REPLICA_SERIES = (
 )
 
 #: Per model: metric name, help, which histogram.
-_TALLY_HISTOGRAMS: tuple[tuple[str, str, Callable[[Tally], Histogram]], ...] = (
+_TALLY_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelStats], Histogram]], ...] = (
     ("request_queue_time_seconds", "A row's wait at this router for its first place", lambda tally: tally.queue),
     ("request_prefill_time_seconds", "From a row's first place to its first token", lambda tally: tally.prefill),
     ("request_decode_time_seconds", "From a row's first token to its last", lambda tally: tally.decode),
@@ -61,7 +61,7 @@ def histogram(name: str, text: str, rows: Mapping[str, Histogram]) -> HistogramM
     return family
 
 
-def core(status: Mapping[str, Any], tallies: Mapping[str, Tally]) -> Iterator[Metric]:
+def core(status: Mapping[str, Any], tallies: Mapping[str, ModelStats]) -> Iterator[Metric]:
     """The routing core: lines, decisions, moves, and guesses against what came."""
     queue: Mapping[str, int] = status.get("queue", {})
     queued = GaugeMetricFamily("trireme_router_queued_requests", "Rows waiting at this router for a replica", labels=["model_name"])

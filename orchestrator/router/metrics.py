@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from orchestrator.router import metric_families
-from orchestrator.router.core.stats import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, Tally
+from orchestrator.router.core.stats import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, ModelStats
 from workers.protocol.messages import Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -105,12 +105,12 @@ class Metrics:
     """
 
     def __init__(
-        self, models: Iterable[str], status: Callable[[], Mapping[str, Any]] = dict, tallies: Mapping[str, Tally] | None = None
+        self, models: Iterable[str], status: Callable[[], Mapping[str, Any]] = dict, tallies: Mapping[str, ModelStats] | None = None
     ) -> None:
         self.models = {name: ModelMeter() for name in models}
         self.lag = Histogram(metric_families.LAG_BUCKETS)
         self._status = status
-        self._tallies = tallies if tallies is not None else {name: Tally() for name in self.models}
+        self._tallies = tallies if tallies is not None else {name: ModelStats() for name in self.models}
         self._ignored_fields = 0
         self._disconnected = 0
         self._refused = dict.fromkeys(CODES, 0)

@@ -23,22 +23,22 @@ import msgspec
 import zmq
 
 from orchestrator.auth.api_keys import ApiKey, ApiKeys, Salting
-from orchestrator.auth.curve_acl import Gate, Grant
+from orchestrator.auth.curve_acl import CurveAcl, CurveGrant
 from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.control.launch.subprocesses import STOP
-from orchestrator.router.core.replica_registry import Fleet
-from orchestrator.router.core.router_core import Route
-from orchestrator.router.dispatcher import RouterDispatch
-from orchestrator.router.frontend.detokenizer import Texts
+from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.dispatcher import RouterDispatcher
+from orchestrator.router.frontend.detokenizer import TextModels
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.metrics_app import build_scrape_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.net.curve_auth import Zap
+from orchestrator.router.net.curve_auth import ZapHandler
 from orchestrator.router.net.replica_link import ReplicaLink
-from orchestrator.router.net.router_socket import Port
-from orchestrator.router.rpc.server import RpcDoor
+from orchestrator.router.net.router_socket import RouterSocket
+from orchestrator.router.rpc.server import RpcServer
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import Peers
 from workers.serving.router_io import KeyPair
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 TICK_S, RELOAD_S = 0.1, 1.0
 
 #: The allowed-keys file's content if it changed since the last call, else None.
-LoadGrants = Callable[[], Mapping[str, Grant] | None]
+LoadGrants = Callable[[], Mapping[str, CurveGrant] | None]
 #: The same of the API-keys file.
 LoadApiKeys = Callable[[], Iterable[ApiKey] | None]
 
 log = logging.getLogger("trireme.router")
 
 
-class State(msgspec.Struct, frozen=True, kw_only=True):
+class RouterStateFile(msgspec.Struct, frozen=True, kw_only=True):
     """What the state file says. ``http``: URL, empty without that door; ``back`` and ``rpc``: endpoints as they were really bound."""
 
     name: str
@@ -77,7 +77,7 @@ class RouterProcess:
     def __init__(
         self,
         spec: RouterSpec,
-        texts: Texts,
+        texts: TextModels,
         *,
         salt_key: bytes,
         keys: KeyPair | None = None,
@@ -90,26 +90,26 @@ class RouterProcess:
         boot = secrets.token_hex(8)
         greeting = Peers(boot=boot, router=spec.name, routers=spec.peers)
         names = {name: card.name for card in spec.models for name in (card.name, *card.aliases)}
-        self._gate = Gate(load_grants() or {})
+        self._gate = CurveAcl(load_grants() or {})
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._listener = bind(spec.http) if spec.http is not None else None
         # Whoever opens it beyond this host said so by naming the host; it tells counts and names, never what was asked.
         scrape = HttpSpec(host=spec.metrics.host, port=spec.metrics.port, insecure_without_keys=True)
         self._scrape = bind(scrape) if spec.metrics.port else None
-        self._zap = Zap(self._context, self._gate)
+        self._zap = ZapHandler(self._context, self._gate)
         self._link = ReplicaLink(self._context, spec.back, keys=keys, gate=self._gate, greeting=greeting)
-        route = Route(greeting, names, spec.admission, Fleet(spec.replica_timeout_s, spec.hang_floor_s))
-        self._dispatch = RouterDispatch(route, name=spec.name, send=self._link.send, clock=time.monotonic)
+        route = RouterCore(greeting, names, spec.admission, ReplicaRegistry(spec.replica_timeout_s, spec.hang_floor_s))
+        self._dispatch = RouterDispatcher(route, name=spec.name, send=self._link.send, clock=time.monotonic)
         self._traces = _traces(spec)
         #: What the doors see of it.
         self._front: Dispatcher = self._traces.around(self._dispatch) if self._traces is not None else self._dispatch
         self._metrics = Metrics([card.name for card in spec.models], self._dispatch.status, route.tallies)
-        self._door = RpcDoor(
+        self._door = RpcServer(
             boot=boot, dispatcher=self._front, texts=texts, metrics=self._metrics, admission=spec.admission, gate=self._gate,
             salting=self._salting, send=self._send_to_client, clock=time.monotonic,
         )  # fmt: skip
         door = self._door
-        self._rpc = Port(
+        self._rpc = RouterSocket(
             self._context, spec.rpc, "client", keys=keys, gate=self._gate, on_frame=door.on_frame, on_malformed=door.on_malformed
         )
         self._idle = asyncio.Event()
@@ -235,7 +235,9 @@ class RouterProcess:
         if not self._spec.state_file:
             return
         http = self.http if phase == "serving" else ""
-        state = State(name=self._spec.name, pid=os.getpid(), phase=phase, http=http, back=self._link.endpoint, rpc=self._rpc.endpoint)
+        state = RouterStateFile(
+            name=self._spec.name, pid=os.getpid(), phase=phase, http=http, back=self._link.endpoint, rpc=self._rpc.endpoint
+        )
         path = Path(self._spec.state_file)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:

@@ -31,8 +31,8 @@ from opentelemetry.util.types import AttributeValue
 
 from orchestrator.config.router_spec import TracingSpec
 from orchestrator.router import request_context, span_names
-from orchestrator.router.core.stats import Placement
-from orchestrator.router.interfaces import Ask, Dispatcher, Ticket, Watcher
+from orchestrator.router.core.stats import Attempt
+from orchestrator.router.interfaces import Dispatcher, RouterRequest, Ticket, Watcher
 from orchestrator.router.metrics import RequestMeter
 from workers import __version__
 from workers.protocol.errors import TriremeError
@@ -76,7 +76,7 @@ class TracedDispatcher:
         self._inner, self._tracer, self._clock, self._wall = inner, tracer, clock, wall
         self.model, self.ready, self.status = inner.model, inner.ready, inner.status
 
-    def submit(self, ask: Ask, watcher: Watcher, meter: RequestMeter) -> Ticket:
+    def submit(self, ask: RouterRequest, watcher: Watcher, meter: RequestMeter) -> Ticket:
         """As the real one's. A request that is refused here is a trace of one span."""
         story = _Story(self._tracer, ask, watcher, self._clock, self._wall)
         if not story.sampled:
@@ -96,7 +96,7 @@ class _Story:
     __slots__ = ("_ask", "_clock", "_ends", "_offset", "_open", "_origin", "_span", "_submitted", "_tracer", "_watcher", "emitted",
                  "on_tokens", "ticket", "trails")  # fmt: skip
 
-    def __init__(self, tracer: Tracer, ask: Ask, watcher: Watcher, clock: Callable[[], float], wall: Callable[[], int]) -> None:
+    def __init__(self, tracer: Tracer, ask: RouterRequest, watcher: Watcher, clock: Callable[[], float], wall: Callable[[], int]) -> None:
         self._tracer, self._ask, self._watcher, self._clock = tracer, ask, watcher, clock
         self._submitted = clock()
         self._offset = wall() - int(self._submitted * 1e9)
@@ -104,7 +104,7 @@ class _Story:
         self.on_tokens: Callable[[int, int, list[int], list[Logprobs] | None], None] = watcher.on_tokens
         #: The core's records of each choice, handed over empty where the door keeps none.
         self.emitted: list[list[int]] = ask.emitted or [[] for _ in range(ask.n)]
-        self.trails: list[list[Placement]] = [[] for _ in range(ask.n)]
+        self.trails: list[list[Attempt]] = [[] for _ in range(ask.n)]
         self.ticket: Ticket | None = None
         self._open = set(range(ask.n))
         self._ends: dict[int, tuple[float, str, Usage | None]] = {}
@@ -193,7 +193,7 @@ class _Story:
             self._choice(choice, self.trails[choice], over)
         root.end(self._ns(now))
 
-    def _choice(self, choice: int, trail: Sequence[Placement], over: float) -> None:
+    def _choice(self, choice: int, trail: Sequence[Attempt], over: float) -> None:
         mark: dict[str, AttributeValue] = {span_names.CHOICE: choice} if self._ask.n > 1 else {}
         for index, place in enumerate(trail):
             self._child(self._span, span_names.QUEUE, place.queued_at, place.sent_at, {span_names.DECISION: place.reason} | mark)
@@ -203,7 +203,7 @@ class _Story:
         if not trail or trail[-1].cause:
             self._child(self._span, span_names.QUEUE, trail[-1].over_at if trail else self._submitted, over, mark)
 
-    def _placement(self, place: Placement, end: float, tokens: int, mark: dict[str, AttributeValue]) -> None:
+    def _placement(self, place: Attempt, end: float, tokens: int, mark: dict[str, AttributeValue]) -> None:
         facts: dict[str, AttributeValue] = mark | {
             span_names.REPLICA: place.replica, span_names.EPOCH: place.epoch, span_names.ATTEMPT: place.attempt, span_names.NEW_TOKENS:
             place.tokens, span_names.EXPECTED_WAIT: place.expected_s, span_names.TOKENS: tokens,

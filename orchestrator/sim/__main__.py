@@ -22,7 +22,7 @@ from orchestrator.sim.shrink import judge, shrink
 NAMED = 10
 
 
-class Tally(msgspec.Struct, kw_only=True):
+class SimTotals(msgspec.Struct, kw_only=True):
     """What a series of runs came to; ``failures``: seed and verdict."""
 
     runs: int = 0
@@ -34,7 +34,7 @@ class Tally(msgspec.Struct, kw_only=True):
     counts: dict[str, int] = {}
     failures: list[tuple[int, str]] = []
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: SimTotals) -> None:
         self.runs += other.runs
         self.tokens += other.tokens
         self.gangs += other.gangs
@@ -44,12 +44,12 @@ class Tally(msgspec.Struct, kw_only=True):
             setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(other, name))))
 
 
-def run_series(seeds: range) -> Tally:
-    tally = Tally()
+def run_series(seeds: range) -> SimTotals:
+    tally = SimTotals()
     for seed in seeds:
         schedule = draw(seed)
         found = judge(schedule)
-        one = Tally(runs=1, events=dict(Counter(str(event.__struct_config__.tag) for event in schedule.events)))
+        one = SimTotals(runs=1, events=dict(Counter(str(event.__struct_config__.tag) for event in schedule.events)))
         if isinstance(found, str):
             one.failures = [(seed, found)]
         else:
@@ -59,7 +59,7 @@ def run_series(seeds: range) -> Tally:
     return tally
 
 
-def run_jobs(first: int, schedules: int, jobs: int) -> Tally:
+def run_jobs(first: int, schedules: int, jobs: int) -> SimTotals:
     """The series dealt to ``jobs`` processes."""
     if jobs <= 1:
         return run_series(range(first, first + schedules))
@@ -72,13 +72,13 @@ def run_jobs(first: int, schedules: int, jobs: int) -> Tally:
         )
         for start in starts
     ]
-    tally = Tally()
+    tally = SimTotals()
     for child in children:
-        tally.add(msgspec.json.decode(child.communicate()[0], type=Tally))
+        tally.add(msgspec.json.decode(child.communicate()[0], type=SimTotals))
     return tally
 
 
-def tell(tally: Tally, seconds: float) -> None:
+def tell(tally: SimTotals, seconds: float) -> None:
     def listed(counts: dict[str, int]) -> str:
         return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count)
 
@@ -88,7 +88,7 @@ def tell(tally: Tally, seconds: float) -> None:
     print(f"routers: {listed(tally.counts)}")
 
 
-def tell_failures(tally: Tally) -> None:
+def tell_failures(tally: SimTotals) -> None:
     for seed, verdict in tally.failures[:NAMED]:
         print(f"seed {seed}: {verdict}")
     seed = tally.failures[0][0]

@@ -1,7 +1,7 @@
 """What happens in one run, as a value: the deployment, the requests, the faults, each with its time.
 
 Owns the vocabulary, its JSON (what a failed run prints and a file replays) and how a schedule is drawn from a seed. Everything else that
-chance decides in a run (delays, repeats) comes from ``Setup.noise``, so equal schedules run equally.
+chance decides in a run (delays, repeats) comes from ``SimSetup.noise``, so equal schedules run equally.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 HORIZON_S = 6.0
 
 
-class Setup(msgspec.Struct, frozen=True, kw_only=True):
+class SimSetup(msgspec.Struct, frozen=True, kw_only=True):
     """``rows``, ``blocks``, ``tokens``, ``stages``: a replica's limits. ``repeats``: how often a message comes twice, as a share."""
 
     routers: int
@@ -65,7 +65,7 @@ class Wander(msgspec.Struct, frozen=True, kw_only=True, tag="wander"):
     id: int
 
 
-class Kill(msgspec.Struct, frozen=True, kw_only=True, tag="kill"):
+class KillReplica(msgspec.Struct, frozen=True, kw_only=True, tag="kill"):
     """A gang dies and is launched again."""
 
     at: float
@@ -95,7 +95,7 @@ class Slow(msgspec.Struct, frozen=True, kw_only=True, tag="slow"):
     seconds: float
 
 
-class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
+class CutConnection(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
     """Nothing passes between a gang and a router; after 1.5 s both give the connection up."""
 
     at: float
@@ -104,7 +104,7 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
     seconds: float
 
 
-class Lose(msgspec.Struct, frozen=True, kw_only=True, tag="lose"):
+class LoseTokens(msgspec.Struct, frozen=True, kw_only=True, tag="lose"):
     """The next Tokens message from a gang to a router vanishes."""
 
     at: float
@@ -112,7 +112,7 @@ class Lose(msgspec.Struct, frozen=True, kw_only=True, tag="lose"):
     router: int
 
 
-class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
+class DrainReplica(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
     """A gang is told to finish, leaves, and is launched again."""
 
     at: float
@@ -135,7 +135,7 @@ class Crash(msgspec.Struct, frozen=True, kw_only=True, tag="crash"):
     seconds: float
 
 
-class Close(msgspec.Struct, frozen=True, kw_only=True, tag="close"):
+class StopRouter(msgspec.Struct, frozen=True, kw_only=True, tag="close"):
     """A router is told to stop: it takes nothing new, ends what is left after ``grace_s``, and comes back ``seconds`` later."""
 
     at: float
@@ -144,20 +144,22 @@ class Close(msgspec.Struct, frozen=True, kw_only=True, tag="close"):
     seconds: float
 
 
-Event: TypeAlias = Arrive | Leave | Wander | Kill | Freeze | Hang | Slow | Cut | Lose | Drain | Usurp | Crash | Close
+Event: TypeAlias = (
+    Arrive | Leave | Wander | KillReplica | Freeze | Hang | Slow | CutConnection | LoseTokens | DrainReplica | Usurp | Crash | StopRouter
+)
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     """``events``: in the order of their times."""
 
-    setup: Setup
+    setup: SimSetup
     events: list[Event]
 
 
 def draw(seed: int) -> Schedule:
     """The schedule of a seed."""
     chance = Random(seed)
-    setup = Setup(
+    setup = SimSetup(
         routers=chance.choice((1, 2, 2)),
         replicas=chance.choice((1, 2, 2, 3)),
         rows=chance.choice((2, 3, 4)),
@@ -180,7 +182,7 @@ def draw(seed: int) -> Schedule:
     events += [_fault(chance, setup) for _ in range(chance.randint(1, 5))]
     if not windows and chance.random() < 0.4:
         # No connection loses one message alone, but the core mends it by the next one; a row without credit has no next one.
-        events.append(Lose(at=_time(chance), gang=chance.randrange(setup.replicas), router=chance.randrange(setup.routers)))
+        events.append(LoseTokens(at=_time(chance), gang=chance.randrange(setup.replicas), router=chance.randrange(setup.routers)))
     return Schedule(setup=setup, events=sorted(events, key=lambda event: event.at))
 
 
@@ -192,7 +194,7 @@ def _later(chance: Random, at: float) -> float:
     return round(at + chance.expovariate(1.5), 3)
 
 
-def _arrive(chance: Random, id: int, setup: Setup, *, windows: bool) -> Arrive:
+def _arrive(chance: Random, id: int, setup: SimSetup, *, windows: bool) -> Arrive:
     prompt = [chance.randrange(32, 127) for _ in range(chance.randint(1, 30))]
     if chance.random() < 0.4:
         prompt = [64] * 16 + prompt  # a prefix that others share
@@ -214,12 +216,12 @@ def _arrive(chance: Random, id: int, setup: Setup, *, windows: bool) -> Arrive:
     )
 
 
-def _fault(chance: Random, setup: Setup) -> Event:
+def _fault(chance: Random, setup: SimSetup) -> Event:
     at, gang, router = _time(chance), chance.randrange(setup.replicas), chance.randrange(setup.routers)
     kind = chance.choice(("kill", "kill", "freeze", "hang", "slow", "cut", "cut", "drain", "usurp", "crash", "close"))
     match kind:
         case "kill":
-            return Kill(at=at, gang=gang)
+            return KillReplica(at=at, gang=gang)
         case "freeze":
             return Freeze(at=at, gang=gang, seconds=chance.choice((0.3, 1.2, 2.0, 4.0)))
         case "hang":
@@ -227,12 +229,12 @@ def _fault(chance: Random, setup: Setup) -> Event:
         case "slow":
             return Slow(at=at, gang=gang, seconds=chance.choice((0.2, 0.8)))
         case "cut":
-            return Cut(at=at, gang=gang, router=router, seconds=chance.choice((0.2, 1.0, 2.0, 4.0)))
+            return CutConnection(at=at, gang=gang, router=router, seconds=chance.choice((0.2, 1.0, 2.0, 4.0)))
         case "drain":
-            return Drain(at=at, gang=gang, grace_s=chance.choice((0.0, 0.3, 5.0)))
+            return DrainReplica(at=at, gang=gang, grace_s=chance.choice((0.0, 0.3, 5.0)))
         case "usurp":
             return Usurp(at=at, gang=gang)
         case "crash":
             return Crash(at=at, router=router, seconds=chance.choice((0.3, 1.5, 3.0)))
         case _:
-            return Close(at=at, router=router, grace_s=chance.choice((0.0, 0.5, 3.0)), seconds=chance.choice((0.3, 1.5)))
+            return StopRouter(at=at, router=router, grace_s=chance.choice((0.0, 0.5, 3.0)), seconds=chance.choice((0.3, 1.5)))

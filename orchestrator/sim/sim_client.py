@@ -12,7 +12,7 @@ from functools import partial
 import msgspec
 
 from orchestrator.sim.schedule import Arrive
-from orchestrator.sim.sim_router import Ask, Call, Router
+from orchestrator.sim.sim_router import SimCall, SimRequest, SimRouter
 from orchestrator.sim.timeline import Timeline
 from workers.engines.fake import BYTES_EOS, expected_tokens
 from workers.protocol.errors import DeadlineExceeded, Overloaded, TriremeError
@@ -23,10 +23,10 @@ from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, Samplin
 RETRY_S, SILENCE_S, GONE_S = 0.2, 0.5, 2.0
 
 
-class Client:
+class SimClient:
     """Starts with :meth:`ask`. ``over``: every choice has ended, or the client has left. ``outcome`` then says how."""
 
-    def __init__(self, asked: Arrive, timeline: Timeline, routers: Sequence[Router]) -> None:
+    def __init__(self, asked: Arrive, timeline: Timeline, routers: Sequence[SimRouter]) -> None:
         self.asked, self._timeline, self._routers = asked, timeline, routers
         self._params = SamplingParams(
             temperature=asked.temperature, seed=asked.id * 10, max_tokens=asked.max_tokens, stop_ids=asked.stop_ids, logprobs=asked.logprobs
@@ -37,7 +37,7 @@ class Client:
         ]
         self._due = timeline.now + asked.deadline_s if asked.deadline_s is not None else None
         self._router = asked.router
-        self._call: Call | None = None
+        self._call: SimCall | None = None
         self._life = self._attempt = 0
         self._journal: list[list[int]] = []
         self._base = [0] * asked.n
@@ -73,7 +73,7 @@ class Client:
             return
         held = self.asked.door == "rpc" and self.tokens > 0
         self._base = list(map(len, self._journal))
-        ask = Ask(
+        ask = SimRequest(
             client="c", request=f"q{self.asked.id}.{self._life}", model="m", prompt_ids=self.asked.prompt, params=self._params,
             n=self.asked.n, credit=self.asked.credit or UNLIMITED,
             deadline_s=None if self._due is None else self._due - self._timeline.now,
@@ -121,7 +121,7 @@ class Client:
 
     # --- what it hears
 
-    def on_lost(self, call: Call) -> None:
+    def on_lost(self, call: SimCall) -> None:
         if call is not self._call:
             return
         self._call = None
@@ -138,7 +138,7 @@ class Client:
         self._forget()
         self._try_elsewhere()
 
-    def on_tokens(self, call: Call, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
+    def on_tokens(self, call: SimCall, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
         if call is not self._call:
             return
         name = f"choice {choice} of {call.ask.request}"
@@ -152,7 +152,7 @@ class Client:
         if self.asked.credit:
             self._timeline.after(self.asked.pace_s, partial(call.credit, len(tokens)))
 
-    def on_finished(self, call: Call, choice: int, reason: FinishReason, usage: Usage) -> None:
+    def on_finished(self, call: SimCall, choice: int, reason: FinishReason, usage: Usage) -> None:
         if call is not self._call:
             return
         name = f"choice {choice} of {call.ask.request}"
@@ -162,7 +162,7 @@ class Client:
         assert reason == ("length" if len(got) == self.asked.max_tokens else "stop"), f"{name}: ended by {reason}"
         self._close(choice)
 
-    def on_errored(self, call: Call, choice: int, error: TriremeError) -> None:
+    def on_errored(self, call: SimCall, choice: int, error: TriremeError) -> None:
         if call is not self._call:
             return
         if isinstance(error, DeadlineExceeded):

@@ -18,39 +18,39 @@ from workers.protocol.messages import Credit, FromReplica, Hello, Tokens, ToRepl
 PULSE_S, RETRY_S = 1.5, 0.1
 
 
-class Near(Protocol):
+class SimReplicaEnd(Protocol):
     """A gang's end."""
 
-    def connected(self, wire: Wire) -> None: ...
+    def connected(self, wire: SimConnection) -> None: ...
 
-    def broken(self, wire: Wire) -> None: ...
+    def broken(self, wire: SimConnection) -> None: ...
 
-    def take(self, wire: Wire, message: ToReplica) -> None: ...
+    def take(self, wire: SimConnection, message: ToReplica) -> None: ...
 
 
-class Far(Protocol):
+class SimRouterEnd(Protocol):
     """A router's end. ``wires``: its connections by peer, as its socket knows them."""
 
     up: bool
-    wires: dict[bytes, Wire]
+    wires: dict[bytes, SimConnection]
 
     def hear(self, peer: bytes, message: FromReplica) -> None: ...
 
 
-class Net:
+class SimNetwork:
     """All connections. ``repeats``: the share of messages that come twice."""
 
     def __init__(self, timeline: Timeline, chance: Random, repeats: float) -> None:
         self.timeline, self.chance, self.repeats = timeline, chance, repeats
         self._healed_at: dict[tuple[int, int], float] = {}
-        self._wires: dict[tuple[int, int], list[Wire]] = {}
+        self._wires: dict[tuple[int, int], list[SimConnection]] = {}
         self.losing: set[tuple[int, int]] = set()
         self._serial = 0
 
-    def connect(self, pair: tuple[int, int], near: Near, far: Far) -> Wire:
+    def connect(self, pair: tuple[int, int], near: SimReplicaEnd, far: SimRouterEnd) -> SimConnection:
         """A connection of the (gang, router) ``pair`` in the making."""
         self._serial += 1
-        wire = Wire(self, pair, f"peer{self._serial}".encode(), near, far)
+        wire = SimConnection(self, pair, f"peer{self._serial}".encode(), near, far)
         wires = self._wires.setdefault(pair, [])
         wires[:] = [*(old for old in wires if not old.closed), wire]
         self.timeline.after(self.delay(), wire.establish)
@@ -73,10 +73,10 @@ class Net:
                 wire.sever()
 
 
-class Wire:
+class SimConnection:
     """One connection. ``closed``: nothing more is sent on it; what is under way still arrives unless it was severed."""
 
-    def __init__(self, net: Net, pair: tuple[int, int], peer: bytes, near: Near, far: Far) -> None:
+    def __init__(self, net: SimNetwork, pair: tuple[int, int], peer: bytes, near: SimReplicaEnd, far: SimRouterEnd) -> None:
         self._net, self.pair, self.peer, self._near, self._far = net, pair, peer, near, far
         self.closed = False
         self._up = self._severed = False

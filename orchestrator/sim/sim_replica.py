@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from orchestrator.sim.schedule import Setup
-from orchestrator.sim.sim_network import PULSE_S, Far, Net, Wire
+from orchestrator.sim.schedule import SimSetup
+from orchestrator.sim.sim_network import PULSE_S, SimConnection, SimNetwork, SimRouterEnd
 from orchestrator.sim.timeline import Timeline
 from workers.engines.fake import FakeEngine
 from workers.protocol.errors import TriremeError
@@ -34,41 +34,41 @@ from workers.protocol.messages import (
 )
 from workers.protocol.messages import Drain as DrainOrder
 from workers.protocol.specs import EngineSpec, Parallel
-from workers.serving.router_link import Close, Greet, Link, Lose, Open, Verdict
-from workers.serving.stream_table import Action, Grant, Send, Sessions, Start, Stop
+from workers.serving.router_link import CloseSocket, OpenSocket, RouterLink, RouterLost, SendHello, Verdict
+from workers.serving.stream_table import Action, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
 HEARTBEAT_S, HANG_FLOOR_S, ORPHAN_S = 0.25, 1.0, 1.0
 BLOCK_SIZE = 8
 
 
-class Host(Protocol):
+class SimLauncher(Protocol):
     """Whoever launched the gang."""
 
-    def ended(self, gang: Gang, why: str) -> None: ...
+    def ended(self, gang: SimReplica, why: str) -> None: ...
 
 
-class Port:
+class SimPort:
     """The gang's end at one router address."""
 
-    def __init__(self, gang: Gang, router: int, far: Far) -> None:
+    def __init__(self, gang: SimReplica, router: int, far: SimRouterEnd) -> None:
         self._gang, self._router, self._far = gang, router, far
-        self.link = Link()
-        self.wire: Wire | None = None
+        self.link = RouterLink()
+        self.wire: SimConnection | None = None
 
     def carry_out(self, verdicts: list[Verdict]) -> None:
         for verdict in verdicts:
             match verdict:
-                case Greet():
+                case SendHello():
                     self.send(self._gang.hello())
-                case Lose(boot=boot):
+                case RouterLost(boot=boot):
                     if self._gang.routes.get(boot) is self:
                         del self._gang.routes[boot]
                         self._gang.deliver(boot)
-                case Close():
+                case CloseSocket():
                     if self.wire is not None:
                         self.wire.close(flush=False)
                         self.wire = None
-                case Open():
+                case OpenSocket():
                     self.wire = self._gang.net.connect((self._gang.index, self._router), self, self._far)
 
     def send(self, message: FromReplica) -> None:
@@ -77,13 +77,13 @@ class Port:
 
     # what the connection says, possibly while the gang is frozen
 
-    def connected(self, wire: Wire) -> None:
+    def connected(self, wire: SimConnection) -> None:
         self._gang.run(lambda: self.carry_out(self.link.connected(self._gang.now)) if wire is self.wire else None)
 
-    def broken(self, wire: Wire) -> None:
+    def broken(self, wire: SimConnection) -> None:
         self._gang.run(lambda: self.carry_out(self.link.broken(self._gang.now)) if wire is self.wire else None)
 
-    def take(self, wire: Wire, message: ToReplica) -> None:
+    def take(self, wire: SimConnection, message: ToReplica) -> None:
         self._gang.run(lambda: self._take(message) if wire is self.wire else None)
 
     def _take(self, message: ToReplica) -> None:
@@ -97,10 +97,20 @@ class Port:
             self._gang.deliver(message)
 
 
-class Gang:
+class SimReplica:
     """Starts with :meth:`start`, ends by :meth:`die` or by itself; then ``gone``, and its host was told."""
 
-    def __init__(self, index: int, epoch: int, setup: Setup, *, timeline: Timeline, net: Net, routers: Sequence[Far], host: Host) -> None:
+    def __init__(
+        self,
+        index: int,
+        epoch: int,
+        setup: SimSetup,
+        *,
+        timeline: Timeline,
+        net: SimNetwork,
+        routers: Sequence[SimRouterEnd],
+        host: SimLauncher,
+    ) -> None:
         self.index, self.epoch, self._timeline, self.net, self._host = index, epoch, timeline, net, host
         self.name, self.boot = f"r{index}", f"r{index}.{epoch}"
         spec = EngineSpec(
@@ -108,10 +118,10 @@ class Gang:
             max_seq_len=setup.blocks * BLOCK_SIZE, fake_step_ms=setup.step_ms,
         )  # fmt: skip
         self.engine = FakeEngine(spec, parallel=Parallel(pp=setup.stages), clock=lambda: timeline.now, sleep=lambda seconds: None)
-        self.sessions = Sessions(boot=self.boot, model="m", orphan_s=ORPHAN_S, limit=1024)
-        self.ports = [Port(self, i, far) for i, far in enumerate(routers)]
+        self.sessions = StreamTable(boot=self.boot, model="m", orphan_s=ORPHAN_S, limit=1024)
+        self.ports = [SimPort(self, i, far) for i, far in enumerate(routers)]
         #: Ports by the nonce of the router that lives there.
-        self.routes: dict[str, Port] = {}
+        self.routes: dict[str, SimPort] = {}
         #: Messages of routers, and nonces of lost ones.
         self._inbox: deque[tuple[float, ToReplica | str]] = deque()
         self.gone = self.frozen = False
@@ -262,18 +272,18 @@ class Gang:
     def _act(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Send(route=route, message=message):
+                case SendToRouter(route=route, message=message):
                     self._post(route, message)
-                case Start(id=id, request=request):
+                case StartSequence(id=id, request=request):
                     try:
                         self.engine.submit(id, request)
                     except TriremeError as error:
                         self._act(self.sessions.refused(id, error))
                     else:
                         self._act(self.sessions.started(id))
-                case Stop(id=id):
+                case StopSequence(id=id):
                     self.engine.cancel(id)
-                case Grant(id=id, tokens=tokens):
+                case GrantCredit(id=id, tokens=tokens):
                     self.engine.credit(id, tokens)
 
     def _post(self, route: str, message: Accepted | Tokens | Done | Failed) -> None:

@@ -1,6 +1,6 @@
 """One router address: a routing core with the shell's duties, killed and started again; and the calls that clients made there.
 
-Owns the :class:`~orchestrator.router.core.router_core.Route` of the life that runs now. Carries out its actions as
+Owns the :class:`~orchestrator.router.core.router_core.RouterCore` of the life that runs now. Carries out its actions as
 :mod:`orchestrator.router.dispatcher` does, and decides nothing.
 """
 
@@ -12,11 +12,11 @@ from typing import Protocol
 import msgspec
 
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.core.replica_registry import Fleet
-from orchestrator.router.core.request_state import Deliver, Errored, Finished, Scored, Send
-from orchestrator.router.core.router_core import Route
-from orchestrator.router.core.stats import Placement
-from orchestrator.sim.sim_network import Wire
+from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.request_state import DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.core.stats import Attempt
+from orchestrator.sim.sim_network import SimConnection
 from orchestrator.sim.sim_replica import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.timeline import Timeline
 from workers.protocol.errors import TriremeError
@@ -27,7 +27,7 @@ TICK_S, REPLICA_TIMEOUT_S, ACCEPT_S = 0.2, 1.0, 2.0
 CHECK_TURNS = 16
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True):
+class SimRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request as the core reads it (:class:`~orchestrator.router.core.request_state.Asked`)."""
 
     client: str
@@ -42,27 +42,27 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None
     emitted: list[list[int]]
     attempt: int
-    trails: list[list[Placement]] = []
+    trails: list[list[Attempt]] = []
     marks: tuple[str, str] = ("", "")
 
 
-class Caller(Protocol):
+class SimCaller(Protocol):
     """Who waits for a call."""
 
-    def on_tokens(self, call: Call, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None: ...
+    def on_tokens(self, call: SimCall, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None: ...
 
-    def on_finished(self, call: Call, choice: int, reason: FinishReason, usage: Usage) -> None: ...
+    def on_finished(self, call: SimCall, choice: int, reason: FinishReason, usage: Usage) -> None: ...
 
-    def on_errored(self, call: Call, choice: int, error: TriremeError) -> None: ...
+    def on_errored(self, call: SimCall, choice: int, error: TriremeError) -> None: ...
 
-    def on_lost(self, call: Call) -> None:
+    def on_lost(self, call: SimCall) -> None:
         """The router is gone."""
 
 
-class Call:
+class SimCall:
     """One request at one life of a router. ``granted``: tokens a choice that may be delivered; ``over``: choices that expect nothing."""
 
-    def __init__(self, caller: Caller, router: Router, id: int, ask: Ask) -> None:
+    def __init__(self, caller: SimCaller, router: SimRouter, id: int, ask: SimRequest) -> None:
         self.caller, self._router, self.id, self.ask = caller, router, id, ask
         self.life = router.life
         self.granted = ask.credit
@@ -88,15 +88,15 @@ class Call:
             self._router.credit(self, tokens)
 
 
-class Router:
+class SimRouter:
     """``up`` while it lives, which may be several times. ``counts``: of all its lives."""
 
     def __init__(self, index: int, timeline: Timeline) -> None:
         self.index, self._timeline = index, timeline
         self.up = False
         self.life = 0
-        self.wires: dict[bytes, Wire] = {}
-        self.calls: dict[int, Call] = {}
+        self.wires: dict[bytes, SimConnection] = {}
+        self.calls: dict[int, SimCall] = {}
         self.counts: dict[str, int] = {}
         self._turns = 0
 
@@ -107,31 +107,31 @@ class Router:
         self._greeting = greeting
         # What a client may lose to a bound (a queue's, a request's deaths) is for other tests: here everything must end well.
         admission = AdmissionSpec(max_queue=4, queue_timeout_s=0.0, request_timeout_s=0.0, replica_limit=1000)
-        self.route = Route(greeting, {"m": "m"}, admission, Fleet(REPLICA_TIMEOUT_S, HANG_FLOOR_S), accept_s=ACCEPT_S)
+        self.route = RouterCore(greeting, {"m": "m"}, admission, ReplicaRegistry(REPLICA_TIMEOUT_S, HANG_FLOOR_S), accept_s=ACCEPT_S)
         self._tick(self.life)
         self._pulse(self.life)
 
     # --- what clients do
 
-    def submit(self, caller: Caller, ask: Ask) -> Call:
-        """Raises as :meth:`Route.submit`."""
+    def submit(self, caller: SimCaller, ask: SimRequest) -> SimCall:
+        """Raises as :meth:`RouterCore.submit`."""
         id = self.route.submit(ask, self._timeline.now)
-        call = self.calls[id] = Call(caller, self, id, ask)
+        call = self.calls[id] = SimCall(caller, self, id, ask)
         self._soon()
         return call
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: SimCall) -> None:
         del self.calls[call.id]
         self.route.cancel(call.id, self._timeline.now)
         self._soon()
 
-    def finish(self, call: Call, choice: int) -> None:
+    def finish(self, call: SimCall, choice: int) -> None:
         if len(call.over) == call.ask.n:
             del self.calls[call.id]
         self.route.finish(call.id, choice, self._timeline.now)
         self._soon()
 
-    def credit(self, call: Call, tokens: int) -> None:
+    def credit(self, call: SimCall, tokens: int) -> None:
         self.route.credit(call.id, tokens)
         self._soon()
 
@@ -169,32 +169,32 @@ class Router:
             return
         while actions := self.route.take():
             for action in actions:
-                if isinstance(action, Send):
+                if isinstance(action, SendMessage):
                     if action.peer and not self._send(action.peer, action.message):
                         self.route.unreachable(action.peer, self._timeline.now)
-                elif isinstance(action, Deliver):
+                elif isinstance(action, DeliverTokens):
                     for id, choice, first, tokens, logprobs in action.rows:
                         call = self._expecting(id, choice)
                         call.caller.on_tokens(call, choice, first, tokens, logprobs)
-                elif not isinstance(action, Scored):
+                elif not isinstance(action, DeliverPromptLogprobs):
                     self._end(action)
         self._turns += 1
         if self._turns % CHECK_TURNS == 0:
             self.route.check()
 
-    def _expecting(self, id: int, choice: int) -> Call:
+    def _expecting(self, id: int, choice: int) -> SimCall:
         """The call that something is delivered for. Callers only act between two turns, so nothing may come for one that is over."""
         call = self.calls.get(id)
         assert call is not None, f"router{self.index}: something came for call {id} after its end"
         assert choice not in call.over, f"router{self.index}: something came for choice {choice} of {call.ask.request} after its end"
         return call
 
-    def _end(self, action: Finished | Errored) -> None:
+    def _end(self, action: FinishChoice | FailChoice) -> None:
         call = self._expecting(action.owner, action.choice)
         call.over.add(action.choice)
         if len(call.over) == call.ask.n:
             del self.calls[call.id]
-        if isinstance(action, Finished):
+        if isinstance(action, FinishChoice):
             call.caller.on_finished(call, action.choice, action.reason, action.usage)
         else:
             call.caller.on_errored(call, action.choice, action.error)

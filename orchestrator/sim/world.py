@@ -14,25 +14,25 @@ import msgspec
 from orchestrator.sim.schedule import (
     HORIZON_S,
     Arrive,
-    Close,
     Crash,
-    Cut,
-    Drain,
+    CutConnection,
+    DrainReplica,
     Event,
     Freeze,
     Hang,
-    Kill,
+    KillReplica,
     Leave,
-    Lose,
+    LoseTokens,
     Schedule,
     Slow,
+    StopRouter,
     Usurp,
     Wander,
 )
-from orchestrator.sim.sim_client import Client
-from orchestrator.sim.sim_network import Net
-from orchestrator.sim.sim_replica import Gang
-from orchestrator.sim.sim_router import Router
+from orchestrator.sim.sim_client import SimClient
+from orchestrator.sim.sim_network import SimNetwork
+from orchestrator.sim.sim_replica import SimReplica
+from orchestrator.sim.sim_router import SimRouter
 from orchestrator.sim.timeline import Timeline
 
 #: All requests must have ended by then; then everything that is left has so long to go. Seconds.
@@ -58,10 +58,10 @@ class World:
         self._schedule = schedule
         setup = schedule.setup
         self._timeline, self._chance = Timeline(), Random(setup.noise)
-        self._net = Net(self._timeline, self._chance, setup.repeats)
-        self._routers = [Router(index, self._timeline) for index in range(setup.routers)]
-        self._clients: dict[int, Client] = {}
-        self._gangs: list[Gang] = []
+        self._net = SimNetwork(self._timeline, self._chance, setup.repeats)
+        self._routers = [SimRouter(index, self._timeline) for index in range(setup.routers)]
+        self._clients: dict[int, SimClient] = {}
+        self._gangs: list[SimReplica] = []
         self._epoch = 0
 
     def run(self) -> Outcome:
@@ -101,29 +101,31 @@ class World:
             if router.up:
                 router.route.check()
 
-    def _launch(self, index: int) -> Gang:
+    def _launch(self, index: int) -> SimReplica:
         self._epoch += 1
-        gang = Gang(index, self._epoch, self._schedule.setup, timeline=self._timeline, net=self._net, routers=self._routers, host=self)
+        gang = SimReplica(
+            index, self._epoch, self._schedule.setup, timeline=self._timeline, net=self._net, routers=self._routers, host=self
+        )
         gang.start()
         return gang
 
-    def ended(self, gang: Gang, why: str) -> None:
+    def ended(self, gang: SimReplica, why: str) -> None:
         """Called by every gang at its end; one that a newer epoch took the place of has no successor."""
         if self._gangs[gang.index] is gang:
             self._timeline.after(self._chance.uniform(0.3, 1.5), partial(self._replace, gang))
 
-    def _replace(self, gang: Gang) -> None:
+    def _replace(self, gang: SimReplica) -> None:
         if self._gangs[gang.index] is gang:
             self._gangs[gang.index] = self._launch(gang.index)
 
-    def _usurp(self, old: Gang) -> None:
+    def _usurp(self, old: SimReplica) -> None:
         self._gangs[old.index] = self._launch(old.index)
         self._timeline.after(self._chance.uniform(0.5, 3.0), lambda: old.die("a newer epoch lives"))
 
     def _apply(self, event: Event) -> None:
         match event:
             case Arrive():
-                self._clients[event.id] = client = Client(event, self._timeline, self._routers)
+                self._clients[event.id] = client = SimClient(event, self._timeline, self._routers)
                 client.ask()
             case Leave(id=id, choice=choice):
                 if id in self._clients:
@@ -131,14 +133,14 @@ class World:
             case Wander(id=id):
                 if id in self._clients:
                     self._clients[id].wander()
-            case Cut(gang=gang, router=router, seconds=seconds):
+            case CutConnection(gang=gang, router=router, seconds=seconds):
                 self._net.cut((gang, router), seconds)
-            case Lose(gang=gang, router=router):
+            case LoseTokens(gang=gang, router=router):
                 self._net.losing.add((gang, router))
             case Crash(router=router, seconds=seconds):
                 self._routers[router].crash()
                 self._restart(router, seconds)
-            case Close(router=router, grace_s=grace_s, seconds=seconds):
+            case StopRouter(router=router, grace_s=grace_s, seconds=seconds):
                 self._routers[router].close(grace_s)
                 self._restart(router, grace_s + seconds)
             case _:
@@ -151,9 +153,9 @@ class World:
 
         self._timeline.after(seconds, start)
 
-    def _disturb(self, gang: Gang, event: Kill | Freeze | Hang | Slow | Drain | Usurp) -> None:
+    def _disturb(self, gang: SimReplica, event: KillReplica | Freeze | Hang | Slow | DrainReplica | Usurp) -> None:
         match event:
-            case Kill():
+            case KillReplica():
                 gang.die("killed", flush=self._chance.random() < 0.5)
             case Freeze(seconds=seconds):
                 gang.freeze(seconds)
@@ -161,7 +163,7 @@ class World:
                 gang.hang()
             case Slow(seconds=seconds):
                 gang.slow(seconds)
-            case Drain(grace_s=grace_s):
+            case DrainReplica(grace_s=grace_s):
                 gang.drain(grace_s)
             case Usurp():
                 self._usurp(gang)

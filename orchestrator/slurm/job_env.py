@@ -13,7 +13,7 @@ from workers.protocol.errors import EnvironmentFault
 _FIRST_PORT, _PAIRS = 20_000, 6_000
 
 
-class Place(msgspec.Struct, frozen=True, kw_only=True):
+class JobPosition(msgspec.Struct, frozen=True, kw_only=True):
     """``start``: how often the job was started before this; ``index``: this node's number, 0 = the first one, which leads; ``head``: the
     first node's address; ``gpus``: what Slurm allotted on this node."""
 
@@ -46,10 +46,10 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
         return self.folder(jobs, name) / f"start-{self.start}"
 
 
-def read_place(env: Mapping[str, str]) -> Place:
+def read_place(env: Mapping[str, str]) -> JobPosition:
     """Raises :class:`EnvironmentFault` outside a step of a Slurm job."""
     try:
-        return Place(
+        return JobPosition(
             job=int(env["SLURM_JOB_ID"]),
             task=env.get("SLURM_ARRAY_TASK_ID", ""),
             start=int(env.get("SLURM_RESTART_COUNT", "0")),

@@ -31,7 +31,7 @@ _MUST_AGREE = {"python": "Ray refuses nodes with another Python", "ray": "Ray re
                "trireme-llm": "its processes speak one wire"}  # fmt: skip
 
 
-class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
+class JobNodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """One node. ``gpus``: GPUs that processes can see, None = nothing tells; ``allotted``: what Slurm granted; ``unseen``: files of the
     first node that are not there; ``skew_s``: this node's clock against the first one's; ``name_s``: how long its own name took to resolve,
     None = it does not; ``taken``: ports of the job that others hold here; ``shm``: bytes of /dev/shm."""
@@ -49,7 +49,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     shm: int = _SHM_BYTES
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+class PreflightCheck(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the report; ``hint`` says what to do where ``state`` is not ok."""
 
     what: str
@@ -58,7 +58,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     hint: str = ""
 
 
-def look(node: str, allotted: int, ports: Iterable[int], path: str, visible: str | None) -> NodeFacts:
+def look(node: str, allotted: int, ports: Iterable[int], path: str, visible: str | None) -> JobNodeFacts:
     """Look at this node; a few seconds. ``ports``: those that must be free here; ``path``, ``visible``: PATH, CUDA_VISIBLE_DEVICES."""
     try:
         family: str = find_mpi(path).family
@@ -73,7 +73,7 @@ def look(node: str, allotted: int, ports: Iterable[int], path: str, visible: str
     for name in ("ray", "trireme-llm"):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return NodeFacts(
+    return JobNodeFacts(
         node=node,
         mpi=family,
         mpi_fault=fault,
@@ -105,7 +105,7 @@ def _free(port: int) -> bool:
     return True
 
 
-def judge(facts: Sequence[NodeFacts], *, offered: Sequence[str], wants_gpus: bool, wants_ray: bool) -> list[Verdict]:
+def judge(facts: Sequence[JobNodeFacts], *, offered: Sequence[str], wants_gpus: bool, wants_ray: bool) -> list[PreflightCheck]:
     """The report. ``facts``: the first node's first; ``offered``: what ``srun --mpi=list`` names; ``wants_gpus``: a model runs on CUDA;
     ``wants_ray``: gangs are launched through it."""
     return [
@@ -114,23 +114,23 @@ def judge(facts: Sequence[NodeFacts], *, offered: Sequence[str], wants_gpus: boo
     ]  # fmt: skip
 
 
-def _ok(what: str, found: str) -> Verdict:
-    return Verdict(what=what, state="ok", found=found)
+def _ok(what: str, found: str) -> PreflightCheck:
+    return PreflightCheck(what=what, state="ok", found=found)
 
 
-def _warn(what: str, found: str, hint: str) -> Verdict:
-    return Verdict(what=what, state="warn", found=found, hint=hint)
+def _warn(what: str, found: str, hint: str) -> PreflightCheck:
+    return PreflightCheck(what=what, state="warn", found=found, hint=hint)
 
 
-def _fail(what: str, found: str, hint: str) -> Verdict:
-    return Verdict(what=what, state="fail", found=found, hint=hint)
+def _fail(what: str, found: str, hint: str) -> PreflightCheck:
+    return PreflightCheck(what=what, state="fail", found=found, hint=hint)
 
 
-def _where(facts: Sequence[NodeFacts], bad: Callable[[NodeFacts], object]) -> str:
+def _where(facts: Sequence[JobNodeFacts], bad: Callable[[JobNodeFacts], object]) -> str:
     return ", ".join(one.node for one in facts if bad(one))
 
 
-def _mpi(facts: Sequence[NodeFacts], offered: Sequence[str]) -> Verdict:
+def _mpi(facts: Sequence[JobNodeFacts], offered: Sequence[str]) -> PreflightCheck:
     families = {one.mpi for one in facts}
     slurm = f"srun's own ({', '.join(offered)}) is not used" if offered else "srun --mpi=list names none, and none is needed"
     if missing := _where(facts, lambda one: not one.mpi):
@@ -142,7 +142,7 @@ def _mpi(facts: Sequence[NodeFacts], offered: Sequence[str]) -> Verdict:
     return _ok("mpi", f"{families.pop()}, started by mpiexec through Ray; {slurm}")
 
 
-def _gpus(facts: Sequence[NodeFacts], wanted: bool) -> Verdict:
+def _gpus(facts: Sequence[JobNodeFacts], wanted: bool) -> PreflightCheck:
     if wanted and (bare := _where(facts, lambda one: not one.allotted)):
         return _fail("gpus", f"a model has device: cuda, and no GPU was allotted on {bare}", "submit with --gpus-per-node")
     if hidden := _where(facts, lambda one: one.gpus is not None and one.gpus < one.allotted):
@@ -155,7 +155,7 @@ def _gpus(facts: Sequence[NodeFacts], wanted: bool) -> Verdict:
     return _ok("gpus", f"{total} allotted, all seen" if total else "none allotted, none wanted")
 
 
-def _files(facts: Sequence[NodeFacts]) -> Verdict:
+def _files(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
     if blind := _where(facts, lambda one: one.unseen):
         missing = next(one.unseen for one in facts if one.unseen)
         found = f"{blind}: {', '.join(missing)} is not seen by every node"
@@ -163,13 +163,13 @@ def _files(facts: Sequence[NodeFacts]) -> Verdict:
     return _ok("files", "every node sees what another one wrote")
 
 
-def _ports(facts: Sequence[NodeFacts]) -> Verdict:
+def _ports(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
     if held := [f"{one.node} {port}" for one in facts for port in one.taken]:
         return _fail("ports", f"taken: {', '.join(held)}", "submit again: another job id has other ports")
     return _ok("ports", "the job's own are free")
 
 
-def _clocks(facts: Sequence[NodeFacts]) -> Verdict:
+def _clocks(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
     worst = max(facts, key=lambda one: abs(one.skew_s))
     off = abs(worst.skew_s)
     if off <= SKEW_TOLD_S:
@@ -177,7 +177,7 @@ def _clocks(facts: Sequence[NodeFacts]) -> Verdict:
     return (_fail if off > SKEW_REFUSED_S else _warn)("clocks", f"{worst.node} is off by {worst.skew_s:+.1f} s", "run NTP on the nodes")
 
 
-def _versions(facts: Sequence[NodeFacts], wants_ray: bool) -> Verdict:
+def _versions(facts: Sequence[JobNodeFacts], wants_ray: bool) -> PreflightCheck:
     wanted = {name: why for name, why in _MUST_AGREE.items() if wants_ray or name != "ray"}
     for name, why in wanted.items():
         found = {one.versions.get(name, "missing") for one in facts}
@@ -187,7 +187,7 @@ def _versions(facts: Sequence[NodeFacts], wants_ray: bool) -> Verdict:
     return _ok("versions", ", ".join(f"{name} {facts[0].versions[name]}" for name in wanted))
 
 
-def _nccl(facts: Sequence[NodeFacts]) -> Verdict:
+def _nccl(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
     if not any(one.allotted for one in facts):
         return _ok("nccl", "not needed without GPUs")
     found = {one.node: ", ".join(f"{name} {one.versions[name]}" for name in _NCCL if name in one.versions) for one in facts}
@@ -199,14 +199,14 @@ def _nccl(facts: Sequence[NodeFacts]) -> Verdict:
     return _warn("nccl", told, "install torch for one version of CUDA only") if "," in told else _ok("nccl", told)
 
 
-def _names(facts: Sequence[NodeFacts]) -> Verdict:
+def _names(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
     if slow := _where(facts, lambda one: one.name_s is None or one.name_s > _SLOW_NAME_S):
         found = f"{slow}: its own host name does not resolve at once, so gangs start seconds later"
         return _warn("names", found, "put it into /etc/hosts there")
     return _ok("names", "every node knows its own name")
 
 
-def _shared_memory(facts: Sequence[NodeFacts]) -> Verdict:
+def _shared_memory(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
     if small := _where(facts, lambda one: one.shm < _SHM_BYTES):
         return _warn("/dev/shm", f"less than 1 GiB on {small}: NCCL and MPI need it", "give the container a larger one")
     return _ok("/dev/shm", "1 GiB or more")

@@ -20,14 +20,14 @@ import psutil
 from orchestrator.config import deployment_file as configs
 from orchestrator.control.host.deployment import INTERRUPTED, connect
 from orchestrator.control.launch.launcher import make_private, write_private
-from orchestrator.control.launch.subprocesses import Child, adopt_orphans
+from orchestrator.control.launch.subprocesses import ChildProcess, adopt_orphans
 from orchestrator.slurm import endpoint as endpoints
 from orchestrator.slurm import job_preflight
 from orchestrator.slurm.endpoint import Endpoint
 from orchestrator.slurm.handover import Sight, why_drain
-from orchestrator.slurm.job_env import Place
+from orchestrator.slurm.job_env import JobPosition
 from orchestrator.slurm.ray_node import RayNode, environment
-from orchestrator.slurm.roll_call import Gone, Line, Roll, Word, call
+from orchestrator.slurm.roll_call import PeerGone, RollCall, RollCallConnection, RollCallMessage, call
 from workers.protocol.errors import ConfigError, EnvironmentFault, ReplicaLost, TriremeError
 
 #: Bounds, seconds: entries of other nodes (prologs, containers), Ray on a node, the host's end after its drain, what is left.
@@ -56,7 +56,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def run(spec: JobSpec, place: Place, env: Mapping[str, str]) -> int:
+def run(spec: JobSpec, place: JobPosition, env: Mapping[str, str]) -> int:
     """This node's part of the job; returns its exit code. Raises what kept the job from starting."""
     start = place.start_folder(spec.jobs, spec.name)
     try:
@@ -74,12 +74,12 @@ def run(spec: JobSpec, place: Place, env: Mapping[str, str]) -> int:
     try:
         if place.index:
             return _follow(place, token, probes, told, start)
-        return _lead(Leader(spec, place, config, told, start), token, probes, start / "code")
+        return _lead(FirstNode(spec, place, config, told, start), token, probes, start / "code")
     finally:
         _kill_descendants()
 
 
-def _lead(leader: Leader, token: bytes, probes: tuple[Path, ...], said: Path) -> int:
+def _lead(leader: FirstNode, token: bytes, probes: tuple[Path, ...], said: Path) -> int:
     """The first node's code is the job's: Slurm would take the largest of all nodes', of those too that it ended because of this one."""
     try:
         code = leader.run(token, probes)
@@ -100,11 +100,11 @@ def _kill_descendants() -> None:
         psutil.wait_procs(left, timeout=_POLL_S)
 
 
-def _look(place: Place, ports: tuple[int, ...], env: Mapping[str, str]) -> job_preflight.NodeFacts:
+def _look(place: JobPosition, ports: tuple[int, ...], env: Mapping[str, str]) -> job_preflight.JobNodeFacts:
     return job_preflight.look(place.node, place.gpus, ports, env.get("PATH", ""), env.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _follow(place: Place, token: bytes, probes: tuple[Path, ...], env: Mapping[str, str], start: Path) -> int:
+def _follow(place: JobPosition, token: bytes, probes: tuple[Path, ...], env: Mapping[str, str], start: Path) -> int:
     """Every node but the first. Its Ray's death ends nothing: the job goes on without this node."""
     facts = _look(place, (), env)
     # Answered once the first node has written its probes.
@@ -118,7 +118,7 @@ def _follow(place: Place, token: bytes, probes: tuple[Path, ...], env: Mapping[s
     try:
         facts = msgspec.structs.replace(facts, unseen=tuple(str(probe) for probe in probes if not probe.exists()))
         write_private(start / f"node-{place.index}.json", msgspec.json.encode(facts))
-        line.send(Word(say="here", index=place.index, facts=facts, clock=time.time()))
+        line.send(RollCallMessage(say="here", index=place.index, facts=facts, clock=time.time()))
         while (word := line.hear(_POLL_S)) is None or word.say != "over":
             if word is not None and word.say == "join":
                 ray = _join(place, line, env, start)
@@ -128,7 +128,7 @@ def _follow(place: Place, token: bytes, probes: tuple[Path, ...], env: Mapping[s
         return 0
     except Drained:
         return 0
-    except Gone as error:
+    except PeerGone as error:
         raise EnvironmentFault("the first node of the job is gone", str(error), "the job's log says why") from None
     finally:
         line.close()
@@ -136,22 +136,22 @@ def _follow(place: Place, token: bytes, probes: tuple[Path, ...], env: Mapping[s
             ray.stop()
 
 
-def _join(place: Place, line: Line, env: Mapping[str, str], start: Path) -> RayNode:
+def _join(place: JobPosition, line: RollCallConnection, env: Mapping[str, str], start: Path) -> RayNode:
     ray = RayNode(place, env, start / f"ray-{place.node}.log")
     try:
         ray.started(_RAY_S, lambda: None)
     except BaseException as error:
-        line.send(Word(say="failed", why=str(error)))
+        line.send(RollCallMessage(say="failed", why=str(error)))
         ray.stop()
         raise
-    line.send(Word(say="joined"))
+    line.send(RollCallMessage(say="joined"))
     return ray
 
 
-class Leader:
+class FirstNode:
     """The first node. ``run`` is its life."""
 
-    def __init__(self, spec: JobSpec, place: Place, config: configs.Config, env: Mapping[str, str], start: Path) -> None:
+    def __init__(self, spec: JobSpec, place: JobPosition, config: configs.Config, env: Mapping[str, str], start: Path) -> None:
         self._spec, self._place, self._config, self._env, self._start = spec, place, config, env, start
         self._name = place.deployment(spec.name)
         self._folder = place.folder(spec.jobs, spec.name)
@@ -190,8 +190,8 @@ class Leader:
             raise Drained
 
     @contextlib.contextmanager
-    def _roll(self, token: bytes) -> Iterator[Roll]:
-        roll = Roll(self._place.roll_port, token, self._place.nodes - 1, self._heed)
+    def _roll(self, token: bytes) -> Iterator[RollCall]:
+        roll = RollCall(self._place.roll_port, token, self._place.nodes - 1, self._heed)
         try:
             yield roll
         finally:
@@ -209,7 +209,7 @@ class Leader:
             for probe in probes:
                 probe.unlink(missing_ok=True)
 
-    def _check(self, roll: Roll) -> None:
+    def _check(self, roll: RollCall) -> None:
         """Raises :class:`EnvironmentFault` with the first refusal."""
         own = _look(self._place, (self._place.ray_port,), self._env)
         others = roll.gather(_HERE_S)
@@ -228,7 +228,7 @@ class Leader:
             raise EnvironmentFault(f"pre-flight refuses: {refused.what}", refused.found, refused.hint)
 
     @contextlib.contextmanager
-    def _ray(self, roll: Roll) -> Iterator[RayNode]:
+    def _ray(self, roll: RollCall) -> Iterator[RayNode]:
         begun = time.monotonic()
         ray = RayNode(self._place, self._env, self._start / f"ray-{self._place.node}.log")
         try:
@@ -240,10 +240,10 @@ class Leader:
             roll.close()  # first: to the others this end is none of Ray's
             ray.stop()
 
-    def _host(self, roll: Roll, ray: RayNode | None) -> int:
+    def _host(self, roll: RollCall, ray: RayNode | None) -> int:
         """`trireme up` from its start to its end, watched. ``ray`` None: the file's launcher is this node's own."""
         argv = [sys.executable, "-m", "orchestrator.cli", "up", self._spec.file, "--name", self._name, "--run-dir", self._spec.jobs]
-        host = Child(argv, env=self._env, on_line=say)
+        host = ChildProcess(argv, env=self._env, on_line=say)
         try:
             while host.wait(_POLL_S) is None:
                 for node in roll.lost():
@@ -260,7 +260,7 @@ class Leader:
                 host.signal(signal.SIGKILL, group=True)
             self._withdraw()
 
-    def _watch(self, host: Child) -> None:
+    def _watch(self, host: ChildProcess) -> None:
         """One look at the deployment and at what the job is told; acts on both."""
         if self._draining_since is not None:
             if time.monotonic() > self._draining_since + self._config.drain_grace_s + _END_S:

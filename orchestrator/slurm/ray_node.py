@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from orchestrator.control.launch.subprocesses import Child
-from orchestrator.slurm.job_env import Place
+from orchestrator.control.launch.subprocesses import ChildProcess
+from orchestrator.slurm.job_env import JobPosition
 from workers.protocol.errors import EnvironmentFault
 
 _OBJECT_STORE_BYTES = 80 << 20
@@ -26,7 +26,7 @@ _STOP_S = 20.0
 _POLL_S = 0.2
 
 
-def environment(base: Mapping[str, str], place: Place, token: Path) -> dict[str, str]:
+def environment(base: Mapping[str, str], place: JobPosition, token: Path) -> dict[str, str]:
     """What Ray and everything that joins it must know: where it is, and where the token lies."""
     own = {
         "RAY_ADDRESS": f"{place.head}:{place.ray_port}",
@@ -48,7 +48,7 @@ def own_address(head: str, port: int) -> str:
 class RayNode:
     """Runs from construction on; :meth:`started` waits. ``log``: everything that `ray start` says."""
 
-    def __init__(self, place: Place, env: Mapping[str, str], log: Path) -> None:
+    def __init__(self, place: JobPosition, env: Mapping[str, str], log: Path) -> None:
         """Raises :class:`EnvironmentFault` when Ray is not installed."""
         self._folder = tempfile.mkdtemp(prefix="tr", dir="/tmp")  # short: Ray puts sockets there, whose paths end at 107 bytes
         self._up = threading.Event()
@@ -64,7 +64,7 @@ class RayNode:
             "--min-worker-port=0", "--max-worker-port=0",  # any free one: other jobs' Rays may be on this node
         ]  # fmt: skip
         # With its own address in the environment, `ray start --head` would take it for an existing cluster.
-        self._child = Child(argv, env={name: value for name, value in env.items() if name != "RAY_ADDRESS"}, on_line=self._heard)
+        self._child = ChildProcess(argv, env={name: value for name, value in env.items() if name != "RAY_ADDRESS"}, on_line=self._heard)
 
     def _heard(self, line: str) -> None:
         self._log.write(line + "\n")

@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.slurm.job_preflight import NodeFacts
+from orchestrator.slurm.job_preflight import JobNodeFacts
 from workers.protocol.errors import EnvironmentFault
 
 log = logging.getLogger("trireme.job")
@@ -28,25 +28,25 @@ _POLL_S = 0.2
 _WORD_S = 10.0
 
 
-class Word(msgspec.Struct, frozen=True, kw_only=True):
+class RollCallMessage(msgspec.Struct, frozen=True, kw_only=True):
     """``here``: a node with its facts and its clock, Unix seconds; ``join``: start Ray; ``joined``; ``failed`` and why; ``over``: end."""
 
     say: Literal["here", "join", "joined", "failed", "over"]
     index: int = 0
-    facts: NodeFacts | None = None
+    facts: JobNodeFacts | None = None
     clock: float = 0.0
     why: str = ""
 
 
-class Gone(Exception):
+class PeerGone(Exception):
     """The other side ended, or is not who it must be."""
 
 
-class Line:
+class RollCallConnection:
     """One authenticated connection. ``leads``: this is the first node's end."""
 
     def __init__(self, connection: socket.socket, token: bytes, *, leads: bool) -> None:
-        """Exchanges nonces. Raises :class:`Gone`."""
+        """Exchanges nonces. Raises :class:`PeerGone`."""
         self._socket, self._buffer = connection, bytearray()
         self._sent = self._heard = 0
         self._ways = (b"lead", b"node") if leads else (b"node", b"lead")
@@ -56,7 +56,7 @@ class Line:
             connection.sendall(own)
             theirs = self._exactly(_NONCE)
         except OSError as error:
-            raise Gone(str(error)) from None
+            raise PeerGone(str(error)) from None
         nonces = own + theirs if leads else theirs + own
         self._key = hmac.digest(token, nonces, hashlib.sha256)
 
@@ -70,14 +70,14 @@ class Line:
     def _more(self) -> None:
         part = self._socket.recv(4096)
         if not part:
-            raise Gone("the connection was closed")
+            raise PeerGone("the connection was closed")
         self._buffer += part
 
     def _mac(self, way: bytes, count: int, body: bytes) -> bytes:
         return hmac.digest(self._key, way + count.to_bytes(8, "big") + body, hashlib.sha256).hex().encode()
 
-    def send(self, word: Word) -> None:
-        """Raises :class:`Gone`."""
+    def send(self, word: RollCallMessage) -> None:
+        """Raises :class:`PeerGone`."""
         body = msgspec.json.encode(word)
         line = self._mac(self._ways[0], self._sent, body) + b" " + body + b"\n"
         self._sent += 1
@@ -85,43 +85,43 @@ class Line:
             self._socket.settimeout(_WORD_S)
             self._socket.sendall(line)
         except OSError as error:
-            raise Gone(str(error)) from None
+            raise PeerGone(str(error)) from None
 
-    def hear(self, bound_s: float) -> Word | None:
-        """The next word, None when there is none within ``bound_s``. Raises :class:`Gone`."""
+    def hear(self, bound_s: float) -> RollCallMessage | None:
+        """The next word, None when there is none within ``bound_s``. Raises :class:`PeerGone`."""
         deadline = time.monotonic() + bound_s
         try:
             while (end := self._buffer.find(b"\n")) < 0:
                 if len(self._buffer) > _LINE:
-                    raise Gone("a line is too long")
+                    raise PeerGone("a line is too long")
                 self._socket.settimeout(max(0.001, deadline - time.monotonic()))
                 self._more()
         except TimeoutError:
             return None
         except OSError as error:
-            raise Gone(str(error)) from None
+            raise PeerGone(str(error)) from None
         mac, _, body = bytes(self._buffer[:end]).partition(b" ")
         del self._buffer[: end + 1]
         if not hmac.compare_digest(mac, self._mac(self._ways[1], self._heard, body)):
-            raise Gone("it does not hold the job's token")
+            raise PeerGone("it does not hold the job's token")
         self._heard += 1
         try:
-            return msgspec.json.decode(body, type=Word)
+            return msgspec.json.decode(body, type=RollCallMessage)
         except msgspec.DecodeError as error:
-            raise Gone(f"it speaks another language: {error}") from None
+            raise PeerGone(f"it speaks another language: {error}") from None
 
     def close(self) -> None:
         self._socket.close()
 
 
-class Roll:
+class RollCall:
     """The first node's side. ``heed`` is called while it waits, and may raise to end the wait."""
 
     def __init__(self, port: int, token: bytes, others: int, heed: Callable[[], None]) -> None:
         """Raises :class:`EnvironmentFault` where the port is taken."""
         self._token, self._others, self._heed = token, others, heed
-        self._lines: dict[int, Line] = {}
-        self.facts: dict[int, NodeFacts] = {}
+        self._lines: dict[int, RollCallConnection] = {}
+        self.facts: dict[int, JobNodeFacts] = {}
         self._listener = socket.socket(socket.AF_INET)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -132,7 +132,7 @@ class Roll:
             hint = "submit again: another job id has other ports"
             raise EnvironmentFault(f"port {port} of this job is taken", error.strerror or str(error), hint) from None
 
-    def gather(self, bound_s: float) -> list[NodeFacts]:
+    def gather(self, bound_s: float) -> list[JobNodeFacts]:
         """Until all others are here; their facts in order. Raises :class:`EnvironmentFault` naming the missing ones."""
         deadline = time.monotonic() + bound_s
         while len(self._lines) < self._others:
@@ -152,10 +152,10 @@ class Roll:
         except TimeoutError:
             return
         try:
-            line = Line(connection, self._token, leads=True)
+            line = RollCallConnection(connection, self._token, leads=True)
             asked = time.time()
             word = line.hear(_WORD_S)
-        except Gone as error:
+        except PeerGone as error:
             connection.close()
             log.warning("turned away %s: %s", address[0], error)
             return
@@ -169,7 +169,7 @@ class Roll:
     def join(self, bound_s: float) -> None:
         """Have all others start Ray, and wait until they have. Raises :class:`EnvironmentFault` naming the first that has not."""
         for index, line in self._lines.items():
-            self._tell(index, line, Word(say="join"))
+            self._tell(index, line, RollCallMessage(say="join"))
         deadline = time.monotonic() + bound_s
         for index, line in self._lines.items():
             node = self.facts[index].node
@@ -177,7 +177,7 @@ class Roll:
                 self._heed()
                 try:
                     word = line.hear(_POLL_S)
-                except Gone as error:
+                except PeerGone as error:
                     raise EnvironmentFault(f"node {node} left before it had joined", str(error), "the job's log says more") from None
                 if word is not None and word.say == "joined":
                     break
@@ -191,34 +191,34 @@ class Roll:
         for index, line in list(self._lines.items()):
             try:
                 line.hear(0.001)
-            except Gone:
+            except PeerGone:
                 gone.append(self.facts[index].node)
                 line.close()
                 del self._lines[index]
         return gone
 
-    def _tell(self, index: int, line: Line, word: Word) -> None:
+    def _tell(self, index: int, line: RollCallConnection, word: RollCallMessage) -> None:
         try:
             line.send(word)
-        except Gone as error:
+        except PeerGone as error:
             log.warning("node %s does not hear: %s", self.facts[index].node, error)
 
     def close(self) -> None:
         """Send the others home. A second call does nothing."""
         while self._lines:
             index, line = self._lines.popitem()
-            self._tell(index, line, Word(say="over"))
+            self._tell(index, line, RollCallMessage(say="over"))
             line.close()
         self._listener.close()
 
 
-def call(address: str, port: int, token: bytes, bound_s: float) -> Line:
+def call(address: str, port: int, token: bytes, bound_s: float) -> RollCallConnection:
     """A node's line to the first one, as soon as that listens. Raises :class:`EnvironmentFault` after ``bound_s``."""
     deadline = time.monotonic() + bound_s
     while True:
         try:
-            return Line(socket.create_connection((address, port), timeout=_WORD_S), token, leads=False)
-        except (OSError, Gone) as error:
+            return RollCallConnection(socket.create_connection((address, port), timeout=_WORD_S), token, leads=False)
+        except (OSError, PeerGone) as error:
             if time.monotonic() > deadline:
                 what = f"the first node of the job does not answer at {address}:{port}"
                 raise EnvironmentFault(what, str(error), "look at the job's log, and at firewalls between nodes") from None

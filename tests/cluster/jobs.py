@@ -22,7 +22,7 @@ import msgspec
 import ray
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from orchestrator.control.host.control_socket import Control
+from orchestrator.control.host.control_socket import ControlClient
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.subprocesses import TAG, alive, tagged
 from tests.faults.control_plane import cases, daemon, epochs, exactly, rows, until
@@ -72,7 +72,7 @@ def ended(name: str) -> bool:
     return bool(details(name).status.is_terminal())
 
 
-def wait_ready(name: str, run: Path) -> Control:
+def wait_ready(name: str, run: Path) -> ControlClient:
     control = connect("e2e", run)
 
     def ready() -> bool:
@@ -146,7 +146,7 @@ def add_node(number: int, cpus: int, folder: Path) -> None:
     raise ChildProcessError(started.stdout + started.stderr)
 
 
-def raylet_dies(control: Control, folder: Path) -> None:
+def raylet_dies(control: ControlClient, folder: Path) -> None:
     """Its gang finds no node that holds it, the autoscaler is shown what is missing, and a new node gets the gang."""
     before = control.status()
     wide = rows(before)["wide"]
@@ -186,7 +186,7 @@ def stop(name: str) -> float:
     return begun
 
 
-def stop_drains(control: Control) -> None:
+def stop_drains(control: ControlClient) -> None:
     status = control.status()
     asked = cases(400)
     run = asyncio.run(run_all(status, asked, lambda: stop("serving"), enough=120))
@@ -202,7 +202,7 @@ def stop_drains(control: Control) -> None:
     step("a stopped job finishes what runs and leaves nothing")
 
 
-def killed_while_it_drains(control: Control) -> None:
+def killed_while_it_drains(control: ControlClient) -> None:
     """Ray kills a job three seconds after its SIGTERM: what is left then is the controller's."""
     status = control.status()
     with httpx.Client(base_url=status.url, trust_env=False, timeout=BOUND_S) as http:

@@ -24,10 +24,10 @@ from orchestrator.control.host.deployment import Deployment
 from orchestrator.control.launch import ray_cluster
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import TAG, alive
-from orchestrator.control.reconciler import Policy, ReplicaView
+from orchestrator.control.reconciler import ReplicaView, RestartPolicy
 from tests.reference.engine import request, serve
 from tests.support.tiny_models import tiny_model
-from workers.engines.portable import Follower, build
+from workers.engines.portable import PortableFollower, build
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
@@ -62,7 +62,7 @@ class Fleet:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.policy = Policy(drain_grace_s=5.0, backoff_s=0.1)
+        self.policy = RestartPolicy(drain_grace_s=5.0, backoff_s=0.1)
         self.controller = ray_cluster.RemoteController("fleet", run_dir / "target.json", self.policy)
 
     def spec(self, name: str, parallel: Parallel, *, spread: bool = False) -> GangSpec:
@@ -189,7 +189,7 @@ def three_hosts(fleet: Fleet) -> None:
 def alone(folder: Path, sizes: dict[str, int]) -> list[float | None]:
     """Logprobs of what one process without MPI answers to the same request."""
     engine = build(ReplicaSpec(name="alone", model="tiny", artifact=str(folder), engine=EngineSpec(**sizes)), None)
-    assert not isinstance(engine, Follower)
+    assert not isinstance(engine, PortableFollower)
     params = SamplingParams(temperature=0.8, seed=5, max_tokens=24, ignore_eos=True, logprobs=0)
     return [entry.logprob for entry in serve(engine, [request(PROMPT, params)])[0].logprobs]
 

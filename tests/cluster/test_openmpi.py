@@ -21,7 +21,7 @@ import pytest
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import GangSpec, mint_epoch
 from orchestrator.control.launch.subprocesses import tagged
-from orchestrator.control.launch.supervisor import Gang, LocalNode
+from orchestrator.control.launch.supervisor import GangProcess, LocalNode
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,13 +46,13 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def gang_of(folder: Path) -> Gang:
+def gang_of(folder: Path) -> GangProcess:
     engine = EngineSpec(kind="fake", kv_tokens=512, max_seq_len=128)
     replica = ReplicaSpec(name="r", model="fake", artifact="", parallel=Parallel(tp=2, pp=2), engine=engine)
     nodes = [LocalNode(2, "10.44.0.1"), SecondHost(2, "10.44.0.2")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     spec = GangSpec(deployment="t", replica=replica, run_dir=str(folder))
-    return Gang(spec, mint_epoch(), nodes, mpi=mpiexec.find_mpi(os.environ["PATH"]), env=env)
+    return GangProcess(spec, mint_epoch(), nodes, mpi=mpiexec.find_mpi(os.environ["PATH"]), env=env)
 
 
 def test_a_gang_over_two_hosts(tmp_path: Path) -> None:

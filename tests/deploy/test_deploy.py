@@ -25,7 +25,7 @@ import yaml
 
 from orchestrator.cli.main import app
 from orchestrator.config.deployment_file import Config, load
-from orchestrator.control.placement import Node, Share, place
+from orchestrator.control.placement import NodeResources, RankShare, place
 from workers.protocol.specs import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,9 +208,9 @@ def test_the_gangs_fit_on_the_workers_of_a_ray_cluster(name: str) -> None:
     (group,) = ray_cluster(document)["workerGroupSpecs"]
     resources = group["template"]["spec"]["containers"][0]["resources"]
     cpus, gpus = float(resources["requests"]["cpu"]), float(resources["limits"]["nvidia.com/gpu"])
-    nodes = [Node(address=f"10.0.0.{i}", cpus=cpus, gpus=gpus) for i in range(group["replicas"])]
+    nodes = [NodeResources(address=f"10.0.0.{i}", cpus=cpus, gpus=gpus) for i in range(group["replicas"])]
     (model,) = config.models
-    share = Share(cpus=model.cpus_per_rank, gpus=1.0)
+    share = RankShare(cpus=model.cpus_per_rank, gpus=1.0)
     (layout,) = {parallel for _, parallel in model.gangs()}
     assert layout == Parallel(tp=2, pp=2)
     placed = place("r", layout, share, nodes, spread=model.spread)

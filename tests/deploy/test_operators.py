@@ -13,7 +13,7 @@ import yaml
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestrator.router.dispatcher import RouterDispatch
+from orchestrator.router.dispatcher import RouterDispatcher
 from orchestrator.router.metrics import Metrics
 from tests.orchestrator.router.core.test_replica_registry import beat
 from tests.orchestrator.router.core.test_router_core import ask, join, router
@@ -41,7 +41,7 @@ def families() -> list[Metric]:
         counts = [1] * (len(STEP_TOKEN_BUCKETS) + 1)
         route.hear(b"a", "", beat(boot="a1", step_tokens=counts, step_tokens_total=9), 0.0)
         route.submit(ask(), 0.0)
-        dispatch = RouterDispatch(route, name="r", send=lambda *_: True, clock=lambda: 0.0)
+        dispatch = RouterDispatcher(route, name="r", send=lambda *_: True, clock=lambda: 0.0)
         return Metrics(["m"], dispatch.status, route.tallies).render()
 
     return list(text_string_to_metric_families(asyncio.run(scrape()).decode()))

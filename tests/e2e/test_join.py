@@ -20,7 +20,7 @@ import yaml
 
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client, ClientKeys
-from orchestrator.control.host.control_socket import Control, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.launcher import make_private
 from tests.e2e.load import ASKERS, Load, expected
@@ -67,7 +67,7 @@ class Front:
         self.control = connect(FRONT, self.run_dir)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Status:
+    def start(self) -> DeploymentStatus:
         with open(self.folder / "front.log", "ab") as log:
             self.process = subprocess.Popen(command("router", str(self.file), run_dir=self.run_dir), stdout=log, stderr=log)
         return wait_for_state(self.control, "READY", BOUND_S, self.process)
@@ -89,7 +89,7 @@ class Front:
 
 
 @contextmanager
-def job(front: Front, which: str, key: Path) -> Iterator[tuple[Control, Status]]:
+def job(front: Front, which: str, key: Path) -> Iterator[tuple[ControlClient, DeploymentStatus]]:
     """``trireme up`` of the one job file in a run folder of its own; SIGTERM at the end must exit 0."""
     folder = front.folder / which
     folder.mkdir()
@@ -109,7 +109,7 @@ def refused(front: Front, which: str, key: Path) -> str:
 class LongAnswer:
     """One answer that goes on as long as the test needs: it begins at the only replica there is, so that one must hand it over."""
 
-    def __init__(self, status: Status, keys: ClientKeys) -> None:
+    def __init__(self, status: DeploymentStatus, keys: ClientKeys) -> None:
         self.tokens: list[int] = []
         self._client = Client(status.rpc, model=MODEL, keys=keys)
         self._call = self._client.complete(LONG_PROMPT, max_tokens=LONG, temperature=0.0, ignore_eos=True, texts=False)
@@ -141,7 +141,7 @@ def hand_over(front: Front, key: Path) -> None:
             load = Load(before.url, before.rpc, keys)
             long = LongAnswer(before, keys)
 
-            def change() -> Control:
+            def change() -> ControlClient:
                 wait_for(lambda: load.answered >= ASKERS and long.tokens, BOUND_S, "the load")
                 control, _ = new.enter_context(job(front, "new", key))
                 names = [name for name, row in front.rows(before.url).items() if row["state"] == "ready"]
@@ -169,7 +169,7 @@ def hand_over(front: Front, key: Path) -> None:
         take_back(front)
 
 
-def restart(front: Front, control: Control, keys: ClientKeys) -> None:
+def restart(front: Front, control: ControlClient, keys: ClientKeys) -> None:
     """Killed with all that it started, and started again: the replicas come back by themselves, as they were."""
     before = wait_for_state(control, "READY", BOUND_S)
     assert front.end(signal.SIGKILL) == -signal.SIGKILL

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from orchestrator.client import AsyncClient
-from orchestrator.control.host.control_socket import Control, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
 from workers.engines.fake import expected_tokens
 from workers.protocol.errors import Cancelled
@@ -122,7 +122,7 @@ async def ask_rpc(client: AsyncClient, case: Case) -> list[int] | None:
     return tokens
 
 
-async def run_all(status: Status, seed: int, disturb: Callable[[], Awaitable[None]] | None = None) -> dict[int, list[int] | None]:
+async def run_all(status: DeploymentStatus, seed: int, disturb: Callable[[], Awaitable[None]] | None = None) -> dict[int, list[int] | None]:
     limits = httpx.Limits(max_connections=REQUESTS)
     async with (
         httpx.AsyncClient(base_url=status.url, timeout=120, limits=limits, trust_env=False) as http,
@@ -149,7 +149,7 @@ def check(answers: dict[int, list[int] | None], seed: int) -> None:
             assert answers[case.index] == case.expected(), f"request {case.index} over {case.door}"
 
 
-async def idle(status: Status) -> dict[str, int]:
+async def idle(status: DeploymentStatus) -> dict[str, int]:
     """Wait until no replica runs anything: what was cancelled is free. Returns the router's counts."""
     async with httpx.AsyncClient(base_url=status.url, trust_env=False) as http:
         for _ in range(200):
@@ -161,7 +161,7 @@ async def idle(status: Status) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[tuple[Control, Status]]:
+def up() -> Iterator[tuple[ControlClient, DeploymentStatus]]:
     with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
         pids: set[int] = set()
         with deployed(write_config(Path(folder))) as (control, status):
@@ -170,7 +170,7 @@ def up() -> Iterator[tuple[Control, Status]]:
         assert pids and not any(psutil.pid_exists(pid) for pid in pids), "ranks outlive their deployment"
 
 
-def test_every_request_is_answered_exactly_once(up: tuple[Control, Status]) -> None:
+def test_every_request_is_answered_exactly_once(up: tuple[ControlClient, DeploymentStatus]) -> None:
     _, status = up
     answers = asyncio.run(run_all(status, seed=1))
     check(answers, seed=1)
@@ -178,7 +178,7 @@ def test_every_request_is_answered_exactly_once(up: tuple[Control, Status]) -> N
     assert counts["resubmitted"] == counts["duplicate_tokens"] == counts["gaps"] == 0
 
 
-def test_a_killed_rank_is_a_pause_and_not_a_loss(up: tuple[Control, Status]) -> None:
+def test_a_killed_rank_is_a_pause_and_not_a_loss(up: tuple[ControlClient, DeploymentStatus]) -> None:
     control, status = up
     before = {row.name: row for model in status.models for row in model.rows}
 

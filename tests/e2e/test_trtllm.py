@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from orchestrator.client import AsyncClient
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from tests.support.deployment import deployed, wait_for_state
 from tests.support.trtllm_host import FAKES, checkpoint_of, engine_of, pretend
 from workers.engines.fake import expected_tokens
@@ -71,7 +71,7 @@ async def ask(client: AsyncClient, prompt: list[int], max_tokens: int, begun: Ca
     return answer
 
 
-async def ask_all(status: Status, prompts: list[list[int]], *, victim: int, on_shards: bool) -> list[Answer]:
+async def ask_all(status: DeploymentStatus, prompts: list[list[int]], *, victim: int, on_shards: bool) -> list[Answer]:
     """All at once; the process ``victim`` is killed when the first answer of its engine has begun."""
     alive = True
 
@@ -87,7 +87,7 @@ async def ask_all(status: Status, prompts: list[list[int]], *, victim: int, on_s
     return [task.result() for task in tasks]
 
 
-async def ask_http(status: Status, prompts: list[str]) -> list[str]:
+async def ask_http(status: DeploymentStatus, prompts: list[str]) -> list[str]:
     """Streamed texts."""
 
     async def one(client: httpx.AsyncClient, prompt: str) -> str:
@@ -101,7 +101,7 @@ async def ask_http(status: Status, prompts: list[str]) -> list[str]:
         return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
 
 
-def rank_of(status: Status, replica: str, rank: int) -> int:
+def rank_of(status: DeploymentStatus, replica: str, rank: int) -> int:
     rows = {row.name: row for model in status.models for row in model.rows}
     return next(pid for number, _, pid in rows[replica].pids if number == rank)
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from orchestrator.client import AsyncClient, Client, ClientKeys
-from orchestrator.control.host.control_socket import Control, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 from tests.support.deployment import deployed, wait_for_state
 from tests.support.gang import wait_for
 from workers.engines.fake import expected_tokens
@@ -66,7 +66,7 @@ def oracle(ids: list[int]) -> list[int]:
     return expected_tokens(ids, SamplingParams(max_tokens=OUTPUT, temperature=0.0))
 
 
-def keys_of(status: Status) -> ClientKeys:
+def keys_of(status: DeploymentStatus) -> ClientKeys:
     return msgspec.json.decode(Path(status.key_file).read_bytes(), type=ClientKeys)
 
 
@@ -106,7 +106,7 @@ async def ask_rpc(client: AsyncClient, ids: list[int], begun: asyncio.Event) -> 
     return tokens, (await call.result()).attempts
 
 
-async def kill_one(status: Status) -> None:
+async def kill_one(status: DeploymentStatus) -> None:
     """SIGKILL the first router in the middle of everybody's answers."""
     begun, cut = asyncio.Event(), []
     http_prompts = [prompt(1, index) for index in range(REQUESTS)]
@@ -128,7 +128,7 @@ def states(client: Client) -> list[str]:
     return [row["state"] for row in client.status()["replicas"]]
 
 
-def register_again(control: Control, before: Status) -> Status:
+def register_again(control: ControlClient, before: DeploymentStatus) -> DeploymentStatus:
     """The killed router's successor knows the replicas, which did not restart."""
     wait_for(lambda: control.status().routers.get("router0", 0) not in (0, before.routers["router0"]), 30, "the new router")
     pid = control.status().routers["router0"]
@@ -148,7 +148,7 @@ def register_again(control: Control, before: Status) -> Status:
     return again
 
 
-async def abandon(status: Status, watcher: Client) -> None:
+async def abandon(status: DeploymentStatus, watcher: Client) -> None:
     """Long answers at the second router alone, which is killed; nobody comes for them. ``watcher``: a client of the first one."""
     client = AsyncClient([status.rpc[1]], model=MODEL, keys=keys_of(status))
     begun = asyncio.Event()

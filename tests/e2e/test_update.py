@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, ReplicaRow
 from tests.e2e.load import ASKERS, Load
 from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.support.tiny_models import tiny_model
@@ -39,12 +39,12 @@ def change(file: Path, **changes: Any) -> None:
     file.write_text(yaml.safe_dump(tree))
 
 
-def rows(status: Status) -> dict[str, ReplicaRow]:
+def rows(status: DeploymentStatus) -> dict[str, ReplicaRow]:
     return {row.name: row for model in status.models for row in model.rows}
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[tuple[Control, Status, Path]]:
+def up() -> Iterator[tuple[ControlClient, DeploymentStatus, Path]]:
     with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
         deployment = {"drain_grace_s": 0.5, "admission": {"replica_limit": 2}}
         file = write_config(Path(folder), deployment=deployment, cpus_per_rank=0.25, max_batch_size=24)
@@ -52,7 +52,7 @@ def up() -> Iterator[tuple[Control, Status, Path]]:
             yield control, status, file
 
 
-def test_nothing_fails_while_all_replicas_are_replaced(up: tuple[Control, Status, Path]) -> None:
+def test_nothing_fails_while_all_replicas_are_replaced(up: tuple[ControlClient, DeploymentStatus, Path]) -> None:
     control, status, file = up
     before = rows(wait_for_state(control, "READY", 60))
     change(file, max_batch_size=32)
@@ -78,7 +78,7 @@ def test_nothing_fails_while_all_replicas_are_replaced(up: tuple[Control, Status
     assert again.returncode == 0 and "runs this already" in again.stderr
 
 
-def test_replicas_come_change_and_go(up: tuple[Control, Status, Path]) -> None:
+def test_replicas_come_change_and_go(up: tuple[ControlClient, DeploymentStatus, Path]) -> None:
     """Without room for a spare: one is away at a time."""
     control, status, file = up
     before = rows(wait_for_state(control, "READY", 60))
@@ -92,7 +92,7 @@ def test_replicas_come_change_and_go(up: tuple[Control, Status, Path]) -> None:
     assert load.answered >= 2 * ASKERS, "the load was none"
 
 
-def test_what_does_not_start_is_taken_back(up: tuple[Control, Status, Path]) -> None:
+def test_what_does_not_start_is_taken_back(up: tuple[ControlClient, DeploymentStatus, Path]) -> None:
     """TensorRT-LLM is not here: the first new replica ends twice, and the old one comes back in its place."""
     control, status, file = up
     tiny_model(file.parent / "tokenizer")
@@ -113,7 +113,7 @@ def test_what_does_not_start_is_taken_back(up: tuple[Control, Status, Path]) -> 
     assert again.returncode == 0 and "runs this already" in again.stderr, again.stdout
 
 
-def test_what_cannot_change_in_place_is_named(up: tuple[Control, Status, Path], tmp_path: Path) -> None:
+def test_what_cannot_change_in_place_is_named(up: tuple[ControlClient, DeploymentStatus, Path], tmp_path: Path) -> None:
     control, _, file = up
     before = rows(control.status())
     kept = file.read_text()

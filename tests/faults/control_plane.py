@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, ReplicaRow
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.faults.namespace import measured, step
@@ -67,16 +67,16 @@ def daemon(program: str, argument: str = "") -> Daemon:
     raise LookupError(f"no {program} {argument}")
 
 
-def rows(status: Status) -> dict[str, ReplicaRow]:
+def rows(status: DeploymentStatus) -> dict[str, ReplicaRow]:
     return {row.name: row for model in status.models for row in model.rows}
 
 
-def epochs(status: Status) -> dict[str, int]:
+def epochs(status: DeploymentStatus) -> dict[str, int]:
     return {name: row.epoch for name, row in rows(status).items()}
 
 
 @contextmanager
-def up(file: Path) -> Iterator[tuple[subprocess.Popen[bytes], Control]]:
+def up(file: Path) -> Iterator[tuple[subprocess.Popen[bytes], ControlClient]]:
     """The host process, READY; killed at the end if it lives."""
     log = file.with_suffix(".log")
     with open(log, "ab") as output:
@@ -108,7 +108,7 @@ def cases(output: int) -> list[Case]:
     return [Case(prompt=f"stream {i}", body=body, door=("http", "rpc")[i % 2]) for i in range(12)]
 
 
-def exactly(control: Control, output: int, disturb: Callable[[], float]) -> tuple[float, float]:
+def exactly(control: ControlClient, output: int, disturb: Callable[[], float]) -> tuple[float, float]:
     """Streams of ``output`` tokens around a disturbance: (what it measured, the longest pause of a client in its first 5 s). All exact."""
     status = control.status()
     before = asyncio.run(counts(status))
@@ -126,7 +126,7 @@ def exactly(control: Control, output: int, disturb: Callable[[], float]) -> tupl
     return run.verdict, run.arrivals.pause(begun[0], begun[0] + 5.0)
 
 
-def gcs_restarts(control: Control) -> None:
+def gcs_restarts(control: ControlClient) -> None:
     before = epochs(control.status())
     gcs = daemon("gcs_server")
 
@@ -149,7 +149,7 @@ def gcs_restarts(control: Control) -> None:
     step("the control plane works again")
 
 
-def raylet_dies(control: Control) -> None:
+def raylet_dies(control: ControlClient) -> None:
     status = control.status()
     victim = next(row for row in rows(status).values() if row.hosts != ("127.0.0.1",))
     pids = [pid for _, _, pid in victim.pids]
@@ -174,7 +174,7 @@ def raylet_dies(control: Control) -> None:
     step("a raylet's death moves its gang", [victim.hosts, again[victim.name].hosts, again[victim.name].cause])
 
 
-def host_dies(file: Path, host: subprocess.Popen[bytes], control: Control) -> None:
+def host_dies(file: Path, host: subprocess.Popen[bytes], control: ControlClient) -> None:
     before = control.status()
     pids = [pid for row in rows(before).values() for _, _, pid in row.pids]
     host.kill()
@@ -192,7 +192,7 @@ def host_dies(file: Path, host: subprocess.Popen[bytes], control: Control) -> No
         step("the host ends when Ray gives up", again.returncode)
 
 
-def gcs_stays_away(control: Control) -> None:
+def gcs_stays_away(control: ControlClient) -> None:
     """How long raylets wait for GCS: Ray's ``gcs_rpc_server_reconnect_timeout_s``. Until then answers go on."""
     raylets = [daemon("/raylet", f"--node_ip_address={host}").pid for row in rows(control.status()).values() for host in row.hosts]
     os.kill(daemon("gcs_server").pid, signal.SIGKILL)

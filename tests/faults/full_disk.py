@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, ReplicaRow
 from orchestrator.control.host.deployment import connect
 from tests.faults.namespace import measured, step
 from tests.support.deployment import MODEL, write_config
@@ -56,11 +56,11 @@ class Disk:
         self._filler.unlink()
 
 
-def replica(status: Status, name: str) -> ReplicaRow:
+def replica(status: DeploymentStatus, name: str) -> ReplicaRow:
     return next(row for model in status.models for row in model.rows if row.name == name)
 
 
-def ask(control: Control, prompt: str) -> None:
+def ask(control: ControlClient, prompt: str) -> None:
     """An answer that must be exact."""
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 40, "temperature": 0.0, "ignore_eos": True}
     answer = httpx.post(f"{control.status().url}/v1/completions", json=body, timeout=60, trust_env=False)

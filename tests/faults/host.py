@@ -15,7 +15,7 @@ from tests.faults.saboteur import COMMAND
 def main(file: str) -> int:
     plan = desired_state.plan
 
-    def sabotaged(*arguments: object) -> desired_state.Plan:
+    def sabotaged(*arguments: object) -> desired_state.DesiredState:
         made = plan(*arguments)  # type: ignore[arg-type]
         return msgspec.structs.replace(made, gangs=[msgspec.structs.replace(gang, command=COMMAND) for gang in made.gangs])
 

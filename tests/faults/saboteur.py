@@ -47,14 +47,14 @@ def sabotage(me: int) -> None:
     """Change this rank's engine; it is imported by now."""
     import torch
 
-    from workers.runner.cpu_runner import Runner
+    from workers.runner.cpu_runner import CpuRunner
     from workers.runner.sampler import Sampler
 
-    run, draw = Runner.run, Sampler.draw
+    run, draw = CpuRunner.run, Sampler.draw
     begun: dict[int, int] = {}
 
     @wraps(run)
-    def running(self: Runner, plan: Any) -> Any:
+    def running(self: CpuRunner, plan: Any) -> Any:
         for opened in plan.opened if me == 1 else ():
             act(opened.params.seed)
         return run(self, plan)
@@ -66,7 +66,7 @@ def sabotage(me: int) -> None:
                 logits[row] = torch.nan
         return draw(self, logits, draws)
 
-    Runner.run, Sampler.draw = running, drawing  # type: ignore[method-assign]
+    CpuRunner.run, Sampler.draw = running, drawing  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

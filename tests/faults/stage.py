@@ -18,9 +18,9 @@ import httpx
 import msgspec
 import psutil
 
-from orchestrator.control.host.control_socket import Control, ReplicaRow, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, ReplicaRow
 from orchestrator.control.launch.subprocesses import alive, tagged
-from orchestrator.control.reconciler import Policy, Reconciler
+from orchestrator.control.reconciler import Reconciler, RestartPolicy
 from tests.support.deployment import deployed, wait_for_state, write_config
 from tests.support.figures import figure
 from tests.support.gang import short_folder, wait_for
@@ -72,20 +72,20 @@ class Healed(msgspec.Struct, frozen=True):
 
 def back_off_s(row: ReplicaRow) -> float:
     """Seconds that the controller waits before it launches the replica again, should it fail now."""
-    return Reconciler(Policy()).delay(row.restarts + 1, was_ready=True)
+    return Reconciler(RestartPolicy()).delay(row.restarts + 1, was_ready=True)
 
 
 class Stage:
     """The living deployment in ``folder``."""
 
-    def __init__(self, control: Control, status: Status, folder: Path) -> None:
+    def __init__(self, control: ControlClient, status: DeploymentStatus, folder: Path) -> None:
         self.control, self.status, self.folder = control, status, folder
         self._http = httpx.Client(base_url=status.url, trust_env=False, timeout=10)
 
     def close(self) -> None:
         self._http.close()
 
-    def ready(self, bound_s: float = 120.0) -> Status:
+    def ready(self, bound_s: float = 120.0) -> DeploymentStatus:
         self.status = wait_for_state(self.control, "READY", bound_s)
         return self.status
 

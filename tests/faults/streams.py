@@ -15,7 +15,7 @@ import httpx
 import msgspec
 
 from orchestrator.client import AsyncClient
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from tests.support.deployment import MODEL
 from workers.engines.fake import score, state_of
 from workers.protocol.messages import GuideSpec, Logprobs, SamplingParams
@@ -160,7 +160,7 @@ def _check_prompt(scores: list[Logprobs], case: Case) -> None:
     assert [entry.logprob for entry in scores[1:]] == [score(state_of(prompt[:i]), prompt[i], 0).logprob for i in range(1, len(prompt))]
 
 
-async def run_all(status: Status, asked: list[Case], disturb: Callable[[], T], *, enough: int) -> Run[T]:
+async def run_all(status: DeploymentStatus, asked: list[Case], disturb: Callable[[], T], *, enough: int) -> Run[T]:
     """Ask all at once, call ``disturb`` in a thread when the answers are ``enough`` tokens on their way, and wait for every answer."""
     arrivals = Arrivals(len(asked), enough)
     limits = httpx.Limits(max_connections=len(asked))
@@ -183,14 +183,14 @@ async def run_all(status: Status, asked: list[Case], disturb: Callable[[], T], *
     return Run([task.result() for task in tasks], arrivals, verdict)
 
 
-def warm(status: Status) -> None:
+def warm(status: DeploymentStatus) -> None:
     """A replica's first guided request pays for a process that tries grammars, and its mates wait: have every replica pay now."""
     body = {"max_tokens": 1, "temperature": 0.0, "guided_regex": "[a-z]{9}"}
     cases = [Case(prompt=f"warm {index}", body=body, door="rpc", plain=False) for index in range(12)]
     asyncio.run(run_all(status, cases, lambda: None, enough=1))
 
 
-async def counts(status: Status) -> dict[str, int]:
+async def counts(status: DeploymentStatus) -> dict[str, int]:
     """The router's totals once nothing runs: what was cancelled is free too, and every block is back."""
     found: dict[str, Any] = {}
     async with httpx.AsyncClient(base_url=status.url, trust_env=False) as http:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from orchestrator.client import AsyncClient
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from tests.faults.saboteur import HUNGRY, NAN, NAN_FROM, OOM
 from tests.faults.stage import HANG_S, NEXT_TOKEN_S, Healed, Stage, staged
 from tests.faults.streams import Case, Choice, counts, run_all
@@ -59,7 +59,7 @@ def undisturbed(stage: Stage) -> list[list[Choice]]:
     return asyncio.run(run_all(stage.status, cases(), lambda: None, enough=1)).answers
 
 
-async def poisoned(status: Status, prompt: str, seed: int) -> TriremeError:
+async def poisoned(status: DeploymentStatus, prompt: str, seed: int) -> TriremeError:
     """How a request ends that is not to succeed."""
     async with AsyncClient([address.endpoint for address in status.rpc], model=MODEL) as client:
         call = client.complete(prompt, max_tokens=OUTPUT, ignore_eos=True, temperature=0.0, seed=seed)

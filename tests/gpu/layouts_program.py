@@ -23,13 +23,13 @@ from tests.reference.conformance import conform, in_threads
 from tests.reference.shards import make_stage, whole_weights
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group, Solo, ordered_sum
-from workers.distributed.nccl_group import TWO_SHOT_BYTES, World
+from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
 from workers.distributed.rank_groups import split
 from workers.kernels import kernels_for, step_ends
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 from workers.runner.device import CudaDevice, pin_numerics
-from workers.runner.gpu_runner import DeviceRunner, Links
+from workers.runner.gpu_runner import GpuRunner, RankGroups
 from workers.runner.kv_cache import KvCache
 
 
@@ -40,7 +40,7 @@ class Plain(CudaDevice):
         return program
 
 
-def play(stage: LlamaStage, device: torch.device, links: Links) -> list[torch.Tensor]:
+def play(stage: DecoderStage, device: torch.device, links: RankGroups) -> list[torch.Tensor]:
     """Logits of every step of :func:`tests.mpi.steps.plans`, whose rows all take the way on which logits can be seen."""
     seen: list[torch.Tensor] = []
     if stage.shard.last:
@@ -52,7 +52,7 @@ def play(stage: LlamaStage, device: torch.device, links: Links) -> list[torch.Te
 
         stage.logits = recording  # type: ignore[method-assign]
     cache = KvCache(stage.model, stage.shard, blocks=64, block_size=16, dtype=stage.dtype, device=device)
-    runner = DeviceRunner(
+    runner = GpuRunner(
         stage, cache, Plain(device), step_ends, links, slots=4, max_seq_len=512, max_num_tokens=256, depth=links.pipeline.size + 1
     )
     runner.capture()
@@ -134,7 +134,7 @@ def main() -> None:
     model, weights = open_artifact(folder).model, whole_weights(folder)
 
     everyone = [list(range(comm.Get_size()))]
-    nccl = World.join(comm, device, one_host=True)
+    nccl = NcclWorld.join(comm, device, one_host=True)
     conform(nccl.group(everyone), device)
     conform(nccl.group(everyone, deterministic=True), device)
     symmetric = nccl.group(everyone, symmetric_bytes=TWO_SHOT_BYTES)
@@ -146,7 +146,7 @@ def main() -> None:
     def alone(parallel: Parallel, at: int, group: Group) -> list[torch.Tensor]:
         torch.cuda.set_device(device)  # of this thread
         stage = make_stage(model, weights, parallel, at, tensor=group, device=device)
-        return play(stage, device, Links(group, Solo(), Solo()))
+        return play(stage, device, RankGroups(group, Solo(), Solo()))
 
     whole = alone(Parallel(), 0, Solo())
     largest = max(float(logits.abs().max()) for logits in whole)
@@ -159,7 +159,7 @@ def main() -> None:
         engine = EngineSpec(device="cuda", deterministic=deterministic)
         ranks = split(ReplicaSpec(name="r", model="m", artifact=str(folder), parallel=parallel, engine=engine), comm)
         stage = make_stage(model, weights, parallel, rank, tensor=ranks.tensor, device=device)
-        logits = play(stage, device, Links(ranks.tensor, ranks.pipeline, ranks.returns))
+        logits = play(stage, device, RankGroups(ranks.tensor, ranks.pipeline, ranks.returns))
         delta = np.zeros(1)
         if stage.shard.last and parallel.tp == 1:
             assert all(torch.equal(a, b) for a, b in zip(logits, whole, strict=True)), "a pipeline is one stage to the bit"

@@ -33,7 +33,7 @@ from workers.protocol.specs import ModelSpec
 from workers.runner.device import CudaDevice, HostDevice
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.kv_cache import KvCache
-from workers.runner.slot_updates import News
+from workers.runner.slot_updates import SlotUpdates
 from workers.sampling.definition import choose, gumbel, noise_bits, seed_keys
 
 if importlib.util.find_spec("triton") is None:
@@ -254,7 +254,7 @@ def test_submissions_are_taken_in_turn() -> None:
         values, given = (draw.integers(-(2**31), 2**31, count).astype(np.int32) for count in (news, returns))
         inbox = submissions.open(size)
         inbox[:] = expected[:size] = draw.integers(-(2**31), 2**31, size)
-        submissions.send(2**30 + step, size, News(places[:news], values, places[news:]))
+        submissions.send(2**30 + step, size, SlotUpdates(places[:news], values, places[news:]))
         returned[:returns] = torch.from_numpy(given)
         take(rings, memory, state, returned)
         words[places] = np.concatenate((values, given))

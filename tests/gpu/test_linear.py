@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.workers.artifacts.test_quantize import random_parts
-from workers.kernels.linear import Narrow, dequantize
+from workers.kernels.linear import Fp8Rows, dequantize
 from workers.kernels.linear import to_fp8 as rounded
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import Quant, quant_of
@@ -70,7 +70,7 @@ def test_products(quant: Quant, dtype: torch.dtype) -> None:
         run = linear_gpu.product(form, {n: p.to(DEVICE) for n, p in parts.items()}, bias if bias is None else bias.to(DEVICE), dtype)
         if form == "fp8" and rows > linear_gpu.FEW["fp8"] and not GPU:
             continue  # torch's own product, which no CPU has
-        found = run(Narrow(*(t.to(DEVICE) for t in narrow)) if form == "fp8" else x.to(DEVICE))
+        found = run(Fp8Rows(*(t.to(DEVICE) for t in narrow)) if form == "fp8" else x.to(DEVICE))
         assert found.dtype == dtype and found.shape == expected.shape
         assert error(found, expected) < BOUNDS[dtype], (rows, outs, ins)
 

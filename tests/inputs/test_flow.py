@@ -21,11 +21,11 @@ import msgspec
 import pytest
 import zmq
 
-from orchestrator.auth.curve_acl import Gate
-from orchestrator.client.sockets import ClientKeys, Wires
+from orchestrator.auth.curve_acl import CurveAcl
+from orchestrator.client.sockets import ClientKeys, ClientSockets
 from orchestrator.control.host.router_poller import ask
-from orchestrator.router.net.curve_auth import Zap
-from orchestrator.router.net.router_socket import Port
+from orchestrator.router.net.curve_auth import ZapHandler
+from orchestrator.router.net.router_socket import RouterSocket
 from tests.inputs.test_http import head
 from tests.inputs.world import TEXT, rss_mb, text
 from tests.support.figures import SLACK, figure, lines
@@ -36,7 +36,7 @@ from workers.engines.fake import expected_tokens
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams
 from workers.protocol.specs import RouterAddress
 from workers.scheduler.scheduler import PAUSE_S
-from workers.serving.router_io import KeyPair, Routers
+from workers.serving.router_io import KeyPair, RouterIo
 
 #: As many tokens as a reader asks for, and rows that run at once.
 WANTED, ROWS = 5000, 64
@@ -316,17 +316,17 @@ def _make_each(kept: dict[str, dict[str, int]]) -> None:
     keys = KeyPair(public=pair[0], secret=pair[1])
     with short_folder() as folder:
         nobody = RouterAddress(endpoint=f"ipc://{folder}/nobody")
-        port = Port(
-            context, f"ipc://{folder}/port", "client", keys=None, gate=Gate({}), on_frame=lambda *_: None, on_malformed=lambda _: None
+        port = RouterSocket(
+            context, f"ipc://{folder}/port", "client", keys=None, gate=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None
         )
-        secure = Port(
-            context, "tcp://127.0.0.1:*", "client", keys=keys, gate=Gate({}), on_frame=lambda *_: None, on_malformed=lambda _: None
+        secure = RouterSocket(
+            context, "tcp://127.0.0.1:*", "client", keys=keys, gate=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None
         )
         assert port.endpoint and secure.endpoint
-        Zap(context, Gate({}))
-        Wires([nobody], ClientKeys(public=keys.public, secret=keys.secret)).close()
+        ZapHandler(context, CurveAcl({}))
+        ClientSockets([nobody], ClientKeys(public=keys.public, secret=keys.secret)).close()
         assert ask(context, nobody, keys) is None
-        routers = Routers(_Mind(), (nobody,), None, boot="b", heartbeat_s=60.0)
+        routers = RouterIo(_Mind(), (nobody,), None, boot="b", heartbeat_s=60.0)
         routers.start()
         wait_for(lambda: any(name.startswith("workers.serving.router_io.") for name in kept), what="the leader's socket")
         routers.close("done")

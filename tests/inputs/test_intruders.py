@@ -16,13 +16,13 @@ import msgspec
 import pytest
 import zmq
 
-from orchestrator.auth.curve_acl import Gate, Grant
+from orchestrator.auth.curve_acl import CurveAcl, CurveGrant
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client
 from orchestrator.control.launch.launcher import make_private
 from orchestrator.router.__main__ import read_keys
-from orchestrator.router.net.curve_auth import Zap
-from orchestrator.router.net.router_socket import Port
+from orchestrator.router.net.curve_auth import ZapHandler
+from orchestrator.router.net.router_socket import RouterSocket
 from tests.inputs.world import MODEL, PROMPT, World, expected
 from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder, wait_for
@@ -64,7 +64,7 @@ def test_strangers_are_not_heard(world: World, case: str) -> None:
 def test_where_nobody_answers_for_keys_nobody_gets_in(answered: bool) -> None:
     """S2: libzmq lets everybody in when its authenticator is gone, unless the socket insists on one."""
     server, client = (KeyPair(*(key.decode() for key in zmq.curve_keypair())) for _ in range(2))
-    gate = Gate({client.public: Grant(role="client")})
+    gate = CurveAcl({client.public: CurveGrant(role="client")})
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     heard: list[bytes] = []
     arrived = asyncio.Event()
@@ -74,12 +74,12 @@ def test_where_nobody_answers_for_keys_nobody_gets_in(answered: bool) -> None:
         arrived.set()
 
     try:
-        port = Port(context, "tcp://127.0.0.1:*", "client", keys=server, gate=gate, on_frame=on_frame, on_malformed=lambda _: None)
+        port = RouterSocket(context, "tcp://127.0.0.1:*", "client", keys=server, gate=gate, on_frame=on_frame, on_malformed=lambda _: None)
 
         async def serve() -> None:
             loop = asyncio.get_running_loop()
             if answered:
-                Zap(context, gate).start(loop)
+                ZapHandler(context, gate).start(loop)
             port.start(loop)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(arrived.wait(), 20.0 if answered else 1.0)

@@ -16,8 +16,8 @@ import pytest
 from orchestrator.cli.main import run
 from orchestrator.router.frontend.chat_messages import Message
 from orchestrator.router.frontend.chat_template import TemplateSource
-from orchestrator.router.frontend.sandbox_pool import Cells
-from orchestrator.router.frontend.sandbox_worker import Render
+from orchestrator.router.frontend.sandbox_pool import SandboxPool
+from orchestrator.router.frontend.sandbox_worker import RenderJob
 from orchestrator.router.frontend.tokenizer import load
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from workers.artifacts.artifact import open_artifact
@@ -107,7 +107,7 @@ def test_a_template_reaches_nothing(canary: Path) -> None:
     sources = {f"m{index}": TemplateSource(source=escape, specials=(), tokens={}) for index, escape in enumerate(escapes)}
 
     async def render_all() -> list[str]:
-        cells = Cells(sources, count=1)
+        cells = SandboxPool(sources, count=1)
         try:
             return [await _rendered(cells, name) for name in sources]
         finally:
@@ -118,9 +118,9 @@ def test_a_template_reaches_nothing(canary: Path) -> None:
     assert not canary.exists()
 
 
-async def _rendered(cells: Cells, model: str) -> str:
+async def _rendered(cells: SandboxPool, model: str) -> str:
     try:
-        pieces = await cells.render(Render(model=model, messages=[Message(role="user", content="hi")]))
+        pieces = await cells.render(RenderJob(model=model, messages=[Message(role="user", content="hi")]))
     except Rejected as error:
         return str(error)
     return "".join(piece.text for piece in pieces)

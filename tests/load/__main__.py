@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from orchestrator.client import AsyncClient, ClientKeys
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from tests.e2e.test_two_routers import free_ports
 from tests.load.report import Report, percentile, say
 from tests.load.wire import Streamed, ask, stream
@@ -102,7 +102,7 @@ async def read_rpc(routers: list[RouterAddress], keys: ClientKeys, first: int, c
     return {"errors": sum(count == 0 for count in found), "tokens": sum(found)}
 
 
-async def share_rpc(status: Status) -> tuple[Counter[str], float]:
+async def share_rpc(status: DeploymentStatus) -> tuple[Counter[str], float]:
     """The clients dealt to processes of their own; returns the sums and how long the last one took."""
     share = CLIENTS // PROCESSES
     addresses = msgspec.json.encode(status.rpc).decode()

@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 import psutil
 
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from tests.load.report import Report, say
 
 #: Samples of a process's first seconds are its start, not its growth.
@@ -37,7 +37,7 @@ class Growth:
     def __init__(self) -> None:
         self._samples: dict[int, Sample] = {}
 
-    def look(self, status: Status) -> None:
+    def look(self, status: DeploymentStatus) -> None:
         ranks = {pid: f"{row.name} rank {rank}" for model in status.models for row in model.rows for rank, _, pid in row.pids}
         names = {status.pid: "host", **{pid: name for name, pid in status.routers.items()}, **ranks}
         now = time.time()

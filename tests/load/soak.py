@@ -25,7 +25,7 @@ import msgspec
 import psutil
 
 from orchestrator.client import AsyncClient
-from orchestrator.control.host.control_socket import Control, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 from tests.e2e.test_two_routers import free_ports
 from tests.load.growth import Growth
 from tests.load.report import Report, percentile, say
@@ -77,7 +77,7 @@ def draw(chance: random.Random, name: str) -> Case:
 class Load:
     """All askers. ``wrong`` holds what no client should ever see."""
 
-    def __init__(self, status: Status, until: float) -> None:
+    def __init__(self, status: DeploymentStatus, until: float) -> None:
         self._status, self._until = status, until
         self.counts = Counter[str]()
         self.wrong: list[str] = []
@@ -177,23 +177,23 @@ class Load:
 # --- faults
 
 
-def _rank(control: Control, replica: str, rank: int, number: signal.Signals) -> None:
+def _rank(control: ControlClient, replica: str, rank: int, number: signal.Signals) -> None:
     rows = {row.name: row for model in control.status().models for row in model.rows}
     os.kill(next(pid for number_, _, pid in rows[replica].pids if number_ == rank), number)
 
 
-def _mpiexec(control: Control, replica: str) -> None:
+def _mpiexec(control: ControlClient, replica: str) -> None:
     rows = {row.name: row for model in control.status().models for row in model.rows}
     parents = psutil.Process(rows[replica].pids[0][2]).parents()
     launcher = next(process for process in parents if "mpiexec" in process.name())
     os.kill(launcher.pid, signal.SIGKILL)
 
 
-def _router(control: Control, router: str, number: signal.Signals) -> None:
+def _router(control: ControlClient, router: str, number: signal.Signals) -> None:
     os.kill(control.status().routers[router], number)
 
 
-FAULTS: dict[str, Callable[[Control, str, str], None]] = {
+FAULTS: dict[str, Callable[[ControlClient, str, str], None]] = {
     "a rank is killed": lambda control, replica, _: _rank(control, replica, 1, signal.SIGKILL),
     "a leader is killed": lambda control, replica, _: _rank(control, replica, 0, signal.SIGKILL),
     "a rank is stopped": lambda control, replica, _: _rank(control, replica, 1, signal.SIGSTOP),
@@ -205,7 +205,9 @@ FAULTS: dict[str, Callable[[Control, str, str], None]] = {
 }
 
 
-def disturb(control: Control, until: float, chance: random.Random, looks: Callable[[Status], None]) -> tuple[Counter[str], list[float]]:
+def disturb(
+    control: ControlClient, until: float, chance: random.Random, looks: Callable[[DeploymentStatus], None]
+) -> tuple[Counter[str], list[float]]:
     """Faults until ``until``, each when all is well. Returns how often each came, and how long all took to be well again."""
     came, recoveries = Counter[str](), []
     deck: list[str] = []
@@ -225,10 +227,10 @@ def disturb(control: Control, until: float, chance: random.Random, looks: Callab
     return came, recoveries
 
 
-def changed(control: Control, before: Status) -> None:
+def changed(control: ControlClient, before: DeploymentStatus) -> None:
     """Wait until the fault has been answered: another epoch or another router."""
 
-    def lives(status: Status) -> tuple[Any, ...]:
+    def lives(status: DeploymentStatus) -> tuple[Any, ...]:
         return tuple((row.name, row.epoch) for model in status.models for row in model.rows), status.routers
 
     deadline = time.monotonic() + RECOVERY_S
@@ -240,7 +242,7 @@ def changed(control: Control, before: Status) -> None:
 # --- what is left
 
 
-def settle(status: Status) -> int:
+def settle(status: DeploymentStatus) -> int:
     """Rows and blocks that are still held when all clients are gone, in the end."""
     left = -1
     for _ in range(100):
@@ -265,7 +267,7 @@ def main() -> int:
             until = time.monotonic() + seconds
             load = Load(status, until)
 
-            def look(status: Status) -> None:
+            def look(status: DeploymentStatus) -> None:
                 growth.look(status)
                 traces.look(status)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from orchestrator.control.launch.subprocesses import tagged
 
 SHARED = "/dev/shm/"
@@ -21,7 +21,7 @@ class Traces:
         self._gangs: set[str] = set()
         self._segments: set[str] = set()
 
-    def look(self, status: Status) -> None:
+    def look(self, status: DeploymentStatus) -> None:
         rows = [row for model in status.models for row in model.rows]
         self._gangs |= {f"{status.name}/{row.name}/{row.epoch}" for row in rows}
         for pid in (status.pid, *status.routers.values(), *(pid for row in rows for _, _, pid in row.pids)):

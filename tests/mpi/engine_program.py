@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from tests.reference.engine import serve
 from workers.distributed.group import Waiter
-from workers.engines.portable import Follower, PortableEngine, build
+from workers.engines.portable import PortableEngine, PortableFollower, build
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import Submit
 from workers.protocol.specs import ReplicaSpec
@@ -57,7 +57,7 @@ def main() -> None:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
     cpu = time.process_time()
     begin = time.monotonic()
-    if isinstance(engine, Follower):
+    if isinstance(engine, PortableFollower):
         engine.run()
     else:
         requests = msgspec.convert(arguments["requests"], list[Submit])

@@ -19,7 +19,7 @@ from tests.reference.conformance import conform
 from tests.reference.shards import make_stage, whole_weights
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group
-from workers.distributed.mpi_group import Mpi
+from workers.distributed.mpi_group import MpiGroup
 from workers.layout.sharding import shard_of, whole_tensors
 from workers.protocol.specs import ModelSpec, Parallel
 
@@ -64,14 +64,14 @@ def patiently(comm: MPI.Intracomm) -> None:
 def layout(parallel: Parallel, comm: MPI.Intracomm, folder: Path, out: str) -> None:
     """``comm``: the layout's ranks, and nobody else."""
     rank = comm.Get_rank()
-    conform(Mpi(comm.Dup()))
-    conform(Mpi(comm.Dup(), deterministic=True))
+    conform(MpiGroup(comm.Dup()))
+    conform(MpiGroup(comm.Dup(), deterministic=True))
     tensor_comm = comm.Split(parallel.pp_rank(rank), rank)
-    pipeline = Mpi(comm.Split(parallel.tp_rank(rank), rank))
+    pipeline = MpiGroup(comm.Split(parallel.tp_rank(rank), rank))
     model, weights = open_artifact(folder).model, whole_weights(folder)
-    integer_products_are_exact(model, parallel, rank, Mpi(tensor_comm))
+    integer_products_are_exact(model, parallel, rank, MpiGroup(tensor_comm))
     for name, deterministic in (("ordered", True), ("plain", False)):
-        group = Mpi(tensor_comm.Dup(), deterministic=deterministic)
+        group = MpiGroup(tensor_comm.Dup(), deterministic=deterministic)
         stage = make_stage(model, weights, parallel, rank, tensor=group)
         logits, results = play(stage, tensor=group, pipeline=pipeline)
         if stage.shard.last:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from mpi4py import MPI
 
-from workers.engines.portable import Follower, build
+from workers.engines.portable import PortableFollower, build
 from workers.protocol.specs import ReplicaSpec
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     capacities = []
     for spec in msgspec.convert(arguments["specs"], list[ReplicaSpec]):
         engine = build(spec, MPI.COMM_WORLD)
-        if isinstance(engine, Follower):
+        if isinstance(engine, PortableFollower):
             engine.run()
         else:
             capacities.append(msgspec.to_builtins(engine.capacity))

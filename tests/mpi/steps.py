@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.reference.shards import make_runner
 from workers.distributed.group import Group
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.protocol.messages import SamplingParams
 from workers.scheduler.step_plan import OpenSlot, StepPlan, column, encode
 
@@ -67,7 +67,7 @@ def plans() -> list[StepPlan]:
     return found
 
 
-def play(stage: LlamaStage, *, tensor: Group, pipeline: Group) -> tuple[list[torch.Tensor], list[bytes]]:
+def play(stage: DecoderStage, *, tensor: Group, pipeline: Group) -> tuple[list[torch.Tensor], list[bytes]]:
     """(this rank's logits of every step, encoded results); empty but on the last stage."""
     logits: list[torch.Tensor] = []
     if stage.shard.last:

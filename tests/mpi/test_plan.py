@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from orchestrator.planner.cost_model import Workload
-from orchestrator.planner.devices import Host
+from orchestrator.planner.devices import HostModel
 from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.planner import LayoutPlan, Subject, plan
-from orchestrator.planner.seating import Cluster
+from orchestrator.planner.seating import PlannedCluster
 from tests.mpi.world import run
 from tests.reference.default_model import NAME, artifact
 from tests.support import figures
@@ -39,7 +39,7 @@ def foretold(model: ModelSpec, folder: Path, engine: EngineSpec, parallel: Paral
     """(plan, weights of each rank) on this host as it is now."""
     quant = quant_for(open_artifact(folder), engine.quant)
     subject = Subject(name="m", model=model, quant=quant, engine=engine, gangs=(("r", parallel),))
-    cluster = Cluster(device=Host(memory=psutil.virtual_memory().available, cores=2), nodes=1, slots=2)
+    cluster = PlannedCluster(device=HostModel(memory=psutil.virtual_memory().available, cores=2), nodes=1, slots=2)
     (found,) = plan([subject], cluster, LOAD)
     assert found.refusal is None, found.refusal
     return found.own[0], [weight_bytes(model, parallel, rank, engine, quant) for rank in range(parallel.world)]

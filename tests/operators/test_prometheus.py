@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.control.host.control_socket import Status
+from orchestrator.control.host.control_socket import DeploymentStatus
 from tests.operators.prometheus import ROOT, SHIPPED, Prometheus, free_ports, scraping, tool
 from tests.support.deployment import MODEL, deployed, write_config
 from tests.support.gang import short_folder, wait_for
@@ -84,7 +84,7 @@ def panels() -> list[tuple[str, str]]:
     return found
 
 
-def kill_a_rank(status: Status) -> None:
+def kill_a_rank(status: DeploymentStatus) -> None:
     row = next(row for model in status.models for row in model.rows if row.name == "left")
     os.kill(next(pid for rank, _, pid in row.pids if rank == 1), signal.SIGKILL)
 

@@ -20,7 +20,7 @@ from workers.protocol.errors import Rejected
 from workers.protocol.messages import Failed, GuideSpec, SamplingParams, Submit, decode_to_replica, encode
 from workers.protocol.specs import EngineSpec, ReplicaSpec
 from workers.sampling.grammar_checker import compiler
-from workers.serving.stream_table import MAX_NAME, Send, Sessions
+from workers.serving.stream_table import MAX_NAME, SendToRouter, StreamTable
 
 VOCAB = 321
 LIMITS = EngineSpec(kv_tokens=4096, max_batch_size=8, max_num_tokens=64, max_seq_len=256, fake_step_ms=0.0)
@@ -128,8 +128,8 @@ def serve_once(engine: Engine) -> list[int]:
 
 
 def test_a_name_too_long_for_hello_is_refused() -> None:
-    sessions = Sessions(boot="b", model="m")
+    sessions = StreamTable(boot="b", model="m")
     (refusal,) = sessions.submit(msgspec.structs.replace(GOOD, request="x" * MAX_NAME), 0.0)
-    assert isinstance(refusal, Send) and isinstance(refusal.message, Failed) and refusal.message.code == "invalid_request"
+    assert isinstance(refusal, SendToRouter) and isinstance(refusal.message, Failed) and refusal.message.code == "invalid_request"
     assert sessions.live() == []
     sessions.check()

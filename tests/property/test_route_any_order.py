@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.core.replica_registry import Fleet
-from orchestrator.router.core.request_state import Deliver, Errored, Finished, Send
-from orchestrator.router.core.router_core import Route
-from orchestrator.router.interfaces import Ask
+from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.request_state import DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.interfaces import RouterRequest
 from workers.protocol.errors import Overloaded
 from workers.protocol.messages import (
     UNLIMITED,
@@ -140,12 +140,12 @@ class Routing(RuleBasedStateMachine):
         self.now = 100.0
         admission = AdmissionSpec(max_queue=8, queue_timeout_s=1e6, request_timeout_s=1e7, replica_limit=10_000)
         greeting = Peers(boot="router", router="router")
-        self.route = Route(greeting, {"m": "m"}, admission, Fleet(replica_timeout_s=50.0, hang_floor_s=60.0), accept_s=30.0)
+        self.route = RouterCore(greeting, {"m": "m"}, admission, ReplicaRegistry(replica_timeout_s=50.0, hang_floor_s=60.0), accept_s=30.0)
         self.epoch = 1
         self.leaders = {f"r{i}": Leader(f"r{i}", 1) for i in range(count)}
-        self.asks: dict[int, Ask] = {}
+        self.asks: dict[int, RouterRequest] = {}
         self.got: dict[tuple[int, int], list[int]] = {}
-        self.ends: dict[tuple[int, int], Finished | Errored] = {}
+        self.ends: dict[tuple[int, int], FinishChoice | FailChoice] = {}
         self.left: set[tuple[int, int]] = set()
         self.serial = 0
         self.turn()
@@ -153,7 +153,7 @@ class Routing(RuleBasedStateMachine):
     def act(self) -> None:
         """Carry out the core's actions, checking every delivery."""
         for action in self.route.take():
-            if isinstance(action, Send):
+            if isinstance(action, SendMessage):
                 leader = next((leader for leader in self.leaders.values() if leader.peer == action.peer), None)
                 if leader is None:
                     self.route.unreachable(action.peer, self.now)
@@ -162,7 +162,7 @@ class Routing(RuleBasedStateMachine):
                 elif not isinstance(action.message, Peers):
                     leader.inbox.append(action.message)
                 continue
-            if isinstance(action, Deliver):
+            if isinstance(action, DeliverTokens):
                 for request, choice, first, tokens, _ in action.rows:
                     self.expect_more(request, choice)
                     ask, got = self.asks[request], self.got[request, choice]
@@ -185,7 +185,7 @@ class Routing(RuleBasedStateMachine):
         self.serial += 1
         seed = self.serial * 10
         emitted = [stream_of(seed + choice, prompt, min(held, count)) for choice in range(n)] if held else []
-        ask = Ask(
+        ask = RouterRequest(
             client="c", request=f"q{self.serial}", model="m", prompt_ids=prompt, params=SamplingParams(seed=seed, max_tokens=count), n=n,
             credit=1 if bounded else UNLIMITED, emitted=emitted, attempt=int(held > 0),
         )  # fmt: skip
@@ -326,7 +326,7 @@ class Routing(RuleBasedStateMachine):
             assert (key in self.ends) != (key in self.left), f"{key}: exactly one end"
             end = self.ends.get(key)
             if end is not None:
-                assert isinstance(end, Finished), f"{key}: {end}"
+                assert isinstance(end, FinishChoice), f"{key}: {end}"
                 assert len(got) == self.asks[key[0]].params.max_tokens == end.usage.output_tokens
         assert all(replica.streams == {} for replica in self.route.fleet.replicas.values())
         self.route.check()

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import TooLong
 from workers.protocol.messages import Accepted, Attach, Cancel, Credit, Done, Failed, SamplingParams, Submit, Tokens, Usage
-from workers.serving.stream_table import Action, Grant, Send, Sessions, Start, Stop
+from workers.serving.stream_table import Action, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
 ROUTES = ("a", "b", "c")
 NAMES = ("x", "y", "z")
@@ -35,7 +35,7 @@ class Reader:
 class SessionsMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.sessions = Sessions(boot="me", model="m", orphan_s=2.0, limit=4)
+        self.sessions = StreamTable(boot="me", model="m", orphan_s=2.0, limit=4)
         self.now = 0.0
         self.engine: dict[int, tuple[str, int]] = {}  # id -> request, next position
         self.readers: dict[Key, Reader] = {}
@@ -44,18 +44,18 @@ class SessionsMachine(RuleBasedStateMachine):
     def act(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Start(id=id, request=request):
+                case StartSequence(id=id, request=request):
                     assert id not in self.engine
                     if request.prompt_ids[0] == 666:
                         self.act(self.sessions.refused(id, TooLong("no")))
                     else:
                         self.engine[id] = (request.request, len(request.emitted))
                         self.act(self.sessions.started(id))
-                case Stop(id=id):
+                case StopSequence(id=id):
                     del self.engine[id]
-                case Grant(id=id, tokens=tokens):
+                case GrantCredit(id=id, tokens=tokens):
                     assert id in self.engine and tokens > 0
-                case Send(route=route, message=message):
+                case SendToRouter(route=route, message=message):
                     self.read(route, message)
 
     def read(self, route: str, message: Accepted | Tokens | Done | Failed) -> None:
@@ -118,7 +118,7 @@ class SessionsMachine(RuleBasedStateMachine):
             if end is not None:
                 del self.engine[id]
         actions = self.sessions.emitted([*emissions, Emission(10**9, 0, [1])])
-        routes = [action.route for action in actions if isinstance(action, Send) and isinstance(action.message, Tokens)]
+        routes = [action.route for action in actions if isinstance(action, SendToRouter) and isinstance(action.message, Tokens)]
         assert len(routes) == len(set(routes)), "one Tokens message a step and route"
         self.act(actions)
 

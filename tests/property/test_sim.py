@@ -12,14 +12,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from orchestrator.router.core.replica_registry import Fleet
-from orchestrator.router.core.request_state import Row
+from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.request_state import ChoiceState
 from orchestrator.sim.__main__ import main, run_jobs, run_series
 from orchestrator.sim.schedule import Schedule, draw
 from orchestrator.sim.shrink import judge, shrink
 from orchestrator.sim.world import Outcome
 from workers.scheduler.block_pool import BlockPool
-from workers.serving.stream_table import Sessions
+from workers.serving.stream_table import StreamTable
 
 INCIDENTS = sorted((Path(__file__).parent / "incidents").glob("*.json"))
 SCHEDULES = 500
@@ -49,11 +49,11 @@ def test_a_schedule_runs_equally_every_time() -> None:
     assert again == schedule and judge(again) == judge(schedule)
 
 
-def _keep_orphans(self: Sessions, route: str, now: float) -> None:
+def _keep_orphans(self: StreamTable, route: str, now: float) -> None:
     """Rows of a lost router run on for nobody."""
 
 
-def _believe_the_dead(self: Fleet, replica: Any, reason: str, now: float) -> bool:
+def _believe_the_dead(self: ReplicaRegistry, replica: Any, reason: str, now: float) -> bool:
     """Rows of a lost replica wait for it."""
     return False
 
@@ -63,10 +63,10 @@ def _credit_twice(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MISTAKES: dict[str, tuple[type, str, Any]] = {
-    "orphans are kept": (Sessions, "lost", _keep_orphans),
-    "a lost replica is waited for": (Fleet, "lose", _believe_the_dead),
-    "credit counts twice": (Sessions, "credit", _credit_twice(Sessions.credit)),
-    "a row that moves gets all its credit again": (Row, "credit", property(lambda self: self.granted)),
+    "orphans are kept": (StreamTable, "lost", _keep_orphans),
+    "a lost replica is waited for": (ReplicaRegistry, "lose", _believe_the_dead),
+    "credit counts twice": (StreamTable, "credit", _credit_twice(StreamTable.credit)),
+    "a row that moves gets all its credit again": (ChoiceState, "credit", property(lambda self: self.granted)),
     "blocks are not given back": (BlockPool, "release", lambda self, blocks: None),
 }
 
@@ -86,7 +86,7 @@ def test_a_failure_is_printed_as_what_replay_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Sessions, "lost", _keep_orphans)
+        patch.setattr(StreamTable, "lost", _keep_orphans)
         seed = next(seed for seed in range(400) if run_series(range(seed, seed + 1)).failures)
         assert main(["--schedules", "1", "--seed", str(seed), "--jobs", "1"]) == 1
         told = capsys.readouterr().out.splitlines()

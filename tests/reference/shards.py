@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from workers.distributed.group import Group, Solo
 from workers.kernels import Kernels
 from workers.layout.sharding import shard_of, shard_tensors, whole_tensors
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.protocol.specs import ModelSpec, Parallel
-from workers.runner.cpu_runner import Runner
+from workers.runner.cpu_runner import CpuRunner
 from workers.runner.kv_cache import KvCache
 
 CPU = torch.device("cpu")
@@ -41,10 +41,10 @@ def make_stage(
     fixed: bool = False,
     device: torch.device = CPU,
     kernels: Kernels[Any] | None = None,
-) -> LlamaStage:
+) -> DecoderStage:
     parallel = parallel or Parallel()
     shard = shard_of(model, parallel, rank)
-    stage = LlamaStage(model, parallel, shard, tensor or Solo(), dtype=dtype, device=device, positions=positions, kernels=kernels)
+    stage = DecoderStage(model, parallel, shard, tensor or Solo(), dtype=dtype, device=device, positions=positions, kernels=kernels)
     parameters = stage.parameters()
     for wanted in shard_tensors(model, parallel, rank):
         pieces = [weights[p.tensor.name].narrow(p.tensor.axis, p.span.start, p.span.size) for p in wanted.pieces]
@@ -58,7 +58,7 @@ def make_stage(
 
 
 def make_runner(
-    stage: LlamaStage,
+    stage: DecoderStage,
     *,
     tensor: Group | None = None,
     pipeline: Group | None = None,
@@ -68,9 +68,9 @@ def make_runner(
     max_seq_len: int = 512,
     eos_ids: tuple[int, ...] = (),
     fixed: bool = False,
-) -> Runner:
+) -> CpuRunner:
     cache = KvCache(stage.model, stage.shard, blocks=blocks, block_size=block_size, dtype=stage.dtype, device=stage.device)
-    return Runner(
+    return CpuRunner(
         stage,
         cache,
         pipeline=pipeline or Solo(),

@@ -16,7 +16,7 @@ from workers.engines.fake import FakeModel, advance, expected_tokens
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.messages import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
 from workers.sampling.guide import GuideFactory
-from workers.scheduler.scheduler import Batch
+from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import GUESS, StepPlan, decode_plan, decode_result, encode, view
 
 EOS = (258, 256)
@@ -90,7 +90,7 @@ class Rig:
 
     def restart(self) -> None:
         """Lose the replica: a fresh batch and model; live streams are submitted again with what they have."""
-        self.batch = Batch(self.limits, guides=self.guides, micro_batches=self.limits.pp, ahead=self.ahead, eos_ids=EOS)
+        self.batch = Scheduler(self.limits, guides=self.guides, micro_batches=self.limits.pp, ahead=self.ahead, eos_ids=EOS)
         self.model = AuditModel(self.limits)
         self.flights: deque[StepPlan] = deque()
         for id, stream in self.streams.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.control.host.control_socket import Control, Status
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 from orchestrator.control.host.deployment import connect
 from tests.support.tiny_models import tiny_tokenizer
 
@@ -51,7 +51,7 @@ def write_config(folder: Path, *, deployment: dict[str, object] | None = None, *
     return file
 
 
-def wait_for_state(control: Control, state: str, bound_s: float, host: subprocess.Popen[bytes] | None = None) -> Status:
+def wait_for_state(control: ControlClient, state: str, bound_s: float, host: subprocess.Popen[bytes] | None = None) -> DeploymentStatus:
     """The first status with ``state``; fails after ``bound_s``, or when ``host`` ends."""
     deadline = time.monotonic() + bound_s
     last = "no answer"
@@ -78,7 +78,7 @@ def deployed(
     settings: Mapping[str, str] | None = None,
     path: Sequence[Path] = (),
     ready_s: float = 120.0,
-) -> Iterator[tuple[Control, Status]]:
+) -> Iterator[tuple[ControlClient, DeploymentStatus]]:
     """``trireme up file`` until READY; SIGTERM at the end must exit 0. ``module``: what stands for the command.
 
     ``folder``: holds the log and the run folder, the file's own where not given. ``settings``: of the environment, without TRIREME_.

@@ -24,7 +24,7 @@ import zmq
 from workers.protocol import messages
 from workers.protocol.messages import Accepted, Done, Failed, Heartbeat, Hello, Peers, SamplingParams, Submit, Tokens
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec, RouterAddress
-from workers.serving.state_file import State, read_state
+from workers.serving.state_file import ReplicaState, read_state
 
 BOUND_S = 120.0
 FAKE = EngineSpec(kind="fake")
@@ -136,7 +136,7 @@ class Gang:
         return (self.run_dir / "terminal").read_text()
 
     @property
-    def state(self) -> State:
+    def state(self) -> ReplicaState:
         state = read_state(str(self.run_dir))
         assert state is not None
         return state
@@ -144,7 +144,7 @@ class Gang:
     def pid(self, rank: int) -> int:
         return self.state.pids[rank][2]
 
-    def wait_phase(self, *phases: str) -> State:
+    def wait_phase(self, *phases: str) -> ReplicaState:
         wait_for(lambda: (state := read_state(str(self.run_dir))) and state.phase in phases, what=f"phase {phases}")
         return self.state
 

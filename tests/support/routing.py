@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
-from orchestrator.router.process import State
+from orchestrator.router.process import RouterStateFile
 from tests.support.gang import MPIEXEC, processes_of, wait_for
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
@@ -62,13 +62,13 @@ class RouterRun:
             print(f"--- {self.spec.name}\n{self.log.read_text()}")
 
     @property
-    def state(self) -> State | None:
+    def state(self) -> RouterStateFile | None:
         try:
-            return msgspec.json.decode(self.state_file.read_bytes(), type=State)
+            return msgspec.json.decode(self.state_file.read_bytes(), type=RouterStateFile)
         except FileNotFoundError:
             return None
 
-    def wait_serving(self) -> State:
+    def wait_serving(self) -> RouterStateFile:
         def serving() -> bool:
             assert self.process.poll() is None, self.log.read_text()
             state = self.state

@@ -18,10 +18,10 @@ import uvloop
 
 from orchestrator.auth.api_keys import ApiKeys, Salting
 from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
-from orchestrator.router.frontend.detokenizer import Texts, load_texts
+from orchestrator.router.frontend.detokenizer import TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.interfaces import Ask, ModelStatus, Watcher
+from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
@@ -41,11 +41,11 @@ class Play(msgspec.Struct, frozen=True, kw_only=True):
     burst: int = 1
 
 
-Script = Callable[[Ask, int], Play]
+Script = Callable[[RouterRequest, int], Play]
 
 
 class ScriptedTicket:
-    def __init__(self, dispatcher: ScriptedDispatcher, ask: Ask, watcher: Watcher, meter: RequestMeter) -> None:
+    def __init__(self, dispatcher: ScriptedDispatcher, ask: RouterRequest, watcher: Watcher, meter: RequestMeter) -> None:
         self.ask, self.watcher, self.meter, self._dispatcher = ask, watcher, meter, dispatcher
         self.live = set(range(ask.n))
         self.allowed = ask.credit
@@ -117,14 +117,14 @@ class ScriptedDispatcher:
 
     def __init__(self) -> None:
         self.script: Script = lambda ask, choice: Play()
-        self.asks: list[Ask] = []
+        self.asks: list[RouterRequest] = []
         self.tickets: list[ScriptedTicket] = []
         self.finished: list[tuple[str, int]] = []
         self.cancelled, self.starved = threading.Event(), threading.Event()
         self.refusal: TriremeError | None = None
         self.is_ready = True
 
-    def submit(self, ask: Ask, watcher: Watcher, meter: RequestMeter) -> ScriptedTicket:
+    def submit(self, ask: RouterRequest, watcher: Watcher, meter: RequestMeter) -> ScriptedTicket:
         if self.refusal is not None:
             raise self.refusal
         ticket = ScriptedTicket(self, ask, watcher, meter)
@@ -155,7 +155,7 @@ class ScriptedDispatcher:
         self.__init__()  # type: ignore[misc]
 
 
-def tiny_texts(folder: Path) -> Texts:
+def tiny_texts(folder: Path) -> TextModels:
     tokenizer = tiny_tokenizer(folder)
     return load_texts([ModelCard(name="tiny", tokenizer=str(tokenizer), aliases=("tiny-alias",), created=1)])
 

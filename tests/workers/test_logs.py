@@ -20,7 +20,7 @@ from tests.orchestrator.router.test_tracing import Stage
 from workers.logs import JsonLines
 from workers.protocol.engine import Emission, Fault
 from workers.protocol.messages import Accepted, SamplingParams, Submit
-from workers.serving.stream_table import Sessions, Start
+from workers.serving.stream_table import StartSequence, StreamTable
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -112,12 +112,12 @@ def test_traceparent_of_a_body_counts_where_the_door_brought_none() -> None:
 
 
 def test_a_leader_can_tell_whose_row_failed() -> None:
-    sessions = Sessions(boot="b", model="m")
+    sessions = StreamTable(boot="b", model="m")
     submit = Submit(
         boot="r", stream=1, attempt=1, client="c", request="q/0", model="m", prompt_ids=[1], params=SamplingParams(), marks=("mine", "t"),
     )  # fmt: skip
     (start,) = sessions.submit(submit, 0.0)
-    assert isinstance(start, Start)
+    assert isinstance(start, StartSequence)
     fault = Fault("nan_logits", "not finite")
     sessions.emitted([Emission(start.id, 0, [], end=fault)])
     assert list(sessions.faults) == [("q/0", ("mine", "t"), fault)]

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 
 from workers.artifacts.hf import decode
-from workers.artifacts.safetensors_file import NAMES, FileRecord, TensorFile, hash_file
+from workers.artifacts.safetensors_file import NAMES, FileRecord, SafetensorsFile, hash_file
 from workers.artifacts.source import Block, cut
 from workers.layout.quant_parts import StoredTensor, stored_tensors
-from workers.layout.sharding import Span, Tensor, heads_of
+from workers.layout.sharding import ModelTensor, Span, heads_of
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
@@ -216,9 +216,9 @@ def verify_all(checkpoint: Checkpoint) -> None:
         verify(checkpoint.folder, checkpoint.manifest, name)
 
 
-def open_rank(checkpoint: Checkpoint, rank: int) -> TensorFile:
+def open_rank(checkpoint: Checkpoint, rank: int) -> SafetensorsFile:
     """A rank's file, every tensor of it checked by name, shape and format. Raises :class:`ArtifactError`."""
-    file = TensorFile(checkpoint.folder / rank_file(rank))
+    file = SafetensorsFile(checkpoint.folder / rank_file(rank))
     wanted = {each.tensor.name: each for each in checkpoint.stored(rank)}
     if different := sorted(wanted.keys() ^ file.entries.keys()):
         what = "lacks" if different[0] in wanted else "holds an unknown tensor"
@@ -237,7 +237,7 @@ class CheckpointSource:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._files: dict[int, TensorFile] = {}
+        self._files: dict[int, SafetensorsFile] = {}
         #: Whole tensor's name → where its parts lie: (global span, rank, stored name, local start).
         self._parts: dict[str, list[tuple[Span, int, str, int]]] = {}
         for rank in range(checkpoint.facts.parallel.world):
@@ -245,7 +245,7 @@ class CheckpointSource:
                 for piece, place in each.tensor.places():
                     self._parts.setdefault(piece.tensor.name, []).append((piece.span, rank, each.tensor.name, place.start))
 
-    def read(self, tensor: Tensor, span: Span) -> Block:
+    def read(self, tensor: ModelTensor, span: Span) -> Block:
         pieces, at, form = [], span.start, None
         # Copies (key/value heads, tied rows) overlap; in order of their starts, each part adds what the ones before it lacked.
         for part, rank, name, local in sorted(self._parts[tensor.name]):
@@ -262,7 +262,7 @@ class CheckpointSource:
         for file in self._files.values():
             file.release()
 
-    def _file(self, rank: int) -> TensorFile:
+    def _file(self, rank: int) -> SafetensorsFile:
         if rank not in self._files:
             self._files[rank] = open_rank(self._checkpoint, rank)
         return self._files[rank]

@@ -31,7 +31,7 @@ from workers.artifacts.checkpoint import (
 from workers.artifacts.gguf import GgufFile
 from workers.artifacts.gguf_tokenizer import read_vocabulary, tokenizer_files
 from workers.artifacts.hf import TOKENIZER_FILES
-from workers.artifacts.safetensors_file import FileRecord, TensorWriter, write_file
+from workers.artifacts.safetensors_file import FileRecord, SafetensorsWriter, write_file
 from workers.artifacts.source import Source, assemble
 from workers.layout.sharding import trtllm_refusal
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
@@ -124,7 +124,7 @@ def _write_ranks(source: Source, facts: Trireme, quant: Quant, folder: Path, tot
         wanted = stored(facts, quant, rank)
         name = rank_file(rank)
         announced = {each.tensor.name: (each.tensor.shape, each.format) for each in wanted}
-        with TensorWriter(folder / name, announced, {"format": "pt", "rank": str(rank)}) as writer:
+        with SafetensorsWriter(folder / name, announced, {"format": "pt", "rank": str(rank)}) as writer:
             for each in wanted:
                 values = assemble(source, each.tensor, each.format)
                 writer.write(each.tensor.name, values)

@@ -21,7 +21,7 @@ import numpy as np
 from workers.artifacts.number_formats import Array
 from workers.artifacts.safetensors_file import AGAIN, OTHER, regular
 from workers.artifacts.source import CHUNK, Block
-from workers.layout.sharding import EMBEDDING, FINAL_NORM, HEAD, Span, Tensor, whole_tensors
+from workers.layout.sharding import EMBEDDING, FINAL_NORM, HEAD, ModelTensor, Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import ModelSpec
 
@@ -266,7 +266,7 @@ class GgufSource:
         if extra := [name for name in file.tensors if name not in wanted]:
             raise ArtifactError(f"{file.path} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", OTHER)
 
-    def read(self, tensor: Tensor, span: Span) -> Block:
+    def read(self, tensor: ModelTensor, span: Span) -> Block:
         info = self._file.tensors[stored_name(tensor.name)]
         raw, unit = self._file.block_bytes(info), info.format.values
         if tensor.axis == 1 or len(info.shape) == 1:

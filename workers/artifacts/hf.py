@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from workers.artifacts.safetensors_file import AGAIN, NAMES, OTHER, TensorFile, regular
+from workers.artifacts.safetensors_file import AGAIN, NAMES, OTHER, SafetensorsFile, regular
 from workers.artifacts.source import Block, cut
-from workers.layout.sharding import HEAD, Span, Tensor, whole_tensors
+from workers.layout.sharding import HEAD, ModelTensor, Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec, RopeScaling
 
@@ -173,7 +173,7 @@ class HuggingFaceSource:
 
     def __init__(self, folder: Path, model: ModelSpec) -> None:
         """Raises :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
-        self._files = [TensorFile(path) for path in weight_files(folder)]
+        self._files = [SafetensorsFile(path) for path in weight_files(folder)]
         self._file_of = {name: file for file in self._files for name in file.entries}
         wanted = whole_tensors(model)
         for name, tensor in wanted.items():
@@ -188,7 +188,7 @@ class HuggingFaceSource:
         if extra:
             raise ArtifactError(f"{folder} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", OTHER)
 
-    def read(self, tensor: Tensor, span: Span) -> Block:
+    def read(self, tensor: ModelTensor, span: Span) -> Block:
         values, form = self._file_of[tensor.name].view(tensor.name)
         return Block(cut(values, tensor, span), form)
 
@@ -214,12 +214,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def stored_dtype(folder: Path) -> DType:
     """Number format of most weights. Raises :class:`ArtifactError` for quantized ones."""
-    file = TensorFile(weight_files(folder)[0])
+    file = SafetensorsFile(weight_files(folder)[0])
     name, _ = max(file.entries.items(), key=lambda item: item[1].data_offsets[1] - item[1].data_offsets[0])
     return _plain(file, name)
 
 
-def _plain(file: TensorFile, name: str) -> DType:
+def _plain(file: SafetensorsFile, name: str) -> DType:
     """Format of a tensor that is not quantized. Raises :class:`ArtifactError` for one that is."""
     entry, plain = file.entries[name], {NAMES[dtype]: dtype for dtype in DTYPE_BYTES}
     if entry.dtype not in plain:

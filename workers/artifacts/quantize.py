@@ -14,7 +14,7 @@ import numpy as np
 from workers.artifacts.number_formats import FP8_MAX, STORAGE, Array, cast, to_fp8
 from workers.artifacts.source import CHUNK, Block, Source
 from workers.layout.quant_parts import Part, cut_part, part_of, parts_of, whole_parts
-from workers.layout.sharding import Span, Tensor
+from workers.layout.sharding import ModelTensor, Span
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import ModelSpec, Quant, QuantName
 
@@ -33,7 +33,7 @@ class QuantizedSource:
         #: Parts made together with one that was read, until they are read themselves: the scales of one layer's tensor at most.
         self._made: dict[tuple[str, Span], Block] = {}
 
-    def read(self, tensor: Tensor, span: Span) -> Block:
+    def read(self, tensor: ModelTensor, span: Span) -> Block:
         """``span`` of a part or of an unquantized tensor. Raises :class:`ArtifactError` for weights that are not finite."""
         if tensor.name not in self._parts:
             return self._source.read(tensor, span)
@@ -47,7 +47,7 @@ class QuantizedSource:
     def release(self) -> None:
         self._source.release()
 
-    def _quantize(self, whole: Tensor, span: Span) -> dict[tuple[str, Span], Block]:
+    def _quantize(self, whole: ModelTensor, span: Span) -> dict[tuple[str, Span], Block]:
         """All parts of ``span`` of ``whole`` along its axis, by the names and spans that they are asked for."""
         # A row's scale is that of all its inputs, also where a rank has only some of them.
         full = self._group == 0 and whole.axis == 1
@@ -69,7 +69,7 @@ class QuantizedSource:
         }
 
 
-def _uncut(span: Span, whole: Tensor, part: Part) -> Span:
+def _uncut(span: Span, whole: ModelTensor, part: Part) -> Span:
     """The inverse of :func:`workers.layout.quant_parts.cut_part`."""
     return span.scaled(part.columns) if whole.axis == 1 else span
 

@@ -31,7 +31,7 @@ NAMES: dict[Format, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8"
 FORMATS: dict[str, Format] = {name: form for form, name in NAMES.items()}
 
 
-class Entry(msgspec.Struct, frozen=True):
+class TensorEntry(msgspec.Struct, frozen=True):
     """A tensor in a file: format name as in the header, shape, and byte offsets from the start of the data."""
 
     dtype: str
@@ -53,7 +53,7 @@ def regular(path: Path) -> Path:
     return path
 
 
-class TensorFile:
+class SafetensorsFile:
     """A safetensors file for reading. Arrays that it gives out are views of the mapping and live as long as it does."""
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class TensorFile:
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
+def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, TensorEntry], int]:
     prefix = file.read(8)
     if len(prefix) < 8:
         raise ArtifactError(f"{path} is truncated", f"{size} bytes are no safetensors file", AGAIN)
@@ -91,7 +91,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry
     try:
         raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(value, type=Entry) for name, value in raw.items()}
+        entries = {name: msgspec.json.decode(value, type=TensorEntry) for name, value in raw.items()}
     except msgspec.MsgspecError as error:
         raise ArtifactError(f"{path} is not a safetensors file", str(error), AGAIN) from error
     end = 0
@@ -108,7 +108,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry
     return entries, 8 + length
 
 
-class TensorWriter:
+class SafetensorsWriter:
     """Writes one safetensors file tensor by tensor, in the order announced, so that only one tensor is ever in memory."""
 
     def __init__(self, path: Path, tensors: dict[str, tuple[tuple[int, ...], Format]], metadata: dict[str, str]) -> None:
@@ -135,7 +135,7 @@ class TensorWriter:
         os.fsync(self._file.fileno())
         return FileRecord(sha256=self._hash.hexdigest(), bytes=self._bytes)
 
-    def __enter__(self) -> TensorWriter:
+    def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:

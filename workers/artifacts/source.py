@@ -11,7 +11,7 @@ import numpy as np
 
 from workers.artifacts.number_formats import STORAGE, Array, cast
 from workers.layout.quant_parts import Format
-from workers.layout.sharding import ShardTensor, Span, Tensor
+from workers.layout.sharding import ModelTensor, ShardTensor, Span
 
 #: Elements that are converted at a time: bounds the temporaries of a cast to a few MB.
 CHUNK = 1 << 20
@@ -27,7 +27,7 @@ class Block(NamedTuple):
 class Source(Protocol):
     """Weights of one unsharded model, wherever they lie."""
 
-    def read(self, tensor: Tensor, span: Span) -> Block:
+    def read(self, tensor: ModelTensor, span: Span) -> Block:
         """``span`` of ``tensor`` along the tensor's own axis. Raises :class:`~workers.protocol.errors.ArtifactError`."""
 
     def release(self) -> None:
@@ -55,6 +55,6 @@ def convert_into(target: Array, block: Block, form: Format) -> None:
         target[start : start + rows] = cast(block.values[start : start + rows], block.format, form)
 
 
-def cut(values: Array, tensor: Tensor, span: Span) -> Array:
+def cut(values: Array, tensor: ModelTensor, span: Span) -> Array:
     """View of ``span`` of a whole tensor along its axis."""
     return values[span.start : span.stop] if tensor.axis == 0 else values[:, span.start : span.stop]

@@ -19,7 +19,7 @@ from torch import Tensor
 from workers.distributed.one_shot_allreduce import Mapped, meet
 from workers.kernels.fused import empty_narrow, store_norm
 from workers.kernels.launch import early, enter
-from workers.kernels.linear import Narrow
+from workers.kernels.linear import Fp8Rows
 
 #: Most rows whose words carry their turn; and by the number of ranks, the largest sums, bytes, for which that is quicker than flags, where
 #: these were measured: `python -m bench.collectives`.
@@ -118,8 +118,9 @@ def _many(
     tl.store(turns + program, turn - 1)
 
 
-class SumNorm:
-    """:class:`workers.distributed.group.SumNorm` of bf16 rows of ``hidden`` values: any number of them between two ranks, few among more.
+class AllReduceNorm:
+    """:class:`workers.distributed.group.AllReduceNorm` of bf16 rows of ``hidden`` values: any number of them between two ranks, few among
+    more.
 
     ``word_bytes``: the largest sum whose words carry their turn, if not what was measured. Every rank must make the same calls in the same
     order, into one stream at a time; a captured call counts when it is replayed.
@@ -141,10 +142,10 @@ class SumNorm:
     def takes(self, branch: Tensor) -> bool:
         return branch.dtype == torch.bfloat16 and (self._any or len(branch) <= self._few)
 
-    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Narrow:
+    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Fp8Rows:
         rows = len(residual)
-        found: Tensor | Narrow = empty_narrow(rows, self._hidden, residual.device) if narrows else torch.empty_like(residual)
-        values, scales = (found.values, found.scales) if isinstance(found, Narrow) else (found, found)
+        found: Tensor | Fp8Rows = empty_narrow(rows, self._hidden, residual.device) if narrows else torch.empty_like(residual)
+        values, scales = (found.values, found.scales) if isinstance(found, Fp8Rows) else (found, found)
         if rows <= self._few:
             _few[(rows,)](
                 values, scales, residual, branch, weight, self._words.addresses, self._turns, self._hidden, eps,

@@ -21,7 +21,7 @@ from workers.protocol.errors import EngineFault
 from workers.protocol.specs import WaitPolicy
 
 if TYPE_CHECKING:
-    from workers.kernels.linear import Narrow
+    from workers.kernels.linear import Fp8Rows
 
 #: Longest that a peer may keep another waiting inside a step, seconds. The supervisor's watchdog is far quicker; this one is the last.
 STEP_BOUND_S = 300.0
@@ -65,12 +65,12 @@ class Waiter:
                 pause = min(pause * 1.25, _IDLE_SLEEP_S)
 
 
-class SumNorm(Protocol):
+class FusedSumNorm(Protocol):
     """A sum over ranks, its addition and the norm after it, as one operation for the branches that it takes."""
 
     def takes(self, branch: Tensor) -> bool: ...
 
-    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Narrow:
+    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Fp8Rows:
         """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns the norm, narrowed if it is to be."""
 
 
@@ -94,7 +94,7 @@ class Group(Protocol):
         """Sum over ranks, in ``x``'s own memory or beside it; ``x`` means nothing afterwards. Half-precision tensors are summed in fp32 and
         rounded once; only GPU transports of three ranks and more round after each addition."""
 
-    def sum_norm(self, hidden: int) -> SumNorm | None:
+    def sum_norm(self, hidden: int) -> FusedSumNorm | None:
         """For rows of ``hidden`` values; None where there is no such operation. All ranks call it together."""
 
     def all_gather(self, x: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from workers.distributed.allreduce_norm import SumNorm
+from workers.distributed.allreduce_norm import AllReduceNorm
 from workers.distributed.group import STEP_BOUND_S, is_half, ordered_sum
-from workers.distributed.one_shot_allreduce import OneShot
+from workers.distributed.one_shot_allreduce import OneShotAllReduce
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -33,7 +33,7 @@ _SUMMED = (torch.bfloat16, torch.float32)
 _TIMEOUT = timedelta(seconds=STEP_BOUND_S)
 
 
-class Nccl:
+class NcclGroup:
     """A group of ranks with a GPU each; every call is put into the current stream and returns at once.
 
     ``symmetric_bytes``: largest sums that go over memory which all members map; 0 where their GPUs have no direct way to each other.
@@ -45,9 +45,9 @@ class Nccl:
         self.deterministic = deterministic
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._shared: Tensor | None = None
-        self._one_shot: OneShot | None = None
+        self._one_shot: OneShotAllReduce | None = None
         if symmetric_bytes and self.size > 1 and not deterministic:
-            self._one_shot = OneShot(group, device, ONE_SHOT_BYTES.get(self.size, ONE_SHOT_MANY))
+            self._one_shot = OneShotAllReduce(group, device, ONE_SHOT_BYTES.get(self.size, ONE_SHOT_MANY))
             self._shared = symmetric.empty(symmetric_bytes, dtype=torch.uint8, device=device)
             symmetric.rendezvous(self._shared, group=group.group_name)
 
@@ -68,8 +68,8 @@ class Nccl:
         dist.all_reduce(x, group=self._group)
         return x
 
-    def sum_norm(self, hidden: int) -> SumNorm | None:
-        return None if self._one_shot is None or hidden % 2 else SumNorm(self._group, self._device, hidden)
+    def sum_norm(self, hidden: int) -> AllReduceNorm | None:
+        return None if self._one_shot is None or hidden % 2 else AllReduceNorm(self._group, self._device, hidden)
 
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
@@ -93,14 +93,14 @@ class Nccl:
         return x
 
 
-class World:
+class NcclWorld:
     """This rank's membership of NCCL, from :meth:`join` to :meth:`leave`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     @classmethod
-    def join(cls, comm: MPI.Intracomm, device: torch.device, *, one_host: bool) -> World:
+    def join(cls, comm: MPI.Intracomm, device: torch.device, *, one_host: bool) -> NcclWorld:
         """Meet the other ranks of ``comm`` at a store that rank 0 opens; its address goes round over MPI. ``one_host``: all are on this
         one; else this host's name must mean it to the others."""
         rank, size = comm.Get_rank(), comm.Get_size()
@@ -119,7 +119,7 @@ class World:
         dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=_TIMEOUT, device_id=device)
         return cls(device)
 
-    def group(self, every: Sequence[Sequence[int]], *, deterministic: bool = False, symmetric_bytes: int = 0) -> Nccl:
+    def group(self, every: Sequence[Sequence[int]], *, deterministic: bool = False, symmetric_bytes: int = 0) -> NcclGroup:
         """This rank's group among ``every`` group of world ranks; all ranks call it together, with the same ``every``."""
         mine: dist.ProcessGroup | None = None
         for ranks in every:
@@ -128,7 +128,7 @@ class World:
                 mine = made
         if mine is None:
             raise ValueError("this rank is in none of the groups")
-        return Nccl(mine, self._device, deterministic=deterministic, symmetric_bytes=symmetric_bytes)
+        return NcclGroup(mine, self._device, deterministic=deterministic, symmetric_bytes=symmetric_bytes)
 
     def leave(self) -> None:
         """After the graphs, before MPI's end."""

@@ -89,7 +89,7 @@ class Mapped:
         dist.barrier(group)  # nobody may write into what is still to be emptied
 
 
-class OneShot:
+class OneShotAllReduce:
     """Sums of at most ``limit`` bytes of fp32 or bf16. Every rank must make the same calls in the same order, into one stream at a time; a
     captured call counts when it is replayed."""
 

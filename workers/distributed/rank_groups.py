@@ -23,7 +23,7 @@ from workers.runner.device import choose_gpu
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from workers.distributed.nccl_group import World
+    from workers.distributed.nccl_group import NcclWorld
 
 #: Bytes of a rank's status report: 800 characters and their framing, however they are encoded.
 _REPORT = 4096
@@ -39,7 +39,7 @@ class Ranks(msgspec.Struct, frozen=True, kw_only=True):
     returns: Group
     host_ranks: int = 1
     device: torch.device = torch.device("cpu")
-    nccl: World | None = None
+    nccl: NcclWorld | None = None
 
 
 class _Report(msgspec.Struct, frozen=True, array_like=True):
@@ -65,19 +65,19 @@ def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> Ranks:
         return Ranks(world=Solo(), tensor=Solo(), pipeline=Solo(), returns=Solo(), device=device)
     from mpi4py import MPI
 
-    from workers.distributed.mpi_group import Mpi
+    from workers.distributed.mpi_group import MpiGroup
 
     rank, wait = comm.Get_rank(), spec.engine.wait
     # A transport's own sum may depend on the message's size, hence on batch mates.
     ordered = spec.engine.deterministic or spec.engine.fixed_shape
     host = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    world = Mpi(comm.Dup(), wait=wait)
+    world = MpiGroup(comm.Dup(), wait=wait)
     if spec.engine.device == "cuda":
         return _split_gpus(spec, comm, world, host, ordered)
-    pipeline = Mpi(comm.Split(parallel.tp_rank(rank), rank), wait=wait)
+    pipeline = MpiGroup(comm.Split(parallel.tp_rank(rank), rank), wait=wait)
     return Ranks(
         world=world,
-        tensor=Mpi(comm.Split(parallel.pp_rank(rank), rank), deterministic=ordered, wait=wait),
+        tensor=MpiGroup(comm.Split(parallel.pp_rank(rank), rank), deterministic=ordered, wait=wait),
         pipeline=pipeline,
         returns=pipeline,
         host_ranks=host.Get_size(),
@@ -85,7 +85,7 @@ def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> Ranks:
 
 
 def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.Comm, ordered: bool) -> Ranks:
-    from workers.distributed.nccl_group import TWO_SHOT_BYTES, World
+    from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
 
     parallel, rank, place, count = spec.parallel, comm.Get_rank(), host.Get_rank(), host.Get_size()
     with all_or_none(world):
@@ -94,7 +94,7 @@ def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.
         direct = all(torch.cuda.can_device_access_peer(place, other) for other in range(count) if other != place)
     reach = int(world.all_gather(torch.tensor([direct and count == comm.Get_size()], dtype=torch.int64)).min())
     with all_or_none(world):
-        nccl = World.join(comm, device, one_host=count == comm.Get_size())
+        nccl = NcclWorld.join(comm, device, one_host=count == comm.Get_size())
         rows = [[stage * parallel.tp + tp for tp in range(parallel.tp)] for stage in range(parallel.pp)]
         columns = [[stage * parallel.tp + tp for stage in range(parallel.pp)] for tp in range(parallel.tp)]
         ranks = Ranks(

@@ -21,7 +21,7 @@ from workers.protocol.messages import Capacity, Logprobs, SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel, ResumeClass
 from workers.sampling.definition import allowed_ids, stop_set
 from workers.sampling.guide import Guide, GuideFactory
-from workers.scheduler.scheduler import Batch
+from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import F32, GUESS, OpenSlot, StepPlan, StepResult, column, view
 
 #: Ids that are chosen from without a guide: printable ASCII in a byte-level vocabulary.
@@ -222,7 +222,7 @@ class FakeEngine:
             dtype=spec.dtype,
             prefix_cache=spec.prefix_cache,
         )
-        self._batch = Batch(self._capacity, guides=guides, micro_batches=parallel.pp, eos_ids=eos_ids)
+        self._batch = Scheduler(self._capacity, guides=guides, micro_batches=parallel.pp, eos_ids=eos_ids)
         self._model = FakeModel(self._capacity, eos_ids)
         self._plans: deque[StepPlan] = deque()
         self._step_ms = 0.0

@@ -1,6 +1,6 @@
 """The portable engine: one leader that batches and answers, and followers that apply its plans.
 
-The leader (rank 0) owns the :class:`~workers.scheduler.scheduler.Batch` and is itself the first stage's first rank; a follower owns a
+The leader (rank 0) owns the :class:`~workers.scheduler.scheduler.Scheduler` and is itself the first stage's first rank; a follower owns a
 runner and nothing else. A step is plan → run → commit: the leader issues plans until as many are in flight as there are stages, then
 commits the oldest. On GPUs one plan more is in flight, so that the device never waits for the host. Must never let a follower decide, nor
 send anything but plans and results between them.
@@ -22,22 +22,22 @@ from workers.protocol.errors import EngineFault
 from workers.protocol.messages import Capacity, Submit
 from workers.protocol.specs import EngineSpec, ReplicaSpec, ResumeClass
 from workers.runner.bring_up import bring_up
-from workers.runner.step_results import Answer, PlanRunner
-from workers.runner.step_time import Pace
+from workers.runner.step_results import PendingResult, PlanRunner
+from workers.runner.step_time import StepTimeModel
 from workers.sampling.grammar_checker import compiler
-from workers.scheduler.scheduler import Batch
+from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import StepPlan, StepResult, decode_plan, decode_result, encode
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from workers.distributed.mpi_group import Mailbox
+    from workers.distributed.mpi_group import MpiMailbox
 
 #: Bound of closing, seconds.
 CLOSE_S = 5.0
 
 
-class Crew(Protocol):
+class RankExecutor(Protocol):
     """How the leader reaches the other ranks."""
 
     def tell(self, plan: StepPlan) -> None:
@@ -50,10 +50,10 @@ class Crew(Protocol):
         """Send the last plan, and see it leave within ``CLOSE_S``."""
 
 
-class MpiCrew:
+class MpiExecutor:
     """Plans and results over two communicators of their own, so that neither waits behind tensors."""
 
-    def __init__(self, plans: Mailbox, results: Mailbox, *, world: int, tp: int) -> None:
+    def __init__(self, plans: MpiMailbox, results: MpiMailbox, *, world: int, tp: int) -> None:
         self._plans, self._results = plans, results
         self._others = range(1, world)
         self._source = world - tp
@@ -76,7 +76,7 @@ class _Out(msgspec.Struct, gc=False):
 
     tokens: int
     rows: int
-    answer: Answer | None
+    answer: PendingResult | None
 
 
 class PortableEngine:
@@ -88,18 +88,18 @@ class PortableEngine:
 
     def __init__(
         self,
-        batch: Batch,
+        batch: Scheduler,
         runner: PlanRunner,
         capacity: Capacity,
         *,
         close: Callable[[], None],
-        crew: Crew | None = None,
+        crew: RankExecutor | None = None,
         resume: ResumeClass = "margin",
     ) -> None:
         self._batch, self._runner, self._capacity, self._crew, self._resume = batch, runner, capacity, crew, resume
         self._close = close
         self._out: deque[_Out] = deque()
-        self._pace = Pace()
+        self._pace = StepTimeModel()
         self._committed = 0.0
         self._closed = False
 
@@ -166,15 +166,15 @@ class PortableEngine:
         self._close()
 
 
-class Follower:
+class PortableFollower:
     """Any rank but the leader's: applies plans until one says stop, and answers them if ``results`` go to the leader from here."""
 
     def __init__(
-        self, runner: PlanRunner, plans: Mailbox, results: Mailbox, *, answers: bool, waiter: Waiter, close: Callable[[], None]
+        self, runner: PlanRunner, plans: MpiMailbox, results: MpiMailbox, *, answers: bool, waiter: Waiter, close: Callable[[], None]
     ) -> None:
         self._runner, self._plans, self._results, self._answers = runner, plans, results, answers
         self._waiter, self._close = waiter, close
-        self._out: deque[Answer] = deque()
+        self._out: deque[PendingResult] = deque()
 
     def run(self) -> None:
         """Returns after a plan with ``stop``. An idle follower waits without a bound: the end of its world is the end of its process."""
@@ -204,7 +204,7 @@ def _resume_class(engine: EngineSpec) -> ResumeClass:
     return "bitwise" if engine.fixed_shape and engine.threads == 1 else "margin"
 
 
-def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Follower:
+def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | PortableFollower:
     """Bring up this rank of ``spec``: the engine on rank 0, a follower elsewhere. ``comm`` None = a world of one.
 
     Raises ArtifactError, ConfigError or EnvironmentFault, on every rank the same.
@@ -213,19 +213,19 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Fol
     built = bring_up(spec, ranks)
     world, tp = spec.parallel.world, spec.parallel.tp
     if comm is not None:
-        from workers.distributed.mpi_group import Mailbox
+        from workers.distributed.mpi_group import MpiMailbox
 
-        plans, results = Mailbox(comm.Dup(), spec.engine.wait), Mailbox(comm.Dup(), spec.engine.wait)
+        plans, results = MpiMailbox(comm.Dup(), spec.engine.wait), MpiMailbox(comm.Dup(), spec.engine.wait)
         if comm.Get_rank() > 0:
             answers = comm.Get_rank() == world - tp
-            return Follower(built.runner, plans, results, answers=answers, waiter=Waiter(spec.engine.wait), close=built.close)
-        crew: Crew | None = MpiCrew(plans, results, world=world, tp=tp)
+            return PortableFollower(built.runner, plans, results, answers=answers, waiter=Waiter(spec.engine.wait), close=built.close)
+        crew: RankExecutor | None = MpiExecutor(plans, results, world=world, tp=tp)
     else:
         crew = None
     artifact, folder = built.artifact, built.artifact.tokenizer_dir
     guides = None if folder is None else compiler(folder / "tokenizer.json", artifact.model.vocab_size, artifact.eos_ids)
     capacity = msgspec.structs.replace(built.capacity, guided=guides is not None)
-    batch = Batch(
+    batch = Scheduler(
         capacity,
         guides=guides,
         micro_batches=spec.parallel.pp,

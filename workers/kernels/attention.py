@@ -21,7 +21,7 @@ _LOG2E = 1.4426950408889634
 _MERGE_VALUES = 8192
 
 
-class Tuning(NamedTuple):
+class AttentionTuning(NamedTuple):
     """How a kernel is compiled: ``keys`` a turn of its loop, ``warps`` a program, ``stages`` of loads in flight, ``registers`` a thread at
     most (None = as many as it likes)."""
 
@@ -36,19 +36,19 @@ class Tuning(NamedTuple):
         return {"KEYS": self.keys, "STAGES": self.stages, "num_warps": self.warps, **limit}
 
 
-def decode_tuning(cache: Tensor) -> Tuning:
+def decode_tuning(cache: Tensor) -> AttentionTuning:
     """Loads bound decodes: small programs, four or five a multiprocessor, keep the most bytes in flight (the best of 19 measured)."""
     if cache.element_size() * cache.shape[3] > 256:
-        return Tuning(32, 4, 2)
-    return Tuning(64, 2, 5 if cache.element_size() == 1 else 3)
+        return AttentionTuning(32, 4, 2)
+    return AttentionTuning(64, 2, 5 if cache.element_size() == 1 else 3)
 
 
-def tile_tuning(cache: Tensor) -> Tuning:
+def tile_tuning(cache: Tensor) -> AttentionTuning:
     """Products bound tiles: with 128 registers a thread two programs share a multiprocessor, and one multiplies while the other takes
     exponentials (measured: a quarter faster than one program with what registers it likes)."""
     if cache.element_size() * cache.shape[3] > 256:
-        return Tuning(32, 8, 2)
-    return Tuning(64, 8, 3, 128)
+        return AttentionTuning(32, 8, 2)
+    return AttentionTuning(64, 8, 3, 128)
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def _product_kind(query: Tensor, cache: Tensor) -> tl.dtype:
 
 
 def paged_attention(
-    query: Tensor, cache: Tensor, layout: DeviceLayout, *, decode: Tuning | None = None, tile: Tuning | None = None
+    query: Tensor, cache: Tensor, layout: DeviceLayout, *, decode: AttentionTuning | None = None, tile: AttentionTuning | None = None
 ) -> Tensor:
     """Causal softmax attention of ``query`` [T, heads, dim] (heads contiguous) over ``cache``; [T, heads * dim].
 

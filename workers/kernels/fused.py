@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import early, enter
-from workers.kernels.linear import FP8_MAX, Narrow
+from workers.kernels.linear import FP8_MAX, Fp8Rows
 from workers.kernels.step_layout import DeviceLayout
 
 #: Heads that one program of :func:`rope_store` turns.
@@ -107,16 +107,16 @@ def add_rms_norm(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: f
     return normed
 
 
-def add_rms_norm_narrow(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Narrow:
+def add_rms_norm_narrow(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
     """As :func:`add_rms_norm`, narrowed."""
     found = empty_narrow(residual.shape[0], residual.shape[1], residual.device)
     _norm(found.values, found.scales, residual, branch, weight, eps, narrows=True)
     return found
 
 
-def empty_narrow(rows: int, columns: int, device: torch.device) -> Narrow:
+def empty_narrow(rows: int, columns: int, device: torch.device) -> Fp8Rows:
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
-    return Narrow(values, torch.empty(rows, 1, dtype=torch.float32, device=device))
+    return Fp8Rows(values, torch.empty(rows, 1, dtype=torch.float32, device=device))
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def _to_fp8(values, scales, x, columns, SPAN: tl.constexpr, EARLY: tl.constexpr)
     _store_narrow(values, scales, row, line, tl.load(x + line, mask=there, other=0.0).to(tl.float32), there)
 
 
-def to_fp8(x: Tensor) -> Narrow:
+def to_fp8(x: Tensor) -> Fp8Rows:
     """As :func:`workers.kernels.linear.to_fp8`."""
     rows, columns = x.shape
     found, span = empty_narrow(rows, columns, x.device), triton.next_power_of_2(columns)
@@ -160,7 +160,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def silu_mul_narrow(gate_up: Tensor) -> Narrow:
+def silu_mul_narrow(gate_up: Tensor) -> Fp8Rows:
     """As :func:`silu_mul`, narrowed: a row's scale needs the whole row in one program."""
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     found, span = empty_narrow(rows, columns, gate_up.device), triton.next_power_of_2(columns)

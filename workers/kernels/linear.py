@@ -17,14 +17,14 @@ from torch.nn import functional
 from workers.protocol.specs import QuantName
 
 
-class Narrow(NamedTuple):
+class Fp8Rows(NamedTuple):
     """Rows in FP8: ``values`` e4m3 [T, in], ``scales`` fp32 [T, 1]."""
 
     values: Tensor
     scales: Tensor
 
 
-#: Takes a Tensor; an FP8 product on a GPU also takes :class:`Narrow` rows, which nothing else is ever given.
+#: Takes a Tensor; an FP8 product on a GPU also takes :class:`Fp8Rows` rows, which nothing else is ever given.
 Product: TypeAlias = Callable[[Any], Tensor]
 #: Parts of a weight by their suffix (:func:`workers.layout.quant_parts.parts_of`).
 Parts: TypeAlias = Mapping[str, Tensor]
@@ -120,10 +120,10 @@ def dequantize(form: QuantName, parts: Parts) -> Tensor:
     return weight.float() * parts["per_channel_scale"][:, None]
 
 
-def to_fp8(x: Tensor) -> Narrow:
+def to_fp8(x: Tensor) -> Fp8Rows:
     """``x`` [T, in] narrowed: each row's largest magnitude becomes e4m3's."""
     scale = x.abs().amax(1, keepdim=True).float().div_(FP8_MAX).clamp_(min=1e-12)
-    return Narrow((x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
+    return Fp8Rows((x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
 
 
 def emulate_fp8(x: Tensor) -> Tensor:

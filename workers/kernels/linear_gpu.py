@@ -17,13 +17,13 @@ from torch.nn import functional
 from workers.kernels.fused import to_fp8
 from workers.kernels.gemv import one_row
 from workers.kernels.launch import bring, early, enter
-from workers.kernels.linear import Narrow, Parts, Product, in_tiles
+from workers.kernels.linear import Fp8Rows, Parts, Product, in_tiles
 from workers.layout.quant_parts import FP8_UNIT
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import QuantName
 
 
-class Tuning(NamedTuple):
+class GemmTuning(NamedTuple):
     """A program's tile: weight rows, inputs a turn of its loop, warps, stages of the pipeline."""
 
     outs: int
@@ -33,9 +33,9 @@ class Tuning(NamedTuple):
 
 
 #: By format, then by the rows of a program's tile.
-TUNED: dict[QuantName, dict[int, Tuning]] = {
-    "int8": {16: Tuning(32, 256, 4, 4), 32: Tuning(32, 256, 4, 4), 64: Tuning(64, 128, 4, 4), 128: Tuning(128, 64, 8, 4)},
-    "fp8": dict.fromkeys((16, 32, 64, 128), Tuning(64, 256, 4, 4)),
+TUNED: dict[QuantName, dict[int, GemmTuning]] = {
+    "int8": {16: GemmTuning(32, 256, 4, 4), 32: GemmTuning(32, 256, 4, 4), 64: GemmTuning(64, 128, 4, 4), 128: GemmTuning(128, 64, 8, 4)},
+    "fp8": dict.fromkeys((16, 32, 64, 128), GemmTuning(64, 256, 4, 4)),
 }
 #: Rows up to which Triton's product is the faster one, by format. Four-bit weights are made plain for any number of rows: a kernel that
 #: multiplied their integers took 1.3 to 2.8 times as long for one row as that takes for 128, and 3 to 6 times for 128.
@@ -75,8 +75,8 @@ class _Fp8:
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self._weight, self._scale, self._bias, self._dtype = weight, scale, bias, dtype
 
-    def __call__(self, x: Tensor | Narrow) -> Tensor:
-        values, scale = x if isinstance(x, Narrow) else to_fp8(x)
+    def __call__(self, x: Tensor | Fp8Rows) -> Tensor:
+        values, scale = x if isinstance(x, Fp8Rows) else to_fp8(x)
         if values.shape[0] <= FEW["fp8"]:
             return fp8_few(self._weight, self._scale, self._bias, values, scale, self._dtype)
         # Fast sums are the tensor core's own, of about 14 bits: an eighth faster, and far finer than what enters.
@@ -127,14 +127,14 @@ def _scaled(
     tl.store(out + row[None, :].to(tl.int64) * outs + lines[:, None], total.to(out.dtype.element_ty), mask=some_lines & some_rows)
 
 
-def int8_few(weight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor, tuning: Tuning | None = None) -> Tensor:
+def int8_few(weight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor, tuning: GemmTuning | None = None) -> Tensor:
     """``x`` [T, in] times int8 ``weight`` [out, in]; ``scale`` [out] fp32."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     return _launch_scaled(out, x, None, weight, scale, bias, tuning or _tuned("int8", x))
 
 
 def fp8_few(
-    weight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor, x_scale: Tensor, dtype: torch.dtype, tuning: Tuning | None = None
+    weight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor, x_scale: Tensor, dtype: torch.dtype, tuning: GemmTuning | None = None
 ) -> Tensor:
     """e4m3 ``x`` [T, in] with ``x_scale`` [T, 1] times e4m3 ``weight`` [out, in]; ``scale`` [out] fp32."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
@@ -142,7 +142,7 @@ def fp8_few(
 
 
 def _launch_scaled(
-    out: Tensor, x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None, tuning: Tuning
+    out: Tensor, x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None, tuning: GemmTuning
 ) -> Tensor:
     (rows, width), lines = x.shape, weight.shape[0]
     tile = _row_tile(rows)
@@ -160,7 +160,7 @@ def _row_tile(rows: int) -> int:
     return min(max(1 << (rows - 1).bit_length(), 16), 128)
 
 
-def _tuned(form: QuantName, x: Tensor) -> Tuning:
+def _tuned(form: QuantName, x: Tensor) -> GemmTuning:
     return TUNED[form][_row_tile(x.shape[0])]
 
 

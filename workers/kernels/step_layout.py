@@ -210,7 +210,7 @@ class Paging:
         return Paging(tables, torch.zeros(len(tables) * heads.kv, dtype=torch.int32, device=tables.device))
 
 
-class Places(NamedTuple):
+class SlotOffsets(NamedTuple):
     """Where a :class:`SlotState`'s parts begin in its ``words``, and how many there are. ``tables`` begin at 0."""
 
     tokens: int
@@ -219,11 +219,11 @@ class Places(NamedTuple):
     words: int
 
     @staticmethod
-    def of(slots: int, width: int) -> Places:
+    def of(slots: int, width: int) -> SlotOffsets:
         tokens = aligned(slots * width)
         seeds = tokens + aligned(slots + 1)
         temperatures = seeds + aligned(2 * (slots + 1))
-        return Places(tokens, seeds, temperatures, temperatures + aligned(slots + 1))
+        return SlotOffsets(tokens, seeds, temperatures, temperatures + aligned(slots + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,7 @@ class SlotState:
     @staticmethod
     def empty(slots: int, width: int, device: torch.device) -> SlotState:
         """Nobody's rows, greedy. ``width``: blocks of the longest row."""
-        at = Places.of(slots, width)
+        at = SlotOffsets.of(slots, width)
         words = torch.zeros(at.words, dtype=torch.int32, device=device)
         return SlotState(
             words,

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from workers.layout.sharding import Piece, ShardTensor, Span, Tensor, shard_tensors, whole_tensors
+from workers.layout.sharding import ModelTensor, ShardPiece, ShardTensor, Span, shard_tensors, whole_tensors
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
@@ -74,7 +74,7 @@ def quantized(name: str, shape: tuple[int, ...]) -> bool:
     return "layers." in name and len(shape) == 2
 
 
-def part_of(tensor: Tensor, part: Part) -> Tensor:
+def part_of(tensor: ModelTensor, part: Part) -> ModelTensor:
     """A part of the whole ``tensor``, as a whole tensor. Raises :class:`ConfigError` where groups do not fill its rows."""
     out_features, in_features = tensor.shape
     if part.columns and in_features % part.columns:
@@ -84,10 +84,10 @@ def part_of(tensor: Tensor, part: Part) -> Tensor:
             "choose a smaller group size, or int8",
         )
     name = f"{tensor.name.removesuffix('weight')}{part.suffix}"
-    return Tensor(name=name, shape=part.shape(out_features, in_features), axis=tensor.axis if part.columns else 0)
+    return ModelTensor(name=name, shape=part.shape(out_features, in_features), axis=tensor.axis if part.columns else 0)
 
 
-def whole_parts(model: ModelSpec, quant: Quant, dtype: DType) -> dict[str, tuple[Tensor, Part]]:
+def whole_parts(model: ModelSpec, quant: Quant, dtype: DType) -> dict[str, tuple[ModelTensor, Part]]:
     """Every part of the unsharded model's linear layers by its name: (its whole tensor, part); empty when nothing is quantized."""
     if quant.weights is None:
         return {}
@@ -95,7 +95,7 @@ def whole_parts(model: ModelSpec, quant: Quant, dtype: DType) -> dict[str, tuple
     return {part_of(tensor, part).name: (tensor, part) for tensor in linears for part in parts_of(quant, dtype)}
 
 
-def cut_part(span: Span, tensor: Tensor, part: Part) -> Span:
+def cut_part(span: Span, tensor: ModelTensor, part: Part) -> Span:
     """Where ``span`` of the whole ``tensor`` lies in its ``part``. Raises :class:`ConfigError` when it cuts a group in two."""
     if tensor.axis == 0:
         return span
@@ -128,7 +128,7 @@ def stored_tensors(
 
 
 def _stored_part(tensor: ShardTensor, part: Part) -> ShardTensor:
-    pieces = tuple(Piece(tensor=part_of(p.tensor, part), span=cut_part(p.span, p.tensor, part)) for p in tensor.pieces)
+    pieces = tuple(ShardPiece(tensor=part_of(p.tensor, part), span=cut_part(p.span, p.tensor, part)) for p in tensor.pieces)
     out_features, in_features = tensor.shape
     return ShardTensor(
         name=f"{tensor.name.removesuffix('weight')}{part.suffix}", shape=part.shape(out_features, in_features), pieces=pieces

@@ -59,7 +59,7 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     vocab_rows: int
 
 
-class Tensor(msgspec.Struct, frozen=True, kw_only=True):
+class ModelTensor(msgspec.Struct, frozen=True, kw_only=True):
     """A whole tensor of the unsharded model: Hugging Face name, shape (out, in), and the axis that ranks cut."""
 
     name: str
@@ -67,10 +67,10 @@ class Tensor(msgspec.Struct, frozen=True, kw_only=True):
     axis: int = 0
 
 
-class Piece(msgspec.Struct, frozen=True, kw_only=True):
+class ShardPiece(msgspec.Struct, frozen=True, kw_only=True):
     """``span`` of a whole tensor along its own axis."""
 
-    tensor: Tensor
+    tensor: ModelTensor
     span: Span
 
     @property
@@ -85,7 +85,7 @@ class ShardTensor(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShardPiece, ...]
 
     @property
     def elements(self) -> int:
@@ -94,7 +94,7 @@ class ShardTensor(msgspec.Struct, frozen=True, kw_only=True):
             count *= size
         return count
 
-    def places(self) -> Iterator[tuple[Piece, Span]]:
+    def places(self) -> Iterator[tuple[ShardPiece, Span]]:
         """Each piece with the range that it takes along its axis in the stored tensor."""
         start = 0
         for piece in self.pieces:
@@ -158,35 +158,35 @@ def shares_embedding(model: ModelSpec, parallel: Parallel) -> bool:
     return model.tied_embeddings and parallel.pp == 1
 
 
-def whole_tensors(model: ModelSpec) -> dict[str, Tensor]:
+def whole_tensors(model: ModelSpec) -> dict[str, ModelTensor]:
     """Every tensor of the unsharded model by its Hugging Face name, in the order of the forward pass."""
     vocab = (model.vocab_size, model.hidden_size)
-    found = [Tensor(name=EMBEDDING, shape=vocab)]
+    found = [ModelTensor(name=EMBEDDING, shape=vocab)]
     for layer in range(model.num_layers):
         found += _layer_tensors(model, f"model.layers.{layer}.")
-    found.append(Tensor(name=FINAL_NORM, shape=(model.hidden_size,)))
+    found.append(ModelTensor(name=FINAL_NORM, shape=(model.hidden_size,)))
     if not model.tied_embeddings:
-        found.append(Tensor(name=HEAD, shape=vocab))
+        found.append(ModelTensor(name=HEAD, shape=vocab))
     return {tensor.name: tensor for tensor in found}
 
 
-def _layer_tensors(model: ModelSpec, prefix: str) -> list[Tensor]:
+def _layer_tensors(model: ModelSpec, prefix: str) -> list[ModelTensor]:
     hidden, ffn = model.hidden_size, model.intermediate_size
     rows = {"q": model.num_heads * model.head_dim, "k": model.num_kv_heads * model.head_dim, "v": model.num_kv_heads * model.head_dim}
     attention = prefix + "self_attn."
-    found = [Tensor(name=prefix + "input_layernorm.weight", shape=(hidden,))]
-    found += [Tensor(name=f"{attention}{x}_proj.weight", shape=(rows[x], hidden)) for x in "qkv"]
+    found = [ModelTensor(name=prefix + "input_layernorm.weight", shape=(hidden,))]
+    found += [ModelTensor(name=f"{attention}{x}_proj.weight", shape=(rows[x], hidden)) for x in "qkv"]
     if model.qkv_bias:
-        found += [Tensor(name=f"{attention}{x}_proj.bias", shape=(rows[x],)) for x in "qkv"]
+        found += [ModelTensor(name=f"{attention}{x}_proj.bias", shape=(rows[x],)) for x in "qkv"]
     if model.qk_norm:
-        found += [Tensor(name=f"{attention}{x}_norm.weight", shape=(model.head_dim,)) for x in "qk"]
+        found += [ModelTensor(name=f"{attention}{x}_norm.weight", shape=(model.head_dim,)) for x in "qk"]
     return [
         *found,
-        Tensor(name=attention + "o_proj.weight", shape=(hidden, rows["q"]), axis=1),
-        Tensor(name=prefix + "post_attention_layernorm.weight", shape=(hidden,)),
-        Tensor(name=prefix + "mlp.gate_proj.weight", shape=(ffn, hidden)),
-        Tensor(name=prefix + "mlp.up_proj.weight", shape=(ffn, hidden)),
-        Tensor(name=prefix + "mlp.down_proj.weight", shape=(hidden, ffn), axis=1),
+        ModelTensor(name=attention + "o_proj.weight", shape=(hidden, rows["q"]), axis=1),
+        ModelTensor(name=prefix + "post_attention_layernorm.weight", shape=(hidden,)),
+        ModelTensor(name=prefix + "mlp.gate_proj.weight", shape=(ffn, hidden)),
+        ModelTensor(name=prefix + "mlp.up_proj.weight", shape=(ffn, hidden)),
+        ModelTensor(name=prefix + "mlp.down_proj.weight", shape=(hidden, ffn), axis=1),
     ]
 
 
@@ -210,16 +210,16 @@ def shard_tensors(model: ModelSpec, parallel: Parallel, rank: int, *, own_head: 
     return tuple(found)
 
 
-def _layer_shards(model: ModelSpec, shard: Shard, whole: dict[str, Tensor], source: str, target: str) -> list[ShardTensor]:
+def _layer_shards(model: ModelSpec, shard: Shard, whole: dict[str, ModelTensor], source: str, target: str) -> list[ShardTensor]:
     attention, to_attention = source + "self_attn.", target + "attention."
     q, kv = shard.heads.scaled(model.head_dim), shard.kv_heads.scaled(model.head_dim)
 
     def stacked(kind: str) -> ShardTensor:
         spans = {"q": q, "k": kv, "v": kv}
-        return _stack(f"{to_attention}qkv.{kind}", *(Piece(tensor=whole[f"{attention}{x}_proj.{kind}"], span=spans[x]) for x in "qkv"))
+        return _stack(f"{to_attention}qkv.{kind}", *(ShardPiece(tensor=whole[f"{attention}{x}_proj.{kind}"], span=spans[x]) for x in "qkv"))
 
     def cut(name: str, tensor: str, span: Span) -> ShardTensor:
-        return _stack(name, Piece(tensor=whole[tensor], span=span))
+        return _stack(name, ShardPiece(tensor=whole[tensor], span=span))
 
     found = [_replicated(target + "input_layernorm.weight", whole[source + "input_layernorm.weight"]), stacked("weight")]
     if model.qkv_bias:
@@ -237,19 +237,19 @@ def _layer_shards(model: ModelSpec, shard: Shard, whole: dict[str, Tensor], sour
     ]
 
 
-def _stack(name: str, *pieces: Piece) -> ShardTensor:
+def _stack(name: str, *pieces: ShardPiece) -> ShardTensor:
     shape = list(pieces[0].tensor.shape)
     shape[pieces[0].tensor.axis] = sum(piece.span.size for piece in pieces)
     return ShardTensor(name=name, shape=tuple(shape), pieces=pieces)
 
 
-def _replicated(name: str, tensor: Tensor) -> ShardTensor:
-    return _stack(name, Piece(tensor=tensor, span=Span(0, tensor.shape[tensor.axis])))
+def _replicated(name: str, tensor: ModelTensor) -> ShardTensor:
+    return _stack(name, ShardPiece(tensor=tensor, span=Span(0, tensor.shape[tensor.axis])))
 
 
-def _vocabulary(name: str, tensor: Tensor, shard: Shard) -> ShardTensor:
+def _vocabulary(name: str, tensor: ModelTensor, shard: Shard) -> ShardTensor:
     shape = (shard.vocab_rows, tensor.shape[1])
-    return ShardTensor(name=name, shape=shape, pieces=(Piece(tensor=tensor, span=shard.vocab),))
+    return ShardTensor(name=name, shape=shape, pieces=(ShardPiece(tensor=tensor, span=shard.vocab),))
 
 
 def parameters(model: ModelSpec) -> int:

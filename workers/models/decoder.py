@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.distributed.group import Group, SumNorm
+from workers.distributed.group import FusedSumNorm, Group
 from workers.kernels import Kernels, kernels_for
-from workers.kernels.linear import Narrow
+from workers.kernels.linear import Fp8Rows
 from workers.kernels.reference import AttentionLayout
 from workers.kernels.step_layout import DeviceLayout
 from workers.layout.sharding import Shard, shares_embedding
@@ -24,16 +24,16 @@ from workers.protocol.specs import PLAIN, ModelSpec, Parallel, Quant
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ForwardContext:
     """What all layers share in one forward."""
 
     kernels: Kernels[Any]
     layout: AttentionLayout | DeviceLayout
     rope: Tensor
     group: Group
-    sum_norm: SumNorm | None
+    sum_norm: FusedSumNorm | None
 
-    def norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Narrow:
+    def norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Fp8Rows:
         """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm, narrowed if it is to be."""
         if branch is not None:
             if self.sum_norm is not None and self.sum_norm.takes(branch):
@@ -82,7 +82,7 @@ class DecoderLayer:
         if self.qk_norm is not None and self.q_norm is not None and self.k_norm is not None:
             self.qk_norm[: self._heads], self.qk_norm[self._heads :] = self.q_norm, self.k_norm
 
-    def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: Step) -> Tensor:
+    def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: ForwardContext) -> Tensor:
         """Add ``branch``'s sum over ranks and this layer's attention to ``residual`` [T, hidden] in place; returns this rank's part of the
         MLP's branch, neither summed nor added."""
         kernels = step.kernels
@@ -95,7 +95,7 @@ class DecoderLayer:
         return self.down(mixed)
 
 
-class LlamaStage:
+class DecoderStage:
     """The layers of one (pp rank, tp rank), the embedding on the first stage and the head on the last.
 
     ``group``: the tp ranks of this stage; ``kernels``: others than the device's own. Lifecycle: construct, fill :meth:`parameters`,
@@ -171,9 +171,9 @@ class LlamaStage:
         # The whole sum leaves the stage: were it left to the next one, a pipeline's bits would depend on its cuts.
         return hidden if branch is None else hidden.add_(self._group.all_reduce(branch))
 
-    def _layers(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> tuple[Step, Tensor | None]:
+    def _layers(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> tuple[ForwardContext, Tensor | None]:
         """Run the layers; what is still to be summed and added to ``hidden``."""
-        step = Step(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._sum_norm)
+        step = ForwardContext(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._sum_norm)
         branch: Tensor | None = None
         for layer, blocks in zip(self.layers, cache, strict=False):
             branch = layer(hidden, branch, blocks, step)

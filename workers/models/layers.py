@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.kernels import product_for
-from workers.kernels.linear import Narrow, Product
+from workers.kernels.linear import Fp8Rows, Product
 from workers.layout.quant_parts import Format, parts_of
 from workers.protocol.specs import DTYPE_BYTES, PLAIN, Quant
 
@@ -35,7 +35,7 @@ class Linear:
         self, out_features: int, in_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device, quant: Quant = PLAIN
     ) -> None:
         self._dtype, self._device, self._form = dtype, device, quant.weights
-        #: Whether :class:`Narrow` rows may be given, which saves the product from narrowing them.
+        #: Whether :class:`Fp8Rows` rows may be given, which saves the product from narrowing them.
         self.narrows = quant.weights == "fp8" and device.type == "cuda"
         self._parts = {
             part.suffix: torch.empty(part.shape(out_features, in_features), dtype=TORCH[part.format], device=device)
@@ -59,9 +59,9 @@ class Linear:
         self._product = product_for(self._device)(self._form, self._parts, self._bias, self._dtype)
         self._parts = {}
 
-    def __call__(self, x: Tensor | Narrow) -> Tensor:
+    def __call__(self, x: Tensor | Fp8Rows) -> Tensor:
         assert self._product is not None, "not frozen"
-        if isinstance(x, Narrow) or not self._fixed:
+        if isinstance(x, Fp8Rows) or not self._fixed:
             return self._product(x)
         rows = x.shape[0]
         padded = functional.pad(x, (0, 0, 0, -rows % FIXED_ROWS))

@@ -21,12 +21,12 @@ from workers.kernels.step_layout import HEAD_DIMS
 from workers.layout.memory import blocks_that_fit, cache_budget, kv_format, longest_row
 from workers.layout.quant_parts import unit_of
 from workers.layout.sharding import Shard, shard_of
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.models.layers import TORCH
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import Capacity, SamplingParams
 from workers.protocol.specs import EngineSpec, ModelSpec, Quant, ReplicaSpec
-from workers.runner.cpu_runner import Runner
+from workers.runner.cpu_runner import CpuRunner
 from workers.runner.device import CudaDevice, pin_numerics
 from workers.runner.kv_cache import KvCache, agree, free_bytes
 from workers.runner.step_results import PlanRunner
@@ -124,7 +124,7 @@ def bring_up(spec: ReplicaSpec, ranks: Ranks) -> Built:
     return Built(artifact=artifact, shard=shard, runner=runner, capacity=capacity, ranks=ranks)
 
 
-def _load(spec: ReplicaSpec, ranks: Ranks, artifact: Artifact, shard: Shard, dtype: torch.dtype, quant: Quant) -> LlamaStage:
+def _load(spec: ReplicaSpec, ranks: Ranks, artifact: Artifact, shard: Shard, dtype: torch.dtype, quant: Quant) -> DecoderStage:
     """This rank's stage with its weights."""
     engine, parallel, device = spec.engine, spec.parallel, ranks.device
     begin = time.perf_counter()
@@ -132,7 +132,7 @@ def _load(spec: ReplicaSpec, ranks: Ranks, artifact: Artifact, shard: Shard, dty
     torch.set_num_threads(_LOAD_THREADS if device.type == "cuda" else engine.threads)
     if device.type == "cuda":
         pin_numerics()
-    stage = LlamaStage(artifact.model, parallel, shard, ranks.tensor, dtype=dtype, device=device, positions=longest, quant=quant)
+    stage = DecoderStage(artifact.model, parallel, shard, ranks.tensor, dtype=dtype, device=device, positions=longest, quant=quant)
     if engine.load_format == "dummy":
         dummy(stage.parameters(), seed=ranks.world.rank)
     else:
@@ -145,10 +145,10 @@ def _load(spec: ReplicaSpec, ranks: Ranks, artifact: Artifact, shard: Shard, dty
     return stage
 
 
-def _runner(spec: ReplicaSpec, ranks: Ranks, stage: LlamaStage, cache: KvCache, longest: int, eos_ids: tuple[int, ...]) -> PlanRunner:
+def _runner(spec: ReplicaSpec, ranks: Ranks, stage: DecoderStage, cache: KvCache, longest: int, eos_ids: tuple[int, ...]) -> PlanRunner:
     engine, parallel = spec.engine, spec.parallel
     if ranks.device.type == "cpu":
-        return Runner(
+        return CpuRunner(
             stage,
             cache,
             pipeline=ranks.pipeline,
@@ -160,14 +160,14 @@ def _runner(spec: ReplicaSpec, ranks: Ranks, stage: LlamaStage, cache: KvCache, 
         )
     # Triton is imported only where a GPU computes.
     from workers.kernels import step_ends
-    from workers.runner.gpu_runner import DeviceRunner, Links
+    from workers.runner.gpu_runner import GpuRunner, RankGroups
 
-    runner = DeviceRunner(
+    runner = GpuRunner(
         stage,
         cache,
         CudaDevice(ranks.device),
         step_ends,
-        Links(ranks.tensor, ranks.pipeline, ranks.returns),
+        RankGroups(ranks.tensor, ranks.pipeline, ranks.returns),
         slots=engine.max_batch_size,
         max_seq_len=longest,
         max_num_tokens=engine.max_num_tokens,

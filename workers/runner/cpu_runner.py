@@ -12,15 +12,15 @@ from torch import Tensor
 
 from workers.distributed.group import Group
 from workers.kernels.reference import TABLE_STEP, attention_layout
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.runner.kv_cache import KvCache
 from workers.runner.sampler import Sampler
-from workers.runner.slot_sampling import Sampling
-from workers.runner.step_results import Answer, Done
+from workers.runner.slot_sampling import SlotSampling
+from workers.runner.step_results import PendingResult, ReadyResult
 from workers.scheduler.step_plan import Ints, StepPlan, StepResult, view
 
 
-class Runner:
+class CpuRunner:
     """One rank's part of every step, each done when it is issued.
 
     Args:
@@ -33,7 +33,7 @@ class Runner:
 
     def __init__(
         self,
-        stage: LlamaStage,
+        stage: DecoderStage,
         cache: KvCache,
         *,
         pipeline: Group,
@@ -50,15 +50,15 @@ class Runner:
         width = -(-max_seq_len // TABLE_STEP) * TABLE_STEP // cache.block_size
         self._tables = np.full((slots, width), cache.dummy, dtype=np.int32)
         self._filled = np.zeros(slots, dtype=np.int32)
-        self._sampling: Sampling | None = None
+        self._sampling: SlotSampling | None = None
         if stage.shard.last:
             sampler = Sampler(tensor, start=stage.shard.vocab.start, rows=stage.shard.vocab_rows, device=stage.device)
-            self._sampling = Sampling(stage, sampler, eos_ids)
+            self._sampling = SlotSampling(stage, sampler, eos_ids)
 
-    def issue(self, plan: StepPlan) -> Answer | None:
+    def issue(self, plan: StepPlan) -> PendingResult | None:
         """See :class:`~workers.runner.step_results.PlanRunner`."""
         result = self.run(plan)
-        return None if result is None else Done(result)
+        return None if result is None else ReadyResult(result)
 
     def close(self) -> None:
         """Nothing is under way between steps."""

@@ -3,7 +3,7 @@
 Owns the device's copy of what a rank remembers: block tables, the last token and the seed of every slot, the cache. A step is one
 submission, and a captured program that takes it and completes it or, where it is long, the same operations one by one, in one stream;
 decodes that repeat the step before are submitted empty but for the blocks that they append. Must never decide anything, nor read from the
-device where a plan can be issued without; rows with more than a temperature are the exception (:meth:`DeviceRunner._extras`).
+device where a plan can be issued without; rows with more than a temperature are the exception (:meth:`GpuRunner._extras`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from workers.distributed.group import Group, Waiter
 from workers.kernels.step_layout import HEAD_WORDS, Heads, LayoutShape, Paging, Rings, SlotState, mixed_shape, step_shape
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.runner.device import Device, Mark
 from workers.runner.graphs import DECODES, MIXED, Graphs, Programs, graph_sizes
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.kv_cache import KvCache
 from workers.runner.sampler import Sampler
-from workers.runner.slot_sampling import Sampling
-from workers.runner.slot_updates import NONE, News, Records
+from workers.runner.slot_sampling import SlotSampling
+from workers.runner.slot_updates import NONE, SlotRecords, SlotUpdates
 from workers.runner.staging import Staging
 from workers.runner.step_inputs import DecodeInbox, Inputs, StepInbox
-from workers.runner.step_results import Answer, Done, Extras, Pending
+from workers.runner.step_results import DeviceResult, PendingResult, ReadyResult, SamplingExtras
 from workers.scheduler.step_plan import I32, Ints, StepPlan, StepResult, view
 
 #: News that a submission has room for beside its inbox, for each slot: where there are more, some go ahead.
@@ -38,7 +38,7 @@ _NEWS = 8
 _REPEATS = 16
 
 
-class Choose(Protocol):
+class StepEnds(Protocol):
     """Both ends of a step on the device: :mod:`workers.kernels.step_ends`."""
 
     def take(self, rings: Rings, memory: Tensor, state: SlotState, returned: Tensor) -> None: ...
@@ -52,7 +52,7 @@ class Choose(Protocol):
     def winners(self, best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, rings: Rings) -> None: ...
 
 
-class Links(NamedTuple):
+class RankGroups(NamedTuple):
     """The groups of a rank: the tp ranks of its stage, the stages of its tp rank, and the same stages once more for sampled ids, which
     must not wait behind hidden states."""
 
@@ -71,7 +71,7 @@ class _Step(NamedTuple):
     decodes: int | None
 
 
-class DeviceRunner:
+class GpuRunner:
     """Implements :class:`~workers.runner.step_results.PlanRunner`. Until :meth:`capture` every step runs operation by operation.
 
     Args:
@@ -84,11 +84,11 @@ class DeviceRunner:
 
     def __init__(
         self,
-        stage: LlamaStage,
+        stage: DecoderStage,
         cache: KvCache,
         device: Device,
-        choose: Choose,
-        links: Links,
+        choose: StepEnds,
+        links: RankGroups,
         *,
         slots: int,
         max_seq_len: int,
@@ -109,11 +109,11 @@ class DeviceRunner:
         self._nobody = slots
         self._state = SlotState.empty(slots, width, on)
         self._paging = Paging.over(self._state.tables, self._heads)
-        self._sampling: Sampling | None = None
+        self._sampling: SlotSampling | None = None
         if shard.last:
             sampler = Sampler(links.tensor, start=shard.vocab.start, rows=shard.vocab_rows, device=on)
-            self._sampling = Sampling(stage, sampler, eos_ids)
-        self._records = Records(slots, width, self._sampling)
+            self._sampling = SlotSampling(stage, sampler, eos_ids)
+        self._records = SlotRecords(slots, width, self._sampling)
         decodes, mixed = graph_sizes(DECODES, slots), graph_sizes(MIXED, max_num_tokens)
         most = max(decodes[-1], mixed[-1])
         self._hidden = torch.zeros(most, stage.model.hidden_size, dtype=stage.dtype, device=on)
@@ -160,21 +160,21 @@ class DeviceRunner:
 
         def once() -> None:
             fill(self._submissions.open(inbox.words))
-            self._submissions.send(0, inbox.words, News())
+            self._submissions.send(0, inbox.words, SlotUpdates())
             self._compute(inputs, self._hidden, self._cache.layers[:1])
 
         return partial(self._compute, inputs, self._hidden, self._cache.layers), once
 
     # One plan
 
-    def issue(self, plan: StepPlan) -> Answer | None:
+    def issue(self, plan: StepPlan) -> PendingResult | None:
         """See :class:`~workers.runner.step_results.PlanRunner`."""
         # Most plans are replayed without a call of torch's: only what makes some is in its inference mode.
         news = self._records.take(plan)
         if self._links.pipeline.size > 1:
             news = news._replace(returns=self._records.returned(self._guessed(plan)))
         if not plan.slots:
-            return Done(StepResult(step=plan.step)) if self._sampling is not None and self._answers else None
+            return ReadyResult(StepResult(step=plan.step)) if self._sampling is not None and self._answers else None
         step = self._columns(plan)
         hidden = self._run(plan, step, news) if step.decodes is None else self._replay(plan, step, step.decodes, news)
         if not self.stage.shard.last:
@@ -185,7 +185,7 @@ class DeviceRunner:
             self._mark(plan.step)
         if not self._answers:
             return None
-        return Pending(plan.step, self._completions.of(plan.step, len(step.rows)), self._waiter, extras)
+        return DeviceResult(plan.step, self._completions.of(plan.step, len(step.rows)), self._waiter, extras)
 
     def _mark(self, step: int) -> None:
         """Remember where the device's work for ``step`` ends."""
@@ -223,7 +223,7 @@ class DeviceRunner:
 
     # Ways to compute it
 
-    def _replay(self, plan: StepPlan, step: _Step, size: int, news: News) -> Tensor:
+    def _replay(self, plan: StepPlan, step: _Step, size: int, news: SlotUpdates) -> Tensor:
         """A step of decodes by the graph of ``size`` rows."""
         inbox = self._decode_inboxes[size]
         if plan.repeats and plan.repeats == self._held and self._repeated < _REPEATS:
@@ -242,7 +242,7 @@ class DeviceRunner:
         return self._hidden
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan, step: _Step, news: News) -> Tensor:
+    def _run(self, plan: StepPlan, step: _Step, news: SlotUpdates) -> Tensor:
         """Any step: by a graph that holds it, or operation by operation."""
         tokens, sampled = view(plan.tokens), len(step.rows)
         # A step that yields nothing is completed by padding.
@@ -264,7 +264,7 @@ class DeviceRunner:
         self._compute(inbox.inputs(self._memory, self._paging), hidden, self._cache.layers)
         return hidden
 
-    def _open(self, step: int, words: int, news: News) -> tuple[Ints, News]:
+    def _open(self, step: int, words: int, news: SlotUpdates) -> tuple[Ints, SlotUpdates]:
         """[words] for an inbox, and the ``news`` that go with it: what there is no room for goes ahead, in submissions of its own."""
         while len(news.places) > self._submissions.room(words):
             ahead, news = news.cut(self._submissions.room(0))
@@ -273,7 +273,7 @@ class DeviceRunner:
             self._choose.take(self._rings, self._memory, self._state, self._returned)
         return self._submissions.open(words), news
 
-    def _receive(self, hidden: Tensor, count: int, news: News) -> None:
+    def _receive(self, hidden: Tensor, count: int, news: SlotUpdates) -> None:
         """What other stages send for this step, ``count`` rows of ``hidden`` among it."""
         if not self.stage.shard.first:
             self._links.pipeline.recv(hidden[:count], self._links.pipeline.rank - 1)
@@ -312,7 +312,7 @@ class DeviceRunner:
         choose.winners(best, slots, positions, self._state, self._rings)
 
     @torch.inference_mode()
-    def _extras(self, plan: StepPlan, step: _Step, hidden: Tensor) -> Extras | None:
+    def _extras(self, plan: StepPlan, step: _Step, hidden: Tensor) -> SamplingExtras | None:
         """What the torch sampler makes of rows with more than a temperature; reads from the device, so it waits for this step."""
         assert self._sampling is not None
         places = np.flatnonzero(self._records.special[step.slots[step.rows]])
@@ -320,13 +320,13 @@ class DeviceRunner:
             return None
         prompt = self._sampling.scores(plan, hidden)
         if not len(places):
-            return Extras(places, NONE, None, [], prompt)
+            return SamplingExtras(places, NONE, None, [], prompt)
         rows = step.rows[places]
         ends = torch.from_numpy(np.cumsum(step.lengths)[rows] - 1).to(hidden.device)
         choice = self._sampling.choose(plan, rows, hidden.index_select(0, ends))
         slots = torch.from_numpy(step.slots[rows].astype(np.int64)).to(hidden.device)
         self._state.tokens.index_copy_(0, slots, torch.from_numpy(np.maximum(choice.tokens, 0).astype(I32)).to(hidden.device))
-        return Extras(places, choice.tokens, choice.logprobs, choice.top, prompt)
+        return SamplingExtras(places, choice.tokens, choice.logprobs, choice.top, prompt)
 
     def close(self) -> None:
         """See :class:`~workers.runner.step_results.PlanRunner`."""

@@ -12,7 +12,7 @@ from typing import cast
 from workers.distributed.group import Waiter
 from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings, aligned
 from workers.runner.device import Device
-from workers.runner.slot_updates import News
+from workers.runner.slot_updates import SlotUpdates
 from workers.scheduler.step_plan import Ints
 
 #: Looks at what a device has written after which it is asked whether it still works: that costs a call of the driver's.
@@ -54,7 +54,7 @@ class Submissions:
         behind = (self._turn - int(self._read[0])) & NUMBER_MASK
         return behind < len(self._entries) or self._watch.in_vain()
 
-    def send(self, step: int, words: int, news: News) -> None:
+    def send(self, step: int, words: int, news: SlotUpdates) -> None:
         """The opened entry is whole: it has ``words`` of an inbox, and ``news``, for which there is :meth:`room`."""
         self._turn = (self._turn + 1) & NUMBER_MASK
         entry = self._entries[self._turn % len(self._entries)]

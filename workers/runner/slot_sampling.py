@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.protocol.messages import SamplingParams
 from workers.runner.sampler import Draw, Sampler
 from workers.sampling.definition import allowed_ids, has_penalties, stop_set
@@ -32,7 +32,7 @@ def is_plain(params: SamplingParams) -> bool:
 
 
 @dataclass(slots=True)
-class _Slot:
+class _SamplingSlot:
     """Sampling state of one row. ``history``: prompt and output ids, kept only where sampling needs them; ``seen`` [rows] bool and
     ``counts`` [rows] float are its view on this rank's vocabulary rows."""
 
@@ -45,7 +45,7 @@ class _Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SampledTokens:
     """``tokens`` [n] int32; ``logprobs`` [n], None where nobody asked; ``top`` as in a StepResult."""
 
     tokens: Ints
@@ -53,15 +53,15 @@ class Choice:
     top: list[tuple[int, bytes, bytes]]
 
 
-class Sampling:
+class SlotSampling:
     """Turns what the last stage computed into tokens and scores, for the slots that were opened here."""
 
-    def __init__(self, stage: LlamaStage, sampler: Sampler, eos_ids: tuple[int, ...]) -> None:
+    def __init__(self, stage: DecoderStage, sampler: Sampler, eos_ids: tuple[int, ...]) -> None:
         self._stage, self._sampler, self._eos_ids = stage, sampler, eos_ids
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, _SamplingSlot] = {}
 
     def open(self, opened: OpenSlot) -> None:
-        slot = _Slot(opened.params, opened.prompt_len, tuple(sorted(stop_set(opened.params, self._eos_ids))))
+        slot = _SamplingSlot(opened.params, opened.prompt_len, tuple(sorted(stop_set(opened.params, self._eos_ids))))
         if has_penalties(opened.params):
             slot.seen = torch.zeros(self._sampler.rows, dtype=torch.bool, device=self._stage.device)
             slot.counts = torch.zeros(self._sampler.rows, dtype=torch.float32, device=self._stage.device)
@@ -71,7 +71,7 @@ class Sampling:
     def close(self, slot: int) -> None:
         self._slots.pop(slot, None)
 
-    def _remember(self, slot: _Slot, tokens: list[int]) -> None:
+    def _remember(self, slot: _SamplingSlot, tokens: list[int]) -> None:
         first = len(slot.history)
         slot.history += tokens
         if slot.seen is None or slot.counts is None:
@@ -104,7 +104,7 @@ class Sampling:
         logprobs = b"" if choice.logprobs is None else choice.logprobs.astype(F32).tobytes()
         return StepResult(step=plan.step, tokens=choice.tokens.astype(I32).tobytes(), logprobs=logprobs, top=choice.top, prompt=prompt)
 
-    def choose(self, plan: StepPlan, rows: Rows, hidden: Tensor) -> Choice:
+    def choose(self, plan: StepPlan, rows: Rows, hidden: Tensor) -> SampledTokens:
         """Tokens of the plan's ``rows`` [n], each of which samples and is open here; ``hidden`` [n, hidden] of their last tokens."""
         slots, positions = view(plan.slots)[rows], (view(plan.starts) + view(plan.lengths))[rows]
         masks = dict(plan.masks)
@@ -115,7 +115,7 @@ class Sampling:
         logits = self._stage.logits(hidden)
         drawn = self._sampler.draw(logits, draws)
         wanted = any(draw.params.logprobs is not None for draw in draws)
-        return Choice(drawn.tokens, drawn.logprobs if wanted else None, self._alternatives(logits, draws, rows))
+        return SampledTokens(drawn.tokens, drawn.logprobs if wanted else None, self._alternatives(logits, draws, rows))
 
     def scores(self, plan: StepPlan, hidden: Tensor) -> list[tuple[int, bytes, bytes, bytes]]:
         """Prompt log-probabilities that ``plan`` asks for, from ``hidden`` [T, hidden] of all its tokens."""
@@ -128,7 +128,7 @@ class Sampling:
             for row in np.flatnonzero(view(plan.score))
         ]
 
-    def _draw(self, slot: _Slot, position: int, mask: bytes | None) -> Draw:
+    def _draw(self, slot: _SamplingSlot, position: int, mask: bytes | None) -> Draw:
         allowed: Tensor | None = None
         if mask is not None:
             bits = np.zeros(self._sampler.rows, np.bool_)
@@ -151,13 +151,13 @@ class Sampling:
             for n, (i, count) in enumerate(zip(asking, counts, strict=True))
         ]
 
-    def _score(self, slot: _Slot, hidden: Tensor, start: int) -> tuple[bytes, bytes, bytes]:
+    def _score(self, slot: _SamplingSlot, hidden: Tensor, start: int) -> tuple[bytes, bytes, bytes]:
         """Prompt log-probabilities of one chunk [L, hidden] at positions ``start``.., some rows at a time."""
         parts = [self._score_part(slot, part, start + i * _SCORED_ROWS) for i, part in enumerate(torch.split(hidden, _SCORED_ROWS))]
         own, ids, values = zip(*parts, strict=True)
         return b"".join(own), b"".join(ids), b"".join(values)
 
-    def _score_part(self, slot: _Slot, hidden: Tensor, start: int) -> tuple[bytes, bytes, bytes]:
+    def _score_part(self, slot: _SamplingSlot, hidden: Tensor, start: int) -> tuple[bytes, bytes, bytes]:
         """An entry with no known next token scores token 0."""
         logits = self._stage.logits(hidden)
         following = slot.history[start + 1 : start + 1 + len(hidden)]

@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from workers.kernels.step_layout import Places
-from workers.runner.slot_sampling import Sampling, is_plain
+from workers.kernels.step_layout import SlotOffsets
+from workers.runner.slot_sampling import SlotSampling, is_plain
 from workers.sampling.definition import seed_keys
 from workers.scheduler.step_plan import I32, Ints, StepPlan, view
 
 NONE: Ints = np.zeros(0, I32)
 
 
-class News(NamedTuple):
+class SlotUpdates(NamedTuple):
     """What the device must learn: ``places`` in :class:`~workers.kernels.step_layout.SlotState`'s words and the ``values`` that they
     get, and the places of tokens that the last stage ``returns``, int32 all."""
 
@@ -26,24 +26,24 @@ class News(NamedTuple):
     values: Ints = NONE
     returns: Ints = NONE
 
-    def cut(self, count: int) -> tuple[News, News]:
+    def cut(self, count: int) -> tuple[SlotUpdates, SlotUpdates]:
         """The first ``count`` places, and the rest."""
-        return News(self.places[:count], self.values[:count]), News(self.places[count:], self.values[count:], self.returns)
+        return SlotUpdates(self.places[:count], self.values[:count]), SlotUpdates(self.places[count:], self.values[count:], self.returns)
 
 
-class Records:
+class SlotRecords:
     """Of a rank with ``slots`` slots, whose tables hold ``width`` blocks each. ``sampling``: of a rank of the last stage, else None."""
 
-    def __init__(self, slots: int, width: int, sampling: Sampling | None) -> None:
+    def __init__(self, slots: int, width: int, sampling: SlotSampling | None) -> None:
         self._width, self._sampling = width, sampling
-        self._at = Places.of(slots, width)
+        self._at = SlotOffsets.of(slots, width)
         self._filled = [0] * slots
         #: Slots that want more than a temperature, and how many there are.
         self.special, self.specials = np.zeros(slots, np.bool_), 0
 
-    def take(self, plan: StepPlan) -> News:
+    def take(self, plan: StepPlan) -> SlotUpdates:
         """Take closed and opened slots and appended blocks."""
-        opened = News()
+        opened = SlotUpdates()
         if plan.closed or plan.opened or self.specials:
             closed = view(plan.closed)
             for slot in closed.tolist():
@@ -56,16 +56,16 @@ class Records:
         for slot in view(plan.block_slots).tolist():
             cells.append(slot * self._width + filled[slot])
             filled[slot] += 1
-        appended = News(np.asarray(cells, I32), view(plan.block_ids))
+        appended = SlotUpdates(np.asarray(cells, I32), view(plan.block_ids))
         if not len(opened.places):
             return appended
-        return News(np.concatenate((appended.places, opened.places)), np.concatenate((appended.values, opened.values)))
+        return SlotUpdates(np.concatenate((appended.places, opened.places)), np.concatenate((appended.values, opened.values)))
 
     def returned(self, slots: Ints) -> Ints:
         """Places of the last tokens of ``slots``."""
         return slots + np.int32(self._at.tokens)
 
-    def _open(self, plan: StepPlan, closed: Ints, sampling: Sampling) -> News:
+    def _open(self, plan: StepPlan, closed: Ints, sampling: SlotSampling) -> SlotUpdates:
         """Let ``sampling`` know of slots ``closed`` and opened; returns seeds and temperatures of these."""
         for slot in closed[self.special[closed]].tolist():
             sampling.close(slot)
@@ -83,4 +83,4 @@ class Records:
                 self.specials += 1
         if self.specials:
             sampling.follow(plan)
-        return News(np.asarray(places, I32), view(values))
+        return SlotUpdates(np.asarray(places, I32), view(values))

@@ -14,7 +14,7 @@ from workers.runner.host_device_rings import Completion
 from workers.scheduler.step_plan import F32, Ints, StepPlan, StepResult
 
 
-class Answer(Protocol):
+class PendingResult(Protocol):
     """One plan's result."""
 
     def ready(self) -> bool:
@@ -27,14 +27,14 @@ class Answer(Protocol):
 class PlanRunner(Protocol):
     """One rank's part of every step: applies plans in order."""
 
-    def issue(self, plan: StepPlan) -> Answer | None:
+    def issue(self, plan: StepPlan) -> PendingResult | None:
         """Start ``plan``; a rank of the last stage answers."""
 
     def close(self) -> None:
         """Finish what was started and give up graphs; the groups must still live."""
 
 
-class Done:
+class ReadyResult:
     """An answer that is there."""
 
     def __init__(self, result: StepResult) -> None:
@@ -47,7 +47,7 @@ class Done:
         return self._result
 
 
-class Extras:
+class SamplingExtras:
     """What rows with more than a temperature got: ``places`` [n] among the sampled rows, their ``tokens`` [n]; ``logprobs`` [n] of these,
     None where nobody asked; ``top`` and ``prompt`` as in a StepResult."""
 
@@ -64,10 +64,10 @@ class Extras:
         self.places, self.tokens, self.logprobs, self.top, self.prompt = places, tokens, logprobs, top, prompt
 
 
-class Pending:
+class DeviceResult:
     """An answer on its way."""
 
-    def __init__(self, step: int, completion: Completion, waiter: Waiter, extras: Extras | None) -> None:
+    def __init__(self, step: int, completion: Completion, waiter: Waiter, extras: SamplingExtras | None) -> None:
         self._step, self._completion, self._waiter, self._extras = step, completion, waiter, extras
 
     def ready(self) -> bool:

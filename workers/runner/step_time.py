@@ -12,7 +12,7 @@ _DECAY = 0.99
 _RIDGE = 1e-3
 
 
-class Pace:
+class StepTimeModel:
     """Weighted least squares of ms = a + b * tokens + c * rows. Before any step it predicts 0."""
 
     def __init__(self) -> None:

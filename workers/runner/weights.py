@@ -15,7 +15,7 @@ import torch
 from workers.artifacts.artifact import Artifact, open_source
 from workers.artifacts.checkpoint import open_rank, rank_file, read_checkpoint, verify
 from workers.artifacts.number_formats import STORAGE, Array
-from workers.artifacts.safetensors_file import TensorFile
+from workers.artifacts.safetensors_file import SafetensorsFile
 from workers.artifacts.source import Block, Source, assemble, convert_into
 from workers.layout.quant_parts import Format, StoredTensor, stored_tensors
 from workers.models.layers import TORCH
@@ -70,7 +70,7 @@ def prove_shard(artifact: Artifact, parallel: Parallel, rank: int, quant: Quant)
         verify(artifact.path, read_checkpoint(artifact.path).manifest, rank_file(rank))
 
 
-def _own(file: TensorFile, wanted: tuple[StoredTensor, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+def _own(file: SafetensorsFile, wanted: tuple[StoredTensor, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     for each in wanted:
         values, form = file.view(each.tensor.name)
         if form != each.format:

@@ -13,19 +13,19 @@ import numpy as np
 
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Logprobs
-from workers.scheduler.sequence import Row
+from workers.scheduler.sequence import Sequence
 from workers.scheduler.step_plan import GUESS, I32, Ints, StepPlan, StepResult, column, view, view_floats
 
 _GUESS = column([GUESS])
 
 
-class Streak:
+class RepeatedStep:
     """What plans that repeat each other have in common: their rows, which all decode. ``due``: rows by the turn after which their blocks
     are full."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Sequence]) -> None:
         self._rows = rows
-        self.due: dict[int, list[Row]] = {}
+        self.due: dict[int, list[Sequence]] = {}
         for row in rows:
             self.due.setdefault(row.room - row.issued, []).append(row)
 
@@ -55,7 +55,7 @@ class Streak:
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightStep:
     """A plan that is out: its rows, their query lengths, and whether they yield a token (0 or 1). ``left``: its rows may be in a later
     plan. ``sure``: plans of the same rows that may follow, as long as not more than ``over`` rows of the batch have ended.
 
@@ -65,7 +65,7 @@ class Flight:
     """
 
     plan: StepPlan
-    rows: list[Row]
+    rows: list[Sequence]
     counts: list[int]
     samples: list[int]
     left: bool = False
@@ -73,9 +73,9 @@ class Flight:
     over: int = 0
     owed: int = 0
     landed: int = 0
-    next: Flight | None = None
+    next: InFlightStep | None = None
     turn: int = 0
-    streak: Streak | None = None
+    streak: RepeatedStep | None = None
 
     def settle(self) -> None:
         """Pay what is owed."""
@@ -85,10 +85,10 @@ class Flight:
                 row.computed += self.landed
             self.owed = self.landed = 0
 
-    def full(self) -> list[Row]:
+    def full(self) -> list[Sequence]:
         """Rows that need a block to go on from here; only before anything else is planned for them."""
         if self.streak is None:
-            self.streak = Streak(self.rows)
+            self.streak = RepeatedStep(self.rows)
         return self.streak.due.get(self.turn, [])
 
     def land(self, tokens: list[int]) -> list[Emission] | None:
@@ -99,7 +99,7 @@ class Flight:
         self.next.landed, self.landed = self.landed + 1, 0
         return self.streak.emit(view(self.plan.starts), tokens)
 
-    def again(self, step: int, closed: list[int], fresh: list[int], block_size: int) -> Flight:
+    def again(self, step: int, closed: list[int], fresh: list[int], block_size: int) -> InFlightStep:
         """The plan numbered ``step`` of the same rows, decodes all, each from the token that it has in flight. Those that were
         :meth:`full` have got a block each, ``fresh``."""
         before, grown = self.plan, self.full()
@@ -118,7 +118,7 @@ class Flight:
             block_ids=column(fresh),
             closed=column(closed),
         )
-        found = Flight(
+        found = InFlightStep(
             plan,
             self.rows,
             self.counts,
@@ -146,21 +146,21 @@ class Flight:
         return scored
 
 
-class Draft:
+class StepDraft:
     """A plan in the making: its rows (the first ``decodes`` of them decode) and their query lengths, the rows that got a slot, those that
     got a block, and those that must wait for one."""
 
     __slots__ = ("counts", "decodes", "grown", "opened", "rows", "stuck")
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[Sequence] = []
         self.counts: list[int] = []
         self.decodes = 0
-        self.opened: list[Row] = []
-        self.grown: list[Row] = []
-        self.stuck: list[Row] = []
+        self.opened: list[Sequence] = []
+        self.grown: list[Sequence] = []
+        self.stuck: list[Sequence] = []
 
-    def issue(self, step: int, closed: list[int]) -> Flight:
+    def issue(self, step: int, closed: list[int]) -> InFlightStep:
         """The plan numbered ``step``, which also closes the slots ``closed``: its rows are in the air."""
         rows, counts, decodes = self.rows, self.counts, self.decodes
         starts = [row.issued for row in rows]
@@ -189,4 +189,4 @@ class Draft:
             opened=[row.opening() for row in self.opened],
             masks=[(i, row.guide.mask()) for i, row in enumerate(rows) if row.guide is not None and samples[i]],
         )
-        return Flight(plan, rows, counts, samples)
+        return InFlightStep(plan, rows, counts, samples)

@@ -6,25 +6,25 @@ Owns nothing and changes nothing. Run when an engine is idle, and after every st
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from itertools import chain
 
 from workers.scheduler.block_pool import BlockPool
-from workers.scheduler.in_flight import Flight
-from workers.scheduler.sequence import Queue, Row
+from workers.scheduler.in_flight import InFlightStep
+from workers.scheduler.sequence import Queue, Sequence
 from workers.scheduler.step_plan import GUESS
 
 
 def prove(
-    rows: Mapping[int, Row],
-    flights: deque[Flight],
+    rows: Mapping[int, Sequence],
+    flights: deque[InFlightStep],
     pool: BlockPool,
     *,
     waiting: Queue,
     prefills: Queue,
     decodes: Queue,
     paused: Queue,
-    slots: Sequence[int],
+    slots: Collection[int],
     slot_count: int,
 ) -> None:
     """``rows``: the live ones by id; ``slots``: the free ones of ``slot_count``. Raises AssertionError naming the first invariant
@@ -56,7 +56,7 @@ def prove(
     pool.check([row.blocks for row in everyone])
 
 
-def _prove_flights(flights: deque[Flight], queued: Sequence[Row], everyone: Sequence[Row]) -> None:
+def _prove_flights(flights: deque[InFlightStep], queued: Collection[Sequence], everyone: Collection[Sequence]) -> None:
     plans = Counter(id(row) for flight in flights for row in flight.rows)
     tokens: Counter[int] = Counter()
     for flight in flights:

@@ -9,11 +9,12 @@ are integers. A request is only "computed < known"; prefill, chunk, prefix hit, 
     paused ──credit──► where it was, or waiting if it gave up its K/V meanwhile
 
 At most ``micro_batches`` plans are in flight over disjoint rows; results are committed in the order of the plans. A driver calls
-:meth:`Batch.plan` until it answers None, runs, then commits the oldest. Each plan takes its share of the rows: a pipeline stays balanced.
+:meth:`Scheduler.plan` until it answers None, runs, then commits the oldest. Each plan takes its share of the rows: a pipeline stays
+balanced.
 
 With ``ahead`` one plan more is in flight, over rows of the oldest one: each goes on from a token that only the device knows yet (a *guess*,
 -1 in the plan). What ends a row is then seen one step late: its second plan's answer is dropped, and its blocks are free only after that.
-Most plans are the one before once more, a token further (:meth:`Batch._again`): the host pays for every step of every row.
+Most plans are the one before once more, a token further (:meth:`Scheduler._again`): the host pays for every step of every row.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from workers.protocol.errors import EngineFault
 from workers.protocol.messages import STEP_TOKEN_BUCKETS, UNLIMITED, Capacity, Submit
 from workers.sampling.guide import GuideFactory
 from workers.scheduler.block_pool import BlockPool
-from workers.scheduler.in_flight import Draft, Flight
+from workers.scheduler.in_flight import InFlightStep, StepDraft
 from workers.scheduler.invariants import prove
-from workers.scheduler.sequence import NEVER, Queue, Row, make_row
+from workers.scheduler.sequence import NEVER, Queue, Sequence, make_row
 from workers.scheduler.step_plan import I32, StepPlan, StepResult, view
 
 #: Seconds without credit after which a row gives up its K/V.
@@ -39,11 +40,11 @@ PAUSE_S = 2.0
 CHECK_STEPS = 256
 
 
-def _admission_order(row: Row) -> int:
+def _admission_order(row: Sequence) -> int:
     return row.order
 
 
-class Batch:
+class Scheduler:
     """Rows of one replica.
 
     Args:
@@ -70,12 +71,12 @@ class Batch:
         self._ahead = ahead
         self._eos_ids = frozenset(eos_ids)
         self._pool = BlockPool(limits.num_blocks, limits.block_size, findable=limits.prefix_cache)
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, Sequence] = {}
         self._waiting: Queue = deque()  # no slot; in admission order
         self._prefills: Queue = deque()  # slot, a prompt to compute; in admission order
         self._decodes: Queue = deque()  # slot, one token pending that yields the next; longest unserved first
         self._paused: Queue = deque()  # no credit; with or without a slot
-        self._flights: deque[Flight] = deque()
+        self._flights: deque[InFlightStep] = deque()
         self._slots = list(range(limits.max_batch_size - 1, -1, -1))
         self._closed: list[int] = []
         self._refused: tuple[int, int, int] | None = None
@@ -178,7 +179,7 @@ class Batch:
             draft = self._draft()
         return self._issue(draft) if draft.rows else None
 
-    def _again(self, flight: Flight) -> StepPlan | None:
+    def _again(self, flight: InFlightStep) -> StepPlan | None:
         """The plan of ``flight`` one token further, where all its rows surely go on, nobody else can have a place, and there are blocks."""
         if flight.sure <= 0 or flight.over != self._left or self._decodes or self._prefills or (self._waiting and self._slots):
             return None
@@ -193,9 +194,9 @@ class Batch:
             row.room += self._pool.block_size
         return self._send_off(flight.again(self._steps + 1, self._closed, fresh, self._pool.block_size))
 
-    def _draft(self) -> Draft:
+    def _draft(self) -> StepDraft:
         """Choose the next plan's rows: decodes, then prefill chunks, then admissions, under the token budget and this plan's share."""
-        draft = Draft()
+        draft = StepDraft()
         decodes, rows = self._decodes, draft.rows
         budget = self._limits.max_num_tokens
         paused = sum(row.slot >= 0 for row in self._paused)
@@ -223,7 +224,7 @@ class Batch:
             budget -= draft.counts[-1]
         return draft
 
-    def _grow(self, row: Row, draft: Draft) -> bool:
+    def _grow(self, row: Sequence, draft: StepDraft) -> bool:
         """Add a block to a decoding row, at the cost of the youngest row if need be (which may be this one). False: not in this plan."""
         while (fresh := self._pool.allocate(1)) is None:
             victim = self._victim()
@@ -240,14 +241,14 @@ class Batch:
         draft.grown.append(row)
         return True
 
-    def _victim(self) -> Row | None:
+    def _victim(self) -> Sequence | None:
         """The row to give up its blocks: the youngest paused one, else the youngest that is not in flight nor in the plan being made."""
         holders = [row for row in self._paused if row.slot >= 0]
         if not holders:
             holders = [row for row in chain(self._decodes, self._prefills) if not row.airborne]
         return max(holders, key=_admission_order, default=None)
 
-    def _next_prefill(self, draft: Draft) -> Row | None:
+    def _next_prefill(self, draft: StepDraft) -> Sequence | None:
         """Take the oldest row that has a slot and a prompt to compute, else admit the oldest waiting one."""
         if self._prefills:
             return self._prefills.popleft()
@@ -257,7 +258,7 @@ class Batch:
             return row
         return None
 
-    def _open(self, row: Row) -> bool:
+    def _open(self, row: Sequence) -> bool:
         """Give a waiting row a slot, the blocks found for its prefix, and fresh ones for all else that is known of it."""
         state = (row.id, self._pool.available, self._running)
         if state == self._refused:
@@ -288,7 +289,7 @@ class Batch:
             self._hit += row.cached_tokens
         return True
 
-    def _issue(self, draft: Draft) -> StepPlan:
+    def _issue(self, draft: StepDraft) -> StepPlan:
         """Turn a draft into the plan."""
         flight = draft.issue(self._steps + 1, self._closed)
         # The rows of the plan that they go on from, and nobody else: so it may stay for a while.
@@ -296,7 +297,7 @@ class Batch:
             flight.sure, flight.over = min([row.ahead - len(row.tokens) for row in draft.rows]) - 1, self._left
         return self._send_off(flight)
 
-    def _send_off(self, flight: Flight) -> StepPlan:
+    def _send_off(self, flight: InFlightStep) -> StepPlan:
         """Remember a plan as in flight."""
         self._steps += 1
         tokens = len(flight.plan.tokens) // I32.itemsize
@@ -311,7 +312,7 @@ class Batch:
         for flight in self._flights:
             flight.settle()
 
-    def _go_on(self, flight: Flight) -> None:
+    def _go_on(self, flight: InFlightStep) -> None:
         """Let the rows of ``flight`` be planned again before its answer is there: chunks go on, and tokens are guessed."""
         if flight.left:
             return
@@ -385,7 +386,7 @@ class Batch:
 
     # Places
 
-    def _place(self, row: Row) -> None:
+    def _place(self, row: Sequence) -> None:
         """Put a row that is not in flight into the queue where it belongs."""
         if row.credit <= 0:
             row.home = self._paused
@@ -398,7 +399,7 @@ class Batch:
             return
         row.home.append(row)
 
-    def _preempt(self, row: Row) -> None:
+    def _preempt(self, row: Sequence) -> None:
         """Take slot and blocks from a row that is not in flight; all that is known of it is computed again later."""
         if row.home is not None:
             row.home.remove(row)
@@ -407,7 +408,7 @@ class Batch:
         row.restart()
         self._place(row)
 
-    def _vacate(self, row: Row) -> None:
+    def _vacate(self, row: Sequence) -> None:
         """Free a row's slot and blocks; ranks are told with the next plan."""
         if row.slot < 0:
             return
@@ -417,14 +418,14 @@ class Batch:
         self._closed.append(row.slot)
         row.slot, row.blocks = -1, []
 
-    def _end(self, row: Row, end: Finish | Fault) -> None:
+    def _end(self, row: Sequence, end: Finish | Fault) -> None:
         if isinstance(end, Fault):
             self._pool.forget(row.blocks)  # whatever broke this row must not spread through the prefix cache
             row.publish_at = NEVER
         del self._rows[row.id]
         self._leave(row)
 
-    def _leave(self, row: Row) -> None:
+    def _leave(self, row: Sequence) -> None:
         """A row is over. Its blocks are free now, or after the last plan in flight that may still write them."""
         self._settle()
         row.over = True
@@ -436,7 +437,7 @@ class Batch:
         if not row.airborne:
             self._vacate(row)
 
-    def _overdue(self, now: float) -> Iterator[Row]:
+    def _overdue(self, now: float) -> Iterator[Sequence]:
         return (row for row in self._paused if row.slot >= 0 and now - row.paused_at >= PAUSE_S)
 
     @property

@@ -18,21 +18,21 @@ from workers.sampling.guide import Guide, GuideFactory
 from workers.scheduler.block_pool import BlockPool, prefix_hashes
 from workers.scheduler.step_plan import OpenSlot, column, view, view_floats
 
-Queue = deque["Row"]
+Queue = deque["Sequence"]
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class Sequence:
     """A live request, ``computed`` < ``known`` <= len(``tokens``): the K/V of tokens[:computed] is there, that of tokens[:known] is due.
 
     A row is read and written in every step of its life, so what follows from something else is not kept. A ``spent`` row is one that
     came with nothing left to emit: it ends once computed, and where nothing is to be scored one token is enough. ``issued``:
-    ``computed`` and what of it is in plans in flight, but for what these owe (:class:`~workers.scheduler.in_flight.Flight`). ``allowed``:
-    length of ``tokens`` at which its credit is used up; ``last``: at which the next one is the last; ``ahead``: before which it may go
-    on from a token in flight, which must neither be its last nor pause it. ``predictable``: its next token, whatever it is, changes
-    nothing in how the one after it is chosen. ``ends``: what is not just emitted: its stop tokens, -1, and None, which is no token yet;
-    ``calm``: length of ``computed`` below which all else is (:meth:`settle`). ``opened``: what was known when it got its slot. ``home``
-    is the queue that holds the row; None while it is in flight, or over. ``order`` is its place in admission order.
+    ``computed`` and what of it is in plans in flight, but for what these owe (:class:`~workers.scheduler.in_flight.InFlightStep`).
+    ``allowed``: length of ``tokens`` at which its credit is used up; ``last``: at which the next one is the last; ``ahead``: before which
+    it may go on from a token in flight, which must neither be its last nor pause it. ``predictable``: its next token, whatever it is,
+    changes nothing in how the one after it is chosen. ``ends``: what is not just emitted: its stop tokens, -1, and None, which is no token
+    yet; ``calm``: length of ``computed`` below which all else is (:meth:`settle`). ``opened``: what was known when it got its slot.
+    ``home`` is the queue that holds the row; None while it is in flight, or over. ``order`` is its place in admission order.
     """
 
     id: int
@@ -211,7 +211,7 @@ def _shared(ends: frozenset[int | None]) -> frozenset[int | None]:
     return ends
 
 
-def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None) -> Row:
+def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None) -> Sequence:
     """The row of a request. Raises TooLong for what can never fit, Rejected for ids, parameters or a grammar that mean nothing, Unsupported
     for a grammar where ``guides`` is None."""
     check_request(request, limits)
@@ -220,7 +220,7 @@ def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: It
     guide = _make_guide(request, guides)
     wants_scores = params.prompt_logprobs is not None and not request.emitted  # emitted tokens came with or after the scores
     spent = len(request.emitted) >= params.max_tokens or (guide is not None and guide.done())
-    row = Row(
+    row = Sequence(
         id=id,
         order=order,
         params=params,

@@ -1,6 +1,6 @@
 """Rank 0's shell around an engine: the engine thread, fed by the I/O thread of :mod:`workers.serving.router_io`.
 
-Owns the :class:`~workers.serving.stream_table.Sessions` table and the pulse that the I/O thread reads for heartbeats. Every engine call
+Owns the :class:`~workers.serving.stream_table.StreamTable` table and the pulse that the I/O thread reads for heartbeats. Every engine call
 (and so every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and never wait without a bound: when
 idle it sleeps on its inbox, and a step that makes no progress is noticed by the I/O thread, which ends the process.
 """
@@ -20,9 +20,9 @@ from workers.protocol.engine import Engine, EngineStats, Fault
 from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
 from workers.protocol.messages import PROTOCOL, Attach, Bye, Cancel, Credit, Drain, Heartbeat, Hello, Submit
 from workers.protocol.specs import ReplicaSpec
-from workers.serving.router_io import Event, KeyPair, Lost, Routers
+from workers.serving.router_io import Event, KeyPair, RouterGone, RouterIo
 from workers.serving.state_file import Phase
-from workers.serving.stream_table import Action, Grant, Send, Sessions, Start, Stop
+from workers.serving.stream_table import Action, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
 #: Longest sleep of an idle engine thread, and how often stats are read while steps run, seconds.
 IDLE_S, VITALS_S = 0.5, 0.05
@@ -32,7 +32,7 @@ TURN_EVENTS = 1024
 log = logging.getLogger("trireme.leader")
 
 
-class Pulse(msgspec.Struct, frozen=True):
+class StepPulse(msgspec.Struct, frozen=True):
     """What the engine thread is doing: ``step`` number, since when (0 = not in a step), and how long it should take."""
 
     step: int = 0
@@ -40,7 +40,7 @@ class Pulse(msgspec.Struct, frozen=True):
     predicted_ms: float = 0.0
 
 
-class Vitals(msgspec.Struct, frozen=True):
+class LeaderVitals(msgspec.Struct, frozen=True):
     """Slower facts, at most ``VITALS_S`` old while steps run."""
 
     stats: EngineStats
@@ -74,7 +74,7 @@ class Leader:
         die: Callable[[TriremeError], None],
     ) -> None:
         self._spec, self._engine, self._boot, self._enter, self._die = spec, engine, boot, enter, die
-        self._sessions = Sessions(boot=boot, model=spec.model, limit=max(1024, 8 * engine.capacity.max_batch_size))
+        self._sessions = StreamTable(boot=boot, model=spec.model, limit=max(1024, 8 * engine.capacity.max_batch_size))
         self._hello = Hello(
             boot=boot,
             protocol=PROTOCOL,
@@ -86,10 +86,10 @@ class Leader:
             capacity=engine.capacity,
         )
         self._inbox: _Inbox = queue.SimpleQueue()
-        self._pulse = Pulse()
-        self._vitals = Vitals(engine.stats(), [], False)
+        self._pulse = StepPulse()
+        self._vitals = LeaderVitals(engine.stats(), [], False)
         self._vitals_at = 0.0
-        self._routers = Routers(self, spec.routers, keys, boot=boot, heartbeat_s=spec.heartbeat_s)
+        self._routers = RouterIo(self, spec.routers, keys, boot=boot, heartbeat_s=spec.heartbeat_s)
 
     def drain(self, grace_s: float) -> None:
         """Begin to drain; safe to call from a signal handler and from any thread."""
@@ -112,10 +112,10 @@ class Leader:
             farewell = "drained"
         finally:
             # Also after an error: whoever waits for a row here must hear that it continues elsewhere.
-            self._pulse = Pulse(self._pulse.step)
+            self._pulse = StepPulse(self._pulse.step)
             self._sessions.drain(time.monotonic(), 0.0)
             for action in self._sessions.expire(time.monotonic()):
-                if isinstance(action, Send):
+                if isinstance(action, SendToRouter):
                     self._routers.post(action.route, action.message)
             self._routers.close(farewell)
 
@@ -145,7 +145,7 @@ class Leader:
                 self._act(self._sessions.cancel(event))
             case Credit():
                 self._act(self._sessions.credit(event))
-            case Lost(boot=boot):
+            case RouterGone(boot=boot):
                 self._sessions.lost(boot, received)
             case Drain(grace_ms=grace_ms):
                 self._begin_drain(received, max(0, grace_ms) / 1000.0)
@@ -163,13 +163,13 @@ class Leader:
     def _act(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Send(route=route, message=message):
+                case SendToRouter(route=route, message=message):
                     self._routers.post(route, message)
-                case Start(id=id, request=request):
+                case StartSequence(id=id, request=request):
                     self._start(id, request)
-                case Stop(id=id):
+                case StopSequence(id=id):
                     self._engine.cancel(id)
-                case Grant(id=id, tokens=tokens):
+                case GrantCredit(id=id, tokens=tokens):
                     self._engine.credit(id, tokens)
                 case _:
                     assert_never(action)
@@ -184,9 +184,9 @@ class Leader:
 
     def _step(self, now: float) -> None:
         number = self._pulse.step + 1
-        self._pulse = Pulse(number, time.monotonic(), self._engine.predicted_ms())
+        self._pulse = StepPulse(number, time.monotonic(), self._engine.predicted_ms())
         emissions = self._engine.step()
-        self._pulse = Pulse(number)
+        self._pulse = StepPulse(number)
         self._act(self._sessions.emitted(emissions))
         while self._sessions.faults:
             _tell_fault(*self._sessions.faults.popleft())
@@ -194,7 +194,7 @@ class Leader:
             self._refresh(now)
 
     def _refresh(self, now: float) -> None:
-        self._vitals = Vitals(self._engine.stats(), self._sessions.live(), self._sessions.draining)
+        self._vitals = LeaderVitals(self._engine.stats(), self._sessions.live(), self._sessions.draining)
         self._vitals_at = now
 
     # called by the I/O thread: only reads the pulse and the vitals, each replaced whole, and puts events into the inbox

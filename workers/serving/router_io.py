@@ -22,7 +22,7 @@ from workers.protocol import messages
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, Drain, FromReplica, Heartbeat, Hello, Peers, Submit
 from workers.protocol.specs import RouterAddress
-from workers.serving.router_link import Close, Greet, Link, Lose, Open, Verdict
+from workers.serving.router_link import CloseSocket, OpenSocket, RouterLink, RouterLost, SendHello, Verdict
 
 #: Longest that the thread sleeps: links look at the time this often, seconds.
 TICK_S = 0.05
@@ -50,16 +50,16 @@ class KeyPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"KeyPair(public={self.public!r})"
 
 
-class Lost(msgspec.Struct, frozen=True):
+class RouterGone(msgspec.Struct, frozen=True):
     """The router with this boot nonce is gone."""
 
     boot: str
 
 
-Event: TypeAlias = Submit | Attach | Cancel | Credit | Drain | Bye | Lost
+Event: TypeAlias = Submit | Attach | Cancel | Credit | Drain | Bye | RouterGone
 
 
-class Mind(Protocol):
+class LeaderCallbacks(Protocol):
     """What the I/O thread asks of the leader, from its own thread; no call here may block."""
 
     def hello(self) -> Hello: ...
@@ -97,32 +97,34 @@ def check_address(address: RouterAddress, keys: KeyPair | None) -> None:
         raise ConfigError(f"the public key of {address.endpoint} is not 40 characters of z85")
 
 
-class _Port:
+class _RouterPort:
     """A router's address, its link, and the socket while there is one."""
 
     def __init__(self, address: RouterAddress) -> None:
         self.address = address
-        self.link = Link()
+        self.link = RouterLink()
         self.socket: zmq.Socket[bytes] | None = None
         self.monitor: zmq.Socket[bytes] | None = None
         self.peers: tuple[RouterAddress, ...] = ()
         self.warned = -_WARN_S
 
 
-class Routers:
+class RouterIo:
     """Starts with :meth:`start`; afterwards :meth:`post` and :meth:`close` may be called from the engine thread.
 
     Raises :class:`ConfigError` on an address that would be unsafe or cannot mean anything.
     """
 
-    def __init__(self, mind: Mind, addresses: tuple[RouterAddress, ...], keys: KeyPair | None, *, boot: str, heartbeat_s: float) -> None:
+    def __init__(
+        self, mind: LeaderCallbacks, addresses: tuple[RouterAddress, ...], keys: KeyPair | None, *, boot: str, heartbeat_s: float
+    ) -> None:
         for address in addresses:
             check_address(address, keys)
         self._mind, self._keys, self._boot, self._heartbeat_s = mind, keys, boot, heartbeat_s
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._fixed = addresses
-        self._ports = {address.endpoint: _Port(address) for address in addresses}
-        self._by_boot: dict[str, _Port] = {}
+        self._ports = {address.endpoint: _RouterPort(address) for address in addresses}
+        self._by_boot: dict[str, _RouterPort] = {}
         self._outbox: deque[tuple[str, FromReplica]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._goodbye: str | None = None
@@ -209,7 +211,7 @@ class Routers:
             if port is not None:
                 self._send(port, message)
 
-    def _send(self, port: _Port, message: FromReplica) -> None:
+    def _send(self, port: _RouterPort, message: FromReplica) -> None:
         if port.socket is None:
             return
         try:
@@ -217,22 +219,22 @@ class Routers:
         except zmq.Again:
             self._carry_out(port, port.link.broken(time.monotonic()))
 
-    def _carry_out(self, port: _Port, verdicts: list[Verdict]) -> None:
+    def _carry_out(self, port: _RouterPort, verdicts: list[Verdict]) -> None:
         for verdict in verdicts:
             match verdict:
-                case Greet():
+                case SendHello():
                     self._send(port, self._mind.hello())
-                case Lose(boot=boot):
+                case RouterLost(boot=boot):
                     if self._by_boot.get(boot) is port:
                         del self._by_boot[boot]
                         self._warn(port, "the router is lost")
-                        self._mind.deliver(time.monotonic(), Lost(boot))
-                case Close():
+                        self._mind.deliver(time.monotonic(), RouterGone(boot))
+                case CloseSocket():
                     self._drop_socket(port, linger_ms=0)
-                case Open():
+                case OpenSocket():
                     self._connect(port)
 
-    def _connect(self, port: _Port) -> None:
+    def _connect(self, port: _RouterPort) -> None:
         socket = port.socket = self._context.socket(zmq.DEALER)
         # Immediate: nothing is queued for a router that is not there, so a send that would block means a lost router.
         socket.immediate = True
@@ -248,13 +250,13 @@ class Routers:
         port.monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         socket.connect(port.address.endpoint)
 
-    def _drop_socket(self, port: _Port, *, linger_ms: int) -> None:
+    def _drop_socket(self, port: _RouterPort, *, linger_ms: int) -> None:
         if port.socket is not None:
             port.socket.disable_monitor()
             port.socket.close(linger_ms)
             port.socket = port.monitor = None
 
-    def _take_monitor(self, port: _Port) -> None:
+    def _take_monitor(self, port: _RouterPort) -> None:
         while port.monitor is not None and port.monitor.poll(0):
             event = monitor.recv_monitor_message(port.monitor)["event"]
             now = time.monotonic()
@@ -264,7 +266,7 @@ class Routers:
                 port.socket.get(zmq.EVENTS)  # has the socket see the new connection now, or Hello would find no way out
                 self._carry_out(port, port.link.connected(now))
 
-    def _take_frames(self, port: _Port) -> None:
+    def _take_frames(self, port: _RouterPort) -> None:
         for _ in range(TURN_FRAMES):
             if port.socket is None:
                 return
@@ -282,7 +284,7 @@ class Routers:
                 continue
             self._take(port, message, now)
 
-    def _take(self, port: _Port, message: messages.ToReplica, now: float) -> None:
+    def _take(self, port: _RouterPort, message: messages.ToReplica, now: float) -> None:
         self._carry_out(port, port.link.heard(message.boot, now))
         if port.link.state != "live":  # nothing may come before the handshake, nor without a nonce
             self._complain(port, "a message without a boot nonce")
@@ -295,11 +297,11 @@ class Routers:
         else:
             self._mind.deliver(now, message)
 
-    def _complain(self, port: _Port, why: str) -> None:
+    def _complain(self, port: _RouterPort, why: str) -> None:
         self.malformed += 1
         self._warn(port, f"refused a message, {self.malformed} so far: {why!r}")
 
-    def _warn(self, port: _Port, text: str) -> None:
+    def _warn(self, port: _RouterPort, text: str) -> None:
         """A line about one router, at most one in ``_WARN_S`` seconds: a mad peer must not fill the disk."""
         now = time.monotonic()
         if now - port.warned > _WARN_S:
@@ -318,9 +320,9 @@ class Routers:
                 del self._ports[endpoint]
         for endpoint, address in wanted.items():
             if endpoint not in self._ports and len(self._ports) < MAX_ROUTERS:
-                self._ports[endpoint] = _Port(address)
+                self._ports[endpoint] = _RouterPort(address)
 
-    def _usable(self, port: _Port, address: RouterAddress) -> bool:
+    def _usable(self, port: _RouterPort, address: RouterAddress) -> bool:
         try:
             check_address(address, self._keys)
         except ConfigError as error:

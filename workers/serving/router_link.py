@@ -18,28 +18,28 @@ SILENCE_S = 2.0
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 1.0
 
 
-class Greet(msgspec.Struct, frozen=True):
+class SendHello(msgspec.Struct, frozen=True):
     """Send Hello."""
 
 
-class Lose(msgspec.Struct, frozen=True):
+class RouterLost(msgspec.Struct, frozen=True):
     """The router with this boot nonce is gone: its rows are orphans."""
 
     boot: str
 
 
-class Close(msgspec.Struct, frozen=True):
+class CloseSocket(msgspec.Struct, frozen=True):
     """Drop the socket and all that is queued in it."""
 
 
-class Open(msgspec.Struct, frozen=True):
+class OpenSocket(msgspec.Struct, frozen=True):
     """Make a new socket and connect."""
 
 
-Verdict: TypeAlias = Greet | Lose | Close | Open
+Verdict: TypeAlias = SendHello | RouterLost | CloseSocket | OpenSocket
 
 
-class Link:
+class RouterLink:
     """One router address. Times are seconds of one monotonic clock; a new link opens at its first :meth:`tick`."""
 
     def __init__(self, *, silence_s: float = SILENCE_S) -> None:
@@ -60,7 +60,7 @@ class Link:
         if self.state != "connecting":  # a reconnect behind the socket's back: messages of the old connection may be gone
             return self.broken(now)
         self.state, self._heard = "greeted", now
-        return [Greet()]
+        return [SendHello()]
 
     def heard(self, boot: str, now: float) -> list[Verdict]:
         """A well-formed message of the router with nonce ``boot`` came in."""
@@ -73,23 +73,23 @@ class Link:
         if boot == self.boot:
             return []
         old, self.boot = self.boot, boot
-        return [Lose(old), Greet()]
+        return [RouterLost(old), SendHello()]
 
     def broken(self, now: float) -> list[Verdict]:
         """Disconnected, a send would block, or Bye."""
         if self.state == "closed":
             return []
-        verdicts: list[Verdict] = [Lose(self.boot)] if self.boot else []
+        verdicts: list[Verdict] = [RouterLost(self.boot)] if self.boot else []
         self.state, self.boot = "closed", ""
         self._open_at = now + self._pause
         self._pause = min(2 * self._pause, PAUSE_MAX_S)
-        return [*verdicts, Close()]
+        return [*verdicts, CloseSocket()]
 
     def tick(self, now: float) -> list[Verdict]:
         """Time passed."""
         if self.state == "closed" and now >= self._open_at:
             self.state = "connecting"
-            return [Open()]
+            return [OpenSocket()]
         if self.up and now - self._heard > self._silence_s:
             return self.broken(now)
         return []

@@ -44,7 +44,7 @@ class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
         return error
 
 
-class State(msgspec.Struct, frozen=True, kw_only=True):
+class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     """``pids``: (rank, host, pid) of the whole gang. ``since``: Unix time at which the phase began, seconds."""
 
     phase: Phase
@@ -69,7 +69,7 @@ class StateFile:
         """Begin a phase. Raises :class:`EnvironmentFault` when the file cannot be written before the replica has ever been ready."""
         self._capacity = capacity or self._capacity
         report = None if error is None else ErrorReport.of(error)
-        state = State(
+        state = ReplicaState(
             phase=phase,
             epoch=self._epoch,
             name=self._name,
@@ -96,11 +96,11 @@ class StateFile:
         os.replace(fresh, self._path)
 
 
-def read_state(run_dir: str) -> State | None:
+def read_state(run_dir: str) -> ReplicaState | None:
     """The state of the replica in ``run_dir``; None while there is none. Raises :class:`EnvironmentFault` on a file that is not one."""
     path = Path(run_dir, STATE_FILE)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=State)
+        return msgspec.json.decode(path.read_bytes(), type=ReplicaState)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as error:

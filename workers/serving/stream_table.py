@@ -31,37 +31,37 @@ MAX_FAULTS = 64
 _TOP_BYTES, _POSITION_BYTES = 14, 32
 
 
-class Start(msgspec.Struct, frozen=True):
-    """Submit the row to the engine; the leader answers with :meth:`Sessions.started` or :meth:`Sessions.refused`."""
+class StartSequence(msgspec.Struct, frozen=True):
+    """Submit the row to the engine; the leader answers with :meth:`StreamTable.started` or :meth:`StreamTable.refused`."""
 
     id: int
     request: Submit
 
 
-class Stop(msgspec.Struct, frozen=True):
+class StopSequence(msgspec.Struct, frozen=True):
     """Cancel the row in the engine."""
 
     id: int
 
 
-class Grant(msgspec.Struct, frozen=True):
+class GrantCredit(msgspec.Struct, frozen=True):
     """Credit the row in the engine."""
 
     id: int
     tokens: int
 
 
-class Send(msgspec.Struct, frozen=True):
+class SendToRouter(msgspec.Struct, frozen=True):
     """Send ``message`` to the router whose boot nonce is ``route``."""
 
     route: str
     message: Accepted | Tokens | Done | Failed
 
 
-Action: TypeAlias = Start | Stop | Grant | Send
+Action: TypeAlias = StartSequence | StopSequence | GrantCredit | SendToRouter
 
 
-class _Row(msgspec.Struct, kw_only=True):
+class _StreamRecord(msgspec.Struct, kw_only=True):
     """``tokens`` holds the journal that came with Submit and what was emitted since; ``logprobs`` those of ``tokens[-len(logprobs):]``.
 
     ``route`` is empty while the row is an orphan. ``credit``: tokens that the route may still receive.
@@ -96,7 +96,7 @@ class _Outgoing:
         self.logprobs: list[list[Logprobs] | None] = []
         self.scored = False
 
-    def add(self, row: _Row, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
+    def add(self, row: _StreamRecord, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
         self.streams.append(row.stream)
         self.attempts.append(row.attempt)
         self.firsts.append(first)
@@ -109,7 +109,7 @@ class _Outgoing:
         return Tokens(boot=boot, streams=self.streams, attempts=self.attempts, firsts=self.firsts, tokens=self.tokens, logprobs=logprobs)
 
 
-class Sessions:
+class StreamTable:
     """The table. Times are seconds of one monotonic clock.
 
     Args:
@@ -121,9 +121,9 @@ class Sessions:
 
     def __init__(self, *, boot: str, model: str, orphan_s: float = 1.0, limit: int = 4096) -> None:
         self._boot, self._model, self._orphan_s, self._limit = boot, model, orphan_s, limit
-        self._rows: dict[int, _Row] = {}
-        self._names: dict[tuple[str, str], _Row] = {}
-        self._streams: dict[tuple[str, int], _Row] = {}
+        self._rows: dict[int, _StreamRecord] = {}
+        self._names: dict[tuple[str, str], _StreamRecord] = {}
+        self._streams: dict[tuple[str, int], _StreamRecord] = {}
         self._due: list[tuple[float, int]] = []
         self._drain_until: float | None = None
         self._next_id = 0
@@ -161,7 +161,7 @@ class Sessions:
         if holder is not None:
             actions += self._supersede(holder, message)
         self._next_id += 1
-        row = _Row(
+        row = _StreamRecord(
             id=self._next_id, name=name, route=message.boot, stream=message.stream, attempt=message.attempt, seed=message.params.seed,
             prompt_tokens=len(message.prompt_ids), tokens=list(message.emitted), credit=message.credit,
             deadline=None if message.deadline_ms is None else now + message.deadline_ms / 1000.0, marks=message.marks,
@@ -169,7 +169,7 @@ class Sessions:
         self._rows[row.id] = self._names[name] = self._streams[row.route, row.stream] = row
         if row.deadline is not None:
             heapq.heappush(self._due, (row.deadline, row.id))
-        return [*actions, Start(row.id, message)]
+        return [*actions, StartSequence(row.id, message)]
 
     def started(self, id: int) -> list[Action]:
         """The engine took the row."""
@@ -203,7 +203,7 @@ class Sessions:
         # Credit cannot be taken back from an engine: what an earlier route granted stays granted.
         granted = message.credit - (len(row.tokens) - message.have)
         if granted > row.credit:
-            actions.append(Grant(row.id, granted - row.credit))
+            actions.append(GrantCredit(row.id, granted - row.credit))
             row.credit = granted
         return actions
 
@@ -212,7 +212,10 @@ class Sessions:
         if row is None or message.attempt < row.attempt:
             return []
         self._drop(row)
-        return [Stop(row.id), self._done(row, Finish("cancelled", Usage(prompt_tokens=row.prompt_tokens, output_tokens=len(row.tokens))))]
+        return [
+            StopSequence(row.id),
+            self._done(row, Finish("cancelled", Usage(prompt_tokens=row.prompt_tokens, output_tokens=len(row.tokens)))),
+        ]
 
     def credit(self, message: Credit) -> list[Action]:
         actions: list[Action] = []
@@ -221,7 +224,7 @@ class Sessions:
             granted = 0 if row is None else min(tokens, UNLIMITED - row.credit)
             if row is not None and granted > 0:
                 row.credit += granted
-                actions.append(Grant(row.id, granted))
+                actions.append(GrantCredit(row.id, granted))
         return actions
 
     def lost(self, route: str, now: float) -> None:
@@ -263,7 +266,7 @@ class Sessions:
                 out.add(row, emission.first, emission.tokens, emission.logprobs)
             if emission.end is not None:
                 ends += self._end(row, emission.end)
-        sends = [Send(route, out.message(self._boot)) for route, out in outgoing.items()]
+        sends = [SendToRouter(route, out.message(self._boot)) for route, out in outgoing.items()]
         return [*prompts, *sends, *ends]
 
     def drain(self, now: float, grace_s: float) -> None:
@@ -282,7 +285,7 @@ class Sessions:
                 actions += self._fault(row, "deadline_exceeded", "the request's deadline passed")
             elif not row.route and row.orphaned_until <= now:
                 self._drop(row)
-                actions.append(Stop(row.id))
+                actions.append(StopSequence(row.id))
         if self._drain_until is not None and self._drain_until <= now:
             for row in list(self._rows.values()):
                 actions += self._fault(row, "replica_lost", "the replica has drained: continue elsewhere")
@@ -320,16 +323,16 @@ class Sessions:
         if not 1 <= message.params.max_tokens <= UNLIMITED or not 0 <= message.credit <= UNLIMITED or message.attempt < 0:
             raise Rejected("max_tokens, credit or attempt is out of range")
 
-    def _supersede(self, row: _Row, by: Submit | Attach) -> list[Action]:
+    def _supersede(self, row: _StreamRecord, by: Submit | Attach) -> list[Action]:
         return self._fault(row, "cancelled", f"superseded by attempt {by.attempt}")
 
-    def _fault(self, row: _Row, code: str, message: str) -> list[Action]:
+    def _fault(self, row: _StreamRecord, code: str, message: str) -> list[Action]:
         """End a row that the engine still holds."""
         self._drop(row)
-        stop: list[Action] = [Stop(row.id)]
+        stop: list[Action] = [StopSequence(row.id)]
         return [*stop, self._failed(row, code, message)] if row.route else stop
 
-    def _end(self, row: _Row, end: Finish | Fault) -> list[Action]:
+    def _end(self, row: _StreamRecord, end: Finish | Fault) -> list[Action]:
         """End a row that the engine has ended."""
         self._drop(row)
         if isinstance(end, Fault):
@@ -340,12 +343,12 @@ class Sessions:
             return [self._failed(row, end.code, end.message)]
         return [self._done(row, end)]
 
-    def _drop(self, row: _Row) -> None:
+    def _drop(self, row: _StreamRecord) -> None:
         del self._rows[row.id], self._names[row.name]
         if row.route:
             del self._streams[row.route, row.stream]
 
-    def _catch_up(self, row: _Row, have: int) -> list[Action]:
+    def _catch_up(self, row: _StreamRecord, have: int) -> list[Action]:
         actions = self._prompt(row) if have == 0 and row.prompt_logprobs is not None else []
         scored_from = len(row.tokens) - len(row.logprobs)
         first = have
@@ -357,31 +360,31 @@ class Sessions:
             out.add(
                 row, first, row.tokens[first:stop], row.logprobs[first - scored_from : stop - scored_from] if first >= scored_from else None
             )
-            actions.append(Send(row.route, out.message(self._boot)))
+            actions.append(SendToRouter(row.route, out.message(self._boot)))
             first = stop
         return actions
 
-    def _prompt(self, row: _Row) -> list[Action]:
+    def _prompt(self, row: _StreamRecord) -> list[Action]:
         if not row.route or row.prompt_logprobs is None:
             return []
         message = Tokens(
             boot=self._boot, streams=[], attempts=[], firsts=[], tokens=[], prompt_logprobs=[(row.stream, row.prompt_logprobs)]
         )
-        return [Send(row.route, message)]
+        return [SendToRouter(row.route, message)]
 
-    def _accepted(self, row: _Row) -> Send:
-        return Send(
+    def _accepted(self, row: _StreamRecord) -> SendToRouter:
+        return SendToRouter(
             row.route, Accepted(boot=self._boot, stream=row.stream, attempt=row.attempt, seed=row.seed, prompt_tokens=row.prompt_tokens)
         )
 
-    def _done(self, row: _Row, end: Finish) -> Send:
+    def _done(self, row: _StreamRecord, end: Finish) -> SendToRouter:
         message = Done(boot=self._boot, stream=row.stream, attempt=row.attempt, reason=end.reason, usage=end.usage, stop_id=end.stop_id)
-        return Send(row.route, message)
+        return SendToRouter(row.route, message)
 
-    def _failed(self, to: _Row | Submit | Attach, code: str, why: str) -> Send:
+    def _failed(self, to: _StreamRecord | Submit | Attach, code: str, why: str) -> SendToRouter:
         return self._refusal(to, TriremeError(why, code=code))
 
-    def _refusal(self, to: _Row | Submit | Attach, error: TriremeError) -> Send:
+    def _refusal(self, to: _StreamRecord | Submit | Attach, error: TriremeError) -> SendToRouter:
         message = Failed(
             boot=self._boot,
             stream=to.stream,
@@ -391,7 +394,7 @@ class Sessions:
             retry_after=error.retry_after,
             param=error.param,
         )
-        return Send(to.route if isinstance(to, _Row) else to.boot, message)
+        return SendToRouter(to.route if isinstance(to, _StreamRecord) else to.boot, message)
 
 
 def _prompt_bytes(logprobs: list[Logprobs]) -> int:

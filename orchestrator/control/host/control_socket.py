@@ -88,7 +88,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
-class Status(msgspec.Struct, frozen=True, kw_only=True):
+class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A deployment now. ``routers``: name -> pid; ``rpc``: what an RPC client connects to; ``key_file``: the client's own key pair."""
 
     name: str
@@ -106,7 +106,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     update: UpdateReport | None = None
 
 
-class UpdateOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class UpdateCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The configuration that is wanted; ``said``: the paths of what it says itself. ``dry_run``: only plan."""
 
     config: Config
@@ -114,19 +114,19 @@ class UpdateOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dry_run: bool = False
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ControlCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A request. ``drain``: replace the replica ``name`` gracefully; ``down``: stop everything, ``now`` without a grace."""
 
     do: Literal["status", "drain", "down", "update"]
     name: str = ""
     now: bool = False
-    update: UpdateOrder | None = None
+    update: UpdateCommand | None = None
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
     """``update``: the plan of the one that was ordered."""
 
-    status: Status | None = None
+    status: DeploymentStatus | None = None
     update: UpdateReport | None = None
     code: str = ""
     message: str = ""
@@ -136,7 +136,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 class ControlServer:
     """Serves orders from a thread of its own; ``handle`` runs there and may raise :class:`TriremeError`."""
 
-    def __init__(self, path: Path, handle: Callable[[Order], Answer]) -> None:
+    def __init__(self, path: Path, handle: Callable[[ControlCommand], ControlReply]) -> None:
         self._path, self._handle = path, handle
         path.unlink(missing_ok=True)  # the lock is ours, so a socket that lies there is a dead process's
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -166,11 +166,11 @@ class ControlServer:
         if uid not in (0, os.geteuid()):
             return
         try:
-            answer = self._handle(msgspec.json.decode(_receive(connection), type=Order))
+            answer = self._handle(msgspec.json.decode(_receive(connection), type=ControlCommand))
         except msgspec.DecodeError as error:
-            answer = Answer(code=Rejected.code, message=str(error))
+            answer = ControlReply(code=Rejected.code, message=str(error))
         except TriremeError as error:
-            answer = Answer(code=error.code, message=str(error), hint=error.hint)
+            answer = ControlReply(code=error.code, message=str(error), hint=error.hint)
         connection.sendall(msgspec.json.encode(answer) + b"\n")
 
     def close(self) -> None:
@@ -192,19 +192,19 @@ def _receive(connection: socket.socket) -> bytes:
     return bytes(data)
 
 
-class Control:
+class ControlClient:
     """A running deployment, seen from another process. Every call raises :class:`EnvironmentFault` when it does not answer."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self._path = name, path
 
-    def _order(self, order: Order) -> Answer:
+    def _order(self, order: ControlCommand) -> ControlReply:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(_PATIENCE_S)
                 connection.connect(str(self._path))
                 connection.sendall(msgspec.json.encode(order) + b"\n")
-                answer = msgspec.json.decode(_receive(connection), type=Answer)
+                answer = msgspec.json.decode(_receive(connection), type=ControlReply)
         except (FileNotFoundError, ConnectionRefusedError):
             raise NotFound(f"the deployment {self.name} does not run", f"nobody listens on {self._path}", "trireme up FILE") from None
         except (OSError, msgspec.DecodeError) as error:
@@ -217,26 +217,26 @@ class Control:
             raise fault
         return answer
 
-    def status(self) -> Status:
-        answer = self._order(Order(do="status"))
+    def status(self) -> DeploymentStatus:
+        answer = self._order(ControlCommand(do="status"))
         assert answer.status is not None
         return answer.status
 
     def drain(self, replica: str) -> None:
         """Have one replica finish, leave, and be launched anew. Raises :class:`NotFound` for one that does not run."""
-        self._order(Order(do="drain", name=replica))
+        self._order(ControlCommand(do="drain", name=replica))
 
     def update(self, config: Config, said: Sequence[str], *, dry_run: bool = False) -> UpdateReport:
         """Begin an update to ``config``; ``status`` tells how it goes. Raises :class:`ConfigError` naming what cannot be changed in place,
         :class:`Rejected` while another one is under way."""
-        answer = self._order(Order(do="update", update=UpdateOrder(config=config, said=tuple(said), dry_run=dry_run)))
+        answer = self._order(ControlCommand(do="update", update=UpdateCommand(config=config, said=tuple(said), dry_run=dry_run)))
         assert answer.update is not None
         return answer.update
 
     def down(self, *, now: bool = False, timeout_s: float = 120.0) -> None:
         """Stop the deployment and wait until its process is gone."""
         pid = self.status().pid
-        self._order(Order(do="down", now=now))
+        self._order(ControlCommand(do="down", now=now))
         deadline = time.monotonic() + timeout_s
         while alive(pid):
             if time.monotonic() > deadline:

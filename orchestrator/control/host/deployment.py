@@ -21,19 +21,27 @@ from orchestrator.config.deployment_file import DEFAULT_RUN_DIR, Config, environ
 from orchestrator.config.router_spec import ModelCard
 from orchestrator.control.controller import TICK_S, Controller, Hung
 from orchestrator.control.host import desired_state, join_file
-from orchestrator.control.host.control_socket import Answer, Control, ControlServer, Order, Status, UpdateOrder, UpdateReport
+from orchestrator.control.host.control_socket import (
+    ControlClient,
+    ControlCommand,
+    ControlReply,
+    ControlServer,
+    DeploymentStatus,
+    UpdateCommand,
+    UpdateReport,
+)
 from orchestrator.control.host.external_routers import JoinedRouters
 from orchestrator.control.host.host_checks import check_api_keys, check_length, check_port
-from orchestrator.control.host.lock import Lock
+from orchestrator.control.host.lock import HostLock
 from orchestrator.control.host.own_routers import RouterGroup
-from orchestrator.control.host.router_poller import Routers
+from orchestrator.control.host.router_poller import RouterSource
 from orchestrator.control.host.status_table import describe, describe_standing
 from orchestrator.control.host.update import Update
 from orchestrator.control.launch.launcher import GangSpec, make_private
 from orchestrator.control.launch.local_launcher import LocalLauncher
-from orchestrator.control.launch.mpiexec import Mpi, find_mpi
+from orchestrator.control.launch.mpiexec import MpiInstall, find_mpi
 from orchestrator.control.launch.supervisor import sweep
-from orchestrator.control.reconciler import Policy, ReplicaView
+from orchestrator.control.reconciler import ReplicaView, RestartPolicy
 from workers.artifacts.convert import Progress, silent
 from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError
 from workers.protocol.messages import Capacity
@@ -97,8 +105,8 @@ class Deployment:
         self._was_ready = False
         self._announced: set[tuple[str, int, str]] = set()
         self._controls: _Controls | None = None
-        self._routers: Routers | None = None
-        self._back = desired_state.Back(addresses=())
+        self._routers: RouterSource | None = None
+        self._back = desired_state.RouterEndpoints(addresses=())
         self._leave_ray: Callable[[], None] | None = None
         self._models: dict[str, str] = {}
         self._gangs: list[GangSpec] = []
@@ -117,7 +125,7 @@ class Deployment:
         make_private(self._home)
         socket_path = self._home / "control.sock"
         check_length(self._home)
-        lock = Lock(self._home / "lock", self.config.name)
+        lock = HostLock(self._home / "lock", self.config.name)
         control = ControlServer(socket_path, self._obey)
         try:
             try:
@@ -172,9 +180,9 @@ class Deployment:
         assert self._controls is not None
         self._controls.apply(plan.gangs)
 
-    def _begin_control(self, mpi: Mpi | None, shares: float) -> str:
+    def _begin_control(self, mpi: MpiInstall | None, shares: float) -> str:
         """Who launches the gangs; returns where those on other nodes find routers of ours. ``mpi`` None: there will be none."""
-        policy = Policy(start_timeout_s=self.config.start_timeout_s, drain_grace_s=self.config.drain_grace_s)
+        policy = RestartPolicy(start_timeout_s=self.config.start_timeout_s, drain_grace_s=self.config.drain_grace_s)
         if mpi is None:
             self._controls = join_file.NoGangs()
         elif self.config.launcher == "ray":
@@ -192,7 +200,7 @@ class Deployment:
         self._heed()
         self._progress(phase, done, total)
 
-    def _join_ray(self, policy: Policy, shares: float) -> str:
+    def _join_ray(self, policy: RestartPolicy, shares: float) -> str:
         """Returns the address at which gangs on other nodes reach the routers; empty where there never will be another."""
         from orchestrator.control.launch import ray_cluster
 
@@ -244,7 +252,7 @@ class Deployment:
             text = f"{report.phase} {report.error}".strip() if update.over else report.doing
             self._notify(Notice(kind="update", subject=self.config.name, text=text, seconds=report.seconds))
 
-    def _judge(self, status: Status) -> bool:
+    def _judge(self, status: DeploymentStatus) -> bool:
         """Until the first READY: what failed for good is not waited for. Whether to serve with the rest; raises where there is none."""
         assert self._controls is not None
         if self._standing:
@@ -278,7 +286,7 @@ class Deployment:
             self._was_ready = True
             self._notify(Notice(kind="ready", subject=status.name, text=status.url, seconds=status.age_s))
 
-    def _publish(self, status: Status) -> None:
+    def _publish(self, status: DeploymentStatus) -> None:
         """Tell others how to join our routers, where these can be reached."""
         config = self.config
         if config.back.host and config.rpc.host and not self._back.prefix:
@@ -334,7 +342,7 @@ class Deployment:
                 done.wait(_FAREWELL_S)
                 return
 
-    def status(self) -> Status:
+    def status(self) -> DeploymentStatus:
         """The deployment's table, from what the controller and the routers last said."""
         table = describe_standing if self._standing else describe
         return table(
@@ -348,7 +356,7 @@ class Deployment:
             update=self._update.report() if self._update is not None else None,
         )
 
-    def _obey(self, order: Order) -> Answer:
+    def _obey(self, order: ControlCommand) -> ControlReply:
         match order.do:
             case "drain":
                 if self._controls is None or not self._controls.drain(order.name):
@@ -358,10 +366,10 @@ class Deployment:
             case "down":
                 self.stop(now=order.now)
             case "update":
-                return Answer(update=self._begin_update(order.update))
-        return Answer(status=self.status())
+                return ControlReply(update=self._begin_update(order.update))
+        return ControlReply(status=self.status())
 
-    def _begin_update(self, order: UpdateOrder | None) -> UpdateReport:
+    def _begin_update(self, order: UpdateCommand | None) -> UpdateReport:
         """Called in the control socket's thread; the loop takes the update up at its next turn."""
         if order is None:
             raise Rejected("an update needs a configuration")
@@ -395,6 +403,6 @@ def up(
             signal.signal(number, handler)
 
 
-def connect(name: str, run_dir: str | Path = DEFAULT_RUN_DIR) -> Control:
+def connect(name: str, run_dir: str | Path = DEFAULT_RUN_DIR) -> ControlClient:
     """The deployment ``name`` under ``run_dir``; whether it runs shows at the first call."""
-    return Control(name, Path(run_dir).expanduser().absolute() / name / "control.sock")
+    return ControlClient(name, Path(run_dir).expanduser().absolute() / name / "control.sock")

@@ -17,7 +17,7 @@ from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig
 from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
 from orchestrator.control.launch.launcher import GangSpec, write_private
-from orchestrator.control.placement import Share
+from orchestrator.control.placement import RankShare
 from orchestrator.model_store import locate, resolve
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import Progress
@@ -45,12 +45,12 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     gangs: tuple[GangArtifact, ...]
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     gangs: list[GangSpec]
     routers: list[RouterSpec]
 
 
-class Back(msgspec.Struct, frozen=True, kw_only=True):
+class RouterEndpoints(msgspec.Struct, frozen=True, kw_only=True):
     """How replicas reach their routers. ``addresses``: of the routers; ``secured``: by tcp, so each replica has a key pair.
 
     At standing routers ``key`` is the key pair of all our replicas (JSON), and ``prefix`` stands before their names.
@@ -123,7 +123,7 @@ def _tokenizer_dir(artifact: Path) -> Path | None:
     return (open_model(artifact) if is_engine_dir(artifact) else open_artifact(artifact, bare=True)).tokenizer_dir
 
 
-def own_back(config: Config, keys: KeyRing, host: str) -> Back:
+def own_back(config: Config, keys: KeyRing, host: str) -> RouterEndpoints:
     """The back sockets of our own routers. ``host``: where gangs on other hosts reach us; without it and ``back.host``, Unix sockets."""
     folder, back = config.home / "routers", config.back
     if back.host:
@@ -134,14 +134,14 @@ def own_back(config: Config, keys: KeyRing, host: str) -> Back:
         places = [f"ipc://{folder}/router{i}-back.sock" for i in range(config.routers)]
     secured = bool(back.host or host)
     server_key = keys.pair("router", "all").public if secured else ""
-    return Back(addresses=tuple(RouterAddress(endpoint=place, server_key=server_key) for place in places), secured=secured)
+    return RouterEndpoints(addresses=tuple(RouterAddress(endpoint=place, server_key=server_key) for place in places), secured=secured)
 
 
-def plan(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: Back) -> Plan:
+def plan(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: RouterEndpoints) -> DesiredState:
     """Specs of everything that is ours: routers too, unless the replicas join others'."""
     found = gangs(config, models, back, keys)
     admit(keys, found, back)
-    return Plan(gangs=found, routers=[] if back.prefix else _routers(config, models, keys, back))
+    return DesiredState(gangs=found, routers=[] if back.prefix else _routers(config, models, keys, back))
 
 
 def cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
@@ -158,7 +158,7 @@ def cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
     )
 
 
-def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: Back) -> list[RouterSpec]:
+def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: RouterEndpoints) -> list[RouterSpec]:
     folder = config.home / "routers"
     secured = back.secured or bool(config.rpc.host)
     served = cards(models)
@@ -195,12 +195,12 @@ def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, back:
     ]
 
 
-def gangs(config: Config, models: Sequence[ServedModel], back: Back, keys: KeyRing) -> list[GangSpec]:
+def gangs(config: Config, models: Sequence[ServedModel], back: RouterEndpoints, keys: KeyRing) -> list[GangSpec]:
     """One spec a replica."""
     return [_gang(config, model, gang, back, keys) for model in models for gang in model.gangs]
 
 
-def admit(keys: KeyRing, gangs: Sequence[GangSpec], back: Back) -> None:
+def admit(keys: KeyRing, gangs: Sequence[GangSpec], back: RouterEndpoints) -> None:
     """Let these gangs in at our routers, and no others but by a pass. Who joins others' routers has nobody to let in."""
     if back.prefix:
         return
@@ -208,22 +208,22 @@ def admit(keys: KeyRing, gangs: Sequence[GangSpec], back: Back) -> None:
     keys.allow([*members, ("client", "local"), ("router", "all")], {gang.replica.name: gang.replica.model for gang in gangs})
 
 
-def renamed(gang: GangSpec, name: str, back: Back, keys: KeyRing) -> GangSpec:
+def renamed(gang: GangSpec, name: str, back: RouterEndpoints, keys: KeyRing) -> GangSpec:
     """The same gang as a replica of another name."""
     replica = msgspec.structs.replace(gang.replica, name=name, announced=_announced(name, back))
     return msgspec.structs.replace(gang, replica=replica, key=_key_of(name, back, keys))
 
 
-def _announced(name: str, back: Back) -> str:
+def _announced(name: str, back: RouterEndpoints) -> str:
     return back.prefix + name if back.prefix else ""
 
 
-def _key_of(name: str, back: Back, keys: KeyRing) -> str:
+def _key_of(name: str, back: RouterEndpoints, keys: KeyRing) -> str:
     """The key pair (JSON) with which a replica of this name reaches its routers; empty where it needs none."""
     return back.key or (msgspec.json.encode(keys.pair("replica", name)).decode() if back.secured else "")
 
 
-def _gang(config: Config, model: ServedModel, gang: GangArtifact, back: Back, keys: KeyRing) -> GangSpec:
+def _gang(config: Config, model: ServedModel, gang: GangArtifact, back: RouterEndpoints, keys: KeyRing) -> GangSpec:
     replica = ReplicaSpec(
         name=gang.name,
         model=model.config.name,
@@ -242,7 +242,7 @@ def _gang(config: Config, model: ServedModel, gang: GangArtifact, back: Back, ke
         deployment=config.name,
         replica=replica,
         run_dir=str(config.home / "replicas"),
-        share=Share(cpus=model.config.cpus_per_rank, gpus=1.0 if gang.engine.device == "cuda" else 0.0),
+        share=RankShare(cpus=model.config.cpus_per_rank, gpus=1.0 if gang.engine.device == "cuda" else 0.0),
         spread=model.config.spread,
         key=_key_of(gang.name, back, keys),
     )

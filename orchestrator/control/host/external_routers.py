@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import zmq
 
-from orchestrator.auth.keyring import Pass, read_pass
+from orchestrator.auth.keyring import JoinPass, read_pass
 from orchestrator.config.deployment_file import Config
-from orchestrator.control.host.desired_state import Back, ServedModel
+from orchestrator.control.host.desired_state import RouterEndpoints, ServedModel
 from orchestrator.control.host.join_file import JoinFile, fingerprint
-from orchestrator.control.host.router_poller import Reports, RouterReport, ask
+from orchestrator.control.host.router_poller import RouterPoller, RouterReport, ask
 from orchestrator.control.launch.launcher import make_private, write_private
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import PROTOCOL
@@ -58,11 +58,13 @@ class JoinedRouters:
         _check(config, self._file, held)
         home = make_private(config.home)
         prefix = f"{held.name}/{config.name}-{_instance(home)}/"
-        self.back = Back(addresses=self._file.routers, secured=True, prefix=prefix, key=msgspec.json.encode(held.replica).decode())
+        self.back = RouterEndpoints(
+            addresses=self._file.routers, secured=True, prefix=prefix, key=msgspec.json.encode(held.replica).decode()
+        )
         self.key_file = make_private(home / "keys") / "client-join.json"
         write_private(self.key_file, msgspec.json.encode(held.client))
         self._key = held.client
-        self._reports = Reports(lambda: [(address.endpoint, address) for address in self._file.rpc], held.client, prefix=prefix)
+        self._reports = RouterPoller(lambda: [(address.endpoint, address) for address in self._file.rpc], held.client, prefix=prefix)
 
     @property
     def name(self) -> str:
@@ -133,7 +135,7 @@ class JoinedRouters:
         return self._reports.fresh()
 
     def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
-        """As :meth:`Reports.hung`."""
+        """As :meth:`RouterPoller.hung`."""
         return self._reports.hung(ready, routers=len(self._file.rpc))
 
     def stop(self, grace_s: float) -> None:
@@ -142,7 +144,7 @@ class JoinedRouters:
         self._reports.join()
 
 
-def _check(config: Config, file: JoinFile, held: Pass) -> None:
+def _check(config: Config, file: JoinFile, held: JoinPass) -> None:
     if any(address.server_key != held.server for address in (*file.routers, *file.rpc)):
         raise ConfigError(
             f"the pass of {held.name} is for other routers than those of {file.name}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from workers.protocol.errors import EnvironmentFault
 
 
-class Lock:
+class HostLock:
     """One host process a deployment; the kernel lets go of it however the process ends."""
 
     def __init__(self, path: Path, name: str) -> None:

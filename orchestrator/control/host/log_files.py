@@ -30,7 +30,7 @@ _PLACED = frozenset(("time", "level", "logger", "message", "trace", "replica", "
 HOST_FILES = ("host.log", "up.log", "ray.log")
 
 
-class Entry(msgspec.Struct, frozen=True):
+class LogEntry(msgspec.Struct, frozen=True):
     """One line. ``time``: Unix seconds, the line's own or, where it has none, that of the line before. ``level`` and ``logger`` are empty
     for a line that no logger wrote."""
 
@@ -94,7 +94,7 @@ def _gang(folder: Path, epoch: int) -> list[LogFile]:
     return sorted(files, key=lambda file: (file.rank, file.label))
 
 
-class Reader:
+class LogReader:
     """One file, read from where the last call ended. A file that was begun anew is read from its beginning."""
 
     def __init__(self, file: LogFile) -> None:
@@ -102,7 +102,7 @@ class Reader:
         self._place = self._inode = 0
         self._time = (file.epoch >> 16) / 1000
 
-    def entries(self, *, final: bool) -> Iterator[Entry]:
+    def entries(self, *, final: bool) -> Iterator[LogEntry]:
         """The lines that are new; times never fall. ``final``: also one that has no end yet. A file that is gone has none.
 
         A gang's leader begins with a line that it did not write: which launch this is.
@@ -116,7 +116,7 @@ class Reader:
             if status.st_ino != self._inode or status.st_size < self._place:
                 self._place, self._inode = 0, status.st_ino
                 if self.file.rank == 0:
-                    yield Entry(self._time, self.file.label, "", "", f"launched, epoch {self.file.epoch}")
+                    yield LogEntry(self._time, self.file.label, "", "", f"launched, epoch {self.file.epoch}")
             stream.seek(self._place)
             if self.file.rank < 0 and not _has_times(stream):
                 # Such lines were written by no logger; the last of them when the file was.
@@ -130,12 +130,12 @@ class Reader:
                 if entry is not None:
                     yield entry
 
-    def _entry(self, line: str) -> Entry | None:
+    def _entry(self, line: str) -> LogEntry | None:
         if not line:
             return None
         time, level, logger, text = _read_json(line) if line.startswith("{") else _read_text(line)
         self._time = max(self._time, time)
-        return Entry(self._time, self.file.label, level, logger, "\n".join(map(printable, text[:_WIDEST].splitlines())))
+        return LogEntry(self._time, self.file.label, level, logger, "\n".join(map(printable, text[:_WIDEST].splitlines())))
 
 
 def _has_times(stream: IO[bytes]) -> bool:
@@ -166,6 +166,6 @@ def _read_json(line: str) -> tuple[float, str, str, str]:
     return time, str(row.get("level", "")), str(row.get("logger", "")), f"{row.get('message', '')}{more}{trace}"
 
 
-def merge(readers: Iterable[Reader], *, final: bool) -> Iterator[Entry]:
+def merge(readers: Iterable[LogReader], *, final: bool) -> Iterator[LogEntry]:
     """What is new in all files, by time; lines of one file stay in their order."""
     return heapq.merge(*(reader.entries(final=final) for reader in readers), key=lambda entry: entry.time)

@@ -17,9 +17,9 @@ import msgspec
 
 from orchestrator.auth.keyring import LOCAL_CLIENT, KeyRing
 from orchestrator.config.router_spec import RouterSpec
-from orchestrator.control.host.router_poller import Reports, RouterReport
+from orchestrator.control.host.router_poller import RouterPoller, RouterReport
 from orchestrator.control.launch.launcher import write_private
-from orchestrator.control.launch.subprocesses import STOP, Child
+from orchestrator.control.launch.subprocesses import STOP, ChildProcess
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import RouterAddress
 
@@ -46,7 +46,7 @@ class _Router:
         self.spec, self._env = spec, env
         self._file = folder / f"{spec.name}.json"
         self.log = folder / f"{spec.name}.log"
-        self.child: Child | None = None
+        self.child: ChildProcess | None = None
         self.begun = 0.0
         self.deaths = 0
         self.due = 0.0
@@ -56,7 +56,7 @@ class _Router:
         Path(self.spec.state_file).unlink(missing_ok=True)
         write_private(self._file, msgspec.json.encode(self.spec))
         argv = [sys.executable, "-m", "orchestrator.router", str(self._file)]
-        self.child = Child(argv, env=self._env, cwd="/", log=self.log)
+        self.child = ChildProcess(argv, env=self._env, cwd="/", log=self.log)
         self.begun = time.monotonic()
 
     def state(self) -> RouterState | None:
@@ -83,7 +83,7 @@ class RouterGroup:
     def __init__(self, specs: Sequence[RouterSpec], folder: Path, *, env: Mapping[str, str], keys: KeyRing) -> None:
         self._routers = [_Router(spec, folder, env) for spec in specs]
         self._server_key = keys.pair("router", "all").public
-        self._reports = Reports(self._serving, keys.pair("client", LOCAL_CLIENT))
+        self._reports = RouterPoller(self._serving, keys.pair("client", LOCAL_CLIENT))
         #: What an RPC client of this host uses.
         self.key_file = keys.path("client", LOCAL_CLIENT)
 
@@ -141,7 +141,7 @@ class RouterGroup:
         return self._reports.fresh()
 
     def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
-        """As :meth:`Reports.hung`."""
+        """As :meth:`RouterPoller.hung`."""
         return self._reports.hung(ready, routers=len(self._routers))
 
     def stop(self, grace_s: float) -> None:

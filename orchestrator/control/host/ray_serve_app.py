@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.config.deployment_file import environment, load
 from orchestrator.control.host.deployment import connect
-from orchestrator.control.launch.subprocesses import Child
+from orchestrator.control.launch.subprocesses import ChildProcess
 from workers.protocol.errors import EnvironmentFault, TriremeError
 
 log = logging.getLogger("trireme.serve")
@@ -31,7 +31,7 @@ class ServeHost:
         self._config = load(Path(file), env=environment()).config
         self._words: list[str] = []
         argv = [sys.executable, "-m", "orchestrator.cli", "up", file]
-        self._host = Child(argv, env={**environment(), "RAY_ADDRESS": ray_address}, on_line=self._heard)
+        self._host = ChildProcess(argv, env={**environment(), "RAY_ADDRESS": ray_address}, on_line=self._heard)
         while not self._state():
             self.check_health()
             time.sleep(_POLL_S)

@@ -59,7 +59,7 @@ class RouterReport(msgspec.Struct, frozen=True, kw_only=True):
     replicas: list[ReplicaReport] = []
 
 
-class Routers(Protocol):
+class RouterSource(Protocol):
     """What a deployment asks of its routers, its own or those that it joined. ``key_file``: what an RPC client of this host uses."""
 
     key_file: Path
@@ -83,12 +83,12 @@ class Routers(Protocol):
         """What living routers said within the last seconds."""
 
     def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
-        """As :meth:`Reports.hung`."""
+        """As :meth:`RouterPoller.hung`."""
 
     def stop(self, grace_s: float) -> None: ...
 
 
-class Reports:
+class RouterPoller:
     """``targets``: the routers to ask now, by name. ``prefix``: only replicas whose names begin so are ours; they are told without it."""
 
     def __init__(self, targets: Callable[[], Iterable[tuple[str, RouterAddress]]], key: KeyPair, *, prefix: str = "") -> None:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from orchestrator.config.deployment_file import Config, ModelConfig
-from orchestrator.control.host.control_socket import DeploymentState, ModelRow, ReplicaRow, Status, UpdateReport
-from orchestrator.control.host.router_poller import ReplicaReport, RouterReport, Routers
+from orchestrator.control.host.control_socket import DeploymentState, DeploymentStatus, ModelRow, ReplicaRow, UpdateReport
+from orchestrator.control.host.router_poller import ReplicaReport, RouterReport, RouterSource
 from orchestrator.control.reconciler import ReplicaView
 from workers.protocol.specs import Parallel
 
@@ -18,14 +18,14 @@ from workers.protocol.specs import Parallel
 def describe(
     config: Config,
     views: Sequence[ReplicaView],
-    routers: Routers | None,
+    routers: RouterSource | None,
     *,
     models: Mapping[str, str],
     begun: float,
     stopping: bool,
     was_ready: bool,
     update: UpdateReport | None,
-) -> Status:
+) -> DeploymentStatus:
     """``models``: replica -> model; ``begun``: Unix seconds. READY needs every replica and every router; at routers of others, every
     replica and its acceptance by each of them that answers."""
     now = time.time()
@@ -51,14 +51,14 @@ def describe(
 def describe_standing(
     config: Config,
     views: Sequence[ReplicaView],
-    routers: Routers | None,
+    routers: RouterSource | None,
     *,
     models: Mapping[str, str],
     begun: float,
     stopping: bool,
     was_ready: bool,
     update: UpdateReport | None,
-) -> Status:
+) -> DeploymentStatus:
     """As :func:`describe`, for routers alone: READY needs their doors, and that others were told of them (``was_ready``). The replicas are
     those that joined, in the routers' eyes."""
     now = time.time()
@@ -72,15 +72,15 @@ def describe_standing(
 
 def _status(
     config: Config,
-    routers: Routers | None,
+    routers: RouterSource | None,
     state: DeploymentState,
     rows: tuple[ModelRow, ...],
     *,
     begun: float,
     error: str,
     update: UpdateReport | None,
-) -> Status:
-    return Status(
+) -> DeploymentStatus:
+    return DeploymentStatus(
         name=config.name,
         state=state,
         age_s=time.time() - begun,

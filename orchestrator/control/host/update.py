@@ -17,10 +17,10 @@ from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig, Resolved
 from orchestrator.config.router_spec import JoinSpec, ModelCard
 from orchestrator.control.host import desired_state
-from orchestrator.control.host.control_socket import UpdateOrder, UpdateReport
+from orchestrator.control.host.control_socket import UpdateCommand, UpdateReport
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.reconciler import ReplicaView
-from orchestrator.control.rollout import Bounds, Rollout, Target, plan
+from orchestrator.control.rollout import Rollout, RolloutBounds, RolloutTarget, plan
 from workers.artifacts.convert import Progress
 from workers.protocol.errors import ConfigError
 
@@ -33,7 +33,7 @@ _ROOM_FACTOR = 3
 _HINT = "trireme down, then trireme up; or leave it as it is"
 
 
-def merge(current: Config, order: UpdateOrder) -> Config:
+def merge(current: Config, order: UpdateCommand) -> Config:
     """What runs now with the order's models. Raises :class:`ConfigError` that names every setting which cannot be changed in place.
 
     What the order does not say itself stays as it is, whatever the default.
@@ -92,8 +92,8 @@ class Update:
     """
 
     def __init__(
-        self, current: Config, order: UpdateOrder, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
-        *, back: desired_state.Back, now: float, progress: Progress,
+        self, current: Config, order: UpdateCommand, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
+        *, back: desired_state.RouterEndpoints, now: float, progress: Progress,
     ) -> None:  # fmt: skip
         self._old, self._new = current, merge(current, order)
         models = [desired_state.resolve_model(model, self._new.cache, progress) for model in self._new.models]
@@ -110,7 +110,7 @@ class Update:
         if not order.dry_run:
             desired_state.admit(self._keys, list(self._specs.values()), back)
         move_s = 2 * current.start_timeout_s + current.drain_grace_s
-        self._rollout = Rollout(_targets(gangs), moves, Bounds(move_s=move_s), now)
+        self._rollout = Rollout(_targets(gangs), moves, RolloutBounds(move_s=move_s), now)
         self._begun, self._ended = now, now
         self._applied = True
 
@@ -167,8 +167,8 @@ class Update:
         )
 
 
-def _targets(gangs: Sequence[GangSpec]) -> list[Target]:
-    return [Target(name=gang.replica.name, model=gang.replica.model, spec_hash=gang.spec_hash) for gang in gangs]
+def _targets(gangs: Sequence[GangSpec]) -> list[RolloutTarget]:
+    return [RolloutTarget(name=gang.replica.name, model=gang.replica.model, spec_hash=gang.spec_hash) for gang in gangs]
 
 
 def _check_tokenizer(model: desired_state.ServedModel, cards: Sequence[ModelCard]) -> None:

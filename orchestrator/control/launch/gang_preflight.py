@@ -22,7 +22,7 @@ log = logging.getLogger("trireme.launch")
 LOOK_S = 120.0
 
 
-class Asked(Protocol):
+class PreflightNode(Protocol):
     """A node that runs a short command to its end."""
 
     address: str
@@ -41,7 +41,7 @@ def needed(spec: GangSpec) -> bool:
     return spec.replica.engine.kind == "trtllm"
 
 
-def inspect(spec: GangSpec, nodes: Sequence[Asked], *, family: str, tag: str, env: Mapping[str, str]) -> None:
+def inspect(spec: GangSpec, nodes: Sequence[PreflightNode], *, family: str, tag: str, env: Mapping[str, str]) -> None:
     """Have all nodes look at the same time. Raises the first refusal, of the first node in rank order, naming the node."""
     with ThreadPoolExecutor(len(nodes), "pre-flight") as pool:
         verdicts = list(pool.map(lambda index: _ask(spec, nodes, index, family, tag, env), range(len(nodes))))
@@ -54,7 +54,7 @@ def inspect(spec: GangSpec, nodes: Sequence[Asked], *, family: str, tag: str, en
             raise error
 
 
-def _ask(spec: GangSpec, nodes: Sequence[Asked], index: int, family: str, tag: str, env: Mapping[str, str]) -> _Verdict:
+def _ask(spec: GangSpec, nodes: Sequence[PreflightNode], index: int, family: str, tag: str, env: Mapping[str, str]) -> _Verdict:
     replica, node = spec.replica, nodes[index]
     order = {
         "artifact": replica.artifact,

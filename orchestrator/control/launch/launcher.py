@@ -13,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.control.placement import Share
+from orchestrator.control.placement import RankShare
 from orchestrator.control.reconciler import GangStatus
 from workers.protocol.errors import EnvironmentFault
 from workers.protocol.specs import ReplicaSpec
@@ -32,7 +32,7 @@ class GangSpec(msgspec.Struct, frozen=True, kw_only=True):
     deployment: str
     replica: ReplicaSpec
     run_dir: str
-    share: Share = Share()
+    share: RankShare = RankShare()
     spread: bool = False
     key: str = ""
     command: tuple[str, ...] = (sys.executable, "-m", "workers")

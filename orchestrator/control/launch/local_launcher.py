@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from orchestrator.control.launch.gpu_ledger import GpuLedger, visible_gpus
 from orchestrator.control.launch.launcher import GangSpec, mint_epoch
-from orchestrator.control.launch.mpiexec import Mpi
-from orchestrator.control.launch.supervisor import Gang, LocalNode
+from orchestrator.control.launch.mpiexec import MpiInstall
+from orchestrator.control.launch.supervisor import GangProcess, LocalNode
 from orchestrator.control.reconciler import GangStatus
 
 log = logging.getLogger("trireme.launch")
@@ -17,15 +17,15 @@ log = logging.getLogger("trireme.launch")
 class LocalLauncher:
     """Launcher of one host. Called from one thread. ``env``: the environment that ranks start from."""
 
-    def __init__(self, mpi: Mpi, env: Mapping[str, str]) -> None:
+    def __init__(self, mpi: MpiInstall, env: Mapping[str, str]) -> None:
         self._mpi, self._env = mpi, dict(env)
-        self._gangs: dict[tuple[str, int], Gang] = {}
+        self._gangs: dict[tuple[str, int], GangProcess] = {}
         self._gpus = GpuLedger(visible_gpus(self._env))
 
     def start(self, spec: GangSpec) -> None:
         epoch, world = mint_epoch(), spec.replica.parallel.world
         own = self._gpus.take((spec.replica.name, epoch), world) if spec.share.gpus else {}
-        gang = Gang(spec, epoch, [LocalNode(world, own=own)], mpi=self._mpi, env=self._env)
+        gang = GangProcess(spec, epoch, [LocalNode(world, own=own)], mpi=self._mpi, env=self._env)
         self._gangs[spec.replica.name, epoch] = gang
         gang.start()
 

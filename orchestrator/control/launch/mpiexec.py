@@ -43,14 +43,14 @@ _OPENMPI_CPU_ENV = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_
 _PROXY_ID = re.compile(r"--proxy-id (\d+)")
 
 
-class Mpi(msgspec.Struct, frozen=True, kw_only=True):
+class MpiInstall(msgspec.Struct, frozen=True, kw_only=True):
     """An MPI that is installed here."""
 
     mpiexec: str
     family: Family
 
 
-class Host(msgspec.Struct, frozen=True, kw_only=True):
+class MpiHost(msgspec.Struct, frozen=True, kw_only=True):
     """``ranks`` consecutive ranks on the node at ``address``."""
 
     address: str
@@ -74,7 +74,7 @@ def refuse_both(look: Callable[[str], str | None] = version) -> None:
         raise EnvironmentFault(what, "they overwrite each other's files", hint)
 
 
-def find_mpi(path: str) -> Mpi:
+def find_mpi(path: str) -> MpiInstall:
     """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value).
 
     Raises :class:`EnvironmentFault` when there is none, when there are two, or when it is of an unknown family.
@@ -88,7 +88,7 @@ def find_mpi(path: str) -> Mpi:
         done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EnvironmentFault(f"{program} does not run", str(error), _HINT) from None
-    return Mpi(mpiexec=program, family=family_of(done.stdout + done.stderr, program))
+    return MpiInstall(mpiexec=program, family=family_of(done.stdout + done.stderr, program))
 
 
 def family_of(version: str, program: str) -> Family:
@@ -101,7 +101,7 @@ def family_of(version: str, program: str) -> Family:
     raise EnvironmentFault(f"{program} is of an unknown MPI family", version.strip()[:100], _HINT)
 
 
-def argv(mpi: Mpi, hosts: Sequence[Host], command: Sequence[str], *, control: str = "") -> list[str]:
+def argv(mpi: MpiInstall, hosts: Sequence[MpiHost], command: Sequence[str], *, control: str = "") -> list[str]:
     """The argument vector that starts ``command`` on all ranks, in host order.
 
     One host: everything is forked here. Several hosts: a line is printed for each node whose proxy (MPICH's ``manual`` launcher) or daemon
@@ -120,7 +120,7 @@ def argv(mpi: Mpi, hosts: Sequence[Host], command: Sequence[str], *, control: st
     return [mpi.mpiexec, "-launcher", "manual", "-localhost", control, "-hosts", places, "-n", str(world), *command]
 
 
-def environment(mpi: Mpi, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
+def environment(mpi: MpiInstall, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
     """``base`` without what belongs to one node or to another MPI world, and with what ``mpi`` needs."""
     kept = {name: value for name, value in base.items() if name not in NODE_NAMES and not name.startswith(_WORLD_PREFIXES)}
     if mpi.family == "openmpi":
@@ -144,7 +144,7 @@ def proxy_line(line: str, addresses: Sequence[str]) -> tuple[int, str] | None:
     return None
 
 
-def exit_signal(mpi: Mpi, code: int) -> int | None:
+def exit_signal(mpi: MpiInstall, code: int) -> int | None:
     """The signal behind mpiexec's return code, or None: MPICH returns the bare number, Open MPI 128 + number, a killed mpiexec -number."""
     if code < 0:
         return -code

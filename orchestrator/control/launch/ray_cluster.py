@@ -24,7 +24,7 @@ import msgspec
 from orchestrator.config.deployment_file import RayConfig
 from orchestrator.control.controller import ControllerActor, Hung
 from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
-from orchestrator.control.reconciler import Policy, ReplicaView
+from orchestrator.control.reconciler import ReplicaView, RestartPolicy
 from workers.protocol.errors import EnvironmentFault
 
 log = logging.getLogger("trireme.ray")
@@ -41,7 +41,7 @@ _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _START_S = 180.0
 
 
-class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+class RayCluster(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster that this process has joined. ``addresses``: its nodes; ``here``: this one."""
 
     here: str
@@ -49,7 +49,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     started: bool
 
 
-def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: int) -> Cluster:
+def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: int) -> RayCluster:
     """Join ``config.address`` or RAY_ADDRESS; without either, start Ray here with ``cpus`` CPU shares. Raises EnvironmentFault."""
     env["RAY_USAGE_STATS_ENABLED"] = "0"
     address = config.address or env.get("RAY_ADDRESS", "")
@@ -78,7 +78,7 @@ def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: 
         hint = "start it, or name another one (RAY_ADDRESS, ray.address); without an address Ray is started here" if address else _HINT
         raise EnvironmentFault(what, str(error).splitlines()[0][:200], hint) from None
     nodes = tuple(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
-    return Cluster(here=ray.util.get_node_ip_address(), addresses=nodes, started=not address)
+    return RayCluster(here=ray.util.get_node_ip_address(), addresses=nodes, started=not address)
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _end_this_actor() -> None:
 class RemoteController:
     """The controller actor of a deployment, found by name or made. While Ray restarts it, the last table is shown."""
 
-    def __init__(self, deployment: str, target: Path, policy: Policy) -> None:
+    def __init__(self, deployment: str, target: Path, policy: RestartPolicy) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -23,7 +23,7 @@ from orchestrator.control import placement as placing
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import GangSpec, mint_epoch
 from orchestrator.control.launch.subprocesses import exit_with, kill_tagged
-from orchestrator.control.launch.supervisor import Gang, LocalNode, Node
+from orchestrator.control.launch.supervisor import GangNode, GangProcess, LocalNode
 from orchestrator.control.reconciler import GangStatus
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
@@ -94,7 +94,7 @@ class RemoteNode:
         return left
 
 
-class Supervisor:
+class SupervisorActor:
     """A gang in an actor on bundle 0's node; itself the agent of bundle 0."""
 
     def __init__(self, name: str, spec: bytes, epoch: int, ranks: list[int]) -> None:
@@ -117,10 +117,10 @@ class Supervisor:
             if index > 0
         ]
         nodes = self._nodes(ranks, env)
-        self._gang = Gang(gang, epoch, nodes, mpi=mpiexec.find_mpi(env.get("PATH", "")), env=env)
+        self._gang = GangProcess(gang, epoch, nodes, mpi=mpiexec.find_mpi(env.get("PATH", "")), env=env)
         self._gang.start()
 
-    def _nodes(self, ranks: list[int], env: Mapping[str, str]) -> list[Node]:
+    def _nodes(self, ranks: list[int], env: Mapping[str, str]) -> list[GangNode]:
         """Bundles that share a node become one: Hydra runs one proxy a host."""
         here = get_node_ip_address()
         devices = [env.get("CUDA_VISIBLE_DEVICES", "")]
@@ -128,7 +128,7 @@ class Supervisor:
         for address, visible in ray.get([agent.where.remote() for agent in self._agents], timeout=_AGENTS_S):
             addresses.append(address)
             devices.append(visible)
-        nodes: list[Node] = []
+        nodes: list[GangNode] = []
         for address in dict.fromkeys(addresses):
             bundles = [index for index, where in enumerate(addresses) if where == address]
             visible = ",".join(filter(None, (devices[index] for index in bundles)))
@@ -154,7 +154,7 @@ class _Record(msgspec.Struct, kw_only=True):
 
     status: GangStatus
     spec: GangSpec | None = None
-    placement: placing.Placement | None = None
+    placement: placing.BundlePlacement | None = None
     supervisor: Any = None
     question: Any = None
     asked: float = 0.0
@@ -210,7 +210,9 @@ class RayLauncher:
         Ray's autoscaler looks at."""
         assert record.spec is not None
         nodes = [
-            placing.Node(address=node["NodeManagerAddress"], cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+            placing.NodeResources(
+                address=node["NodeManagerAddress"], cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0)
+            )
             for node in ray.nodes()
             if node["Alive"]
         ]
@@ -246,7 +248,7 @@ class RayLauncher:
         assert record.spec is not None and record.placement is not None
         name, share, ranks = self._name(key), record.spec.share, record.placement.ranks
         record.supervisor = (
-            ray.remote(Supervisor)
+            ray.remote(SupervisorActor)
             .options(
                 name=name,
                 lifetime="detached",

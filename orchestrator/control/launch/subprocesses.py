@@ -33,7 +33,7 @@ def _die_with_parent_thread() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-class Child:
+class ChildProcess:
     """One process in a session of its own, killed by the kernel when this process dies.
 
     PR_SET_PDEATHSIG follows the *thread* that forked, so a thread that lives as long as the child forks it, reads its output line by line

@@ -21,10 +21,10 @@ from typing import Protocol
 from orchestrator.control.launch import gang_preflight
 from orchestrator.control.launch import mpiexec as mpi_calls
 from orchestrator.control.launch.launcher import GangSpec, prepare
-from orchestrator.control.launch.subprocesses import TAG, Child, death_signal, kill_tagged, tagged
+from orchestrator.control.launch.subprocesses import TAG, ChildProcess, death_signal, kill_tagged, tagged
 from orchestrator.control.reconciler import ENDED, GangPhase, GangStatus
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
-from workers.serving.state_file import State, read_state
+from workers.serving.state_file import ReplicaState, read_state
 
 log = logging.getLogger("trireme.launch")
 #: mpiexec returns within milliseconds of a rank's death; after this the first dead rank alone is the verdict.
@@ -32,7 +32,7 @@ _VERDICT_S = 1.0
 _OUTPUT_LINES = 50
 
 
-class Node(Protocol):
+class GangNode(Protocol):
     """A place where ranks of this gang run."""
 
     address: str
@@ -55,11 +55,11 @@ class LocalNode:
         self.address, self.ranks, self.own = address, ranks, dict(own or {})
 
     def run(self, tag: str, command: str, env: Mapping[str, str]) -> None:
-        Child(["/bin/sh", "-c", command], env={**env, **self.own, TAG: tag}, cwd="/", log=Path(os.devnull))
+        ChildProcess(["/bin/sh", "-c", command], env={**env, **self.own, TAG: tag}, cwd="/", log=Path(os.devnull))
 
     def ask(self, tag: str, argv: Sequence[str], env: Mapping[str, str], bound_s: float) -> tuple[int, str]:
         said: list[str] = []
-        child = Child(argv, env={**env, **self.own, TAG: tag}, cwd="/", on_line=said.append)
+        child = ChildProcess(argv, env={**env, **self.own, TAG: tag}, cwd="/", on_line=said.append)
         code = child.wait(bound_s)
         if code is None:
             child.signal(signal.SIGKILL, group=True)
@@ -119,19 +119,19 @@ class RankWatch:
         return f"rank {rank} (pid {pid}) was killed by {mpi_calls.signal_name(number)}{suspicion}"
 
 
-class Gang:
+class GangProcess:
     """One launch of one replica. ``nodes``: in rank order; the first one is this host and holds rank 0.
 
     Methods may be called from any thread. States: starting → loading → ready → draining → stopped | failed.
     """
 
-    def __init__(self, spec: GangSpec, epoch: int, nodes: Sequence[Node], *, mpi: mpi_calls.Mpi, env: Mapping[str, str]) -> None:
+    def __init__(self, spec: GangSpec, epoch: int, nodes: Sequence[GangNode], *, mpi: mpi_calls.MpiInstall, env: Mapping[str, str]) -> None:
         self.spec, self.epoch, self._nodes, self._mpi, self._env = spec, epoch, list(nodes), mpi, env
         self.tag = spec.tag(epoch)
         self._begun = time.time()
         self._ended_at = 0.0
         self._folder = Path(spec.run_dir, spec.replica.name, str(epoch))
-        self._child: Child | None = None
+        self._child: ChildProcess | None = None
         self._watch: RankWatch | None = None
         self._fault: TriremeError | None = None
         self._output: deque[str] = deque(maxlen=_OUTPUT_LINES)
@@ -159,8 +159,8 @@ class Gang:
         except TriremeError as fault:
             self._fault, self._ended_at = fault, time.time()
 
-    def _launch(self) -> Child:
-        hosts = [mpi_calls.Host(address=node.address, ranks=node.ranks) for node in self._nodes]
+    def _launch(self) -> ChildProcess:
+        hosts = [mpi_calls.MpiHost(address=node.address, ranks=node.ranks) for node in self._nodes]
         command = [*self.spec.command, "--spec", str(self._folder / "spec.json")]
         if self.spec.replica.engine.kind == "trtllm":
             command.append("--mpi-multiple")  # every rank must know it before it can be told its spec
@@ -169,7 +169,7 @@ class Gang:
         if len(hosts) == 1:
             env |= {name: self._env[name] for name in mpi_calls.NODE_NAMES if name in self._env}
             env |= self._nodes[0].own if isinstance(self._nodes[0], LocalNode) else {}
-        return Child(argv, env={**env, TAG: self.tag}, cwd="/", on_line=lambda line: self._heard(line, env), on_exit=self._exited)
+        return ChildProcess(argv, env={**env, TAG: self.tag}, cwd="/", on_line=lambda line: self._heard(line, env), on_exit=self._exited)
 
     def _heard(self, line: str, env: Mapping[str, str]) -> None:
         proxy = mpi_calls.proxy_line(line, [node.address for node in self._nodes])
@@ -215,14 +215,14 @@ class Gang:
             log_dir=str(self._folder),
         )
 
-    def _state(self) -> State | None:
+    def _state(self) -> ReplicaState | None:
         try:
             return read_state(str(self._folder))
         except EnvironmentFault as fault:
             self._fault = self._fault or fault
             return None
 
-    def _verdict(self, state: State | None) -> tuple[GangPhase, str, str, int]:
+    def _verdict(self, state: ReplicaState | None) -> tuple[GangPhase, str, str, int]:
         """(phase, cause, hint, exit code of the cause; 0 = not known)."""
         if self._fault is not None:
             return "failed", str(self._fault), self._fault.hint, self._fault.exit_code

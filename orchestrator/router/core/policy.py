@@ -12,23 +12,23 @@ from math import inf
 
 from orchestrator.router.core.prefix_index import expected_wait_ms, first_token_ms
 from orchestrator.router.core.replica_registry import Kind, Replica
-from orchestrator.router.core.request_state import Request, Row
+from orchestrator.router.core.request_state import ChoiceState, RequestState
 from orchestrator.router.core.service_rate import ServiceRate
-from orchestrator.router.core.stats import Placement, Reason
+from orchestrator.router.core.stats import Attempt, Reason
 from workers.scheduler.block_pool import prefix_hashes
 
 #: Sessions whose last replica is remembered.
 MAX_SESSIONS = 4096
 
 
-class Chooser:
+class LeastWaitPolicy:
     """One router's memory of where things ran."""
 
     def __init__(self, models: Iterable[str]) -> None:
         self._rates = {name: ServiceRate() for name in models}
         self._sessions: OrderedDict[tuple[str, str, str], str] = OrderedDict()
 
-    def choose(self, row: Row, replicas: list[Replica]) -> tuple[Replica, Reason] | None:
+    def choose(self, row: ChoiceState, replicas: list[Replica]) -> tuple[Replica, Reason] | None:
         """The replica with a free place where ``row`` waits least, and why it is that one. Within a step a session's last replica wins,
         then the longest unused."""
         open_to = [replica for replica in replicas if replica.free_rows]
@@ -57,7 +57,7 @@ class Chooser:
                 best, best_key, best_cached = replica, key, cached
         return best, "session" if best.name == last else "prefix" if best_cached else "load"
 
-    def placed(self, row: Row, replica: Replica, reason: Reason, *, alone: bool) -> Placement:
+    def placed(self, row: ChoiceState, replica: Replica, reason: Reason, *, alone: bool) -> Attempt:
         """Note a placement, with what is expected of it. ``alone``: there is no other replica to choose, so nothing need be remembered."""
         if alone:
             return _placement(row, replica, reason, None)
@@ -72,7 +72,7 @@ class Chooser:
                 self._sessions.popitem(last=False)
         return placement
 
-    def finished(self, row: Row, replica: Replica, now: float, *, alone: bool) -> None:
+    def finished(self, row: ChoiceState, replica: Replica, now: float, *, alone: bool) -> None:
         """Note an end. The answer is in the cache now too, and a chat's next turn starts with it."""
         self._rates[row.request.model].ended(len(row.emitted), now)
         replica.row_ms += ((now - row.sent_at) * 1000.0 - replica.row_ms) / 16
@@ -99,7 +99,7 @@ def _paces(replicas: list[Replica]) -> dict[Kind, float]:
     return {kind: max(0.1, paces.get(kind, typical)) for kind in steps}
 
 
-def _placement(row: Row, replica: Replica, reason: Reason, cached: int | None) -> Placement:
+def _placement(row: ChoiceState, replica: Replica, reason: Reason, cached: int | None) -> Attempt:
     tokens = max(1, row.known - (cached or 0))
     wait_ms = first_token_ms(
         step_ms=replica.step_ms, rows=replica.rows, max_rows=replica.capacity.max_batch_size, step_tokens=replica.capacity.max_num_tokens,
@@ -107,21 +107,21 @@ def _placement(row: Row, replica: Replica, reason: Reason, cached: int | None) -
     )  # fmt: skip
     # The choice compares shares of steps; a clock sees whole ones: what is left of the running step, then at least one with the row in it.
     wait_ms = max(wait_ms, replica.step_ms) + (replica.step_ms / 2 if replica.rows else 0.0)
-    return Placement(replica.name, replica.epoch, reason, tokens=tokens, cached=cached, expected_s=wait_ms / 1000.0)
+    return Attempt(replica.name, replica.epoch, reason, tokens=tokens, cached=cached, expected_s=wait_ms / 1000.0)
 
 
-def _session(request: Request) -> tuple[str, str, str]:
+def _session(request: RequestState) -> tuple[str, str, str]:
     return (request.model, request.ask.salt, request.ask.affinity)
 
 
-def _cached(row: Row, replica: Replica) -> int:
+def _cached(row: ChoiceState, replica: Replica) -> int:
     if not replica.prefixes.limit:
         return 0
     size = replica.capacity.block_size
     return replica.prefixes.matched(_chain(row.request, size)) * size
 
 
-def _chain(request: Request, block_size: int) -> list[int]:
+def _chain(request: RequestState, block_size: int) -> list[int]:
     chain = request.chains.get(block_size)
     if chain is None:
         chain = request.chains[block_size] = prefix_hashes(request.ask.prompt_ids, block_size, request.ask.salt)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 MAX_HASHES = 65_536
 
 
-class PrefixRecord:
+class PrefixIndex:
     """Least-recently-used set of chained block hashes, at most ``limit`` = ``min(num_blocks, MAX_HASHES)``; 0: there is no such cache."""
 
     __slots__ = ("_hashes", "limit")

@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.router.core.prefix_index import PrefixRecord
+from orchestrator.router.core.prefix_index import PrefixIndex
 from workers.protocol.messages import PROTOCOL, Heartbeat, Hello
 
 State = Literal["ready", "draining", "lost"]
@@ -107,7 +107,7 @@ class Replica:
             capacity.engine, capacity.tp, capacity.pp, capacity.dtype, capacity.quant.quant_algo, capacity.max_batch_size,
             capacity.max_num_tokens,
         )  # fmt: skip
-        self.prefixes = PrefixRecord(hello.capacity.num_blocks if hello.capacity.prefix_cache else 0)
+        self.prefixes = PrefixIndex(hello.capacity.num_blocks if hello.capacity.prefix_cache else 0)
         #: Usual length of a step of late, ms; 0 before the first one was heard of.
         self.step_ms = 0.0
         self._paces: deque[float] = deque(maxlen=PACE_BEATS)
@@ -168,7 +168,7 @@ class Replica:
             self._tok_mark = (now, heartbeat.output_tokens_total)
 
 
-class Loss(msgspec.Struct, frozen=True):
+class ReplicaLoss(msgspec.Struct, frozen=True):
     """A replica's end in this router's eyes. ``rows``: its own that ran there; ``drained``: it had said that it would leave."""
 
     replica: str
@@ -180,7 +180,7 @@ class Loss(msgspec.Struct, frozen=True):
     at: float
 
 
-class Joined(msgspec.Struct, frozen=True):
+class HelloAccepted(msgspec.Struct, frozen=True):
     """A Hello that was believed. ``replaced``: the record that it ended; ``fresh`` False = the same process on another connection."""
 
     replica: Replica
@@ -188,50 +188,50 @@ class Joined(msgspec.Struct, frozen=True):
     fresh: bool
 
 
-class Refused(msgspec.Struct, frozen=True):
+class HelloRefused(msgspec.Struct, frozen=True):
     """A Hello that was not believed; ``reason`` goes out in Bye (``stale`` tells a gang to exit)."""
 
     reason: Literal["stale", "denied", "protocol", "full", "model"]
 
 
-class Fleet:
+class ReplicaRegistry:
     """All replicas by name, fenced by epoch. Bounds: :data:`MAX_REPLICAS` names, one record each."""
 
     def __init__(self, replica_timeout_s: float, hang_floor_s: float) -> None:
         self._timeout, self._hang_floor = replica_timeout_s, hang_floor_s
         self.replicas: dict[str, Replica] = {}
-        self.losses: deque[Loss] = deque(maxlen=KEPT_LOSSES)
+        self.losses: deque[ReplicaLoss] = deque(maxlen=KEPT_LOSSES)
         self._by_peer: dict[bytes, Replica] = {}
         self._by_boot: dict[str, Replica] = {}
 
-    def hello(self, peer: bytes, user: str, hello: Hello, now: float) -> Joined | Refused:
+    def hello(self, peer: bytes, user: str, hello: Hello, now: float) -> HelloAccepted | HelloRefused:
         """Judge a Hello. The largest epoch of a name is kept as long as the name; a live name belongs to the user that holds it; a process
         speaks for one name."""
         if hello.protocol != PROTOCOL:
-            return Refused("protocol")
+            return HelloRefused("protocol")
         old = self.replicas.get(hello.replica)
         speaker = self._by_boot.get(hello.boot)
         if speaker is not None and speaker is not old:
-            return Refused("denied")
+            return HelloRefused("denied")
         if old is None and len(self.replicas) >= MAX_REPLICAS:
-            return Refused("full")
+            return HelloRefused("full")
         if old is not None:
             if hello.epoch < old.epoch:
-                return Refused("stale")
+                return HelloRefused("stale")
             if old.user != user and old.state != "lost":
-                return Refused("denied")
+                return HelloRefused("denied")
             if old.boot == hello.boot and old.epoch == hello.epoch and old.user == user:
                 self._move(old, peer)
                 if old.state == "lost":
                     self._enter(old, "ready", "", now)
                 old.seen = now
-                return Joined(old, None, False)
+                return HelloAccepted(old, None, False)
             self._forget(old)
         replica = Replica(b"", user, hello, now)
         self.replicas[hello.replica] = replica
         self._by_boot[hello.boot] = replica
         self._move(replica, peer)
-        return Joined(replica, old, True)
+        return HelloAccepted(replica, old, True)
 
     def speaker(self, peer: bytes, user: str, boot: str) -> tuple[Replica | None, bool]:
         """Whose message this is, and whether it came on another connection than the last (a silent reconnect).
@@ -262,7 +262,7 @@ class Fleet:
         if replica.state == "lost":
             return False
         drained, rows = replica.state == "draining", len(replica.streams)
-        self.losses.append(Loss(replica.name, replica.model, replica.epoch, reason[:200], rows, drained, now))
+        self.losses.append(ReplicaLoss(replica.name, replica.model, replica.epoch, reason[:200], rows, drained, now))
         self._enter(replica, "lost", reason, now)
         replica.load = None
         replica.others = replica.other_tokens = 0

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from orchestrator.router.core.replica_registry import Replica
-from orchestrator.router.core.stats import Placement
+from orchestrator.router.core.stats import Attempt
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, ToReplica, Usage
 
@@ -28,7 +28,7 @@ ATTEMPTS_PER_ASK = 1024
 
 
 class Asked(Protocol):
-    """What the core reads of a request; ``orchestrator.router.interfaces.Ask`` has it all and documents it."""
+    """What the core reads of a request; ``orchestrator.router.interfaces.RouterRequest`` has it all and documents it."""
 
     @property
     def client(self) -> str: ...
@@ -55,12 +55,12 @@ class Asked(Protocol):
     @property
     def attempt(self) -> int: ...
     @property
-    def trails(self) -> list[list[Placement]]: ...
+    def trails(self) -> list[list[Attempt]]: ...
     @property
     def marks(self) -> tuple[str, str]: ...
 
 
-class Row:
+class ChoiceState:
     """One choice of a request. ``emitted`` includes what the client held at the start (``base`` tokens); ``granted`` counts beyond it.
 
     ``emitted`` is the ask's own list where it has one: its door reads the record there, and a token is written once.
@@ -71,7 +71,7 @@ class Row:
         "replica", "request", "scored", "sent_at", "short", "starved", "stream", "trail",
     )  # fmt: skip
 
-    def __init__(self, request: Request, id: int, choice: int, params: SamplingParams, emitted: list[int]) -> None:
+    def __init__(self, request: RequestState, id: int, choice: int, params: SamplingParams, emitted: list[int]) -> None:
         self.request, self.id, self.choice, self.params, self.emitted = request, id, choice, params, emitted
         self.owner = request.owner
         self.base = len(emitted)
@@ -91,7 +91,7 @@ class Row:
         #: It is at a replica and its client takes nothing now.
         self.starved = False
         #: Its placements in order; the ask's own list where it has one, so that a door which wants to know reads it there.
-        self.trail: list[Placement] = request.ask.trails[choice] if choice < len(request.ask.trails) else []
+        self.trail: list[Attempt] = request.ask.trails[choice] if choice < len(request.ask.trails) else []
 
     @property
     def credit(self) -> int:
@@ -104,54 +104,54 @@ class Row:
         return len(self.request.ask.prompt_ids) + len(self.emitted)
 
 
-class Request:
+class RequestState:
     """A live request. ``owner`` comes back in every delivery; here nobody looks into it. ``deadline`` is absolute, inf = none."""
 
     __slots__ = ("arrived", "ask", "chains", "deadline", "id", "live", "model", "owner", "rows")
 
     def __init__(self, id: int, owner: Any, ask: Asked, model: str, now: float, deadline: float) -> None:
         self.id, self.owner, self.ask, self.model, self.arrived, self.deadline = id, owner, ask, model, now, deadline
-        self.rows: list[Row] = []
+        self.rows: list[ChoiceState] = []
         #: Rows not ended.
         self.live = 0
         #: Prefix hashes of the prompt by block size, computed when first needed.
         self.chains: dict[int, list[int]] = {}
 
 
-class Line:
+class WaitingQueue:
     """One model's queue. Rows that lost their place go before new ones, each group in its own order."""
 
     __slots__ = ("_fresh", "_returned")
 
     def __init__(self) -> None:
-        self._returned: OrderedDict[int, Row] = OrderedDict()
-        self._fresh: OrderedDict[int, Row] = OrderedDict()
+        self._returned: OrderedDict[int, ChoiceState] = OrderedDict()
+        self._fresh: OrderedDict[int, ChoiceState] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._returned) + len(self._fresh)
 
-    def __contains__(self, row: Row) -> bool:
+    def __contains__(self, row: ChoiceState) -> bool:
         return row.id in self._fresh or row.id in self._returned
 
-    def push(self, row: Row) -> None:
+    def push(self, row: ChoiceState) -> None:
         self._fresh[row.id] = row
 
-    def push_front(self, row: Row) -> None:
+    def push_front(self, row: ChoiceState) -> None:
         self._returned[row.id] = row
 
-    def first(self) -> Row | None:
+    def first(self) -> ChoiceState | None:
         for rows in (self._returned, self._fresh):
             for row in rows.values():
                 return row
         return None
 
-    def remove(self, row: Row) -> None:
+    def remove(self, row: ChoiceState) -> None:
         if self._fresh.pop(row.id, None) is None:
             del self._returned[row.id]
 
-    def since(self, moment: float) -> list[Row]:
+    def since(self, moment: float) -> list[ChoiceState]:
         """Rows that wait since ``moment`` or before; each group is in the order of its times, so the others are not looked at."""
-        found: list[Row] = []
+        found: list[ChoiceState] = []
         for rows in (self._returned, self._fresh):
             for row in rows.values():
                 if row.queued_at > moment:
@@ -160,7 +160,7 @@ class Line:
         return found
 
 
-class Send(msgspec.Struct, frozen=True, gc=False):
+class SendMessage(msgspec.Struct, frozen=True, gc=False):
     """Give ``message`` to the connection ``peer``; if it cannot be taken, tell the core by ``unreachable``."""
 
     peer: bytes
@@ -171,13 +171,13 @@ class Send(msgspec.Struct, frozen=True, gc=False):
 Delivery: TypeAlias = tuple[Any, int, int, list[int], list[Logprobs] | None]
 
 
-class Deliver(msgspec.Struct, frozen=True, gc=False):
+class DeliverTokens(msgspec.Struct, frozen=True, gc=False):
     """All that one message of a replica brought: one action a step, and a tuple a row, since this is what a token pays for."""
 
     rows: list[Delivery]
 
 
-class Scored(msgspec.Struct, frozen=True, gc=False):
+class DeliverPromptLogprobs(msgspec.Struct, frozen=True, gc=False):
     """Prompt logprobs of a choice, once."""
 
     owner: Any
@@ -185,7 +185,7 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
     logprobs: list[Logprobs]
 
 
-class Finished(msgspec.Struct, frozen=True, gc=False):
+class FinishChoice(msgspec.Struct, frozen=True, gc=False):
     """A choice's terminal: done."""
 
     owner: Any
@@ -195,7 +195,7 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
     stop_id: int | None
 
 
-class Errored(msgspec.Struct, frozen=True, gc=False):
+class FailChoice(msgspec.Struct, frozen=True, gc=False):
     """A choice's terminal: failed."""
 
     owner: Any
@@ -203,4 +203,4 @@ class Errored(msgspec.Struct, frozen=True, gc=False):
     error: TriremeError
 
 
-Action: TypeAlias = Send | Deliver | Scored | Finished | Errored
+Action: TypeAlias = SendMessage | DeliverTokens | DeliverPromptLogprobs | FinishChoice | FailChoice

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from orchestrator.router.core.replica_registry import Fleet, Replica
-from orchestrator.router.core.request_state import Line, Request, Row
-from orchestrator.router.core.stats import Placement, Tally
+from orchestrator.router.core.replica_registry import Replica, ReplicaRegistry
+from orchestrator.router.core.request_state import ChoiceState, RequestState, WaitingQueue
+from orchestrator.router.core.stats import Attempt, ModelStats
 
 
-class Board:
+class RequestTable:
     """``counts``: totals since start, by event; a row counts as accepted once, and later as finished, failed or cancelled once.
     ``tallies``: what was measured, by model."""
 
     def __init__(self, models: Iterable[str]) -> None:
-        self.lines: dict[str, Line] = {name: Line() for name in dict.fromkeys(models)}
-        self.tallies: dict[str, Tally] = {name: Tally() for name in self.lines}
-        self.requests: dict[int, Request] = {}
-        self.streams: dict[int, Row] = {}
+        self.lines: dict[str, WaitingQueue] = {name: WaitingQueue() for name in dict.fromkeys(models)}
+        self.tallies: dict[str, ModelStats] = {name: ModelStats() for name in self.lines}
+        self.requests: dict[int, RequestState] = {}
+        self.streams: dict[int, ChoiceState] = {}
         self.counts: dict[str, int] = dict.fromkeys(
             (
                 "accepted", "finished", "failed", "cancelled", "resubmitted", "attached", "stale_tokens", "duplicate_tokens", "gaps",
@@ -36,12 +36,12 @@ class Board:
         self._serial += 1
         return self._serial
 
-    def find(self, replica: Replica, stream: int, attempt: int) -> Row | None:
+    def find(self, replica: Replica, stream: int, attempt: int) -> ChoiceState | None:
         """The row on this stream, if the message is of its present placement."""
         row = self.streams.get(stream)
         return row if row is not None and row.attempt == attempt and row.replica is replica else None
 
-    def place(self, row: Row, replica: Replica, placement: Placement, now: float) -> None:
+    def place(self, row: ChoiceState, replica: Replica, placement: Attempt, now: float) -> None:
         """From its line to a new stream at ``replica``, as ``placement`` says."""
         self.lines[row.request.model].remove(row)
         row.stream = self.next()
@@ -56,7 +56,7 @@ class Board:
         self.tallies[row.request.model].placed(row.trail)
         self.settle(row)
 
-    def began(self, row: Row, now: float) -> None:
+    def began(self, row: ChoiceState, now: float) -> None:
         """The first tokens since it was sent are here, so its prompt is computed."""
         replica = row.replica
         assert replica is not None
@@ -65,14 +65,14 @@ class Board:
         replica.streams[row.stream] = 0
         self.tallies[row.request.model].began(row.trail, now)
 
-    def settle(self, row: Row) -> None:
+    def settle(self, row: ChoiceState) -> None:
         """Note whether a placed row's client takes anything now; call it when its credit ends or comes again."""
         starved = row.credit <= 0
         if row.replica is not None and starved != row.starved:
             row.starved = starved
             row.replica.paused += 1 if starved else -1
 
-    def restream(self, row: Row, now: float) -> None:
+    def restream(self, row: ChoiceState, now: float) -> None:
         """To another stream at the same replica."""
         replica = row.replica
         assert replica is not None
@@ -82,7 +82,7 @@ class Board:
         self.streams[row.stream], replica.streams[row.stream] = row, tokens
         row.phase, row.sent_at = "sent", now
 
-    def release(self, row: Row) -> Replica | None:
+    def release(self, row: ChoiceState) -> Replica | None:
         """Out of its place; returns the replica that still works on it."""
         replica = row.replica
         if replica is None:
@@ -94,12 +94,12 @@ class Board:
         row.replica, row.starved = None, False
         return replica
 
-    def requeue(self, row: Row, now: float) -> None:
+    def requeue(self, row: ChoiceState, now: float) -> None:
         """A released row goes to the front of its line."""
         row.phase, row.queued_at = "queued", now
         self.lines[row.request.model].push_front(row)
 
-    def end(self, row: Row, how: str) -> None:
+    def end(self, row: ChoiceState, how: str) -> None:
         """A released row is over; its request too, if it was the last."""
         row.phase = "ended"
         self.counts[how] += 1
@@ -107,7 +107,7 @@ class Board:
         if not row.request.live:
             del self.requests[row.request.id]
 
-    def check(self, fleet: Fleet) -> None:
+    def check(self, fleet: ReplicaRegistry) -> None:
         """Assert that every live row is in exactly one place and that every index agrees."""
         fleet.check()
         rows = 0

@@ -1,12 +1,13 @@
 """The routing core: which request runs where, and what its client has been given.
 
-Owns every accepted request until its last token, the queues, and (through :class:`~orchestrator.router.core.replica_registry.Fleet`) the
-replica table. A pure state machine: each method is one event with its time, what must be done about it collects in :meth:`Route.take`.
-Never reads a clock, a socket or a random number; the simulator runs this same object.
+Owns every accepted request until its last token, the queues, and (through
+:class:`~orchestrator.router.core.replica_registry.ReplicaRegistry`) the replica table. A pure state machine: each method is one event with
+its time, what must be done about it collects in :meth:`RouterCore.take`. Never reads a clock, a socket or a random number; the simulator
+runs this same object.
 
 Bounds: ``max_queue`` rows waiting per model (rows that lost their replica are let in above it), ``max_batch_size`` + lookahead rows in
 flight per replica, a deadline on everything that waits. Terminal messages: exactly one of Finished and Errored a choice, unless its door
-ended it by :meth:`Route.finish` or :meth:`Route.cancel`.
+ended it by :meth:`RouterCore.finish` or :meth:`RouterCore.cancel`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from math import inf
 import msgspec
 
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.core.policy import Chooser
-from orchestrator.router.core.replica_registry import Fleet, Refused, Replica
-from orchestrator.router.core.request_state import Action, Asked, Deliver, Delivery, Request, Row, Scored, Send
-from orchestrator.router.core.request_table import Board
+from orchestrator.router.core.policy import LeastWaitPolicy
+from orchestrator.router.core.replica_registry import HelloRefused, Replica, ReplicaRegistry
+from orchestrator.router.core.request_state import (
+    Action,
+    Asked,
+    ChoiceState,
+    DeliverPromptLogprobs,
+    DeliverTokens,
+    Delivery,
+    RequestState,
+    SendMessage,
+)
+from orchestrator.router.core.request_table import RequestTable
 from orchestrator.router.core.stats import LossKind
-from orchestrator.router.core.transitions import Places
+from orchestrator.router.core.transitions import Transitions
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
 from workers.protocol.messages import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
 
@@ -34,18 +44,18 @@ PROGRESS_TOKENS = 4
 ACCEPT_S = 5.0
 
 
-class Route:
+class RouterCore:
     """State of one router. ``greeting``: what it answers Hello with; its nonce is in every message. ``models``: every name and alias to the
     model it means."""
 
     def __init__(
-        self, greeting: Peers, models: Mapping[str, str], admission: AdmissionSpec, fleet: Fleet, *, accept_s: float = ACCEPT_S
+        self, greeting: Peers, models: Mapping[str, str], admission: AdmissionSpec, fleet: ReplicaRegistry, *, accept_s: float = ACCEPT_S
     ) -> None:
         self.boot, self._greeting, self.fleet = greeting.boot, greeting, fleet
         self._models, self._admission = dict(models), admission
-        self._board = Board(models.values())
-        self._chooser = Chooser(self._board.lines)
-        self._places = Places(self.boot, self._board, self._chooser, fleet, admission, accept_s)
+        self._board = RequestTable(models.values())
+        self._chooser = LeastWaitPolicy(self._board.lines)
+        self._places = Transitions(self.boot, self._board, self._chooser, fleet, admission, accept_s)
         self.closing = False
         self.counts, self.tallies = self._board.counts, self._board.tallies
 
@@ -75,10 +85,10 @@ class Route:
             )
         limit = self._admission.request_timeout_s or inf
         id = self._board.next()
-        request = Request(id, owner or id, ask, model, now, now + min(limit, ask.deadline_s if ask.deadline_s is not None else inf))
+        request = RequestState(id, owner or id, ask, model, now, now + min(limit, ask.deadline_s if ask.deadline_s is not None else inf))
         for choice in range(ask.n):
             params = ask.params if choice == 0 else msgspec.structs.replace(ask.params, seed=(ask.params.seed + choice) % 2**63)
-            row = Row(request, self._board.next(), choice, params, ask.emitted[choice] if choice < len(ask.emitted) else [])
+            row = ChoiceState(request, self._board.next(), choice, params, ask.emitted[choice] if choice < len(ask.emitted) else [])
             request.rows.append(row)
             request.live += 1
         self._places.admit(request)
@@ -147,7 +157,7 @@ class Route:
             # Peers carries this router's nonce: a leader that has not greeted it says Hello.
             self.counts["unknown_speakers"] += 1
             if isinstance(message, Heartbeat):
-                self._places.actions.append(Send(peer, self._greeting))
+                self._places.actions.append(SendMessage(peer, self._greeting))
             return
         replica.seen = now
         if moved:
@@ -216,17 +226,17 @@ class Route:
     # --- replicas
 
     def _hello(self, peer: bytes, user: str, hello: Hello, now: float) -> None:
-        verdict = self.fleet.hello(peer, user, hello, now) if hello.model in self._board.lines else Refused("model")
-        if isinstance(verdict, Refused):
+        verdict = self.fleet.hello(peer, user, hello, now) if hello.model in self._board.lines else HelloRefused("model")
+        if isinstance(verdict, HelloRefused):
             self.counts["refused_hellos"] += 1
-            self._places.actions.append(Send(peer, Bye(boot=self.boot, reason=verdict.reason)))
+            self._places.actions.append(SendMessage(peer, Bye(boot=self.boot, reason=verdict.reason)))
             return
         if verdict.replaced is not None:
             old = verdict.replaced
             if old.peer != peer and old.state != "lost":
-                self._places.actions.append(Send(old.peer, Bye(boot=self.boot, reason="stale")))
+                self._places.actions.append(SendMessage(old.peer, Bye(boot=self.boot, reason="stale")))
             self._lose(old, "replaced", "replaced by a newer process", now)
-        self._places.actions.append(Send(peer, self._greeting))
+        self._places.actions.append(SendMessage(peer, self._greeting))
         if not verdict.fresh:
             self._reattach(verdict.replica, now)
         self._places.fill(hello.model, now)
@@ -268,7 +278,7 @@ class Route:
                 self._places.put_back(row, loss, now, cancel=True)
         self._places.fill(replica.model, now)
 
-    def _blame(self, rows: list[Row]) -> list[Row]:
+    def _blame(self, rows: list[ChoiceState]) -> list[ChoiceState]:
         """Count a death against those of ``rows`` that were accepted; returns the ones that must not end another replica.
 
         What ends a replica ends the next one at the same place, so a row that got on meanwhile starts over. Where some of those at the
@@ -292,7 +302,7 @@ class Route:
             row = self._board.streams.get(stream)
             if row is not None and row.replica is replica and not row.scored:
                 row.scored = True
-                self._places.actions.append(Scored(row.owner, row.choice, prompt))
+                self._places.actions.append(DeliverPromptLogprobs(row.owner, row.choice, prompt))
         streams, logprobs = self._board.streams, message.logprobs
         attempts, firsts = message.attempts, message.firsts
         rows: list[Delivery] = []
@@ -319,15 +329,15 @@ class Route:
                     self._board.settle(row)
                 rows.append((row.owner, row.choice, have, tokens, scores))
         if rows:
-            self._places.actions.append(Deliver(rows))
+            self._places.actions.append(DeliverTokens(rows))
 
-    def _stale(self, replica: Replica, stream: int, tokens: int, row: Row | None) -> None:
+    def _stale(self, replica: Replica, stream: int, tokens: int, row: ChoiceState | None) -> None:
         """Tokens of a placement that is over: its Cancel was lost, or is on its way."""
         self.counts["stale_tokens"] += tokens
         if row is None:
             self._places.send(replica, Cancel(boot=self.boot, stream=stream))
 
-    def _missed(self, row: Row, now: float) -> None:
+    def _missed(self, row: ChoiceState, now: float) -> None:
         self.counts["gaps"] += 1
         self._places.attach(row, now)
 
@@ -341,7 +351,7 @@ class Route:
         self._chooser.finished(row, replica, now, alone=len(self.fleet.replicas) == 1)
         self._places.finish(row, done.reason, done.usage, done.stop_id, now)
 
-    def _short(self, row: Row, done: Done, now: float) -> None:
+    def _short(self, row: ChoiceState, done: Done, now: float) -> None:
         """The end came, tokens before it did not. The row is over there, so it goes on from here elsewhere, once."""
         self.counts["gaps"] += 1
         if row.short:

@@ -1,6 +1,6 @@
 """What the routing core measures of one model: waits, guesses against what came, and rows that had to move.
 
-Owns :class:`Histogram`, the :class:`Placement` records of rows, and the counts made of them. Pure arithmetic on times that it is given;
+Owns :class:`Histogram`, the :class:`Attempt` records of rows, and the counts made of them. Pure arithmetic on times that it is given;
 touched once a placement, never once a token. Prometheus text is made elsewhere, at the scrape.
 """
 
@@ -51,7 +51,7 @@ class Histogram:
         return rows
 
 
-class Placement:
+class Attempt:
     """One stay of a row at a replica. Times are the core's, seconds, 0 = not yet; ``held``: output tokens when it was sent.
 
     ``tokens``: prompt tokens that it was expected to compute; ``cached``: those it was expected to find there, None where nothing was
@@ -69,7 +69,7 @@ class Placement:
         self.cause: Cause | Literal[""] = ""
 
 
-class Tally:
+class ModelStats:
     """One model at one router. ``resumed`` and ``failed``: rows that had to move, by what became of them."""
 
     def __init__(self) -> None:
@@ -89,14 +89,14 @@ class Tally:
         self.choices.observe(choices)
         self.limits.observe(max_tokens)
 
-    def placed(self, trail: Sequence[Placement]) -> None:
+    def placed(self, trail: Sequence[Attempt]) -> None:
         """A row was sent to a replica; its last placement says where."""
         last = trail[-1]
         self.decisions[last.reason] += 1
         if len(trail) == 1:
             self.queue.observe(last.sent_at - last.queued_at)
 
-    def began(self, trail: Sequence[Placement], now: float) -> None:
+    def began(self, trail: Sequence[Attempt], now: float) -> None:
         """The first tokens of its last placement are here."""
         last = trail[-1]
         if last.first_at:
@@ -111,13 +111,13 @@ class Tally:
         else:
             self._resume(trail[-2], now)
 
-    def moves(self, trail: Sequence[Placement], cause: Cause, now: float) -> None:
+    def moves(self, trail: Sequence[Attempt], cause: Cause, now: float) -> None:
         """A row lost its place and waits for another."""
         last = trail[-1]
         last.cause, last.over_at = cause, now
         self.moved[cause] += 1
 
-    def ended(self, trail: Sequence[Placement], now: float, cached: int | None = None) -> None:
+    def ended(self, trail: Sequence[Attempt], now: float, cached: int | None = None) -> None:
         """A row has its last token; ``cached``: prompt tokens that its replica found, where it said so."""
         if not trail:
             return
@@ -131,18 +131,18 @@ class Tally:
             self.expected_hits += last.cached
             self.actual_hits += cached
 
-    def gave_up(self, trail: Sequence[Placement]) -> None:
+    def gave_up(self, trail: Sequence[Attempt]) -> None:
         """A row failed; it counts here only where it had lost its place and not got on since."""
         if (before := _open_move(trail)) is not None and before.cause:
             self.failed[before.cause] += 1
 
-    def _resume(self, before: Placement, now: float) -> None:
+    def _resume(self, before: Attempt, now: float) -> None:
         if before.cause:
             self.resumed[before.cause] += 1
             self.pause.observe(now - before.over_at)
 
 
-def _open_move(trail: Sequence[Placement]) -> Placement | None:
+def _open_move(trail: Sequence[Attempt]) -> Attempt | None:
     """The placement that a row lost and has not got on from: the last one, or the one before while no token of the last is here."""
     if not trail:
         return None

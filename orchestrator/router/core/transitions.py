@@ -1,8 +1,8 @@
 """What becomes of a row: into a replica, back into its line, or over; and what replicas and doors are told of it.
 
 Owns the actions not yet taken by the shell and the times at which something may be late. Moves rows on the
-:class:`~orchestrator.router.core.request_table.Board`; never judges a replica or a message, :mod:`orchestrator.router.core.router_core`
-does that.
+:class:`~orchestrator.router.core.request_table.RequestTable`; never judges a replica or a message,
+:mod:`orchestrator.router.core.router_core` does that.
 """
 
 from __future__ import annotations
@@ -10,19 +10,29 @@ from __future__ import annotations
 from math import inf
 
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.core.policy import Chooser
-from orchestrator.router.core.replica_registry import Fleet, Replica
-from orchestrator.router.core.request_state import ATTEMPTS_PER_ASK, Action, Errored, Finished, Request, Row, Send
-from orchestrator.router.core.request_table import Board
+from orchestrator.router.core.policy import LeastWaitPolicy
+from orchestrator.router.core.replica_registry import Replica, ReplicaRegistry
+from orchestrator.router.core.request_state import (
+    ATTEMPTS_PER_ASK,
+    Action,
+    ChoiceState,
+    FailChoice,
+    FinishChoice,
+    RequestState,
+    SendMessage,
+)
+from orchestrator.router.core.request_table import RequestTable
 from orchestrator.router.core.stats import Cause, Reason
 from workers.protocol.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage
 
 
-class Places:
+class Transitions:
     """``boot``: the router's nonce, in every message. ``accept_s``: a Submit or Attach without an answer for so long was lost."""
 
-    def __init__(self, boot: str, board: Board, chooser: Chooser, fleet: Fleet, admission: AdmissionSpec, accept_s: float) -> None:
+    def __init__(
+        self, boot: str, board: RequestTable, chooser: LeastWaitPolicy, fleet: ReplicaRegistry, admission: AdmissionSpec, accept_s: float
+    ) -> None:
         self._boot, self._board, self._chooser, self._fleet, self._admission = boot, board, chooser, fleet, admission
         self._accept_s = accept_s
         self.actions: list[Action] = []
@@ -30,18 +40,18 @@ class Places:
         self._next_deadline = self._next_answer = inf
 
     def send(self, replica: Replica, message: Submit | Attach | Cancel | Credit | Bye) -> None:
-        self.actions.append(Send(replica.peer, message))
+        self.actions.append(SendMessage(replica.peer, message))
 
     def grant(self, replica: Replica, stream: int, tokens: int) -> None:
         """Tell a replica of credit; grants that come together go in one message, as a client's do."""
         last = self.actions[-1] if self.actions else None
-        if isinstance(last, Send) and last.peer == replica.peer and isinstance(last.message, Credit):
+        if isinstance(last, SendMessage) and last.peer == replica.peer and isinstance(last.message, Credit):
             last.message.streams.append(stream)
             last.message.tokens.append(tokens)
         else:
             self.send(replica, Credit(boot=self._boot, streams=[stream], tokens=[tokens]))
 
-    def admit(self, request: Request) -> None:
+    def admit(self, request: RequestState) -> None:
         """Its rows wait in their line from now on."""
         self._board.requests[request.id] = request
         self._next_deadline = min(self._next_deadline, request.deadline)
@@ -63,7 +73,7 @@ class Places:
                 return
             self._submit(row, *choice, now)
 
-    def _submit(self, row: Row, replica: Replica, reason: Reason, now: float) -> None:
+    def _submit(self, row: ChoiceState, replica: Replica, reason: Reason, now: float) -> None:
         ask = row.request.ask
         row.attempts += 1
         row.attempt = ask.attempt * ATTEMPTS_PER_ASK + row.attempts
@@ -80,7 +90,7 @@ class Places:
             ),
         )  # fmt: skip
 
-    def attach(self, row: Row, now: float) -> None:
+    def attach(self, row: ChoiceState, now: float) -> None:
         """Ask its replica for everything beyond the tokens that are here, on another stream."""
         self._board.restream(row, now)
         self._next_answer = min(self._next_answer, now + self._accept_s)
@@ -95,39 +105,39 @@ class Places:
             ),
         )  # fmt: skip
 
-    def put_back(self, row: Row, cause: Cause, now: float, *, cancel: bool) -> None:
+    def put_back(self, row: ChoiceState, cause: Cause, now: float, *, cancel: bool) -> None:
         """To the front of the queue, to go on elsewhere from the tokens that are here. ``cancel``: tell the replica to drop it."""
         self._release(row, cancel=cancel)
         self._board.tallies[row.request.model].moves(row.trail, cause, now)
         self._board.requeue(row, now)
         self._board.counts["resubmitted"] += 1
 
-    def stop(self, row: Row, now: float) -> None:
+    def stop(self, row: ChoiceState, now: float) -> None:
         """Its door has ended it: it has all that it wanted."""
         if row.phase != "ended":
             self._board.tallies[row.request.model].ended(row.trail, now)
             self.abandon(row)
 
-    def abandon(self, row: Row) -> None:
+    def abandon(self, row: ChoiceState) -> None:
         """Nobody waits for it any more; its door knows."""
         if row.phase != "ended":
             self._release(row, cancel=True)
             self._board.end(row, "cancelled")
 
-    def finish(self, row: Row, reason: FinishReason, usage: Usage, stop_id: int | None, now: float) -> None:
+    def finish(self, row: ChoiceState, reason: FinishReason, usage: Usage, stop_id: int | None, now: float) -> None:
         """Its replica has ended it."""
         self._board.tallies[row.request.model].ended(row.trail, now, usage.cached_tokens)
         self._release(row, cancel=False)
         self._board.end(row, "finished")
-        self.actions.append(Finished(row.owner, row.choice, reason, usage, stop_id))
+        self.actions.append(FinishChoice(row.owner, row.choice, reason, usage, stop_id))
 
-    def fail(self, row: Row, error: TriremeError, *, cancel: bool = True) -> None:
+    def fail(self, row: ChoiceState, error: TriremeError, *, cancel: bool = True) -> None:
         self._board.tallies[row.request.model].gave_up(row.trail)
         self._release(row, cancel=cancel)
         self._board.end(row, "failed")
-        self.actions.append(Errored(row.owner, row.choice, error))
+        self.actions.append(FailChoice(row.owner, row.choice, error))
 
-    def _release(self, row: Row, *, cancel: bool) -> None:
+    def _release(self, row: ChoiceState, *, cancel: bool) -> None:
         replica = self._board.release(row)
         if replica is not None and cancel:
             self.send(replica, Cancel(boot=self._boot, stream=row.stream, attempt=row.attempt))
@@ -151,7 +161,7 @@ class Places:
             if line and self._admission.queue_timeout_s:
                 self._expire_line(model, now)
 
-    def _expire(self, request: Request) -> None:
+    def _expire(self, request: RequestState) -> None:
         limit = request.deadline - request.arrived
         for row in request.rows:
             if row.phase != "ended":
@@ -169,6 +179,6 @@ class Places:
                 self.fail(row, Unavailable(waited, "none is ready", "retry later, or see `trireme status`", retry_after=retry))
 
 
-def _row_name(row: Row) -> str:
+def _row_name(row: ChoiceState) -> str:
     """A choice's lasting name at leaders: unambiguous, for the part after the last slash is always the choice."""
     return f"{row.request.ask.request}/{row.choice}"

@@ -34,7 +34,7 @@ _TOOLS_TAIL = (
 )
 
 
-class Piece(msgspec.Struct, frozen=True):
+class PromptPiece(msgspec.Struct, frozen=True):
     """Part of a prompt. ``exact``: encode as plain text, reading no special token out of it; else special tokens count."""
 
     text: str
@@ -72,7 +72,7 @@ class ChatTemplate:
         tools: list[Tool] | None = None,
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, Any] | None = None,
-    ) -> list[Piece]:
+    ) -> list[PromptPiece]:
         """The prompt as pieces in order; one piece unless the request's text holds a special token's. Raises Rejected."""
         turns = [_turn(message) for message in messages]
         signatures = [msgspec.to_builtins(tool) for tool in tools or ()]
@@ -86,7 +86,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
             raise Rejected(f"messages: the chat template refused them: {str(error)[:200]}", param="messages") from None
         if not mask.hidden:
-            return [Piece(text, False)]
+            return [PromptPiece(text, False)]
         return [piece for piece in self._unmask(text, mask) if piece.text]
 
     @staticmethod
@@ -100,13 +100,13 @@ class ChatTemplate:
             kept.append(part)
         return "".join(kept)
 
-    def _unmask(self, text: str, mask: _Mask) -> Iterable[Piece]:
+    def _unmask(self, text: str, mask: _Mask) -> Iterable[PromptPiece]:
         end = 0
         for match in self._special.finditer(text):
-            yield Piece(mask.show(text[end : match.start()]), True)
-            yield Piece(match[0], False)
+            yield PromptPiece(mask.show(text[end : match.start()]), True)
+            yield PromptPiece(match[0], False)
             end = match.end()
-        yield Piece(mask.show(text[end:]), True)
+        yield PromptPiece(mask.show(text[end:]), True)
 
 
 class _Mask:

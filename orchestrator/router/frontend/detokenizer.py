@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from orchestrator.config.router_spec import ModelCard
-from orchestrator.router.frontend.sandbox_pool import Cells
+from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.tokenizer import Loaded, load
 from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import RequestMeter
@@ -65,13 +65,13 @@ class TextModel:
         return self.table.join(ids, skip_special).decode("utf-8", "replace")
 
 
-class Texts:
+class TextModels:
     """All served models by name and alias, the encoding pool, and the cells that render; ``close`` ends both."""
 
     def __init__(self, models: Iterable[TextModel], *, threads: int = 2) -> None:
         self.models = tuple(models)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-        self.cells = Cells({model.name: model.template for model in self.models if model.template is not None})
+        self.cells = SandboxPool({model.name: model.template for model in self.models if model.template is not None})
         self._by_name = {name: model for model in self.models for name in model.names}
 
     def get(self, name: str) -> TextModel | None:
@@ -88,9 +88,9 @@ class Texts:
         self.cells.close()
 
 
-def load_texts(cards: Iterable[ModelCard]) -> Texts:
+def load_texts(cards: Iterable[ModelCard]) -> TextModels:
     """Read every model's tokenizer folder. Raises ArtifactError naming the file."""
-    return Texts(TextModel(card, load(card.tokenizer)) for card in cards)
+    return TextModels(TextModel(card, load(card.tokenizer)) for card in cards)
 
 
 class StopStrings:
@@ -121,7 +121,7 @@ class StopStrings:
         return 0
 
 
-class _Row:
+class _ChoiceText:
     """Decoding state of one choice."""
 
     __slots__ = ("count", "decode", "ended", "held", "shown")
@@ -134,7 +134,7 @@ class _Row:
         self.shown: list[str] = []
 
 
-class TextWatcher:
+class Detokenizer:
     """A :class:`~orchestrator.router.interfaces.Watcher` that turns ids into text for a door.
 
     Make it, submit it, then :meth:`bind` the ticket. ``emitted``: ids that the client already holds, per choice (a journal): decoding goes
@@ -159,7 +159,7 @@ class TextWatcher:
         self._stops = StopStrings(rule.stops) if rule.stops else None
         self._prompt_tokens = prompt_tokens
         self._ticket: Ticket | None = None
-        self._rows = [_Row() for _ in range(choices)]
+        self._rows = [_ChoiceText() for _ in range(choices)]
         self._stopped = [self._read(row, list(ids))[2] for row, ids in zip(self._rows, emitted, strict=False)]
 
     def bind(self, ticket: Ticket) -> None:
@@ -212,7 +212,7 @@ class TextWatcher:
         self._meter.ended(reason, usage)
         self._sink.on_end(choice, reason, usage, stopped_by, tail)
 
-    def _read(self, row: _Row, tokens: list[int]) -> tuple[str, int, str | None]:
+    def _read(self, row: _ChoiceText, tokens: list[int]) -> tuple[str, int, str | None]:
         """(text now safe, tokens used, stop string that matched)."""
         stop = None
         used = len(tokens)
@@ -225,7 +225,7 @@ class TextWatcher:
             row.shown.append(text)
         return text, used, stop
 
-    def _read_to_stop(self, row: _Row, tokens: list[int], stops: StopStrings) -> tuple[str, int, str | None]:
+    def _read_to_stop(self, row: _ChoiceText, tokens: list[int], stops: StopStrings) -> tuple[str, int, str | None]:
         shown = []
         for index, token in enumerate(tokens, 1):
             pending = row.held + row.decode(self._table.pick(self._bytes, (token,)))

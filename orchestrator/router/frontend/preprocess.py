@@ -15,11 +15,11 @@ from orchestrator.auth.api_keys import EVERYONE, Salting, Tenant
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
 from orchestrator.router.frontend import schema as bodies
-from orchestrator.router.frontend.chat_template import Piece
-from orchestrator.router.frontend.detokenizer import TextModel, TextRule, Texts
-from orchestrator.router.frontend.sandbox_worker import Render
-from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, Request, refuse
-from orchestrator.router.interfaces import Ask, Dispatcher
+from orchestrator.router.frontend.chat_template import PromptPiece
+from orchestrator.router.frontend.detokenizer import TextModel, TextModels, TextRule
+from orchestrator.router.frontend.sandbox_worker import RenderJob
+from orchestrator.router.frontend.schema import ChatBody, CompletionBody, Request, refuse
+from orchestrator.router.interfaces import Dispatcher, RouterRequest
 from workers.protocol.errors import NotFound, TooLong, Unavailable
 from workers.protocol.messages import UNLIMITED, GuideSpec, Journal, SamplingParams
 from workers.sampling.definition import MIN_TEMPERATURE
@@ -32,7 +32,7 @@ INLINE_BODY = 64 << 10
 _SEEDS = 2**63
 
 
-class Caller(msgspec.Struct, frozen=True, kw_only=True):
+class CallerContext(msgspec.Struct, frozen=True, kw_only=True):
     """Who asks and how, as the door knows it. ``request`` is the door's unique id of the request; ``deadline_s`` counts from now and is cut
     to the admission limit; ``journal``: what the client already holds."""
 
@@ -45,11 +45,11 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     journal: Journal | None = None
 
 
-class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+class PreparedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One Ask per prompt (several only for lists in completions), their texts (kept only for ``echo``), and the rule for output text."""
 
     model: TextModel
-    asks: tuple[Ask, ...]
+    asks: tuple[RouterRequest, ...]
     rule: TextRule
     prompts: tuple[str, ...] = ()
 
@@ -64,12 +64,12 @@ class _Frame(msgspec.Struct, frozen=True, kw_only=True):
     admission: AdmissionSpec
 
 
-async def decode(body: bytes, texts: Texts) -> dict[str, Any]:
+async def decode(body: bytes, texts: TextModels) -> dict[str, Any]:
     """The JSON object that a body holds, a large one decoded in the pool. Raises Rejected."""
     return await texts.run(len(body), lambda: bodies.decode_object(body), inline=INLINE_BODY)
 
 
-def resolve(name: str, texts: Texts, tenant: Tenant) -> TextModel:
+def resolve(name: str, texts: TextModels, tenant: Tenant) -> TextModel:
     """Raises NotFound (``model_not_found``), also for a model that is not the tenant's: the two look the same. The name is echoed cut and
     escaped, for it came from outside."""
     model = texts.get(name)
@@ -80,10 +80,10 @@ def resolve(name: str, texts: Texts, tenant: Tenant) -> TextModel:
 
 
 async def prepare(
-    request: Request, caller: Caller, *, texts: Texts, dispatcher: Dispatcher, admission: AdmissionSpec, salting: Salting
-) -> Prepared:
+    request: Request, caller: CallerContext, *, texts: TextModels, dispatcher: Dispatcher, admission: AdmissionSpec, salting: Salting
+) -> PreparedRequest:
     """Raises NotFound, TooLong, other Rejected, and Unavailable while no replica has yet said how long its context is."""
-    request_context.learn(request.metadata, chat=isinstance(request, ChatRequest))
+    request_context.learn(request.metadata, chat=isinstance(request, ChatBody))
     model = resolve(request.model, texts, caller.tenant)
     status = dispatcher.model(model.name)
     context = (status.max_seq_len if status else 0) or model.card.max_seq_len
@@ -112,24 +112,24 @@ async def prepare(
         min_tokens=request.min_tokens or 0,
         json=guide is not None and guide.kind in ("json", "json_schema"),
     )
-    return Prepared(model=model, asks=asks, rule=rule, prompts=_echoed(request, encoded, model))
+    return PreparedRequest(model=model, asks=asks, rule=rule, prompts=_echoed(request, encoded, model))
 
 
-async def encode_prompt(prompt: str | list[int], model: TextModel, texts: Texts, *, add_special: bool, context: int = 0) -> list[int]:
+async def encode_prompt(prompt: str | list[int], model: TextModel, texts: TextModels, *, add_special: bool, context: int = 0) -> list[int]:
     """Ids of a raw prompt; special tokens in it are read as such, as the caller of a raw endpoint expects. Raises TooLong where no ids of
     it could fit ``context`` tokens (0 = any do)."""
     if isinstance(prompt, list):
         return prompt
     _check_length(len(prompt), model, context, "prompt")
-    return await texts.run(len(prompt), lambda: model.table.encode([Piece(prompt, False)], add_special))
+    return await texts.run(len(prompt), lambda: model.table.encode([PromptPiece(prompt, False)], add_special))
 
 
-async def encode_chat(request: ChatRequest, model: TextModel, texts: Texts, *, context: int = 0) -> list[int]:
+async def encode_chat(request: ChatBody, model: TextModel, texts: TextModels, *, context: int = 0) -> list[int]:
     """Ids of a chat through the model's template. Raises Rejected where it has none, or refuses the messages, and TooLong as above."""
     if model.template is None:
         refuse("messages", "the model has no chat template; use the completions endpoint")
     tools = None if request.tool_choice == "none" else request.tools
-    job = Render(
+    job = RenderJob(
         model=model.name,
         messages=request.messages,
         tools=tools,
@@ -155,12 +155,14 @@ def _too_long(context: int, asked: str, part: str) -> TooLong:
     )
 
 
-async def _encode(request: Request, caller: Caller, model: TextModel, texts: Texts, vocab: int, context: int) -> list[list[int]]:
+async def _encode(
+    request: Request, caller: CallerContext, model: TextModel, texts: TextModels, vocab: int, context: int
+) -> list[list[int]]:
     if caller.journal is not None:
         for ids in (caller.journal.prompt_ids, *filter(None, caller.journal.emitted)):
             check_known(ids, vocab, "journal")
         return [caller.journal.prompt_ids]
-    if isinstance(request, ChatRequest):
+    if isinstance(request, ChatBody):
         return [await encode_chat(request, model, texts, context=context)]
     add_special = request.add_special_tokens is not False
     encoded = []
@@ -187,21 +189,21 @@ def _check_ids(request: Request, vocab: int) -> None:
         check_known([int(key) for key in request.logit_bias], vocab, "logit_bias")
 
 
-def _seed(request: Request, caller: Caller) -> int:
+def _seed(request: Request, caller: CallerContext) -> int:
     """The same for every prompt of a list when given (as if each were asked alone), else one of its own for each."""
     if caller.journal is not None:
         return caller.journal.seed % _SEEDS
     return request.seed % _SEEDS if request.seed is not None else secrets.randbits(63)
 
 
-def _ask(request: Request, caller: Caller, frame: _Frame, index: int, ids: list[int]) -> Ask:
+def _ask(request: Request, caller: CallerContext, frame: _Frame, index: int, ids: list[int]) -> RouterRequest:
     max_tokens = _max_tokens(request, len(ids), frame.context)
     emitted = caller.journal.emitted if caller.journal is not None else []
     if any(len(held) > max_tokens for held in emitted):
         refuse("journal", f"holds more than the {max_tokens} tokens that were asked for")
     limit = frame.admission.request_timeout_s or None
     deadline = caller.deadline_s if limit is None or (caller.deadline_s is not None and caller.deadline_s < limit) else limit
-    return Ask(
+    return RouterRequest(
         client=caller.client,
         request=f"{caller.request}-{index}" if index else caller.request,
         model=frame.model.name,
@@ -220,13 +222,13 @@ def _ask(request: Request, caller: Caller, frame: _Frame, index: int, ids: list[
 def _max_tokens(request: Request, prompt: int, context: int) -> int:
     wanted = request.limit()
     room = context - prompt
-    part = "messages" if isinstance(request, ChatRequest) else "prompt"
+    part = "messages" if isinstance(request, ChatBody) else "prompt"
     if room < max(1, wanted or 1):
         asked = (
             f"{prompt + wanted} tokens ({prompt} in the {part}, {wanted} in the completion)" if wanted else f"{prompt} tokens in the {part}"
         )
         raise _too_long(context, asked, part)
-    return wanted or (room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS))
+    return wanted or (room if isinstance(request, ChatBody) else min(room, DEFAULT_COMPLETION_TOKENS))
 
 
 def _temperature(asked: float | None) -> float:
@@ -238,7 +240,7 @@ def _params(request: Request, frame: _Frame, max_tokens: int, seed: int) -> Samp
     own = request.stop_token_ids or []
     stop_ids = own if request.ignore_eos else [*own, *frame.model.eos_ids]
     logprobs = request.wanted_logprobs()
-    echoed = logprobs if isinstance(request, CompletionRequest) and request.echo else None
+    echoed = logprobs if isinstance(request, CompletionBody) and request.echo else None
     return SamplingParams(
         temperature=_temperature(request.temperature),
         top_k=max(0, request.top_k or 0),
@@ -260,7 +262,7 @@ def _params(request: Request, frame: _Frame, max_tokens: int, seed: int) -> Samp
 
 
 def _echoed(request: Request, encoded: list[list[int]], model: TextModel) -> tuple[str, ...]:
-    if not isinstance(request, CompletionRequest) or not request.echo:
+    if not isinstance(request, CompletionBody) or not request.echo:
         return ()
     prompts = request.prompts()
     return tuple(prompt if isinstance(prompt, str) else model.decode(ids) for prompt, ids in zip(prompts, encoded, strict=True))

@@ -15,8 +15,18 @@ from collections.abc import Mapping
 
 import msgspec
 
-from orchestrator.router.frontend.chat_template import MAX_RENDERED, Piece, TemplateSource
-from orchestrator.router.frontend.sandbox_worker import HEADER_BYTES, Answer, Job, Refused, Render, Rendered, Setup, Sound, Try
+from orchestrator.router.frontend.chat_template import MAX_RENDERED, PromptPiece, TemplateSource
+from orchestrator.router.frontend.sandbox_worker import (
+    HEADER_BYTES,
+    Answer,
+    GrammarJob,
+    Job,
+    JobDone,
+    JobRefused,
+    Rendered,
+    RenderJob,
+    SandboxSetup,
+)
 from workers.protocol.errors import Overloaded, Rejected
 from workers.protocol.messages import GuideSpec
 
@@ -79,11 +89,11 @@ class _Process:
         self._popen.wait(5.0)
 
 
-class Cells:
+class SandboxPool:
     """``count`` processes that know ``templates`` (by model name). ``start`` is implied by the first job."""
 
     def __init__(self, templates: Mapping[str, TemplateSource], *, count: int = 2, limit_s: float = LIMIT_S) -> None:
-        self._setup = msgspec.msgpack.encode(Setup(templates=dict(templates)))
+        self._setup = msgspec.msgpack.encode(SandboxSetup(templates=dict(templates)))
         self._count, self._limit_s = count, limit_s
         self._living: set[_Process] = set()
         self._free: asyncio.Queue[_Process] = asyncio.Queue()
@@ -112,7 +122,7 @@ class Cells:
     def pids(self) -> list[int]:
         return [process.pid for process in self._living]
 
-    async def render(self, job: Render) -> list[Piece]:
+    async def render(self, job: RenderJob) -> list[PromptPiece]:
         """The prompt as pieces. Raises Rejected (also for what takes too long) and Overloaded."""
         answer = await self._ask(job, "messages", "invalid_request", "the chat template")
         assert isinstance(answer, Rendered)
@@ -121,7 +131,7 @@ class Cells:
     async def check(self, guide: GuideSpec) -> None:
         """Raises Rejected (``invalid_schema``) for a grammar that does not compile, or not in time, and Overloaded."""
         if guide.kind != "json":
-            await self._ask(Try(guide=guide), "response_format", "invalid_schema", "the grammar")
+            await self._ask(GrammarJob(guide=guide), "response_format", "invalid_schema", "the grammar")
 
     async def _ask(self, job: Job, param: str, code: str, subject: str) -> Answer:
         try:
@@ -136,7 +146,7 @@ class Cells:
                 raise Rejected(f"{param}: {subject} took longer than {self._limit_s:g} s", code=code, param=param) from None
             except _Gone:
                 continue
-            if isinstance(answer, Refused):
+            if isinstance(answer, JobRefused):
                 raise Rejected(answer.what, answer.why, code=answer.code, param=answer.param or param)
             return answer
         raise Rejected(f"{param}: {subject} ended the process that worked on it", code=code, param=param)
@@ -192,7 +202,7 @@ class Cells:
                 self._discard(process)
                 await asyncio.sleep(RETRY_S)
                 continue
-            assert isinstance(answer, Sound)
+            assert isinstance(answer, JobDone)
             self._free.put_nowait(process)
             return
 

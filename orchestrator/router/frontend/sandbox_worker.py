@@ -2,8 +2,8 @@
 
 Owns the code that a model's template or a request's grammar can keep busy, with bounds on memory and output that the kernel and the
 renderer keep; the bound on time is kept by :mod:`orchestrator.router.frontend.sandbox_pool`, with SIGKILL. Typed msgpack frames over the
-socket that is its standard input: a :class:`Setup`, then one job, one answer. Must never open a file of its own, nor print what a request
-holds.
+socket that is its standard input: a :class:`SandboxSetup`, then one job, one answer. Must never open a file of its own, nor print what a
+request holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jinja2
 import msgspec
 
 from orchestrator.router.frontend.chat_messages import Message, Tool
-from orchestrator.router.frontend.chat_template import ChatTemplate, Piece, TemplateSource
+from orchestrator.router.frontend.chat_template import ChatTemplate, PromptPiece, TemplateSource
 from workers.process import die_with_parent
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import GuideSpec
@@ -27,13 +27,13 @@ MAX_MEMORY = 1 << 30
 HEADER_BYTES = 4
 
 
-class Setup(msgspec.Struct, frozen=True, kw_only=True):
+class SandboxSetup(msgspec.Struct, frozen=True, kw_only=True):
     """The first frame. ``templates``: by model name."""
 
     templates: dict[str, TemplateSource]
 
 
-class Render(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
+class RenderJob(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
     """Arguments as of :meth:`~orchestrator.router.frontend.chat_template.ChatTemplate.render`."""
 
     model: str
@@ -43,21 +43,21 @@ class Render(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
     kwargs: dict[str, Any] | None = None
 
 
-class Try(msgspec.Struct, frozen=True, kw_only=True, tag="try"):
+class GrammarJob(msgspec.Struct, frozen=True, kw_only=True, tag="try"):
     """Can this grammar be compiled?"""
 
     guide: GuideSpec
 
 
 class Rendered(msgspec.Struct, frozen=True, kw_only=True, tag="rendered"):
-    pieces: list[Piece]
+    pieces: list[PromptPiece]
 
 
-class Sound(msgspec.Struct, frozen=True, kw_only=True, tag="sound"):
+class JobDone(msgspec.Struct, frozen=True, kw_only=True, tag="sound"):
     """The setup is done, or the grammar compiles."""
 
 
-class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+class JobRefused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
     """The fields of a :class:`~workers.protocol.errors.Rejected`."""
 
     what: str
@@ -66,35 +66,37 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
     param: str | None = None
 
 
-Job = Render | Try
-Answer = Rendered | Sound | Refused
+Job = RenderJob | GrammarJob
+Answer = Rendered | JobDone | JobRefused
 
 
-class Cell:
+class SandboxWorker:
     """What the process does, without the process. A template that does not compile fails its own requests, not the router."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._templates: dict[str, ChatTemplate | Refused] = {}
+    def __init__(self, setup: SandboxSetup) -> None:
+        self._templates: dict[str, ChatTemplate | JobRefused] = {}
         for model, source in setup.templates.items():
             try:
                 self._templates[model] = source.compile()
             except (jinja2.TemplateError, ValueError, RecursionError, MemoryError) as error:
                 why = f"{type(error).__name__}: {str(error)[:200]}"
-                self._templates[model] = Refused(what="messages: the model's chat template cannot be compiled", why=why, param="messages")
+                self._templates[model] = JobRefused(
+                    what="messages: the model's chat template cannot be compiled", why=why, param="messages"
+                )
 
     def answer(self, job: Job) -> Answer:
         try:
-            return self._render(job) if isinstance(job, Render) else _try(job.guide)
+            return self._render(job) if isinstance(job, RenderJob) else _try(job.guide)
         except Rejected as error:
             # A grammar has no field of its own: its request spelled it in one of several.
-            return Refused(what=error.what, why=error.why, code=error.code, param=error.param if isinstance(job, Render) else None)
+            return JobRefused(what=error.what, why=error.why, code=error.code, param=error.param if isinstance(job, RenderJob) else None)
         except Exception as error:
             # The edge of a job: whatever it did ends it only. Its text may be in the error's, so only the kind is told.
-            return Refused(what=f"the request cannot be rendered: {type(error).__name__}")
+            return JobRefused(what=f"the request cannot be rendered: {type(error).__name__}")
 
-    def _render(self, job: Render) -> Answer:
+    def _render(self, job: RenderJob) -> Answer:
         template = self._templates[job.model]
-        if isinstance(template, Refused):
+        if isinstance(template, JobRefused):
             return template
         pieces = template.render(job.messages, tools=job.tools, add_generation_prompt=job.add_generation_prompt, kwargs=job.kwargs)
         return Rendered(pieces=pieces)
@@ -104,9 +106,9 @@ def _try(guide: GuideSpec) -> Answer:
     try:
         from workers.sampling.llguidance_guide import check_grammar
     except ImportError:
-        return Sound()  # without llguidance on this host, the replica is the first to compile
+        return JobDone()  # without llguidance on this host, the replica is the first to compile
     check_grammar(guide)
-    return Sound()
+    return JobDone()
 
 
 def _read(count: int) -> bytes:
@@ -139,8 +141,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     jobs = msgspec.msgpack.Decoder(Job)
     try:
-        cell = Cell(msgspec.msgpack.decode(_receive(), type=Setup))
-        _send(Sound())
+        cell = SandboxWorker(msgspec.msgpack.decode(_receive(), type=SandboxSetup))
+        _send(JobDone())
         while frame := _receive():
             _send(cell.answer(jobs.decode(frame)))
     except (BrokenPipeError, ConnectionResetError):

@@ -70,7 +70,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class Generation(msgspec.Struct, frozen=True, kw_only=True):
+class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     """Fields that both endpoints take; None = not given."""
 
     model: str
@@ -119,7 +119,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         return structured_output.choose(self.response_format, self.structured_outputs, outputs)
 
 
-class ChatRequest(Generation, frozen=True, kw_only=True):
+class ChatBody(GenerateBody, frozen=True, kw_only=True):
     """Body of ``/v1/chat/completions``."""
 
     messages: list[Message]
@@ -142,7 +142,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
 
     def guide(self) -> GuideSpec | None:
         """A forced tool call is a grammar too: the arguments of the named function, or one call of any of them."""
-        asked = Generation.guide(self)
+        asked = GenerateBody.guide(self)
         if not self.tools or self.tool_choice in (None, "none", "auto"):
             return asked
         if asked is not None:
@@ -155,7 +155,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
         return structured_output.from_schema(schema, "tools")
 
 
-class CompletionRequest(Generation, frozen=True, kw_only=True):
+class CompletionBody(GenerateBody, frozen=True, kw_only=True):
     """Body of ``/v1/completions``. ``prompt``: text, token ids, or a list of either (then one choice list per prompt, in order)."""
 
     prompt: Any
@@ -188,10 +188,10 @@ class CompletionRequest(Generation, frozen=True, kw_only=True):
         return prompts
 
 
-Request = ChatRequest | CompletionRequest
+Request = ChatBody | CompletionBody
 _T = TypeVar("_T")
-_R = TypeVar("_R", ChatRequest, CompletionRequest)
-_KNOWN = {"chat": frozenset(ChatRequest.__struct_fields__), "completions": frozenset(CompletionRequest.__struct_fields__)}
+_R = TypeVar("_R", ChatBody, CompletionBody)
+_KNOWN = {"chat": frozenset(ChatBody.__struct_fields__), "completions": frozenset(CompletionBody.__struct_fields__)}
 
 
 def refuse(param: str | None, why: str, code: str | None = None) -> NoReturn:
@@ -203,14 +203,14 @@ def read(endpoint: Endpoint, fields: dict[str, Any], *, on_unknown: Callable[[in
     unknown = fields.keys() - _KNOWN[endpoint]
     if unknown and on_unknown is not None:
         on_unknown(len(unknown))
-    return check(fields, ChatRequest) if endpoint == "chat" else check(fields, CompletionRequest)
+    return check(fields, ChatBody) if endpoint == "chat" else check(fields, CompletionBody)
 
 
 def check(fields: dict[str, Any], kind: type[_R]) -> _R:
     """A decoded body as a request that keeps every limit. Raises Rejected."""
     request = convert(fields, kind)
     _check(request)
-    if isinstance(request, ChatRequest):
+    if isinstance(request, ChatBody):
         _check_chat(request)
     else:
         _check_completion(request)
@@ -346,7 +346,7 @@ def _short(number: float) -> str:
     return text if len(text) <= 32 else f"{text[:32]}..."
 
 
-def _check_chat(request: ChatRequest) -> None:
+def _check_chat(request: ChatBody) -> None:
     if not 1 <= len(request.messages) <= MAX_MESSAGES:
         refuse("messages", f"a chat has 1 to {MAX_MESSAGES} messages, got {len(request.messages)}")
     for index, message in enumerate(request.messages):
@@ -364,7 +364,7 @@ def _check_chat(request: ChatRequest) -> None:
     _check_tools(request)
 
 
-def _check_tools(request: ChatRequest) -> None:
+def _check_tools(request: ChatBody) -> None:
     names = [tool.function.name for tool in request.tools or ()]
     if len(names) > MAX_TOOLS:
         refuse("tools", f"{len(names)} tools are more than {MAX_TOOLS}")
@@ -379,7 +379,7 @@ def _check_tools(request: ChatRequest) -> None:
         refuse("tool_choice", "needs tools")
 
 
-def _check_completion(request: CompletionRequest) -> None:
+def _check_completion(request: CompletionBody) -> None:
     if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
         refuse("logprobs", f"must be between 0 and {MAX_LOGPROBS}, got {request.logprobs}")
     if request.suffix:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from orchestrator.router.frontend.chat_template import Piece, TemplateSource
+from orchestrator.router.frontend.chat_template import PromptPiece, TemplateSource
 from workers.artifacts.safetensors_file import regular
 from workers.protocol.errors import ArtifactError
 
@@ -70,7 +70,7 @@ class TokenTable:
         tokenizer.encode_special_tokens = True
         return tokenizer
 
-    def encode(self, pieces: Sequence[Piece], add_special: bool) -> list[int]:
+    def encode(self, pieces: Sequence[PromptPiece], add_special: bool) -> list[int]:
         """Ids of the pieces in order; ``add_special``: also what the tokenizer itself adds around a prompt (bos)."""
         ids: list[int] = []
         for index, piece in enumerate(pieces):

@@ -14,7 +14,7 @@ import msgspec
 
 from orchestrator.router.frontend.chat_messages import NamedTool
 from orchestrator.router.frontend.detokenizer import StopStrings
-from orchestrator.router.frontend.schema import ChatRequest
+from orchestrator.router.frontend.schema import ChatBody
 
 _OPEN = StopStrings(("<tool_call>",))
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
@@ -26,7 +26,7 @@ class _Call(msgspec.Struct):
     parameters: msgspec.Raw | None = None
 
 
-class ToolReader:
+class HermesToolParser:
     """Feed it a choice's text, then ask for the calls. ``named``: the one function whose arguments the whole text is."""
 
     def __init__(self, names: frozenset[str], *, named: str | None, forced: bool) -> None:
@@ -66,13 +66,13 @@ class ToolReader:
         return _call_json(call.name, bytes(arguments).decode()) if call.name in self._names else None
 
 
-def reader(request: ChatRequest) -> ToolReader | None:
+def reader(request: ChatBody) -> HermesToolParser | None:
     """A reader for one choice, or None where the request can have no calls."""
     if not request.tools or request.tool_choice == "none":
         return None
     named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
     names = frozenset(tool.function.name for tool in request.tools)
-    return ToolReader(names, named=named, forced=request.tool_choice == "required")
+    return HermesToolParser(names, named=named, forced=request.tool_choice == "required")
 
 
 def _call_json(name: str, arguments: str) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from orchestrator.auth.api_keys import ApiKeys, Salting
 from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.router.frontend import preprocess as preparing
 from orchestrator.router.frontend import schema as bodies
-from orchestrator.router.frontend.detokenizer import TextModel, Texts, TextSink
+from orchestrator.router.frontend.detokenizer import TextModel, TextModels, TextSink
 from orchestrator.router.http import event_stream
-from orchestrator.router.http.authentication import Guard, tenant_of
+from orchestrator.router.http.authentication import ApiKeyMiddleware, tenant_of
 from orchestrator.router.http.dialects import kserve, openai
-from orchestrator.router.http.in_flight import Exchange, Gathered
-from orchestrator.router.http.middleware import Named, affinity, read_body, request_id
-from orchestrator.router.http.response import Answer, json_response
+from orchestrator.router.http.in_flight import Gathered, HttpExchange
+from orchestrator.router.http.middleware import RequestContextMiddleware, affinity, read_body, request_id
+from orchestrator.router.http.response import GenerateResponse, json_response
 from orchestrator.router.http.status_page import StatusPage
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import CONTENT_TYPE, Metrics
@@ -49,10 +49,10 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
 
 
-class Door:
+class HttpApi:
     """All routes over one dispatcher. Its methods are the endpoints."""
 
-    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, salting: Salting) -> None:
+    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: TextModels, metrics: Metrics, salting: Salting) -> None:
         self._dispatcher, self._texts, self._metrics, self._salting = dispatcher, texts, metrics, salting
         self._admission = spec.admission
         self._page = StatusPage(spec.name, len(spec.peers), metrics, dispatcher.status)
@@ -87,7 +87,7 @@ class Door:
         request = bodies.read(endpoint, await preparing.decode(body, self._texts), on_unknown=self._metrics.ignored_fields)
         chat = endpoint == "chat"
         id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        caller = preparing.Caller(
+        caller = preparing.CallerContext(
             client="http",
             request=id,
             tenant=tenant_of(http),
@@ -106,7 +106,7 @@ class Door:
             usage=bool(options.include_usage),
             continuous=bool(options.include_usage and options.continuous_usage_stats),
         )
-        return Answer(Exchange(prepared), _OpenAi(request, wording), self._dispatcher, self._metrics)
+        return GenerateResponse(HttpExchange(prepared), _OpenAi(request, wording), self._dispatcher, self._metrics)
 
     async def models(self, http: Request) -> Response:
         tenant = tenant_of(http)
@@ -163,7 +163,7 @@ class Door:
     async def tokenize(self, http: Request) -> Response:
         fields = await preparing.decode(await read_body(http, self._max_body), self._texts)
         if "messages" in fields:
-            request = bodies.check(fields, bodies.ChatRequest)
+            request = bodies.check(fields, bodies.ChatBody)
             model = preparing.resolve(request.model, self._texts, tenant_of(http))
             ids = await preparing.encode_chat(request, model, self._texts)
         else:
@@ -204,12 +204,12 @@ class _OpenAi:
         self.streamed = bool(request.stream)
         self._request, self._wording = request, wording
 
-    def events(self, exchange: Exchange, abort: Callable[[], None]) -> tuple[event_stream.EventStream, list[TextSink]]:
+    def events(self, exchange: HttpExchange, abort: Callable[[], None]) -> tuple[event_stream.EventStream, list[TextSink]]:
         stream = event_stream.EventStream(exchange, self._wording, window=event_stream.window(self._request), abort=abort)
         asks = range(len(exchange.prepared.asks))
         return stream, [event_stream.EventSink(stream, exchange, index, self._request, self._wording) for index in asks]
 
-    def whole(self, exchange: Exchange) -> tuple[list[TextSink], Callable[[], bytes]]:
+    def whole(self, exchange: HttpExchange) -> tuple[list[TextSink], Callable[[], bytes]]:
         sinks = [Gathered(exchange, index, self._request, self._wording) for index in range(len(exchange.prepared.asks))]
 
         def body() -> bytes:
@@ -219,16 +219,16 @@ class _OpenAi:
 
 
 def build_app(
-    spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, salting: Salting, keys: ApiKeys | None = None
+    spec: RouterSpec, dispatcher: Dispatcher, texts: TextModels, metrics: Metrics, salting: Salting, keys: ApiKeys | None = None
 ) -> ASGIApp:
     """The HTTP door as an ASGI application; run it with :func:`orchestrator.router.http.server.serve`. ``keys`` None: open to all."""
-    door = Door(spec, dispatcher, texts, metrics, salting)
+    door = HttpApi(spec, dispatcher, texts, metrics, salting)
     app = Starlette(
-        routes=door.routes() + kserve.KServeDoor(spec, dispatcher, texts, metrics, salting).routes(),
+        routes=door.routes() + kserve.KServeApi(spec, dispatcher, texts, metrics, salting).routes(),
         exception_handlers=dict.fromkeys((TriremeError, HTTPException, ClientDisconnect, Exception), door.on_error),
     )
     app.router.redirect_slashes = False
-    return Named(app if keys is None else Guard(app, keys, door.on_error))
+    return RequestContextMiddleware(app if keys is None else ApiKeyMiddleware(app, keys, door.on_error))
 
 
 def _check_sees_all(http: Request) -> None:

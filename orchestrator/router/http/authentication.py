@@ -22,7 +22,7 @@ LOCAL = frozenset(("/metrics", "/ui/data"))
 _TENANT = "trireme.tenant"
 
 
-class Guard:
+class ApiKeyMiddleware:
     """ASGI middleware. ``refuse`` makes the answer to a request without a good key: always the same one."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, refuse: Callable[[Request, Exception], Awaitable[Response]]) -> None:

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from starlette.types import Send
 
 from orchestrator.router.frontend import tool_parsers
-from orchestrator.router.frontend.schema import ChatRequest, Request
+from orchestrator.router.frontend.schema import ChatBody, Request
 from orchestrator.router.http.dialects import openai
-from orchestrator.router.http.in_flight import Exchange
+from orchestrator.router.http.in_flight import HttpExchange
 from workers.protocol.errors import Cancelled, TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
 
@@ -32,7 +32,7 @@ def window(request: Request) -> int:
 class EventSink:
     """Sink of one ask: makes events of what comes. The common chunk (text alone) is joined from prepared bytes."""
 
-    def __init__(self, stream: EventStream, exchange: Exchange, index: int, request: Request, wording: openai.Wording) -> None:
+    def __init__(self, stream: EventStream, exchange: HttpExchange, index: int, request: Request, wording: openai.Wording) -> None:
         self._stream, self._exchange, self._index, self._wording = stream, exchange, index, wording
         ask = exchange.prepared.asks[index]
         self._offset = index * ask.n
@@ -43,7 +43,7 @@ class EventSink:
         self._writers = [openai.LogprobWriter(exchange.prepared.model, wording.chat) for _ in range(ask.n)]
         self._with_logprobs = request.wanted_logprobs() is not None
         self._echo = exchange.prepared.prompts[index] if exchange.prepared.prompts else ""
-        chat = request if isinstance(request, ChatRequest) else None
+        chat = request if isinstance(request, ChatBody) else None
         self._readers = [tool_parsers.reader(chat) if chat else None for _ in range(ask.n)]
         self._plain = not (self._with_logprobs or wording.continuous or self._readers[0])
 
@@ -127,7 +127,7 @@ class Ending(Protocol):
 class EventStream:
     """The writing side: joins what has come since the last send into one, and grants credit for what was sent."""
 
-    def __init__(self, exchange: Exchange, ending: Ending, *, window: int, abort: Callable[[], None]) -> None:
+    def __init__(self, exchange: HttpExchange, ending: Ending, *, window: int, abort: Callable[[], None]) -> None:
         self._exchange, self._ending = exchange, ending
         self._chunks: list[bytes] = []
         self._received = [0] * len(exchange.prepared.asks)

@@ -10,20 +10,20 @@ import asyncio
 from typing import Any
 
 from orchestrator.router.frontend import tool_parsers
-from orchestrator.router.frontend.detokenizer import TextSink, TextWatcher
-from orchestrator.router.frontend.preprocess import Prepared
-from orchestrator.router.frontend.schema import ChatRequest, Request
+from orchestrator.router.frontend.detokenizer import Detokenizer, TextSink
+from orchestrator.router.frontend.preprocess import PreparedRequest
+from orchestrator.router.frontend.schema import ChatBody, Request
 from orchestrator.router.http.dialects import openai
-from orchestrator.router.interfaces import Ask, Dispatcher, Ticket
+from orchestrator.router.interfaces import Dispatcher, RouterRequest, Ticket
 from orchestrator.router.metrics import Metrics, RequestMeter
 from workers.protocol.errors import Cancelled, TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 
-class Exchange:
+class HttpExchange:
     """Submits a prepared request and keeps count of what is open. ``failed`` is the first error, if any."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedRequest) -> None:
         self.prepared = prepared
         self.failed: TriremeError | None = None
         self.usages: list[list[Usage]] = [[] for _ in prepared.asks]
@@ -40,7 +40,7 @@ class Exchange:
         """Submit every ask with its sink. Raises what the dispatcher raises; :meth:`leave` then frees those that it took before."""
         for ask, sink in zip(self.prepared.asks, sinks, strict=True):
             meter = metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
-            watcher = TextWatcher(
+            watcher = Detokenizer(
                 self.prepared.model, self.prepared.rule, sink, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter
             )
             ticket = dispatcher.submit(ask, watcher, meter)
@@ -87,9 +87,9 @@ class Exchange:
 class Gathered:
     """Sink of one ask that keeps everything, for an answer in one piece."""
 
-    def __init__(self, exchange: Exchange, index: int, request: Request, wording: openai.Wording) -> None:
+    def __init__(self, exchange: HttpExchange, index: int, request: Request, wording: openai.Wording) -> None:
         self._exchange, self._index, self._request, self._wording = exchange, index, request, wording
-        self._ask: Ask = exchange.prepared.asks[index]
+        self._ask: RouterRequest = exchange.prepared.asks[index]
         model = exchange.prepared.model
         self._texts: list[list[str]] = [[] for _ in range(self._ask.n)]
         self._parts: list[list[dict[str, Any]]] = [[] for _ in range(self._ask.n)]
@@ -127,7 +127,7 @@ class Gathered:
         text = "".join(self._texts[choice])
         shown: dict[str, Any] = {"text": self._echo + text}
         finish: str = reason
-        if isinstance(self._request, ChatRequest):
+        if isinstance(self._request, ChatBody):
             shown = {"message": {"role": "assistant", "content": text}}
             if (reader := tool_parsers.reader(self._request)) is not None:
                 content = reader.feed(text)

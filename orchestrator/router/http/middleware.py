@@ -30,7 +30,7 @@ def request_id(scope: Scope) -> str:
     return str(state["request_id"])
 
 
-class Named:
+class RequestContextMiddleware:
     """ASGI middleware: what a request's task logs and traces says whose work it is."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from orchestrator.router.frontend.detokenizer import TextSink
 from orchestrator.router.http.dialects.openai import encode
 from orchestrator.router.http.event_stream import EventStream
-from orchestrator.router.http.in_flight import Exchange
+from orchestrator.router.http.in_flight import HttpExchange
 from orchestrator.router.http.middleware import request_id
 from orchestrator.router.http.protocol import ABORT
 from orchestrator.router.interfaces import Dispatcher
@@ -28,17 +28,17 @@ class Dialect(Protocol):
 
     streamed: bool
 
-    def events(self, exchange: Exchange, abort: Callable[[], None]) -> tuple[EventStream, list[TextSink]]:
+    def events(self, exchange: HttpExchange, abort: Callable[[], None]) -> tuple[EventStream, list[TextSink]]:
         """The stream, and a sink for each ask that fills it; ``abort`` drops the connection."""
 
-    def whole(self, exchange: Exchange) -> tuple[list[TextSink], Callable[[], bytes]]:
+    def whole(self, exchange: HttpExchange) -> tuple[list[TextSink], Callable[[], bytes]]:
         """A sink for each ask, and what makes the body of them once all have ended."""
 
 
-class Answer:
+class GenerateResponse:
     """An ASGI application for one prepared request."""
 
-    def __init__(self, exchange: Exchange, dialect: Dialect, dispatcher: Dispatcher, metrics: Metrics) -> None:
+    def __init__(self, exchange: HttpExchange, dialect: Dialect, dispatcher: Dispatcher, metrics: Metrics) -> None:
         self._exchange, self._dialect, self._dispatcher, self._metrics = exchange, dialect, dispatcher, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -26,7 +26,7 @@ _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 VerdictState = Literal["STARTING", "READY", "DEGRADED", "UNAVAILABLE", "DRAINING"]
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+class OverallState(msgspec.Struct, frozen=True, kw_only=True):
     """How this router fares, and what somebody should look at. READY and DEGRADED serve every model."""
 
     state: VerdictState
@@ -102,7 +102,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     routers: int
     time: float
     started: float
-    verdict: Verdict
+    verdict: OverallState
     bounds: tuple[float, ...]
     models: tuple[ModelFigures, ...]
     replicas: tuple[ReplicaFigures, ...]
@@ -139,20 +139,20 @@ class StatusPage:
         )
 
 
-def judge(closing: bool, models: Sequence[ModelFigures], replicas: Sequence[ReplicaFigures], losses: Sequence[LossFigures]) -> Verdict:
+def judge(closing: bool, models: Sequence[ModelFigures], replicas: Sequence[ReplicaFigures], losses: Sequence[LossFigures]) -> OverallState:
     """The verdict over what a router sees. It does not know how many replicas are wanted: one never heard of is not missed here."""
     if closing:
-        return Verdict(state="DRAINING", why=("this router finishes what it has and takes nothing new",))
+        return OverallState(state="DRAINING", why=("this router finishes what it has and takes nothing new",))
     if not replicas:
-        return Verdict(state="STARTING", why=("no replica was heard of yet",))
+        return OverallState(state="STARTING", why=("no replica was heard of yet",))
     without = tuple(f"no replica of {model.name} is ready" for model in models if not model.ready)
     if without:
-        return Verdict(state="UNAVAILABLE", why=without)
+        return OverallState(state="UNAVAILABLE", why=without)
     why = [told for replica in replicas if (told := _trouble(replica, losses))]
     if why:
-        return Verdict(state="DEGRADED", why=tuple(why))
+        return OverallState(state="DEGRADED", why=tuple(why))
     ready = sum(replica.state == "ready" for replica in replicas)
-    return Verdict(state="READY", why=(f"{ready} replica{'s' if ready > 1 else ''} ready, every model served",))
+    return OverallState(state="READY", why=(f"{ready} replica{'s' if ready > 1 else ''} ready, every model served",))
 
 
 def _trouble(replica: ReplicaFigures, losses: Sequence[LossFigures]) -> str:

@@ -13,7 +13,7 @@ import time
 import zmq
 from zmq.utils import z85
 
-from orchestrator.auth.curve_acl import Gate
+from orchestrator.auth.curve_acl import CurveAcl
 
 _ENDPOINT = "inproc://zeromq.zap.01"
 _COMPLAIN_S = 5.0
@@ -21,10 +21,10 @@ _COMPLAIN_S = 5.0
 log = logging.getLogger("trireme.zap")
 
 
-class Zap:
+class ZapHandler:
     """Answers handshakes from ``gate``. ``refused``: handshakes turned down since start."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], gate: Gate) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], gate: CurveAcl) -> None:
         self._gate = gate
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0

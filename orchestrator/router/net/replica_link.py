@@ -12,8 +12,8 @@ from typing import Protocol
 
 import zmq
 
-from orchestrator.auth.curve_acl import Gate
-from orchestrator.router.net.router_socket import Port
+from orchestrator.auth.curve_acl import CurveAcl
+from orchestrator.router.net.router_socket import RouterSocket
 from workers.protocol import messages
 from workers.protocol.messages import FromReplica, Hello, Malformed, Peers, ToReplica
 from workers.serving.router_io import KeyPair
@@ -21,7 +21,7 @@ from workers.serving.router_io import KeyPair
 log = logging.getLogger("trireme.replicas")
 
 
-class Ears(Protocol):
+class ReplicaEvents(Protocol):
     """What the link asks of the dispatcher."""
 
     def hear(self, peer: bytes, user: str, message: FromReplica) -> None: ...
@@ -32,23 +32,25 @@ class Ears(Protocol):
 
 
 class ReplicaLink:
-    """Bind ``endpoint`` and serve it from ``start``. Raises as :class:`~orchestrator.router.net.router_socket.Port`. ``malformed``: frames
-    refused."""
+    """Bind ``endpoint`` and serve it from ``start``. Raises as :class:`~orchestrator.router.net.router_socket.RouterSocket`. ``malformed``:
+    frames refused."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, keys: KeyPair | None, gate: Gate, greeting: Peers
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, keys: KeyPair | None, gate: CurveAcl, greeting: Peers
     ) -> None:
         self._gate = gate
         self._greeting = messages.encode(greeting)
         self._boot = greeting.boot
         self.malformed = 0
-        self._port = Port(context, endpoint, "replica", keys=keys, gate=gate, on_frame=self._on_frame, on_malformed=self._on_malformed)
+        self._port = RouterSocket(
+            context, endpoint, "replica", keys=keys, gate=gate, on_frame=self._on_frame, on_malformed=self._on_malformed
+        )
 
     @property
     def endpoint(self) -> str:
         return self._port.endpoint
 
-    def start(self, loop: asyncio.AbstractEventLoop, ears: Ears) -> None:
+    def start(self, loop: asyncio.AbstractEventLoop, ears: ReplicaEvents) -> None:
         self._ears = ears
         self._port.start(loop)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import zmq
 
-from orchestrator.auth.curve_acl import Gate, Role
+from orchestrator.auth.curve_acl import CurveAcl, Role
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME
 from workers.serving.router_io import KeyPair
@@ -37,7 +37,7 @@ log = logging.getLogger("trireme.port")
 OnFrame = Callable[[bytes, str, bytes | memoryview], None]
 
 
-class Port:
+class RouterSocket:
     """Bind ``endpoint`` for peers of one ``role``. Raises ConfigError on one that would be unsafe, EnvironmentFault on one that is taken.
 
     ``on_malformed`` is told the sender of what was not one frame. ``endpoint`` afterwards is what was really bound.
@@ -50,7 +50,7 @@ class Port:
         role: Role,
         *,
         keys: KeyPair | None,
-        gate: Gate,
+        gate: CurveAcl,
         on_frame: OnFrame,
         on_malformed: Callable[[bytes], None],
     ) -> None:

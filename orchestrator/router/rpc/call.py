@@ -87,7 +87,7 @@ class Outgoing:
         return messages
 
 
-class _Choice:
+class _CallChoice:
     """All that one choice has produced. ``tokens``: what its client held at the start (``base`` of them) and all since. ``starts`` and
     ``texts``: how many tokens were there before each delivery, and its text."""
 
@@ -101,7 +101,7 @@ class _Choice:
         self.end: Done | Failed | None = None
 
 
-class Call:
+class RpcCall:
     """A client's request, and what its watcher tells (a TextSink). ``stream`` and ``attempt`` are those of the client's last Generate,
     ``out`` leads to where it came from. ``spoken``: the client wants text. ``ids``: nobody reads text, so it is the watcher itself, an
     object less on the way of every token; its choices' records are then the dispatcher's."""
@@ -111,14 +111,14 @@ class Call:
         "name", "out", "prompt", "spoken", "stream", "ticket",
     )  # fmt: skip
 
-    def __init__(self, name: Name, boot: str, spoken: bool, out: Outgoing, ended: Callable[[Call], None]) -> None:
+    def __init__(self, name: Name, boot: str, spoken: bool, out: Outgoing, ended: Callable[[RpcCall], None]) -> None:
         self.name, self._boot, self.spoken, self.out, self._ended = name, boot, spoken, out, ended
         self.client_boot, self.stream, self.attempt = "", 0, 0
         self.accepted: Accepted | None = None
         self.ticket: Ticket | None = None
         self.meter: RequestMeter | None = None
         self.ids = False
-        self.choices: list[_Choice] = []
+        self.choices: list[_CallChoice] = []
         self.prompt: list[Logprobs] | None = None
         self._open = 0
         #: Tokens granted to each choice, beyond those that its client held at the start.
@@ -130,7 +130,7 @@ class Call:
 
     def open(self, records: list[list[int]]) -> None:
         """Its choices begin; ``records``: a list for each that holds the tokens that the client has already."""
-        self.choices = [_Choice(record) for record in records]
+        self.choices = [_CallChoice(record) for record in records]
         self._open = len(records)
 
     @property

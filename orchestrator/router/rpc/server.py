@@ -17,15 +17,15 @@ from collections.abc import Callable
 import msgspec
 
 from orchestrator.auth.api_keys import EVERYONE, Salting, Tenant
-from orchestrator.auth.curve_acl import Gate
+from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
 from orchestrator.router.frontend import schema as bodies
-from orchestrator.router.frontend.detokenizer import Texts, TextWatcher
-from orchestrator.router.frontend.preprocess import Caller, Prepared, decode, prepare
-from orchestrator.router.interfaces import Ask, Dispatcher, Ticket
+from orchestrator.router.frontend.detokenizer import Detokenizer, TextModels
+from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, decode, prepare
+from orchestrator.router.interfaces import Dispatcher, RouterRequest, Ticket
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.rpc.call import Call, Outgoing
+from orchestrator.router.rpc.call import Outgoing, RpcCall
 from workers.protocol import messages
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
 from workers.protocol.messages import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
@@ -42,19 +42,19 @@ LOCAL = "local"
 log = logging.getLogger("trireme.rpc")
 
 
-class RpcDoor:
+class RpcServer:
     """``gate`` knows the clients' tenants. ``send``: gives a frame to a client's connection, False = it is gone. ``clock``: monotonic
     seconds."""
 
     def __init__(
-        self, *, boot: str, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, admission: AdmissionSpec,
-        gate: Gate, salting: Salting, send: Callable[[bytes, bytes], bool], clock: Callable[[], float],
+        self, *, boot: str, dispatcher: Dispatcher, texts: TextModels, metrics: Metrics, admission: AdmissionSpec,
+        gate: CurveAcl, salting: Salting, send: Callable[[bytes, bytes], bool], clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._boot, self._dispatcher, self._texts, self._metrics, self._admission = boot, dispatcher, texts, metrics, admission
         self._gate, self._salting, self._send, self._clock = gate, salting, send, clock
-        self._live: dict[tuple[str, str], Call] = {}
-        self._streams: dict[tuple[str, str, int], Call] = {}
-        self._ended: OrderedDict[tuple[str, str], Call] = OrderedDict()
+        self._live: dict[tuple[str, str], RpcCall] = {}
+        self._streams: dict[tuple[str, str, int], RpcCall] = {}
+        self._ended: OrderedDict[tuple[str, str], RpcCall] = OrderedDict()
         self._ended_tokens = 0
         self._outgoing: dict[bytes, Outgoing] = {}
         #: Those of them that hold something.
@@ -106,7 +106,7 @@ class RpcDoor:
         if len(self._live) >= MAX_CALLS:
             raise Overloaded(f"{MAX_CALLS} requests are live here", retry_after=1.0)
         out = self._outgoing_of(peer)
-        call = Call(name, self._boot, message.texts, out, self._on_ended)
+        call = RpcCall(name, self._boot, message.texts, out, self._on_ended)
         self._live[name] = call
         call.granted = message.credit
         call.attach(out, message.boot, message.stream, message.attempt)
@@ -115,7 +115,7 @@ class RpcDoor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _attach(self, call: Call, peer: bytes, client: str, message: Generate, have: list[int]) -> None:
+    def _attach(self, call: RpcCall, peer: bytes, client: str, message: Generate, have: list[int]) -> None:
         """A repeat: the same call, from what the client says it holds (nothing, without a journal)."""
         self._streams.pop((client, call.client_boot, call.stream), None)
         call.attach(self._outgoing_of(peer), message.boot, message.stream, message.attempt)
@@ -128,7 +128,7 @@ class RpcDoor:
         call.replay(have)
         self._grant(call, call.lacking(have, message.credit))
 
-    async def _begin(self, call: Call, message: Generate) -> None:
+    async def _begin(self, call: RpcCall, message: Generate) -> None:
         """The edge of one request: whatever goes wrong in it ends it only."""
         request_context.enter(call.name[1], "")
         try:
@@ -140,10 +140,10 @@ class RpcDoor:
             log.exception("request %s failed at the door", ascii(call.name[1]))
             self._reject(call, EngineFault("the router failed on this request", code="internal_error"))
 
-    async def _admit(self, call: Call, message: Generate) -> None:
+    async def _admit(self, call: RpcCall, message: Generate) -> None:
         body = bodies.read(message.endpoint, await decode(message.body, self._texts), on_unknown=self._metrics.ignored_fields)
         deadline = None if message.deadline_ms is None else min(message.deadline_ms, UNLIMITED) / 1000.0
-        caller = Caller(
+        caller = CallerContext(
             client=call.name[0], request=call.name[1], tenant=self._tenant(call.name[0]), credit=message.credit, deadline_s=deadline,
             journal=message.journal,
         )  # fmt: skip
@@ -165,7 +165,7 @@ class RpcDoor:
         )  # fmt: skip
         self._give(call.out.peer, call.accepted)
 
-    def _submit(self, call: Call, ask: Ask, prepared: Prepared) -> Ticket:
+    def _submit(self, call: RpcCall, ask: RouterRequest, prepared: PreparedRequest) -> Ticket:
         rule = prepared.rule
         meter = call.meter = self._metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
         if not call.spoken and not rule.stops and not rule.json:
@@ -175,7 +175,7 @@ class RpcDoor:
             meter.admitted()
             return ticket
         call.open([list(ids) for ids in ask.emitted])
-        watcher = TextWatcher(
+        watcher = Detokenizer(
             prepared.model, rule, call, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter, emitted=ask.emitted
         )  # fmt: skip
         ticket = self._dispatcher.submit(ask, watcher, meter)
@@ -197,7 +197,7 @@ class RpcDoor:
             if call is not None:
                 self._grant(call, tokens)
 
-    def _grant(self, call: Call, tokens: int) -> None:
+    def _grant(self, call: RpcCall, tokens: int) -> None:
         if call.ticket is not None and tokens:
             call.granted += tokens
             call.ticket.credit(tokens)
@@ -267,7 +267,7 @@ class RpcDoor:
         good: one that comes back finds its streams unnamed and asks again."""
         now = self._clock()
         self._flush()
-        held: dict[bytes, list[Call]] = {}
+        held: dict[bytes, list[RpcCall]] = {}
         for call in self._live.values():
             held.setdefault(call.out.peer, []).append(call)
         self._outgoing = {peer: out for peer, out in self._outgoing.items() if peer in held}
@@ -285,11 +285,11 @@ class RpcDoor:
             task.cancel()
         self._flush()
 
-    def _reject(self, call: Call, error: TriremeError) -> None:
+    def _reject(self, call: RpcCall, error: TriremeError) -> None:
         self._refuse(call.out.peer, call.stream, call.attempt, error)
         self._forget(call)
 
-    def _drop(self, call: Call) -> None:
+    def _drop(self, call: RpcCall) -> None:
         call.cancelled = True
         if call.ticket is not None:
             call.ticket.cancel()
@@ -297,17 +297,17 @@ class RpcDoor:
             call.meter.left()
         self._forget(call)
 
-    def _discard(self, call: Call) -> None:
+    def _discard(self, call: RpcCall) -> None:
         """Whatever became of it, its name is free."""
         self._drop(call)
         if self._ended.pop(call.name, None) is not None:
             self._ended_tokens -= call.size
 
-    def _forget(self, call: Call) -> None:
+    def _forget(self, call: RpcCall) -> None:
         self._live.pop(call.name, None)
         self._streams.pop((call.name[0], call.client_boot, call.stream), None)
 
-    def _on_ended(self, call: Call) -> None:
+    def _on_ended(self, call: RpcCall) -> None:
         self._forget(call)
         if not call.repeatable:
             return

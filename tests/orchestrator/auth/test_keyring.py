@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from orchestrator.auth.curve_acl import Gate, parse_grants
+from orchestrator.auth.curve_acl import CurveAcl, parse_grants
 from orchestrator.auth.keyring import KeyRing, read_private
 from workers.protocol.errors import ConfigError, NotFound, Rejected
 
@@ -31,12 +31,12 @@ def test_pairs_are_made_once_and_work(tmp_path: Path) -> None:
 def test_a_replicas_key_speaks_for_its_own_name_only(tmp_path: Path) -> None:
     ring = KeyRing(tmp_path / "keys")
     ring.allow([("replica", "a"), ("client", "local")])
-    gate = Gate(parse_grants(ring.allowed_file.read_bytes()))
+    gate = CurveAcl(parse_grants(ring.allowed_file.read_bytes()))
     a, client = ring.pair("replica", "a").public, ring.pair("client", "local").public
     assert gate.admits(a, "replica") and gate.may_be(a, "a", "m") and not gate.may_be(a, "b", "m") and not gate.admits(a, "client")
     assert gate.admits(client, "client") and not gate.admits(client, "replica")
     ring.allow([("replica", "a"), ("replica", "b")], {"a": "m"})
-    gate = Gate(ring.grants())
+    gate = CurveAcl(ring.grants())
     assert gate.may_be(a, "a", "m") and not gate.may_be(a, "a", "n") and gate.may_be(ring.pair("replica", "b").public, "b", "n")
     ring.allow([("client", "local")])
     assert a not in parse_grants(ring.allowed_file.read_bytes())
@@ -66,11 +66,11 @@ def test_admitted_clients_outlast_a_deployments_own_list(tmp_path: Path) -> None
     assert mode(file) == mode(ring.allowed_file) == 0o600
     alice = ring.pair("client", "alice").public
     ring.allow([("client", "local"), ("router", "all"), ("replica", "a")])
-    gate = Gate(ring.grants())
+    gate = CurveAcl(ring.grants())
     assert gate.admits(alice, "client") and gate.tenant(alice).name == "alice" and gate.tenant(alice).models == ("m",)
     assert gate.tenant(ring.pair("client", "local").public).models is None
     ring.remove_client("alice")
-    assert not Gate(ring.grants()).admits(alice, "client") and Gate(ring.grants()).tenant(alice).models == () and not file.exists()
+    assert not CurveAcl(ring.grants()).admits(alice, "client") and CurveAcl(ring.grants()).tenant(alice).models == () and not file.exists()
     with pytest.raises(NotFound):
         ring.remove_client("alice")
     for name in ("local", "../x", ""):

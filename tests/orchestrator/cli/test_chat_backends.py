@@ -7,18 +7,18 @@ import json
 import httpx
 import pytest
 
-from orchestrator.cli.chat_backends import HttpDoor
+from orchestrator.cli.chat_backends import HttpBackend
 from workers.protocol.errors import EngineFault, EnvironmentFault, NotFound, Overloaded, ReplicaLost
 
 
-def door(*, status: int = 200, body: str = "") -> tuple[HttpDoor, list[httpx.Request]]:
+def door(*, status: int = 200, body: str = "") -> tuple[HttpBackend, list[httpx.Request]]:
     seen: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append(request)
         return httpx.Response(status, text=body)
 
-    return HttpDoor("http://here:8000/v1/", transport=httpx.MockTransport(answer)), seen
+    return HttpBackend("http://here:8000/v1/", transport=httpx.MockTransport(answer)), seen
 
 
 def chunk(text: str) -> str:
@@ -77,4 +77,4 @@ def test_another_server_is_told_apart() -> None:
 
 def test_nobody_there() -> None:
     with pytest.raises(EnvironmentFault, match=r"nothing answers at http://127\.0\.0\.1:9"):
-        HttpDoor("http://127.0.0.1:9").models()
+        HttpBackend("http://127.0.0.1:9").models()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.console import Console, Follower, PlainProgress, Settings, age, size, table
+from orchestrator.cli.console import Console, ConsoleSettings, OutputFollower, PlainProgress, age, size, table
 from workers.protocol.errors import ConfigError, EnvironmentFault, ReplicaLost
 
 FAULT = ConfigError("unknown key modles", "models is the nearest", "rename it")
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 def console(**settings: Any) -> tuple[Console, io.StringIO, io.StringIO]:
     out, err = io.StringIO(), io.StringIO()
-    return Console(Settings(**settings), stdout=out, stderr=err), out, err
+    return Console(ConsoleSettings(**settings), stdout=out, stderr=err), out, err
 
 
 def test_an_error_is_three_lines_and_its_class_is_the_exit_code() -> None:
@@ -64,16 +64,16 @@ def test_quiet_leaves_results_warnings_and_errors() -> None:
 def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    shown = Console(Settings(), stdout=Terminal(), stderr=io.StringIO())
+    shown = Console(ConsoleSettings(), stdout=Terminal(), stderr=io.StringIO())
     assert shown.paint("OK", "good") == "\x1b[32mOK\x1b[0m"
-    assert Console(Settings(), stdout=io.StringIO(), stderr=io.StringIO()).paint("OK", "good") == "OK"
+    assert Console(ConsoleSettings(), stdout=io.StringIO(), stderr=io.StringIO()).paint("OK", "good") == "OK"
     monkeypatch.setenv("NO_COLOR", "1")
     assert shown.paint("OK", "good") == "OK"
 
 
 def test_a_bar_on_a_terminal_ends_full() -> None:
     out, err = io.StringIO(), Terminal()
-    with Console(Settings(), stdout=out, stderr=err).progress() as progress:
+    with Console(ConsoleSettings(), stdout=out, stderr=err).progress() as progress:
         progress("fetching", 0, 2_000_000)
         progress("fetching", 2_000_000, 2_000_000)
     assert "fetching" in err.getvalue() and "2.0/2.0 MB" in err.getvalue() and out.getvalue() == ""
@@ -97,7 +97,7 @@ def test_plain_progress_tells_each_phase_once_and_long_ones_now_and_then() -> No
 
 def test_another_programs_log_flows_above_its_state() -> None:
     err = Terminal()
-    terminal = Console(Settings(), stdout=io.StringIO(), stderr=err)
+    terminal = Console(ConsoleSettings(), stdout=io.StringIO(), stderr=err)
     with terminal.following() as follower:
         follower.state("build: 0 of 2, 1 s")
         follower.line("[TRT] one")
@@ -109,7 +109,7 @@ def test_another_programs_log_flows_above_its_state() -> None:
 def test_in_a_file_the_state_is_told_now_and_then() -> None:
     now = [0.0]
     terminal, _, err = console()
-    follower = Follower(terminal, clock=lambda: now[0])
+    follower = OutputFollower(terminal, clock=lambda: now[0])
     for second in range(70):
         now[0] = float(second)
         follower.state(f"{second} s")

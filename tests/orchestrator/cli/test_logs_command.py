@@ -14,7 +14,7 @@ import pytest
 from orchestrator.cli.logs import begin
 from orchestrator.cli.main import run
 from orchestrator.control.host import log_files
-from orchestrator.control.host.log_files import Reader, find
+from orchestrator.control.host.log_files import LogReader, find
 from tests.support.gang import wait_for
 from workers.protocol.errors import NotFound, Rejected
 
@@ -120,7 +120,7 @@ def test_a_span_counts_back_from_now() -> None:
 
 def test_a_reader_goes_on_where_it_was(run_dir: Path) -> None:
     (file,) = find(run_dir / "chat", owner="left", rank=1)
-    reader = Reader(file)
+    reader = LogReader(file)
     assert [entry.text for entry in reader.entries(final=False)] == ["third"]
     with file.path.open("a") as out:
         out.write(line(6, "more", rank=1) + "half a li")
@@ -138,7 +138,7 @@ def test_a_reader_goes_on_where_it_was(run_dir: Path) -> None:
 def test_a_launch_is_told_once(tmp_path: Path) -> None:
     path = tmp_path / "rank0.log"
     path.touch()
-    reader = Reader(log_files.LogFile(path, "left", "left rank 0", 0, NEW))
+    reader = LogReader(log_files.LogFile(path, "left", "left rank 0", 0, NEW))
     assert [(entry.text, entry.time) for entry in reader.entries(final=False)] == [(f"launched, epoch {NEW}", T0)]
     assert list(reader.entries(final=False)) == []
 
@@ -146,7 +146,7 @@ def test_a_launch_is_told_once(tmp_path: Path) -> None:
 def test_times_never_fall_within_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rank0.log"
     path.write_text(line(5, "a") + line(3, "the clock was set back") + "x" * 20_000 + "\n")
-    entries = list(log_files.merge([Reader(log_files.LogFile(path, "left", "left rank 1", 1, NEW))], final=True))
+    entries = list(log_files.merge([LogReader(log_files.LogFile(path, "left", "left rank 1", 1, NEW))], final=True))
     assert [entry.time - T0 for entry in entries] == [5, 5, 5]
     assert len(entries[2].text) == 8192, "bounded"
 

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.cli.serve import curl, label, room
 from orchestrator.cli.status import render
-from orchestrator.control.host.control_socket import ModelRow, ReplicaRow, Status
+from orchestrator.control.host.control_socket import DeploymentStatus, ModelRow, ReplicaRow
 from orchestrator.control.launch.subprocesses import alive
 from tests.support.tiny_models import tiny_model
 from workers.protocol.messages import Capacity
@@ -86,7 +86,7 @@ def test_a_deployment_that_cannot_start_says_why(run_dir: str, tmp_path: Path) -
 CAPACITY = Capacity(block_size=16, num_blocks=1024, max_batch_size=16, max_num_tokens=256, max_seq_len=8192, vocab_size=320, tp=2, pp=1)
 
 
-def one(state: str) -> Status:
+def one(state: str) -> DeploymentStatus:
     row = ReplicaRow(
         name="a-0", model="a", state=state, age_s=200, tp=2, pp=1, hosts=("h",), pids=((0, "h", 7), (1, "h", 8)), capacity=CAPACITY
     )
@@ -94,7 +94,7 @@ def one(state: str) -> Status:
         name="a", state="READY" if state == "READY" else "DEGRADED", age_s=200, replicas=1, ready=int(state == "READY"), tp=(2,), pp=(1,),
         queue=3, tok_s=12.34, nodes=1, rows=(row,),
     )  # fmt: skip
-    return Status(
+    return DeploymentStatus(
         name="d", state=model.state,
         age_s=200, pid=5, launcher="local", url="http://127.0.0.1:8000", models=(model,), routers={"router0": 6},
         rpc=(), run_dir="/run/d",

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.top import Meter, frame, plain
-from orchestrator.control.host.control_socket import Answer, ControlServer, ModelRow, ReplicaRow, Status
+from orchestrator.control.host.control_socket import ControlReply, ControlServer, DeploymentStatus, ModelRow, ReplicaRow
 from tests.support.gang import short_folder
 from workers.protocol.messages import Capacity
 
 CAPACITY = Capacity(block_size=16, num_blocks=100, max_batch_size=16, max_num_tokens=256, max_seq_len=512, vocab_size=320, tp=2, pp=1)
 
 
-def status(admitted: int = 0, *, state: str = "READY") -> Status:
+def status(admitted: int = 0, *, state: str = "READY") -> DeploymentStatus:
     here = os.uname().nodename
     left = ReplicaRow(
         name="left", model="m", state="READY", age_s=200, tp=2, pp=1, running=3, queue=1, tok_s=40.0, kv_use=0.25, capacity=CAPACITY,
@@ -34,7 +34,7 @@ def status(admitted: int = 0, *, state: str = "READY") -> Status:
         name="m", state="DEGRADED", age_s=200, replicas=2, ready=1, tp=(2,), pp=(1,), queue=5, tok_s=40.0, nodes=1, rows=(left, right),
         admitted=admitted,
     )  # fmt: skip
-    return Status(
+    return DeploymentStatus(
         name="d", state=state, age_s=7200, pid=1, launcher="local", url="http://127.0.0.1:8000", models=(model,), routers={}, rpc=(),
         run_dir="/run/d",
     )  # type: ignore[arg-type]  # fmt: skip
@@ -69,7 +69,7 @@ def run_dir() -> Iterator[Path]:
     with short_folder() as folder:
         looks = iter(range(0, 1_000_000, 10))
         (folder / "d").mkdir()
-        server = ControlServer(folder / "d" / "control.sock", lambda order: Answer(status=status(next(looks))))
+        server = ControlServer(folder / "d" / "control.sock", lambda order: ControlReply(status=status(next(looks))))
         yield folder
         server.close()
 

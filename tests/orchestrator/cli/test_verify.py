@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import verify
-from orchestrator.cli.console import Console, Settings
+from orchestrator.cli.console import Console, ConsoleSettings
 from orchestrator.cli.main import run
 from orchestrator.cli.verify import Agreement, ask_both, compare, report
 from tests.support.trtllm_host import checkpoint_of, engine_of, pretend
@@ -41,7 +41,7 @@ def test_an_answer_that_ends_early_parts_there() -> None:
 
 def judged(*results: Agreement, form: str = "text") -> str:
     stdout = io.StringIO()
-    report(Console(Settings(), stdout=stdout, stderr=io.StringIO()), list(results), 0.25, form)
+    report(Console(ConsoleSettings(), stdout=stdout, stderr=io.StringIO()), list(results), 0.25, form)
     return stdout.getvalue()
 
 
@@ -67,7 +67,7 @@ def test_replicas_that_say_the_same_agree(tmp_path: Path, two_gpus: None) -> Non
     checkpoint = checkpoint_of(tmp_path, tp=2, pp=1)
     candidate = {"path": str(engine_of(tmp_path, checkpoint).path), "engine": "trtllm", "tp_size": 2, "device": "cuda"}
     reference = {"path": str(checkpoint), "engine": "fake", "max_seq_len": 512, "kv_tokens": 1024}
-    found = ask_both(Console(Settings(quiet=True)), candidate, reference, ["hello", "once more"], 16, tmp_path / "cache")
+    found = ask_both(Console(ConsoleSettings(quiet=True)), candidate, reference, ["hello", "once more"], 16, tmp_path / "cache")
     assert [(result.same, result.total) for result in found] == [(16, 16), (16, 16)]
 
 

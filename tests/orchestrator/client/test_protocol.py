@@ -7,24 +7,24 @@ from typing import Any
 import pytest
 
 from orchestrator.client import requests
-from orchestrator.client.protocol import ROUNDS, WINDOW, Exchange, Session
-from orchestrator.router.rpc.call import Call, Outgoing
+from orchestrator.client.protocol import ROUNDS, WINDOW, ClientExchange, ClientProtocol
+from orchestrator.router.rpc.call import Outgoing, RpcCall
 from workers.protocol import messages as wire
 from workers.protocol.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
 from workers.protocol.messages import Accepted, Cancel, Credit, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage
 
 
-def exchange(deadline: float | None = None, **options: Any) -> Exchange:
+def exchange(deadline: float | None = None, **options: Any) -> ClientExchange:
     return requests.complete([1, 2], options, model="m", request="q", deadline=deadline, texts=True)
 
 
-def sent(session: Session) -> list[tuple[int, Any]]:
+def sent(session: ClientProtocol) -> list[tuple[int, Any]]:
     messages = [(router, wire.decode_from_client(frame)) for router, frame in session.outbox]
     session.outbox.clear()
     return messages
 
 
-def say(session: Session, router: int, message: ToClient, now: float = 0.0) -> None:
+def say(session: ClientProtocol, router: int, message: ToClient, now: float = 0.0) -> None:
     session.received(router, wire.encode(message), now)
 
 
@@ -35,8 +35,8 @@ def tokens(stream: int, first: int, ids: list[int], *, attempt: int = 0, choice:
     )  # fmt: skip
 
 
-def begin(routers: int = 2) -> tuple[Session, Exchange]:
-    session, asked = Session("c", routers, silence_s=2.0), exchange()
+def begin(routers: int = 2) -> tuple[ClientProtocol, ClientExchange]:
+    session, asked = ClientProtocol("c", routers, silence_s=2.0), exchange()
     session.ask(asked, 0.0)
     say(session, 0, Accepted(boot="R", stream=1, attempt=0, seed=42, prompt_ids=[1, 2], prompt_tokens=2))
     say(session, 0, tokens(1, 0, [97, 98]))
@@ -65,7 +65,7 @@ def test_a_silent_router_is_left_with_the_journal() -> None:
 
 
 def test_before_accepted_the_request_is_asked_anew() -> None:
-    session, asked = Session("c", 2), exchange()
+    session, asked = ClientProtocol("c", 2), exchange()
     session.ask(asked, 0.0)
     session.unreachable(0, 0.1)
     (_, first), (router, second) = sent(session)
@@ -86,7 +86,7 @@ def test_keepalives_hold_a_quiet_router_for_what_they_name() -> None:
 
 def test_a_choice_that_has_ended_takes_no_more() -> None:
     """The router after a dead one runs all choices again; those that the client has whole stay as they are."""
-    session, asked = Session("c", 2), exchange(n=2)
+    session, asked = ClientProtocol("c", 2), exchange(n=2)
     session.ask(asked, 0.0)
     say(session, 0, Accepted(boot="R", stream=1, attempt=0, seed=1, prompt_ids=[1, 2], prompt_tokens=2))
     say(session, 0, tokens(1, 0, [97]))
@@ -108,7 +108,7 @@ def test_an_end_before_its_tokens_is_no_end() -> None:
 
 
 def test_no_router_at_all_ends_in_unavailable() -> None:
-    session, asked = Session("c", 2, silence_s=1.0), exchange()
+    session, asked = ClientProtocol("c", 2, silence_s=1.0), exchange()
     session.ask(asked, 0.0)
     for second in range(2, 2 + 2 * 2 * ROUNDS, 2):
         session.tick(float(second))
@@ -118,7 +118,7 @@ def test_no_router_at_all_ends_in_unavailable() -> None:
 
 
 def test_an_overloaded_router_is_tried_once_each() -> None:
-    session, asked = Session("c", 2), exchange()
+    session, asked = ClientProtocol("c", 2), exchange()
     session.ask(asked, 0.0)
     say(session, 0, Failed(boot="R", stream=1, attempt=0, code="overloaded", message="full", retry_after=3.0))
     assert not asked.ended and session.resets == {}
@@ -129,7 +129,7 @@ def test_an_overloaded_router_is_tried_once_each() -> None:
 
 
 def test_a_refusal_is_final_and_names_the_field() -> None:
-    session, asked = Session("c", 2), exchange()
+    session, asked = ClientProtocol("c", 2), exchange()
     session.ask(asked, 0.0)
     say(session, 0, Failed(boot="R", stream=1, attempt=0, code="invalid_request", message="no", param="max_tokens"))
     with pytest.raises(Rejected) as caught:
@@ -138,7 +138,7 @@ def test_a_refusal_is_final_and_names_the_field() -> None:
 
 
 def test_deadline_and_cancel_tell_the_router() -> None:
-    session, late, left = Session("c", 1), exchange(deadline=5.0), exchange()
+    session, late, left = ClientProtocol("c", 1), exchange(deadline=5.0), exchange()
     session.ask(late, 0.0)
     session.ask(left, 0.0)
     assert [message.deadline_ms for _, message in sent(session)] == [5000, None]
@@ -150,7 +150,7 @@ def test_deadline_and_cancel_tell_the_router() -> None:
 
 
 def test_choices_are_kept_apart() -> None:
-    session, asked = Session("c", 1), exchange(n=2)
+    session, asked = ClientProtocol("c", 1), exchange(n=2)
     session.ask(asked, 0.0)
     say(session, 0, tokens(1, 0, [97]))
     say(session, 0, tokens(1, 0, [98], choice=1))
@@ -161,7 +161,7 @@ def test_choices_are_kept_apart() -> None:
 
 
 def test_credit_is_renewed_by_what_was_taken_in() -> None:
-    session, asked = Session("c", 2), exchange(n=2)
+    session, asked = ClientProtocol("c", 2), exchange(n=2)
     session.ask(asked, 0.0)
     assert sent(session)[0][1].credit == WINDOW
     half = [97] * (WINDOW // 2)
@@ -179,7 +179,7 @@ def test_credit_is_renewed_by_what_was_taken_in() -> None:
 
 
 def test_queries_are_answered_by_report() -> None:
-    session = Session("c", 1)
+    session = ClientProtocol("c", 1)
     query = session.query("models", 0.0, 10.0)
     ((_, message),) = sent(session)
     assert isinstance(message, Query) and message.what == "models"
@@ -190,7 +190,7 @@ def test_queries_are_answered_by_report() -> None:
 def test_a_router_goes_on_from_its_own_record_only_where_that_joins_the_journal() -> None:
     """A client may return with more than this router sent, or with deliveries cut elsewhere: then its journal is what counts."""
     outgoing = Outgoing(b"p", lambda out: None)
-    call = Call(("c", "q"), "R", True, outgoing, lambda call: None)
+    call = RpcCall(("c", "q"), "R", True, outgoing, lambda call: None)
     assert call.continues([]) and not call.continues([3]), "nothing was prepared yet"
     call.open([[95, 96]])
     call.attach(outgoing, "boot", 1, 0)
@@ -205,7 +205,7 @@ def test_a_router_goes_on_from_its_own_record_only_where_that_joins_the_journal(
 
 def test_a_client_that_comes_back_gets_its_window_whatever_grant_was_lost() -> None:
     outgoing = Outgoing(b"p", lambda out: None)
-    call = Call(("c", "q"), "R", False, outgoing, lambda call: None)
+    call = RpcCall(("c", "q"), "R", False, outgoing, lambda call: None)
     call.granted = 10
     call.open([[1, 2], []])
     assert call.lacking([2, 0], 10) == 0

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.control.controller import ControllerActor
 from orchestrator.control.launch.launcher import GangSpec, write_private
-from orchestrator.control.reconciler import GangStatus, Policy
+from orchestrator.control.reconciler import GangStatus, RestartPolicy
 from tests.support.gang import wait_for
 from workers.protocol.specs import EngineSpec, ReplicaSpec
 
@@ -60,7 +60,7 @@ def test_a_host_killed_while_it_ends_is_finished_for(tmp_path: Path, host: subpr
     gangs, ended = Gangs(), []
     target = tmp_path / "target.json"
     write_private(target, msgspec.json.encode([spec(tmp_path)]))
-    actor = ControllerActor(str(target), msgspec.json.encode(Policy()), lambda: gangs, lambda: ended.append(list(gangs.rows)))
+    actor = ControllerActor(str(target), msgspec.json.encode(RestartPolicy()), lambda: gangs, lambda: ended.append(list(gangs.rows)))
     wait_for(lambda: b'"ready"' in actor.report([]), what="the gang")
     actor.end_with(host.pid)
     assert gangs.rows and not ended, "a host that ends by itself is not helped"
@@ -78,7 +78,7 @@ def test_a_new_host_takes_over(tmp_path: Path, host: subprocess.Popen[bytes]) ->
     wanted = msgspec.json.encode([spec(tmp_path)])
     write_private(target, wanted)
     gangs.drain = lambda name, epoch: write_private(target, wanted)  # type: ignore[method-assign, assignment]
-    actor = ControllerActor(str(target), msgspec.json.encode(Policy()), lambda: gangs, lambda: ended.append(1))
+    actor = ControllerActor(str(target), msgspec.json.encode(RestartPolicy()), lambda: gangs, lambda: ended.append(1))
     wait_for(lambda: b'"ready"' in actor.report([]), what="the gang")
     actor.end_with(host.pid)
     host.kill()

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.control.placement import Node, Share, place, room, wish
+from orchestrator.control.placement import NodeResources, RankShare, place, room, wish
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import Parallel
 
-GPU = Share(cpus=1, gpus=1)
+GPU = RankShare(cpus=1, gpus=1)
 
 
-def nodes(*gpus: int) -> list[Node]:
-    return [Node(address=f"10.0.0.{i}", cpus=64, gpus=g) for i, g in enumerate(gpus)]
+def nodes(*gpus: int) -> list[NodeResources]:
+    return [NodeResources(address=f"10.0.0.{i}", cpus=64, gpus=g) for i, g in enumerate(gpus)]
 
 
 def test_one_node_when_it_fits() -> None:
@@ -30,9 +30,9 @@ def test_stages_spread_before_a_stage_is_cut() -> None:
 
 
 def test_spread_takes_a_node_a_stage_where_there_are_enough() -> None:
-    placed = place("r", Parallel(pp=3), Share(), nodes(0, 0, 0), spread=True)
+    placed = place("r", Parallel(pp=3), RankShare(), nodes(0, 0, 0), spread=True)
     assert placed.strategy == "STRICT_SPREAD" and placed.ranks == (1, 1, 1)
-    assert place("r", Parallel(pp=3), Share(), nodes(0, 0), spread=True).strategy == "STRICT_PACK"
+    assert place("r", Parallel(pp=3), RankShare(), nodes(0, 0), spread=True).strategy == "STRICT_PACK"
 
 
 def test_too_large_names_both_sides() -> None:

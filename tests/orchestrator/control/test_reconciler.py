@@ -11,18 +11,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from orchestrator.control.reconciler import (
     ENDED,
     Action,
-    Drain,
+    DrainGang,
     GangPhase,
     GangStatus,
-    Kill,
-    Launch,
-    Policy,
+    KillGang,
+    LaunchGang,
     Reconciler,
     ReplicaView,
-    Wanted,
+    RestartPolicy,
+    WantedReplica,
 )
 
-POLICY = Policy(max_failures=4, stable_s=60.0, start_timeout_s=100.0, drain_grace_s=5.0)
+POLICY = RestartPolicy(max_failures=4, stable_s=60.0, start_timeout_s=100.0, drain_grace_s=5.0)
 NONE: frozenset[tuple[str, int]] = frozenset()
 
 
@@ -32,7 +32,7 @@ class World:
     def __init__(self) -> None:
         self.reconciler = Reconciler(POLICY)
         self.now = 1000.0
-        self.wanted: list[Wanted] = [Wanted(name="a", spec_hash="1")]
+        self.wanted: list[WantedReplica] = [WantedReplica(name="a", spec_hash="1")]
         self.gangs: dict[tuple[str, int], GangStatus] = {}
         self.next_epoch = 1
         self.launches: list[float] = []
@@ -41,13 +41,13 @@ class World:
         actions = self.reconciler.step(self.now, self.wanted, list(self.gangs.values()), hung)
         for action in actions:
             match action:
-                case Launch(name):
+                case LaunchGang(name):
                     want = next(want for want in self.wanted if want.name == name)
                     self.add(name, "starting", want.spec_hash)
                     self.launches.append(self.now)
-                case Kill(name, epoch, _):
+                case KillGang(name, epoch, _):
                     del self.gangs[name, epoch]
-                case Drain(name, epoch):
+                case DrainGang(name, epoch):
                     self.phase(name, epoch, "draining")
         return actions
 
@@ -76,8 +76,8 @@ def test_a_served_gang_is_replaced_at_once() -> None:
     world.all("ready")
     world.step()
     world.all("failed")
-    assert [type(action) for action in world.step()] == [Kill]
-    assert [type(action) for action in world.step()] == [Launch]
+    assert [type(action) for action in world.step()] == [KillGang]
+    assert [type(action) for action in world.step()] == [LaunchGang]
 
 
 def test_back_off_doubles_and_ends_in_failed() -> None:
@@ -89,7 +89,7 @@ def test_back_off_doubles_and_ends_in_failed() -> None:
     gaps = [round(b - a) for a, b in zip(world.launches, world.launches[1:], strict=False)]
     assert gaps == [1, 2, 4] and len(world.launches) == POLICY.max_failures
     assert world.view().phase == "failed" and world.view().cause == "x"
-    assert Reconciler(Policy()).delay(12, was_ready=False) == 30.0
+    assert Reconciler(RestartPolicy()).delay(12, was_ready=False) == 30.0
 
 
 def test_a_permanent_failure_is_not_tried_again() -> None:
@@ -100,14 +100,14 @@ def test_a_permanent_failure_is_not_tried_again() -> None:
         world.step()
         world.now += 60
     assert len(world.launches) == 1 and world.view().phase == "failed"
-    world.wanted = [Wanted(name="a", spec_hash="2")]
-    assert world.step() == [Launch("a")]
+    world.wanted = [WantedReplica(name="a", spec_hash="2")]
+    assert world.step() == [LaunchGang("a")]
 
 
 def test_a_new_controller_adopts_what_lives_and_ends_older_epochs() -> None:
     world = World()
     old, new = world.add("a", "ready"), world.add("a", "ready")
-    assert world.step() == [Kill("a", old, "a newer epoch of this replica exists")]
+    assert world.step() == [KillGang("a", old, "a newer epoch of this replica exists")]
     assert world.step() == [] and world.view().epoch == new and world.view().phase == "ready"
 
 
@@ -116,12 +116,12 @@ def test_hung_and_slow_gangs_are_killed() -> None:
     world.step()
     world.all("ready")
     (action,) = world.step(frozenset({("a", 1)}))
-    assert isinstance(action, Kill) and "hung" in action.reason
-    assert world.step() == [Launch("a")]
+    assert isinstance(action, KillGang) and "hung" in action.reason
+    assert world.step() == [LaunchGang("a")]
     world.step()
     world.now += POLICY.start_timeout_s + 1
     (action,) = world.step()
-    assert isinstance(action, Kill) and "not ready" in action.reason
+    assert isinstance(action, KillGang) and "not ready" in action.reason
 
 
 def test_waiting_for_room_is_no_part_of_a_start() -> None:
@@ -135,7 +135,7 @@ def test_waiting_for_room_is_no_part_of_a_start() -> None:
     assert world.step() == []
     world.now += POLICY.start_timeout_s
     (action,) = world.step()
-    assert isinstance(action, Kill) and "not ready" in action.reason
+    assert isinstance(action, KillGang) and "not ready" in action.reason
 
 
 def test_a_hung_report_of_another_epoch_is_ignored() -> None:
@@ -147,14 +147,14 @@ def test_a_hung_report_of_another_epoch_is_ignored() -> None:
 def test_change_drains_first_and_a_drain_that_hangs_is_killed() -> None:
     world = World()
     epoch = world.add("a", "ready")
-    world.wanted = [Wanted(name="a", spec_hash="2")]
-    assert world.step() == [Drain("a", epoch)]
+    world.wanted = [WantedReplica(name="a", spec_hash="2")]
+    assert world.step() == [DrainGang("a", epoch)]
     world.now += 4
     assert world.step() == []
     world.now += 3
     (action,) = world.step()
-    assert isinstance(action, Kill) and "still running" in action.reason
-    assert world.step() == [Launch("a")]
+    assert isinstance(action, KillGang) and "still running" in action.reason
+    assert world.step() == [LaunchGang("a")]
 
 
 def test_drain_on_request_counts_as_no_failure() -> None:
@@ -162,10 +162,10 @@ def test_drain_on_request_counts_as_no_failure() -> None:
     epoch = world.add("a", "ready")
     world.step()
     assert world.reconciler.drain("a") and not world.reconciler.drain("b")
-    assert world.step() == [Drain("a", epoch)]
+    assert world.step() == [DrainGang("a", epoch)]
     world.phase("a", epoch, "stopped")
     world.step()
-    assert world.step() == [Launch("a")] and world.view().failures == 0
+    assert world.step() == [LaunchGang("a")] and world.view().failures == 0
 
 
 def test_nothing_wanted_ends_in_nothing() -> None:
@@ -174,7 +174,7 @@ def test_nothing_wanted_ends_in_nothing() -> None:
     loading = world.add("b", "loading")
     world.wanted = []
     actions = world.step()
-    assert Drain("a", ready) in actions and any(isinstance(a, Kill) and a.epoch == loading for a in actions)
+    assert DrainGang("a", ready) in actions and any(isinstance(a, KillGang) and a.epoch == loading for a in actions)
     world.all("stopped")
     world.step()
     assert world.step() == [] and world.reconciler.views() == []
@@ -203,7 +203,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(names=st.sets(st.sampled_from("abc")), spec_hash=st.sampled_from("12"))
     def wanted_changes(self, names: set[str], spec_hash: str) -> None:
-        self.world.wanted = [Wanted(name=name, spec_hash=spec_hash) for name in sorted(names)]
+        self.world.wanted = [WantedReplica(name=name, spec_hash=spec_hash) for name in sorted(names)]
         self.world.step()
 
     @rule()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from orchestrator.control.reconciler import ENDED, Drain, GangPhase, GangStatus, Kill, Launch, Policy, Reconciler
-from orchestrator.control.rollout import Bounds, Move, Rollout, Target, plan
+from orchestrator.control.reconciler import ENDED, DrainGang, GangPhase, GangStatus, KillGang, LaunchGang, Reconciler, RestartPolicy
+from orchestrator.control.rollout import Rollout, RolloutBounds, RolloutMove, RolloutTarget, plan
 
 TICK_S, LOAD_S, DRAIN_S = 0.2, 1.0, 0.6
 
 
-def targets(*names: str, version: str = "1", model: str = "m") -> list[Target]:
-    return [Target(name=name, model=model, spec_hash=f"{name}:{version}") for name in names]
+def targets(*names: str, version: str = "1", model: str = "m") -> list[RolloutTarget]:
+    return [RolloutTarget(name=name, model=model, spec_hash=f"{name}:{version}") for name in names]
 
 
 SPARE = targets("spare", version="2")
@@ -21,8 +21,8 @@ SPARE = targets("spare", version="2")
 class World:
     """Gangs as a launcher would report them. ``bad``: versions that end while they load; ``homeless``: replicas without a place."""
 
-    def __init__(self, old: list[Target], *, bad: frozenset[str] = frozenset(), homeless: frozenset[str] = frozenset()) -> None:
-        self.reconciler = Reconciler(Policy(backoff_s=0.5, start_timeout_s=20.0, drain_grace_s=5.0))
+    def __init__(self, old: list[RolloutTarget], *, bad: frozenset[str] = frozenset(), homeless: frozenset[str] = frozenset()) -> None:
+        self.reconciler = Reconciler(RestartPolicy(backoff_s=0.5, start_timeout_s=20.0, drain_grace_s=5.0))
         self.bad, self.homeless, self.now, self.epoch = bad, homeless, 100.0, 0
         self.gangs: dict[str, GangStatus] = {}
         self.wanted = {target.name: target.spec_hash for target in old}
@@ -51,11 +51,11 @@ class World:
         hashes = {want.name: want.spec_hash for want in wants}
         for action in self.reconciler.step(self.now, wants, list(self.gangs.values()), frozenset()):
             match action:
-                case Launch(name):
+                case LaunchGang(name):
                     self._set(name, hashes[name], "placing" if name in self.homeless else "starting")
-                case Drain(name, _):
+                case DrainGang(name, _):
                     self._set(name, self.gangs[name].spec_hash, "draining")
-                case Kill(name, _, _):
+                case KillGang(name, _, _):
                     del self.gangs[name]
         rollout.step(self.now, {view.name: view for view in self.reconciler.views()})
 
@@ -74,13 +74,13 @@ class World:
         return {name: gang.spec_hash for name, gang in self.gangs.items() if gang.phase not in ENDED}
 
 
-def update(world: World, old: list[Target], new: list[Target], spares: list[Target], *, least: int) -> Rollout:
-    rollout = Rollout(old, plan(old, new, spares), Bounds(spare_s=3.0, move_s=60.0), world.now)
+def update(world: World, old: list[RolloutTarget], new: list[RolloutTarget], spares: list[RolloutTarget], *, least: int) -> Rollout:
+    rollout = Rollout(old, plan(old, new, spares), RolloutBounds(spare_s=3.0, move_s=60.0), world.now)
     world.run(rollout, least=least)
     return rollout
 
 
-def served(goal: list[Target]) -> dict[str, str]:
+def served(goal: list[RolloutTarget]) -> dict[str, str]:
     return {target.name: target.spec_hash for target in goal}
 
 
@@ -144,7 +144,7 @@ def test_when_the_old_version_fails_too_it_is_wanted_all_the_same() -> None:
 def test_it_waits_for_a_replica_that_comes_back_by_itself() -> None:
     old, new = targets("a", "b"), targets("a", "b", version="2")
     world = World(old)
-    rollout = Rollout(old, plan(old, new, []), Bounds(move_s=60.0), world.now)
+    rollout = Rollout(old, plan(old, new, []), RolloutBounds(move_s=60.0), world.now)
     world.tick(rollout)
     world._set("b", "b:1", "failed", "killed")
     for _ in range(3):
@@ -155,7 +155,7 @@ def test_it_waits_for_a_replica_that_comes_back_by_itself() -> None:
 
 
 def test_a_move_knows_both_ways() -> None:
-    assert str(Move(name="x", before="1", after="")) == "end x"
+    assert str(RolloutMove(name="x", before="1", after="")) == "end x"
 
 
 @settings(max_examples=60, deadline=None)

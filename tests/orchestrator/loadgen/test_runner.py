@@ -22,10 +22,10 @@ import pytest
 from orchestrator.cli.main import run as trireme
 from orchestrator.loadgen.http_target import HttpTarget
 from orchestrator.loadgen.rpc_target import RpcTarget
-from orchestrator.loadgen.runner import Load, Options, clock
-from orchestrator.loadgen.schedule import Cutter, Planned, Range, synthetic
-from orchestrator.loadgen.stats import Flight, Summary, Tally
-from orchestrator.loadgen.target import Target, Wanted
+from orchestrator.loadgen.runner import LoadRun, RunOptions, clock
+from orchestrator.loadgen.schedule import Cutter, PlannedRequest, Range, synthetic
+from orchestrator.loadgen.stats import RequestSample, RunStats, Summary
+from orchestrator.loadgen.target import LoadTarget, TargetRequest
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
 from tests.support.routing import RouterRun
 from tests.support.scripted_router import Play, ServedDoor
@@ -45,17 +45,17 @@ def door(served: ServedDoor) -> ServedDoor:
     return served
 
 
-def plan(count: int, *, input: int = 20, output: int = 5, rate: float | None = None) -> Iterator[Planned]:
+def plan(count: int, *, input: int = 20, output: int = 5, rate: float | None = None) -> Iterator[PlannedRequest]:
     times = (index / rate for index in range(count)) if rate is not None else None
     return islice(synthetic(Range(input, input), Range(output, output), Cutter(None), 1, times), count)
 
 
-def options(**fields: Any) -> Options:
-    return Options(**{"concurrency": 4, "seed": 1, "timeout_s": 20.0, **fields})
+def options(**fields: Any) -> RunOptions:
+    return RunOptions(**{"concurrency": 4, "seed": 1, "timeout_s": 20.0, **fields})
 
 
-async def sent(target: Target, planned: Iterator[Planned], **fields: Any) -> Summary:
-    load = Load(target, planned, options(**fields), Tally())
+async def sent(target: LoadTarget, planned: Iterator[PlannedRequest], **fields: Any) -> Summary:
+    load = LoadRun(target, planned, options(**fields), RunStats())
     try:
         await load.run()
     finally:
@@ -63,7 +63,7 @@ async def sent(target: Target, planned: Iterator[Planned], **fields: Any) -> Sum
     return load.tally.summary(0.0)
 
 
-def over_http(url: str, planned: Iterator[Planned], *, model: str = "tiny", endpoint: Any = "completions", **fields: Any) -> Summary:
+def over_http(url: str, planned: Iterator[PlannedRequest], *, model: str = "tiny", endpoint: Any = "completions", **fields: Any) -> Summary:
     async def main() -> Summary:
         return await sent(HttpTarget(url, model=model, endpoint=endpoint, clock=clock), planned, **fields)
 
@@ -185,7 +185,7 @@ class Slow:
     def __init__(self, seconds: float) -> None:
         self._seconds, self._turn = seconds, asyncio.Lock()
 
-    async def ask(self, wanted: Wanted, flight: Flight) -> None:
+    async def ask(self, wanted: TargetRequest, flight: RequestSample) -> None:
         flight.sent(clock())
         async with self._turn:
             await asyncio.sleep(self._seconds)
@@ -219,7 +219,7 @@ def test_what_was_due_in_time_is_sent_though_it_is_late() -> None:
 
 def test_a_run_that_is_stopped_tells_what_it_has() -> None:
     async def main() -> tuple[Summary, bool]:
-        load = Load(Slow(0.02), plan(10_000), options(concurrency=8), Tally())
+        load = LoadRun(Slow(0.02), plan(10_000), options(concurrency=8), RunStats())
         running = asyncio.create_task(load.run())
         await asyncio.to_thread(wait_for, lambda: load.tally.succeeded >= 5, what="some answers")
         load.stop()

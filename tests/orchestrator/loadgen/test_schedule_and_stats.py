@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from orchestrator.loadgen import prompts, settings
-from orchestrator.loadgen.schedule import BLOCK, Cutter, Planned, Range, Record, arrivals, records, replayed, synthetic
-from orchestrator.loadgen.stats import Flight, Histogram, Tally
+from orchestrator.loadgen.schedule import BLOCK, Cutter, PlannedRequest, Range, TraceRecord, arrivals, records, replayed, synthetic
+from orchestrator.loadgen.stats import LatencyHistogram, RequestSample, RunStats
 from workers.protocol.errors import Rejected
 
 
@@ -40,7 +40,7 @@ def test_a_seed_is_a_schedule() -> None:
 @pytest.mark.parametrize("draw", ["exponential", "lognormal", "uniform"])
 def test_percentiles_are_within_a_bucket(draw: str) -> None:
     values = getattr(np.random.default_rng(3), draw)(size=50_000) * 0.1
-    histogram = Histogram()
+    histogram = LatencyHistogram()
     for value in values:
         histogram.add(float(value))
     for share in (0.01, 0.5, 0.9, 0.95, 0.99, 0.999):
@@ -52,15 +52,15 @@ def test_percentiles_are_within_a_bucket(draw: str) -> None:
 
 
 def test_the_ends_of_a_histogram() -> None:
-    histogram = Histogram()
+    histogram = LatencyHistogram()
     assert histogram.spread().p99 == 0.0
     for value in (0.0, 1e-9, 1e9):
         histogram.add(value)
     assert histogram.quantile(0.5) <= 1.01e-6 and histogram.quantile(1.0) == pytest.approx(1e5, rel=0.1) and histogram.spread().max == 1e12
 
 
-def flight(intended: float, *pieces: float, sent: float | None = None, tokens: int = 0) -> Flight:
-    made = Flight(intended, 10)
+def flight(intended: float, *pieces: float, sent: float | None = None, tokens: int = 0) -> RequestSample:
+    made = RequestSample(intended, 10)
     made.sent(intended if sent is None else sent)
     for when in pieces:
         made.piece(when)
@@ -71,7 +71,7 @@ def flight(intended: float, *pieces: float, sent: float | None = None, tokens: i
 
 def test_latencies_count_from_the_intended_time() -> None:
     """A request that could only be sent 5 s late was 5 s late for its user, too."""
-    tally = Tally()
+    tally = RunStats()
     tally.begin(1.0)
     tally.done(flight(1.0, 6.5, 6.7, 7.1, sent=6.0, tokens=5))
     found = tally.summary(0.0)
@@ -83,7 +83,7 @@ def test_latencies_count_from_the_intended_time() -> None:
 
 
 def test_goodput_is_of_all_that_was_sent() -> None:
-    tally = Tally({"ttft": 500.0, "itl": 100.0})
+    tally = RunStats({"ttft": 500.0, "itl": 100.0})
     ends = [flight(0.0, 0.4, 0.45), flight(0.0, 0.6, 0.65), flight(0.0, 0.4, 0.9), flight(0.0, 0.5)]
     for _ in range(5):
         tally.begin(0.0)
@@ -97,7 +97,7 @@ def test_goodput_is_of_all_that_was_sent() -> None:
 
 
 def test_kinds_of_errors_are_bounded() -> None:
-    tally = Tally()
+    tally = RunStats()
     for index in range(1000):
         tally.begin(0.0)
         tally.fail(f"code-{index}", f"first of {index}\x1b[31m", 1.0)
@@ -110,9 +110,9 @@ def lines(*rows: dict[str, Any]) -> list[bytes]:
     return [json.dumps(row).encode() for row in rows]
 
 
-def rounded(groups: int, size: int) -> list[Record]:
+def rounded(groups: int, size: int) -> list[TraceRecord]:
     return [
-        Record(timestamp=3000.0 * group, input_length=600, output_length=5, hash_ids=[0, 1 + group])
+        TraceRecord(timestamp=3000.0 * group, input_length=600, output_length=5, hash_ids=[0, 1 + group])
         for group in range(groups)
         for _ in range(size)
     ]
@@ -130,7 +130,7 @@ def test_rounded_arrivals_are_spread_over_their_three_seconds() -> None:
 
 
 def test_exact_arrivals_stay_as_they_are() -> None:
-    exact = [Record(timestamp=500.0 + 40.0 * index, input_length=5, output_length=2) for index in range(5)]
+    exact = [TraceRecord(timestamp=500.0 + 40.0 * index, input_length=5, output_length=2) for index in range(5)]
     assert [one.at for one in replayed(exact, Cutter(None), 1)] == pytest.approx([0.0, 0.04, 0.08, 0.12, 0.16])
     assert [one.at for one in replayed(exact, Cutter(None), 1, speed=4.0)] == pytest.approx([0.0, 0.01, 0.02, 0.03, 0.04])
 
@@ -138,7 +138,7 @@ def test_exact_arrivals_stay_as_they_are() -> None:
 def test_lengths_are_cut_and_counted() -> None:
     cutter = Cutter(1000)
     trace = [
-        Record(timestamp=0.0, input_length=a, output_length=b, hash_ids=list(range(40)))
+        TraceRecord(timestamp=0.0, input_length=a, output_length=b, hash_ids=list(range(40)))
         for a, b in ((900, 100), (9000, 100), (900, 900), (5000, 3000))
     ]
     planned = list(replayed(trace, cutter, 1))
@@ -168,28 +168,28 @@ def test_equal_blocks_are_equal_text_and_others_are_not() -> None:
     first, second, alone = (
         prompts.token_ids(planned, 5)
         for planned in (
-            Planned(index=0, input=3 * BLOCK - 7, output=1, blocks=(0, 4, 9)),
-            Planned(index=1, input=3 * BLOCK, output=1, blocks=(0, 4, 8)),
-            Planned(index=2, input=3 * BLOCK, output=1),
+            PlannedRequest(index=0, input=3 * BLOCK - 7, output=1, blocks=(0, 4, 9)),
+            PlannedRequest(index=1, input=3 * BLOCK, output=1, blocks=(0, 4, 8)),
+            PlannedRequest(index=2, input=3 * BLOCK, output=1),
         )
     )
     assert (len(first), len(second), len(alone)) == (3 * BLOCK - 7, 3 * BLOCK, 3 * BLOCK)
     assert first[: 2 * BLOCK] == second[: 2 * BLOCK] and first[2 * BLOCK :] != second[2 * BLOCK : -7]
     assert first[:16] != alone[:16] and first[:BLOCK] != first[BLOCK : 2 * BLOCK]
     assert min(first) >= 32 and max(first) < 256 and len(set(first)) > 200
-    again = prompts.token_ids(Planned(index=7, input=BLOCK, output=1, blocks=(0,)), 5)
-    assert again == first[:BLOCK] and again != prompts.token_ids(Planned(index=7, input=BLOCK, output=1, blocks=(0,)), 6)
+    again = prompts.token_ids(PlannedRequest(index=7, input=BLOCK, output=1, blocks=(0,)), 5)
+    assert again == first[:BLOCK] and again != prompts.token_ids(PlannedRequest(index=7, input=BLOCK, output=1, blocks=(0,)), 6)
 
 
 def test_prompts_of_their_own_share_nothing() -> None:
-    made = [tuple(prompts.token_ids(Planned(index=index, input=64, output=1), 1)[:16]) for index in range(500)]
+    made = [tuple(prompts.token_ids(PlannedRequest(index=index, input=64, output=1), 1)[:16]) for index in range(500)]
     assert len(set(made)) == 500
-    words = prompts.text(Planned(index=0, input=64, output=1), 1).split(" ")
+    words = prompts.text(PlannedRequest(index=0, input=64, output=1), 1).split(" ")
     assert len(words) == 64 and len(set(words)) > 20
 
 
 def test_what_flags_mean() -> None:
-    made = settings.Settings(target="t", concurrency=4, rate=10.0, requests=3, input_len="7", output_len="2:2", max_len=100)
+    made = settings.LoadSettings(target="t", concurrency=4, rate=10.0, requests=3, input_len="7", output_len="2:2", max_len=100)
     planned = list(settings.plan(made, Cutter(made.max_len), []))
     assert [(one.input, one.output, one.index) for one in planned] == [(7, 2, 0), (7, 2, 1), (7, 2, 2)]
     assert all(later.at > earlier.at for earlier, later in pairwise(planned) if later.at is not None and earlier.at is not None)
@@ -210,4 +210,4 @@ def test_what_flags_mean() -> None:
 )  # fmt: skip
 def test_flags_that_mean_nothing(flags: dict[str, Any]) -> None:
     with pytest.raises(Rejected):
-        settings.check(settings.Settings(target="t", concurrency=1, **flags))
+        settings.check(settings.LoadSettings(target="t", concurrency=1, **flags))

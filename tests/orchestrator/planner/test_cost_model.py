@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.fit import CPU_FITTED, CPU_HELD_OUT, FITTED, HELD_OUT, misses, recorded
-from orchestrator.planner.cost_model import Load, Pipeline, Rates, StageWork, Workload, replay, stage_seconds
+from orchestrator.planner.cost_model import Pipeline, Rates, StageWork, StepLoad, Workload, replay, stage_seconds
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT
 from tests.support import figures
 from workers.engines.fake import FakeEngine
@@ -62,9 +62,9 @@ class Counted(Pipeline):
 
     def __init__(self, stages: int = 1) -> None:
         super().__init__([NOTHING] * stages, COUNTING)
-        self.loads: list[Load] = []
+        self.loads: list[StepLoad] = []
 
-    def seconds(self, load: Load, lanes: int) -> float:
+    def seconds(self, load: StepLoad, lanes: int) -> float:
         self.loads.append(load)
         return 1.0
 
@@ -115,14 +115,14 @@ def test_each_term_adds_what_it_says() -> None:
     quiet = {name: getattr(COUNTING, name) for name in COUNTING.__struct_fields__} | {"step_s": 0.0}
     rates = Rates(**quiet | {"layer_s": 0.5, "sum_s": 0.25, "member_s": 0.125, "link": 64.0})
     work = {name: getattr(NOTHING, name) for name in NOTHING.__struct_fields__}
-    load = Load(tokens=4, rows=2, context=10.0, pairs=3.0)
+    load = StepLoad(tokens=4, rows=2, context=10.0, pairs=3.0)
     assert stage_seconds(StageWork(**work), rates, load) == 0.5
     assert stage_seconds(StageWork(**work | {"cached_bytes": 7}), rates, load) == 70.5
     assert stage_seconds(StageWork(**work | {"pair_flop": 7}), rates, load) == 21.5
     assert stage_seconds(StageWork(**work | {"weights": 9}), rates, load) == pytest.approx(9.5)
     assert stage_seconds(StageWork(**work | {"token_flop": 9}), rates, load) == pytest.approx(36.5)
     # One token's products with plain weights begin to read before their turn.
-    one = Load(tokens=1, rows=1, context=0.0)
+    one = StepLoad(tokens=1, rows=1, context=0.0)
     assert stage_seconds(StageWork(**work), rates, one) == 0.5 and stage_seconds(StageWork(**work | {"plain": True}), rates, one) == 0.0
     # Two sums a layer and one of the embedding, each 0.25 + 2 x 0.125 s and 4 tokens x 16 bytes over the link.
     assert stage_seconds(StageWork(**work | {"tp": 2, "hidden_bytes": 16}), rates, load) == pytest.approx(0.5 + 3 * (0.5 + 1.0))
@@ -131,6 +131,6 @@ def test_each_term_adds_what_it_says() -> None:
 def test_a_full_pipeline_is_as_fast_as_its_slowest_stage() -> None:
     slow = StageWork(**{name: getattr(NOTHING, name) for name in NOTHING.__struct_fields__} | {"weights": 3})
     pipeline = Pipeline([NOTHING, slow], COUNTING)
-    load = Load(tokens=1, rows=1, context=0.0)
+    load = StepLoad(tokens=1, rows=1, context=0.0)
     assert pipeline.seconds(load, 1) == 1 + 4, "one row passes both"
     assert pipeline.seconds(load, 2) == 2 * 4, "two micro-batches wait for the slower one"

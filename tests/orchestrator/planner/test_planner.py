@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from bench.fit import FITTED, HELD_OUT, model_of, recorded
 from orchestrator.planner.cost_model import Workload
-from orchestrator.planner.devices import GPU_FIT, GPUS, HOST_RANK, Host, taken
+from orchestrator.planner.devices import GPU_FIT, GPUS, HOST_RANK, HostModel, taken
 from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.planner import LayoutPlan, Subject, plan, rank_memory, settings
-from orchestrator.planner.seating import Cluster, Seat, layouts, seat
+from orchestrator.planner.seating import PlannedCluster, Seat, layouts, seat
 from tests.support import figures
 from workers.layout.memory import frozen_bytes
 from workers.layout.sharding import parameters
@@ -22,7 +22,7 @@ from workers.protocol.specs import PLAIN, EngineSpec, Parallel, QuantName, quant
 
 LOAD = Workload(name="asked", requests=1, isl=512, osl=256)
 GPU = EngineSpec(device="cuda", dtype="bf16", max_batch_size=512, max_num_tokens=8192, max_seq_len=8192)
-H100 = Cluster(device=GPUS["H100"], nodes=1, slots=8)
+H100 = PlannedCluster(device=GPUS["H100"], nodes=1, slots=8)
 
 
 def subject(name: str = "llama-3.1-70b", *gangs: Parallel, engine: EngineSpec = GPU, **more: object) -> Subject:
@@ -81,7 +81,7 @@ def test_spread_gives_each_stage_a_node_where_there_are_as_many() -> None:
     assert seat(Parallel(tp=2, pp=2), free, spread=True) == Seat(ranks=(2, 2), crossings=1, torn=False)
     assert free == [6, 6]
     assert seat(Parallel(tp=2, pp=3), free, spread=True) == Seat(ranks=(6,), crossings=0, torn=False)
-    (found,) = plan([subject("llama-3.1-8b", Parallel(pp=2), spread=True)], Cluster(device=GPUS["H100"], nodes=2, slots=8), LOAD)
+    (found,) = plan([subject("llama-3.1-8b", Parallel(pp=2), spread=True)], PlannedCluster(device=GPUS["H100"], nodes=2, slots=8), LOAD)
     assert found.own[0].seat.crossings == 1 and found.own[0].error is None
 
 
@@ -106,7 +106,7 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 
 def test_too_few_gpus_say_how_many_there_must_be() -> None:
-    small = Cluster(device=GPUS["H100"], nodes=1, slots=1)
+    small = PlannedCluster(device=GPUS["H100"], nodes=1, slots=1)
     (found,) = plan([subject("llama-3.1-70b")], small, LOAD)
     assert found.refusal is not None and "use 2 x H100 with tp_size: 2, pp_size: 1" in found.refusal.hint
     (found,) = plan([subject("llama-3.1-8b", Parallel(tp=2))], small, LOAD)
@@ -126,7 +126,7 @@ def test_options_leave_room_for_the_other_models() -> None:
 
 
 def test_no_option_tears_a_tensor_parallel_group() -> None:
-    (found,) = plan([subject("llama-3.1-70b", Parallel(tp=8))], Cluster(device=GPUS["H200"], nodes=4, slots=4), LOAD)
+    (found,) = plan([subject("llama-3.1-70b", Parallel(tp=8))], PlannedCluster(device=GPUS["H200"], nodes=4, slots=4), LOAD)
     assert found.own[0].seat.torn and found.own[0].full is None and "crosses nodes" in found.own[0].notes[0]
     assert found.options and all(made.parallel.tp <= 4 and not made.seat.torn for made in found.options)
     speeds = [made.total_tok_s for made in found.options]
@@ -135,7 +135,7 @@ def test_no_option_tears_a_tensor_parallel_group() -> None:
 
 
 def test_error_is_stated_only_where_runs_were_recorded() -> None:
-    def error(made: Subject, cluster: Cluster = H100) -> float | None:
+    def error(made: Subject, cluster: PlannedCluster = H100) -> float | None:
         (found,) = plan([made], cluster, LOAD)
         return found.own[0].error
 
@@ -144,8 +144,8 @@ def test_error_is_stated_only_where_runs_were_recorded() -> None:
     assert error(subject(model, quant=quant_of("fp8"))) == GPU_FIT.error
     assert error(subject(model, quant=quant_of("int4"))) is None
     assert error(subject(model, Parallel(tp=8))) is None
-    assert error(subject(model), Cluster(device=GPUS["A100"], nodes=1, slots=8)) is None
-    assert error(subject(model, Parallel(pp=2)), Cluster(device=GPUS["H100"], nodes=2, slots=1)) is None
+    assert error(subject(model), PlannedCluster(device=GPUS["A100"], nodes=1, slots=8)) is None
+    assert error(subject(model, Parallel(pp=2)), PlannedCluster(device=GPUS["H100"], nodes=2, slots=1)) is None
 
 
 def test_fp32_is_computed_at_its_own_rate() -> None:
@@ -157,7 +157,7 @@ def test_fp32_is_computed_at_its_own_rate() -> None:
 
 
 def test_fp8_needs_a_gpu_that_has_it() -> None:
-    (found,) = plan([subject("llama-3.1-8b", quant=quant_of("fp8"))], Cluster(device=GPUS["A100"], nodes=1, slots=8), LOAD)
+    (found,) = plan([subject("llama-3.1-8b", quant=quant_of("fp8"))], PlannedCluster(device=GPUS["A100"], nodes=1, slots=8), LOAD)
     assert found.refusal is not None and "no FP8" in found.refusal.what and found.refusal.hint == "use int8"
 
 
@@ -187,12 +187,14 @@ def test_a_host_is_shared_by_all_its_ranks() -> None:
     model = SHAPES["smollm2-135m-instruct"]
     weights = frozen_bytes(model, Parallel(), 0, engine, PLAIN)
     memory = 2 * (HOST_RANK + weights) + (800 << 20)
-    (found,) = plan([subject("smollm2-135m-instruct", engine=engine)], Cluster(device=Host(memory=memory, cores=2), nodes=1, slots=2), LOAD)
+    (found,) = plan(
+        [subject("smollm2-135m-instruct", engine=engine)], PlannedCluster(device=HostModel(memory=memory, cores=2), nodes=1, slots=2), LOAD
+    )
     alone, both = found.own[0], next(made for made in found.options if made.replicas == 2)
     assert alone.ranks[0].cache > both.ranks[0].cache > 0
     # A quarter of what two ranks leave free.
     assert both.ranks[0].cache == pytest.approx(0.25 * (800 << 20), rel=0.01)
-    tight = Cluster(device=Host(memory=memory // 3, cores=2), nodes=1, slots=2)
+    tight = PlannedCluster(device=HostModel(memory=memory // 3, cores=2), nodes=1, slots=2)
     (found,) = plan([subject("smollm2-135m-instruct", engine=engine)], tight, LOAD)
     assert found.refusal is not None and "its share of the host" in found.refusal.what
 
@@ -202,7 +204,7 @@ def test_ranks_that_share_cores_are_slower_and_no_error_is_claimed() -> None:
     two, four = (
         plan(
             [subject("smollm2-135m-instruct", *[Parallel()] * count, engine=engine)],
-            Cluster(device=Host(memory=16 << 30, cores=2), nodes=1, slots=4),
+            PlannedCluster(device=HostModel(memory=16 << 30, cores=2), nodes=1, slots=4),
             LOAD,
         )[0].own[0]
         for count in (2, 4)
@@ -235,7 +237,7 @@ def test_what_a_rank_loses_before_its_weights_grows_with_its_groups() -> None:
 
 def test_impossible_layouts_are_the_engines_to_refuse() -> None:
     made = subject("smollm2-135m-instruct", Parallel(tp=16))
-    (found,) = plan([made], Cluster(device=GPUS["H100"], nodes=2, slots=8), LOAD)
+    (found,) = plan([made], PlannedCluster(device=GPUS["H100"], nodes=2, slots=8), LOAD)
     assert isinstance(found.refusal, ConfigError) and "9 query heads" in found.refusal.what
     assert isinstance(found.best, LayoutPlan)
 
@@ -256,7 +258,7 @@ def test_whatever_is_asked_the_parts_never_exceed_the_whole(
     name: str, gpu: str, nodes: int, slots: int, tp: int, pp: int, count: int, quant: QuantName | None, spread: bool
 ) -> None:
     form = quant_of(quant) if quant else PLAIN
-    cluster = Cluster(device=GPUS[gpu], nodes=nodes, slots=slots)
+    cluster = PlannedCluster(device=GPUS[gpu], nodes=nodes, slots=slots)
     (found,) = plan([subject(name, *[Parallel(tp=tp, pp=pp)] * count, quant=form, spread=spread)], cluster, LOAD)
     assert bool(found.own) != bool(found.refusal)
     for made in (*found.own, *found.options):

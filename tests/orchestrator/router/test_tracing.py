@@ -24,9 +24,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from orchestrator.client import Client
 from orchestrator.config.router_spec import MetricsSpec, TracingSpec
 from orchestrator.router import request_context, span_names, tracing
-from orchestrator.router.core.router_core import Route
-from orchestrator.router.dispatcher import RouterDispatch
-from orchestrator.router.interfaces import Ask, Ticket
+from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.dispatcher import RouterDispatcher
+from orchestrator.router.interfaces import RouterRequest, Ticket
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.request_context import Trace, parse_traceparent
 from orchestrator.router.tracing import EXPORT_S, TracedDispatcher, Traces
@@ -87,16 +87,16 @@ class Stage:
 
     def __init__(self, **admission: Any) -> None:
         self.now = 100.0
-        self.route: Route = router(**admission)
+        self.route: RouterCore = router(**admission)
         self.sent: list[ToReplica] = []
         self.ears, self._metrics = Ears(), Metrics(["m"])
-        self.dispatch = RouterDispatch(self.route, name="r", send=self._send, clock=lambda: self.now)
+        self.dispatch = RouterDispatcher(self.route, name="r", send=self._send, clock=lambda: self.now)
         self.kept = InMemorySpanExporter()
         provider = TracerProvider(sampler=ParentBasedTraceIdRatio(1.0))
         provider.add_span_processor(SimpleSpanProcessor(self.kept))
         self.traced = TracedDispatcher(self.dispatch, provider.get_tracer("t"), clock=lambda: self.now, wall=lambda: int(self.now * 1e9))
 
-    def submit(self, asked: Ask) -> Ticket:
+    def submit(self, asked: RouterRequest) -> Ticket:
         return self.traced.submit(asked, self.ears, self._metrics.request("m", choices=asked.n, prompt_tokens=len(asked.prompt_ids)))
 
     def _send(self, peer: bytes, message: ToReplica) -> bool:

@@ -21,9 +21,9 @@ from orchestrator.slurm.__main__ import offered, parse
 from orchestrator.slurm.endpoint import Endpoint, reachable
 from orchestrator.slurm.handover import Sight, least_lead, why_drain
 from orchestrator.slurm.job_env import read_place
-from orchestrator.slurm.job_preflight import NodeFacts, judge
+from orchestrator.slurm.job_preflight import JobNodeFacts, judge
 from orchestrator.slurm.job_script import TEMPLATE, SlurmJob, limit_seconds, render, submit
-from orchestrator.slurm.roll_call import Gone, Line, Roll, Word, call
+from orchestrator.slurm.roll_call import PeerGone, RollCall, RollCallConnection, RollCallMessage, call
 from workers.protocol.errors import EnvironmentFault, Rejected
 
 BOUND_S = 120.0
@@ -235,7 +235,7 @@ def test_when_a_job_drains() -> None:
 
 # --- pre-flight
 
-GOOD = NodeFacts(node="a", mpi="mpich", versions={"python": "3.11.7", "ray": "2.60.0", "trireme-llm": "0.1.0"})
+GOOD = JobNodeFacts(node="a", mpi="mpich", versions={"python": "3.11.7", "ray": "2.60.0", "trireme-llm": "0.1.0"})
 
 
 @pytest.mark.parametrize(
@@ -286,12 +286,14 @@ def free_port() -> int:
 def follow(port: int, token: bytes, index: int, said: list[str], clock: float = 0.0, answer: str = "joined") -> None:
     line = call("127.0.0.1", port, token, BOUND_S)
     try:
-        line.send(Word(say="here", index=index, facts=msgspec.structs.replace(GOOD, node=f"n{index}"), clock=time.time() + clock))
+        line.send(
+            RollCallMessage(say="here", index=index, facts=msgspec.structs.replace(GOOD, node=f"n{index}"), clock=time.time() + clock)
+        )
         while (word := line.hear(0.1)) is None or word.say != "over":
             if word is not None:
-                line.send(Word(say=answer, why="no room"))  # type: ignore[arg-type]
+                line.send(RollCallMessage(say=answer, why="no room"))  # type: ignore[arg-type]
         said.append("over")
-    except Gone as error:
+    except PeerGone as error:
         said.append(str(error))
     finally:
         line.close()
@@ -299,7 +301,7 @@ def follow(port: int, token: bytes, index: int, said: list[str], clock: float = 
 
 def test_roll_call() -> None:
     port, said = free_port(), list[str]()
-    roll = Roll(port, b"secret", 2, lambda: None)
+    roll = RollCall(port, b"secret", 2, lambda: None)
     nodes = [
         threading.Thread(target=follow, args=(port, b"secret", 1, said, -5.0)),
         threading.Thread(target=follow, args=(port, b"secret", 2, said)),
@@ -318,7 +320,7 @@ def test_roll_call() -> None:
 
 def test_who_has_no_token_is_turned_away() -> None:
     port, said = free_port(), list[str]()
-    roll = Roll(port, b"secret", 1, lambda: None)
+    roll = RollCall(port, b"secret", 1, lambda: None)
     try:
         intruder = threading.Thread(target=follow, args=(port, b"guess", 1, said))
         intruder.start()
@@ -332,7 +334,7 @@ def test_who_has_no_token_is_turned_away() -> None:
 
 def test_a_node_that_cannot_join_is_named() -> None:
     port, said = free_port(), list[str]()
-    roll = Roll(port, b"secret", 1, lambda: None)
+    roll = RollCall(port, b"secret", 1, lambda: None)
     node = threading.Thread(target=follow, args=(port, b"secret", 1, said, 0.0, "failed"))
     node.start()
     roll.gather(BOUND_S)
@@ -344,12 +346,12 @@ def test_a_node_that_cannot_join_is_named() -> None:
 
 def test_a_node_that_leaves_is_seen() -> None:
     port = free_port()
-    roll = Roll(port, b"secret", 1, lambda: None)
-    lines: list[Line] = []
+    roll = RollCall(port, b"secret", 1, lambda: None)
+    lines: list[RollCallConnection] = []
 
     def come() -> None:
         line = call("127.0.0.1", port, b"secret", BOUND_S)
-        line.send(Word(say="here", index=1, facts=GOOD, clock=time.time()))
+        line.send(RollCallMessage(say="here", index=1, facts=GOOD, clock=time.time()))
         lines.append(line)
 
     node = threading.Thread(target=come)
@@ -364,16 +366,16 @@ def test_a_node_that_leaves_is_seen() -> None:
 
 def test_a_line_said_twice_is_not_heard_twice() -> None:
     ours, theirs = socket.socketpair()
-    made: list[Line] = []
-    other = threading.Thread(target=lambda: made.append(Line(theirs, b"secret", leads=False)))
+    made: list[RollCallConnection] = []
+    other = threading.Thread(target=lambda: made.append(RollCallConnection(theirs, b"secret", leads=False)))
     other.start()
-    lead = Line(ours, b"secret", leads=True)
+    lead = RollCallConnection(ours, b"secret", leads=True)
     other.join(BOUND_S)
-    lead.send(Word(say="join"))
+    lead.send(RollCallMessage(say="join"))
     seen = theirs.recv(4096, socket.MSG_PEEK)
     assert (heard := made[0].hear(BOUND_S)) is not None and heard.say == "join"
     ours.sendall(seen)
-    with pytest.raises(Gone, match="token"):
+    with pytest.raises(PeerGone, match="token"):
         made[0].hear(BOUND_S)
     lead.close()
     made[0].close()

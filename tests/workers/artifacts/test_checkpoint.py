@@ -18,7 +18,7 @@ from workers.artifacts.checkpoint import open_rank, read_checkpoint
 from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
 from workers.artifacts.number_formats import STORAGE, cast
-from workers.artifacts.safetensors_file import TensorFile, TensorWriter, hash_file
+from workers.artifacts.safetensors_file import SafetensorsFile, SafetensorsWriter, hash_file
 from workers.layout.sharding import shard_tensors
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import Parallel
@@ -62,7 +62,7 @@ def test_weights_too_large_for_fp16_are_refused() -> None:
 def test_written_files_are_read_by_the_safetensors_library(dtype: str, tmp_path: Path) -> None:
     values = cast(np.arange(15, dtype=np.float32).reshape(3, 5), "fp32", dtype)  # type: ignore[arg-type]
     shapes = {"odd.name": ((3, 5), dtype), "b": ((1,), dtype)}
-    with TensorWriter(tmp_path / "x", shapes, {"rank": "0"}) as writer:  # type: ignore[arg-type]
+    with SafetensorsWriter(tmp_path / "x", shapes, {"rank": "0"}) as writer:  # type: ignore[arg-type]
         writer.write("odd.name", values)
         writer.write("b", np.zeros(1, STORAGE[dtype]))  # type: ignore[index]
         record = writer.finish()
@@ -70,19 +70,19 @@ def test_written_files_are_read_by_the_safetensors_library(dtype: str, tmp_path:
     with safe_open(str(tmp_path / "x"), "pt") as file:
         assert torch.equal(file.get_tensor("odd.name").float(), torch.arange(15.0).reshape(3, 5))
         assert file.metadata() == {"rank": "0"}
-    assert np.array_equal(TensorFile(tmp_path / "x").view("odd.name")[0], values)
+    assert np.array_equal(SafetensorsFile(tmp_path / "x").view("odd.name")[0], values)
 
 
 def test_data_need_not_be_aligned(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
     header += b" " * (1 - len(header) % 2)
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + np.arange(4, dtype="<f4").tobytes())
-    values, dtype = TensorFile(tmp_path / "x").view("x")
+    values, dtype = SafetensorsFile(tmp_path / "x").view("x")
     assert np.array_equal(cast(cast(values, dtype, "bf16"), "bf16", "fp32"), [[0, 1], [2, 3]])
 
 
 def test_writer_insists_on_what_was_announced(tmp_path: Path) -> None:
-    with TensorWriter(tmp_path / "x", {"a": ((2,), "fp32")}, {}) as writer:
+    with SafetensorsWriter(tmp_path / "x", {"a": ((2,), "fp32")}, {}) as writer:
         with pytest.raises(ValueError, match="never written"):
             writer.finish()
         with pytest.raises(ValueError, match="expected"):
@@ -96,7 +96,7 @@ def test_truncated_safetensors_are_refused(whole: Path, tmp_path_factory: pytest
     path = tmp_path_factory.mktemp("cut") / "cut.safetensors"
     path.write_bytes(data[: int(cut * len(data))])
     with pytest.raises(ArtifactError):
-        TensorFile(path)
+        SafetensorsFile(path)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_headers_that_lie_are_refused(entry: dict[str, object], tmp_path: Path) 
     header = json.dumps({"x": entry}).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ArtifactError):
-        TensorFile(tmp_path / "x")
+        SafetensorsFile(tmp_path / "x")
 
 
 def test_config_speaks_tensorrt_llm(whole: Path) -> None:

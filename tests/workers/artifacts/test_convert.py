@@ -18,7 +18,7 @@ from workers.artifacts import convert as conversion
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
-from workers.artifacts.safetensors_file import TensorFile
+from workers.artifacts.safetensors_file import SafetensorsFile
 from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
 from workers.protocol.specs import Parallel
@@ -72,8 +72,8 @@ def test_gguf_becomes_a_checkpoint_with_a_tokenizer(tmp_path: Path) -> None:
 
 def test_number_formats(hf: Path, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    original = TensorFile(convert(hf, tmp_path / "fp32", parallel=Parallel()) / "rank0.safetensors")
-    bf16 = TensorFile(convert(hf, tmp_path / "bf16", parallel=Parallel(), dtype="bf16") / "rank0.safetensors")
+    original = SafetensorsFile(convert(hf, tmp_path / "fp32", parallel=Parallel()) / "rank0.safetensors")
+    bf16 = SafetensorsFile(convert(hf, tmp_path / "bf16", parallel=Parallel(), dtype="bf16") / "rank0.safetensors")
     for name in original.entries:
         expected = torch.from_numpy(original.view(name)[0].copy()).to(torch.bfloat16)
         assert torch.equal(torch.from_numpy(bf16.view(name)[0].view(np.int16).copy()).view(torch.bfloat16), expected), name
@@ -87,7 +87,7 @@ def test_same_input_same_bytes(hf: Path, tmp_path: Path) -> None:
 
 def test_padding_rows_are_zero(hf: Path, tmp_path: Path) -> None:
     target = convert(hf, tmp_path / "ck", parallel=Parallel(tp=2))
-    rows, _ = TensorFile(target / "rank1.safetensors").view("transformer.vocab_embedding.weight")
+    rows, _ = SafetensorsFile(target / "rank1.safetensors").view("transformer.vocab_embedding.weight")
     assert rows.shape == (161, 48)
     assert not rows[160].any() and rows[159].any()
 
@@ -98,7 +98,7 @@ def test_for_tensorrt_llm(hf: Path, tmp_path: Path) -> None:
     assert caught.value.what.startswith("TensorRT-LLM needs tp to divide 3 KV heads, got tp=2 (model ")
     assert caught.value.hint == "use --tp-size 1, 3 or 6, or the portable engine"
     target = convert(hf, tmp_path / "ck", parallel=Parallel(tp=3), for_trtllm=True)
-    file = TensorFile(target / "rank2.safetensors")
+    file = SafetensorsFile(target / "rank2.safetensors")
     # Tied, but TensorRT-LLM wants a head of its own.
     assert np.array_equal(file.view("lm_head.weight")[0], file.view("transformer.vocab_embedding.weight")[0])
     assert weights(target) == weights(hf)
@@ -211,7 +211,7 @@ def test_progress_ends_at_the_total(hf: Path, tmp_path: Path) -> None:
 
 
 def names_of(target: Path, rank: int) -> list[str]:
-    return list(TensorFile(target / f"rank{rank}.safetensors").entries)
+    return list(SafetensorsFile(target / f"rank{rank}.safetensors").entries)
 
 
 def test_inspection_says_what_runs(hf: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_inspection_says_what_runs(hf: Path, tmp_path: Path) -> None:
     found = inspect_path(target)
     assert (found.kind, found.parallel, found.runs, found.tokenizer) == ("checkpoint", Parallel(tp=2), True, True)
     for rank, size in enumerate(found.rank_bytes):
-        assert size == sum(TensorFile(target / f"rank{rank}.safetensors").view(name)[0].nbytes for name in names_of(target, rank))
+        assert size == sum(SafetensorsFile(target / f"rank{rank}.safetensors").view(name)[0].nbytes for name in names_of(target, rank))
     other = inspect_path(target, Parallel(tp=3))
     assert not other.runs and other.reason == "stored for tp=2 pp=1, asked for tp=3 pp=1: convert it to that layout"
     impossible = inspect_path(hf, Parallel(tp=7))

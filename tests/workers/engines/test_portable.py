@@ -15,7 +15,7 @@ from workers.protocol.engine import Finish
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, Rejected
 from workers.protocol.messages import GuideSpec, SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
-from workers.runner.step_time import Pace
+from workers.runner.step_time import StepTimeModel
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_random_weights_need_no_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_pace_follows_what_it_saw() -> None:
-    pace = Pace()
+    pace = StepTimeModel()
     assert pace.predict(10, 10) == 0
     for i in range(200):
         tokens, rows = 1 + (i * 37) % 200, 1 + i % 16

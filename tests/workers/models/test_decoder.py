@@ -13,7 +13,7 @@ from tests.reference.shards import make_stage, whole_weights
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.kernels.reference import attention_layout, paged_attention, rms_norm, rotate
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.models.layers import FIXED_ROWS, Linear
 from workers.runner.kv_cache import KvCache
 
@@ -32,7 +32,7 @@ def tables(count: int = 32) -> np.ndarray:
     return np.random.default_rng(0).permutation(count).astype(np.int32)[None, :]
 
 
-def run(stage: LlamaStage, cache: KvCache, ids: torch.Tensor, chunks: list[int], *, grouped: bool = True) -> torch.Tensor:
+def run(stage: DecoderStage, cache: KvCache, ids: torch.Tensor, chunks: list[int], *, grouped: bool = True) -> torch.Tensor:
     """Logits of one row computed in ``chunks``."""
     found, start = [], 0
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import ModelSpec, Parallel
-from workers.runner.cpu_runner import Runner
+from workers.runner.cpu_runner import CpuRunner
 from workers.sampling.definition import choose, logprobs_of
 from workers.scheduler.step_plan import OpenSlot, StepPlan, StepResult, column, view, view_floats
 
@@ -42,7 +42,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def runner(weights: dict[str, torch.Tensor]) -> Runner:
+def runner(weights: dict[str, torch.Tensor]) -> CpuRunner:
     return make_runner(make_stage(MODEL, weights, positions=256), max_seq_len=256)
 
 
@@ -72,7 +72,7 @@ def answer(result: StepResult | None) -> tuple[list[int], list[float]]:
     return view(result.tokens).tolist(), view_floats(result.logprobs).tolist()
 
 
-def alone(runner: Runner, tokens: list[int]) -> tuple[int, float]:
+def alone(runner: CpuRunner, tokens: list[int]) -> tuple[int, float]:
     """The greedy token after ``tokens`` and its log-probability, from slot 60 in one chunk."""
     found = runner.run(plan(1, {"slot": 60, "tokens": tokens, "blocks": [60, 61, 62, 63], "params": GREEDY}))
     runner.run(StepPlan(step=2, closed=column([60])))
@@ -80,7 +80,7 @@ def alone(runner: Runner, tokens: list[int]) -> tuple[int, float]:
     return token[0], logprob[0]
 
 
-def test_rows_do_not_see_each_other(runner: Runner) -> None:
+def test_rows_do_not_see_each_other(runner: CpuRunner) -> None:
     prompts = [list(range(i, i + 3 + 7 * i)) for i in range(4)]
     expected = [alone(runner, p) for p in prompts]
     rows = [{"slot": i, "tokens": p, "blocks": [10 * i + 2, 10 * i + 1], "params": GREEDY} for i, p in enumerate(prompts)]
@@ -97,7 +97,7 @@ def test_rows_do_not_see_each_other(runner: Runner) -> None:
     runner.run(StepPlan(step=5, closed=column([0, 1, 2, 3])))
 
 
-def test_chunks_and_found_blocks_change_nothing(runner: Runner) -> None:
+def test_chunks_and_found_blocks_change_nothing(runner: CpuRunner) -> None:
     prompt = [(5 * i) % 97 for i in range(50)]
     expected = alone(runner, prompt)
     runner.run(plan(1, {"slot": 0, "tokens": prompt[:33], "sample": 0, "blocks": [3, 4, 9, 8], "params": GREEDY}))
@@ -126,7 +126,7 @@ def test_a_broken_row_leaves_nothing_behind(weights: dict[str, torch.Tensor]) ->
     assert answer(runner.run(plan(4, again, closed=[0])))[0] == [expected]
 
 
-def test_scores_penalties_and_alternatives(runner: Runner, weights: dict[str, torch.Tensor]) -> None:
+def test_scores_penalties_and_alternatives(runner: CpuRunner, weights: dict[str, torch.Tensor]) -> None:
     prompt = [(5 * i) % 40 for i in range(24)]
     stage = make_stage(MODEL, weights, positions=256)
     logits: list[np.ndarray] = []

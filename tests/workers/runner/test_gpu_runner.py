@@ -19,18 +19,18 @@ from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group, InProcess, Solo
 from workers.engines.portable import PortableEngine
-from workers.models.decoder import LlamaStage
+from workers.models.decoder import DecoderStage
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.protocol.specs import Parallel
-from workers.runner.cpu_runner import Runner
+from workers.runner.cpu_runner import CpuRunner
 from workers.runner.device import HostDevice
-from workers.runner.gpu_runner import DeviceRunner, Links
+from workers.runner.gpu_runner import GpuRunner, RankGroups
 from workers.runner.graphs import DECODES, MIXED, Graphs, graph_sizes
 from workers.runner.host_device_rings import Submissions
 from workers.runner.kv_cache import KvCache
 from workers.runner.staging import Staging
-from workers.runner.step_results import Answer, PlanRunner
-from workers.scheduler.scheduler import Batch
+from workers.runner.step_results import PendingResult, PlanRunner
+from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import GUESS, OpenSlot, StepPlan, StepResult, column, view
 
 BLOCKS, SLOTS, LENGTH, VOCAB = 96, 7, 256, 321
@@ -41,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), heads=6, kv_heads=2, vocab=VOCAB, layers=3)
 
 
-def device_runner(stage: LlamaStage, links: Links, *, blocks: int = BLOCKS, captured: bool = True) -> DeviceRunner:
+def device_runner(stage: DecoderStage, links: RankGroups, *, blocks: int = BLOCKS, captured: bool = True) -> GpuRunner:
     cache = KvCache(stage.model, stage.shard, blocks=blocks, block_size=16, dtype=stage.dtype, device=stage.device)
-    runner = DeviceRunner(
+    runner = GpuRunner(
         stage,
         cache,
         HostDevice(),
@@ -64,7 +64,7 @@ def engine_of(runner: PlanRunner, *, ahead: bool, blocks: int = BLOCKS, micro_ba
     limits = Capacity(
         block_size=16, num_blocks=blocks, max_batch_size=SLOTS, max_num_tokens=64, max_seq_len=LENGTH, vocab_size=VOCAB, tp=1, pp=1
     )
-    batch = Batch(limits, ahead=ahead, micro_batches=micro_batches, eos_ids=(7,))
+    batch = Scheduler(limits, ahead=ahead, micro_batches=micro_batches, eos_ids=(7,))
     return PortableEngine(batch, runner, limits, close=runner.close)
 
 
@@ -73,8 +73,8 @@ def both(folder: Path, *, blocks: int = BLOCKS, captured: bool = True) -> tuple[
     model, weights = open_artifact(folder).model, whole_weights(folder)
     plain = make_stage(model, weights)
     cache = KvCache(model, plain.shard, blocks=blocks, block_size=16, dtype=plain.dtype, device=plain.device)
-    host = Runner(plain, cache, pipeline=Solo(), tensor=Solo(), slots=SLOTS, max_seq_len=LENGTH, eos_ids=(7,))
-    stage, links = make_stage(model, weights, kernels=kernels), Links(Solo(), Solo(), Solo())
+    host = CpuRunner(plain, cache, pipeline=Solo(), tensor=Solo(), slots=SLOTS, max_seq_len=LENGTH, eos_ids=(7,))
+    stage, links = make_stage(model, weights, kernels=kernels), RankGroups(Solo(), Solo(), Solo())
     device = device_runner(stage, links, blocks=blocks, captured=captured)
     return engine_of(host, ahead=False, blocks=blocks), engine_of(device, ahead=True, blocks=blocks)
 
@@ -212,7 +212,9 @@ def test_guesses_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
     def member(group: Group) -> list[StepResult]:
         torch.set_num_threads(1)
         back = returns[group.rank] if group.size > 1 else Solo()
-        runner = device_runner(make_stage(model, weights, Parallel(pp=group.size), group.rank, kernels=kernels), Links(Solo(), group, back))
+        runner = device_runner(
+            make_stage(model, weights, Parallel(pp=group.size), group.rank, kernels=kernels), RankGroups(Solo(), group, back)
+        )
         answers = (runner.issue(plan) for plan in guessing_plans(pp))
         return [answer.result() for answer in answers if answer is not None]
 
@@ -225,10 +227,10 @@ def test_guesses_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
 class Recording:
     """A runner that remembers its plans and their answers."""
 
-    def __init__(self, runner: DeviceRunner) -> None:
+    def __init__(self, runner: GpuRunner) -> None:
         self.runner, self.plans, self.answers = runner, list[StepPlan](), list[StepResult]()
 
-    def issue(self, plan: StepPlan) -> Answer:
+    def issue(self, plan: StepPlan) -> PendingResult:
         answer = self.runner.issue(plan)
         assert answer is not None
         self.plans.append(plan)
@@ -243,7 +245,7 @@ class Recording:
 def test_a_batchs_plans_say_the_same_on_two_ranks(folder: Path, tp: int, pp: int) -> None:
     """Plans as a leader makes them, most of which repeat the one before: joins, ends and blocks between."""
     model, weights = open_artifact(folder).model, whole_weights(folder)
-    alone = Recording(device_runner(make_stage(model, weights, kernels=kernels), Links(Solo(), Solo(), Solo())))
+    alone = Recording(device_runner(make_stage(model, weights, kernels=kernels), RankGroups(Solo(), Solo(), Solo())))
     crowd = [request([(7 * i + 3 * j) % 300 for j in range(3 + 9 * i)], KINDS[i % 2], id=i) for i in range(9)]
     serve(engine_of(alone, ahead=True, micro_batches=pp), crowd)
     assert sum(plan.repeats > 0 for plan in alone.plans) > 20
@@ -251,7 +253,7 @@ def test_a_batchs_plans_say_the_same_on_two_ranks(folder: Path, tp: int, pp: int
 
     def member(group: Group) -> list[StepResult]:
         torch.set_num_threads(1)
-        links = Links(group, Solo(), Solo()) if tp == 2 else Links(Solo(), group, back[group.rank])
+        links = RankGroups(group, Solo(), Solo()) if tp == 2 else RankGroups(Solo(), group, back[group.rank])
         tensor = group if tp == 2 else None
         stage = make_stage(model, weights, Parallel(tp=tp, pp=pp), group.rank, tensor=tensor, kernels=kernels)
         runner = device_runner(stage, links)

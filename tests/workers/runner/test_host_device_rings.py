@@ -11,7 +11,7 @@ from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings
 from workers.protocol.errors import EngineFault
 from workers.runner.device import HostDevice
 from workers.runner.host_device_rings import Completions, Submissions
-from workers.runner.slot_updates import News
+from workers.runner.slot_updates import SlotUpdates
 
 
 class Broken(HostDevice):
@@ -39,7 +39,7 @@ def test_an_entry_is_written_again_only_when_the_device_has_read_it(first: int) 
     submissions._waiter.until = read.__get__(submissions._waiter)  # type: ignore[method-assign]
     for step in range(7):
         submissions.open(2)[:] = step
-        submissions.send(step, 2, News())
+        submissions.send(step, 2, SlotUpdates())
     assert waited == 3
     turns = [(first + 1 + step) & NUMBER_MASK for step in range(7)]
     heads = {turn % 4: [2, 0, 0, step, *[0] * (HEAD_WORDS - 4), step, step] for step, turn in enumerate(turns)}
@@ -52,7 +52,7 @@ def test_news_follow_the_inbox() -> None:
     room = submissions.room(6)
     assert 30 <= room <= 40
     submissions.open(6)[:] = 9
-    news = News(*(np.arange(begin, begin + room, dtype=np.int32) for begin in (100, 200, 300)))
+    news = SlotUpdates(*(np.arange(begin, begin + room, dtype=np.int32) for begin in (100, 200, 300)))
     submissions.send(1, 6, news)
     entry = rings.submissions[1].tolist()
     assert entry[:4] == [6, room, room, 1] and entry[HEAD_WORDS : HEAD_WORDS + 6] == [9] * 6
@@ -87,4 +87,4 @@ def test_a_device_that_broke_ends_the_wait() -> None:
     with pytest.raises(EngineFault, match="illegal address"):
         for step in range(5):
             submissions.open(0)
-            submissions.send(step, 0, News())
+            submissions.send(step, 0, SlotUpdates())

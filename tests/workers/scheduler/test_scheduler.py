@@ -14,7 +14,7 @@ from workers.engines.fake import expected_tokens
 from workers.protocol.engine import Fault, Finish
 from workers.protocol.errors import EngineFault, Rejected, TooLong, Unsupported
 from workers.protocol.messages import UNLIMITED, GuideSpec, SamplingParams
-from workers.scheduler.scheduler import CHECK_STEPS, PAUSE_S, Batch
+from workers.scheduler.scheduler import CHECK_STEPS, PAUSE_S, Scheduler
 from workers.scheduler.step_plan import GUESS, StepPlan, StepResult, column, encode, view
 
 
@@ -338,7 +338,7 @@ def test_stop_rules() -> None:
 
 
 def test_a_stop_token_before_min_tokens_is_a_token() -> None:
-    batch = Batch(capacity(), eos_ids=EOS)
+    batch = Scheduler(capacity(), eos_ids=EOS)
     batch.submit(0, submit([65], greedy(9, min_tokens=2)))
     emitted = []
     for _ in range(3):
@@ -349,7 +349,7 @@ def test_a_stop_token_before_min_tokens_is_a_token() -> None:
 
 @pytest.mark.parametrize(("ignore", "reason"), [(False, "stop"), (True, "length")])
 def test_eos_ends_a_row_unless_ignored(ignore: bool, reason: str) -> None:
-    batch = Batch(capacity(), eos_ids=EOS)
+    batch = Scheduler(capacity(), eos_ids=EOS)
     batch.submit(0, submit([65], greedy(2, ignore_eos=ignore)))
     emitted = []
     for _ in range(2 if ignore else 1):
@@ -396,7 +396,7 @@ def test_a_guide_is_rebuilt_from_what_was_emitted() -> None:
 
 
 def test_a_token_against_the_grammar_is_that_rows_fault() -> None:
-    batch = Batch(capacity(), guides=table_guides)
+    batch = Scheduler(capacity(), guides=table_guides)
     batch.submit(0, submit([65], choice("yes")))
     (emission,) = batch.commit(StepResult(step=batch.plan().step, tokens=column([ord("n")])))
     assert isinstance(emission.end, Fault) and emission.end.code == "engine_fault" and emission.tokens == []
@@ -416,7 +416,7 @@ def test_a_token_against_the_grammar_is_that_rows_fault() -> None:
     ],
 )
 def test_what_can_never_run_is_refused_and_leaves_nothing(request_: object, kind: type[Rejected], code: str) -> None:
-    batch = Batch(capacity(num_blocks=16), guides=table_guides)
+    batch = Scheduler(capacity(num_blocks=16), guides=table_guides)
     with pytest.raises(kind) as caught:
         batch.submit(0, request_)
     assert caught.value.code == code and caught.value.what
@@ -426,11 +426,11 @@ def test_what_can_never_run_is_refused_and_leaves_nothing(request_: object, kind
 
 def test_guided_rows_are_refused_where_no_grammar_is_followed() -> None:
     with pytest.raises(Unsupported):
-        Batch(capacity()).submit(0, submit([65], choice("yes")))
+        Scheduler(capacity()).submit(0, submit([65], choice("yes")))
 
 
 def test_an_id_is_used_once_at_a_time() -> None:
-    batch = Batch(capacity())
+    batch = Scheduler(capacity())
     batch.submit(0, submit([65], greedy()))
     with pytest.raises(ValueError, match="live"):
         batch.submit(0, submit([65], greedy()))
@@ -452,8 +452,8 @@ def test_stats_and_prediction() -> None:
 
 def test_most_plans_of_decodes_are_the_one_before_a_token_further(monkeypatch: pytest.MonkeyPatch) -> None:
     repeated: list[bool] = []
-    plain = Batch._again
-    monkeypatch.setattr(Batch, "_again", lambda self, flight: repeated.append((plan := plain(self, flight)) is not None) or plan)
+    plain = Scheduler._again
+    monkeypatch.setattr(Scheduler, "_again", lambda self, flight: repeated.append((plan := plain(self, flight)) is not None) or plan)
     rig = Rig(capacity(num_blocks=64), ahead=True)
     for i in range(3):
         rig.submit(submit([65 + i] * 10, greedy(60)))
@@ -471,7 +471,7 @@ def test_most_plans_of_decodes_are_the_one_before_a_token_further(monkeypatch: p
 
 def test_the_leaders_share_of_a_step_is_small() -> None:
     """plan + encode + commit at 64 decoding rows take about 0.1 ms of processor time; the bound leaves room for a slow machine."""
-    batch = Batch(capacity(num_blocks=4096, rows=64, tokens=8192, context=4096, block_size=16))
+    batch = Scheduler(capacity(num_blocks=4096, rows=64, tokens=8192, context=4096, block_size=16))
     for i in range(64):
         batch.submit(i, submit([65 + i] * 50, greedy(4000), credit=UNLIMITED))
     spent = []
@@ -489,7 +489,7 @@ def test_the_leaders_share_of_a_step_is_small() -> None:
 
 def test_a_resting_batch_proves_itself_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     proofs: list[int] = []
-    monkeypatch.setattr(Batch, "check", lambda self: proofs.append(1))
+    monkeypatch.setattr(Scheduler, "check", lambda self: proofs.append(1))
     rig = Rig(capacity())
 
     def rested() -> int:

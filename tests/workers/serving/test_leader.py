@@ -19,7 +19,7 @@ from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed,
 from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair
-from workers.serving.router_link import Link
+from workers.serving.router_link import RouterLink
 
 LONG = SamplingParams(temperature=0.0, max_tokens=30_000)
 SHORT = SamplingParams(temperature=0.0, max_tokens=8)
@@ -168,7 +168,7 @@ def test_a_send_that_would_block_means_a_lost_router(end: RouterEnd, monkeypatch
     # it cannot fill its own, however long this process is kept waiting.
     monkeypatch.setattr(wire, "HIGH_WATER", 500)
     params = SamplingParams(temperature=0.0, max_tokens=300)
-    monkeypatch.setitem(Link.__init__.__kwdefaults__, "silence_s", 1e9)  # so that nothing but the full socket gives it away
+    monkeypatch.setitem(RouterLink.__init__.__kwdefaults__, "silence_s", 1e9)  # so that nothing but the full socket gives it away
     with RouterEnd(end.endpoint + "2", boot="stuck", high_water=4) as stuck, Running(at(end), at(stuck)):
         stuck.ready()
         end.ready()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.serving.router_link import PAUSE_MAX_S, PAUSE_MIN_S, Close, Greet, Link, Lose, Open, Verdict
+from workers.serving.router_link import PAUSE_MAX_S, PAUSE_MIN_S, CloseSocket, OpenSocket, RouterLink, RouterLost, SendHello, Verdict
 
 
-def live(now: float = 0.0) -> Link:
-    link = Link(silence_s=2.0)
-    assert link.tick(now) == [Open()] and link.connected(now) == [Greet()] and link.heard("b1", now) == []
+def live(now: float = 0.0) -> RouterLink:
+    link = RouterLink(silence_s=2.0)
+    assert link.tick(now) == [OpenSocket()] and link.connected(now) == [SendHello()] and link.heard("b1", now) == []
     assert (link.state, link.boot) == ("live", "b1")
     return link
 
@@ -18,26 +18,26 @@ def live(now: float = 0.0) -> Link:
 def test_silence_loses_a_router_once_and_reconnects() -> None:
     link = live()
     assert link.heard("b1", 1.5) == [] and link.tick(3.0) == []
-    assert link.tick(3.6) == [Lose("b1"), Close()]
+    assert link.tick(3.6) == [RouterLost("b1"), CloseSocket()]
     assert link.tick(3.6) == [] and not link.up
-    assert link.tick(3.6 + PAUSE_MIN_S) == [Open()] and link.connected(4.0) == [Greet()]
+    assert link.tick(3.6 + PAUSE_MIN_S) == [OpenSocket()] and link.connected(4.0) == [SendHello()]
 
 
 def test_a_changed_nonce_is_another_router_and_is_greeted() -> None:
     link = live()
-    assert link.heard("b2", 1.0) == [Lose("b1"), Greet()]
+    assert link.heard("b2", 1.0) == [RouterLost("b1"), SendHello()]
     assert link.heard("b2", 1.1) == [] and link.boot == "b2"
 
 
 def test_a_reconnect_behind_the_sockets_back_is_a_loss() -> None:
-    assert live().connected(1.0) == [Lose("b1"), Close()]
+    assert live().connected(1.0) == [RouterLost("b1"), CloseSocket()]
 
 
 def test_a_router_that_never_answers_is_tried_ever_more_slowly() -> None:
-    link, now, pauses = Link(silence_s=2.0), 0.0, []
+    link, now, pauses = RouterLink(silence_s=2.0), 0.0, []
     for _ in range(8):
-        assert link.tick(now) == [Open()] and link.connected(now) == [Greet()]
-        assert link.tick(now + 2.1) == [Close()]
+        assert link.tick(now) == [OpenSocket()] and link.connected(now) == [SendHello()]
+        assert link.tick(now + 2.1) == [CloseSocket()]
         now += 2.1
         begin = now
         while not link.tick(now + 0.0499):
@@ -50,7 +50,7 @@ def test_a_router_that_never_answers_is_tried_ever_more_slowly() -> None:
 
 @given(st.lists(st.sampled_from(["connected", "broken", "heard1", "heard2", "tick", "wait"]), max_size=60))
 def test_every_boot_is_lost_at_most_once_for_each_time_it_was_live(events: list[str]) -> None:
-    link, now, known, opened = Link(silence_s=2.0), 0.0, "", False
+    link, now, known, opened = RouterLink(silence_s=2.0), 0.0, "", False
     for event in events:
         now += 3.0 if event == "wait" else 0.05
         verdicts: list[Verdict] = []
@@ -65,16 +65,16 @@ def test_every_boot_is_lost_at_most_once_for_each_time_it_was_live(events: list[
                 verdicts = link.tick(now)
         for verdict in verdicts:
             match verdict:
-                case Lose(boot=boot):
+                case RouterLost(boot=boot):
                     assert boot == known
                     known = ""
-                case Open():
+                case OpenSocket():
                     assert not opened and not known
                     opened = True
-                case Close():
+                case CloseSocket():
                     assert opened and not known, "rows are given up before the socket is"
                     opened = False
-                case Greet():
+                case SendHello():
                     assert opened
         known = link.boot
         assert link.up <= opened and bool(link.boot) == (link.state == "live")

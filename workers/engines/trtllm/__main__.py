@@ -17,39 +17,39 @@ from workers.protocol.specs import EngineSpec, Parallel
 from workers.serving.state_file import ErrorReport
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
+class NodeCheck(msgspec.Struct, frozen=True, kw_only=True):
     """What is to run, and where."""
 
     artifact: str
     parallel: Parallel
     engine: EngineSpec
-    place: preflight.Place
+    place: preflight.GangPlace
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+class NodeVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """``faults``: the first one is the cause to show; none = ranks may start. ``notes``: what could not be checked."""
 
     faults: tuple[ErrorReport, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def judge(order: Order, path: str, visible: str | None) -> Verdict:
+def judge(order: NodeCheck, path: str, visible: str | None) -> NodeVerdict:
     """Look at this node and compare. What cannot even be looked at is a fault too."""
     try:
         facts = node_probe.look(path, visible)
         engine = read_engine_dir(order.artifact) if is_engine_dir(order.artifact) else None
     except TriremeError as error:
-        return Verdict(faults=(ErrorReport.of(error),))
+        return NodeVerdict(faults=(ErrorReport.of(error),))
     if not os.path.isdir(order.artifact):
         absent = ArtifactError(f"there is no model at {order.artifact}", "this node has no such folder", "share or copy it to every node")
-        return Verdict(faults=(ErrorReport.of(absent),))
+        return NodeVerdict(faults=(ErrorReport.of(absent),))
     found = preflight.faults(engine, order.parallel, order.engine, facts, order.place)
-    return Verdict(faults=tuple(map(ErrorReport.of, found)), notes=tuple(preflight.notes(engine, facts)))
+    return NodeVerdict(faults=tuple(map(ErrorReport.of, found)), notes=tuple(preflight.notes(engine, facts)))
 
 
 def main(argv: list[str]) -> int:
     try:
-        order = msgspec.json.decode(argv[0] if argv else "", type=Order)
+        order = msgspec.json.decode(argv[0] if argv else "", type=NodeCheck)
     except msgspec.MsgspecError as error:
         print(ConfigError("this is not an order for a pre-flight", str(error), "the launcher writes it").lines(), file=sys.stderr)
         return ConfigError.exit_code

@@ -15,7 +15,7 @@ from typing import Any
 
 from workers.artifacts.artifact import Artifact
 from workers.engines.trtllm import executor, llmapi
-from workers.engines.trtllm.engine import TrtllmEngine, Vitals, warm_up
+from workers.engines.trtllm.engine import RuntimeVitals, TrtllmEngine, warm_up
 from workers.engines.trtllm.engine_dir import EngineDir
 from workers.engines.trtllm.error_map import explain
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
@@ -23,7 +23,7 @@ from workers.engines.trtllm.model import open_model
 from workers.engines.trtllm.node_probe import installed_versions
 from workers.engines.trtllm.preflight import check_rank
 from workers.engines.trtllm.rank_liveness import Listener
-from workers.engines.trtllm.sequence import Limits
+from workers.engines.trtllm.sequence import TrtllmLimits
 from workers.process import Alone
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.messages import Capacity
@@ -130,7 +130,7 @@ def _with_executor(
     )
     chunked = executor.chunked_context(model, options)
     longest_input = longest if chunked else min(longest, model.max_input_len, capacity.max_num_tokens)
-    return _engine(runtime, Limits(capacity=capacity, max_input_len=longest_input, eos_ids=model.eos_ids), prefixes, spec)
+    return _engine(runtime, TrtllmLimits(capacity=capacity, max_input_len=longest_input, eos_ids=model.eos_ids), prefixes, spec)
 
 
 def _with_llm(
@@ -158,11 +158,19 @@ def _with_llm(
     )
     chunked = spec.engine.trtllm.chunked_context is not False
     longest_input = longest if chunked else min(longest, capacity.max_num_tokens)
-    return _engine(runtime, Limits(capacity=capacity, max_input_len=longest_input, eos_ids=model.eos_ids), prefixes, spec)
+    return _engine(runtime, TrtllmLimits(capacity=capacity, max_input_len=longest_input, eos_ids=model.eos_ids), prefixes, spec)
 
 
 def _capacity(
-    spec: ReplicaSpec, vitals: Vitals, longest: int, *, vocab_size: int, block_size: int, dtype: str, quant: Quant, prefix_cache: bool
+    spec: ReplicaSpec,
+    vitals: RuntimeVitals,
+    longest: int,
+    *,
+    vocab_size: int,
+    block_size: int,
+    dtype: str,
+    quant: Quant,
+    prefix_cache: bool,
 ) -> Capacity:
     engine = spec.engine
     return Capacity(
@@ -184,6 +192,6 @@ def _capacity(
 
 
 def _engine(
-    runtime: executor.ExecutorRuntime | llmapi.LlmRuntime, limits: Limits, prefixes: HotPrefixes, spec: ReplicaSpec
+    runtime: executor.ExecutorRuntime | llmapi.LlmRuntime, limits: TrtllmLimits, prefixes: HotPrefixes, spec: ReplicaSpec
 ) -> TrtllmEngine:
     return TrtllmEngine(runtime, limits, prefixes, poll_s=spec.engine.trtllm.poll_ms / 1000.0, hang_s=spec.hang_floor_s)

@@ -34,9 +34,9 @@ from workers.engines.trtllm.engine_dir import (
     FORMAT,
     LOG,
     RECORD,
+    BuildRecord,
     EngineDir,
-    Gpu,
-    Record,
+    GpuFacts,
     engine_name,
     is_engine_dir,
     read_engine_dir,
@@ -60,7 +60,7 @@ OnLine = Callable[[str], None]
 OnTick = Callable[[int, int, float], None]
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One build, everything about it checked. ``key``: its name in the catalogue; equal keys make equal engines."""
 
     checkpoint: Checkpoint
@@ -76,7 +76,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return self.checkpoint.quant.quant_algo or self.checkpoint.facts.dtype
 
     @property
-    def gpu(self) -> Gpu:
+    def gpu(self) -> GpuFacts:
         return (self.facts.gpus or ())[0]
 
     @property
@@ -93,7 +93,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return command(self.program, self.checkpoint, self.options, target)
 
 
-def prepare(folder: Path, options: BuildOptions, *, model: str, path: str, facts: NodeFacts) -> Plan:
+def prepare(folder: Path, options: BuildOptions, *, model: str, path: str, facts: NodeFacts) -> BuildPlan:
     """Check a checkpoint, the options and this node. ``path``: PATH's value. Reads every byte of the checkpoint.
 
     Raises ConfigError, ArtifactError or EnvironmentFault, with what to do.
@@ -113,7 +113,7 @@ def prepare(folder: Path, options: BuildOptions, *, model: str, path: str, facts
         )
     verify_all(checkpoint)
     sha256 = hash_file(folder / MANIFEST).sha256
-    return Plan(checkpoint=checkpoint, model=model, options=options, program=program, facts=facts, sha256=sha256)
+    return BuildPlan(checkpoint=checkpoint, model=model, options=options, program=program, facts=facts, sha256=sha256)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -177,7 +177,7 @@ def command(program: str, checkpoint: Checkpoint, options: BuildOptions, target:
 
 
 def build(
-    plan: Plan, target: Path, *, env: Mapping[str, str], on_line: OnLine, on_tick: OnTick, limit_s: float = BUILD_S
+    plan: BuildPlan, target: Path, *, env: Mapping[str, str], on_line: OnLine, on_tick: OnTick, limit_s: float = BUILD_S
 ) -> tuple[EngineDir, bool]:
     """Build into ``target``, or find there what an earlier build of the same key made: (engine, whether it was built now).
 
@@ -213,7 +213,7 @@ def _built(target: Path, key: str) -> EngineDir | None:
     return engine if engine.record is not None and engine.record.key == key else None
 
 
-def _refuse_full_disk(plan: Plan, folder: Path) -> None:
+def _refuse_full_disk(plan: BuildPlan, folder: Path) -> None:
     facts = plan.checkpoint.facts
     need = sum(plan.checkpoint.manifest.files[f"rank{rank}.safetensors"].bytes for rank in range(facts.parallel.world))
     free = shutil.disk_usage(folder).free
@@ -222,7 +222,7 @@ def _refuse_full_disk(plan: Plan, folder: Path) -> None:
         raise EnvironmentFault(f"not enough room at {folder.parent}", why, ELSEWHERE)
 
 
-def _run(plan: Plan, folder: Path, log: Path, env: Mapping[str, str], on_line: OnLine, on_tick: OnTick, limit_s: float) -> None:
+def _run(plan: BuildPlan, folder: Path, log: Path, env: Mapping[str, str], on_line: OnLine, on_tick: OnTick, limit_s: float) -> None:
     """The builder from its start to its end, whatever ends it: nothing of it is left running."""
     world, deadline, started = plan.checkpoint.facts.parallel.world, time.monotonic() + limit_s, time.monotonic()
     tail: list[str] = []
@@ -293,7 +293,7 @@ def cause_in(lines: list[str]) -> str:
     return (errors or told or ["it said nothing"])[-1][:300]
 
 
-def _check(plan: Plan, folder: Path) -> None:
+def _check(plan: BuildPlan, folder: Path) -> None:
     """What was built against what was asked for. Raises :class:`ArtifactError`."""
     engine, options, parallel = read_engine_dir(folder), plan.options, plan.checkpoint.facts.parallel
     pairs: list[tuple[str, object, object]] = [("layout", parallel, engine.parallel), ("version", plan.facts.installed, engine.version)]
@@ -308,7 +308,7 @@ def _said(value: object) -> str:
     return f"tp={value.tp} pp={value.pp}" if isinstance(value, Parallel) else str(value)
 
 
-def _record(plan: Plan, folder: Path, began: float, seconds: float) -> None:
+def _record(plan: BuildPlan, folder: Path, began: float, seconds: float) -> None:
     """Tokenizer, hashes and the record, which makes the folder whole."""
     facts, checkpoint = plan.checkpoint.facts, plan.checkpoint
     files: dict[str, FileRecord] = {}
@@ -317,7 +317,7 @@ def _record(plan: Plan, folder: Path, began: float, seconds: float) -> None:
             files[name] = write_file(folder / name, (checkpoint.folder / name).read_bytes())
     for name in (CONFIG, LOG, *(engine_name(rank) for rank in range(facts.parallel.world))):
         files[name] = _flushed(folder / name)
-    record = Record(
+    record = BuildRecord(
         format=FORMAT,
         key=plan.key,
         model=plan.model,

@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
-from workers.engines.trtllm.sequence import Delta, Job, Limits, Row, make_row
+from workers.engines.trtllm.sequence import Delta, Job, TrtllmLimits, TrtllmSequence, make_row
 from workers.protocol.engine import Emission, EngineStats
 from workers.protocol.errors import EngineFault, TriremeError
 from workers.protocol.messages import UNLIMITED, Capacity, SamplingParams, Submit
@@ -30,7 +30,7 @@ CLOSE_S = 5.0
 log = logging.getLogger("trireme.trtllm")
 
 
-class Vitals(msgspec.Struct, frozen=True, kw_only=True):
+class RuntimeVitals(msgspec.Struct, frozen=True, kw_only=True):
     """A runtime's newest iteration: counts of jobs, blocks (of ``block_size`` tokens), and totals of reused and missed blocks."""
 
     iteration: int = 0
@@ -56,14 +56,14 @@ class Runtime(Protocol):
     def poll(self, wait_s: float) -> list[Delta]:
         """What came since the last poll, in order; waits up to ``wait_s`` for the first. Raises :class:`EngineFault` when it has failed."""
 
-    def vitals(self) -> Vitals:
+    def vitals(self) -> RuntimeVitals:
         """The newest iteration's; also takes in cache events. Raises :class:`EngineFault` when another rank is known to be gone."""
 
     def close(self, bound_s: float) -> None:
         """End it on every rank. Raises :class:`EngineFault` after ``bound_s``."""
 
 
-def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> Vitals:
+def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> RuntimeVitals:
     """Have one token generated before anybody is told that the replica is ready: proves every rank, and brings the first statistics.
 
     ``deadline``: monotonic seconds. Raises :class:`EngineFault` when nothing comes of it, or no statistics do.
@@ -72,7 +72,7 @@ def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> V
     params = SamplingParams(temperature=0.0, max_tokens=1)
     job = Job(id=0, input_ids=[token], max_new=1, min_new=0, seed=0, stops=(), params=params, salt="")
     handle, over = runtime.start(job), False
-    vitals = Vitals()
+    vitals = RuntimeVitals()
     while not over or not vitals.num_blocks:
         if time.monotonic() > deadline:
             what = "TensorRT-LLM did not answer its warm-up request" if not over else "TensorRT-LLM gives no KV cache statistics"
@@ -102,7 +102,7 @@ class TrtllmEngine:
     def __init__(
         self,
         runtime: Runtime,
-        limits: Limits,
+        limits: TrtllmLimits,
         prefixes: HotPrefixes,
         *,
         poll_s: float,
@@ -111,11 +111,11 @@ class TrtllmEngine:
     ) -> None:
         self._runtime, self._limits, self._prefixes = runtime, limits, prefixes
         self._poll_s, self._hang_s, self._clock = poll_s, hang_s, clock
-        self._rows: dict[int, Row] = {}
-        self._jobs: dict[int, Row] = {}
-        self._ready: dict[int, Row] = {}
-        self._paused: dict[int, Row] = {}
-        self._vitals = Vitals(num_blocks=limits.capacity.num_blocks, free_blocks=limits.capacity.num_blocks)
+        self._rows: dict[int, TrtllmSequence] = {}
+        self._jobs: dict[int, TrtllmSequence] = {}
+        self._ready: dict[int, TrtllmSequence] = {}
+        self._paused: dict[int, TrtllmSequence] = {}
+        self._vitals = RuntimeVitals(num_blocks=limits.capacity.num_blocks, free_blocks=limits.capacity.num_blocks)
         self._vitals_at = 0.0
         self._progress_at = 0.0
         self._steps = self._prompt_tokens = self._output_tokens = self._preemptions = 0
@@ -211,7 +211,7 @@ class TrtllmEngine:
             assert row.handle or id in self._ready or id in self._paused, "a row waits for nothing"
             assert row.emitted <= len(row.tokens), "more was emitted than is known"
 
-    def _start(self, row: Row) -> None:
+    def _start(self, row: TrtllmSequence) -> None:
         self._prefixes.expect(row.prompt_ids + row.tokens, row.salt)
         if not self._jobs:
             self._progress_at = self._clock()
@@ -219,7 +219,7 @@ class TrtllmEngine:
         row.handle = self._runtime.start(row.job())
         self._jobs[row.handle] = row
 
-    def _stop(self, row: Row) -> None:
+    def _stop(self, row: TrtllmSequence) -> None:
         """End its job, if one runs."""
         if row.handle:
             del self._jobs[row.handle]
@@ -238,7 +238,7 @@ class TrtllmEngine:
             self._stop(row)
         self._ready[row.id] = row
 
-    def _settle(self, row: Row) -> None:
+    def _settle(self, row: TrtllmSequence) -> None:
         """Where a row belongs after it has emitted what it could."""
         if row.end is not None and row.emitted == len(row.tokens):
             del self._rows[row.id]

@@ -17,7 +17,7 @@ from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound, R
 REMOVE_S = 60.0
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class CatalogueEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One folder of the catalogue; ``error`` says what is wrong where ``engine`` is None."""
 
     name: str
@@ -30,18 +30,18 @@ def folder(cache: Path) -> Path:
     return cache / "engines"
 
 
-def entries(cache: Path) -> list[Entry]:
+def entries(cache: Path) -> list[CatalogueEntry]:
     """Every engine, by name; damaged ones too."""
     home = folder(cache)
     paths = sorted(path for path in home.iterdir() if is_engine_dir(path) and not path.name.startswith(".")) if home.is_dir() else []
     return [_entry(path) for path in paths]
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path) -> CatalogueEntry:
     try:
-        return Entry(name=path.name, path=path, engine=read_engine_dir(path))
+        return CatalogueEntry(name=path.name, path=path, engine=read_engine_dir(path))
     except ArtifactError as error:
-        return Entry(name=path.name, path=path, engine=None, error=str(error))
+        return CatalogueEntry(name=path.name, path=path, engine=None, error=str(error))
 
 
 def find(cache: Path, name: str) -> Path:

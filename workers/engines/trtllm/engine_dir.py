@@ -23,7 +23,7 @@ FORMAT = 1
 AGAIN = "run `trireme build` again on its checkpoint"
 
 
-class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU of a node. ``capability``: compute capability as NVIDIA writes it (``9.0``). Memory in bytes."""
 
     index: int
@@ -34,7 +34,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     driver: str = ""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class BuildRecord(msgspec.Struct, frozen=True, kw_only=True):
     """``trireme.json``: where an engine came from.
 
     ``key``: name in the catalogue. ``checkpoint_sha256``: of the checkpoint's manifest, which holds the hashes of all its files.
@@ -50,7 +50,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     command: tuple[str, ...]
     versions: dict[str, str]
-    gpu: Gpu
+    gpu: GpuFacts
     began: float
     seconds: float
     files: dict[str, FileRecord]
@@ -80,7 +80,7 @@ class EngineDir(msgspec.Struct, frozen=True, kw_only=True):
     paged_context_fmha: bool
     eos_ids: tuple[int, ...]
     tokenizer_dir: Path | None
-    record: Record | None
+    record: BuildRecord | None
 
     def engine_file(self, rank: int) -> Path:
         return self.path / engine_name(rank)
@@ -192,10 +192,10 @@ def read_engine_dir(path: str | Path) -> EngineDir:
     )
 
 
-def _read_record(path: Path) -> Record | None:
+def _read_record(path: Path) -> BuildRecord | None:
     if not (path / RECORD).is_file():
         return None
-    record = decode(path / RECORD, Record)
+    record = decode(path / RECORD, BuildRecord)
     if record.format != FORMAT:
         raise ArtifactError(f"{path / RECORD} has format {record.format}", f"this version reads {FORMAT}", AGAIN)
     if CONFIG not in record.files or hash_file(path / CONFIG) != record.files[CONFIG]:
@@ -203,7 +203,7 @@ def _read_record(path: Path) -> Record | None:
     return record
 
 
-def _check_files(path: Path, parallel: Parallel, record: Record | None) -> None:
+def _check_files(path: Path, parallel: Parallel, record: BuildRecord | None) -> None:
     """One engine a rank, none besides, each as large as when it was built."""
     wanted, found = {engine_name(rank) for rank in range(parallel.world)}, {file.name for file in path.glob("rank*.engine")}
     layout = f"tp={parallel.tp} pp={parallel.pp}"

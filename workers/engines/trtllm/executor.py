@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workers.engines.trtllm.engine import Vitals
+from workers.engines.trtllm.engine import RuntimeVitals
 from workers.engines.trtllm.engine_dir import EngineDir
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
 from workers.engines.trtllm.rank_liveness import Beat, Listener
@@ -49,7 +49,7 @@ class ExecutorRuntime:
         self._prefixes, self._listener = prefixes, listener
         self._events: trt.kv_cache.KVCacheEventManager | None = executor.get_kv_cache_event_manager()
         self._last_event = -1
-        self._vitals = Vitals()
+        self._vitals = RuntimeVitals()
         #: Tokens so far of the jobs whose log-probabilities are asked for.
         self._scored: dict[int, int] = {}
 
@@ -73,7 +73,7 @@ class ExecutorRuntime:
             raise EngineFault("TensorRT-LLM failed", _line(error), "the replica is replaced whole") from None
         return [self._delta(response) for response in responses]
 
-    def vitals(self) -> Vitals:
+    def vitals(self) -> RuntimeVitals:
         if self._listener is not None:
             self._listener.check()
         for stats in self._executor.get_latest_iteration_stats():
@@ -131,7 +131,7 @@ class ExecutorFollower:
             self._executor.shutdown()
 
 
-def vitals_of(stats: trt.IterationStats, before: Vitals) -> Vitals:
+def vitals_of(stats: trt.IterationStats, before: RuntimeVitals) -> RuntimeVitals:
     """One iteration's statistics; what it leaves out is kept from ``before``."""
     batch, cache = stats.inflight_batching_stats, stats.kv_cache_stats
     scheduled = batch.num_scheduled_requests if batch is not None else stats.num_active_requests

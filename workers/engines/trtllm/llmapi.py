@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workers.artifacts.artifact import Artifact
-from workers.engines.trtllm.engine import Vitals
+from workers.engines.trtllm.engine import RuntimeVitals
 from workers.engines.trtllm.executor import regex_of, shut_down
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
 from workers.engines.trtllm.rank_liveness import Beat, Listener
@@ -48,7 +48,7 @@ class LlmRuntime:
         self._llm, self._prefixes, self._listener = llm, prefixes, listener
         self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._vitals = Vitals()
+        self._vitals = RuntimeVitals()
         self._last_event = -1
         self._handles = 0
         self._over = threading.Event()
@@ -76,7 +76,7 @@ class LlmRuntime:
         except queue.Empty:
             return found
 
-    def vitals(self) -> Vitals:
+    def vitals(self) -> RuntimeVitals:
         if self._listener is not None:
             self._listener.check()
         while not self._news.empty():
@@ -154,12 +154,12 @@ def _id_of(token: Any) -> int:
     return int(token["token_id"]) if isinstance(token, dict) else int(token)
 
 
-def vitals_of(stats: dict[str, Any], before: Vitals) -> Vitals:
+def vitals_of(stats: dict[str, Any], before: RuntimeVitals) -> RuntimeVitals:
     """One iteration's statistics as JSON, of which every key may be missing."""
     batch, cache = stats.get("inflightBatchingStats") or {}, stats.get("kvCacheStats") or {}
     active = stats.get("numActiveRequests", 0)
     scheduled = batch.get("numScheduledRequests", active)
-    return Vitals(
+    return RuntimeVitals(
         iteration=stats.get("iter", before.iteration + 1),
         step_ms=stats.get("iterLatencyMS", before.step_ms),
         running=scheduled,
@@ -267,7 +267,7 @@ def longest(spec: ReplicaSpec, artifact: Artifact) -> int:
     return min(spec.engine.max_seq_len or artifact.model.max_position, artifact.model.max_position)
 
 
-def block_size(spec: ReplicaSpec, vitals: Vitals) -> int:
+def block_size(spec: ReplicaSpec, vitals: RuntimeVitals) -> int:
     """Tokens of a cache block. Raises :class:`EngineFault` where they are not what was asked for: prefixes would be told wrongly."""
     asked = spec.engine.trtllm.llm_kv_cache.tokens_per_block
     if vitals.block_size not in (0, asked):

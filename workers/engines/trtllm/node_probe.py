@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from workers.engines.trtllm.engine_dir import Gpu
+from workers.engines.trtllm.engine_dir import GpuFacts
 from workers.protocol.errors import EnvironmentFault
 
 LOOK_S = 30.0
@@ -35,7 +35,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     ``nccl``: the NCCL distributions that tensorrt_llm asks for. ``mpi``: family that its libraries are linked against; empty = not told.
     """
 
-    gpus: tuple[Gpu, ...] | None
+    gpus: tuple[GpuFacts, ...] | None
     versions: dict[str, str]
     nccl: tuple[str, ...] = ()
     mpi: str = ""
@@ -63,7 +63,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def gpus(path: str, visible: str | None) -> tuple[Gpu, ...] | None:
+def gpus(path: str, visible: str | None) -> tuple[GpuFacts, ...] | None:
     """The GPUs that processes here may use, in the order in which CUDA numbers them; None without nvidia-smi, and for slices of GPUs (MIG),
     which its table does not list."""
     program = shutil.which("nvidia-smi", path=path)
@@ -85,20 +85,20 @@ def gpus(path: str, visible: str | None) -> tuple[Gpu, ...] | None:
     return _visible([(row[1], _gpu(row)) for row in rows], visible)
 
 
-def _gpu(row: list[str]) -> Gpu:
+def _gpu(row: list[str]) -> GpuFacts:
     """Raises :class:`EnvironmentFault` for a row that is not one (a GPU that has fallen off the bus answers with words)."""
     try:
         index, _, name, capability, total, free, driver = row
-        return Gpu(index=int(index), name=name, capability=capability, memory=int(total) * MIB, free=int(free) * MIB, driver=driver)
+        return GpuFacts(index=int(index), name=name, capability=capability, memory=int(total) * MIB, free=int(free) * MIB, driver=driver)
     except ValueError:
         raise EnvironmentFault("nvidia-smi tells of a GPU in an unknown way", ", ".join(row)[:200], "look at that GPU") from None
 
 
-def _visible(found: list[tuple[str, Gpu]], visible: str | None) -> tuple[Gpu, ...]:
+def _visible(found: list[tuple[str, GpuFacts]], visible: str | None) -> tuple[GpuFacts, ...]:
     """``CUDA_VISIBLE_DEVICES``: numbers or identities, in their order; CUDA stops at the first name that it does not know."""
     if visible is None:
         return tuple(gpu for _, gpu in found)
-    chosen: list[Gpu] = []
+    chosen: list[GpuFacts] = []
     for word in (word.strip() for word in visible.split(",")):
         match = [gpu for uuid, gpu in found if (word.isdigit() and gpu.index == int(word)) or (word and uuid.startswith(word))]
         if len(match) != 1:

@@ -22,7 +22,7 @@ GIB = 1 << 30
 INSTALL = "pip install tensorrt_llm from NVIDIA's index, or run in the image of deploy/docker"
 
 
-class Place(msgspec.Struct, frozen=True, kw_only=True):
+class GangPlace(msgspec.Struct, frozen=True, kw_only=True):
     """Where a gang goes: ``ranks[i]`` consecutive ranks on node i; ``node`` is the one looked at. ``mpi``: family of its mpiexec."""
 
     ranks: tuple[int, ...]
@@ -45,7 +45,7 @@ def check_rank(engine: EngineDir, spec: ReplicaSpec, *, installed: str) -> None:
 
 
 def faults(
-    engine: EngineDir | None, parallel: Parallel, limits: EngineSpec | None, facts: NodeFacts, place: Place | None
+    engine: EngineDir | None, parallel: Parallel, limits: EngineSpec | None, facts: NodeFacts, place: GangPlace | None
 ) -> list[TriremeError]:
     """Everything that speaks against a launch, the root causes first. ``engine`` None: a model that TensorRT-LLM loads without a build.
 
@@ -85,7 +85,7 @@ def engine_faults(engine: EngineDir, parallel: Parallel, limits: EngineSpec | No
             yield ConfigError(f"{name}: {asked} is more than {path.name} can do", why, f"set {name}: {most} or less, or build it larger")
 
 
-def library_faults(facts: NodeFacts, place: Place | None) -> Iterator[TriremeError]:
+def library_faults(facts: NodeFacts, place: GangPlace | None) -> Iterator[TriremeError]:
     """One NCCL and one MPI a process, and those that TensorRT-LLM was linked against."""
     nccl = [name for name in facts.versions if name.startswith("nvidia-nccl")]
     if len(nccl) > 1:
@@ -102,7 +102,7 @@ def library_faults(facts: NodeFacts, place: Place | None) -> Iterator[TriremeErr
         )
 
 
-def gpu_faults(engine: EngineDir | None, facts: NodeFacts, place: Place | None) -> Iterator[TriremeError]:
+def gpu_faults(engine: EngineDir | None, facts: NodeFacts, place: GangPlace | None) -> Iterator[TriremeError]:
     """The GPUs of this node against the ranks that go there, and against the GPU that the engine was built on."""
     gpus = facts.gpus or ()
     ranks = place.here() if place is not None else range(0)

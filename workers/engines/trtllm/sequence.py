@@ -46,7 +46,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     error: str = ""
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class TrtllmLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What a row may ask of a backend. ``max_input_len``: longest input of one job, tokens."""
 
     capacity: Capacity
@@ -55,7 +55,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class TrtllmSequence:
     """A live request. ``tokens``: all known output, the journal that came with Submit first; ``emitted`` of them were given out.
     ``handle``: the running job, 0 = none; ``begun``: len(tokens) when it began. ``end``: how the row ends once all is emitted."""
 
@@ -150,7 +150,7 @@ class Row:
         return Finish(reason, usage, stop_id)
 
 
-def make_row(id: int, request: Submit, limits: Limits) -> Row:
+def make_row(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSequence:
     """The row of a request.
 
     Raises TooLong, Rejected or Unsupported for what TensorRT-LLM cannot do at all, and EngineFault for what it cannot *continue*: a grammar
@@ -169,7 +169,7 @@ def make_row(id: int, request: Submit, limits: Limits) -> Row:
         raise TooLong(what, why, "shorten the prompt, or build the engine with use_paged_context_fmha", param="prompt")
     if params.guide is not None and request.emitted and not spent:
         raise EngineFault("TensorRT-LLM cannot go on with a guided answer", "a grammar can only be followed from its start", "ask again")
-    row = Row(
+    row = TrtllmSequence(
         id=id,
         prompt_ids=request.prompt_ids,
         params=params,
@@ -184,7 +184,7 @@ def make_row(id: int, request: Submit, limits: Limits) -> Row:
     return row
 
 
-def _refuse_unsupported(params: SamplingParams, limits: Limits) -> None:
+def _refuse_unsupported(params: SamplingParams, limits: TrtllmLimits) -> None:
     if params.prompt_logprobs is not None:
         raise Unsupported("prompt_logprobs is not offered by the TensorRT-LLM engine", param="prompt_logprobs")
     if params.guide is None:

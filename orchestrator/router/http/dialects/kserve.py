@@ -20,16 +20,16 @@ from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.router.frontend import preprocess as preparing
 from orchestrator.router.frontend import schema as bodies
-from orchestrator.router.frontend.detokenizer import TextModel, Texts, TextSink
-from orchestrator.router.frontend.schema import CompletionRequest
+from orchestrator.router.frontend.detokenizer import TextModel, TextModels, TextSink
+from orchestrator.router.frontend.schema import CompletionBody
 from orchestrator.router.http import event_stream
 from orchestrator.router.http.authentication import tenant_of
 from orchestrator.router.http.dialects import kserve_tensors
-from orchestrator.router.http.dialects.kserve_tensors import Asked
+from orchestrator.router.http.dialects.kserve_tensors import TensorRequest
 from orchestrator.router.http.dialects.openai import clamp, encode, event
-from orchestrator.router.http.in_flight import Exchange
+from orchestrator.router.http.in_flight import HttpExchange
 from orchestrator.router.http.middleware import affinity, read_body
-from orchestrator.router.http.response import Answer, json_response
+from orchestrator.router.http.response import GenerateResponse, json_response
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
 from workers import __version__
@@ -54,10 +54,10 @@ def error_body(error: TriremeError) -> dict[str, str]:
     return {"error": printable(str(error))}
 
 
-class KServeDoor:
+class KServeApi:
     """The routes below ``/v2``. Its methods are the endpoints."""
 
-    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, salting: Salting) -> None:
+    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: TextModels, metrics: Metrics, salting: Salting) -> None:
         self._dispatcher, self._texts, self._metrics, self._salting = dispatcher, texts, metrics, salting
         self._admission = spec.admission
         self._max_body = (spec.http or HttpSpec()).max_body_bytes
@@ -156,10 +156,10 @@ class KServeDoor:
             raise Rejected("binary tensors are not taken", "", "send their data as JSON (binary_data=False)")
         return await preparing.decode(body, self._texts), http.path_params["name"], self._metrics.ignored_fields
 
-    async def _answer(self, http: Request, asked: Asked, form: Form) -> Answer:
+    async def _answer(self, http: Request, asked: TensorRequest, form: Form) -> GenerateResponse:
         try:
-            request = bodies.check(asked.fields, CompletionRequest)
-            caller = preparing.Caller(
+            request = bodies.check(asked.fields, CompletionBody)
+            caller = preparing.CallerContext(
                 client="http",
                 request=f"infer-{uuid.uuid4().hex}",
                 tenant=tenant_of(http),
@@ -171,14 +171,14 @@ class KServeDoor:
             )
         except Rejected as error:
             raise asked.respell(error) from None
-        return Answer(Exchange(prepared), _Speech(asked, request, form), self._dispatcher, self._metrics)
+        return GenerateResponse(HttpExchange(prepared), _Speech(asked, request, form), self._dispatcher, self._metrics)
 
     def _resolve(self, http: Request) -> TextModel:
         _check_version(http)
         return preparing.resolve(http.path_params["name"], self._texts, tenant_of(http))
 
 
-class _Row:
+class _KServeChoice:
     """One prompt's answer: what was not told yet, and the sum of its logprobs so far."""
 
     def __init__(self, echo: str) -> None:
@@ -202,7 +202,7 @@ class _Row:
 class _Sink:
     """Fills the row of one ask. ``tell`` hears of everything new: (output tokens so far, whether this was the end)."""
 
-    def __init__(self, exchange: Exchange, index: int, row: _Row, tell: Callable[[int, bool], None]) -> None:
+    def __init__(self, exchange: HttpExchange, index: int, row: _KServeChoice, tell: Callable[[int, bool], None]) -> None:
         self._exchange, self._index, self._row, self._tell = exchange, index, row, tell
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
@@ -226,12 +226,12 @@ class _Sink:
 class _Speech:
     """These doors' :class:`~orchestrator.router.http.response.Dialect`."""
 
-    def __init__(self, asked: Asked, request: CompletionRequest, form: Form) -> None:
+    def __init__(self, asked: TensorRequest, request: CompletionBody, form: Form) -> None:
         self.streamed = form in ("events", "event")
         self._asked, self._request, self._form = asked, request, form
         self._head = {"model_name": request.model, "model_version": VERSION, **({"id": asked.id} if asked.id else {})}
 
-    def events(self, exchange: Exchange, abort: Callable[[], None]) -> tuple[event_stream.EventStream, list[TextSink]]:
+    def events(self, exchange: HttpExchange, abort: Callable[[], None]) -> tuple[event_stream.EventStream, list[TextSink]]:
         stream = event_stream.EventStream(exchange, self, window=event_stream.window(self._request), abort=abort)
         row = self._rows()[0]
         begun = False
@@ -249,7 +249,7 @@ class _Speech:
 
         return stream, [_Sink(exchange, 0, row, tell)]
 
-    def whole(self, exchange: Exchange) -> tuple[list[TextSink], Callable[[], bytes]]:
+    def whole(self, exchange: HttpExchange) -> tuple[list[TextSink], Callable[[], bytes]]:
         rows = self._rows()
 
         def body() -> bytes:
@@ -266,15 +266,15 @@ class _Speech:
     def broken(self, error: TriremeError) -> bytes:
         return event(error_body(error))
 
-    def _rows(self) -> list[_Row]:
-        return [_Row(prompt if self._asked.echo and isinstance(prompt, str) else "") for prompt in self._request.prompts()]
+    def _rows(self) -> list[_KServeChoice]:
+        return [_KServeChoice(prompt if self._asked.echo and isinstance(prompt, str) else "") for prompt in self._request.prompts()]
 
     def _generated(self, text: str, logprobs: list[float], total: float) -> dict[str, Any]:
         """The object of ``generate``, and of each event of a stream."""
         values: dict[str, Any] = {"text_output": text, "cum_log_probs": total, "output_log_probs": logprobs}
         return self._head | {name: values[name] for name in self._asked.outputs}
 
-    def _inferred(self, rows: list[_Row]) -> dict[str, Any]:
+    def _inferred(self, rows: list[_KServeChoice]) -> dict[str, Any]:
         taken = [row.take() for row in rows]
         longest = max(len(logprobs) for _, logprobs in taken)
         # Rows of a tensor have one length: zeros stand for what a shorter one lacks, as in TensorRT-LLM's answers.

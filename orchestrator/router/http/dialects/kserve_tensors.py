@@ -90,7 +90,7 @@ _PROTOCOL = frozenset(("binary_data_output", "sequence_id", "sequence_start", "s
 _GUIDES = {"json_schema": "guided_json", "regex": "guided_regex", "ebnf_grammar": "guided_grammar"}
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class TensorRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request in the completions endpoint's words. ``spelled``: field -> the caller's name of it. ``stream`` None: not said.
     ``echo``: the prompt belongs to the answer. ``outputs``: tensors wanted, in order."""
 
@@ -136,7 +136,7 @@ class _GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     parameters: dict[str, Any] = {}
 
 
-def read_generate(fields: dict[str, Any], model: str, on_unknown: Callable[[int], None]) -> Asked:
+def read_generate(fields: dict[str, Any], model: str, on_unknown: Callable[[int], None]) -> TensorRequest:
     """A body of ``generate`` or ``generate_stream``; parameters may also stand beside ``text_input``. Raises Rejected."""
     body = convert(fields, _GenerateBody)
     beside = {name: value for name, value in fields.items() if name not in ("text_input", "id", "parameters")}
@@ -148,7 +148,7 @@ def read_generate(fields: dict[str, Any], model: str, on_unknown: Callable[[int]
     return _ask({"text_input": body.text_input, **named}, model, body.id, ())
 
 
-def read_infer(fields: dict[str, Any], model: str, on_unknown: Callable[[int], None]) -> Asked:
+def read_infer(fields: dict[str, Any], model: str, on_unknown: Callable[[int], None]) -> TensorRequest:
     """A body of ``infer``: JSON tensors, the rows of ``text_input`` being one prompt each. Raises Rejected."""
     body = convert(fields, _InferBody)
     if len(body.inputs) > _MAX_TENSORS:
@@ -242,7 +242,7 @@ def _flat(tensor: _Tensor) -> list[Any]:
     return flat
 
 
-def _ask(named: dict[str, Any], model: str, id: str, wanted: tuple[str, ...]) -> Asked:
+def _ask(named: dict[str, Any], model: str, id: str, wanted: tuple[str, ...]) -> TensorRequest:
     if len(id) > MAX_NAME or not id.isprintable():
         refuse("id", f"an id has at most {MAX_NAME} printable characters")
     fields: dict[str, Any] = {"model": model}
@@ -260,7 +260,7 @@ def _ask(named: dict[str, Any], model: str, id: str, wanted: tuple[str, ...]) ->
     log_probs = bool(named.get("return_log_probs"))
     if log_probs or any(name != "text_output" for name in wanted):
         fields["logprobs"] = 0
-    return Asked(
+    return TensorRequest(
         fields=fields,
         spelled=spelled,
         id=id,

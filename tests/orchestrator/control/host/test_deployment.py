@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from orchestrator.config.deployment_file import Config, load
-from orchestrator.control.host.control_socket import Control, Order, Status
+from orchestrator.control.host.control_socket import ControlClient, ControlCommand, DeploymentStatus
 from orchestrator.control.host.deployment import Deployment, Notice, connect
 from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.support.figures import figure
@@ -42,7 +42,7 @@ def config(home: Path, **more: Any) -> Config:
     return load(tree | more).config
 
 
-def until(control: Control, condition: Callable[[Status], bool]) -> Status:
+def until(control: ControlClient, condition: Callable[[DeploymentStatus], bool]) -> DeploymentStatus:
     deadline = time.monotonic() + BOUND_S
     while not condition(status := control.status()):
         assert time.monotonic() < deadline, status
@@ -93,10 +93,10 @@ class Host:
 
 
 @pytest.fixture
-def start(home: Path) -> Iterator[Callable[[Config], Control]]:
+def start(home: Path) -> Iterator[Callable[[Config], ControlClient]]:
     hosts: list[Host] = []
 
-    def begin(config: Config) -> Control:
+    def begin(config: Config) -> ControlClient:
         hosts.append(Host(config))
         return hosts[-1].control
 
@@ -106,17 +106,17 @@ def start(home: Path) -> Iterator[Callable[[Config], Control]]:
 
 
 @pytest.fixture
-def running(home: Path) -> Iterator[tuple[Control, list[Notice]]]:
+def running(home: Path) -> Iterator[tuple[ControlClient, list[Notice]]]:
     host = Host(config(home))
     yield host.control, host.notices
     host.close()
 
 
-def everything(status: Status) -> list[int]:
+def everything(status: DeploymentStatus) -> list[int]:
     return [status.pid, *status.routers.values(), *(pid for model in status.models for row in model.rows for _, _, pid in row.pids)]
 
 
-def test_up_faults_drain_down(running: tuple[Control, list[Notice]]) -> None:
+def test_up_faults_drain_down(running: tuple[ControlClient, list[Notice]]) -> None:
     control, notices = running
     status = control.status()
     assert status.state == "READY" and status.url.startswith("http://127.0.0.1:") and status.rpc[0].endpoint.startswith("ipc://")
@@ -152,7 +152,7 @@ def test_up_faults_drain_down(running: tuple[Control, list[Notice]]) -> None:
         control.status()
 
 
-def test_a_second_up_names_the_holder_and_harms_nothing(running: tuple[Control, list[Notice]], home: Path) -> None:
+def test_a_second_up_names_the_holder_and_harms_nothing(running: tuple[ControlClient, list[Notice]], home: Path) -> None:
     control, _ = running
     before = control.status()
     begun = time.monotonic()
@@ -163,7 +163,7 @@ def test_a_second_up_names_the_holder_and_harms_nothing(running: tuple[Control, 
     assert everything(control.status()) == everything(before)
 
 
-def test_a_stopped_rank_is_found_by_the_routers_and_replaced(home: Path, start: Callable[[Config], Control]) -> None:
+def test_a_stopped_rank_is_found_by_the_routers_and_replaced(home: Path, start: Callable[[Config], ControlClient]) -> None:
     control = start(config(home, hang_floor_s=1.0, replica_timeout_s=1.0))
     try:
         first = control.status().models[0].rows[0]
@@ -175,7 +175,7 @@ def test_a_stopped_rank_is_found_by_the_routers_and_replaced(home: Path, start: 
         control.down(now=True)
 
 
-def test_sigkill_of_the_host_leaves_nothing_and_the_next_up_takes_over(home: Path, start: Callable[[Config], Control]) -> None:
+def test_sigkill_of_the_host_leaves_nothing_and_the_next_up_takes_over(home: Path, start: Callable[[Config], ControlClient]) -> None:
     control = start(config(home))
     last = control.status()
     os.kill(last.pid, signal.SIGKILL)
@@ -188,7 +188,7 @@ def test_sigkill_of_the_host_leaves_nothing_and_the_next_up_takes_over(home: Pat
     again.down()
 
 
-def test_a_second_signal_does_not_wait_for_what_hangs(home: Path, start: Callable[[Config], Control]) -> None:
+def test_a_second_signal_does_not_wait_for_what_hangs(home: Path, start: Callable[[Config], ControlClient]) -> None:
     control = start(config(home, drain_grace_s=60, hang_floor_s=120, replica_timeout_s=120))
     last = control.status()
     os.kill(last.models[0].rows[0].pids[0][2], signal.SIGSTOP)
@@ -217,7 +217,7 @@ def test_a_model_that_is_not_there(home: Path) -> None:
         connect("t", home / "run").status()
 
 
-def test_the_control_socket_is_private_and_refuses_nonsense(running: tuple[Control, list[Notice]], home: Path) -> None:
+def test_the_control_socket_is_private_and_refuses_nonsense(running: tuple[ControlClient, list[Notice]], home: Path) -> None:
     control, _ = running
     path = home / "run" / "t" / "control.sock"
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
@@ -227,10 +227,10 @@ def test_the_control_socket_is_private_and_refuses_nonsense(running: tuple[Contr
             raw.connect(str(path))
             raw.sendall(line)
             assert msgspec.json.decode(raw.recv(65536))["code"] == "invalid_request"
-    assert control._order(Order(do="status")).status is not None
+    assert control._order(ControlCommand(do="status")).status is not None
 
 
-def test_no_secret_is_on_a_command_line(running: tuple[Control, list[Notice]], home: Path) -> None:
+def test_no_secret_is_on_a_command_line(running: tuple[ControlClient, list[Notice]], home: Path) -> None:
     control, _ = running
     secrets = [msgspec.json.decode(path.read_bytes())["secret"] for path in (home / "run" / "t" / "keys").glob("*-*.json")]
     assert secrets

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from orchestrator.auth.curve_acl import Gate
-from orchestrator.auth.keyring import KeyRing, Pass, read_pass
+from orchestrator.auth.curve_acl import CurveAcl
+from orchestrator.auth.keyring import JoinPass, KeyRing, read_pass
 from orchestrator.client import Client, ClientKeys
 from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.host import desired_state, external_routers, join_file
@@ -42,7 +42,7 @@ def test_a_pass_holds_for_a_family_of_names_and_its_models(tmp_path: Path) -> No
     path = ring.admit_replicas("slurm", ["m"])
     held = read_pass(path)
     assert path.stat().st_mode & 0o777 == 0o600 and (held.name, held.models) == ("slurm", ("m",))
-    gate = Gate(ring.grants())
+    gate = CurveAcl(ring.grants())
     replica, client = held.replica.public, held.client.public
     assert gate.may_be(replica, "slurm/job-1/a", "m") and not gate.may_be(replica, "slurm/job-1/a", "n")
     for name in ("a", "slurm", "slurmer/job/a", "other/slurm/a", ""):
@@ -59,9 +59,9 @@ def test_passes_outlast_the_deployments_own_list_until_they_are_taken_back(tmp_p
     ring.admit_client("slurm", [])
     after = read_pass(ring.admit_replicas("slurm", ["m", "n"]))
     assert after.replica == before.replica and after.models == ("m", "n"), "jobs that run keep their keys"
-    assert Gate(ring.grants()).may_be(before.replica.public, "slurm/x/a", "n")
+    assert CurveAcl(ring.grants()).may_be(before.replica.public, "slurm/x/a", "n")
     ring.remove_pass("slurm")
-    gate = Gate(ring.grants())
+    gate = CurveAcl(ring.grants())
     assert not gate.admits(before.replica.public, "replica") and not gate.admits(before.client.public, "client")
     assert gate.admits(ring.pair("client", "slurm").public, "client"), "a client of the same name is another one"
     assert not ring.path("pass", "slurm").exists()
@@ -83,7 +83,7 @@ def write(folder: Path, bound: tuple[str, ...] | None = None, **changes: Any) ->
     file = JoinFile(protocol=PROTOCOL, name="front", routers=(address,), rpc=(address,), models={"m": ""})
     (folder / "join.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(file, **changes)))
     server = ring.pair("router", "all").public
-    made = Pass(name="slurm", server=server, models=bound, replica=ring.pair("replica", "x"), client=ring.pair("client", "x"))
+    made = JoinPass(name="slurm", server=server, models=bound, replica=ring.pair("replica", "x"), client=ring.pair("client", "x"))
     (folder / "pass.json").write_bytes(msgspec.json.encode(made))
     (folder / "pass.json").chmod(0o600)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.deployment_file import Resolved, load
-from orchestrator.control.host.control_socket import UpdateOrder
+from orchestrator.control.host.control_socket import UpdateCommand
 from orchestrator.control.host.update import merge, prepare
 from tests.support.tiny_models import tiny_tokenizer
 from workers.artifacts.convert import silent
@@ -21,8 +21,8 @@ def resolved(**more: Any) -> Resolved:
     return load(TREE | more)
 
 
-def order(wanted: Resolved) -> UpdateOrder:
-    return UpdateOrder(config=wanted.config, said=tuple(wanted.sources))
+def order(wanted: Resolved) -> UpdateCommand:
+    return UpdateCommand(config=wanted.config, said=tuple(wanted.sources))
 
 
 def model(**more: Any) -> dict[str, Any]:

@@ -16,15 +16,15 @@ import pytest
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import KEPT_EPOCHS, GangSpec, mint_epoch, prepare, write_private
 from orchestrator.control.launch.local_launcher import LocalLauncher
-from orchestrator.control.launch.subprocesses import TAG, Child, alive, tagged
-from orchestrator.control.launch.supervisor import Gang, LocalNode
+from orchestrator.control.launch.subprocesses import TAG, ChildProcess, alive, tagged
+from orchestrator.control.launch.supervisor import GangProcess, LocalNode
 from orchestrator.control.reconciler import GangPhase, GangStatus
 from workers.protocol.errors import EnvironmentFault
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parents[4]
-MPICH = mpiexec.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="mpich")
-OPENMPI = mpiexec.Mpi(mpiexec="/opt/mpi/bin/mpiexec", family="openmpi")
+MPICH = mpiexec.MpiInstall(mpiexec="/opt/mpi/bin/mpiexec", family="mpich")
+OPENMPI = mpiexec.MpiInstall(mpiexec="/opt/mpi/bin/mpiexec", family="openmpi")
 BOUND_S = 120.0
 
 
@@ -160,7 +160,7 @@ def test_a_wrong_spec_fails_with_the_replicas_own_words(tmp_path: Path) -> None:
 
 
 def test_a_missing_program_is_a_failed_gang(tmp_path: Path) -> None:
-    gang = Gang(spec(tmp_path), mint_epoch(), [LocalNode(3)], mpi=mpiexec.Mpi(mpiexec="/no/mpiexec", family="mpich"), env={})
+    gang = GangProcess(spec(tmp_path), mint_epoch(), [LocalNode(3)], mpi=mpiexec.MpiInstall(mpiexec="/no/mpiexec", family="mpich"), env={})
     gang.start()
     status = gang.status()
     assert status.phase == "failed" and "/no/mpiexec" in status.cause and gang.kill() == []
@@ -189,17 +189,17 @@ def test_spec_hash_changes_with_anything_but_the_epoch(tmp_path: Path) -> None:
 def test_a_child_dies_with_the_thread_that_keeps_it_and_reports_its_end() -> None:
     lines: list[str] = []
     codes: list[int] = []
-    child = Child(["/bin/sh", "-c", "echo one; echo two; exit 7"], env=env(), on_line=lines.append, on_exit=codes.append)
+    child = ChildProcess(["/bin/sh", "-c", "echo one; echo two; exit 7"], env=env(), on_line=lines.append, on_exit=codes.append)
     assert child.wait(10.0) == 7
     until(lambda: codes == [7])
     assert lines == ["one", "two"]
-    sleeper = Child(["/bin/sleep", "60"], env=env() | {TAG: "t/child/1"})
+    sleeper = ChildProcess(["/bin/sleep", "60"], env=env() | {TAG: "t/child/1"})
     assert tagged("t/child/1") == [sleeper.pid] and os.getsid(sleeper.pid) == sleeper.pid and alive(sleeper.pid)
     sleeper.signal(signal.SIGKILL)
     assert sleeper.wait(10.0) == -signal.SIGKILL and not alive(sleeper.pid)
 
 
-HOSTS = [mpiexec.Host(address="10.0.0.1", ranks=2), mpiexec.Host(address="10.0.0.2", ranks=1)]
+HOSTS = [mpiexec.MpiHost(address="10.0.0.1", ranks=2), mpiexec.MpiHost(address="10.0.0.2", ranks=1)]
 
 
 def test_argv() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.router.core.replica_registry import KEPT_LOST_S, Fleet, Joined, Refused, Replica
+from orchestrator.router.core.replica_registry import KEPT_LOST_S, HelloAccepted, HelloRefused, Replica, ReplicaRegistry
 from workers.protocol.messages import Capacity, Heartbeat, Hello
 
 CAPACITY = Capacity(block_size=16, num_blocks=8, max_batch_size=4, max_num_tokens=64, max_seq_len=512, vocab_size=320, tp=1, pp=1)
@@ -22,26 +22,26 @@ def beat(**change: Any) -> Heartbeat:
     return msgspec.structs.replace(base, **change)
 
 
-def fleet() -> tuple[Fleet, Replica]:
-    table = Fleet(replica_timeout_s=2.0, hang_floor_s=10.0)
+def fleet() -> tuple[ReplicaRegistry, Replica]:
+    table = ReplicaRegistry(replica_timeout_s=2.0, hang_floor_s=10.0)
     joined = table.hello(b"p1", "key-a", HELLO, 0.0)
-    assert isinstance(joined, Joined) and joined.fresh and joined.replaced is None
+    assert isinstance(joined, HelloAccepted) and joined.fresh and joined.replaced is None
     return table, joined.replica
 
 
 def test_the_largest_epoch_of_a_name_is_kept_as_long_as_the_name() -> None:
     table, old = fleet()
     newer = table.hello(b"p2", "key-a", hello(boot="b2", epoch=6), 1.0)
-    assert isinstance(newer, Joined) and newer.replaced is old
+    assert isinstance(newer, HelloAccepted) and newer.replaced is old
     table.lose(newer.replica, "gone", 2.0)
-    assert table.hello(b"p3", "key-a", HELLO, 3.0) == Refused("stale")
+    assert table.hello(b"p3", "key-a", HELLO, 3.0) == HelloRefused("stale")
     assert table.speaker(b"p1", "key-a", "b1") == (None, False), "the fenced process is heard no more"
     table.check()
     table.forget(2.0 + KEPT_LOST_S)
     assert list(table.replicas) == ["a"]
     table.forget(2.1 + KEPT_LOST_S)
     assert not table.replicas and table.speaker(b"p2", "key-a", "b2") == (None, False)
-    assert isinstance(table.hello(b"p4", "key-a", hello(boot="b4", epoch=1), 9.0), Joined)
+    assert isinstance(table.hello(b"p4", "key-a", hello(boot="b4", epoch=1), 9.0), HelloAccepted)
     table.forget(9.0 + 2 * KEPT_LOST_S)
     assert list(table.replicas) == ["a"], "who is not lost stays, however long it was silent"
     table.check()
@@ -49,9 +49,9 @@ def test_the_largest_epoch_of_a_name_is_kept_as_long_as_the_name() -> None:
 
 def test_a_live_name_belongs_to_its_key_and_a_process_to_its_name() -> None:
     table, _ = fleet()
-    assert table.hello(b"p2", "key-b", hello(boot="b2", epoch=9), 1.0) == Refused("denied")
-    assert table.hello(b"p1", "key-a", hello(replica="other"), 1.0) == Refused("denied")
-    assert table.hello(b"p2", "key-a", hello(boot="b2", protocol=2, epoch=9), 1.0) == Refused("protocol")
+    assert table.hello(b"p2", "key-b", hello(boot="b2", epoch=9), 1.0) == HelloRefused("denied")
+    assert table.hello(b"p1", "key-a", hello(replica="other"), 1.0) == HelloRefused("denied")
+    assert table.hello(b"p2", "key-a", hello(boot="b2", protocol=2, epoch=9), 1.0) == HelloRefused("protocol")
     assert table.speaker(b"p1", "key-b", "b1") == (None, False), "the address alone proves nothing"
     table.check()
 
@@ -77,14 +77,14 @@ def test_a_silent_reconnect_moves_the_address() -> None:
     assert table.speaker(b"p9", "key-a", "b1") == (replica, True)
     assert table.at(b"p9") is replica and table.at(b"p1") is None
     again = table.hello(b"p10", "key-a", HELLO, 1.0)
-    assert again == Joined(replica, None, False)
+    assert again == HelloAccepted(replica, None, False)
     table.check()
 
 
 def test_an_address_has_one_owner() -> None:
     table, first = fleet()
     second = table.hello(b"p1", "key-b", hello(replica="b", boot="b2"), 1.0)
-    assert isinstance(second, Joined)
+    assert isinstance(second, HelloAccepted)
     assert table.at(b"p1") is second.replica and first.peer == b""
     table.check()
     assert table.speaker(b"p2", "key-a", "b1") == (first, True)

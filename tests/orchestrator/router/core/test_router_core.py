@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.core.prefix_index import PrefixRecord, expected_wait_ms
-from orchestrator.router.core.replica_registry import Fleet
-from orchestrator.router.core.request_state import Action, Deliver, Errored, Finished, Send
-from orchestrator.router.core.router_core import Route
-from orchestrator.router.interfaces import Ask
+from orchestrator.router.core.prefix_index import PrefixIndex, expected_wait_ms
+from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.request_state import Action, DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.interfaces import RouterRequest
 from tests.orchestrator.router.core.test_replica_registry import CAPACITY, HELLO, beat
 from workers.protocol.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
 from workers.protocol.messages import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit, Tokens, Usage
@@ -20,37 +20,37 @@ from workers.protocol.messages import Accepted, Attach, Bye, Cancel, Credit, Don
 ADMISSION = AdmissionSpec(max_queue=2, queue_timeout_s=5.0, request_timeout_s=100.0)
 
 
-def router(**admission: Any) -> Route:
+def router(**admission: Any) -> RouterCore:
     spec = msgspec.structs.replace(ADMISSION, **admission)
-    return Route(Peers(boot="R", router="r"), {"m": "m", "alias": "m"}, spec, Fleet(2.0, 10.0))
+    return RouterCore(Peers(boot="R", router="r"), {"m": "m", "alias": "m"}, spec, ReplicaRegistry(2.0, 10.0))
 
 
-def join(route: Route, name: str, *, epoch: int = 1, rows: int = 4, now: float = 0.0, **change: Any) -> bytes:
+def join(route: RouterCore, name: str, *, epoch: int = 1, rows: int = 4, now: float = 0.0, **change: Any) -> bytes:
     capacity = msgspec.structs.replace(CAPACITY, max_batch_size=rows, num_blocks=1000, **change)
     hello = msgspec.structs.replace(HELLO, replica=name, boot=f"{name}{epoch}", epoch=epoch, capacity=capacity)
     route.hear(name.encode(), "", hello, now)
     return name.encode()
 
 
-def ask(prompt: list[int] | None = None, **change: Any) -> Ask:
-    base = Ask(client="c", request="q", model="m", prompt_ids=prompt or [1, 2, 3], params=SamplingParams(seed=7, max_tokens=8))
+def ask(prompt: list[int] | None = None, **change: Any) -> RouterRequest:
+    base = RouterRequest(client="c", request="q", model="m", prompt_ids=prompt or [1, 2, 3], params=SamplingParams(seed=7, max_tokens=8))
     return msgspec.structs.replace(base, **change)
 
 
 def sent(actions: list[Action], kind: type) -> list[Any]:
-    return [action.message for action in actions if isinstance(action, Send) and isinstance(action.message, kind)]
+    return [action.message for action in actions if isinstance(action, SendMessage) and isinstance(action.message, kind)]
 
 
-def delivered(route: Route) -> list[tuple[int, list[int]]]:
+def delivered(route: RouterCore) -> list[tuple[int, list[int]]]:
     """(first, tokens) of each delivery that waits."""
-    return [(first, tokens) for a in route.take() if isinstance(a, Deliver) for _, _, first, tokens, _ in a.rows]
+    return [(first, tokens) for a in route.take() if isinstance(a, DeliverTokens) for _, _, first, tokens, _ in a.rows]
 
 
 def where(actions: list[Action]) -> list[bytes]:
-    return [action.peer for action in actions if isinstance(action, Send) and isinstance(action.message, Submit)]
+    return [action.peer for action in actions if isinstance(action, SendMessage) and isinstance(action.message, Submit)]
 
 
-def burst(route: Route, count: int) -> list[bytes]:
+def burst(route: RouterCore, count: int) -> list[bytes]:
     """Where ``count`` rows go that have no prefix in common."""
     places = []
     for index in range(count):
@@ -63,7 +63,7 @@ def tokens(boot: str, submit: Submit | Attach, first: int, ids: list[int]) -> To
     return Tokens(boot=boot, streams=[submit.stream], attempts=[submit.attempt], firsts=[first], tokens=[ids])
 
 
-def accept(route: Route, *submits: Submit, place: str) -> None:
+def accept(route: RouterCore, *submits: Submit, place: str) -> None:
     """The replica ``place`` acknowledges what was sent to it."""
     for submit in submits:
         route.hear(place.encode(), "", Accepted(boot=f"{place}1", stream=submit.stream, attempt=submit.attempt), 0.0)
@@ -139,7 +139,7 @@ def test_a_lost_replicas_rows_go_on_elsewhere_before_all_others() -> None:
     assert moved[0].emitted == [10, 11] and moved[0].attempt == 2 and moved[0].params.max_tokens == 8
     route.hear(b"a", "", tokens("a1", submits[0], 2, [99]), 3.1)
     late = route.take()
-    assert not [action for action in late if isinstance(action, Deliver)] and route.counts["stale_tokens"] == 1
+    assert not [action for action in late if isinstance(action, DeliverTokens)] and route.counts["stale_tokens"] == 1
     assert [message.stream for message in sent(late, Cancel)] == [submits[0].stream], "it is told to stop"
     route.check()
 
@@ -155,17 +155,17 @@ def test_a_request_that_outlives_no_replica_is_failed() -> None:
         accept(route, *sent(actions, Submit), place=first.decode())
         route.hear(b"b" if first == b"a" else b"a", "", beat(boot="b1" if first == b"a" else "a1"), now)
         route.unreachable(first, now)
-    (end,) = [action for action in route.take() if isinstance(action, Errored)]
+    (end,) = [action for action in route.take() if isinstance(action, FailChoice)]
     assert isinstance(end.error, ReplicaLost) and end.error.code == "replica_limit"
     route.check()
 
 
-def run_on(route: Route, submit: Submit, boot: str, count: int, now: float) -> None:
+def run_on(route: RouterCore, submit: Submit, boot: str, count: int, now: float) -> None:
     """The replica ``boot`` gives ``count`` more tokens for a placement."""
     route.hear(boot[0].encode(), "", tokens(boot, submit, len(submit.emitted), list(range(count))), now)
 
 
-def lose_with(route: Route, name: str, now: float) -> list[Submit]:
+def lose_with(route: RouterCore, name: str, now: float) -> list[Submit]:
     """Replica ``name`` dies; what it ran is submitted elsewhere."""
     route.unreachable(name.encode(), now)
     return sent(route.take(), Submit)
@@ -207,7 +207,7 @@ def test_of_all_that_saw_two_deaths_those_are_failed_that_never_gave_a_token() -
     route.take()
     route.unreachable(b"b", 2.0)
     actions = route.take()
-    assert [action.error.code for action in actions if isinstance(action, Errored)] == ["replica_limit"]
+    assert [action.error.code for action in actions if isinstance(action, FailChoice)] == ["replica_limit"]
     assert [submit.prompt_ids for submit in sent(actions, Submit)] == [mate.prompt_ids, other.prompt_ids]
     route.check()
 
@@ -223,7 +223,7 @@ def test_replicas_that_die_together_are_nobodys_doing() -> None:
     other = {b"a": b"b", b"b": b"a"}[first]
     route.unreachable(first, 1.0)
     route.unreachable(other, 1.0)
-    assert not [action for action in route.take() if isinstance(action, Errored)]
+    assert not [action for action in route.take() if isinstance(action, FailChoice)]
     join(route, "c", now=2.0)
     assert where(route.take()) == [b"c"], "it waits for the next one"
     route.check()
@@ -242,7 +242,7 @@ def test_logits_that_are_not_finite_cost_a_replica_the_choice_for_a_while() -> N
             code = "nan_logits" if place == b"a" and now < 50 else "engine_fault"
             end = Failed(boot=f"{place.decode()}1", stream=submit.stream, attempt=1, code=code, message="")
             route.hear(place, "", end, now)
-        assert [type(action) for action in route.take()] == [Errored] * count
+        assert [type(action) for action in route.take()] == [FailChoice] * count
         return set(where(actions))
 
     def live(now: float) -> None:
@@ -307,7 +307,7 @@ def test_a_done_without_its_tokens_is_not_believed() -> None:
         assert submit.attempt == attempt
         usage = Usage(prompt_tokens=3, output_tokens=8)
         route.hear(b"a", "", Done(boot="a1", stream=submit.stream, attempt=attempt, reason="length", usage=usage), 1.0)
-    (end,) = [action for action in route.take() if isinstance(action, Errored)]
+    (end,) = [action for action in route.take() if isinstance(action, FailChoice)]
     assert end.error.code == "engine_fault", "twice is a replica that cannot count, not a lost message"
     route.check()
 
@@ -320,7 +320,7 @@ def test_a_silent_reconnect_asks_for_every_row_again() -> None:
     route.hear(b"a", "", tokens("a1", submits[0], 0, [1, 2]), 0.1)
     route.take()
     route.hear(b"another address", "", beat(boot="a1"), 0.2)
-    attaches = [action for action in route.take() if isinstance(action, Send) and isinstance(action.message, Attach)]
+    attaches = [action for action in route.take() if isinstance(action, SendMessage) and isinstance(action.message, Attach)]
     assert [(action.peer, action.message.request, action.message.have) for action in attaches] == [
         (b"another address", "q/0", 2),
         (b"another address", "q/1", 0),
@@ -352,10 +352,10 @@ def test_deadlines_hold_in_the_queue_and_at_a_replica() -> None:
     patient = route.submit(ask(), 0.0)
     route.tick(1.0)
     (end,) = route.take()
-    assert isinstance(end, Errored) and end.owner == queued and isinstance(end.error, DeadlineExceeded)
+    assert isinstance(end, FailChoice) and end.owner == queued and isinstance(end.error, DeadlineExceeded)
     route.tick(5.0)
     (end,) = route.take()
-    assert isinstance(end, Errored) and end.owner == patient and isinstance(end.error, Unavailable) and end.error.retry_after
+    assert isinstance(end, FailChoice) and end.owner == patient and isinstance(end.error, Unavailable) and end.error.retry_after
     join(route, "a", now=6.0)
     route.submit(ask(deadline_s=1.0), 6.0)
     (submit,) = sent(route.take(), Submit)
@@ -372,7 +372,7 @@ def test_a_row_that_lost_its_replica_waits_no_longer_than_a_new_one() -> None:
     route.tick(54.9)
     assert route.live == 1
     route.tick(55.0)
-    (end,) = [action for action in route.take() if isinstance(action, Errored)]
+    (end,) = [action for action in route.take() if isinstance(action, FailChoice)]
     assert isinstance(end.error, Unavailable)
 
 
@@ -406,7 +406,7 @@ def test_what_is_whole_already_needs_no_replica() -> None:
     route = router()
     route.submit(ask(emitted=[[1] * 8]), 0.0)
     (end,) = route.take()
-    assert isinstance(end, Finished) and end.reason == "length" and end.usage.output_tokens == 8
+    assert isinstance(end, FinishChoice) and end.reason == "length" and end.usage.output_tokens == 8
 
 
 def test_a_clients_new_attempt_outranks_every_placement_before() -> None:
@@ -502,7 +502,7 @@ def test_replicas_of_another_kind_are_chosen_by_their_pace() -> None:
 
 
 def test_the_record_of_prefixes_is_bounded_and_drops_leaves_first() -> None:
-    record = PrefixRecord(4)
+    record = PrefixIndex(4)
     record.add([1, 2, 3])
     record.add([1, 9])
     assert len(record) == 4 and record.matched([1, 2, 3]) == 3

@@ -7,22 +7,22 @@ from typing import Any
 import pytest
 
 from orchestrator.router.core.prefix_index import expected_wait_ms, first_token_ms
-from orchestrator.router.core.router_core import Route
-from orchestrator.router.core.stats import CAUSES, Placement
+from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.core.stats import CAUSES, Attempt
 from orchestrator.router.metrics import Metrics
 from tests.orchestrator.router.core.test_replica_registry import beat
 from tests.orchestrator.router.core.test_router_core import accept, ask, join, router, sent, tokens
 from workers.protocol.messages import Accepted, Done, Submit, Usage
 
 
-def done(route: Route, place: str, submit: Submit, output: int, now: float, **usage: Any) -> None:
+def done(route: RouterCore, place: str, submit: Submit, output: int, now: float, **usage: Any) -> None:
     found = Usage(prompt_tokens=len(submit.prompt_ids), output_tokens=output, **usage)
     route.hear(place.encode(), "", Done(boot=f"{place}1", stream=submit.stream, attempt=submit.attempt, reason="stop", usage=found), now)
 
 
 def test_the_parts_of_a_request_are_measured() -> None:
     route = router(max_queue=8)
-    trail: list[Placement] = []
+    trail: list[Attempt] = []
     route.submit(ask(trails=[trail]), 1.0)
     join(route, "a", now=3.0)
     (submit,) = sent(route.take(), Submit)
@@ -44,9 +44,9 @@ def test_the_first_token_is_expected_in_whole_steps() -> None:
     route = router()
     join(route, "a")
     route.hear(b"a", "", beat(boot="a1", step_ms=20.0), 0.0)
-    alone: list[Placement] = []
-    beside: list[Placement] = []
-    long: list[Placement] = []
+    alone: list[Attempt] = []
+    beside: list[Attempt] = []
+    long: list[Attempt] = []
     for trail, prompt in ((alone, [1]), (beside, [2]), (long, list(range(1, 601)))):
         route.submit(ask(prompt, trails=[trail]), 0.0)
     assert [round(trail[0].expected_s, 3) for trail in (alone, beside)] == [0.02, 0.03]

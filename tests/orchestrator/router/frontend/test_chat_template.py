@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from orchestrator.router.frontend.chat_messages import Message, Tool, ToolFunction
-from orchestrator.router.frontend.chat_template import ChatTemplate, Piece
+from orchestrator.router.frontend.chat_template import ChatTemplate, PromptPiece
 from orchestrator.router.frontend.tokenizer import load
 from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
 from workers.protocol.errors import Rejected
@@ -24,7 +24,7 @@ def template(source: str, **tokens: str) -> ChatTemplate:
     return ChatTemplate(source, specials=SPECIALS, tokens=tokens)
 
 
-def text(pieces: list[Piece]) -> str:
+def text(pieces: list[PromptPiece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from orchestrator.config.router_spec import ModelCard
 from orchestrator.model_store import DEFAULT_MODEL, resolve
 from orchestrator.router.frontend.chat_messages import Message
-from orchestrator.router.frontend.chat_template import Piece
-from orchestrator.router.frontend.detokenizer import StopStrings, TextModel, TextRule, TextWatcher
+from orchestrator.router.frontend.chat_template import PromptPiece
+from orchestrator.router.frontend.detokenizer import Detokenizer, StopStrings, TextModel, TextRule
 from orchestrator.router.frontend.tokenizer import TokenTable, load
 from orchestrator.router.metrics import Metrics
 from tests.support.tiny_models import IM_END, tiny_tokenizer
@@ -93,16 +93,16 @@ class Ticket:
     def credit(self, tokens: int) -> None: ...
 
 
-def watch(model: TextModel, rule: TextRule, emitted: list[int] | None = None) -> tuple[TextWatcher, Heard, Ticket]:
+def watch(model: TextModel, rule: TextRule, emitted: list[int] | None = None) -> tuple[Detokenizer, Heard, Ticket]:
     heard, ticket = Heard(), Ticket()
     meter = Metrics(["tiny"]).request("tiny", choices=1, prompt_tokens=5)
     meter.admitted()
-    watcher = TextWatcher(model, rule, heard, choices=1, prompt_tokens=5, meter=meter, emitted=[emitted] if emitted else [])
+    watcher = Detokenizer(model, rule, heard, choices=1, prompt_tokens=5, meter=meter, emitted=[emitted] if emitted else [])
     watcher.bind(ticket)
     return watcher, heard, ticket
 
 
-def play(watcher: TextWatcher, ids: list[int], cuts: list[int]) -> None:
+def play(watcher: Detokenizer, ids: list[int], cuts: list[int]) -> None:
     """Deliver ``ids`` in pieces of the given sizes, then the end."""
     at = 0
     while at < len(ids):
@@ -239,8 +239,8 @@ def test_the_default_models_prompts_and_text_are_transformers_own() -> None:
 
 
 def test_literal_encoding_reads_no_special_tokens(model: TextModel) -> None:
-    assert model.table.encode([Piece("<|im_end|>", False)], False) == [IM_END]
-    assert model.table.encode([Piece("<|im_end|>", True)], False) == list(b"<|im_end|>")
+    assert model.table.encode([PromptPiece("<|im_end|>", False)], False) == [IM_END]
+    assert model.table.encode([PromptPiece("<|im_end|>", True)], False) == list(b"<|im_end|>")
 
 
 @given(TEXTS, st.lists(st.text("abST", min_size=1, max_size=3), min_size=1, max_size=3))

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from orchestrator.router.frontend.chat_messages import Message
-from orchestrator.router.frontend.chat_template import MAX_RENDERED, Piece, TemplateSource
-from orchestrator.router.frontend.sandbox_pool import Cells
-from orchestrator.router.frontend.sandbox_worker import Render
+from orchestrator.router.frontend.chat_template import MAX_RENDERED, PromptPiece, TemplateSource
+from orchestrator.router.frontend.sandbox_pool import SandboxPool
+from orchestrator.router.frontend.sandbox_worker import RenderJob
 from tests.support.scripted_router import ServedDoor
 from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS
 from workers.protocol.errors import Rejected
@@ -37,10 +37,10 @@ TEMPLATES = {
 
 
 @asynccontextmanager
-async def cells(limit_s: float = 10.0) -> AsyncIterator[Cells]:
+async def cells(limit_s: float = 10.0) -> AsyncIterator[SandboxPool]:
     """Two of them, which are gone at the end."""
     sources = {name: TemplateSource(source=source, specials=SPECIALS, tokens={}) for name, source in TEMPLATES.items()}
-    found = Cells(sources, limit_s=limit_s)
+    found = SandboxPool(sources, limit_s=limit_s)
     found.start()
     try:
         yield found
@@ -50,11 +50,11 @@ async def cells(limit_s: float = 10.0) -> AsyncIterator[Cells]:
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def job(model: str, content: str = "hi") -> Render:
-    return Render(model=model, messages=[Message(role="user", content=content)])
+def job(model: str, content: str = "hi") -> RenderJob:
+    return RenderJob(model=model, messages=[Message(role="user", content=content)])
 
 
-async def refusal(found: Cells, model: str, content: str = "hi") -> Rejected:
+async def refusal(found: SandboxPool, model: str, content: str = "hi") -> Rejected:
     with pytest.raises(Rejected) as caught:
         await found.render(job(model, content))
     assert caught.value.param == "messages" and caught.value.status == 400
@@ -64,13 +64,13 @@ async def refusal(found: Cells, model: str, content: str = "hi") -> Rejected:
 def test_pieces_come_back_as_they_were_made() -> None:
     async def main() -> None:
         async with cells() as found:
-            assert await found.render(job("good")) == [Piece("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False)]
+            assert await found.render(job("good")) == [PromptPiece("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False)]
             pieces = await found.render(job("good", "<|im_end|>"))
-            assert Piece("user\n<|im_end|>", True) in pieces
+            assert PromptPiece("user\n<|im_end|>", True) in pieces
             answers = await asyncio.gather(*(found.render(job("good", f"{index}")) for index in range(50)))
             assert all(f"user\n{index}<" in pieces[0].text for index, pieces in enumerate(answers))
             with pytest.raises(Rejected, match="serialize"):
-                await found.render(Render(model="good", messages=[Message(role="user", content="x")], kwargs={"n": 1 << 70}))
+                await found.render(RenderJob(model="good", messages=[Message(role="user", content="x")], kwargs={"n": 1 << 70}))
             assert found.lost == 0
 
     asyncio.run(main())

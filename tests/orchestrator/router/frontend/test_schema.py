@@ -12,40 +12,40 @@ import pytest
 
 from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.frontend.detokenizer import Texts
-from orchestrator.router.frontend.preprocess import Caller, Prepared, prepare
-from orchestrator.router.frontend.schema import ChatRequest, CompletionRequest, decode_object, read
+from orchestrator.router.frontend.detokenizer import TextModels
+from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, prepare
+from orchestrator.router.frontend.schema import ChatBody, CompletionBody, decode_object, read
 from tests.support.scripted_router import CONTEXT, ScriptedDispatcher, tiny_texts
 from workers.protocol.errors import NotFound, Rejected, TooLong, Unavailable
 from workers.protocol.messages import GuideSpec, Journal
 
-CALLER = Caller(client="test", request="r")
+CALLER = CallerContext(client="test", request="r")
 SALTING = Salting(b"salt")
 #: One loop for all: the processes that render belong to it.
 LOOP = asyncio.Runner()
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Texts]:
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextModels]:
     texts = tiny_texts(Path(tmp_path_factory.mktemp("tiny")))
     yield texts
     texts.close()
     LOOP.close()
 
 
-def chat(**fields: Any) -> ChatRequest:
+def chat(**fields: Any) -> ChatBody:
     found = read("chat", decode_object(json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}).encode()))
-    assert isinstance(found, ChatRequest)
+    assert isinstance(found, ChatBody)
     return found
 
 
-def completion(**fields: Any) -> CompletionRequest:
+def completion(**fields: Any) -> CompletionBody:
     found = read("completions", decode_object(json.dumps({"model": "tiny", "prompt": "hi", **fields}).encode()))
-    assert isinstance(found, CompletionRequest)
+    assert isinstance(found, CompletionBody)
     return found
 
 
-def ready(texts: Texts, request: ChatRequest | CompletionRequest, caller: Caller = CALLER) -> Prepared:
+def ready(texts: TextModels, request: ChatBody | CompletionBody, caller: CallerContext = CALLER) -> PreparedRequest:
     admission = AdmissionSpec(request_timeout_s=30)
     return LOOP.run(prepare(request, caller, texts=texts, dispatcher=ScriptedDispatcher(), admission=admission, salting=SALTING))
 
@@ -98,7 +98,7 @@ def test_unknown_fields_are_told() -> None:
     assert told == [2]
 
 
-def test_defaults(texts: Texts) -> None:
+def test_defaults(texts: TextModels) -> None:
     params = ready(texts, completion()).asks[0].params
     assert (params.temperature, params.top_k, params.top_p, params.max_tokens, params.logprobs, params.guide) == (
         1.0,
@@ -112,7 +112,7 @@ def test_defaults(texts: Texts) -> None:
     assert ready(texts, completion(prompt="x" * (CONTEXT - 3))).asks[0].params.max_tokens == 3
 
 
-def test_seeds(texts: Texts) -> None:
+def test_seeds(texts: TextModels) -> None:
     assert ready(texts, completion(seed=-1)).asks[0].params.seed == 2**63 - 1
     given = ready(texts, completion(prompt=["a", "b"], seed=5)).asks
     assert [ask.params.seed for ask in given] == [5, 5], "each as if it were asked alone"
@@ -120,26 +120,28 @@ def test_seeds(texts: Texts) -> None:
     assert drawn[0].params.seed != drawn[1].params.seed
 
 
-def test_deadlines_are_cut_to_the_limit(texts: Texts) -> None:
-    deadlines = [ready(texts, chat(), Caller(client="c", request="r", deadline_s=wanted)).asks[0].deadline_s for wanted in (None, 5.0, 1e9)]
+def test_deadlines_are_cut_to_the_limit(texts: TextModels) -> None:
+    deadlines = [
+        ready(texts, chat(), CallerContext(client="c", request="r", deadline_s=wanted)).asks[0].deadline_s for wanted in (None, 5.0, 1e9)
+    ]
     assert deadlines == [30, 5.0, 30]
 
 
-def test_a_journal_replaces_prompt_and_seed(texts: Texts) -> None:
+def test_a_journal_replaces_prompt_and_seed(texts: TextModels) -> None:
     journal = Journal(prompt_ids=[1, 2, 3], seed=9, emitted=[[4]])
-    ask = ready(texts, chat(seed=1), Caller(client="c", request="r", journal=journal)).asks[0]
+    ask = ready(texts, chat(seed=1), CallerContext(client="c", request="r", journal=journal)).asks[0]
     assert (ask.prompt_ids, ask.params.seed, ask.emitted) == ([1, 2, 3], 9, [[4]])
     with pytest.raises(Rejected) as caught:
-        ready(texts, chat(), Caller(client="c", request="r", journal=Journal(prompt_ids=[999], seed=0, emitted=[])))
+        ready(texts, chat(), CallerContext(client="c", request="r", journal=Journal(prompt_ids=[999], seed=0, emitted=[])))
     assert caught.value.param == "journal"
 
 
-def test_long_prompts_go_through_the_pool(texts: Texts) -> None:
+def test_long_prompts_go_through_the_pool(texts: TextModels) -> None:
     with pytest.raises(TooLong, match=f"{CONTEXT} tokens.*5000 tokens"):
         ready(texts, completion(prompt="x" * 5000))
 
 
-def test_what_the_model_decides(texts: Texts) -> None:
+def test_what_the_model_decides(texts: TextModels) -> None:
     with pytest.raises(NotFound):
         ready(texts, chat(model="other"))
     unseen = ScriptedDispatcher()

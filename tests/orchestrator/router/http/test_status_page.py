@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.auth.api_keys import ApiKeys, mint
-from orchestrator.router.core.replica_registry import Fleet, Replica
+from orchestrator.router.core.replica_registry import Replica, ReplicaRegistry
 from orchestrator.router.http.status_page import LossFigures, ModelFigures, ReplicaFigures, Snapshot, StatusPage, judge
 from orchestrator.router.metrics import Metrics
 from tests.support.scripted_router import ServedDoor
@@ -195,7 +195,7 @@ def test_the_verdict_names_what_is_wrong(replicas: list[ReplicaFigures], drained
 
 
 def test_losses_are_remembered_with_what_ran_there() -> None:
-    fleet = Fleet(2.0, 10.0)
+    fleet = ReplicaRegistry(2.0, 10.0)
     capacity = Capacity(
         block_size=16, num_blocks=8, max_batch_size=4, max_num_tokens=64, max_seq_len=128, vocab_size=256, tp=2, pp=1
     )  # fmt: skip

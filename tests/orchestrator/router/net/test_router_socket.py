@@ -9,9 +9,9 @@ import msgspec
 import pytest
 import zmq
 
-from orchestrator.auth.curve_acl import Gate, Grant, parse_grants
+from orchestrator.auth.curve_acl import CurveAcl, CurveGrant, parse_grants
 from orchestrator.router import __main__ as entry
-from orchestrator.router.net.router_socket import Port
+from orchestrator.router.net.router_socket import RouterSocket
 from tests.support.gang import short_folder
 from tests.support.routing import RouterRun
 from workers.protocol.errors import ConfigError, EnvironmentFault
@@ -30,8 +30,8 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     made.destroy(0)
 
 
-def port(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> Port:
-    return Port(context, endpoint, "client", keys=None, gate=Gate({}), on_frame=lambda *_: None, on_malformed=lambda _: None)
+def port(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> RouterSocket:
+    return RouterSocket(context, endpoint, "client", keys=None, gate=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None)
 
 
 def test_an_open_folder_and_a_bare_tcp_socket_are_refused(folder: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
@@ -62,7 +62,7 @@ def test_a_living_router_keeps_its_path_and_a_dead_ones_is_reclaimed(folder: Pat
 
 def test_grants_are_by_role_and_name() -> None:
     key, other = "a" * 40, "b" * 40
-    gate = Gate(parse_grants(msgspec.json.encode({key: Grant(role="replica", name="r0"), other: Grant(role="client")})))
+    gate = CurveAcl(parse_grants(msgspec.json.encode({key: CurveGrant(role="replica", name="r0"), other: CurveGrant(role="client")})))
     assert gate.admits(key, "replica") and not gate.admits(key, "client") and not gate.admits("", "replica")
     assert gate.may_be(key, "r0", "m") and not gate.may_be(key, "r1", "m") and not gate.may_be(other, "r0", "m")
     gate.replace({})

@@ -11,14 +11,14 @@ import msgspec
 import pytest
 
 from orchestrator.auth.api_keys import Salting
-from orchestrator.auth.curve_acl import Gate
+from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.config.router_spec import AdmissionSpec, ModelCard
-from orchestrator.router.core.replica_registry import Fleet
-from orchestrator.router.core.router_core import Route
-from orchestrator.router.dispatcher import RouterDispatch
+from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.dispatcher import RouterDispatcher
 from orchestrator.router.frontend.detokenizer import load_texts
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.rpc.server import RpcDoor
+from orchestrator.router.rpc.server import RpcServer
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol import messages
 from workers.protocol.messages import Capacity, Generate, Hello, Peers, Submit, Tokens
@@ -51,10 +51,10 @@ async def _measure(folder: Path, texts: bool) -> float:
         return True
 
     spec = AdmissionSpec(max_queue=1000)
-    route = Route(Peers(boot="R", router="r"), {"m": "m"}, spec, Fleet(60.0, 60.0))
-    dispatch = RouterDispatch(route, name="r", send=to_replica, clock=time.monotonic)
-    door = RpcDoor(
-        boot="R", dispatcher=dispatch, texts=loaded, metrics=Metrics(["m"]), admission=spec, gate=Gate({}), salting=Salting(b"salt"),
+    route = RouterCore(Peers(boot="R", router="r"), {"m": "m"}, spec, ReplicaRegistry(60.0, 60.0))
+    dispatch = RouterDispatcher(route, name="r", send=to_replica, clock=time.monotonic)
+    door = RpcServer(
+        boot="R", dispatcher=dispatch, texts=loaded, metrics=Metrics(["m"]), admission=spec, gate=CurveAcl({}), salting=Salting(b"salt"),
         send=to_client, clock=time.monotonic,
     )  # fmt: skip
     capacity = Capacity(

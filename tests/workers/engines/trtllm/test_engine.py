@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from workers.engines.trtllm.engine import PAUSE_S, TrtllmEngine, Vitals, warm_up
+from workers.engines.trtllm.engine import PAUSE_S, RuntimeVitals, TrtllmEngine, warm_up
 from workers.engines.trtllm.error_map import explain
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
-from workers.engines.trtllm.sequence import Delta, Job, Limits, continued_seed
+from workers.engines.trtllm.sequence import Delta, Job, TrtllmLimits, continued_seed
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import ArtifactError, ConfigError, EngineFault, EnvironmentFault, Rejected, TooLong, TriremeError, Unsupported
 from workers.protocol.messages import UNLIMITED, Capacity, GuideSpec, SamplingParams, Submit
@@ -29,7 +29,7 @@ class Scripted:
         self.jobs: dict[int, Job] = {}
         self.cancelled: list[int] = []
         self.coming: list[Delta] = []
-        self.now = Vitals(num_blocks=64, free_blocks=60, block_size=32)
+        self.now = RuntimeVitals(num_blocks=64, free_blocks=60, block_size=32)
         self.refusal: TriremeError | None = None
 
     def start(self, job: Job) -> int:
@@ -45,7 +45,7 @@ class Scripted:
         found, self.coming = self.coming, []
         return found
 
-    def vitals(self) -> Vitals:
+    def vitals(self) -> RuntimeVitals:
         return self.now
 
     def close(self, bound_s: float) -> None:
@@ -57,7 +57,7 @@ class Bench:
 
     def __init__(self, *, max_input_len: int = 1024, guided: bool = False) -> None:
         self.runtime, self.time = Scripted(), 100.0
-        limits = Limits(
+        limits = TrtllmLimits(
             capacity=msgspec.structs.replace(CAPACITY, guided=guided),
             max_input_len=max_input_len,
             eos_ids=EOS,
@@ -217,7 +217,7 @@ def test_a_runtime_without_iterations_ends_the_replica(bench: Bench) -> None:
     bench.submit()
     for _ in range(20):
         bench.time += 1.0
-        bench.runtime.now = Vitals(num_blocks=64, iteration=bench.runtime.now.iteration + 1)
+        bench.runtime.now = RuntimeVitals(num_blocks=64, iteration=bench.runtime.now.iteration + 1)
         bench.step()
     with pytest.raises(EngineFault, match="no iteration"):
         for _ in range(20):

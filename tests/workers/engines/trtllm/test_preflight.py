@@ -16,13 +16,13 @@ import pytest
 from orchestrator.control.launch import mpiexec as mpi
 from orchestrator.control.launch.launcher import GangSpec, mint_epoch
 from orchestrator.control.launch.subprocesses import tagged
-from orchestrator.control.launch.supervisor import Gang, LocalNode
+from orchestrator.control.launch.supervisor import GangProcess, LocalNode
 from tests.support.trtllm_host import FAKES, checkpoint_of, engine_of, even_model, pretend
 from workers.engines.trtllm import environment, node_probe, preflight
 from workers.engines.trtllm.build_options import BuildOptions
-from workers.engines.trtllm.engine_dir import EngineDir, Gpu, read_engine_dir
+from workers.engines.trtllm.engine_dir import EngineDir, GpuFacts, read_engine_dir
 from workers.engines.trtllm.node_probe import NodeFacts, needed_libraries
-from workers.engines.trtllm.preflight import Place, check_rank, faults
+from workers.engines.trtllm.preflight import GangPlace, check_rank, faults
 from workers.protocol.errors import EnvironmentFault, TriremeError
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
@@ -40,11 +40,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> EngineDir:
         return engine_of(folder, checkpoint_of(folder), options=BuildOptions(max_batch_size=32, max_num_tokens=512))
 
 
-def gpu(index: int = 0, *, capability: str = "9.0", free: int = 80 * GIB) -> Gpu:
-    return Gpu(index=index, name="NVIDIA H100", capability=capability, memory=80 * GIB, free=free)
+def gpu(index: int = 0, *, capability: str = "9.0", free: int = 80 * GIB) -> GpuFacts:
+    return GpuFacts(index=index, name="NVIDIA H100", capability=capability, memory=80 * GIB, free=free)
 
 
-def facts(*gpus: Gpu, nccl: str = "nvidia-nccl-cu13", also: str = "", **more: object) -> NodeFacts:
+def facts(*gpus: GpuFacts, nccl: str = "nvidia-nccl-cu13", also: str = "", **more: object) -> NodeFacts:
     versions = {"tensorrt_llm": "1.2.1", nccl: "2.29", **({also: "2.20"} if also else {})}
     found = NodeFacts(gpus=gpus or tuple(gpu(index) for index in range(4)), versions=versions, nccl=("nvidia-nccl-cu13",), mpi="openmpi")
     return msgspec.structs.replace(found, **more)
@@ -55,14 +55,14 @@ def spec(artifact: Path, **engine: object) -> ReplicaSpec:
     return ReplicaSpec(name="r", model="m", artifact=str(artifact), parallel=LAYOUT, engine=EngineSpec(kind="trtllm", **limits))  # type: ignore[arg-type]
 
 
-def all_of(engine: EngineDir | None, found: NodeFacts, place: Place | None = None, **limits: object) -> list[TriremeError]:
-    place = place or Place(ranks=(4,), mpi="openmpi")
+def all_of(engine: EngineDir | None, found: NodeFacts, place: GangPlace | None = None, **limits: object) -> list[TriremeError]:
+    place = place or GangPlace(ranks=(4,), mpi="openmpi")
     return faults(engine, LAYOUT, spec(Path("x"), **limits).engine, found, place)
 
 
 def test_what_fits_passes(built: EngineDir) -> None:
     assert all_of(built, facts()) == []
-    assert all_of(built, facts(gpu(), gpu(1)), Place(ranks=(2, 2), node=1, mpi="openmpi")) == []
+    assert all_of(built, facts(gpu(), gpu(1)), GangPlace(ranks=(2, 2), node=1, mpi="openmpi")) == []
     check_rank(built, spec(built.path), installed="1.2.1")
 
 
@@ -94,7 +94,7 @@ CASES: dict[str, Case] = {
         4, "GPU 3 has too little free memory: rank 3 needs 1.0 GiB, 0.5 of 80.0 are free", "nvidia-smi names the processes",
     ),
     "uneven nodes": (
-        lambda e: all_of(e, facts(), Place(ranks=(3, 1), mpi="openmpi")), 3, "dealt unevenly to its nodes", "spread: true",
+        lambda e: all_of(e, facts(), GangPlace(ranks=(3, 1), mpi="openmpi")), 3, "dealt unevenly to its nodes", "spread: true",
     ),
     "two NCCLs": (
         lambda e: all_of(e, facts(also="nvidia-nccl-cu12")),
@@ -104,7 +104,7 @@ CASES: dict[str, Case] = {
         lambda e: all_of(e, facts(nccl="nvidia-nccl-cu12")), 4, "nvidia-nccl-cu12 is the wrong NCCL", "pip install nvidia-nccl-cu13",
     ),
     "another MPI": (
-        lambda e: all_of(e, facts(), Place(ranks=(4,), mpi="mpich")), 4, "linked against openmpi, the launcher's mpiexec is mpich's",
+        lambda e: all_of(e, facts(), GangPlace(ranks=(4,), mpi="mpich")), 4, "linked against openmpi, the launcher's mpiexec is mpich's",
         "trireme-llm[openmpi]",
     ),
 }  # fmt: skip
@@ -144,7 +144,9 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch) -> None
         return "".join(found.name for found in node_probe.gpus(path, visible) or ())
 
     assert [names(visible) for visible in (None, "2,0", "GPU-00000001", "", "0,7,1")] == ["ABC", "CA", "B", "", "A"]
-    assert node_probe.gpus(path, "1") == (Gpu(index=1, name="B", capability="8.9", memory=2000 << 20, free=100 << 20, driver="580.65.06"),)
+    assert node_probe.gpus(path, "1") == (
+        GpuFacts(index=1, name="B", capability="8.9", memory=2000 << 20, free=100 << 20, driver="580.65.06"),
+    )
     assert node_probe.gpus("/no/such/folder", None) is None and node_probe.gpus(path, "MIG-0000-1111") is None
     monkeypatch.setenv("TRIREME_FAKE_GPUS", "broken")
     with pytest.raises(EnvironmentFault, match="couldn't communicate"):
@@ -174,7 +176,7 @@ def test_environments_of_ranks_and_tools() -> None:
     assert set(stripped["env_prefixes_stripped_for_the_rank0_child"]) <= set(environment.WORLD_PREFIXES)
 
 
-def gang_of(tmp_path: Path, artifact: Path, **more: object) -> Gang:
+def gang_of(tmp_path: Path, artifact: Path, **more: object) -> GangProcess:
     """A gang whose mpiexec tells that it was started."""
     mpiexec = tmp_path / "mpiexec"
     mpiexec.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\nsleep 600\n")
@@ -182,7 +184,7 @@ def gang_of(tmp_path: Path, artifact: Path, **more: object) -> Gang:
     replica = msgspec.structs.replace(spec(artifact), **more)
     gang = GangSpec(deployment="t", replica=replica, run_dir=str(tmp_path / "gangs"))
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{FAKES}"}
-    return Gang(gang, mint_epoch(), [LocalNode(4)], mpi=mpi.Mpi(mpiexec=str(mpiexec), family="openmpi"), env=env)
+    return GangProcess(gang, mint_epoch(), [LocalNode(4)], mpi=mpi.MpiInstall(mpiexec=str(mpiexec), family="openmpi"), env=env)
 
 
 def until(condition: Callable[[], object]) -> None:
