@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from orchestrator.spec import HttpSpec
-from tests.gang import short_folder, wait_for
-from tests.inputs.impostor import Impostor, dealer
+from orchestrator.config.router_spec import HttpSpec
 from tests.recorded import door
-from tests.routing import RouterRun
-from workers.wire import Accepted, Cancel, Done, Failed, Logprobs, Peers, Submit, Tokens, Usage
+from tests.support.gang import short_folder, wait_for
+from tests.support.impostor import Impostor, dealer
+from tests.support.routing import RouterRun
+from workers.protocol.messages import Accepted, Cancel, Done, Failed, Logprobs, Peers, Submit, Tokens, Usage
 
 MAX_BODY = 1 << 16
 FOREVER_S = 3600.0

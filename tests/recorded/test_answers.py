@@ -14,7 +14,7 @@ import pytest
 from tests.recorded.door import shown
 from tests.recorded.recording import as_json, check, check_names, without
 from tests.recorded.stage import Line, Stage
-from tests.tiny import IM_END, SPECIALS
+from tests.support.tiny_models import IM_END, SPECIALS
 
 AREA = "answers"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -18,12 +18,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from orchestrator.launch.control import Answer, ControlServer, Order
-from tests.gang import short_folder
+from orchestrator.control.host.control_socket import ControlCommand, ControlReply, ControlServer
 from tests.recorded import lines
 from tests.recorded.recording import as_json, as_text, check, check_names
-from tests.tiny import tiny_model
-from workers.errors import NotFound
+from tests.support.gang import short_folder
+from tests.support.tiny_models import tiny_model
+from workers.protocol.errors import NotFound
 
 AREA = "control"
 NAMES = ["commands.txt", "status.json", "server.json"]
@@ -153,10 +153,10 @@ def spread(order: str) -> str:
 def server(folder: Path) -> list[dict[str, Any]]:
     """The real server: what it answers to a line."""
 
-    def handle(order: Order) -> Answer:
+    def handle(order: ControlCommand) -> ControlReply:
         if order.do == "drain":
             raise NotFound("no replica tiny-9", "there is tiny-0", "trireme status")
-        return msgspec.convert({"status": ILL} if order.do == "status" else {}, Answer)
+        return msgspec.convert({"status": ILL} if order.do == "status" else {}, ControlReply)
 
     path = folder / "server.sock"
     made = ControlServer(path, handle)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.gang import short_folder
 from tests.recorded import lines
 from tests.recorded.recording import as_json, as_text, check, check_names, without
-from tests.tiny import tiny_model
+from tests.support.gang import short_folder
+from tests.support.tiny_models import tiny_model
 
 AREA = "deployment"
 NAMES = ["status.json", "files.txt", "router_spec.json", "router_state.json", "replica_spec.json", "replica_state.json", "terminal.txt"]

@@ -14,17 +14,17 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from orchestrator.keys import ApiKeyRing
-from orchestrator.metrics import Metrics
+from orchestrator.auth.keyring import ApiKeyRing
+from orchestrator.config.router_spec import HttpSpec
 from orchestrator.router.http.app import build_app
-from orchestrator.router.http.scrape import build_scrape_app
-from orchestrator.spec import HttpSpec
-from tests.clients.scripted import ServedDoor
-from tests.gang import short_folder
+from orchestrator.router.http.metrics_app import build_scrape_app
+from orchestrator.router.metrics import Metrics
 from tests.recorded import door
 from tests.recorded.recording import as_text, check, check_names
 from tests.recorded.stage import MAX_BODY, Stage
-from tests.routing import RouterRun
+from tests.support.gang import short_folder
+from tests.support.routing import RouterRun
+from tests.support.scripted_router import ServedDoor
 
 AREA = "routes"
 CHAT, TEXT, V2 = "/v1/chat/completions", "/v1/completions", "/v2/models/m"

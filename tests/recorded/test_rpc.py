@@ -14,11 +14,11 @@ import msgspec
 import pytest
 import zmq
 
-from tests.inputs.impostor import dealer
 from tests.recorded.recording import as_json, check, check_names, without
 from tests.recorded.stage import Stage
-from workers import wire
-from workers.wire import Accepted, Cancel, Credit, Done, Generate, Journal, Query, Submit, Tokens, Usage
+from tests.support.impostor import dealer
+from workers.protocol import messages
+from workers.protocol.messages import Accepted, Cancel, Credit, Done, Generate, Journal, Query, Submit, Tokens, Usage
 
 AREA = "rpc"
 BOUND_MS = 20_000
@@ -37,8 +37,8 @@ class Talk:
         self.said: list[dict[str, Any]] = []
 
     def say(self, message: Any) -> None:
-        self._socket.send(wire.encode(message))
-        self.said.append({"client": readable(msgspec.msgpack.decode(wire.encode(message)))})
+        self._socket.send(messages.encode(message))
+        self.said.append({"client": readable(msgspec.msgpack.decode(messages.encode(message)))})
 
     def say_raw(self, frame: bytes) -> None:
         self._socket.send(frame)

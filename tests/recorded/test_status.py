@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.gang import Gang, short_folder, wait_for
 from tests.recorded.recording import MASK, as_json, as_text, check, check_names, masked, without
 from tests.recorded.stage import EPOCH, Line, Stage
-from workers.wire import Bye
+from tests.support.gang import Gang, short_folder, wait_for
+from workers.protocol.messages import Bye
 
 AREA = "status"
 ROUTER = ["status.json", "ui_data.json", "metrics.txt", "router_serving.json", "router_stopped.json"]

@@ -14,27 +14,27 @@ import msgspec
 import pytest
 
 from tests.recorded.recording import as_json, check, check_names
-from workers import wire
-from workers.spec import Quant, RouterAddress
+from workers.protocol import messages
+from workers.protocol.specs import Quant, RouterAddress
 
 AREA = "wire"
 DIRECTIONS: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
-    "to replica": (wire.ToReplica, wire.decode_to_replica),
-    "from replica": (wire.FromReplica, wire.decode_from_replica),
-    "from client": (wire.FromClient, wire.decode_from_client),
-    "to client": (wire.ToClient, wire.decode_to_client),
+    "to replica": (messages.ToReplica, messages.decode_to_replica),
+    "from replica": (messages.FromReplica, messages.decode_from_replica),
+    "from client": (messages.FromClient, messages.decode_from_client),
+    "to client": (messages.ToClient, messages.decode_to_client),
 }
-GUIDE = wire.GuideSpec(kind="json_schema", text='{"type": "integer"}')
-SHORT_PARAMS = wire.SamplingParams()
-PARAMS = wire.SamplingParams(
+GUIDE = messages.GuideSpec(kind="json_schema", text='{"type": "integer"}')
+SHORT_PARAMS = messages.SamplingParams()
+PARAMS = messages.SamplingParams(
     temperature=0.5, top_k=5, top_p=0.9, min_p=0.1, presence_penalty=0.25, frequency_penalty=-0.25, repetition_penalty=1.5,
     logit_bias={65: 2.0, 300: -1.0}, seed=2**62, max_tokens=100, min_tokens=2, stop_ids=(7, 258), ignore_eos=True, logprobs=2,
     prompt_logprobs=1, guide=GUIDE,
 )  # fmt: skip
-SHORT_CAPACITY = wire.Capacity(
+SHORT_CAPACITY = messages.Capacity(
     block_size=16, num_blocks=64, max_batch_size=8, max_num_tokens=256, max_seq_len=1024, vocab_size=320, tp=1, pp=1
 )
-CAPACITY = wire.Capacity(
+CAPACITY = messages.Capacity(
     block_size=32, num_blocks=4096, max_batch_size=64, max_num_tokens=2048, max_seq_len=8192, vocab_size=49152, tp=4, pp=2, guided=False,
     max_logprobs=5, engine="trtllm", dtype="bf16", prefix_cache=False,
     quant=Quant(
@@ -42,87 +42,87 @@ CAPACITY = wire.Capacity(
         exclude_modules=("lm_head",),
     ),
 )  # fmt: skip
-USAGE = wire.Usage(prompt_tokens=10, output_tokens=5, cached_tokens=3, preemptions=1)
-SHORT_USAGE = wire.Usage(prompt_tokens=10, output_tokens=5)
-FIRST, NEXT = wire.Logprobs(104, None, [], []), wire.Logprobs(105, -0.5, [105, 106], [-0.5, -1.5])
+USAGE = messages.Usage(prompt_tokens=10, output_tokens=5, cached_tokens=3, preemptions=1)
+SHORT_USAGE = messages.Usage(prompt_tokens=10, output_tokens=5)
+FIRST, NEXT = messages.Logprobs(104, None, [], []), messages.Logprobs(105, -0.5, [105, 106], [-0.5, -1.5])
 
 #: Tag of a message -> (filled, short).
 MESSAGES: dict[str, tuple[Any, Any]] = {
     "submit": (
-        wire.Submit(
+        messages.Submit(
             boot="b1", stream=3, attempt=1, client="alice", request="q1", model="m", prompt_ids=[104, 105], params=PARAMS, emitted=[72, 73],
             salt="salt", credit=256, deadline_ms=5000, marks=("x-1", "4bf92f3577b34da6a3ce929d0e0e4736"),
         ),
-        wire.Submit(boot="b1", stream=3, attempt=0, client="alice", request="q1", model="m", prompt_ids=[104], params=SHORT_PARAMS),
+        messages.Submit(boot="b1", stream=3, attempt=0, client="alice", request="q1", model="m", prompt_ids=[104], params=SHORT_PARAMS),
     ),
     "attach": (
-        wire.Attach(boot="b1", stream=3, attempt=1, client="alice", request="q1", have=5, credit=256),
-        wire.Attach(boot="b1", stream=3, attempt=1, client="alice", request="q1", have=0),
+        messages.Attach(boot="b1", stream=3, attempt=1, client="alice", request="q1", have=5, credit=256),
+        messages.Attach(boot="b1", stream=3, attempt=1, client="alice", request="q1", have=0),
     ),
-    "cancel": (wire.Cancel(boot="b1", stream=3, attempt=1), wire.Cancel(boot="b1", stream=3)),
-    "credit": (wire.Credit(boot="b1", streams=[3, 4], tokens=[10, 20]), wire.Credit(boot="b1", streams=[], tokens=[])),
-    "drain": (wire.Drain(boot="b1", grace_ms=30_000), wire.Drain(boot="b1", grace_ms=0)),
+    "cancel": (messages.Cancel(boot="b1", stream=3, attempt=1), messages.Cancel(boot="b1", stream=3)),
+    "credit": (messages.Credit(boot="b1", streams=[3, 4], tokens=[10, 20]), messages.Credit(boot="b1", streams=[], tokens=[])),
+    "drain": (messages.Drain(boot="b1", grace_ms=30_000), messages.Drain(boot="b1", grace_ms=0)),
     "peers": (
-        wire.Peers(
+        messages.Peers(
             boot="b1", router="router0",
             routers=(
                 RouterAddress(endpoint="tcp://127.0.0.1:8200", server_key="k" * 40),
                 RouterAddress(endpoint="tcp://[::1]:8201", server_key="l" * 40),
             ),
         ),
-        wire.Peers(boot="b1", router="router0"),
+        messages.Peers(boot="b1", router="router0"),
     ),
     "hello": (
-        wire.Hello(
-            boot="b2", protocol=wire.PROTOCOL, replica="a", model="m", epoch=2**50, spec_hash="5ec", resume="margin", capacity=CAPACITY,
+        messages.Hello(
+            boot="b2", protocol=messages.PROTOCOL, replica="a", model="m", epoch=2**50, spec_hash="5ec", resume="margin", capacity=CAPACITY,
             live=[("alice", "q1"), ("bob", "q2")],
         ),
-        wire.Hello(
-            boot="b2", protocol=wire.PROTOCOL, replica="a", model="m", epoch=1, spec_hash="", resume="bitwise", capacity=SHORT_CAPACITY
+        messages.Hello(
+            boot="b2", protocol=messages.PROTOCOL, replica="a", model="m", epoch=1, spec_hash="", resume="bitwise", capacity=SHORT_CAPACITY
         ),
     ),
     "accepted": (
-        wire.Accepted(boot="b2", stream=3, attempt=1, seed=9, prompt_ids=[104, 105], prompt_tokens=2),
-        wire.Accepted(boot="b2", stream=3, attempt=0),
+        messages.Accepted(boot="b2", stream=3, attempt=1, seed=9, prompt_ids=[104, 105], prompt_tokens=2),
+        messages.Accepted(boot="b2", stream=3, attempt=0),
     ),
     "heartbeat": (
-        wire.Heartbeat(
+        messages.Heartbeat(
             boot="b2", epoch=7, step=100, busy_ms=1.5, predicted_ms=2.5, running=3, waiting=2, free_blocks=10, num_blocks=64,
             prefill_tokens=128, draining=True, step_ms=2.25, prompt_tokens_total=1000, output_tokens_total=500, prefix_queries_total=40,
-            prefix_hits_total=20, preemptions_total=1, step_tokens=[1] * (len(wire.STEP_TOKEN_BUCKETS) + 1), step_tokens_total=1500,
+            prefix_hits_total=20, preemptions_total=1, step_tokens=[1] * (len(messages.STEP_TOKEN_BUCKETS) + 1), step_tokens_total=1500,
             prefixes=[1, 2**63],
         ),
-        wire.Heartbeat(
+        messages.Heartbeat(
             boot="b2", epoch=7, step=0, busy_ms=0.0, predicted_ms=0.0, running=0, waiting=0, free_blocks=64, num_blocks=64
         ),
     ),
     "tokens": (
-        wire.Tokens(
+        messages.Tokens(
             boot="b2", streams=[3, 4], attempts=[0, 1], firsts=[0, 5], tokens=[[105], [106, 107]], logprobs=[[NEXT], None],
             prompt_logprobs=[(3, [FIRST, NEXT])], texts=["i", "jk"], choices=[0, 1],
         ),
-        wire.Tokens(boot="b2", streams=[], attempts=[], firsts=[], tokens=[]),
+        messages.Tokens(boot="b2", streams=[], attempts=[], firsts=[], tokens=[]),
     ),
     "done": (
-        wire.Done(boot="b2", stream=3, attempt=1, reason="length", usage=USAGE, stop_id=258, choice=1, text="tail"),
-        wire.Done(boot="b2", stream=3, attempt=0, reason="stop", usage=SHORT_USAGE),
+        messages.Done(boot="b2", stream=3, attempt=1, reason="length", usage=USAGE, stop_id=258, choice=1, text="tail"),
+        messages.Done(boot="b2", stream=3, attempt=0, reason="stop", usage=SHORT_USAGE),
     ),
     "failed": (
-        wire.Failed(
+        messages.Failed(
             boot="b2", stream=3, attempt=1, code="overloaded", message="full", retry_after=1.5, param="prompt", choice=1
         ),
-        wire.Failed(boot="b2", stream=3, attempt=0, code="engine_fault", message=""),
+        messages.Failed(boot="b2", stream=3, attempt=0, code="engine_fault", message=""),
     ),
-    "bye": (wire.Bye(boot="b2", reason="stale"), wire.Bye(boot="b2", reason="")),
+    "bye": (messages.Bye(boot="b2", reason="stale"), messages.Bye(boot="b2", reason="")),
     "generate": (
-        wire.Generate(
+        messages.Generate(
             boot="b3", stream=1, request="q1", endpoint="chat", body=b'{"model":"m"}', attempt=1, credit=256, deadline_ms=5000, texts=False,
-            journal=wire.Journal(prompt_ids=[104, 105], seed=9, emitted=[[72], []]),
+            journal=messages.Journal(prompt_ids=[104, 105], seed=9, emitted=[[72], []]),
         ),
-        wire.Generate(boot="b3", stream=1, request="q1", endpoint="completions", body=b""),
+        messages.Generate(boot="b3", stream=1, request="q1", endpoint="completions", body=b""),
     ),
-    "query": (wire.Query(boot="b3", stream=1, what="status"), wire.Query(boot="b3", stream=1, what="models")),
-    "report": (wire.Report(boot="b1", stream=1, body=b'{"router":"router0"}'), wire.Report(boot="b1", stream=1, body=b"")),
+    "query": (messages.Query(boot="b3", stream=1, what="status"), messages.Query(boot="b3", stream=1, what="models")),
+    "report": (messages.Report(boot="b1", stream=1, body=b'{"router":"router0"}'), messages.Report(boot="b1", stream=1, body=b"")),
 }  # fmt: skip
 CONSTANTS, TAKEN = "constants.json", "directions.json"
 NAMES = [*(f"{tag}.json" for tag in MESSAGES), CONSTANTS, TAKEN]
@@ -147,12 +147,12 @@ def readable(value: Any) -> Any:
 
 def recordings() -> dict[str, str]:
     frames = {
-        f"{tag}.json": {"filled": decoded(wire.encode(full)), "short": decoded(wire.encode(short))}
+        f"{tag}.json": {"filled": decoded(messages.encode(full)), "short": decoded(messages.encode(short))}
         for tag, (full, short) in MESSAGES.items()
     }
     constants = {
-        "PROTOCOL": wire.PROTOCOL, "MAX_FRAME": wire.MAX_FRAME, "HIGH_WATER": wire.HIGH_WATER, "UNLIMITED": wire.UNLIMITED,
-        "STEP_TOKEN_BUCKETS": list(wire.STEP_TOKEN_BUCKETS),
+        "PROTOCOL": messages.PROTOCOL, "MAX_FRAME": messages.MAX_FRAME, "HIGH_WATER": messages.HIGH_WATER, "UNLIMITED": messages.UNLIMITED,
+        "STEP_TOKEN_BUCKETS": list(messages.STEP_TOKEN_BUCKETS),
     }  # fmt: skip
     taken = {name: tags(union) for name, (union, _) in DIRECTIONS.items()}
     return {name: as_json(value) for name, value in {**frames, CONSTANTS: constants, TAKEN: taken}.items()}
@@ -179,10 +179,10 @@ def test_what_was_written_is_read_again(direction: str) -> None:
     for tag, pair in MESSAGES.items():
         for message in pair:
             if tag in tags(union):
-                assert decode(wire.encode(message)) == message
+                assert decode(messages.encode(message)) == message
             else:
-                with pytest.raises(wire.Malformed):
-                    decode(wire.encode(message))
+                with pytest.raises(messages.Malformed):
+                    decode(messages.encode(message))
 
 
 @pytest.mark.parametrize("tag", MESSAGES)
