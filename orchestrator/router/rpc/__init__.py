@@ -1,0 +1,1 @@
+"""The ZeroMQ RPC server: Generate, Cancel, Credit and Query of internal clients."""
