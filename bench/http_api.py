@@ -1,7 +1,7 @@
-"""CPU that the HTTP door spends on one streamed token: ``python -m bench.http_door [--streams 128] [--tokens 400] [--stops]``.
+"""CPU time that the HTTP API spends on one streamed token: ``python -m bench.http_api [--streams 128] [--tokens 400] [--stops]``.
 
-A server process with the real door over a dispatcher that gives every stream one token a step, and this process as its clients. Prints
-microseconds of the server's CPU a token, all in: dispatcher, decoding, JSON, ASGI, sockets; and the text layer's share alone.
+A server process runs the real HTTP API over a dispatcher that gives every stream one token a step; this process is its clients. Prints
+microseconds of the server's CPU time per token, for everything (dispatcher, detokenizer, JSON, ASGI, sockets) and for the detokenizer alone.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from orchestrator.router.frontend.detokenizer import Detokenizer, TextModel, Tex
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher
-from orchestrator.router.metrics import Metrics
+from orchestrator.router.metrics import Metrics, RequestMeter
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 
 class Stepping:
-    """A dispatcher whose streams all wait for the last one, then get a token each a step."""
+    """A dispatcher that starts when the last of its streams was submitted, and then gives each stream one token a step."""
 
     def __init__(self, streams: int, step_s: float) -> None:
         self._waiting, self._step_s = streams, step_s
@@ -39,7 +39,7 @@ class Stepping:
         self.started = 0.0
         self.spent = 0.0
 
-    def submit(self, ask: RouterRequest, watcher: Watcher) -> Stepping:
+    def submit(self, ask: RouterRequest, watcher: Watcher, meter: RequestMeter) -> Stepping:
         self._live.append((ask, watcher))
         if len(self._live) == self._waiting:
             self.started = time.process_time()
