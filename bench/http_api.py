@@ -1,7 +1,7 @@
 """CPU time that the HTTP API spends on one streamed token: ``python -m bench.http_api [--streams 128] [--tokens 400] [--stops]``.
 
 A server process runs the real HTTP API over a dispatcher that gives every stream one token a step; this process is its clients. Prints
-microseconds of the server's CPU time per token, for everything (dispatcher, detokenizer, JSON, ASGI, sockets) and for the detokenizer alone.
+microseconds of the server's CPU time per token: of everything (dispatcher, detokenizer, JSON, ASGI, sockets), and of the detokenizer alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import uvloop
 
 from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
-from orchestrator.router.frontend.detokenizer import Detokenizer, TextModel, TextModels, TextRule, load_texts
+from orchestrator.router.frontend.detokenizer import Detokenizer, TextRule
+from orchestrator.router.frontend.text_models import TextModel, TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher

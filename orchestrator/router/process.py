@@ -29,7 +29,7 @@ from orchestrator.control.launch.subprocesses import STOP
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.dispatcher import RouterDispatcher
-from orchestrator.router.frontend.detokenizer import TextModels
+from orchestrator.router.frontend.text_models import TextModels
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.metrics_app import build_scrape_app
 from orchestrator.router.http.server import bind, serve

@@ -18,7 +18,7 @@ import uvloop
 
 from orchestrator.auth.api_keys import ApiKeys, Salting
 from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
-from orchestrator.router.frontend.detokenizer import TextModels, load_texts
+from orchestrator.router.frontend.text_models import TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher

@@ -16,9 +16,10 @@ from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
 from orchestrator.router.frontend import schema as bodies
 from orchestrator.router.frontend.chat_template import PromptPiece
-from orchestrator.router.frontend.detokenizer import TextModel, TextModels, TextRule
+from orchestrator.router.frontend.detokenizer import TextRule
 from orchestrator.router.frontend.sandbox_worker import RenderJob
 from orchestrator.router.frontend.schema import ChatBody, CompletionBody, Request, refuse
+from orchestrator.router.frontend.text_models import TextModel, TextModels
 from orchestrator.router.interfaces import Dispatcher, RouterRequest
 from workers.protocol.errors import NotFound, TooLong, Unavailable
 from workers.protocol.messages import UNLIMITED, GuideSpec, Journal, SamplingParams

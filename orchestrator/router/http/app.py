@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -23,11 +22,13 @@ from orchestrator.auth.api_keys import ApiKeys, Salting
 from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.router.frontend import preprocess as preparing
 from orchestrator.router.frontend import schema as bodies
-from orchestrator.router.frontend.detokenizer import TextModel, TextModels, TextSink
+from orchestrator.router.frontend.text_models import TextModel, TextModels
 from orchestrator.router.http import event_stream
 from orchestrator.router.http.authentication import ApiKeyMiddleware, tenant_of
-from orchestrator.router.http.dialects import kserve, openai
-from orchestrator.router.http.in_flight import Gathered, HttpExchange
+from orchestrator.router.http.dialects.kserve import api as kserve
+from orchestrator.router.http.dialects.openai import wording as openai
+from orchestrator.router.http.dialects.openai.sinks import OpenAiResponse
+from orchestrator.router.http.in_flight import HttpExchange
 from orchestrator.router.http.middleware import RequestContextMiddleware, affinity, read_body, request_id
 from orchestrator.router.http.response import GenerateResponse, json_response
 from orchestrator.router.http.status_page import StatusPage
@@ -106,7 +107,7 @@ class HttpApi:
             usage=bool(options.include_usage),
             continuous=bool(options.include_usage and options.continuous_usage_stats),
         )
-        return GenerateResponse(HttpExchange(prepared), _OpenAi(request, wording), self._dispatcher, self._metrics)
+        return GenerateResponse(HttpExchange(prepared), OpenAiResponse(request, wording), self._dispatcher, self._metrics)
 
     async def models(self, http: Request) -> Response:
         tenant = tenant_of(http)
@@ -195,27 +196,6 @@ class HttpApi:
             headers["connection"] = "close"
         wording = kserve if kserve.speaks(http.scope["path"]) else openai
         return Response(openai.encode(wording.error_body(found)), found.status, headers, "application/json")
-
-
-class _OpenAi:
-    """OpenAI's :class:`~orchestrator.router.http.response.Dialect`."""
-
-    def __init__(self, request: bodies.Request, wording: openai.Wording) -> None:
-        self.streamed = bool(request.stream)
-        self._request, self._wording = request, wording
-
-    def events(self, exchange: HttpExchange, abort: Callable[[], None]) -> tuple[event_stream.EventStream, list[TextSink]]:
-        stream = event_stream.EventStream(exchange, self._wording, window=event_stream.window(self._request), abort=abort)
-        asks = range(len(exchange.prepared.asks))
-        return stream, [event_stream.EventSink(stream, exchange, index, self._request, self._wording) for index in asks]
-
-    def whole(self, exchange: HttpExchange) -> tuple[list[TextSink], Callable[[], bytes]]:
-        sinks = [Gathered(exchange, index, self._request, self._wording) for index in range(len(exchange.prepared.asks))]
-
-        def body() -> bytes:
-            return self._wording.answer([choice for sink in sinks for choice in sink.choices()], exchange.usage())
-
-        return list(sinks), body
 
 
 def build_app(

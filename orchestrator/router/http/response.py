@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.router.frontend.detokenizer import TextSink
-from orchestrator.router.http.dialects.openai import encode
+from orchestrator.router.http.dialects.openai.wording import encode
 from orchestrator.router.http.event_stream import EventStream
 from orchestrator.router.http.in_flight import HttpExchange
 from orchestrator.router.http.middleware import request_id

@@ -21,8 +21,9 @@ from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
 from orchestrator.router.frontend import schema as bodies
-from orchestrator.router.frontend.detokenizer import Detokenizer, TextModels
+from orchestrator.router.frontend.detokenizer import Detokenizer
 from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, decode, prepare
+from orchestrator.router.frontend.text_models import TextModels
 from orchestrator.router.interfaces import Dispatcher, RouterRequest, Ticket
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.rpc.call import Outgoing, RpcCall

@@ -17,7 +17,8 @@ from orchestrator.config.router_spec import ModelCard
 from orchestrator.model_store import DEFAULT_MODEL, resolve
 from orchestrator.router.frontend.chat_messages import Message
 from orchestrator.router.frontend.chat_template import PromptPiece
-from orchestrator.router.frontend.detokenizer import Detokenizer, StopStrings, TextModel, TextRule
+from orchestrator.router.frontend.detokenizer import Detokenizer, StopStrings, TextRule
+from orchestrator.router.frontend.text_models import TextModel
 from orchestrator.router.frontend.tokenizer import TokenTable, load
 from orchestrator.router.metrics import Metrics
 from tests.support.tiny_models import IM_END, tiny_tokenizer

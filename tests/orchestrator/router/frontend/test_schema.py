@@ -12,9 +12,9 @@ import pytest
 
 from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.frontend.detokenizer import TextModels
 from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, prepare
 from orchestrator.router.frontend.schema import ChatBody, CompletionBody, decode_object, read
+from orchestrator.router.frontend.text_models import TextModels
 from tests.support.scripted_router import CONTEXT, ScriptedDispatcher, tiny_texts
 from workers.protocol.errors import NotFound, Rejected, TooLong, Unavailable
 from workers.protocol.messages import GuideSpec, Journal

@@ -16,7 +16,7 @@ from orchestrator.config.router_spec import AdmissionSpec, ModelCard
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.dispatcher import RouterDispatcher
-from orchestrator.router.frontend.detokenizer import load_texts
+from orchestrator.router.frontend.text_models import load_texts
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.rpc.server import RpcServer
 from tests.support.tiny_models import tiny_tokenizer

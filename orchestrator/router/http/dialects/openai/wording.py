@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.router.frontend.detokenizer import TextModel
+from orchestrator.router.frontend.text_models import TextModel
 from workers.protocol.errors import Rejected, TriremeError, Unauthorized, printable
 from workers.protocol.messages import Logprobs, Usage
 

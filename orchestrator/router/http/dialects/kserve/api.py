@@ -1,6 +1,6 @@
 """The doors of Triton's clients: the KServe v2 protocol over HTTP, and Triton's ``generate`` and ``generate_stream``.
 
-Owns these paths and how their answers are worded. A request becomes a completion (:mod:`orchestrator.router.http.dialects.kserve_tensors`)
+Owns these paths and how their answers are worded. A request becomes a completion (:mod:`orchestrator.router.http.dialects.kserve.tensors`)
 and from there on takes the way of all: one validator, one dispatcher, one stream writer. No tensors but text and numbers, none of them
 binary.
 """
@@ -20,13 +20,14 @@ from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.router.frontend import preprocess as preparing
 from orchestrator.router.frontend import schema as bodies
-from orchestrator.router.frontend.detokenizer import TextModel, TextModels, TextSink
+from orchestrator.router.frontend.detokenizer import TextSink
 from orchestrator.router.frontend.schema import CompletionBody
+from orchestrator.router.frontend.text_models import TextModel, TextModels
 from orchestrator.router.http import event_stream
 from orchestrator.router.http.authentication import tenant_of
-from orchestrator.router.http.dialects import kserve_tensors
-from orchestrator.router.http.dialects.kserve_tensors import TensorRequest
-from orchestrator.router.http.dialects.openai import clamp, encode, event
+from orchestrator.router.http.dialects.kserve import tensors as kserve_tensors
+from orchestrator.router.http.dialects.kserve.tensors import TensorRequest
+from orchestrator.router.http.dialects.openai.wording import clamp, encode, event
 from orchestrator.router.http.in_flight import HttpExchange
 from orchestrator.router.http.middleware import affinity, read_body
 from orchestrator.router.http.response import GenerateResponse, json_response
