@@ -22,7 +22,7 @@ from orchestrator.auth.keyring import read_private, read_salt
 from orchestrator.config.router_spec import RouterSpec
 from orchestrator.router.frontend.text_models import load_texts
 from orchestrator.router.process import RouterProcess
-from orchestrator.router.request_context import OriginFilter
+from orchestrator.router.request_context import RequestContextFilter
 from workers.logs import JsonLines, LogFormat
 from workers.process import settle_heap
 from workers.protocol.errors import ConfigError, TriremeError
@@ -92,7 +92,7 @@ def read_keys(path: str) -> KeyPair | None:
 
 def set_up_logging(form: LogFormat) -> None:
     handler = logging.StreamHandler()
-    handler.addFilter(OriginFilter())
+    handler.addFilter(RequestContextFilter())
     handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 

@@ -1,6 +1,7 @@
-"""Whose work this is: the request and the trace that a task works for, so that log lines and spans can say so.
+"""The request context: which request, and which trace, the current task works for. Log lines and spans carry it.
 
-Owns one context variable, set at each door before anything else. Knows W3C Trace Context's ``traceparent`` and nothing of tracing itself.
+Owns one context variable, which each frontend sets before anything else. Reads W3C Trace Context's ``traceparent``; knows nothing else of
+tracing.
 """
 
 from __future__ import annotations
@@ -13,33 +14,34 @@ from typing import Any
 
 import msgspec
 
-#: Version 00 has these four parts alone; a later one may have more, behind a dash.
+#: Version 00 has exactly these four parts; a later version may have more after a dash.
 _TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _MAX_TRACEPARENT = 256
 
 
 class Trace(msgspec.Struct, frozen=True):
-    """The caller's span, as ``traceparent`` names it: lower-case hexadecimal ids of 16 and 8 bytes."""
+    """The caller's span, from ``traceparent``: lower-case hexadecimal ids of 16 and 8 bytes."""
 
     id: str
     span: str
     sampled: bool
 
 
-class Origin(msgspec.Struct, frozen=True):
-    """``request``: the id that the caller sees. ``received``: when it came, by :func:`time.monotonic`. ``chat``: it asks for one."""
+class RequestContext(msgspec.Struct, frozen=True):
+    """``request_id``: the id that the caller sees. ``received``: when the request arrived, by :func:`time.monotonic`. ``chat``: it is for
+    the chat endpoint."""
 
-    request: str
+    request_id: str
     trace: Trace | None
     received: float
     chat: bool = False
 
 
-_origin: ContextVar[Origin | None] = ContextVar("origin", default=None)
+_current: ContextVar[RequestContext | None] = ContextVar("request_context", default=None)
 
 
 def parse_traceparent(text: str) -> Trace | None:
-    """None for what is not one: a caller's mistake there must not cost its request."""
+    """None for a malformed one: a caller's mistake in it must not fail the request."""
     found = _TRACEPARENT.fullmatch(text[:_MAX_TRACEPARENT])
     if found is None:
         return None
@@ -49,44 +51,44 @@ def parse_traceparent(text: str) -> Trace | None:
     return Trace(trace, span, bool(int(flags, 16) & 1))
 
 
-def enter(request: str, traceparent: str) -> None:
-    """From now on this task works for that request."""
-    _origin.set(Origin(request, parse_traceparent(traceparent) if traceparent else None, time.monotonic()))
+def enter(request_id: str, traceparent: str) -> None:
+    """The current task works for this request from now on. ``traceparent``: empty = none."""
+    _current.set(RequestContext(request_id, parse_traceparent(traceparent) if traceparent else None, time.monotonic()))
 
 
 def learn(metadata: dict[str, Any] | None, *, chat: bool) -> None:
-    """What its body says. ``traceparent`` in the metadata counts where the door brought none: the RPC door has no headers."""
-    origin = _origin.get()
-    if origin is None:
+    """Add what the request's body says. ``traceparent`` in the metadata counts where there was no header: RPC has no headers."""
+    context = _current.get()
+    if context is None:
         return
-    trace = origin.trace
+    trace = context.trace
     if metadata and trace is None and isinstance(found := metadata.get("traceparent"), str):
         trace = parse_traceparent(found)
-    if chat or trace is not origin.trace:
-        _origin.set(Origin(origin.request, trace, origin.received, chat))
+    if chat or trace is not context.trace:
+        _current.set(RequestContext(context.request_id, trace, context.received, chat))
 
 
-def current() -> Origin | None:
-    return _origin.get()
+def current() -> RequestContext | None:
+    return _current.get()
 
 
 def marks() -> tuple[str, str]:
-    """(request id, trace id) of this task's work, for those who log about it elsewhere; empty where there is none."""
-    origin = _origin.get()
-    return (origin.request, origin.trace.id if origin.trace is not None else "") if origin is not None else ("", "")
+    """(request id, trace id) of the current task's request, for log lines in other processes; empty where there is none."""
+    context = _current.get()
+    return (context.request_id, context.trace.id if context.trace is not None else "") if context is not None else ("", "")
 
 
-def fields(origin: Origin | None) -> dict[str, str]:
-    """What a log line about it carries: ``log.error(..., extra=fields(origin))``."""
-    if origin is None:
+def fields(context: RequestContext | None) -> dict[str, str]:
+    """The fields of a log line about a request: ``log.error(..., extra=fields(context))``."""
+    if context is None:
         return {}
-    return {"request_id": origin.request} | ({"trace_id": origin.trace.id} if origin.trace is not None else {})
+    return {"request_id": context.request_id} | ({"trace_id": context.trace.id} if context.trace is not None else {})
 
 
-class OriginFilter(logging.Filter):
-    """Puts a task's own origin on its log records, but for those that were told another."""
+class RequestContextFilter(logging.Filter):
+    """Adds the current task's request id and trace id to a log record, unless the record has some."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not hasattr(record, "request_id"):
-            record.__dict__.update(fields(_origin.get()))
+            record.__dict__.update(fields(_current.get()))
         return True

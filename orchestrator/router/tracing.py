@@ -1,15 +1,15 @@
 """OpenTelemetry traces, where a deployment asks for them: a :class:`~orchestrator.router.interfaces.Dispatcher` around the real one.
 
-Owns the story of each traced request from its submission to its last terminal message, and makes all spans of it then, from times that the
-routing core noted anyway: nothing is done per token, nothing at all for a request that is not sampled, and without tracing this module is
-not even imported. Must never put a prompt, an answer or a token id into a span.
+Owns the record of each traced request from its submission to its last terminal message, and makes all its spans then, from times that the
+routing core keeps anyway. Nothing is done per token, nothing at all for a request that is not sampled, and without tracing this module is
+not imported. It never puts a prompt, an answer or a token id into a span.
 
-    chat MODEL                      from the door's first look to the last terminal message
+    chat MODEL                      from the arrival at the frontend to the last terminal message
     ├─ prepare                      checks, template, tokenizer
-    ├─ queue                        waiting at the router for a place
-    ├─ replica NAME                 one placement; where it was lost: an error, an event ``failover``, and another queue and replica follow
-    │  ├─ prefill                   from Submit to the first token here: the way there, the wait and the prompt at the replica
-    │  └─ decode                    from there to the last
+    ├─ queue                        waiting at the router for a replica
+    ├─ replica NAME                 one attempt; a lost one has an error and an event ``failover``, and another queue and replica follow
+    │  ├─ prefill                   from Submit to the first token: the way to the replica, its queue and the prompt
+    │  └─ decode                    from the first token to the last
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ class Traces:
         )
 
     def around(self, inner: Dispatcher) -> TracedDispatcher:
-        """What the doors are given in its place."""
+        """The dispatcher that the frontends use in place of ``inner``."""
         return TracedDispatcher(inner, self._provider.get_tracer("trireme", __version__))
 
     def close(self) -> None:
-        """Send what is left, within :data:`CLOSE_S`: a collector that is away must not keep the router."""
+        """Send the remaining spans within :data:`CLOSE_S`, so that an unreachable collector does not keep the router from ending."""
         ending = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         ending.start()
         ending.join(CLOSE_S)
 
 
 class TracedDispatcher:
-    """``clock``: the seconds that the routing core counts in; ``wall``: nanoseconds since 1970."""
+    """``clock``: seconds, as the routing core counts them; ``wall``: nanoseconds since 1970."""
 
     def __init__(
         self, inner: Dispatcher, tracer: Tracer, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], int] = time.time_ns
@@ -77,44 +77,42 @@ class TracedDispatcher:
         self.model, self.ready, self.status = inner.model, inner.ready, inner.status
 
     def submit(self, ask: RouterRequest, watcher: Watcher, meter: RequestMeter) -> Ticket:
-        """As the real one's. A request that is refused here is a trace of one span."""
-        story = _Story(self._tracer, ask, watcher, self._clock, self._wall)
-        if not story.sampled:
+        """As the inner dispatcher's. A request that is refused here becomes a trace of one span."""
+        traced = _TracedRequest(self._tracer, ask, watcher, self._clock, self._wall)
+        if not traced.sampled:
             return self._inner.submit(ask, watcher, meter)
         try:
-            ticket = self._inner.submit(msgspec.structs.replace(ask, emitted=story.emitted, trails=story.trails), story, meter)
+            ticket = self._inner.submit(msgspec.structs.replace(ask, emitted=traced.emitted, trails=traced.trails), traced, meter)
         except TriremeError as error:
-            story.refused(error)
+            traced.refused(error)
             raise
-        story.ticket = ticket
-        return story
+        return _TracedTicket(ticket, traced)
 
 
-class _Story:
-    """One traced request: the watcher that the dispatcher knows, and the ticket that the door holds."""
+class _TracedRequest:
+    """One traced request: the watcher that the inner dispatcher gets."""
 
-    __slots__ = ("_ask", "_clock", "_ends", "_offset", "_open", "_origin", "_span", "_submitted", "_tracer", "_watcher", "emitted",
-                 "on_tokens", "ticket", "trails")  # fmt: skip
+    __slots__ = ("_ask", "_clock", "_context", "_ends", "_offset", "_open", "_span", "_submitted", "_tracer", "_watcher", "emitted",
+                 "on_tokens", "trails")  # fmt: skip
 
     def __init__(self, tracer: Tracer, ask: RouterRequest, watcher: Watcher, clock: Callable[[], float], wall: Callable[[], int]) -> None:
         self._tracer, self._ask, self._watcher, self._clock = tracer, ask, watcher, clock
         self._submitted = clock()
         self._offset = wall() - int(self._submitted * 1e9)
-        #: The door's own, so that a token costs what it costs without tracing.
+        #: The frontend's own method, so that a token costs what it costs without tracing.
         self.on_tokens: Callable[[int, int, list[int], list[Logprobs] | None], None] = watcher.on_tokens
-        #: The core's records of each choice, handed over empty where the door keeps none.
+        #: The core's records of each choice, empty where the frontend keeps none.
         self.emitted: list[list[int]] = ask.emitted or [[] for _ in range(ask.n)]
         self.trails: list[list[Attempt]] = [[] for _ in range(ask.n)]
-        self.ticket: Ticket | None = None
         self._open = set(range(ask.n))
         self._ends: dict[int, tuple[float, str, Usage | None]] = {}
-        self._origin = found = request_context.current()
-        operation = span_names.CHAT if found is not None and found.chat else span_names.TEXT
+        self._context = context = request_context.current()
+        operation = span_names.CHAT if context is not None and context.chat else span_names.TEXT
         self._span = tracer.start_span(
             f"{operation} {ask.model}",
-            context=_parent(found),
+            context=_parent(context),
             kind=SpanKind.SERVER,
-            start_time=self._ns(found.received if found is not None else self._submitted),
+            start_time=self._ns(context.received if context is not None else self._submitted),
             attributes={span_names.OPERATION: operation, span_names.PROVIDER: span_names.PROVIDED_BY, span_names.REQUEST_MODEL: ask.model},
         )
 
@@ -128,36 +126,34 @@ class _Story:
         self._watcher.on_prompt(choice, logprobs)
 
     def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
-        self._close(choice, reason, usage)
+        self.ended(choice, reason, usage)
         self._watcher.on_done(choice, reason, usage, stop_id)
 
     def on_failed(self, choice: int, error: TriremeError) -> None:
         self._fail(error)
-        self._close(choice, "error", None)
+        self.ended(choice, "error", None)
         self._watcher.on_failed(choice, error)
 
-    # --- Ticket
-
-    def cancel(self) -> None:
-        if self.ticket is not None:
-            self.ticket.cancel()
-        for choice in sorted(self._open):
-            self._close(choice, "cancelled", None)
-
-    def finish(self, choice: int) -> None:
-        if self.ticket is not None:
-            self.ticket.finish(choice)
-        self._close(choice, "stop", None)
-
-    def credit(self, tokens: int) -> None:
-        if self.ticket is not None:
-            self.ticket.credit(tokens)
+    # --- ends that the frontend decides
 
     def refused(self, error: TriremeError) -> None:
-        """The dispatcher did not take it."""
+        """The inner dispatcher did not accept the request."""
         self._fail(error)
         self._open.clear()
-        self._tell(self._clock())
+        self._make_spans(self._clock())
+
+    def cancelled(self) -> None:
+        for choice in sorted(self._open):
+            self.ended(choice, "cancelled", None)
+
+    def ended(self, choice: int, reason: str, usage: Usage | None) -> None:
+        """Only the first end of a choice counts."""
+        if choice in self._open:
+            self._open.remove(choice)
+            now = self._clock()
+            self._ends[choice] = (now, reason, usage)
+            if not self._open:
+                self._make_spans(now)
 
     # --- spans
 
@@ -165,16 +161,8 @@ class _Story:
         self._span.set_attribute(span_names.ERROR_TYPE, error.code)
         self._span.set_status(Status(StatusCode.ERROR, error.code))
 
-    def _close(self, choice: int, reason: str, usage: Usage | None) -> None:
-        if choice in self._open:
-            self._open.remove(choice)
-            now = self._clock()
-            self._ends[choice] = (now, reason, usage)
-            if not self._open:
-                self._tell(now)
-
-    def _tell(self, now: float) -> None:
-        """All is known: make every span."""
+    def _make_spans(self, now: float) -> None:
+        """Make every span, now that all of them are known."""
         ask, root = self._ask, self._span
         facts: dict[str, AttributeValue] = {
             span_names.RESPONSE_ID: ask.request,
@@ -185,9 +173,9 @@ class _Story:
             span_names.CACHED_TOKENS: max((usage.cached_tokens for _, _, usage in self._ends.values() if usage is not None), default=0),
             span_names.FINISH_REASONS: [reason for _, (_, reason, _) in sorted(self._ends.items())],
         }
-        if self._origin is not None:
-            facts[span_names.REQUEST_ID] = self._origin.request
-            self._child(root, span_names.PREPARE, self._origin.received, self._submitted)
+        if self._context is not None:
+            facts[span_names.REQUEST_ID] = self._context.request_id
+            self._child(root, span_names.PREPARE, self._context.received, self._submitted)
         root.set_attributes(facts)
         for choice, (over, _, _) in sorted(self._ends.items()):
             self._choice(choice, self.trails[choice], over)
@@ -195,28 +183,28 @@ class _Story:
 
     def _choice(self, choice: int, trail: Sequence[Attempt], over: float) -> None:
         mark: dict[str, AttributeValue] = {span_names.CHOICE: choice} if self._ask.n > 1 else {}
-        for index, place in enumerate(trail):
-            self._child(self._span, span_names.QUEUE, place.queued_at, place.sent_at, {span_names.DECISION: place.reason} | mark)
-            end = place.over_at or over
-            held = trail[index + 1].held if index + 1 < len(trail) else len(self.emitted[choice])
-            self._placement(place, end, held - place.held, mark)
+        for index, attempt in enumerate(trail):
+            self._child(self._span, span_names.QUEUE, attempt.queued_at, attempt.sent_at, {span_names.DECISION: attempt.reason} | mark)
+            end = attempt.over_at or over
+            tokens = trail[index + 1].held if index + 1 < len(trail) else len(self.emitted[choice])
+            self._attempt(attempt, end, tokens - attempt.held, mark)
         if not trail or trail[-1].cause:
             self._child(self._span, span_names.QUEUE, trail[-1].over_at if trail else self._submitted, over, mark)
 
-    def _placement(self, place: Attempt, end: float, tokens: int, mark: dict[str, AttributeValue]) -> None:
+    def _attempt(self, attempt: Attempt, end: float, tokens: int, mark: dict[str, AttributeValue]) -> None:
         facts: dict[str, AttributeValue] = mark | {
-            span_names.REPLICA: place.replica, span_names.EPOCH: place.epoch, span_names.ATTEMPT: place.attempt, span_names.NEW_TOKENS:
-            place.tokens, span_names.EXPECTED_WAIT: place.expected_s, span_names.TOKENS: tokens,
+            span_names.REPLICA: attempt.replica, span_names.EPOCH: attempt.epoch, span_names.ATTEMPT: attempt.attempt,
+            span_names.NEW_TOKENS: attempt.tokens, span_names.EXPECTED_WAIT: attempt.expected_s, span_names.TOKENS: tokens,
         }  # fmt: skip
-        if place.cached is not None:
-            facts[span_names.EXPECTED_CACHED] = place.cached
-        span = self._start(self._span, f"replica {place.replica}", place.sent_at, facts, SpanKind.CLIENT)
-        if place.first_at:
-            self._child(span, span_names.PREFILL, place.sent_at, place.first_at)
-            self._child(span, span_names.DECODE, place.first_at, end, {span_names.TOKENS: tokens})
-        if place.cause:
-            span.add_event(span_names.FAILOVER, {span_names.CAUSE: place.cause}, self._ns(end))
-            span.set_status(Status(StatusCode.ERROR, place.cause))
+        if attempt.cached is not None:
+            facts[span_names.EXPECTED_CACHED] = attempt.cached
+        span = self._start(self._span, f"replica {attempt.replica}", attempt.sent_at, facts, SpanKind.CLIENT)
+        if attempt.first_at:
+            self._child(span, span_names.PREFILL, attempt.sent_at, attempt.first_at)
+            self._child(span, span_names.DECODE, attempt.first_at, end, {span_names.TOKENS: tokens})
+        if attempt.cause:
+            span.add_event(span_names.FAILOVER, {span_names.CAUSE: attempt.cause}, self._ns(end))
+            span.set_status(Status(StatusCode.ERROR, attempt.cause))
         span.end(self._ns(end))
 
     def _child(self, parent: Span, name: str, start: float, end: float, facts: dict[str, AttributeValue] | None = None) -> None:
@@ -230,10 +218,31 @@ class _Story:
         return self._offset + int(moment * 1e9)
 
 
-def _parent(found: request_context.Origin | None) -> Context:
-    """The caller's span, or none: never whatever this process happens to have."""
-    if found is None or found.trace is None:
+class _TracedTicket:
+    """The ticket of a traced request."""
+
+    __slots__ = ("_ticket", "_traced")
+
+    def __init__(self, ticket: Ticket, traced: _TracedRequest) -> None:
+        self._ticket, self._traced = ticket, traced
+
+    def cancel(self) -> None:
+        self._ticket.cancel()
+        self._traced.cancelled()
+
+    def finish(self, choice: int) -> None:
+        self._ticket.finish(choice)
+        self._traced.ended(choice, "stop", None)
+
+    def credit(self, tokens: int) -> None:
+        self._ticket.credit(tokens)
+
+
+def _parent(context: request_context.RequestContext | None) -> Context:
+    """The caller's span as the parent, or an empty context, which has none."""
+    if context is None or context.trace is None:
         return Context()
-    flags = TraceFlags(TraceFlags.SAMPLED if found.trace.sampled else TraceFlags.DEFAULT)
-    caller = SpanContext(int(found.trace.id, 16), int(found.trace.span, 16), is_remote=True, trace_flags=flags)
-    return trace.set_span_in_context(NonRecordingSpan(caller), Context())
+    caller = context.trace
+    flags = TraceFlags(TraceFlags.SAMPLED if caller.sampled else TraceFlags.DEFAULT)
+    span = SpanContext(int(caller.id, 16), int(caller.span, 16), is_remote=True, trace_flags=flags)
+    return trace.set_span_in_context(NonRecordingSpan(span), Context())

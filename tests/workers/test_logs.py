@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from orchestrator.router import request_context
-from orchestrator.router.request_context import OriginFilter
+from orchestrator.router.request_context import RequestContextFilter
 from tests.orchestrator.router.core.test_router_core import ask, join
 from tests.orchestrator.router.test_tracing import Stage
 from workers.logs import JsonLines
@@ -31,7 +31,7 @@ class Sheet:
     def __init__(self) -> None:
         self.paper = io.StringIO()
         self.handler = logging.StreamHandler(self.paper)
-        self.handler.addFilter(OriginFilter())
+        self.handler.addFilter(RequestContextFilter())
         self.handler.setFormatter(JsonLines(replica="a", rank=0))
         self.log = logging.Logger("t")
         self.log.addHandler(self.handler)
