@@ -9,16 +9,14 @@ import os
 import sys
 from collections.abc import Generator
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import typer
 
 from orchestrator.cli.console import Console
 from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir, pick
 from workers.protocol.errors import Rejected, TriremeError
-
-if TYPE_CHECKING:
-    from orchestrator.cli.chat_backends import Endpoint
+from workers.protocol.messages import ApiEndpoint
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "TRIREME_API_KEY"
@@ -44,7 +42,7 @@ class ChatBackend(Protocol):
 
     def card(self, model: str) -> dict[str, Any]: ...
 
-    def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]: ...
+    def ask(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]: ...
 
     def close(self) -> None: ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import msgspec
@@ -17,9 +17,9 @@ from orchestrator.auth.keyring import read_private
 from orchestrator.client import Client, ClientKeys
 from orchestrator.control.host.control_socket import DeploymentStatus
 from workers.protocol.errors import EngineFault, EnvironmentFault, NotFound, Rejected, Unavailable, from_code, printable
+from workers.protocol.messages import ApiEndpoint
 
-Endpoint = Literal["chat", "completions"]
-PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+PATHS: dict[ApiEndpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 CONNECT_S = 5.0
 #: Longest silence inside one answer, seconds: queues may be long.
 SILENCE_S = 120.0
@@ -51,7 +51,7 @@ class HttpBackend:
             raise Unavailable(f"{self.url} serves no model")
         return dict(found if found is not None else self._get(f"/v1/models/{model}"))  # an alias is not listed
 
-    def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]:
+    def ask(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]:
         """Stream an answer. Raises the error that the endpoint names (:func:`workers.protocol.errors.from_code`), also in mid-stream."""
         try:
             with self._http.stream("POST", PATHS[endpoint], json={**body, "stream": True}) as response:
@@ -98,7 +98,7 @@ class RpcBackend:
             raise NotFound(f"The model `{printable(model)}` does not exist", code="model_not_found")
         return {"id": model or found["id"], "max_model_len": (found["status"] or {}).get("max_seq_len") or None}
 
-    def ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Generator[str]:
+    def ask(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]:
         """As :meth:`HttpBackend.ask`; an answer that is left early is cancelled."""
         options = dict(body)
         if endpoint == "chat":

@@ -19,6 +19,7 @@ from workers.protocol import messages
 from workers.protocol.errors import Cancelled, DeadlineExceeded, Overloaded, TriremeError, Unavailable, from_code
 from workers.protocol.messages import (
     Accepted,
+    ApiEndpoint,
     Cancel,
     Credit,
     Done,
@@ -33,7 +34,6 @@ from workers.protocol.messages import (
     Usage,
 )
 
-Endpoint = Literal["chat", "completions"]
 What = Literal["status", "models", "metrics"]
 
 #: A router that said nothing of a request for this long while it owes the answer is given up, seconds.
@@ -61,7 +61,7 @@ class _Track:
 class ClientExchange:
     """A live request. ``pieces`` fills as messages come and is emptied by the shell; ``error`` or a full set of choices ends it."""
 
-    def __init__(self, request: str, endpoint: Endpoint, body: bytes, choices: int, *, texts: bool, deadline: float | None) -> None:
+    def __init__(self, request: str, endpoint: ApiEndpoint, body: bytes, choices: int, *, texts: bool, deadline: float | None) -> None:
         self.request, self.endpoint, self.body, self.texts, self.deadline = request, endpoint, body, texts, deadline
         self.pieces: deque[Piece] = deque()
         self.error: TriremeError | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -17,9 +17,9 @@ import msgspec
 from orchestrator.loadgen.stats import RequestSample
 from orchestrator.loadgen.target import TargetRequest
 from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected, TriremeError, from_code
+from workers.protocol.messages import ApiEndpoint
 
-Endpoint = Literal["completions", "chat"]
-PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+PATHS: dict[ApiEndpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 CONNECT_S = 10.0
 #: Bytes kept of an answer that is no stream, and of a line that does not end.
 _MAX_REFUSAL, _MAX_LINE = 64 << 10, 16 << 20
@@ -191,7 +191,7 @@ class _Connection(asyncio.Protocol):
 class HttpTarget:
     """The endpoint below ``url`` (with or without ``/v1``). ``key``: bearer token, or empty. Raises Rejected on an address that is none."""
 
-    def __init__(self, url: str, *, model: str, endpoint: Endpoint, key: str = "", clock: Callable[[], float]) -> None:
+    def __init__(self, url: str, *, model: str, endpoint: ApiEndpoint, key: str = "", clock: Callable[[], float]) -> None:
         parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Rejected(f"{url} is not an HTTP address", "one begins with http:// or https://")

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Literal
 
 import msgspec
 
 from orchestrator.loadgen.schedule import Cutter, PlannedRequest, Range, arrivals, records, replayed, synthetic
 from orchestrator.loadgen.stats import METRICS
 from workers.protocol.errors import Rejected
+from workers.protocol.messages import ApiEndpoint
 
 #: Lengths of requests that are not told how long to be, tokens.
 INPUT, OUTPUT = "512", "128"
@@ -27,7 +27,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     concurrency: int
     model: str = ""
-    endpoint: Literal["completions", "chat"] = "completions"
+    endpoint: ApiEndpoint = "completions"
     rate: float | None = None
     burstiness: float = 1.0
     requests: int | None = None

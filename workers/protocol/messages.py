@@ -35,6 +35,8 @@ STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8
 UNLIMITED = 2**31 - 1
 
 FinishReason = Literal["stop", "length", "cancelled"]
+#: The generating endpoints of the API, by the last words of their paths.
+ApiEndpoint = Literal["chat", "completions"]
 
 
 class GuideSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -321,7 +323,7 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     boot: str
     stream: int
     request: str
-    endpoint: Literal["chat", "completions"]
+    endpoint: ApiEndpoint
     body: bytes
     attempt: int = 0
     journal: Journal | None = None
