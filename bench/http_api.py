@@ -20,6 +20,7 @@ import uvloop
 from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
 from orchestrator.router.frontend.detokenizer import Detokenizer, TextRule
+from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import TextModel, TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
@@ -101,7 +102,7 @@ def run_server(report: Connection, folder: str, streams: int, step_s: float) -> 
         listener = bind(http)
         texts = texts_of(folder)
         spec = RouterSpec(name="bench", back="", rpc="", models=(), http=http)
-        app = build_app(spec, dispatcher, texts, Metrics(["tiny"]), Salting(b"salt"))
+        app = build_app(spec, dispatcher, Preprocessor(texts, dispatcher, spec.admission, Salting(b"salt")), Metrics(["tiny"]))
         stop = asyncio.Event()
         serving = asyncio.create_task(serve(app, listener, stop, grace_s=2))
         report.send(listener.getsockname()[1])
@@ -131,7 +132,9 @@ async def read_streams(port: int, streams: int, body: bytes) -> int:
 
 def text_layer_us(model: TextModel, stops: tuple[str, ...], tokens: int = 100_000) -> float:
     meter = Metrics(["tiny"]).request("tiny", choices=1, prompt_tokens=1)
-    watcher = Detokenizer(model, TextRule(stops=stops), Nothing(), choices=1, prompt_tokens=1, meter=meter)
+    watcher = Detokenizer(
+        model.table, TextRule(stops=stops), Nothing(), finish=lambda choice: None, choices=1, prompt_tokens=1, meter=meter
+    )
     started = time.process_time()
     for position in range(tokens):
         watcher.on_tokens(0, position, [97 + position % 26], None)

@@ -317,10 +317,10 @@ def _make_each(kept: dict[str, dict[str, int]]) -> None:
     with short_folder() as folder:
         nobody = RouterAddress(endpoint=f"ipc://{folder}/nobody")
         port = RouterSocket(
-            context, f"ipc://{folder}/port", "client", keys=None, gate=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None
+            context, f"ipc://{folder}/port", "client", keys=None, acl=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None
         )
         secure = RouterSocket(
-            context, "tcp://127.0.0.1:*", "client", keys=keys, gate=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None
+            context, "tcp://127.0.0.1:*", "client", keys=keys, acl=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None
         )
         assert port.endpoint and secure.endpoint
         ZapHandler(context, CurveAcl({}))

@@ -74,13 +74,13 @@ def test_where_nobody_answers_for_keys_nobody_gets_in(answered: bool) -> None:
         arrived.set()
 
     try:
-        port = RouterSocket(context, "tcp://127.0.0.1:*", "client", keys=server, gate=gate, on_frame=on_frame, on_malformed=lambda _: None)
+        port = RouterSocket(context, "tcp://127.0.0.1:*", "client", keys=server, acl=gate, on_frame=on_frame, on_malformed=lambda _: None)
 
         async def serve() -> None:
             loop = asyncio.get_running_loop()
             if answered:
-                ZapHandler(context, gate).start(loop)
-            port.start(loop)
+                ZapHandler(context, gate).start()
+            port.start()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(arrived.wait(), 20.0 if answered else 1.0)
             loop.remove_reader(port._socket.fileno())

@@ -117,7 +117,7 @@ def routes() -> str:
     with short_folder() as folder:
         made = ServedDoor(folder)  # its parts alone: it is not entered, so it serves nothing
         apps = {
-            "router": build_app(made.spec, made.dispatcher, made.texts, made.metrics, made.salting),
+            "router": build_app(made.spec, made.dispatcher, made.preprocessor, made.metrics),
             "scrape": build_scrape_app(made.metrics),
         }
         made.http.close()

@@ -18,6 +18,7 @@ import uvloop
 
 from orchestrator.auth.api_keys import ApiKeys, Salting
 from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
+from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
@@ -170,6 +171,7 @@ class ServedDoor:
         self.metrics = Metrics(["tiny"], self.dispatcher.status)
         http = HttpSpec(port=0, max_body_bytes=1 << 20)
         self.spec = RouterSpec(name="test", back="", rpc="", models=(self.texts.models[0].card,), http=http, admission=AdmissionSpec())
+        self.preprocessor = Preprocessor(self.texts, self.dispatcher, self.spec.admission, self.salting)
         self._listener = bind(http)
         self.port = int(self._listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
@@ -195,7 +197,7 @@ class ServedDoor:
     def _run(self) -> None:
         async def main() -> None:
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            app = build_app(self.spec, self.dispatcher, self.texts, self.metrics, self.salting, self.keys)
+            app = build_app(self.spec, self.dispatcher, self.preprocessor, self.metrics, self.keys)
             self._up.set()
             await serve(app, self._listener, self._stop, grace_s=1)
 

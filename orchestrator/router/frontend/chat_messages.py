@@ -1,4 +1,4 @@
-"""Chat messages and tools as a request brings them: types alone, which the request's checks and the templates share."""
+"""Types of chat messages and tools, shared by the request's checks, the chat templates and the tool parsers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,22 @@ class NamedTool(msgspec.Struct, frozen=True, kw_only=True):
     function: ToolName
 
 
+class ToolRules(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request lets its output call tools. ``names``: the tools. ``named``: the one function that must be called; then the whole
+    output is its arguments. ``required``: the output must be calls of any of the tools."""
+
+    names: frozenset[str]
+    named: str | None = None
+    required: bool = False
+
+
 class TextPart(msgspec.Struct, frozen=True, kw_only=True):
     type: Literal["text"]
     text: str
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One turn of a chat. ``content`` in parts is joined by newlines; only text parts exist here (nothing is ever fetched)."""
+    """One turn of a chat. ``content`` in parts is joined by newlines. There are text parts only: this router fetches nothing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None

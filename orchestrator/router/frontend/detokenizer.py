@@ -1,27 +1,26 @@
-"""Text on both sides of the ids: encoding prompts, decoding streams, stop strings.
+"""The detokenizer: from the token ids of a request's choices to text, and the stop strings in it.
 
-Owns one tokenizer per model, the small pool that encodes long prompts, and per choice the bytes of an unfinished character and the text
-that may yet become a stop string. Must never send half a character or part of a stop string, never block the event loop, and know
-nothing of HTTP or ZeroMQ.
+Owns, per choice, the bytes of an unfinished character and the text that may yet become a stop string. It never sends half a character or
+a part of a stop string, never blocks the event loop, and knows nothing of HTTP or ZeroMQ.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
-from orchestrator.router.frontend.text_models import TextModel
-from orchestrator.router.interfaces import Ticket
+from orchestrator.router.frontend.tokenizer import TokenTable
 from orchestrator.router.metrics import RequestMeter
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 
 class TextRule(msgspec.Struct, frozen=True, kw_only=True):
-    """How ids become a choice's text. ``json``: the output is one JSON value, so once whole it has ended, whatever cut it."""
+    """How token ids become the text of a choice. ``json``: the output is one JSON value, so a choice that was cut at its length has stopped
+    by itself if the value is whole."""
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
@@ -31,21 +30,22 @@ class TextRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextSink(Protocol):
-    """What a door gets of a request: per choice on_text*, then exactly one of on_end and on_failed."""
+    """Receives the output of a request as text. For each choice: on_text any number of times, then exactly one of on_end and on_failed."""
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
-        """Tokens at output positions ``first``.., and the text now safe to show (often theirs, sometimes none or more)."""
+        """``tokens`` at the output positions from ``first`` on, and the text that can be shown now: mostly the text of these tokens, but
+        sometimes none, or text of earlier tokens too."""
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None: ...
 
     def on_end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
-        """The choice is over; ``tail`` is text that was held back. ``stopped_by``: the stop string or stop token id, if one ended it."""
+        """The choice has ended. ``tail``: text that waited until now. ``stopped_by``: the stop string or stop token id that ended it."""
 
     def on_failed(self, choice: int, error: TriremeError) -> None: ...
 
 
 class StopStrings:
-    """The stop strings of one request, prepared once; immutable."""
+    """The stop strings of one request, prepared once. Immutable."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.stops = stops
@@ -54,7 +54,7 @@ class StopStrings:
         self._last = frozenset(prefix[-1] for prefix in self._prefixes)
 
     def find(self, text: str) -> tuple[int, int, str] | None:
-        """(start, end, stop string) of the match that is whole first, reading left to right."""
+        """(start, end, stop string) of the match that ends first, or None."""
         found = None
         for stop in self.stops:
             start = text.find(stop)
@@ -62,8 +62,8 @@ class StopStrings:
                 found = (start, start + len(stop), stop)
         return found
 
-    def held(self, text: str) -> int:
-        """How many characters at the end of ``text`` may yet become a stop string: the longest suffix that begins one."""
+    def partial(self, text: str) -> int:
+        """How many characters at the end of ``text`` may yet become a stop string: the length of the longest suffix that begins one."""
         if not text or text[-1] not in self._last:
             return 0
         for length in range(min(self._longest, len(text)), 0, -1):
@@ -73,58 +73,59 @@ class StopStrings:
 
 
 class _ChoiceText:
-    """Decoding state of one choice."""
+    """Decoding state of one choice. ``count``: output tokens so far. ``pending``: text that may yet become a stop string. ``shown``: all
+    text that was sent, kept only for JSON."""
 
-    __slots__ = ("count", "decode", "ended", "held", "shown")
+    __slots__ = ("count", "decode", "ended", "pending", "shown")
 
     def __init__(self) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.count = 0
-        self.held = ""
+        self.pending = ""
         self.ended = False
         self.shown: list[str] = []
 
 
 class Detokenizer:
-    """A :class:`~orchestrator.router.interfaces.Watcher` that turns ids into text for a door.
+    """A :class:`~orchestrator.router.interfaces.Watcher` that turns token ids into text for ``sink``.
 
-    Make it, submit it, then :meth:`bind` the ticket. ``emitted``: ids that the client already holds, per choice (a journal): decoding goes
-    on after them, and a choice that has its stop string already ends at once. ``prompt_tokens`` is for the usage of a choice that a stop
-    string ends, which the replica never gets to report.
+    ``finish(choice)`` tells the dispatcher that a stop string has ended a choice; then the replica reports no usage, so ``prompt_tokens``
+    is needed for it. ``emitted``: ids that the client has already received, per choice (a journal). Decoding continues after them; a
+    choice that already has its stop string is ended by :meth:`end_stopped`.
     """
 
     def __init__(
         self,
-        model: TextModel,
+        table: TokenTable,
         rule: TextRule,
         sink: TextSink,
         *,
+        finish: Callable[[int], None],
         choices: int,
         prompt_tokens: int,
         meter: RequestMeter,
         emitted: Sequence[Sequence[int]] = (),
     ) -> None:
-        self._table = model.table
-        self._bytes = model.table.visible if rule.skip_special else model.table.all
-        self._rule, self._sink, self._meter = rule, sink, meter
+        self._table = table
+        self._bytes = table.visible if rule.skip_special else table.all
+        self._rule, self._sink, self._finish, self._meter = rule, sink, finish, meter
         self._stops = StopStrings(rule.stops) if rule.stops else None
         self._prompt_tokens = prompt_tokens
-        self._ticket: Ticket | None = None
-        self._rows = [_ChoiceText() for _ in range(choices)]
-        self._stopped = [self._read(row, list(ids))[2] for row, ids in zip(self._rows, emitted, strict=False)]
+        self._choices = [_ChoiceText() for _ in range(choices)]
+        self._stopped = [self._read(text, list(ids))[2] for text, ids in zip(self._choices, emitted, strict=False)]
 
-    def bind(self, ticket: Ticket) -> None:
-        self._ticket = ticket
+    def end_stopped(self) -> None:
+        """End the choices whose journal already has its stop string. Call it once, after the request was submitted."""
         for choice, stop in enumerate(self._stopped):
             if stop is not None:
                 self._stop(choice, stop)
 
     def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
-        row = self._rows[choice]
-        if row.ended:
+        state = self._choices[choice]
+        if state.ended:
             return
-        row.count = first
-        text, used, stop = self._read(row, tokens)
+        state.count = first
+        text, used, stop = self._read(state, tokens)
         if used < len(tokens):
             tokens, logprobs = tokens[:used], logprobs and logprobs[:used]
         self._sink.on_text(choice, first, tokens, text, logprobs)
@@ -135,61 +136,60 @@ class Detokenizer:
         self._sink.on_prompt(choice, logprobs)
 
     def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
-        row = self._rows[choice]
-        if row.ended:
+        state = self._choices[choice]
+        if state.ended:
             return
-        row.ended = True
-        tail = row.held + row.decode(b"", True)
-        if self._rule.json and reason == "length" and _is_json("".join(row.shown) + tail):
+        state.ended = True
+        tail = state.pending + state.decode(b"", True)
+        if self._rule.json and reason == "length" and _is_json("".join(state.shown) + tail):
             reason = "stop"
         self._end(choice, reason, usage, stop_id, tail)
 
     def on_failed(self, choice: int, error: TriremeError) -> None:
-        row = self._rows[choice]
-        if row.ended:
+        state = self._choices[choice]
+        if state.ended:
             return
-        row.ended = True
+        state.ended = True
         self._meter.failed(error.code)
         self._sink.on_failed(choice, error)
 
     def _stop(self, choice: int, stop: str) -> None:
-        row = self._rows[choice]
-        row.ended = True
-        if self._ticket is not None:
-            self._ticket.finish(choice)
-        self._end(choice, "stop", Usage(prompt_tokens=self._prompt_tokens, output_tokens=row.count), stop, "")
+        state = self._choices[choice]
+        state.ended = True
+        self._finish(choice)
+        self._end(choice, "stop", Usage(prompt_tokens=self._prompt_tokens, output_tokens=state.count), stop, "")
 
     def _end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
         self._meter.ended(reason, usage)
         self._sink.on_end(choice, reason, usage, stopped_by, tail)
 
-    def _read(self, row: _ChoiceText, tokens: list[int]) -> tuple[str, int, str | None]:
-        """(text now safe, tokens used, stop string that matched)."""
+    def _read(self, state: _ChoiceText, tokens: list[int]) -> tuple[str, int, str | None]:
+        """(text to show now, tokens used, stop string that was found)."""
         stop = None
         used = len(tokens)
         if self._stops is None:
-            text = row.decode(self._table.pick(self._bytes, tokens))
+            text = state.decode(self._table.pick(self._bytes, tokens))
         else:
-            text, used, stop = self._read_to_stop(row, tokens, self._stops)
-        row.count += used
+            text, used, stop = self._read_to_stop(state, tokens, self._stops)
+        state.count += used
         if self._rule.json:
-            row.shown.append(text)
+            state.shown.append(text)
         return text, used, stop
 
-    def _read_to_stop(self, row: _ChoiceText, tokens: list[int], stops: StopStrings) -> tuple[str, int, str | None]:
+    def _read_to_stop(self, state: _ChoiceText, tokens: list[int], stops: StopStrings) -> tuple[str, int, str | None]:
         shown = []
         for index, token in enumerate(tokens, 1):
-            pending = row.held + row.decode(self._table.pick(self._bytes, (token,)))
+            pending = state.pending + state.decode(self._table.pick(self._bytes, (token,)))
             # Below min_tokens a stop string is text like any other, as in vLLM.
-            found = stops.find(pending) if row.count + index > self._rule.min_tokens else None
+            found = stops.find(pending) if state.count + index > self._rule.min_tokens else None
             if found is not None:
                 start, end, stop = found
-                row.held = ""
+                state.pending = ""
                 shown.append(pending[: end if self._rule.include_stop else start])
                 return "".join(shown), index, stop
-            safe = len(pending) - stops.held(pending)
+            safe = len(pending) - stops.partial(pending)
             shown.append(pending[:safe])
-            row.held = pending[safe:]
+            state.pending = pending[safe:]
         return "".join(shown), len(tokens), None
 
 

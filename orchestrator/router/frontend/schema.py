@@ -1,27 +1,27 @@
-"""Bodies of the two generating endpoints, checked: vLLM's dialect of the OpenAI API.
+"""The bodies of generating requests, checked: the OpenAI API with vLLM's additions.
 
-Owns the fields, their types and every limit that can be checked without a model; :mod:`orchestrator.router.frontend.preprocess` does the
-rest (tokens, context, vocabulary). Serves the HTTP and the RPC door alike, so it must never know of either, and never fetch anything.
+Owns the fields, their types and every limit that can be checked without a model; :mod:`orchestrator.router.frontend.preprocess` checks the
+rest (tokens, context, vocabulary). Every frontend (HTTP in each dialect, RPC) reads its requests with this module, so the module knows
+none of them, and it never fetches anything.
 
-Strict where a mistake would change an answer (types, ranges, duplicate keys), lenient where only a newer client shows (unknown fields
-are ignored and counted). Every refusal is :class:`~workers.protocol.errors.Rejected` with the field in ``param``.
+A mistake that would change an answer is refused (types, ranges, duplicate keys); unknown fields, which newer clients send, are ignored and
+counted. Every refusal is :class:`~workers.protocol.errors.Rejected` with the field in ``param``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
 import msgspec
 
 from orchestrator.router.frontend import structured_output
-from orchestrator.router.frontend.chat_messages import Message, NamedTool, Tool, ToolFunction
+from orchestrator.router.frontend.chat_messages import Message, NamedTool, Tool, ToolFunction, ToolRules
 from workers.protocol.errors import Rejected, printable
-from workers.protocol.messages import GuideSpec
-
-Endpoint = Literal["chat", "completions"]
+from workers.protocol.messages import ApiEndpoint, GuideSpec
 
 MAX_MESSAGES = 10_000
 MAX_PROMPTS = 128
@@ -33,12 +33,13 @@ MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 MAX_TOOLS = 128
+DEFAULT_COMPLETION_TOKENS = 16
 MAX_USER = 512
 MAX_METADATA_BYTES = 16 << 10
 MAX_KWARGS_BYTES = 16 << 10
 INT32_MAX = 2**31 - 1
 
-#: Names that belong to the renderer; a client that sets one would change what the template is given.
+#: Arguments that the chat template is given by this router; a client that sets one would replace them.
 RESERVED_KWARGS = frozenset((
     "messages", "tools", "documents", "conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
     "bos_token", "eos_token", "raise_exception", "strftime_now", "padding", "truncation", "max_length", "return_tensors", "return_dict",
@@ -70,8 +71,20 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields that both endpoints take; None = not given."""
+class PromptEncoder(Protocol):
+    """Turns the prompts of a body into token ids. Raises Rejected, also where a prompt is too long."""
+
+    async def chat(self, body: ChatBody) -> list[int]: ...
+
+    async def prompt(self, prompt: str | list[int], *, add_special: bool) -> list[int]: ...
+
+
+class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """Fields that both endpoints take; None = not given. What is derived from them at some cost is computed once and kept."""
+
+    endpoint: ClassVar[ApiEndpoint]
+    #: The field that holds the prompt.
+    prompt_field: ClassVar[str]
 
     model: str
     max_tokens: int | None = None
@@ -110,8 +123,25 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def max_output(self) -> int | None:
+        """The limit on output tokens that was asked for."""
+        return self.max_tokens
+
+    @functools.cached_property
     def guide(self) -> GuideSpec | None:
-        """The one grammar that was asked for. Raises Rejected on two, or on one that cannot mean anything."""
+        """The grammar that was asked for. Raises Rejected on two grammars, and on one that is malformed."""
+        return self._output_format()
+
+    def tool_rules(self) -> ToolRules | None:
+        """How the output may call tools; None = it may not."""
+        return None
+
+    def check(self) -> None:
+        """Raises Rejected where a value is out of its limits."""
+        _check_common(self)
+
+    def _output_format(self) -> GuideSpec | None:
         older = (self.guided_json, self.guided_regex, self.guided_grammar, self.guided_choice)
         if self.response_format is None and self.structured_outputs is None and older == (None,) * len(older):
             return None
@@ -121,6 +151,9 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
 
 class ChatBody(GenerateBody, frozen=True, kw_only=True):
     """Body of ``/v1/chat/completions``."""
+
+    endpoint: ClassVar[ApiEndpoint] = "chat"
+    prompt_field: ClassVar[str] = "messages"
 
     messages: list[Message]
     max_completion_tokens: int | None = None
@@ -133,16 +166,48 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
     chat_template: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def limit(self) -> int | None:
+    @property
+    def max_output(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    def wanted_logprobs(self) -> int | None:
-        """Alternatives to report with each token; None = no logprobs."""
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report with each output token; None = no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives to report with each prompt token; None = no logprobs of the prompt."""
+        return self.prompt_logprobs
+
+    def echoes(self, prompts: list[list[int]], decode: Callable[[list[int]], str]) -> tuple[str, ...]:
+        """The texts of the prompts that the answer begins with; empty where the prompts are not repeated."""
+        return ()
+
+    def default_max_output(self, room: int) -> int:
+        """Output tokens where no limit was asked for; ``room``: tokens of the context that the prompt leaves."""
+        return room
+
+    async def encode(self, encoder: PromptEncoder) -> list[list[int]]:
+        """Token ids of each prompt."""
+        return [await encoder.chat(self)]
+
+    def tool_rules(self) -> ToolRules | None:
+        if not self.tools or self.tool_choice == "none":
+            return None
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        names = frozenset(tool.function.name for tool in self.tools)
+        return ToolRules(names=names, named=named, required=self.tool_choice == "required")
+
+    def check(self) -> None:
+        _check_common(self)
+        _check_chat(self)
+        _ = self.guide
+
+    @functools.cached_property
     def guide(self) -> GuideSpec | None:
         """A forced tool call is a grammar too: the arguments of the named function, or one call of any of them."""
-        asked = GenerateBody.guide(self)
+        asked = self._output_format()
         if not self.tools or self.tool_choice in (None, "none", "auto"):
             return asked
         if asked is not None:
@@ -158,27 +223,50 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
 class CompletionBody(GenerateBody, frozen=True, kw_only=True):
     """Body of ``/v1/completions``. ``prompt``: text, token ids, or a list of either (then one choice list per prompt, in order)."""
 
+    endpoint: ClassVar[ApiEndpoint] = "completions"
+    prompt_field: ClassVar[str] = "prompt"
+
     prompt: Any
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
 
-    def limit(self) -> int | None:
-        return self.max_tokens
-
-    def wanted_logprobs(self) -> int | None:
+    @property
+    def num_logprobs(self) -> int | None:
         return self.logprobs
 
-    def prompts(self) -> list[str | list[int]]:
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.prompt_logprobs is None and self.echo else self.prompt_logprobs
+
+    def echoes(self, prompts: list[list[int]], decode: Callable[[list[int]], str]) -> tuple[str, ...]:
+        if not self.echo:
+            return ()
+        return tuple(given if isinstance(given, str) else decode(ids) for given, ids in zip(self.prompts, prompts, strict=True))
+
+    def default_max_output(self, room: int) -> int:
+        return min(room, DEFAULT_COMPLETION_TOKENS)
+
+    async def encode(self, encoder: PromptEncoder) -> list[list[int]]:
+        return [await encoder.prompt(prompt, add_special=self.add_special_tokens is not False) for prompt in self.prompts]
+
+    def check(self) -> None:
+        _check_common(self)
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            refuse("logprobs", f"must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}")
+        if self.suffix:
+            refuse("suffix", "filling in the middle is not offered")
+        _ = self.prompts, self.guide
+
+    @functools.cached_property
+    def prompts(self) -> list[str] | list[list[int]]:
         """Every prompt on its own. Raises Rejected on mixed or empty lists and on anything that is not text or token ids."""
-        value = self.prompt
-        if isinstance(value, str):
-            value = [value]
+        value = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         if not isinstance(value, list) or not value:
             refuse("prompt", "a prompt is a non-empty string, a list of token ids, or a list of either")
-        # The exact types, for a boolean is no token id; a set of them costs a tenth of a conversion.
+        # The exact types, because a boolean is no token id; a set of them costs a tenth of a conversion.
         kinds = set(map(type, value))
-        prompts: list[str | list[int]] = [value] if kinds == {int} else value
+        prompts: list[str] | list[list[int]] = [value] if kinds == {int} else value
         if kinds not in ({int}, {str}) and not (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
             refuse("prompt", "a prompt is a string, a list of token ids, or a list of either, not a mixture")
         if len(prompts) > MAX_PROMPTS:
@@ -191,31 +279,30 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True):
 Request = ChatBody | CompletionBody
 _T = TypeVar("_T")
 _R = TypeVar("_R", ChatBody, CompletionBody)
-_KNOWN = {"chat": frozenset(ChatBody.__struct_fields__), "completions": frozenset(CompletionBody.__struct_fields__)}
+_BODIES: dict[ApiEndpoint, type[ChatBody] | type[CompletionBody]] = {body.endpoint: body for body in (ChatBody, CompletionBody)}
 
 
 def refuse(param: str | None, why: str, code: str | None = None) -> NoReturn:
     raise Rejected(printable(f"{param}: {why}" if param else why), code=code, param=printable(param) if param else None)
 
 
-def read(endpoint: Endpoint, fields: dict[str, Any], *, on_unknown: Callable[[int], None] | None = None) -> Request:
-    """Check a decoded body. ``on_unknown`` is told how many unknown fields were ignored. Raises Rejected."""
-    unknown = fields.keys() - _KNOWN[endpoint]
+def read(endpoint: ApiEndpoint, fields: dict[str, Any], *, on_unknown: Callable[[int], None] | None = None) -> Request:
+    """The checked body of a request to ``endpoint``. ``on_unknown`` is called with the number of ignored unknown fields. Raises
+    Rejected."""
+    kind = _BODIES[endpoint]
+    unknown = fields.keys() - kind.__struct_fields__
     if unknown and on_unknown is not None:
         on_unknown(len(unknown))
-    return check(fields, ChatBody) if endpoint == "chat" else check(fields, CompletionBody)
+    body = convert(fields, kind)
+    body.check()
+    return body
 
 
 def check(fields: dict[str, Any], kind: type[_R]) -> _R:
-    """A decoded body as a request that keeps every limit. Raises Rejected."""
-    request = convert(fields, kind)
-    _check(request)
-    if isinstance(request, ChatBody):
-        _check_chat(request)
-    else:
-        _check_completion(request)
-    request.guide()
-    return request
+    """A decoded body as a request within every limit. Raises Rejected."""
+    body = convert(fields, kind)
+    body.check()
+    return body
 
 
 def decode_object(body: bytes | bytearray) -> dict[str, Any]:
@@ -229,7 +316,7 @@ def decode_object(body: bytes | bytearray) -> dict[str, Any]:
         if body.count(b"{") + body.count(b"[") > MAX_NESTING and _nesting(found) > MAX_NESTING:
             raise RecursionError
     except RecursionError:
-        # Only a schema can be deep for a reason, so its sender is told in a schema's terms.
+        # Only a schema can be deep for a reason, so the refusal of a body with one names the schema.
         schema = b'"json_schema"' in body or b'"guided_json"' in body or b'"structured_outputs"' in body
         refuse(None, "the JSON is nested too deeply", "invalid_schema" if schema else None)
     except UnicodeError:
@@ -242,7 +329,7 @@ def decode_object(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def convert(fields: dict[str, Any], kind: type[_T]) -> _T:
-    """``fields`` as a struct, without coercion. Raises Rejected that names the field."""
+    """``fields`` as a struct, without coercion of types. Raises Rejected with the field's name."""
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
@@ -265,7 +352,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _nesting(value: Any) -> int:
-    """Depth of containers in ``value``, without recursion."""
+    """How deep lists and objects are nested in ``value``, found without recursion."""
     depth, level = 0, [value]
     while level:
         depth += 1
@@ -281,26 +368,26 @@ def _no_constant(name: str) -> NoReturn:
 _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def _check(request: Request) -> None:
-    check_model_name(request.model)
+def _check_common(body: GenerateBody) -> None:
+    check_model_name(body.model)
     for name, (low, high) in _RANGES.items():
-        value = getattr(request, name, None)
+        value = getattr(body, name, None)
         if value is None:
             continue
         if not (value > low if name in _OPEN_BELOW else value >= low) or (high is not None and not value <= high):
             refuse(name, f"must be {'above' if name in _OPEN_BELOW else 'at least'} {low:g} and at most {high:g}, got {_short(value)}")
-    if request.best_of is not None and request.best_of != (request.n or 1):
+    if body.best_of is not None and body.best_of != (body.n or 1):
         refuse("best_of", "choosing among more candidates than n is not offered; leave it out or set it to n")
-    if request.stream_options is not None and not request.stream:
+    if body.stream_options is not None and not body.stream:
         refuse("stream_options", "only allowed together with stream")
-    limit = request.limit()
-    if limit is not None and (request.min_tokens or 0) > limit:
-        refuse("min_tokens", f"{request.min_tokens} is more than max_tokens ({limit})")
-    if request.prompt_logprobs is not None and request.stream:
+    limit = body.max_output
+    if limit is not None and (body.min_tokens or 0) > limit:
+        refuse("min_tokens", f"{body.min_tokens} is more than max_tokens ({limit})")
+    if body.prompt_logprobs is not None and body.stream:
         refuse("prompt_logprobs", "not available in a stream")
-    _check_stops(request)
-    _check_bias(request.logit_bias)
-    _check_labels(request)
+    _check_stops(body)
+    _check_bias(body.logit_bias)
+    _check_labels(body)
 
 
 def check_model_name(name: str) -> None:
@@ -308,13 +395,13 @@ def check_model_name(name: str) -> None:
         refuse("model", f"a model name has 1 to {MAX_NAME} printable characters")
 
 
-def _check_stops(request: Request) -> None:
-    stops = request.stops()
+def _check_stops(body: GenerateBody) -> None:
+    stops = body.stops()
     if len(stops) > MAX_STOPS:
         refuse("stop", f"{len(stops)} stop strings are more than {MAX_STOPS}")
     if any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
         refuse("stop", f"a stop string has 1 to {MAX_STOP_CHARS} characters")
-    if len(request.stop_token_ids or ()) > MAX_STOP_IDS:
+    if len(body.stop_token_ids or ()) > MAX_STOP_IDS:
         refuse("stop_token_ids", f"more than {MAX_STOP_IDS} ids")
 
 
@@ -330,61 +417,53 @@ def _check_bias(bias: dict[str, float] | None) -> None:
             refuse("logit_bias", f"{_short(value)} is not between -100 and 100")
 
 
-def _check_labels(request: Request) -> None:
-    if request.user is not None and len(request.user) > MAX_USER:
+def _check_labels(body: GenerateBody) -> None:
+    if body.user is not None and len(body.user) > MAX_USER:
         refuse("user", f"longer than {MAX_USER} characters")
-    if request.metadata is not None and len(msgspec.json.encode(request.metadata)) > MAX_METADATA_BYTES:
+    if body.metadata is not None and len(msgspec.json.encode(body.metadata)) > MAX_METADATA_BYTES:
         refuse("metadata", f"larger than {MAX_METADATA_BYTES} bytes")
-    salt = request.cache_salt
+    salt = body.cache_salt
     if salt is not None and not (1 <= len(salt) <= MAX_NAME and salt.isprintable()):
         refuse("cache_salt", f"a salt has 1 to {MAX_NAME} printable characters")
 
 
 def _short(number: float) -> str:
-    """A number as it is told back: JSON's may have thousands of digits."""
+    """A number for an error text: a number in JSON may have thousands of digits."""
     text = str(number)
     return text if len(text) <= 32 else f"{text[:32]}..."
 
 
-def _check_chat(request: ChatBody) -> None:
-    if not 1 <= len(request.messages) <= MAX_MESSAGES:
-        refuse("messages", f"a chat has 1 to {MAX_MESSAGES} messages, got {len(request.messages)}")
-    for index, message in enumerate(request.messages):
+def _check_chat(body: ChatBody) -> None:
+    if not 1 <= len(body.messages) <= MAX_MESSAGES:
+        refuse("messages", f"a chat has 1 to {MAX_MESSAGES} messages, got {len(body.messages)}")
+    for index, message in enumerate(body.messages):
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
             refuse(f"messages[{index}].content", f"a {message.role} message needs content")
-    if request.top_logprobs is not None and not request.logprobs:
+    if body.top_logprobs is not None and not body.logprobs:
         refuse("top_logprobs", "needs logprobs to be true")
-    if request.chat_template is not None:
+    if body.chat_template is not None:
         refuse("chat_template", "templates belong to the model and are not taken from a request")
-    kwargs = request.chat_template_kwargs or {}
+    kwargs = body.chat_template_kwargs or {}
     for key in kwargs.keys() & RESERVED_KWARGS:
         refuse("chat_template_kwargs", f"{key!r} is reserved")
     if len(msgspec.json.encode(kwargs)) > MAX_KWARGS_BYTES:
         refuse("chat_template_kwargs", f"larger than {MAX_KWARGS_BYTES} bytes")
-    _check_tools(request)
+    _check_tools(body)
 
 
-def _check_tools(request: ChatBody) -> None:
-    names = [tool.function.name for tool in request.tools or ()]
+def _check_tools(body: ChatBody) -> None:
+    names = [tool.function.name for tool in body.tools or ()]
     if len(names) > MAX_TOOLS:
         refuse("tools", f"{len(names)} tools are more than {MAX_TOOLS}")
     if len(set(names)) != len(names):
         refuse("tools", "two tools have the same name")
     if any(not _TOOL_NAME.fullmatch(name) for name in names):
         refuse("tools", "a tool name has 1 to 64 letters, digits, dots, dashes or underscores")
-    choice = request.tool_choice
+    choice = body.tool_choice
     if isinstance(choice, NamedTool) and choice.function.name not in names:
         refuse("tool_choice", f"no tool is named {choice.function.name[:64]!r}")
     if choice == "required" and not names:
         refuse("tool_choice", "needs tools")
-
-
-def _check_completion(request: CompletionBody) -> None:
-    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
-        refuse("logprobs", f"must be between 0 and {MAX_LOGPROBS}, got {request.logprobs}")
-    if request.suffix:
-        refuse("suffix", "filling in the middle is not offered")
-    request.prompts()
 
 
 def _call_schema(function: ToolFunction) -> dict[str, Any]:

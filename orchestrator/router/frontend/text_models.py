@@ -1,6 +1,6 @@
-"""The served models' text side: tokenizer, chat template, and the pools that work for them.
+"""The text side of the served models: tokenizers, chat templates, tool parsers, and the pools that work for them.
 
-Owns one tokenizer per model, the small pool that encodes long prompts, and the sandbox pool.
+Owns one tokenizer per model, the threads that encode long prompts, and the sandbox pool that renders chat templates.
 """
 
 from __future__ import annotations
@@ -13,32 +13,37 @@ from typing import TypeVar
 from orchestrator.config.router_spec import ModelCard
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.tokenizer import Loaded, load
+from orchestrator.router.frontend.tool_parsers import TOOL_PARSERS, MakeToolParser
 
-#: Prompts up to this many characters are encoded on the loop: a hand-over to the pool costs more than they do.
+#: Prompts up to this many characters are encoded on the event loop: handing them to the pool costs more than encoding them.
 INLINE_CHARS = 1024
+#: The tool parser of every model.
+TOOL_PARSER = "hermes"
 
 T = TypeVar("T")
 
 
 class TextModel:
-    """A served model's text side: its card, tokenizer, chat template (None = it has none) and end-of-sequence ids. Immutable."""
+    """The text side of one served model: card, tokenizer, chat template (None = it has none), end-of-sequence ids, tool parser.
+    Immutable."""
 
-    def __init__(self, card: ModelCard, loaded: Loaded) -> None:
+    def __init__(self, card: ModelCard, loaded: Loaded, tool_parser: MakeToolParser = TOOL_PARSERS[TOOL_PARSER]) -> None:
         self.card, self.name, self.table = card, card.name, loaded.table
         self.template, self.eos_ids = loaded.template, loaded.eos_ids
         self.names = (card.name, *card.aliases)
+        self.tool_parser = tool_parser
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return self.table.join(ids, skip_special).decode("utf-8", "replace")
 
 
 class TextModels:
-    """All served models by name and alias, the encoding pool, and the cells that render; ``close`` ends both."""
+    """All served models by name and alias, with the threads and the sandbox pool that they share; :meth:`close` ends both."""
 
     def __init__(self, models: Iterable[TextModel], *, threads: int = 2) -> None:
         self.models = tuple(models)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-        self.cells = SandboxPool({model.name: model.template for model in self.models if model.template is not None})
+        self.sandbox = SandboxPool({model.name: model.template for model in self.models if model.template is not None})
         self._by_name = {name: model for model in self.models for name in model.names}
 
     def get(self, name: str) -> TextModel | None:
@@ -52,9 +57,9 @@ class TextModels:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self.cells.close()
+        self.sandbox.close()
 
 
 def load_texts(cards: Iterable[ModelCard]) -> TextModels:
-    """Read every model's tokenizer folder. Raises ArtifactError naming the file."""
+    """Read every model's tokenizer folder. Raises ArtifactError with the file's name."""
     return TextModels(TextModel(card, load(card.tokenizer)) for card in cards)

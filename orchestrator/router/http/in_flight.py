@@ -1,82 +1,91 @@
-"""One generating HTTP request in flight: its rows at the dispatcher, and what has come back of them.
+"""One generating HTTP request in flight: its tickets at the dispatcher, and what has come back so far.
 
 Owns the tickets and the meters until every choice has ended or the client has left, whichever is first. All calls happen on the event
-loop; nothing here awaits, so a token costs what it costs and no task switch.
+loop and nothing here awaits on the way of a token.
+
+    prepared --submit--> in flight --every choice ended--> over
+    in flight --the first error--> failed (over); --cancel--> cancelled (over)
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 from orchestrator.router.frontend.detokenizer import Detokenizer, TextSink
 from orchestrator.router.frontend.preprocess import PreparedRequest
-from orchestrator.router.http.dialects.openai import wording as openai
 from orchestrator.router.interfaces import Dispatcher, Ticket
 from orchestrator.router.metrics import Metrics, RequestMeter
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import Usage
 
 
-class HttpExchange:
-    """Submits a prepared request and keeps count of what is open. ``failed`` is the first error, if any."""
+class InFlightRequest:
+    """Submits a prepared request and counts the choices that are open. ``failed``: the first error. ``usages``: of the choices that have
+    ended, by prompt."""
 
-    def __init__(self, prepared: PreparedRequest) -> None:
-        self.prepared = prepared
+    def __init__(self, prepared: PreparedRequest, dispatcher: Dispatcher, metrics: Metrics) -> None:
+        self.prepared, self._dispatcher, self._metrics = prepared, dispatcher, metrics
         self.failed: TriremeError | None = None
-        self.usages: list[list[Usage]] = [[] for _ in prepared.asks]
-        self.left = False
-        self._open = sum(ask.n for ask in prepared.asks)
-        self._live: list[tuple[Ticket, RequestMeter]] = []
-        self._news = asyncio.Event()
+        self.usages: list[list[Usage]] = [[] for _ in prepared.requests]
+        self.cancelled = False
+        self._open = sum(request.n for request in prepared.requests)
+        self._submitted: list[tuple[Ticket, RequestMeter]] = []
+        self._changed = asyncio.Event()
 
     @property
     def over(self) -> bool:
-        return self._open == 0 or self.failed is not None or self.left
+        return self._open == 0 or self.failed is not None or self.cancelled
 
-    def start(self, dispatcher: Dispatcher, metrics: Metrics, sinks: list[TextSink]) -> None:
-        """Submit every ask with its sink. Raises what the dispatcher raises; :meth:`leave` then frees those that it took before."""
-        for ask, sink in zip(self.prepared.asks, sinks, strict=True):
-            meter = metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
-            watcher = Detokenizer(
-                self.prepared.model, self.prepared.rule, sink, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter
-            )
-            ticket = dispatcher.submit(ask, watcher, meter)
+    def submit(self, sinks: Sequence[TextSink]) -> None:
+        """Submit the request of every prompt with its sink. Raises what the dispatcher raises; then :meth:`cancel` frees those that it had
+        accepted before."""
+        prepared = self.prepared
+        for index, (request, sink) in enumerate(zip(prepared.requests, sinks, strict=True)):
+            prompt_tokens = len(request.prompt_ids)
+            meter = self._metrics.request(request.model, choices=request.n, prompt_tokens=prompt_tokens)
+            detokenizer = Detokenizer(
+                prepared.model.table, prepared.rule, sink, finish=partial(self._finish, index), choices=request.n,
+                prompt_tokens=prompt_tokens, meter=meter,
+            )  # fmt: skip
+            ticket = self._dispatcher.submit(request, detokenizer, meter)
             meter.admitted()
-            watcher.bind(ticket)
-            self._live.append((ticket, meter))
+            self._submitted.append((ticket, meter))
 
-    def leave(self) -> None:
-        """Nobody waits for the rest: free the rows. Harmless when all is over."""
-        self.left = True
-        for ticket, meter in self._live:
+    def cancel(self) -> None:
+        """The client is gone, or the answer is complete: free what still runs. Without effect when all choices have ended."""
+        self.cancelled = True
+        for ticket, meter in self._submitted:
             ticket.cancel()
             meter.left()
-        self._live.clear()
-        self._news.set()
+        self._submitted.clear()
+        self._changed.set()
 
-    def credit(self, ask: int, tokens: int) -> None:
-        if self._live:
-            self._live[ask][0].credit(tokens)
+    def credit(self, prompt: int, tokens: int) -> None:
+        if self._submitted:
+            self._submitted[prompt][0].credit(tokens)
 
-    def ended(self, ask: int, usage: Usage) -> None:
-        self.usages[ask].append(usage)
+    def ended(self, prompt: int, usage: Usage) -> None:
+        """A choice of a prompt has ended."""
+        self.usages[prompt].append(usage)
         self._open -= 1
-        self._news.set()
+        self._changed.set()
 
     def fail(self, error: TriremeError) -> None:
         if self.failed is None:
             self.failed = error
-            self._news.set()
+            self._changed.set()
 
-    def tell(self) -> None:
-        """Wake the task that waits for news."""
-        self._news.set()
+    def wake(self) -> None:
+        """Let :meth:`changed` return."""
+        self._changed.set()
 
-    async def news(self) -> None:
-        """Until something was told since the last call."""
-        await self._news.wait()
-        self._news.clear()
+    async def changed(self) -> None:
+        """Wait until the state has changed, or :meth:`wake` was called, since the last call."""
+        await self._changed.wait()
+        self._changed.clear()
 
-    def usage(self) -> dict[str, Any]:
-        return openai.total_usage(self.usages)
+    def _finish(self, prompt: int, choice: int) -> None:
+        if self._submitted:
+            self._submitted[prompt][0].finish(choice)

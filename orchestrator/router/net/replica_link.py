@@ -1,12 +1,11 @@
-"""The router's end of the wire to its replicas.
+"""The router's connection to its replicas.
 
-Owns the back socket and the heartbeat towards leaders. Turns frames into messages for the dispatcher and its messages into frames; never
-decides who is believed (the fleet does, after the key's grant was checked here) and never blocks on a peer.
+Owns the back socket and the heartbeat to leaders. Turns frames into messages for the dispatcher, and the dispatcher's messages into frames.
+Checks that a key may speak for the replica and model of its Hello; the replica registry decides everything else. Never blocks on a peer.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Protocol
 
@@ -22,7 +21,7 @@ log = logging.getLogger("trireme.replicas")
 
 
 class ReplicaEvents(Protocol):
-    """What the link asks of the dispatcher."""
+    """The receiver of what happens at the replicas: the dispatcher."""
 
     def hear(self, peer: bytes, user: str, message: FromReplica) -> None: ...
 
@@ -32,39 +31,46 @@ class ReplicaEvents(Protocol):
 
 
 class ReplicaLink:
-    """Bind ``endpoint`` and serve it from ``start``. Raises as :class:`~orchestrator.router.net.router_socket.RouterSocket`. ``malformed``:
-    frames refused."""
+    """Binds ``endpoint``, and serves it after :meth:`start`. Raises as :class:`~orchestrator.router.net.router_socket.RouterSocket`.
+    ``malformed``: refused frames."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, keys: KeyPair | None, gate: CurveAcl, greeting: Peers
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        keys: KeyPair | None,
+        acl: CurveAcl,
+        greeting: Peers,
+        events: ReplicaEvents,
     ) -> None:
-        self._gate = gate
+        self._acl, self._events = acl, events
         self._greeting = messages.encode(greeting)
         self._boot = greeting.boot
         self.malformed = 0
-        self._port = RouterSocket(
-            context, endpoint, "replica", keys=keys, gate=gate, on_frame=self._on_frame, on_malformed=self._on_malformed
+        self._socket = RouterSocket(
+            context, endpoint, "replica", keys=keys, acl=acl, on_frame=self._on_frame, on_malformed=self._on_malformed
         )
 
     @property
     def endpoint(self) -> str:
-        return self._port.endpoint
+        return self._socket.endpoint
 
-    def start(self, loop: asyncio.AbstractEventLoop, ears: ReplicaEvents) -> None:
-        self._ears = ears
-        self._port.start(loop)
+    def start(self) -> None:
+        self._socket.start()
 
     def close(self) -> None:
-        self._port.close()
+        self._socket.close()
 
     def send(self, peer: bytes, message: ToReplica) -> bool:
-        return self._port.send(peer, messages.encode(message))
+        """False: the connection is gone, or cannot take the message."""
+        return self._socket.send(peer, messages.encode(message))
 
     def pulse(self) -> None:
-        """The heartbeat: says who this router is, so that a leader notices a new one behind an old address."""
-        for peer in self._ears.peers():
-            if peer and not self._port.send(peer, self._greeting):
-                self._ears.unreachable(peer)
+        """Send the heartbeat. It names this router process, so that a leader notices a new one at an old address."""
+        for peer in self._events.peers():
+            if peer and not self._socket.send(peer, self._greeting):
+                self._events.unreachable(peer)
 
     def _on_frame(self, peer: bytes, user: str, frame: bytes | memoryview) -> None:
         try:
@@ -73,12 +79,12 @@ class ReplicaLink:
             self._on_malformed(peer)
             return
         if isinstance(message, Hello):
-            if user and not self._gate.may_be(user, message.replica, message.model):
+            if user and not self._acl.may_be(user, message.replica, message.model):
                 log.warning("refused a Hello for %s: its key is not granted that name or model", ascii(message.replica[:64]))
-                self._port.send(peer, messages.encode(messages.Bye(boot=self._boot, reason="denied")))
+                self._socket.send(peer, messages.encode(messages.Bye(boot=self._boot, reason="denied")))
                 return
             log.info("hello from %s epoch %d", ascii(message.replica[:64]), message.epoch)
-        self._ears.hear(peer, user, message)
+        self._events.hear(peer, user, message)
 
     def _on_malformed(self, peer: bytes) -> None:
         self.malformed += 1

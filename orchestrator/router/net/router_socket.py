@@ -1,7 +1,7 @@
-"""One bound ROUTER socket on the event loop: what both ZeroMQ sides of a router have in common.
+"""One bound ROUTER socket on the event loop, for the clients or for the replicas of a router.
 
-Owns the socket and its limits. Polls the socket's descriptor from the loop, which costs a fraction of ``zmq.asyncio``. Knows who sent a
-frame (the authenticated key on ``tcp://``), nothing about what is in it. Never waits: a send that would block has failed.
+Owns the socket and its limits. Polls the socket's descriptor from the event loop, which costs a fraction of ``zmq.asyncio``. Knows who sent
+a frame (the authenticated key on ``tcp://``) and nothing about its contents. Never waits: a send that would block has failed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME
 from workers.serving.router_io import KeyPair
 
-#: Frames taken in one turn of the loop before others have theirs.
+#: Frames read in one turn of the event loop, before other callbacks get theirs.
 TURN_FRAMES = 64
 _HANDSHAKE_MS = 4000
 _PULSE_MS, _PULSE_TIMEOUT_MS = 500, 1500
@@ -33,14 +33,14 @@ _EVENTS, _READABLE, _MORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
 
 log = logging.getLogger("trireme.port")
 
-#: (peer, authenticated key or "", frame). The frame is valid during the call only.
+#: (peer, authenticated key or "", frame). The frame is valid only during the call.
 OnFrame = Callable[[bytes, str, bytes | memoryview], None]
 
 
 class RouterSocket:
-    """Bind ``endpoint`` for peers of one ``role``. Raises ConfigError on one that would be unsafe, EnvironmentFault on one that is taken.
+    """Binds ``endpoint`` for peers of one ``role``. Raises ConfigError on an unsafe endpoint, EnvironmentFault on one that is in use.
 
-    ``on_malformed`` is told the sender of what was not one frame. ``endpoint`` afterwards is what was really bound.
+    ``on_malformed(peer)`` is called for a message of more than one frame. The attribute ``endpoint`` is the address that was really bound.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class RouterSocket:
         role: Role,
         *,
         keys: KeyPair | None,
-        gate: CurveAcl,
+        acl: CurveAcl,
         on_frame: OnFrame,
         on_malformed: Callable[[bytes], None],
     ) -> None:
-        self._role, self._gate, self._on_frame, self._on_malformed = role, gate, on_frame, on_malformed
+        self._role, self._acl, self._on_frame, self._on_malformed = role, acl, on_frame, on_malformed
         self._secure = endpoint.startswith("tcp://")
         self._armed = False
-        #: Frames of peers whose key was taken off the list after they connected, and those that a fault of ours kept from being handled.
+        #: Frames of peers whose key was revoked after they connected; frames whose handling raised an error.
         self.refused = self.faults = 0
         self._socket = socket = context.socket(zmq.ROUTER)
         socket.router_mandatory = True
@@ -93,18 +93,18 @@ class RouterSocket:
         if not self._secure:
             os.chmod(endpoint.removeprefix("ipc://"), 0o600)
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        loop.add_reader(self._socket.fileno(), self._drain)
+    def start(self) -> None:
+        """Serve on the running event loop until :meth:`close`."""
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._drain)
         self._arm()
 
     def close(self, linger_ms: int = 500) -> None:
-        self._loop.remove_reader(self._socket.fileno())
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
         self._socket.close(linger_ms)
 
     def send(self, peer: bytes, frame: bytes) -> bool:
         """False: the connection is gone, or has taken nothing for a whole high-water mark."""
-        # A send may process the event that would have made the descriptor readable: look once more in the next turn.
+        # A send may consume the event that would have made the descriptor readable: look again in the next turn.
         self._arm()
         try:
             self._socket.send(peer, _NOW_MORE)
@@ -118,29 +118,29 @@ class RouterSocket:
     def _arm(self) -> None:
         if not self._armed:
             self._armed = True
-            self._loop.call_soon(self._drain)
+            asyncio.get_running_loop().call_soon(self._drain)
 
     def _drain(self) -> None:
-        """Read until nothing is left: the descriptor tells of changes only."""
+        """Read until nothing is left, because the descriptor is edge-triggered."""
         self._armed = False
         socket = self._socket
         if socket.closed:
             return
         for _ in range(TURN_FRAMES):
-            # Asked first: an exception for "nothing there" costs more than a message.
+            # This is asked first because an exception for "nothing to read" costs more than a message.
             if not int(socket.get(_EVENTS)) & _READABLE:
                 return
             try:
                 self._take(socket)
             except Exception:
-                # The edge of a frame: whatever it did, the next one is read.
+                # The edge of a frame: after an error the next frame is read.
                 self.faults += 1
                 if self.faults == 1 or self.faults % 1000 == 0:
                     log.exception("%d frames of a %s could not be handled so far", self.faults, self._role)
         self._arm()
 
     def _take(self, socket: zmq.Socket[bytes]) -> None:
-        """One message, whole: a ROUTER socket puts the peer's routing id before what it sent."""
+        """Read one whole message. A ROUTER socket puts the peer's routing id before the frames that the peer sent."""
         peer = socket.recv(_NOW)
         user = ""
         content: bytes | memoryview
@@ -153,7 +153,7 @@ class RouterSocket:
         while socket.get(_MORE):
             socket.recv(_NOW)
             single = False
-        if self._secure and not self._gate.admits(user, self._role):
+        if self._secure and not self._acl.admits(user, self._role):
             self.refused += 1
         elif single:
             self._on_frame(peer, user, content)
@@ -162,9 +162,9 @@ class RouterSocket:
 
 
 def reclaim(path: str) -> None:
-    """Make way for a socket file: the folder must be ours alone, and a file that nobody listens on goes.
+    """Make room for a socket file. The folder must be open to this user only; a file that nobody listens on is removed.
 
-    Raises ConfigError on an unsafe folder, EnvironmentFault naming the process that listens.
+    Raises ConfigError on an unsafe folder, and EnvironmentFault with the process that listens.
     """
     folder = Path(path).parent
     try:

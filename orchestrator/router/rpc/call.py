@@ -1,7 +1,10 @@
-"""One RPC request inside the router: what its client has been sent, so that it can be sent again.
+"""One RPC request inside the router, with everything that was sent to its client, so that it can be sent again.
 
-Owns the record of one :class:`~workers.protocol.messages.Generate` from receipt to its last terminal message, and the parallel lists of
-what the next message to each client holds. Never touches a socket: :mod:`orchestrator.router.rpc.server` flushes.
+Owns the record of one :class:`~workers.protocol.messages.Generate` from receipt to its last terminal message, and the parallel lists that
+the next message to each client will hold. No sockets: :mod:`orchestrator.router.rpc.server` sends.
+
+    preparing --submitted--> submitted --every choice ended--> ended
+    preparing, submitted --cancelled by the client, or the client stays away--> dropped
 """
 
 from __future__ import annotations
@@ -21,49 +24,49 @@ Name: TypeAlias = tuple[str, str]
 
 
 class Outgoing:
-    """What one client gets next: tokens of all its streams in one message, then the terminal messages behind them. ``wake`` is told when
-    there is something again."""
+    """What is sent to one client next: one message with the tokens of all its streams, then terminal messages. ``wake(self)`` is called
+    when the first part of the next message has been added."""
 
-    __slots__ = ("_others", "_prompts", "_rows", "_scored", "_spoken", "_waits", "_wake", "peer")
+    __slots__ = ("_ends", "_has_logprobs", "_has_texts", "_nonempty", "_prompts", "_rows", "_wake", "peer")
 
     def __init__(self, peer: bytes, wake: Callable[[Outgoing], None]) -> None:
-        self.peer, self._wake, self._waits = peer, wake, False
-        self._others: list[Done | Failed] = []
+        self.peer, self._wake, self._nonempty = peer, wake, False
+        self._ends: list[Done | Failed] = []
         self._clear()
 
     def _clear(self) -> None:
-        #: (stream, attempt, first, tokens, choice, text, logprobs): one tuple a row now, columns at the end.
+        #: (stream, attempt, first, tokens, choice, text, logprobs): one tuple a choice; :meth:`take` makes columns of them.
         self._rows: list[tuple[int, int, int, list[int], int, str, list[Logprobs] | None]] = []
         self._prompts: list[tuple[int, list[Logprobs]]] = []
-        self._scored = self._spoken = False
+        self._has_logprobs = self._has_texts = False
 
     def add(
         self, stream: int, attempt: int, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None
     ) -> None:
-        if not self._waits:
-            self._rise()
+        if not self._nonempty:
+            self._mark()
         self._rows.append((stream, attempt, first, tokens, choice, text or "", logprobs))
         if text is not None:
-            self._spoken = True
+            self._has_texts = True
         if logprobs is not None:
-            self._scored = True
+            self._has_logprobs = True
 
     def add_prompt(self, stream: int, logprobs: list[Logprobs]) -> None:
-        self._rise()
+        self._mark()
         self._prompts.append((stream, logprobs))
 
     def end(self, message: Done | Failed) -> None:
-        self._rise()
-        self._others.append(message)
+        self._mark()
+        self._ends.append(message)
 
-    def _rise(self) -> None:
-        if not self._waits:
-            self._waits = True
+    def _mark(self) -> None:
+        if not self._nonempty:
+            self._nonempty = True
             self._wake(self)
 
     def take(self, boot: str) -> list[Tokens | Done | Failed]:
-        """The messages, in order; afterwards it is empty."""
-        self._waits = False
+        """The messages in order; afterwards there are none."""
+        self._nonempty = False
         messages: list[Tokens | Done | Failed] = []
         if self._rows or self._prompts:
             columns = [list(column) for column in zip(*self._rows, strict=True)] or [[] for _ in range(7)]
@@ -75,21 +78,21 @@ class Outgoing:
                     attempts=attempts,
                     firsts=firsts,
                     tokens=tokens,
-                    logprobs=logprobs if self._scored else None,
+                    logprobs=logprobs if self._has_logprobs else None,
                     prompt_logprobs=self._prompts or None,
-                    texts=texts if self._spoken else None,
+                    texts=texts if self._has_texts else None,
                     choices=choices if any(choices) else None,
                 )
             )
             self._clear()
-        messages += self._others
-        self._others = []
+        messages += self._ends
+        self._ends = []
         return messages
 
 
 class _CallChoice:
-    """All that one choice has produced. ``tokens``: what its client held at the start (``base`` of them) and all since. ``starts`` and
-    ``texts``: how many tokens were there before each delivery, and its text."""
+    """The whole output of one choice. ``tokens``: the ``base`` tokens that the client had at the start, and all later ones. ``starts`` and
+    ``texts``: for each delivery, the number of tokens before it and its text."""
 
     __slots__ = ("base", "end", "logprobs", "starts", "texts", "tokens")
 
@@ -101,82 +104,94 @@ class _CallChoice:
         self.end: Done | Failed | None = None
 
 
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """What the dispatcher has accepted for a call. ``accepted``: the message that told the client so."""
+
+    ticket: Ticket
+    meter: RequestMeter
+    accepted: Accepted
+
+
 class RpcCall:
-    """A client's request, and what its watcher tells (a TextSink). ``stream`` and ``attempt`` are those of the client's last Generate,
-    ``out`` leads to where it came from. ``spoken``: the client wants text. ``ids``: nobody reads text, so it is the watcher itself, an
-    object less on the way of every token; its choices' records are then the dispatcher's."""
+    """A client's request, and the sink of its output. ``stream`` and ``attempt`` are those of the client's last Generate; ``out`` leads to
+    the connection that it came from. ``texts``: the client wants text.
+
+    Where the client wants no text (``open`` with a meter), the call itself is the dispatcher's watcher, which saves a call per token, and
+    its choices share the dispatcher's token lists.
+    """
 
     __slots__ = (
-        "_boot", "_ended", "_open", "accepted", "attempt", "cancelled", "choices", "client_boot", "granted", "ids", "lost_at", "meter",
-        "name", "out", "prompt", "spoken", "stream", "ticket",
+        "_boot", "_ended", "_meter", "_open", "attempt", "cancelled", "choices", "client_boot", "granted", "lost_at", "name", "out",
+        "prompt", "stream", "submission", "texts",
     )  # fmt: skip
 
-    def __init__(self, name: Name, boot: str, spoken: bool, out: Outgoing, ended: Callable[[RpcCall], None]) -> None:
-        self.name, self._boot, self.spoken, self.out, self._ended = name, boot, spoken, out, ended
+    def __init__(self, name: Name, boot: str, texts: bool, out: Outgoing, ended: Callable[[RpcCall], None]) -> None:
+        self.name, self._boot, self.texts, self.out, self._ended = name, boot, texts, out, ended
         self.client_boot, self.stream, self.attempt = "", 0, 0
-        self.accepted: Accepted | None = None
-        self.ticket: Ticket | None = None
-        self.meter: RequestMeter | None = None
-        self.ids = False
+        self.submission: Submission | None = None
+        self._meter: RequestMeter | None = None
         self.choices: list[_CallChoice] = []
         self.prompt: list[Logprobs] | None = None
         self._open = 0
-        #: Tokens granted to each choice, beyond those that its client held at the start.
+        #: Tokens granted to each choice, beyond those that the client had at the start.
         self.granted = 0
         #: Cancelled before it was submitted.
         self.cancelled = False
-        #: When its client was first found gone; None = it is there.
+        #: When the client was first found gone; None = it is connected.
         self.lost_at: float | None = None
 
-    def open(self, records: list[list[int]]) -> None:
-        """Its choices begin; ``records``: a list for each that holds the tokens that the client has already."""
+    def open(self, records: list[list[int]], meter: RequestMeter | None = None) -> None:
+        """Begin the choices. ``records``: a list for each, with the tokens that the client has already. ``meter``: counts the ends, where
+        the call is the dispatcher's watcher."""
         self.choices = [_CallChoice(record) for record in records]
-        self._open = len(records)
+        self._open, self._meter = len(records), meter
 
     @property
     def repeatable(self) -> bool:
-        """Whether it ended well: a failure may pass, so a repeat of one is a new request."""
+        """Whether every choice is done. A failure may be temporary, so a repeat of a failed call is a new request."""
         return all(isinstance(choice.end, Done) for choice in self.choices)
 
     @property
     def size(self) -> int:
-        """Tokens kept."""
+        """Tokens in the record."""
         return sum(len(choice.tokens) for choice in self.choices)
 
-    def _held(self, have: list[int], index: int) -> int:
-        return have[index] if index < len(have) else 0
-
     def continues(self, have: list[int]) -> bool:
-        """Whether :meth:`replay` would leave no gap for a client that holds ``have`` tokens of each choice."""
+        """Whether :meth:`replay` leaves no gap for a client that has ``have`` tokens of each choice."""
         if not self.choices:
             return not any(have)
         for index, choice in enumerate(self.choices):
-            held = self._held(have, index)
-            if not choice.base <= held <= len(choice.tokens) or (self.spoken and held < len(choice.tokens) and held not in choice.starts):
+            count = _count(have, index)
+            if not choice.base <= count <= len(choice.tokens) or (self.texts and count < len(choice.tokens) and count not in choice.starts):
                 return False
         return True
 
     def lacking(self, have: list[int], credit: int) -> int:
-        """Tokens to grant, so that a client that holds ``have`` tokens may get ``credit`` more: what it granted before may be lost."""
-        taken = max((self._held(have, index) - choice.base for index, choice in enumerate(self.choices)), default=0)
+        """Tokens to grant so that a client that has ``have`` tokens gets ``credit`` more. Its earlier grants may have been lost."""
+        taken = max((_count(have, index) - choice.base for index, choice in enumerate(self.choices)), default=0)
         return max(0, taken + credit - self.granted)
 
     def attach(self, out: Outgoing, boot: str, stream: int, attempt: int) -> None:
-        """From now on this connection and stream get what happens."""
+        """Send everything from now on to this connection and stream."""
         self.out, self.client_boot, self.stream, self.attempt, self.lost_at = out, boot, stream, attempt, None
 
     def replay(self, have: list[int]) -> None:
-        """Send again what a client that holds ``have`` tokens of each choice does not; only where that :meth:`continues`."""
+        """Send again what a client that has ``have`` tokens of each choice lacks. Only where the record :meth:`continues` from there."""
         if self.prompt is not None:
             self.out.add_prompt(self.stream, self.prompt)
         for index, choice in enumerate(self.choices):
-            held = self._held(have, index)
-            if held < len(choice.tokens):
-                text = "".join(text for start, text in zip(choice.starts, choice.texts, strict=True) if start >= held)
-                scores = choice.logprobs[held - choice.base :] if choice.logprobs else None
-                self._add(index, held, choice.tokens[held:], text if self.spoken else None, scores)
+            count = _count(have, index)
+            if count < len(choice.tokens):
+                text = "".join(text for start, text in zip(choice.starts, choice.texts, strict=True) if start >= count)
+                logprobs = choice.logprobs[count - choice.base :] if choice.logprobs else None
+                self._add(index, count, choice.tokens[count:], text if self.texts else None, logprobs)
             if choice.end is not None:
                 self.out.end(self._addressed(choice.end))
+
+    def finish(self, choice: int) -> None:
+        """A stop string has ended the choice."""
+        if self.submission is not None:
+            self.submission.ticket.finish(choice)
 
     # --- Watcher
 
@@ -186,8 +201,8 @@ class RpcCall:
         self.out.add(self.stream, self.attempt, choice, first, tokens, None, logprobs)
 
     def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
-        assert self.meter is not None
-        self.meter.ended(reason, usage)
+        assert self._meter is not None
+        self._meter.ended(reason, usage)
         self.on_end(choice, reason, usage, stop_id, "")
 
     # --- TextSink
@@ -199,7 +214,7 @@ class RpcCall:
         record.tokens += tokens
         if logprobs is not None:
             record.logprobs += logprobs
-        self._add(choice, first, tokens, text if self.spoken else None, logprobs)
+        self._add(choice, first, tokens, text if self.texts else None, logprobs)
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         if self.prompt is None:
@@ -208,15 +223,15 @@ class RpcCall:
 
     def on_end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
         stop_id = stopped_by if isinstance(stopped_by, int) else None
-        text = tail if self.spoken else ""
+        text = tail if self.texts else ""
         self._finish(
             choice,
             Done(boot=self._boot, stream=0, attempt=0, reason=reason, usage=usage, stop_id=stop_id, choice=choice, text=text),
         )
 
     def on_failed(self, choice: int, error: TriremeError) -> None:
-        if self.ids and self.meter is not None:
-            self.meter.failed(error.code)
+        if self._meter is not None:
+            self._meter.failed(error.code)
         failed = Failed(
             boot=self._boot,
             stream=0,
@@ -241,3 +256,7 @@ class RpcCall:
 
     def _addressed(self, end: Done | Failed) -> Done | Failed:
         return msgspec.structs.replace(end, stream=self.stream, attempt=self.attempt)
+
+
+def _count(have: list[int], index: int) -> int:
+    return have[index] if index < len(have) else 0

@@ -1,10 +1,12 @@
-"""The ZeroMQ door: Generate, Cancel, Credit and Query from clients, one Tokens message a step to each of them.
+"""The RPC server: Generate, Cancel, Credit and Query from clients, and one Tokens message a step to each of them.
 
-Owns the live calls by name and by stream, a bounded memory of ended ones, and what waits to be sent to each client in this turn of the
-loop. Bodies go through the same checks as HTTP's; ids in, ids out never touches a tokenizer. Never decides where a request runs.
+Owns the live calls by name and by stream, a bounded memory of ended calls, and what waits to be sent to each client in this turn of the
+event loop. Bodies pass the same checks as HTTP's. A request from ids to ids never touches a tokenizer. The dispatcher decides where a
+request runs.
 
-A call lives until its last terminal message. A client that cannot be reached has :data:`GONE_S` to come back (its Generate, repeated,
-attaches to the live call); then its calls are cancelled.
+A call lives until its last terminal message. A client that cannot be reached has :data:`GONE_S` to come back and repeat its Generate,
+which attaches it to the live call; then its calls are cancelled. Bounds: :data:`MAX_CALLS` live calls, :data:`MAX_ENDED` ended calls with
+:data:`MAX_ENDED_TOKENS` tokens.
 """
 
 from __future__ import annotations
@@ -16,49 +18,47 @@ from collections.abc import Callable
 
 import msgspec
 
-from orchestrator.auth.api_keys import EVERYONE, Salting, Tenant
+from orchestrator.auth.api_keys import EVERYONE, Tenant
 from orchestrator.auth.curve_acl import CurveAcl
-from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
-from orchestrator.router.frontend import schema as bodies
+from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.detokenizer import Detokenizer
-from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, decode, prepare
-from orchestrator.router.frontend.text_models import TextModels
-from orchestrator.router.interfaces import Dispatcher, RouterRequest, Ticket
+from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, Preprocessor
+from orchestrator.router.interfaces import Dispatcher, RouterRequest
 from orchestrator.router.metrics import Metrics
-from orchestrator.router.rpc.call import Outgoing, RpcCall
+from orchestrator.router.rpc.call import Outgoing, RpcCall, Submission
 from workers.protocol import messages
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
 from workers.protocol.messages import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
 
-#: Seconds in which a client that vanished may come back to its calls; with a pulse's delay, they are given up within 2 s.
+#: Seconds that a lost client has to come back to its calls; with the time between two heartbeats, they are given up within 2 s.
 GONE_S = 1.5
-#: Live calls of one router, and ended ones that can still be repeated (calls, tokens).
+#: Live calls of one router; ended calls that can still be repeated, and the tokens of all of these.
 MAX_CALLS, MAX_ENDED, MAX_ENDED_TOKENS = 8192, 512, 500_000
-#: Longest request id and client's nonce, characters, and the largest attempt: each placement adds to a multiple of it.
+#: Longest request id and nonce of a client, characters; the largest attempt (the attempts at replicas are counted from a multiple of it).
 MAX_REQUEST_ID, MAX_ATTEMPT = 128, 2**31 - 1
-#: On an ``ipc://`` socket every client is this user: the folder lets in nobody else.
+#: The name of every client on an ``ipc://`` socket: its folder is open to this user only.
 LOCAL = "local"
 
 log = logging.getLogger("trireme.rpc")
 
 
 class RpcServer:
-    """``gate`` knows the clients' tenants. ``send``: gives a frame to a client's connection, False = it is gone. ``clock``: monotonic
-    seconds."""
+    """``acl`` knows the tenants of the clients. ``send(peer, frame)`` gives a frame to a client's connection; False = it is gone.
+    ``clock``: monotonic seconds."""
 
     def __init__(
-        self, *, boot: str, dispatcher: Dispatcher, texts: TextModels, metrics: Metrics, admission: AdmissionSpec,
-        gate: CurveAcl, salting: Salting, send: Callable[[bytes, bytes], bool], clock: Callable[[], float],
+        self, *, boot: str, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, acl: CurveAcl,
+        send: Callable[[bytes, bytes], bool], clock: Callable[[], float],
     ) -> None:  # fmt: skip
-        self._boot, self._dispatcher, self._texts, self._metrics, self._admission = boot, dispatcher, texts, metrics, admission
-        self._gate, self._salting, self._send, self._clock = gate, salting, send, clock
+        self._boot, self._dispatcher, self._preprocessor, self._metrics = boot, dispatcher, preprocessor, metrics
+        self._acl, self._send, self._clock = acl, send, clock
         self._live: dict[tuple[str, str], RpcCall] = {}
         self._streams: dict[tuple[str, str, int], RpcCall] = {}
         self._ended: OrderedDict[tuple[str, str], RpcCall] = OrderedDict()
         self._ended_tokens = 0
         self._outgoing: dict[bytes, Outgoing] = {}
-        #: Those of them that hold something.
+        #: Those of them that have something to send.
         self._waiting: list[Outgoing] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.malformed = 0
@@ -67,7 +67,7 @@ class RpcServer:
     def live(self) -> int:
         return len(self._live)
 
-    # --- what clients say
+    # --- from clients
 
     def on_frame(self, peer: bytes, user: str, frame: bytes | memoryview) -> None:
         try:
@@ -102,7 +102,7 @@ class RpcServer:
             self._attach(known, peer, client, message, have)
             return
         if known is not None:
-            # Its client went on elsewhere meanwhile: the journal that it came back with is the truth.
+            # The client continued at another router meanwhile: the journal that it sends now is the truth.
             self._discard(known)
         if len(self._live) >= MAX_CALLS:
             raise Overloaded(f"{MAX_CALLS} requests are live here", retry_after=1.0)
@@ -117,72 +117,70 @@ class RpcServer:
         task.add_done_callback(self._tasks.discard)
 
     def _attach(self, call: RpcCall, peer: bytes, client: str, message: Generate, have: list[int]) -> None:
-        """A repeat: the same call, from what the client says it holds (nothing, without a journal)."""
+        """A repeated Generate: continue the same call after the tokens that the client says it has (none, without a journal)."""
         self._streams.pop((client, call.client_boot, call.stream), None)
         call.attach(self._outgoing_of(peer), message.boot, message.stream, message.attempt)
         if call.name in self._live:
             self._streams[client, message.boot, message.stream] = call
-        if call.accepted is not None:
-            accepted = msgspec.structs.replace(call.accepted, stream=message.stream, attempt=message.attempt)
+        if call.submission is not None:
             self._flush()
-            self._give(peer, accepted)
+            self._give(peer, msgspec.structs.replace(call.submission.accepted, stream=message.stream, attempt=message.attempt))
         call.replay(have)
         self._grant(call, call.lacking(have, message.credit))
 
     async def _begin(self, call: RpcCall, message: Generate) -> None:
-        """The edge of one request: whatever goes wrong in it ends it only."""
+        """The edge of one request: an error in it ends this request only."""
         request_context.enter(call.name[1], "")
         try:
-            await self._admit(call, message)
+            await self._prepare_and_submit(call, message)
         except TriremeError as error:
             self._metrics.refused(error.code)
             self._reject(call, error)
         except Exception:
-            log.exception("request %s failed at the door", ascii(call.name[1]))
+            log.exception("request %s failed at the RPC server", ascii(call.name[1]))
             self._reject(call, EngineFault("the router failed on this request", code="internal_error"))
 
-    async def _admit(self, call: RpcCall, message: Generate) -> None:
-        body = bodies.read(message.endpoint, await decode(message.body, self._texts), on_unknown=self._metrics.ignored_fields)
+    async def _prepare_and_submit(self, call: RpcCall, message: Generate) -> None:
+        fields = await self._preprocessor.decode(message.body)
+        body = schema.read(message.endpoint, fields, on_unknown=self._metrics.ignored_fields)
         deadline = None if message.deadline_ms is None else min(message.deadline_ms, UNLIMITED) / 1000.0
         caller = CallerContext(
             client=call.name[0], request=call.name[1], tenant=self._tenant(call.name[0]), credit=message.credit, deadline_s=deadline,
             journal=message.journal,
         )  # fmt: skip
-        prepared = await prepare(
-            body, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission, salting=self._salting
-        )  # fmt: skip
-        if len(prepared.asks) != 1:
+        prepared = await self._preprocessor.prepare(body, caller)
+        if len(prepared.requests) != 1:
             raise Rejected("one prompt a request here", "a list of prompts is HTTP's", "send one request per prompt", param="prompt")
         if call.cancelled:
             return
-        ask = prepared.asks[0]
-        if len(ask.emitted) not in (0, ask.n):
-            raise Rejected(f"the journal holds {len(ask.emitted)} choices of {ask.n}", param="journal")
-        ask = msgspec.structs.replace(ask, attempt=message.attempt, emitted=ask.emitted or [[] for _ in range(ask.n)])
-        call.ticket = self._submit(call, ask, prepared)
-        call.accepted = Accepted(
-            boot=self._boot, stream=call.stream, attempt=call.attempt, seed=ask.params.seed, prompt_ids=ask.prompt_ids,
-            prompt_tokens=len(ask.prompt_ids),
-        )  # fmt: skip
-        self._give(call.out.peer, call.accepted)
+        request = prepared.requests[0]
+        if len(request.emitted) not in (0, request.n):
+            raise Rejected(f"the journal holds {len(request.emitted)} choices of {request.n}", param="journal")
+        emitted = request.emitted or [[] for _ in range(request.n)]
+        self._submit(call, msgspec.structs.replace(request, attempt=message.attempt, emitted=emitted), prepared)
 
-    def _submit(self, call: RpcCall, ask: RouterRequest, prepared: PreparedRequest) -> Ticket:
-        rule = prepared.rule
-        meter = call.meter = self._metrics.request(ask.model, choices=ask.n, prompt_tokens=len(ask.prompt_ids))
-        if not call.spoken and not rule.stops and not rule.json:
-            call.open(ask.emitted)
-            call.ids = True
-            ticket = self._dispatcher.submit(ask, call, meter)
-            meter.admitted()
-            return ticket
-        call.open([list(ids) for ids in ask.emitted])
-        watcher = Detokenizer(
-            prepared.model, rule, call, choices=ask.n, prompt_tokens=len(ask.prompt_ids), meter=meter, emitted=ask.emitted
-        )  # fmt: skip
-        ticket = self._dispatcher.submit(ask, watcher, meter)
+    def _submit(self, call: RpcCall, request: RouterRequest, prepared: PreparedRequest) -> None:
+        rule, prompt_tokens = prepared.rule, len(request.prompt_ids)
+        meter = self._metrics.request(request.model, choices=request.n, prompt_tokens=prompt_tokens)
+        detokenizer: Detokenizer | None = None
+        if not call.texts and not rule.stops and not rule.json:
+            call.open(request.emitted, meter)
+        else:
+            call.open([list(ids) for ids in request.emitted])
+            detokenizer = Detokenizer(
+                prepared.model.table, rule, call, finish=call.finish, choices=request.n, prompt_tokens=prompt_tokens, meter=meter,
+                emitted=request.emitted,
+            )  # fmt: skip
+        ticket = self._dispatcher.submit(request, detokenizer or call, meter)
         meter.admitted()
-        watcher.bind(ticket)
-        return ticket
+        accepted = Accepted(
+            boot=self._boot, stream=call.stream, attempt=call.attempt, seed=request.params.seed, prompt_ids=request.prompt_ids,
+            prompt_tokens=prompt_tokens,
+        )  # fmt: skip
+        call.submission = Submission(ticket=ticket, meter=meter, accepted=accepted)
+        if detokenizer is not None:
+            detokenizer.end_stopped()
+        self._give(call.out.peer, accepted)
 
     def _cancel(self, client: str, message: Cancel) -> None:
         call = self._streams.get((client, message.boot, message.stream))
@@ -199,9 +197,9 @@ class RpcServer:
                 self._grant(call, tokens)
 
     def _grant(self, call: RpcCall, tokens: int) -> None:
-        if call.ticket is not None and tokens:
+        if call.submission is not None and tokens:
             call.granted += tokens
-            call.ticket.credit(tokens)
+            call.submission.ticket.credit(tokens)
 
     def _query(self, peer: bytes, client: str, message: Query) -> None:
         tenant = self._tenant(client)
@@ -210,7 +208,7 @@ class RpcServer:
         if message.what == "metrics":
             body = self._metrics.render()
         elif message.what == "models":
-            cards = [model.card for model in self._texts.models if tenant.may_use(model.names)]
+            cards = [model.card for model in self._preprocessor.models(tenant)]
             body = msgspec.json.encode(
                 [{"id": card.name, "aliases": card.aliases, "status": self._dispatcher.model(card.name)} for card in cards]
             )
@@ -219,19 +217,19 @@ class RpcServer:
         self._give(peer, Report(boot=self._boot, stream=message.stream, body=body))
 
     def _tenant(self, client: str) -> Tenant:
-        return EVERYONE if client == LOCAL else self._gate.tenant(client)
+        return EVERYONE if client == LOCAL else self._acl.tenant(client)
 
-    # --- what clients get
+    # --- to clients
 
     def _outgoing_of(self, peer: bytes) -> Outgoing:
-        """What this client gets next."""
+        """What is sent to this client next."""
         out = self._outgoing.get(peer)
         if out is None:
             out = self._outgoing[peer] = Outgoing(peer, self._on_waiting)
         return out
 
     def _on_waiting(self, out: Outgoing) -> None:
-        """It leaves when this turn of the loop, and with it the step's messages, is over."""
+        """Send it at the end of this turn of the event loop, when all messages of the step have been read."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._flush)
         self._waiting.append(out)
@@ -264,15 +262,15 @@ class RpcServer:
     # --- time and ends
 
     def pulse(self) -> None:
-        """Tell every waiting client that this router lives and which calls it still holds, and drop those of clients that are gone for
-        good: one that comes back finds its streams unnamed and asks again."""
+        """The heartbeat: tell every client which of its calls live here, and drop the calls of clients that stay away. A client that comes
+        back and does not find its stream in the heartbeat sends its Generate again."""
         now = self._clock()
         self._flush()
-        held: dict[bytes, list[RpcCall]] = {}
+        calls_of: dict[bytes, list[RpcCall]] = {}
         for call in self._live.values():
-            held.setdefault(call.out.peer, []).append(call)
-        self._outgoing = {peer: out for peer, out in self._outgoing.items() if peer in held}
-        for peer, calls in held.items():
+            calls_of.setdefault(call.out.peer, []).append(call)
+        self._outgoing = {peer: out for peer, out in self._outgoing.items() if peer in calls_of}
+        for peer, calls in calls_of.items():
             streams, attempts = [call.stream for call in calls], [call.attempt for call in calls]
             nothing: list[list[int]] = [[]] * len(calls)
             self._give(peer, Tokens(boot=self._boot, streams=streams, attempts=attempts, firsts=[0] * len(calls), tokens=nothing))
@@ -281,7 +279,7 @@ class RpcServer:
             self._drop(call)
 
     def close(self) -> None:
-        """Send what waits and end what is still being prepared."""
+        """Send what waits, and end the preparation of requests."""
         for task in self._tasks:
             task.cancel()
         self._flush()
@@ -292,14 +290,13 @@ class RpcServer:
 
     def _drop(self, call: RpcCall) -> None:
         call.cancelled = True
-        if call.ticket is not None:
-            call.ticket.cancel()
-            assert call.meter is not None
-            call.meter.left()
+        if call.submission is not None:
+            call.submission.ticket.cancel()
+            call.submission.meter.left()
         self._forget(call)
 
     def _discard(self, call: RpcCall) -> None:
-        """Whatever became of it, its name is free."""
+        """Drop the call, live or ended, so that its name is free."""
         self._drop(call)
         if self._ended.pop(call.name, None) is not None:
             self._ended_tokens -= call.size
@@ -320,7 +317,7 @@ class RpcServer:
 
 
 def _check_generate(message: Generate) -> None:
-    """What is kept of a request, or counted with, has bounds. Raises Rejected and DeadlineExceeded."""
+    """Bounds of the fields that are kept or counted with. Raises Rejected and DeadlineExceeded."""
     if not 0 < len(message.request) <= MAX_REQUEST_ID or not message.request.isprintable():
         raise Rejected(f"a request id is 1 to {MAX_REQUEST_ID} printable characters", param="request")
     if len(message.boot) > MAX_REQUEST_ID:

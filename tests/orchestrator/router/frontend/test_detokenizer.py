@@ -98,8 +98,10 @@ def watch(model: TextModel, rule: TextRule, emitted: list[int] | None = None) ->
     heard, ticket = Heard(), Ticket()
     meter = Metrics(["tiny"]).request("tiny", choices=1, prompt_tokens=5)
     meter.admitted()
-    watcher = Detokenizer(model, rule, heard, choices=1, prompt_tokens=5, meter=meter, emitted=[emitted] if emitted else [])
-    watcher.bind(ticket)
+    watcher = Detokenizer(
+        model.table, rule, heard, finish=ticket.finish, choices=1, prompt_tokens=5, meter=meter, emitted=[emitted] if emitted else []
+    )
+    watcher.end_stopped()
     return watcher, heard, ticket
 
 
@@ -246,7 +248,7 @@ def test_literal_encoding_reads_no_special_tokens(model: TextModel) -> None:
 
 @given(TEXTS, st.lists(st.text("abST", min_size=1, max_size=3), min_size=1, max_size=3))
 def test_held_is_the_longest_beginning_of_a_stop(text: str, stops: list[str]) -> None:
-    held = StopStrings(tuple(stops)).held(text)
+    held = StopStrings(tuple(stops)).partial(text)
     begins = [size for size in range(1, len(text) + 1) for stop in stops if size < len(stop) and stop.startswith(text[-size:])]
     assert held == max(begins, default=0)
 

@@ -161,6 +161,6 @@ def test_a_bomb_at_the_door_delays_nobody(tmp_path: Path) -> None:
             answer = ask("hi", **fields)
             assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_schema", answer.text
         assert len(door.dispatcher.asks) == asked
-        pids = door.texts.cells.pids
+        pids = door.texts.sandbox.pids
         assert len(pids) >= 1
     assert not any(psutil.pid_exists(pid) for pid in pids)

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, prepare
+from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, Preprocessor
 from orchestrator.router.frontend.schema import ChatBody, CompletionBody, decode_object, read
 from orchestrator.router.frontend.text_models import TextModels
 from tests.support.scripted_router import CONTEXT, ScriptedDispatcher, tiny_texts
@@ -47,7 +47,7 @@ def completion(**fields: Any) -> CompletionBody:
 
 def ready(texts: TextModels, request: ChatBody | CompletionBody, caller: CallerContext = CALLER) -> PreparedRequest:
     admission = AdmissionSpec(request_timeout_s=30)
-    return LOOP.run(prepare(request, caller, texts=texts, dispatcher=ScriptedDispatcher(), admission=admission, salting=SALTING))
+    return LOOP.run(Preprocessor(texts, ScriptedDispatcher(), admission, SALTING).prepare(request, caller))
 
 
 SCHEMA: dict[str, Any] = {
@@ -73,23 +73,23 @@ SCHEMA: dict[str, Any] = {
     ],
 )
 def test_every_spelling_of_a_grammar(fields: dict[str, Any], kind: str, text: Any) -> None:
-    guide = chat(**fields).guide()
+    guide = chat(**fields).guide
     assert guide is not None and guide.kind == kind
     assert (json.loads(guide.text) if isinstance(text, dict | list) else guide.text) == text
-    assert completion(**fields).guide() == guide
+    assert completion(**fields).guide == guide
 
 
 def test_plain_text_needs_no_grammar() -> None:
-    assert chat(response_format={"type": "text"}).guide() is None
+    assert chat(response_format={"type": "text"}).guide is None
 
 
 def test_required_tool_call_is_any_of_the_tools() -> None:
     tools = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]
-    guide = chat(tools=tools, tool_choice="required").guide()
+    guide = chat(tools=tools, tool_choice="required").guide
     assert isinstance(guide, GuideSpec)
     names = [option["properties"]["name"]["const"] for option in json.loads(guide.text)["anyOf"]]
     assert names == ["a", "b"]
-    assert chat(tools=tools, tool_choice="auto").guide() is None
+    assert chat(tools=tools, tool_choice="auto").guide is None
 
 
 def test_unknown_fields_are_told() -> None:
@@ -99,7 +99,7 @@ def test_unknown_fields_are_told() -> None:
 
 
 def test_defaults(texts: TextModels) -> None:
-    params = ready(texts, completion()).asks[0].params
+    params = ready(texts, completion()).requests[0].params
     assert (params.temperature, params.top_k, params.top_p, params.max_tokens, params.logprobs, params.guide) == (
         1.0,
         0,
@@ -109,27 +109,29 @@ def test_defaults(texts: TextModels) -> None:
         None,
     )
     assert params.stop_ids == (258, 256)
-    assert ready(texts, completion(prompt="x" * (CONTEXT - 3))).asks[0].params.max_tokens == 3
+    assert ready(texts, completion(prompt="x" * (CONTEXT - 3))).requests[0].params.max_tokens == 3
 
 
 def test_seeds(texts: TextModels) -> None:
-    assert ready(texts, completion(seed=-1)).asks[0].params.seed == 2**63 - 1
-    given = ready(texts, completion(prompt=["a", "b"], seed=5)).asks
+    assert ready(texts, completion(seed=-1)).requests[0].params.seed == 2**63 - 1
+    given = ready(texts, completion(prompt=["a", "b"], seed=5)).requests
     assert [ask.params.seed for ask in given] == [5, 5], "each as if it were asked alone"
-    drawn = ready(texts, completion(prompt=["a", "a"])).asks
+    drawn = ready(texts, completion(prompt=["a", "a"])).requests
     assert drawn[0].params.seed != drawn[1].params.seed
 
 
-def test_deadlines_are_cut_to_the_limit(texts: TextModels) -> None:
+def test_a_deadline_reaches_the_core_as_the_caller_gave_it(texts: TextModels) -> None:
+    """The core alone cuts it to the admission limit."""
     deadlines = [
-        ready(texts, chat(), CallerContext(client="c", request="r", deadline_s=wanted)).asks[0].deadline_s for wanted in (None, 5.0, 1e9)
+        ready(texts, chat(), CallerContext(client="c", request="r", deadline_s=wanted)).requests[0].deadline_s
+        for wanted in (None, 5.0, 1e9)
     ]
-    assert deadlines == [30, 5.0, 30]
+    assert deadlines == [None, 5.0, 1e9]
 
 
 def test_a_journal_replaces_prompt_and_seed(texts: TextModels) -> None:
     journal = Journal(prompt_ids=[1, 2, 3], seed=9, emitted=[[4]])
-    ask = ready(texts, chat(seed=1), CallerContext(client="c", request="r", journal=journal)).asks[0]
+    ask = ready(texts, chat(seed=1), CallerContext(client="c", request="r", journal=journal)).requests[0]
     assert (ask.prompt_ids, ask.params.seed, ask.emitted) == ([1, 2, 3], 9, [[4]])
     with pytest.raises(Rejected) as caught:
         ready(texts, chat(), CallerContext(client="c", request="r", journal=Journal(prompt_ids=[999], seed=0, emitted=[])))
@@ -147,4 +149,4 @@ def test_what_the_model_decides(texts: TextModels) -> None:
     unseen = ScriptedDispatcher()
     unseen.model = lambda name: None  # type: ignore[method-assign, assignment, return-value]
     with pytest.raises(Unavailable):
-        LOOP.run(prepare(chat(), CALLER, texts=texts, dispatcher=unseen, admission=AdmissionSpec(), salting=SALTING))
+        LOOP.run(Preprocessor(texts, unseen, AdmissionSpec(), SALTING).prepare(chat(), CALLER))

@@ -31,7 +31,7 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 
 def port(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> RouterSocket:
-    return RouterSocket(context, endpoint, "client", keys=None, gate=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None)
+    return RouterSocket(context, endpoint, "client", keys=None, acl=CurveAcl({}), on_frame=lambda *_: None, on_malformed=lambda _: None)
 
 
 def test_an_open_folder_and_a_bare_tcp_socket_are_refused(folder: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:

@@ -16,6 +16,7 @@ from orchestrator.config.router_spec import AdmissionSpec, ModelCard
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.dispatcher import RouterDispatcher
+from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import load_texts
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.rpc.server import RpcServer
@@ -54,8 +55,8 @@ async def _measure(folder: Path, texts: bool) -> float:
     route = RouterCore(Peers(boot="R", router="r"), {"m": "m"}, spec, ReplicaRegistry(60.0, 60.0))
     dispatch = RouterDispatcher(route, name="r", send=to_replica, clock=time.monotonic)
     door = RpcServer(
-        boot="R", dispatcher=dispatch, texts=loaded, metrics=Metrics(["m"]), admission=spec, gate=CurveAcl({}), salting=Salting(b"salt"),
-        send=to_client, clock=time.monotonic,
+        boot="R", dispatcher=dispatch, preprocessor=Preprocessor(loaded, dispatch, spec, Salting(b"salt")), metrics=Metrics(["m"]),
+        acl=CurveAcl({}), send=to_client, clock=time.monotonic,
     )  # fmt: skip
     capacity = Capacity(
         block_size=16, num_blocks=9999, max_batch_size=STREAMS, max_num_tokens=512, max_seq_len=4096, vocab_size=320, tp=1, pp=1

@@ -1,72 +1,57 @@
-"""The doors of Triton's clients: the KServe v2 protocol over HTTP, and Triton's ``generate`` and ``generate_stream``.
+"""The API of Triton's clients: the KServe v2 protocol over HTTP, and Triton's ``generate`` and ``generate_stream``.
 
-Owns these paths and how their answers are worded. A request becomes a completion (:mod:`orchestrator.router.http.dialects.kserve.tensors`)
-and from there on takes the way of all: one validator, one dispatcher, one stream writer. No tensors but text and numbers, none of them
-binary.
+Owns these paths and the wording of their answers. :mod:`orchestrator.router.http.dialects.kserve.tensors` turns a request into the body of
+a completion, which is then checked, prepared and streamed like every other. Tensors hold text and numbers, as JSON; there are no binary
+tensors.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from orchestrator.auth.api_keys import Salting
-from orchestrator.config.router_spec import HttpSpec, RouterSpec
-from orchestrator.router.frontend import preprocess as preparing
-from orchestrator.router.frontend import schema as bodies
+from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.detokenizer import TextSink
 from orchestrator.router.frontend.schema import CompletionBody
-from orchestrator.router.frontend.text_models import TextModel, TextModels
+from orchestrator.router.frontend.text_models import TextModel
 from orchestrator.router.http import event_stream
-from orchestrator.router.http.authentication import tenant_of
-from orchestrator.router.http.dialects.kserve import tensors as kserve_tensors
+from orchestrator.router.http.dialect import HttpFrontend
+from orchestrator.router.http.dialects.kserve import tensors
 from orchestrator.router.http.dialects.kserve.tensors import TensorRequest
-from orchestrator.router.http.dialects.openai.wording import clamp, encode, event
-from orchestrator.router.http.in_flight import HttpExchange
-from orchestrator.router.http.middleware import affinity, read_body
+from orchestrator.router.http.event_stream import EventStream, encode, event
+from orchestrator.router.http.in_flight import InFlightRequest
 from orchestrator.router.http.response import GenerateResponse, json_response
-from orchestrator.router.interfaces import Dispatcher
-from orchestrator.router.metrics import Metrics
 from workers import __version__
 from workers.protocol.errors import Cancelled, NotFound, Rejected, TriremeError, Unavailable, printable
 from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, Usage
 
-PREFIX = "/v2"
 #: A served model has one version.
 VERSION = "1"
 _MODEL = "/v2/models/{name:path}"
-#: How an answer is sent: one JSON body of tensors or of text, an event a piece, or one event.
+#: Stands for the logprob minus infinity, which JSON lacks.
+_LOWEST_LOGPROB = -9999.0
+#: How an answer is sent: one JSON body of tensors or of text, an event for each piece, or one event.
 Form = Literal["infer", "generate", "events", "event"]
 
 
-def speaks(path: str) -> bool:
-    """Whether a path is one of this protocol's, known or not."""
-    return path == PREFIX or path.startswith(PREFIX + "/")
+class KServeDialect:
+    """A :class:`~orchestrator.router.http.dialect.Dialect`. Its methods are the endpoints."""
 
+    prefix: ClassVar[str] = "/v2"
 
-def error_body(error: TriremeError) -> dict[str, str]:
-    """Triton's: the text alone."""
-    return {"error": printable(str(error))}
-
-
-class KServeApi:
-    """The routes below ``/v2``. Its methods are the endpoints."""
-
-    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, texts: TextModels, metrics: Metrics, salting: Salting) -> None:
-        self._dispatcher, self._texts, self._metrics, self._salting = dispatcher, texts, metrics, salting
-        self._admission = spec.admission
-        self._max_body = (spec.http or HttpSpec()).max_body_bytes
+    def __init__(self, frontend: HttpFrontend) -> None:
+        self._frontend = frontend
 
     def routes(self) -> list[Route]:
-        """The longest first: a model's name may hold slashes."""
+        """The longest paths first, because the name of a model may contain slashes."""
         found = [
-            Route(PREFIX, self.server, methods=["GET"]),
+            Route(self.prefix, self.server, methods=["GET"]),
             Route("/v2/health/live", self.live, methods=["GET"]),
             Route("/v2/health/ready", self.ready, methods=["GET"]),
         ]
@@ -81,6 +66,9 @@ class KServeApi:
             ]
         return found
 
+    def error_body(self, error: TriremeError) -> dict[str, Any]:
+        return _error_body(error)
+
     async def server(self, http: Request) -> Response:
         return json_response(
             http, {"name": "trireme", "version": __version__, "extensions": ["generate", "model_configuration", "parameters"]}
@@ -90,12 +78,12 @@ class KServeApi:
         return json_response(http, {"live": True})
 
     async def ready(self, http: Request) -> Response:
-        if not self._dispatcher.ready():
+        if not self._frontend.dispatcher.ready():
             raise Unavailable("not every model has a ready replica", retry_after=1.0)
         return json_response(http, {"ready": True})
 
     async def model_ready(self, http: Request) -> Response:
-        status = self._dispatcher.model(self._resolve(http).name)
+        status = self._frontend.dispatcher.model(self._resolve(http).name)
         if status is None or not status.ready:
             raise Unavailable("no replica of the model is ready", retry_after=1.0)
         return json_response(http, {"name": http.path_params["name"], "ready": True})
@@ -103,10 +91,9 @@ class KServeApi:
     async def metadata(self, http: Request) -> Response:
         self._resolve(http)
         inputs = [
-            {"name": name, "datatype": one.shown_type(), "shape": [-1, -1 if one.many else 1]}
-            for name, one in kserve_tensors.INPUTS.items()
+            {"name": name, "datatype": one.shown_type(), "shape": [-1, -1 if one.many else 1]} for name, one in tensors.INPUTS.items()
         ]
-        outputs = [{"name": name, "datatype": datatype, "shape": [-1, *dims]} for name, (datatype, dims) in kserve_tensors.OUTPUTS.items()]
+        outputs = [{"name": name, "datatype": datatype, "shape": [-1, *dims]} for name, (datatype, dims) in tensors.OUTPUTS.items()]
         found = {"name": http.path_params["name"], "versions": [VERSION], "platform": "trireme", "inputs": inputs, "outputs": outputs}
         return json_response(http, found)
 
@@ -114,11 +101,9 @@ class KServeApi:
         self._resolve(http)
         inputs = [
             {"name": name, "data_type": _config_type(one.shown_type()), "dims": [-1 if one.many else 1], "optional": name != "text_input"}
-            for name, one in kserve_tensors.INPUTS.items()
+            for name, one in tensors.INPUTS.items()
         ]
-        outputs = [
-            {"name": name, "data_type": _config_type(datatype), "dims": dims} for name, (datatype, dims) in kserve_tensors.OUTPUTS.items()
-        ]
+        outputs = [{"name": name, "data_type": _config_type(datatype), "dims": dims} for name, (datatype, dims) in tensors.OUTPUTS.items()]
         return json_response(
             http,
             {
@@ -126,7 +111,7 @@ class KServeApi:
                 "platform": "",
                 "backend": "trireme",
                 "version_policy": {"latest": {"num_versions": 1}},
-                "max_batch_size": bodies.MAX_PROMPTS,
+                "max_batch_size": schema.MAX_PROMPTS,
                 "input": inputs,
                 "output": outputs,
                 "model_transaction_policy": {"decoupled": False},
@@ -134,53 +119,44 @@ class KServeApi:
         )
 
     async def infer(self, http: Request) -> ASGIApp:
-        asked = kserve_tensors.read_infer(*await self._read(http))
+        asked = tensors.read_infer(*await self._read(http))
         if asked.stream:
-            bodies.refuse("stream", "infer answers once; generate_stream streams")
+            schema.refuse("stream", "infer answers once; generate_stream streams")
         return await self._answer(http, asked, "infer")
 
     async def generate(self, http: Request) -> ASGIApp:
-        asked = kserve_tensors.read_generate(*await self._read(http))
+        asked = tensors.read_generate(*await self._read(http))
         if asked.stream:
-            bodies.refuse("stream", "generate answers once; generate_stream streams")
+            schema.refuse("stream", "generate answers once; generate_stream streams")
         return await self._answer(http, asked, "generate")
 
     async def generate_stream(self, http: Request) -> ASGIApp:
-        asked = kserve_tensors.read_generate(*await self._read(http))
+        asked = tensors.read_generate(*await self._read(http))
         return await self._answer(http, asked, "event" if asked.stream is False else "events")
 
     async def _read(self, http: Request) -> tuple[dict[str, Any], str, Callable[[int], None]]:
-        """(the body, the model's name, who counts unknown fields)."""
+        """(the body, the name of the model, the function that counts unknown fields)."""
         _check_version(http)
-        body = await read_body(http, self._max_body, any_type=True)
+        body = await self._frontend.read_bytes(http, any_type=True)
         if "inference-header-content-length" in http.headers:
             raise Rejected("binary tensors are not taken", "", "send their data as JSON (binary_data=False)")
-        return await preparing.decode(body, self._texts), http.path_params["name"], self._metrics.ignored_fields
+        return await self._frontend.preprocessor.decode(body), http.path_params["name"], self._frontend.metrics.ignored_fields
 
     async def _answer(self, http: Request, asked: TensorRequest, form: Form) -> GenerateResponse:
         try:
-            request = bodies.check(asked.fields, CompletionBody)
-            caller = preparing.CallerContext(
-                client="http",
-                request=f"infer-{uuid.uuid4().hex}",
-                tenant=tenant_of(http),
-                affinity=affinity(http),
-                credit=event_stream.window(request) if form == "events" else UNLIMITED,
-            )
-            prepared = await preparing.prepare(
-                request, caller, texts=self._texts, dispatcher=self._dispatcher, admission=self._admission, salting=self._salting
-            )
+            body = schema.check(asked.fields, CompletionBody)
+            credit = event_stream.window(body) if form == "events" else UNLIMITED
+            return await self._frontend.generate(http, f"infer-{uuid.uuid4().hex}", body, KServeResponse(asked, body, form), credit=credit)
         except Rejected as error:
             raise asked.respell(error) from None
-        return GenerateResponse(HttpExchange(prepared), _Speech(asked, request, form), self._dispatcher, self._metrics)
 
     def _resolve(self, http: Request) -> TextModel:
         _check_version(http)
-        return preparing.resolve(http.path_params["name"], self._texts, tenant_of(http))
+        return self._frontend.resolve(http, http.path_params["name"])
 
 
 class _KServeChoice:
-    """One prompt's answer: what was not told yet, and the sum of its logprobs so far."""
+    """The answer to one prompt: what is not sent yet, and the sum of all its logprobs so far."""
 
     def __init__(self, echo: str) -> None:
         self._texts = [echo]
@@ -189,7 +165,7 @@ class _KServeChoice:
 
     def add(self, text: str, logprobs: list[Logprobs] | None = None) -> None:
         self._texts.append(text)
-        values = [clamp(entry.logprob) or 0.0 for entry in logprobs or ()]
+        values = [max(entry.logprob or 0.0, _LOWEST_LOGPROB) for entry in logprobs or ()]
         self._logprobs += values
         self.total += sum(values)
 
@@ -200,15 +176,15 @@ class _KServeChoice:
         return taken
 
 
-class _Sink:
-    """Fills the row of one ask. ``tell`` hears of everything new: (output tokens so far, whether this was the end)."""
+class _KServeSink:
+    """The sink of one prompt. It calls ``on_change(output tokens so far, whether this was the end)`` after it has filled ``answer``."""
 
-    def __init__(self, exchange: HttpExchange, index: int, row: _KServeChoice, tell: Callable[[int, bool], None]) -> None:
-        self._exchange, self._index, self._row, self._tell = exchange, index, row, tell
+    def __init__(self, request: InFlightRequest, index: int, answer: _KServeChoice, on_change: Callable[[int, bool], None]) -> None:
+        self._request, self._index, self._answer, self._on_change = request, index, answer, on_change
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
-        self._row.add(text, logprobs)
-        self._tell(first + len(tokens), False)
+        self._answer.add(text, logprobs)
+        self._on_change(first + len(tokens), False)
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None: ...
 
@@ -216,84 +192,88 @@ class _Sink:
         if reason == "cancelled":
             self.on_failed(choice, Cancelled("the request was cancelled"))
             return
-        self._row.add(tail)
-        self._tell(usage.output_tokens, True)
-        self._exchange.ended(self._index, usage)
+        self._answer.add(tail)
+        self._on_change(usage.output_tokens, True)
+        self._request.ended(self._index, usage)
 
     def on_failed(self, choice: int, error: TriremeError) -> None:
-        self._exchange.fail(error)
+        self._request.fail(error)
 
 
-class _Speech:
-    """These doors' :class:`~orchestrator.router.http.response.Dialect`."""
+class KServeResponse:
+    """A :class:`~orchestrator.router.http.response.ResponseBuilder`."""
 
-    def __init__(self, asked: TensorRequest, request: CompletionBody, form: Form) -> None:
+    def __init__(self, asked: TensorRequest, body: CompletionBody, form: Form) -> None:
         self.streamed = form in ("events", "event")
-        self._asked, self._request, self._form = asked, request, form
-        self._head = {"model_name": request.model, "model_version": VERSION, **({"id": asked.id} if asked.id else {})}
+        self._asked, self._body, self._form = asked, body, form
+        self._head = {"model_name": body.model, "model_version": VERSION, **({"id": asked.id} if asked.id else {})}
 
-    def events(self, exchange: HttpExchange, abort: Callable[[], None]) -> tuple[event_stream.EventStream, list[TextSink]]:
-        stream = event_stream.EventStream(exchange, self, window=event_stream.window(self._request), abort=abort)
-        row = self._rows()[0]
+    def stream_sinks(self, request: InFlightRequest, stream: EventStream) -> Sequence[TextSink]:
+        answer = self._answers()[0]
         begun = False
 
-        def tell(count: int, ended: bool) -> None:
+        def on_change(count: int, ended: bool) -> None:
             nonlocal begun
             if self._form == "events":
                 stream.received(0, count)
             elif not ended:
                 return
-            text, logprobs = row.take()
+            text, logprobs = answer.take()
             if text or logprobs or (ended and not begun):
                 begun = True
-                stream.push(event(self._generated(text, logprobs, row.total)))
+                stream.push(event(self._generated(text, logprobs, answer.total)))
 
-        return stream, [_Sink(exchange, 0, row, tell)]
+        return [_KServeSink(request, 0, answer, on_change)]
 
-    def whole(self, exchange: HttpExchange) -> tuple[list[TextSink], Callable[[], bytes]]:
-        rows = self._rows()
+    def whole_sinks(self, request: InFlightRequest) -> tuple[Sequence[TextSink], Callable[[], bytes]]:
+        answers = self._answers()
 
         def body() -> bytes:
             if self._form == "infer":
-                return encode(self._inferred(rows))
-            return encode(self._generated(*rows[0].take(), rows[0].total))
+                return encode(self._inferred(answers))
+            return encode(self._generated(*answers[0].take(), answers[0].total))
 
-        return [_Sink(exchange, index, row, _nothing) for index, row in enumerate(rows)], body
+        return [_KServeSink(request, index, answer, _ignore) for index, answer in enumerate(answers)], body
 
-    def last(self, usage: dict[str, Any]) -> bytes:
-        """A stream that is whole just ends."""
+    def last(self, usages: Sequence[Sequence[Usage]]) -> bytes:
+        """Nothing marks the end of a complete stream."""
         return b""
 
     def broken(self, error: TriremeError) -> bytes:
-        return event(error_body(error))
+        return event(_error_body(error))
 
-    def _rows(self) -> list[_KServeChoice]:
-        return [_KServeChoice(prompt if self._asked.echo and isinstance(prompt, str) else "") for prompt in self._request.prompts()]
+    def _answers(self) -> list[_KServeChoice]:
+        return [_KServeChoice(prompt if self._asked.echo and isinstance(prompt, str) else "") for prompt in self._body.prompts]
 
     def _generated(self, text: str, logprobs: list[float], total: float) -> dict[str, Any]:
-        """The object of ``generate``, and of each event of a stream."""
+        """The JSON object of ``generate``, and of each event of a stream."""
         values: dict[str, Any] = {"text_output": text, "cum_log_probs": total, "output_log_probs": logprobs}
         return self._head | {name: values[name] for name in self._asked.outputs}
 
-    def _inferred(self, rows: list[_KServeChoice]) -> dict[str, Any]:
-        taken = [row.take() for row in rows]
+    def _inferred(self, answers: list[_KServeChoice]) -> dict[str, Any]:
+        taken = [answer.take() for answer in answers]
         longest = max(len(logprobs) for _, logprobs in taken)
-        # Rows of a tensor have one length: zeros stand for what a shorter one lacks, as in TensorRT-LLM's answers.
+        # All rows of a tensor have one length: shorter rows are filled with zeros, as in TensorRT-LLM's answers.
         padded = [value for _, logprobs in taken for value in (*logprobs, *[0.0] * (longest - len(logprobs)))]
         values: dict[str, tuple[list[int], list[Any]]] = {
-            "text_output": ([len(rows), 1], [text for text, _ in taken]),
-            "cum_log_probs": ([len(rows), 1], [row.total for row in rows]),
-            "output_log_probs": ([len(rows), 1, longest], padded),
+            "text_output": ([len(answers), 1], [text for text, _ in taken]),
+            "cum_log_probs": ([len(answers), 1], [answer.total for answer in answers]),
+            "output_log_probs": ([len(answers), 1, longest], padded),
         }
         outputs = [
-            {"name": name, "datatype": kserve_tensors.OUTPUTS[name][0], "shape": values[name][0], "data": values[name][1]}
+            {"name": name, "datatype": tensors.OUTPUTS[name][0], "shape": values[name][0], "data": values[name][1]}
             for name in self._asked.outputs
         ]
         return self._head | {"outputs": outputs}
 
 
-def _nothing(count: int, ended: bool) -> None:
-    """Nobody waits for parts of an answer that is sent whole."""
+def _ignore(count: int, ended: bool) -> None:
+    """An answer that is sent whole needs no notice of its parts."""
+
+
+def _error_body(error: TriremeError) -> dict[str, Any]:
+    """Triton's form: the text alone."""
+    return {"error": printable(str(error))}
 
 
 def _check_version(http: Request) -> None:

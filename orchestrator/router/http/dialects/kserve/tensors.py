@@ -1,7 +1,7 @@
-"""What Triton's clients ask, in the words of the completions endpoint: named tensors and parameters, as TensorRT-LLM's backend names them.
+"""From the requests of Triton's clients to the body of a completion: named tensors and parameters, as TensorRT-LLM's backend names them.
 
-Owns the names, the tensors' form and what has no meaning here. The values are checked where every door's are
-(:mod:`orchestrator.router.frontend.schema`); nothing here knows of sockets, models or tokens.
+Owns the names and the form of the tensors, and refuses those that have no meaning here. The values are checked with every other body
+(:mod:`orchestrator.router.frontend.schema`). Pure: it knows no sockets, models or tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _UINT64 = 2**64
 
 
 class Input(msgspec.Struct, frozen=True):
-    """An input tensor. ``field``: its name at the completions endpoint, empty where it is dealt with here. ``many``: a list."""
+    """An input tensor. ``field``: its name in the body of a completion, empty where this module handles it. ``many``: it is a list."""
 
     kind: Kind
     field: str = ""
@@ -39,7 +39,7 @@ class Input(msgspec.Struct, frozen=True):
     datatype: str = ""
 
     def shown_type(self) -> str:
-        """The datatype that metadata names; any other of its kind is taken too."""
+        """The datatype in the metadata of the model; every other datatype of the kind is accepted too."""
         return self.datatype or _DATATYPES[self.kind][0]
 
 
@@ -79,20 +79,20 @@ OUTPUTS: Mapping[str, tuple[str, list[int]]] = {
     "cum_log_probs": ("FP32", [1]),
     "output_log_probs": ("FP32", [1, -1]),
 }
-#: What those backends take and this one does not: ignoring it would change the answer.
+#: Inputs of TensorRT-LLM's backend that are refused here, because ignoring them would change the answer.
 _NOT_OFFERED = frozenset((
     "bad_words", "return_context_logits", "return_generation_logits", "decoder_text_input", "image_input", "image_bytes_input",
     "image_url_input", "video_bytes_input", "prompt_embedding_table", "prompt_vocab_size", "embedding_bias_words",
     "embedding_bias_weights", "num_draft_tokens", "use_draft_logits", "draft_input_ids", "lora_task_id", "lora_weights", "lora_config",
 ))  # fmt: skip
-#: Parameters of Triton's protocol itself, which mean nothing to a model.
+#: Parameters of Triton's protocol itself, which a model never sees.
 _PROTOCOL = frozenset(("binary_data_output", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout"))
 _GUIDES = {"json_schema": "guided_json", "regex": "guided_regex", "ebnf_grammar": "guided_grammar"}
 
 
 class TensorRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request in the completions endpoint's words. ``spelled``: field -> the caller's name of it. ``stream`` None: not said.
-    ``echo``: the prompt belongs to the answer. ``outputs``: tensors wanted, in order."""
+    """A request as the ``fields`` of a completion. ``spelled``: field -> the caller's name of it. ``stream`` None: not given. ``echo``: the
+    answer begins with the prompt. ``outputs``: the tensors that were asked for, in order."""
 
     fields: dict[str, Any]
     spelled: dict[str, str]
@@ -102,7 +102,7 @@ class TensorRequest(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[str, ...] = ("text_output",)
 
     def respell(self, error: Rejected) -> Rejected:
-        """The same refusal in the caller's own names."""
+        """The same error with the caller's names of the fields."""
         found = re.match(r"\w+", error.param or "")
         name = self.spelled.get(found[0]) if found else None
         if found is None or name is None or name == found[0]:
@@ -201,7 +201,7 @@ def _check_kind(name: str, value: Any) -> None:
 
 
 def _value(tensor: _Tensor, rows: int) -> Any:
-    """The one value of an input, or its list; every row of a batch must say the same."""
+    """The value of an input, or its list. Every row of a batch must have the same value."""
     name = tensor.name
     known = INPUTS.get(name)
     if known is None:
@@ -271,7 +271,7 @@ def _ask(named: dict[str, Any], model: str, id: str, wanted: tuple[str, ...]) ->
 
 
 def _put_special(named: Mapping[str, Any], put: Callable[[str, str, Any], None]) -> None:
-    """The inputs whose values mean something else here than there."""
+    """The inputs whose values have another form in the body of a completion."""
     for name in ("beam_width", "num_return_sequences"):
         if named.get(name, 1) != 1:
             refuse(name, "answers come one a prompt")

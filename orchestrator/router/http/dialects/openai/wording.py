@@ -1,7 +1,7 @@
-"""What OpenAI's two generating endpoints answer, as JSON and as server-sent events, with vLLM's additions.
+"""The JSON objects and server-sent events of OpenAI's two generating endpoints, with vLLM's additions.
 
-Owns the wording alone: ids, objects, choices, usage, logprobs, errors. No state of a request but the running text offset of its logprobs,
-no sockets. A streamed chunk without extras is three byte strings put together.
+Owns ids, objects, choices, usage, logprobs and errors as they are written. The only state is the running text offset of a choice's
+logprobs. A streamed chunk of text alone is three byte strings put together.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 
 from orchestrator.router.frontend.text_models import TextModel
+from orchestrator.router.http.event_stream import encode, event
 from workers.protocol.errors import Rejected, TriremeError, Unauthorized, printable
 from workers.protocol.messages import Logprobs, Usage
 
-encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 #: JSON has no minus infinity; vLLM's stand-in.
 NO_CHANCE = -9999.0
@@ -54,13 +54,6 @@ class Wording(msgspec.Struct, frozen=True, kw_only=True):
     def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
         return encode({**self._body("chat.completion", choices), "usage": usage})
 
-    def last(self, usage: dict[str, Any]) -> bytes:
-        """What ends a stream that is whole: usage where it was asked for, and the mark that nothing follows."""
-        return (self.chunk([], usage) if self.usage else b"") + DONE
-
-    def broken(self, error: TriremeError) -> bytes:
-        return event(error_body(error))
-
     def choice(self, index: int, text: str, *, first: bool, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         """One streamed choice; ``first``: a chat's first delta names the role."""
         delta = {"role": "assistant", "content": text} if first else {"content": text} if text or reason is None else {}
@@ -72,10 +65,6 @@ class Wording(msgspec.Struct, frozen=True, kw_only=True):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def event(body: dict[str, Any]) -> bytes:
-    return b"data: %b\n\n" % encode(body)
-
-
 def usage_json(prompt: int, output: int, cached: int | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
     if cached is not None:
@@ -83,11 +72,11 @@ def usage_json(prompt: int, output: int, cached: int | None = None) -> dict[str,
     return found
 
 
-def total_usage(asks: Sequence[Sequence[Usage]]) -> dict[str, Any]:
-    """Usage of a request from its choices', grouped by prompt: a prompt counts once, whatever the number of choices."""
-    prompt = sum(max((usage.prompt_tokens for usage in choices), default=0) for choices in asks)
-    cached = sum(max((usage.cached_tokens for usage in choices), default=0) for choices in asks)
-    return usage_json(prompt, sum(usage.output_tokens for choices in asks for usage in choices), cached)
+def total_usage(prompts: Sequence[Sequence[Usage]]) -> dict[str, Any]:
+    """Usage of a request from the usage of its choices, grouped by prompt. A prompt counts once, whatever the number of its choices."""
+    prompt = sum(max((usage.prompt_tokens for usage in choices), default=0) for choices in prompts)
+    cached = sum(max((usage.cached_tokens for usage in choices), default=0) for choices in prompts)
+    return usage_json(prompt, sum(usage.output_tokens for choices in prompts for usage in choices), cached)
 
 
 def error_body(error: TriremeError) -> dict[str, Any]:
@@ -103,7 +92,7 @@ def error_body(error: TriremeError) -> dict[str, Any]:
 
 
 class LogprobWriter:
-    """Logprobs of one choice in the endpoint's own form; keeps the text offset of the completions form."""
+    """Writes the logprobs of one choice in the form of its endpoint. Keeps the text offset that the form of completions needs."""
 
     def __init__(self, model: TextModel, chat: bool) -> None:
         self._model, self._chat = model, chat
@@ -114,7 +103,7 @@ class LogprobWriter:
         return {"content": [self._chat_entry(entry) for entry in entries]} if self._chat else self._completion(entries)
 
     def skip(self, text: str) -> None:
-        """Text that stands before the first token written (an echoed prompt)."""
+        """Count text that comes before the first token (an echoed prompt)."""
         self._offset += len(text)
 
     def _chat_entry(self, entry: Logprobs) -> dict[str, Any]:
