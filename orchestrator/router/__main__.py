@@ -30,45 +30,44 @@ from workers.serving.router_io import KeyPair
 
 USAGE = "usage: python -m orchestrator.router SPEC.json"
 
-
 _T = TypeVar("_T")
 
 
 class _KeysFile(Generic[_T]):
-    """A private file, read again when it was written again."""
+    """A private file that is read again after each change."""
 
     def __init__(self, path: str, parse: Callable[[bytes], _T]) -> None:
         self._path, self._parse = Path(path), parse
         self._stamp: tuple[int, int, int] | None = None
-        self._complaint = ""
+        self._last_warning = ""
 
     def load(self) -> _T | None:
-        """None while unchanged. A file that is broken or gone for a moment keeps the table in force."""
+        """The new table; None while the file is unchanged. While the file is broken or missing, the last table stays in force."""
         try:
-            stamp = self._look()
+            stamp = self._identity()
             if stamp is not None and stamp == self._stamp:
                 return None
             table = self._parse(read_private(self._path))
         except ConfigError as error:
             if self._stamp is None:
                 raise
-            if str(error) != self._complaint:
-                self._complaint = str(error)
+            if str(error) != self._last_warning:
+                self._last_warning = str(error)
                 logging.getLogger("trireme.router").warning("%s was not taken over: %s", self._path, error)
             return None
-        self._stamp, self._complaint = stamp, ""
+        self._stamp, self._last_warning = stamp, ""
         return table
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _identity(self) -> tuple[int, int, int] | None:
         try:
             status = self._path.stat()
         except OSError:
-            return None  # reading it says why
+            return None  # the error of reading it says why
         return status.st_mtime_ns, status.st_ino, status.st_mode
 
 
 def _none() -> None:
-    """Without an allowed-keys file nobody is on the list."""
+    """No allowed-keys file: the list stays empty."""
 
 
 def read_spec(path: Path) -> RouterSpec:
@@ -98,7 +97,7 @@ def set_up_logging(form: LogFormat) -> None:
 
 
 def run(spec: RouterSpec) -> None:
-    """Run a router until it is told to stop. Raises every :class:`TriremeError` that keeps it from serving."""
+    """Run a router until a signal stops it. Raises every :class:`TriremeError` that keeps it from serving."""
     api_keys_file = spec.http.api_keys_file if spec.http is not None else ""
     process = RouterProcess(
         spec,

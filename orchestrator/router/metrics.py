@@ -1,8 +1,8 @@
 """Prometheus series of one router: prefix ``trireme_``, vLLM's suffixes, labels ``model_name`` and ``replica``.
 
-Owns the counters of what passed the doors; what the routing core and the replicas know is read at each scrape
-(:mod:`orchestrator.router.metric_families`), so nothing is counted twice. The token path only adds to integers: all text is made at the
-scrape. Labels come from configuration and fixed lists alone, never from a request, so the number of series is bounded whatever clients
+Owns the counters of the frontends. The state of the routing core and of the replicas is read at each scrape
+(:mod:`orchestrator.router.metric_families`), so nothing is counted twice. The token path only adds to integers; all text is made at the
+scrape. Labels come from configuration and fixed lists only, never from a request, so the number of series is bounded whatever clients
 send.
 """
 
@@ -22,7 +22,7 @@ from workers.protocol.messages import Usage
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 REASONS = ("stop", "length", "cancelled")
-#: Codes that get a series of their own; any other is counted as ``other``.
+#: Error codes with a series of their own; every other code is counted as ``other``.
 CODES = (
     "invalid_request", "invalid_schema", "context_length_exceeded", "model_not_found", "not_found", "method_not_allowed", "body_too_large",
     "unsupported", "authentication_error", "overloaded", "unavailable", "deadline_exceeded", "cancelled", "replica_lost", "engine_fault",
@@ -31,7 +31,7 @@ CODES = (
 
 
 class ModelMeter:
-    """Everything counted at the doors for one model."""
+    """Everything that the frontends count for one model."""
 
     def __init__(self) -> None:
         self.in_flight = 0
@@ -48,8 +48,8 @@ class ModelMeter:
 
 
 class RequestMeter:
-    """One request's clock, made when it is submitted; it counts from :meth:`admitted` on, so one that is refused leaves no trace here. With
-    several choices, an interval runs between deliveries of any of them."""
+    """Counts and times one request. Made when the request is submitted, it counts from :meth:`admitted` on, so a refused request is not
+    counted here. With several choices, an interval is the time between two deliveries to any of them."""
 
     __slots__ = ("_choices", "_model", "_prompt_tokens", "_start")
 
@@ -58,18 +58,18 @@ class RequestMeter:
         self._start = time.monotonic()
 
     def admitted(self) -> None:
-        """The dispatcher took it."""
+        """The dispatcher has accepted the request."""
         self._model.in_flight += 1
         self._model.prompt_tokens += self._prompt_tokens
         self._model.prompt_length.observe(self._prompt_tokens)
 
     def first(self, count: int, now: float) -> None:
-        """Its first ``count`` tokens are delivered, at ``now`` of the monotonic clock."""
+        """The first ``count`` tokens are delivered at ``now`` (monotonic seconds)."""
         self._model.generation_tokens += count
         self._model.first_token.observe(now - self._start)
 
     def tokens(self, rows: int, count: int, spent: float) -> None:
-        """``rows`` requests of its model, this one among them, got ``count`` tokens each, ``spent`` seconds after their last."""
+        """``rows`` choices of the model got ``count`` tokens each, ``spent`` seconds after their last tokens."""
         model = self._model
         model.generation_tokens += rows * count
         model.inter_token.observe(spent / count, rows * count)
@@ -85,7 +85,7 @@ class RequestMeter:
         self._close(1)
 
     def left(self) -> None:
-        """The caller is gone: whatever was still open counts as cancelled, which is nobody's error."""
+        """The caller is gone. Its open choices count as cancelled, which is no error."""
         if self._choices > 0:
             self._model.success["cancelled"] += self._choices
             self._close(self._choices)
@@ -98,8 +98,8 @@ class RequestMeter:
 
 
 class Metrics:
-    """All series of one router. ``status`` is the dispatcher's, asked at each scrape; ``tallies`` are the routing core's. ``lag``: how late
-    the event loop woke its own ticker.
+    """All series of one router. ``status`` is the dispatcher's method, called at each scrape; ``tallies`` are counted by the routing core.
+    ``lag``: how late the event loop woke the ticker of the router process, seconds.
 
     Every labelled series exists from the start at 0, so that the first ``rate()`` is right.
     """
@@ -123,7 +123,7 @@ class Metrics:
         return RequestMeter(self.models[model], choices, prompt_tokens)
 
     def refused(self, code: str) -> None:
-        """A request that was answered with an error before it was admitted."""
+        """A request was answered with an error before it was admitted."""
         self._refused[code if code in self._refused else "other"] += 1
 
     def ignored_fields(self, count: int) -> None:
@@ -136,11 +136,11 @@ class Metrics:
         return bytes(generate_latest(self._registry))
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing to declare ahead: all names here begin with ``trireme_``, those of the registry's other collector do not."""
+        """Declares no names in advance: all names here begin with ``trireme_``, and no other collector of the registry uses the prefix."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._door()
+        yield from self._requests()
         yield from self._counts()
         yield from self._histograms()
         status = self._status()
@@ -148,7 +148,7 @@ class Metrics:
         yield from metric_families.replicas(status, list(self.models))
         yield from metric_families.process(status, self.lag)
 
-    def _door(self) -> Iterator[Metric]:
+    def _requests(self) -> Iterator[Metric]:
         yield CounterMetricFamily("trireme_router_disconnected_clients", "Clients that left before their answer's end", self._disconnected)
         yield CounterMetricFamily("trireme_router_ignored_fields", "Unknown fields in request bodies", self._ignored_fields)
         refused = CounterMetricFamily("trireme_router_refused_requests", "Requests refused before admission", labels=["code"])

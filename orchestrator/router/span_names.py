@@ -1,7 +1,7 @@
-"""Names of spans and attributes: OpenTelemetry's conventions for generative AI, and our own where those have none.
+"""Names of spans and attributes: OpenTelemetry's conventions for generative AI, and Trireme's own names where there is no convention.
 
-Owns the names alone. The conventions are still in development, so whatever they become is changed here and nowhere else. There is no name
-for a prompt's or an answer's text, and there must never be one.
+Owns the names only. The conventions are still in development; a change of a name is made here and nowhere else. There is no name for the
+text of a prompt or an answer, and there must never be one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ERROR_TYPE: Final = "error.type"
 CHAT: Final = "chat"
 TEXT: Final = "text_completion"
 
-#: Ours.
+#: Trireme's own.
 PROVIDED_BY: Final = "trireme"
 REQUEST_ID: Final = "trireme.request_id"
 CHOICE: Final = "trireme.choice"

@@ -1,8 +1,8 @@
 """Chat templates: messages in, prompt pieces out.
 
-Owns the sandbox (immutable, no attribute access to Python, loop controls) and the rule that text from a request never becomes a control
-token: where any string of a request holds a special token's text, it is rendered under a mask and comes out as plain text. Must never
-read a file, and never render a template that a request brought.
+Owns the Jinja sandbox (immutable, no attribute access to Python, loop controls) and the rule that text from a request never becomes a
+control token: where a string of a request contains the text of a special token, that text is masked while the template is rendered and
+becomes plain text again afterwards. It never reads a file, and never renders a template that came with a request.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _TOOLS_TAIL = (
 
 
 class PromptPiece(msgspec.Struct, frozen=True):
-    """Part of a prompt. ``exact``: encode as plain text, reading no special token out of it; else special tokens count."""
+    """A part of a prompt. ``exact``: the text is encoded as plain text; otherwise special tokens in it are encoded as such."""
 
     text: str
     exact: bool
 
 
 class TemplateSource(msgspec.Struct, frozen=True, kw_only=True):
-    """A template that came with a model, not yet looked at: compiling one may take as long as rendering it."""
+    """A template that came with a model, not yet compiled: to compile one may take as long as to render it."""
 
     source: str
     specials: tuple[str, ...]
@@ -73,7 +73,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[PromptPiece]:
-        """The prompt as pieces in order; one piece unless the request's text holds a special token's. Raises Rejected."""
+        """The prompt as pieces in order: one piece, unless the request's text contains the text of a special token. Raises Rejected."""
         turns = [_turn(message) for message in messages]
         signatures = [msgspec.to_builtins(tool) for tool in tools or ()]
         if not self._has_tools:
@@ -91,7 +91,7 @@ class ChatTemplate:
 
     @staticmethod
     def _bounded(parts: Iterable[str]) -> str:
-        """All parts as one, refused as soon as they are too much together."""
+        """All parts joined. Raises Rejected as soon as they are too long together."""
         kept, size = [], 0
         for part in parts:
             size += len(part)
@@ -110,7 +110,7 @@ class ChatTemplate:
 
 
 class _Mask:
-    """Replaces special-token text in a request's strings by stand-ins that no template looks for, and puts it back after rendering."""
+    """Replaces the text of special tokens in a request's strings by placeholders that no template uses, and restores it after rendering."""
 
     def __init__(self, hidden: re.Pattern[str]) -> None:
         self._pattern = hidden
@@ -118,7 +118,7 @@ class _Mask:
 
     def hide(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._pattern.sub(self._stand_in, value)
+            return self._pattern.sub(self._placeholder, value)
         if isinstance(value, dict):
             return {self.hide(key): self.hide(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -128,9 +128,9 @@ class _Mask:
     def show(self, text: str) -> str:
         return re.sub(r"\ufdd0(\d+)\ufdd1", lambda match: self.hidden[int(match[1])], text)
 
-    def _stand_in(self, match: re.Match[str]) -> str:
+    def _placeholder(self, match: re.Match[str]) -> str:
         self.hidden.append(match[0])
-        # Noncharacters: Unicode keeps them for a program's own use; a request that has the first one gets it hidden too.
+        # Unicode reserves these noncharacters for a program's own use. If a request contains the first one, it is masked too.
         return f"\ufdd0{len(self.hidden) - 1}\ufdd1"
 
 
@@ -155,7 +155,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    """A message as templates know it: text content, tool arguments as objects."""
+    """A message in the form that templates expect: content as text, tool arguments as objects."""
     turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
     for key in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, key)) is not None:

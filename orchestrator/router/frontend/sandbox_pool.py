@@ -1,7 +1,10 @@
-"""The router's side of its cells: hands jobs to confined processes, and kills and replaces one that passes its time.
+"""The sandbox pool: gives jobs to sandbox worker processes, and kills and replaces a process that exceeds the time limit.
 
-Owns the processes. A job that outlasts :data:`LIMIT_S` costs its own request and one process, never the event loop, and the next job goes
-to another cell. Must be used from one event loop only.
+Owns the processes. A job that takes longer than :data:`LIMIT_S` fails its own request and costs one process, but it never blocks the event
+loop, and the next job goes to another process. To be used from one event loop only.
+
+    starting --answers the setup--> free --a job--> busy --its answer--> free
+    starting, busy --too late, or ended--> killed, and replaced by a new one
 """
 
 from __future__ import annotations
@@ -30,29 +33,29 @@ from orchestrator.router.frontend.sandbox_worker import (
 from workers.protocol.errors import Overloaded, Rejected
 from workers.protocol.messages import GuideSpec
 
-#: Seconds that one job may take, may wait for a free cell, and that a new process may take to be ready.
+#: Seconds that one job may take, that a job may wait for a free process, and that a new process may take to be ready.
 LIMIT_S, WAIT_S, START_S = 2.0, 5.0, 30.0
 #: Seconds before the next try when a process did not start.
 RETRY_S = 1.0
-#: Longest answer: a prompt of the most characters, four bytes each, and as much again for the pieces around it.
+#: Longest answer, bytes: the longest prompt at four bytes a character, and as much again for the structure around it.
 MAX_ANSWER = 8 * MAX_RENDERED
 
-log = logging.getLogger("trireme.cells")
+log = logging.getLogger("trireme.sandbox")
 
 
 class _Gone(Exception):
-    """The process ended, or said what it never may."""
+    """The process ended, or sent what is no answer."""
 
 
 class _Process:
-    """One cell and the socket to it."""
+    """One sandbox worker process and the socket to it."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "orchestrator.router.frontend.sandbox_worker"]
-        self._socket, theirs = socket.socketpair()
+        self._socket, worker_socket = socket.socketpair()
         self._socket.setblocking(False)
-        with theirs:
-            self._popen = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
+        with worker_socket:
+            self._popen = subprocess.Popen(command, stdin=worker_socket.fileno(), stdout=subprocess.DEVNULL)
 
     @property
     def pid(self) -> int:
@@ -85,12 +88,12 @@ class _Process:
         self._popen.kill()
 
     def reap(self) -> None:
-        """Wait for a killed process: what it held in memory takes the kernel a moment."""
+        """Wait for the end of a killed process: freeing its memory takes the kernel a moment."""
         self._popen.wait(5.0)
 
 
 class SandboxPool:
-    """``count`` processes that know ``templates`` (by model name). ``start`` is implied by the first job."""
+    """``count`` processes with the chat ``templates`` (by model name). The first job starts them if :meth:`start` was not called."""
 
     def __init__(self, templates: Mapping[str, TemplateSource], *, count: int = 2, limit_s: float = LIMIT_S) -> None:
         self._setup = msgspec.msgpack.encode(SandboxSetup(templates=dict(templates)))
@@ -99,7 +102,7 @@ class SandboxPool:
         self._free: asyncio.Queue[_Process] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None] | asyncio.Future[None]] = set()
         self._started = self._closed = False
-        #: Processes that were killed, or died, over a job.
+        #: Processes that ended, or were killed, during a job.
         self.lost = 0
 
     def start(self) -> None:
@@ -123,13 +126,13 @@ class SandboxPool:
         return [process.pid for process in self._living]
 
     async def render(self, job: RenderJob) -> list[PromptPiece]:
-        """The prompt as pieces. Raises Rejected (also for what takes too long) and Overloaded."""
+        """The prompt as pieces. Raises Rejected (also where rendering takes too long) and Overloaded."""
         answer = await self._ask(job, "messages", "invalid_request", "the chat template")
         assert isinstance(answer, Rendered)
         return answer.pieces
 
     async def check(self, guide: GuideSpec) -> None:
-        """Raises Rejected (``invalid_schema``) for a grammar that does not compile, or not in time, and Overloaded."""
+        """Raises Rejected (``invalid_schema``) for a grammar that does not compile within the time limit, and Overloaded."""
         if guide.kind != "json":
             await self._ask(GrammarJob(guide=guide), "response_format", "invalid_schema", "the grammar")
 
@@ -138,7 +141,7 @@ class SandboxPool:
             frame = msgspec.msgpack.encode(job)
         except (OverflowError, ValueError) as error:
             raise Rejected(f"{param}: {str(error)[:120]}", param=param) from None
-        # A process may have died before the job came to it; one that dies of the job would take the next one too.
+        # The first process may have ended before it got the job. A job that ended two processes would end more.
         for _ in range(2):
             try:
                 answer = await self._try(frame)
@@ -152,24 +155,24 @@ class SandboxPool:
         raise Rejected(f"{param}: {subject} ended the process that worked on it", code=code, param=param)
 
     async def _try(self, frame: bytes) -> Answer:
-        """Raises TimeoutError and :class:`_Gone`; then, and when it is cancelled, the process is replaced."""
+        """Raises TimeoutError and :class:`_Gone`. After these, and after a cancellation, the process is replaced."""
         self.start()
         try:
             async with asyncio.timeout(WAIT_S):
                 process = await self._free.get()
         except TimeoutError:
             raise Overloaded("too many templates and grammars at a time", retry_after=1.0) from None
-        sound = False
+        answered = False
         try:
             async with asyncio.timeout(self._limit_s):
                 answer = await process.ask(frame)
-            sound = True
+            answered = True
         finally:
-            if sound:
+            if answered:
                 self._free.put_nowait(process)
             else:
                 self.lost += 1
-                log.warning("process %d for templates and grammars was lost over a job (%d so far)", process.pid, self.lost)
+                log.warning("process %d for templates and grammars was lost during a job (%d so far)", process.pid, self.lost)
                 self._replace(process)
         return answer
 
@@ -185,7 +188,7 @@ class SandboxPool:
             self._keep(asyncio.get_running_loop().run_in_executor(None, process.reap))
 
     async def _supply(self) -> None:
-        """Bring one process up, however often that takes."""
+        """Start one process; try again until it is ready."""
         while not self._closed:
             try:
                 process = _Process()

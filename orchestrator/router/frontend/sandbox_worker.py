@@ -1,9 +1,9 @@
-"""A cell: a process that renders chat templates and tries grammars out for a router, and that may be killed at any moment.
+"""A sandbox worker: a process that renders chat templates and compiles grammars for a router. It may be killed at any moment.
 
-Owns the code that a model's template or a request's grammar can keep busy, with bounds on memory and output that the kernel and the
-renderer keep; the bound on time is kept by :mod:`orchestrator.router.frontend.sandbox_pool`, with SIGKILL. Typed msgpack frames over the
-socket that is its standard input: a :class:`SandboxSetup`, then one job, one answer. Must never open a file of its own, nor print what a
-request holds.
+Owns the code that a model's template or a request's grammar can keep busy. The kernel bounds its memory, the renderer bounds its output,
+and :mod:`orchestrator.router.frontend.sandbox_pool` bounds its time, with SIGKILL. It reads typed msgpack frames from the socket that is
+its standard input: a :class:`SandboxSetup`, then one job at a time, each with one answer. It opens no files and prints nothing of a
+request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workers.process import die_with_parent
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import GuideSpec
 
-#: Address space of a cell. What asks for more gets a MemoryError, which ends its request.
+#: Address space of the process, bytes. A job that needs more gets a MemoryError, which fails its request.
 MAX_MEMORY = 1 << 30
 HEADER_BYTES = 4
 
@@ -44,7 +44,7 @@ class RenderJob(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
 
 
 class GrammarJob(msgspec.Struct, frozen=True, kw_only=True, tag="try"):
-    """Can this grammar be compiled?"""
+    """Compile this grammar, to see whether it can be compiled."""
 
     guide: GuideSpec
 
@@ -71,7 +71,7 @@ Answer = Rendered | JobDone | JobRefused
 
 
 class SandboxWorker:
-    """What the process does, without the process. A template that does not compile fails its own requests, not the router."""
+    """The work of the process, without the process. A template that does not compile fails the requests of its model only."""
 
     def __init__(self, setup: SandboxSetup) -> None:
         self._templates: dict[str, ChatTemplate | JobRefused] = {}
@@ -86,12 +86,12 @@ class SandboxWorker:
 
     def answer(self, job: Job) -> Answer:
         try:
-            return self._render(job) if isinstance(job, RenderJob) else _try(job.guide)
+            return self._render(job) if isinstance(job, RenderJob) else _compile(job.guide)
         except Rejected as error:
-            # A grammar has no field of its own: its request spelled it in one of several.
+            # The field of a grammar is not known here: a request can give it in one of several fields.
             return JobRefused(what=error.what, why=error.why, code=error.code, param=error.param if isinstance(job, RenderJob) else None)
         except Exception as error:
-            # The edge of a job: whatever it did ends it only. Its text may be in the error's, so only the kind is told.
+            # The edge of a job: an error fails this job only. The error's text may hold text of the request, so only its type is sent.
             return JobRefused(what=f"the request cannot be rendered: {type(error).__name__}")
 
     def _render(self, job: RenderJob) -> Answer:
@@ -102,17 +102,17 @@ class SandboxWorker:
         return Rendered(pieces=pieces)
 
 
-def _try(guide: GuideSpec) -> Answer:
+def _compile(guide: GuideSpec) -> Answer:
     try:
         from workers.sampling.llguidance_guide import check_grammar
     except ImportError:
-        return JobDone()  # without llguidance on this host, the replica is the first to compile
+        return JobDone()  # without llguidance on this host, the replica compiles the grammar first
     check_grammar(guide)
     return JobDone()
 
 
 def _read(count: int) -> bytes:
-    """``count`` bytes, or fewer where the router has closed."""
+    """``count`` bytes, or fewer where the router has closed the socket."""
     parts = []
     while count and (part := os.read(0, min(count, 1 << 20))):
         parts.append(part)
@@ -121,7 +121,7 @@ def _read(count: int) -> bytes:
 
 
 def _receive() -> bytes:
-    """The next frame; empty when there is none any more."""
+    """The next frame; empty when the router has closed the socket."""
     return _read(int.from_bytes(_read(HEADER_BYTES), "little"))
 
 
@@ -134,17 +134,17 @@ def _send(answer: Answer) -> None:
 
 def main() -> None:
     die_with_parent()
-    # A signal to the whole group is the router's to obey: it may still need this process for what it finishes.
+    # The router obeys a signal to the whole process group; it may need this process until it has drained.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     jobs = msgspec.msgpack.Decoder(Job)
     try:
-        cell = SandboxWorker(msgspec.msgpack.decode(_receive(), type=SandboxSetup))
+        worker = SandboxWorker(msgspec.msgpack.decode(_receive(), type=SandboxSetup))
         _send(JobDone())
         while frame := _receive():
-            _send(cell.answer(jobs.decode(frame)))
+            _send(worker.answer(jobs.decode(frame)))
     except (BrokenPipeError, ConnectionResetError):
         return  # the router is gone
 

@@ -1,7 +1,8 @@
-"""Which grammar a request asks for, in any of its four spellings, as one :class:`~workers.protocol.messages.GuideSpec`.
+"""The grammar that a request asks for, given in one of four ways, as one :class:`~workers.protocol.messages.GuideSpec`.
 
-Owns the checks that need no compiler: size, depth, references, explosive patterns. It must never follow a reference out of the schema;
-what a grammar means is decided where it is compiled, at the replica.
+Owns the checks that need no compiler: size, depth, references, explosive patterns. It never follows a reference out of the schema. A
+grammar is compiled twice on purpose: in a sandbox process of the router, so that a bad grammar is refused before the request is queued, and
+at the replica, because a replica does not trust its routers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAX_PATTERN = 2048
 MAX_COPIES = 4096
 
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
-#: A group that holds one repeated atom and is itself repeated: equal to the atom repeated, and the classic way to blow up a matcher.
+#: A group of one repeated atom that is itself repeated. It matches what the repeated atom matches, and it makes some matchers explode.
 _DOUBLE_REPEAT = re.compile(r"\((?:\?:)?(?:\\.|\[[^\]]*\]|[^()\\\[\]|])[+*]\)[+*{]")
 
 
@@ -41,7 +42,7 @@ class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's newer spelling; the older ``guided_*`` fields are brought into this form too."""
+    """vLLM's newer form; the older ``guided_*`` fields are converted to it."""
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None
@@ -55,7 +56,7 @@ def invalid(param: str, why: str) -> Rejected:
 
 
 def choose(form: ResponseFormat | None, newer: StructuredOutputs | None, older: StructuredOutputs) -> GuideSpec | None:
-    """The one grammar asked for, or None. Raises Rejected on several, and (``invalid_schema``) on one that means nothing."""
+    """The grammar that was asked for, or None. Raises Rejected on several grammars, and (``invalid_schema``) on a malformed one."""
     found = [*_from_format(form), *_from_structured(newer, "structured_outputs"), *_from_structured(older, "guided")]
     if len(found) > 1:
         raise Rejected("structured output was asked for in more than one way", param="response_format")
@@ -148,7 +149,7 @@ def _check_schema(schema: dict[str, Any], param: str) -> None:
         if isinstance(pattern := node.get("pattern"), str):
             _check_pattern(pattern, param)
         for key, item in node.items():
-            # Definitions are walked where they are used: one that nothing reaches cannot matter.
+            # Definitions are checked where they are used; an unused definition does not matter.
             if key not in ("$defs", "definitions"):
                 walk(item, depth + 1, open_refs)
 

@@ -1,7 +1,7 @@
-"""One model's tokenizer: text to ids, and id to the bytes that it stands for.
+"""One model's tokenizer: from text to token ids, and from a token id to its bytes.
 
-Owns the byte table, so that decoding a stream is a list look-up and a UTF-8 decoder, with no call into the tokenizer library. Must never
-be changed after it is loaded: all threads share it.
+Owns the byte table, so that decoding a stream needs a list look-up and a UTF-8 decoder, and no call into the tokenizer library. Nothing
+changes after loading, because all threads share it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workers.artifacts.safetensors_file import regular
 from workers.protocol.errors import ArtifactError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-#: Token texts that end a turn or a document in the llama family; where a tokenizer has one as a special token, it ends output.
+#: Token texts that end a turn or a document in the llama family. Where a tokenizer has one as a special token, the token ends the output.
 _ENDINGS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
 
 
@@ -65,7 +65,7 @@ class TokenTable:
 
     @functools.cached_property
     def _literal(self) -> Tokenizer:
-        """The same tokenizer, but reading special-token text as plain text; made when first needed."""
+        """The same tokenizer, but it reads the text of special tokens as plain text. Made when first needed."""
         tokenizer = _open(self._source)
         tokenizer.encode_special_tokens = True
         return tokenizer
@@ -79,7 +79,7 @@ class TokenTable:
         return ids
 
     def pick(self, table: list[bytes], ids: Sequence[int]) -> bytes:
-        """The bytes of ``ids`` in ``all`` or ``visible``; an id past the table (a padded vocabulary's) has none."""
+        """The bytes of ``ids`` in ``table`` (``all`` or ``visible``). An id beyond the table (in a padded vocabulary) has no bytes."""
         try:
             if len(ids) == 1:
                 return table[ids[0]]
@@ -92,7 +92,7 @@ class TokenTable:
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model's tokenizer folder says. ``eos_ids`` end the output unless the request says otherwise."""
+    """The contents of a model's tokenizer folder. ``eos_ids`` end the output unless the request ignores them."""
 
     table: TokenTable
     template: TemplateSource | None
@@ -102,7 +102,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
 def load(folder: str) -> Loaded:
     """Read ``tokenizer.json``, and where present ``tokenizer_config.json``, ``generation_config.json`` and ``chat_template.jinja``.
 
-    Raises ArtifactError naming the file.
+    Raises ArtifactError with the name of the file.
     """
     root = Path(folder)
     try:
@@ -142,7 +142,7 @@ def _converter(decoder: dict[str, Any] | None) -> Any:
 
 @functools.cache
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    """GPT-2's table: a printable byte is written as itself, every other byte as a character from U+0100 on."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -1,6 +1,6 @@
-"""Who gets past the HTTP door: an API key before anything else is looked at.
+"""Authentication of the HTTP API: the API key is checked before anything else of a request.
 
-Owns the list of what is open to all. It stands before the routes, so that a stranger cannot even tell which paths exist.
+Owns the list of paths that are open to all. It comes before the routes, so that a caller without a key cannot find out which paths exist.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from orchestrator.auth.api_keys import EVERYONE, ApiKeys, Tenant
 from workers.protocol.errors import Unauthorized
 
-#: Probes, which say that this process lives, and the status page, which is the same everywhere and holds nothing of this deployment.
+#: Probes, and the status page, which is the same in every deployment and contains nothing of this one.
 OPEN = frozenset(("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/ui"))
-#: Open to this host.
+#: Paths that are open to callers on this host.
 LOCAL = frozenset(("/metrics", "/ui/data"))
 _TENANT = "trireme.tenant"
 
 
 class ApiKeyMiddleware:
-    """ASGI middleware. ``refuse`` makes the answer to a request without a good key: always the same one."""
+    """ASGI middleware. ``refuse`` makes the response to a request without a valid key, which is always the same one."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, refuse: Callable[[Request, Exception], Awaitable[Response]]) -> None:
         self._app, self._keys, self._refuse = app, keys, refuse
@@ -44,7 +44,7 @@ class ApiKeyMiddleware:
 
 
 def tenant_of(http: Request) -> Tenant:
-    """Whose request it is, as the guard found."""
+    """The tenant whose key came with the request; EVERYONE where the router has no keys."""
     tenant: Tenant = http.scope.get("state", {}).get(_TENANT, EVERYONE)
     return tenant
 

@@ -1,6 +1,6 @@
-"""The port for Prometheus alone: ``/metrics`` of this router and no other, on a socket that no client of the models ever sees.
+"""The metrics port: ``/metrics`` of this router process, on a port of its own for Prometheus.
 
-Owns nothing. Behind a port that several routers share, each scrape would find another of them, and every counter would seem to jump back.
+Owns nothing. On a port that several routers share, each scrape would reach another router, and every counter would seem to jump back.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the HTTP door does with any request before it knows what the body means.
+"""What the HTTP API does with every request before its body is decoded.
 
-Owns the request's id and the limits on how a body may be sent. Never looks into a body, and knows no dialect.
+Owns the request id and the limits on how a body may be sent. Knows no dialect.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from orchestrator.router import request_context
 from workers.protocol.errors import TooLarge, Unsupported
 
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+#: Characters.
 _MAX_AFFINITY = 128
-#: A browser names itself in one of these on every request that a page of another origin makes it send.
-_FROM_A_PAGE = ("origin", "sec-fetch-site")
+#: A browser sends one of these headers with every request that a page of another origin causes.
+_BROWSER_HEADERS = ("origin", "sec-fetch-site")
 
 
 def request_id(scope: Scope) -> str:
-    """The caller's ``x-request-id`` where it has a harmless form, else a new one; the same for the whole request."""
+    """The caller's ``x-request-id`` where it has a harmless form, otherwise a new id; always the same for one request."""
     state: dict[str, Any] = scope.setdefault("state", {})
     if "request_id" not in state:
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
@@ -31,27 +32,29 @@ def request_id(scope: Scope) -> str:
 
 
 class RequestContextMiddleware:
-    """ASGI middleware: what a request's task logs and traces says whose work it is."""
+    """ASGI middleware: sets the request context, which log lines and traces carry."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = [value for name, value in scope["headers"] if name == b"traceparent"]
-        # W3C: what came twice is as good as none.
+        # W3C Trace Context: a header that was sent twice counts as missing.
         request_context.enter(request_id(scope), given[0].decode("latin-1") if len(given) == 1 else "")
         await self._app(scope, receive, send)
 
 
 def affinity(http: Request) -> str:
-    """The session that the caller says it belongs to, or nothing."""
+    """The session that the caller names in ``x-correlation-id``, or an empty text. Requests of one session prefer one replica."""
     return http.headers.get("x-correlation-id", "")[:_MAX_AFFINITY]
 
 
 async def read_body(http: Request, limit: int, *, any_type: bool = False) -> bytes:
-    """The body, refused as early as can be: by declared length before reading, by count while reading, unread where it is compressed.
+    """The body. A body that is too large is refused by its declared length before reading, and by its size while reading; a compressed body
+    is refused unread.
 
-    It must be called JSON, since a web page can make a browser send other types here unasked. ``any_type``: programs need not, pages must.
+    Its content type must be JSON, because a web page can make a browser send other types to this router. ``any_type``: only requests of
+    browsers must say JSON.
 
     Raises TooLarge, Unsupported.
     """
@@ -61,7 +64,7 @@ async def read_body(http: Request, limit: int, *, any_type: bool = False) -> byt
     if http.headers.get("content-encoding", "identity") != "identity":
         raise Unsupported("compressed bodies are not taken", hint="send it without Content-Encoding")
     sent = declared not in (None, "0") or "transfer-encoding" in http.headers
-    typed = not any_type or any(name in http.headers for name in _FROM_A_PAGE)
+    typed = not any_type or any(name in http.headers for name in _BROWSER_HEADERS)
     if sent and typed and http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Unsupported("the body must be sent as Content-Type: application/json")
     parts, size = [], 0

@@ -1,7 +1,10 @@
 """uvicorn's httptools protocol with the bounds that it lacks: URL, header bytes and count, and deadlines for header and body.
 
-Owns the counters of one connection's current request. It answers in place of the application where a bound is passed, and closes; it must
-never read a body (the application does, under its own limit).
+Owns the counters of one connection's current request. Where a bound is exceeded it answers in place of the application and closes the
+connection. It never reads a body; the application does, under its own limit.
+
+    waiting (keep-alive) --first byte--> header (HEADER_DEADLINE_S) --headers complete--> body (BODY_DEADLINE_S) --complete--> answering
+    header, body --a bound is exceeded--> refused: answer, end of sending, LINGER_S, closed
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ MAX_HEADERS = 100
 #: Seconds from a request's first byte to its last header, and from there to the end of its body.
 HEADER_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 30.0
-#: Seconds for which a refused peer may go on sending into nothing.
+#: Seconds that a refused peer may continue to send; what it sends is ignored.
 LINGER_S = 2.0
-#: Bytes that may wait in this process for a slow reader's socket; then its stream is not written on.
+#: Bytes that may wait in this process for the socket of a slow reader; then the stream is paused.
 WRITE_BUFFER = 16 << 10
-#: Key in a scope's state under which the application finds a function that drops the connection, unsent bytes and all.
+#: Key in the state of an ASGI scope: a function that drops the connection together with its unsent bytes.
 ABORT = "trireme.abort"
 
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 414: "URI Too Long", 431: "Request Header Fields Too Large"}
@@ -33,7 +36,7 @@ _TOO_MUCH = f"more than {MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of the
 
 
 class _BoundPassed(Exception):
-    """Stops the parser inside a callback; httptools hands it on as its own error."""
+    """Stops the parser inside a callback; httptools raises it again as its own error."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -59,7 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         super().data_received(data)
-        # The parser keeps an unfinished header to itself, so what it was fed is counted, not only what it gave out.
+        # The parser keeps an unfinished header, so the bytes that went into it are counted, not only the headers that came out.
         self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
         if self._head_bytes > MAX_URL + MAX_HEADER_BYTES and not self._refused:
             self._answer(431, _TOO_MUCH)
@@ -92,7 +95,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing():  # once what waits is sent: not for ever
+        if self.transport.is_closing():  # it closes when the waiting bytes are sent, which must not take for ever
             self._expect(None)
             self._deadline = self.loop.call_later(BODY_DEADLINE_S, self.abort)
 
@@ -103,7 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def abort(self) -> None:
-        """Drop the connection with a reset: otherwise the kernel would keep what is unsent for a peer that takes nothing."""
+        """Drop the connection with a reset; otherwise the kernel would keep the unsent bytes for a peer that reads nothing."""
         with contextlib.suppress(OSError):
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
@@ -135,10 +138,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
-            if cycle.response_started:  # an answer in the middle of another's means nothing
+            if cycle.response_started:  # a second answer cannot begin inside the first
                 self.abort()
                 return
-            # What the application still answers has nowhere to go.
+            # The application's own answer is discarded.
             cycle.disconnected, cycle.waiting_for_100_continue = True, False
             cycle.message_event.set()
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
@@ -148,6 +151,6 @@ class BoundedProtocol(HttpToolsProtocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        # Closing with bytes unread would reset the connection, and the answer with it: end our side, and read on into nothing for a while.
+        # Closing with unread bytes would reset the connection and lose the answer, so end only the sending side and read on for a while.
         self.transport.write_eof()
         self._deadline = self.loop.call_later(LINGER_S, self.transport.close)

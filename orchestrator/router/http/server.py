@@ -1,7 +1,6 @@
-"""The HTTP door's listening socket and uvicorn under the router's own event loop.
+"""The HTTP server: the listening socket, and uvicorn on the router's own event loop.
 
-Owns the socket. It must never bind anything but loopback where clients need no key, unless it was told to, and leaves signals to the
-process that runs it.
+Owns the socket. Without API keys it binds loopback addresses only, unless the spec says otherwise. The router process handles signals.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from workers.protocol.errors import ConfigError, EnvironmentFault
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
-#: Kernel buffer of a connection, bytes. Left to itself it grows to megabytes, which a stalled reader would fill with tokens.
+#: Send buffer of a connection, bytes. The kernel's own default grows to megabytes, which a stalled reader would fill with tokens.
 SEND_BUFFER = 64 << 10
 
 
 def bind(spec: HttpSpec) -> socket.socket:
-    """A listening socket. Raises ConfigError for a host that may not be had without API keys, EnvironmentFault where the port is taken."""
+    """A listening socket. Raises ConfigError for a host that needs API keys, EnvironmentFault for a port that is in use."""
     host = "127.0.0.1" if spec.host == "localhost" else spec.host
     try:
         address = ipaddress.ip_address(host)
@@ -36,7 +35,7 @@ def bind(spec: HttpSpec) -> socket.socket:
     if not address.is_loopback and not spec.api_keys_file and not spec.insecure_without_keys:
         raise ConfigError(
             f"http host {spec.host} is not a loopback address",
-            "without API keys the HTTP door must not be reachable from other machines",
+            "without API keys the HTTP API must not be reachable from other machines",
             "name an api_keys_file, or use 127.0.0.1",
         )
     listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
@@ -46,7 +45,7 @@ def bind(spec: HttpSpec) -> socket.socket:
         if spec.reuse_port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, spec.port))
-        # From here on callers queue, so whoever is told the address may use it at once.
+        # From here on callers are queued, so the address can be used before the server runs.
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
@@ -59,7 +58,7 @@ def bind(spec: HttpSpec) -> socket.socket:
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signal handlers alone: the router process decides what a signal means."""
+        """Install no signal handlers: the router process has its own."""
         yield
 
 
@@ -71,11 +70,11 @@ async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, g
         ws="none",
         lifespan="off",
         log_config=None,
-        # Below an error it tells of every broken request: whoever sends them would fill the disk.
+        # At lower levels uvicorn logs every broken request, so a caller could fill the disk.
         log_level="error",
         access_log=False,
         server_header=False,
-        # A proxy on this host says whose request it brings; nobody else is believed.
+        # Forwarding headers are believed only from a proxy on this host.
         forwarded_allow_ips="127.0.0.1,::1",
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(grace_s)),

@@ -1,6 +1,6 @@
-"""What rendering a chat in a confined process adds to a request: ``python -m bench.cells [--count 2000]``.
+"""What rendering a chat in a sandbox process adds to a request: ``python -m bench.sandbox [--count 2000]``.
 
-Prints the median and the 99th percentile of one render, here and in a cell, and the router's own CPU for each.
+Prints the median and the 99th percentile of one render, in this process and in a sandbox process, and the router's own CPU for each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ async def measure(title: str, count: int, render: Callable[[], Awaitable[object]
 
 async def run(count: int) -> None:
     source = TemplateSource(source=CHAT_TEMPLATE, specials=SPECIALS, tokens={})
-    template, cells = source.compile(), SandboxPool({"m": source})
+    template, sandbox = source.compile(), SandboxPool({"m": source})
     for turns, words in ((1, 20), (20, 200)):
         job = RenderJob(model="m", messages=[Message(role="user", content="word " * words)] * turns)
 
@@ -42,12 +42,12 @@ async def run(count: int) -> None:
             return template.render(job.messages)
 
         async def there(job: RenderJob = job) -> object:
-            return await cells.render(job)
+            return await sandbox.render(job)
 
         shape = f"{turns} messages of {words} words"
         await measure(f"{shape}, here", count, here)
-        await measure(f"{shape}, in a cell", count, there)
-    cells.close()
+        await measure(f"{shape}, in a sandbox process", count, there)
+    sandbox.close()
 
 
 def main() -> None:
