@@ -33,12 +33,12 @@ INLINE_BODY = 64 << 10
 
 
 class CallerContext(msgspec.Struct, frozen=True, kw_only=True):
-    """What a frontend knows of a request besides its body. ``client``: who asks. ``request``: the unique id of the request. ``affinity``:
+    """What a frontend knows of a request besides its body. ``client``: who asks. ``request_id``: unique. ``affinity``:
     the session that the caller names. ``credit``: tokens that the client takes before it grants more. ``deadline_s`` counts from now, None
     = none. ``journal``: what the client has already received of the request, from this router or from another one."""
 
     client: str
-    request: str
+    request_id: str
     tenant: Tenant = EVERYONE
     affinity: str = ""
     credit: int = UNLIMITED
@@ -133,7 +133,7 @@ class Preprocessor:
             requests.append(
                 RouterRequest(
                     client=caller.client,
-                    request=f"{caller.request}-{index}" if index else caller.request,
+                    request=f"{caller.request_id}-{index}" if index else caller.request_id,
                     model=model.name,
                     prompt_ids=ids,
                     params=_params(body, model.eos_ids, max_tokens, _seed(body, caller)),

@@ -54,6 +54,6 @@ class HttpFrontend:
 
     async def generate(self, http: Request, id: str, body: schema.Request, builder: ResponseBuilder, *, credit: int) -> GenerateResponse:
         """The response to a generating request; ``id`` is unique, ``credit`` as in CallerContext. Raises what prepare raises."""
-        caller = CallerContext(client="http", request=id, tenant=tenant_of(http), affinity=affinity(http), credit=credit)
+        caller = CallerContext(client="http", request_id=id, tenant=tenant_of(http), affinity=affinity(http), credit=credit)
         prepared = await self.preprocessor.prepare(body, caller)
         return GenerateResponse(InFlightRequest(prepared, self.dispatcher, self.metrics), builder, self.metrics)

@@ -145,7 +145,7 @@ class RpcServer:
         body = schema.read(message.endpoint, fields, on_unknown=self._metrics.ignored_fields)
         deadline = None if message.deadline_ms is None else min(message.deadline_ms, UNLIMITED) / 1000.0
         caller = CallerContext(
-            client=call.name[0], request=call.name[1], tenant=self._tenant(call.name[0]), credit=message.credit, deadline_s=deadline,
+            client=call.name[0], request_id=call.name[1], tenant=self._tenant(call.name[0]), credit=message.credit, deadline_s=deadline,
             journal=message.journal,
         )  # fmt: skip
         prepared = await self._preprocessor.prepare(body, caller)

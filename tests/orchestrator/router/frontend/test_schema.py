@@ -19,7 +19,7 @@ from tests.support.scripted_router import CONTEXT, ScriptedDispatcher, tiny_text
 from workers.protocol.errors import NotFound, Rejected, TooLong, Unavailable
 from workers.protocol.messages import GuideSpec, Journal
 
-CALLER = CallerContext(client="test", request="r")
+CALLER = CallerContext(client="test", request_id="r")
 SALTING = Salting(b"salt")
 #: One loop for all: the processes that render belong to it.
 LOOP = asyncio.Runner()
@@ -79,6 +79,12 @@ def test_every_spelling_of_a_grammar(fields: dict[str, Any], kind: str, text: An
     assert completion(**fields).guide == guide
 
 
+def test_grammar_and_prompts_are_worked_out_once() -> None:
+    body = completion(guided_json=SCHEMA, prompt=[[1, 2], [3]])
+    assert body.guide is not None and body.guide is body.guide
+    assert body.prompts == [[1, 2], [3]] and body.prompts is body.prompts
+
+
 def test_plain_text_needs_no_grammar() -> None:
     assert chat(response_format={"type": "text"}).guide is None
 
@@ -123,7 +129,7 @@ def test_seeds(texts: TextModels) -> None:
 def test_a_deadline_reaches_the_core_as_the_caller_gave_it(texts: TextModels) -> None:
     """The core alone cuts it to the admission limit."""
     deadlines = [
-        ready(texts, chat(), CallerContext(client="c", request="r", deadline_s=wanted)).requests[0].deadline_s
+        ready(texts, chat(), CallerContext(client="c", request_id="r", deadline_s=wanted)).requests[0].deadline_s
         for wanted in (None, 5.0, 1e9)
     ]
     assert deadlines == [None, 5.0, 1e9]
@@ -131,10 +137,10 @@ def test_a_deadline_reaches_the_core_as_the_caller_gave_it(texts: TextModels) ->
 
 def test_a_journal_replaces_prompt_and_seed(texts: TextModels) -> None:
     journal = Journal(prompt_ids=[1, 2, 3], seed=9, emitted=[[4]])
-    ask = ready(texts, chat(seed=1), CallerContext(client="c", request="r", journal=journal)).requests[0]
+    ask = ready(texts, chat(seed=1), CallerContext(client="c", request_id="r", journal=journal)).requests[0]
     assert (ask.prompt_ids, ask.params.seed, ask.emitted) == ([1, 2, 3], 9, [[4]])
     with pytest.raises(Rejected) as caught:
-        ready(texts, chat(), CallerContext(client="c", request="r", journal=Journal(prompt_ids=[999], seed=0, emitted=[])))
+        ready(texts, chat(), CallerContext(client="c", request_id="r", journal=Journal(prompt_ids=[999], seed=0, emitted=[])))
     assert caught.value.param == "journal"
 
 
