@@ -19,7 +19,7 @@ from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.chat_template import PromptPiece
 from orchestrator.router.frontend.detokenizer import TextRule
 from orchestrator.router.frontend.sandbox_worker import RenderJob
-from orchestrator.router.frontend.schema import ChatBody, Request, refuse
+from orchestrator.router.frontend.schema import Body, ChatBody, refuse
 from orchestrator.router.frontend.text_models import TextModel, TextModels
 from orchestrator.router.interfaces import Dispatcher, ModelStatus, RouterRequest
 from workers.protocol.errors import NotFound, TooLong, Unavailable
@@ -87,7 +87,7 @@ class Preprocessor:
         """The encoder of prompts of any length."""
         return ModelEncoder(model, self._texts)
 
-    async def prepare(self, body: Request, caller: CallerContext) -> PreparedRequest:
+    async def prepare(self, body: Body, caller: CallerContext) -> PreparedRequest:
         """Raises NotFound, TooLong, other Rejected, and Unavailable while no replica has reported how long its context is."""
         request_context.learn(body.metadata, chat=body.endpoint == "chat")
         model = self.resolve(body.model, caller.tenant)
@@ -104,10 +104,13 @@ class Preprocessor:
             refuse("response_format", "the model's engine offers no structured output", "unsupported")
         if body.guide is not None:
             await self._texts.sandbox.check(body.guide)
+        echoes: tuple[str, ...] = ()
         if caller.journal is not None:
+            # The client has the beginning of the answer already.
             prompts = [_journal_prompt(caller.journal, vocab)]
         else:
             prompts = await body.encode(ModelEncoder(model, self._texts, context=context, vocab=vocab))
+            echoes = body.echoes(prompts, model.decode)
         if len(prompts) * n > MAX_CHOICES:
             refuse("prompt", f"{len(prompts)} prompts of {n} choices are more than {MAX_CHOICES} choices")
         rule = TextRule(
@@ -118,10 +121,10 @@ class Preprocessor:
             json=body.guide is not None and body.guide.kind in ("json", "json_schema"),
         )
         requests = self._requests(body, caller, model, context, prompts)
-        return PreparedRequest(model=model, requests=requests, rule=rule, echoes=body.echoes(prompts, model.decode))
+        return PreparedRequest(model=model, requests=requests, rule=rule, echoes=echoes)
 
     def _requests(
-        self, body: Request, caller: CallerContext, model: TextModel, context: int, prompts: list[list[int]]
+        self, body: Body, caller: CallerContext, model: TextModel, context: int, prompts: list[list[int]]
     ) -> tuple[RouterRequest, ...]:
         salt = self._salting.of(caller.tenant.name, body.cache_salt or "")
         emitted = caller.journal.emitted if caller.journal is not None else []
@@ -153,7 +156,7 @@ class ModelEncoder:
     """Encodes prompts for one model: a :class:`~orchestrator.router.frontend.schema.PromptEncoder`.
 
     ``context``: a prompt that cannot fit into so many tokens raises TooLong before it is encoded (0 = any length). ``vocab``: size of the
-    vocabulary that token ids of a request must be in (None = they are not looked at).
+    vocabulary that a request's token ids must be in (None = no check, and a prompt may have no tokens).
     """
 
     def __init__(self, model: TextModel, texts: TextModels, *, context: int = 0, vocab: int | None = None) -> None:
@@ -201,7 +204,7 @@ def check_ids(ids: Sequence[int], vocab: int, param: str) -> None:
         refuse(param, f"token ids must be between 0 and {vocab - 1}")
 
 
-def _check_body_ids(body: Request, vocab: int) -> None:
+def _check_body_ids(body: Body, vocab: int) -> None:
     if body.stop_token_ids:
         check_ids(body.stop_token_ids, vocab, "stop_token_ids")
     if body.logit_bias:
@@ -219,14 +222,14 @@ def _context(model: TextModel, status: ModelStatus | None) -> int:
     return (status.max_seq_len if status else 0) or model.card.max_seq_len
 
 
-def _seed(body: Request, caller: CallerContext) -> int:
-    """The request's own seed where it has one, for each prompt of a list (as if each was sent alone); else a new one for each prompt."""
+def _seed(body: Body, caller: CallerContext) -> int:
+    """The seed of one prompt: the one that the request gives to all its prompts, as if each was sent alone, or else a new one."""
     if caller.journal is not None:
         return choice_seed(caller.journal.seed, 0)
     return choice_seed(body.seed, 0) if body.seed is not None else secrets.randbits(63)
 
 
-def _max_tokens(body: Request, prompt: int, context: int) -> int:
+def _max_tokens(body: Body, prompt: int, context: int) -> int:
     wanted, room, field = body.max_output, context - prompt, body.prompt_field
     if room < max(1, wanted or 1):
         parts = f"{prompt} in the {field}, {wanted} in the completion"
@@ -246,7 +249,7 @@ def _temperature(asked: float | None) -> float:
     return 1.0 if asked is None else asked if asked >= MIN_TEMPERATURE else 0.0
 
 
-def _params(body: Request, eos_ids: Sequence[int], max_tokens: int, seed: int) -> SamplingParams:
+def _params(body: Body, eos_ids: Sequence[int], max_tokens: int, seed: int) -> SamplingParams:
     own = body.stop_token_ids or []
     stop_ids = own if body.ignore_eos else [*own, *eos_ids]
     return SamplingParams(

@@ -276,9 +276,9 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True):
         return prompts
 
 
-Request = ChatBody | CompletionBody
+Body = ChatBody | CompletionBody
 _T = TypeVar("_T")
-_R = TypeVar("_R", ChatBody, CompletionBody)
+_B = TypeVar("_B", bound=GenerateBody)
 _BODIES: dict[ApiEndpoint, type[ChatBody] | type[CompletionBody]] = {body.endpoint: body for body in (ChatBody, CompletionBody)}
 
 
@@ -286,20 +286,18 @@ def refuse(param: str | None, why: str, code: str | None = None) -> NoReturn:
     raise Rejected(printable(f"{param}: {why}" if param else why), code=code, param=printable(param) if param else None)
 
 
-def read(endpoint: ApiEndpoint, fields: dict[str, Any], *, on_unknown: Callable[[int], None] | None = None) -> Request:
+def read(endpoint: ApiEndpoint, fields: dict[str, Any], *, on_unknown: Callable[[int], None] | None = None) -> Body:
     """The checked body of a request to ``endpoint``. ``on_unknown`` is called with the number of ignored unknown fields. Raises
     Rejected."""
     kind = _BODIES[endpoint]
     unknown = fields.keys() - kind.__struct_fields__
     if unknown and on_unknown is not None:
         on_unknown(len(unknown))
-    body = convert(fields, kind)
-    body.check()
-    return body
+    return check(fields, kind)
 
 
-def check(fields: dict[str, Any], kind: type[_R]) -> _R:
-    """A decoded body as a request within every limit. Raises Rejected."""
+def check(fields: dict[str, Any], kind: type[_B]) -> _B:
+    """``fields`` as a body within every limit. Raises Rejected."""
     body = convert(fields, kind)
     body.check()
     return body

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 from starlette.requests import Request
 from starlette.routing import Route
 
-from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.preprocess import CallerContext, Preprocessor
+from orchestrator.router.frontend.schema import Body
 from orchestrator.router.frontend.text_models import TextModel
 from orchestrator.router.http.authentication import tenant_of
 from orchestrator.router.http.in_flight import InFlightRequest
@@ -52,7 +52,7 @@ class HttpFrontend:
         """The model that the caller means. Raises NotFound."""
         return self.preprocessor.resolve(name, tenant_of(http))
 
-    async def generate(self, http: Request, id: str, body: schema.Request, builder: ResponseBuilder, *, credit: int) -> GenerateResponse:
+    async def generate(self, http: Request, id: str, body: Body, builder: ResponseBuilder, *, credit: int) -> GenerateResponse:
         """The response to a generating request; ``id`` is unique, ``credit`` as in CallerContext. Raises what prepare raises."""
         caller = CallerContext(client="http", request_id=id, tenant=tenant_of(http), affinity=affinity(http), credit=credit)
         prepared = await self.preprocessor.prepare(body, caller)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import msgspec
 from starlette.types import Send
 
-from orchestrator.router.frontend.schema import Request
+from orchestrator.router.frontend.schema import Body
 from orchestrator.router.http.in_flight import InFlightRequest
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import Usage
@@ -32,7 +32,7 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: %b\n\n" % encode(body)
 
 
-def window(body: Request) -> int:
+def window(body: Body) -> int:
     """Credit of a streamed request, tokens."""
     return WINDOW if body.num_logprobs is None else WINDOW_LOGPROBS
 

@@ -31,7 +31,7 @@ _PULSE_MS, _PULSE_TIMEOUT_MS = 500, 1500
 _NOW, _NOW_MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 _EVENTS, _READABLE, _MORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
 
-log = logging.getLogger("trireme.port")
+log = logging.getLogger("trireme.socket")
 
 #: (peer, authenticated key or "", frame). The frame is valid only during the call.
 OnFrame = Callable[[bytes, str, bytes | memoryview], None]

@@ -139,6 +139,8 @@ def test_a_journal_replaces_prompt_and_seed(texts: TextModels) -> None:
     journal = Journal(prompt_ids=[1, 2, 3], seed=9, emitted=[[4]])
     ask = ready(texts, chat(seed=1), CallerContext(client="c", request_id="r", journal=journal)).requests[0]
     assert (ask.prompt_ids, ask.params.seed, ask.emitted) == ([1, 2, 3], 9, [[4]])
+    again = ready(texts, completion(prompt=["a", "b"], echo=True), CallerContext(client="c", request_id="r", journal=journal))
+    assert [request.prompt_ids for request in again.requests] == [[1, 2, 3]] and again.echoes == ()
     with pytest.raises(Rejected) as caught:
         ready(texts, chat(), CallerContext(client="c", request_id="r", journal=Journal(prompt_ids=[999], seed=0, emitted=[])))
     assert caught.value.param == "journal"

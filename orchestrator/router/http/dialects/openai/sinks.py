@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestrator.router.frontend.detokenizer import TextSink
-from orchestrator.router.frontend.schema import Request
+from orchestrator.router.frontend.schema import Body
 from orchestrator.router.http.dialects.openai.wording import (
     DONE,
     LogprobWriter,
@@ -29,7 +29,7 @@ from workers.protocol.messages import FinishReason, Logprobs, Usage
 class EventSink:
     """The sink of one prompt that makes events. The common event (text alone) is joined from prepared bytes."""
 
-    def __init__(self, stream: EventStream, request: InFlightRequest, index: int, body: Request, wording: Wording) -> None:
+    def __init__(self, stream: EventStream, request: InFlightRequest, index: int, body: Body, wording: Wording) -> None:
         self._stream, self._request, self._index, self._wording = stream, request, index, wording
         prepared = request.prepared
         prompt = prepared.requests[index]
@@ -116,7 +116,7 @@ class EventSink:
 class BodySink:
     """The sink of one prompt that keeps the whole output, for an answer in one piece."""
 
-    def __init__(self, request: InFlightRequest, index: int, body: Request, wording: Wording) -> None:
+    def __init__(self, request: InFlightRequest, index: int, body: Body, wording: Wording) -> None:
         self._request, self._index, self._body, self._wording = request, index, body, wording
         prepared = request.prepared
         self._n = n = prepared.requests[index].n
@@ -187,7 +187,7 @@ class BodySink:
 class OpenAiResponse:
     """A :class:`~orchestrator.router.http.response.ResponseBuilder`."""
 
-    def __init__(self, body: Request, wording: Wording) -> None:
+    def __init__(self, body: Body, wording: Wording) -> None:
         self.streamed = bool(body.stream)
         self._body, self._wording = body, wording
 
