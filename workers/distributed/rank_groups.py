@@ -16,15 +16,16 @@ import numpy as np
 import torch
 
 from workers.distributed.group import Group, Solo
-from workers.protocol.errors import EngineFault, EnvironmentFault, TriremeError, from_code
-from workers.protocol.specs import Parallel, ReplicaSpec
-from workers.runner.device import choose_gpu
+from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, TriremeError, from_code
+from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
     from workers.distributed.nccl_group import NcclWorld
 
+#: Compute capability from which the kernels run: bf16 on tensor cores.
+MIN_CAPABILITY = (8, 0)
 #: Bytes of a rank's status report: 800 characters and their framing, however they are encoded.
 _REPORT = 4096
 
@@ -82,6 +83,33 @@ def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> Ranks:
         returns=pipeline,
         host_ranks=host.Get_size(),
     )
+
+
+def choose_gpu(engine: EngineSpec, host_rank: int, host_ranks: int) -> torch.device:
+    """Choose the GPU of this rank, make it the current one and return it.
+
+    The launcher shows a gang its GPUs (``CUDA_VISIBLE_DEVICES``): one for each of its ``host_ranks`` ranks on this host, in their order.
+
+    Raises:
+        ConfigError: too few GPUs, a GPU that is too old, or an engine option that no GPU has. Another launch would fail in the same way.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < host_ranks:
+        seen = f"{count} GPUs are visible" if count else "no GPU is visible, or torch is a build without CUDA"
+        raise ConfigError(
+            f"device cuda needs a GPU for each of the {host_ranks} ranks on this host",
+            seen,
+            "use --device cpu, fewer ranks, or show the replica more GPUs (CUDA_VISIBLE_DEVICES)",
+        )
+    if engine.fixed_shape:
+        raise ConfigError("fixed_shape is not possible on a GPU", "its matrix products choose their order by the batch", "use device: cpu")
+    torch.cuda.set_device(host_rank)
+    device = torch.device("cuda", host_rank)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"{name} is too old", f"compute capability {capability[0]}.{capability[1]}, 8.0 is needed", "use --device cpu")
+    return device
 
 
 def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.Comm, ordered: bool) -> Ranks:

@@ -13,12 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.protocol.errors import ConfigError
-from workers.protocol.specs import EngineSpec
-
-#: Compute capability from which the kernels run: bf16 on tensor cores.
-MIN_CAPABILITY = (8, 0)
-
 
 class Mark(Protocol):
     """A place in the device's stream of work. Before it stands anywhere there is nothing to wait for."""
@@ -142,28 +136,6 @@ class CudaDevice:
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()
-
-
-def choose_gpu(engine: EngineSpec, host_rank: int, host_ranks: int) -> torch.device:
-    """The GPU of this rank, made current: the launcher shows a gang its GPUs (``CUDA_VISIBLE_DEVICES``), one for each of its
-    ``host_ranks`` ranks on the host, in their order. Raises :class:`ConfigError` for what will not do at the next launch either."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count < host_ranks:
-        seen = f"{count} GPUs are visible" if count else "no GPU is visible, or torch is a build without CUDA"
-        raise ConfigError(
-            f"device cuda needs a GPU for each of the {host_ranks} ranks on this host",
-            seen,
-            "use --device cpu, fewer ranks, or show the replica more GPUs (CUDA_VISIBLE_DEVICES)",
-        )
-    if engine.fixed_shape:
-        raise ConfigError("fixed_shape is not possible on a GPU", "its matrix products choose their order by the batch", "use device: cpu")
-    torch.cuda.set_device(host_rank)
-    device = torch.device("cuda", host_rank)
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise ConfigError(f"{name} is too old", f"compute capability {capability[0]}.{capability[1]}, 8.0 is needed", "use --device cpu")
-    return device
 
 
 def pin_numerics() -> None:
