@@ -24,6 +24,7 @@ from torch import Tensor
 import tests.reference.device_kernels as kernels
 from bench.report import Claim, publish
 from tests.reference.shards import make_stage, whole_weights
+from tests.support.fake_device import FakeDevice
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Solo
@@ -31,7 +32,6 @@ from workers.engines.portable import PortableEngine
 from workers.process import settle_heap
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Capacity, SamplingParams, Submit
-from workers.runner.device import HostDevice
 from workers.runner.gpu_runner import GpuRunner, RankGroups
 from workers.runner.host_device_rings import Completion, Submissions
 from workers.runner.kv_cache import KvCache
@@ -43,7 +43,7 @@ STEPS = 400
 _VOCAB, _BLOCKS = 321, 16384
 
 
-class Idle(HostDevice):
+class Idle(FakeDevice):
     """A device that does nothing."""
 
     def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:

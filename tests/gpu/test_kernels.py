@@ -12,6 +12,7 @@ import torch
 
 from tests.gpu.kernel_cases import BOUNDS, FP8, attention, error, make_case, random_cache, turned
 from tests.reference.shards import make_stage, random_weights
+from tests.support.fake_device import FakeDevice
 from workers.distributed.group import Waiter
 from workers.kernels import step_layout as layout
 from workers.kernels.linear import to_fp8
@@ -30,7 +31,7 @@ from workers.kernels.step_layout import (
 )
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import ModelSpec
-from workers.runner.device import CudaDevice, HostDevice
+from workers.runner.device import CudaDevice
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.kv_cache import KvCache
 from workers.runner.slot_updates import SlotUpdates
@@ -207,7 +208,7 @@ def test_silu_mul(rows: int, columns: int, dtype: torch.dtype) -> None:
 
 def make_rings(words: int, rows: int, turn: int = 0, step: int = 0) -> tuple[Rings, Submissions, Completions]:
     """After ``turn``, which was that of ``step``."""
-    device = CudaDevice(torch.device("cuda", 0)) if GPU else HostDevice()
+    device = CudaDevice(torch.device("cuda", 0)) if GPU else FakeDevice()
     rings = Rings.empty(device.pinned, DEVICE, words=words, rows=rows, depth=4)
     rings.turn.copy_(torch.tensor([turn, step]))
     rings.read.fill_(turn)

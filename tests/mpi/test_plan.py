@@ -16,10 +16,10 @@ from orchestrator.planner.planner import LayoutPlan, Subject, plan
 from orchestrator.planner.seating import PlannedCluster
 from tests.mpi.world import run
 from tests.reference.default_model import NAME, artifact
+from tests.reference.shards import weight_bytes
 from tests.support import figures
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact, quant_for
-from workers.layout.memory import weight_bytes
 from workers.protocol.messages import Capacity
 from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, ReplicaSpec
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from workers.distributed.group import Group, Solo
 from workers.kernels import Kernels
+from workers.layout.quant_parts import stored_tensors
 from workers.layout.sharding import shard_of, shard_tensors, whole_tensors
 from workers.models.decoder import DecoderStage
-from workers.protocol.specs import ModelSpec, Parallel
+from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, Quant
 from workers.runner.cpu_runner import CpuRunner
 from workers.runner.kv_cache import KvCache
 
@@ -89,3 +90,8 @@ def random_weights(model: ModelSpec, seed: int = 0) -> dict[str, torch.Tensor]:
         name: torch.from_numpy((random.standard_normal(t.shape) * (0.5 / np.sqrt(t.shape[-1]))).astype(np.float32))
         for name, t in whole_tensors(model).items()
     }
+
+
+def weight_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: EngineSpec, quant: Quant) -> int:
+    """Bytes of all parameters of ``rank``, as the loader fills them. Raises :class:`ConfigError` where the model cannot be split so."""
+    return sum(each.nbytes for each in stored_tensors(model, parallel, rank, dtype=engine.dtype, quant=quant))

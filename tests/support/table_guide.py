@@ -33,9 +33,6 @@ class TableGuide:
                 raise EngineFault(f"the grammar does not allow token {token} here")
             self._taken += bytes([token])
 
-    def rollback(self, count: int) -> None:
-        self._taken = self._taken[: len(self._taken) - count]
-
     def done(self) -> bool:
         return self._taken in self._texts
 

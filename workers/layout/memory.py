@@ -18,15 +18,11 @@ HOST_CAP = 1 << 30
 GPU_RESERVE = 2 << 30
 
 
-def weight_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: EngineSpec, quant: Quant) -> int:
-    """Bytes of all parameters of ``rank``, as the loader fills them. Raises :class:`ConfigError` where the model cannot be split so."""
-    return sum(each.nbytes for each in stored_tensors(model, parallel, rank, dtype=engine.dtype, quant=quant))
-
-
 def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: EngineSpec, quant: Quant) -> int:
-    """Bytes of the same weights in the form that they run in, which differs where a device keeps a second form.
+    """Bytes of all weights of ``rank`` in the form that they run in, which is larger where a device keeps a second form of some.
 
     A CPU packs the head of a tied table beside the table itself and makes FP8 weights plain; a GPU keeps the scales of int4 twice.
+    Raises :class:`ConfigError` where the model cannot be split so.
     """
     plain = DTYPE_BYTES[engine.dtype]
     cpu, total = engine.device == "cpu", 0

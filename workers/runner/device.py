@@ -1,7 +1,7 @@
 """The accelerator beneath a device runner: memory that both see, marks in its stream, and programs that it replays.
 
-Owns the Device seam, the GPU that implements it, and a CPU that stands in for one, so that the runner's buffers and order of work are
-tested where there is no GPU. Must never know of plans.
+Owns the Device seam and the GPU that implements it; tests have a CPU in its place (:mod:`tests.support.fake_device`). Must never know of
+plans.
 """
 
 from __future__ import annotations
@@ -51,45 +51,6 @@ class Device(Protocol):
 
     def release(self) -> None:
         """Wait for all work, then forget what was captured."""
-
-
-class _Now:
-    """A mark where work is done when it is issued."""
-
-    def record(self) -> None:
-        return
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return
-
-
-class HostDevice:
-    """A CPU in a device's place: work is done at once, and a captured program runs again."""
-
-    place = torch.device("cpu")
-
-    def pinned(self, words: int) -> Tensor:
-        return torch.zeros(words, dtype=torch.int32)
-
-    def mark(self) -> Mark:
-        return _Now()
-
-    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
-        once()
-        return program
-
-    @contextmanager
-    def beside(self, mark: Mark) -> Iterator[None]:
-        yield
-
-    def check(self) -> None:
-        return
-
-    def release(self) -> None:
-        return
 
 
 class CudaDevice:

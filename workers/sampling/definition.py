@@ -207,15 +207,3 @@ def choose(
     kept = _nucleus(logits / np.float32(params.temperature), params)
     candidates = np.flatnonzero(kept > -np.inf)
     return int(candidates[np.argmax(kept[candidates] + gumbel(noise_bits(params.seed, position, candidates)))])
-
-
-def logprobs_of(logits_row: npt.ArrayLike, token: int, count: int) -> tuple[float, list[int], list[float]]:
-    """Reported log-probabilities: log-softmax of the *raw* logits, before bias, penalties, mask and temperature.
-
-    Returns ``token``'s own, then the ``count`` best ids in falling order (ties by id) and theirs.
-    """
-    logits = np.asarray(logits_row, dtype=np.float64)
-    top = logits.max()
-    scores = logits - (top + np.log(np.exp(logits - top).sum()))
-    best = np.lexsort((np.arange(scores.size), -scores))[:count]
-    return float(scores[token]), best.tolist(), scores[best].tolist()

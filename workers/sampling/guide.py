@@ -21,9 +21,6 @@ class Guide(Protocol):
     def advance(self, tokens: Sequence[int]) -> None:
         """Consume tokens; raises :class:`~workers.protocol.errors.EngineFault` if the grammar does not allow them."""
 
-    def rollback(self, count: int) -> None:
-        """Undo the last ``count`` consumed tokens."""
-
     def done(self) -> bool:
         """Whether the output is whole and nothing but an end-of-sequence token could follow."""
 

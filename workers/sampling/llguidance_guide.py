@@ -36,10 +36,6 @@ class LlGuide:
         if not self._matcher.consume_tokens(list(tokens)):
             raise EngineFault("the grammar does not allow a token", self._matcher.get_error().splitlines()[0][:200])
 
-    def rollback(self, count: int) -> None:
-        if not self._matcher.rollback(count):
-            raise EngineFault(f"the grammar cannot go back {count} tokens", self._matcher.get_error()[:200])
-
     def done(self) -> bool:
         return bool(self._matcher.is_stopped())
 

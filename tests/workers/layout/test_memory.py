@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from workers.layout.memory import GPU_RESERVE, HOST_CAP, blocks_that_fit, cache_budget, frozen_bytes, kv_format, step_bytes, weight_bytes
+from tests.reference.shards import weight_bytes
+from workers.layout.memory import GPU_RESERVE, HOST_CAP, blocks_that_fit, cache_budget, frozen_bytes, kv_format, step_bytes
 from workers.layout.sharding import parameters, shard_of
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import PLAIN, EngineSpec, ModelSpec, Parallel, Quant, quant_of

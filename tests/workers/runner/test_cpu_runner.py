@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.reference.conformance import in_threads
+from tests.reference.logprobs import logprobs_of
 from tests.reference.shards import make_runner, make_stage, random_weights, whole_weights
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
@@ -16,7 +17,7 @@ from workers.distributed.group import Group
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import ModelSpec, Parallel
 from workers.runner.cpu_runner import CpuRunner
-from workers.sampling.definition import choose, logprobs_of
+from workers.sampling.definition import choose
 from workers.scheduler.step_plan import OpenSlot, StepPlan, StepResult, column, view, view_floats
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=2)

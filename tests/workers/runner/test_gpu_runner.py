@@ -15,6 +15,7 @@ import workers.runner.gpu_runner as device_runner_module
 from tests.reference.conformance import in_threads
 from tests.reference.engine import Stream, drain, margin_violations, request, serve
 from tests.reference.shards import make_stage, whole_weights
+from tests.support.fake_device import FakeDevice
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group, InProcess, Solo
@@ -23,7 +24,6 @@ from workers.models.decoder import DecoderStage
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.protocol.specs import Parallel
 from workers.runner.cpu_runner import CpuRunner
-from workers.runner.device import HostDevice
 from workers.runner.gpu_runner import GpuRunner, RankGroups
 from workers.runner.graphs import DECODES, MIXED, Graphs, graph_sizes
 from workers.runner.host_device_rings import Submissions
@@ -46,7 +46,7 @@ def device_runner(stage: DecoderStage, links: RankGroups, *, blocks: int = BLOCK
     runner = GpuRunner(
         stage,
         cache,
-        HostDevice(),
+        FakeDevice(),
         kernels,
         links,
         slots=SLOTS,
@@ -274,7 +274,7 @@ def test_graph_sizes_hold_every_batch() -> None:
 def test_a_staged_buffer_waits_for_what_it_fed() -> None:
     waited: list[int] = []
 
-    class Counting(HostDevice):
+    class Counting(FakeDevice):
         def mark(self):  # type: ignore[no-untyped-def]
             mark = super().mark()
             recorded: list[int] = []

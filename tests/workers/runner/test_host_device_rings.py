@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.fake_device import FakeDevice
 from workers.distributed.group import Waiter
 from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings
 from workers.protocol.errors import EngineFault
-from workers.runner.device import HostDevice
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.slot_updates import SlotUpdates
 
 
-class Broken(HostDevice):
+class Broken(FakeDevice):
     def check(self) -> None:
         raise EngineFault("an illegal address was read")
 
 
 def rings_of(depth: int = 4) -> Rings:
-    return Rings.empty(HostDevice().pinned, torch.device("cpu"), words=128, rows=3, depth=depth)
+    return Rings.empty(FakeDevice().pinned, torch.device("cpu"), words=128, rows=3, depth=depth)
 
 
 @pytest.mark.parametrize("first", [0, NUMBER_MASK - 2])
 def test_an_entry_is_written_again_only_when_the_device_has_read_it(first: int) -> None:
     rings = rings_of()
     rings.read.fill_(first)
-    submissions, waited = Submissions(rings, HostDevice(), Waiter("spin")), 0
+    submissions, waited = Submissions(rings, FakeDevice(), Waiter("spin")), 0
 
     def read(self: Waiter, ready, bound_s: float | None = None) -> None:  # type: ignore[no-untyped-def]
         nonlocal waited
@@ -48,7 +48,7 @@ def test_an_entry_is_written_again_only_when_the_device_has_read_it(first: int) 
 
 def test_news_follow_the_inbox() -> None:
     rings = rings_of()
-    submissions = Submissions(rings, HostDevice(), Waiter())
+    submissions = Submissions(rings, FakeDevice(), Waiter())
     room = submissions.room(6)
     assert 30 <= room <= 40
     submissions.open(6)[:] = 9
@@ -62,7 +62,7 @@ def test_news_follow_the_inbox() -> None:
 
 def test_a_step_is_complete_when_all_its_rows_are() -> None:
     rings = rings_of()
-    completion = Completions(rings, HostDevice()).of(2**30 + 5, 3)
+    completion = Completions(rings, FakeDevice()).of(2**30 + 5, 3)
     ring = rings.completions[1]
     ring[:] = torch.tensor([1 << 32 | 7] * 3)  # of an earlier step
     for row, token in ((2, 8), (0, 9), (1, 2**32 - 1)):
@@ -73,7 +73,7 @@ def test_a_step_is_complete_when_all_its_rows_are() -> None:
 
 def test_a_step_that_yields_nothing_is_complete_with_its_padding() -> None:
     rings = rings_of()
-    completion = Completions(rings, HostDevice()).of(3, 0)
+    completion = Completions(rings, FakeDevice()).of(3, 0)
     assert not completion.ready()
     rings.completions[3, 0] = 3 << 32
     assert completion.ready() and completion.tokens.tolist() == []

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tests.reference.conformance import in_threads
+from tests.reference.logprobs import logprobs_of
 from workers.distributed.group import Group, Solo
 from workers.protocol.messages import SamplingParams
 from workers.runner.sampler import Draw, Sampler, noise
-from workers.sampling.definition import allowed_ids, choose, gumbel, logprobs_of, noise_bits
+from workers.sampling.definition import allowed_ids, choose, gumbel, noise_bits
 
 VOCAB = 1009  # prime: no shard count divides it
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from tests.reference.logprobs import logprobs_of
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import SamplingParams
 from workers.sampling.definition import (
@@ -17,7 +18,6 @@ from workers.sampling.definition import (
     choose,
     gumbel,
     has_penalties,
-    logprobs_of,
     mix,
     noise_bits,
     noise_keys,

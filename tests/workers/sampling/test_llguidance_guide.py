@@ -59,14 +59,12 @@ def test_every_kind_compiles_and_restrains(factory: GuideFactory) -> None:
     assert ord("{") in allowed(factory(GuideSpec(kind="json"))) and ord("[") not in allowed(factory(GuideSpec(kind="json")))
 
 
-def test_done_advance_and_rollback(factory: GuideFactory) -> None:
+def test_done_and_advance(factory: GuideFactory) -> None:
     guide = factory(GuideSpec(kind="choice", text='["no","not \\"x\\""]'))
     guide.advance(list(b"no"))
     assert not guide.done() and IM_END in allowed(guide) and ord("t") in allowed(guide)
     guide.advance(list(b't "x"'))
     assert guide.done()
-    guide.rollback(5)
-    assert not guide.done() and ord("t") in allowed(guide)
     with pytest.raises(EngineFault, match="does not allow"):
         guide.advance(list(b"z"))
 

@@ -1,0 +1,50 @@
+"""A CPU in the place of a GPU, so that a GPU runner's buffers and its order of work are tested where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from workers.runner.device import Mark
+
+
+class _DoneMark:
+    """A mark on a device whose work is done as soon as it is issued."""
+
+    def record(self) -> None:
+        return
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+class FakeDevice:
+    """Implements :class:`workers.runner.device.Device`: all work is done at once, and a captured program is run again at each replay."""
+
+    place = torch.device("cpu")
+
+    def pinned(self, words: int) -> Tensor:
+        return torch.zeros(words, dtype=torch.int32)
+
+    def mark(self) -> Mark:
+        return _DoneMark()
+
+    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
+        once()
+        return program
+
+    @contextmanager
+    def beside(self, mark: Mark) -> Iterator[None]:
+        yield
+
+    def check(self) -> None:
+        return
+
+    def release(self) -> None:
+        return
