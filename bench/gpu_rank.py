@@ -30,7 +30,7 @@ from workers.layout.quant_parts import stored_tensors
 from workers.process import settle_heap
 from workers.protocol.messages import SamplingParams, Submit
 from workers.protocol.specs import ModelSpec, ReplicaSpec
-from workers.runner.graphs import Graphs
+from workers.runner.device import Graphs
 
 #: Bytes a second that are copied, counting read and written, and products a second: this GPU's own, measured at each start.
 _COPIED = 4 << 30

@@ -20,14 +20,12 @@ from torch import Tensor
 from workers.distributed.group import Group, Waiter
 from workers.kernels.step_layout import HEAD_WORDS, Heads, LayoutShape, Paging, Rings, SlotState, mixed_shape, step_shape
 from workers.models.decoder import DecoderStage
-from workers.runner.device import Device, Mark
-from workers.runner.graphs import DECODES, MIXED, Graphs, Programs, graph_sizes
+from workers.runner.device import DECODES, MIXED, Device, Graphs, Mark, Programs, Staging, graph_sizes
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.kv_cache import KvCache
 from workers.runner.sampler import Sampler
 from workers.runner.slot_sampling import SlotSampling
 from workers.runner.slot_updates import NONE, SlotRecords, SlotUpdates
-from workers.runner.staging import Staging
 from workers.runner.step_inputs import DecodeInbox, Inputs, StepInbox
 from workers.runner.step_results import DeviceResult, PendingResult, ReadyResult, SamplingExtras
 from workers.scheduler.step_plan import I32, Ints, StepPlan, StepResult, view
@@ -144,12 +142,12 @@ class GpuRunner:
         self._decodes = Graphs(self._device, tuple(self._decode_inboxes), self._decode_program)
 
     def _decode_program(self, size: int) -> Programs:
-        """One step of ``size`` rows that decode, as for :class:`~workers.runner.graphs.Graphs`."""
+        """One step of ``size`` rows that decode, as for :class:`~workers.runner.device.Graphs`."""
         inbox = self._decode_inboxes[size]
         return self._program(inbox, lambda packed: inbox.fill(packed, NONE, NONE, NONE))
 
     def _mixed_program(self, size: int) -> Programs:
-        """Any step of ``size`` tokens, as for :class:`~workers.runner.graphs.Graphs`."""
+        """Any step of ``size`` tokens, as for :class:`~workers.runner.device.Graphs`."""
         inbox = self._mixed_inboxes[size]
         return self._program(inbox, lambda packed: inbox.fill(packed, NONE, NONE, NONE, NONE, np.zeros(0, np.int64), self._heads))
 

@@ -24,11 +24,10 @@ from workers.models.decoder import DecoderStage
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.protocol.specs import Parallel
 from workers.runner.cpu_runner import CpuRunner
+from workers.runner.device import DECODES, MIXED, Graphs, Staging, graph_sizes
 from workers.runner.gpu_runner import GpuRunner, RankGroups
-from workers.runner.graphs import DECODES, MIXED, Graphs, graph_sizes
 from workers.runner.host_device_rings import Submissions
 from workers.runner.kv_cache import KvCache
-from workers.runner.staging import Staging
 from workers.runner.step_results import PendingResult, PlanRunner
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import GUESS, OpenSlot, StepPlan, StepResult, column, view
