@@ -27,12 +27,12 @@ from tests.reference.shards import make_stage, whole_weights
 from tests.support.fake_device import FakeDevice
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
-from workers.distributed.group import Solo
+from workers.distributed.rank_groups import RankGroups
 from workers.engines.portable import PortableEngine
 from workers.process import settle_heap
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Capacity, SamplingParams, Submit
-from workers.runner.gpu_runner import GpuRunner, RankGroups
+from workers.runner.gpu_runner import GpuRunner
 from workers.runner.host_device_rings import Completion, Submissions
 from workers.runner.kv_cache import KvCache
 from workers.scheduler.scheduler import Scheduler
@@ -46,25 +46,25 @@ _VOCAB, _BLOCKS = 321, 16384
 class Idle(FakeDevice):
     """A device that does nothing."""
 
-    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, program: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
 
 
 class Nothing:
-    """The kernels of such a device."""
+    """The kernels of such a device: they compute nothing."""
 
-    def take(self, *state: object) -> None: ...
+    def take_submission(self, *state: object) -> None: ...
 
-    def known(self, tokens: Tensor, *state: object) -> Tensor:
+    def resolve_guesses(self, tokens: Tensor, *state: object) -> Tensor:
         return tokens.zero_()
 
-    def candidates(self, logits: Tensor, *state: object) -> Tensor:
+    def best_candidates(self, logits: Tensor, *state: object) -> Tensor:
         return logits
 
-    def merged(self, best: Tensor) -> Tensor:
+    def merge_candidates(self, best: Tensor) -> Tensor:
         return best
 
-    def winners(self, *state: object) -> None: ...
+    def choose_tokens(self, *state: object) -> None: ...
 
 
 def engine_of(folder: Path) -> PortableEngine:
@@ -81,8 +81,7 @@ def engine_of(folder: Path) -> PortableEngine:
         block_size=16, num_blocks=_BLOCKS, max_batch_size=512, max_num_tokens=8192, max_seq_len=1024, vocab_size=_VOCAB, tp=1, pp=1
     )
     cache = KvCache(model, stage.shard, blocks=_BLOCKS, block_size=16, dtype=stage.dtype, device=stage.device)
-    links = RankGroups(Solo(), Solo(), Solo())
-    runner = GpuRunner(stage, cache, Idle(), Nothing(), links, slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
+    runner = GpuRunner(stage, cache, Idle(), Nothing(), RankGroups(), slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
     runner.capture()
     return PortableEngine(Scheduler(limits, ahead=True), runner, limits, close=runner.close)
 

@@ -27,8 +27,8 @@ from bench.report import commit, facts, record, say
 from workers.distributed.group import Solo
 from workers.kernels import gpu, step_layout
 from workers.kernels.attention import AttentionTuning
-from workers.kernels.step_ends import candidates, winners
-from workers.kernels.step_layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill, step_shape, view
+from workers.kernels.step_ends import best_candidates, choose_tokens
+from workers.kernels.step_layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill_layout, step_shape, view_layout
 from workers.layout.sharding import shard_of
 from workers.models.decoder import DecoderStage
 from workers.protocol.specs import ModelSpec, Parallel
@@ -101,9 +101,9 @@ def make_layout(heads: Heads, starts: list[int], lengths: list[int]) -> DeviceLa
     rows, width = len(starts), -(-(max(starts) + max(lengths)) // BLOCK)
     shape = step_shape(np.array(lengths, np.int32), heads)
     packed = np.zeros(shape.size, np.int32)
-    fill(shape, packed, np.arange(rows, dtype=np.int32), np.array(starts, np.int32), np.array(lengths, np.int32), heads)
+    fill_layout(shape, packed, np.arange(rows, dtype=np.int32), np.array(starts, np.int32), np.array(lengths, np.int32), heads)
     paging = Paging.over(torch.randperm(rows * width, device=DEVICE).view(rows, width).int(), heads)
-    return view(shape, torch.from_numpy(packed).to(DEVICE), paging)
+    return view_layout(shape, torch.from_numpy(packed).to(DEVICE), paging)
 
 
 def make_cache(heads: Heads, rows: int, context: int, dtype: torch.dtype) -> Tensor:
@@ -212,13 +212,13 @@ def choose_cases() -> Iterator[Case]:
     for rows in (1, 64, 512):
         logits = [torch.randn(rows, 128256, device=DEVICE, dtype=BF16) for _ in range(copies(rows * 128256 * 2))]
         slots, positions = (torch.arange(rows, dtype=torch.int32, device=DEVICE) for _ in range(2))
-        rings = Rings.empty(CudaDevice(DEVICE).pinned, DEVICE, words=8, rows=rows, depth=4)
+        rings = Rings.empty(CudaDevice(DEVICE).pinned, DEVICE, words=8, sequences=rows, depth=4)
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             state = SlotState.empty(rows, 1, DEVICE)
             state.temperatures.fill_(temperature)
 
             def choose(x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, state: SlotState, rings: Rings) -> None:
-                winners(candidates(x, slots, positions, state, 0), slots, positions, state, rings)
+                choose_tokens(best_candidates(x, slots, positions, state, 0), slots, positions, state, rings)
 
             calls: list[Call] = [partial(choose, x, slots, positions, state, rings) for x in logits]
             yield Case(f"choose, {rows} x 128256, {name}", calls, "TB/s", rows * 128256 * 2)

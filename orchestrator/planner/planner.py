@@ -13,7 +13,16 @@ import msgspec
 from orchestrator.planner.cost_model import WORKLOADS, Pipeline, PredictedRun, Rates, StageWork, StepLoad, Workload, replay, stage_work
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, GpuModel, HostModel, gpu_rates, host_rates, leading_s, taken
 from orchestrator.planner.seating import PlannedCluster, Seat, layouts, rooms, seat
-from workers.layout.memory import GPU_RESERVE, block_bytes, blocks_that_fit, cache_budget, frozen_bytes, kv_format, longest_row, step_bytes
+from workers.layout.memory import (
+    GPU_RESERVE,
+    block_bytes,
+    blocks_that_fit,
+    cache_budget,
+    frozen_bytes,
+    kv_format,
+    longest_sequence,
+    step_bytes,
+)
 from workers.layout.quant_parts import unit_of
 from workers.layout.sharding import deal, parameters, shard_of, trtllm_refusal
 from workers.protocol.errors import ConfigError
@@ -146,7 +155,7 @@ def layout_plan(
     crowd = crowd or max(place.ranks)
     ranks = _ranks(subject, parallel, cluster.device, max(place.ranks), crowd)
     kv_tokens = min(rank.kv_tokens for rank in ranks)
-    longest, rows = longest_row(subject.model, subject.engine), _rows(subject, kv_tokens, load)
+    longest, rows = longest_sequence(subject.model, subject.engine), _rows(subject, kv_tokens, load)
     notes = []
     if kv_tokens < longest:
         notes.append(f"rows of more than {kv_tokens} tokens are refused: the cache holds no more")
@@ -192,7 +201,7 @@ def _led_late(pipeline: Pipeline, rows: int, load: Workload) -> bool:
 def _rows(subject: Subject, kv_tokens: int, load: Workload) -> int:
     """Rows of ``load`` that run at a time; 0 where not even one has room, or may be as long."""
     tokens, block = load.isl + load.osl, subject.engine.block_size
-    if tokens > longest_row(subject.model, subject.engine):
+    if tokens > longest_sequence(subject.model, subject.engine):
         return 0
     return min(subject.engine.max_batch_size, kv_tokens // block // -(-tokens // block))
 

@@ -50,7 +50,7 @@ def sabotage(me: int) -> None:
     from workers.runner.cpu_runner import CpuRunner
     from workers.runner.sampler import Sampler
 
-    run, draw = CpuRunner.run, Sampler.draw
+    run, sample = CpuRunner.run, Sampler.sample
     begun: dict[int, int] = {}
 
     @wraps(run)
@@ -59,14 +59,14 @@ def sabotage(me: int) -> None:
             act(opened.params.seed)
         return run(self, plan)
 
-    @wraps(draw)
-    def drawing(self: Sampler, logits: Any, draws: Any) -> Any:
-        for row, one in enumerate(draws):
+    @wraps(sample)
+    def sampling(self: Sampler, logits: Any, inputs: Any) -> Any:
+        for row, one in enumerate(inputs):
             if NAN <= one.params.seed < OOM and one.position >= begun.setdefault(one.params.seed, one.position) + NAN_FROM:
                 logits[row] = torch.nan
-        return draw(self, logits, draws)
+        return sample(self, logits, inputs)
 
-    CpuRunner.run, Sampler.draw = running, drawing  # type: ignore[method-assign]
+    CpuRunner.run, Sampler.sample = running, sampling  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.kernels.step_layout import DeviceLayout, Heads, LayoutShape, Paging, fill, step_shape, view
+from workers.kernels.step_layout import DeviceLayout, Heads, LayoutShape, Paging, fill_layout, step_shape, view_layout
 
 FP8 = torch.float8_e4m3fn
 #: ||out - ref|| / ||ref|| that a kernel may have, by dtype: rounding of the result and, for attention, of the softmax's weights.
@@ -74,9 +74,9 @@ def make_case(
     tables = random.permutation(count * width).astype(np.int32).reshape(count, width)
     shape = shape or step_shape(np.array(lengths, np.int32), heads)
     packed = np.zeros(shape.size, np.int32)
-    fill(shape, packed, slots.astype(np.int32), np.array(starts, np.int32), np.array(lengths, np.int32), heads, segment)
+    fill_layout(shape, packed, slots.astype(np.int32), np.array(starts, np.int32), np.array(lengths, np.int32), heads, segment)
     paging = Paging.over(torch.from_numpy(tables).to(device, torch.int32), heads)
-    layout = view(shape, torch.from_numpy(packed).to(device), paging)
+    layout = view_layout(shape, torch.from_numpy(packed).to(device), paging)
     return Case(heads, dim, block, slots.tolist(), starts, lengths, tables, layout, device, dtype)
 
 

@@ -24,24 +24,24 @@ from tests.reference.shards import make_stage, whole_weights
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group, Solo, ordered_sum
 from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
-from workers.distributed.rank_groups import split
+from workers.distributed.rank_groups import RankGroups, split
 from workers.kernels import kernels_for, step_ends
 from workers.models.decoder import DecoderStage
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 from workers.runner.device import CudaDevice, pin_numerics
-from workers.runner.gpu_runner import GpuRunner, RankGroups
+from workers.runner.gpu_runner import GpuRunner
 from workers.runner.kv_cache import KvCache
 
 
 class Plain(CudaDevice):
     """Nothing captured: threads of one process cannot capture at the same time."""
 
-    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, program: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
         return program
 
 
-def play(stage: DecoderStage, device: torch.device, links: RankGroups) -> list[torch.Tensor]:
-    """Logits of every step of :func:`tests.mpi.steps.plans`, whose rows all take the way on which logits can be seen."""
+def play(stage: DecoderStage, device: torch.device, groups: RankGroups) -> list[torch.Tensor]:
+    """Logits of every step of :func:`tests.mpi.steps.plans`, all of whose sequences use the torch sampler, where logits can be seen."""
     seen: list[torch.Tensor] = []
     if stage.shard.last:
         plain = stage.logits
@@ -53,7 +53,7 @@ def play(stage: DecoderStage, device: torch.device, links: RankGroups) -> list[t
         stage.logits = recording  # type: ignore[method-assign]
     cache = KvCache(stage.model, stage.shard, blocks=64, block_size=16, dtype=stage.dtype, device=device)
     runner = GpuRunner(
-        stage, cache, Plain(device), step_ends, links, slots=4, max_seq_len=512, max_num_tokens=256, depth=links.pipeline.size + 1
+        stage, cache, Plain(device), step_ends, groups, slots=4, max_seq_len=512, max_num_tokens=256, depth=groups.pipeline.size + 1
     )
     runner.capture()
     for plan in plans():
@@ -146,7 +146,7 @@ def main() -> None:
     def alone(parallel: Parallel, at: int, group: Group) -> list[torch.Tensor]:
         torch.cuda.set_device(device)  # of this thread
         stage = make_stage(model, weights, parallel, at, tensor=group, device=device)
-        return play(stage, device, RankGroups(group, Solo(), Solo()))
+        return play(stage, device, RankGroups(tensor=group))
 
     whole = alone(Parallel(), 0, Solo())
     largest = max(float(logits.abs().max()) for logits in whole)
@@ -157,9 +157,9 @@ def main() -> None:
         if deterministic and parallel.tp == 1:
             continue
         engine = EngineSpec(device="cuda", deterministic=deterministic)
-        ranks = split(ReplicaSpec(name="r", model="m", artifact=str(folder), parallel=parallel, engine=engine), comm)
-        stage = make_stage(model, weights, parallel, rank, tensor=ranks.tensor, device=device)
-        logits = play(stage, device, RankGroups(ranks.tensor, ranks.pipeline, ranks.returns))
+        context = split(ReplicaSpec(name="r", model="m", artifact=str(folder), parallel=parallel, engine=engine), comm)
+        stage = make_stage(model, weights, parallel, rank, tensor=context.groups.tensor, device=device)
+        logits = play(stage, device, context.groups)
         delta = np.zeros(1)
         if stage.shard.last and parallel.tp == 1:
             assert all(torch.equal(a, b) for a, b in zip(logits, whole, strict=True)), "a pipeline is one stage to the bit"
@@ -174,8 +174,8 @@ def main() -> None:
         if not deterministic:
             report[f"tp={parallel.tp} pp={parallel.pp}"] = float(delta[0])
             assert delta[0] <= 1e-4, report
-        assert ranks.nccl is not None
-        ranks.nccl.leave()
+        assert context.nccl is not None
+        context.nccl.leave()
     comm.Barrier()
     if rank == 0:
         Path(arguments["report"]).write_text(json.dumps(report))

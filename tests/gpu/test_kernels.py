@@ -25,9 +25,9 @@ from workers.kernels.step_layout import (
     Rings,
     SlotState,
     decode_shape,
-    fill,
+    fill_layout,
     step_shape,
-    view,
+    view_layout,
 )
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import ModelSpec
@@ -45,7 +45,7 @@ if not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 from workers.kernels import gpu  # noqa: E402
-from workers.kernels.step_ends import candidates, known, merged, take, winners  # noqa: E402
+from workers.kernels.step_ends import best_candidates, choose_tokens, merge_candidates, resolve_guesses, take_submission  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -206,12 +206,12 @@ def test_silu_mul(rows: int, columns: int, dtype: torch.dtype) -> None:
     assert error(gpu.silu_mul(both), gate / (1 + (-gate).exp()) * up) <= BOUNDS[dtype]
 
 
-def make_rings(words: int, rows: int, turn: int = 0, step: int = 0) -> tuple[Rings, Submissions, Completions]:
-    """After ``turn``, which was that of ``step``."""
+def make_rings(words: int, sequences: int, taken: int = 0, step: int = 0) -> tuple[Rings, Submissions, Completions]:
+    """Rings whose last submission had the number ``taken`` and was of ``step``."""
     device = CudaDevice(torch.device("cuda", 0)) if GPU else FakeDevice()
-    rings = Rings.empty(device.pinned, DEVICE, words=words, rows=rows, depth=4)
-    rings.turn.copy_(torch.tensor([turn, step]))
-    rings.read.fill_(turn)
+    rings = Rings.empty(device.pinned, DEVICE, words=words, sequences=sequences, depth=4)
+    rings.taken.copy_(torch.tensor([taken, step]))
+    rings.read.fill_(taken)
     return rings, Submissions(rings, device, Waiter()), Completions(rings, device)
 
 
@@ -228,45 +228,47 @@ def chosen(logits: torch.Tensor, params: list[SamplingParams], positions: list[i
     best = []
     for start in range(0, logits.shape[1], width):
         part = logits[:, start : start + width].contiguous()
-        best.append(candidates(part, slots, asked, state, start))
+        best.append(best_candidates(part, slots, asked, state, start))
     rings, _, completions = make_rings(8, count + 2, step=7)
-    winners(best[0] if shards == 1 else torch.stack([merged(part) for part in best]), slots, asked, state, rings)
+    choose_tokens(best[0] if shards == 1 else torch.stack([merge_candidates(part) for part in best]), slots, asked, state, rings)
     assert asked.tolist() == positions
     assert not completions.of(6, count).ready() and not completions.of(3, count).ready()
     Waiter().until((completion := completions.of(7, count)).ready)
     tokens = completion.tokens.tolist()
     assert state.tokens.tolist() == [max(token, 0) for token in reversed(tokens)] + [-7]
     guesses = torch.tensor([-1 if token % 2 == 0 else token for token in tokens], dtype=torch.int32, device=DEVICE)
-    assert known(guesses, slots, state).tolist() == [max(token, 0) for token in tokens]
+    assert resolve_guesses(guesses, slots, state).tolist() == [max(token, 0) for token in tokens]
     assert guesses.tolist() == [-1] * count
     return tokens
 
 
-def test_submissions_are_taken_in_turn() -> None:
-    """Over the end of the numbers, more than there are entries, of every size; what is not named stays."""
-    draw, turn, room = np.random.default_rng(3), NUMBER_MASK - 4, 9000
-    rings, submissions, _ = make_rings(8 + room, 1, turn)
+def test_submissions_are_taken_in_order() -> None:
+    """Submissions of every size, more than the ring has entries, past the largest number; words that no update names stay."""
+    draw, taken, room = np.random.default_rng(3), NUMBER_MASK - 4, 9000
+    rings, submissions, _ = make_rings(8 + room, 1, taken)
     state = SlotState.empty(300, 9, DEVICE)
     memory, returned = (torch.full((room,), -5, dtype=torch.int32, device=DEVICE) for _ in range(2))
     expected, words = memory.cpu().numpy(), state.words.cpu().numpy()
-    for step, (size, news, returns) in enumerate(((8, 3, 0), (0, 0, 0), (7001, 0, 0), (0, 1500, 5), (1, 1, 1), (0, 0, 70), (33, 999, 300))):
-        assert max(news, returns) <= submissions.room(size)
-        places = draw.permutation(len(words)).astype(np.int32)[: news + returns]
-        values, given = (draw.integers(-(2**31), 2**31, count).astype(np.int32) for count in (news, returns))
-        inbox = submissions.open(size)
-        inbox[:] = expected[:size] = draw.integers(-(2**31), 2**31, size)
-        submissions.send(2**30 + step, size, SlotUpdates(places[:news], values, places[news:]))
+    for step, (size, updates, returns) in enumerate(
+        ((8, 3, 0), (0, 0, 0), (7001, 0, 0), (0, 1500, 5), (1, 1, 1), (0, 0, 70), (33, 999, 300))
+    ):
+        assert max(updates, returns) <= submissions.room(size)
+        indices = draw.permutation(len(words)).astype(np.int32)[: updates + returns]
+        values, given = (draw.integers(-(2**31), 2**31, count).astype(np.int32) for count in (updates, returns))
+        inputs = submissions.open(size)
+        inputs[:] = expected[:size] = draw.integers(-(2**31), 2**31, size)
+        submissions.send(2**30 + step, size, SlotUpdates(indices[:updates], values, indices[updates:]))
         returned[:returns] = torch.from_numpy(given)
-        take(rings, memory, state, returned)
-        words[places] = np.concatenate((values, given))
+        take_submission(rings, memory, state, returned)
+        words[indices] = np.concatenate((values, given))
         assert np.array_equal(memory.cpu().numpy(), expected) and np.array_equal(state.words.cpu().numpy(), words)
-        assert rings.turn.tolist() == [(turn + 1 + step) & NUMBER_MASK, step] and rings.read.tolist() == rings.turn.tolist()[:1]
+        assert rings.taken.tolist() == [(taken + 1 + step) & NUMBER_MASK, step] and rings.read.tolist() == rings.taken.tolist()[:1]
 
 
 def test_padding_stays_where_it_is() -> None:
     slot, state = torch.zeros(1, dtype=torch.int32, device=DEVICE), SlotState.empty(1, 1, DEVICE)
     nowhere = slot - 1
-    winners(candidates(torch.zeros(1, 8, device=DEVICE), slot, slot, state, 0), slot, nowhere, state, make_rings(8, 1)[0])
+    choose_tokens(best_candidates(torch.zeros(1, 8, device=DEVICE), slot, slot, state, 0), slot, nowhere, state, make_rings(8, 1)[0])
     assert nowhere.tolist() == [-1]
 
 
@@ -344,8 +346,8 @@ def test_a_stage_computes_what_the_reference_kernels_do() -> None:
         tokens = torch.randint(0, 97, (sum(lengths),), generator=torch.Generator().manual_seed(starts[0]))
         shape = step_shape(counts, heads)
         packed = np.zeros(shape.size, np.int32)
-        fill(shape, packed, np.arange(2, dtype=np.int32), begins, counts, heads)
-        layout = view(shape, torch.from_numpy(packed).to(DEVICE), paging)
+        fill_layout(shape, packed, np.arange(2, dtype=np.int32), begins, counts, heads)
+        layout = view_layout(shape, torch.from_numpy(packed).to(DEVICE), paging)
         with torch.inference_mode():
             expected = plain.logits(plain.forward(plain.embed(tokens), attention_layout(begins, counts, tables, 16), caches[0]))
             entering = fast.embed(tokens.to(DEVICE))

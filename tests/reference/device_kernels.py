@@ -1,6 +1,6 @@
-"""The device's kernels in plain torch, on the layout that Triton's read: what a device runner is tested with where there is no GPU.
+"""The GPU's kernels in plain torch, on the layouts that the Triton kernels read: a GPU runner is tested with them where there is no GPU.
 
-Slow and obvious. A stage made with this module as its ``kernels`` takes a device's layouts on the CPU.
+Slow and obvious. A stage that is made with this module as its ``kernels`` takes a GPU's layouts on the CPU.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch.nn import functional
 
 from workers.kernels import reference
 from workers.kernels.reference import add_rms_norm, embed, rms_norm, rotate, silu_mul
-from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, DeviceLayout, Rings, SlotState, aligned
+from workers.kernels.step_layout import HEADER_WORDS, NUMBER_MASK, DeviceLayout, Rings, SlotState, aligned
 from workers.sampling.definition import MASK32, gumbel, mix
 
 __all__ = [
     "add_rms_norm",
-    "candidates",
+    "best_candidates",
+    "choose_tokens",
     "embed",
-    "known",
-    "merged",
+    "merge_candidates",
     "paged_attention",
+    "resolve_guesses",
     "rope_rows",
     "rope_store",
     "rope_table",
     "silu_mul",
-    "take",
-    "winners",
+    "take_submission",
 ]
 
 rope_table = reference.rope_table
@@ -66,37 +66,37 @@ def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout) -> Tenso
     return out
 
 
-def take(rings: Rings, memory: Tensor, state: SlotState, returned: Tensor) -> None:
-    mine = (int(rings.turn[0]) + 1) & NUMBER_MASK
-    entry = rings.submissions[mine % len(rings.submissions)]
-    words, news, returns, step = entry[:4].tolist()
-    begins = list(accumulate(map(aligned, (words, news, news)), initial=HEAD_WORDS))
-    inbox, places, values, last = (entry[begin:][:count] for begin, count in zip(begins, (words, news, news, returns), strict=True))
-    memory[:words] = inbox
-    state.words[places.long()] = values
+def take_submission(rings: Rings, memory: Tensor, state: SlotState, returned: Tensor) -> None:
+    number = (int(rings.taken[0]) + 1) & NUMBER_MASK
+    entry = rings.submissions[number % len(rings.submissions)]
+    words, updates, returns, step = entry[:4].tolist()
+    begins = list(accumulate(map(aligned, (words, updates, updates)), initial=HEADER_WORDS))
+    inputs, indices, values, last = (entry[begin:][:count] for begin, count in zip(begins, (words, updates, updates, returns), strict=True))
+    memory[:words] = inputs
+    state.words[indices.long()] = values
     state.words[last.long()] = returned[:returns]
-    rings.turn[0], rings.turn[1], rings.read[0] = mine, step, mine
+    rings.taken[0], rings.taken[1], rings.read[0] = number, step, number
 
 
-def known(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
+def resolve_guesses(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
     found = torch.where(tokens < 0, state.tokens[slots.long()], tokens)
     tokens.fill_(-1)
     return found
 
 
-def candidates(logits: Tensor, slots: Tensor, positions: Tensor, state: SlotState, start: int) -> Tensor:
+def best_candidates(logits: Tensor, slots: Tensor, positions: Tensor, state: SlotState, start: int) -> Tensor:
     """[1, 3, S]: one part."""
     found = torch.zeros(3, len(logits), dtype=torch.int32)
     for row, (raw, slot) in enumerate(zip(logits.float(), slots.tolist(), strict=True)):
         broken = raw.isnan() | (raw == torch.inf)
         scores = raw.masked_fill(broken, -torch.inf)
-        heat = state.temperatures[slot]
-        if heat > 0:
+        temperature = state.temperatures[slot]
+        if temperature > 0:
             a, b = (int(word) & MASK32 for word in state.seeds[slot])
             k = mix((int(positions[row]) + 1 + b) & MASK32)
             j = mix(k ^ a)
             bits = [mix(mix((start + i + k) & MASK32) ^ j) for i in range(len(raw))]
-            scores = scores / heat + torch.from_numpy(gumbel(np.asarray(bits, np.uint32)))
+            scores = scores / temperature + torch.from_numpy(gumbel(np.asarray(bits, np.uint32)))
         best = int(scores.argmax())
         found[0, row] = scores[best].view(torch.int32)
         found[1, row] = start + best
@@ -104,16 +104,16 @@ def candidates(logits: Tensor, slots: Tensor, positions: Tensor, state: SlotStat
     return found.unsqueeze(0)
 
 
-def merged(best: Tensor) -> Tensor:
+def merge_candidates(best: Tensor) -> Tensor:
     return best[0]
 
 
-def winners(best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, rings: Rings) -> None:
+def choose_tokens(best: Tensor, slots: Tensor, positions: Tensor, state: SlotState, rings: Rings) -> None:
     scores = best[:, 0].contiguous().view(torch.float32)
     chosen = scores.argmax(0, keepdim=True)
     broken = (best[:, 2] != 0).any(0) | (scores.max(0).values == -torch.inf)
     tokens = best[:, 1].gather(0, chosen)[0].masked_fill(broken, -1)
-    step = int(rings.turn[1])
+    step = int(rings.taken[1])
     rings.completions[step % len(rings.completions), : len(tokens)] = (tokens.long() & MASK32) | step << 32
     state.tokens.index_copy_(0, slots.long(), tokens.clamp_min(0))
     positions.add_(positions >= 0)

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from workers.runner.device import Mark
+from workers.runner.device import DeviceEvent
 
 
-class _DoneMark:
-    """A mark on a device whose work is done as soon as it is issued."""
+class _DoneEvent:
+    """An event of a device whose work is done as soon as it is issued."""
 
     def record(self) -> None:
         return
@@ -27,20 +27,20 @@ class _DoneMark:
 class FakeDevice:
     """Implements :class:`workers.runner.device.Device`: all work is done at once, and a captured program is run again at each replay."""
 
-    place = torch.device("cpu")
+    torch_device = torch.device("cpu")
 
     def pinned(self, words: int) -> Tensor:
         return torch.zeros(words, dtype=torch.int32)
 
-    def mark(self) -> Mark:
-        return _DoneMark()
+    def event(self) -> DeviceEvent:
+        return _DoneEvent()
 
-    def capture(self, program: Callable[[], None], once: Callable[[], None]) -> Callable[[], None]:
-        once()
+    def capture(self, program: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
+        warm_up()
         return program
 
     @contextmanager
-    def beside(self, mark: Mark) -> Iterator[None]:
+    def side_stream(self, after: DeviceEvent) -> Iterator[None]:
         yield
 
     def check(self) -> None:

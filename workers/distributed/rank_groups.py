@@ -1,6 +1,6 @@
-"""The groups of one rank, and how ranks agree while they come up.
+"""The groups and the device of one rank, and how ranks agree while they come up.
 
-Owns the split of the world: MPI carries what ranks say to each other on every device, and tensors on CPUs; NCCL carries tensors on GPUs.
+Owns the split of the world: MPI carries messages between ranks on every device, and tensors on CPUs; NCCL carries tensors on GPUs.
 Every rank learns of every rank's failure before any other collective, so that one corrupt shard gives the same clean error everywhere and
 no rank waits for one that has given up. Must never pickle: what ranks exchange is msgpack in tensors.
 """
@@ -30,14 +30,22 @@ MIN_CAPABILITY = (8, 0)
 _REPORT = 4096
 
 
-class Ranks(msgspec.Struct, frozen=True, kw_only=True):
-    """The groups of one rank: all of the world (bytes on the host), the tp ranks of its stage, the stages of its tp rank, and the same
-    stages once more for sampled ids. ``host_ranks`` share its host; ``nccl``: what is to be left at the end."""
+class RankGroups(msgspec.Struct, frozen=True, kw_only=True):
+    """The groups that one rank uses in a step. ``tensor``: the tp ranks of its stage; ``pipeline``: the stages of its tp rank;
+    ``token_return``: the same stages once more, for the tokens that the last stage returns to the first: these must not wait behind hidden
+    states. By default a world of one rank."""
+
+    tensor: Group = msgspec.field(default_factory=Solo)
+    pipeline: Group = msgspec.field(default_factory=Solo)
+    token_return: Group = msgspec.field(default_factory=Solo)
+
+
+class RankContext(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank computes with. ``world``: all ranks, for bytes on the host; ``host_ranks``: how many ranks share its host; ``nccl``:
+    its membership of NCCL, which it leaves at the end."""
 
     world: Group
-    tensor: Group
-    pipeline: Group
-    returns: Group
+    groups: RankGroups
     host_ranks: int = 1
     device: torch.device = torch.device("cpu")
     nccl: NcclWorld | None = None
@@ -50,9 +58,13 @@ class _Report(msgspec.Struct, frozen=True, array_like=True):
     hint: str
 
 
-def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> Ranks:
-    """Groups of this rank, and its GPU. Raises :class:`EnvironmentFault` when the world has not tp * pp ranks, and
-    :class:`~workers.protocol.errors.ConfigError` where there is no GPU for each of them, on every rank the same."""
+def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> RankContext:
+    """Split the world into groups and choose this rank's device. ``comm`` None = a world of one rank.
+
+    Raises, on every rank the same:
+        EnvironmentFault: the world has not tp * pp ranks.
+        ConfigError: there is no GPU for each of them.
+    """
     size = 1 if comm is None else comm.Get_size()
     parallel = spec.parallel
     if size != parallel.world:
@@ -63,26 +75,22 @@ def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> Ranks:
         )
     if comm is None:
         device = torch.device("cpu") if spec.engine.device == "cpu" else choose_gpu(spec.engine, 0, 1)
-        return Ranks(world=Solo(), tensor=Solo(), pipeline=Solo(), returns=Solo(), device=device)
+        return RankContext(world=Solo(), groups=RankGroups(), device=device)
     from mpi4py import MPI
 
     from workers.distributed.mpi_group import MpiGroup
 
     rank, wait = comm.Get_rank(), spec.engine.wait
-    # A transport's own sum may depend on the message's size, hence on batch mates.
+    # The bits of a transport's own sum may depend on the message's size, hence on what else is in the batch.
     ordered = spec.engine.deterministic or spec.engine.fixed_shape
     host = comm.Split_type(MPI.COMM_TYPE_SHARED)
     world = MpiGroup(comm.Dup(), wait=wait)
     if spec.engine.device == "cuda":
         return _split_gpus(spec, comm, world, host, ordered)
     pipeline = MpiGroup(comm.Split(parallel.tp_rank(rank), rank), wait=wait)
-    return Ranks(
-        world=world,
-        tensor=MpiGroup(comm.Split(parallel.pp_rank(rank), rank), deterministic=ordered, wait=wait),
-        pipeline=pipeline,
-        returns=pipeline,
-        host_ranks=host.Get_size(),
-    )
+    tensor = MpiGroup(comm.Split(parallel.pp_rank(rank), rank), deterministic=ordered, wait=wait)
+    groups = RankGroups(tensor=tensor, pipeline=pipeline, token_return=pipeline)
+    return RankContext(world=world, groups=groups, host_ranks=host.Get_size())
 
 
 def choose_gpu(engine: EngineSpec, host_rank: int, host_ranks: int) -> torch.device:
@@ -112,48 +120,44 @@ def choose_gpu(engine: EngineSpec, host_rank: int, host_ranks: int) -> torch.dev
     return device
 
 
-def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.Comm, ordered: bool) -> Ranks:
+def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.Comm, ordered: bool) -> RankContext:
     from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
 
-    parallel, rank, place, count = spec.parallel, comm.Get_rank(), host.Get_rank(), host.Get_size()
+    parallel, rank, host_rank, count = spec.parallel, comm.Get_rank(), host.Get_rank(), host.Get_size()
     with all_or_none(world):
-        device = choose_gpu(spec.engine, place, count)
-        # Memory that members map needs a direct way between their GPUs.
-        direct = all(torch.cuda.can_device_access_peer(place, other) for other in range(count) if other != place)
-    reach = int(world.all_gather(torch.tensor([direct and count == comm.Get_size()], dtype=torch.int64)).min())
+        device = choose_gpu(spec.engine, host_rank, count)
+        # Memory that all members map needs direct access between their GPUs.
+        direct = all(torch.cuda.can_device_access_peer(host_rank, other) for other in range(count) if other != host_rank)
+    all_direct = int(world.all_gather(torch.tensor([direct and count == comm.Get_size()], dtype=torch.int64)).min())
     with all_or_none(world):
         nccl = NcclWorld.join(comm, device, one_host=count == comm.Get_size())
-        rows = [[stage * parallel.tp + tp for tp in range(parallel.tp)] for stage in range(parallel.pp)]
-        columns = [[stage * parallel.tp + tp for stage in range(parallel.pp)] for tp in range(parallel.tp)]
-        ranks = Ranks(
-            world=world,
-            tensor=nccl.group(rows, deterministic=ordered, symmetric_bytes=TWO_SHOT_BYTES * reach) if parallel.tp > 1 else Solo(),
-            pipeline=nccl.group(columns) if parallel.pp > 1 else Solo(),
-            returns=nccl.group(columns) if parallel.pp > 1 else Solo(),
-            host_ranks=count,
-            device=device,
-            nccl=nccl,
+        stages = [[stage * parallel.tp + tp for tp in range(parallel.tp)] for stage in range(parallel.pp)]
+        pipelines = [[stage * parallel.tp + tp for stage in range(parallel.pp)] for tp in range(parallel.tp)]
+        groups = RankGroups(
+            tensor=nccl.group(stages, deterministic=ordered, symmetric_bytes=TWO_SHOT_BYTES * all_direct) if parallel.tp > 1 else Solo(),
+            pipeline=nccl.group(pipelines) if parallel.pp > 1 else Solo(),
+            token_return=nccl.group(pipelines) if parallel.pp > 1 else Solo(),
         )
-        _meet(ranks, parallel, rank)
-    return ranks
+        _connect(groups, device, parallel, rank)
+    return RankContext(world=world, groups=groups, host_ranks=count, device=device, nccl=nccl)
 
 
-def _meet(ranks: Ranks, parallel: Parallel, rank: int) -> None:
-    """Use every connection once: they are made at first use, which no step should wait for."""
-    token = torch.zeros(4, device=ranks.device)
-    ranks.tensor.all_reduce(token.clone())
+def _connect(groups: RankGroups, device: torch.device, parallel: Parallel, rank: int) -> None:
+    """Use every connection once: NCCL makes connections at their first use, and no step should wait for that."""
+    token = torch.zeros(4, device=device)
+    groups.tensor.all_reduce(token.clone())
     if parallel.pp == 1:
         return
     stage, last = parallel.pp_rank(rank), parallel.pp - 1
     if stage > 0:
-        ranks.pipeline.recv(token, stage - 1)
+        groups.pipeline.recv(token, stage - 1)
     if stage < last:
-        ranks.pipeline.send(token.clone(), stage + 1)
+        groups.pipeline.send(token.clone(), stage + 1)
     if stage == 0:
-        ranks.returns.recv(token, last)
+        groups.token_return.recv(token, last)
     if stage == last:
-        ranks.returns.send(token.clone(), 0)
-    torch.cuda.synchronize(ranks.device)
+        groups.token_return.send(token.clone(), 0)
+    torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -39,8 +39,8 @@ def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: Engine
     return total
 
 
-def longest_row(model: ModelSpec, engine: EngineSpec) -> int:
-    """Tokens of the longest row that a replica takes."""
+def longest_sequence(model: ModelSpec, engine: EngineSpec) -> int:
+    """Tokens of the longest sequence that a replica takes."""
     return min(engine.max_seq_len or model.max_position, model.max_position)
 
 

@@ -1,7 +1,7 @@
-"""Applies step plans on one rank with a CPU: the owner of what a rank remembers between steps (block tables, sampling state, cache).
+"""Applies step plans on one rank with a CPU.
 
-Every rank sees every plan, in the same order, and so holds the same tables. Must never decide anything: what runs, what is sampled and what
-is freed is in the plan.
+Owns what the rank remembers between steps: block tables, sampling state and the KV cache. Every rank sees every plan in the same order, so
+all have the same tables. Must never decide anything: the plan says what runs, what is sampled and what is freed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from workers.scheduler.step_plan import Ints, StepPlan, StepResult, view
 
 
 class CpuRunner:
-    """One rank's part of every step, each done when it is issued.
+    """Implements :class:`~workers.runner.step_results.PlanRunner`; a step is done when :meth:`issue` returns.
 
     Args:
         stage: this rank's shard, frozen.
         pipeline: the ranks that hold the other stages of this tp rank, in stage order.
         tensor: the tp ranks of this stage.
-        slots, max_seq_len: bounds of slot numbers and of a row's tokens.
+        slots, max_seq_len: bounds of slot numbers and of a sequence's tokens.
         fixed_shape: compute every token in shapes that depend on its position alone.
     """
 
@@ -48,7 +48,7 @@ class CpuRunner:
         self._cache, self._pipeline = cache, pipeline
         self._fixed_shape = fixed_shape
         width = -(-max_seq_len // TABLE_STEP) * TABLE_STEP // cache.block_size
-        self._tables = np.full((slots, width), cache.dummy, dtype=np.int32)
+        self._tables = np.full((slots, width), cache.padding_block, dtype=np.int32)
         self._filled = np.zeros(slots, dtype=np.int32)
         self._sampling: SlotSampling | None = None
         if stage.shard.last:
@@ -61,11 +61,11 @@ class CpuRunner:
         return None if result is None else ReadyResult(result)
 
     def close(self) -> None:
-        """Nothing is under way between steps."""
+        """Nothing is in flight between steps."""
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
-        """Apply ``plan``; the last stage answers, the others return None."""
+        """Apply ``plan``. Returns its result on the last stage, None on the others."""
         self._apply(plan)
         hidden = self._forward(plan) if plan.slots else None
         if self._sampling is None:
@@ -75,7 +75,7 @@ class CpuRunner:
     def _apply(self, plan: StepPlan) -> None:
         slots, starts = view(plan.slots), view(plan.starts)
         for slot in view(plan.closed).tolist():
-            self._tables[slot] = self._cache.dummy
+            self._tables[slot] = self._cache.padding_block
             self._filled[slot] = 0
             if self._sampling is not None:
                 self._sampling.close(slot)
@@ -85,16 +85,19 @@ class CpuRunner:
         if plan.block_slots:
             self._append(dict(zip(slots.tolist(), starts.tolist(), strict=True)), view(plan.block_slots), view(plan.block_ids))
         if self._sampling is not None:
-            self._sampling.follow(plan)
+            self._sampling.append_tokens(plan)
 
     def _append(self, starts: dict[int, int], slots: Ints, blocks: Ints) -> None:
-        """Append ``blocks`` to the tables of ``slots`` and clear those that hold nothing computed yet (a prefix hit's do)."""
+        """Append ``blocks`` to the tables of ``slots``, and clear the blocks that hold nothing computed yet (those of a prefix hit do).
+
+        ``starts``: tokens that are computed already, by slot.
+        """
         fresh: list[int] = []
         for slot, block in zip(slots.tolist(), blocks.tolist(), strict=True):
-            place = self._filled[slot]
-            self._tables[slot, place] = block
-            self._filled[slot] = place + 1
-            if place * self._cache.block_size >= starts.get(slot, 0):
+            index = self._filled[slot]
+            self._tables[slot, index] = block
+            self._filled[slot] = index + 1
+            if index * self._cache.block_size >= starts.get(slot, 0):
                 fresh.append(block)
         if fresh:
             self._cache.clear(torch.tensor(fresh, device=self.stage.device))

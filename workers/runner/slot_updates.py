@@ -1,6 +1,6 @@
-"""What a plan changes in a rank's tables, and the host's records by which it is known where.
+"""What a plan changes in the device's state of the slots, and the host's records from which the changes follow.
 
-Owns how many blocks each slot has, and which slots want more of sampling than a temperature. Must never touch the device.
+Owns how many blocks each slot has, and which slots need the torch sampler. Must never touch the device.
 """
 
 from __future__ import annotations
@@ -19,37 +19,40 @@ NONE: Ints = np.zeros(0, I32)
 
 
 class SlotUpdates(NamedTuple):
-    """What the device must learn: ``places`` in :class:`~workers.kernels.step_layout.SlotState`'s words and the ``values`` that they
-    get, and the places of tokens that the last stage ``returns``, int32 all."""
+    """Writes to the words of :class:`~workers.kernels.step_layout.SlotState`, all int32.
 
-    places: Ints = NONE
+    The words at ``indices`` [n] get ``values`` [n]; the words at ``returned`` [m] get the tokens that the last stage returns to the first
+    one.
+    """
+
+    indices: Ints = NONE
     values: Ints = NONE
-    returns: Ints = NONE
+    returned: Ints = NONE
 
-    def cut(self, count: int) -> tuple[SlotUpdates, SlotUpdates]:
-        """The first ``count`` places, and the rest."""
-        return SlotUpdates(self.places[:count], self.values[:count]), SlotUpdates(self.places[count:], self.values[count:], self.returns)
+    def split(self, count: int) -> tuple[SlotUpdates, SlotUpdates]:
+        """The first ``count`` indices and values; and the rest, with all returned tokens."""
+        return SlotUpdates(self.indices[:count], self.values[:count]), SlotUpdates(self.indices[count:], self.values[count:], self.returned)
 
 
 class SlotRecords:
-    """Of a rank with ``slots`` slots, whose tables hold ``width`` blocks each. ``sampling``: of a rank of the last stage, else None."""
+    """The host's records of ``slots`` slots, whose block tables are ``width`` blocks wide. ``sampling``: on a rank of the last stage."""
 
     def __init__(self, slots: int, width: int, sampling: SlotSampling | None) -> None:
         self._width, self._sampling = width, sampling
-        self._at = SlotOffsets.of(slots, width)
+        self._offsets = SlotOffsets.of(slots, width)
         self._filled = [0] * slots
-        #: Slots that want more than a temperature, and how many there are.
-        self.special, self.specials = np.zeros(slots, np.bool_), 0
+        #: [slots] bool: slots whose sequences need the torch sampler; and how many these are.
+        self.needs_torch, self.torch_count = np.zeros(slots, np.bool_), 0
 
-    def take(self, plan: StepPlan) -> SlotUpdates:
-        """Take closed and opened slots and appended blocks."""
+    def apply(self, plan: StepPlan) -> SlotUpdates:
+        """Record closed slots, opened slots and appended blocks; returns what the device must write."""
         opened = SlotUpdates()
-        if plan.closed or plan.opened or self.specials:
+        if plan.closed or plan.opened or self.torch_count:
             closed = view(plan.closed)
             for slot in closed.tolist():
                 self._filled[slot] = 0
             if self._sampling is not None:
-                opened = self._open(plan, closed, self._sampling)
+                opened = self._apply_sampling(plan, closed, self._sampling)
         if not plan.block_slots:
             return opened
         cells, filled = [], self._filled
@@ -57,30 +60,30 @@ class SlotRecords:
             cells.append(slot * self._width + filled[slot])
             filled[slot] += 1
         appended = SlotUpdates(np.asarray(cells, I32), view(plan.block_ids))
-        if not len(opened.places):
+        if not len(opened.indices):
             return appended
-        return SlotUpdates(np.concatenate((appended.places, opened.places)), np.concatenate((appended.values, opened.values)))
+        return SlotUpdates(np.concatenate((appended.indices, opened.indices)), np.concatenate((appended.values, opened.values)))
 
-    def returned(self, slots: Ints) -> Ints:
-        """Places of the last tokens of ``slots``."""
-        return slots + np.int32(self._at.tokens)
+    def token_indices(self, slots: Ints) -> Ints:
+        """Word indices of the last tokens of ``slots`` [n]; [n] int32."""
+        return slots + np.int32(self._offsets.tokens)
 
-    def _open(self, plan: StepPlan, closed: Ints, sampling: SlotSampling) -> SlotUpdates:
-        """Let ``sampling`` know of slots ``closed`` and opened; returns seeds and temperatures of these."""
-        for slot in closed[self.special[closed]].tolist():
+    def _apply_sampling(self, plan: StepPlan, closed: Ints, sampling: SlotSampling) -> SlotUpdates:
+        """Pass closed and opened slots on to ``sampling`` where they need it; returns the seeds and temperatures of the opened ones."""
+        for slot in closed[self.needs_torch[closed]].tolist():
             sampling.close(slot)
-            self.specials -= 1
-        self.special[closed] = False
-        places: list[int] = []
+            self.torch_count -= 1
+        self.needs_torch[closed] = False
+        indices: list[int] = []
         values = b""
         for opened in plan.opened:
-            slot, seeds = opened.slot, self._at.seeds + 2 * opened.slot
-            places += (seeds, seeds + 1, self._at.temperatures + slot)
+            slot, seeds = opened.slot, self._offsets.seeds + 2 * opened.slot
+            indices += (seeds, seeds + 1, self._offsets.temperatures + slot)
             values += pack("<IIf", *seed_keys(opened.params.seed), opened.params.temperature)
-            self.special[slot] = special = not is_plain(opened.params)
-            if special:
+            self.needs_torch[slot] = needs_torch = not is_plain(opened.params)
+            if needs_torch:
                 sampling.open(opened)
-                self.specials += 1
-        if self.specials:
-            sampling.follow(plan)
-        return SlotUpdates(np.asarray(places, I32), view(values))
+                self.torch_count += 1
+        if self.torch_count:
+            sampling.append_tokens(plan)
+        return SlotUpdates(np.asarray(indices, I32), view(values))

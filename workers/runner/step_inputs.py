@@ -1,7 +1,7 @@
-"""What a step's program reads: device memory that is written whole from a submission, or not at all.
+"""The inputs of a step's program: device memory that a submission writes whole or not at all.
 
-Owns the order of its words, and the rule of what a decode program leaves there: positions one further, every token a guess. So what a
-decode step has read is what its repetition reads. Must never know of plans.
+Owns the order of its words. A decode program leaves its inputs as the next step needs them: positions one further, and every token a guess,
+which stands for the slot's last token. So a decode step that repeats the one before reads what that one left. Must never know of plans.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from workers.kernels.step_layout import (
     Paging,
     aligned,
     decode_shape,
-    fill,
-    fill_decodes,
+    fill_decode_layout,
+    fill_layout,
+    view_layout,
 )
-from workers.kernels.step_layout import view as view_layout
 from workers.scheduler.step_plan import Ints
 
 
-class Inputs(NamedTuple):
-    """What a program reads. ``tokens`` [T] int32, perhaps guesses; ``picks`` [S] places of the tokens that yield one (None = all), of
-    slots ``slots`` [S]."""
+class StepInputs(NamedTuple):
+    """What a program reads. ``tokens`` [T] int32, negative = a guess; ``picks`` [S] int32: the tokens of the step whose logits are wanted
+    (None = all T); ``slots`` [S] int32: the slots of the sequences that get them."""
 
     layout: DeviceLayout
     tokens: Tensor
@@ -35,60 +35,64 @@ class Inputs(NamedTuple):
     slots: Tensor
 
 
-class StepInbox:
-    """The inbox of any step of at most ``shape.tokens`` tokens, of which ``sampled`` yield one. Padding yields for slot ``nobody``."""
+class MixedInputFormat:
+    """Inputs of any step of at most ``shape.tokens`` tokens, of which ``sampled`` yield one; ``words`` int32 long.
 
-    def __init__(self, shape: LayoutShape, sampled: int, nobody: int) -> None:
-        self.shape, self.sampled, self._nobody = shape, sampled, nobody
+    Padding samples for the slot ``padding_slot``.
+    """
+
+    def __init__(self, shape: LayoutShape, sampled: int, padding_slot: int) -> None:
+        self.shape, self.sampled, self._padding_slot = shape, sampled, padding_slot
         self._tokens = shape.size
         self._picks = self._tokens + aligned(shape.tokens)
         self._slots = self._picks + aligned(sampled)
         self.words = self._slots + aligned(sampled)
 
-    def holds(self, other: StepInbox) -> bool:
-        """Whether a step of ``other`` fits."""
+    def holds(self, other: MixedInputFormat) -> bool:
+        """Whether every step that fits ``other`` fits this format."""
         mine, its = self.shape, other.shape
         return mine.tokens >= its.tokens and mine.parts >= its.parts and mine.tiles >= its.tiles and self.sampled >= other.sampled
 
-    def inputs(self, memory: Tensor, paging: Paging) -> Inputs:
-        """Views of the beginning of ``memory``."""
+    def views(self, memory: Tensor, paging: Paging) -> StepInputs:
+        """Views of the first ``words`` of ``memory`` int32 on the device."""
         layout = view_layout(self.shape, memory[: self._tokens], paging)
         tokens = memory[self._tokens : self._tokens + self.shape.tokens]
         picks, slots = (memory[begin : begin + self.sampled] for begin in (self._picks, self._slots))
-        return Inputs(layout, tokens, picks, slots)
+        return StepInputs(layout, tokens, picks, slots)
 
-    def fill(self, packed: Ints, slots: Ints, starts: Ints, lengths: Ints, tokens: Ints, rows: np.ndarray, heads: Heads) -> None:
-        """Write a step into ``packed`` [words]; ``rows``: those that yield a token."""
-        fill(self.shape, packed[: self._tokens], slots, starts, lengths, heads)
-        ends = np.cumsum(lengths)[rows] - 1
+    def fill(self, packed: Ints, slots: Ints, starts: Ints, lengths: Ints, tokens: Ints, sampled: np.ndarray, heads: Heads) -> None:
+        """Write a step into ``packed`` [words]; columns as in a StepPlan; ``sampled`` [S]: indices of the sequences that yield a token."""
+        fill_layout(self.shape, packed[: self._tokens], slots, starts, lengths, heads)
+        last_tokens = np.cumsum(lengths)[sampled] - 1
         for begin, size, column, padding in (
             (self._tokens, self.shape.tokens, tokens, 0),
-            (self._picks, self.sampled, ends, 0),
-            (self._slots, self.sampled, slots[rows], self._nobody),
+            (self._picks, self.sampled, last_tokens, 0),
+            (self._slots, self.sampled, slots[sampled], self._padding_slot),
         ):
             _put(packed[begin : begin + size], column, padding)
 
 
-class DecodeInbox:
-    """The inbox of up to ``rows`` rows that all decode, of ``words`` words. Padding is the row of slot ``nobody``."""
+class DecodeInputFormat:
+    """Inputs of a step of at most ``size`` sequences that all decode; ``words`` int32 long. Padding decodes in the slot
+    ``padding_slot``."""
 
-    def __init__(self, rows: int, heads: Heads, nobody: int) -> None:
-        self._rows, self._heads, self._nobody = rows, heads, nobody
-        self._shape = decode_shape(rows, heads)
+    def __init__(self, size: int, heads: Heads, padding_slot: int) -> None:
+        self._size, self._heads, self._padding_slot = size, heads, padding_slot
+        self._shape = decode_shape(size, heads)
         self._tokens = self._shape.size
-        self._slots = self._tokens + aligned(rows)
-        self.words = self._slots + aligned(rows)
+        self._slots = self._tokens + aligned(size)
+        self.words = self._slots + aligned(size)
 
-    def inputs(self, memory: Tensor, paging: Paging) -> Inputs:
-        """Views of the beginning of ``memory``."""
-        tokens, slots = (memory[begin : begin + self._rows] for begin in (self._tokens, self._slots))
-        return Inputs(view_layout(self._shape, memory[: self._tokens], paging), tokens, None, slots)
+    def views(self, memory: Tensor, paging: Paging) -> StepInputs:
+        """Views of the first ``words`` of ``memory`` int32 on the device."""
+        tokens, slots = (memory[begin : begin + self._size] for begin in (self._tokens, self._slots))
+        return StepInputs(view_layout(self._shape, memory[: self._tokens], paging), tokens, None, slots)
 
     def fill(self, packed: Ints, slots: Ints, starts: Ints, tokens: Ints) -> None:
-        """Write a step into ``packed`` [words]."""
-        fill_decodes(self._shape, packed[: self._tokens], slots, starts, self._heads)
-        _put(packed[self._tokens : self._tokens + self._rows], tokens, 0)
-        _put(packed[self._slots : self._slots + self._rows], slots, self._nobody)
+        """Write a step into ``packed`` [words]; columns as in a StepPlan."""
+        fill_decode_layout(self._shape, packed[: self._tokens], slots, starts, self._heads)
+        _put(packed[self._tokens : self._tokens + self._size], tokens, 0)
+        _put(packed[self._slots : self._slots + self._size], slots, self._padding_slot)
 
 
 def _put(packed: Ints, column: np.ndarray, padding: int) -> None:

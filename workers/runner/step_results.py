@@ -1,6 +1,6 @@
-"""What a runner gives back for a plan: a StepResult, now or when the device gets there.
+"""What a runner gives back for a plan: its StepResult, now or once the device has finished the step.
 
-Owns the two kinds of answer. Taking one waits, bounded; asking whether it is there does not.
+Owns the kinds of pending results. :meth:`PendingResult.result` waits, with a bound; :meth:`PendingResult.ready` never waits.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from workers.scheduler.step_plan import F32, Ints, StepPlan, StepResult
 
 
 class PendingResult(Protocol):
-    """One plan's result."""
+    """The result of one plan."""
 
     def ready(self) -> bool:
         """Whether :meth:`result` returns at once."""
 
     def result(self) -> StepResult:
-        """Raises :class:`~workers.protocol.errors.EngineFault` when the device does not get there within the bound of a step."""
+        """Wait for the result. Raises :class:`~workers.protocol.errors.EngineFault` when the step exceeds its bound."""
 
 
 class PlanRunner(Protocol):
     """One rank's part of every step: applies plans in order."""
 
     def issue(self, plan: StepPlan) -> PendingResult | None:
-        """Start ``plan``; a rank of the last stage answers."""
+        """Start ``plan``. Returns its result on the ranks of the last stage that report one, else None."""
 
     def close(self) -> None:
-        """Finish what was started and give up graphs; the groups must still live."""
+        """Finish what was started and drop captured graphs; the rank's groups must still exist."""
 
 
 class ReadyResult:
-    """An answer that is there."""
+    """A result that is there already."""
 
     def __init__(self, result: StepResult) -> None:
         self._result = result
@@ -48,24 +48,24 @@ class ReadyResult:
 
 
 class SamplingExtras:
-    """What rows with more than a temperature got: ``places`` [n] among the sampled rows, their ``tokens`` [n]; ``logprobs`` [n] of these,
-    None where nobody asked; ``top`` and ``prompt`` as in a StepResult."""
+    """What the torch sampler adds to a step: ``tokens`` [n] and ``logprobs`` [n] (None = not asked for) of the sampled sequences at
+    ``indices`` [n]; ``top`` and ``prompt`` as in a StepResult."""
 
-    __slots__ = ("logprobs", "places", "prompt", "tokens", "top")
+    __slots__ = ("indices", "logprobs", "prompt", "tokens", "top")
 
     def __init__(
         self,
-        places: np.ndarray,
+        indices: np.ndarray,
         tokens: Ints,
         logprobs: np.ndarray | None,
         top: list[tuple[int, bytes, bytes]],
         prompt: list[tuple[int, bytes, bytes, bytes]],
     ) -> None:
-        self.places, self.tokens, self.logprobs, self.top, self.prompt = places, tokens, logprobs, top, prompt
+        self.indices, self.tokens, self.logprobs, self.top, self.prompt = indices, tokens, logprobs, top, prompt
 
 
 class DeviceResult:
-    """An answer on its way."""
+    """A result that the device is still working on."""
 
     def __init__(self, step: int, completion: Completion, waiter: Waiter, extras: SamplingExtras | None) -> None:
         self._step, self._completion, self._waiter, self._extras = step, completion, waiter, extras
@@ -79,10 +79,10 @@ class DeviceResult:
         if extras is None:
             return StepResult(step=self._step, tokens=self._completion.tokens.tobytes())
         tokens = self._completion.tokens.copy()
-        tokens[extras.places] = extras.tokens
+        tokens[extras.indices] = extras.tokens
         logprobs = b""
         if extras.logprobs is not None:
-            own = np.zeros(len(tokens), F32)
-            own[extras.places] = extras.logprobs
-            logprobs = own.tobytes()
+            all_logprobs = np.zeros(len(tokens), F32)
+            all_logprobs[extras.indices] = extras.logprobs
+            logprobs = all_logprobs.tobytes()
         return StepResult(step=self._step, tokens=tokens.tobytes(), logprobs=logprobs, top=extras.top, prompt=extras.prompt)

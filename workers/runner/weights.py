@@ -1,7 +1,7 @@
-"""Weights into a model: one rank's shards as a stream, and a filler that leaves nothing unread and nothing unfilled.
+"""Loads weights into a model: one rank's shard as a stream of tensors, and a copy into parameters that leaves none unfilled or unread.
 
-Owns the check that an artifact fits a layout, and of a checkpoint's hashes, before memory is taken. A shard is in memory once: each tensor
-is copied into its place and dropped, and pages of the mapped file are given back as it goes.
+Owns the check that an artifact fits the layout, and the check of a checkpoint's hashes. A shard is in memory once: each tensor is copied
+into its parameter and dropped, and the pages of the mapped file are released on the way.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from workers.models.layers import TORCH
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, Parallel, Quant
 
-#: Formats between which a tensor may be converted while it is copied; the others are bits that mean something only with their scales.
+#: Formats between which a tensor may be converted while it is copied. The others mean something only together with their scales.
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: Bytes that travel to a GPU at a time.
+#: Bytes that are copied to a GPU at a time.
 _CHUNK = 64 << 20
-#: Standard deviation of random weights, and of what their quantized integers stand for before scaling.
+#: Standard deviation of random weights, and of random quantized values before scaling.
 _DUMMY_SPREAD = 0.02
 _SPREADS = {torch.int8: 73.9, torch.uint8: 4.6, torch.float8_e4m3fn: 1.0}
 
 
 def load_shards(
-    artifact: Artifact, parallel: Parallel, rank: int, dtype: DType, quant: Quant | None = None, *, proven: bool = False
+    artifact: Artifact, parallel: Parallel, rank: int, dtype: DType, quant: Quant | None = None, *, verified: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(TensorRT-LLM checkpoint name, CPU tensor) of everything that ``rank`` holds, in the order of the forward pass.
 
     Names, shapes and formats are those of :func:`workers.layout.quant_parts.stored_tensors` in ``dtype``. ``quant``: quantize plain weights
-    while they are read; None = as the artifact has them. A checkpoint of this very layout is verified by size and sha256 here, before the
-    first tensor, unless it is ``proven`` elsewhere; whole weights (tp=1 pp=1, Hugging Face, GGUF) are verified by size and header, since
-    each rank reads only its slices of them.
+    while they are read; None = as the artifact has them. A checkpoint of this very layout is verified by size and sha256 before the first
+    tensor, unless the caller says that it is ``verified``. Whole weights (tp=1 pp=1, Hugging Face, GGUF) are verified by size and header
+    only, since each rank reads just its slices of them.
 
     Raises :class:`ArtifactError`: another layout (names both), a file missing, damaged or different from what the manifest says, or
     weights that are quantized otherwise already.
@@ -54,23 +54,24 @@ def load_shards(
     quant = artifact.quant if quant is None else quant
     wanted = stored_tensors(artifact.model, parallel, rank, dtype=dtype, quant=quant)
     if _has_own_file(artifact, parallel, quant):
-        if not proven:
-            prove_shard(artifact, parallel, rank, quant)
-        return _own(open_rank(read_checkpoint(artifact.path), rank), wanted)
-    return _sliced(open_source(artifact, quant), wanted)
+        if not verified:
+            verify_shard(artifact, parallel, rank, quant)
+        return _from_rank_file(open_rank(read_checkpoint(artifact.path), rank), wanted)
+    return _from_source(open_source(artifact, quant), wanted)
 
 
 def _has_own_file(artifact: Artifact, parallel: Parallel, quant: Quant) -> bool:
+    """Whether each rank of this layout has a file of the artifact that it loads whole."""
     return artifact.parallel == parallel and quant.same_weights(artifact.quant) and not artifact.foreign
 
 
-def prove_shard(artifact: Artifact, parallel: Parallel, rank: int, quant: Quant) -> None:
-    """Compare the file that ``rank`` loads whole, if there is one, with the manifest. Raises :class:`ArtifactError`."""
+def verify_shard(artifact: Artifact, parallel: Parallel, rank: int, quant: Quant) -> None:
+    """Compare the file that ``rank`` loads whole, if there is one, with the manifest. Raises :class:`ArtifactError` when they differ."""
     if _has_own_file(artifact, parallel, quant):
         verify(artifact.path, read_checkpoint(artifact.path).manifest, rank_file(rank))
 
 
-def _own(file: SafetensorsFile, wanted: tuple[StoredTensor, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+def _from_rank_file(file: SafetensorsFile, wanted: tuple[StoredTensor, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     for each in wanted:
         values, form = file.view(each.tensor.name)
         if form != each.format:
@@ -82,23 +83,23 @@ def _own(file: SafetensorsFile, wanted: tuple[StoredTensor, ...]) -> Iterator[tu
         file.release()
 
 
-def _sliced(source: Source, wanted: tuple[StoredTensor, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+def _from_source(source: Source, wanted: tuple[StoredTensor, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     for each in wanted:
         yield each.tensor.name, _tensor(assemble(source, each.tensor, each.format), each.format)
 
 
 def _tensor(values: Array, form: Format) -> torch.Tensor:
-    """Shares memory with ``values``, which may be a mapped file: to be read only."""
+    """A tensor that shares memory with ``values``, which may be a mapped file: never write to it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(values.view(np.int16) if form == "bf16" else values).view(TORCH[form])
 
 
 def fill(params: dict[str, torch.Tensor], stream: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy every tensor of ``stream`` into the parameter of its name, converting plain ones to its dtype, all to its device.
+    """Copy every tensor of ``stream`` into the parameter of its name: to its device, and unquantized ones to its dtype.
 
-    Raises :class:`ArtifactError` for a tensor without a parameter (or met twice), one of another shape or quantized format, and a
-    parameter without a tensor.
+    Raises :class:`ArtifactError` for a tensor that has no parameter or comes twice, a tensor of another shape or quantized format, and a
+    parameter that gets no tensor.
     """
     left = dict(params)
     upload = Upload()
@@ -116,8 +117,8 @@ def fill(params: dict[str, torch.Tensor], stream: Iterable[tuple[str, torch.Tens
         raise ArtifactError(f"the weights lack {min(left)}", f"{len(left)} parameters are left unfilled")
 
 
-def dummy(params: dict[str, torch.Tensor], seed: int) -> None:
-    """Fill every parameter with random values of a plausible scale, norms with ones: for measurements of speed."""
+def fill_dummy(params: dict[str, torch.Tensor], seed: int) -> None:
+    """Fill every parameter with random values of a plausible scale, and norms with ones: for measurements of speed."""
     for name, target in params.items():
         generator = torch.Generator(target.device).manual_seed(seed)
         if "layernorm" in name or "ln_f" in name:
@@ -136,28 +137,28 @@ def dummy(params: dict[str, torch.Tensor], seed: int) -> None:
 
 
 class Upload:
-    """Copies host tensors to where they belong. To a GPU by way of pinned buffers, two at a time: the host fills one while the other
-    travels, and nothing waits for the file's pages to be read one by one."""
+    """Copies host tensors into parameters. Copies to a GPU go through two pinned buffers: the host fills one while the other is being
+    copied, so the copy does not wait for each page of the file."""
 
     def __init__(self) -> None:
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-        self._turn = 0
+        self._next = 0
 
     def copy(self, target: torch.Tensor, values: torch.Tensor) -> None:
-        """``target`` [shape] from ``values`` [shape] on the host, converting where they differ in dtype."""
+        """Copy ``values`` on the host into ``target`` of the same shape, converting where the dtypes differ."""
         if target.device.type != "cuda" or target.dtype != values.dtype or not (target.is_contiguous() and values.is_contiguous()):
             target.copy_(values)
             return
         if not self._buffers:
             self._buffers = [(torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True), _event()) for _ in range(2)]
-        there, here = target.view(-1).view(torch.uint8), values.view(-1).view(torch.uint8)
-        for start in range(0, len(here), _CHUNK):
-            buffer, free = self._buffers[self._turn]
-            self._turn ^= 1
+        target_bytes, source_bytes = target.view(-1).view(torch.uint8), values.view(-1).view(torch.uint8)
+        for start in range(0, len(source_bytes), _CHUNK):
+            buffer, free = self._buffers[self._next]
+            self._next ^= 1
             free.synchronize()
-            part = here[start : start + _CHUNK]
+            part = source_bytes[start : start + _CHUNK]
             buffer[: len(part)].copy_(part)
-            there[start : start + len(part)].copy_(buffer[: len(part)], non_blocking=True)
+            target_bytes[start : start + len(part)].copy_(buffer[: len(part)], non_blocking=True)
             free.record()
 
 

@@ -18,9 +18,9 @@ from workers.kernels.step_layout import (
     LayoutShape,
     Paging,
     decode_shape,
-    fill,
+    fill_layout,
     step_shape,
-    view,
+    view_layout,
 )
 
 HEADS = st.builds(lambda kv, group: Heads(kv * group, kv), st.integers(1, 8), st.integers(1, 9))
@@ -31,8 +31,8 @@ def planned(
     shape: LayoutShape, heads: Heads, slots: list[int], starts: list[int], lengths: list[int], segment: int | None = None
 ) -> DeviceLayout:
     packed = np.full(shape.size, 77, np.int32)
-    fill(shape, packed, *(np.array(column, np.int32) for column in (slots, starts, lengths)), heads, segment)
-    return view(shape, torch.from_numpy(packed), Paging.over(torch.zeros(max(slots) + 1, 4, dtype=torch.int32), heads))
+    fill_layout(shape, packed, *(np.array(column, np.int32) for column in (slots, starts, lengths)), heads, segment)
+    return view_layout(shape, torch.from_numpy(packed), Paging.over(torch.zeros(max(slots) + 1, 4, dtype=torch.int32), heads))
 
 
 def cuts(layout: DeviceLayout) -> dict[int, list[tuple[int, int]]]:
@@ -124,4 +124,4 @@ def test_a_step_that_does_not_fit_is_refused(shape: LayoutShape, lengths: list[i
     with pytest.raises(ValueError, match="not fit a layout"):
         planned(shape, Heads(2, 1), [0] * len(lengths), [0] * len(lengths), lengths)
     with pytest.raises(ValueError, match="words of int32"):
-        view(shape, torch.zeros(shape.size + 1, dtype=torch.int32), Paging.over(torch.zeros(1, 1, dtype=torch.int32), Heads(2, 1)))
+        view_layout(shape, torch.zeros(shape.size + 1, dtype=torch.int32), Paging.over(torch.zeros(1, 1, dtype=torch.int32), Heads(2, 1)))

@@ -1,4 +1,4 @@
-"""The device runner on a CPU in a GPU's place: the same tokens as the CPU's own runner, one plan ahead, over static buffers and graphs."""
+"""The GPU runner on a fake device: the same tokens as the CPU runner gives, one plan ahead, over static buffers and graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tests.reference.device_kernels as kernels
-import workers.runner.gpu_runner as device_runner_module
+import workers.runner.gpu_runner as gpu_runner_module
 from tests.reference.conformance import in_threads
 from tests.reference.engine import Stream, drain, margin_violations, request, serve
 from tests.reference.shards import make_stage, whole_weights
@@ -19,13 +19,14 @@ from tests.support.fake_device import FakeDevice
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group, InProcess, Solo
+from workers.distributed.rank_groups import RankGroups
 from workers.engines.portable import PortableEngine
 from workers.models.decoder import DecoderStage
 from workers.protocol.messages import Capacity, SamplingParams, Submit
 from workers.protocol.specs import Parallel
 from workers.runner.cpu_runner import CpuRunner
-from workers.runner.device import DECODES, MIXED, Graphs, Staging, graph_sizes
-from workers.runner.gpu_runner import GpuRunner, RankGroups
+from workers.runner.device import DECODE_GRAPH_SIZES, MIXED_GRAPH_SIZES, Graphs, Staging, graph_sizes
+from workers.runner.gpu_runner import GpuRunner
 from workers.runner.host_device_rings import Submissions
 from workers.runner.kv_cache import KvCache
 from workers.runner.step_results import PendingResult, PlanRunner
@@ -40,18 +41,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), heads=6, kv_heads=2, vocab=VOCAB, layers=3)
 
 
-def device_runner(stage: DecoderStage, links: RankGroups, *, blocks: int = BLOCKS, captured: bool = True) -> GpuRunner:
+def make_gpu_runner(stage: DecoderStage, groups: RankGroups, *, blocks: int = BLOCKS, captured: bool = True) -> GpuRunner:
     cache = KvCache(stage.model, stage.shard, blocks=blocks, block_size=16, dtype=stage.dtype, device=stage.device)
     runner = GpuRunner(
         stage,
         cache,
         FakeDevice(),
         kernels,
-        links,
+        groups,
         slots=SLOTS,
         max_seq_len=LENGTH,
         max_num_tokens=64,
-        depth=links.pipeline.size + 1,
+        depth=groups.pipeline.size + 1,
         eos_ids=(7,),
     )
     if captured:
@@ -68,13 +69,12 @@ def engine_of(runner: PlanRunner, *, ahead: bool, blocks: int = BLOCKS, micro_ba
 
 
 def both(folder: Path, *, blocks: int = BLOCKS, captured: bool = True) -> tuple[PortableEngine, PortableEngine]:
-    """(engine over the CPU's runner, engine one plan ahead over the device's)."""
+    """(engine over the CPU runner, engine one plan ahead over the GPU runner)."""
     model, weights = open_artifact(folder).model, whole_weights(folder)
     plain = make_stage(model, weights)
     cache = KvCache(model, plain.shard, blocks=blocks, block_size=16, dtype=plain.dtype, device=plain.device)
     host = CpuRunner(plain, cache, pipeline=Solo(), tensor=Solo(), slots=SLOTS, max_seq_len=LENGTH, eos_ids=(7,))
-    stage, links = make_stage(model, weights, kernels=kernels), RankGroups(Solo(), Solo(), Solo())
-    device = device_runner(stage, links, blocks=blocks, captured=captured)
+    device = make_gpu_runner(make_stage(model, weights, kernels=kernels), RankGroups(), blocks=blocks, captured=captured)
     return engine_of(host, ahead=False, blocks=blocks), engine_of(device, ahead=True, blocks=blocks)
 
 
@@ -109,36 +109,36 @@ def test_one_plan_ahead_says_what_the_host_says(folder: Path, captured: bool) ->
     device.close()
 
 
-def test_steps_are_replayed_and_what_repeats_is_sent_in_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_replayed_and_repeated_inputs_are_not_sent_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replayed: Counter[int] = Counter()
     sent: Counter[int] = Counter()
     _, device = both(folder)
     replay, send = Graphs.replay, Submissions.send
     monkeypatch.setattr(Graphs, "replay", lambda self, size: (replayed.update([size]), replay(self, size)))
-    monkeypatch.setattr(Submissions, "send", lambda self, step, words, news: (sent.update([words]), send(self, step, words, news)))
+    monkeypatch.setattr(Submissions, "send", lambda self, step, words, updates: (sent.update([words]), send(self, step, words, updates)))
     params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
     serve(device, [request([7 * i + j for j in range(11)], params, id=i) for i in range(3)])
-    # Three prompts in one step of 33 tokens; then 99 steps of three rows, each of which gets a block every 16th, all of them at once.
+    # Three prompts in one step of 33 tokens; then 99 steps of three sequences, which all get a block in every 16th step.
     assert replayed == {64: 1, 4: 99}
-    assert sent.total() == 100 and sent[0] >= 90, "the inbox of a step that repeats is written again"
+    assert sent.total() == 100 and sent[0] >= 90, "the inputs of a step that repeats are written again"
 
 
-def test_more_rows_than_any_graph_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_runner_module, "DECODES", (1, 2))
-    monkeypatch.setattr(device_runner_module, "MIXED", (4,))
+def test_more_sequences_than_any_graph_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runner_module, "DECODE_GRAPH_SIZES", (1, 2))
+    monkeypatch.setattr(gpu_runner_module, "MIXED_GRAPH_SIZES", (4,))
     host, device = both(folder)
     crowd = requests(SLOTS)
     assert [stream.tokens for stream in serve(device, crowd)] == [stream.tokens for stream in serve(host, crowd)]
 
 
-def test_news_for_which_there_is_no_room_go_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slot_updates_without_room_are_sent_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Submissions, "room", lambda self, words: 2)
     host, device = both(folder)
     crowd = requests(6)
     assert [stream.tokens for stream in serve(device, crowd)] == [stream.tokens for stream in serve(host, crowd)]
 
 
-def test_rows_that_lack_blocks_are_computed_again(folder: Path) -> None:
+def test_sequences_that_lack_blocks_are_computed_again(folder: Path) -> None:
     host, device = both(folder, blocks=10)
     params = SamplingParams(temperature=0.8, seed=5, max_tokens=60, ignore_eos=True)
     crowd = [request([7 * i + j for j in range(4)], params, id=i) for i in range(9)]
@@ -165,7 +165,7 @@ def test_cancels_amid_steps_leave_nothing(folder: Path) -> None:
 
 
 def guessing_plans(pairs: int) -> list[StepPlan]:
-    """Pairs of rows in plans of their own, by turns, that go on from guesses; another row joins amid them."""
+    """Pairs of sequences, each pair in plans of its own, that go on from guesses; another sequence joins in between."""
     plain, warm = SamplingParams(temperature=0.0), SamplingParams(temperature=0.9, seed=3)
     found = []
     for pair in range(pairs):
@@ -204,15 +204,15 @@ def guessing_plans(pairs: int) -> list[StepPlan]:
 
 @pytest.mark.parametrize("pp", [2, 3])
 def test_guesses_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
-    """Sampled ids reach the first stage on a way of their own; the answers are those of one stage, to the bit."""
+    """Sampled tokens reach the first stage over a group of their own; the results are those of one stage, to the bit."""
     model, weights = open_artifact(folder).model, whole_weights(folder)
     returns = InProcess.create(pp)
 
     def member(group: Group) -> list[StepResult]:
         torch.set_num_threads(1)
         back = returns[group.rank] if group.size > 1 else Solo()
-        runner = device_runner(
-            make_stage(model, weights, Parallel(pp=group.size), group.rank, kernels=kernels), RankGroups(Solo(), group, back)
+        runner = make_gpu_runner(
+            make_stage(model, weights, Parallel(pp=group.size), group.rank, kernels=kernels), RankGroups(pipeline=group, token_return=back)
         )
         answers = (runner.issue(plan) for plan in guessing_plans(pp))
         return [answer.result() for answer in answers if answer is not None]
@@ -224,7 +224,7 @@ def test_guesses_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
 
 
 class Recording:
-    """A runner that remembers its plans and their answers."""
+    """A runner that records its plans and their results."""
 
     def __init__(self, runner: GpuRunner) -> None:
         self.runner, self.plans, self.answers = runner, list[StepPlan](), list[StepResult]()
@@ -242,9 +242,10 @@ class Recording:
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_a_batchs_plans_say_the_same_on_two_ranks(folder: Path, tp: int, pp: int) -> None:
-    """Plans as a leader makes them, most of which repeat the one before: joins, ends and blocks between."""
+    """Plans as a leader makes them: most repeat the one before, with sequences that join and end and blocks that are appended in
+    between."""
     model, weights = open_artifact(folder).model, whole_weights(folder)
-    alone = Recording(device_runner(make_stage(model, weights, kernels=kernels), RankGroups(Solo(), Solo(), Solo())))
+    alone = Recording(make_gpu_runner(make_stage(model, weights, kernels=kernels), RankGroups()))
     crowd = [request([(7 * i + 3 * j) % 300 for j in range(3 + 9 * i)], KINDS[i % 2], id=i) for i in range(9)]
     serve(engine_of(alone, ahead=True, micro_batches=pp), crowd)
     assert sum(plan.repeats > 0 for plan in alone.plans) > 20
@@ -252,10 +253,10 @@ def test_a_batchs_plans_say_the_same_on_two_ranks(folder: Path, tp: int, pp: int
 
     def member(group: Group) -> list[StepResult]:
         torch.set_num_threads(1)
-        links = RankGroups(group, Solo(), Solo()) if tp == 2 else RankGroups(Solo(), group, back[group.rank])
+        groups = RankGroups(tensor=group) if tp == 2 else RankGroups(pipeline=group, token_return=back[group.rank])
         tensor = group if tp == 2 else None
         stage = make_stage(model, weights, Parallel(tp=tp, pp=pp), group.rank, tensor=tensor, kernels=kernels)
-        runner = device_runner(stage, links)
+        runner = make_gpu_runner(stage, groups)
         return [answer.result() for answer in map(runner.issue, alone.plans) if answer is not None]
 
     found = in_threads(2, member)
@@ -264,25 +265,26 @@ def test_a_batchs_plans_say_the_same_on_two_ranks(folder: Path, tp: int, pp: int
 
 
 def test_graph_sizes_hold_every_batch() -> None:
-    for rows in (1, 2, 3, 5, 8, 63, 64, 65, 511, 512):
-        sizes = graph_sizes(DECODES, rows)
-        assert sizes[-1] >= rows and (len(sizes) == 1 or sizes[-2] < rows)
-    assert graph_sizes(DECODES, 4096) == DECODES and graph_sizes(MIXED, 8192) == MIXED
+    for sequences in (1, 2, 3, 5, 8, 63, 64, 65, 511, 512):
+        sizes = graph_sizes(DECODE_GRAPH_SIZES, sequences)
+        assert sizes[-1] >= sequences and (len(sizes) == 1 or sizes[-2] < sequences)
+    assert graph_sizes(DECODE_GRAPH_SIZES, 4096) == DECODE_GRAPH_SIZES
+    assert graph_sizes(MIXED_GRAPH_SIZES, 8192) == MIXED_GRAPH_SIZES
 
 
-def test_a_staged_buffer_waits_for_what_it_fed() -> None:
+def test_a_staging_buffer_waits_for_the_work_that_read_it() -> None:
     waited: list[int] = []
 
     class Counting(FakeDevice):
-        def mark(self):  # type: ignore[no-untyped-def]
-            mark = super().mark()
+        def event(self):  # type: ignore[no-untyped-def]
+            event = super().event()
             recorded: list[int] = []
-            mark.record = lambda: recorded.append(1)  # type: ignore[method-assign]
-            mark.synchronize = lambda: waited.extend(recorded)  # type: ignore[method-assign]
-            return mark
+            event.record = lambda: recorded.append(1)  # type: ignore[method-assign]
+            event.synchronize = lambda: waited.extend(recorded)  # type: ignore[method-assign]
+            return event
 
     staging = Staging(Counting(), words=9, depth=2)
-    for turn in range(5):
-        assert staging.send(np.arange(turn + 4, dtype=np.int32)).tolist() == list(range(turn + 4))
+    for number in range(5):
+        assert staging.send(np.arange(number + 4, dtype=np.int32)).tolist() == list(range(number + 4))
         staging.sent()
-    assert len(waited) == 1 + 1 + 2  # what each of the two buffers was sent for before, in the third turn, the fourth and the fifth
+    assert len(waited) == 1 + 1 + 2  # the earlier sends of the same buffer, in the third, the fourth and the fifth send

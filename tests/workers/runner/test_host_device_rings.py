@@ -1,4 +1,5 @@
-"""What a host may write and believe of its device's rings; the device's side is in tests/gpu/test_kernels.py."""
+"""What a host writes to the rings that it shares with its device, and what it may believe of them. The device's side is tested in
+tests/gpu/test_kernels.py."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 
 from tests.support.fake_device import FakeDevice
 from workers.distributed.group import Waiter
-from workers.kernels.step_layout import HEAD_WORDS, NUMBER_MASK, Rings
+from workers.kernels.step_layout import HEADER_WORDS, NUMBER_MASK, Rings
 from workers.protocol.errors import EngineFault
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.slot_updates import SlotUpdates
@@ -20,7 +21,7 @@ class Broken(FakeDevice):
 
 
 def rings_of(depth: int = 4) -> Rings:
-    return Rings.empty(FakeDevice().pinned, torch.device("cpu"), words=128, rows=3, depth=depth)
+    return Rings.empty(FakeDevice().pinned, torch.device("cpu"), words=128, sequences=3, depth=depth)
 
 
 @pytest.mark.parametrize("first", [0, NUMBER_MASK - 2])
@@ -33,7 +34,7 @@ def test_an_entry_is_written_again_only_when_the_device_has_read_it(first: int) 
         nonlocal waited
         if not ready():
             waited += 1
-            rings.read.copy_((rings.read + 1) & NUMBER_MASK)  # what lies longest is read
+            rings.read.copy_((rings.read + 1) & NUMBER_MASK)  # the oldest entry is read
             assert ready()
 
     submissions._waiter.until = read.__get__(submissions._waiter)  # type: ignore[method-assign]
@@ -41,33 +42,35 @@ def test_an_entry_is_written_again_only_when_the_device_has_read_it(first: int) 
         submissions.open(2)[:] = step
         submissions.send(step, 2, SlotUpdates())
     assert waited == 3
-    turns = [(first + 1 + step) & NUMBER_MASK for step in range(7)]
-    heads = {turn % 4: [2, 0, 0, step, *[0] * (HEAD_WORDS - 4), step, step] for step, turn in enumerate(turns)}
-    assert [entry[: HEAD_WORDS + 2].tolist() for entry in rings.submissions] == [heads[i] for i in range(4)]
+    numbers = [(first + 1 + step) & NUMBER_MASK for step in range(7)]
+    headers = {number % 4: [2, 0, 0, step, *[0] * (HEADER_WORDS - 4), step, step] for step, number in enumerate(numbers)}
+    assert [entry[: HEADER_WORDS + 2].tolist() for entry in rings.submissions] == [headers[i] for i in range(4)]
 
 
-def test_news_follow_the_inbox() -> None:
+def test_slot_updates_follow_the_step_inputs() -> None:
     rings = rings_of()
     submissions = Submissions(rings, FakeDevice(), Waiter())
     room = submissions.room(6)
     assert 30 <= room <= 40
     submissions.open(6)[:] = 9
-    news = SlotUpdates(*(np.arange(begin, begin + room, dtype=np.int32) for begin in (100, 200, 300)))
-    submissions.send(1, 6, news)
+    updates = SlotUpdates(*(np.arange(begin, begin + room, dtype=np.int32) for begin in (100, 200, 300)))
+    submissions.send(1, 6, updates)
     entry = rings.submissions[1].tolist()
-    assert entry[:4] == [6, room, room, 1] and entry[HEAD_WORDS : HEAD_WORDS + 6] == [9] * 6
+    assert entry[:4] == [6, room, room, 1] and entry[HEADER_WORDS : HEADER_WORDS + 6] == [9] * 6
     step = -(-room // 4) * 4
-    assert [entry[begin : begin + room] for begin in range(HEAD_WORDS + 8, HEAD_WORDS + 8 + 3 * step, step)] == [c.tolist() for c in news]
+    assert [entry[begin : begin + room] for begin in range(HEADER_WORDS + 8, HEADER_WORDS + 8 + 3 * step, step)] == [
+        c.tolist() for c in updates
+    ]
 
 
-def test_a_step_is_complete_when_all_its_rows_are() -> None:
+def test_a_step_is_complete_when_all_its_sequences_are() -> None:
     rings = rings_of()
     completion = Completions(rings, FakeDevice()).of(2**30 + 5, 3)
     ring = rings.completions[1]
     ring[:] = torch.tensor([1 << 32 | 7] * 3)  # of an earlier step
-    for row, token in ((2, 8), (0, 9), (1, 2**32 - 1)):
+    for index, token in ((2, 8), (0, 9), (1, 2**32 - 1)):
         assert not completion.ready()
-        ring[row] = 5 << 32 | token
+        ring[index] = 5 << 32 | token
     assert completion.ready() and completion.tokens.tolist() == [9, -1, 8]
 
 

@@ -10,7 +10,7 @@ from tests.reference.conformance import in_threads
 from tests.reference.logprobs import logprobs_of
 from workers.distributed.group import Group, Solo
 from workers.protocol.messages import SamplingParams
-from workers.runner.sampler import Draw, Sampler, noise
+from workers.runner.sampler import Sampler, SamplingInput, noise
 from workers.sampling.definition import allowed_ids, choose, gumbel, noise_bits
 
 VOCAB = 1009  # prime: no shard count divides it
@@ -61,13 +61,13 @@ def shard(group: Group, logits: np.ndarray) -> tuple[Sampler, torch.Tensor]:
     return Sampler(group, start=start, rows=rows, device=torch.device("cpu")), mine
 
 
-def make_draws(sampler: Sampler, params: list[SamplingParams], position: int) -> list[Draw]:
-    draws = []
+def make_inputs(sampler: Sampler, params: list[SamplingParams], position: int) -> list[SamplingInput]:
+    inputs = []
     for row, p in enumerate(params):
         seen = torch.zeros(sampler.rows, dtype=torch.bool)
         counts = torch.zeros(sampler.rows)
-        seen[torch.from_numpy(sampler.local(np.array(HISTORY)))] = True
-        for token in sampler.local(np.array(HISTORY[PROMPT_LEN:])).tolist():
+        seen[torch.from_numpy(sampler.local_ids(np.array(HISTORY)))] = True
+        for token in sampler.local_ids(np.array(HISTORY[PROMPT_LEN:])).tolist():
             counts[token] += 1
         penal = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         packed = mask_for(row)
@@ -77,8 +77,8 @@ def make_draws(sampler: Sampler, params: list[SamplingParams], position: int) ->
             bits = allowed_ids(packed, VOCAB)[sampler.start : sampler.start + sampler.rows]
             mask[: len(bits)] = torch.from_numpy(bits)
         banned = p.stop_ids if position - PROMPT_LEN < p.min_tokens else ()
-        draws.append(Draw(p, position, banned, seen if penal else None, counts if penal else None, mask))
-    return draws
+        inputs.append(SamplingInput(p, position, banned, seen if penal else None, counts if penal else None, mask))
+    return inputs
 
 
 def oracle(logits: np.ndarray, params: list[SamplingParams], position: int) -> list[int]:
@@ -90,13 +90,13 @@ def oracle(logits: np.ndarray, params: list[SamplingParams], position: int) -> l
 
 def drawn(group: Group, logits: np.ndarray, params: list[SamplingParams], position: int) -> list[int]:
     sampler, mine = shard(group, logits)
-    return sampler.draw(mine, make_draws(sampler, params, position)).tokens.tolist()
+    return sampler.sample(mine, make_inputs(sampler, params, position)).tokens.tolist()
 
 
 def test_noise_is_the_defined_one() -> None:
     ids = np.arange(VOCAB)
     params = [SamplingParams(seed=s) for s in (0, 1, 2**32 - 1, 2**63 - 1, 123456789012345)]
-    found = noise([Draw(p, 2**20 + i) for i, p in enumerate(params)], torch.arange(VOCAB, dtype=torch.int32)).numpy()
+    found = noise([SamplingInput(p, 2**20 + i) for i, p in enumerate(params)], torch.arange(VOCAB, dtype=torch.int32)).numpy()
     for i, p in enumerate(params):
         np.testing.assert_allclose(found[i], gumbel(noise_bits(p.seed, 2**20 + i, ids)), rtol=2e-6, atol=1e-6)
 
@@ -133,7 +133,9 @@ def test_only_the_broken_row_is_refused(size: int, greedy: bool) -> None:
 
 def test_a_mask_that_allows_nothing_is_refused() -> None:
     sampler, mine = shard(Solo(), random_logits(1))
-    assert sampler.draw(mine, [Draw(SamplingParams(temperature=0.0), 3, mask=torch.zeros(VOCAB, dtype=torch.bool))]).tokens.tolist() == [-1]
+    assert sampler.sample(
+        mine, [SamplingInput(SamplingParams(temperature=0.0), 3, mask=torch.zeros(VOCAB, dtype=torch.bool))]
+    ).tokens.tolist() == [-1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7])
@@ -143,9 +145,9 @@ def test_logprobs_are_of_the_raw_distribution(size: int) -> None:
 
     def member(group: Group) -> tuple:
         sampler, mine = shard(group, logits)
-        result = sampler.draw(mine, make_draws(sampler, params, 40))
-        ids, values = sampler.best(mine, 5)
-        return result, ids, values - sampler.log_normalizer(mine).unsqueeze(1), sampler.of_tokens(mine, torch.arange(6) * 100)
+        result = sampler.sample(mine, make_inputs(sampler, params, 40))
+        ids, values = sampler.top_logits(mine, 5)
+        return result, ids, values - sampler.log_normalizer(mine).unsqueeze(1), sampler.logits_of(mine, torch.arange(6) * 100)
 
     for result, ids, values, raw in in_threads(size, member):
         for row in range(6):
@@ -160,5 +162,5 @@ def test_inputs_are_left_as_they_were() -> None:
     params = many_params()
     sampler, mine = shard(Solo(), random_logits(len(params)))
     before = mine.clone()
-    sampler.draw(mine, make_draws(sampler, params, 9))
+    sampler.sample(mine, make_inputs(sampler, params, 9))
     assert torch.equal(mine, before)
