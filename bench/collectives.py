@@ -114,7 +114,7 @@ def sums(group: Any, device: Any) -> Iterator[dict[str, Any]]:
             "torch_one_shot_us": partial(ops.one_shot_all_reduce_copy, mine, x, "sum", name),
             "two_shot_us": lambda mine=mine, x=x, out=out: (mine.copy_(x), ops.two_shot_all_reduce_out(mine, "sum", name, out)),
         }
-        if one_shot.takes(x):
+        if one_shot.supports(x):
             ways["one_shot_us"] = partial(one_shot, x)
         yield {"bytes": size} | {way: timed(program) for way, program in ways.items()}
 
@@ -136,10 +136,10 @@ def sums_with_norm(group: Any, members: Any, device: Any) -> Iterator[dict[str, 
                 "apart_us": lambda branch=branch, residual=residual, weight=weight: kernels.add_rms_norm(
                     residual, members.all_reduce(branch), weight, 1e-5
                 ),
-                "flags_us": partial(flags, residual, branch, weight, 1e-5, narrows=False),
+                "flags_us": partial(flags, residual, branch, weight, 1e-5, fp8=False),
             }
             if rows <= WORD_ROWS:
-                ways["words_us"] = partial(words, residual, branch, weight, 1e-5, narrows=False)
+                ways["words_us"] = partial(words, residual, branch, weight, 1e-5, fp8=False)
             yield {"bytes": 2 * rows * hidden, "hidden": hidden, "rows": rows} | {way: timed(program) for way, program in ways.items()}
 
 

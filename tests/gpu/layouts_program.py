@@ -94,20 +94,20 @@ def sums_with_their_norm(group: Group, device: torch.device) -> None:
     kernels, draw_rows = kernels_for(device), random.Random(5)
     sizes = (1, 2, 17, 40, 64) if group.size > 2 else (1, 2, 17, 64, 65, 130, 263, 264, 265, 700, 1900)
     for hidden in (288, 4096):
-        fused = group.sum_norm(hidden)
+        fused = group.allreduce_norm(hidden)
         assert fused is not None
         for turn in range(60):
             draw = torch.Generator().manual_seed(turn)
-            rows, narrows = draw_rows.choice(sizes), hidden == 4096 and turn % 2 == 1
+            rows, fp8 = draw_rows.choice(sizes), hidden == 4096 and turn % 2 == 1
             weight, residual = (torch.randn(*shape, generator=draw).bfloat16().to(device) for shape in ((hidden,), (rows, hidden)))
             branch = torch.randn(group.size, rows, hidden, generator=draw).bfloat16().to(device)[group.rank]
-            assert fused.takes(branch)
+            assert fused.supports(branch)
             total, together = group.all_reduce(branch.clone()), residual.clone()
-            found = fused(together, branch, weight, 1e-5, narrows=narrows)
-            expected = (kernels.add_rms_norm_narrow if narrows else kernels.add_rms_norm)(residual, total, weight, 1e-5)
+            found = fused(together, branch, weight, 1e-5, fp8=fp8)
+            expected = (kernels.add_rms_norm_fp8 if fp8 else kernels.add_rms_norm)(residual, total, weight, 1e-5)
             assert torch.equal(together, residual), (hidden, turn)
-            for a, b in zip(found, expected, strict=True) if narrows else ((found, expected),):
-                assert (a.float() - b.float()).norm() <= 2e-3 * b.float().norm(), (hidden, turn, narrows)
+            for a, b in zip(found, expected, strict=True) if fp8 else ((found, expected),):
+                assert (a.float() - b.float()).norm() <= 2e-3 * b.float().norm(), (hidden, turn, fp8)
         x, ones = torch.zeros(max(sizes), hidden, device=device).bfloat16(), torch.ones(hidden, device=device).bfloat16()
         totals = [torch.zeros_like(x[:rows]) for rows in sizes]
         graph = torch.cuda.CUDAGraph()
@@ -115,7 +115,7 @@ def sums_with_their_norm(group: Group, device: torch.device) -> None:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for total in totals:
                 total.zero_()
-                fused(total, x[: len(total)], ones, 1e-5, narrows=False)
+                fused(total, x[: len(total)], ones, 1e-5, fp8=False)
         for turn in range(200):
             x.fill_(turn % 50 + group.rank)
             graph.replay()

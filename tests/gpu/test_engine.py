@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 #: Gap of two log-probabilities below which another order of sums may choose the other token.
 MARGIN = {"fp32": 1e-3, "bf16": 0.15}
 #: The same where keys and values are rounded to FP8: what differs in a last bit before may differ by a sixteenth after.
-NARROW_MARGIN = {"fp32": 0.03, "bf16": 0.15}
+FP8_CACHE_MARGIN = {"fp32": 0.03, "bf16": 0.15}
 
 plain_store = reference.rope_store
 
@@ -84,14 +84,14 @@ def rounding_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: reference.A
 def test_an_fp8_kv_cache_gives_the_tokens_of_a_cpu_that_rounds_alike(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    narrow = convert(folder, tmp_path / "narrow", parallel=Parallel(), fp8_kv_cache=True)
+    fp8_cached = convert(folder, tmp_path / "fp8_cached", parallel=Parallel(), fp8_kv_cache=True)
     prompts = [[(7 * i + 3 * j) % 300 for j in range(3 + 17 * i)] for i in range(20)]
-    exact = serve(engine_of(narrow, "cpu"), greedy(prompts, 40, 2))
+    exact = serve(engine_of(fp8_cached, "cpu"), greedy(prompts, 40, 2))
     monkeypatch.setattr(reference, "rope_store", rounding_store)
-    rounded = serve(engine_of(narrow, "cpu"), greedy(prompts, 40, 2))
-    margin = NARROW_MARGIN[dtype]
+    rounded = serve(engine_of(fp8_cached, "cpu"), greedy(prompts, 40, 2))
+    margin = FP8_CACHE_MARGIN[dtype]
     assert any(margin_violations(a, b, margin) for a, b in zip(rounded, exact, strict=True)), "the margin would hide a plain cache"
-    device = engine_of(narrow, "cuda", dtype)
+    device = engine_of(fp8_cached, "cuda", dtype)
     for turn in range(2):  # the second time from the prefix cache
         for a, b in zip(rounded, serve(device, greedy(prompts, 40, None)), strict=True):
             assert not margin_violations(a, b, margin)

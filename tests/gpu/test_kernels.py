@@ -184,11 +184,11 @@ def test_add_rms_norm(rows: int, hidden: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("columns", [100, 1536])
-def test_narrow_rows_are_those_of_the_definition(columns: int) -> None:
+def test_fp8_rows_are_those_of_the_definition(columns: int) -> None:
     residual, weight, both = (draw(*shape, dtype=torch.float16, seed=columns) for shape in ((5, columns), (columns,), (5, 2 * columns)))
     for found, plain in (
-        (gpu.add_rms_norm_narrow(residual, None, weight, 1e-5), gpu.add_rms_norm(residual, None, weight, 1e-5)),
-        (gpu.silu_mul_narrow(both), gpu.silu_mul(both)),
+        (gpu.add_rms_norm_fp8(residual, None, weight, 1e-5), gpu.add_rms_norm(residual, None, weight, 1e-5)),
+        (gpu.silu_mul_fp8(both), gpu.silu_mul(both)),
     ):
         expected = to_fp8(plain)
         torch.testing.assert_close(found.scales, expected.scales, rtol=1e-6, atol=0)

@@ -63,21 +63,21 @@ def test_products(quant: Quant, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(rows, ins, generator=generator).to(dtype)
         bias = torch.randn(outs, generator=generator).to(dtype) if biased else None
-        narrow = rounded(x)
-        entering = narrow.values.double() * narrow.scales.double() if form == "fp8" else x.double()
+        fp8_rows = rounded(x)
+        entering = fp8_rows.values.double() * fp8_rows.scales.double() if form == "fp8" else x.double()
         expected = entering @ dequantize(form, parts).double().T
         expected = expected if bias is None else expected + bias.double()
         run = linear_gpu.product(form, {n: p.to(DEVICE) for n, p in parts.items()}, bias if bias is None else bias.to(DEVICE), dtype)
         if form == "fp8" and rows > linear_gpu.FEW["fp8"] and not GPU:
             continue  # torch's own product, which no CPU has
-        found = run(Fp8Rows(*(t.to(DEVICE) for t in narrow)) if form == "fp8" else x.to(DEVICE))
+        found = run(Fp8Rows(*(t.to(DEVICE) for t in fp8_rows)) if form == "fp8" else x.to(DEVICE))
         assert found.dtype == dtype and found.shape == expected.shape
         assert error(found, expected) < BOUNDS[dtype], (rows, outs, ins)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize(("outs", "ins", "biased"), [(48, 128, False), (33, 193, True), (7, 2048, False), (130, 5000, True)])
-def test_one_row(outs: int, ins: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemv(outs: int, ins: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths of less than a tile, of one, and of what no tile divides."""
     generator = torch.Generator().manual_seed(outs)
     weight, x = torch.randn(outs, ins, generator=generator).to(dtype), torch.randn(1, ins, generator=generator).to(dtype)
@@ -91,8 +91,8 @@ def test_one_row(outs: int, ins: int, biased: bool, dtype: torch.dtype, monkeypa
         return
     # Every sum is whole whatever the tile: small integers make sums exact.
     weight, x = (torch.randint(-3, 4, t.shape, generator=generator).to(dtype) for t in (weight, x))
-    monkeypatch.setattr(gemv, "tile_for", lambda weight: gemv.Tile(4, 64, 4))
-    assert torch.equal(gemv.one_row(weight, None, x), (x.double() @ weight.double().T).to(dtype))
+    monkeypatch.setattr(gemv, "tile_for", lambda weight: gemv.GemvTile(4, 64, 4))
+    assert torch.equal(gemv.gemv(weight, None, x), (x.double() @ weight.double().T).to(dtype))
 
 
 def test_rows_are_rounded_to_fp8_as_on_a_cpu() -> None:

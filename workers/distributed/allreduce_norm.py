@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.distributed.one_shot_allreduce import Mapped, meet
-from workers.kernels.fused import empty_narrow, store_norm
+from workers.kernels.fused import empty_fp8_rows, store_norm
 from workers.kernels.launch import early, enter
 from workers.kernels.linear import Fp8Rows
 
@@ -31,18 +31,18 @@ _SIDES = tl.constexpr(4)
 
 
 @triton.jit
-def _add_and_norm(normed, scales, residual, before, total, row, line, rates, hidden, eps, within, NARROWS: tl.constexpr):
+def _add_and_norm(normed, scales, residual, before, total, row, line, rates, hidden, eps, within, FP8: tl.constexpr):
     """``residual``'s row, which was ``before``, += ``total``, fp32, and the norm of that. Rounded where it is without this kernel: the
     branch, then the sum."""
     after = (before.to(tl.float32) + total.to(before.dtype).to(tl.float32)).to(before.dtype)
     tl.store(residual + line, after, mask=within)
-    store_norm(normed, scales, row, line, after, rates, hidden, eps, within, NARROWS)
+    store_norm(normed, scales, row, line, after, rates, hidden, eps, within, FP8)
 
 
 @triton.jit
 def _few(
     normed, scales, residual, x, weight, inboxes, turns, hidden, eps, LIMIT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    NARROWS: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr,
+    FP8: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row of bf16 a program, SPAN words of it."""
     columns = tl.arange(0, 2 * SPAN)
@@ -58,7 +58,7 @@ def _few(
     line = row * hidden + columns
     before = tl.load(residual + line, mask=within, other=0.0)  # comes while the others' words do
     low, high = meet(mine, program * SPAN + place, there, inboxes, turn, LIMIT, RANK, RANKS, True, SPAN)
-    _add_and_norm(normed, scales, residual, before, tl.interleave(low, high), row, line, rates, hidden, eps, within, NARROWS)
+    _add_and_norm(normed, scales, residual, before, tl.interleave(low, high), row, line, rates, hidden, eps, within, FP8)
     tl.store(turns + program, turn)
 
 
@@ -82,7 +82,7 @@ def _send(x, line, within, rows, flags, turn, hidden, PROGRAMS: tl.constexpr, RA
 @triton.jit(do_not_specialize=["rows"])
 def _many(
     normed, scales, residual, x, weight, inboxes, flags, turns, rows, hidden, eps, PROGRAMS: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, NARROWS: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr,
+    RANKS: tl.constexpr, FP8: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Every program takes each of so many rows of bf16 as there are programs, one a turn. Inboxes are [_SIDES, RANKS, PROGRAMS, hidden]
     rows, flags [RANKS, PROGRAMS] turns."""
@@ -112,7 +112,7 @@ def _many(
                 place = ((turn & (_SIDES - 1)) * (RANKS * PROGRAMS) + peer * PROGRAMS + program).to(tl.int64) * hidden + columns
                 theirs = tl.load(mine + place, mask=within, other=0.0, cache_modifier=".cg")
             total += theirs.to(tl.float32)
-        _add_and_norm(normed, scales, residual, before, total, row, line, rates, hidden, eps, within, NARROWS)
+        _add_and_norm(normed, scales, residual, before, total, row, line, rates, hidden, eps, within, FP8)
         row += stride
         turn += 1
     tl.store(turns + program, turn - 1)
@@ -139,23 +139,23 @@ class AllReduceNorm:
             self._flags = Mapped(group, device, self._ranks * _PROGRAMS, torch.int32)
             self._many_turns = torch.zeros(_PROGRAMS, dtype=torch.int32, device=device)
 
-    def takes(self, branch: Tensor) -> bool:
+    def supports(self, branch: Tensor) -> bool:
         return branch.dtype == torch.bfloat16 and (self._any or len(branch) <= self._few)
 
-    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Fp8Rows:
+    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, fp8: bool) -> Tensor | Fp8Rows:
         rows = len(residual)
-        found: Tensor | Fp8Rows = empty_narrow(rows, self._hidden, residual.device) if narrows else torch.empty_like(residual)
+        found: Tensor | Fp8Rows = empty_fp8_rows(rows, self._hidden, residual.device) if fp8 else torch.empty_like(residual)
         values, scales = (found.values, found.scales) if isinstance(found, Fp8Rows) else (found, found)
         if rows <= self._few:
             _few[(rows,)](
                 values, scales, residual, branch, weight, self._words.addresses, self._turns, self._hidden, eps,
-                LIMIT=WORD_ROWS * (self._span // 2), RANK=self._rank, RANKS=self._ranks, NARROWS=narrows, SPAN=self._span // 2,
+                LIMIT=WORD_ROWS * (self._span // 2), RANK=self._rank, RANKS=self._ranks, FP8=fp8, SPAN=self._span // 2,
                 **early(), num_warps=min(max(self._span // 512, 1), 16),
             )  # fmt: skip
         else:
             _many[(min(rows, _PROGRAMS),)](
                 values, scales, residual, branch, weight, self._rows.addresses, self._flags.addresses, self._many_turns, rows, self._hidden,
-                eps, PROGRAMS=_PROGRAMS, RANK=self._rank, RANKS=self._ranks, NARROWS=narrows, SPAN=self._span,
+                eps, PROGRAMS=_PROGRAMS, RANK=self._rank, RANKS=self._ranks, FP8=fp8, SPAN=self._span,
                 **early(), num_warps=min(max(self._span // 512, 1), 8),
             )  # fmt: skip
         return found

@@ -65,12 +65,12 @@ class Waiter:
                 pause = min(pause * 1.25, _IDLE_SLEEP_S)
 
 
-class FusedSumNorm(Protocol):
+class FusedAllReduceNorm(Protocol):
     """A sum over ranks, its addition and the norm after it, as one operation for the branches that it takes."""
 
-    def takes(self, branch: Tensor) -> bool: ...
+    def supports(self, branch: Tensor) -> bool: ...
 
-    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Fp8Rows:
+    def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, fp8: bool) -> Tensor | Fp8Rows:
         """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns the norm, narrowed if it is to be."""
 
 
@@ -94,7 +94,7 @@ class Group(Protocol):
         """Sum over ranks, in ``x``'s own memory or beside it; ``x`` means nothing afterwards. Half-precision tensors are summed in fp32 and
         rounded once; only GPU transports of three ranks and more round after each addition."""
 
-    def sum_norm(self, hidden: int) -> FusedSumNorm | None:
+    def allreduce_norm(self, hidden: int) -> FusedAllReduceNorm | None:
         """For rows of ``hidden`` values; None where there is no such operation. All ranks call it together."""
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Solo:
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
-    def sum_norm(self, hidden: int) -> None:
+    def allreduce_norm(self, hidden: int) -> None:
         return None
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class InProcess:
     def all_reduce(self, x: Tensor) -> Tensor:
         return x.copy_(ordered_sum(self._exchange(x.float() if is_half(x) else x)))
 
-    def sum_norm(self, hidden: int) -> None:
+    def allreduce_norm(self, hidden: int) -> None:
         return None
 
     def all_gather(self, x: Tensor) -> Tensor:

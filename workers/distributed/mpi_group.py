@@ -48,7 +48,7 @@ class MpiGroup:
         self._wait(self._comm.Iallreduce(MPI.IN_PLACE, x.numpy(), MPI.SUM))
         return x
 
-    def sum_norm(self, hidden: int) -> None:
+    def allreduce_norm(self, hidden: int) -> None:
         return None
 
     def all_gather(self, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class NcclGroup:
             return x
         if self.deterministic:
             return x.copy_(ordered_sum(self.all_gather(x.float() if is_half(x) else x)))
-        if self._one_shot is not None and self._one_shot.takes(x):
+        if self._one_shot is not None and self._one_shot.supports(x):
             return self._one_shot(x)
         nbytes = x.numel() * x.element_size()
         # Every rank's share of a sum, and what a thread moves at once, are whole multiples of 16 bytes.
@@ -68,7 +68,7 @@ class NcclGroup:
         dist.all_reduce(x, group=self._group)
         return x
 
-    def sum_norm(self, hidden: int) -> AllReduceNorm | None:
+    def allreduce_norm(self, hidden: int) -> AllReduceNorm | None:
         return None if self._one_shot is None or hidden % 2 else AllReduceNorm(self._group, self._device, hidden)
 
     def all_gather(self, x: Tensor) -> Tensor:

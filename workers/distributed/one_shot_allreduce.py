@@ -100,12 +100,12 @@ class OneShotAllReduce:
         self._inboxes = Mapped(group, device, 2 * self._ranks * self._words, torch.int64)
         self._turns = torch.zeros(programs, dtype=torch.int32, device=device)
 
-    def takes(self, x: Tensor) -> bool:
+    def supports(self, x: Tensor) -> bool:
         nbytes = x.numel() * x.element_size()
         return nbytes <= 4 * self._words and nbytes % 4 == 0 and x.dtype in (torch.bfloat16, torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The sum, in memory of its own, of what it :meth:`takes`."""
+        """The sum, in memory of its own, of what it :meth:`supports`."""
         x = x.contiguous()
         words = x.numel() * x.element_size() // 4
         out = torch.empty_like(x)

@@ -35,7 +35,7 @@ class Kernels(Protocol[Layout]):
     def add_rms_norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """``residual`` [T, hidden] += ``branch`` in place, rounded; returns its root-mean-square norm, computed in fp32."""
 
-    def add_rms_norm_narrow(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
+    def add_rms_norm_fp8(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
         """:meth:`add_rms_norm`, narrowed for an FP8 product."""
 
     def rope_store(self, qkv: Tensor, cache: Tensor, rope: Tensor, layout: Layout, norm: Tensor | None, eps: float) -> None:
@@ -50,7 +50,7 @@ class Kernels(Protocol[Layout]):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """SiLU(first half) * second half of ``gate_up`` [T, 2 * columns]; [T, columns]."""
 
-    def silu_mul_narrow(self, gate_up: Tensor) -> Fp8Rows:
+    def silu_mul_fp8(self, gate_up: Tensor) -> Fp8Rows:
         """:meth:`silu_mul`, narrowed for an FP8 product."""
 
 

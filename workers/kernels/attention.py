@@ -1,8 +1,8 @@
-"""Paged attention in Triton: parts of decode rows and tiles of longer ones, as :mod:`.layout` cuts them.
+"""Paged attention in Triton, over parts of sequences that decode and tiles of the others, as :mod:`.step_layout` cuts them.
 
 Owns how a program walks a block table. The query heads that share a key/value head are rows of one product, so keys and values are read
-once for all of them. The softmax is kept in powers of two and fp32. Grids are sizes of the layout, never contexts. Must never allocate but
-its output and the parts' partial results.
+once for all of them. The softmax is computed in powers of two and fp32. Grids depend on the layout's sizes, never on contexts. Must never
+allocate anything but its output and the partial results of parts.
 """
 
 from typing import NamedTuple
@@ -22,8 +22,8 @@ _MERGE_VALUES = 8192
 
 
 class AttentionTuning(NamedTuple):
-    """How a kernel is compiled: ``keys`` a turn of its loop, ``warps`` a program, ``stages`` of loads in flight, ``registers`` a thread at
-    most (None = as many as it likes)."""
+    """How a kernel is compiled: ``keys`` in each iteration of its loop, ``warps`` of a program, ``stages`` of loads in flight, and the most
+    ``registers`` of a thread (None = no limit)."""
 
     keys: int
     warps: int
@@ -31,21 +31,22 @@ class AttentionTuning(NamedTuple):
     registers: int | None = None
 
     def options(self) -> dict[str, int]:
-        """What the compiler is told."""
+        """Launch options and compile-time parameters."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"KEYS": self.keys, "STAGES": self.stages, "num_warps": self.warps, **limit}
 
 
 def decode_tuning(cache: Tensor) -> AttentionTuning:
-    """Loads bound decodes: small programs, four or five a multiprocessor, keep the most bytes in flight (the best of 19 measured)."""
+    """Decodes are bound by loads: small programs, four or five on a multiprocessor, keep the most bytes in flight (the best of 19
+    measured)."""
     if cache.element_size() * cache.shape[3] > 256:
         return AttentionTuning(32, 4, 2)
     return AttentionTuning(64, 2, 5 if cache.element_size() == 1 else 3)
 
 
 def tile_tuning(cache: Tensor) -> AttentionTuning:
-    """Products bound tiles: with 128 registers a thread two programs share a multiprocessor, and one multiplies while the other takes
-    exponentials (measured: a quarter faster than one program with what registers it likes)."""
+    """Tiles are bound by products: with 128 registers a thread two programs share a multiprocessor, and one multiplies while the other
+    computes exponentials (measured: a quarter faster than one program without a limit)."""
     if cache.element_size() * cache.shape[3] > 256:
         return AttentionTuning(32, 8, 2)
     return AttentionTuning(64, 8, 3, 128)
@@ -58,29 +59,30 @@ def _fold(
 ):  # fmt: skip
     """Fold keys ``begin``..``end`` into the running softmax of ``query`` [M, DIM]: its ``peak`` and ``norm`` [M] and ``mixed`` [M, DIM].
 
-    ``last`` [M]: the last key that each row sees. Only with MASKED may ``end`` stand anywhere, and may a row not see all keys.
+    ``last`` [M]: the last key that each row of the query attends to. Without MASKED, ``end`` must be a multiple of KEYS after ``begin``,
+    and every row must attend to all keys.
     """
     dims = tl.arange(0, DIM)
     for start in tl.range(begin, end, KEYS, num_stages=STAGES):
-        places = start + tl.arange(0, KEYS)
-        inside = places < end
+        positions = start + tl.arange(0, KEYS)
+        mask = positions < end
         if BLOCK % KEYS == 0:
             blocks = tl.load(table + start // BLOCK)
         elif MASKED:
-            blocks = tl.load(table + places // BLOCK, mask=inside, other=0)
+            blocks = tl.load(table + positions // BLOCK, mask=mask, other=0)
         else:
-            blocks = tl.load(table + places // BLOCK)
-        lines = ((blocks.to(tl.int64) * BLOCK + places % BLOCK) * (2 * KV) + head) * DIM
-        # What lies beyond a row's context may be anything, and 0 * NaN is NaN: it is not loaded.
+            blocks = tl.load(table + positions // BLOCK)
+        offsets = ((blocks.to(tl.int64) * BLOCK + positions % BLOCK) * (2 * KV) + head) * DIM
+        # Beyond a sequence's context the cache may hold anything, and 0 * NaN is NaN: it is not loaded.
         if MASKED:
-            keys = tl.load(cache + lines[:, None] + dims[None, :], mask=inside[:, None], other=0.0)
-            values = tl.load(cache + KV * DIM + lines[:, None] + dims[None, :], mask=inside[:, None], other=0.0)
+            keys = tl.load(cache + offsets[:, None] + dims[None, :], mask=mask[:, None], other=0.0)
+            values = tl.load(cache + KV * DIM + offsets[:, None] + dims[None, :], mask=mask[:, None], other=0.0)
         else:
-            keys = tl.load(cache + lines[:, None] + dims[None, :])
-            values = tl.load(cache + KV * DIM + lines[:, None] + dims[None, :])
+            keys = tl.load(cache + offsets[:, None] + dims[None, :])
+            values = tl.load(cache + KV * DIM + offsets[:, None] + dims[None, :])
         scores = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
         if MASKED:
-            scores = tl.where(places[None, :] <= last[:, None], scores, float("-inf"))
+            scores = tl.where(positions[None, :] <= last[:, None], scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - higher[:, None])
         decay = tl.exp2(peak - higher)
@@ -95,67 +97,69 @@ def _merge(
     out, mixes, peaks, norms, first, parts, head, row,
     KV: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Write the attention of ``row`` from its ``parts`` partial results, in their order; PAIRED: GROUP rounded up to a power of two."""
+    """Write the attention of one query ``row`` from the partial results of its ``parts``, in their order. PAIRED: GROUP rounded up to a
+    power of two; AT_ONCE: parts that are read at once."""
     dims, members = tl.arange(0, DIM), tl.arange(0, PAIRED)
     peak = tl.full([PAIRED], float("-inf"), tl.float32)
     norm = tl.zeros([PAIRED], tl.float32)
     mixed = tl.zeros([PAIRED, DIM], tl.float32)
     for begin in range(0, parts, AT_ONCE):
         numbers = begin + tl.arange(0, AT_ONCE)
-        lines = ((first + numbers) * KV + head)[:, None] * GROUP + members[None, :]
-        there = (numbers < parts)[:, None] & (members < GROUP)[None, :]
-        # Other programs wrote these: .cg, so that no stale line of the first cache is read.
-        found = tl.load(peaks + lines, mask=there, other=float("-inf"), cache_modifier=".cg")
+        sources = ((first + numbers) * KV + head)[:, None] * GROUP + members[None, :]
+        mask = (numbers < parts)[:, None] & (members < GROUP)[None, :]
+        # Other programs wrote these: .cg bypasses the first-level cache, which may hold stale values.
+        found = tl.load(peaks + sources, mask=mask, other=float("-inf"), cache_modifier=".cg")
         higher = tl.maximum(peak, tl.max(found, 0))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(found - finite[None, :])
         decay = tl.exp2(peak - finite)
-        norm = norm * decay + tl.sum(weights * tl.load(norms + lines, mask=there, other=0.0, cache_modifier=".cg"), 0)
+        norm = norm * decay + tl.sum(weights * tl.load(norms + sources, mask=mask, other=0.0, cache_modifier=".cg"), 0)
         parts_mixed = tl.load(
-            mixes + lines[:, :, None] * DIM + dims[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
+            mixes + sources[:, :, None] * DIM + dims[None, None, :], mask=mask[:, :, None], other=0.0, cache_modifier=".cg"
         )
         mixed = mixed * decay[:, None] + tl.sum(weights[:, :, None] * parts_mixed, 0)
         peak = higher
-    place = ((row * KV + head) * GROUP + members)[:, None] * DIM + dims[None, :]
-    tl.store(out + place, mixed / tl.where(norm > 0.0, norm, 1.0)[:, None], mask=(members < GROUP)[:, None])
+    targets = ((row * KV + head) * GROUP + members)[:, None] * DIM + dims[None, :]
+    tl.store(out + targets, mixed / tl.where(norm > 0.0, norm, 1.0)[:, None], mask=(members < GROUP)[:, None])
 
 
 @triton.jit(do_not_specialize=["width"])
 def _decode(
-    out, mixes, peaks, norms, query, cache, lines_of_parts, positions, tables, arrived, scale, token_stride, width,
+    out, mixes, peaks, norms, query, cache, layout_parts, positions, tables, arrived, scale, token_stride, width,
     KV: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     WORDS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, AT_ONCE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row for one key/value head; the last part to arrive merges them all. ROWS: GROUP padded to what a product takes."""
+    """One part of one sequence for one key/value head; the last part to finish merges them all. ROWS: GROUP padded to what a product takes.
+    Grid: (key/value heads, parts)."""
     head, part = tl.program_id(0), tl.program_id(1)
-    line = lines_of_parts + part * WORDS
-    row, slot, begin, bound = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
-    first, parts = tl.load(line + 4), tl.load(line + 5)
+    words = layout_parts + part * WORDS
+    row, slot, begin, bound = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    first, parts = tl.load(words + 4), tl.load(words + 5)
     end = tl.minimum(bound, tl.load(positions + tl.maximum(row, 0)) + 1)
     enter(EARLY)
     if row < 0:
         return
     table = tables + slot * width
     dims, members = tl.arange(0, DIM), tl.arange(0, ROWS)
-    mine = (members < GROUP)[:, None]
-    lines = ((head * GROUP + members) * DIM)[:, None] + dims[None, :]
-    asked = tl.load(query + row.to(tl.int64) * token_stride + lines, mask=mine, other=0.0).to(KIND)
+    mask = (members < GROUP)[:, None]
+    offsets = ((head * GROUP + members) * DIM)[:, None] + dims[None, :]
+    queries = tl.load(query + row.to(tl.int64) * token_stride + offsets, mask=mask, other=0.0).to(KIND)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, DIM], tl.float32)
     last = tl.zeros([ROWS], tl.int32) + (end - 1)
     peak, norm, mixed = _fold(
-        asked, cache, table, head, begin, end, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, True, STAGES
+        queries, cache, table, head, begin, end, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, True, STAGES
     )  # fmt: skip
     if parts == 1:
-        tl.store(out + row * (KV * GROUP * DIM) + lines, mixed / tl.where(norm > 0.0, norm, 1.0)[:, None], mask=mine)
+        tl.store(out + row * (KV * GROUP * DIM) + offsets, mixed / tl.where(norm > 0.0, norm, 1.0)[:, None], mask=mask)
     else:
-        place = (part * KV + head) * GROUP + members
-        tl.store(peaks + place, peak, mask=members < GROUP)
-        tl.store(norms + place, norm, mask=members < GROUP)
-        tl.store(mixes + place[:, None] * DIM + dims[None, :], mixed, mask=mine)
-        # All threads' stores come before the count, and the count of the others before their results are read.
+        partial = (part * KV + head) * GROUP + members
+        tl.store(peaks + partial, peak, mask=members < GROUP)
+        tl.store(norms + partial, norm, mask=members < GROUP)
+        tl.store(mixes + partial[:, None] * DIM + dims[None, :], mixed, mask=mask)
+        # All threads store before this program counts itself, and results of others are read only after these have counted themselves.
         tl.debug_barrier()
         count = arrived + row * KV + head
         if tl.atomic_add(count, 1, sem="acq_rel") == parts - 1:
@@ -165,41 +169,43 @@ def _decode(
 
 @triton.jit(do_not_specialize=["width"])
 def _tile(
-    out, query, cache, lines_of_tiles, tables, scale, token_stride, width,
+    out, query, cache, layout_tiles, tables, scale, token_stride, width,
     KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Query tokens of one tile for one key/value head: rows of the product are (token, query head of the group)."""
-    head, line = tl.program_id(0), lines_of_tiles + tl.program_id(1) * WORDS
-    first, count, slot, start = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    """Query tokens of one tile for one key/value head: rows of the product are (token, query head of the group). Grid: (key/value heads,
+    tiles)."""
+    head, words = tl.program_id(0), layout_tiles + tl.program_id(1) * WORDS
+    first, count, slot, start = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
     enter(EARLY)
     if first < 0:
         return
     table = tables + slot * width
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM)
     tokens = rows // GROUP
-    mine = (tokens < count)[:, None]
+    mask = (tokens < count)[:, None]
     members = (head * GROUP + rows % GROUP) * DIM
-    asked = (first + tokens).to(tl.int64)
-    lines = (asked * token_stride + members)[:, None] + dims[None, :]
-    turned = tl.load(query + lines, mask=mine, other=0.0).to(KIND)
+    step_tokens = (first + tokens).to(tl.int64)
+    offsets = (step_tokens * token_stride + members)[:, None] + dims[None, :]
+    queries = tl.load(query + offsets, mask=mask, other=0.0).to(KIND)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, DIM], tl.float32)
     last = start + tokens
-    # Keys that every row sees, whole turns of them, need no mask.
+    # Keys that every row attends to need no mask, as far as they fill whole iterations.
     seen = (start + 1) // KEYS * KEYS
     peak, norm, mixed = _fold(
-        turned, cache, table, head, 0, seen, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, False, STAGES
+        queries, cache, table, head, 0, seen, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, False, STAGES
     )  # fmt: skip
     peak, norm, mixed = _fold(
-        turned, cache, table, head, seen, start + count, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, True, STAGES
+        queries, cache, table, head, seen, start + count, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, True, STAGES
     )  # fmt: skip
-    tl.store(out + (asked * (KV * GROUP * DIM) + members)[:, None] + dims[None, :], mixed / norm[:, None], mask=mine)
+    tl.store(out + (step_tokens * (KV * GROUP * DIM) + members)[:, None] + dims[None, :], mixed / norm[:, None], mask=mask)
 
 
 def _product_kind(query: Tensor, cache: Tensor) -> tl.dtype:
-    """What is multiplied: the model's dtype, or fp16 with an FP8 cache, since one instruction widens FP8 to fp16, and many to bf16."""
+    """The dtype that is multiplied: the model's, or fp16 with an FP8 cache, since FP8 is widened to fp16 by one instruction and to bf16 by
+    many."""
     if cache.dtype == torch.float8_e4m3fn:
         return tl.float16
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[query.dtype]
@@ -210,7 +216,7 @@ def paged_attention(
 ) -> Tensor:
     """Causal softmax attention of ``query`` [T, heads, dim] (heads contiguous) over ``cache``; [T, heads * dim].
 
-    ``decode``, ``tile``: other tunings than this device's own.
+    ``decode``, ``tile``: other tunings than the default ones of this device. Raises ValueError for a head dimension that is not supported.
     """
     tokens, heads, dim = query.shape
     block, kv = cache.shape[1], cache.shape[2] // 2

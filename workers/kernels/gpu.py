@@ -3,23 +3,23 @@
 from workers.kernels.attention import paged_attention
 from workers.kernels.fused import (
     add_rms_norm,
-    add_rms_norm_narrow,
+    add_rms_norm_fp8,
     embed,
     rope_rows,
     rope_store,
     rope_table,
     silu_mul,
-    silu_mul_narrow,
+    silu_mul_fp8,
 )
 
 __all__ = [
     "add_rms_norm",
-    "add_rms_norm_narrow",
+    "add_rms_norm_fp8",
     "embed",
     "paged_attention",
     "rope_rows",
     "rope_store",
     "rope_table",
     "silu_mul",
-    "silu_mul_narrow",
+    "silu_mul_fp8",
 ]

@@ -230,11 +230,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return functional.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
 
 
-def add_rms_norm_narrow(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
+def add_rms_norm_fp8(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
     """:func:`add_rms_norm`, narrowed."""
     return to_fp8(add_rms_norm(residual, branch, weight, eps))
 
 
-def silu_mul_narrow(gate_up: Tensor) -> Fp8Rows:
+def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
     """:func:`silu_mul`, narrowed."""
     return to_fp8(silu_mul(gate_up))

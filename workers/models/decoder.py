@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.distributed.group import FusedSumNorm, Group
+from workers.distributed.group import FusedAllReduceNorm, Group
 from workers.kernels import Kernels, kernels_for
 from workers.kernels.linear import Fp8Rows
 from workers.kernels.reference import AttentionLayout
@@ -31,15 +31,15 @@ class ForwardContext:
     layout: AttentionLayout | DeviceLayout
     rope: Tensor
     group: Group
-    sum_norm: FusedSumNorm | None
+    allreduce_norm: FusedAllReduceNorm | None
 
-    def norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, narrows: bool) -> Tensor | Fp8Rows:
+    def norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, fp8: bool) -> Tensor | Fp8Rows:
         """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm, narrowed if it is to be."""
         if branch is not None:
-            if self.sum_norm is not None and self.sum_norm.takes(branch):
-                return self.sum_norm(residual, branch, weight, eps, narrows=narrows)
+            if self.allreduce_norm is not None and self.allreduce_norm.supports(branch):
+                return self.allreduce_norm(residual, branch, weight, eps, fp8=fp8)
             branch = self.group.all_reduce(branch)
-        norm = self.kernels.add_rms_norm_narrow if narrows else self.kernels.add_rms_norm
+        norm = self.kernels.add_rms_norm_fp8 if fp8 else self.kernels.add_rms_norm
         return norm(residual, branch, weight, eps)
 
 
@@ -86,12 +86,12 @@ class DecoderLayer:
         """Add ``branch``'s sum over ranks and this layer's attention to ``residual`` [T, hidden] in place; returns this rank's part of the
         MLP's branch, neither summed nor added."""
         kernels = step.kernels
-        normed = step.norm(residual, branch, self.input_norm, self._eps, narrows=self.qkv.narrows)
+        normed = step.norm(residual, branch, self.input_norm, self._eps, fp8=self.qkv.takes_fp8)
         qkv = self.qkv(normed).view(-1, self._heads + 2 * self._kv, self._dim)
         kernels.rope_store(qkv, cache, step.rope, step.layout, self.qk_norm, self._eps)
         attended = self.dense(kernels.paged_attention(qkv[:, : self._heads], cache, step.layout))
-        gate_up = self.gate_up(step.norm(residual, attended, self.post_norm, self._eps, narrows=self.gate_up.narrows))
-        mixed = kernels.silu_mul_narrow(gate_up) if self.down.narrows else kernels.silu_mul(gate_up)
+        gate_up = self.gate_up(step.norm(residual, attended, self.post_norm, self._eps, fp8=self.gate_up.takes_fp8))
+        mixed = kernels.silu_mul_fp8(gate_up) if self.down.takes_fp8 else kernels.silu_mul(gate_up)
         return self.down(mixed)
 
 
@@ -119,7 +119,7 @@ class DecoderStage:
         self.dtype, self.device = dtype, device
         self.layers = [DecoderLayer(model, shard, dtype, device, quant) for _ in range(shard.layers.size)]
         self._kernels = kernels or kernels_for(device)
-        self._sum_norm = group.sum_norm(model.hidden_size)
+        self._allreduce_norm = group.allreduce_norm(model.hidden_size)
         self._rope = self._kernels.rope_table(rope_angles(model, positions), dtype).to(device)
         self._tied = shares_embedding(model, parallel)
         self._embedding: Tensor | None = None
@@ -173,7 +173,7 @@ class DecoderStage:
 
     def _layers(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> tuple[ForwardContext, Tensor | None]:
         """Run the layers; what is still to be summed and added to ``hidden``."""
-        step = ForwardContext(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._sum_norm)
+        step = ForwardContext(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._allreduce_norm)
         branch: Tensor | None = None
         for layer, blocks in zip(self.layers, cache, strict=False):
             branch = layer(hidden, branch, blocks, step)
@@ -182,7 +182,7 @@ class DecoderStage:
     def decode(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
         """:meth:`forward` and the :meth:`head` of every token in one, the same bits in fewer kernels; last stage only."""
         step, branch = self._layers(hidden, layout, cache)
-        normed = step.norm(hidden, branch, self._norm, self.model.rms_norm_eps, narrows=False)
+        normed = step.norm(hidden, branch, self._norm, self.model.rms_norm_eps, fp8=False)
         assert isinstance(normed, Tensor)
         return self._logits(normed)
 

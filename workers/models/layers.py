@@ -36,7 +36,7 @@ class Linear:
     ) -> None:
         self._dtype, self._device, self._form = dtype, device, quant.weights
         #: Whether :class:`Fp8Rows` rows may be given, which saves the product from narrowing them.
-        self.narrows = quant.weights == "fp8" and device.type == "cuda"
+        self.takes_fp8 = quant.weights == "fp8" and device.type == "cuda"
         self._parts = {
             part.suffix: torch.empty(part.shape(out_features, in_features), dtype=TORCH[part.format], device=device)
             for part in parts_of(quant, _DTYPES[dtype])
