@@ -76,8 +76,8 @@ def rounding_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: reference.A
     """The CPU's own, whose keys and values are rounded as an FP8 cache keeps them."""
     plain_store(qkv, cache, rope, layout, norm, eps)
     lines = cache.view(-1, *cache.shape[2:])
-    kept = lines.index_select(0, layout.places).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(cache.dtype)
-    lines.index_copy_(0, layout.places, kept)
+    kept = lines.index_select(0, layout.cache_indices).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(cache.dtype)
+    lines.index_copy_(0, layout.cache_indices, kept)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -41,10 +41,10 @@ def rope_rows(table: Tensor, layout: DeviceLayout) -> Tensor:
 
 def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: DeviceLayout, norm: Tensor | None, eps: float) -> None:
     kv = cache.shape[2] // 2
-    turning = qkv[:, : qkv.shape[1] - kv]
+    rotated = qkv[:, : qkv.shape[1] - kv]
     if norm is not None:
-        turning.copy_(rms_norm(turning, torch.ones(qkv.shape[2]), eps).mul_(norm))
-    rotate(turning, rope[0], rope[1])
+        rotated.copy_(rms_norm(rotated, torch.ones(qkv.shape[2]), eps).mul_(norm))
+    rotate(rotated, rope[0], rope[1])
     size = cache.shape[1]
     for token, (position, slot) in enumerate(zip(layout.positions.tolist(), layout.slots.tolist(), strict=True)):
         if position >= 0:

@@ -1,7 +1,7 @@
-"""How ranks exchange tensors: the Group seam, how to wait for a peer, and the members that need no transport (Solo, InProcess).
+"""How ranks exchange tensors: the Group seam, how to wait for a peer, and the groups that need no transport (Solo, InProcess).
 
-Owns no tensors and decides nothing; every call is collective or has a matching peer, in the same order on every rank, because all ranks
-follow the same plan. Must never import a transport: a replica of one rank runs where MPI is not installed
+Owns no tensors and decides nothing. Every call is collective or has a matching call on the peer, in the same order on every rank, because
+all ranks follow the same plan. Must never import a transport: a replica of one rank runs where MPI is not installed
 (:mod:`workers.distributed.mpi_group`).
 """
 
@@ -23,20 +23,21 @@ from workers.protocol.specs import WaitPolicy
 if TYPE_CHECKING:
     from workers.kernels.linear import Fp8Rows
 
-#: Longest that a peer may keep another waiting inside a step, seconds. The supervisor's watchdog is far quicker; this one is the last.
+#: How long a rank waits for a peer inside a step at most, seconds. The supervisor's watchdog acts far sooner; this bound is the last
+#: resort.
 STEP_BOUND_S = 300.0
 _SPIN_S = 0.002
 _SLEEP_S = 0.0005
 _IDLE_SLEEP_S = 0.005
-#: After this long without an answer the peer is idle, not late: sleeps grow.
+#: After this long without an answer the peer is idle, not late, and sleeps grow.
 _IDLE_AFTER_S = 0.05
 
 
 class Waiter:
-    """Waits for a condition without burning a shared core.
+    """Waits for a condition without keeping a shared core busy.
 
-    ``hybrid``: test and yield for 2 ms, then sleep 0.5 ms, growing to 5 ms once 50 ms have passed. ``spin``: test without a pause, for GPU
-    hosts with a core a rank.
+    ``hybrid``: test and yield for 2 ms, then sleep 0.5 ms between tests, and up to 5 ms once 50 ms have passed. ``spin``: test without a
+    pause, for GPU hosts that have a core for each rank.
     """
 
     def __init__(self, policy: WaitPolicy = "hybrid") -> None:
@@ -66,17 +67,19 @@ class Waiter:
 
 
 class FusedAllReduceNorm(Protocol):
-    """A sum over ranks, its addition and the norm after it, as one operation for the branches that it takes."""
+    """A sum over ranks, its addition to the residual and the norm after it, as one operation."""
 
-    def supports(self, branch: Tensor) -> bool: ...
+    def supports(self, branch: Tensor) -> bool:
+        """Whether ``branch`` may be given."""
 
     def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, fp8: bool) -> Tensor | Fp8Rows:
-        """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns the norm, narrowed if it is to be."""
+        """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm times ``weight`` [hidden], in FP8 if
+        ``fp8``."""
 
 
 class Group(Protocol):
-    """Seam 2: ``size`` ranks that exchange tensors. Tensors are contiguous; shapes and dtypes agree on all ranks. Between two meetings of
-    all, tensors are sent one way along the ranks only.
+    """Seam: ``size`` ranks that exchange tensors. Tensors are contiguous; shapes and dtypes agree on all ranks. Between two collective
+    calls, tensors are sent in one direction along the ranks only.
 
     ``deterministic``: ``all_reduce`` adds in rank order on every rank, so its bits don't depend on the transport.
     """
@@ -91,23 +94,23 @@ class Group(Protocol):
     def deterministic(self) -> bool: ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in ``x``'s own memory or beside it; ``x`` means nothing afterwards. Half-precision tensors are summed in fp32 and
-        rounded once; only GPU transports of three ranks and more round after each addition."""
+        """The sum over ranks, in the memory of ``x`` or in new memory; ``x`` is invalid afterwards. Half-precision tensors are summed in
+        fp32 and rounded once; only GPU transports of three ranks and more round after each addition."""
 
     def allreduce_norm(self, hidden: int) -> FusedAllReduceNorm | None:
-        """For rows of ``hidden`` values; None where there is no such operation. All ranks call it together."""
+        """The fused operation for rows of ``hidden`` values; None where the group has none. All ranks call this together."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape], entry i from rank i."""
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        """Overwrite ``x`` with ``root``'s; returns ``x``."""
+        """Overwrite ``x`` with the ``x`` of rank ``root``; returns ``x``."""
 
     def send(self, x: Tensor, to: int) -> None:
-        """Start sending ``x``; the caller may forget it but must not write to it. Returns at once."""
+        """Start sending ``x`` to rank ``to`` and return at once. The caller may drop ``x`` but must not write to it any more."""
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        """Fill ``x`` with the next tensor that ``source`` sent here; returns ``x``."""
+        """Fill ``x`` with the next tensor that rank ``source`` sent to this one; returns ``x``."""
 
 
 def is_half(x: Tensor) -> bool:
@@ -124,7 +127,7 @@ def ordered_sum(parts: Tensor) -> Tensor:
 
 
 class Solo:
-    """A group of one."""
+    """A group of one rank."""
 
     rank = 0
     size = 1
@@ -155,11 +158,11 @@ class _Shared:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
         self.parts: list[Tensor | None] = [None] * size
-        self.links = {(a, b): queue.SimpleQueue[Tensor]() for a in range(size) for b in range(size)}
+        self.queues = {(a, b): queue.SimpleQueue[Tensor]() for a in range(size) for b in range(size)}
 
 
 class InProcess:
-    """Members of a group as threads of one process: the reference that other transports are held to, always deterministic."""
+    """Members of a group as threads of one process: the reference that other transports are tested against; always deterministic."""
 
     deterministic = True
 
@@ -178,7 +181,7 @@ class InProcess:
         try:
             shared.barrier.wait(STEP_BOUND_S)
             gathered = torch.stack([part for part in shared.parts if part is not None])
-            # Nobody may overwrite its part before all have read it.
+            # No member may overwrite its part before all have read it.
             shared.barrier.wait(STEP_BOUND_S)
         except threading.BrokenBarrierError:
             raise EngineFault("a member of the group did not answer", "its thread ended or hangs") from None
@@ -197,14 +200,14 @@ class InProcess:
         return x.copy_(self._exchange(x)[root])
 
     def send(self, x: Tensor, to: int) -> None:
-        self._shared.links[self.rank, to].put(x.clone())
+        self._shared.queues[self.rank, to].put(x.clone())
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         try:
-            return x.copy_(self._shared.links[source, self.rank].get(timeout=STEP_BOUND_S))
+            return x.copy_(self._shared.queues[source, self.rank].get(timeout=STEP_BOUND_S))
         except queue.Empty:
             raise EngineFault("a member of the group did not send", "its thread ended or hangs") from None
 
     def abort(self) -> None:
-        """Wake every member that waits: this one will not come."""
+        """Wake every member that waits for this one, which will not answer any more."""
         self._shared.barrier.abort()

@@ -1,7 +1,7 @@
 """The device operations of a decoder layer, behind one seam: model code is the same for every device.
 
-Owns the seam and the choice. :mod:`.reference` is plain torch and defines the results; :mod:`.gpu` is Triton, and imported only where a GPU
-computes. A layout is opaque to the model: each device makes its own. Must never know about requests.
+Owns the seam and the choice of the implementation. :mod:`.reference` is plain torch and defines the results; :mod:`.gpu` is Triton, and is
+imported only where a GPU computes. The model does not look into a layout: each device has its own kind. Must never know about requests.
 """
 
 from __future__ import annotations
@@ -20,38 +20,40 @@ Layout = TypeVar("Layout", contravariant=True)
 
 
 class Kernels(Protocol[Layout]):
-    """T query tokens of a step; ``cache`` [blocks, block_size, 2 * kv_heads, dim], keys' heads before values'."""
+    """Operations on the T query tokens of a step. ``cache`` [blocks, block_size, 2 * kv_heads, dim]: keys' heads before values' heads."""
 
     def embed(self, tokens: Tensor, weight: Tensor, start: int, count: int, out: Tensor) -> None:
-        """Write to ``out`` [T, hidden] the lines of ``weight`` [rows, hidden] for ``tokens`` [T]: its first ``count`` are those of ids
-        ``start``.., which other ids' ranks add theirs to, and zeros stand here."""
+        """Write to ``out`` [T, hidden] the embeddings of ``tokens`` [T]. Rows [0, count) of ``weight`` [rows, hidden] embed the ids [start,
+        start + count). Tokens outside that range give zeros; the all-reduce adds the rows of the other ranks."""
 
     def rope_table(self, angles: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rotary table that this device reads, from ``angles`` [positions, dim / 2] fp32, radians."""
+        """The rotary table in the form that this device reads, from ``angles`` [positions, dim / 2] fp32, radians."""
 
     def rope_rows(self, table: Tensor, layout: Layout) -> Tensor:
-        """What :meth:`rope_store` needs of ``table`` in one step; made once for all layers."""
+        """The part of ``table`` that :meth:`rope_store` reads in one step; made once for all layers."""
 
     def add_rms_norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """``residual`` [T, hidden] += ``branch`` in place, rounded; returns its root-mean-square norm, computed in fp32."""
 
     def add_rms_norm_fp8(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
-        """:meth:`add_rms_norm`, narrowed for an FP8 product."""
+        """:meth:`add_rms_norm` in FP8, for an FP8 product."""
 
     def rope_store(self, qkv: Tensor, cache: Tensor, rope: Tensor, layout: Layout, norm: Tensor | None, eps: float) -> None:
-        """Norm each head of queries and keys by ``norm`` [heads + kv_heads, dim] if given, turn them, write keys and values to ``cache``.
+        """Norm each head of queries and keys by ``norm`` [heads + kv_heads, dim] if given, rotate them, and write keys and values to
+        ``cache``.
 
-        ``qkv`` [T, heads + 2 * kv_heads, dim] holds the turned queries afterwards; its keys and values mean nothing then.
+        ``qkv`` [T, heads + 2 * kv_heads, dim] holds the rotated queries afterwards; its keys and values are invalid then.
         """
 
     def paged_attention(self, query: Tensor, cache: Tensor, layout: Layout) -> Tensor:
-        """Causal softmax attention of ``query`` [T, heads, dim] over ``cache``, which holds this step's tokens; [T, heads * dim]."""
+        """[T, heads * dim]: causal softmax attention of ``query`` [T, heads, dim] over ``cache``, which holds this step's tokens
+        already."""
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """SiLU(first half) * second half of ``gate_up`` [T, 2 * columns]; [T, columns]."""
+        """[T, columns]: SiLU(first half) * second half of ``gate_up`` [T, 2 * columns]."""
 
     def silu_mul_fp8(self, gate_up: Tensor) -> Fp8Rows:
-        """:meth:`silu_mul`, narrowed for an FP8 product."""
+        """:meth:`silu_mul` in FP8, for an FP8 product."""
 
 
 def kernels_for(device: torch.device) -> Kernels[Any]:
@@ -64,7 +66,7 @@ def kernels_for(device: torch.device) -> Kernels[Any]:
 
 
 def product_for(device: torch.device) -> Callable[[QuantName | None, Parts, Tensor | None, torch.dtype], Product]:
-    """What makes a linear layer's product on ``device``: as :func:`workers.kernels.linear.product`."""
+    """The function that makes linear layers' products on ``device``; its signature is that of :func:`workers.kernels.linear.product`."""
     if device.type != "cuda":
         return linear.product
     from workers.kernels import linear_gpu

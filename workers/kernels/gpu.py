@@ -1,4 +1,4 @@
-"""The kernels of an NVIDIA GPU: what :class:`workers.kernels.Kernels` asks, gathered from the Triton modules. Owns nothing."""
+"""The kernels of an NVIDIA GPU: implements :class:`workers.kernels.Kernels` with functions of the Triton modules. Owns nothing."""
 
 from workers.kernels.attention import paged_attention
 from workers.kernels.fused import (

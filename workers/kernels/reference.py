@@ -1,7 +1,7 @@
-"""The operations of a decoder layer in plain torch: what runs on a CPU, and what defines the results of every other kernel.
+"""The operations of a decoder layer in plain torch: they run on a CPU, and define the results of all other kernels.
 
-Owns the memory layout of the paged cache: one tensor a layer, [blocks, block_size, 2 * kv_heads, head_dim], keys' heads before values'.
-Must never know about requests; an :class:`AttentionLayout` is all that it learns of a step.
+Owns the memory layout of the paged cache: one tensor a layer, [blocks, block_size, 2 * kv_heads, head_dim], keys' heads before values'
+heads. Must never know about requests: it knows a step only as an :class:`AttentionLayout`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from workers.kernels.linear import Fp8Rows, to_fp8
 
 Ints = npt.NDArray[np.int32]
 
-#: Decode rows are computed together while the shortest context is at least this share of the longest: padding is bounded by it.
+#: Decoding sequences are computed together while the shortest context is at least this share of the longest, which bounds the padding.
 _SHARE = 0.6
-#: ... or while the longest is below this many tokens, where one call costs more than the padding.
+#: ... or while the longest context is at most this many tokens, where one more call costs more than the padding.
 _SMALL = 128
-#: Block tables hold a multiple of this many tokens, and fixed shapes pad contexts to one.
+#: Block tables hold a multiple of this many tokens, and in fixed-shape mode contexts are padded to a multiple of it.
 TABLE_STEP = 128
-#: Query tokens that fixed shapes compute together, at most.
+#: Most query tokens that are computed together in fixed-shape mode.
 _FIXED_QUERIES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Rows with one query token each. ``tokens`` [n]: their places in the step, None = the whole step in order; ``blocks`` [n * b];
-    ``mask`` [n, 1, 1, b * block_size], True = visible."""
+    """``count`` = n sequences with one query token each. ``tokens`` [n]: indices of these tokens in the step, None = the whole step in
+    order; ``blocks`` [n * b]; ``mask`` [n, 1, 1, b * block_size], True = visible."""
 
     count: int
     tokens: Tensor | None
@@ -41,7 +41,7 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One row's query tokens ``start``..``stop`` of the step, seeing ``context`` cached tokens, their own included. ``blocks`` [b];
+    """The query tokens ``start``..``stop`` of one sequence, which attend to ``context`` cached tokens, their own included. ``blocks`` [b];
     ``mask`` [stop - start, context], None = plain causal (nothing was cached before)."""
 
     start: int
@@ -53,41 +53,41 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """Where a step's T tokens write (``places`` [T]: block * block_size + offset) and what they read."""
+    """Where the T tokens of a step write (``cache_indices`` [T]: block * block_size + offset) and what they read."""
 
     positions: Tensor
-    places: Tensor
+    cache_indices: Tensor
     groups: tuple[DecodeGroup, ...]
     chunks: tuple[Chunk, ...]
 
 
 def token_positions(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
-    """(row of each token, its absolute position), each [sum of lengths]."""
-    rows = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    """(sequence of each token, its absolute position), each [sum of lengths] int32; ``starts``, ``lengths`` [R] as in a StepPlan."""
+    sequences = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     first = np.cumsum(lengths, dtype=np.int32) - lengths
-    return rows, np.arange(len(rows), dtype=np.int32) - first[rows] + starts[rows]
+    return sequences, np.arange(len(sequences), dtype=np.int32) - first[sequences] + starts[sequences]
 
 
 def attention_layout(starts: Ints, lengths: Ints, tables: Ints, block_size: int, *, grouped: bool = True) -> AttentionLayout:
-    """Layout of a step over R rows. ``starts``, ``lengths`` [R] as in a StepPlan; ``tables`` [R, max blocks] block ids, wide
+    """Layout of a step over R sequences. ``starts``, ``lengths`` [R] as in a StepPlan; ``tables`` [R, max blocks] block ids, wide
     enough for a multiple of ``TABLE_STEP`` tokens and filled up with a block of zeros.
 
-    ``grouped`` False treats every query token as a row of its own with a context padded by its position alone, so that a token's
-    arithmetic doesn't depend on what else is in the step (fixed-shape mode).
+    ``grouped`` False (fixed-shape mode) computes every query token like a sequence of its own, whose padded context depends on its position
+    alone, so that the arithmetic of a token doesn't depend on what else is in the step.
     """
-    rows, positions = token_positions(starts, lengths)
-    places = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    sequences, positions = token_positions(starts, lengths)
+    cache_indices = tables[sequences, positions // block_size].astype(np.int64) * block_size + positions % block_size
     chunks: list[Chunk] = []
     if grouped:
         ends = np.cumsum(lengths)
         single = lengths == 1
-        query_rows, query_tokens = np.flatnonzero(single), ends[single] - 1
-        for row in np.flatnonzero(~single):
-            chunks.append(_chunk(int(ends[row] - lengths[row]), int(starts[row]), int(lengths[row]), tables[row], block_size))
-        groups = _decode_groups(starts[query_rows] + 1, query_tokens, tables[query_rows], block_size, len(rows))
+        decoding, decode_tokens = np.flatnonzero(single), ends[single] - 1
+        for i in np.flatnonzero(~single):
+            chunks.append(_chunk(int(ends[i] - lengths[i]), int(starts[i]), int(lengths[i]), tables[i], block_size))
+        groups = _decode_groups(starts[decoding] + 1, decode_tokens, tables[decoding], block_size, len(sequences))
     else:
-        groups = _fixed_groups(positions + 1, tables, rows, block_size)
-    return AttentionLayout(torch.from_numpy(positions).long(), torch.from_numpy(places), groups, tuple(chunks))
+        groups = _fixed_groups(positions + 1, tables, sequences, block_size)
+    return AttentionLayout(torch.from_numpy(positions).long(), torch.from_numpy(cache_indices), groups, tuple(chunks))
 
 
 def _chunk(first: int, start: int, length: int, table: Ints, block_size: int) -> Chunk:
@@ -117,14 +117,14 @@ def _decode_groups(contexts: Ints, tokens: npt.NDArray[np.int64], tables: Ints, 
     return tuple(groups)
 
 
-def _fixed_groups(contexts: Ints, tables: Ints, rows: Ints, block_size: int) -> tuple[DecodeGroup, ...]:
+def _fixed_groups(contexts: Ints, tables: Ints, sequences: Ints, block_size: int) -> tuple[DecodeGroup, ...]:
     padded = -(-contexts // TABLE_STEP) * TABLE_STEP
     groups: list[DecodeGroup] = []
     for width in np.unique(padded):
         members = np.flatnonzero(padded == width)
         for begin in range(0, len(members), _FIXED_QUERIES):
             part = members[begin : begin + _FIXED_QUERIES]
-            groups.append(_group(contexts[part], part, tables[rows[part]], int(width), block_size))
+            groups.append(_group(contexts[part], part, tables[sequences[part]], int(width), block_size))
     return tuple(groups)
 
 
@@ -141,7 +141,7 @@ def _group(contexts: Ints, tokens: npt.NDArray[np.int64] | None, tables: Ints, w
 
 
 def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout) -> Tensor:
-    """Softmax attention of ``query`` [T, heads, dim] over the cached keys and values; [T, heads * dim].
+    """[T, heads * dim]: softmax attention of ``query`` [T, heads, dim] over the cached keys and values.
 
     ``cache`` [blocks, block_size, 2 * kv_heads, dim] already holds this step's keys and values.
     """
@@ -178,18 +178,19 @@ def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout) -> Te
 
 def rope_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
     """[2, positions, dim] of ``angles`` [positions, dim / 2]: cosine and signed sine, so that ``x * cosine + roll(x, dim / 2) * sine``
-    turns ``x``."""
+    rotates ``x``."""
     cosine, sine = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))).to(dtype)
 
 
 def rope_rows(table: Tensor, layout: AttentionLayout) -> Tensor:
-    """[2, T, 1, dim] of the step's positions."""
+    """[2, T, 1, dim]: the entries of ``table`` for the step's positions."""
     return table[:, layout.positions].unsqueeze(2)
 
 
 def embed(tokens: Tensor, weight: Tensor, start: int, count: int, out: Tensor) -> None:
-    """Lines of ``weight``; zeros for ids that are not among the ``count`` from ``start``."""
+    """Write to ``out`` [T, hidden] the rows of ``weight`` for ``tokens`` [T], zeros for ids that are not among the ``count`` from
+    ``start``."""
     local = tokens - start
     mine = (local >= 0) & (local < count)
     torch.index_select(weight, 0, local.clamp_(0, max(count - 1, 0)), out=out)
@@ -197,19 +198,19 @@ def embed(tokens: Tensor, weight: Tensor, start: int, count: int, out: Tensor) -
 
 
 def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: AttentionLayout, norm: Tensor | None, eps: float) -> None:
-    """Norm and turn the queries and keys of ``qkv`` [T, heads + 2 * kv_heads, dim] in place; write keys and values at ``layout.places``."""
+    """Norm and rotate the queries and keys of ``qkv`` [T, heads + 2 * kv_heads, dim] in place; write keys and values to the cache."""
     kv = cache.shape[2] // 2
-    turning = qkv[:, : qkv.shape[1] - kv]
+    rotated = qkv[:, : qkv.shape[1] - kv]
     if norm is not None:
-        turning.copy_(functional.rms_norm(turning, (qkv.shape[2],), None, eps).mul_(norm))
-    rotate(turning, rope[0], rope[1])
-    cache.view(-1, *cache.shape[2:]).index_copy_(0, layout.places, qkv[:, qkv.shape[1] - 2 * kv :])
+        rotated.copy_(functional.rms_norm(rotated, (qkv.shape[2],), None, eps).mul_(norm))
+    rotate(rotated, rope[0], rope[1])
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, layout.cache_indices, qkv[:, qkv.shape[1] - 2 * kv :])
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
     """Rotary embedding in place: ``heads`` [T, n, dim]; ``cosine``, signed ``sine`` [T, 1, dim]."""
-    turned = torch.roll(heads, heads.shape[-1] // 2, -1)
-    heads.mul_(cosine).addcmul_(turned, sine)
+    rolled = torch.roll(heads, heads.shape[-1] // 2, -1)
+    heads.mul_(cosine).addcmul_(rolled, sine)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -231,10 +232,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def add_rms_norm_fp8(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
-    """:func:`add_rms_norm`, narrowed."""
+    """:func:`add_rms_norm` in FP8."""
     return to_fp8(add_rms_norm(residual, branch, weight, eps))
 
 
 def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
-    """:func:`silu_mul`, narrowed."""
+    """:func:`silu_mul` in FP8."""
     return to_fp8(silu_mul(gate_up))

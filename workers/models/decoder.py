@@ -1,7 +1,7 @@
 """One pipeline stage of a llama-family decoder: llama, mistral, qwen2 (q/k/v biases), qwen3 (q/k norms).
 
-Owns its shard's parameters. The residual stream is the only thing that leaves a stage, so pipelines are bitwise equal to one stage. Must
-never know of requests, slots or sampling; the cache it writes belongs to the runner.
+Owns the parameters of its shard. Only the residual stream leaves a stage, so pipelines are bitwise equal to one stage. Must never know of
+requests, slots or sampling; the KV cache that it writes belongs to the runner.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from workers.protocol.specs import PLAIN, ModelSpec, Parallel, Quant
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What all layers share in one forward."""
+    """What all layers share in one forward pass."""
 
     kernels: Kernels[Any]
     layout: AttentionLayout | DeviceLayout
@@ -34,7 +34,7 @@ class ForwardContext:
     allreduce_norm: FusedAllReduceNorm | None
 
     def norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, fp8: bool) -> Tensor | Fp8Rows:
-        """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm, narrowed if it is to be."""
+        """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm times ``weight``, in FP8 if ``fp8``."""
         if branch is not None:
             if self.allreduce_norm is not None and self.allreduce_norm.supports(branch):
                 return self.allreduce_norm(residual, branch, weight, eps, fp8=fp8)
@@ -44,7 +44,7 @@ class ForwardContext:
 
 
 class DecoderLayer:
-    """Attention and MLP of one layer, this tp rank's heads and FFN columns."""
+    """Attention and MLP of one layer: this tp rank's heads and FFN columns."""
 
     def __init__(self, model: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device, quant: Quant) -> None:
         self._heads, self._kv, self._dim, self._eps = shard.heads.size, shard.kv_heads.size, model.head_dim, model.rms_norm_eps
@@ -60,13 +60,13 @@ class DecoderLayer:
         self.dense = linear(model.hidden_size, self._heads * self._dim)
         self.gate_up = linear(2 * shard.ffn.size, model.hidden_size)
         self.down = linear(model.hidden_size, shard.ffn.size)
-        # One weight row a head, the query heads' first, so that both norms are one operation.
+        # One weight row for each head, the query heads' rows first, so that both norms are one operation.
         self.qk_norm = torch.empty(self._heads + self._kv, self._dim, dtype=dtype, device=device) if model.qk_norm else None
         self.q_norm = norm(self._dim) if model.qk_norm else None
         self.k_norm = norm(self._dim) if model.qk_norm else None
 
     def parameters(self) -> dict[str, Tensor]:
-        """Parameters by their checkpoint names within the layer; ``mlp.fc`` is TensorRT-LLM's name for what the activation takes."""
+        """Parameters by their checkpoint names within the layer. TensorRT-LLM calls the input of the activation ``mlp.fc``."""
         found = {"input_layernorm.weight": self.input_norm, "post_layernorm.weight": self.post_norm}
         for name, linear in (("attention.qkv", self.qkv), ("attention.dense", self.dense), ("mlp.proj", self.down)):
             found |= {f"{name}.{suffix}": part for suffix, part in linear.parts().items()}
@@ -77,14 +77,15 @@ class DecoderLayer:
         return found
 
     def freeze(self, *, fixed_rows: bool) -> None:
+        """See :meth:`DecoderStage.freeze`."""
         for linear in (self.qkv, self.dense, self.gate_up, self.down):
             linear.freeze(fixed_rows=fixed_rows)
         if self.qk_norm is not None and self.q_norm is not None and self.k_norm is not None:
             self.qk_norm[: self._heads], self.qk_norm[self._heads :] = self.q_norm, self.k_norm
 
     def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: ForwardContext) -> Tensor:
-        """Add ``branch``'s sum over ranks and this layer's attention to ``residual`` [T, hidden] in place; returns this rank's part of the
-        MLP's branch, neither summed nor added."""
+        """Add to ``residual`` [T, hidden], in place, the sum of all ranks' ``branch`` and this layer's attention. Returns this rank's part
+        of the MLP's output [T, hidden], neither summed over ranks nor added."""
         kernels = step.kernels
         normed = step.norm(residual, branch, self.input_norm, self._eps, fp8=self.qkv.takes_fp8)
         qkv = self.qkv(normed).view(-1, self._heads + 2 * self._kv, self._dim)
@@ -96,10 +97,10 @@ class DecoderLayer:
 
 
 class DecoderStage:
-    """The layers of one (pp rank, tp rank), the embedding on the first stage and the head on the last.
+    """The layers of one (pp rank, tp rank), with the embedding on the first stage and the head on the last.
 
-    ``group``: the tp ranks of this stage; ``kernels``: others than the device's own. Lifecycle: construct, fill :meth:`parameters`,
-    :meth:`freeze`, then run.
+    ``group``: the tp ranks of this stage; ``positions``: tokens of the longest sequence; ``kernels``: instead of the device's own.
+    Lifecycle: construct, fill :meth:`parameters`, :meth:`freeze`, then run.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class DecoderStage:
             self._head = VocabHead(shard.vocab.size, Linear(rows, model.hidden_size, bias=False, dtype=dtype, device=device))
 
     def parameters(self) -> dict[str, Tensor]:
-        """Every parameter of this rank by its checkpoint name, to be filled in place."""
+        """Every parameter of this rank by its checkpoint name, for the loader to fill in place."""
         found: dict[str, Tensor] = {}
         if self._embedding is not None:
             found["transformer.vocab_embedding.weight"] = self._embedding
@@ -145,12 +146,13 @@ class DecoderStage:
         return found
 
     def freeze(self, *, fixed_rows: bool = False) -> None:
-        """Bring the filled parameters into the form they run in; :meth:`parameters` means nothing afterwards."""
+        """Bring the filled parameters into the form that is computed with; those of :meth:`parameters` are invalid afterwards.
+        ``fixed_rows``: compute every product in tiles of a fixed number of rows."""
         for layer in self.layers:
             layer.freeze(fixed_rows=fixed_rows)
         if self._head is not None:
             if self._tied and self._embedding is not None:
-                # A CPU's head is repacked, so tied rows are in memory twice: as a table to read and in the form to multiply with.
+                # A CPU repacks the head, so tied weights are in memory twice: as a table for the embedding, and packed for the product.
                 self._head.linear.share(self._embedding)
             self._head.linear.freeze(fixed_rows=fixed_rows)
 
@@ -165,14 +167,14 @@ class DecoderStage:
         return out if self._group.size == 1 else out.copy_(self._group.all_reduce(out))
 
     def forward(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
-        """Run ``hidden`` [T, hidden] through the layers in place; ``layout``: this device's kind; ``cache``: one tensor a layer, and where
-        there are fewer, only the first layers run."""
+        """Run ``hidden`` [T, hidden] through the layers in place and return it. ``layout``: of this device's kind; ``cache``: one tensor a
+        layer; where it has fewer, only the first layers run."""
         _, branch = self._layers(hidden, layout, cache)
-        # The whole sum leaves the stage: were it left to the next one, a pipeline's bits would depend on its cuts.
+        # The stage completes the sum before it sends: if the next stage did, the bits would depend on where a pipeline is cut.
         return hidden if branch is None else hidden.add_(self._group.all_reduce(branch))
 
     def _layers(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> tuple[ForwardContext, Tensor | None]:
-        """Run the layers; what is still to be summed and added to ``hidden``."""
+        """Run the layers; returns (context, the last branch), which is still to be summed over ranks and added to ``hidden``."""
         step = ForwardContext(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._allreduce_norm)
         branch: Tensor | None = None
         for layer, blocks in zip(self.layers, cache, strict=False):
@@ -180,14 +182,14 @@ class DecoderStage:
         return step, branch
 
     def decode(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
-        """:meth:`forward` and the :meth:`head` of every token in one, the same bits in fewer kernels; last stage only."""
+        """:meth:`forward` and then :meth:`head` of every token, with the same bits in fewer kernels; last stage only."""
         step, branch = self._layers(hidden, layout, cache)
         normed = step.norm(hidden, branch, self._norm, self.model.rms_norm_eps, fp8=False)
         assert isinstance(normed, Tensor)
         return self._logits(normed)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """[R, vocab rows of this rank] logits of ``hidden`` [R, hidden] in the model's dtype; last stage only."""
+        """[S, vocabulary rows of this rank]: logits of ``hidden`` [S, hidden] in the model's dtype; last stage only."""
         return self._logits(self._kernels.add_rms_norm(hidden, None, self._norm, self.model.rms_norm_eps))
 
     def _logits(self, normed: Tensor) -> Tensor:

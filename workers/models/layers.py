@@ -1,6 +1,6 @@
-"""Linear layers and vocabulary shards of one rank.
+"""Linear layers and the vocabulary head of one rank.
 
-Owns the weights that the loader fills, part by part. Must never communicate: sums over ranks are the stage's.
+Owns the weights that the loader fills, part by part. Must never communicate: the stage sums over ranks.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ TORCH: dict[Format, torch.dtype] = {
     "fp8": torch.float8_e4m3fn,
 }
 _DTYPES = {TORCH[dtype]: dtype for dtype in DTYPE_BYTES}
-#: Rows that the fixed-shape mode gives to every product, so that a row's bits don't depend on how many others there are.
+#: Rows of every product in fixed-shape mode, so that the bits of a row don't depend on how many other rows there are.
 FIXED_ROWS = 16
 
 
 class Linear:
-    """y = x W^T + b. The loader fills :meth:`parts`; :meth:`freeze` then brings them into the form that is fastest on this device, which is
-    the only one that stays in memory."""
+    """y = x W^T + b. The loader fills :meth:`parts`; :meth:`freeze` then brings them into the form that is fastest on this device, and only
+    that form stays in memory."""
 
     def __init__(
         self, out_features: int, in_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device, quant: Quant = PLAIN
     ) -> None:
         self._dtype, self._device, self._form = dtype, device, quant.weights
-        #: Whether :class:`Fp8Rows` rows may be given, which saves the product from narrowing them.
+        #: Whether the layer takes :class:`Fp8Rows`, so that the product need not convert its input.
         self.takes_fp8 = quant.weights == "fp8" and device.type == "cuda"
         self._parts = {
             part.suffix: torch.empty(part.shape(out_features, in_features), dtype=TORCH[part.format], device=device)
@@ -46,20 +46,21 @@ class Linear:
         self._product: Product | None = None
 
     def parts(self) -> dict[str, Tensor]:
-        """What the loader fills, by checkpoint suffix: ``weight``, ``bias`` if there is one, scales if quantized."""
+        """The tensors that the loader fills, by checkpoint suffix: ``weight``, ``bias`` if there is one, scales if quantized."""
         return self._parts if self._bias is None else self._parts | {"bias": self._bias}
 
     def share(self, weight: Tensor) -> None:
-        """Multiply with ``weight`` [out, in], which another layer owns and the loader fills there."""
+        """Use ``weight`` [out, in] of another layer, which the loader fills there."""
         self._parts = {"weight": weight}
 
     def freeze(self, *, fixed_rows: bool) -> None:
-        """Fix the filled parts for good. ``fixed_rows``: compute products in tiles of ``FIXED_ROWS`` rows only."""
+        """Make the product of the filled parts, which are dropped. ``fixed_rows``: compute it in tiles of exactly ``FIXED_ROWS`` rows."""
         self._fixed = fixed_rows
         self._product = product_for(self._device)(self._form, self._parts, self._bias, self._dtype)
         self._parts = {}
 
     def __call__(self, x: Tensor | Fp8Rows) -> Tensor:
+        """[T, out] of ``x`` [T, in]."""
         assert self._product is not None, "not frozen"
         if isinstance(x, Fp8Rows) or not self._fixed:
             return self._product(x)
@@ -69,13 +70,13 @@ class Linear:
 
 
 class VocabHead:
-    """This rank's rows of the output projection; logits of padding rows are -inf."""
+    """This rank's vocabulary rows of the output projection, of which ``real`` are not padding; logits of padding rows are -inf."""
 
     def __init__(self, real: int, linear: Linear) -> None:
         self._real, self.linear = real, linear
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[R, rows] logits of ``hidden`` [R, hidden] in its dtype."""
+        """[S, rows] logits of ``hidden`` [S, hidden_size] in its dtype."""
         logits = self.linear(hidden)
         logits[:, self._real :] = -torch.inf
         return logits

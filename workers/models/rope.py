@@ -1,6 +1,6 @@
-"""Rotary embedding: the angle by which each pair of components turns at every position.
+"""Rotary embedding: the angle by which each pair of components is rotated at every position.
 
-Owns the frequency rules (plain, linear, llama3). Must never depend on a request. Rotation is in halves: component i turns with i + dim / 2.
+Owns the frequency rules (plain, linear, llama3). Must never depend on a request. Component i is paired with component i + dim / 2.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from workers.protocol.specs import ModelSpec, RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """[head_dim / 2] radians a position, fp32. The llama3 rule is that of Llama 3.1's reference: long wavelengths are divided by
-    ``factor``, short ones kept, and those between blended linearly in the number of turns within the original context."""
+    """[head_dim / 2] fp32, radians for each position.
+
+    The llama3 rule is that of Llama 3.1's reference code: frequencies of long wavelengths are divided by ``factor``, those of short ones
+    kept, and those between are blended, linearly in the number of rotations within the original context.
+    """
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    blend = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    rotations = scaling.original_max_position * frequencies / (2 * math.pi)
+    blend = ((rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 

@@ -98,7 +98,7 @@ def test_attention_of_a_mixed_batch_is_softmax_attention() -> None:
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             for position in range(start, start + length):
                 places = [int(layout_tables[row, p // size]) * size + p % size for p in range(position + 1)]
-                assert layout.places[token] == places[-1] and layout.positions[token] == position
+                assert layout.cache_indices[token] == places[-1] and layout.positions[token] == position
                 read = flat[places].double()
                 keys, values = (x.repeat_interleave(heads // kv, 1) for x in (read[:, :kv], read[:, kv:]))
                 scores = torch.einsum("hd,chd->hc", query[token].double(), keys) / dim**0.5
