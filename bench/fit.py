@@ -87,7 +87,7 @@ def model_of(shape: str) -> ModelSpec:
     if shape in known_models.SHAPES:
         return known_models.SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
-        return open_artifact(write_shape(Path(folder), shape), bare=True).model
+        return open_artifact(write_shape(Path(folder), shape), weights_optional=True).model
 
 
 def recorded(*files: str) -> Iterator[Recorded]:

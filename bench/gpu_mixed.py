@@ -52,7 +52,7 @@ def played(engine: PortableEngine, vocab: int, prompt: int, seed: int) -> dict[s
 def measured(name: str, folder: Path) -> list[dict[str, Any]]:
     case = CASES[name]
     spec = spec_of(case, write_shape(folder / case.shape, case.shape))
-    vocab = open_artifact(spec.artifact, bare=True).model.vocab_size
+    vocab = open_artifact(spec.artifact, weights_optional=True).model.vocab_size
     engine = build(spec, None)
     assert isinstance(engine, PortableEngine)
     mixed = engine._runner._mixed  # type: ignore[attr-defined]

@@ -249,7 +249,7 @@ def main() -> None:
     ready_s = time.time() - arguments["started"] - beside
     print(json.dumps({"engine": "trireme", "shape": spec.model, "quant": spec.engine.quant, "ready_s": round(ready_s, 2)}), flush=True)
     if arguments["workloads"]:
-        model = open_artifact(spec.artifact, bare=spec.engine.load_format == "dummy").model
+        model = open_artifact(spec.artifact, weights_optional=spec.engine.load_format == "dummy").model
         say(f"{torch.cuda.get_device_name()}: copies {measured[0] / 1e12:.2f} TB/s, products {measured[1] / 1e12:.0f} TFLOP/s")
         lead(engine, model, arguments, spec, Floor(spec, model, engine.capacity.quant, *measured), patience, gaps)
     engine.close()

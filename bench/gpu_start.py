@@ -30,7 +30,7 @@ from workers.protocol.specs import Parallel, Quant
 def write_checkpoint(folder: Path, shape: Path) -> int:
     """A tp=1 pp=1 bf16 checkpoint of ``shape`` with random weights; returns its bytes."""
     folder.mkdir(parents=True)
-    model = open_artifact(shape, bare=True).model
+    model = open_artifact(shape, weights_optional=True).model
     facts, quant = describe(model, Parallel(), "bf16", ()), Quant()
     tensors = stored_tensors(model, Parallel(), 0, dtype="bf16", quant=quant)
     # bf16 of numbers around 1/50: random signs and mantissas over one exponent.

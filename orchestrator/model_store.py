@@ -183,7 +183,7 @@ def resolve(
     Raises what :func:`locate` and :func:`~workers.artifacts.convert.convert` raise.
     """
     path = locate(model, cache, progress)
-    artifact = open_artifact(path, bare=bare)
+    artifact = open_artifact(path, weights_optional=bare)
     parallel.check(artifact.model)
     if artifact.kind != "gguf" and artifact.runs_on(parallel):
         return path

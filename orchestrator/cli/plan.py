@@ -121,7 +121,7 @@ def _description(name: str, form: QuantName | None) -> tuple[ModelSpec, Quant]:
     if path.exists():
         if is_engine_dir(path):
             raise ArtifactError(f"{path} is a built engine", "its layout and limits are settled", "give its checkpoint with --model")
-        artifact = open_artifact(path, bare=True)
+        artifact = open_artifact(path, weights_optional=True)
         return artifact.model, quant_for(artifact, form)
     if name.lower() not in SHAPES:
         why = f"no file or folder is there, and shapes known by name are: {', '.join(SHAPES)}"

@@ -26,8 +26,8 @@ def main() -> None:
     spec = msgspec.convert(arguments["spec"], ReplicaSpec)
     prompts, forced = arguments["prompts"], arguments["forced"]
     comm = MPI.COMM_WORLD if MPI.COMM_WORLD.Get_size() > 1 else None
-    ranks = split(spec, comm)
-    built = bring_up(spec, ranks)
+    context = split(spec, comm)
+    built = bring_up(spec, context)
     shard, stage, size = built.shard, built.runner.stage, built.capacity.block_size
     reference = np.load(arguments["logits"], mmap_mode="r")
     seen: list[torch.Tensor] = []

@@ -1,6 +1,6 @@
-"""One door to every model file: what is it, and how are its weights read.
+"""Opens every kind of model file: finds out what a path holds, and how its weights are read.
 
-Owns the telling apart of checkpoints, Hugging Face folders and GGUF files. Reads no weights itself.
+Owns the distinction between checkpoints, Hugging Face folders and GGUF files. Reads no weights itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Kind = Literal["checkpoint", "huggingface", "gguf"]
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model path holds. ``dtype``: format of the stored weights that are not quantized (a GGUF's are dequantized to fp32).
+    """What a model path holds. ``dtype``: format of the stored weights that are not quantized (fp32 for a GGUF file, whose weights are
+    dequantized).
 
     ``parallel``: layout of a checkpoint; None for whole models. ``tokenizer_dir``: folder with ``tokenizer.json``; None where there is none
     (a GGUF's tokenizer becomes files when it is converted).
@@ -39,16 +40,18 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def foreign(self) -> bool:
-        """Whether its weights are in a format that only TensorRT-LLM reads."""
+        """Whether the weights are in a format that only TensorRT-LLM reads."""
         return self.quant.quant_algo is not None and self.quant.weights is None
 
     def runs_on(self, parallel: Parallel) -> bool:
-        """Whether ranks of this layout can load it directly: an equal layout, or whole weights that each rank slices."""
+        """Whether ranks of the layout ``parallel`` can load the artifact directly: it has that layout, or whole weights that each rank
+        slices."""
         return self.parallel is None or self.parallel in (parallel, Parallel())
 
 
-def open_artifact(path: str | Path, *, bare: bool = False) -> Artifact:
-    """Read what ``path`` is, without its weights. ``bare``: a Hugging Face folder need not have any (its dtype then says nothing).
+def open_artifact(path: str | Path, *, weights_optional: bool = False) -> Artifact:
+    """Find out what ``path`` holds, without reading weights. ``weights_optional``: a Hugging Face folder need not have any; its dtype is
+    meaningless then.
 
     Raises :class:`ArtifactError` naming the file at fault.
     """
@@ -65,19 +68,19 @@ def open_artifact(path: str | Path, *, bare: bool = False) -> Artifact:
     if "pretrained_config" in keys:
         raise ArtifactError(f"{path} holds a TensorRT-LLM engine, not weights", "only the trtllm engine runs it", "use `--engine trtllm`")
     if "model_type" in keys:
-        return _open_huggingface(path, bare)
+        return _open_huggingface(path, weights_optional)
     return _open_checkpoint(path)
 
 
 def quant_for(artifact: Artifact, name: QuantName | None) -> Quant:
-    """In which formats a replica that asks for ``name`` holds the artifact's weights; None: as they are."""
+    """The formats of the artifact's weights in a replica that asks for ``name``; None = as they are stored."""
     if name is None or name == artifact.quant.weights:
         return artifact.quant
     return msgspec.structs.replace(quant_of(name), kv_cache_quant_algo=artifact.quant.kv_cache_quant_algo)
 
 
 def open_source(artifact: Artifact, quant: Quant | None = None) -> Source:
-    """The artifact's weights; ``quant``: as if they were stored so, which makes their parts while they are read.
+    """The artifact's weights. With ``quant`` they read as if they were stored in that format: they are quantized while they are read.
 
     Raises:
         ArtifactError: tensors are missing, misshapen or unknown, or the weights are quantized otherwise already.
@@ -122,12 +125,12 @@ def _open_gguf(path: Path) -> Artifact:
     )
 
 
-def _open_huggingface(path: Path, bare: bool) -> Artifact:
+def _open_huggingface(path: Path, weights_optional: bool) -> Artifact:
     return Artifact(
         path=path,
         kind="huggingface",
         model=hf.read_model(path),
-        dtype="fp32" if bare else hf.stored_dtype(path),
+        dtype="fp32" if weights_optional else hf.stored_dtype(path),
         parallel=None,
         tokenizer_dir=_tokenizer_dir(path),
         eos_ids=hf.read_eos(path),

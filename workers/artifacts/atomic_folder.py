@@ -1,6 +1,6 @@
-"""Folders that appear whole or not at all: written beside their place under a lock, flushed to the disk, then renamed into it.
+"""Folders that appear whole or not at all: they are written beside the target under a lock, flushed to the disk, then renamed to it.
 
-Owns the lock files and the names of unfinished folders (``.NAME.partial``). Must never touch a folder that it was not told to replace.
+Owns the lock files and the names of unfinished folders (``.NAME.partial``). Must never touch any folder but the target.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 
 from workers.protocol.errors import EnvironmentFault
 
-#: How long one process waits for another that writes the same thing, seconds: longer than any conversion.
+#: How long one process waits for another that writes the same target, seconds: longer than any conversion.
 LOCK_TIMEOUT_S = 3600.0
 POLL_S = 0.05
-#: What to do about a folder that takes no file.
-ELSEWHERE = "make room or give access there, or choose another folder"
+#: Hint for a folder in which no file can be written.
+MAKE_ROOM = "make room or give access there, or choose another folder"
 
 
 @contextmanager
 def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S, *, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold the lock file ``path`` alone; it is gone afterwards, and with its holder when that is killed.
+    """Hold an exclusive lock on the file ``path``, which is removed afterwards. The lock is released when its holder is killed.
 
-    ``on_wait`` is called now and then while another process holds it; what it raises ends the waiting.
+    ``on_wait`` is called now and then while another process holds the lock; an exception that it raises ends the wait.
 
     Raises :class:`EnvironmentFault` when another process holds it for longer than ``timeout_s``, or the folder cannot be written.
     """
@@ -51,10 +51,10 @@ def _acquire(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise EnvironmentFault(f"{path.parent} cannot be written", error.strerror or str(error), ELSEWHERE) from error
+        raise EnvironmentFault(f"{path.parent} cannot be written", error.strerror or str(error), MAKE_ROOM) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The holder before us unlinks the file: a lock on a name that is gone, or is another file by now, guards nothing.
+        # The previous holder unlinks the file: a lock on a file that no longer has this name guards nothing.
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             return handle
     except (BlockingIOError, FileNotFoundError):
@@ -65,13 +65,13 @@ def _acquire(path: Path) -> int | None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes ``target`` when the block ends without an error, and vanishes when it does not.
+    """An empty folder that becomes ``target`` when the block ends without an error, and is removed when the block raises.
 
-    ``target`` is replaced if it exists. Files in the folder must be flushed by whoever writes them.
+    An existing ``target`` is replaced. The caller must flush the files that it writes into the folder.
     """
     aside, old = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
     with locked(target.parent / f".{target.name}.lock"):
-        # Left by a process that was killed: whoever holds the lock owns these names.
+        # Left by a process that was killed: the holder of the lock owns these names.
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
@@ -83,7 +83,7 @@ def replacing(target: Path) -> Iterator[Path]:
             aside.rename(target)
             _flush(target.parent)
         except OSError as error:
-            raise EnvironmentFault(f"{target} cannot be written", error.strerror or str(error), ELSEWHERE) from error
+            raise EnvironmentFault(f"{target} cannot be written", error.strerror or str(error), MAKE_ROOM) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

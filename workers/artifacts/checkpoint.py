@@ -1,8 +1,8 @@
 """TensorRT-LLM checkpoints: ``config.json``, ``rank<N>.safetensors``, tokenizer files, and a manifest of hashes and sizes.
 
-Owns the folder's format. ``config.json`` has TensorRT-LLM's own keys; what those lack for the portable engine is under ``trireme``, which
-is what this reader believes, after checking that the other keys say the same. Nothing is read from a folder without a manifest: it is
-written last, so a folder that has one is whole.
+Owns the folder's format. ``config.json`` has TensorRT-LLM's own keys; the key ``trireme`` holds what the portable engine needs beside them.
+This reader uses ``trireme``, after checking that the other keys say the same. A folder without a manifest is refused: the manifest is
+written last, so a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 FORMAT = 1
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
-#: What to do about a folder that cannot be trusted.
-CONVERT = "convert or copy it again (in the cache: delete the folder, and it is made anew)"
+#: Hint for a folder that is damaged or incomplete.
+CONVERT_AGAIN = "convert or copy it again (in the cache: delete the folder, and it is made anew)"
 DTYPE_NAMES: dict[DType, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ARCHITECTURE_NAMES = {
     "llama": "LlamaForCausalLM",
@@ -35,8 +35,8 @@ ARCHITECTURE_NAMES = {
 }
 
 
-class Trireme(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The key ``trireme`` of ``config.json``. ``heads``: for each tp rank its query heads and key/value heads, half-open.
+class CheckpointFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The key ``trireme`` of ``config.json``. ``heads``: for each tp rank its query heads and its key/value heads.
 
     ``own_head``: a tied ``lm_head.weight`` is stored although its stage has the embedding (as TensorRT-LLM wants it).
     """
@@ -61,37 +61,38 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint folder whose config and manifest have been read and agree."""
+    """A checkpoint folder whose config and manifest have been read and agree with each other."""
 
     folder: Path
-    facts: Trireme
+    facts: CheckpointFacts
     quant: Quant
     manifest: Manifest
 
     def stored(self, rank: int) -> tuple[StoredTensor, ...]:
-        """What the file of ``rank`` holds."""
+        """The tensors in the file of ``rank``."""
         return stored(self.facts, self.quant, rank)
 
 
 class _Config(msgspec.Struct, kw_only=True):
-    trireme: Trireme | None = None
+    trireme: CheckpointFacts | None = None
     quantization: Quant | None = None
 
 
-def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[int, ...], *, for_trtllm: bool = False) -> Trireme:
-    """The facts of a checkpoint to be written. Raises :class:`~workers.protocol.errors.ConfigError` when the model cannot be split so."""
+def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[int, ...], *, for_trtllm: bool = False) -> CheckpointFacts:
+    """The facts of a checkpoint to be written. Raises :class:`~workers.protocol.errors.ConfigError` when the model cannot be split this
+    way."""
     parallel.check(model)
     heads = tuple(heads_of(model, parallel.tp, tp_rank) for tp_rank in range(parallel.tp))
     facts = {"model": model, "parallel": parallel, "dtype": dtype, "eos_ids": eos_ids, "heads": heads}
-    return Trireme(format=FORMAT, own_head=for_trtllm and model.tied_embeddings, **facts)  # type: ignore[arg-type]
+    return CheckpointFacts(format=FORMAT, own_head=for_trtllm and model.tied_embeddings, **facts)  # type: ignore[arg-type]
 
 
-def stored(facts: Trireme, quant: Quant, rank: int) -> tuple[StoredTensor, ...]:
-    """What the file of ``rank`` holds. Raises ConfigError if a quantization group would straddle ranks."""
+def stored(facts: CheckpointFacts, quant: Quant, rank: int) -> tuple[StoredTensor, ...]:
+    """The tensors in the file of ``rank``. Raises ConfigError if a quantization group would be cut between two ranks."""
     return stored_tensors(facts.model, facts.parallel, rank, dtype=facts.dtype, quant=quant, own_head=facts.own_head)
 
 
-def config_of(facts: Trireme, quant: Quant) -> dict[str, Any]:
+def config_of(facts: CheckpointFacts, quant: Quant) -> dict[str, Any]:
     """``config.json``, without the key ``trireme``: what TensorRT-LLM 1.2 reads, every default that matters written out."""
     model, parallel = facts.model, facts.parallel
     config: dict[str, Any] = {
@@ -150,9 +151,9 @@ def rank_file(rank: int) -> str:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read and cross-check config and manifest; weights are only looked up, by name and size.
+    """Read config and manifest and compare them; of the weights only names and sizes are checked.
 
-    Raises :class:`ArtifactError` naming the file that is missing, damaged or contradicts itself.
+    Raises :class:`ArtifactError` naming the file that is missing, damaged or contradictory.
     """
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(
@@ -162,7 +163,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     manifest = decode(folder / MANIFEST, Manifest)
     if CONFIG not in manifest.files:
-        raise ArtifactError(f"{folder / MANIFEST} does not list {CONFIG}", "every checkpoint has one", CONVERT)
+        raise ArtifactError(f"{folder / MANIFEST} does not list {CONFIG}", "every checkpoint has one", CONVERT_AGAIN)
     verify(folder, manifest, CONFIG)
     config, raw = decode(folder / CONFIG, _Config), decode(folder / CONFIG, dict[str, Any])
     facts = config.trireme
@@ -173,18 +174,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if facts.format != FORMAT or manifest.format != FORMAT:
         raise ArtifactError(f"{folder} has format {facts.format}, this version reads {FORMAT}", "", "run `trireme convert` again")
     if facts != describe(facts.model, facts.parallel, facts.dtype, facts.eos_ids, for_trtllm=facts.own_head):
-        raise ArtifactError(f"{folder / CONFIG} contradicts itself", f"heads are {facts.heads}, its model and layout mean others", CONVERT)
+        raise ArtifactError(
+            f"{folder / CONFIG} contradicts itself", f"heads are {facts.heads}, its model and layout mean others", CONVERT_AGAIN
+        )
     quant = config.quantization or Quant()
     for key, value in config_of(facts, quant).items():
         if raw.get(key) != value and key != "quantization":
             raise ArtifactError(
-                f"{folder / CONFIG} contradicts itself", f"{key} is {raw.get(key)!r}, its key 'trireme' means {value!r}", CONVERT
+                f"{folder / CONFIG} contradicts itself", f"{key} is {raw.get(key)!r}, its key 'trireme' means {value!r}", CONVERT_AGAIN
             )
     for rank in range(facts.parallel.world):
         name = rank_file(rank)
         if name not in manifest.files:
             raise ArtifactError(
-                f"{folder / MANIFEST} does not list {name}", f"tp={facts.parallel.tp} pp={facts.parallel.pp} needs it", CONVERT
+                f"{folder / MANIFEST} does not list {name}", f"tp={facts.parallel.tp} pp={facts.parallel.pp} needs it", CONVERT_AGAIN
             )
         check_size(folder, manifest, name)
     return Checkpoint(folder=folder, facts=facts, quant=quant, manifest=manifest)
@@ -195,19 +198,19 @@ def check_size(folder: Path, manifest: Manifest, name: str) -> None:
     try:
         size = (folder / name).stat().st_size
     except OSError as error:
-        raise ArtifactError(f"{folder / name} is missing or unreadable", error.strerror or str(error), CONVERT) from error
+        raise ArtifactError(f"{folder / name} is missing or unreadable", error.strerror or str(error), CONVERT_AGAIN) from error
     if size != manifest.files[name].bytes:
         raise ArtifactError(
-            f"{folder / name} has another size than the manifest", f"expected {manifest.files[name].bytes} bytes, got {size}", CONVERT
+            f"{folder / name} has another size than the manifest", f"expected {manifest.files[name].bytes} bytes, got {size}", CONVERT_AGAIN
         )
 
 
 def verify(folder: Path, manifest: Manifest, name: str) -> None:
-    """Read a whole file and compare. Raises :class:`ArtifactError` with the file, what was expected and what is there."""
+    """Read a whole file and compare its hash with the manifest's. Raises :class:`ArtifactError` with the file and both hashes."""
     check_size(folder, manifest, name)
     expected, got = manifest.files[name], hash_file(folder / name)
     if got != expected:
-        raise ArtifactError(f"{folder / name} is damaged", f"expected sha256 {expected.sha256}, got {got.sha256}", CONVERT)
+        raise ArtifactError(f"{folder / name} is damaged", f"expected sha256 {expected.sha256}, got {got.sha256}", CONVERT_AGAIN)
 
 
 def verify_all(checkpoint: Checkpoint) -> None:
@@ -217,23 +220,25 @@ def verify_all(checkpoint: Checkpoint) -> None:
 
 
 def open_rank(checkpoint: Checkpoint, rank: int) -> SafetensorsFile:
-    """A rank's file, every tensor of it checked by name, shape and format. Raises :class:`ArtifactError`."""
+    """The file of ``rank``. Raises :class:`ArtifactError` when a tensor in it has another name, shape or format than it should."""
     file = SafetensorsFile(checkpoint.folder / rank_file(rank))
     wanted = {each.tensor.name: each for each in checkpoint.stored(rank)}
     if different := sorted(wanted.keys() ^ file.entries.keys()):
         what = "lacks" if different[0] in wanted else "holds an unknown tensor"
-        raise ArtifactError(f"{file.path} {what} {different[0]}", f"{len(different)} names differ from its layout", CONVERT)
+        raise ArtifactError(f"{file.path} {what} {different[0]}", f"{len(different)} names differ from its layout", CONVERT_AGAIN)
     for name, each in wanted.items():
         entry = file.entries[name]
         if entry.shape != each.tensor.shape or entry.dtype != NAMES[each.format]:
             raise ArtifactError(
-                f"{file.path}: {name} is {entry.dtype} {list(entry.shape)}", f"expected {each.format} {list(each.tensor.shape)}", CONVERT
+                f"{file.path}: {name} is {entry.dtype} {list(entry.shape)}",
+                f"expected {each.format} {list(each.tensor.shape)}",
+                CONVERT_AGAIN,
             )
     return file
 
 
 class CheckpointSource:
-    """Whole tensors, or their parts, put together again from the ranks' shards. Files are opened when first read from."""
+    """Whole tensors, or their parts, joined from the ranks' shards. A file is opened when it is first read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -247,7 +252,7 @@ class CheckpointSource:
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
         pieces, at, form = [], span.start, None
-        # Copies (key/value heads, tied rows) overlap; in order of their starts, each part adds what the ones before it lacked.
+        # Copies (key/value heads, tied rows) overlap: in order of their starts, each part adds what the parts before it lack.
         for part, rank, name, local in sorted(self._parts[tensor.name]):
             if part.start <= at < min(part.stop, span.stop):
                 stop = min(part.stop, span.stop)

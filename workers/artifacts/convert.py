@@ -1,6 +1,6 @@
 """Conversion of any model file to a TensorRT-LLM checkpoint of any tp × pp: rank by rank, one tensor in memory at a time.
 
-Owns the order of writing: weights, tokenizer, config, manifest, rename. Changes nothing at the target until everything is on the disk.
+Owns the order of writing: weights, tokenizer, config, manifest, rename. The target does not change until everything is on the disk.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TypeAlias
 import msgspec
 
 from workers.artifacts.artifact import Artifact, open_artifact, open_source
-from workers.artifacts.atomic_folder import ELSEWHERE, replacing
+from workers.artifacts.atomic_folder import MAKE_ROOM, replacing
 from workers.artifacts.checkpoint import (
     CONFIG,
     FORMAT,
     MANIFEST,
+    CheckpointFacts,
     Manifest,
-    Trireme,
     config_of,
     describe,
     rank_file,
@@ -42,7 +42,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 def silent(phase: str, done: int, total: int) -> None:
-    """The Progress of a caller that draws none."""
+    """A Progress that shows nothing."""
 
 
 def convert(
@@ -60,10 +60,10 @@ def convert(
 
     ``dtype``, ``quant`` None keep the source's. ``fp8_kv_cache``: replicas on a GPU keep keys and values in FP8. ``for_trtllm``: only
     layouts and formats that TensorRT-LLM accepts, and everything that its builder needs. A checkpoint at ``target`` is replaced at the
-    end; a folder of anything else is refused.
+    end; a folder that is no checkpoint is refused.
 
     Raises:
-        ConfigError: the model cannot be split this way, or a quantization group would straddle ranks.
+        ConfigError: the model cannot be split this way, or a quantization group would be cut between two ranks.
         ArtifactError: the source is damaged or not supported, or the target is not a checkpoint.
         EnvironmentFault: the disk is full or cannot be written.
     """
@@ -79,13 +79,13 @@ def convert(
         raise ArtifactError(f"{target} exists and is not a checkpoint", "nothing there is overwritten", "choose another folder")
     tokenizer = _tokenizer(artifact)
     if artifact.kind == "checkpoint":
-        # The new manifest vouches for what is read here: a damaged shard must not come out with a hash that fits.
+        # The new manifest gets hashes of what is read here: a damaged shard must not get a valid hash.
         verify_all(read_checkpoint(artifact.path))
     total = sum(tensor.nbytes for rank in range(parallel.world) for tensor in stored(facts, quant, rank))
     with replacing(target) as aside:
         free = shutil.disk_usage(aside).free
         if free < total:
-            raise EnvironmentFault(f"not enough room for {target}", f"needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", ELSEWHERE)
+            raise EnvironmentFault(f"not enough room for {target}", f"needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", MAKE_ROOM)
         files = _write_ranks(open_source(artifact, quant), facts, quant, aside, total, progress)
         files |= {name: write_file(aside / name, data) for name, data in tokenizer.items()}
         config = config_of(facts, quant) | {"trireme": msgspec.to_builtins(facts)}
@@ -96,7 +96,8 @@ def convert(
 
 
 def refuse_layout(artifact: Artifact, parallel: Parallel, for_trtllm: bool) -> None:
-    """Raises :class:`ConfigError` when the model cannot be split this way by the portable engine, or by TensorRT-LLM where asked for."""
+    """Raises :class:`ConfigError` when the portable engine cannot split the model this way, or, with ``for_trtllm``, TensorRT-LLM
+    cannot."""
     parallel.check(artifact.model)
     refusal = trtllm_refusal(artifact.model, parallel) if for_trtllm else None
     if refusal is not None:
@@ -104,7 +105,7 @@ def refuse_layout(artifact: Artifact, parallel: Parallel, for_trtllm: bool) -> N
 
 
 def refuse_format(quant: Quant, for_trtllm: bool) -> None:
-    """Raises :class:`ConfigError` for a format that TensorRT-LLM reads in another arrangement, where it is to read it."""
+    """With ``for_trtllm``, raises :class:`ConfigError` for a format that TensorRT-LLM stores in another arrangement."""
     if for_trtllm and quant.kv_cache_quant_algo is not None:
         raise ConfigError(
             "--for-trtllm does not go with an FP8 KV cache", "TensorRT-LLM wants calibrated scales for it", "let its tools quantize"
@@ -117,7 +118,9 @@ def refuse_format(quant: Quant, for_trtllm: bool) -> None:
         )
 
 
-def _write_ranks(source: Source, facts: Trireme, quant: Quant, folder: Path, total: int, progress: Progress) -> dict[str, FileRecord]:
+def _write_ranks(
+    source: Source, facts: CheckpointFacts, quant: Quant, folder: Path, total: int, progress: Progress
+) -> dict[str, FileRecord]:
     records, done = {}, 0
     progress("convert", 0, total)
     for rank in range(facts.parallel.world):

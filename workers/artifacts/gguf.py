@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from workers.artifacts.number_formats import Array
-from workers.artifacts.safetensors_file import AGAIN, OTHER, regular
+from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS, regular
 from workers.artifacts.source import CHUNK, Block
 from workers.layout.sharding import EMBEDDING, FINAL_NORM, HEAD, ModelTensor, Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
@@ -28,7 +28,7 @@ from workers.protocol.specs import ModelSpec
 MAGIC = b"GGUF"
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-#: Tensor types that are common and not read here, by the name that people know.
+#: Common tensor types that are not supported, by their usual names.
 REFUSED = {2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 30: "BF16"}
 #: ``general.architecture`` values whose q and k rows are stored permuted.
 PERMUTED = ("llama",)
@@ -89,7 +89,7 @@ class Info(NamedTuple):
 
 
 class GgufFile:
-    """A mapped GGUF file: ``metadata`` and ``tensors``. Raises :class:`ArtifactError` on anything that it cannot trust."""
+    """A mapped GGUF file: ``metadata`` and ``tensors``. Raises :class:`ArtifactError` for a file that is damaged or not supported."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,12 +98,12 @@ class GgufFile:
                 self.size = os.fstat(file.fileno()).st_size
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} cannot be read", str(error), AGAIN) from error
+            raise ArtifactError(f"{path} cannot be read", str(error), COPY_AGAIN) from error
         self._at = 0
         try:
             self.metadata, self.tensors = self._header()
         except (struct.error, ValueError, LookupError, RecursionError) as error:
-            raise ArtifactError(f"{path} is damaged or truncated", f"header ends at byte {self._at} of {self.size}", AGAIN) from error
+            raise ArtifactError(f"{path} is damaged or truncated", f"header ends at byte {self._at} of {self.size}", COPY_AGAIN) from error
 
     def block_bytes(self, info: Info) -> Array:
         """[rows, blocks a row, bytes a block] uint8 view of a tensor."""
@@ -122,7 +122,7 @@ class GgufFile:
         self._at = 4
         version = self._scalar("<I")
         if version not in (2, 3):
-            raise ArtifactError(f"{self.path} is GGUF version {version}", "versions 2 and 3 are known", AGAIN)
+            raise ArtifactError(f"{self.path} is GGUF version {version}", "versions 2 and 3 are known", COPY_AGAIN)
         tensors, pairs = self._count(), self._count()
         metadata = {}
         for _ in range(pairs):
@@ -144,7 +144,7 @@ class GgufFile:
         size = math.prod(shape) // form.values * form.bytes
         if not shape or min(shape) < 1 or shape[-1] % form.values or offset + size > self.size:
             raise ArtifactError(
-                f"{self.path}: {name} {list(shape)} does not fit the file", f"bytes {offset}..{offset + size} of {self.size}", AGAIN
+                f"{self.path}: {name} {list(shape)} does not fit the file", f"bytes {offset}..{offset + size} of {self.size}", COPY_AGAIN
             )
         return Info(shape, form, offset, size)
 
@@ -186,7 +186,7 @@ class GgufFile:
 
 
 def _short(value: float) -> float:
-    """The shortest decimal that means the same fp32: metadata holds 1e-5 as 9.999999747e-06."""
+    """The shortest decimal with the same fp32 value: metadata holds 1e-5 as 9.999999747e-06."""
     return float(str(np.float32(value)))
 
 
@@ -195,16 +195,18 @@ def read_model(file: GgufFile) -> ModelSpec:
     data, path = file.metadata, file.path
     family = data.get("general.architecture")
     if family not in ("llama", "qwen2", "qwen3"):
-        raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", "known: llama, qwen2, qwen3", OTHER)
+        raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", "known: llama, qwen2, qwen3", SUPPORTED_MODELS)
     if data.get(f"{family}.expert_count"):
-        raise ArtifactError(f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}", OTHER)
+        raise ArtifactError(
+            f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}", SUPPORTED_MODELS
+        )
     if "rope_freqs.weight" in file.tensors:
         raise ArtifactError(f"{path} carries its own rotary frequencies", "Llama 3.1 scaling is not in the metadata", "use the safetensors")
     try:
         hidden, heads = data[f"{family}.embedding_length"], data[f"{family}.attention.head_count"]
         head_dim = data.get(f"{family}.attention.key_length", hidden // heads)
         if data.get(f"{family}.rope.dimension_count", head_dim) != head_dim:
-            raise ArtifactError(f"{path}: partial rotary embedding is not supported", f"it covers less than {head_dim}", OTHER)
+            raise ArtifactError(f"{path}: partial rotary embedding is not supported", f"it covers less than {head_dim}", SUPPORTED_MODELS)
         facts = {
             "architecture": family,
             "hidden_size": hidden,
@@ -224,9 +226,9 @@ def read_model(file: GgufFile) -> ModelSpec:
         }
         return msgspec.convert(facts, ModelSpec)
     except KeyError as error:
-        raise ArtifactError(f"{path} lacks {error.args[0]}", "the model cannot be told without it", AGAIN) from error
+        raise ArtifactError(f"{path} lacks {error.args[0]}", "the model cannot be told without it", COPY_AGAIN) from error
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ArtifactError(f"{path}: the metadata does not make sense", str(error), AGAIN) from error
+        raise ArtifactError(f"{path}: the metadata does not make sense", str(error), COPY_AGAIN) from error
 
 
 def _scaling(path: Path, family: str, data: dict[str, Any]) -> dict[str, Any] | None:
@@ -234,12 +236,12 @@ def _scaling(path: Path, family: str, data: dict[str, Any]) -> dict[str, Any] | 
     if kind == "none":
         return None
     if kind != "linear":
-        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: none, linear", OTHER)
+        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: none, linear", SUPPORTED_MODELS)
     return {"kind": "linear", "factor": _short(data[f"{family}.rope.scaling.factor"])}
 
 
 def stored_name(tensor: str) -> str:
-    """GGUF's name of a whole tensor that goes by its Hugging Face name."""
+    """The GGUF name of the whole tensor whose Hugging Face name is ``tensor``."""
     fixed = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
     if tensor in fixed:
         return fixed[tensor]
@@ -258,19 +260,21 @@ class GgufSource:
         wanted = {stored_name(name): tensor for name, tensor in whole_tensors(model).items()}
         for name, tensor in wanted.items():
             if name not in file.tensors:
-                raise ArtifactError(f"{file.path} lacks the tensor {name}", "its metadata means a model that has it", AGAIN)
+                raise ArtifactError(f"{file.path} lacks the tensor {name}", "its metadata means a model that has it", COPY_AGAIN)
             if file.tensors[name].shape != tensor.shape:
                 raise ArtifactError(
-                    f"{file.path}: {name} has shape {list(file.tensors[name].shape)}", f"expected {list(tensor.shape)}", AGAIN
+                    f"{file.path}: {name} has shape {list(file.tensors[name].shape)}", f"expected {list(tensor.shape)}", COPY_AGAIN
                 )
         if extra := [name for name in file.tensors if name not in wanted]:
-            raise ArtifactError(f"{file.path} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", OTHER)
+            raise ArtifactError(
+                f"{file.path} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", SUPPORTED_MODELS
+            )
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
         info = self._file.tensors[stored_name(tensor.name)]
         raw, unit = self._file.block_bytes(info), info.format.values
         if tensor.axis == 1 or len(info.shape) == 1:
-            # Whole blocks around the span: a slice need not start on a block's edge.
+            # Read the whole blocks around the span: a slice may start inside a block.
             first, last = span.start // unit, -(-span.stop // unit)
             values = _dequantize(raw[:, first:last], info.format)[:, span.start - first * unit : span.stop - first * unit]
             values = values if tensor.axis == 1 else values.reshape(-1)
@@ -285,7 +289,8 @@ class GgufSource:
 
 
 def _dequantize(raw: Array, form: Format) -> Array:
-    """[rows, blocks, bytes] to [rows, values], some rows at a time: a dequantizer's temporaries are several times its result."""
+    """[rows, values] fp32 of ``raw`` [rows, blocks, bytes], some rows at a time: a dequantizer's temporaries are several times its
+    result."""
     rows, blocks, width = raw.shape
     result = np.empty((rows, blocks * form.values), np.float32)
     step = max(1, CHUNK // (blocks * form.values))
@@ -296,6 +301,6 @@ def _dequantize(raw: Array, form: Format) -> Array:
 
 
 def _unpermute(values: Array, head_dim: int) -> Array:
-    """Rows of whole heads from interleaved rotary order (pairs side by side) to half-rotation order."""
+    """Reorder rows of whole heads from interleaved rotary order (pairs side by side) to halves (component i paired with i + dim / 2)."""
     paired = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)

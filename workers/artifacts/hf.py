@@ -1,7 +1,7 @@
 """Hugging Face folders: ``config.json`` as a ModelSpec, and the weights as a Source.
 
-Owns what this family of configs means and the list of what is refused. A model that would run wrongly is refused by name; nothing is
-guessed. Never executes anything that a folder brings.
+Owns the meaning of the configs of the supported models, and the list of what is refused. A model that would run wrongly is refused by name;
+nothing is guessed. Never executes code from a folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from workers.artifacts.safetensors_file import AGAIN, NAMES, OTHER, SafetensorsFile, regular
+from workers.artifacts.safetensors_file import COPY_AGAIN, NAMES, SUPPORTED_MODELS, SafetensorsFile, regular
 from workers.artifacts.source import Block, cut
 from workers.layout.sharding import HEAD, ModelTensor, Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
@@ -19,7 +19,7 @@ from workers.protocol.specs import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec,
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: Everything that a tokenizer folder may consist of; other files are never copied.
+#: The files of a tokenizer; other files of a folder are never copied.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 #: (key in ``config.json``, field of RopeScaling).
 ROPE_FIELDS = (
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class _Config(msgspec.Struct, kw_only=True):
-    """The keys of ``config.json`` that decide something; defaults are those of transformers' own classes."""
+    """The keys of ``config.json`` that matter here; defaults are those of transformers' own classes."""
 
     model_type: str
     hidden_size: int
@@ -73,11 +73,11 @@ def decode(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(regular(path).read_bytes(), type=kind)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), AGAIN) from error
+        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), COPY_AGAIN) from error
     except msgspec.MsgspecError as error:
-        raise ArtifactError(f"{path} does not make sense", str(error), AGAIN) from error
+        raise ArtifactError(f"{path} does not make sense", str(error), COPY_AGAIN) from error
     except ConfigError as error:
-        raise ArtifactError(f"{path}: {error.what}", error.why, error.hint or AGAIN) from error
+        raise ArtifactError(f"{path}: {error.what}", error.why, error.hint or COPY_AGAIN) from error
 
 
 def read_model(folder: Path) -> ModelSpec:
@@ -88,7 +88,7 @@ def read_model(folder: Path) -> ModelSpec:
     theta, scaling = _rope(path, config)
     position = config.max_position_embeddings
     if config.sliding_window and (config.model_type == "mistral" or config.use_sliding_window):
-        # Inside the window a sliding-window model is a full-attention model: serve it that far, exactly.
+        # Up to the length of its window a sliding-window model is exactly a full-attention model: serve it that far.
         position = min(position, config.sliding_window)
     try:
         return ModelSpec(
@@ -115,11 +115,11 @@ def read_model(folder: Path) -> ModelSpec:
 def _refuse(path: Path, config: _Config, raw: dict[str, Any]) -> None:
     known = ", ".join(ARCHITECTURES)
     if experts := next((key for key in EXPERT_KEYS if raw.get(key)), None):
-        raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}", OTHER)
+        raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}", SUPPORTED_MODELS)
     if config.model_type not in ARCHITECTURES:
-        raise ArtifactError(f"{path}: model_type {config.model_type!r} is not supported", f"known: {known}", OTHER)
+        raise ArtifactError(f"{path}: model_type {config.model_type!r} is not supported", f"known: {known}", SUPPORTED_MODELS)
     if config.hidden_act != "silu":
-        raise ArtifactError(f"{path}: activation {config.hidden_act!r} is not supported", "known: silu", OTHER)
+        raise ArtifactError(f"{path}: activation {config.hidden_act!r} is not supported", "known: silu", SUPPORTED_MODELS)
     if config.quantization_config is not None:
         method = config.quantization_config.get("quant_method", "unnamed")
         raise ArtifactError(
@@ -131,31 +131,33 @@ def _refuse(path: Path, config: _Config, raw: dict[str, Any]) -> None:
         ("partial_rotary_factor", config.partial_rotary_factor, 1.0),
     ):
         if value != want:
-            raise ArtifactError(f"{path}: {key}={value} is not supported", f"known: {want}", OTHER)
+            raise ArtifactError(f"{path}: {key}={value} is not supported", f"known: {want}", SUPPORTED_MODELS)
     if other := set(config.layer_types or ()) - {"full_attention", "sliding_attention"}:
-        raise ArtifactError(f"{path}: layer type {min(other)!r} is not supported", "known: full_attention, sliding_attention", OTHER)
+        raise ArtifactError(
+            f"{path}: layer type {min(other)!r} is not supported", "known: full_attention, sliding_attention", SUPPORTED_MODELS
+        )
 
 
 def _rope(path: Path, config: _Config) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from either spelling: transformers 5 has both in ``rope_parameters``, older ones theta beside ``rope_scaling``."""
+    """(theta, scaling). transformers 5 writes both into ``rope_parameters``, older releases write theta beside ``rope_scaling``."""
     rope = {**(config.rope_scaling or {}), **(config.rope_parameters or {})}
     theta = rope.get("rope_theta", config.rope_theta or 10000.0)
     if not isinstance(theta, int | float) or theta <= 0:
-        raise ArtifactError(f"{path}: rope_theta {theta!r} does not make sense", "it is a positive number", AGAIN)
+        raise ArtifactError(f"{path}: rope_theta {theta!r} does not make sense", "it is a positive number", COPY_AGAIN)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and any(isinstance(value, dict) for value in rope.values()):
-        raise ArtifactError(f"{path}: rotary parameters per layer type are not supported", "all layers share one table", OTHER)
+        raise ArtifactError(f"{path}: rotary parameters per layer type are not supported", "all layers share one table", SUPPORTED_MODELS)
     if kind == "default":
         return float(theta), None
     if kind not in ("linear", "llama3"):
-        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: default, linear, llama3", OTHER)
+        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: default, linear, llama3", SUPPORTED_MODELS)
     wanted = ROPE_FIELDS if kind == "llama3" else ROPE_FIELDS[:1]
     if missing := [key for key, _ in wanted if key not in rope]:
-        raise ArtifactError(f"{path}: rope scaling {kind!r} lacks {missing[0]}", "the scaling cannot be computed without it", AGAIN)
+        raise ArtifactError(f"{path}: rope scaling {kind!r} lacks {missing[0]}", "the scaling cannot be computed without it", COPY_AGAIN)
     try:
         return float(theta), msgspec.convert({"kind": kind} | {field: rope[key] for key, field in wanted}, RopeScaling)
     except (msgspec.ValidationError, ConfigError) as error:
-        raise ArtifactError(f"{path}: rope scaling does not make sense", str(error), AGAIN) from error
+        raise ArtifactError(f"{path}: rope scaling does not make sense", str(error), COPY_AGAIN) from error
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:
@@ -169,7 +171,7 @@ def read_eos(folder: Path) -> tuple[int, ...]:
 
 
 class HuggingFaceSource:
-    """The safetensors files of a folder, one mapping each, checked against the model before the first read."""
+    """The safetensors files of a folder, each mapped, and checked against the model before the first read."""
 
     def __init__(self, folder: Path, model: ModelSpec) -> None:
         """Raises :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
@@ -178,15 +180,17 @@ class HuggingFaceSource:
         wanted = whole_tensors(model)
         for name, tensor in wanted.items():
             if name not in self._file_of:
-                raise ArtifactError(f"{folder} lacks the tensor {name}", "config.json means a model that has it", AGAIN)
+                raise ArtifactError(f"{folder} lacks the tensor {name}", "config.json means a model that has it", COPY_AGAIN)
             shape = self._file_of[name].entries[name].shape
             if shape != tensor.shape:
-                raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(tensor.shape)}", AGAIN)
+                raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(tensor.shape)}", COPY_AGAIN)
             _plain(self._file_of[name], name)
-        # A tied head is often stored once more; rotary frequencies follow from the config.
+        # Many folders store a tied head a second time; rotary frequencies follow from the config.
         extra = [name for name in self._file_of if name not in wanted and name != HEAD and not name.endswith("rotary_emb.inv_freq")]
         if extra:
-            raise ArtifactError(f"{folder} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", OTHER)
+            raise ArtifactError(
+                f"{folder} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", SUPPORTED_MODELS
+            )
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
         values, form = self._file_of[tensor.name].view(tensor.name)
@@ -202,14 +206,14 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = sorted(set(decode(folder / INDEX, _Index).weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
-            raise ArtifactError(f"{folder / INDEX} points outside the folder", outside[0], AGAIN)
+            raise ArtifactError(f"{folder / INDEX} points outside the folder", outside[0], COPY_AGAIN)
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     pickled = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))), None)
     if pickled is not None:
         raise ArtifactError(f"{folder} holds pickled weights ({pickled})", "a pickle can run code", "save the model as safetensors")
-    raise ArtifactError(f"{folder} holds no weights", f"neither {SINGLE} nor {INDEX} is there", AGAIN)
+    raise ArtifactError(f"{folder} holds no weights", f"neither {SINGLE} nor {INDEX} is there", COPY_AGAIN)
 
 
 def stored_dtype(folder: Path) -> DType:
@@ -223,5 +227,5 @@ def _plain(file: SafetensorsFile, name: str) -> DType:
     """Format of a tensor that is not quantized. Raises :class:`ArtifactError` for one that is."""
     entry, plain = file.entries[name], {NAMES[dtype]: dtype for dtype in DTYPE_BYTES}
     if entry.dtype not in plain:
-        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(plain)}", OTHER)
+        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(plain)}", SUPPORTED_MODELS)
     return plain[entry.dtype]

@@ -19,11 +19,12 @@ from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """``parallel``: layout of a checkpoint, None for whole models. ``quant``: format of linear layers' weights; ``dtype``: of the others.
-    ``rank_bytes``: weights of each rank in these formats, for the layout asked about (else the stored one, else one rank).
+    """What a model file holds. ``parallel``: layout of a checkpoint, None for whole models. ``quant``: format of linear layers' weights;
+    ``dtype``: format of the others. ``rank_bytes``: bytes of each rank's weights in these formats, for the layout asked about (by default
+    the stored one, else one rank).
 
-    ``runs``: whether ranks of that layout can load it as it is; ``reason`` says why not, and what would. ``trtllm``: why TensorRT-LLM would
-    refuse the layout, empty when it would not. ``verified``: every file's hash was compared.
+    ``runs``: whether ranks of that layout can load it as it is; ``reason``: why not, and what to do. ``trtllm``: why TensorRT-LLM would
+    refuse the layout, empty when it would not. ``verified``: whether every file's hash was compared.
     """
 
     path: Path
@@ -45,8 +46,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
 def inspect_path(path: str | Path, parallel: Parallel | None = None, *, verify_files: bool = False) -> Inspection:
     """Describe the model at ``path``, for the layout ``parallel``.
 
-    ``verify_files`` also reads every byte of a checkpoint (sha256 against the manifest), and of other kinds the headers of all files
-    against the model. Raises :class:`~workers.protocol.errors.ArtifactError` when it is no model, or damaged.
+    ``verify_files`` also compares the sha256 of every file of a checkpoint with the manifest; for other kinds it compares the headers of
+    all files with the model. Raises :class:`~workers.protocol.errors.ArtifactError` when the path holds no model, or a damaged one.
     """
     artifact = open_artifact(path)
     layout = parallel or artifact.parallel or Parallel()

@@ -1,4 +1,4 @@
-"""Number formats of weights in numpy: fp32, fp16, bf16 and fp8 as their raw bits (numpy has no such types), integers as they are.
+"""Number formats of weights in numpy: fp32 and fp16; bf16 and fp8 as raw bits, since numpy has no such types; integers.
 
 Pure functions; must never know about files.
 """
@@ -29,9 +29,9 @@ FP8_MAX = 448.0
 
 
 def cast(values: Array, source: Format, target: Format) -> Array:
-    """``values`` of format ``source`` in format ``target``, rounded to nearest, ties to even. Quantized formats are only ever kept.
+    """``values`` of format ``source`` in format ``target``, rounded to nearest, ties to even. Quantized formats are never converted.
 
-    Raises :class:`ArtifactError` where a finite weight is too large for fp16: an infinity would surface as NaN logits much later.
+    Raises :class:`ArtifactError` where a finite weight is too large for fp16: an infinity would appear as NaN logits much later.
     """
     if source == target:
         return values
@@ -65,9 +65,9 @@ def to_fp8(values: Array) -> Array:
     """fp32 ``values``, none beyond ``FP8_MAX``, as the bits of the nearest e4m3, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     magnitude = bits & np.uint32(0x7FFFFFFF)
-    # Three mantissa bits stay, and the exponent's bias goes from 127 to 7. A carry into the exponent is what rounding up means.
+    # Three mantissa bits stay, and the exponent's bias changes from 127 to 7. A carry into the exponent rounds up correctly.
     normal = ((magnitude + np.uint32(0x7FFFF) + ((magnitude >> 20) & 1)) >> 20) - np.uint32(120 << 3)
-    # Below 2**-6 the steps are all 2**-9; eight of them are the smallest normal number's own bits.
+    # Below 2**-6 all steps are 2**-9; eight steps give the bits of the smallest normal number.
     small = np.rint(np.abs(values) * np.float32(512)).astype(np.uint32)
     rounded: Array = np.where(magnitude < 0x3C800000, small, normal) | (bits >> 24 & np.uint32(0x80))
     return rounded.astype(np.uint8)

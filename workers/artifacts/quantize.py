@@ -1,8 +1,8 @@
 """Quantization: a Source of integers and scales made from a Source of plain weights, a slice at a time.
 
 Owns the arithmetic: symmetric int8 and e4m3 with one scale an output row, 4-bit integers with a scale and an offset for each group of
-inputs. Every value is that of the whole tensor, whatever slice of it is asked for, so a rank's parts are bitwise the unsharded model's.
-Holds no more than one slice and its scales. Rounding is to the nearest; there is no calibration data.
+inputs. Values do not depend on the slice that is asked for, so a rank's parts are bitwise slices of the unsharded model's parts. Holds no
+more than one slice and its scales. Rounds to nearest; there is no calibration data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workers.protocol.specs import ModelSpec, Quant, QuantName
 
 
 class QuantizedSource:
-    """The parts of a model whose weights ``source`` has plain; what is not quantized passes through."""
+    """The quantized parts of a model whose weights ``source`` has unquantized. Tensors that stay unquantized pass through."""
 
     def __init__(self, source: Source, model: ModelSpec, quant: Quant) -> None:
         if quant.weights is None:
@@ -30,7 +30,7 @@ class QuantizedSource:
         self._group = quant.group_size or 0
         self._plan = parts_of(quant, "fp32")
         self._parts = whole_parts(model, quant, "fp32")
-        #: Parts made together with one that was read, until they are read themselves: the scales of one layer's tensor at most.
+        #: Parts that were made together with one that was read and are not read yet: at most the scales of one layer's tensor.
         self._made: dict[tuple[str, Span], Block] = {}
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
@@ -48,8 +48,8 @@ class QuantizedSource:
         self._source.release()
 
     def _quantize(self, whole: ModelTensor, span: Span) -> dict[tuple[str, Span], Block]:
-        """All parts of ``span`` of ``whole`` along its axis, by the names and spans that they are asked for."""
-        # A row's scale is that of all its inputs, also where a rank has only some of them.
+        """All parts of ``span`` of ``whole`` along its axis, by their names and spans."""
+        # The scale of a row covers all its inputs, also where a rank has only some of them.
         full = self._group == 0 and whole.axis == 1
         read = self._source.read(whole, Span(0, whole.shape[1]) if full else span)
         columns = slice(span.start, span.stop) if full else slice(None)
@@ -75,12 +75,12 @@ def _uncut(span: Span, whole: ModelTensor, part: Part) -> Span:
 
 
 def _row_scale(wide: Array, top: float) -> Array:
-    """[rows] fp32: what one step of the grid is worth, so that the largest magnitude is its ``top``."""
+    """[rows] fp32: the scale of each row, so that its largest magnitude becomes ``top``."""
     return _step(np.abs(wide).max(axis=1) / np.float32(top))
 
 
 def _step(size: Array) -> Array:
-    """What divides: where all weights are zeros, or denormals that no step divides, they become zeros."""
+    """``size`` as a divisor: 1 where it is zero or denormal, so that such weights become zeros."""
     return np.where(size < np.finfo(np.float32).tiny, np.float32(1), size)
 
 
@@ -95,7 +95,7 @@ def _fp8(wide: Array, columns: slice, group: int) -> tuple[Array, ...]:
 
 
 def _int4(wide: Array, columns: slice, group: int) -> tuple[Array, ...]:
-    """A group's range always includes zero, so that its offset is never more than eight of its steps and rounds as finely as its scale."""
+    """The range of a group always includes zero, so that its offset is at most eight steps and is rounded as finely as its scale."""
     grouped = wide.reshape(len(wide), -1, group)
     low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
     scale = cast(_step((high - low) / np.float32(15)), "fp32", "bf16")

@@ -1,7 +1,7 @@
-"""safetensors files: a reader over a memory map and a writer that streams.
+"""safetensors files: a reader over a memory map and a streaming writer.
 
-The reader owns one mapping and trusts nothing of the header before it agrees with the file's size. The writer owns one file handle and
-hashes what it writes. Neither knows what the tensors mean.
+The reader owns one mapping and uses the header only after it agrees with the file's size. The writer owns one file handle and hashes what
+it writes. Neither knows what the tensors mean.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from workers.artifacts.number_formats import STORAGE, Array
 from workers.layout.quant_parts import Format
 from workers.protocol.errors import ArtifactError
 
-#: What to do about a model file that is damaged, and about one that no engine here computes.
-AGAIN = "copy or download it again"
-OTHER = "use a plain llama, mistral, qwen2 or qwen3 model in fp32, bf16 or fp16"
-#: The format's own bound on its header, bytes.
+#: Hints for a model file that is damaged, and for a model that no engine here computes.
+COPY_AGAIN = "copy or download it again"
+SUPPORTED_MODELS = "use a plain llama, mistral, qwen2 or qwen3 model in fp32, bf16 or fp16"
+#: Largest header that the format allows, bytes.
 MAX_HEADER = 100_000_000
 NAMES: dict[Format, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "uint8": "U8", "fp8": "F8_E4M3"}
 FORMATS: dict[str, Format] = {name: form for form, name in NAMES.items()}
@@ -47,14 +47,14 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def regular(path: Path) -> Path:
-    """``path``, unless something is there that is no file: a FIFO would be waited for, a device read without end. Raises OSError."""
+    """``path``. Raises OSError when it exists and is no regular file: opening a FIFO would wait, and reading a device might never end."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path
 
 
 class SafetensorsFile:
-    """A safetensors file for reading. Arrays that it gives out are views of the mapping and live as long as it does."""
+    """A safetensors file for reading. The arrays that it returns are views of its mapping, which must outlive them."""
 
     def __init__(self, path: Path) -> None:
         """Raises :class:`ArtifactError` when the file is missing, truncated or not safetensors."""
@@ -65,51 +65,53 @@ class SafetensorsFile:
                 self.entries, self._data = _read_header(path, file, size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), AGAIN) from error
+            raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), COPY_AGAIN) from error
 
     def view(self, name: str) -> tuple[Array, Format]:
-        """The whole tensor, without copying. Raises :class:`ArtifactError` for a format that has no row in ``NAMES``."""
+        """(values, format) of a whole tensor, without copying. Raises :class:`ArtifactError` for a format that is not in ``NAMES``."""
         entry = self.entries[name]
         if entry.dtype not in FORMATS:
-            raise ArtifactError(f"{self.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(FORMATS)}", OTHER)
+            raise ArtifactError(f"{self.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(FORMATS)}", SUPPORTED_MODELS)
         form = FORMATS[entry.dtype]
         flat = np.frombuffer(self._map, STORAGE[form], math.prod(entry.shape), self._data + entry.data_offsets[0])
         return flat.reshape(entry.shape), form
 
     def release(self) -> None:
-        """Let the kernel take back the pages read so far: they would count as this process's memory."""
+        """Release the pages read so far: they would count as this process's memory."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, TensorEntry], int]:
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise ArtifactError(f"{path} is truncated", f"{size} bytes are no safetensors file", AGAIN)
+        raise ArtifactError(f"{path} is truncated", f"{size} bytes are no safetensors file", COPY_AGAIN)
     length = int.from_bytes(prefix, "little")
     if not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise ArtifactError(f"{path} is not a safetensors file, or truncated", f"header of {length} bytes in a file of {size}", AGAIN)
+        raise ArtifactError(f"{path} is not a safetensors file, or truncated", f"header of {length} bytes in a file of {size}", COPY_AGAIN)
     try:
         raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
         entries = {name: msgspec.json.decode(value, type=TensorEntry) for name, value in raw.items()}
     except msgspec.MsgspecError as error:
-        raise ArtifactError(f"{path} is not a safetensors file", str(error), AGAIN) from error
+        raise ArtifactError(f"{path} is not a safetensors file", str(error), COPY_AGAIN) from error
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
         width = STORAGE[FORMATS[entry.dtype]].itemsize if entry.dtype in FORMATS else None
         if start != end or stop < start or min(entry.shape, default=0) < 0:
-            raise ArtifactError(f"{path}: {name} has impossible offsets", f"{start}..{stop}, expected to start at {end}", AGAIN)
+            raise ArtifactError(f"{path}: {name} has impossible offsets", f"{start}..{stop}, expected to start at {end}", COPY_AGAIN)
         if width is not None and stop - start != width * math.prod(entry.shape):
-            raise ArtifactError(f"{path}: {name} has {stop - start} bytes", f"its shape {list(entry.shape)} needs another number", AGAIN)
+            raise ArtifactError(
+                f"{path}: {name} has {stop - start} bytes", f"its shape {list(entry.shape)} needs another number", COPY_AGAIN
+            )
         end = stop
     if 8 + length + end != size:
-        raise ArtifactError(f"{path} is truncated or damaged", f"expected {8 + length + end} bytes, got {size}", AGAIN)
+        raise ArtifactError(f"{path} is truncated or damaged", f"expected {8 + length + end} bytes, got {size}", COPY_AGAIN)
     return entries, 8 + length
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file tensor by tensor, in the order announced, so that only one tensor is ever in memory."""
+    """Writes one safetensors file tensor by tensor, in the order announced, so that only one tensor is in memory at a time."""
 
     def __init__(self, path: Path, tensors: dict[str, tuple[tuple[int, ...], Format]], metadata: dict[str, str]) -> None:
         """``tensors``: name → (shape, format)."""
@@ -121,14 +123,14 @@ class SafetensorsWriter:
         self._put(_header(tensors, metadata))
 
     def write(self, name: str, values: Array) -> None:
-        """Append a tensor; ``values`` must have the announced shape and its format's storage type."""
+        """Append a tensor; ``values`` must have the announced shape and the storage type of its format."""
         expected, (shape, form) = self._left.pop(0)
         if (expected, shape, STORAGE[form]) != (name, values.shape, values.dtype):
             raise ValueError(f"{self._path}: expected {expected} {shape} {form}, got {name} {values.shape} {values.dtype}")
         self._put(np.ascontiguousarray(values).data.cast("B"))
 
     def finish(self) -> FileRecord:
-        """Flush to the disk itself; every announced tensor must have been written."""
+        """Flush the file to the disk and return its hash. Every announced tensor must have been written."""
         if self._left:
             raise ValueError(f"{self._path}: {self._left[0][0]} was never written")
         self._file.flush()
@@ -169,12 +171,12 @@ def hash_file(path: Path) -> FileRecord:
                 digest.update(chunk)
                 size += len(chunk)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), AGAIN) from error
+        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), COPY_AGAIN) from error
     return FileRecord(sha256=digest.hexdigest(), bytes=size)
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:
-    """Write a small file through to the disk."""
+    """Write a small file and flush it to the disk."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()

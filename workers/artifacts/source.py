@@ -1,4 +1,4 @@
-"""What every model file offers: slices of whole tensors (or their parts) by name; and how a rank's tensor is put together from them.
+"""The Source seam: slices of whole tensors (or their parts) by name; and how a rank's tensor is assembled from them.
 
 Owns the ``Source`` protocol and ``assemble``. Must never know a file format or import torch.
 """
@@ -25,13 +25,13 @@ class Block(NamedTuple):
 
 
 class Source(Protocol):
-    """Weights of one unsharded model, wherever they lie."""
+    """Weights of one unsharded model, in any kind of file."""
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
         """``span`` of ``tensor`` along the tensor's own axis. Raises :class:`~workers.protocol.errors.ArtifactError`."""
 
     def release(self) -> None:
-        """What ``read`` gave out is no longer used: its memory may go."""
+        """Call when the results of :meth:`read` are no longer used: their memory may be released."""
 
 
 def assemble(source: Source, wanted: ShardTensor, form: Format) -> Array:

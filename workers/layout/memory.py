@@ -1,6 +1,6 @@
-"""How much memory a rank takes and how much cache it then holds: the one arithmetic of engine and planner.
+"""How much memory a rank takes, and how much KV cache it can hold: engine and planner use the same arithmetic.
 
-Pure functions of shapes, layout and free bytes. What is free is the caller's to say: the engine measures it, the planner assumes it. Must
+Pure functions of shapes, layout and free bytes. The caller says how much is free: the engine measures it, the planner assumes it. Must
 never look at a device.
 """
 
@@ -11,10 +11,10 @@ from workers.layout.sharding import Shard, shares_embedding
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
 
-#: Default share of a host's free memory for the caches of all its ranks together, and its cap, bytes.
+#: Default share of a host's free memory for the caches of all its ranks together; and its upper limit, bytes.
 FREE_SHARE = 0.25
 HOST_CAP = 1 << 30
-#: What a GPU keeps free beside cache and step: graphs, workspaces of libraries, NCCL, and the torch sampler's rows.
+#: Bytes that stay free on a GPU beside cache and step: for graphs, workspaces of libraries, NCCL, and the torch sampler's logits.
 GPU_RESERVE = 2 << 30
 
 
@@ -45,17 +45,18 @@ def longest_sequence(model: ModelSpec, engine: EngineSpec) -> int:
 
 
 def kv_format(engine: EngineSpec, quant: Quant) -> Format:
-    """In which form keys and values are kept: FP8 on a GPU where the weights' artifact asks for it, else as the engine computes."""
+    """The format of keys and values in the cache: FP8 on a GPU where the artifact asks for it, else the dtype that the engine computes
+    in."""
     return "fp8" if engine.device == "cuda" and quant.kv_cache_quant_algo == "FP8" else engine.dtype
 
 
 def block_bytes(model: ModelSpec, shard: Shard, engine: EngineSpec, form: Format) -> int:
-    """Bytes of one block on this rank, all its layers."""
+    """Bytes of one block on this rank, over all its layers."""
     return shard.layers.size * engine.block_size * 2 * shard.kv_heads.size * model.head_dim * FORMAT_BYTES[form]
 
 
 def step_bytes(model: ModelSpec, shard: Shard, engine: EngineSpec) -> int:
-    """Most bytes that one step's own tensors take on this rank: the widest moments of a layer, and the logits of all rows."""
+    """Most bytes that the tensors of one step take on this rank: those of the widest moment of a layer, and the logits of all sequences."""
     item = DTYPE_BYTES[engine.dtype]
     qkv = (shard.heads.size + 2 * shard.kv_heads.size) * model.head_dim
     token = item * (4 * model.hidden_size + max(3 * shard.ffn.size, 2 * qkv) + 2 * qkv)
@@ -66,7 +67,7 @@ def step_bytes(model: ModelSpec, shard: Shard, engine: EngineSpec) -> int:
 def cache_budget(model: ModelSpec, shard: Shard, engine: EngineSpec, *, free: int, host_ranks: int) -> int:
     """Bytes that the cache of this rank may take of ``free`` bytes, counted with the weights in place.
 
-    On a GPU: all but a step's tensors and ``GPU_RESERVE``. On a host: this rank's part, among ``host_ranks`` there, of the default share.
+    On a GPU: all but a step's tensors and ``GPU_RESERVE``. On a CPU: the default share of the host, divided by its ``host_ranks``.
     """
     if engine.device == "cuda":
         return max(0, free - step_bytes(model, shard, engine) - GPU_RESERVE)
@@ -74,7 +75,7 @@ def cache_budget(model: ModelSpec, shard: Shard, engine: EngineSpec, *, free: in
 
 
 def blocks_that_fit(model: ModelSpec, shard: Shard, engine: EngineSpec, form: Format, budget: int) -> int:
-    """Blocks that this rank can hold: as ``kv_tokens`` or ``kv_bytes`` (of this rank) say, else in ``budget`` bytes.
+    """Blocks that this rank can hold: as many as ``kv_tokens`` or ``kv_bytes`` (of this rank) say, else as fit ``budget`` bytes.
 
     Raises :class:`ConfigError` if not even one block fits.
     """

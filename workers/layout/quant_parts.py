@@ -1,10 +1,10 @@
-"""What a tensor is stored as: itself, or quantized into parts (integers, scales, offsets), each cut among ranks like the tensor it is of.
+"""How tensors are stored: as they are, or quantized into parts (integers, scales, offsets), each cut among ranks like its tensor.
 
-Pure functions over :mod:`workers.layout.sharding`; the one table of part names, formats and shapes that converter, loader, checkpoint
-reader, inspection and model read. Parts are named as TensorRT-LLM names them. Must never compute a value.
+Pure functions over :mod:`workers.layout.sharding`. Converter, loader, checkpoint reader, inspection and model all read names, formats and
+shapes of parts here. Parts have TensorRT-LLM's names. Must never compute a value.
 
 A part of a whole tensor is a tensor itself: ``...q_proj.weight`` has ``...q_proj.per_channel_scale`` beside it, with an axis of its own. So
-whatever can cut and join whole tensors does the same with parts, and no scale or group ever straddles two ranks.
+code that cuts and joins whole tensors does the same with parts, and no scale or group is ever cut between two ranks.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 Format = Literal["fp32", "bf16", "fp16", "int8", "uint8", "fp8"]
 FORMAT_BYTES: dict[Format, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "uint8": 1, "fp8": 1}
 
-#: Inner dimensions that the FP8 matrix instructions take are multiples of this.
+#: The FP8 matrix instructions take inner dimensions that are multiples of this.
 FP8_UNIT = 16
 _LAYER = "model.layers."
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a linear layer's weight [out, in]. ``columns``: inputs that one of its columns stands for; 0 = one value an output row."""
+    """A part of a linear layer's weight [out, in]. ``columns``: how many inputs one column of the part covers; 0 = one value for each
+    output row."""
 
     suffix: str
     format: Format
     columns: int = 1
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Shape of the part of a weight [out_features, in_features]."""
         return (out_features, in_features // self.columns) if self.columns else (out_features,)
 
 
 class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank's file holds under one name."""
+    """A tensor in a rank's file, and its format."""
 
     tensor: ShardTensor
     format: Format
@@ -64,18 +66,18 @@ def parts_of(quant: Quant, dtype: DType) -> tuple[Part, ...]:
 
 
 def unit_of(quant: Quant) -> int:
-    """Inputs of the down projection that stay together on one rank."""
+    """How many inputs of the down projection must stay together on one rank."""
     return {"int4": quant.group_size or 1, "fp8": FP8_UNIT}.get(quant.weights or "", 1)
 
 
 def quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether formats of :class:`~workers.protocol.specs.Quant` apply to a whole or a stored tensor: the linear layers', not embedding or
-    head."""
+    """Whether the formats of :class:`~workers.protocol.specs.Quant` apply to a whole or stored tensor: to linear layers, not to the
+    embedding or the head."""
     return "layers." in name and len(shape) == 2
 
 
 def part_of(tensor: ModelTensor, part: Part) -> ModelTensor:
-    """A part of the whole ``tensor``, as a whole tensor. Raises :class:`ConfigError` where groups do not fill its rows."""
+    """``part`` of the whole ``tensor``, as a whole tensor. Raises :class:`ConfigError` where its rows are no whole number of groups."""
     out_features, in_features = tensor.shape
     if part.columns and in_features % part.columns:
         raise ConfigError(
@@ -96,7 +98,7 @@ def whole_parts(model: ModelSpec, quant: Quant, dtype: DType) -> dict[str, tuple
 
 
 def cut_part(span: Span, tensor: ModelTensor, part: Part) -> Span:
-    """Where ``span`` of the whole ``tensor`` lies in its ``part``. Raises :class:`ConfigError` when it cuts a group in two."""
+    """The span of ``part`` that belongs to ``span`` of the whole ``tensor``. Raises :class:`ConfigError` when it cuts a group in two."""
     if tensor.axis == 0:
         return span
     if not part.columns:
@@ -115,7 +117,7 @@ def stored_tensors(
 ) -> tuple[StoredTensor, ...]:
     """Everything that the file of ``rank`` holds, in the order of the forward pass; arguments as for :func:`shard_tensors`.
 
-    Raises :class:`ConfigError` when the model cannot be split so, or a group would straddle two ranks.
+    Raises :class:`ConfigError` when the model cannot be split this way, or a group would be cut between two ranks.
     """
     found: list[StoredTensor] = []
     parts = parts_of(quant, dtype)

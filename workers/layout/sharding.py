@@ -1,12 +1,12 @@
-"""Which slice of every tensor a rank holds: the one place that knows, for loader, converter, model and planner alike.
+"""Which slice of every tensor a rank holds. Loader, converter, model and planner all use this module.
 
-Pure functions of (ModelSpec, Parallel, rank). Whole tensors go by their Hugging Face names, shards by TensorRT-LLM's checkpoint names,
-which restart layer numbers at 0 in each stage. Must never read a file or know a number format.
+Pure functions of (ModelSpec, Parallel, rank). Whole tensors have their Hugging Face names, shards TensorRT-LLM's checkpoint names, in which
+layer numbers begin at 0 in each stage. Must never read a file or know a number format.
 
-Rules: query heads go out in whole key/value groups, sizes differing by at most one; where tp exceeds the key/value heads, one of those is
-copied to several ranks, each with a share of its query heads. FFN columns are dealt the same way, in whole quantization groups where there
-are any. Vocabulary rows are padded to the same count on every rank (collectives stay regular; the padding's logits are -inf). The first
-``layers mod pp`` stages hold one layer more.
+Rules: query heads are dealt in whole key/value groups, to sizes that differ by at most one; where tp exceeds the number of key/value heads,
+each of these is copied to several ranks, and each copy has a share of its query heads. FFN columns are dealt the same way, in whole
+quantization groups where there are any. Vocabulary rows are padded to the same count on every rank (so collectives stay regular; logits of
+padding are -inf). The first ``layers mod pp`` stages hold one layer more.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Span(msgspec.Struct, frozen=True, array_like=True, order=True):
         return self.stop - self.start
 
     def scaled(self, factor: int) -> Span:
-        """The same range counted in ``factor`` times finer units (heads to rows)."""
+        """The same range in units that are ``factor`` times smaller (heads to rows)."""
         return Span(self.start * factor, self.stop * factor)
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank holds, in global indices.
 
-    ``layers`` of its stage; ``heads``, ``kv_heads``, ``ffn`` of its tp rank; ``kv_heads`` may overlap with a neighbour's (a copy).
-    ``vocab``: real rows; ``vocab_rows``: rows of the stored shard, equal on every rank, the ones past ``vocab`` are padding (zeros).
+    ``layers`` of its stage; ``heads``, ``kv_heads``, ``ffn`` of its tp rank; ``kv_heads`` may overlap with those of a neighbour (a copy).
+    ``vocab``: real rows; ``vocab_rows``: rows of the stored shard, equal on every rank; the rows past ``vocab`` are padding (zeros).
     ``first``, ``last``: whether the stage embeds tokens, and whether it makes logits.
     """
 
@@ -81,7 +81,7 @@ class ShardPiece(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShardTensor(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor as a rank stores it: ``pieces`` laid one after another along their axis; what is left of ``shape`` is zero padding."""
+    """A tensor as a rank stores it: ``pieces`` one after another along their axis; the rest of ``shape`` is zero padding."""
 
     name: str
     shape: tuple[int, ...]
@@ -103,14 +103,15 @@ class ShardTensor(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def deal(total: int, parts: int, index: int) -> Span:
-    """Part ``index`` of ``total`` things dealt to ``parts`` in order, sizes differing by at most one, larger parts first."""
+    """Part ``index`` of ``total`` items that are dealt in order to ``parts`` parts; sizes differ by at most one, larger parts come
+    first."""
     each, extra = divmod(total, parts)
     start = index * each + min(index, extra)
     return Span(start, start + each + (index < extra))
 
 
 def heads_of(model: ModelSpec, tp: int, tp_rank: int) -> tuple[Span, Span]:
-    """(query heads, key/value heads) of a tp rank. Every query head's key/value head is on its own rank."""
+    """(query heads, key/value heads) of a tp rank. Every query head is on a rank that has its key/value head."""
     group = model.num_heads // model.num_kv_heads
     if tp <= model.num_kv_heads:
         kv = deal(model.num_kv_heads, tp, tp_rank)
@@ -124,7 +125,7 @@ def heads_of(model: ModelSpec, tp: int, tp_rank: int) -> tuple[Span, Span]:
 
 
 def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) -> Shard:
-    """What ``rank`` holds. FFN columns are dealt in whole ``unit`` s (:func:`workers.layout.quant_parts.unit_of`): none is cut in two.
+    """What ``rank`` holds. FFN columns are dealt in whole groups of ``unit`` columns (:func:`workers.layout.quant_parts.unit_of`).
 
     Raises :class:`ConfigError` when the model cannot be split this way or there is no such rank.
     """
@@ -154,7 +155,7 @@ def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) 
 
 
 def shares_embedding(model: ModelSpec, parallel: Parallel) -> bool:
-    """Whether one stage uses the same rows to embed and to make logits, so that a shard has no ``lm_head.weight`` of its own."""
+    """Whether one stage uses the same weights for the embedding and the head, so that a shard has no ``lm_head.weight`` of its own."""
     return model.tied_embeddings and parallel.pp == 1
 
 
@@ -253,12 +254,12 @@ def _vocabulary(name: str, tensor: ModelTensor, shard: Shard) -> ShardTensor:
 
 
 def parameters(model: ModelSpec) -> int:
-    """Weights of the unsharded model."""
+    """Number of weights of the unsharded model."""
     return sum(ShardTensor(name=t.name, shape=t.shape, pieces=()).elements for t in whole_tensors(model).values())
 
 
 def trtllm_refusal(model: ModelSpec, parallel: Parallel) -> tuple[str, str] | None:
-    """(what, hint) when TensorRT-LLM would refuse this split of the model, which the portable engine runs; None when it would not."""
+    """(what, hint) when TensorRT-LLM would refuse this split of the model, though the portable engine runs it; None when it would not."""
     tp, heads, kv = parallel.tp, model.num_heads, model.num_kv_heads
     even = [n for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0) and model.intermediate_size % n == 0]
     hint = f"use --tp-size {', '.join(map(str, even[:-1]))} or {even[-1]}" if len(even) > 1 else "use --tp-size 1"

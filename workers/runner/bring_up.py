@@ -87,7 +87,7 @@ def bring_up(spec: ReplicaSpec, context: RankContext) -> BuiltRank:
     on_gpu = context.device.type == "cuda"
     with ThreadPoolExecutor(1, "verify weights") as pool:
         with all_or_none(world):
-            artifact = open_artifact(Path(spec.artifact), bare=engine.load_format == "dummy")
+            artifact = open_artifact(Path(spec.artifact), weights_optional=engine.load_format == "dummy")
             dtype = compute_dtype(engine, artifact.model)
             quant = quant_for(artifact, engine.quant)
             shard = shard_of(artifact.model, parallel, world.rank, unit=unit_of(quant))

@@ -120,7 +120,7 @@ def _tokens_only(path: Path) -> bool:
 def _tokenizer_dir(artifact: Path) -> Path | None:
     if _tokens_only(artifact):
         return artifact
-    return (open_model(artifact) if is_engine_dir(artifact) else open_artifact(artifact, bare=True)).tokenizer_dir
+    return (open_model(artifact) if is_engine_dir(artifact) else open_artifact(artifact, weights_optional=True)).tokenizer_dir
 
 
 def own_back(config: Config, keys: KeyRing, host: str) -> RouterEndpoints:

@@ -23,7 +23,7 @@ from typing import IO
 import msgspec
 
 from workers import process
-from workers.artifacts.atomic_folder import ELSEWHERE, locked, replacing
+from workers.artifacts.atomic_folder import MAKE_ROOM, locked, replacing
 from workers.artifacts.checkpoint import MANIFEST, Checkpoint, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
 from workers.artifacts.hf import TOKENIZER_FILES
@@ -219,7 +219,7 @@ def _refuse_full_disk(plan: BuildPlan, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         why = f"engines are about as large as the checkpoint, {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        raise EnvironmentFault(f"not enough room at {folder.parent}", why, ELSEWHERE)
+        raise EnvironmentFault(f"not enough room at {folder.parent}", why, MAKE_ROOM)
 
 
 def _run(plan: BuildPlan, folder: Path, log: Path, env: Mapping[str, str], on_line: OnLine, on_tick: OnTick, limit_s: float) -> None:
