@@ -26,7 +26,7 @@ def error(out: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A step over ``starts``, ``lengths`` [R], row r in slot ``slots[r]``. ``layout`` is on ``device``; ``tables`` [slots, width]."""
+    """A step over ``starts``, ``lengths`` [R], sequence r in slot ``slots[r]``. ``layout`` is on ``device``; ``tables`` [slots, width]."""
 
     heads: Heads
     dim: int
@@ -44,12 +44,12 @@ class Case:
         return sum(self.lengths)
 
     def positions(self) -> list[tuple[int, int]]:
-        """(row, position) of each query token."""
+        """(sequence, position) of each query token."""
         return [(r, p) for r, (s, n) in enumerate(zip(self.starts, self.lengths, strict=True)) for p in range(s, s + n)]
 
-    def lines(self, row: int, count: int) -> list[int]:
-        """Places in the flat cache of the first ``count`` tokens of ``row``."""
-        table = self.tables[self.slots[row]]
+    def lines(self, sequence: int, count: int) -> list[int]:
+        """Places in the flat cache of the first ``count`` tokens of ``sequence``."""
+        table = self.tables[self.slots[sequence]]
         return [int(table[p // self.block]) * self.block + p % self.block for p in range(count)]
 
 
@@ -57,7 +57,7 @@ def make_case(
     heads: Heads,
     dim: int,
     block: int,
-    rows: list[tuple[int, int]],
+    sequences: list[tuple[int, int]],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -65,12 +65,12 @@ def make_case(
     segment: int | None = None,
     seed: int = 0,
 ) -> Case:
-    """``rows``: (start, length). Slots are shuffled, and so are the blocks of every table."""
+    """``sequences``: (start, length). Slots are shuffled, and so are the blocks of every table."""
     random = np.random.default_rng(seed)
-    starts, lengths = [s for s, _ in rows], [n for _, n in rows]
-    count = len(rows) + 3
-    slots = random.permutation(count)[: len(rows)]
-    width = -(-max(s + n for s, n in rows) // block) + 1
+    starts, lengths = [s for s, _ in sequences], [n for _, n in sequences]
+    count = len(sequences) + 3
+    slots = random.permutation(count)[: len(sequences)]
+    width = -(-max(s + n for s, n in sequences) // block) + 1
     tables = random.permutation(count * width).astype(np.int32).reshape(count, width)
     shape = shape or step_shape(np.array(lengths, np.int32), heads)
     packed = np.zeros(shape.size, np.int32)
@@ -81,13 +81,13 @@ def make_case(
 
 
 def random_cache(case: Case, *, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Keys and values of every row's context, NaN wherever no row's context is."""
+    """Keys and values of every sequence's context, NaN wherever no sequence's context is."""
     generator = torch.Generator().manual_seed(seed)
     shape = (case.tables.size, case.block, 2 * case.heads.kv, case.dim)
     cache = torch.full(shape, torch.nan)
     flat = cache.view(-1, *shape[2:])
-    for row, (start, length) in enumerate(zip(case.starts, case.lengths, strict=True)):
-        lines = case.lines(row, start + length)
+    for sequence, (start, length) in enumerate(zip(case.starts, case.lengths, strict=True)):
+        lines = case.lines(sequence, start + length)
         flat[lines] = torch.randn(len(lines), *shape[2:], generator=generator)
     return cache.to(dtype).to(case.device)
 
@@ -97,8 +97,8 @@ def attention(case: Case, query: Tensor, cache: Tensor) -> Tensor:
     flat = cache.cpu().float().double().view(-1, 2 * case.heads.kv, case.dim)
     kv, group = case.heads.kv, case.heads.query // case.heads.kv
     out = []
-    for token, (row, position) in enumerate(case.positions()):
-        read = flat[case.lines(row, position + 1)]
+    for token, (sequence, position) in enumerate(case.positions()):
+        read = flat[case.lines(sequence, position + 1)]
         asked = query[token].cpu().double().view(kv, group, case.dim)
         scores = torch.einsum("kgd,ckd->kgc", asked, read[:, :kv]) / case.dim**0.5
         out.append(torch.einsum("kgc,ckd->kgd", scores.softmax(-1), read[:, kv:]).reshape(-1))

@@ -1,4 +1,4 @@
-"""A fixed set of steps over hand-made plans: prefill in chunks, mixed batches, decode, greedy and sampled rows."""
+"""A fixed set of steps over hand-made plans: prefill in chunks, mixed batches, decode, greedy and sampled sequences."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PARAMS = (
 STEPS = 8
 
 
-def prompt(row: int) -> list[int]:
-    return [(13 * row + 7 * i) % 300 for i in range(9 + 12 * row)]
+def prompt(sequence: int) -> list[int]:
+    return [(13 * sequence + 7 * i) % 300 for i in range(9 + 12 * sequence)]
 
 
 def plans() -> list[StepPlan]:
-    """Row 2's prompt comes in two chunks, the second together with decodes; tokens are forced, so that layouts can't drift apart."""
-    lengths = [len(prompt(row)) for row in range(3)]
-    blocks = [(row, 4 * row + i) for row in range(3) for i in range(4)]
+    """Sequence 2's prompt comes in two chunks, the second together with decodes; tokens are forced, so that layouts can't drift apart."""
+    lengths = [len(prompt(sequence)) for sequence in range(3)]
+    blocks = [(sequence, 4 * sequence + i) for sequence in range(3) for i in range(4)]
     found = [
         StepPlan(
             step=1,
@@ -40,7 +40,10 @@ def plans() -> list[StepPlan]:
             sample=column([1, 1, 0]),
             block_slots=column([slot for slot, _ in blocks]),
             block_ids=column([block for _, block in blocks]),
-            opened=[OpenSlot(row, PARAMS[row], lengths[row], column(prompt(row)) if row == 2 else b"") for row in range(3)],
+            opened=[
+                OpenSlot(sequence, PARAMS[sequence], lengths[sequence], column(prompt(sequence)) if sequence == 2 else b"")
+                for sequence in range(3)
+            ],
         ),
         StepPlan(
             step=2,
@@ -53,7 +56,7 @@ def plans() -> list[StepPlan]:
     ]
     for step in range(STEPS):
         starts = [lengths[0] + 1 + step, lengths[1] + 1 + step, lengths[2] + step]
-        tokens = [(17 * step + row) % 300 for row in range(3)]
+        tokens = [(17 * step + sequence) % 300 for sequence in range(3)]
         found.append(
             StepPlan(
                 step=3 + step,

@@ -94,11 +94,11 @@ def _fold(
 
 @triton.jit
 def _merge(
-    out, mixes, peaks, norms, first, parts, head, row,
+    out, mixes, peaks, norms, first, parts, head, sequence,
     KV: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Write the attention of one query ``row`` from the partial results of its ``parts``, in their order. PAIRED: GROUP rounded up to a
-    power of two; AT_ONCE: parts that are read at once."""
+    """Write the attention of the ``sequence`` of the step from the partial results of its ``parts``, in their order. PAIRED: GROUP rounded
+    up to a power of two; AT_ONCE: parts that are read at once."""
     dims, members = tl.arange(0, DIM), tl.arange(0, PAIRED)
     peak = tl.full([PAIRED], float("-inf"), tl.float32)
     norm = tl.zeros([PAIRED], tl.float32)
@@ -119,7 +119,7 @@ def _merge(
         )
         mixed = mixed * decay[:, None] + tl.sum(weights[:, :, None] * parts_mixed, 0)
         peak = higher
-    targets = ((row * KV + head) * GROUP + members)[:, None] * DIM + dims[None, :]
+    targets = ((sequence * KV + head) * GROUP + members)[:, None] * DIM + dims[None, :]
     tl.store(out + targets, mixed / tl.where(norm > 0.0, norm, 1.0)[:, None], mask=(members < GROUP)[:, None])
 
 
@@ -134,17 +134,17 @@ def _decode(
     Grid: (key/value heads, parts)."""
     head, part = tl.program_id(0), tl.program_id(1)
     words = layout_parts + part * WORDS
-    row, slot, begin, bound = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    sequence, slot, begin, bound = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
     first, parts = tl.load(words + 4), tl.load(words + 5)
-    end = tl.minimum(bound, tl.load(positions + tl.maximum(row, 0)) + 1)
+    end = tl.minimum(bound, tl.load(positions + tl.maximum(sequence, 0)) + 1)
     enter(EARLY)
-    if row < 0:
+    if sequence < 0:
         return
     table = tables + slot * width
     dims, members = tl.arange(0, DIM), tl.arange(0, ROWS)
     mask = (members < GROUP)[:, None]
     offsets = ((head * GROUP + members) * DIM)[:, None] + dims[None, :]
-    queries = tl.load(query + row.to(tl.int64) * token_stride + offsets, mask=mask, other=0.0).to(KIND)
+    queries = tl.load(query + sequence.to(tl.int64) * token_stride + offsets, mask=mask, other=0.0).to(KIND)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, DIM], tl.float32)
@@ -153,7 +153,7 @@ def _decode(
         queries, cache, table, head, begin, end, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, True, STAGES
     )  # fmt: skip
     if parts == 1:
-        tl.store(out + row * (KV * GROUP * DIM) + offsets, mixed / tl.where(norm > 0.0, norm, 1.0)[:, None], mask=mask)
+        tl.store(out + sequence * (KV * GROUP * DIM) + offsets, mixed / tl.where(norm > 0.0, norm, 1.0)[:, None], mask=mask)
     else:
         partial = (part * KV + head) * GROUP + members
         tl.store(peaks + partial, peak, mask=members < GROUP)
@@ -161,9 +161,9 @@ def _decode(
         tl.store(mixes + partial[:, None] * DIM + dims[None, :], mixed, mask=mask)
         # All threads store before this program counts itself, and results of others are read only after these have counted themselves.
         tl.debug_barrier()
-        count = arrived + row * KV + head
+        count = arrived + sequence * KV + head
         if tl.atomic_add(count, 1, sem="acq_rel") == parts - 1:
-            _merge(out, mixes, peaks, norms, first, parts, head, row, KV, GROUP, PAIRED, DIM, AT_ONCE)
+            _merge(out, mixes, peaks, norms, first, parts, head, sequence, KV, GROUP, PAIRED, DIM, AT_ONCE)
             tl.store(count, 0)
 
 

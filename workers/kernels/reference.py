@@ -153,7 +153,7 @@ def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout) -> Te
     for group in layout.groups:
         chosen = query if group.tokens is None else query.index_select(0, group.tokens)
         read = cache.index_select(0, group.blocks).view(group.count, -1, 2 * kv, dim).transpose(1, 2)
-        # One query a row: a key/value head's query heads take the place of the query positions, so nothing is repeated.
+        # Each sequence has one query token: the query heads of a key/value head stand where query positions would, so nothing is repeated.
         result = functional.scaled_dot_product_attention(
             chosen.view(group.count, kv, heads // kv, dim), read[:, :kv], read[:, kv:], attn_mask=group.mask
         ).reshape(group.count, heads * dim)

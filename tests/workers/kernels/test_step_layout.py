@@ -36,14 +36,15 @@ def planned(
 
 
 def cuts(layout: DeviceLayout) -> dict[int, list[tuple[int, int]]]:
-    """Each decode row's (begin, end) of parts."""
+    """Each decoding sequence's (begin, end) of parts."""
     found: dict[int, list[tuple[int, int]]] = {}
-    for number, (row, slot, begin, bound, first, count, *_) in enumerate(layout.parts.tolist()):
-        if row >= 0:
-            assert slot == layout.slots[row] and first <= number < first + count and number == first + len(found.setdefault(row, []))
-            found[row].append((begin, min(bound, int(layout.positions[row]) + 1)))
-    for row, parts in found.items():
-        assert len(parts) == next(count for other, _, _, _, _, count, *_ in layout.parts.tolist() if other == row)
+    for number, (sequence, slot, begin, bound, first, count, *_) in enumerate(layout.parts.tolist()):
+        if sequence >= 0:
+            assert slot == layout.slots[sequence] and first <= number < first + count
+            assert number == first + len(found.setdefault(sequence, []))
+            found[sequence].append((begin, min(bound, int(layout.positions[sequence]) + 1)))
+    for sequence, parts in found.items():
+        assert len(parts) == next(count for other, _, _, _, _, count, *_ in layout.parts.tolist() if other == sequence)
     return found
 
 
@@ -51,34 +52,36 @@ def cuts(layout: DeviceLayout) -> dict[int, list[tuple[int, int]]]:
 @given(HEADS, DECODES, st.integers(0, 5), st.integers(0, 500))
 def test_parts_cover_each_context_once(heads: Heads, contexts: list[int], padding: int, steps: int) -> None:
     """At once, and ``steps`` steps later, when nothing but the positions was raised."""
-    rows = len(contexts)
-    shape = decode_shape(rows + padding, heads)
-    layout = planned(shape, heads, [(7 * i) % 64 for i in range(rows)], contexts, [1] * rows)
+    sequences = len(contexts)
+    shape = decode_shape(sequences + padding, heads)
+    layout = planned(shape, heads, [(7 * i) % 64 for i in range(sequences)], contexts, [1] * sequences)
     assert layout.positions.tolist() == contexts + [-1] * padding
-    layout.positions[:rows] += steps
-    assert layout.slots.tolist() == [(7 * i) % 64 for i in range(rows)] + [0] * padding
+    layout.positions[:sequences] += steps
+    assert layout.slots.tolist() == [(7 * i) % 64 for i in range(sequences)] + [0] * padding
     found = cuts(layout)
-    assert sorted(found) == list(range(rows + padding))
-    for row, parts in found.items():
-        context = contexts[row] + steps + 1 if row < rows else 0
+    assert sorted(found) == list(range(sequences + padding))
+    for sequence, parts in found.items():
+        context = contexts[sequence] + steps + 1 if sequence < sequences else 0
         assert parts[0][0] == 0 and parts[-1][1] == context
         assert all(before[1] == after[0] for before, after in pairwise(parts))
         assert all(begin < end for begin, end in parts) or context == 0
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64, 256])
-def test_long_contexts_are_spread_over_the_whole_gpu(rows: int) -> None:
+@pytest.mark.parametrize("sequences", [1, 8, 64, 256])
+def test_long_contexts_are_spread_over_the_whole_gpu(sequences: int) -> None:
     heads = Heads(32, 8)
     parts = [
-        part for row in cuts(planned(decode_shape(rows, heads), heads, [0] * rows, [65_000] * rows, [1] * rows)).values() for part in row
+        part
+        for parts in cuts(planned(decode_shape(sequences, heads), heads, [0] * sequences, [65_000] * sequences, [1] * sequences)).values()
+        for part in parts
     ]
     assert len(parts) * heads.kv >= SPLIT_PROGRAMS / 2 or all(end - begin <= SEGMENT_STEP for begin, end in parts)
 
 
-def test_one_long_row_among_short_ones_is_cut() -> None:
+def test_one_long_sequence_among_short_ones_is_cut() -> None:
     heads = Heads(32, 8)
     found = cuts(planned(decode_shape(200, heads), heads, [0] * 200, [100] * 199 + [100_000], [1] * 200))
-    assert all(len(found[row]) == 1 for row in range(199)) and len(found[199]) > 40
+    assert all(len(found[sequence]) == 1 for sequence in range(199)) and len(found[199]) > 40
 
 
 def test_a_given_segment_makes_cuts_independent_of_the_batch() -> None:
@@ -97,7 +100,7 @@ def test_every_query_token_is_in_one_part_or_tile(heads: Heads, decodes: list[in
         return
     shape = step_shape(np.array(lengths, np.int32), heads)
     layout = planned(shape, heads, list(range(len(starts))), starts, lengths)
-    covered = sorted({row for row, *_ in layout.parts.tolist() if row >= 0})
+    covered = sorted({sequence for sequence, *_ in layout.parts.tolist() if sequence >= 0})
     ends = []
     for first, count, slot, start in layout.tiles.tolist():
         assert 1 <= count <= heads.tile_tokens

@@ -1,4 +1,4 @@
-"""Step plans on one rank and on pipelines of threads: what a rank remembers, what it answers, and what must not leak between rows."""
+"""Step plans on one rank and on pipelines of threads: what a rank remembers, what it answers, and what must not leak between sequences."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def runner(weights: dict[str, torch.Tensor]) -> CpuRunner:
     return make_runner(make_stage(MODEL, weights, positions=256), max_seq_len=256)
 
 
-def plan(step: int, *rows: dict, closed: list[int] | None = None) -> StepPlan:
-    """``rows``: slot, start, tokens, and optionally sample, score, blocks, params, history, prompt_len."""
+def plan(step: int, *sequences: dict, closed: list[int] | None = None) -> StepPlan:
+    """``sequences``: slot, start, tokens, and optionally sample, score, blocks, params, history, prompt_len."""
     return StepPlan(
         step=step,
-        slots=column([r["slot"] for r in rows]),
-        starts=column([r.get("start", 0) for r in rows]),
-        lengths=column([len(r["tokens"]) for r in rows]),
-        tokens=column([t for r in rows for t in r["tokens"]]),
-        sample=column([r.get("sample", 1) for r in rows]),
-        score=column([r.get("score", 0) for r in rows]),
-        block_slots=column([r["slot"] for r in rows for _ in r.get("blocks", [])]),
-        block_ids=column([b for r in rows for b in r.get("blocks", [])]),
+        slots=column([r["slot"] for r in sequences]),
+        starts=column([r.get("start", 0) for r in sequences]),
+        lengths=column([len(r["tokens"]) for r in sequences]),
+        tokens=column([t for r in sequences for t in r["tokens"]]),
+        sample=column([r.get("sample", 1) for r in sequences]),
+        score=column([r.get("score", 0) for r in sequences]),
+        block_slots=column([r["slot"] for r in sequences for _ in r.get("blocks", [])]),
+        block_ids=column([b for r in sequences for b in r.get("blocks", [])]),
         closed=column(closed or []),
         opened=[
             OpenSlot(r["slot"], r["params"], r.get("prompt_len", len(r["tokens"])), column(r.get("history", [])))
-            for r in rows
+            for r in sequences
             if "params" in r
         ],
     )
@@ -81,19 +81,19 @@ def alone(runner: CpuRunner, tokens: list[int]) -> tuple[int, float]:
     return token[0], logprob[0]
 
 
-def test_rows_do_not_see_each_other(runner: CpuRunner) -> None:
+def test_sequences_do_not_see_each_other(runner: CpuRunner) -> None:
     prompts = [list(range(i, i + 3 + 7 * i)) for i in range(4)]
     expected = [alone(runner, p) for p in prompts]
-    rows = [{"slot": i, "tokens": p, "blocks": [10 * i + 2, 10 * i + 1], "params": GREEDY} for i, p in enumerate(prompts)]
-    tokens, logprobs = answer(runner.run(plan(3, *rows)))
+    sequences = [{"slot": i, "tokens": p, "blocks": [10 * i + 2, 10 * i + 1], "params": GREEDY} for i, p in enumerate(prompts)]
+    tokens, logprobs = answer(runner.run(plan(3, *sequences)))
     assert tokens == [t for t, _ in expected]
     np.testing.assert_allclose(logprobs, [x for _, x in expected], atol=1e-5)
-    # Decode rows and a new prefill chunk together; slot 3 is left out and slot 2 replaced.
+    # Decode sequences and a new prefill chunk together; slot 3 is left out and slot 2 replaced.
     prompts = [[*p, t] for p, t in zip(prompts, tokens, strict=True)]
     new = list(range(50, 70))
-    rows = [{"slot": i, "start": len(prompts[i]) - 1, "tokens": prompts[i][-1:]} for i in (1, 0)]
-    rows.append({"slot": 2, "tokens": new, "blocks": [5, 7], "params": GREEDY})
-    mixed = answer(runner.run(plan(4, *rows, closed=[2])))[0]
+    sequences = [{"slot": i, "start": len(prompts[i]) - 1, "tokens": prompts[i][-1:]} for i in (1, 0)]
+    sequences.append({"slot": 2, "tokens": new, "blocks": [5, 7], "params": GREEDY})
+    mixed = answer(runner.run(plan(4, *sequences, closed=[2])))[0]
     assert mixed == [alone(runner, prompts[1])[0], alone(runner, prompts[0])[0], alone(runner, new)[0]]
     runner.run(StepPlan(step=5, closed=column([0, 1, 2, 3])))
 
@@ -110,19 +110,19 @@ def test_chunks_and_found_blocks_change_nothing(runner: CpuRunner) -> None:
     runner.run(StepPlan(step=4, closed=column([0, 1])))
 
 
-def test_a_broken_row_leaves_nothing_behind(weights: dict[str, torch.Tensor]) -> None:
+def test_a_broken_sequence_leaves_nothing_behind(weights: dict[str, torch.Tensor]) -> None:
     broken = dict(weights)
     broken["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
     broken["model.embed_tokens.weight"][13] = torch.nan
     runner = make_runner(make_stage(MODEL, broken, positions=256), max_seq_len=256)
     healthy = list(range(20, 40))
     expected = alone(runner, healthy)[0]
-    rows = [
+    sequences = [
         {"slot": 0, "tokens": [13] * 20, "blocks": [0, 1], "params": GREEDY},
         {"slot": 1, "tokens": healthy, "blocks": [2, 3], "params": GREEDY},
     ]
-    assert answer(runner.run(plan(3, *rows)))[0] == [-1, expected]
-    # The same blocks go to a healthy row, in whose padding the NaN would sit.
+    assert answer(runner.run(plan(3, *sequences)))[0] == [-1, expected]
+    # The same blocks go to a healthy sequence, in whose padding the NaN would sit.
     again = {"slot": 0, "tokens": healthy, "blocks": [1, 0], "params": GREEDY}
     assert answer(runner.run(plan(4, again, closed=[0])))[0] == [expected]
 
@@ -145,8 +145,8 @@ def test_scores_penalties_and_alternatives(runner: CpuRunner, weights: dict[str,
     second = runner.run(plan(2, {"slot": 7, "start": 10, "tokens": prompt[10:], "score": 1}))
     assert first is not None and second is not None
     for start, result in ((0, first), (10, second)):
-        row, own, ids, scores = result.prompt[0]
-        assert row == 0
+        sequence, own, ids, scores = result.prompt[0]
+        assert sequence == 0
         for i, value in enumerate(view_floats(own).tolist()):
             if start + i + 1 < len(prompt):
                 expected, best, best_scores = logprobs_of(whole[start + i], prompt[start + i + 1], 2)
@@ -175,8 +175,8 @@ def test_a_pipeline_is_bitwise_one_stage(weights: dict[str, torch.Tensor], pp: i
         runner = make_runner(make_stage(MODEL, weights, parallel, group.rank, positions=256), pipeline=group, max_seq_len=256)
         found = [runner.run(opening)]
         for step in range(6):
-            rows = ({"slot": i, "start": len(p) + step, "tokens": [(11 * step + i) % 97]} for i, p in enumerate(prompts))
-            found.append(runner.run(plan(2 + step, *rows)))
+            sequences = ({"slot": i, "start": len(p) + step, "tokens": [(11 * step + i) % 97]} for i, p in enumerate(prompts))
+            found.append(runner.run(plan(2 + step, *sequences)))
         return found
 
     expected = in_threads(1, steps)[0]
@@ -188,8 +188,8 @@ def test_a_pipeline_is_bitwise_one_stage(weights: dict[str, torch.Tensor], pp: i
 def test_tensor_parallel_threads_agree_with_one_rank(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path, heads=9, kv_heads=3, vocab=321)
     model, weights = open_artifact(folder).model, whole_weights(folder)
-    rows = [{"slot": i, "tokens": [(7 * i + 5 * j) % 300 for j in range(20 + i)], "blocks": [2 * i, 2 * i + 1]} for i in range(6)]
-    opening = plan(1, *({**r, "params": GREEDY} for r in rows))
+    sequences = [{"slot": i, "tokens": [(7 * i + 5 * j) % 300 for j in range(20 + i)], "blocks": [2 * i, 2 * i + 1]} for i in range(6)]
+    opening = plan(1, *({**r, "params": GREEDY} for r in sequences))
 
     def member(group: Group) -> tuple[list[int], list[float]]:
         torch.set_num_threads(1)
