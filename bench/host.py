@@ -83,7 +83,7 @@ def engine_of(folder: Path) -> PortableEngine:
     cache = KvCache(model, stage.shard, blocks=_BLOCKS, block_size=16, dtype=stage.dtype, device=stage.device)
     runner = GpuRunner(stage, cache, Idle(), Nothing(), RankGroups(), slots=512, max_seq_len=1024, max_num_tokens=8192, depth=2)
     runner.capture()
-    return PortableEngine(Scheduler(limits, ahead=True), runner, limits, close=runner.close)
+    return PortableEngine(Scheduler(limits, async_scheduling=True), runner, limits, close=runner.close)
 
 
 def request(i: int, first: int, tokens: int) -> Submit:

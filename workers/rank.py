@@ -101,8 +101,8 @@ class _FakeGang:
     def busy(self) -> bool:
         return self._engine.busy()
 
-    def rest(self) -> None:
-        self._engine.rest()
+    def on_idle(self) -> None:
+        self._engine.on_idle()
 
     def predicted_ms(self) -> float:
         return self._engine.predicted_ms()

@@ -33,9 +33,9 @@ from tests.support.gang import FAKE, Gang, short_folder, wait_for
 from tests.support.routing import RouterRun
 from tests.test_layers import modules
 from workers.engines.fake import expected_tokens
+from workers.protocol.engine import PAUSE_S
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams
 from workers.protocol.specs import RouterAddress
-from workers.scheduler.scheduler import PAUSE_S
 from workers.serving.router_io import KeyPair, RouterIo
 
 #: As many tokens as a reader asks for, and rows that run at once.

@@ -1,7 +1,7 @@
 """Properties of in-flight batching: whatever is submitted, cancelled, paused, preempted or cut, every stream is the oracle's.
 
-The model under the batch (tests/support/batching_rig.py) re-reads each row's whole context through its block table at each step, so a wrong
-share, an early free or a skipped token fails at once.
+The model under the scheduler (tests/support/batching_rig.py) reads each sequence's whole context through its block table at each step, so a
+wrong share, an early free or a skipped token fails at once.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ LIMITS = st.builds(
     capacity,
     block_size=st.sampled_from([8, 16]),
     num_blocks=st.sampled_from([14, 20, 64]),
-    rows=st.integers(1, 6),
+    slots=st.integers(1, 6),
     tokens=st.integers(6, 40),
     stages=st.integers(1, 3),
 )
 
 
 class Batching(RuleBasedStateMachine):
-    """Any order of commands, plans, commits and replica deaths."""
+    """Any order of commands, plans, results and replica deaths."""
 
     live = Bundle("live")
 
-    @initialize(limits=LIMITS, cache=st.booleans(), ahead=st.booleans())
-    def start(self, limits: Capacity, cache: bool, ahead: bool) -> None:
-        self.rig = Rig(limits, guides=table_guides, prefix_cache=cache, ahead=ahead)
+    @initialize(limits=LIMITS, cache=st.booleans(), async_scheduling=st.booleans())
+    def start(self, limits: Capacity, cache: bool, async_scheduling: bool) -> None:
+        self.rig = Rig(limits, guides=table_guides, prefix_cache=cache, async_scheduling=async_scheduling)
 
     @rule(target=live, requests=st.lists(REQUESTS, min_size=1, max_size=6))
     def arrive(self, requests: list[Submit]) -> object:
@@ -70,21 +70,21 @@ class Batching(RuleBasedStateMachine):
 
     @rule(id=live, tokens=st.integers(1, 9))
     def credit(self, id: int, tokens: int) -> None:
-        self.rig.batch.credit(id, tokens)
+        self.rig.scheduler.credit(id, tokens)
 
     @rule(count=st.integers(1, 12))
-    def turn(self, count: int) -> None:
+    def step(self, count: int) -> None:
         for _ in range(count):
-            self.rig.turn()
+            self.rig.step()
 
     @rule()
-    def plan(self) -> None:
-        self.rig.plan()
+    def schedule(self) -> None:
+        self.rig.schedule()
 
-    @precondition(lambda self: self.rig.flights)
+    @precondition(lambda self: self.rig.in_flight)
     @rule()
-    def commit(self) -> None:
-        self.rig.commit()
+    def update(self) -> None:
+        self.rig.update()
 
     @rule(seconds=st.sampled_from([0.5, 3.0]))
     def wait(self, seconds: float) -> None:
@@ -96,13 +96,13 @@ class Batching(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        self.rig.batch.check()
+        self.rig.scheduler.check()
         self.rig.verify()
 
     def teardown(self) -> None:
         self.rig.drain()
         self.rig.verify()
-        assert all(stream.cancelled != isinstance(stream.end, Finish) for stream in self.rig.streams.values()), "a row did not end once"
+        assert all(stream.cancelled != isinstance(stream.end, Finish) for stream in self.rig.streams.values()), "one did not end once"
         assert self.rig.idle(), "blocks leaked"
 
 
@@ -117,29 +117,37 @@ def outcome(rig: Rig) -> list[object]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(requests=st.lists(REQUESTS, min_size=1, max_size=5), limits=LIMITS, cache=st.booleans(), ahead=st.booleans(), cut=st.integers(0, 60))
-def test_a_stream_depends_on_nothing_but_itself(requests: list[Submit], limits: Capacity, cache: bool, ahead: bool, cut: int) -> None:
-    """Alone in a roomy engine, or crowded in a small one that dies after ``cut`` steps, one plan ahead or not: the same tokens, ends and
-    logprobs."""
-    crowded = Rig(limits, guides=table_guides, prefix_cache=cache, ahead=ahead)
+@given(
+    requests=st.lists(REQUESTS, min_size=1, max_size=5),
+    limits=LIMITS,
+    cache=st.booleans(),
+    async_scheduling=st.booleans(),
+    cut=st.integers(0, 60),
+)
+def test_a_stream_depends_on_nothing_but_itself(
+    requests: list[Submit], limits: Capacity, cache: bool, async_scheduling: bool, cut: int
+) -> None:
+    """Alone in a roomy engine, or crowded in a small one that dies after ``cut`` steps, with async scheduling or without: the same tokens,
+    ends and logprobs."""
+    crowded = Rig(limits, guides=table_guides, prefix_cache=cache, async_scheduling=async_scheduling)
     for request in requests:
         crowded.submit(request)
     for step in range(cut):
-        crowded.turn()
+        crowded.step()
         for id in crowded.streams:
-            crowded.batch.credit(id, step % 3)
+            crowded.scheduler.credit(id, step % 3)
     crowded.restart()
     crowded.drain()
     alone: list[object] = []
     for request in requests:
-        rig = Rig(capacity(tokens=64, rows=1), guides=table_guides, prefix_cache=False)
+        rig = Rig(capacity(tokens=64, slots=1), guides=table_guides, prefix_cache=False)
         rig.submit(request)
         rig.drain()
         alone += outcome(rig)
     assert outcome(crowded) == alone
 
 
-#: Turns, then seconds that pass, and the numbers of a row to cancel and of one to credit; most often there is none.
+#: Steps, then seconds that pass, and the numbers of a sequence to cancel and of one to credit; most often there is none.
 MOVES = st.lists(
     st.tuples(st.integers(1, 15), st.sampled_from([0.0, 0.0, 3.0]), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=8
 )
@@ -147,34 +155,34 @@ MOVES = st.lists(
 
 @settings(max_examples=120, deadline=None)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=6), limits=LIMITS, cache=st.booleans(), moves=MOVES)
-def test_a_plan_made_from_the_one_before_is_the_plan_made_anew(
+def test_a_repeated_step_is_the_step_that_would_be_scheduled(
     requests: list[Submit], limits: Capacity, cache: bool, moves: list[tuple[int, float, int, int]]
 ) -> None:
-    quick, plain = (Rig(limits, guides=table_guides, prefix_cache=cache, ahead=True) for _ in range(2))
-    plain.batch._again = lambda flight: None  # type: ignore[method-assign]
+    quick, plain = (Rig(limits, guides=table_guides, prefix_cache=cache, async_scheduling=True) for _ in range(2))
+    plain.scheduler._repeat = lambda step: None  # type: ignore[method-assign]
     for rig in (quick, plain):
         for request in requests:
             rig.submit(request)
-    for turns, seconds, victim, creditor in moves:
-        for _ in range(turns):
-            for quick_plan, plain_plan in zip(*map(turned, (quick, plain)), strict=True):
+    for steps, seconds, victim, creditor in moves:
+        for _ in range(steps):
+            for quick_plan, plain_plan in zip(*map(plans_of_step, (quick, plain)), strict=True):
                 assert msgspec.structs.replace(quick_plan, repeats=0) == plain_plan
         for rig in (quick, plain):
-            rig.batch.check()
+            rig.scheduler.check()
             rig.now += seconds
             if victim < len(requests):
                 rig.cancel(victim)
-            rig.batch.credit(creditor, 3)
+            rig.scheduler.credit(creditor, 3)
     assert [stream.tokens for stream in quick.streams.values()] == [stream.tokens for stream in plain.streams.values()]
 
 
-def turned(rig: Rig) -> list[StepPlan]:
-    """The plans of one turn."""
+def plans_of_step(rig: Rig) -> list[StepPlan]:
+    """Make one engine step; its plans."""
     plans: list[StepPlan] = []
-    while (plan := rig.plan()) is not None:
+    while (plan := rig.schedule()) is not None:
         plans.append(plan)
-    if rig.flights:
-        rig.commit()
+    if rig.in_flight:
+        rig.update()
     return plans
 
 
@@ -182,57 +190,57 @@ def turned(rig: Rig) -> list[StepPlan]:
 @given(
     requests=st.lists(REQUESTS, min_size=1, max_size=6),
     limits=LIMITS,
-    ahead=st.booleans(),
+    async_scheduling=st.booleans(),
     moment=st.integers(0, 30),
     victims=st.sets(st.integers(0, 5)),
 )
 def test_a_cancel_at_any_moment_leaks_nothing(
-    requests: list[Submit], limits: Capacity, ahead: bool, moment: int, victims: set[int]
+    requests: list[Submit], limits: Capacity, async_scheduling: bool, moment: int, victims: set[int]
 ) -> None:
-    rig = Rig(limits, guides=table_guides, ahead=ahead)
+    rig = Rig(limits, guides=table_guides, async_scheduling=async_scheduling)
     for request in requests:
         rig.submit(request)
     for _ in range(moment):
-        rig.turn()
-    rig.plan()
+        rig.step()
+    rig.schedule()
     for id in victims & rig.streams.keys():
         rig.cancel(id)
-        rig.batch.check()
+        rig.scheduler.check()
     rig.drain()
     rig.verify()
     assert rig.idle()
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows=st.integers(1, 24), stages=st.integers(1, 4), ahead=st.booleans())
-def test_rows_are_balanced_over_the_pipeline(rows: int, stages: int, ahead: bool) -> None:
-    """In steady decoding any ``stages`` consecutive plans serve every row once, and their sizes differ by what division demands."""
-    rig = Rig(capacity(rows=24, tokens=256, num_blocks=256, stages=stages), ahead=ahead)
-    for i in range(rows):
+@given(count=st.integers(1, 24), stages=st.integers(1, 4), async_scheduling=st.booleans())
+def test_sequences_are_balanced_over_the_pipeline(count: int, stages: int, async_scheduling: bool) -> None:
+    """In steady decoding any ``stages`` consecutive plans serve every sequence once, and their sizes differ by what division demands."""
+    rig = Rig(capacity(slots=24, tokens=256, num_blocks=256, stages=stages), async_scheduling=async_scheduling)
+    for i in range(count):
         rig.submit(submit([65 + i], SamplingParams(max_tokens=60, temperature=0.0)))
     for _ in range(12 * stages):
-        rig.turn()
+        rig.step()
     served: list[list[int]] = []
-    for _ in range(stages * min(stages, rows)):
-        while (plan := rig.plan()) is not None:
+    for _ in range(stages * min(stages, count)):
+        while (plan := rig.schedule()) is not None:
             served.append(view(plan.slots).tolist())
-        rig.commit()
-    share = -(-rows // stages)
+        rig.update()
+    share = -(-count // stages)
     assert max(map(len, served)) == share
-    window = [slot for slots in served[-min(stages, -(-rows // share)) :] for slot in slots]
-    assert sorted(window) == list(range(rows))
+    window = [slot for slots in served[-min(stages, -(-count // share)) :] for slot in slots]
+    assert sorted(window) == list(range(count))
 
 
 @settings(max_examples=100, deadline=None)
 @given(prompt=st.integers(1, 200), max_tokens=st.integers(1, 200), blocks=st.integers(1, 30))
 def test_what_is_admitted_fits_and_what_never_fits_is_refused(prompt: int, max_tokens: int, blocks: int) -> None:
-    rig = Rig(capacity(num_blocks=blocks, rows=2, context=256))
+    rig = Rig(capacity(num_blocks=blocks, slots=2, context=256))
     fits = prompt + max_tokens <= 256 and max(prompt, prompt + max_tokens - 1) <= blocks * 8
     try:
         rig.submit(submit([65] * prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0)))
     except Rejected as error:
         assert error.code == "context_length_exceeded" and not fits
-        assert not rig.batch.busy()
+        assert not rig.scheduler.busy()
     else:
         assert fits
         rig.drain()

@@ -1,6 +1,6 @@
-"""The batch core over a model that distrusts it, driven by hand: what the property tests and the unit tests of the batch share.
+"""The scheduler over a model that checks every plan, driven by hand: what the property tests and the unit tests of the scheduler share.
 
-Owns nothing of the product. Must judge by :func:`workers.engines.fake.expected_tokens` and by the plans alone, never by the batch's own
+Owns nothing of the product. Must judge by :func:`workers.engines.fake.expected_tokens` and by the plans alone, never by the scheduler's own
 fields.
 """
 
@@ -17,18 +17,18 @@ from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.messages import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
 from workers.sampling.guide import GuideFactory
 from workers.scheduler.scheduler import Scheduler
-from workers.scheduler.step_plan import GUESS, StepPlan, decode_plan, decode_result, encode, view
+from workers.scheduler.step_plan import PLACEHOLDER, StepPlan, decode_plan, decode_result, encode, view
 
 EOS = (258, 256)
 
 
 def capacity(
-    *, block_size: int = 8, num_blocks: int = 64, rows: int = 8, tokens: int = 32, context: int = 512, stages: int = 1
+    *, block_size: int = 8, num_blocks: int = 64, slots: int = 8, tokens: int = 32, context: int = 512, stages: int = 1
 ) -> Capacity:
     return Capacity(
         block_size=block_size,
         num_blocks=num_blocks,
-        max_batch_size=rows,
+        max_batch_size=slots,
         max_num_tokens=tokens,
         max_seq_len=context,
         vocab_size=320,
@@ -47,7 +47,7 @@ def submit(
 
 
 class AuditModel(FakeModel):
-    """FakeModel that reads a row's whole context at each step and lets nobody write what another slot can read."""
+    """FakeModel that reads a sequence's whole context at each step, and that fails when a block is written which another slot reads."""
 
     def __init__(self, limits: Capacity) -> None:
         super().__init__(limits, EOS)
@@ -58,7 +58,7 @@ class AuditModel(FakeModel):
         assert len(table) * size >= start + len(tokens), "a plan runs past its block table"
         places = [table[position // size] * size + position % size for position in range(start)]
         for before, place in pairwise(places):
-            assert advance(memory[before], self._written[place]) == memory[place], "a row's context was overwritten"
+            assert advance(memory[before], self._written[place]) == memory[place], "a sequence's context was overwritten"
         users = Counter(block for other in self._tables.values() for block in other)
         for position, token in enumerate(tokens, start):
             assert users[table[position // size]] == 1, "a shared block is written"
@@ -68,7 +68,7 @@ class AuditModel(FakeModel):
 
 @dataclass
 class Stream:
-    """What a client sees of one row."""
+    """What a client sees of one sequence."""
 
     request: Submit
     tokens: list[int]
@@ -79,38 +79,42 @@ class Stream:
 
 
 class Rig:
-    """A batch, its model, the plans in flight, and every stream so far. ``model`` None = the auditing one."""
+    """A scheduler, its model, the plans in flight, and every stream so far."""
 
-    def __init__(self, limits: Capacity, *, guides: GuideFactory | None = None, prefix_cache: bool = True, ahead: bool = False) -> None:
+    def __init__(
+        self, limits: Capacity, *, guides: GuideFactory | None = None, prefix_cache: bool = True, async_scheduling: bool = False
+    ) -> None:
         self.limits = msgspec.structs.replace(limits, prefix_cache=prefix_cache)
-        self.guides, self.ahead = guides, ahead
+        self.guides, self.async_scheduling = guides, async_scheduling
         self.streams: dict[int, Stream] = {}
         self.now = 0.0
         self.restart()
 
     def restart(self) -> None:
-        """Lose the replica: a fresh batch and model; live streams are submitted again with what they have."""
-        self.batch = Scheduler(self.limits, guides=self.guides, micro_batches=self.limits.pp, ahead=self.ahead, eos_ids=EOS)
+        """Lose the replica: a fresh scheduler and model; live streams are submitted again with what they have."""
+        self.scheduler = Scheduler(
+            self.limits, guides=self.guides, micro_batches=self.limits.pp, async_scheduling=self.async_scheduling, eos_ids=EOS
+        )
         self.model = AuditModel(self.limits)
-        self.flights: deque[StepPlan] = deque()
+        self.in_flight: deque[StepPlan] = deque()
         for id, stream in self.streams.items():
             if stream.end is None and not stream.cancelled:
                 stream.logprobs = stream.logprobs[: len(stream.tokens)]
-                self.batch.submit(id, submit(stream.request.prompt_ids, stream.request.params, emitted=list(stream.tokens)))
+                self.scheduler.submit(id, submit(stream.request.prompt_ids, stream.request.params, emitted=list(stream.tokens)))
 
     def submit(self, request: Submit) -> int:
         id = len(self.streams)
-        self.batch.submit(id, request)
+        self.scheduler.submit(id, request)
         self.streams[id] = Stream(request, list(request.emitted))
         return id
 
     def cancel(self, id: int) -> None:
-        self.batch.cancel(id)
+        self.scheduler.cancel(id)
         self.streams[id].cancelled = self.streams[id].end is None
 
-    def plan(self) -> StepPlan | None:
+    def schedule(self) -> StepPlan | None:
         """Ask for a plan, check it against the limits and the plans in flight, and put it in flight."""
-        plan = self.batch.plan(self.now)
+        plan = self.scheduler.schedule(self.now)
         if plan is None:
             return None
         plan = decode_plan(encode(plan))
@@ -118,20 +122,20 @@ class Rig:
         assert 0 < len(slots) == len(set(slots)) <= self.limits.max_batch_size
         assert len(view(plan.tokens)) == view(plan.lengths).sum() <= self.limits.max_num_tokens
         assert view(plan.lengths).min() > 0
-        assert len(self.flights) < self.limits.pp + self.ahead
-        beside = list(self.flights)[len(self.flights) - self.limits.pp + 1 :] if self.ahead else self.flights
+        assert len(self.in_flight) < self.limits.pp + self.async_scheduling
+        beside = list(self.in_flight)[len(self.in_flight) - self.limits.pp + 1 :] if self.async_scheduling else self.in_flight
         for other in beside:
-            assert set(slots).isdisjoint(view(other.slots).tolist()), "a row is in two plans at once"
+            assert set(slots).isdisjoint(view(other.slots).tolist()), "a sequence is in two plans at once"
         if plan.repeats:
-            before = next(other for other in self.flights if other.step == plan.repeats)
+            before = next(other for other in self.in_flight if other.step == plan.repeats)
             assert (before.slots, before.lengths, before.sample) == (plan.slots, plan.lengths, plan.sample) and not plan.opened
-            assert (view(before.starts) + 1 == view(plan.starts)).all() and set(view(plan.tokens).tolist()) == {GUESS}
-        self.flights.append(plan)
+            assert (view(before.starts) + 1 == view(plan.starts)).all() and set(view(plan.tokens).tolist()) == {PLACEHOLDER}
+        self.in_flight.append(plan)
         return plan
 
-    def commit(self) -> list[Emission]:
+    def update(self) -> list[Emission]:
         """Run the oldest plan in flight and hand its result in."""
-        emissions = self.batch.commit(decode_result(encode(self.model.run(self.flights.popleft()))))
+        emissions = self.scheduler.update_from_output(decode_result(encode(self.model.run(self.in_flight.popleft()))))
         for emission in emissions:
             stream = self.streams[emission.id]
             assert stream.end is None and not stream.cancelled, "something came after the end"
@@ -144,29 +148,29 @@ class Rig:
                 stream.prompt_logprobs = emission.prompt_logprobs
         return emissions
 
-    def turn(self) -> None:
+    def step(self) -> None:
         """What an engine's step does: fill the pipeline, commit the oldest plan."""
-        while self.plan() is not None:
+        while self.schedule() is not None:
             pass
-        if self.flights:
-            self.commit()
+        if self.in_flight:
+            self.update()
 
     def finish(self, id: int, limit: int = 1000) -> None:
         """Run until stream ``id`` has ended; more than ``limit`` steps is a livelock."""
         while self.streams[id].end is None:
-            self.turn()
+            self.step()
             limit -= 1
             assert limit > 0, "livelock"
 
     def drain(self, limit: int = 20_000) -> None:
         """Grant credit to all and run until nothing is busy; more than ``limit`` steps is a livelock."""
         for id in self.streams:
-            self.batch.credit(id, UNLIMITED)
-        while self.batch.busy(self.now):
-            self.turn()
+            self.scheduler.credit(id, UNLIMITED)
+        while self.scheduler.busy(self.now):
+            self.step()
             limit -= 1
             assert limit > 0, "livelock"
-        self.batch.check()
+        self.scheduler.check()
 
     def verify(self) -> None:
         """Every stream is a prefix of what it should be; the ended ones are whole."""
@@ -185,4 +189,4 @@ class Rig:
 
     def idle(self) -> bool:
         """Whether all blocks are back."""
-        return self.batch.stats().free_blocks == self.limits.num_blocks and self.batch.stats().running == 0
+        return self.scheduler.stats().free_blocks == self.limits.num_blocks and self.scheduler.stats().running == 0

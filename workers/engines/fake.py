@@ -22,7 +22,7 @@ from workers.protocol.specs import EngineSpec, Parallel, ResumeClass
 from workers.sampling.definition import allowed_ids, stop_set
 from workers.sampling.guide import Guide, GuideFactory
 from workers.scheduler.scheduler import Scheduler
-from workers.scheduler.step_plan import F32, GUESS, OpenSlot, StepPlan, StepResult, column, view
+from workers.scheduler.step_plan import F32, PLACEHOLDER, OpenSlot, StepPlan, StepResult, column, view
 
 #: Ids that are chosen from without a guide: printable ASCII in a byte-level vocabulary.
 PRINTABLE = range(32, 127)
@@ -133,7 +133,7 @@ class FakeModel:
         taken = 0
         for i, (slot, start, length) in enumerate(zip(slots, starts, lengths, strict=True)):
             opened = self._opened[slot]
-            known = [self._sampled[slot] if token == GUESS else token for token in tokens[taken : taken + length]]
+            known = [self._sampled[slot] if token == PLACEHOLDER else token for token in tokens[taken : taken + length]]
             states = self._forward(self._tables[slot], start, known)
             taken += length
             if to_score and to_score[i]:
@@ -222,7 +222,7 @@ class FakeEngine:
             dtype=spec.dtype,
             prefix_cache=spec.prefix_cache,
         )
-        self._batch = Scheduler(self._capacity, guides=guides, micro_batches=parallel.pp, eos_ids=eos_ids)
+        self._scheduler = Scheduler(self._capacity, guides=guides, micro_batches=parallel.pp, eos_ids=eos_ids)
         self._model = FakeModel(self._capacity, eos_ids)
         self._plans: deque[StepPlan] = deque()
         self._step_ms = 0.0
@@ -232,17 +232,17 @@ class FakeEngine:
         return self._capacity
 
     def submit(self, id: int, request: Submit) -> None:
-        self._batch.submit(id, request)
+        self._scheduler.submit(id, request)
 
     def cancel(self, id: int) -> None:
-        self._batch.cancel(id)
+        self._scheduler.cancel(id)
 
     def credit(self, id: int, tokens: int) -> None:
-        self._batch.credit(id, tokens)
+        self._scheduler.credit(id, tokens)
 
     def step(self) -> list[Emission]:
         started = self._clock()
-        while (plan := self._batch.plan(started)) is not None:
+        while (plan := self._scheduler.schedule(started)) is not None:
             self._plans.append(plan)
         if not self._plans:
             return []
@@ -254,21 +254,21 @@ class FakeEngine:
         left = started + self._cost_ms(len(plan.tokens) // 4) / 1000 - self._clock()
         if left > 0:  # sleeping for no time still gives the processor away
             self._sleep(left)
-        emissions = self._batch.commit(result)
+        emissions = self._scheduler.update_from_output(result)
         self._step_ms = (self._clock() - started) * 1000
         return emissions
 
     def busy(self) -> bool:
-        return self._batch.busy(self._clock())
+        return self._scheduler.busy(self._clock())
 
-    def rest(self) -> None:
-        self._batch.rest()
+    def on_idle(self) -> None:
+        self._scheduler.on_idle()
 
     def predicted_ms(self) -> float:
-        return self._cost_ms(len(self._plans[0].tokens) // 4 if self._plans else self._batch.predicted_tokens())
+        return self._cost_ms(len(self._plans[0].tokens) // 4 if self._plans else self._scheduler.predicted_tokens())
 
     def stats(self) -> EngineStats:
-        return self._batch.stats(self._step_ms)
+        return self._scheduler.stats(self._step_ms)
 
     def close(self) -> None:
         """Nothing is held outside this object."""

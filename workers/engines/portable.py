@@ -96,7 +96,7 @@ class PortableEngine:
         crew: RankExecutor | None = None,
         resume: ResumeClass = "margin",
     ) -> None:
-        self._batch, self._runner, self._capacity, self._crew, self._resume = batch, runner, capacity, crew, resume
+        self._scheduler, self._runner, self._capacity, self._crew, self._resume = batch, runner, capacity, crew, resume
         self._close = close
         self._out: deque[_Out] = deque()
         self._pace = StepTimeModel()
@@ -112,21 +112,21 @@ class PortableEngine:
         return self._resume
 
     def submit(self, id: int, request: Submit) -> None:
-        self._batch.submit(id, request)
+        self._scheduler.submit(id, request)
 
     def cancel(self, id: int) -> None:
-        self._batch.cancel(id)
+        self._scheduler.cancel(id)
 
     def credit(self, id: int, tokens: int) -> None:
-        self._batch.credit(id, tokens)
+        self._scheduler.credit(id, tokens)
 
     def busy(self) -> bool:
-        return self._batch.busy(time.monotonic())
+        return self._scheduler.busy(time.monotonic())
 
     def step(self) -> list[Emission]:
         """Issue plans until the pipeline is full, then commit the oldest. Raises EngineFault when a rank does not answer."""
         begin = time.perf_counter()
-        while (plan := self._batch.plan(time.monotonic())) is not None:
+        while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             if self._crew is not None:
                 self._crew.tell(plan)
             answer = self._runner.issue(plan)
@@ -140,22 +140,22 @@ class PortableEngine:
             result = self._crew.answer()
         else:
             raise EngineFault("a lone rank that is not the last stage has nobody to answer it")
-        emissions = self._batch.commit(result)
+        emissions = self._scheduler.update_from_output(result)
         end = time.perf_counter()
         # In a full pipeline a step's cost is the time between commits, not its way through all stages.
         self._pace.observe(oldest.tokens, oldest.rows, (end - max(begin, self._committed)) * 1e3)
         self._committed = end
         return emissions
 
-    def rest(self) -> None:
-        self._batch.rest()
+    def on_idle(self) -> None:
+        self._scheduler.on_idle()
 
     def predicted_ms(self) -> float:
-        tokens = self._batch.predicted_tokens()
+        tokens = self._scheduler.predicted_tokens()
         return self._pace.predict(tokens, min(tokens, self._capacity.max_batch_size))
 
     def stats(self) -> EngineStats:
-        return self._batch.stats(self._pace.last_ms)
+        return self._scheduler.stats(self._pace.last_ms)
 
     def close(self) -> None:
         if self._closed:
@@ -229,7 +229,7 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Por
         capacity,
         guides=guides,
         micro_batches=spec.parallel.pp,
-        ahead=spec.engine.device == "cuda",
+        async_scheduling=spec.engine.device == "cuda",
         eos_ids=artifact.eos_ids,
     )
     return PortableEngine(batch, built.runner, capacity, close=built.close, crew=crew, resume=_resume_class(spec.engine))

@@ -1,22 +1,29 @@
 """The Engine seam: what a leader's engine thread drives, whichever engine it is.
 
-At request level on purpose: TensorRT-LLM batches by itself. Implemented by ``workers.engines.fake.FakeEngine``,
-``workers.engines.portable.PortableEngine`` and ``workers.engines.trtllm``. All calls come from one thread; ids are the leader's own small
-integers, unique while the row lives.
+The seam is at the level of requests, because TensorRT-LLM batches by itself. Implemented by ``workers.engines.fake.FakeEngine``,
+``workers.engines.portable.PortableEngine`` and ``workers.engines.trtllm``. All calls come from one thread. Ids are the leader's own small
+integers, unique while the sequence lives.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from workers.protocol.messages import Capacity, FinishReason, Logprobs, Submit, Usage
 from workers.protocol.specs import ResumeClass
 
+#: Seconds without credit after which a sequence gives up its place in the engine's K/V memory.
+PAUSE_S = 2.0
+#: How old the statistics of a busy engine may be, seconds.
+STATS_AGE_S = 0.05
+#: Bound of :meth:`Engine.close`, seconds.
+CLOSE_S = 5.0
+
 
 class Finish(msgspec.Struct, frozen=True):
-    """Why a row ended. ``stop_id`` is the stop token, when one ended it (it is not among the emitted tokens)."""
+    """Why a sequence ended. ``stop_id`` is the stop token, when one ended it (it is not among the emitted tokens)."""
 
     reason: FinishReason
     usage: Usage
@@ -24,14 +31,14 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """A row that the engine could not go on with; ``code`` as in :mod:`workers.protocol.errors`."""
+    """Why the engine could not go on with a sequence; ``code`` as in :mod:`workers.protocol.errors`."""
 
     code: str
     message: str
 
 
 class Emission(msgspec.Struct, frozen=True, gc=False):
-    """What one step did for one row: ``tokens`` at output positions ``first``.., then ``end`` if the row is over.
+    """What one step did for one sequence: ``tokens`` at output positions ``first``.., then ``end`` if it has ended.
 
     ``logprobs`` has one entry a token where asked for; ``prompt_logprobs`` the whole prompt, once, with or before the first token.
     """
@@ -45,9 +52,11 @@ class Emission(msgspec.Struct, frozen=True, gc=False):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts now (rows, blocks, prompt tokens still to be computed) and totals since start (``*_total``). ``prefixes``: hashes of blocks
-    that are surely in the cache, parents first, from an engine whose cache the router cannot guess. ``step_tokens``: as in
-    :class:`~workers.protocol.messages.Heartbeat`."""
+    """Counts now (sequences, blocks, prompt tokens still to be computed) and totals since start (``*_total``).
+
+    ``prefixes``: hashes of blocks that are surely in the cache, parents first, from an engine whose cache the router cannot predict.
+    ``step_tokens``: as in :class:`~workers.protocol.messages.Heartbeat`.
+    """
 
     steps_total: int = 0
     running: int = 0
@@ -67,7 +76,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(Protocol):
-    """Seam 1. Nothing here blocks but ``step``, and a step is bounded by the token budget."""
+    """Seam 1: one rank's engine that the leader drives. Only ``step`` may block, and a step is bounded by the token budget."""
 
     @property
     def capacity(self) -> Capacity: ...
@@ -76,28 +85,37 @@ class Engine(Protocol):
     def resume(self) -> ResumeClass: ...
 
     def submit(self, id: int, request: Submit) -> None:
-        """Queue a row. Raises :class:`~workers.protocol.errors.Rejected` (TooLong, bad grammar, ...) and then holds nothing."""
+        """Queue a request. Raises :class:`~workers.protocol.errors.Rejected` (TooLong, bad grammar, ...) and then holds nothing."""
 
     def cancel(self, id: int) -> None:
-        """Forget a row; nothing is emitted for it afterwards, and its blocks are free after the running step. Unknown ids are ignored."""
+        """Forget a sequence; nothing is emitted for it afterwards, and its blocks are free after the running step. Unknown ids are
+        ignored."""
 
     def credit(self, id: int, tokens: int) -> None:
-        """Allow ``tokens`` more to be emitted; a row without credit is paused, not ended. Unknown ids are ignored."""
+        """Allow ``tokens`` more to be emitted; a sequence without credit is paused, not ended. Unknown ids are ignored."""
 
     def step(self) -> list[Emission]:
         """Run one step and return what it emitted; [] also when only prefill ran. With nothing to do it returns [] at once."""
 
     def busy(self) -> bool:
-        """Whether ``step`` would do work now (a row runs, waits, or has a step in flight; paused rows don't count)."""
+        """Whether ``step`` would do work now (a sequence runs, waits, or has a step in flight; paused ones don't count)."""
 
     def predicted_ms(self) -> float:
         """What the next ``step`` is expected to take, for the hang watchdog."""
 
-    def rest(self) -> None:
-        """Nothing has come for a while: time for what no token should wait for. Raises AssertionError when the engine's own state is not
-        sound."""
+    def on_idle(self) -> None:
+        """Do what no token should wait for; the leader calls it when nothing has come for a while. Raises AssertionError when an invariant
+        of the engine's own state is broken."""
 
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None:
-        """End the engine on every rank; bounded by 5 s."""
+        """End the engine on every rank, within ``CLOSE_S``."""
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A rank other than 0."""
+
+    def run(self) -> None:
+        """Follow the leader's plans until one says stop."""

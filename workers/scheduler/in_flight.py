@@ -1,11 +1,23 @@
-"""Plans in the making and plans that are out, over the rows of one batch.
+"""Steps in the making and steps in flight, over the sequences of one scheduler.
 
-Owns what rows of one plan have in common. Must never decide who runs: that is :mod:`workers.scheduler.scheduler`.
+Owns what the sequences of one step have in common, and the shortcut for a *repeated step*. Must never decide which sequence runs: that is
+:mod:`workers.scheduler.scheduler`.
+
+Why there is a shortcut: in steady decoding a step has the same sequences as the step before, one position further, and each of them only
+gets one more token. Visiting every sequence twice a step, to schedule it and to take its token, would cost the host more than all else. So:
+
+1. :meth:`InFlightStep.repeat` makes the next plan from the plan of the step before, by a few operations on whole columns. It does not
+   touch the sequences. It notes in the new step that each sequence has one scheduled token more than it says (``pending_scheduled``).
+2. :meth:`InFlightStep.append_to_all` takes the result of a step that was repeated. It appends the tokens in one loop in C, and notes in
+   the next step that each sequence has one computed token more (``pending_computed``).
+3. :meth:`InFlightStep.apply_deferred` writes both counts into the sequences. The scheduler calls it before it looks at a single sequence:
+   when one ends, is cancelled or admitted, or when a step cannot be repeated.
+4. ``safe_repeats`` bounds the repetitions: so many tokens can be appended before a sequence reaches its last token or uses up its credit.
+   A token that needs a closer look (:meth:`InFlightStep.all_plain`) leaves the shortcut, and so does the end of any sequence.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,147 +25,168 @@ import numpy as np
 
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Logprobs
-from workers.scheduler.sequence import Sequence
-from workers.scheduler.step_plan import GUESS, I32, Ints, StepPlan, StepResult, column, view, view_floats
+from workers.scheduler.sequence import Sequence, add_counts, append_tokens, schedule_decodes
+from workers.scheduler.step_plan import I32, PLACEHOLDER, Ints, StepPlan, StepResult, column, view, view_floats
 
-_GUESS = column([GUESS])
+_PLACEHOLDER = column([PLACEHOLDER])
 
 
 class RepeatedStep:
-    """What plans that repeat each other have in common: their rows, which all decode. ``due``: rows by the turn after which their blocks
-    are full."""
+    """What a step and its repetitions have in common: their sequences, each of which decodes one token a step.
 
-    def __init__(self, rows: list[Sequence]) -> None:
-        self._rows = rows
-        self.due: dict[int, list[Sequence]] = {}
-        for row in rows:
-            self.due.setdefault(row.room - row.issued, []).append(row)
+    ``full_at``: sequences by the repetition after which their blocks are full.
+    """
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self._sequences = sequences
+        self.full_at: dict[int, list[Sequence]] = {}
+        for seq in sequences:
+            self.full_at.setdefault(seq.block_capacity - seq.scheduled, []).append(seq)
 
     @cached_property
     def _ids(self) -> list[int]:
-        return [row.id for row in self._rows]
+        return [seq.id for seq in self._sequences]
 
     @cached_property
-    def _offsets(self) -> Ints:
-        """From the place of a query token to the output position of the token that follows it."""
-        return np.array([1 - row.prompt_len for row in self._rows], I32)
+    def _output_offsets(self) -> Ints:
+        """[sequences]: added to the position of a query token, the output position of the token that follows it."""
+        return np.array([1 - seq.prompt_len for seq in self._sequences], I32)
 
     @cached_property
     def _histories(self) -> list[list[int]]:
-        return [row.tokens for row in self._rows]
+        return [seq.tokens for seq in self._sequences]
 
     @cached_property
-    def ends(self) -> frozenset[int | None]:
-        """Tokens that are not just emitted, of one row at least."""
-        return frozenset().union(*{row.ends for row in self._rows})
+    def special_tokens(self) -> frozenset[int]:
+        """Tokens that need a closer look in at least one sequence."""
+        return frozenset().union(*{seq.special_tokens for seq in self._sequences})
 
-    def emit(self, starts: Ints, tokens: list[int]) -> list[Emission]:
-        """Give each row its one of ``tokens``, which follows that at its one of ``starts``, both [rows]."""
-        # Loops of the interpreter's own, as far as they can be: this is done for every token.
-        deque(map(list.append, self._histories, tokens), 0)
-        return list(map(Emission, self._ids, (starts + self._offsets).tolist(), [[token] for token in tokens]))
+    def append(self, starts: Ints, tokens: list[int]) -> list[Emission]:
+        """Append to each sequence its one of ``tokens``, which follows the token at its one of ``starts``; both [sequences]."""
+        append_tokens(self._histories, tokens)
+        # The interpreter's own loops, as far as they can be: this is done for every token.
+        return list(map(Emission, self._ids, (starts + self._output_offsets).tolist(), [[token] for token in tokens]))
 
 
 @dataclass(slots=True)
 class InFlightStep:
-    """A plan that is out: its rows, their query lengths, and whether they yield a token (0 or 1). ``left``: its rows may be in a later
-    plan. ``sure``: plans of the same rows that may follow, as long as not more than ``over`` rows of the batch have ended.
+    """A plan that was issued: its sequences, their query lengths, and whether each yields a token (0 or 1).
 
-    A plan that repeats another is not noted in its rows, nor is the answer to one that is repeated: ``owed`` and ``landed`` are by how much
-    their ``issued`` and their ``computed`` are behind, until :meth:`settle`. ``next`` repeats this one, and owes what it owed. ``turn``:
-    repetitions up to this plan.
+    ``released``: its sequences may be in a later step, or in a queue, although its result is not there.
+
+    What the shortcut needs (see the module's docstring): ``repeated_by`` is the step that repeats this one; ``shared`` is what they have in
+    common. ``repetition`` counts the repetitions up to this step. ``safe_repeats`` more may follow, as long as the scheduler has no more
+    than ``finished_before`` finished sequences. ``pending_scheduled`` and ``pending_computed`` tokens of each sequence are not yet counted
+    in it.
     """
 
     plan: StepPlan
-    rows: list[Sequence]
+    sequences: list[Sequence]
     counts: list[int]
     samples: list[int]
-    left: bool = False
-    sure: int = 0
-    over: int = 0
-    owed: int = 0
-    landed: int = 0
-    next: InFlightStep | None = None
-    turn: int = 0
-    streak: RepeatedStep | None = None
+    released: bool = False
+    repeated_by: InFlightStep | None = None
+    shared: RepeatedStep | None = None
+    repetition: int = 0
+    safe_repeats: int = 0
+    finished_before: int = 0
+    pending_scheduled: int = 0
+    pending_computed: int = 0
 
-    def settle(self) -> None:
-        """Pay what is owed."""
-        if self.owed or self.landed:
-            for row in self.rows:
-                row.issued += self.owed
-                row.computed += self.landed
-            self.owed = self.landed = 0
+    def apply_deferred(self) -> None:
+        """Count in the sequences what this step has noted for them."""
+        if self.pending_scheduled or self.pending_computed:
+            add_counts(self.sequences, scheduled=self.pending_scheduled, computed=self.pending_computed)
+            self.pending_scheduled = self.pending_computed = 0
 
-    def full(self) -> list[Sequence]:
-        """Rows that need a block to go on from here; only before anything else is planned for them."""
-        if self.streak is None:
-            self.streak = RepeatedStep(self.rows)
-        return self.streak.due.get(self.turn, [])
+    def need_block(self) -> list[Sequence]:
+        """Sequences that need a block before this step is repeated. Ask only before anything else is scheduled for them."""
+        if self.shared is None:
+            self.shared = RepeatedStep(self.sequences)
+        return self.shared.full_at.get(self.repetition, [])
 
-    def land(self, tokens: list[int]) -> list[Emission] | None:
-        """Emit ``tokens`` [rows], if all that happens to any row is that it gets one: only where none has ended since this plan was
-        repeated, and nobody wants to know more. None: look at each, for one might end."""
-        if self.next is None or self.streak is None or not self.streak.ends.isdisjoint(tokens):
-            return None
-        self.next.landed, self.landed = self.landed + 1, 0
-        return self.streak.emit(view(self.plan.starts), tokens)
-
-    def again(self, step: int, closed: list[int], fresh: list[int], block_size: int) -> InFlightStep:
-        """The plan numbered ``step`` of the same rows, decodes all, each from the token that it has in flight. Those that were
-        :meth:`full` have got a block each, ``fresh``."""
-        before, grown = self.plan, self.full()
-        assert self.streak is not None
+    def repeat(self, step: int, closed: list[int], fresh: list[int], block_size: int) -> InFlightStep:
+        """The step numbered ``step``: the same sequences, each from the token that it has in flight. Those that :meth:`need_block` names
+        have got a block each, ``fresh``."""
+        before, grown = self.plan, self.need_block()
+        assert self.shared is not None
         if grown:
-            self.streak.due.setdefault(self.turn + block_size, []).extend(self.streak.due.pop(self.turn))
+            self.shared.full_at.setdefault(self.repetition + block_size, []).extend(self.shared.full_at.pop(self.repetition))
         plan = StepPlan(
             step=step,
             repeats=before.step,
             slots=before.slots,
             starts=(view(before.starts) + 1).tobytes(),
             lengths=before.lengths,
-            tokens=_GUESS * len(self.rows),
+            tokens=_PLACEHOLDER * len(self.sequences),
             sample=before.sample,
-            block_slots=column([row.slot for row in grown]),
+            block_slots=column([seq.slot for seq in grown]),
             block_ids=column(fresh),
             closed=column(closed),
         )
-        found = InFlightStep(
+        self.repeated_by = InFlightStep(
             plan,
-            self.rows,
+            self.sequences,
             self.counts,
             self.samples,
-            sure=self.sure - 1,
-            over=self.over,
-            owed=self.owed + 1,
-            turn=self.turn + 1,
-            streak=self.streak,
+            shared=self.shared,
+            repetition=self.repetition + 1,
+            safe_repeats=self.safe_repeats - 1,
+            finished_before=self.finished_before,
+            pending_scheduled=self.pending_scheduled + 1,
         )
-        self.left, self.next, self.owed = True, found, 0
-        return found
+        self.released, self.pending_scheduled = True, 0
+        return self.repeated_by
 
-    def logprobs(self, chosen: list[int | None], result: StepResult) -> list[Logprobs | None]:
-        """Per row, the log-probabilities of its token where it asked for them; ``chosen`` has the row's token or None."""
+    def all_plain(self, result: StepResult, tokens: list[int], finished: int) -> bool:
+        """Whether ``result`` does nothing but append one of ``tokens`` to each sequence: this step was repeated, no sequence has finished
+        since (``finished``: how many have by now), no token is special, and no log-probabilities came."""
+        return (
+            self.repeated_by is not None
+            and self.shared is not None
+            and finished == self.finished_before
+            and not result.logprobs
+            and self.shared.special_tokens.isdisjoint(tokens)
+        )
+
+    def append_to_all(self, tokens: list[int]) -> list[Emission]:
+        """Append ``tokens`` [sequences] where :meth:`all_plain` holds."""
+        assert self.repeated_by is not None and self.shared is not None
+        self.repeated_by.pending_computed, self.pending_computed = self.pending_computed + 1, 0
+        return self.shared.append(view(self.plan.starts), tokens)
+
+    def answers(self, sampled: list[int], result: StepResult) -> tuple[list[int | None], list[Logprobs | None]]:
+        """Per sequence, its one of the ``sampled`` tokens, None where it only computed a chunk; and the token's log-probabilities, None
+        where it did not ask for them."""
+        tokens: list[int | None] = list(sampled)
+        if len(tokens) < len(self.sequences):
+            rest = iter(sampled)
+            tokens = [next(rest) if samples else None for samples in self.samples]
+        if not result.logprobs:
+            return tokens, [None] * len(tokens)
         own = iter(view_floats(result.logprobs).tolist())
         tops = {i: (view(ids).tolist(), view_floats(logprobs).tolist()) for i, ids, logprobs in result.top}
         scored: list[Logprobs | None] = []
-        for i, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
+        for i, (seq, token) in enumerate(zip(self.sequences, tokens, strict=True)):
             logprob = None if token is None else next(own)
-            if token is None or row.params.logprobs is None:
+            if token is None or seq.params.logprobs is None:
                 scored.append(None)
             else:
                 scored.append(Logprobs(token, logprob, *tops.get(i, ([], []))))
-        return scored
+        return tokens, scored
 
 
 class StepDraft:
-    """A plan in the making: its rows (the first ``decodes`` of them decode) and their query lengths, the rows that got a slot, those that
-    got a block, and those that must wait for one."""
+    """A step in the making.
 
-    __slots__ = ("counts", "decodes", "grown", "opened", "rows", "stuck")
+    ``sequences``: those that take part, first the ``decodes`` of them that decode; ``counts``: their query lengths. ``opened`` got a slot,
+    ``grown`` got a block, and ``stuck`` must wait for one.
+    """
+
+    __slots__ = ("counts", "decodes", "grown", "opened", "sequences", "stuck")
 
     def __init__(self) -> None:
-        self.rows: list[Sequence] = []
+        self.sequences: list[Sequence] = []
         self.counts: list[int] = []
         self.decodes = 0
         self.opened: list[Sequence] = []
@@ -161,23 +194,20 @@ class StepDraft:
         self.stuck: list[Sequence] = []
 
     def issue(self, step: int, closed: list[int]) -> InFlightStep:
-        """The plan numbered ``step``, which also closes the slots ``closed``: its rows are in the air."""
-        rows, counts, decodes = self.rows, self.counts, self.decodes
-        starts = [row.issued for row in rows]
-        tokens: list[int] = []
-        for row, start in zip(rows[:decodes], starts, strict=False):
-            tokens.append(row.tokens[start] if start < len(row.tokens) else GUESS)
-            row.issued = start + 1
+        """The step numbered ``step``, which also closes the slots ``closed``. Its sequences are in flight from now on."""
+        sequences, counts, decodes = self.sequences, self.counts, self.decodes
+        starts = [seq.scheduled for seq in sequences]
+        tokens = schedule_decodes(sequences[:decodes])
         samples, scores = [1] * decodes, [0] * decodes
-        for row, count in zip(rows[decodes:], counts[decodes:], strict=True):
-            tokens += row.tokens[row.issued : row.issued + count]
-            samples.append(int(count == row.pending and not row.spent))
-            scores.append(int(row.wants_score()))
-            row.issued += count
-        added = [(row.slot, row.blocks) for row in self.opened] + [(row.slot, row.blocks[-1:]) for row in self.grown]
+        for seq, count in zip(sequences[decodes:], counts[decodes:], strict=True):
+            chunk, sampled, scored = seq.schedule_chunk(count)
+            tokens += chunk
+            samples.append(int(sampled))
+            scores.append(int(scored))
+        added = [(seq.slot, seq.blocks) for seq in self.opened] + [(seq.slot, seq.blocks[-1:]) for seq in self.grown]
         plan = StepPlan(
             step=step,
-            slots=column([row.slot for row in rows]),
+            slots=column([seq.slot for seq in sequences]),
             starts=column(starts),
             lengths=column(counts),
             tokens=column(tokens),
@@ -186,7 +216,7 @@ class StepDraft:
             block_slots=column([slot for slot, blocks in added for _ in blocks]),
             block_ids=column([block for _, blocks in added for block in blocks]),
             closed=column(closed),
-            opened=[row.opening() for row in self.opened],
-            masks=[(i, row.guide.mask()) for i, row in enumerate(rows) if row.guide is not None and samples[i]],
+            opened=[seq.open_slot() for seq in self.opened],
+            masks=[(i, seq.guide.mask()) for i, seq in enumerate(sequences) if seq.guide is not None and samples[i]],
         )
-        return InFlightStep(plan, rows, counts, samples)
+        return InFlightStep(plan, sequences, counts, samples)

@@ -1,6 +1,6 @@
-"""The proof that a batch's state is sound: every row in its place, every slot and block accounted for.
+"""The invariants of a scheduler's state: every sequence in one place, every slot and block accounted for.
 
-Owns nothing and changes nothing. Run when an engine is idle, and after every step of the property tests.
+Owns nothing and changes nothing. Checked when an engine is idle, and after every step of the property tests.
 """
 
 from __future__ import annotations
@@ -12,59 +12,65 @@ from itertools import chain
 from workers.scheduler.block_pool import BlockPool
 from workers.scheduler.in_flight import InFlightStep
 from workers.scheduler.sequence import Queue, Sequence
-from workers.scheduler.step_plan import GUESS
+from workers.scheduler.step_plan import PLACEHOLDER
 
 
-def prove(
-    rows: Mapping[int, Sequence],
-    flights: deque[InFlightStep],
+def check_invariants(
+    sequences: Mapping[int, Sequence],
+    steps: deque[InFlightStep],
     pool: BlockPool,
     *,
     waiting: Queue,
     prefills: Queue,
     decodes: Queue,
     paused: Queue,
-    slots: Collection[int],
+    free_slots: Collection[int],
     slot_count: int,
 ) -> None:
-    """``rows``: the live ones by id; ``slots``: the free ones of ``slot_count``. Raises AssertionError naming the first invariant
-    broken."""
+    """``sequences``: the live ones by id; ``steps``: in flight, oldest first; ``slot_count``: slots in all.
+
+    Raises AssertionError naming the first invariant broken.
+    """
     queued = [*waiting, *prefills, *decodes, *paused]
-    everyone = list({id(row): row for row in chain(queued, *(flight.rows for flight in flights))}.values())
-    live = [row for row in everyone if not row.over]
-    assert len({id(row) for row in queued}) == len(queued), "a row is in two places"
-    assert len(live) == len(rows) and {row.id for row in live} == rows.keys(), "a live row is in no place"
-    assert not any(row.over for row in queued), "a row that is over waits for something"
-    _prove_flights(flights, queued, everyone)
-    assert all(row.slot < 0 and row.credit > 0 for row in waiting), "a waiting row has a slot or no credit"
-    ready = (row.pending == 1 or (row.pending == 0 and row.airborne) for row in decodes)
-    assert all(ready) and all(row.slot >= 0 and row.credit > 0 for row in decodes), "a decoding row is not ready"
-    assert not any(row.spent for row in decodes), "a row with nothing to emit decodes"
-    assert all(row.slot >= 0 and row.credit > 0 for row in prefills), "a prefilling row is not ready"
-    assert all(row.credit <= 0 for row in paused), "a paused row has credit"
+    everyone = list({id(seq): seq for seq in chain(queued, *(step.sequences for step in steps))}.values())
+    live = [seq for seq in everyone if not seq.finished]
+    assert len({id(seq) for seq in queued}) == len(queued), "a sequence is in two queues"
+    assert all(seq.queue is queue for queue in (waiting, prefills, decodes, paused) for seq in queue), "a sequence names another queue"
+    assert len(live) == len(sequences) and {seq.id for seq in live} == sequences.keys(), "a live sequence is in no queue and no step"
+    assert not any(seq.finished for seq in queued), "a finished sequence is in a queue"
+    _check_steps(steps, everyone)
+    assert all(seq.slot < 0 and seq.credit > 0 for seq in waiting), "a waiting sequence has a slot or no credit"
+    ready = (seq.pending == 1 or (seq.pending == 0 and seq.in_flight) for seq in decodes)
+    assert all(ready) and all(seq.slot >= 0 and seq.credit > 0 for seq in decodes), "a decoding sequence is not ready"
+    assert not any(seq.nothing_to_emit for seq in decodes), "a sequence with nothing to emit decodes"
+    assert all(seq.slot >= 0 and seq.credit > 0 for seq in prefills), "a prefilling sequence is not ready"
+    assert all(seq.credit <= 0 for seq in paused), "a paused sequence has credit"
     for queue in (waiting, prefills):
-        assert [row.order for row in queue] == sorted(row.order for row in queue), "a queue is out of admission order"
-    for row in live:
-        assert 0 <= row.computed < row.known <= len(row.tokens), "a row is computed beyond what is known"
-        assert row.tokens[-1] != GUESS, "a guess is taken for a fact"
-        assert row.calm <= row.last and (not row.calm or row.publish_at > row.opened), "a row's token is taken for one like all"
-    for row in everyone:
-        assert (row.slot >= 0) == bool(row.blocks), "a row has a slot without blocks or blocks without a slot"
-        assert row.room == len(row.blocks) * pool.block_size and row.issued <= row.room, "a row's table is too short"
-    taken = [row.slot for row in everyone if row.slot >= 0]
-    assert sorted([*taken, *slots]) == list(range(slot_count)), "a slot is lost or shared"
-    pool.check([row.blocks for row in everyone])
+        assert [seq.arrival for seq in queue] == sorted(seq.arrival for seq in queue), "a queue is out of the order of arrival"
+    for seq in live:
+        assert 0 <= seq.computed < seq.known <= len(seq.tokens), "a sequence is computed beyond what is known"
+        assert seq.tokens[-1] != PLACEHOLDER, "a placeholder is taken for a token"
+        assert seq.plain_until < seq.max_len, "the last token is taken for a plain one"
+        published = seq.prefix.publish_at > seq.prefix.eager_until
+        assert not seq.plain_until or published, "a block of the prompt is not published when it is computed"
+    for seq in everyone:
+        assert (seq.slot >= 0) == bool(seq.blocks), "a sequence has a slot without blocks or blocks without a slot"
+        assert seq.block_capacity == len(seq.blocks) * pool.block_size, "a sequence's block table is miscounted"
+        assert seq.scheduled <= seq.block_capacity, "a sequence's block table is too short"
+    used = [seq.slot for seq in everyone if seq.slot >= 0]
+    assert sorted([*used, *free_slots]) == list(range(slot_count)), "a slot is lost or shared"
+    pool.check([seq.blocks for seq in everyone])
 
 
-def _prove_flights(flights: deque[InFlightStep], queued: Collection[Sequence], everyone: Collection[Sequence]) -> None:
-    plans = Counter(id(row) for flight in flights for row in flight.rows)
+def _check_steps(steps: deque[InFlightStep], everyone: Collection[Sequence]) -> None:
+    shares = Counter(id(seq) for step in steps for seq in step.sequences)
     tokens: Counter[int] = Counter()
-    for flight in flights:
-        for row, count in zip(flight.rows, flight.counts, strict=True):
-            tokens[id(row)] += count
-    assert all(row.airborne == tokens[id(row)] for row in everyone), "tokens in flight are miscounted"
-    # Only rows of the oldest plan, once it is left, may be somewhere else too.
-    eldest = {id(row) for row in flights[0].rows} if flights and flights[0].left else set()
-    assert not any(flight.left for flight in list(flights)[1:]), "a plan is left before the one before it has landed"
-    assert all(row.home is None for row in everyone if row.airborne and id(row) not in eldest), "a row in flight can be chosen again"
-    assert all(count == 1 or row in eldest for row, count in plans.items()), "a row is in two plans that are not in order"
+    for step in steps:
+        for seq, count in zip(step.sequences, step.counts, strict=True):
+            tokens[id(seq)] += count
+    assert all(seq.in_flight == tokens[id(seq)] for seq in everyone), "tokens in flight are miscounted"
+    # Only sequences of the oldest step, once it is released, may be somewhere else too.
+    oldest = {id(seq) for seq in steps[0].sequences} if steps and steps[0].released else set()
+    assert not any(step.released for step in list(steps)[1:]), "a step is released before the result of the one before it is there"
+    assert all(seq.queue is None for seq in everyone if seq.in_flight and id(seq) not in oldest), "a sequence in flight can be chosen again"
+    assert all(count == 1 or seq in oldest for seq, count in shares.items()), "a sequence is in two steps that are not in order"

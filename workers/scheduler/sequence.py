@@ -1,10 +1,12 @@
-"""One request inside the batch core: what is known of it, what is computed of it, where it waits.
+"""One request inside the scheduler: what is known of it, what is computed of it, and which queue it waits in.
 
-Owns the record and what can be said of it alone. Must never decide who runs: that is :mod:`workers.scheduler.scheduler`.
+Owns :class:`Sequence` and every write to one: other modules call its methods, or the functions of this module that do the same for many
+sequences in one loop. Must never decide which sequence runs: that is :mod:`workers.scheduler.scheduler`, whose docstring has the states.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,101 +14,131 @@ from functools import lru_cache
 
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import EngineFault, Rejected, TooLong, Unsupported
-from workers.protocol.messages import Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
+from workers.protocol.messages import UNLIMITED, Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
 from workers.sampling.definition import check, has_penalties, stop_set
 from workers.sampling.guide import Guide, GuideFactory
 from workers.scheduler.block_pool import BlockPool, prefix_hashes
-from workers.scheduler.step_plan import OpenSlot, column, view, view_floats
+from workers.scheduler.step_plan import PLACEHOLDER, OpenSlot, column, view, view_floats
 
 Queue = deque["Sequence"]
+
+#: A ``publish_at`` that no sequence reaches.
+NEVER = 2**62
+
+
+@dataclass(slots=True)
+class PrefixCursor:
+    """How far the blocks of one sequence are hashed and published.
+
+    ``hashes``: the prefix hashes of its first whole blocks. ``publish_at``: end position of the next block to publish; ``NEVER`` when no
+    more of its blocks may be. ``eager_until``: blocks that end at or before this position are published as soon as they are computed.
+    """
+
+    salt: str
+    hashes: list[int] = field(default_factory=list)
+    publish_at: int = 0
+    eager_until: int = 0
+
+    def extend(self, tokens: list[int], count: int, block_size: int) -> None:
+        """Hash the whole blocks of ``tokens`` up to ``count`` blocks, as far as this is not done."""
+        done = len(self.hashes)
+        if done < count:
+            parent = self.hashes[-1] if done else None
+            self.hashes += prefix_hashes(tokens[done * block_size : count * block_size], block_size, self.salt, parent=parent)
+
+    def publish(self, tokens: list[int], end: int, blocks: list[int], pool: BlockPool) -> None:
+        """Make the blocks of ``tokens`` [:end] findable, until one has the same content as another sequence's block."""
+        size = pool.block_size
+        if self.publish_at <= end:
+            self.extend(tokens, end // size, size)
+        while self.publish_at <= end:
+            i = self.publish_at // size - 1
+            parent = blocks[i - 1] if i else -1
+            if not pool.publish(blocks[i], hash=self.hashes[i], parent=parent, salt=self.salt, tokens=tokens[i * size : self.publish_at]):
+                self.publish_at = NEVER
+                return
+            self.publish_at += size
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A live request, ``computed`` < ``known`` <= len(``tokens``): the K/V of tokens[:computed] is there, that of tokens[:known] is due.
 
-    A row is read and written in every step of its life, so what follows from something else is not kept. A ``spent`` row is one that
-    came with nothing left to emit: it ends once computed, and where nothing is to be scored one token is enough. ``issued``:
-    ``computed`` and what of it is in plans in flight, but for what these owe (:class:`~workers.scheduler.in_flight.InFlightStep`).
-    ``allowed``: length of ``tokens`` at which its credit is used up; ``last``: at which the next one is the last; ``ahead``: before which
-    it may go on from a token in flight, which must neither be its last nor pause it. ``predictable``: its next token, whatever it is,
-    changes nothing in how the one after it is chosen. ``ends``: what is not just emitted: its stop tokens, -1, and None, which is no token
-    yet; ``calm``: length of ``computed`` below which all else is (:meth:`settle`). ``opened``: what was known when it got its slot.
-    ``home`` is the queue that holds the row; None while it is in flight, or over. ``order`` is its place in admission order.
+    What never changes:
+        arrival: number of its arrival; sequences are admitted in this order.
+        max_len: length of ``tokens`` at which it ends.
+        nothing_to_emit: it came with all of its output. It ends once computed; where no prompt is scored, one token is enough for that.
+        async_eligible: its next token, whatever it is, changes nothing in how the one after it is chosen.
+        special_tokens: results that are not simply emitted: its stop tokens, and -1, which says that the logits were not finite.
+
+    Lengths that decide what a step may do with it, kept because every step asks:
+        allowed_len: length of ``tokens`` at which its credit is used up.
+        async_until: length of ``tokens`` below which it may be scheduled again while its token is in flight: that token neither ends nor
+            pauses it.
+        plain_until: while ``computed`` is below this, a token that is not special only has to be appended.
+
+    What changes as it moves:
+        queue: the queue that holds it; None while it is in flight, or finished.
+        slot, blocks: its slot (-1 = none) and block table, which has room for ``block_capacity`` tokens.
+        scheduled: tokens that are computed or in a step in flight. A repeated step counts here only once it is
+            :meth:`~workers.scheduler.in_flight.InFlightStep.apply_deferred`.
+        cached_tokens: prompt tokens found in the prefix cache at the first admission; -1 before it.
+        paused_at: when it was paused, seconds.
     """
 
     id: int
-    order: int
+    arrival: int
     params: SamplingParams
-    salt: str
     prompt_len: int
     tokens: list[int]
-    spent: bool
-    ends: frozenset[int | None]
+    max_len: int
+    nothing_to_emit: bool
+    async_eligible: bool
+    special_tokens: frozenset[int]
     guide: Guide | None
     prompt_scores: list[Logprobs] | None
-    allowed: int = 0
-    home: Queue | None = None
-    over: bool = False
-    issued: int = 0
-    predictable: bool = False
-    last: int = 0
-    ahead: int = 0
-    calm: int = 0
+    prefix: PrefixCursor
+    allowed_len: int = 0
+    async_until: int = 0
+    plain_until: int = 0
+    queue: Queue | None = None
+    finished: bool = False
     slot: int = -1
-    computed: int = 0
     blocks: list[int] = field(default_factory=list)
-    hashes: list[int] = field(default_factory=list)
-    room: int = 0
-    opened: int = 0
-    publish_at: int = 0
+    block_capacity: int = 0
+    scheduled: int = 0
+    computed: int = 0
     cached_tokens: int = -1
     preemptions: int = 0
     paused_at: float = 0.0
 
-    @property
-    def known(self) -> int:
-        return 1 if self.spent and self.prompt_scores is None else len(self.tokens)
+    # Facts
 
     @property
-    def airborne(self) -> int:
-        """Tokens of it in plans in flight."""
-        return self.issued - self.computed
+    def known(self) -> int:
+        return 1 if self.nothing_to_emit and self.prompt_scores is None else len(self.tokens)
+
+    @property
+    def in_flight(self) -> int:
+        """Its tokens in steps in flight."""
+        return self.scheduled - self.computed
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that no step has yet."""
+        return self.known - self.scheduled
 
     @property
     def credit(self) -> int:
         """Tokens that may still be emitted."""
-        return self.allowed - len(self.tokens)
-
-    def allow(self, tokens: int) -> None:
-        """Let ``tokens`` be emitted from now on."""
-        self.allowed = len(self.tokens) + tokens
-        self.ahead = min(self.allowed - 1, self.last) if self.predictable else 0
-
-    def settle(self) -> None:
-        """Note until when nothing can happen to the row but that a token is emitted, after a change of what else there is."""
-        quiet = not self.over and self.guide is None and self.prompt_scores is None
-        self.calm = self.last if quiet and self.publish_at > self.opened else 0
-
-    @property
-    def pending(self) -> int:
-        return self.known - self.issued
+        return self.allowed_len - len(self.tokens)
 
     @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
 
-    def finish(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
-        usage = Usage(
-            prompt_tokens=self.prompt_len,
-            output_tokens=self.output_len,
-            cached_tokens=max(self.cached_tokens, 0),
-            preemptions=self.preemptions,
-        )
-        return Finish(reason, usage, stop_id)
-
-    def opening(self) -> OpenSlot:
-        """What ranks need to know of the row in its slot; its history only where sampling reads it."""
+    def open_slot(self) -> OpenSlot:
+        """What ranks need to know of the sequence in its slot; its history only where sampling reads it."""
         wants_history = self.prompt_scores is not None or has_penalties(self.params)
         history = column(self.tokens) if wants_history else b""
         return OpenSlot(slot=self.slot, params=self.params, prompt_len=self.prompt_len, history=history)
@@ -114,35 +146,97 @@ class Sequence:
     def findable_hashes(self, block_size: int) -> list[int]:
         """Hashes of the whole blocks that a prefix hit may cover: at least the last known token is always computed."""
         count = (self.known - 1) // block_size
-        if len(self.hashes) < count:
-            start = len(self.hashes)
-            parent = self.hashes[-1] if start else None
-            self.hashes += prefix_hashes(self.tokens[start * block_size : count * block_size], block_size, self.salt, parent=parent)
-        return self.hashes[:count]
+        self.prefix.extend(self.tokens, count, block_size)
+        return self.prefix.hashes[:count]
+
+    # Queues and credit
+
+    def add_credit(self, tokens: int) -> None:
+        """Allow ``tokens`` more to be emitted."""
+        self.allowed_len += min(tokens, UNLIMITED - self.credit)
+        if self.async_eligible:
+            self.async_until = min(self.allowed_len, self.max_len) - 1
+
+    def enter(self, queue: Queue) -> None:
+        """Go to the end of ``queue``."""
+        self.queue = queue
+        queue.append(self)
+
+    def enter_by_arrival(self, queue: Queue) -> None:
+        """Go to the place in ``queue`` that its arrival gives it."""
+        self.queue = queue
+        insort(queue, self, key=arrival_of)
+
+    def pause(self, queue: Queue, now: float) -> None:
+        """Wait for credit in ``queue``."""
+        self.paused_at = now
+        self.enter(queue)
+
+    def leave_queue(self) -> None:
+        if self.queue is not None:
+            self.queue.remove(self)
+            self.queue = None
+
+    # Slot and blocks
+
+    def admit(self, slot: int, cached: list[int], fresh: list[int], pool: BlockPool) -> None:
+        """Take a slot, the blocks that hold its prefix already, and fresh blocks for all else that is known of it."""
+        self.slot = slot
+        self.blocks = cached + fresh
+        self.block_capacity = len(self.blocks) * pool.block_size
+        self.computed = self.scheduled = len(cached) * pool.block_size
+        self.prefix.publish_at = self.computed + pool.block_size if pool.findable else NEVER
+        self.prefix.eager_until = self.known
+        if self.cached_tokens < 0:
+            self.cached_tokens = min(self.computed, self.prompt_len)
+        self._update_plain_until()
+
+    def add_block(self, block: int, block_size: int) -> None:
+        self.blocks.append(block)
+        self.block_capacity += block_size
+
+    def give_up_slot(self, pool: BlockPool) -> int:
+        """Return its blocks to ``pool``, those that are whole as findable ones; the slot that is free now."""
+        self.publish(pool)
+        pool.release(self.blocks)
+        slot, self.slot, self.blocks, self.block_capacity = self.slot, -1, [], 0
+        return slot
 
     def publish(self, pool: BlockPool) -> None:
-        """Make the blocks that are whole and computed findable, until one is a duplicate of another row's. A prompt's are as it is
-        computed; what follows at the latest when the row leaves its slot: hardly anybody asks for it before, and all at once costs less."""
-        size, end = pool.block_size, min(self.computed, len(self.tokens))  # a token computed after the row's end is not its own
-        if self.publish_at <= end:
-            first = len(self.hashes)
-            self.hashes += prefix_hashes(
-                self.tokens[first * size : end // size * size], size, self.salt, parent=self.hashes[-1] if first else None
-            )
-        while self.publish_at <= end:
-            i = self.publish_at // size - 1
-            tokens, parent = self.tokens[i * size : self.publish_at], self.blocks[i - 1] if i else -1
-            if not pool.publish(self.blocks[i], hash=self.hashes[i], parent=parent, salt=self.salt, tokens=tokens):
-                self.publish_at = NEVER
-                break
-            self.publish_at += size
-        self.settle()
+        """Make its whole computed blocks findable. The scheduler calls this for blocks of the prompt as soon as they are computed, and for
+        blocks of the output when the sequence gives up its slot: few are looked for before, and all at once costs less."""
+        # A step in flight when the sequence ended has computed tokens that are not its own.
+        self.prefix.publish(self.tokens, min(self.computed, len(self.tokens)), self.blocks, pool)
+        self._update_plain_until()
 
-    def wants_score(self) -> bool:
-        """Whether the next chunk makes a prediction for a later prompt token that is to be reported."""
-        return self.prompt_scores is not None and self.issued < self.prompt_len - 1
+    def preempt(self) -> None:
+        """Nothing is computed any more. What was emitted stays, and so does the state of the guide."""
+        self.computed = self.scheduled = 0
+        self.prefix.publish_at = NEVER
+        self.preemptions += 1
+        if self.prompt_scores is not None:
+            del self.prompt_scores[1:]
 
-    def score(self, own_column: bytes, ids_column: bytes, logprobs_column: bytes) -> None:
+    def finish(self, *, faulty: bool = False) -> None:
+        """No token of it is emitted any more. ``faulty``: its blocks must not be found by others."""
+        self.finished = True
+        if faulty:
+            self.prefix.publish_at = NEVER
+        self._update_plain_until()
+        self.leave_queue()
+
+    # Steps
+
+    def schedule_chunk(self, count: int) -> tuple[list[int], bool, bool]:
+        """Take part in the next step with ``count`` tokens: (these, whether the step yields a token, whether it scores prompt tokens)."""
+        begin = self.scheduled
+        samples = count == self.pending and not self.nothing_to_emit
+        scores = self.prompt_scores is not None and begin < self.prompt_len - 1
+        self.scheduled = begin + count
+        self.queue = None
+        return self.tokens[begin : begin + count], samples, scores
+
+    def add_prompt_scores(self, own_column: bytes, ids_column: bytes, logprobs_column: bytes) -> None:
         """Take the predictions made at prompt positions ``computed``.., as in ``StepResult.prompt``."""
         assert self.prompt_scores is not None
         own, ids, logprobs = view_floats(own_column).tolist(), view(ids_column).tolist(), view_floats(logprobs_column).tolist()
@@ -151,35 +245,33 @@ class Sequence:
             span = slice(i * k, (i + 1) * k)
             self.prompt_scores.append(Logprobs(self.tokens[start + i + 1], own[i], ids[span], logprobs[span]))
 
-    def take_scores(self) -> list[Logprobs] | None:
-        """The whole prompt's log-probabilities, once, when the last is there."""
-        if self.prompt_scores is None or len(self.prompt_scores) < self.prompt_len:
-            return None
-        scores, self.prompt_scores = self.prompt_scores, None
-        return scores
-
-    def accept(self, token: int, scored: Logprobs | None = None) -> Emission:
-        """Take a sampled token: it is emitted, or it ends the row, or both."""
-        length = len(self.tokens)
-        first = length - self.prompt_len
+    def accept(self, token: int, logprobs: Logprobs | None = None) -> Emission:
+        """Take a sampled token: it is emitted, or it ends the sequence, or both."""
+        first = self.output_len
         end: Finish | Fault | None = None
-        if token in self.ends or self.guide is not None:
+        if token in self.special_tokens or self.guide is not None:
             end = self._refuse(token, first)
             if end is not None:
-                return Emission(self.id, first, [], None, self.take_scores(), end)
+                return Emission(self.id, first, [], None, self._take_prompt_scores(), end)
         self.tokens.append(token)
         if self.guide is not None and self.guide.done():
-            end = self.finish("stop")
-        elif length >= self.last:
-            end = self.finish("length")
-        return Emission(self.id, first, [token], None if scored is None else [scored], self.take_scores(), end)
+            end = self._finish_record("stop")
+        elif len(self.tokens) >= self.max_len:
+            end = self._finish_record("length")
+        return Emission(self.id, first, [token], None if logprobs is None else [logprobs], self._take_prompt_scores(), end)
+
+    def accept_nothing(self) -> Emission:
+        """End a sequence that had nothing to emit."""
+        complete = self.guide is not None and self.guide.done()
+        end = self._finish_record("stop" if complete else "length")
+        return Emission(self.id, self.output_len, [], None, self._take_prompt_scores(), end)
 
     def _refuse(self, token: int, first: int) -> Finish | Fault | None:
-        """Why ``token`` at output position ``first`` is not emitted; None = it is, and the guide has taken it."""
+        """Why ``token`` at output position ``first`` is not emitted; None = it is, and the guide has consumed it."""
         if token < 0:
             return Fault("nan_logits", f"logits were not finite at output position {first}")
-        if token in self.ends and first >= self.params.min_tokens:
-            return self.finish("stop", token)
+        if token in self.special_tokens and first >= self.params.min_tokens:
+            return self._finish_record("stop", token)
         if self.guide is not None:
             try:
                 self.guide.advance((token,))
@@ -187,55 +279,123 @@ class Sequence:
                 return Fault(error.code, str(error))
         return None
 
-    def expire(self) -> Emission:
-        """End a spent row."""
-        whole = self.guide is not None and self.guide.done()
-        return Emission(self.id, self.output_len, [], None, self.take_scores(), self.finish("stop" if whole else "length"))
+    def _finish_record(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
+        usage = Usage(
+            prompt_tokens=self.prompt_len,
+            output_tokens=self.output_len,
+            cached_tokens=max(self.cached_tokens, 0),
+            preemptions=self.preemptions,
+        )
+        return Finish(reason, usage, stop_id)
 
-    def restart(self) -> None:
-        """Nothing is computed any more; what was emitted stays, and the guide with it."""
-        self.computed = self.issued = self.room = 0
-        self.publish_at = NEVER
-        self.preemptions += 1
-        if self.prompt_scores is not None:
-            del self.prompt_scores[1:]
+    def _take_prompt_scores(self) -> list[Logprobs] | None:
+        """The log-probabilities of the whole prompt, once, when the last of them is there."""
+        if self.prompt_scores is None or len(self.prompt_scores) < self.prompt_len:
+            return None
+        scores, self.prompt_scores = self.prompt_scores, None
+        self._update_plain_until()
+        return scores
+
+    def _update_plain_until(self) -> None:
+        """Every method calls this that changes what a token may need besides being appended: the end, a guide, prompt scores, blocks of
+        the prompt that are still to be published."""
+        plain = not self.finished and self.guide is None and self.prompt_scores is None
+        self.plain_until = self.max_len - 1 if plain and self.prefix.publish_at > self.prefix.eager_until else 0
 
 
-#: A ``publish_at`` that is never reached.
-NEVER = 2**62
+def arrival_of(seq: Sequence) -> int:
+    return seq.arrival
+
+
+# For many sequences at once: most steps do nothing else, and a call for each sequence would cost more than its work.
+
+
+def enter_all(queue: Queue, sequences: list[Sequence]) -> None:
+    """Each of ``sequences`` goes to the end of ``queue``."""
+    for seq in sequences:
+        seq.queue = queue
+    queue.extend(sequences)
+
+
+def schedule_decodes(sequences: list[Sequence]) -> list[int]:
+    """Each of ``sequences`` takes part in the next step with one token: its last one, or a placeholder for one that is in flight."""
+    tokens = []
+    for seq in sequences:
+        begin = seq.scheduled
+        tokens.append(seq.tokens[begin] if begin < len(seq.tokens) else PLACEHOLDER)
+        seq.scheduled = begin + 1
+        seq.queue = None
+    return tokens
+
+
+def add_counts(sequences: list[Sequence], *, scheduled: int, computed: int) -> None:
+    """Count ``scheduled`` more tokens of each sequence as scheduled, and ``computed`` more as computed."""
+    for seq in sequences:
+        seq.scheduled += scheduled
+        seq.computed += computed
+
+
+def append_plain_tokens(
+    sequences: list[Sequence], counts: list[int], tokens: list[int | None], logprobs: list[Logprobs | None]
+) -> tuple[list[Emission], list[int], list[Sequence]]:
+    """Count a step's query lengths as computed, and emit the token of each sequence where it only has to be appended.
+
+    Returns the emissions; the indices of the sequences that need a closer look; and the sequences that neither a step in flight nor a queue
+    has now.
+    """
+    emissions: list[Emission] = []
+    special: list[int] = []
+    idle: list[Sequence] = []
+    for i, (seq, count, token, scores) in enumerate(zip(sequences, counts, tokens, logprobs, strict=True)):
+        seq.computed = computed = seq.computed + count
+        if computed < seq.plain_until and token is not None and token not in seq.special_tokens and scores is None:
+            seq.tokens.append(token)
+            emissions.append(Emission(seq.id, computed - seq.prompt_len, [token]))
+        else:
+            special.append(i)
+        if computed == seq.scheduled and seq.queue is None:
+            idle.append(seq)
+    return emissions, special, idle
+
+
+def append_tokens(histories: list[list[int]], tokens: list[int]) -> None:
+    """Append to each sequence's ``tokens`` its one of ``tokens``. A loop that the interpreter runs in C: every token passes here."""
+    deque(map(list.append, histories, tokens), 0)
 
 
 @lru_cache(256)
-def _shared(ends: frozenset[int | None]) -> frozenset[int | None]:
-    """One object for all that are equal: a step looks into every row's, mostly in vain, and each would have to come from memory."""
-    return ends
+def _shared(special_tokens: frozenset[int]) -> frozenset[int]:
+    """One object for all equal sets: a step looks into that of every sequence, mostly in vain, and each would have to come from memory."""
+    return special_tokens
 
 
-def make_row(id: int, order: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None) -> Sequence:
-    """The row of a request. Raises TooLong for what can never fit, Rejected for ids, parameters or a grammar that mean nothing, Unsupported
-    for a grammar where ``guides`` is None."""
+def make_sequence(
+    id: int, arrival: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None
+) -> Sequence:
+    """The sequence of a request. Raises TooLong for what can never fit, Rejected for ids, parameters or a grammar that mean nothing,
+    Unsupported for a grammar where ``guides`` is None."""
     check_request(request, limits)
     params = request.params
     tokens = request.prompt_ids + request.emitted
     guide = _make_guide(request, guides)
     wants_scores = params.prompt_logprobs is not None and not request.emitted  # emitted tokens came with or after the scores
-    spent = len(request.emitted) >= params.max_tokens or (guide is not None and guide.done())
-    row = Sequence(
+    seq = Sequence(
         id=id,
-        order=order,
+        arrival=arrival,
         params=params,
-        salt=request.salt,
         prompt_len=len(request.prompt_ids),
         tokens=tokens,
-        spent=spent,
-        ends=_shared(stop_set(params, eos_ids) | {-1, None}),
+        max_len=len(request.prompt_ids) + params.max_tokens,
+        nothing_to_emit=len(request.emitted) >= params.max_tokens or (guide is not None and guide.done()),
+        async_eligible=guide is None and not wants_scores and not has_penalties(params),
+        special_tokens=_shared(stop_set(params, eos_ids) | {-1}),
         guide=guide,
-        last=len(request.prompt_ids) + params.max_tokens - 1,
-        predictable=guide is None and not wants_scores and not has_penalties(params),
         prompt_scores=[Logprobs(tokens[0], None, [], [])] if wants_scores else None,
+        prefix=PrefixCursor(request.salt),
+        allowed_len=len(tokens),
     )
-    row.allow(request.credit)
-    return row
+    seq.add_credit(request.credit)
+    return seq
 
 
 def check_request(request: Submit, limits: Capacity) -> None:
@@ -269,7 +429,7 @@ def _check_size(request: Submit, limits: Capacity) -> None:
 
 
 def _make_guide(request: Submit, guides: GuideFactory | None) -> Guide | None:
-    """The row's grammar, brought up to the emitted tokens."""
+    """The grammar of a request, advanced over its emitted tokens."""
     spec = request.params.guide
     if spec is None:
         return None

@@ -1,9 +1,9 @@
 """StepPlan and StepResult: what the leader decides, as one value, and what the last pipeline stage answers.
 
-A plan carries only differences. Every rank keeps, per *slot* (0 .. max_batch_size - 1), the row's block table and sampling state; a plan
+A plan carries only differences. Every rank keeps, per *slot* (0 .. max_batch_size - 1), a sequence's block table and sampling state; a plan
 opens slots, appends blocks to them, runs tokens through them and closes them. Columns are int32 little-endian bytes, viewed by numpy.
 
-Order in which a rank applies a plan: ``closed`` slots are dropped, ``opened`` are created, ``blocks`` are appended, then the forward runs.
+A rank applies a plan in this order: it drops the ``closed`` slots, creates the ``opened`` ones, appends the blocks, and runs the forward.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from workers.protocol.messages import SamplingParams
 I32: Final = np.dtype("<i4")
 F32: Final = np.dtype("<f4")
 Ints = npt.NDArray[np.int32]
-#: Stands in a plan for the token that an earlier plan in flight samples for the same slot: ranks have it, the leader not yet.
-GUESS: Final = -1
+#: Stands in a plan for the token that an earlier plan in flight samples for the same slot: ranks have that token, the leader not yet.
+PLACEHOLDER: Final = -1
 
 
 def column(values: list[int] | Ints) -> bytes:
@@ -39,7 +39,7 @@ def view_floats(data: bytes) -> npt.NDArray[np.float32]:
 
 
 class OpenSlot(msgspec.Struct, frozen=True, array_like=True):
-    """A row enters a slot. ``history``: column of prompt ids then emitted ids so far, sent only where sampling needs them (penalties
+    """A sequence enters a slot. ``history``: column of prompt ids then emitted ids so far, sent only where sampling needs them (penalties
     or prompt logprobs), else empty. ``prompt_len``: where output starts, for output-only penalties."""
 
     slot: int
@@ -49,14 +49,14 @@ class OpenSlot(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One forward over R rows and T tokens.
+    """One forward over S sequences and T tokens.
 
-    ``slots`` [R]; ``starts`` [R] = tokens of the row already in the KV cache (absolute position of its first query token); ``lengths`` [R]
-    = query tokens, sum T; ``tokens`` [T] ids (or ``GUESS``), row after row; ``sample`` [R] = 1 where the last query position yields a
-    token; ``block_slots`` / ``block_ids`` [B] = blocks appended this step, in order; ``closed`` [C] slots. ``masks``: (row index, packed
-    vocabulary bitmask: bit i of uint32 word i // 32 = allowed) for guided rows that sample. ``score`` [R] (or empty = none): 1 where prompt
-    logprobs of this chunk are wanted. ``repeats``: the step whose rows these are, all decodes, each a token further and from a guess; 0 =
-    none. ``stop`` ends the rank's loop.
+    ``slots`` [S]; ``starts`` [S] = tokens of the sequence already in the KV cache (absolute position of its first query token); ``lengths``
+    [S] = query tokens, sum T; ``tokens`` [T] ids (or ``PLACEHOLDER``), sequence after sequence; ``sample`` [S] = 1 where the last query
+    position yields a token; ``block_slots`` / ``block_ids`` [B] = blocks appended this step, in order; ``closed`` [C] slots. ``masks``:
+    (index of the sequence, packed vocabulary bitmask: bit i of uint32 word i // 32 = allowed) for guided sequences that sample. ``score``
+    [S] (or empty = none): 1 where prompt logprobs of this chunk are wanted. ``repeats``: the step that this one repeats, with the same
+    sequences, all decodes, each one token further and from a placeholder; 0 = none. ``stop`` ends the rank's loop.
     """
 
     step: int
@@ -76,11 +76,11 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The last stage's answer. ``tokens`` [S] int32 for the rows with ``sample`` = 1, in row order; -1 = not finite logits.
+    """The last stage's answer. ``tokens`` [N] int32 of the N sequences with ``sample`` = 1, in the plan's order; -1 = not finite logits.
 
-    ``logprobs`` [S] float32 of the chosen tokens; ``top``: (row index, ids column, float32 column) where alternatives were asked for;
-    ``prompt``: (row index, own-token logprobs float32 [L], top ids [L * k], top logprobs [L * k]) for ``score`` rows, where entry i is the
-    prediction made AT query position i (so it scores the token at position i + 1).
+    ``logprobs`` [N] float32 of the chosen tokens; ``top``: (index of the sequence, ids column, float32 column) where alternatives were
+    asked for; ``prompt``: (index of the sequence, own-token logprobs float32 [L], top ids [L * k], top logprobs [L * k]) where ``score`` is
+    1. Entry i there is the prediction made AT query position i (so it scores the token at position i + 1).
     """
 
     step: int

@@ -129,7 +129,7 @@ class Leader:
                 idle = False
         except queue.Empty:
             if idle:
-                self._engine.rest()
+                self._engine.on_idle()
 
     def _patience(self) -> float:
         due = self._sessions.next_due()

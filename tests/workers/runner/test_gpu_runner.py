@@ -31,7 +31,7 @@ from workers.runner.host_device_rings import Submissions
 from workers.runner.kv_cache import KvCache
 from workers.runner.step_results import PendingResult, PlanRunner
 from workers.scheduler.scheduler import Scheduler
-from workers.scheduler.step_plan import GUESS, OpenSlot, StepPlan, StepResult, column, view
+from workers.scheduler.step_plan import PLACEHOLDER, OpenSlot, StepPlan, StepResult, column, view
 
 BLOCKS, SLOTS, LENGTH, VOCAB = 96, 7, 256, 321
 
@@ -64,7 +64,7 @@ def engine_of(runner: PlanRunner, *, ahead: bool, blocks: int = BLOCKS, micro_ba
     limits = Capacity(
         block_size=16, num_blocks=blocks, max_batch_size=SLOTS, max_num_tokens=64, max_seq_len=LENGTH, vocab_size=VOCAB, tp=1, pp=1
     )
-    batch = Scheduler(limits, ahead=ahead, micro_batches=micro_batches, eos_ids=(7,))
+    batch = Scheduler(limits, async_scheduling=ahead, micro_batches=micro_batches, eos_ids=(7,))
     return PortableEngine(batch, runner, limits, close=runner.close)
 
 
@@ -192,7 +192,7 @@ def guessing_plans(pairs: int) -> list[StepPlan]:
                 slots=column([2 * pair, 2 * pair + 1] + [newcomer] * late),
                 starts=column([5 + pair + done, 21 + done] + [0] * late),
                 lengths=column([1, 1] + [9] * late),
-                tokens=column([GUESS, GUESS] + list(range(40, 49)) * late),
+                tokens=column([PLACEHOLDER, PLACEHOLDER] + list(range(40, 49)) * late),
                 sample=column([1, 1] + [1] * late),
                 block_slots=column([newcomer] * late),
                 block_ids=column([60] * late),

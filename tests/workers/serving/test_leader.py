@@ -36,10 +36,10 @@ class Breakable(FakeEngine):
             self.fault()
         return super().step()
 
-    def rest(self) -> None:
+    def on_idle(self) -> None:
         if self.unsound is not None:
             self.unsound()
-        super().rest()
+        super().on_idle()
 
 
 class Running:

@@ -173,7 +173,7 @@ class TrtllmEngine:
     def busy(self) -> bool:
         return bool(self._jobs or self._ready)
 
-    def rest(self) -> None:
+    def on_idle(self) -> None:
         return
 
     def predicted_ms(self) -> float:
