@@ -62,7 +62,7 @@ def _ask(spec: GangSpec, nodes: Sequence[PreflightNode], index: int, family: str
         "engine": replica.engine,
         "place": {"ranks": [each.ranks for each in nodes], "node": index, "mpi": family},
     }
-    argv = [*spec.command[:-1], f"{spec.command[-1]}.trtllm", msgspec.json.encode(order).decode()]
+    argv = [*spec.command[:-1], f"{spec.command[-1]}.engines.trtllm", msgspec.json.encode(order).decode()]
     code, said = node.ask(tag, argv, env, LOOK_S)
     try:
         return msgspec.json.decode(said.strip().rpartition("\n")[2], type=_Verdict)
