@@ -269,11 +269,16 @@ class Scheduler:
 
     def _victim(self, seq: Sequence) -> Sequence | None:
         """The sequence to give up its blocks for ``seq``: the youngest paused one, else the youngest that is neither in flight nor in the
-        draft; ``seq`` itself if that one is older. None: there is none."""
+        draft, which may be ``seq`` itself. None: only blocks of sequences in flight or in the draft could be given up."""
         if holders := [other for other in self._paused if other.slot >= 0]:
             return max(holders, key=arrival_of)
         others = [other for other in chain(self._decodes, self._prefills) if not other.in_flight and other is not seq]
-        return max((*others, seq), key=arrival_of) if others else None
+        if not others:
+            return None
+        youngest = max(others, key=arrival_of)
+        if youngest.arrival > seq.arrival:
+            return youngest
+        return None if seq.in_flight else seq
 
     def _next_prefill(self, draft: StepDraft) -> Sequence | None:
         """Take the oldest sequence that has a slot and a prompt to compute, else admit the oldest waiting one."""

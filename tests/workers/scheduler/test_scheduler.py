@@ -160,6 +160,29 @@ def test_a_paused_sequence_is_preempted_before_a_running_one() -> None:
     assert rig.streams[0].end.usage.preemptions == 1
 
 
+def test_a_sequence_in_flight_is_never_preempted() -> None:
+    """Two younger sequences decode with all of the token budget, so that an older one waits amid its prompt, when the blocks are used up."""
+    rig = Rig(capacity(tokens=2, num_blocks=12, slots=3), prefix_cache=False, async_scheduling=True)
+    rig.submit(submit([65] * 24, greedy(40), credit=1))
+    while not rig.streams[0].tokens:
+        rig.step()
+    rig.now += PAUSE_S + 1
+    rig.step()
+    rig.submit(submit([66] * 6, greedy(60)))
+    rig.submit(submit([67] * 6, greedy(60), credit=3))
+    while len(rig.streams[2].tokens) < 3:
+        rig.step()
+    rig.scheduler.credit(0, 40)
+    for _ in range(4):
+        rig.step()
+    rig.scheduler.credit(2, 60)
+    while rig.scheduler.busy(rig.now):
+        rig.step()
+        rig.scheduler.check()
+    rig.drain()
+    rig.verify()
+
+
 def test_a_prompt_that_is_scored_again_is_reported_once() -> None:
     """The growth of the older sequence preempts the younger one amid its scores; it then scores from the start."""
     rig = Rig(capacity(tokens=2, num_blocks=5, slots=2))
