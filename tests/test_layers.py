@@ -26,7 +26,7 @@ LAYERS = {
     "orchestrator.control.rollout": 1, "orchestrator.planner": 1,
     "orchestrator.loadgen.prompts": 1, "orchestrator.loadgen.schedule": 1, "orchestrator.loadgen.settings": 1,
     "orchestrator.loadgen.stats": 1,
-    "workers.engines.fake": 2, "orchestrator.sim": 2,
+    "workers.engines.fake": 2, "workers.engines.scheduled": 2, "orchestrator.sim": 2,
     "workers.artifacts": 3, "workers.distributed": 3, "workers.kernels": 3, "workers.models": 3, "workers.runner": 3, "workers.sampling": 3,
     "workers.engines": 4, "workers.logs": 4, "workers.process": 4, "workers.rank": 4, "workers.sampling.grammar_checker": 4,
     "workers.serving": 4,

@@ -27,12 +27,13 @@ from typing import Any, NoReturn, get_args
 import msgspec
 
 from workers import process, rank
+from workers.distributed.agreement import agree, broadcast, gather
 from workers.engines.trtllm.environment import for_rank
-from workers.protocol.engine import Engine
-from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, TriremeError
+from workers.protocol.engine import Engine, Follower
+from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, ErrorReport, TriremeError
 from workers.protocol.specs import EngineSpec, ReplicaSpec
 from workers.serving.router_io import KeyPair, check_address
-from workers.serving.state_file import ErrorReport, StateFile
+from workers.serving.state_file import StateFile
 
 #: Longest that a rank waits for the others at MPI's end, seconds.
 FINALIZE_S = 5
@@ -197,7 +198,7 @@ def brief(comm: Any, argv: list[str]) -> Briefing:
             told = Briefing(error=ErrorReport.of(error))
         except SystemExit:  # --help
             told = Briefing()
-    return msgspec.json.decode(process.broadcast(comm, msgspec.json.encode(told)), type=Briefing)
+    return msgspec.json.decode(broadcast(comm, msgspec.json.encode(told)), type=Briefing)
 
 
 class Rank:
@@ -236,7 +237,7 @@ class Rank:
             self._comm.Abort(known.exit_code)
         raise AssertionError("MPI_Abort returned")
 
-    def _load(self) -> Engine | rank.Follower:
+    def _load(self) -> Engine | Follower:
         """This rank's part of the engine. A TriremeError from here was raised on every rank."""
         spec, world = self._spec, self._comm.Get_size()
         failure: TriremeError | None = None
@@ -252,11 +253,11 @@ class Rank:
                 f"mpiexec -n {spec.parallel.world} python -m workers ...",
             )
         me = msgspec.json.encode((self._rank, socket.gethostname(), os.getpid()))
-        pids = [msgspec.json.decode(data, type=tuple[int, str, int]) for data in process.gather(self._comm, me)]
+        pids = [msgspec.json.decode(data, type=tuple[int, str, int]) for data in gather(self._comm, me)]
         process.unlink_shared_memory()
         if self._rank == 0 and failure is None:
             failure = self._prepare(pids)
-        rank.agree(self._comm, failure)
+        agree(self._comm, failure)
         # A rank computes with its share of the cores; spinning threads of several ranks would starve each other.
         os.environ["OMP_NUM_THREADS"] = str(spec.engine.threads)
         os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -307,9 +308,9 @@ class Rank:
             return error
         return None
 
-    def _serve(self, part: Engine | rank.Follower) -> None:
+    def _serve(self, part: Engine | Follower) -> None:
         process.settle_heap()
-        if isinstance(part, rank.Follower):
+        if isinstance(part, Follower):
             part.run()
             return
         rank.lead(self._spec, part, keys=self._keys, state=self._state, terminal=self._terminal, signals=self._signals)

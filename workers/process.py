@@ -1,6 +1,6 @@
-"""One rank as a Unix process: dies with its parent, writes to its own log file, agrees with the other ranks in bytes.
+"""One rank as a Unix process: it dies with its parent, and writes to a log file of its own.
 
-Owns nothing that lives. Must never import torch, and never send a Python object over MPI (mpi4py's lower-case calls are pickle).
+Owns nothing that lives. Must never import torch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import logging
 import os
 import signal
 import sys
-from array import array
-from typing import Any
 
 from workers.logs import JsonLines, LogFormat
 from workers.protocol.errors import EnvironmentFault, TriremeError
@@ -90,22 +88,3 @@ def tell(terminal: int, text: str) -> None:
         os.write(terminal, (text + "\n").encode())
     except OSError:
         return
-
-
-def broadcast(comm: Any, data: bytes) -> bytes:
-    """Rank 0's ``data`` on every rank."""
-    size = array("q", [len(data)])
-    comm.Bcast(size, root=0)
-    buffer = bytearray(data) if comm.Get_rank() == 0 else bytearray(size[0])
-    comm.Bcast(buffer, root=0)
-    return bytes(buffer)
-
-
-def gather(comm: Any, data: bytes) -> list[bytes]:
-    """Every rank's ``data``, in rank order, on every rank."""
-    sizes = array("q", bytes(8 * comm.Get_size()))
-    comm.Allgather(array("q", [len(data)]), sizes)
-    width = max(sizes)
-    cells = bytearray(width * len(sizes))
-    comm.Allgather(bytearray(data.ljust(width, b"\0")), cells)
-    return [bytes(cells[i * width : i * width + size]) for i, size in enumerate(sizes)]

@@ -1,22 +1,19 @@
-"""The groups and the device of one rank, and how ranks agree while they come up.
+"""The groups and the device of one rank.
 
 Owns the split of the world: MPI carries messages between ranks on every device, and tensors on CPUs; NCCL carries tensors on GPUs.
-Every rank learns of every rank's failure before any other collective, so that one corrupt shard gives the same clean error everywhere and
-no rank waits for one that has given up. Must never pickle: what ranks exchange is msgpack in tensors.
+Must never pickle: ranks exchange tensors and bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 import torch
 
+from workers.distributed.agreement import all_or_none
 from workers.distributed.group import Group, Solo
-from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, TriremeError, from_code
+from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 if TYPE_CHECKING:
@@ -26,8 +23,6 @@ if TYPE_CHECKING:
 
 #: Compute capability from which the kernels run: bf16 on tensor cores.
 MIN_CAPABILITY = (8, 0)
-#: Bytes of a rank's status report: 800 characters and their framing, however they are encoded.
-_REPORT = 4096
 
 
 class RankGroups(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,16 +41,10 @@ class RankContext(msgspec.Struct, frozen=True, kw_only=True):
 
     world: Group
     groups: RankGroups
+    comm: MPI.Intracomm | None = None
     host_ranks: int = 1
     device: torch.device = torch.device("cpu")
     nccl: NcclWorld | None = None
-
-
-class _Report(msgspec.Struct, frozen=True, array_like=True):
-    code: str
-    what: str
-    why: str
-    hint: str
 
 
 def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> RankContext:
@@ -90,7 +79,7 @@ def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> RankContext:
     pipeline = MpiGroup(comm.Split(parallel.tp_rank(rank), rank), wait=wait)
     tensor = MpiGroup(comm.Split(parallel.pp_rank(rank), rank), deterministic=ordered, wait=wait)
     groups = RankGroups(tensor=tensor, pipeline=pipeline, token_return=pipeline)
-    return RankContext(world=world, groups=groups, host_ranks=host.Get_size())
+    return RankContext(world=world, groups=groups, comm=comm, host_ranks=host.Get_size())
 
 
 def choose_gpu(engine: EngineSpec, host_rank: int, host_ranks: int) -> torch.device:
@@ -124,12 +113,12 @@ def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.
     from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
 
     parallel, rank, host_rank, count = spec.parallel, comm.Get_rank(), host.Get_rank(), host.Get_size()
-    with all_or_none(world):
+    with all_or_none(comm):
         device = choose_gpu(spec.engine, host_rank, count)
         # Memory that all members map needs direct access between their GPUs.
         direct = all(torch.cuda.can_device_access_peer(host_rank, other) for other in range(count) if other != host_rank)
     all_direct = int(world.all_gather(torch.tensor([direct and count == comm.Get_size()], dtype=torch.int64)).min())
-    with all_or_none(world):
+    with all_or_none(comm):
         nccl = NcclWorld.join(comm, device, one_host=count == comm.Get_size())
         stages = [[stage * parallel.tp + tp for tp in range(parallel.tp)] for stage in range(parallel.pp)]
         pipelines = [[stage * parallel.tp + tp for stage in range(parallel.pp)] for tp in range(parallel.tp)]
@@ -139,7 +128,7 @@ def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.
             token_return=nccl.group(pipelines) if parallel.pp > 1 else Solo(),
         )
         _connect(groups, device, parallel, rank)
-    return RankContext(world=world, groups=groups, host_ranks=count, device=device, nccl=nccl)
+    return RankContext(world=world, groups=groups, comm=comm, host_ranks=count, device=device, nccl=nccl)
 
 
 def _connect(groups: RankGroups, device: torch.device, parallel: Parallel, rank: int) -> None:
@@ -158,33 +147,3 @@ def _connect(groups: RankGroups, device: torch.device, parallel: Parallel, rank:
     if stage == last:
         groups.token_return.send(token.clone(), 0)
     torch.cuda.synchronize(device)
-
-
-@contextmanager
-def all_or_none(world: Group) -> Iterator[None]:
-    """Run a block on every rank and raise everywhere what the first failing rank raised, before any rank goes on."""
-    failure: TriremeError | None = None
-    try:
-        yield
-    except TriremeError as error:
-        failure = error
-    except (OSError, RuntimeError, MemoryError) as error:
-        failure = EngineFault("a rank could not be brought up", f"{type(error).__name__}: {error}"[:300])
-    report = b""
-    if failure is not None:
-        report = msgspec.msgpack.encode(_Report(failure.code, failure.what[:300], failure.why[:300], failure.hint[:200]))
-    reports = world.all_gather(torch.from_numpy(np.frombuffer(report[:_REPORT].ljust(_REPORT, b"\0"), np.uint8).copy()))
-    if failure is not None:
-        raise failure
-    for rank, row in enumerate(reports):
-        data = row.numpy().tobytes()
-        if data[0]:
-            told = msgspec.msgpack.Decoder(_Report).decode(data[: _length(data)])
-            same = from_code(told.code, told.what)
-            same.why, same.hint = f"rank {rank}: {told.why}" if told.why else f"found by rank {rank}", told.hint
-            raise same
-
-
-def _length(data: bytes) -> int:
-    """Bytes before the padding."""
-    return len(data.rstrip(b"\0"))

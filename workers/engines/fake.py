@@ -1,8 +1,8 @@
-"""FakeEngine: the real batch core over a model made of integers, whose every token can be recomputed from the prompt.
+"""FakeEngine: the real scheduler over a model made of integers, whose every token can be recomputed from the prompt.
 
-Owns a K/V memory of one number a token: position p holds a hash of tokens 0..p, made from the number at p - 1, which is read through
-the row's block table as attention would. So a block that is shared, freed, overwritten or skipped wrongly shows as a wrong token. Must
-never know more than the plans say. Its resume class is bitwise: a token is a function of the known prefix, and of the seed when
+Owns a K/V memory of one number a token: position p holds a hash of tokens 0..p. It is made from the number at p - 1, which is read through
+the sequence's block table as attention would read it. So a block that is shared, freed, overwritten or skipped wrongly shows as a wrong
+token. Must never know more than the plans say. Its resume class is bitwise: a token is a function of the known prefix, and of the seed when
 temperature > 0.
 
 :func:`expected_tokens` is the oracle: it recomputes a stream without any of this.
@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from workers.engines.scheduled import ScheduledEngine
 from workers.protocol.engine import Emission, EngineStats
-from workers.protocol.messages import Capacity, Logprobs, SamplingParams, Submit
-from workers.protocol.specs import EngineSpec, Parallel, ResumeClass
+from workers.protocol.messages import Capacity, Logprobs, SamplingParams
+from workers.protocol.specs import EngineSpec, Parallel
 from workers.sampling.definition import allowed_ids, stop_set
 from workers.sampling.guide import Guide, GuideFactory
 from workers.scheduler.scheduler import Scheduler
@@ -83,7 +84,7 @@ def expected_tokens(
 ) -> list[int]:
     """What FakeEngine emits for a prompt: the first ``count`` tokens (None = all, up to a stop token or ``max_tokens``).
 
-    ``guide``: a fresh guide of the row's grammar; it is consumed.
+    ``guide``: a fresh guide of the request's grammar; it is consumed.
     """
     stops = stop_set(params, eos_ids)
     state = state_of(prompt_ids)
@@ -110,7 +111,7 @@ class FakeModel:
         self._memory = [0] * (capacity.num_blocks * capacity.block_size)
         self._opened: dict[int, OpenSlot] = {}
         self._tables: dict[int, list[int]] = {}
-        self._sampled: dict[int, int] = {}  # by slot: what a later plan may call a guess
+        self._sampled: dict[int, int] = {}  # by slot: the token that a placeholder in a later plan stands for
 
     def run(self, plan: StepPlan) -> StepResult:
         """Apply one plan; plans come in order."""
@@ -179,19 +180,17 @@ class FakeModel:
         )
 
 
-class FakeEngine:
+class FakeEngine(ScheduledEngine):
     """Implements :class:`workers.protocol.engine.Engine` in one process.
 
     Args:
         spec: limits, and the cost of a step: ``fake_step_ms`` + ``fake_token_us`` a token, shared by the ``pp`` stages.
         parallel: reported as capacity; ``pp`` micro-batches are kept in flight.
         eos_ids: the vocabulary's end-of-sequence ids; none is ever chosen but under a guide that allows it.
-        guides: compiles grammars; None = guided rows are refused.
+        guides: compiles grammars; None = guided requests are refused.
         clock, sleep: seconds; a simulator or test gives its own.
         disturb: changes results before they are committed, to inject faults.
     """
-
-    resume: ResumeClass = "bitwise"
 
     def __init__(
         self,
@@ -208,7 +207,7 @@ class FakeEngine:
         self._spec = spec
         self._stages = parallel.pp
         self._clock, self._sleep, self._disturb = clock, sleep, disturb
-        self._capacity = Capacity(
+        capacity = Capacity(
             block_size=spec.block_size,
             num_blocks=max((spec.kv_tokens or KV_TOKENS) // spec.block_size, 1),
             max_batch_size=spec.max_batch_size,
@@ -222,27 +221,14 @@ class FakeEngine:
             dtype=spec.dtype,
             prefix_cache=spec.prefix_cache,
         )
-        self._scheduler = Scheduler(self._capacity, guides=guides, micro_batches=parallel.pp, eos_ids=eos_ids)
-        self._model = FakeModel(self._capacity, eos_ids)
+        super().__init__(Scheduler(capacity, guides=guides, micro_batches=parallel.pp, eos_ids=eos_ids), capacity, "bitwise")
+        self._model = FakeModel(capacity, eos_ids)
         self._plans: deque[StepPlan] = deque()
         self._step_ms = 0.0
 
-    @property
-    def capacity(self) -> Capacity:
-        return self._capacity
-
-    def submit(self, id: int, request: Submit) -> None:
-        self._scheduler.submit(id, request)
-
-    def cancel(self, id: int) -> None:
-        self._scheduler.cancel(id)
-
-    def credit(self, id: int, tokens: int) -> None:
-        self._scheduler.credit(id, tokens)
-
     def step(self) -> list[Emission]:
-        started = self._clock()
-        while (plan := self._scheduler.schedule(started)) is not None:
+        begin = self._clock()
+        while (plan := self._scheduler.schedule(begin)) is not None:
             self._plans.append(plan)
         if not self._plans:
             return []
@@ -250,19 +236,16 @@ class FakeEngine:
         result = self._model.run(plan)
         if self._disturb is not None:
             result = self._disturb(plan, result)
-        # What making it up took is part of the step's time, as the kernels of a real engine are.
-        left = started + self._cost_ms(len(plan.tokens) // 4) / 1000 - self._clock()
-        if left > 0:  # sleeping for no time still gives the processor away
-            self._sleep(left)
+        # The time that the model took is part of the step's cost, as the time of a real engine's kernels is.
+        rest_s = begin + self._cost_ms(len(plan.tokens) // 4) / 1000 - self._clock()
+        if rest_s > 0:  # a sleep of no time would still give the processor away
+            self._sleep(rest_s)
         emissions = self._scheduler.update_from_output(result)
-        self._step_ms = (self._clock() - started) * 1000
+        self._step_ms = (self._clock() - begin) * 1000
         return emissions
 
     def busy(self) -> bool:
         return self._scheduler.busy(self._clock())
-
-    def on_idle(self) -> None:
-        self._scheduler.on_idle()
 
     def predicted_ms(self) -> float:
         return self._cost_ms(len(self._plans[0].tokens) // 4 if self._plans else self._scheduler.predicted_tokens())
@@ -271,7 +254,7 @@ class FakeEngine:
         return self._scheduler.stats(self._step_ms)
 
     def close(self) -> None:
-        """Nothing is held outside this object."""
+        """Nothing outside this object has to end."""
 
     def _cost_ms(self, tokens: int) -> float:
         # With a full pipeline a plan leaves every 1 / stages of the time that one plan needs to pass through.

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 
 class TriremeError(Exception):
     """Root of the tree.
@@ -148,3 +150,23 @@ _BY_CODE: Mapping[str, type[TriremeError]] = {c.code: c for c in _CLASSES} | {
 def from_code(code: str, message: str, *, retry_after: float | None = None) -> TriremeError:
     """The error that ``code`` names, for one that arrived over the wire; an unknown code is an :class:`EngineFault`."""
     return _BY_CODE.get(code, EngineFault)(message, code=code, retry_after=retry_after)
+
+
+class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A :class:`TriremeError` as data."""
+
+    code: str
+    what: str
+    why: str = ""
+    hint: str = ""
+    exit_code: int = 1
+
+    @classmethod
+    def of(cls, error: TriremeError) -> ErrorReport:
+        return cls(code=error.code, what=error.what, why=error.why, hint=error.hint, exit_code=error.exit_code)
+
+    def error(self) -> TriremeError:
+        """The error again."""
+        error = from_code(self.code, self.what)
+        error.why, error.hint = self.why, self.hint
+        return error

@@ -15,8 +15,9 @@ import msgspec
 import torch
 
 from workers.artifacts.artifact import Artifact, open_artifact, quant_for
+from workers.distributed.agreement import all_or_none
 from workers.distributed.group import Waiter
-from workers.distributed.rank_groups import RankContext, all_or_none
+from workers.distributed.rank_groups import RankContext
 from workers.kernels.step_layout import HEAD_DIMS
 from workers.layout.memory import blocks_that_fit, cache_budget, kv_format, longest_sequence
 from workers.layout.quant_parts import unit_of
@@ -86,7 +87,7 @@ def bring_up(spec: ReplicaSpec, context: RankContext) -> BuiltRank:
     engine, parallel, world = spec.engine, spec.parallel, context.world
     on_gpu = context.device.type == "cuda"
     with ThreadPoolExecutor(1, "verify weights") as pool:
-        with all_or_none(world):
+        with all_or_none(context.comm):
             artifact = open_artifact(Path(spec.artifact), weights_optional=engine.load_format == "dummy")
             dtype = compute_dtype(engine, artifact.model)
             quant = quant_for(artifact, engine.quant)
@@ -96,16 +97,16 @@ def bring_up(spec: ReplicaSpec, context: RankContext) -> BuiltRank:
                 verified.result()
             stage = _load(spec, context, artifact, shard, dtype, quant)
         max_seq_len, form = longest_sequence(artifact.model, engine), kv_format(engine, quant)
-        with all_or_none(world):
+        with all_or_none(context.comm):
             free = free_bytes(context.device)
             budget = cache_budget(artifact.model, shard, engine, free=free, host_ranks=context.host_ranks)
             log.info("memory: %.2f GB free with the weights in place, at most %.2f GB of it for the cache", free / 1e9, budget / 1e9)
             fitting = blocks_that_fit(artifact.model, shard, engine, form, budget)
         blocks = fewest_blocks(world, fitting)
-        with all_or_none(world):
+        with all_or_none(context.comm):
             cache = KvCache(artifact.model, shard, blocks=blocks, block_size=engine.block_size, dtype=TORCH[form], device=stage.device)
             runner = _runner(spec, context, stage, cache, max_seq_len, artifact.eos_ids)
-        with all_or_none(world):
+        with all_or_none(context.comm):
             # On a GPU the hash is computed beside the loading, which reads the file a second time; a damaged file is found before it
             # serves.
             if verified is not None:

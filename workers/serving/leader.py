@@ -16,7 +16,7 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from workers.protocol.engine import Engine, EngineStats, Fault
+from workers.protocol.engine import STATS_AGE_S, Engine, EngineStats, Fault
 from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
 from workers.protocol.messages import PROTOCOL, Attach, Bye, Cancel, Credit, Drain, Heartbeat, Hello, Submit
 from workers.protocol.specs import ReplicaSpec
@@ -24,8 +24,8 @@ from workers.serving.router_io import Event, KeyPair, RouterGone, RouterIo
 from workers.serving.state_file import Phase
 from workers.serving.stream_table import Action, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
-#: Longest sleep of an idle engine thread, and how often stats are read while steps run, seconds.
-IDLE_S, VITALS_S = 0.5, 0.05
+#: Longest sleep of an idle engine thread, seconds.
+IDLE_S = 0.5
 #: Events handled between two steps.
 TURN_EVENTS = 1024
 
@@ -41,7 +41,7 @@ class StepPulse(msgspec.Struct, frozen=True):
 
 
 class LeaderVitals(msgspec.Struct, frozen=True):
-    """Slower facts, at most ``VITALS_S`` old while steps run."""
+    """Slower facts, at most ``STATS_AGE_S`` old while steps run."""
 
     stats: EngineStats
     live: list[tuple[str, str]]
@@ -190,7 +190,7 @@ class Leader:
         self._act(self._sessions.emitted(emissions))
         while self._sessions.faults:
             _tell_fault(*self._sessions.faults.popleft())
-        if now - self._vitals_at > VITALS_S:
+        if now - self._vitals_at > STATS_AGE_S:
             self._refresh(now)
 
     def _refresh(self, now: float) -> None:

@@ -15,33 +15,13 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from workers.protocol.errors import EnvironmentFault, TriremeError, from_code
+from workers.protocol.errors import EnvironmentFault, ErrorReport, TriremeError
 from workers.protocol.messages import Capacity
 
 Phase: TypeAlias = Literal["starting", "loading", "ready", "draining", "stopped", "failed"]
 STATE_FILE = "state.json"
 
 log = logging.getLogger("trireme.state")
-
-
-class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A :class:`~workers.protocol.errors.TriremeError` as data."""
-
-    code: str
-    what: str
-    why: str = ""
-    hint: str = ""
-    exit_code: int = 1
-
-    @classmethod
-    def of(cls, error: TriremeError) -> ErrorReport:
-        return cls(code=error.code, what=error.what, why=error.why, hint=error.hint, exit_code=error.exit_code)
-
-    def error(self) -> TriremeError:
-        """The error again."""
-        error = from_code(self.code, self.what)
-        error.why, error.hint = self.why, self.hint
-        return error
 
 
 class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,8 +14,7 @@ from typing import Protocol
 import msgspec
 
 from orchestrator.control.launch.launcher import GangSpec
-from workers.protocol.errors import EnvironmentFault
-from workers.serving.state_file import ErrorReport
+from workers.protocol.errors import EnvironmentFault, ErrorReport
 
 log = logging.getLogger("trireme.launch")
 #: Longest that one node may look at itself, seconds: a Python start and an nvidia-smi on a busy node.

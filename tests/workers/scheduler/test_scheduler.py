@@ -161,7 +161,7 @@ def test_a_paused_sequence_is_preempted_before_a_running_one() -> None:
 
 
 def test_a_sequence_in_flight_is_never_preempted() -> None:
-    """Two younger sequences decode with all of the token budget, so that an older one waits amid its prompt, when the blocks are used up."""
+    """Two younger sequences decode with all of the token budget, so an older one waits amid its prompt, when the blocks are used up."""
     rig = Rig(capacity(tokens=2, num_blocks=12, slots=3), prefix_cache=False, async_scheduling=True)
     rig.submit(submit([65] * 24, greedy(40), credit=1))
     while not rig.streams[0].tokens:

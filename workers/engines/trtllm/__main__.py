@@ -12,9 +12,8 @@ import msgspec
 
 from workers.engines.trtllm import node_probe, preflight
 from workers.engines.trtllm.engine_dir import is_engine_dir, read_engine_dir
-from workers.protocol.errors import ArtifactError, ConfigError, TriremeError
+from workers.protocol.errors import ArtifactError, ConfigError, ErrorReport, TriremeError
 from workers.protocol.specs import EngineSpec, Parallel
-from workers.serving.state_file import ErrorReport
 
 
 class NodeCheck(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from workers.artifacts.artifact import Artifact
+from workers.distributed.agreement import all_or_none
 from workers.engines.trtllm import executor, llmapi
 from workers.engines.trtllm.engine import RuntimeVitals, TrtllmEngine, warm_up
 from workers.engines.trtllm.engine_dir import EngineDir
@@ -25,11 +26,11 @@ from workers.engines.trtllm.preflight import check_rank
 from workers.engines.trtllm.rank_liveness import Listener
 from workers.engines.trtllm.sequence import TrtllmLimits
 from workers.process import Alone
+from workers.protocol.engine import Follower
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.messages import Capacity
 from workers.protocol.specs import Quant, ReplicaSpec
 from workers.protocol.trtllm_options import Backend
-from workers.rank import Follower, agree
 
 PACKAGE = "tensorrt_llm"
 #: Capability -> (module, the name in it that proves it).
@@ -73,24 +74,18 @@ def choose(spec: ReplicaSpec, model: EngineDir | Artifact) -> Backend:
 def build(spec: ReplicaSpec, comm: Any) -> TrtllmEngine | Follower:
     """This rank's part. Raises the same TriremeError on every rank, or :class:`Alone`. Every wait ends at ``trtllm.start_timeout_s``."""
     deadline = time.monotonic() + spec.engine.trtllm.start_timeout_s
-    error: TriremeError | None = None
-    model: EngineDir | Artifact | None = None
-    try:
+    with all_or_none(comm):
         model = open_model(spec.artifact)
-        backend = choose(spec, model)
+        choose(spec, model)
         if isinstance(model, EngineDir):
             check_rank(model, spec, installed=installed())
             executor.chunked_context(model, spec.engine.trtllm)
         _check_threads(comm)
-    except TriremeError as failure:
-        error = failure
-    agree(comm, error)
     rank, beats, tasks = comm.Get_rank(), comm.Dup(), comm.Dup()
     listener = Listener(beats, spec.hang_floor_s) if rank == 0 and comm.Get_size() > 1 else None
     try:
         if isinstance(model, EngineDir):
             return _with_executor(spec, model, rank, beats, listener, deadline)
-        assert model is not None and backend == "llmapi"
         return _with_llm(spec, model, rank, beats, tasks, listener, deadline)
     except (TriremeError, RuntimeError, ValueError, TypeError, MemoryError, OSError) as failure:
         raise Alone(explain(failure, rank)) from failure

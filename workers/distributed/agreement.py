@@ -1,0 +1,81 @@
+"""How the ranks of a world agree while they come up: byte messages to all, and one error for all.
+
+Owns nothing. Every rank learns of every rank's failure before any other collective, so one corrupt shard gives the same clean error on all
+ranks, and no rank waits for one that has given up. Must never import torch, which most of its users load later, and never send a Python
+object (mpi4py's lower-case calls are pickle): what ranks exchange is bytes.
+
+``comm`` is an MPI communicator of all ranks; None = a world of one. A rank that does not come within ``MEET_S`` is given up.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from workers.protocol.errors import EngineFault, ErrorReport, TriremeError
+
+#: Longest that a rank waits for the others here, seconds: they may load weights meanwhile.
+MEET_S = 300.0
+_PAUSE_MIN_S, _PAUSE_MAX_S = 0.0001, 0.005
+
+
+def complete(request: Any, bound_s: float | None = MEET_S) -> None:
+    """Wait for a non-blocking MPI operation without burning a core that ranks may share; None = without a bound.
+
+    Raises :class:`EngineFault` after ``bound_s`` seconds.
+    """
+    begin, pause = time.monotonic(), _PAUSE_MIN_S
+    while not request.Test():
+        if bound_s is not None and time.monotonic() - begin > bound_s:
+            raise EngineFault(f"a rank did not answer within {bound_s:g} s", "it hangs or is gone", "see the ranks' logs")
+        time.sleep(pause)
+        pause = min(2 * pause, _PAUSE_MAX_S)
+
+
+def broadcast(comm: Any, data: bytes) -> bytes:
+    """Rank 0's ``data`` on every rank."""
+    size = array("q", [len(data)])
+    complete(comm.Ibcast(size, root=0))
+    buffer = bytearray(data) if comm.Get_rank() == 0 else bytearray(size[0])
+    complete(comm.Ibcast(buffer, root=0))
+    return bytes(buffer)
+
+
+def gather(comm: Any, data: bytes) -> list[bytes]:
+    """Every rank's ``data``, in rank order, on every rank."""
+    sizes = array("q", bytes(8 * comm.Get_size()))
+    complete(comm.Iallgather(array("q", [len(data)]), sizes))
+    width = max(sizes)
+    padded = bytearray(width * len(sizes))
+    complete(comm.Iallgather(bytearray(data.ljust(width, b"\0")), padded))
+    return [bytes(padded[i * width : i * width + size]) for i, size in enumerate(sizes)]
+
+
+def agree(comm: Any, error: TriremeError | None) -> None:
+    """Raise on every rank when any rank has an error: its own, else that of the lowest rank that has one, whose number is named."""
+    reports = [] if comm is None else gather(comm, b"" if error is None else msgspec.json.encode(ErrorReport.of(error)))
+    if error is not None:
+        raise error
+    for rank, data in enumerate(reports):
+        if data:
+            found = msgspec.json.decode(data, type=ErrorReport).error()
+            found.why = f"rank {rank}: {found.why}" if found.why else f"found by rank {rank}"
+            raise found
+
+
+@contextmanager
+def all_or_none(comm: Any) -> Iterator[None]:
+    """Run a block on every rank; where it fails on any, raise on all, before any rank goes on. See :func:`agree`."""
+    failure: TriremeError | None = None
+    try:
+        yield
+    except TriremeError as error:
+        failure = error
+    except (OSError, RuntimeError, MemoryError) as error:
+        failure = EngineFault("a rank could not be brought up", f"{type(error).__name__}: {error}"[:300])
+    agree(comm, failure)
