@@ -78,7 +78,7 @@ class Smoke:
 def host() -> node_probe.NodeFacts:
     """What this host has. Raises :class:`EnvironmentFault` where nothing can be tried."""
     path = os.environ.get("PATH", os.defpath)
-    facts = node_probe.look(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    facts = node_probe.probe(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not facts.installed:
         what = "this host has no TensorRT-LLM, so nothing was tried"
         raise EnvironmentFault(

@@ -77,10 +77,10 @@ def build(
     model = name or checkpoint.absolute().name
     if dry_run:
         found = building.open_checkpoint(checkpoint)
-        words = building.command(building.PROGRAM, found, building.settle(found, options), output or Path("DIR"))
+        words = building.command(building.PROGRAM, found, building.with_defaults(found, options), output or Path("DIR"))
         console.out(" ".join(words))
         return
-    facts = node_probe.look(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    facts = node_probe.probe(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
     plan = building.prepare(checkpoint, options, model=model, path=path, facts=facts)
     target = output or engine_catalogue.folder(cache_folder(cache_dir)) / plan.key
     tell_unproven(console, plan)
@@ -212,7 +212,7 @@ def engines_verify(context: typer.Context, engine: EngineName, cache_dir: CacheD
     found = read_engine_dir(engine_catalogue.find(cache_folder(cache_dir), engine))
     if found.record is not None:
         console.out(f"{console.paint('ok', 'good')}    every file as it was built, {size(verify_files(found))}")
-    facts = node_probe.look(os.environ.get("PATH", os.defpath), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    facts = node_probe.probe(os.environ.get("PATH", os.defpath), os.environ.get("CUDA_VISIBLE_DEVICES"))
     tell_node(console, found, facts)
     faults = preflight.faults(found, found.parallel, None, facts, None)
     for note in preflight.notes(found, facts):

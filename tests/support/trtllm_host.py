@@ -48,6 +48,6 @@ def checkpoint_of(folder: Path, *, tp: int = 2, pp: int = 2, for_trtllm: bool = 
 def engine_of(folder: Path, checkpoint: Path, *, options: BuildOptions | None = None, target: str = "engine") -> EngineDir:
     """Build with the faked builder; :func:`pretend` first."""
     path = os.environ["PATH"]
-    plan = building.prepare(checkpoint, options or BuildOptions(), model="tiny", path=path, facts=node_probe.look(path, None))
+    plan = building.prepare(checkpoint, options or BuildOptions(), model="tiny", path=path, facts=node_probe.probe(path, None))
     engine, _ = building.build(plan, folder / target, env=os.environ, on_line=lambda line: None, on_tick=lambda *tick: None)
     return engine

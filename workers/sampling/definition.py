@@ -1,4 +1,4 @@
-"""How the next token is chosen and when a row may stop: the definition that every engine reimplements.
+"""How the next token is chosen and when a sequence may stop: the definition that every engine reimplements.
 
 Owns the counter-based noise, the order in which sampling parameters act, and a numpy sampler that is the oracle for the torch one.
 Must never hold state: each function is pure, so a stream continues equally wherever its record (prompt, emitted, parameters) goes.
@@ -8,9 +8,9 @@ is exact; every right shift sees a non-negative number. A GPU kernel uses uint32
 
     mix(x):  x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16        (lowbias32, C. Wellons)
 
-    a = mix(seed[0:32] ^ 0x9E3779B9)                    # once a row
+    a = mix(seed[0:32] ^ 0x9E3779B9)                    # once a sequence
     b = mix(seed[32:64] + a)
-    k = mix(position + b);  j = mix(k ^ a)              # once a row and step
+    k = mix(position + b);  j = mix(k ^ a)              # once a sequence and step
     bits(id) = mix(mix(id + k) ^ j)                     # once a candidate
 """
 
@@ -30,9 +30,9 @@ GOLDEN: Final = 0x9E3779B9
 MIX_A: Final = 0x7FEB352D
 MIX_B: Final = 0x846CA68B
 
-#: Below it, float32 scores of a division by the temperature may be infinite: a door takes what is smaller as greedy.
+#: Below it, dividing float32 logits by the temperature may give infinity: routers take what is smaller as greedy.
 MIN_TEMPERATURE: Final = 1e-5
-#: Entries of a row's lists, which every step goes through, and the largest bias.
+#: Entries of a request's lists, which every step goes through, and the largest bias.
 MAX_LISTED: Final = 1024
 MAX_BIAS: Final = 1e4
 _RANGES: Final = {
@@ -57,18 +57,18 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 def stop_set(params: SamplingParams, eos_ids: Iterable[int]) -> frozenset[int]:
-    """Token ids that end a row: its own ``stop_ids``, and the model's end-of-sequence ids unless these are ignored."""
+    """Token ids that end a sequence: its own ``stop_ids``, and the model's end-of-sequence ids unless these are ignored."""
     return frozenset(params.stop_ids) if params.ignore_eos else frozenset(params.stop_ids).union(eos_ids)
 
 
 def has_penalties(params: SamplingParams) -> bool:
-    """Whether choosing a token needs the row's history (prompt and output ids)."""
+    """Whether choosing a token needs the history of the sequence (prompt and output ids)."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def check(params: SamplingParams, *, vocab_size: int, max_logprobs: int) -> None:
-    """Raises Rejected for what the arithmetic here, or a bounded step, cannot take: doors are stricter, but whatever can be decoded may
-    come, and must cost nobody else anything."""
+    """Raises Rejected for what the arithmetic here, or a bounded step, cannot take. Routers are stricter, but whatever can be decoded may
+    come, and must not cost other requests anything."""
     for name, (low, high) in _RANGES.items():
         if not low <= getattr(params, name) <= high:  # so that NaN is refused too
             raise Rejected(f"{name} must be {low:g} to {high:g}", f"it is {getattr(params, name)}", param=name)
@@ -103,7 +103,7 @@ def _mix_all(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def seed_keys(seed: int) -> tuple[int, int]:
-    """The pair (a, b) of one row, each in [0, 2**32)."""
+    """The pair (a, b) of one sequence, each in [0, 2**32)."""
     a = mix((seed & MASK32) ^ GOLDEN)
     return a, mix(((seed >> 32) + a) & MASK32)
 

@@ -1,8 +1,8 @@
 """Tries a grammar in a process of its own before the leader compiles it: one that overflows a stack or never ends must not end a gang.
 
-Owns that child process: started at the first guided request, replaced when a grammar ends it, gone with its parent. The kernel counts the
-processor time of each try, so a busy machine refuses nothing that an idle one takes. Must never judge what a grammar means: the leader
-compiles it again and says so; all that is learnt here is that doing so is harmless.
+Owns that child process: it starts at the first guided request, is replaced when a grammar ends it, and dies with its parent. The kernel
+counts the processor time of each try, so a busy machine refuses nothing that an idle one takes. Must never judge what a grammar means: the
+leader compiles it again and does so; the try only shows that compiling is harmless.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from workers.sampling.guide import Guide, GuideFactory
 TRY_CPU_S = 1.0
 #: Bounds of waiting for an answer and for the child's start, seconds: far more than either takes, for a machine that does much else.
 ANSWER_S, START_S = 10.0, 30.0
-#: Address space of the child, and stack of a try: half of what the leader's thread has, which stands deeper.
+#: Address space of the child, and stack of a try: half of the stack of the leader's thread, which calls from deeper.
 MEMORY, STACK = 2 << 30, 4 << 20
 #: Verdicts remembered.
 REMEMBERED = 1024
@@ -43,19 +43,19 @@ _READY = b"\1"
 
 
 class Tokenizer(msgspec.Struct, frozen=True):
-    """What both processes compile for: as in :func:`workers.sampling.llguidance_guide.guide_factory`."""
+    """The tokenizer that both processes compile for, as in :func:`workers.sampling.llguidance_guide.guide_factory`."""
 
     file: str
     vocab_size: int
     eos_ids: list[int]
 
 
-class Prover:
-    """Says whether compiling a grammar is harmless; calls come from one thread."""
+class GrammarChecker:
+    """Finds out whether compiling a grammar is harmless; calls come from one thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._known: OrderedDict[bytes, bool] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, bool] = OrderedDict()
         #: The process; None before the first grammar.
         self.child: subprocess.Popen[bytes] | None = None
 
@@ -63,23 +63,23 @@ class Prover:
         """Raises :class:`Rejected` for a grammar that takes too much, Unsupported where the tokenizer is of no use, and Overloaded when
         no answer can be had now."""
         key = hashlib.sha256(msgspec.msgpack.encode(spec)).digest()
-        harmless = self._known.get(key)
+        harmless = self._verdicts.get(key)
         if harmless is None:
-            harmless = self._known[key] = self._ask(spec)
-            if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+            harmless = self._verdicts[key] = self._try_in_child(spec)
+            if len(self._verdicts) > REMEMBERED:
+                self._verdicts.popitem(last=False)
         if not harmless:
             raise Rejected(
                 f"the {spec.kind} grammar cannot be followed", "compiling it takes too much time or memory", "ask for less",
                 code="invalid_schema", param="guide",
             )  # fmt: skip
 
-    def _ask(self, spec: GuideSpec) -> bool:
+    def _try_in_child(self, spec: GuideSpec) -> bool:
         if self.child is None or self.child.poll() is not None:
             self.child = self._start()
-        if not self._tell(self.child, spec):
+        if not self._send(self.child, spec):
             raise _no_answer("it ended between two grammars")
-        return self._hear(self.child, ANSWER_S)
+        return self._receive(self.child, ANSWER_S)
 
     def _start(self) -> subprocess.Popen[bytes]:
         # From the folder that holds the package, wherever this process was started.
@@ -91,13 +91,13 @@ class Prover:
             cwd=Path(__file__).parents[2],
         )
         weakref.finalize(self, _end, child)
-        if not self._tell(child, self._tokenizer) or not self._hear(child, START_S):
+        if not self._send(child, self._tokenizer) or not self._receive(child, START_S):
             raise Unsupported("guided output is not offered", f"{self._tokenizer.file} cannot be used for it", param="response_format")
         return child
 
-    def _tell(self, child: subprocess.Popen[bytes], what: GuideSpec | Tokenizer) -> bool:
-        """Whether the child was there to take it; it reads whenever it does not compile."""
-        data = msgspec.msgpack.encode(what)
+    def _send(self, child: subprocess.Popen[bytes], message: GuideSpec | Tokenizer) -> bool:
+        """Whether the child took it; the child reads whenever it does not compile."""
+        data = msgspec.msgpack.encode(message)
         assert child.stdin is not None
         try:
             with memoryview(len(data).to_bytes(_HEAD, "little") + data) as frame:
@@ -108,7 +108,7 @@ class Prover:
             return False
         return True
 
-    def _hear(self, child: subprocess.Popen[bytes], bound_s: float) -> bool:
+    def _receive(self, child: subprocess.Popen[bytes], bound_s: float) -> bool:
         """True = the child is well; False = it ended. Raises :class:`Overloaded` after ``bound_s`` seconds."""
         assert child.stdout is not None
         if not select.select([child.stdout], [], [], bound_s)[0]:
@@ -137,11 +137,11 @@ def compiler(file: Path, vocab_size: int, eos_ids: Sequence[int]) -> GuideFactor
     llguidance is missing. Neither the child nor the tokenizer's trie (44 MB for 49,152 tokens) exists before the first guided request."""
     if not file.exists() or find_spec("llguidance") is None:
         return None
-    prover = Prover(Tokenizer(str(file), vocab_size, list(eos_ids)))
+    checker = GrammarChecker(Tokenizer(str(file), vocab_size, list(eos_ids)))
     made: list[GuideFactory] = []
 
     def compile_guide(spec: GuideSpec) -> Guide:
-        prover.check(spec)
+        checker.check(spec)
         if not made:
             from workers.sampling.llguidance_guide import guide_factory
 
@@ -155,7 +155,7 @@ def compiler(file: Path, vocab_size: int, eos_ids: Sequence[int]) -> GuideFactor
 
 
 def _read(size: int) -> bytes:
-    """Exactly ``size`` bytes of what the parent says; ends the process when it is gone."""
+    """Exactly ``size`` bytes from the parent; ends the process when the parent is gone."""
     data = b""
     while len(data) < size:
         part = os.read(0, size - len(data))
@@ -194,8 +194,8 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the clock of a try: ends the process
     from workers.sampling.llguidance_guide import guide_factory
 
-    told = msgspec.msgpack.decode(_frame(), type=Tokenizer)
-    factory = guide_factory(Path(told.file), told.vocab_size, told.eos_ids)
+    tokenizer = msgspec.msgpack.decode(_frame(), type=Tokenizer)
+    factory = guide_factory(Path(tokenizer.file), tokenizer.vocab_size, tokenizer.eos_ids)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(STACK)

@@ -1,7 +1,7 @@
 """The Guide seam: a grammar that the output must follow.
 
-Pure protocol; ``workers.sampling.llguidance_guide`` implements it over llguidance, tests over a table. A guide is owned by the batch core
-of one leader; it is rebuilt from the emitted tokens when a row continues elsewhere or is preempted.
+Pure protocol; ``workers.sampling.llguidance_guide`` implements it over llguidance, tests over a table. The scheduler of one leader owns a
+guide; when a sequence continues on another replica, its guide is rebuilt from the emitted tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from workers.protocol.messages import GuideSpec
 
 
 class Guide(Protocol):
-    """Seam 4: state of one row's grammar."""
+    """Seam 4: the state of one sequence's grammar."""
 
     def mask(self) -> bytes:
         """Packed bitmask of the allowed next ids: bit ``i % 32`` of little-endian uint32 word ``i // 32``; ceil(vocab / 32) words."""

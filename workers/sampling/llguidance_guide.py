@@ -1,4 +1,4 @@
-"""Grammars over llguidance: compiles what a request asks for and steps one matcher a row.
+"""Grammars over llguidance: compiles what a request asks for and steps one matcher a sequence.
 
 Owns the tokenizer's trie, shared by all matchers of a process. Must never wait: compiling is bounded by llguidance's own limits and by the
 size of the text.
@@ -22,7 +22,7 @@ MAX_CHOICES = 1024
 
 
 class LlGuide:
-    """A matcher of one row, over ``vocab_size`` ids (the model's, which may be more than the tokenizer's)."""
+    """The matcher of one sequence, over ``vocab_size`` ids (the model's, which may be more than the tokenizer's)."""
 
     def __init__(self, matcher: llguidance.LLMatcher, words: int) -> None:
         self._matcher, self._words = matcher, words
@@ -41,7 +41,7 @@ class LlGuide:
 
 
 def _grammar(spec: GuideSpec) -> str:
-    """``spec`` as llguidance's own text. Raises Rejected for what is not even JSON where JSON is due."""
+    """``spec`` as llguidance's own text. Raises Rejected for a schema or a list of choices that is not JSON."""
     try:
         if spec.kind == "json":
             return str(llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}'))

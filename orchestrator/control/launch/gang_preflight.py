@@ -59,7 +59,7 @@ def _ask(spec: GangSpec, nodes: Sequence[PreflightNode], index: int, family: str
         "artifact": replica.artifact,
         "parallel": replica.parallel,
         "engine": replica.engine,
-        "place": {"ranks": [each.ranks for each in nodes], "node": index, "mpi": family},
+        "placement": {"ranks": [each.ranks for each in nodes], "node": index, "mpi": family},
     }
     argv = [*spec.command[:-1], f"{spec.command[-1]}.engines.trtllm", msgspec.json.encode(order).decode()]
     code, said = node.ask(tag, argv, env, LOOK_S)

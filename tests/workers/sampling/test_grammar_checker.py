@@ -11,7 +11,7 @@ import pytest
 from tests.support.tiny_models import IM_END, tiny_tokenizer
 from workers.protocol.errors import Rejected, Unsupported
 from workers.protocol.messages import GuideSpec
-from workers.sampling.grammar_checker import Prover, Tokenizer, compiler
+from workers.sampling.grammar_checker import GrammarChecker, Tokenizer, compiler
 from workers.sampling.guide import GuideFactory
 
 VOCAB = 320
@@ -56,17 +56,17 @@ def test_what_a_grammar_means_is_still_said_by_the_compiler(compile_guide: Guide
 
 
 def test_a_child_that_is_gone_is_replaced(tokenizer: Path) -> None:
-    prover = Prover(Tokenizer(str(tokenizer), VOCAB, [IM_END]))
-    assert prover.child is None, "no guided request, no process"
-    prover.check(GOOD)
-    first = prover.child
+    checker = GrammarChecker(Tokenizer(str(tokenizer), VOCAB, [IM_END]))
+    assert checker.child is None, "no guided request, no process"
+    checker.check(GOOD)
+    first = checker.child
     assert first is not None
     os.kill(first.pid, signal.SIGKILL)
     first.wait(10)
-    prover.check(GuideSpec(kind="regex", text="a+"))
-    second = prover.child
+    checker.check(GuideSpec(kind="regex", text="a+"))
+    second = checker.child
     assert second is not None and second.pid != first.pid
-    del prover
+    del checker
     assert second.wait(10) == -signal.SIGKILL, "its owner gone, the child is gone"
 
 

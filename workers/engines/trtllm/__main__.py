@@ -17,12 +17,12 @@ from workers.protocol.specs import EngineSpec, Parallel
 
 
 class NodeCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to run, and where."""
+    """What is to run, and where it is placed."""
 
     artifact: str
     parallel: Parallel
     engine: EngineSpec
-    place: preflight.GangPlace
+    placement: preflight.GangPlacement
 
 
 class NodeVerdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,16 +33,16 @@ class NodeVerdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(order: NodeCheck, path: str, visible: str | None) -> NodeVerdict:
-    """Look at this node and compare. What cannot even be looked at is a fault too."""
+    """Probe this node and compare. What cannot even be probed is a fault too."""
     try:
-        facts = node_probe.look(path, visible)
+        facts = node_probe.probe(path, visible)
         engine = read_engine_dir(order.artifact) if is_engine_dir(order.artifact) else None
     except TriremeError as error:
         return NodeVerdict(faults=(ErrorReport.of(error),))
     if not os.path.isdir(order.artifact):
         absent = ArtifactError(f"there is no model at {order.artifact}", "this node has no such folder", "share or copy it to every node")
         return NodeVerdict(faults=(ErrorReport.of(absent),))
-    found = preflight.faults(engine, order.parallel, order.engine, facts, order.place)
+    found = preflight.faults(engine, order.parallel, order.engine, facts, order.placement)
     return NodeVerdict(faults=tuple(map(ErrorReport.of, found)), notes=tuple(preflight.notes(engine, facts)))
 
 

@@ -1,8 +1,8 @@
-"""Which of TensorRT-LLM's two ways runs an artifact, and this rank's part of it.
+"""Which of TensorRT-LLM's two backends runs an artifact, and this rank's part of it.
 
 The choice is made by what the installed package can do, never by its version's text: engines left TensorRT-LLM with the 1.3 line. Owns the
-bring-up: agree on what can be known before, build on every rank, hear every rank, generate one token. What fails before the build is raised
-alike on all ranks; what fails in or after it is known to one rank alone, which must end the world
+bring-up: agree on what can be known before, build on every rank, wait for a sign of life of every rank, generate one token. What fails
+before the build is raised on all ranks. What fails in or after it is known to one rank alone, which must end the world
 (:class:`~workers.process.Alone`).
 """
 
@@ -16,14 +16,14 @@ from typing import Any
 from workers.artifacts.artifact import Artifact
 from workers.distributed.agreement import all_or_none
 from workers.engines.trtllm import executor, llmapi
-from workers.engines.trtllm.engine import RuntimeVitals, TrtllmEngine, warm_up
+from workers.engines.trtllm.engine import RuntimeStats, TrtllmEngine, warm_up
 from workers.engines.trtllm.engine_dir import EngineDir
 from workers.engines.trtllm.error_map import explain
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
 from workers.engines.trtllm.model import open_model
 from workers.engines.trtllm.node_probe import installed_versions
 from workers.engines.trtllm.preflight import check_rank
-from workers.engines.trtllm.rank_liveness import Listener
+from workers.engines.trtllm.rank_liveness import LivenessMonitor
 from workers.engines.trtllm.sequence import TrtllmLimits
 from workers.process import Alone
 from workers.protocol.engine import Follower
@@ -81,12 +81,12 @@ def build(spec: ReplicaSpec, comm: Any) -> TrtllmEngine | Follower:
             check_rank(model, spec, installed=installed())
             executor.chunked_context(model, spec.engine.trtllm)
         _check_threads(comm)
-    rank, beats, tasks = comm.Get_rank(), comm.Dup(), comm.Dup()
-    listener = Listener(beats, spec.hang_floor_s) if rank == 0 and comm.Get_size() > 1 else None
+    rank, liveness, tasks = comm.Get_rank(), comm.Dup(), comm.Dup()
+    monitor = LivenessMonitor(liveness, spec.hang_floor_s) if rank == 0 and comm.Get_size() > 1 else None
     try:
         if isinstance(model, EngineDir):
-            return _with_executor(spec, model, rank, beats, listener, deadline)
-        return _with_llm(spec, model, rank, beats, tasks, listener, deadline)
+            return _with_executor(spec, model, rank, liveness, monitor, deadline)
+        return _with_llm(spec, model, rank, liveness, tasks, monitor, deadline)
     except (TriremeError, RuntimeError, ValueError, TypeError, MemoryError, OSError) as failure:
         raise Alone(explain(failure, rank)) from failure
 
@@ -102,20 +102,20 @@ def _check_threads(comm: Any) -> None:
 
 
 def _with_executor(
-    spec: ReplicaSpec, model: EngineDir, rank: int, beats: Any, listener: Listener | None, deadline: float
+    spec: ReplicaSpec, model: EngineDir, rank: int, liveness: Any, monitor: LivenessMonitor | None, deadline: float
 ) -> TrtllmEngine | Follower:
     built = executor.make_executor(model, spec.engine)
     if rank > 0:
-        return executor.ExecutorFollower(built, beats)
-    if listener is not None:
-        listener.await_all(deadline)
+        return executor.ExecutorFollower(built, liveness)
+    if monitor is not None:
+        monitor.await_all(deadline)
     options, prefixes = spec.engine.trtllm, HotPrefixes(model.tokens_per_block)
-    runtime = executor.ExecutorRuntime(built, vocab_size=model.vocab_size, options=options, prefixes=prefixes, listener=listener)
-    vitals = warm_up(runtime, deadline, eos_ids=model.eos_ids)
+    runtime = executor.ExecutorRuntime(built, vocab_size=model.vocab_size, options=options, prefixes=prefixes, monitor=monitor)
+    stats = warm_up(runtime, deadline, eos_ids=model.eos_ids)
     longest = spec.engine.max_seq_len or model.max_seq_len
     capacity = _capacity(
         spec,
-        vitals,
+        stats,
         longest,
         vocab_size=model.vocab_size,
         block_size=model.tokens_per_block,
@@ -129,21 +129,21 @@ def _with_executor(
 
 
 def _with_llm(
-    spec: ReplicaSpec, model: Artifact, rank: int, beats: Any, tasks: Any, listener: Listener | None, deadline: float
+    spec: ReplicaSpec, model: Artifact, rank: int, liveness: Any, tasks: Any, monitor: LivenessMonitor | None, deadline: float
 ) -> TrtllmEngine | Follower:
     if rank > 0:
-        return llmapi.LlmFollower(tasks, beats)
-    if listener is not None:
-        listener.await_all(deadline)
+        return llmapi.LlmFollower(tasks, liveness)
+    if monitor is not None:
+        monitor.await_all(deadline)
     prefixes = HotPrefixes(spec.engine.trtllm.llm_kv_cache.tokens_per_block)
     runtime = llmapi.LlmRuntime(
-        llmapi.make_llm(spec, model, tasks if spec.parallel.world > 1 else None), prefixes=prefixes, listener=listener
+        llmapi.make_llm(spec, model, tasks if spec.parallel.world > 1 else None), prefixes=prefixes, monitor=monitor
     )
-    vitals = warm_up(runtime, deadline, eos_ids=model.eos_ids)
-    size, longest = llmapi.block_size(spec, vitals), llmapi.longest(spec, model)
+    stats = warm_up(runtime, deadline, eos_ids=model.eos_ids)
+    size, longest = llmapi.block_size(spec, stats), llmapi.longest(spec, model)
     capacity = _capacity(
         spec,
-        vitals,
+        stats,
         longest,
         vocab_size=model.model.vocab_size,
         block_size=size,
@@ -158,7 +158,7 @@ def _with_llm(
 
 def _capacity(
     spec: ReplicaSpec,
-    vitals: RuntimeVitals,
+    stats: RuntimeStats,
     longest: int,
     *,
     vocab_size: int,
@@ -170,7 +170,7 @@ def _capacity(
     engine = spec.engine
     return Capacity(
         block_size=block_size,
-        num_blocks=vitals.num_blocks,
+        num_blocks=stats.num_blocks,
         max_batch_size=engine.max_batch_size,
         max_num_tokens=engine.max_num_tokens,
         max_seq_len=longest,

@@ -55,7 +55,7 @@ KILL_S = 10.0
 #: Lines of the builder's end that are searched for a cause.
 LAST_LINES = 200
 
-#: Told on the way: one line of the builder's log; (engines written, engines in all, seconds).
+#: Called meanwhile: with a line of the builder's log; with (engines written, engines in all, seconds).
 OnLine = Callable[[str], None]
 OnTick = Callable[[int, int, float], None]
 
@@ -82,7 +82,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         parallel, capability = self.checkpoint.facts.parallel, self.gpu.capability.replace(".", "")
-        # How it is built, as against what, is not part of the name.
+        # Options that change how it is built, and not what, are not part of the name.
         options = msgspec.structs.replace(self.options, workers=1, log_level="")
         digest = hashlib.sha256(self.sha256.encode() + msgspec.json.encode(options)).hexdigest()[:8]
         layout = f"tp{parallel.tp}-pp{parallel.pp}"
@@ -99,7 +99,7 @@ def prepare(folder: Path, options: BuildOptions, *, model: str, path: str, facts
     Raises ConfigError, ArtifactError or EnvironmentFault, with what to do.
     """
     checkpoint = open_checkpoint(folder)
-    options = settle(checkpoint, options)
+    options = with_defaults(checkpoint, options)
     program = find_program(path)
     if not facts.installed:
         raise EnvironmentFault(
@@ -137,7 +137,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def settle(checkpoint: Checkpoint, options: BuildOptions) -> BuildOptions:
+def with_defaults(checkpoint: Checkpoint, options: BuildOptions) -> BuildOptions:
     """The options with every default that depends on the checkpoint filled in. Raises :class:`ConfigError` where they contradict it."""
     facts = checkpoint.facts
     longest = facts.model.max_position
@@ -203,7 +203,7 @@ def build(
 
 
 def _built(target: Path, key: str) -> EngineDir | None:
-    """The engine that stands there from before; None where there is none, another one, or a damaged one."""
+    """The engine that an earlier build left there; None where there is none, another one, or a damaged one."""
     if not (target / RECORD).is_file():
         return None
     try:
@@ -223,12 +223,12 @@ def _refuse_full_disk(plan: BuildPlan, folder: Path) -> None:
 
 
 def _run(plan: BuildPlan, folder: Path, log: Path, env: Mapping[str, str], on_line: OnLine, on_tick: OnTick, limit_s: float) -> None:
-    """The builder from its start to its end, whatever ends it: nothing of it is left running."""
+    """Run the builder to its end, whatever ends it: nothing of it is left running."""
     world, deadline, started = plan.checkpoint.facts.parallel.world, time.monotonic() + limit_s, time.monotonic()
     tail: list[str] = []
     # Its timing cache, model.cache, is written where it runs.
-    with log.open("wb") as kept, _started(plan.command(folder), folder, for_tool(env)) as builder:
-        for lines in _lines(builder, kept, deadline):
+    with log.open("wb") as log_file, _started(plan.command(folder), folder, for_tool(env)) as builder:
+        for lines in _lines(builder, log_file, deadline):
             for line in lines:
                 on_line(line)
             tail = (tail + lines)[-LAST_LINES:]
@@ -262,20 +262,20 @@ def _started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterat
             builder.stdout.close()
 
 
-def _lines(builder: subprocess.Popen[bytes], kept: IO[bytes], deadline: float) -> Iterator[list[str]]:
+def _lines(builder: subprocess.Popen[bytes], log_file: IO[bytes], deadline: float) -> Iterator[list[str]]:
     """The builder's output as it comes, at least a (perhaps empty) list every ``TICK_S``, until its end or the deadline."""
     assert builder.stdout is not None
-    rest, heard = b"", True
+    rest, readable = b"", True
     with selectors.DefaultSelector() as selector:
         selector.register(builder.stdout, selectors.EVENT_READ)
-        # Its end is the process's, not the pipe's: one that it left behind may hold that.
-        while (heard or builder.poll() is None) and time.monotonic() < deadline:
-            heard = bool(selector.select(TICK_S))
-            data = os.read(builder.stdout.fileno(), 1 << 16) if heard else b""
-            if heard and not data:
+        # The process's end counts, not the pipe's: a process that the builder left behind may hold the pipe open.
+        while (readable or builder.poll() is None) and time.monotonic() < deadline:
+            readable = bool(selector.select(TICK_S))
+            data = os.read(builder.stdout.fileno(), 1 << 16) if readable else b""
+            if readable and not data:
                 break
-            kept.write(data)
-            kept.flush()
+            log_file.write(data)
+            log_file.flush()
             *whole, rest = re.split(rb"[\r\n]+", rest + data)
             yield [line.decode(errors="replace") for line in whole if line.strip()]
     while builder.poll() is None and time.monotonic() < deadline:
@@ -287,10 +287,10 @@ def _lines(builder: subprocess.Popen[bytes], kept: IO[bytes], deadline: float) -
 
 
 def cause_in(lines: list[str]) -> str:
-    """The line of a builder's last ones that tells why it failed: the last that speaks of an error, else the last."""
-    told = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in told if re.search(r"error|assert|fail|out of memory", line, re.IGNORECASE)]
-    return (errors or told or ["it said nothing"])[-1][:300]
+    """The line that says best why a builder failed: of its last lines, the last that speaks of an error, else the last."""
+    last = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in last if re.search(r"error|assert|fail|out of memory", line, re.IGNORECASE)]
+    return (errors or last or ["it said nothing"])[-1][:300]
 
 
 def _check(plan: BuildPlan, folder: Path) -> None:
@@ -300,11 +300,11 @@ def _check(plan: BuildPlan, folder: Path) -> None:
     pairs += [(name, getattr(options, name), getattr(engine, name)) for name in ("max_batch_size", "max_num_tokens", "max_seq_len")]
     for name, asked, got in pairs:
         if asked != got:
-            why = f"its {CONFIG} says {_said(got)}, asked for was {_said(asked)}"
+            why = f"its {CONFIG} says {_layout_text(got)}, asked for was {_layout_text(asked)}"
             raise ArtifactError(f"{PROGRAM} built another {name} than it was told", why, "the log says why: --max-seq-len may be derived")
 
 
-def _said(value: object) -> str:
+def _layout_text(value: object) -> str:
     return f"tp={value.tp} pp={value.pp}" if isinstance(value, Parallel) else str(value)
 
 
@@ -335,7 +335,7 @@ def _record(plan: BuildPlan, folder: Path, began: float, seconds: float) -> None
 
 
 def _flushed(path: Path) -> FileRecord:
-    """Hash a file that another program wrote, and see it on the disk."""
+    """Hash a file that another program wrote, once it is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return hash_file(path)

@@ -1,4 +1,4 @@
-"""What may be told to ``trtllm-build``: a subset of its options, by its own names, with what each may be.
+"""The options that ``trtllm-build`` may get: a subset of its own, by its own names, with the values that each may have.
 
 Owns names, ranges and the contradictions that can be seen without a checkpoint. Left out is what the checkpoint says (layout, number
 formats), what no replica here could serve (other KV caches than the paged one, plans without weights, debug networks), and options whose
@@ -24,7 +24,7 @@ def _number(text: str, least: int = 0) -> Any:
     return msgspec.Meta(ge=least, description=text)
 
 
-def _told(text: str) -> Any:
+def _text(text: str) -> Any:
     return msgspec.Meta(description=text)
 
 
@@ -37,36 +37,36 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_input_len: Annotated[int, _number("longest prompt, tokens; 0 = max-seq-len")] = 0
     max_beam_width: Annotated[int, _number("beams; replicas ask for one", 1)] = 1
     opt_num_tokens: Annotated[int, _number("tokens in a step that the engine is tuned for")] = 0
-    kv_cache_type: Annotated[Literal["paged"], _told("the only one that batches in flight")] = "paged"
-    tokens_per_block: Annotated[Literal[16, 32, 64, 128], _told("tokens in a KV block")] = 32
+    kv_cache_type: Annotated[Literal["paged"], _text("the only one that batches in flight")] = "paged"
+    tokens_per_block: Annotated[Literal[16, 32, 64, 128], _text("tokens in a KV block")] = 32
     workers: Annotated[int, _number("engines built at a time, at most one a GPU", 1)] = 1
-    gemm_plugin: Annotated[PluginName, _told("products by plugin; auto for fp16 and bf16 checkpoints")] = ""
-    gpt_attention_plugin: Annotated[Literal["", "auto"], _told("attention by plugin")] = ""
-    nccl_plugin: Annotated[Literal["", "auto"], _told("collectives by plugin")] = ""
-    remove_input_padding: Annotated[Literal["", "enable"], _told("prompts packed without padding")] = ""
-    context_fmha: Annotated[Switch, _told("fused attention for prompts")] = ""
-    use_paged_context_fmha: Annotated[Literal["enable"], _told("needed by prefix reuse and chunked prompts")] = "enable"
-    use_fp8_context_fmha: Annotated[Switch, _told("FP8 attention for prompts")] = ""
-    use_fused_mlp: Annotated[Switch, _told("gate and up projection as one product")] = ""
-    reduce_fusion: Annotated[Switch, _told("all-reduce fused with the norm")] = ""
-    user_buffer: Annotated[Switch, _told("NCCL user buffers")] = ""
-    pp_reduce_scatter: Annotated[Switch, _told("reduce-scatter between pipeline stages")] = ""
-    norm_quant_fusion: Annotated[Switch, _told("norm fused with quantization")] = ""
-    multiple_profiles: Annotated[Switch, _told("kernels chosen for several sizes of a step")] = ""
-    logits_dtype: Annotated[Literal["", "float16", "float32"], _told("number format of the scores")] = ""
-    gather_context_logits: Annotated[bool, _told("keep the scores of prompts")] = False
-    gather_generation_logits: Annotated[bool, _told("keep the scores of answers")] = False
-    lora_plugin: Annotated[Literal["", "auto"], _told("adapters")] = ""
-    lora_dir: Annotated[str, _told("folder of an adapter")] = ""
-    lora_ckpt_source: Annotated[Literal["", "hf", "nemo"], _told("who wrote the adapter")] = ""
+    gemm_plugin: Annotated[PluginName, _text("products by plugin; auto for fp16 and bf16 checkpoints")] = ""
+    gpt_attention_plugin: Annotated[Literal["", "auto"], _text("attention by plugin")] = ""
+    nccl_plugin: Annotated[Literal["", "auto"], _text("collectives by plugin")] = ""
+    remove_input_padding: Annotated[Literal["", "enable"], _text("prompts packed without padding")] = ""
+    context_fmha: Annotated[Switch, _text("fused attention for prompts")] = ""
+    use_paged_context_fmha: Annotated[Literal["enable"], _text("needed by prefix reuse and chunked prompts")] = "enable"
+    use_fp8_context_fmha: Annotated[Switch, _text("FP8 attention for prompts")] = ""
+    use_fused_mlp: Annotated[Switch, _text("gate and up projection as one product")] = ""
+    reduce_fusion: Annotated[Switch, _text("all-reduce fused with the norm")] = ""
+    user_buffer: Annotated[Switch, _text("NCCL user buffers")] = ""
+    pp_reduce_scatter: Annotated[Switch, _text("reduce-scatter between pipeline stages")] = ""
+    norm_quant_fusion: Annotated[Switch, _text("norm fused with quantization")] = ""
+    multiple_profiles: Annotated[Switch, _text("kernels chosen for several sizes of a step")] = ""
+    logits_dtype: Annotated[Literal["", "float16", "float32"], _text("number format of the scores")] = ""
+    gather_context_logits: Annotated[bool, _text("keep the scores of prompts")] = False
+    gather_generation_logits: Annotated[bool, _text("keep the scores of answers")] = False
+    lora_plugin: Annotated[Literal["", "auto"], _text("adapters")] = ""
+    lora_dir: Annotated[str, _text("folder of an adapter")] = ""
+    lora_ckpt_source: Annotated[Literal["", "hf", "nemo"], _text("who wrote the adapter")] = ""
     max_lora_rank: Annotated[int, _number("largest rank of an adapter")] = 0
-    speculative_decoding_mode: Annotated[DrafterName, _told("how tokens are drafted")] = ""
+    speculative_decoding_mode: Annotated[DrafterName, _text("how tokens are drafted")] = ""
     max_draft_len: Annotated[int, _number("longest draft, tokens")] = 0
-    weight_streaming: Annotated[bool, _told("weights that do not fit stay in host memory")] = False
-    weight_sparsity: Annotated[bool, _told("sparse kernels")] = False
-    fast_build: Annotated[bool, _told("a quicker build of a slower engine")] = False
-    profiling_verbosity: Annotated[Literal["", "layer_names_only", "detailed", "none"], _told("names in profiles")] = ""
-    log_level: Annotated[str, _told("how much the builder says")] = ""
+    weight_streaming: Annotated[bool, _text("weights that do not fit stay in host memory")] = False
+    weight_sparsity: Annotated[bool, _text("sparse kernels")] = False
+    fast_build: Annotated[bool, _text("a quicker build of a slower engine")] = False
+    profiling_verbosity: Annotated[Literal["", "layer_names_only", "detailed", "none"], _text("names in profiles")] = ""
+    log_level: Annotated[str, _text("how much the builder says")] = ""
 
     def __post_init__(self) -> None:
         _require(
@@ -92,7 +92,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
-    """One of them, for help and parsing. ``choices``: what it may be besides not given; () for a number, a text or a flag."""
+    """One option, for help and parsing. ``choices``: its possible values where it is given; () for a number, a text or a flag."""
 
     name: str
     kind: type
@@ -125,9 +125,9 @@ def from_flags(given: Mapping[str, Any]) -> BuildOptions:
     try:
         return msgspec.convert(chosen, BuildOptions)
     except msgspec.ValidationError as error:
-        told, _, where = str(error).partition(" - at `$.")
+        why, _, where = str(error).partition(" - at `$.")
         name = where.rstrip("`")
-        raise ConfigError(f"--{name.replace('_', '-')} {chosen.get(name, '')} is not possible", told, HELP) from None
+        raise ConfigError(f"--{name.replace('_', '-')} {chosen.get(name, '')} is not possible", why, HELP) from None
 
 
 def _require(ok: bool, what: str, why: str) -> None:

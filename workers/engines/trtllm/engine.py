@@ -1,7 +1,8 @@
-"""The Engine seam over TensorRT-LLM: rows, credit, continuation and progress, the same for both backends.
+"""The Engine seam over TensorRT-LLM: sequences, credit, continuation and progress, the same for both backends.
 
-Owns the live rows and which job runs for which. A :class:`Runtime` runs jobs and batches them by itself; here is decided what is asked of
-it. Must never wait longer than one poll, and never believe that a silent TensorRT-LLM works: jobs without an iteration end the replica.
+Owns the live sequences and which job runs for which. A :class:`Runtime` runs jobs and batches them by itself; the engine decides which jobs
+it gets. Must never wait longer than one poll, and never believe that a silent TensorRT-LLM works: jobs without an iteration end the
+replica.
 """
 
 from __future__ import annotations
@@ -14,23 +15,16 @@ from typing import Protocol
 import msgspec
 
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
-from workers.engines.trtllm.sequence import Delta, Job, TrtllmLimits, TrtllmSequence, make_row
-from workers.protocol.engine import Emission, EngineStats
+from workers.engines.trtllm.sequence import Delta, Job, TrtllmLimits, TrtllmSequence, make_sequence
+from workers.protocol.engine import CLOSE_S, PAUSE_S, STATS_AGE_S, Emission, EngineStats
 from workers.protocol.errors import EngineFault, TriremeError
 from workers.protocol.messages import UNLIMITED, Capacity, SamplingParams, Submit
 from workers.protocol.specs import ResumeClass
 
-#: Seconds without credit after which a row's job is cancelled; it is asked for again when credit comes.
-PAUSE_S = 2.0
-#: How often a runtime is asked for its vitals while it has jobs, seconds.
-VITALS_S = 0.05
-#: Bound of closing, seconds.
-CLOSE_S = 5.0
-
 log = logging.getLogger("trireme.trtllm")
 
 
-class RuntimeVitals(msgspec.Struct, frozen=True, kw_only=True):
+class RuntimeStats(msgspec.Struct, frozen=True, kw_only=True):
     """A runtime's newest iteration: counts of jobs, blocks (of ``block_size`` tokens), and totals of reused and missed blocks."""
 
     iteration: int = 0
@@ -56,15 +50,15 @@ class Runtime(Protocol):
     def poll(self, wait_s: float) -> list[Delta]:
         """What came since the last poll, in order; waits up to ``wait_s`` for the first. Raises :class:`EngineFault` when it has failed."""
 
-    def vitals(self) -> RuntimeVitals:
+    def stats(self) -> RuntimeStats:
         """The newest iteration's; also takes in cache events. Raises :class:`EngineFault` when another rank is known to be gone."""
 
     def close(self, bound_s: float) -> None:
         """End it on every rank. Raises :class:`EngineFault` after ``bound_s``."""
 
 
-def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> RuntimeVitals:
-    """Have one token generated before anybody is told that the replica is ready: proves every rank, and brings the first statistics.
+def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> RuntimeStats:
+    """Have one token generated before the replica says that it is ready: this proves every rank, and brings the first statistics.
 
     ``deadline``: monotonic seconds. Raises :class:`EngineFault` when nothing comes of it, or no statistics do.
     """
@@ -72,8 +66,8 @@ def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> R
     params = SamplingParams(temperature=0.0, max_tokens=1)
     job = Job(id=0, input_ids=[token], max_new=1, min_new=0, seed=0, stops=(), params=params, salt="")
     handle, over = runtime.start(job), False
-    vitals = RuntimeVitals()
-    while not over or not vitals.num_blocks:
+    stats = RuntimeStats()
+    while not over or not stats.num_blocks:
         if time.monotonic() > deadline:
             what = "TensorRT-LLM did not answer its warm-up request" if not over else "TensorRT-LLM gives no KV cache statistics"
             raise EngineFault(what, "the time to start is over", "see the ranks' logs, or raise trtllm.start_timeout_s")
@@ -81,9 +75,9 @@ def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> R
             if delta.handle == handle and delta.error:
                 raise EngineFault("TensorRT-LLM failed its warm-up request", delta.error)
             over |= delta.handle == handle and delta.final
-        fresh = runtime.vitals()
-        vitals = fresh if fresh.num_blocks else vitals
-    return vitals
+        fresh = runtime.stats()
+        stats = fresh if fresh.num_blocks else stats
+    return stats
 
 
 class TrtllmEngine:
@@ -91,8 +85,8 @@ class TrtllmEngine:
 
     Args:
         runtime: warmed up.
-        limits: what rows are checked against.
-        prefixes: told what rows will store; the runtime tells it what was stored.
+        limits: what requests are checked against.
+        prefixes: learns from the engine what sequences will store, and from the runtime what was stored.
         poll_s: longest wait of one step.
         hang_s: a runtime with jobs that neither answers nor iterates for so long has failed.
     """
@@ -111,12 +105,12 @@ class TrtllmEngine:
     ) -> None:
         self._runtime, self._limits, self._prefixes = runtime, limits, prefixes
         self._poll_s, self._hang_s, self._clock = poll_s, hang_s, clock
-        self._rows: dict[int, TrtllmSequence] = {}
+        self._sequences: dict[int, TrtllmSequence] = {}
         self._jobs: dict[int, TrtllmSequence] = {}
         self._ready: dict[int, TrtllmSequence] = {}
         self._paused: dict[int, TrtllmSequence] = {}
-        self._vitals = RuntimeVitals(num_blocks=limits.capacity.num_blocks, free_blocks=limits.capacity.num_blocks)
-        self._vitals_at = 0.0
+        self._stats = RuntimeStats(num_blocks=limits.capacity.num_blocks, free_blocks=limits.capacity.num_blocks)
+        self._stats_at = 0.0
         self._progress_at = 0.0
         self._steps = self._prompt_tokens = self._output_tokens = self._preemptions = 0
 
@@ -125,76 +119,76 @@ class TrtllmEngine:
         return self._limits.capacity
 
     def submit(self, id: int, request: Submit) -> None:
-        if id in self._rows:
-            raise ValueError(f"row {id} is live already")
-        row = make_row(id, request, self._limits)
-        if row.startable:
-            self._start(row)
-        elif row.credit <= 0 and row.end is None:
-            self._paused[id] = row
+        if id in self._sequences:
+            raise ValueError(f"sequence {id} is live already")
+        seq = make_sequence(id, request, self._limits)
+        if seq.startable:
+            self._start(seq)
+        elif seq.credit <= 0 and seq.end is None:
+            self._paused[id] = seq
         else:
-            self._ready[id] = row
-        self._rows[id] = row
+            self._ready[id] = seq
+        self._sequences[id] = seq
         self._prompt_tokens += len(request.prompt_ids)
 
     def cancel(self, id: int) -> None:
-        row = self._rows.pop(id, None)
-        if row is not None:
+        seq = self._sequences.pop(id, None)
+        if seq is not None:
             self._ready.pop(id, None)
             self._paused.pop(id, None)
-            self._stop(row)
+            self._stop(seq)
 
     def credit(self, id: int, tokens: int) -> None:
-        row = self._rows.get(id)
-        if row is not None:
-            row.credit = min(row.credit + tokens, UNLIMITED)
-            if row.credit > 0:
+        seq = self._sequences.get(id)
+        if seq is not None:
+            seq.credit = min(seq.credit + tokens, UNLIMITED)
+            if seq.credit > 0:
                 self._paused.pop(id, None)
-                self._ready[id] = row
+                self._ready[id] = seq
 
     def step(self) -> list[Emission]:
         """Take what TensorRT-LLM generated. Raises EngineFault when it makes no progress."""
         self._steps += 1
         now = self._clock()
-        self._park(now)
+        self._preempt_paused(now)
         deltas = self._runtime.poll(0.0 if self._ready else self._poll_s)
         for delta in deltas:
-            self._take(delta)
+            self._take_delta(delta)
         emissions = []
-        for id, row in list(self._ready.items()):
+        for id, seq in list(self._ready.items()):
             del self._ready[id]
-            if row.ready:
-                emissions.append(row.emit())
-            self._settle(row)
+            if seq.can_emit:
+                emissions.append(seq.emit())
+            self._requeue(seq)
         self._output_tokens += sum([len(emission.tokens) for emission in emissions])
-        self._watch(bool(deltas))
+        self._watch_progress(answered=bool(deltas))
         return emissions
 
     def busy(self) -> bool:
         return bool(self._jobs or self._ready)
 
     def on_idle(self) -> None:
-        return
+        """The caches are TensorRT-LLM's: there is nothing to check."""
 
     def predicted_ms(self) -> float:
-        return max(self._poll_s * 1000.0, self._vitals.step_ms)
+        return max(self._poll_s * 1000.0, self._stats.step_ms)
 
     def stats(self) -> EngineStats:
         """Raises :class:`EngineFault` when another rank is known to be gone, busy or not."""
         self._refresh()
-        vitals, size = self._vitals, self.capacity.block_size
+        stats, size = self._stats, self.capacity.block_size
         return EngineStats(
             steps_total=self._steps,
-            running=len(self._jobs) - min(vitals.waiting, len(self._jobs)),
-            waiting=len(self._rows) - len(self._jobs) + min(vitals.waiting, len(self._jobs)),
-            free_blocks=vitals.free_blocks,
-            num_blocks=vitals.num_blocks,
-            prefill_tokens=sum(len(row.prompt_ids) + row.begun for row in self._jobs.values() if len(row.tokens) == row.begun),
-            step_ms=vitals.step_ms,
+            running=len(self._jobs) - min(stats.waiting, len(self._jobs)),
+            waiting=len(self._sequences) - len(self._jobs) + min(stats.waiting, len(self._jobs)),
+            free_blocks=stats.free_blocks,
+            num_blocks=stats.num_blocks,
+            prefill_tokens=sum(seq.input_len for seq in self._jobs.values() if len(seq.tokens) == seq.known_at_start),
+            step_ms=stats.step_ms,
             prompt_tokens_total=self._prompt_tokens,
             output_tokens_total=self._output_tokens,
-            prefix_queries_total=(vitals.reused_blocks + vitals.missed_blocks) * size,
-            prefix_hits_total=vitals.reused_blocks * size,
+            prefix_queries_total=(stats.reused_blocks + stats.missed_blocks) * size,
+            prefix_hits_total=stats.reused_blocks * size,
             preemptions_total=self._preemptions,
             prefixes=self._prefixes.hot(),
         )
@@ -203,69 +197,70 @@ class TrtllmEngine:
         self._runtime.close(CLOSE_S)
 
     def check(self) -> None:
-        """Prove that every row is in exactly one state. Raises AssertionError."""
-        assert self._jobs == {row.handle: row for row in self._rows.values() if row.handle}, "a job without a row, or a row without its job"
-        assert self._ready.keys() <= self._rows.keys() and self._paused.keys() <= self._rows.keys(), "a queue holds a row that is over"
-        assert all(row.credit <= 0 for row in self._paused.values()), "a paused row has credit"
-        for id, row in self._rows.items():
-            assert row.handle or id in self._ready or id in self._paused, "a row waits for nothing"
-            assert row.emitted <= len(row.tokens), "more was emitted than is known"
+        """Check that every sequence is in exactly one state. Raises AssertionError."""
+        running = {seq.handle: seq for seq in self._sequences.values() if seq.handle}
+        assert self._jobs == running, "a job without a sequence, or a sequence without its job"
+        assert self._ready.keys() | self._paused.keys() <= self._sequences.keys(), "a queue holds a sequence that is finished"
+        assert all(seq.credit <= 0 for seq in self._paused.values()), "a paused sequence has credit"
+        for id, seq in self._sequences.items():
+            assert seq.handle or id in self._ready or id in self._paused, "a sequence waits for nothing"
+            assert seq.emitted <= len(seq.tokens), "more was emitted than is known"
 
-    def _start(self, row: TrtllmSequence) -> None:
-        self._prefixes.expect(row.prompt_ids + row.tokens, row.salt)
+    def _start(self, seq: TrtllmSequence) -> None:
+        self._prefixes.expect(seq.prompt_ids + seq.tokens, seq.salt)
         if not self._jobs:
             self._progress_at = self._clock()
-        row.begun = len(row.tokens)
-        row.handle = self._runtime.start(row.job())
-        self._jobs[row.handle] = row
+        seq.known_at_start = len(seq.tokens)
+        seq.handle = self._runtime.start(seq.job())
+        self._jobs[seq.handle] = seq
 
-    def _stop(self, row: TrtllmSequence) -> None:
+    def _stop(self, seq: TrtllmSequence) -> None:
         """End its job, if one runs."""
-        if row.handle:
-            del self._jobs[row.handle]
-            self._runtime.cancel(row.handle)
-            row.handle = 0
+        if seq.handle:
+            del self._jobs[seq.handle]
+            self._runtime.cancel(seq.handle)
+            seq.handle = 0
 
-    def _take(self, delta: Delta) -> None:
-        row = self._jobs.get(delta.handle)
-        if row is None:  # cancelled while it was on its way
+    def _take_delta(self, delta: Delta) -> None:
+        seq = self._jobs.get(delta.handle)
+        if seq is None:  # cancelled before this came
             return
-        row.take(delta)
+        seq.take(delta)
         if delta.final or delta.error:
             del self._jobs[delta.handle]
-            row.handle = 0
-        elif row.end is not None:
-            self._stop(row)
-        self._ready[row.id] = row
+            seq.handle = 0
+        elif seq.end is not None:
+            self._stop(seq)
+        self._ready[seq.id] = seq
 
-    def _settle(self, row: TrtllmSequence) -> None:
-        """Where a row belongs after it has emitted what it could."""
-        if row.end is not None and row.emitted == len(row.tokens):
-            del self._rows[row.id]
-        elif row.credit <= 0:
-            if row.id not in self._paused:
-                row.paused_at = self._clock()
-                self._paused[row.id] = row
-        elif row.startable:
+    def _requeue(self, seq: TrtllmSequence) -> None:
+        """Put a sequence where it belongs after it has emitted what it could."""
+        if seq.end is not None and seq.emitted == len(seq.tokens):
+            del self._sequences[seq.id]
+        elif seq.credit <= 0:
+            if seq.id not in self._paused:
+                seq.paused_at = self._clock()
+                self._paused[seq.id] = seq
+        elif seq.startable:
             try:
-                self._start(row)
+                self._start(seq)
             except TriremeError as error:
-                row.fail(error)
-                self._ready[row.id] = row
+                seq.fail(error)
+                self._ready[seq.id] = seq
 
-    def _park(self, now: float) -> None:
-        """A row that nobody reads gives up its place in TensorRT-LLM's cache."""
-        for row in self._paused.values():
-            if row.handle and now - row.paused_at >= PAUSE_S:
-                self._stop(row)
-                row.preemptions += 1
+    def _preempt_paused(self, now: float) -> None:
+        """Cancel the jobs of sequences that have been paused for ``PAUSE_S``: they give up their place in TensorRT-LLM's cache."""
+        for seq in self._paused.values():
+            if seq.handle and now - seq.paused_at >= PAUSE_S:
+                self._stop(seq)
+                seq.preemptions += 1
                 self._preemptions += 1
 
-    def _watch(self, heard: bool) -> None:
-        now, before = self._clock(), self._vitals.iteration
-        if now - self._vitals_at > VITALS_S:
+    def _watch_progress(self, *, answered: bool) -> None:
+        now, before = self._clock(), self._stats.iteration
+        if now - self._stats_at > STATS_AGE_S:
             self._refresh()
-        if heard or self._vitals.iteration != before or not self._jobs:
+        if answered or self._stats.iteration != before or not self._jobs:
             self._progress_at = now
         elif now - self._progress_at > self._hang_s:
             raise EngineFault(
@@ -275,7 +270,7 @@ class TrtllmEngine:
             )
 
     def _refresh(self) -> None:
-        fresh = self._runtime.vitals()
+        fresh = self._runtime.stats()
         if fresh.num_blocks:
-            self._vitals = fresh
-        self._vitals_at = self._clock()
+            self._stats = fresh
+        self._stats_at = self._clock()

@@ -1,6 +1,6 @@
 """The engines that were built here: one folder each, named by what makes two engines equal.
 
-Owns the folder ``engines`` of the cache; its table is what lies there. Must never touch a folder that is not an engine.
+Owns the folder ``engines`` of the cache: what lies there is the catalogue. Must never touch a folder that is not an engine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from workers.artifacts.atomic_folder import locked
 from workers.engines.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
 from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound, Rejected
 
+#: Longest that :func:`remove` waits for a build of the same engine, seconds.
 REMOVE_S = 60.0
 
 
@@ -32,8 +33,8 @@ def folder(cache: Path) -> Path:
 
 def entries(cache: Path) -> list[CatalogueEntry]:
     """Every engine, by name; damaged ones too."""
-    home = folder(cache)
-    paths = sorted(path for path in home.iterdir() if is_engine_dir(path) and not path.name.startswith(".")) if home.is_dir() else []
+    root = folder(cache)
+    paths = sorted(path for path in root.iterdir() if is_engine_dir(path) and not path.name.startswith(".")) if root.is_dir() else []
     return [_entry(path) for path in paths]
 
 
@@ -61,7 +62,7 @@ def find(cache: Path, name: str) -> Path:
 
 
 def remove(path: Path) -> int:
-    """Delete an engine folder whole; bytes that it held. A build of it that runs is waited for.
+    """Delete an engine folder whole; the bytes that it held. Waits for a build of it that runs.
 
     Raises :class:`ArtifactError` for any other folder.
     """
@@ -69,12 +70,12 @@ def remove(path: Path) -> int:
         if not is_engine_dir(path):
             raise ArtifactError(f"{path} is not an engine", "nothing was deleted", "give a folder that `trireme build` made")
         total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        doomed = path.with_name(f".{path.name}.old")
+        trash = path.with_name(f".{path.name}.old")
         try:
             # Out of the catalogue at once: a removal that is cut short leaves nothing that looks whole.
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            shutil.rmtree(trash, ignore_errors=True)
+            path.rename(trash)
+            shutil.rmtree(trash)
         except OSError as error:
             raise EnvironmentFault(f"{path} cannot be deleted", error.strerror or str(error), "give access to it") from None
     return total

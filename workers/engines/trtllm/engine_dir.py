@@ -57,9 +57,9 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineDir(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine folder whose config, rank files and record (where there is one) agree. Limits: rows, tokens.
+    """An engine folder whose config, rank files and record (where there is one) agree. Limits: sequences, tokens.
 
-    ``eos_ids``: empty where the folder does not tell. ``tokenizer_dir``: folder with ``tokenizer.json``, None without one. ``record``: None
+    ``eos_ids``: empty where it has none. ``tokenizer_dir``: folder with ``tokenizer.json``, None without one. ``record``: None
     for an engine that another program built: then nothing is known of its GPU and its hashes.
     """
 
@@ -204,7 +204,7 @@ def _read_record(path: Path) -> BuildRecord | None:
 
 
 def _check_files(path: Path, parallel: Parallel, record: BuildRecord | None) -> None:
-    """One engine a rank, none besides, each as large as when it was built."""
+    """Check that there is one engine a rank and no other, each as large as when it was built."""
     wanted, found = {engine_name(rank) for rank in range(parallel.world)}, {file.name for file in path.glob("rank*.engine")}
     layout = f"tp={parallel.tp} pp={parallel.pp}"
     if missing := sorted(wanted - found):

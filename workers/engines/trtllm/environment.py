@@ -1,7 +1,7 @@
 """Which environment variables TensorRT-LLM must not see, in its ranks and in its builder.
 
 Pure: environments are arguments. TensorRT-LLM reads its rank and its world from whichever launcher's variables it finds first, Slurm's
-before MPI's, so an mpiexec inside a larger allocation, a torchrun or a Ray job would tell it another world than the one that it is in.
+before MPI's. So inside a larger allocation, a torchrun or a Ray job it would take another world for its own.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ WORLD_PREFIXES = (
     "OMPI_", "PMIX_", "PMI_", "SLURM_", "MPI_", "UCX_", "I_MPI_", "HYDRA_", "KMP_", "MPICH_", "MV2_", "CRAY_", "PRTE_", "MPIR_",
     "TLLM_SPAWN_",
 )  # fmt: skip
-#: Worlds told without a prefix. With RAY_LOCAL_WORLD_SIZE set, TensorRT-LLM silently takes tp_size for the number of GPUs of a node.
+#: Variables of worlds without such a prefix. With RAY_LOCAL_WORLD_SIZE set, TensorRT-LLM takes tp_size for the number of GPUs of a node.
 WORLD_NAMES = ("RAY_LOCAL_WORLD_SIZE", "tllm_mpi_size", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
-#: A rank that has one of these knows its place without Slurm.
+#: A rank that has one of these knows its number without Slurm.
 OWN_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_ID")
 
 
 def for_rank(env: Mapping[str, str]) -> list[str]:
     """Names to take out of a rank's environment before tensorrt_llm is imported. What its own mpiexec set stays: MPI needs it.
 
-    Slurm's variables describe the allocation, unless Slurm itself started the ranks: then they are all that tells a rank its place.
+    Slurm's variables describe the allocation, unless Slurm itself started the ranks: then nothing else says a rank's number.
     """
     launched_by_mpi = any(name in env for name in OWN_RANK)
     return [

@@ -1,6 +1,6 @@
-"""What TensorRT-LLM's exceptions mean: its text, read once, becomes an error that says why and what to do.
+"""What TensorRT-LLM's exceptions mean: the text of one becomes an error that says why, and what to do.
 
-Owns the patterns; they are the texts that users report, and what none of them fits stays as it is.
+Owns the patterns, which are the texts that users report. A text that fits none of them is passed on as it is.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workers.engines.trtllm.engine import RuntimeVitals
+from workers.engines.trtllm.engine import RuntimeStats
 from workers.engines.trtllm.engine_dir import EngineDir
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
-from workers.engines.trtllm.rank_liveness import Beat, Listener
+from workers.engines.trtllm.rank_liveness import LivenessMonitor, LivenessSender
 from workers.engines.trtllm.sequence import Delta, Job
 from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault
 from workers.protocol.messages import GuideSpec, SamplingParams
@@ -28,28 +28,27 @@ from workers.protocol.trtllm_options import TrtllmOptions, given
 if TYPE_CHECKING:
     from tensorrt_llm.bindings import executor as trt
 
-#: Cache events that TensorRT-LLM keeps for us between two looks.
+#: Cache events that TensorRT-LLM keeps until the runtime takes them.
 EVENTS = 16_384
 
 log = logging.getLogger("trireme.trtllm")
 
 
 class ExecutorRuntime:
-    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``listener``: None where this rank is alone.
+    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``monitor``: None where this rank is alone.
 
     Raises :class:`EnvironmentFault` when TensorRT-LLM takes another rank for its leader.
     """
 
     def __init__(
-        self, executor: trt.Executor, *, vocab_size: int, options: TrtllmOptions, prefixes: HotPrefixes, listener: Listener | None
+        self, executor: trt.Executor, *, vocab_size: int, options: TrtllmOptions, prefixes: HotPrefixes, monitor: LivenessMonitor | None
     ) -> None:
         if not executor.can_enqueue_requests():
             raise EnvironmentFault("rank 0 is not TensorRT-LLM's leader", "its Executor takes no requests", "see the rank's log")
         self._executor, self._vocab_size, self._options = executor, vocab_size, options
-        self._prefixes, self._listener = prefixes, listener
+        self._prefixes, self._monitor = prefixes, monitor
         self._events: trt.kv_cache.KVCacheEventManager | None = executor.get_kv_cache_event_manager()
-        self._last_event = -1
-        self._vitals = RuntimeVitals()
+        self._stats = RuntimeStats()
         #: Tokens so far of the jobs whose log-probabilities are asked for.
         self._scored: dict[int, int] = {}
 
@@ -73,15 +72,15 @@ class ExecutorRuntime:
             raise EngineFault("TensorRT-LLM failed", _line(error), "the replica is replaced whole") from None
         return [self._delta(response) for response in responses]
 
-    def vitals(self) -> RuntimeVitals:
-        if self._listener is not None:
-            self._listener.check()
+    def stats(self) -> RuntimeStats:
+        if self._monitor is not None:
+            self._monitor.check()
         for stats in self._executor.get_latest_iteration_stats():
-            self._vitals = vitals_of(stats, self._vitals)
+            self._stats = stats_of(stats, self._stats)
         if self._events is not None:
             for event in self._events.get_latest_events(timeout_ms=0.0):
                 self._take_event(event)
-        return self._vitals
+        return self._stats
 
     def close(self, bound_s: float) -> None:
         shut_down(self._executor.shutdown, bound_s)
@@ -99,7 +98,7 @@ class ExecutorRuntime:
         return Delta(handle, tokens, logprobs, final=result.is_final)
 
     def _logprobs(self, handle: int, result: trt.Result, count: int) -> list[float] | None:
-        """Those of the newest ``count`` tokens. Whether streaming repeats the earlier ones is not published: their number tells."""
+        """Those of the newest ``count`` tokens. Whether streaming repeats the earlier ones is not published: their number shows it."""
         total = self._scored[handle] = self._scored[handle] + count
         scores: list[float] = list(result.log_probs[0]) if result.log_probs else []
         if len(scores) >= total:
@@ -109,9 +108,7 @@ class ExecutorRuntime:
     def _take_event(self, event: trt.kv_cache.KVCacheEvent) -> None:
         from tensorrt_llm.bindings import executor as trt
 
-        if self._last_event >= 0 and event.event_id != self._last_event + 1:
-            self._prefixes.clear()
-        self._last_event = event.event_id
+        self._prefixes.take_event(event.event_id)
         data = event.data
         if isinstance(data, trt.kv_cache.KVCacheStoredData):
             blocks = [(block.block_hash, [token.token_id for token in block.tokens]) for block in data.blocks]
@@ -123,15 +120,15 @@ class ExecutorRuntime:
 class ExecutorFollower:
     """A rank other than 0: its Executor works in threads of its own until rank 0 shuts down."""
 
-    def __init__(self, executor: trt.Executor, beats: Any) -> None:
-        self._executor, self._beats = executor, beats
+    def __init__(self, executor: trt.Executor, liveness: Any) -> None:
+        self._executor, self._liveness = executor, liveness
 
     def run(self) -> None:
-        with Beat(self._beats):
+        with LivenessSender(self._liveness):
             self._executor.shutdown()
 
 
-def vitals_of(stats: trt.IterationStats, before: RuntimeVitals) -> RuntimeVitals:
+def stats_of(stats: trt.IterationStats, before: RuntimeStats) -> RuntimeStats:
     """One iteration's statistics; what it leaves out is kept from ``before``."""
     batch, cache = stats.inflight_batching_stats, stats.kv_cache_stats
     scheduled = batch.num_scheduled_requests if batch is not None else stats.num_active_requests
@@ -159,18 +156,15 @@ def request_of(job: Job, vocab_size: int, options: TrtllmOptions) -> trt.Request
     from tensorrt_llm.bindings import executor as trt
 
     params = job.params
-    # While more tokens are due, min_tokens bans only `end_id`: other stop ids would end the job too early, and the row watches for them.
-    end_id = job.stops[0] if job.stops else None
-    stop_words = [[stop] for stop in job.stops[1:]] if job.min_new == 0 else []
     return trt.Request(
         input_token_ids=job.input_ids,
         max_tokens=job.max_new,
         streaming=True,
         sampling_config=sampling_of(params, job),
         output_config=trt.OutputConfig(return_log_probs=params.logprobs is not None, exclude_input_from_output=True),
-        end_id=end_id,
-        pad_id=end_id or 0,
-        stop_words=stop_words or None,
+        end_id=job.end_id,
+        pad_id=job.end_id or 0,
+        stop_words=[[stop] for stop in job.further_stops] or None,
         embedding_bias=_bias(params.logit_bias, vocab_size) if params.logit_bias else None,
         lora_config=None if options.lora_task_id is None else trt.LoraConfig(task_id=options.lora_task_id),
         client_id=job.id,

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from workers.artifacts.artifact import Artifact
-from workers.engines.trtllm.engine import RuntimeVitals
-from workers.engines.trtllm.executor import regex_of, shut_down
+from workers.engines.trtllm.engine import RuntimeStats
+from workers.engines.trtllm.executor import EVENTS, regex_of, shut_down
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
-from workers.engines.trtllm.rank_liveness import Beat, Listener
+from workers.engines.trtllm.rank_liveness import LivenessMonitor, LivenessSender
 from workers.engines.trtllm.sequence import Delta, Job
 from workers.protocol.errors import EngineFault, Unsupported
 from workers.protocol.messages import GuideSpec
@@ -36,20 +36,18 @@ if TYPE_CHECKING:
 
 #: Longest that the reader of statistics waits for the next, seconds.
 STATS_S = 0.5
-EVENTS = 16_384
 
 log = logging.getLogger("trireme.trtllm")
 
 
 class LlmRuntime:
-    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``listener``: None where this rank is alone."""
+    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``monitor``: None where this rank is alone."""
 
-    def __init__(self, llm: tensorrt_llm.LLM, *, prefixes: HotPrefixes, listener: Listener | None) -> None:
-        self._llm, self._prefixes, self._listener = llm, prefixes, listener
+    def __init__(self, llm: tensorrt_llm.LLM, *, prefixes: HotPrefixes, monitor: LivenessMonitor | None) -> None:
+        self._llm, self._prefixes, self._monitor = llm, prefixes, monitor
         self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._vitals = RuntimeVitals()
-        self._last_event = -1
+        self._records: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._stats = RuntimeStats()
         self._handles = 0
         self._over = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -76,16 +74,16 @@ class LlmRuntime:
         except queue.Empty:
             return found
 
-    def vitals(self) -> RuntimeVitals:
-        if self._listener is not None:
-            self._listener.check()
-        while not self._news.empty():
-            news = self._news.get()
-            if "event_id" in news:
-                self._take_event(news)
+    def stats(self) -> RuntimeStats:
+        if self._monitor is not None:
+            self._monitor.check()
+        while not self._records.empty():
+            record = self._records.get()
+            if "event_id" in record:
+                self._take_event(record)
             else:
-                self._vitals = vitals_of(news, self._vitals)
-        return self._vitals
+                self._stats = stats_of(record, self._stats)
+        return self._stats
 
     def close(self, bound_s: float) -> None:
         self._over.set()
@@ -116,7 +114,7 @@ class LlmRuntime:
             self._deltas.put(Delta(handle, [], final=True, error=f"{type(error).__name__}: {error}"[:300]))
         finally:
             self._live.pop(handle, None)
-            # Not in the published contract, so looked for: without it a cancelled request runs on to its end, unheard.
+            # Not in the published contract, so looked for: without it a cancelled request runs on to its end, for nothing.
             abort = getattr(output, "abort", None)
             if not over and abort is not None:
                 abort()
@@ -133,14 +131,12 @@ class LlmRuntime:
                     log.warning("no statistics: %s: %s", type(error).__name__, error)
                 found = []
             for entry in found:
-                self._news.put(msgspec.json.decode(entry) if isinstance(entry, str | bytes) else entry)
+                self._records.put(msgspec.json.decode(entry) if isinstance(entry, str | bytes) else entry)
             # One that answers at once must not make this thread spin.
             self._over.wait(max(0.0, 0.05 - (time.monotonic() - begin)))
 
     def _take_event(self, event: dict[str, Any]) -> None:
-        if self._last_event >= 0 and event["event_id"] != self._last_event + 1:
-            self._prefixes.clear()
-        self._last_event = event["event_id"]
+        self._prefixes.take_event(event["event_id"])
         data = event.get("data", {})
         if data.get("type") == "stored":
             blocks = [(block["block_hash"], [_id_of(token) for token in block["tokens"]]) for block in data["blocks"]]
@@ -154,12 +150,12 @@ def _id_of(token: Any) -> int:
     return int(token["token_id"]) if isinstance(token, dict) else int(token)
 
 
-def vitals_of(stats: dict[str, Any], before: RuntimeVitals) -> RuntimeVitals:
+def stats_of(stats: dict[str, Any], before: RuntimeStats) -> RuntimeStats:
     """One iteration's statistics as JSON, of which every key may be missing."""
     batch, cache = stats.get("inflightBatchingStats") or {}, stats.get("kvCacheStats") or {}
     active = stats.get("numActiveRequests", 0)
     scheduled = batch.get("numScheduledRequests", active)
-    return RuntimeVitals(
+    return RuntimeStats(
         iteration=stats.get("iter", before.iteration + 1),
         step_ms=stats.get("iterLatencyMS", before.step_ms),
         running=scheduled,
@@ -182,12 +178,11 @@ def sampling_of(job: Job) -> tensorrt_llm.SamplingParams:
     if params.logit_bias:
         raise Unsupported("logit_bias is not offered by TensorRT-LLM's LLM API here", param="logit_bias")
     greedy = params.temperature == 0.0
-    end_id = job.stops[0] if job.stops else None
     return tensorrt_llm.SamplingParams(
         max_tokens=job.max_new,
-        end_id=end_id if end_id is not None else 0,
-        pad_id=end_id or 0,
-        stop_token_ids=list(job.stops[1:]) if job.min_new == 0 and len(job.stops) > 1 else None,
+        end_id=job.end_id or 0,
+        pad_id=job.end_id or 0,
+        stop_token_ids=list(job.further_stops) or None,
         ignore_eos=not job.stops,
         top_k=1 if greedy else params.top_k,
         top_p=None if greedy else params.top_p,
@@ -217,13 +212,13 @@ def _guide(guide: GuideSpec) -> llmapi.GuidedDecodingParams:
 class LlmFollower:
     """A rank other than 0: runs the tasks that rank 0's LLM sends, until it is shut down."""
 
-    def __init__(self, tasks: Any, beats: Any) -> None:
-        self._tasks, self._beats = tasks, beats
+    def __init__(self, tasks: Any, liveness: Any) -> None:
+        self._tasks, self._liveness = tasks, liveness
 
     def run(self) -> None:
         from mpi4py.futures import MPICommExecutor
 
-        with Beat(self._beats), MPICommExecutor(self._tasks, root=0):
+        with LivenessSender(self._liveness), MPICommExecutor(self._tasks, root=0):
             return
 
 
@@ -263,17 +258,17 @@ def make_llm(spec: ReplicaSpec, artifact: Artifact, tasks: Any | None) -> tensor
 
 
 def longest(spec: ReplicaSpec, artifact: Artifact) -> int:
-    """Prompt and output tokens that a row may have together."""
+    """Prompt and output tokens that a sequence may have together."""
     return min(spec.engine.max_seq_len or artifact.model.max_position, artifact.model.max_position)
 
 
-def block_size(spec: ReplicaSpec, vitals: RuntimeVitals) -> int:
-    """Tokens of a cache block. Raises :class:`EngineFault` where they are not what was asked for: prefixes would be told wrongly."""
+def block_size(spec: ReplicaSpec, stats: RuntimeStats) -> int:
+    """Tokens of a cache block. Raises :class:`EngineFault` where they are not what was asked for: the router would get wrong prefixes."""
     asked = spec.engine.trtllm.llm_kv_cache.tokens_per_block
-    if vitals.block_size not in (0, asked):
+    if stats.block_size not in (0, asked):
         raise EngineFault(
-            f"TensorRT-LLM made cache blocks of {vitals.block_size} tokens, not {asked}",
+            f"TensorRT-LLM made cache blocks of {stats.block_size} tokens, not {asked}",
             "",
-            f"set trtllm.llm_kv_cache.tokens_per_block to {vitals.block_size}",
+            f"set trtllm.llm_kv_cache.tokens_per_block to {stats.block_size}",
         )
     return asked

@@ -1,6 +1,6 @@
 """What one node has that TensorRT-LLM depends on: GPUs, installed distributions, and the NCCL and MPI that they were made for.
 
-Looks only, and never imports tensorrt_llm: importing it starts MPI and CUDA. Every look is bounded in time.
+Must never import tensorrt_llm, which starts MPI and CUDA, nor change anything. Every program that it runs is bounded in time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import msgspec
 from workers.engines.trtllm.engine_dir import GpuFacts
 from workers.protocol.errors import EnvironmentFault
 
-LOOK_S = 30.0
+#: Longest that nvidia-smi may take, seconds.
+PROBE_S = 30.0
 MIB = 1 << 20
 _QUERY = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
 #: Distributions whose versions decide whether an engine runs, as far as they are installed.
@@ -30,9 +31,9 @@ MPI_LIBRARIES = {"libmpi.so.40": "openmpi", "libmpi.so.12": "mpich"}
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """``gpus``: those that processes may use, in their order; None where nothing tells. ``versions``: distribution -> version.
+    """``gpus``: those that processes may use, in their order; None where they are not known. ``versions``: distribution -> version.
 
-    ``nccl``: the NCCL distributions that tensorrt_llm asks for. ``mpi``: family that its libraries are linked against; empty = not told.
+    ``nccl``: the NCCL distributions that tensorrt_llm asks for. ``mpi``: family that its libraries are linked against; empty = not known.
     """
 
     gpus: tuple[GpuFacts, ...] | None
@@ -46,8 +47,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
         return self.versions.get("tensorrt_llm", "")
 
 
-def look(path: str, visible: str | None) -> NodeFacts:
-    """Look at this node. ``path``: where programs are (PATH); ``visible``: CUDA_VISIBLE_DEVICES, None where it is not set.
+def probe(path: str, visible: str | None) -> NodeFacts:
+    """The facts of this node. ``path``: where programs are (PATH); ``visible``: CUDA_VISIBLE_DEVICES, None where it is not set.
 
     Raises :class:`EnvironmentFault` when the driver does not answer.
     """
@@ -72,26 +73,26 @@ def gpus(path: str, visible: str | None) -> tuple[GpuFacts, ...] | None:
     try:
         ran = subprocess.run(
             [program, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=LOOK_S, check=True, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=PROBE_S, check=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise EnvironmentFault(
-            "the NVIDIA driver does not answer", f"nvidia-smi said nothing in {LOOK_S:g} s", "reset or reboot it"
+            "the NVIDIA driver does not answer", f"nvidia-smi said nothing in {PROBE_S:g} s", "reset or reboot it"
         ) from None
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stdout", "") or str(error)).strip().splitlines()[-1:]
         raise EnvironmentFault("nvidia-smi failed", "".join(said)[:200], "mend the NVIDIA driver of this node") from None
-    rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line.strip()]
-    return _visible([(row[1], _gpu(row)) for row in rows], visible)
+    table = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line.strip()]
+    return _visible([(cells[1], _gpu(cells)) for cells in table], visible)
 
 
-def _gpu(row: list[str]) -> GpuFacts:
-    """Raises :class:`EnvironmentFault` for a row that is not one (a GPU that has fallen off the bus answers with words)."""
+def _gpu(cells: list[str]) -> GpuFacts:
+    """Raises :class:`EnvironmentFault` for a line that cannot be read (a GPU that has fallen off the bus answers with words)."""
     try:
-        index, _, name, capability, total, free, driver = row
+        index, _, name, capability, total, free, driver = cells
         return GpuFacts(index=int(index), name=name, capability=capability, memory=int(total) * MIB, free=int(free) * MIB, driver=driver)
     except ValueError:
-        raise EnvironmentFault("nvidia-smi tells of a GPU in an unknown way", ", ".join(row)[:200], "look at that GPU") from None
+        raise EnvironmentFault("nvidia-smi tells of a GPU in an unknown way", ", ".join(cells)[:200], "look at that GPU") from None
 
 
 def _visible(found: list[tuple[str, GpuFacts]], visible: str | None) -> tuple[GpuFacts, ...]:
@@ -110,7 +111,7 @@ def _visible(found: list[tuple[str, GpuFacts]], visible: str | None) -> tuple[Gp
 def _wanted_nccl() -> tuple[str, ...]:
     with suppress(importlib.metadata.PackageNotFoundError):
         required = importlib.metadata.requires("tensorrt_llm") or []
-        return tuple(name for name in DISTRIBUTIONS if name.startswith("nvidia-nccl") and any(row.startswith(name) for row in required))
+        return tuple(name for name in DISTRIBUTIONS if name.startswith("nvidia-nccl") and any(line.startswith(name) for line in required))
     return ()
 
 
@@ -145,9 +146,9 @@ def needed_libraries(path: Path) -> list[str]:
         entries = list(struct.iter_unpack("<qQ", file.read(dynamic[3] // 16 * 16)))
         strings = next((value for tag, value in entries if tag == 5), 0)
         length = next((value for tag, value in entries if tag == 10), 0)
-        home = next((part for part in parts if part[0] == 1 and part[2] <= strings < part[2] + part[3]), None)
-        if home is None:
+        segment = next((part for part in parts if part[0] == 1 and part[2] <= strings < part[2] + part[3]), None)
+        if segment is None:
             return []
-        file.seek(home[1] + strings - home[2])
+        file.seek(segment[1] + strings - segment[2])
         names = file.read(length)
     return [names[at : names.index(b"\0", at)].decode(errors="replace") for tag, at in entries if tag == 1 and at < len(names)]

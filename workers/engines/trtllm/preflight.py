@@ -1,8 +1,8 @@
-"""Pre-flight: whether a replica's engine can run where it is to run, told before any rank starts.
+"""Pre-flight: whether a replica's engine can run where it is to run, before any rank starts.
 
 TensorRT-LLM finds a wrong version, GPU or world only after MPI is up on every node, with messages that name neither, and a rank that fails
-then may leave the others waiting for ever. Every check here is a plain comparison; facts come from ``engine_dir`` and ``node``. Must never
-import tensorrt_llm, nor start anything.
+then may leave the others waiting for ever. Every check here is a plain comparison; facts come from ``engine_dir`` and ``node_probe``. Must
+never import tensorrt_llm, nor start anything.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ GIB = 1 << 30
 INSTALL = "pip install tensorrt_llm from NVIDIA's index, or run in the image of deploy/docker"
 
 
-class GangPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a gang goes: ``ranks[i]`` consecutive ranks on node i; ``node`` is the one looked at. ``mpi``: family of its mpiexec."""
+class GangPlacement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a gang goes: ``ranks[i]`` consecutive ranks on node i; ``node`` is the node of this check. ``mpi``: family of its mpiexec."""
 
     ranks: tuple[int, ...]
     node: int = 0
     mpi: str = ""
 
     def here(self) -> range:
-        """The ranks of the node that is looked at."""
+        """The ranks of the node of this check."""
         start = sum(self.ranks[: self.node])
         return range(start, start + self.ranks[self.node])
 
 
 def check_rank(engine: EngineDir, spec: ReplicaSpec, *, installed: str) -> None:
-    """What any rank can tell by itself. ``installed``: version of TensorRT-LLM, empty without it.
+    """Check what any rank knows by itself. ``installed``: version of TensorRT-LLM, empty without it.
 
     Raises ArtifactError, ConfigError or EnvironmentFault, on every rank the same.
     """
@@ -45,18 +45,18 @@ def check_rank(engine: EngineDir, spec: ReplicaSpec, *, installed: str) -> None:
 
 
 def faults(
-    engine: EngineDir | None, parallel: Parallel, limits: EngineSpec | None, facts: NodeFacts, place: GangPlace | None
+    engine: EngineDir | None, parallel: Parallel, limits: EngineSpec | None, facts: NodeFacts, placement: GangPlacement | None
 ) -> list[TriremeError]:
     """Everything that speaks against a launch, the root causes first. ``engine`` None: a model that TensorRT-LLM loads without a build.
 
-    ``limits``: what the replica is to offer; None = what the engine was built for. ``place`` None: only what is true of the node as such.
+    ``limits``: what the replica is to offer; None = what the engine was built for. ``placement`` None: check the node alone.
     """
     found = list(package_faults(facts.installed))
     if engine is not None:
         found += engine_faults(engine, parallel, limits, facts.installed)
-    found += library_faults(facts, place)
+    found += library_faults(facts, placement)
     if facts.gpus is not None:
-        found += gpu_faults(engine, facts, place)
+        found += gpu_faults(engine, facts, placement)
     return found
 
 
@@ -85,7 +85,7 @@ def engine_faults(engine: EngineDir, parallel: Parallel, limits: EngineSpec | No
             yield ConfigError(f"{name}: {asked} is more than {path.name} can do", why, f"set {name}: {most} or less, or build it larger")
 
 
-def library_faults(facts: NodeFacts, place: GangPlace | None) -> Iterator[TriremeError]:
+def library_faults(facts: NodeFacts, placement: GangPlacement | None) -> Iterator[TriremeError]:
     """One NCCL and one MPI a process, and those that TensorRT-LLM was linked against."""
     nccl = [name for name in facts.versions if name.startswith("nvidia-nccl")]
     if len(nccl) > 1:
@@ -95,26 +95,26 @@ def library_faults(facts: NodeFacts, place: GangPlace | None) -> Iterator[Trirem
     elif nccl and facts.nccl and nccl[0] not in facts.nccl:
         why = f"tensorrt_llm {facts.installed} asks for {' or '.join(facts.nccl)}"
         yield EnvironmentFault(f"{nccl[0]} is the wrong NCCL", why, f"pip uninstall {nccl[0]} and pip install {facts.nccl[0]}")
-    if place is not None and facts.mpi and place.mpi and facts.mpi != place.mpi:
-        why = f"TensorRT-LLM is linked against {facts.mpi}, the launcher's mpiexec is {place.mpi}'s: the ranks would not meet"
+    if placement is not None and facts.mpi and placement.mpi and facts.mpi != placement.mpi:
+        why = f"TensorRT-LLM is linked against {facts.mpi}, the launcher's mpiexec is {placement.mpi}'s: the ranks would not meet"
         yield EnvironmentFault(
-            "two MPI libraries would meet in one rank", why, f"install trireme-llm[{facts.mpi}] in place of [{place.mpi}]"
+            "two MPI libraries would meet in one rank", why, f"install trireme-llm[{facts.mpi}] in place of [{placement.mpi}]"
         )
 
 
-def gpu_faults(engine: EngineDir | None, facts: NodeFacts, place: GangPlace | None) -> Iterator[TriremeError]:
+def gpu_faults(engine: EngineDir | None, facts: NodeFacts, placement: GangPlacement | None) -> Iterator[TriremeError]:
     """The GPUs of this node against the ranks that go there, and against the GPU that the engine was built on."""
     gpus = facts.gpus or ()
-    ranks = place.here() if place is not None else range(0)
-    if place is not None and len(set(place.ranks)) > 1:
-        why = f"{', '.join(map(str, place.ranks))} ranks go to its nodes; TensorRT-LLM numbers GPUs as if all nodes had the same number"
+    ranks = placement.here() if placement is not None else range(0)
+    if placement is not None and len(set(placement.ranks)) > 1:
+        why = f"{', '.join(map(str, placement.ranks))} ranks go to its nodes; TensorRT-LLM numbers GPUs as if all nodes had the same number"
         yield ConfigError("the replica is dealt unevenly to its nodes", why, "set spread: true, or choose a layout that fits the nodes")
     if len(gpus) < len(ranks):
         why = f"{len(ranks)} ranks go there, each needs one"
         yield EnvironmentFault(
             f"this node has {len(gpus)} usable GPUs", why, "free the others, or look at CUDA_VISIBLE_DEVICES and nvidia-smi"
         )
-    used = gpus[: len(ranks)] if place is not None else gpus
+    used = gpus[: len(ranks)] if placement is not None else gpus
     built = engine.record.gpu if engine is not None and engine.record is not None else None
     for gpu in used if built is not None else ():
         if built is not None and gpu.capability != built.capability:
@@ -130,7 +130,7 @@ def gpu_faults(engine: EngineDir | None, facts: NodeFacts, place: GangPlace | No
 
 
 def notes(engine: EngineDir | None, facts: NodeFacts) -> list[str]:
-    """What could not be checked, and why: silence must not read as consent."""
+    """What could not be checked, and why: without a note it would seem to have passed."""
     found = []
     if facts.gpus is None:
         found.append("GPUs were not looked at: there is no nvidia-smi on PATH, or CUDA_VISIBLE_DEVICES names slices of them")

@@ -1,8 +1,8 @@
 """A request as TensorRT-LLM's backends see it: what is known of it, what of that was emitted, and the job that continues it.
 
-Owns the record and what follows from it alone: where a stop token ends it, what credit lets out, how the rest is asked for. A row continues
-by asking for what follows prompt + known tokens: after a failover, after its cache was given up, or after TensorRT-LLM ended it early.
-Pure; must never know a backend.
+Owns the record and what follows from it alone: where a stop token ends it, how much its credit lets it emit, and the job that generates the
+rest. A sequence continues with a job for what follows its prompt and known tokens: after a failover, after its cache was given up, or after
+TensorRT-LLM ended it early. Pure; must never know a backend.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One generation asked of TensorRT-LLM: at least ``min_new`` and at most ``max_new`` tokens after ``input_ids``. ``stops``: ids that
-    end it, ascending."""
+    end it, ascending.
+
+    TensorRT-LLM has one ``end_id``, which it bans while more tokens are due, and further stop ids, which it does not ban: these would end
+    the job too early, so they are passed only when no more tokens are due. The sequence watches for all of them.
+    """
 
     id: int
     input_ids: list[int]
@@ -34,6 +38,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     stops: tuple[int, ...]
     params: SamplingParams
     salt: str
+
+    @property
+    def end_id(self) -> int | None:
+        return self.stops[0] if self.stops else None
+
+    @property
+    def further_stops(self) -> tuple[int, ...]:
+        return self.stops[1:] if self.min_new == 0 else ()
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):
@@ -47,7 +59,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
 
 
 class TrtllmLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a row may ask of a backend. ``max_input_len``: longest input of one job, tokens."""
+    """What a sequence may ask of a backend. ``max_input_len``: longest input of one job, tokens."""
 
     capacity: Capacity
     max_input_len: int
@@ -56,8 +68,8 @@ class TrtllmLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, eq=False)
 class TrtllmSequence:
-    """A live request. ``tokens``: all known output, the journal that came with Submit first; ``emitted`` of them were given out.
-    ``handle``: the running job, 0 = none; ``begun``: len(tokens) when it began. ``end``: how the row ends once all is emitted."""
+    """A live request. ``tokens``: all known output, beginning with what came with Submit; ``emitted`` of them were emitted. ``handle``: the
+    running job, 0 = none; ``known_at_start``: len(tokens) when it started. ``end``: how the sequence ends once all is emitted."""
 
     id: int
     prompt_ids: list[int]
@@ -68,22 +80,27 @@ class TrtllmSequence:
     emitted: int
     credit: int
     handle: int = 0
-    begun: int = 0
+    known_at_start: int = 0
     paused_at: float = 0.0
     preemptions: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
     end: Finish | Fault | None = None
 
     @property
-    def ready(self) -> bool:
-        """Whether :meth:`emit` would have something to say."""
-        held = len(self.tokens) - self.emitted
-        return (held > 0 and self.credit > 0) or (held == 0 and self.end is not None)
+    def can_emit(self) -> bool:
+        """Whether :meth:`emit` would return tokens, or the end."""
+        waiting = len(self.tokens) - self.emitted
+        return (waiting > 0 and self.credit > 0) or (waiting == 0 and self.end is not None)
 
     @property
     def startable(self) -> bool:
         """Whether a job should run for it and none does."""
         return self.end is None and self.handle == 0 and self.credit > 0 and self.emitted == len(self.tokens)
+
+    @property
+    def input_len(self) -> int:
+        """Tokens that its running job began with."""
+        return len(self.prompt_ids) + self.known_at_start
 
     def job(self) -> Job:
         """What is left to be generated."""
@@ -100,7 +117,7 @@ class TrtllmSequence:
         )
 
     def take(self, delta: Delta) -> None:
-        """Learn what its job brought; sets ``end`` where that ends the row, else clears ``handle`` where it only ended the job."""
+        """Take what its job brought; sets ``end`` where that ends the sequence, else clears ``handle`` where it only ended the job."""
         if delta.error:
             self.end = Fault("engine_fault", delta.error)
             return
@@ -110,13 +127,13 @@ class TrtllmSequence:
             return
         for i, token in enumerate(delta.tokens):
             if token in self.stops and len(self.tokens) >= self.params.min_tokens:
-                self.end = self.finish("stop", token)
+                self.end = self.finish_record("stop", token)
                 return
             self.tokens.append(token)
             if scored and delta.logprobs is not None:
                 self.logprobs.append(Logprobs(token, delta.logprobs[i], [], []))
             if len(self.tokens) >= self.params.max_tokens:
-                self.end = self.finish("length")
+                self.end = self.finish_record("length")
                 return
         if delta.final:
             self._job_ended()
@@ -124,8 +141,8 @@ class TrtllmSequence:
     def _job_ended(self) -> None:
         """TensorRT-LLM ended the job by itself: at an end-of-sequence id that it does not return, or (where more was asked for) early."""
         if len(self.tokens) >= self.params.min_tokens and self.stops:
-            self.end = self.finish("stop", next(iter(self.stops)) if len(self.stops) == 1 else None)
-        elif len(self.tokens) > self.begun:
+            self.end = self.finish_record("stop", next(iter(self.stops)) if len(self.stops) == 1 else None)
+        elif len(self.tokens) > self.known_at_start:
             self.handle = 0
             self.preemptions += 1
         else:
@@ -136,7 +153,7 @@ class TrtllmSequence:
         self.end = Fault(error.code, str(error))
 
     def emit(self) -> Emission:
-        """Give out what credit allows, and the end behind the last token."""
+        """Emit what credit allows, and the end after the last token."""
         first = self.emitted
         last = min(len(self.tokens), first + max(0, self.credit))
         self.emitted, self.credit = last, self.credit - (last - first)
@@ -145,13 +162,13 @@ class TrtllmSequence:
             scores, self.logprobs = self.logprobs[: last - first], self.logprobs[last - first :]
         return Emission(self.id, first, self.tokens[first:last], scores, None, self.end if last == len(self.tokens) else None)
 
-    def finish(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
+    def finish_record(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
         usage = Usage(prompt_tokens=len(self.prompt_ids), output_tokens=len(self.tokens), preemptions=self.preemptions)
         return Finish(reason, usage, stop_id)
 
 
-def make_row(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSequence:
-    """The row of a request.
+def make_sequence(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSequence:
+    """The sequence of a request.
 
     Raises TooLong, Rejected or Unsupported for what TensorRT-LLM cannot do at all, and EngineFault for what it cannot *continue*: a grammar
     starts anew with each job, and a continuation's input holds the tokens emitted so far.
@@ -159,17 +176,17 @@ def make_row(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSequence:
     params = request.params
     _refuse_unsupported(params, limits)
     check_request(request, limits.capacity)
-    spent = len(request.emitted) >= params.max_tokens
+    nothing_to_emit = len(request.emitted) >= params.max_tokens
     known = len(request.prompt_ids) + len(request.emitted)
-    if known > limits.max_input_len and not spent:
+    if known > limits.max_input_len and not nothing_to_emit:
         what = f"an input of {known} tokens is longer than this engine takes"
         why = f"its max_input_len is {limits.max_input_len}, and it was built without chunked context"
         if request.emitted:
             raise EngineFault(what, f"{why}; {len(request.emitted)} of them are output that another replica had given")
         raise TooLong(what, why, "shorten the prompt, or build the engine with use_paged_context_fmha", param="prompt")
-    if params.guide is not None and request.emitted and not spent:
+    if params.guide is not None and request.emitted and not nothing_to_emit:
         raise EngineFault("TensorRT-LLM cannot go on with a guided answer", "a grammar can only be followed from its start", "ask again")
-    row = TrtllmSequence(
+    seq = TrtllmSequence(
         id=id,
         prompt_ids=request.prompt_ids,
         params=params,
@@ -179,9 +196,9 @@ def make_row(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSequence:
         emitted=len(request.emitted),
         credit=request.credit,
     )
-    if spent:
-        row.end = row.finish("length")
-    return row
+    if nothing_to_emit:
+        seq.end = seq.finish_record("length")
+    return seq
 
 
 def _refuse_unsupported(params: SamplingParams, limits: TrtllmLimits) -> None:

@@ -111,7 +111,7 @@ def test_build_then_list_show_verify_rm(
 def test_keys_differ_where_engines_would(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     def key(path: Path = checkpoint, **given: object) -> str:
         where = os.environ["PATH"]
-        return building.prepare(path, from_flags(given), model="tiny", path=where, facts=node_probe.look(where, None)).key
+        return building.prepare(path, from_flags(given), model="tiny", path=where, facts=node_probe.probe(where, None)).key
 
     same = key()
     assert key(workers=4, log_level="verbose") == same  # how, not what
@@ -172,7 +172,7 @@ def test_a_build_that_fails_leaves_nothing_but_its_log(
 def test_a_build_that_hangs_is_ended_with_all_that_it_started(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     host.setenv("TRIREME_FAKE_BUILD", "hang")
     plan = building.prepare(
-        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.look(os.environ["PATH"], None)
+        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.probe(os.environ["PATH"], None)
     )
     heard: list[str] = []
     with pytest.raises(EnvironmentFault, match="did not end in"):
@@ -196,7 +196,7 @@ def test_ctrl_c_and_sigterm_end_a_build(host: pytest.MonkeyPatch, checkpoint: Pa
 
 def test_two_builds_of_one_key_make_one_engine(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     plan = building.prepare(
-        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.look(os.environ["PATH"], None)
+        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.probe(os.environ["PATH"], None)
     )
     made: list[bool] = []
 
@@ -215,7 +215,7 @@ def test_two_builds_of_one_key_make_one_engine(host: pytest.MonkeyPatch, checkpo
 def test_a_log_is_text_whatever_the_builder_writes(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     host.setenv("TRIREME_FAKE_BUILD", "noisy")
     plan = building.prepare(
-        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.look(os.environ["PATH"], None)
+        checkpoint, BuildOptions(), model="tiny", path=os.environ["PATH"], facts=node_probe.probe(os.environ["PATH"], None)
     )
     heard: list[str] = []
     building.build(plan, tmp_path / "engine", env=os.environ, on_line=heard.append, on_tick=lambda *tick: None)

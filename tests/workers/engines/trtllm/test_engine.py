@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from workers.engines.trtllm.engine import PAUSE_S, RuntimeVitals, TrtllmEngine, warm_up
+from workers.engines.trtllm.engine import RuntimeStats, TrtllmEngine, warm_up
 from workers.engines.trtllm.error_map import explain
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
 from workers.engines.trtllm.sequence import Delta, Job, TrtllmLimits, continued_seed
-from workers.protocol.engine import Emission, Fault, Finish
+from workers.protocol.engine import PAUSE_S, Emission, Fault, Finish
 from workers.protocol.errors import ArtifactError, ConfigError, EngineFault, EnvironmentFault, Rejected, TooLong, TriremeError, Unsupported
 from workers.protocol.messages import UNLIMITED, Capacity, GuideSpec, SamplingParams, Submit
 from workers.protocol.trtllm_options import LlmOptions, SchedulerOptions, TrtllmOptions, given
@@ -29,7 +29,7 @@ class Scripted:
         self.jobs: dict[int, Job] = {}
         self.cancelled: list[int] = []
         self.coming: list[Delta] = []
-        self.now = RuntimeVitals(num_blocks=64, free_blocks=60, block_size=32)
+        self.now = RuntimeStats(num_blocks=64, free_blocks=60, block_size=32)
         self.refusal: TriremeError | None = None
 
     def start(self, job: Job) -> int:
@@ -45,7 +45,7 @@ class Scripted:
         found, self.coming = self.coming, []
         return found
 
-    def vitals(self) -> RuntimeVitals:
+    def stats(self) -> RuntimeStats:
         return self.now
 
     def close(self, bound_s: float) -> None:
@@ -217,7 +217,7 @@ def test_a_runtime_without_iterations_ends_the_replica(bench: Bench) -> None:
     bench.submit()
     for _ in range(20):
         bench.time += 1.0
-        bench.runtime.now = RuntimeVitals(num_blocks=64, iteration=bench.runtime.now.iteration + 1)
+        bench.runtime.now = RuntimeStats(num_blocks=64, iteration=bench.runtime.now.iteration + 1)
         bench.step()
     with pytest.raises(EngineFault, match="no iteration"):
         for _ in range(20):
@@ -241,11 +241,11 @@ def test_a_warm_up_that_brings_nothing_is_bounded() -> None:
         warm_up(failing, 1e18, eos_ids=(5,))
 
 
-def test_prefixes_are_told_in_our_hashes() -> None:
+def test_prefixes_are_reported_in_our_hashes() -> None:
     hot = HotPrefixes(4)
     tokens, ours = list(range(12)), prefix_hashes(list(range(12)), 4, "salt")
     hot.stored(None, [(901, tokens[:4])])
-    assert hot.hot() == [], "nobody was expected to store it"
+    assert hot.hot() == [], "no sequence was expected to store it"
     hot.expect([*tokens, 99], "salt")
     hot.stored(None, [(901, tokens[:4]), (902, tokens[4:8])])
     hot.stored(902, [(903, tokens[8:])])
@@ -253,8 +253,11 @@ def test_prefixes_are_told_in_our_hashes() -> None:
     assert hot.hot() == ours
     hot.removed([903, 5])
     assert hot.hot() == ours[:2]
-    hot.clear()
-    assert hot.hot() == []
+    hot.take_event(7)
+    hot.take_event(8)
+    assert hot.hot() == ours[:2]
+    hot.take_event(10)
+    assert hot.hot() == [], "an event was lost"
 
 
 @pytest.mark.parametrize(

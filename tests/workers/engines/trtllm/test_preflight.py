@@ -22,7 +22,7 @@ from workers.engines.trtllm import environment, node_probe, preflight
 from workers.engines.trtllm.build_options import BuildOptions
 from workers.engines.trtllm.engine_dir import EngineDir, GpuFacts, read_engine_dir
 from workers.engines.trtllm.node_probe import NodeFacts, needed_libraries
-from workers.engines.trtllm.preflight import GangPlace, check_rank, faults
+from workers.engines.trtllm.preflight import GangPlacement, check_rank, faults
 from workers.protocol.errors import EnvironmentFault, TriremeError
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
@@ -55,14 +55,14 @@ def spec(artifact: Path, **engine: object) -> ReplicaSpec:
     return ReplicaSpec(name="r", model="m", artifact=str(artifact), parallel=LAYOUT, engine=EngineSpec(kind="trtllm", **limits))  # type: ignore[arg-type]
 
 
-def all_of(engine: EngineDir | None, found: NodeFacts, place: GangPlace | None = None, **limits: object) -> list[TriremeError]:
-    place = place or GangPlace(ranks=(4,), mpi="openmpi")
-    return faults(engine, LAYOUT, spec(Path("x"), **limits).engine, found, place)
+def all_of(engine: EngineDir | None, found: NodeFacts, placement: GangPlacement | None = None, **limits: object) -> list[TriremeError]:
+    placement = placement or GangPlacement(ranks=(4,), mpi="openmpi")
+    return faults(engine, LAYOUT, spec(Path("x"), **limits).engine, found, placement)
 
 
 def test_what_fits_passes(built: EngineDir) -> None:
     assert all_of(built, facts()) == []
-    assert all_of(built, facts(gpu(), gpu(1)), GangPlace(ranks=(2, 2), node=1, mpi="openmpi")) == []
+    assert all_of(built, facts(gpu(), gpu(1)), GangPlacement(ranks=(2, 2), node=1, mpi="openmpi")) == []
     check_rank(built, spec(built.path), installed="1.2.1")
 
 
@@ -94,7 +94,7 @@ CASES: dict[str, Case] = {
         4, "GPU 3 has too little free memory: rank 3 needs 1.0 GiB, 0.5 of 80.0 are free", "nvidia-smi names the processes",
     ),
     "uneven nodes": (
-        lambda e: all_of(e, facts(), GangPlace(ranks=(3, 1), mpi="openmpi")), 3, "dealt unevenly to its nodes", "spread: true",
+        lambda e: all_of(e, facts(), GangPlacement(ranks=(3, 1), mpi="openmpi")), 3, "dealt unevenly to its nodes", "spread: true",
     ),
     "two NCCLs": (
         lambda e: all_of(e, facts(also="nvidia-nccl-cu12")),
@@ -104,7 +104,8 @@ CASES: dict[str, Case] = {
         lambda e: all_of(e, facts(nccl="nvidia-nccl-cu12")), 4, "nvidia-nccl-cu12 is the wrong NCCL", "pip install nvidia-nccl-cu13",
     ),
     "another MPI": (
-        lambda e: all_of(e, facts(), GangPlace(ranks=(4,), mpi="mpich")), 4, "linked against openmpi, the launcher's mpiexec is mpich's",
+        lambda e: all_of(e, facts(), GangPlacement(ranks=(4,), mpi="mpich")), 4,
+        "linked against openmpi, the launcher's mpiexec is mpich's",
         "trireme-llm[openmpi]",
     ),
 }  # fmt: skip
@@ -152,7 +153,7 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(EnvironmentFault, match="couldn't communicate"):
         node_probe.gpus(path, None)
     monkeypatch.setenv("TRIREME_FAKE_GPUS", "hang")
-    monkeypatch.setattr(node_probe, "LOOK_S", 1.0)
+    monkeypatch.setattr(node_probe, "PROBE_S", 1.0)
     with pytest.raises(EnvironmentFault, match="does not answer"):
         node_probe.gpus(path, None)
 
@@ -251,8 +252,8 @@ def test_a_gang_that_is_killed_in_its_pre_flight_never_starts(built: EngineDir, 
 
 def test_a_node_without_the_artifact_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
-    place = {"ranks": [1], "node": 0, "mpi": "openmpi"}
-    order = {"artifact": str(tmp_path / "none"), "parallel": Parallel(), "engine": EngineSpec(kind="trtllm"), "place": place}
+    placement = {"ranks": [1], "node": 0, "mpi": "openmpi"}
+    order = {"artifact": str(tmp_path / "none"), "parallel": Parallel(), "engine": EngineSpec(kind="trtllm"), "placement": placement}
     line = [sys.executable, "-m", "workers.engines.trtllm", msgspec.json.encode(order).decode()]
     ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S, check=False)
     assert ran.returncode == 3 and "no such folder" in json.loads(ran.stdout)["faults"][0]["why"]
