@@ -1,10 +1,10 @@
-"""What a decode step costs the host of a GPU: batch, plan, submission and answers of 256 rows, over a device that does nothing.
+"""What a decode step costs the host of a GPU: schedule, submission and results of 256 sequences, over a device that does nothing.
 
 python -m bench.host [--runs 5] [--pause MS]
 
 CPU seconds of the thread that drives the engine, without the graph's launch; `bench.gpu` says what it is with it (``host_us``). Also for
-one row, and where in about every step a row ends and another begins. With ``--pause`` it waits between steps, as for a device, without
-sleeping: what the step needs is no longer in the processor's caches.
+one sequence, and where a sequence ends and another begins in about every step. With ``--pause`` it waits between steps, as for a device,
+without sleeping: what the step needs is no longer in the processor's caches.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from workers.runner.host_device_rings import Completion, Submissions
 from workers.runner.kv_cache import KvCache
 from workers.scheduler.scheduler import Scheduler
 
-ROWS, TOKENS, ASKED_US = 256, 300, 300.0
-#: Steps while rows come and go.
+SEQUENCES, TOKENS, ASKED_US = 256, 300, 300.0
+#: Steps while sequences come and go.
 STEPS = 400
 _VOCAB, _BLOCKS = 321, 16384
 
@@ -68,7 +68,7 @@ class Nothing:
 
 
 def engine_of(folder: Path) -> PortableEngine:
-    """An engine as on a GPU, one plan ahead, whose model computes nothing: all that it is told is read, all its tokens are 0."""
+    """An engine as on a GPU, with async scheduling, whose model computes nothing: it reads all its inputs, and all its tokens are 0."""
     Submissions._is_read = Completion.ready = lambda self: True  # type: ignore[assignment,method-assign]
     model = open_artifact(folder).model
     stage = make_stage(model, whole_weights(folder), kernels=kernels)
@@ -87,7 +87,7 @@ def engine_of(folder: Path) -> PortableEngine:
 
 
 def request(i: int, first: int, tokens: int) -> Submit:
-    """Row ``i``, whose prompt begins with ``first``. Prompts differ in length, so blocks fill up in turns."""
+    """Request ``i``, whose prompt begins with ``first``. Prompts differ in length, so blocks fill up in turns."""
     params = SamplingParams(temperature=1.0, seed=i, max_tokens=tokens, ignore_eos=True)
     prompt = [first, *((7 * i + 3 * j) % 300 for j in range(15 + i % 16))]
     return Submit(boot="b", stream=i, attempt=0, client="c", request=str(i), model="m", prompt_ids=prompt, params=params)
@@ -103,28 +103,28 @@ def step(engine: PortableEngine, pause_s: float) -> tuple[list[Emission], float]
     return emissions, (time.thread_time() - begin) * 1e6
 
 
-def steady_us(engine: PortableEngine, rows: int, run: int, pause_s: float) -> float:
-    """Median of the steps in which every one of ``rows`` rows yields a token. Prompts differ from ``run`` to run, so whole blocks are made
-    findable."""
-    for i in range(rows):
+def steady_us(engine: PortableEngine, sequences: int, run: int, pause_s: float) -> float:
+    """Median of the steps in which each of ``sequences`` sequences yields a token. Prompts differ from ``run`` to run, so whole blocks are
+    made findable."""
+    for i in range(sequences):
         engine.submit(i, request(i, run, TOKENS))
     spent = []
     while engine.busy():
         emissions, us = step(engine, pause_s)
-        if len(emissions) == rows:
+        if len(emissions) == sequences:
             spent.append(us)
     return statistics.median(spent)
 
 
 def changing_us(engine: PortableEngine, run: int, pause_s: float) -> float:
-    """Mean of steps of ``ROWS`` rows, of whom one ends in each on average; another comes at once."""
+    """Mean of steps of ``SEQUENCES`` sequences, of which one ends in each step on average; another comes at once."""
     draw, ids = random.Random(run), count()
 
     def arrive() -> None:
         i = next(ids)
-        engine.submit(i, request(i, i % 300, min(1 + int(draw.expovariate(1 / ROWS)), 900)))
+        engine.submit(i, request(i, i % 300, min(1 + int(draw.expovariate(1 / SEQUENCES)), 900)))
 
-    for _ in range(ROWS):
+    for _ in range(SEQUENCES):
         arrive()
     spent = []
     for _ in range(STEPS):
@@ -137,7 +137,7 @@ def changing_us(engine: PortableEngine, run: int, pause_s: float) -> float:
         engine.cancel(i)
     while engine.busy():
         engine.step()
-    return statistics.mean(spent[ROWS // 4 :])
+    return statistics.mean(spent[SEQUENCES // 4 :])
 
 
 def main() -> None:
@@ -151,11 +151,22 @@ def main() -> None:
         engine = engine_of(tiny_model(Path(folder), heads=6, kv_heads=2, vocab=_VOCAB, layers=1))
         settle_heap()
         single = [steady_us(engine, 1, run, pause_s) for run in range(runs)]
-        crowd = [steady_us(engine, ROWS, runs + run, pause_s) for run in range(runs)]
+        crowd = [steady_us(engine, SEQUENCES, runs + run, pause_s) for run in range(runs)]
         changing = [changing_us(engine, run, pause_s) for run in range(runs)]
     one, some = statistics.median(single), statistics.median(changing)
-    detail = f"one row: {one:.0f} us; rows that come and go: {some:.0f} us; without the graph's launch"
-    publish([Claim(name=f"host's part of a decode step at {ROWS} rows", unit="us", asked=ASKED_US, sense="<=", runs=crowd, detail=detail)])
+    detail = f"one sequence: {one:.0f} us; sequences that come and go: {some:.0f} us; without the graph's launch"
+    publish(
+        [
+            Claim(
+                name=f"host's part of a decode step at {SEQUENCES} sequences",
+                unit="us",
+                asked=ASKED_US,
+                sense="<=",
+                runs=crowd,
+                detail=detail,
+            )
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def seed_keys(seed: int) -> tuple[int, int]:
 
 
 def noise_keys(seed: int, position: int) -> tuple[int, int]:
-    """The pair (k, j) of one row at one step, each in [0, 2**32)."""
+    """The pair (k, j) of one sequence at one step, each in [0, 2**32)."""
     a, b = seed_keys(seed)
     k = mix((position + b) & MASK32)
     return k, mix(k ^ a)

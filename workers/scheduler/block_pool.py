@@ -1,8 +1,8 @@
 """The KV block pool and the prefix index of one replica.
 
 Owns which block holds which tokens, who uses it, and in what order unused ones are taken again. Must never touch K/V memory itself (ranks
-do, by block id) nor know what a request is. :func:`prefix_hashes` is the one prefix hash of the project: the router's guess and this
-cache cannot drift apart.
+do, by block id) nor know what a request is. :func:`prefix_hashes` is the one prefix hash of the project: what the router expects to be
+cached and this cache cannot drift apart.
 
 A block is *free* (content unknown), *held* (users > 0) or *idle* (no user, content findable). Only whole blocks are findable, and a
 holder of a block holds the block's whole prefix, so:
@@ -58,7 +58,7 @@ class BlockPool:
         self.findable = findable
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
-        # Its first is taken again and again: a dict would pass over what was taken before, each time.
+        # The first entry is taken again and again. A dict would search past all entries taken before, each time.
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._index: dict[int, int] = {}
         self._contents: dict[int, _Content] = {}
@@ -127,11 +127,11 @@ class BlockPool:
         return True
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Make ``blocks`` and all that follows them unfindable: their content is not to be trusted. Users keep them."""
-        doubted = set(blocks)
+        """Make ``blocks`` and all blocks that follow them unfindable, because their content may be wrong. Users keep them."""
+        forgotten = set(blocks)
         for block, content in list(self._contents.items()):  # parents were published before their children
-            if block in doubted or content.parent in doubted:
-                doubted.add(block)
+            if block in forgotten or content.parent in forgotten:
+                forgotten.add(block)
                 self._unpublish(block)
                 if self._users[block] == 0:
                     del self._idle[block]
@@ -146,11 +146,11 @@ class BlockPool:
         del self._index[self._contents.pop(block).hash]
 
     def check(self, tables: Iterable[Sequence[int]] = ()) -> None:
-        """Prove every invariant; ``tables`` are the block lists of all users. Raises AssertionError naming the first one broken."""
+        """Check every invariant; ``tables`` are the block lists of all users. Raises AssertionError naming the first one broken."""
         held = Counter(block for table in tables for block in table)
         free = set(self._free)
         assert all(self._users[block] == count for block, count in held.items()), "user counts differ from the tables"
-        assert self._users.count(0) == self.num_blocks - len(held), "a block is held by nobody"
+        assert self._users.count(0) == self.num_blocks - len(held), "a block is held without a user"
         assert len(held) + len(self._free) + len(self._idle) == self.num_blocks, "a block is lost or counted twice"
         assert free.isdisjoint(held) and self._idle.keys().isdisjoint(held), "a held block is up for reuse"
         assert free.isdisjoint(self._idle) and len(free) == len(self._free), "a block is free twice"

@@ -55,11 +55,11 @@ def run(engine: Engine) -> tuple[dict[int, list[int]], dict[int, Finish | Fault]
 def test_every_stream_is_the_expected_one(stages: int) -> None:
     engine = fake(parallel=Parallel(tp=2, pp=stages))
     assert (engine.capacity.tp, engine.capacity.pp, engine.resume) == (2, stages, "bitwise")
-    rows = {i: (list(range(40, 41 + 7 * i)), SamplingParams(temperature=i % 2, seed=i, max_tokens=3 + i)) for i in range(12)}
-    for id, (prompt, params) in rows.items():
+    requests = {i: (list(range(40, 41 + 7 * i)), SamplingParams(temperature=i % 2, seed=i, max_tokens=3 + i)) for i in range(12)}
+    for id, (prompt, params) in requests.items():
         engine.submit(id, submit(prompt, params))
     tokens, ends = run(engine)
-    assert tokens == {id: expected_tokens(prompt, params) for id, (prompt, params) in rows.items()}
+    assert tokens == {id: expected_tokens(prompt, params) for id, (prompt, params) in requests.items()}
     assert {end.reason for end in ends.values()} == {"length"} and len(ends) == 12
     assert engine.stats().free_blocks == engine.capacity.num_blocks
     assert engine.step() == []

@@ -1,4 +1,4 @@
-"""The portable engine on one rank: rows end as asked, batch mates are invisible, and replays of the fixed-shape mode are bitwise."""
+"""The portable engine on one rank: sequences end as asked, batch mates are invisible, and replays of the fixed-shape mode are bitwise."""
 
 from __future__ import annotations
 
@@ -152,6 +152,6 @@ def test_pace_follows_what_it_saw() -> None:
     pace = StepTimeModel()
     assert pace.predict(10, 10) == 0
     for i in range(200):
-        tokens, rows = 1 + (i * 37) % 200, 1 + i % 16
-        pace.observe(tokens, rows, 5 + 0.25 * tokens + 0.5 * rows)
+        tokens, sequences = 1 + (i * 37) % 200, 1 + i % 16
+        pace.observe(tokens, sequences, 5 + 0.25 * tokens + 0.5 * sequences)
     assert abs(pace.predict(100, 8) - (5 + 25 + 4)) < 0.5

@@ -174,7 +174,7 @@ def test_check_catches_corruption(corrupt: object) -> None:
 def test_any_use_keeps_the_invariants(actions: list[tuple[int, int, int]]) -> None:
     """Rows come with one of a few prompts, publish what they computed, and leave in any order."""
     pool = BlockPool(12, 8)
-    rows: list[list[int]] = []
+    tables: list[list[int]] = []
     for action, which, length in actions:
         if action < 2:
             tokens = [which % 3] * 8 + [which] * (8 * (length - 1))
@@ -190,11 +190,11 @@ def test_any_use_keeps_the_invariants(actions: list[tuple[int, int, int]]) -> No
                 content = tokens[i * 8 : (i + 1) * 8]
                 if not pool.publish(blocks[i], hash=hashes[i], parent=blocks[i - 1] if i else -1, salt="", tokens=content):
                     break
-            rows.append(blocks)
-        elif rows:
-            pool.release(rows.pop(which % len(rows)))
-        pool.check(rows)
-    for blocks in rows:
+            tables.append(blocks)
+        elif tables:
+            pool.release(tables.pop(which % len(tables)))
+        pool.check(tables)
+    for blocks in tables:
         pool.release(blocks)
     assert pool.available == 12
 
