@@ -25,7 +25,7 @@ import numpy as np
 
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Logprobs
-from workers.scheduler.sequence import Sequence, add_counts, append_tokens, schedule_decodes
+from workers.scheduler.sequence import NO_TOKEN, Sequence, add_counts, append_tokens, schedule_decodes
 from workers.scheduler.step_plan import I32, PLACEHOLDER, Ints, StepPlan, StepResult, column, view, view_floats
 
 _PLACEHOLDER = column([PLACEHOLDER])
@@ -155,21 +155,21 @@ class InFlightStep:
         self.repeated_by.pending_computed, self.pending_computed = self.pending_computed + 1, 0
         return self.shared.append(view(self.plan.starts), tokens)
 
-    def answers(self, sampled: list[int], result: StepResult) -> tuple[list[int | None], list[Logprobs | None]]:
-        """Per sequence, its one of the ``sampled`` tokens, None where it only computed a chunk; and the token's log-probabilities, None
+    def answers(self, sampled: list[int], result: StepResult) -> tuple[list[int], list[Logprobs | None]]:
+        """Per sequence, its one of the ``sampled`` tokens, NO_TOKEN where it only computed a chunk; and the token's log-probabilities, None
         where it did not ask for them."""
-        tokens: list[int | None] = list(sampled)
+        tokens = sampled
         if len(tokens) < len(self.sequences):
             rest = iter(sampled)
-            tokens = [next(rest) if samples else None for samples in self.samples]
+            tokens = [next(rest) if samples else NO_TOKEN for samples in self.samples]
         if not result.logprobs:
             return tokens, [None] * len(tokens)
         own = iter(view_floats(result.logprobs).tolist())
         tops = {i: (view(ids).tolist(), view_floats(logprobs).tolist()) for i, ids, logprobs in result.top}
         scored: list[Logprobs | None] = []
         for i, (seq, token) in enumerate(zip(self.sequences, tokens, strict=True)):
-            logprob = None if token is None else next(own)
-            if token is None or seq.params.logprobs is None:
+            logprob = None if token == NO_TOKEN else next(own)
+            if token == NO_TOKEN or seq.params.logprobs is None:
                 scored.append(None)
             else:
                 scored.append(Logprobs(token, logprob, *tops.get(i, ([], []))))

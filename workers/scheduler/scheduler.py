@@ -48,7 +48,7 @@ from workers.sampling.guide import GuideFactory
 from workers.scheduler.block_pool import BlockPool
 from workers.scheduler.in_flight import InFlightStep, StepDraft
 from workers.scheduler.invariants import check_invariants
-from workers.scheduler.sequence import Queue, Sequence, append_plain_tokens, arrival_of, enter_all, make_sequence
+from workers.scheduler.sequence import NO_TOKEN, Queue, Sequence, append_plain_tokens, arrival_of, enter_from_placeholders, make_sequence
 from workers.scheduler.step_plan import I32, StepPlan, StepResult, view
 
 #: Steps between two checks of an idle scheduler: one takes 0.3 s where 200,000 blocks are findable.
@@ -211,18 +211,7 @@ class Scheduler:
         if step.released:
             return
         step.released = True
-        decodes: list[Sequence] = []
-        chunks: list[Sequence] = []
-        for seq, samples in zip(step.sequences, step.samples, strict=True):
-            if seq.finished:
-                continue
-            if samples:
-                if len(seq.tokens) < seq.async_until:  # a stop token ends it one step late
-                    decodes.append(seq)
-            elif seq.pending:
-                chunks.append(seq)
-        enter_all(self._decodes, decodes)
-        for seq in chunks:
+        for seq in enter_from_placeholders(self._decodes, step.sequences, step.samples):
             self._enqueue(seq)
 
     def _draft(self) -> StepDraft:
@@ -235,11 +224,12 @@ class Scheduler:
         share = -(-active // self._micro_batches)
         most = min(share, budget)
         while decodes and len(sequences) < most:
-            seq = decodes[0]
+            seq = decodes.popleft()
             if seq.scheduled == seq.block_capacity and not self._grow(seq, draft):
                 continue
-            sequences.append(decodes.popleft())
-        decodes.extendleft(reversed(draft.stuck))
+            sequences.append(seq)
+        for seq in reversed(draft.stuck):
+            seq.enter_first(decodes)
         self._short_of_blocks = bool(draft.stuck)
         draft.decodes = len(sequences)
         draft.counts = [1] * draft.decodes
@@ -251,14 +241,13 @@ class Scheduler:
         return draft
 
     def _grow(self, seq: Sequence, draft: StepDraft) -> bool:
-        """Give a block to the first of the decodes; if none is free, preempt the youngest sequence, which may be this one.
-
-        False: it is not in this step and not the first of the decodes any more.
-        """
+        """Give a block to a sequence that was popped from the decodes; if none is free, preempt the youngest one, which may be itself.
+        False: it is not in this step."""
+        seq.taken()
         while (fresh := self._pool.allocate(1)) is None:
             victim = self._victim(seq)
             if victim is None:  # all other blocks belong to sequences of this step or in flight: try again after them
-                draft.stuck.append(self._decodes.popleft())
+                draft.stuck.append(seq)
                 return False
             self._preempt(victim)
             if victim is seq:
@@ -272,7 +261,7 @@ class Scheduler:
         draft, which may be ``seq`` itself. None: only blocks of sequences in flight or in the draft could be given up."""
         if holders := [other for other in self._paused if other.slot >= 0]:
             return max(holders, key=arrival_of)
-        others = [other for other in chain(self._decodes, self._prefills) if not other.in_flight and other is not seq]
+        others = [other for other in chain(self._decodes, self._prefills) if not other.in_flight]
         if not others:
             return None
         youngest = max(others, key=arrival_of)
@@ -366,7 +355,7 @@ class Scheduler:
                     self._enqueue(seq)
         return emissions
 
-    def _update_sequence(self, seq: Sequence, token: int | None, logprobs: Logprobs | None) -> Emission | None:
+    def _update_sequence(self, seq: Sequence, token: int, logprobs: Logprobs | None) -> Emission | None:
         """Take the answer of one step, already counted as computed, to a sequence that needs more than a token appended. None: nothing is
         emitted."""
         if seq.finished:  # it ended or was cancelled while in flight; after its last step nothing can write its blocks any more
@@ -375,7 +364,7 @@ class Scheduler:
             return None
         if seq.computed >= seq.prefix.publish_at:
             seq.publish(self._pool)
-        if token is not None:
+        if token != NO_TOKEN:
             emission = seq.accept(token, logprobs)
         elif seq.computed == seq.known:
             emission = seq.accept_nothing()

@@ -24,6 +24,8 @@ Queue = deque["Sequence"]
 
 #: A ``publish_at`` that no sequence reaches.
 NEVER = 2**62
+#: Result of a step that computed only a chunk of a sequence, beside token ids and -1 (logits were not finite).
+NO_TOKEN = -2
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ class Sequence:
         max_len: length of ``tokens`` at which it ends.
         nothing_to_emit: it came with all of its output. It ends once computed; where no prompt is scored, one token is enough for that.
         async_eligible: its next token, whatever it is, changes nothing in how the one after it is chosen.
-        special_tokens: results that are not simply emitted: its stop tokens, and -1, which says that the logits were not finite.
+        special_tokens: results that are not simply emitted: its stop tokens, -1 (logits were not finite), and NO_TOKEN.
 
     Lengths that decide what a step may do with it, kept because every step asks:
         allowed_len: length of ``tokens`` at which its credit is used up.
@@ -162,6 +164,11 @@ class Sequence:
         self.queue = queue
         queue.append(self)
 
+    def enter_first(self, queue: Queue) -> None:
+        """Go to the front of ``queue``."""
+        self.queue = queue
+        queue.appendleft(self)
+
     def enter_by_arrival(self, queue: Queue) -> None:
         """Go to the place in ``queue`` that its arrival gives it."""
         self.queue = queue
@@ -171,6 +178,10 @@ class Sequence:
         """Wait for credit in ``queue``."""
         self.paused_at = now
         self.enter(queue)
+
+    def taken(self) -> None:
+        """Note that the scheduler has popped it from its queue."""
+        self.queue = None
 
     def leave_queue(self) -> None:
         if self.queue is not None:
@@ -310,11 +321,22 @@ def arrival_of(seq: Sequence) -> int:
 # For many sequences at once: most steps do nothing else, and a call for each sequence would cost more than its work.
 
 
-def enter_all(queue: Queue, sequences: list[Sequence]) -> None:
-    """Each of ``sequences`` goes to the end of ``queue``."""
-    for seq in sequences:
-        seq.queue = queue
-    queue.extend(sequences)
+def enter_from_placeholders(queue: Queue, sequences: list[Sequence], samples: list[int]) -> list[Sequence]:
+    """Each of ``sequences`` whose step ``samples`` a token goes to the end of ``queue`` before that token is there, if it may.
+
+    Returns those that have more of their prompt to compute.
+    """
+    chunks: list[Sequence] = []
+    for seq, sampled in zip(sequences, samples, strict=True):
+        if seq.finished:
+            continue
+        if sampled:
+            if len(seq.tokens) < seq.async_until:  # a stop token ends it one step late
+                seq.queue = queue
+                queue.append(seq)
+        elif seq.pending:
+            chunks.append(seq)
+    return chunks
 
 
 def schedule_decodes(sequences: list[Sequence]) -> list[int]:
@@ -336,7 +358,7 @@ def add_counts(sequences: list[Sequence], *, scheduled: int, computed: int) -> N
 
 
 def append_plain_tokens(
-    sequences: list[Sequence], counts: list[int], tokens: list[int | None], logprobs: list[Logprobs | None]
+    sequences: list[Sequence], counts: list[int], tokens: list[int], logprobs: list[Logprobs | None]
 ) -> tuple[list[Emission], list[int], list[Sequence]]:
     """Count a step's query lengths as computed, and emit the token of each sequence where it only has to be appended.
 
@@ -346,13 +368,13 @@ def append_plain_tokens(
     emissions: list[Emission] = []
     special: list[int] = []
     idle: list[Sequence] = []
-    for i, (seq, count, token, scores) in enumerate(zip(sequences, counts, tokens, logprobs, strict=True)):
+    for seq, count, token, scores in zip(sequences, counts, tokens, logprobs, strict=True):
         seq.computed = computed = seq.computed + count
-        if computed < seq.plain_until and token is not None and token not in seq.special_tokens and scores is None:
+        if computed < seq.plain_until and token not in seq.special_tokens and scores is None:
             seq.tokens.append(token)
             emissions.append(Emission(seq.id, computed - seq.prompt_len, [token]))
         else:
-            special.append(i)
+            special.append(len(emissions) + len(special))
         if computed == seq.scheduled and seq.queue is None:
             idle.append(seq)
     return emissions, special, idle
@@ -388,7 +410,7 @@ def make_sequence(
         max_len=len(request.prompt_ids) + params.max_tokens,
         nothing_to_emit=len(request.emitted) >= params.max_tokens or (guide is not None and guide.done()),
         async_eligible=guide is None and not wants_scores and not has_penalties(params),
-        special_tokens=_shared(stop_set(params, eos_ids) | {-1}),
+        special_tokens=_shared(stop_set(params, eos_ids) | {-1, NO_TOKEN}),
         guide=guide,
         prompt_scores=[Logprobs(tokens[0], None, [], [])] if wants_scores else None,
         prefix=PrefixCursor(request.salt),
