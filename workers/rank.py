@@ -60,7 +60,7 @@ class Signals:
 def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: StateFile, terminal: int, signals: Signals) -> None:
     """Rank 0's life with a loaded engine; returns when the replica has drained and the engine is closed on every rank.
 
-    Raises what :meth:`Leader.run` raises, and SystemExit when told to stop at once: the caller must then abort the world.
+    Raises what :meth:`Leader.run` raises, and SystemExit when a signal ends it at once: the caller must then abort the world.
     """
 
     def die(error: TriremeError) -> None:

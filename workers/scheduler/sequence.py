@@ -82,7 +82,7 @@ class Sequence:
     What changes as it moves:
         queue: the queue that holds it; None while it is in flight, or finished.
         slot, blocks: its slot (-1 = none) and block table, which has room for ``block_capacity`` tokens.
-        scheduled: tokens that are computed or in a step in flight. A repeated step counts here only once it is
+        scheduled: tokens that are computed or in a step in flight; those of a repeated step only after
             :meth:`~workers.scheduler.in_flight.InFlightStep.apply_deferred`.
         cached_tokens: prompt tokens found in the prefix cache at the first admission; -1 before it.
         paused_at: when it was paused, seconds.
