@@ -27,7 +27,7 @@ def submit(id: int, prompt: list[int], output: int) -> Submit:
         stream=id,
         attempt=1,
         client="bench",
-        request=str(id),
+        request_id=str(id),
         model="bench",
         prompt_ids=prompt,
         params=SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True),

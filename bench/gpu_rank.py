@@ -144,7 +144,7 @@ def submits(requests: int, isl: int, osl: int, vocab: int, seed: int) -> list[Su
             stream=i,
             attempt=0,
             client="bench",
-            request=str(i),
+            request_id=str(i),
             model="bench",
             prompt_ids=[draw.randrange(vocab) for _ in range(isl)],
             params=SamplingParams(temperature=1.0, seed=seed + i, max_tokens=osl, ignore_eos=True),

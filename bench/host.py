@@ -90,7 +90,7 @@ def request(i: int, first: int, tokens: int) -> Submit:
     """Request ``i``, whose prompt begins with ``first``. Prompts differ in length, so blocks fill up in turns."""
     params = SamplingParams(temperature=1.0, seed=i, max_tokens=tokens, ignore_eos=True)
     prompt = [first, *((7 * i + 3 * j) % 300 for j in range(15 + i % 16))]
-    return Submit(boot="b", stream=i, attempt=0, client="c", request=str(i), model="m", prompt_ids=prompt, params=params)
+    return Submit(boot="b", stream=i, attempt=0, client="c", request_id=str(i), model="m", prompt_ids=prompt, params=params)
 
 
 def step(engine: PortableEngine, pause_s: float) -> tuple[list[Emission], float]:

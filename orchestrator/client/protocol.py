@@ -277,7 +277,7 @@ class ClientProtocol:
         self._post(
             exchange,
             Generate(
-                boot=self._boot, stream=exchange.stream, request=exchange.request, endpoint=exchange.endpoint, body=exchange.body,
+                boot=self._boot, stream=exchange.stream, request_id=exchange.request, endpoint=exchange.endpoint, body=exchange.body,
                 attempt=exchange.attempt, journal=exchange.journal(), texts=exchange.texts, deadline_ms=left, credit=WINDOW,
             ),
         )  # fmt: skip

@@ -281,7 +281,7 @@ def _describe(replica: Replica, now: float) -> dict[str, object]:
         "max_num_tokens": capacity.max_num_tokens,
         "block_size": capacity.block_size,
         "num_blocks": capacity.num_blocks,
-        "free_blocks": load.free_blocks if load is not None else capacity.num_blocks,
+        "free_blocks": load.stats.free_blocks if load is not None else capacity.num_blocks,
         "rows": len(replica.streams),
         "paused": replica.paused,
         "signal_age_s": round(now - replica.seen, 3),
@@ -292,5 +292,5 @@ def _describe(replica: Replica, now: float) -> dict[str, object]:
         "running", "waiting", "step", "busy_ms", "step_ms", "prefill_tokens", "prompt_tokens_total", "output_tokens_total",
         "prefix_queries_total", "prefix_hits_total", "preemptions_total", "step_tokens", "step_tokens_total",
     ):  # fmt: skip
-        row[field] = getattr(load, field) if load is not None else 0
+        row[field] = getattr(load if field in ("step", "busy_ms") else load.stats, field) if load is not None else 0
     return row

@@ -41,7 +41,7 @@ from orchestrator.router.net.replica_link import ReplicaLink
 from orchestrator.router.net.router_socket import RouterSocket
 from orchestrator.router.rpc.server import RpcServer
 from workers.protocol.errors import ConfigError, EnvironmentFault
-from workers.protocol.messages import Peers, ToReplica
+from workers.protocol.messages import RouterHeartbeat, ToReplica
 from workers.serving.router_io import KeyPair
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class RouterProcess:
         self._spec, self._texts, self._load_grants, self._load_api_keys = spec, texts, load_grants, load_api_keys
         self._api_keys = ApiKeys(load_api_keys() or ()) if load_api_keys is not None else None
         boot = secrets.token_hex(8)
-        greeting = Peers(boot=boot, router=spec.name, routers=spec.peers)
+        greeting = RouterHeartbeat(boot=boot, router=spec.name, routers=spec.peers)
         self._acl = CurveAcl(load_grants() or {})
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._listener = bind(spec.http) if spec.http is not None else None

@@ -27,15 +27,14 @@ from workers.protocol.messages import (
     FromReplica,
     Heartbeat,
     Hello,
-    Peers,
+    RouterHeartbeat,
     Submit,
     Tokens,
     ToReplica,
 )
-from workers.protocol.messages import Drain as DrainOrder
 from workers.protocol.specs import EngineSpec, Parallel
 from workers.serving.router_link import CloseSocket, OpenSocket, RouterLink, RouterLost, SendHello, Verdict
-from workers.serving.stream_table import Action, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
+from workers.serving.stream_table import Action, BeginDrain, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
 HEARTBEAT_S, HANG_FLOOR_S, ORPHAN_S = 0.25, 1.0, 1.0
 BLOCK_SIZE = 8
@@ -93,7 +92,7 @@ class SimPort:
         self._gang.routes[self.link.boot] = self
         if isinstance(message, Bye) and message.reason != "stale":
             self.carry_out(self.link.broken(self._gang.now))
-        elif not isinstance(message, Peers):
+        elif not isinstance(message, RouterHeartbeat):
             self._gang.deliver(message)
 
 
@@ -122,8 +121,8 @@ class SimReplica:
         self.ports = [SimPort(self, i, far) for i, far in enumerate(routers)]
         #: Ports by the nonce of the router that lives there.
         self.routes: dict[str, SimPort] = {}
-        #: Messages of routers, and nonces of lost ones.
-        self._inbox: deque[tuple[float, ToReplica | str]] = deque()
+        #: Messages of routers, orders to drain, and nonces of lost routers.
+        self._inbox: deque[tuple[float, ToReplica | BeginDrain | str]] = deque()
         self.gone = self.frozen = False
         self._backlog: list[Callable[[], None]] = []
         #: When the running step began, None between steps, and how long it should take, seconds.
@@ -176,7 +175,7 @@ class SimReplica:
         self._extra_s += seconds
 
     def drain(self, grace_s: float) -> None:
-        self.deliver(DrainOrder(boot=self.boot, grace_ms=int(grace_s * 1000)))
+        self.deliver(BeginDrain(grace_s))
 
     def die(self, why: str, *, flush: bool = False) -> None:
         """At once; ``flush``: what it had sent still arrives."""
@@ -207,12 +206,9 @@ class SimReplica:
         if busy_s > max(HANG_FLOOR_S, 4 * self._predicted_s):
             self.die("no progress")
             return
-        stats = self.engine.stats()
         message = Heartbeat(
-            boot=self.boot, epoch=self.epoch, step=self._steps, busy_ms=busy_s * 1000.0, predicted_ms=self._predicted_s * 1000.0,
-            running=stats.running, waiting=stats.waiting, free_blocks=stats.free_blocks, num_blocks=stats.num_blocks,
-            prefill_tokens=stats.prefill_tokens, draining=self.sessions.draining, step_ms=stats.step_ms,
-            output_tokens_total=stats.output_tokens_total,
+            boot=self.boot, step=self._steps, busy_ms=busy_s * 1000.0, predicted_ms=self._predicted_s * 1000.0,
+            draining=self.sessions.draining, stats=self.engine.stats(),
         )  # fmt: skip
         for port in self.ports:
             if port.link.up:
@@ -223,11 +219,11 @@ class SimReplica:
 
     def hello(self) -> Hello:
         return Hello(
-            boot=self.boot, protocol=PROTOCOL, replica=self.name, model="m", epoch=self.epoch, spec_hash="", resume=self.engine.resume,
-            capacity=self.engine.capacity, live=self.sessions.live(),
+            boot=self.boot, protocol=PROTOCOL, replica=self.name, model="m", epoch=self.epoch, resume=self.engine.resume,
+            capacity=self.engine.capacity,
         )  # fmt: skip
 
-    def deliver(self, event: ToReplica | str) -> None:
+    def deliver(self, event: ToReplica | BeginDrain | str) -> None:
         self._inbox.append((self.now, event))
         self.later(0.0, self.turn)
 
@@ -250,7 +246,7 @@ class SimReplica:
             self._woken_at = due
             self.later(max(0.0, due - self.now), self.turn)
 
-    def _handle(self, received: float, event: ToReplica | str) -> None:
+    def _handle(self, received: float, event: ToReplica | BeginDrain | str) -> None:
         match event:
             case Submit():
                 self._act(self.sessions.submit(event, received))
@@ -262,8 +258,8 @@ class SimReplica:
                 self._act(self.sessions.credit(event))
             case str():
                 self.sessions.lost(event, received)
-            case DrainOrder(grace_ms=grace_ms):
-                self.sessions.drain(received, grace_ms / 1000.0)
+            case BeginDrain(grace_s=grace_s):
+                self.sessions.drain(received, grace_s)
             case Bye():
                 self._farewell("stale")
             case _:
@@ -315,4 +311,5 @@ class SimReplica:
         stats = self.engine.stats()
         assert not len(self.sessions), f"{self.boot} holds rows of {self.sessions.live()}"
         assert stats.running == stats.waiting == 0, f"{self.boot}: {stats.running} rows run and {stats.waiting} wait"
-        assert stats.free_blocks == stats.num_blocks, f"{self.boot}: {stats.num_blocks - stats.free_blocks} blocks leaked"
+        blocks = self.engine.capacity.num_blocks
+        assert stats.free_blocks == blocks, f"{self.boot}: {blocks - stats.free_blocks} blocks leaked"

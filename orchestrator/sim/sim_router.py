@@ -20,7 +20,7 @@ from orchestrator.sim.sim_network import SimConnection
 from orchestrator.sim.sim_replica import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.timeline import Timeline
 from workers.protocol.errors import TriremeError
-from workers.protocol.messages import FinishReason, FromReplica, Logprobs, Peers, SamplingParams, ToReplica, Usage
+from workers.protocol.messages import FinishReason, FromReplica, Logprobs, RouterHeartbeat, SamplingParams, ToReplica, Usage
 
 TICK_S, REPLICA_TIMEOUT_S, ACCEPT_S = 0.2, 1.0, 2.0
 #: A router proves its indexes after every so many turns, and whenever it is idle.
@@ -103,7 +103,7 @@ class SimRouter:
     def start(self) -> None:
         self.life += 1
         self.up = True
-        greeting = Peers(boot=f"router{self.index}.{self.life}", router=f"router{self.index}")
+        greeting = RouterHeartbeat(boot=f"router{self.index}.{self.life}", router=f"router{self.index}")
         self._greeting = greeting
         # What a client may lose to a bound (a queue's, a request's deaths) is for other tests: here everything must end well.
         admission = AdmissionSpec(max_queue=4, queue_timeout_s=0.0, request_timeout_s=0.0, replica_limit=1000)

@@ -125,7 +125,7 @@ def portable_tokens(model: Path, prompt: list[int], count: int) -> list[int]:
     """What the portable engine says after ``prompt``, in this process; fixed shapes make it the same bits as in a replica."""
     engine = build(ReplicaSpec(name="r", model="m", artifact=str(model), engine=EngineSpec(**LIMITS)), None)  # type: ignore[arg-type]
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-    asked = Submit(boot="b", stream=1, attempt=0, client="c", request="q", model="m", prompt_ids=prompt, params=params)
+    asked = Submit(boot="b", stream=1, attempt=0, client="c", request_id="q", model="m", prompt_ids=prompt, params=params)
     engine.submit(1, asked)  # type: ignore[union-attr]
     tokens: list[int] = []
     while len(tokens) < count:

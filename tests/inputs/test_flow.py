@@ -36,6 +36,7 @@ from workers.engines.fake import expected_tokens
 from workers.protocol.engine import PAUSE_S
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams
 from workers.protocol.specs import RouterAddress
+from workers.protocol.status import EngineStats
 from workers.serving.router_io import KeyPair, RouterIo
 
 #: As many tokens as a reader asks for, and rows that run at once.
@@ -250,9 +251,7 @@ class _Mind:
         raise AssertionError("nobody connects")
 
     def beat(self) -> Heartbeat:
-        return Heartbeat(
-            boot="b", epoch=1, step=0, busy_ms=0.0, predicted_ms=0.0, running=0, waiting=0, free_blocks=0, num_blocks=0
-        )  # fmt: skip
+        return Heartbeat(boot="b", step=0, busy_ms=0.0, predicted_ms=0.0, stats=EngineStats())
 
     def deliver(self, received: float, event: object) -> None: ...
 

@@ -38,6 +38,7 @@ from workers.protocol.messages import (
     Tokens,
     Usage,
 )
+from workers.protocol.status import EngineStats
 
 SEED = 20261122
 pack, unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
@@ -89,9 +90,9 @@ def a_frame(mutator: Mutator, boot: str) -> bytes:
     else:
         journal = Journal(prompt_ids=[1, 2, 3], seed=5, emitted=[[65, 66]]) if kind == 3 else None
         message = Generate(
-            boot=boot, stream=stream, request=request, endpoint="chat" if path == CHAT else "completions", body=json.dumps(body).encode(),
-            attempt=pick.randrange(3), journal=journal, credit=pick.choice((1, 16, messages.UNLIMITED)), deadline_ms=2000,
-            texts=pick.random() < 0.5,
+            boot=boot, stream=stream, request_id=request, endpoint="chat" if path == CHAT else "completions",
+            body=json.dumps(body).encode(), attempt=pick.randrange(3), journal=journal,
+            credit=pick.choice((1, 16, messages.UNLIMITED)), deadline_ms=2000, texts=pick.random() < 0.5,
         )  # fmt: skip
     return _spoilt(mutator, message, body)
 
@@ -274,13 +275,11 @@ def test_mutated_http_requests(world: World, count: int) -> None:
 
 
 CAPACITY = Capacity(block_size=16, num_blocks=4096, max_batch_size=8, max_num_tokens=256, max_seq_len=1024, vocab_size=320, tp=1, pp=1)
-HELLO = Hello(boot="mad", protocol=1, replica="mad", model="m", epoch=1, spec_hash="x", resume="bitwise", capacity=CAPACITY)
-BEAT = Heartbeat(
-    boot="mad", epoch=1, step=1, busy_ms=0.0, predicted_ms=1.0, running=1, waiting=0, free_blocks=4000, num_blocks=4096, step_ms=1.0
-)
+HELLO = Hello(boot="mad", protocol=messages.PROTOCOL, replica="mad", model="m", epoch=1, resume="bitwise", capacity=CAPACITY)
+BEAT = Heartbeat(boot="mad", step=1, busy_ms=0.0, predicted_ms=1.0, stats=EngineStats(running=1, free_blocks=4000, step_ms=1.0))
 
 
-NONE = Submit(boot="", stream=1, attempt=1, client="", request="", model="", prompt_ids=[], params=messages.SamplingParams())
+NONE = Submit(boot="", stream=1, attempt=1, client="", request_id="", model="", prompt_ids=[], params=messages.SamplingParams())
 
 
 def a_reply(mutator: Mutator, rows: list[Submit]) -> bytes:

@@ -31,7 +31,7 @@ from tests.support.routing import RouterRun
 from workers.__main__ import read_keys as replica_read_keys
 from workers.protocol import messages
 from workers.protocol.errors import ConfigError, DeadlineExceeded, EnvironmentFault, Unavailable
-from workers.protocol.messages import Bye, Peers, Query, Tokens
+from workers.protocol.messages import Bye, Query, RouterHeartbeat, Tokens
 from workers.protocol.specs import RouterAddress
 from workers.serving.router_io import KeyPair
 
@@ -229,9 +229,9 @@ def test_a_stale_epoch_is_told_to_go_and_not_believed(world: World) -> None:
     ):
         new, old = Impostor(new_socket, "new"), Impostor(old_socket, "old")
         old.hello("b", epoch=10)
-        assert old.hear(Peers)
+        assert old.hear(RouterHeartbeat)
         new.hello("b", epoch=11)
-        assert new.hear(Peers)
+        assert new.hear(RouterHeartbeat)
         assert old.hear(Bye).reason == "stale", "the replaced process was not told"
         before = world.client.status()["counts"]
         old.tell(Tokens(boot="old", streams=[1], attempts=[1], firsts=[0], tokens=[[66]]))

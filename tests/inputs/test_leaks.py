@@ -60,8 +60,12 @@ def test_nothing_from_outside_forges_a_line_of_a_log(world: World) -> None:
             assert b"\x1b" not in received and b"forged" not in received, received
     peer = Peer(world)
     try:
-        for fields in ({"request": EVIL}, {"boot": EVIL}, {"request": secrets.token_hex(4), "body": msgspec.json.encode({EVIL: EVIL})}):
-            peer.tell(peer.generate(1, **{"request": secrets.token_hex(4), **fields}))
+        for fields in (
+            {"request_id": EVIL},
+            {"boot": EVIL},
+            {"request_id": secrets.token_hex(4), "body": msgspec.json.encode({EVIL: EVIL})},
+        ):
+            peer.tell(peer.generate(1, **{"request_id": secrets.token_hex(4), **fields}))
         peer.send(EVIL.encode())
         peer.send(messages.encode(messages.Query(boot=EVIL, stream=1, what="models")))
         peer.answers()

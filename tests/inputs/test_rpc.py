@@ -100,8 +100,10 @@ class Peer:
             if recv_monitor_message(self.events)["event"] == wanted:
                 return
 
-    def generate(self, stream: int, request: str, **fields: Any) -> Generate:
-        return Generate(**{"boot": self.boot, "stream": stream, "request": request, "endpoint": "completions", "body": BODY, **fields})
+    def generate(self, stream: int, request_id: str, **fields: Any) -> Generate:
+        return Generate(
+            **{"boot": self.boot, "stream": stream, "request_id": request_id, "endpoint": "completions", "body": BODY, **fields}
+        )
 
     def answers(self) -> None:
         """The router still listens to this peer."""
@@ -211,9 +213,9 @@ def test_the_validator_is_that_of_http(world: World, peer: Peer, row: Row) -> No
 
 
 BAD_GENERATES: list[tuple[str, dict[str, Any], str]] = [
-    ("R12", {"request": ""}, "invalid_request"),
-    ("R12", {"request": "x" * 129}, "invalid_request"),
-    ("R12", {"request": "a\nb"}, "invalid_request"),
+    ("R12", {"request_id": ""}, "invalid_request"),
+    ("R12", {"request_id": "x" * 129}, "invalid_request"),
+    ("R12", {"request_id": "a\nb"}, "invalid_request"),
     ("R12", {"boot": "x" * 10_000}, "invalid_request"),
     ("R12", {"attempt": -1}, "invalid_request"),
     ("R12", {"attempt": 2**63}, "invalid_request"),
@@ -233,7 +235,7 @@ BAD_GENERATES: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("number", "fields", "code"), BAD_GENERATES, ids=[f"{i}-{row[0]}" for i, row in enumerate(BAD_GENERATES)])
 def test_a_request_that_cannot_be(world: World, peer: Peer, number: str, fields: dict[str, Any], code: str) -> None:
-    peer.tell(peer.generate(7, **{"request": secrets.token_hex(4), **fields}))
+    peer.tell(peer.generate(7, **{"request_id": secrets.token_hex(4), **fields}))
     answer = peer.failed()
     assert (answer.code, answer.stream) == (code, 7), answer
 

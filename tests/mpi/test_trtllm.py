@@ -116,8 +116,8 @@ def test_four_ranks_stream_the_oracles_tokens_and_end_in_order(folder: Path, end
         assert held.tokens == expected_tokens([8], params(30))
 
         whole = prefix_hashes(list(range(32, 112)), 32, "")
-        end.until(lambda: len(whole) == 2 and set(whole) <= set(end.beats[-1].prefixes) and not end.beats[-1].running)
-        assert end.beats[-1].free_blocks == 2048 and end.beats[-1].prompt_tokens_total > 80
+        end.until(lambda: len(whole) == 2 and set(whole) <= set(end.beats[-1].stats.prefixes) and not end.beats[-1].stats.running)
+        assert end.beats[-1].stats.free_blocks == 2048 and end.beats[-1].stats.prompt_tokens_total > 80
 
         failed = [
             (end.submit(20, list(range(40)) * 60, params(4)), "context_length_exceeded"),
@@ -250,7 +250,7 @@ def test_the_llm_api_serves_hugging_face_weights_on_the_same_ranks(folder: Path,
         assert isinstance(streams[3].end, Failed) and streams[3].end.code == "unsupported"
         assert isinstance(bad.end, Failed) and bad.end.code == "engine_fault"
         whole = set(prefix_hashes(list(range(32, 112)), 32, ""))
-        end.until(lambda: whole <= set(end.beats[-1].prefixes) and not end.beats[-1].running)
+        end.until(lambda: whole <= set(end.beats[-1].stats.prefixes) and not end.beats[-1].stats.running)
         os.kill(gang.pid(0), signal.SIGTERM)
         assert gang.wait_exit() == 0
         gang.wait_gone()

@@ -19,6 +19,7 @@ from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.interfaces import RouterRequest
 from workers.protocol.errors import Overloaded
 from workers.protocol.messages import (
+    PROTOCOL,
     UNLIMITED,
     Accepted,
     Attach,
@@ -30,12 +31,13 @@ from workers.protocol.messages import (
     Failed,
     Heartbeat,
     Hello,
-    Peers,
+    RouterHeartbeat,
     SamplingParams,
     Submit,
     Tokens,
     Usage,
 )
+from workers.protocol.status import EngineStats
 
 ROWS = 3
 
@@ -71,14 +73,14 @@ class Leader:
 
     def hello(self) -> Hello:
         return Hello(
-            boot=self.boot, protocol=1, replica=self.name, model="m", epoch=self.epoch, spec_hash="", resume="bitwise", capacity=capacity()
+            boot=self.boot, protocol=PROTOCOL, replica=self.name, model="m", epoch=self.epoch, resume="bitwise", capacity=capacity()
         )  # fmt: skip
 
     def beat(self) -> None:
         self.outbox.append(
             Heartbeat(
-                boot=self.boot, epoch=self.epoch, step=1, busy_ms=0, predicted_ms=1, running=len(self.rows), waiting=0, free_blocks=1,
-                num_blocks=64, draining=self.draining, step_ms=1.0,
+                boot=self.boot, step=1, busy_ms=0, predicted_ms=1, draining=self.draining,
+                stats=EngineStats(running=len(self.rows), free_blocks=1, step_ms=1.0),
             )
         )  # fmt: skip
 
@@ -88,7 +90,7 @@ class Leader:
     def take(self) -> None:
         message = self.inbox.popleft()
         if isinstance(message, Submit):
-            name = (message.client, message.request)
+            name = (message.client, message.request_id)
             old = self.rows.get(name)
             if self.draining or (old is not None and message.attempt < old["attempt"]):
                 self.fail(message, "overloaded" if self.draining else "cancelled")
@@ -99,7 +101,7 @@ class Leader:
             }  # fmt: skip
             self.outbox.append(Accepted(boot=self.boot, stream=message.stream, attempt=message.attempt))
         elif isinstance(message, Attach):
-            row = self.rows.get((message.client, message.request))
+            row = self.rows.get((message.client, message.request_id))
             if row is None or row["attempt"] != message.attempt or message.have > len(row["tokens"]):
                 self.fail(message, "not_found")
                 return
@@ -139,7 +141,7 @@ class Routing(RuleBasedStateMachine):
     def begin(self, count: int) -> None:
         self.now = 100.0
         admission = AdmissionSpec(max_queue=8, queue_timeout_s=1e6, request_timeout_s=1e7, replica_limit=10_000)
-        greeting = Peers(boot="router", router="router")
+        greeting = RouterHeartbeat(boot="router", router="router")
         self.route = RouterCore(greeting, {"m": "m"}, admission, ReplicaRegistry(replica_timeout_s=50.0, hang_floor_s=60.0), accept_s=30.0)
         self.epoch = 1
         self.leaders = {f"r{i}": Leader(f"r{i}", 1) for i in range(count)}
@@ -159,7 +161,7 @@ class Routing(RuleBasedStateMachine):
                     self.route.unreachable(action.peer, self.now)
                 elif isinstance(action.message, Bye):
                     assert action.message.reason != "stale", "an honest fleet holds no stale epoch"
-                elif not isinstance(action.message, Peers):
+                elif not isinstance(action.message, RouterHeartbeat):
                     leader.inbox.append(action.message)
                 continue
             if isinstance(action, DeliverTokens):

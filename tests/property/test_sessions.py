@@ -49,7 +49,7 @@ class SessionsMachine(RuleBasedStateMachine):
                     if request.prompt_ids[0] == 666:
                         self.act(self.sessions.refused(id, TooLong("no")))
                     else:
-                        self.engine[id] = (request.request, len(request.emitted))
+                        self.engine[id] = (request.request_id, len(request.emitted))
                         self.act(self.sessions.started(id))
                 case StopSequence(id=id):
                     del self.engine[id]
@@ -77,7 +77,7 @@ class SessionsMachine(RuleBasedStateMachine):
         self.streams += 1
         emitted = [token(name, position) for position in range(journal)]
         message = Submit(
-            boot=route, stream=self.streams, attempt=attempt, client="c", request=name, model="m", prompt_ids=[666 if bad else 1],
+            boot=route, stream=self.streams, attempt=attempt, client="c", request_id=name, model="m", prompt_ids=[666 if bad else 1],
             params=SamplingParams(max_tokens=100), emitted=emitted, deadline_ms=deadline,
         )  # fmt: skip
         self.readers[route, self.streams, attempt] = reader = Reader(name, journal)
@@ -91,7 +91,7 @@ class SessionsMachine(RuleBasedStateMachine):
     def attach(self, route: str, name: str, attempt: int, have: int) -> None:
         self.streams += 1
         self.readers[route, self.streams, attempt] = Reader(name, have)
-        self.act(self.sessions.attach(Attach(boot=route, stream=self.streams, attempt=attempt, client="c", request=name, have=have)))
+        self.act(self.sessions.attach(Attach(boot=route, stream=self.streams, attempt=attempt, client="c", request_id=name, have=have)))
 
     @rule(pick=st.randoms(use_true_random=False), stale=st.booleans())
     def cancel(self, pick: Random, stale: bool) -> None:

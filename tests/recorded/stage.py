@@ -20,7 +20,7 @@ from tests.recorded import door
 from tests.support.gang import short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
 from tests.support.routing import RouterRun
-from workers.protocol.messages import Accepted, Cancel, Done, Failed, Logprobs, Peers, Submit, Tokens, Usage
+from workers.protocol.messages import Accepted, Cancel, Done, Failed, Logprobs, RouterHeartbeat, Submit, Tokens, Usage
 
 MAX_BODY = 1 << 16
 FOREVER_S = 3600.0
@@ -70,8 +70,8 @@ class Stage:
         """One more replica, which has said hello and one heartbeat."""
         replica = Impostor(self._stack.enter_context(dealer(self.state.back)), boot)
         replica.hello(name, epoch=EPOCH)
-        replica.hear(Peers)
-        replica.beat(epoch=EPOCH)
+        replica.hear(RouterHeartbeat)
+        replica.beat()
         return replica
 
     @property

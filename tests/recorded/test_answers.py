@@ -25,7 +25,7 @@ CONTINUOUS: dict[str, Any] = {"stream": True, "stream_options": {"include_usage"
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 #: Fields of a message that are new in every run.
-NEW_EACH_TIME = ("boot", "stream", "request", "salt", "deadline_ms")
+NEW_EACH_TIME = ("boot", "stream", "request_id", "salt", "deadline_ms")
 
 HELLO = (Line(("He", "llo", "!"), stop_id=IM_END),)
 TWO = (Line(("a", "b", "c"), "length"), Line(("x", "y"), stop_id=IM_END))

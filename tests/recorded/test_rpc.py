@@ -68,7 +68,7 @@ def readable(value: Any) -> Any:
 
 def generate(stream: int, body: dict[str, Any], **fields: Any) -> Generate:
     endpoint: Any = "chat" if "messages" in body else "completions"
-    return Generate(boot="client-boot", stream=stream, request=f"q{stream}", endpoint=endpoint, body=json.dumps(body).encode(), **fields)
+    return Generate(boot="client-boot", stream=stream, request_id=f"q{stream}", endpoint=endpoint, body=json.dumps(body).encode(), **fields)
 
 
 def answered(stage: Stage, talk: Talk, asked: Generate, pieces: Sequence[Sequence[str]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.recorded.recording import MASK, as_json, as_text, check, check_names, masked, without
-from tests.recorded.stage import EPOCH, Line, Stage
+from tests.recorded.stage import Line, Stage
 from tests.support.gang import Gang, short_folder, wait_for
 from workers.protocol.messages import Bye
 
@@ -29,7 +29,7 @@ TIMES = ("age_s", "signal_age_s", "tok_s", "time", "started", "total_s", "since"
 #: Series whose values are, too, or the machine's.
 UNSTEADY = re.compile(r"process_|trireme_[a-z0-9_]*_second")
 BEAT: dict[str, Any] = {
-    "epoch": EPOCH, "step": 41, "busy_ms": 1.5, "predicted_ms": 2.5, "running": 2, "waiting": 1, "free_blocks": 40, "prefill_tokens": 32,
+    "step": 41, "busy_ms": 1.5, "predicted_ms": 2.5, "running": 2, "waiting": 1, "free_blocks": 40, "prefill_tokens": 32,
     "step_ms": 2.25, "prompt_tokens_total": 1000, "output_tokens_total": 500, "prefix_queries_total": 60, "prefix_hits_total": 20,
     "preemptions_total": 1, "step_tokens": [3, 2, 1, *[0] * 13], "step_tokens_total": 9,
 }  # fmt: skip

@@ -16,6 +16,7 @@ import pytest
 from tests.recorded.recording import as_json, check, check_names
 from workers.protocol import messages
 from workers.protocol.specs import Quant, RouterAddress
+from workers.protocol.status import EngineStats
 
 AREA = "wire"
 DIRECTIONS: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
@@ -50,35 +51,33 @@ FIRST, NEXT = messages.Logprobs(104, None, [], []), messages.Logprobs(105, -0.5,
 MESSAGES: dict[str, tuple[Any, Any]] = {
     "submit": (
         messages.Submit(
-            boot="b1", stream=3, attempt=1, client="alice", request="q1", model="m", prompt_ids=[104, 105], params=PARAMS, emitted=[72, 73],
-            salt="salt", credit=256, deadline_ms=5000, marks=("x-1", "4bf92f3577b34da6a3ce929d0e0e4736"),
+            boot="b1", stream=3, attempt=1, client="alice", request_id="q1", model="m", prompt_ids=[104, 105], params=PARAMS,
+            emitted=[72, 73], salt="salt", credit=256, deadline_ms=5000, marks=("x-1", "4bf92f3577b34da6a3ce929d0e0e4736"),
         ),
-        messages.Submit(boot="b1", stream=3, attempt=0, client="alice", request="q1", model="m", prompt_ids=[104], params=SHORT_PARAMS),
+        messages.Submit(boot="b1", stream=3, attempt=0, client="alice", request_id="q1", model="m", prompt_ids=[104], params=SHORT_PARAMS),
     ),
     "attach": (
-        messages.Attach(boot="b1", stream=3, attempt=1, client="alice", request="q1", have=5, credit=256),
-        messages.Attach(boot="b1", stream=3, attempt=1, client="alice", request="q1", have=0),
+        messages.Attach(boot="b1", stream=3, attempt=1, client="alice", request_id="q1", have=5, credit=256),
+        messages.Attach(boot="b1", stream=3, attempt=1, client="alice", request_id="q1", have=0),
     ),
     "cancel": (messages.Cancel(boot="b1", stream=3, attempt=1), messages.Cancel(boot="b1", stream=3)),
     "credit": (messages.Credit(boot="b1", streams=[3, 4], tokens=[10, 20]), messages.Credit(boot="b1", streams=[], tokens=[])),
-    "drain": (messages.Drain(boot="b1", grace_ms=30_000), messages.Drain(boot="b1", grace_ms=0)),
-    "peers": (
-        messages.Peers(
+    "router_heartbeat": (
+        messages.RouterHeartbeat(
             boot="b1", router="router0",
             routers=(
                 RouterAddress(endpoint="tcp://127.0.0.1:8200", server_key="k" * 40),
                 RouterAddress(endpoint="tcp://[::1]:8201", server_key="l" * 40),
             ),
         ),
-        messages.Peers(boot="b1", router="router0"),
+        messages.RouterHeartbeat(boot="b1", router="router0"),
     ),
     "hello": (
         messages.Hello(
-            boot="b2", protocol=messages.PROTOCOL, replica="a", model="m", epoch=2**50, spec_hash="5ec", resume="margin", capacity=CAPACITY,
-            live=[("alice", "q1"), ("bob", "q2")],
+            boot="b2", protocol=messages.PROTOCOL, replica="a", model="m", epoch=2**50, resume="margin", capacity=CAPACITY,
         ),
         messages.Hello(
-            boot="b2", protocol=messages.PROTOCOL, replica="a", model="m", epoch=1, spec_hash="", resume="bitwise", capacity=SHORT_CAPACITY
+            boot="b2", protocol=messages.PROTOCOL, replica="a", model="m", epoch=1, resume="bitwise", capacity=SHORT_CAPACITY
         ),
     ),
     "accepted": (
@@ -87,14 +86,14 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
     ),
     "heartbeat": (
         messages.Heartbeat(
-            boot="b2", epoch=7, step=100, busy_ms=1.5, predicted_ms=2.5, running=3, waiting=2, free_blocks=10, num_blocks=64,
-            prefill_tokens=128, draining=True, step_ms=2.25, prompt_tokens_total=1000, output_tokens_total=500, prefix_queries_total=40,
-            prefix_hits_total=20, preemptions_total=1, step_tokens=[1] * (len(messages.STEP_TOKEN_BUCKETS) + 1), step_tokens_total=1500,
-            prefixes=[1, 2**63],
+            boot="b2", step=100, busy_ms=1.5, predicted_ms=2.5, draining=True,
+            stats=EngineStats(
+                running=3, waiting=2, free_blocks=10, prefill_tokens=128, step_ms=2.25, prompt_tokens_total=1000, output_tokens_total=500,
+                prefix_queries_total=40, prefix_hits_total=20, preemptions_total=1,
+                step_tokens=[1] * (len(messages.STEP_TOKEN_BUCKETS) + 1), step_tokens_total=1500, prefixes=[1, 2**63],
+            ),
         ),
-        messages.Heartbeat(
-            boot="b2", epoch=7, step=0, busy_ms=0.0, predicted_ms=0.0, running=0, waiting=0, free_blocks=64, num_blocks=64
-        ),
+        messages.Heartbeat(boot="b2", step=0, busy_ms=0.0, predicted_ms=0.0, stats=EngineStats(free_blocks=64)),
     ),
     "tokens": (
         messages.Tokens(
@@ -116,10 +115,10 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
     "bye": (messages.Bye(boot="b2", reason="stale"), messages.Bye(boot="b2", reason="")),
     "generate": (
         messages.Generate(
-            boot="b3", stream=1, request="q1", endpoint="chat", body=b'{"model":"m"}', attempt=1, credit=256, deadline_ms=5000, texts=False,
-            journal=messages.Journal(prompt_ids=[104, 105], seed=9, emitted=[[72], []]),
+            boot="b3", stream=1, request_id="q1", endpoint="chat", body=b'{"model":"m"}', attempt=1, credit=256, deadline_ms=5000,
+            texts=False, journal=messages.Journal(prompt_ids=[104, 105], seed=9, emitted=[[72], []]),
         ),
-        messages.Generate(boot="b3", stream=1, request="q1", endpoint="completions", body=b""),
+        messages.Generate(boot="b3", stream=1, request_id="q1", endpoint="completions", body=b""),
     ),
     "query": (messages.Query(boot="b3", stream=1, what="status"), messages.Query(boot="b3", stream=1, what="models")),
     "report": (messages.Report(boot="b1", stream=1, body=b'{"router":"router0"}'), messages.Report(boot="b1", stream=1, body=b"")),

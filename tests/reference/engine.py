@@ -20,7 +20,15 @@ class Stream:
 
 def request(prompt: list[int], params: SamplingParams, *, id: int = 0, emitted: list[int] | None = None) -> Submit:
     return Submit(
-        boot="test", stream=id, attempt=0, client="c", request=str(id), model="m", prompt_ids=prompt, params=params, emitted=emitted or []
+        boot="test",
+        stream=id,
+        attempt=0,
+        client="c",
+        request_id=str(id),
+        model="m",
+        prompt_ids=prompt,
+        params=params,
+        emitted=emitted or [],
     )
 
 

@@ -41,7 +41,7 @@ def submit(
     prompt: list[int], params: SamplingParams, *, emitted: list[int] | None = None, salt: str = "", credit: int = UNLIMITED
 ) -> Submit:
     return Submit(
-        boot="b", stream=0, attempt=0, client="c", request="r", model="m",
+        boot="b", stream=0, attempt=0, client="c", request_id="r", model="m",
         prompt_ids=prompt, params=params, emitted=emitted or [], salt=salt, credit=credit,
     )  # fmt: skip
 

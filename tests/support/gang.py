@@ -22,7 +22,7 @@ import msgspec
 import zmq
 
 from workers.protocol import messages
-from workers.protocol.messages import Accepted, Done, Failed, Heartbeat, Hello, Peers, SamplingParams, Submit, Tokens
+from workers.protocol.messages import Accepted, Done, Failed, Heartbeat, Hello, RouterHeartbeat, SamplingParams, Submit, Tokens
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec, RouterAddress
 from workers.serving.state_file import ReplicaState, read_state
 
@@ -83,6 +83,7 @@ class Gang:
         artifact: str = "",
         epoch: int = 1,
         hang_floor_s: float = 10.0,
+        drain_grace_s: float = 30.0,
         ranks: int | None = None,
         key_file: str = "",
         env: dict[str, str] | None = None,
@@ -99,6 +100,7 @@ class Gang:
             routers=tuple(RouterAddress(endpoint=router) if isinstance(router, str) else router for router in routers),
             run_dir=str(self.run_dir),
             hang_floor_s=hang_floor_s,
+            drain_grace_s=drain_grace_s,
             key_file=key_file,
         )
         file = self.run_dir / "spec.json"
@@ -235,7 +237,7 @@ class RouterEnd:
     ) -> Stream:
         """Send a Submit; what comes back fills the answered Stream."""
         message = Submit(
-            boot=self.boot, stream=stream, attempt=attempt, client="c", request=request or f"q{stream}", model="m", prompt_ids=prompt,
+            boot=self.boot, stream=stream, attempt=attempt, client="c", request_id=request or f"q{stream}", model="m", prompt_ids=prompt,
             params=params, emitted=emitted or [], credit=credit, deadline_ms=deadline_ms,
         )  # fmt: skip
         self.send(message, replica)
@@ -270,7 +272,7 @@ class RouterEnd:
         for identity in identities:
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.send_multipart(
-                    [identity, messages.encode(Peers(boot=self.boot, router=self.name, routers=self._peers))], zmq.DONTWAIT
+                    [identity, messages.encode(RouterHeartbeat(boot=self.boot, router=self.name, routers=self._peers))], zmq.DONTWAIT
                 )
 
     def _take(self, identity: bytes, frame: bytes) -> None:

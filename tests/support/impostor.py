@@ -11,7 +11,8 @@ import zmq
 
 from tests.inputs.world import MODEL
 from workers.protocol import messages
-from workers.protocol.messages import Capacity, Heartbeat, Hello
+from workers.protocol.messages import PROTOCOL, Capacity, Heartbeat, Hello
+from workers.protocol.status import EngineStats
 
 CAPACITY = Capacity(block_size=16, num_blocks=64, max_batch_size=8, max_num_tokens=64, max_seq_len=1024, vocab_size=320, tp=1, pp=1)
 
@@ -42,7 +43,7 @@ class Impostor:
     def hello(self, name: str, epoch: int = 1, model: str = MODEL) -> None:
         self.tell(
             Hello(
-                boot=self.boot, protocol=1, replica=name, model=model, epoch=epoch, spec_hash="", resume="bitwise", capacity=CAPACITY
+                boot=self.boot, protocol=PROTOCOL, replica=name, model=model, epoch=epoch, resume="bitwise", capacity=CAPACITY
             )
         )  # fmt: skip
 
@@ -59,11 +60,7 @@ class Impostor:
         raise AssertionError(f"no {kind.__name__}")
 
     def beat(self, **fields: Any) -> None:
-        self.tell(
-            Heartbeat(
-                **{
-                    "boot": self.boot, "epoch": 1, "step": 1, "busy_ms": 0.0, "predicted_ms": 1.0, "running": 0, "waiting": 0,
-                    "free_blocks": 64, "num_blocks": 64, **fields,
-                }
-            )
-        )  # fmt: skip
+        """A heartbeat; ``fields``: of the message or of its stats."""
+        stats = {name: fields.pop(name) for name in EngineStats.__struct_fields__ if name in fields}
+        message = {"boot": self.boot, "step": 1, "busy_ms": 0.0, "predicted_ms": 1.0, **fields}
+        self.tell(Heartbeat(stats=EngineStats(**{"free_blocks": 64, **stats}), **message))

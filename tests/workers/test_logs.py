@@ -114,7 +114,8 @@ def test_traceparent_of_a_body_counts_where_the_door_brought_none() -> None:
 def test_a_leader_can_tell_whose_row_failed() -> None:
     sessions = StreamTable(boot="b", model="m")
     submit = Submit(
-        boot="r", stream=1, attempt=1, client="c", request="q/0", model="m", prompt_ids=[1], params=SamplingParams(), marks=("mine", "t"),
+        boot="r", stream=1, attempt=1, client="c", request_id="q/0", model="m", prompt_ids=[1], params=SamplingParams(),
+        marks=("mine", "t"),
     )  # fmt: skip
     (start,) = sessions.submit(submit, 0.0)
     assert isinstance(start, StartSequence)

@@ -19,7 +19,8 @@ import msgspec
 
 from workers.protocol.errors import EngineFault, ErrorReport, TriremeError
 
-#: Longest that a rank waits for the others here, seconds. They may read weights meanwhile, one host from its page cache and another over a network.
+#: Longest that a rank waits for the others here, seconds. Meanwhile they may read weights: one host from its page cache, another over a
+#: network.
 MEET_S = 1800.0
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.0001, 0.005
 

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from workers.engines.scheduled import ScheduledEngine
-from workers.protocol.engine import Emission, EngineStats
+from workers.protocol.engine import Emission
 from workers.protocol.messages import Capacity, Logprobs, SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel
+from workers.protocol.status import EngineStats
 from workers.sampling.definition import allowed_ids, stop_set
 from workers.sampling.guide import Guide, GuideFactory
 from workers.scheduler.scheduler import Scheduler

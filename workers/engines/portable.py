@@ -18,10 +18,11 @@ import msgspec
 from workers.distributed.group import Waiter
 from workers.distributed.rank_groups import split
 from workers.engines.scheduled import ScheduledEngine
-from workers.protocol.engine import CLOSE_S, Emission, EngineStats
+from workers.protocol.engine import CLOSE_S, Emission
 from workers.protocol.errors import EngineFault
 from workers.protocol.messages import Capacity
 from workers.protocol.specs import EngineSpec, ReplicaSpec, ResumeClass
+from workers.protocol.status import EngineStats
 from workers.runner.bring_up import bring_up
 from workers.runner.step_results import PendingResult, PlanRunner
 from workers.runner.step_time import StepTimeModel

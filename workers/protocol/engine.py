@@ -13,6 +13,7 @@ import msgspec
 
 from workers.protocol.messages import Capacity, FinishReason, Logprobs, Submit, Usage
 from workers.protocol.specs import ResumeClass
+from workers.protocol.status import EngineStats
 
 #: Seconds without credit after which a sequence gives up its place in the engine's K/V memory.
 PAUSE_S = 2.0
@@ -49,30 +50,6 @@ class Emission(msgspec.Struct, frozen=True, gc=False):
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs] | None = None
     end: Finish | Fault | None = None
-
-
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts now (sequences, blocks, prompt tokens still to be computed) and totals since start (``*_total``).
-
-    ``prefixes``: hashes of blocks that are surely in the cache, parents first, from an engine whose cache the router cannot predict.
-    ``step_tokens``: as in :class:`~workers.protocol.messages.Heartbeat`.
-    """
-
-    steps_total: int = 0
-    running: int = 0
-    waiting: int = 0
-    free_blocks: int = 0
-    num_blocks: int = 0
-    prefill_tokens: int = 0
-    step_ms: float = 0.0
-    prompt_tokens_total: int = 0
-    output_tokens_total: int = 0
-    prefix_queries_total: int = 0
-    prefix_hits_total: int = 0
-    preemptions_total: int = 0
-    step_tokens: list[int] = []
-    step_tokens_total: int = 0
-    prefixes: list[int] = []
 
 
 class Engine(Protocol):

@@ -2,7 +2,7 @@
 
 Owns the vocabulary and the codec; no sockets, no state.
 
-    router  → replica   Submit Attach Cancel Credit Drain Peers Bye
+    router  → replica   Submit Attach Cancel Credit RouterHeartbeat Bye
     replica → router    Hello Accepted Heartbeat Tokens Done Failed Bye
     client  → router    Generate Cancel Credit Query
     router  → client    Accepted Tokens Done Failed Report
@@ -10,7 +10,7 @@ Owns the vocabulary and the codec; no sockets, no state.
 ``boot`` is the sender's nonce, new at each process start: a changed nonce on a connection means that the peer was replaced behind a
 silent reconnect, and a leader says Hello again. ``stream`` is the sender-of-the-request's own handle, unique within its boot: a
 router numbers what it submits to replicas, a client numbers what it asks of a router. The lasting name of a request is
-(client, request); ``attempt`` counts its placements, and anything that carries an older attempt is dropped.
+(client, request_id); ``attempt`` counts its placements, and anything that carries an older attempt is dropped.
 
 One ZeroMQ message = one frame of payload (after the routing id where the socket adds one).
 """
@@ -23,8 +23,9 @@ import msgspec
 
 from workers.protocol.errors import Rejected
 from workers.protocol.specs import Quant, ResumeClass, RouterAddress
+from workers.protocol.status import EngineStats
 
-PROTOCOL = 1
+PROTOCOL = 2
 #: Largest frame that either side accepts, bytes (ZMQ_MAXMSGSIZE).
 MAX_FRAME = 8 << 20
 #: High-water mark of every socket, messages.
@@ -135,7 +136,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     stream: int
     attempt: int
     client: str
-    request: str
+    request_id: str
     model: str
     prompt_ids: list[int]
     params: SamplingParams
@@ -153,7 +154,7 @@ class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
     stream: int
     attempt: int
     client: str
-    request: str
+    request_id: str
     have: int
     credit: int = UNLIMITED
 
@@ -172,15 +173,9 @@ class Credit(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
     tokens: list[int]
 
 
-class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
-    """Accept nothing new; what still runs after ``grace_ms`` is failed with ``replica_lost`` and continues elsewhere."""
-
-    boot: str
-    grace_ms: int
-
-
-class Peers(msgspec.Struct, frozen=True, kw_only=True, tag="peers"):
-    """A router's answer to Hello and its heartbeat: who it is, and every router that a leader should be connected to."""
+class RouterHeartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="router_heartbeat"):
+    """Sent by a router every ``heartbeat_s``, and at once when a leader says Hello: its name, and every router that a leader should be
+    connected to."""
 
     boot: str
     router: str
@@ -198,10 +193,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     replica: str
     model: str
     epoch: int
-    spec_hash: str
     resume: ResumeClass
     capacity: Capacity
-    live: list[tuple[str, str]] = []
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="accepted"):
@@ -218,32 +211,16 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """State of a leader, sent every ``heartbeat_s`` by its I/O thread even while the engine thread is in a step.
 
-    ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: what that step was expected to take. Counters (``*_total``) run
-    from the process's start. ``step_tokens``: steps by the number of tokens that they computed, one count for each of
-    :data:`STEP_TOKEN_BUCKETS` and one beyond them; empty where the engine does not say. ``prefixes``: hashes
-    (:func:`workers.scheduler.block_pool.prefix_hashes`) of blocks that are surely in the cache, parents first, where the engine says so.
+    ``step``: number of the last step that began. ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: what that step was
+    expected to take.
     """
 
     boot: str
-    epoch: int
     step: int
     busy_ms: float
     predicted_ms: float
-    running: int
-    waiting: int
-    free_blocks: int
-    num_blocks: int
-    prefill_tokens: int = 0
+    stats: EngineStats
     draining: bool = False
-    step_ms: float = 0.0
-    prompt_tokens_total: int = 0
-    output_tokens_total: int = 0
-    prefix_queries_total: int = 0
-    prefix_hits_total: int = 0
-    preemptions_total: int = 0
-    step_tokens: list[int] = []
-    step_tokens_total: int = 0
-    prefixes: list[int] = []
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
@@ -317,12 +294,12 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
 class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
     """A client's request: ``body`` is the JSON that the HTTP endpoint of the same name takes, checked by the same validator.
 
-    ``request`` is the client's own id: a repeat attaches to the live stream. ``texts`` False = ids only (no detokenizing at the router).
+    ``request_id`` is the client's own: a repeat attaches to the live stream. ``texts`` False = ids only (no detokenizing at the router).
     """
 
     boot: str
     stream: int
-    request: str
+    request_id: str
     endpoint: ApiEndpoint
     body: bytes
     attempt: int = 0
@@ -348,7 +325,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     body: bytes
 
 
-ToReplica: TypeAlias = Submit | Attach | Cancel | Credit | Drain | Peers | Bye
+ToReplica: TypeAlias = Submit | Attach | Cancel | Credit | RouterHeartbeat | Bye
 FromReplica: TypeAlias = Hello | Accepted | Heartbeat | Tokens | Done | Failed | Bye
 FromClient: TypeAlias = Generate | Cancel | Credit | Query
 ToClient: TypeAlias = Accepted | Tokens | Done | Failed | Report

@@ -41,9 +41,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-from workers.protocol.engine import PAUSE_S, Emission, EngineStats, Fault, Finish
+from workers.protocol.engine import PAUSE_S, Emission, Fault, Finish
 from workers.protocol.errors import EngineFault
 from workers.protocol.messages import STEP_TOKEN_BUCKETS, Capacity, Logprobs, Submit
+from workers.protocol.status import EngineStats
 from workers.sampling.guide import GuideFactory
 from workers.scheduler.block_pool import BlockPool
 from workers.scheduler.in_flight import InFlightStep, StepDraft
@@ -152,11 +153,9 @@ class Scheduler:
         """Counts now and totals; ``running`` sequences have a slot, ``waiting`` ones want one (without credit they do not). Prefix queries
         and hits are counted in tokens."""
         return EngineStats(
-            steps_total=self._step,
             running=sum(seq.slot >= 0 for seq in self._sequences.values()),
             waiting=len(self._waiting),
             free_blocks=self._pool.available,
-            num_blocks=self._pool.num_blocks,
             prefill_tokens=sum(seq.pending for seq in chain(self._prefills, self._waiting)),
             step_ms=step_ms,
             prompt_tokens_total=self._prompt_tokens,

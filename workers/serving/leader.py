@@ -7,7 +7,6 @@ idle it sleeps on its inbox, and a step that makes no progress is noticed by the
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import queue
 import time
@@ -16,13 +15,14 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from workers.protocol.engine import STATS_AGE_S, Engine, EngineStats, Fault
+from workers.protocol.engine import STATS_AGE_S, Engine, Fault
 from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
-from workers.protocol.messages import PROTOCOL, Attach, Bye, Cancel, Credit, Drain, Heartbeat, Hello, Submit
+from workers.protocol.messages import PROTOCOL, Attach, Bye, Cancel, Credit, Heartbeat, Hello, Submit
 from workers.protocol.specs import ReplicaSpec
+from workers.protocol.status import EngineStats
 from workers.serving.router_io import Event, KeyPair, RouterGone, RouterIo
 from workers.serving.state_file import Phase
-from workers.serving.stream_table import Action, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
+from workers.serving.stream_table import Action, BeginDrain, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
 #: Longest sleep of an idle engine thread, seconds.
 IDLE_S = 0.5
@@ -44,11 +44,10 @@ class LeaderVitals(msgspec.Struct, frozen=True):
     """Slower facts, at most ``STATS_AGE_S`` old while steps run."""
 
     stats: EngineStats
-    live: list[tuple[str, str]]
     draining: bool
 
 
-_Inbox: TypeAlias = "queue.SimpleQueue[tuple[float, Event]]"
+_Inbox: TypeAlias = "queue.SimpleQueue[tuple[float, Event | BeginDrain]]"
 
 
 class Leader:
@@ -81,19 +80,18 @@ class Leader:
             replica=spec.announced or spec.name,
             model=spec.model,
             epoch=spec.epoch,
-            spec_hash=spec_hash(spec),
             resume=engine.resume,
             capacity=engine.capacity,
         )
         self._inbox: _Inbox = queue.SimpleQueue()
         self._pulse = StepPulse()
-        self._vitals = LeaderVitals(engine.stats(), [], False)
+        self._vitals = LeaderVitals(engine.stats(), False)
         self._vitals_at = 0.0
         self._routers = RouterIo(self, spec.routers, keys, boot=boot, heartbeat_s=spec.heartbeat_s)
 
     def drain(self, grace_s: float) -> None:
         """Begin to drain; safe to call from a signal handler and from any thread."""
-        self._inbox.put((time.monotonic(), Drain(boot=self._boot, grace_ms=int(grace_s * 1000))))
+        self._inbox.put((time.monotonic(), BeginDrain(max(0.0, grace_s))))
 
     def run(self) -> None:
         """Serve until drained. Raises :class:`ReplicaLost` when a newer epoch lives, and what the engine's ``step`` raises."""
@@ -135,7 +133,7 @@ class Leader:
         due = self._sessions.next_due()
         return IDLE_S if due is None else min(IDLE_S, max(0.0, due - time.monotonic()))
 
-    def _handle(self, received: float, event: Event) -> None:
+    def _handle(self, received: float, event: Event | BeginDrain) -> None:
         match event:
             case Submit():
                 self._act(self._sessions.submit(event, received))
@@ -147,8 +145,8 @@ class Leader:
                 self._act(self._sessions.credit(event))
             case RouterGone(boot=boot):
                 self._sessions.lost(boot, received)
-            case Drain(grace_ms=grace_ms):
-                self._begin_drain(received, max(0, grace_ms) / 1000.0)
+            case BeginDrain(grace_s=grace_s):
+                self._begin_drain(received, grace_s)
             case Bye():
                 raise ReplicaLost("a newer epoch of this replica lives", f"a router refused epoch {self._spec.epoch}")
             case _:
@@ -194,18 +192,17 @@ class Leader:
             self._refresh(now)
 
     def _refresh(self, now: float) -> None:
-        self._vitals = LeaderVitals(self._engine.stats(), self._sessions.live(), self._sessions.draining)
+        self._vitals = LeaderVitals(self._engine.stats(), self._sessions.draining)
         self._vitals_at = now
 
     # called by the I/O thread: only reads the pulse and the vitals, each replaced whole, and puts events into the inbox
 
     def hello(self) -> Hello:
-        return msgspec.structs.replace(self._hello, live=self._vitals.live)
+        return self._hello
 
     def beat(self) -> Heartbeat:
         """Raises :class:`EngineFault` when the running step has made no progress for max(hang floor, 4 × its predicted time)."""
         pulse, vitals = self._pulse, self._vitals
-        stats = vitals.stats
         busy_s = time.monotonic() - pulse.since if pulse.since else 0.0
         if busy_s > max(self._spec.hang_floor_s, 4 * pulse.predicted_ms / 1000.0):
             raise EngineFault(
@@ -215,25 +212,11 @@ class Leader:
             )
         return Heartbeat(
             boot=self._boot,
-            epoch=self._spec.epoch,
             step=pulse.step,
             busy_ms=busy_s * 1000.0,
             predicted_ms=pulse.predicted_ms,
-            running=stats.running,
-            waiting=stats.waiting,
-            free_blocks=stats.free_blocks,
-            num_blocks=stats.num_blocks,
-            prefill_tokens=stats.prefill_tokens,
             draining=vitals.draining,
-            step_ms=stats.step_ms,
-            prompt_tokens_total=stats.prompt_tokens_total,
-            output_tokens_total=stats.output_tokens_total,
-            prefix_queries_total=stats.prefix_queries_total,
-            prefix_hits_total=stats.prefix_hits_total,
-            preemptions_total=stats.preemptions_total,
-            step_tokens=stats.step_tokens,
-            step_tokens_total=stats.step_tokens_total,
-            prefixes=stats.prefixes,
+            stats=vitals.stats,
         )
 
     def deliver(self, received: float, event: Event) -> None:
@@ -250,9 +233,3 @@ class Leader:
 def _tell_fault(request: str, marks: tuple[str, str], fault: Fault) -> None:
     extra = {"request_id": marks[0] or request} | ({"trace_id": marks[1]} if marks[1] else {})
     log.warning("row %s failed: %s: %s", ascii(request), fault.code, fault.message, extra=extra)
-
-
-def spec_hash(spec: ReplicaSpec) -> str:
-    """Names what is served and how: equal for replicas that are interchangeable."""
-    facts = msgspec.json.encode((spec.model, spec.artifact, spec.parallel, spec.engine))
-    return hashlib.sha256(facts).hexdigest()[:16]

@@ -20,7 +20,7 @@ from zmq.utils import monitor, z85
 
 from workers.protocol import messages
 from workers.protocol.errors import ConfigError
-from workers.protocol.messages import Attach, Bye, Cancel, Credit, Drain, FromReplica, Heartbeat, Hello, Peers, Submit
+from workers.protocol.messages import Attach, Bye, Cancel, Credit, FromReplica, Heartbeat, Hello, RouterHeartbeat, Submit
 from workers.protocol.specs import RouterAddress
 from workers.serving.router_link import CloseSocket, OpenSocket, RouterLink, RouterLost, SendHello, Verdict
 
@@ -56,7 +56,7 @@ class RouterGone(msgspec.Struct, frozen=True):
     boot: str
 
 
-Event: TypeAlias = Submit | Attach | Cancel | Credit | Drain | Bye | RouterGone
+Event: TypeAlias = Submit | Attach | Cancel | Credit | Bye | RouterGone
 
 
 class LeaderCallbacks(Protocol):
@@ -290,7 +290,7 @@ class RouterIo:
             self._complain(port, "a message without a boot nonce")
             return
         self._by_boot[port.link.boot] = port
-        if isinstance(message, Peers):
+        if isinstance(message, RouterHeartbeat):
             port.peers = tuple(address for address in message.routers if self._usable(port, address))
         elif isinstance(message, Bye) and message.reason != "stale":
             self._carry_out(port, port.link.broken(now))

@@ -21,8 +21,6 @@ from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import NotFound, Overloaded, Rejected, TriremeError
 from workers.protocol.messages import MAX_FRAME, UNLIMITED, Accepted, Attach, Cancel, Credit, Done, Failed, Logprobs, Submit, Tokens, Usage
 
-#: Characters of a row's lasting name: Hello, one message, names every live row.
-MAX_NAME = 1024
 #: Tokens of one row in one message when an attached stream catches up.
 CATCH_UP_TOKENS = 1024
 #: Faults that are kept until somebody asks.
@@ -56,6 +54,12 @@ class SendToRouter(msgspec.Struct, frozen=True):
 
     route: str
     message: Accepted | Tokens | Done | Failed
+
+
+class BeginDrain(msgspec.Struct, frozen=True):
+    """The launcher's order to a leader: accept nothing new; what still runs after ``grace_s`` seconds continues at another replica."""
+
+    grace_s: float
 
 
 Action: TypeAlias = StartSequence | StopSequence | GrantCredit | SendToRouter
@@ -138,14 +142,14 @@ class StreamTable:
         return self._drain_until is not None
 
     def live(self) -> list[tuple[str, str]]:
-        """Names of the live rows, for Hello."""
+        """Names of the live rows."""
         return list(self._names)
 
     # events from routers
 
     def submit(self, message: Submit, now: float) -> list[Action]:
         """Place a row; ``now`` is the time of receipt, from which the deadline counts."""
-        name = (message.client, message.request)
+        name = (message.client, message.request_id)
         known = self._names.get(name)
         if known is not None:
             if (known.route, known.stream, known.attempt) == (message.boot, message.stream, message.attempt):
@@ -183,7 +187,7 @@ class StreamTable:
 
     def attach(self, message: Attach) -> list[Action]:
         """Move a live row to another stream and catch it up from ``have``. ``not_found`` tells the router to submit instead."""
-        row = self._names.get((message.client, message.request))
+        row = self._names.get((message.client, message.request_id))
         if row is None or not 0 <= message.have <= len(row.tokens):
             return [self._failed(message, "not_found", "no such row here, or one that has not come so far")]
         if message.attempt < row.attempt:
@@ -316,8 +320,6 @@ class StreamTable:
             raise Overloaded("the replica is draining")
         if len(self._rows) >= self._limit and not replaces:
             raise Overloaded(f"the replica holds {self._limit} rows", retry_after=1.0)
-        if len(message.client) + len(message.request) > MAX_NAME:
-            raise Rejected(f"a request's name has at most {MAX_NAME} characters")
         if not 0 <= message.params.seed < 2**63:
             raise Rejected("the seed is outside 0..2**63-1")
         if not 1 <= message.params.max_tokens <= UNLIMITED or not 0 <= message.credit <= UNLIMITED or message.attempt < 0:

@@ -72,7 +72,6 @@ class Replica:
         "row_ms",
         "seen",
         "since",
-        "spec_hash",
         "state",
         "step_ms",
         "streams",
@@ -82,7 +81,7 @@ class Replica:
 
     def __init__(self, peer: bytes, user: str, hello: Hello, now: float) -> None:
         self.name, self.model, self.user, self.peer, self.boot = hello.replica, hello.model, user, peer, hello.boot
-        self.epoch, self.spec_hash, self.resume, self.capacity = hello.epoch, hello.spec_hash, hello.resume, hello.capacity
+        self.epoch, self.resume, self.capacity = hello.epoch, hello.resume, hello.capacity
         self.state: State = "ready"
         self.reason = ""
         self.since = self.seen = now
@@ -144,28 +143,29 @@ class Replica:
     def beat(self, heartbeat: Heartbeat, accepted: int, waiting: list[int], now: float) -> None:
         """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``waiting``: those of them without a first token, oldest
         first."""
-        if heartbeat.step_ms and (self.load is None or heartbeat.step != self.load.step):
-            self._paces.append(heartbeat.step_ms)
+        stats = heartbeat.stats
+        if stats.step_ms and (self.load is None or heartbeat.step != self.load.step):
+            self._paces.append(stats.step_ms)
             self.step_ms = median(self._paces)
         self.load = heartbeat
-        self.others = max(0, heartbeat.running + heartbeat.waiting - accepted)
-        computed = sum(self.streams[stream] for stream in waiting) - heartbeat.prefill_tokens
+        self.others = max(0, stats.running + stats.waiting - accepted)
+        computed = sum(self.streams[stream] for stream in waiting) - stats.prefill_tokens
         self.other_tokens = max(0, -computed) if self.others else 0
-        if heartbeat.running + heartbeat.waiting >= accepted:  # else it tells of a step before some of them came
+        if stats.running + stats.waiting >= accepted:  # else it tells of a step before some of them came
             for stream in waiting:
                 part = min(max(0, computed), self.streams[stream])
                 self.streams[stream] -= part
                 self.own_tokens -= part
                 computed -= part
         self.refusing = False
-        if heartbeat.prefixes:
-            self.prefixes.add(heartbeat.prefixes)
+        if stats.prefixes:
+            self.prefixes.add(stats.prefixes)
         mark = self._tok_mark
-        if mark is None or heartbeat.output_tokens_total < mark[1]:
-            self._tok_mark = (now, heartbeat.output_tokens_total)
+        if mark is None or stats.output_tokens_total < mark[1]:
+            self._tok_mark = (now, stats.output_tokens_total)
         elif now - mark[0] >= 1.0:
-            self.tok_s = (heartbeat.output_tokens_total - mark[1]) / (now - mark[0])
-            self._tok_mark = (now, heartbeat.output_tokens_total)
+            self.tok_s = (stats.output_tokens_total - mark[1]) / (now - mark[0])
+            self._tok_mark = (now, stats.output_tokens_total)
 
 
 class ReplicaLoss(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ from orchestrator.router.core.request_table import RequestTable
 from orchestrator.router.core.stats import LossKind
 from orchestrator.router.core.transitions import Transitions
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
-from workers.protocol.messages import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, Peers, Tokens
+from workers.protocol.messages import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, RouterHeartbeat, Tokens
 
 #: Codes with which a replica hands a row back unharmed: another one may take it.
 BOUNCES = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})
@@ -49,7 +49,13 @@ class RouterCore:
     model it means."""
 
     def __init__(
-        self, greeting: Peers, models: Mapping[str, str], admission: AdmissionSpec, fleet: ReplicaRegistry, *, accept_s: float = ACCEPT_S
+        self,
+        greeting: RouterHeartbeat,
+        models: Mapping[str, str],
+        admission: AdmissionSpec,
+        fleet: ReplicaRegistry,
+        *,
+        accept_s: float = ACCEPT_S,
     ) -> None:
         self.boot, self._greeting, self.fleet = greeting.boot, greeting, fleet
         self._models, self._admission = dict(models), admission
@@ -154,7 +160,7 @@ class RouterCore:
             return
         replica, moved = self.fleet.speaker(peer, user, message.boot)
         if replica is None:
-            # Peers carries this router's nonce: a leader that has not greeted it says Hello.
+            # RouterHeartbeat carries this router's nonce: a leader that has not greeted it says Hello.
             self.counts["unknown_speakers"] += 1
             if isinstance(message, Heartbeat):
                 self._places.actions.append(SendMessage(peer, self._greeting))

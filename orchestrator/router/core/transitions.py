@@ -84,9 +84,9 @@ class Transitions:
         self.send(
             replica,
             Submit(
-                boot=self._boot, stream=row.stream, attempt=row.attempt, client=ask.client, request=_row_name(row), model=row.request.model,
-                prompt_ids=ask.prompt_ids, params=row.params, emitted=list(row.emitted), salt=ask.salt, credit=row.credit,
-                deadline_ms=max(1, int(left * 1000)) if left < inf else None, marks=ask.marks,
+                boot=self._boot, stream=row.stream, attempt=row.attempt, client=ask.client, request_id=_row_name(row),
+                model=row.request.model, prompt_ids=ask.prompt_ids, params=row.params, emitted=list(row.emitted), salt=ask.salt,
+                credit=row.credit, deadline_ms=max(1, int(left * 1000)) if left < inf else None, marks=ask.marks,
             ),
         )  # fmt: skip
 
@@ -100,8 +100,8 @@ class Transitions:
         self.send(
             replica,
             Attach(
-                boot=self._boot, stream=row.stream, attempt=row.attempt, client=ask.client, request=_row_name(row), have=len(row.emitted),
-                credit=row.credit,
+                boot=self._boot, stream=row.stream, attempt=row.attempt, client=ask.client, request_id=_row_name(row),
+                have=len(row.emitted), credit=row.credit,
             ),
         )  # fmt: skip
 

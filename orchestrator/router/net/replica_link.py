@@ -14,7 +14,7 @@ import zmq
 from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.router.net.router_socket import RouterSocket
 from workers.protocol import messages
-from workers.protocol.messages import FromReplica, Hello, Malformed, Peers, ToReplica
+from workers.protocol.messages import FromReplica, Hello, Malformed, RouterHeartbeat, ToReplica
 from workers.serving.router_io import KeyPair
 
 log = logging.getLogger("trireme.replicas")
@@ -41,7 +41,7 @@ class ReplicaLink:
         *,
         keys: KeyPair | None,
         acl: CurveAcl,
-        greeting: Peers,
+        greeting: RouterHeartbeat,
         events: ReplicaEvents,
     ) -> None:
         self._acl, self._events = acl, events

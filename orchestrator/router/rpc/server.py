@@ -95,7 +95,7 @@ class RpcServer:
 
     def _generate(self, peer: bytes, client: str, message: Generate) -> None:
         _check_generate(message)
-        name = (client, message.request)
+        name = (client, message.request_id)
         have = [len(ids) for ids in message.journal.emitted] if message.journal is not None else []
         known = self._live.get(name) or self._ended.get(name)
         if known is not None and known.continues(have):
@@ -318,7 +318,7 @@ class RpcServer:
 
 def _check_generate(message: Generate) -> None:
     """Bounds of the fields that are kept or counted with. Raises Rejected and DeadlineExceeded."""
-    if not 0 < len(message.request) <= MAX_REQUEST_ID or not message.request.isprintable():
+    if not 0 < len(message.request_id) <= MAX_REQUEST_ID or not message.request_id.isprintable():
         raise Rejected(f"a request id is 1 to {MAX_REQUEST_ID} printable characters", param="request")
     if len(message.boot) > MAX_REQUEST_ID:
         raise Rejected(f"a nonce has at most {MAX_REQUEST_ID} characters", param="boot")

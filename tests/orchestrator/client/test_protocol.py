@@ -51,7 +51,7 @@ def test_a_silent_router_is_left_with_the_journal() -> None:
     session.tick(2.1)
     ((router, generate),) = sent(session)
     assert router == 1 and session.resets == {0: None}, "what is queued for the silent one is dropped"
-    assert generate.request == "q" and generate.attempt == 1
+    assert generate.request_id == "q" and generate.attempt == 1
     assert generate.journal == Journal(prompt_ids=[1, 2], seed=42, emitted=[[97, 98]])
     say(session, 0, tokens(1, 2, [120]), 2.2)
     say(session, 1, tokens(generate.stream, 0, [97], attempt=1), 2.2)
@@ -69,7 +69,7 @@ def test_before_accepted_the_request_is_asked_anew() -> None:
     session.ask(asked, 0.0)
     session.unreachable(0, 0.1)
     (_, first), (router, second) = sent(session)
-    assert router == 1 and second.journal is None and second.request == first.request
+    assert router == 1 and second.journal is None and second.request_id == first.request_id
 
 
 def test_keepalives_hold_a_quiet_router_for_what_they_name() -> None:

@@ -78,7 +78,7 @@ def steps_of_the_batch(workload: Workload, rows: int, tokens: int) -> int:
         engine.submit(
             index,
             Submit(
-                boot="b", stream=index, attempt=0, client="c", request=str(index), model="m",
+                boot="b", stream=index, attempt=0, client="c", request_id=str(index), model="m",
                 prompt_ids=[(31 * index + place) % 200 for place in range(workload.isl)], params=params,
             ),
         )  # fmt: skip

@@ -116,7 +116,7 @@ def test_cancel_and_close_leave_nothing(folder: Path) -> None:
     while engine.busy():
         assert engine.step() == []
     stats = engine.stats()
-    assert stats.free_blocks == stats.num_blocks and stats.running == stats.waiting == 0
+    assert stats.free_blocks == engine.capacity.num_blocks and stats.running == stats.waiting == 0
     engine.close()
     engine.close()
 

@@ -19,7 +19,7 @@ SUBMIT = messages.Submit(
     stream=7,
     attempt=2,
     client="c",
-    request="r",
+    request_id="r",
     model="m",
     prompt_ids=[1, 2],
     params=messages.SamplingParams(seed=5),
@@ -123,7 +123,7 @@ def test_what_a_replica_says_is_whole_or_refused() -> None:
         with pytest.raises(messages.Malformed):
             messages.decode_from_replica(msgspec.msgpack.encode(fields))
     capacity = messages.Capacity(block_size=1, num_blocks=1, max_batch_size=1, max_num_tokens=1, max_seq_len=1, vocab_size=1, tp=1, pp=1)
-    hello = messages.Hello(boot="b", protocol=1, replica="r", model="m", epoch=1, spec_hash="", resume="valid", capacity=capacity)
+    hello = messages.Hello(boot="b", protocol=messages.PROTOCOL, replica="r", model="m", epoch=1, resume="valid", capacity=capacity)
     for size in (0, -1, 2**31):
         fields = msgspec.msgpack.decode(messages.encode(hello))
         fields["capacity"]["block_size"] = size

@@ -105,7 +105,7 @@ def test_one_plan_ahead_says_what_the_host_says(folder: Path, captured: bool) ->
             assert b.prompt_logprobs is not None
             np.testing.assert_allclose([x.logprob for x in a.prompt_logprobs[1:]], [x.logprob for x in b.prompt_logprobs[1:]], atol=1e-4)
     stats = device.stats()
-    assert stats.free_blocks == stats.num_blocks
+    assert stats.free_blocks == device.capacity.num_blocks
     device.close()
 
 
@@ -161,7 +161,7 @@ def test_cancels_amid_steps_leave_nothing(folder: Path) -> None:
             del streams[victim]
     drain(device, streams)
     stats = device.stats()
-    assert (stats.free_blocks, stats.running, stats.waiting) == (stats.num_blocks, 0, 0)
+    assert (stats.free_blocks, stats.running, stats.waiting) == (device.capacity.num_blocks, 0, 0)
 
 
 def guessing_plans(pairs: int) -> list[StepPlan]:

@@ -15,7 +15,7 @@ from workers.engines.fake import FakeEngine, expected_tokens
 from workers.protocol import messages as wire
 from workers.protocol.engine import Emission
 from workers.protocol.errors import ConfigError, EngineFault, ReplicaLost, TriremeError
-from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit
+from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed, RouterHeartbeat, SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair
@@ -156,8 +156,8 @@ def test_a_changed_nonce_on_a_living_connection_means_hello_again_and_orphans(en
         row = end.ready().submit(1, [1], LONG)
         end.until(lambda: row.tokens)
         end.boot = "router-2"
-        end.send(Peers(boot=end.boot, router="r"))
-        end.until(lambda: len(end.hellos) == 2 and end.beats[-1].running == 0)
+        end.send(RouterHeartbeat(boot=end.boot, router="r"))
+        end.until(lambda: len(end.hellos) == 2 and end.beats[-1].stats.running == 0)
         fresh = end.submit(1, [2], SHORT)
         end.until(lambda: fresh.end)
         assert isinstance(fresh.end, Done) and fresh.tokens == expected_tokens([2], SHORT)
@@ -177,7 +177,7 @@ def test_a_send_that_would_block_means_a_lost_router(end: RouterEnd, monkeypatch
         row = end.submit(2, [2], params)
         end.until(lambda: row.end)
         assert row.tokens == expected_tokens([2], params)
-        end.until(lambda: end.beats[-1].running == 0)
+        end.until(lambda: end.beats[-1].stats.running == 0)
         hellos = len(stuck.hellos)
         stuck.until(lambda: len(stuck.hellos) > hellos)
         assert hog.end is None
@@ -264,11 +264,13 @@ def test_mutated_frames_hurt_nobody(end: RouterEnd) -> None:
         end.ready().strict = False
         boot = end.boot
         messages = [
-            Submit(boot=boot, stream=900, attempt=0, client="x", request="y", model="m", prompt_ids=[1, 2], params=SHORT, deadline_ms=500),
-            Attach(boot=boot, stream=900, attempt=1, client="x", request="y", have=0),
+            Submit(
+                boot=boot, stream=900, attempt=0, client="x", request_id="y", model="m", prompt_ids=[1, 2], params=SHORT, deadline_ms=500
+            ),
+            Attach(boot=boot, stream=900, attempt=1, client="x", request_id="y", have=0),
             Cancel(boot=boot, stream=900, attempt=9),
             Credit(boot=boot, streams=[900, 901], tokens=[5]),
-            Peers(boot=boot, router="r"),
+            RouterHeartbeat(boot=boot, router="r"),
         ]
         for n in range(1500):
             frame = bytearray(wire.encode(random.choice(messages)))
@@ -277,7 +279,7 @@ def test_mutated_frames_hurt_nobody(end: RouterEnd) -> None:
             end.send_raw(bytes(frame[: random.randrange(len(frame) + 1)] if random.random() < 0.2 else frame))
             if n % 10 == 0:
                 end.turn()
-        end.until(lambda: end.beats[-1].running == 0)  # the leader has seen all of it, deadlines and orphans included
+        end.until(lambda: end.beats[-1].stats.running == 0)  # the leader has seen all of it, deadlines and orphans included
         row = end.submit(1, [7], SHORT)
         end.until(lambda: row.end)
         assert row.tokens == expected_tokens([7], SHORT)

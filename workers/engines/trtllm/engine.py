@@ -16,10 +16,11 @@ import msgspec
 
 from workers.engines.trtllm.hot_prefixes import HotPrefixes
 from workers.engines.trtllm.sequence import Delta, Job, TrtllmLimits, TrtllmSequence, make_sequence
-from workers.protocol.engine import CLOSE_S, PAUSE_S, STATS_AGE_S, Emission, EngineStats
+from workers.protocol.engine import CLOSE_S, PAUSE_S, STATS_AGE_S, Emission
 from workers.protocol.errors import EngineFault, TriremeError
 from workers.protocol.messages import UNLIMITED, Capacity, SamplingParams, Submit
 from workers.protocol.specs import ResumeClass
+from workers.protocol.status import EngineStats
 
 log = logging.getLogger("trireme.trtllm")
 
@@ -112,7 +113,7 @@ class TrtllmEngine:
         self._stats = RuntimeStats(num_blocks=limits.capacity.num_blocks, free_blocks=limits.capacity.num_blocks)
         self._stats_at = 0.0
         self._progress_at = 0.0
-        self._steps = self._prompt_tokens = self._output_tokens = self._preemptions = 0
+        self._prompt_tokens = self._output_tokens = self._preemptions = 0
 
     @property
     def capacity(self) -> Capacity:
@@ -148,7 +149,6 @@ class TrtllmEngine:
 
     def step(self) -> list[Emission]:
         """Take what TensorRT-LLM generated. Raises EngineFault when it makes no progress."""
-        self._steps += 1
         now = self._clock()
         self._preempt_paused(now)
         deltas = self._runtime.poll(0.0 if self._ready else self._poll_s)
@@ -178,11 +178,9 @@ class TrtllmEngine:
         self._refresh()
         stats, size = self._stats, self.capacity.block_size
         return EngineStats(
-            steps_total=self._steps,
             running=len(self._jobs) - min(stats.waiting, len(self._jobs)),
             waiting=len(self._sequences) - len(self._jobs) + min(stats.waiting, len(self._jobs)),
             free_blocks=stats.free_blocks,
-            num_blocks=stats.num_blocks,
             prefill_tokens=sum(seq.input_len for seq in self._jobs.values() if len(seq.tokens) == seq.known_at_start),
             step_ms=stats.step_ms,
             prompt_tokens_total=self._prompt_tokens,

@@ -25,7 +25,7 @@ from tests.support.impostor import Impostor, dealer
 from tests.support.routing import RouterRun
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected
-from workers.protocol.messages import PROTOCOL, Bye, Peers
+from workers.protocol.messages import PROTOCOL, Bye, RouterHeartbeat
 from workers.protocol.specs import RouterAddress
 
 KEY = "a" * 40
@@ -294,7 +294,7 @@ def test_a_router_believes_a_pass_and_no_other(monkeypatch: pytest.MonkeyPatch) 
                     replica.hello(name, model=model)
                     assert replica.hear(Bye).reason == "denied"
                 replica.hello("slurm/job-1/a", model="m")
-                replica.hear(Peers)
+                replica.hear(RouterHeartbeat)
             with Client([rpc], keys=ClientKeys(public=held.client.public, secret=held.client.secret)) as client:
                 assert [found["name"] for found in client.status()["replicas"]] == ["slurm/job-1/a"]
                 assert [found["id"] for found in client.models()] == ["m"]

@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 
 from orchestrator.router.core.replica_registry import KEPT_LOST_S, HelloAccepted, HelloRefused, Replica, ReplicaRegistry
-from workers.protocol.messages import Capacity, Heartbeat, Hello
+from workers.protocol.messages import PROTOCOL, Capacity, Heartbeat, Hello
+from workers.protocol.status import EngineStats
 
 CAPACITY = Capacity(block_size=16, num_blocks=8, max_batch_size=4, max_num_tokens=64, max_seq_len=512, vocab_size=320, tp=1, pp=1)
-HELLO = Hello(boot="b1", protocol=1, replica="a", model="m", epoch=5, spec_hash="", resume="bitwise", capacity=CAPACITY)
+HELLO = Hello(boot="b1", protocol=PROTOCOL, replica="a", model="m", epoch=5, resume="bitwise", capacity=CAPACITY)
 
 
 def hello(**change: Any) -> Hello:
@@ -18,7 +19,9 @@ def hello(**change: Any) -> Hello:
 
 
 def beat(**change: Any) -> Heartbeat:
-    base = Heartbeat(boot="b1", epoch=5, step=3, busy_ms=0.0, predicted_ms=10.0, running=0, waiting=0, free_blocks=8, num_blocks=8)
+    """``change``: fields of the heartbeat or of its stats."""
+    stats = {name: change.pop(name) for name in EngineStats.__struct_fields__ if name in change}
+    base = Heartbeat(boot="b1", step=3, busy_ms=0.0, predicted_ms=10.0, stats=EngineStats(**{"free_blocks": 8, **stats}))
     return msgspec.structs.replace(base, **change)
 
 
@@ -51,7 +54,7 @@ def test_a_live_name_belongs_to_its_key_and_a_process_to_its_name() -> None:
     table, _ = fleet()
     assert table.hello(b"p2", "key-b", hello(boot="b2", epoch=9), 1.0) == HelloRefused("denied")
     assert table.hello(b"p1", "key-a", hello(replica="other"), 1.0) == HelloRefused("denied")
-    assert table.hello(b"p2", "key-a", hello(boot="b2", protocol=2, epoch=9), 1.0) == HelloRefused("protocol")
+    assert table.hello(b"p2", "key-a", hello(boot="b2", protocol=PROTOCOL + 1, epoch=9), 1.0) == HelloRefused("protocol")
     assert table.speaker(b"p1", "key-b", "b1") == (None, False), "the address alone proves nothing"
     table.check()
 

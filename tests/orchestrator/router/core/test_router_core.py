@@ -15,14 +15,27 @@ from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.interfaces import RouterRequest
 from tests.orchestrator.router.core.test_replica_registry import CAPACITY, HELLO, beat
 from workers.protocol.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
-from workers.protocol.messages import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, Peers, SamplingParams, Submit, Tokens, Usage
+from workers.protocol.messages import (
+    Accepted,
+    Attach,
+    Bye,
+    Cancel,
+    Credit,
+    Done,
+    Failed,
+    RouterHeartbeat,
+    SamplingParams,
+    Submit,
+    Tokens,
+    Usage,
+)
 
 ADMISSION = AdmissionSpec(max_queue=2, queue_timeout_s=5.0, request_timeout_s=100.0)
 
 
 def router(**admission: Any) -> RouterCore:
     spec = msgspec.structs.replace(ADMISSION, **admission)
-    return RouterCore(Peers(boot="R", router="r"), {"m": "m", "alias": "m"}, spec, ReplicaRegistry(2.0, 10.0))
+    return RouterCore(RouterHeartbeat(boot="R", router="r"), {"m": "m", "alias": "m"}, spec, ReplicaRegistry(2.0, 10.0))
 
 
 def join(route: RouterCore, name: str, *, epoch: int = 1, rows: int = 4, now: float = 0.0, **change: Any) -> bytes:
@@ -108,7 +121,7 @@ def test_choices_get_their_own_seed_and_name() -> None:
     route.submit(ask(n=3, params=SamplingParams(seed=2**63 - 1, max_tokens=8)), 0.0)
     submits = sent(route.take(), Submit)
     assert [submit.params.seed for submit in submits] == [2**63 - 1, 0, 1]
-    assert [submit.request for submit in submits] == ["q/0", "q/1", "q/2"]
+    assert [submit.request_id for submit in submits] == ["q/0", "q/1", "q/2"]
 
 
 def test_a_freed_place_is_filled_at_once_in_order() -> None:
@@ -321,14 +334,14 @@ def test_a_silent_reconnect_asks_for_every_row_again() -> None:
     route.take()
     route.hear(b"another address", "", beat(boot="a1"), 0.2)
     attaches = [action for action in route.take() if isinstance(action, SendMessage) and isinstance(action.message, Attach)]
-    assert [(action.peer, action.message.request, action.message.have) for action in attaches] == [
+    assert [(action.peer, action.message.request_id, action.message.have) for action in attaches] == [
         (b"another address", "q/0", 2),
         (b"another address", "q/1", 0),
     ]
     attach = attaches[1].message
     route.hear(b"another address", "", Failed(boot="a1", stream=attach.stream, attempt=1, code="not_found", message=""), 0.3)
     (again,) = sent(route.take(), Submit)
-    assert (again.request, again.attempt) == ("q/1", 2), "a row that is not there is placed anew"
+    assert (again.request_id, again.attempt) == ("q/1", 2), "a row that is not there is placed anew"
     route.check()
 
 
@@ -397,7 +410,7 @@ def test_stale_hellos_are_told_to_leave_and_strangers_to_greet() -> None:
     (bye,) = sent(route.take(), Bye)
     assert bye.reason == "stale"
     route.hear(b"x", "", beat(boot="unknown"), 0.0)
-    (peers,) = sent(route.take(), Peers)
+    (peers,) = sent(route.take(), RouterHeartbeat)
     assert peers.boot == "R"
 
 

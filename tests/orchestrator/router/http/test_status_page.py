@@ -207,7 +207,6 @@ def test_losses_are_remembered_with_what_ran_there() -> None:
             replica="left",
             model="m",
             epoch=epoch,
-            spec_hash="",
             resume="bitwise",
             capacity=capacity,
         )

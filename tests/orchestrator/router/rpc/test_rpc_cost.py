@@ -22,7 +22,7 @@ from orchestrator.router.metrics import Metrics
 from orchestrator.router.rpc.server import RpcServer
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol import messages
-from workers.protocol.messages import Capacity, Generate, Hello, Peers, Submit, Tokens
+from workers.protocol.messages import PROTOCOL, Capacity, Generate, Hello, RouterHeartbeat, Submit, Tokens
 
 STREAMS, CLIENTS, STEPS = 128, 8, 200
 FENCE_US = 200.0
@@ -52,7 +52,7 @@ async def _measure(folder: Path, texts: bool) -> float:
         return True
 
     spec = AdmissionSpec(max_queue=1000)
-    route = RouterCore(Peers(boot="R", router="r"), {"m": "m"}, spec, ReplicaRegistry(60.0, 60.0))
+    route = RouterCore(RouterHeartbeat(boot="R", router="r"), {"m": "m"}, spec, ReplicaRegistry(60.0, 60.0))
     dispatch = RouterDispatcher(route, name="r", send=to_replica, clock=time.monotonic)
     door = RpcServer(
         boot="R", dispatcher=dispatch, preprocessor=Preprocessor(loaded, dispatch, spec, Salting(b"salt")), metrics=Metrics(["m"]),
@@ -61,12 +61,12 @@ async def _measure(folder: Path, texts: bool) -> float:
     capacity = Capacity(
         block_size=16, num_blocks=9999, max_batch_size=STREAMS, max_num_tokens=512, max_seq_len=4096, vocab_size=320, tp=1, pp=1
     )  # fmt: skip
-    hello = Hello(boot="b", protocol=1, replica="a", model="m", epoch=1, spec_hash="", resume="bitwise", capacity=capacity)
+    hello = Hello(boot="b", protocol=PROTOCOL, replica="a", model="m", epoch=1, resume="bitwise", capacity=capacity)
     dispatch.hear(b"a", "", hello)
     body = msgspec.json.encode({"model": "m", "prompt": [1, 2, 3], "max_tokens": STEPS + 1})
     for stream in range(STREAMS):
         client = f"c{stream % CLIENTS}"
-        generate = Generate(boot=client, stream=stream, request=f"q{stream}", endpoint="completions", body=body, texts=texts)
+        generate = Generate(boot=client, stream=stream, request_id=f"q{stream}", endpoint="completions", body=body, texts=texts)
         door.on_frame(client.encode(), "", messages.encode(generate))
     await _turns(lambda: len(submits) == STREAMS)
     streams, attempts = [submit.stream for submit in submits], [submit.attempt for submit in submits]

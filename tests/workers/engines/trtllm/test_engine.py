@@ -80,7 +80,7 @@ def request(
 ) -> Submit:
     given = {"temperature": 0.0, "max_tokens": 8} | params
     return Submit(
-        boot="b", stream=1, attempt=0, client="c", request="q", model="m", prompt_ids=prompt or [1, 2, 3], emitted=emitted or [],
+        boot="b", stream=1, attempt=0, client="c", request_id="q", model="m", prompt_ids=prompt or [1, 2, 3], emitted=emitted or [],
         params=SamplingParams(**given), credit=credit, salt=salt,
     )  # fmt: skip
 
