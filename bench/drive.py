@@ -17,7 +17,7 @@ import msgspec
 
 from workers.engines.portable import PortableFollower, build
 from workers.protocol.engine import Engine, Finish
-from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.messages import GenerateTask, SamplingParams, Submit
 from workers.protocol.specs import QUANT_ALGOS, EngineSpec, Parallel, ReplicaSpec
 
 
@@ -30,7 +30,7 @@ def submit(id: int, prompt: list[int], output: int) -> Submit:
         request_id=str(id),
         model="bench",
         prompt_ids=prompt,
-        params=SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True),
+        task=GenerateTask(params=SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)),
     )
 
 

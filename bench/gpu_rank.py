@@ -28,7 +28,7 @@ from workers.distributed.group import Waiter
 from workers.engines.portable import PortableEngine, PortableFollower, build
 from workers.layout.quant_parts import stored_tensors
 from workers.process import settle_heap
-from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.messages import GenerateTask, SamplingParams, Submit
 from workers.protocol.specs import ModelSpec, ReplicaSpec
 from workers.runner.device import Graphs
 
@@ -147,7 +147,7 @@ def submits(requests: int, isl: int, osl: int, vocab: int, seed: int) -> list[Su
             request_id=str(i),
             model="bench",
             prompt_ids=[draw.randrange(vocab) for _ in range(isl)],
-            params=SamplingParams(temperature=1.0, seed=seed + i, max_tokens=osl, ignore_eos=True),
+            task=GenerateTask(params=SamplingParams(temperature=1.0, seed=seed + i, max_tokens=osl, ignore_eos=True)),
         )
         for i in range(requests)
     ]
@@ -168,7 +168,7 @@ def serve(engine: PortableEngine, requests: list[Submit], patience: Patience) ->
             output += len(emission.tokens)
             ends += emission.end is not None
     seconds = time.perf_counter() - begin
-    expected = sum(submit.params.max_tokens for submit in requests)
+    expected = sum(submit.task.params.max_tokens for submit in requests)
     if output != expected or ends != len(requests):
         raise SystemExit(f"{output} tokens and {ends} ends came, {expected} and {len(requests)} were asked for")
     return {"seconds": seconds, "output": output, "host_us": round(statistics.median(host) * 1e6) if host else None}

@@ -31,7 +31,7 @@ from workers.distributed.rank_groups import RankGroups
 from workers.engines.portable import PortableEngine
 from workers.process import settle_heap
 from workers.protocol.engine import Emission
-from workers.protocol.messages import Capacity, SamplingParams, Submit
+from workers.protocol.messages import Capacity, GenerateTask, SamplingParams, Submit
 from workers.runner.gpu_runner import GpuRunner
 from workers.runner.host_device_rings import Completion, Submissions
 from workers.runner.kv_cache import KvCache
@@ -90,7 +90,8 @@ def request(i: int, first: int, tokens: int) -> Submit:
     """Request ``i``, whose prompt begins with ``first``. Prompts differ in length, so blocks fill up in turns."""
     params = SamplingParams(temperature=1.0, seed=i, max_tokens=tokens, ignore_eos=True)
     prompt = [first, *((7 * i + 3 * j) % 300 for j in range(15 + i % 16))]
-    return Submit(boot="b", stream=i, attempt=0, client="c", request_id=str(i), model="m", prompt_ids=prompt, params=params)
+    task = GenerateTask(params=params)
+    return Submit(boot="b", stream=i, attempt=0, client="c", request_id=str(i), model="m", prompt_ids=prompt, task=task)
 
 
 def step(engine: PortableEngine, pause_s: float) -> tuple[list[Emission], float]:

@@ -22,7 +22,7 @@ from tests.support.trtllm_host import FAKES, checkpoint_of, engine_of, pretend
 from workers.engines.fake import expected_tokens
 from workers.engines.portable import build
 from workers.engines.trtllm.build_options import BuildOptions
-from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.messages import GenerateTask, SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, ReplicaSpec
 
 OUTPUT = 300
@@ -125,7 +125,8 @@ def portable_tokens(model: Path, prompt: list[int], count: int) -> list[int]:
     """What the portable engine says after ``prompt``, in this process; fixed shapes make it the same bits as in a replica."""
     engine = build(ReplicaSpec(name="r", model="m", artifact=str(model), engine=EngineSpec(**LIMITS)), None)  # type: ignore[arg-type]
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-    asked = Submit(boot="b", stream=1, attempt=0, client="c", request_id="q", model="m", prompt_ids=prompt, params=params)
+    task = GenerateTask(params=params)
+    asked = Submit(boot="b", stream=1, attempt=0, client="c", request_id="q", model="m", prompt_ids=prompt, task=task)
     engine.submit(1, asked)  # type: ignore[union-attr]
     tokens: list[int] = []
     while len(tokens) < count:

@@ -279,7 +279,8 @@ HELLO = Hello(boot="mad", protocol=messages.PROTOCOL, replica="mad", model="m", 
 BEAT = Heartbeat(boot="mad", step=1, busy_ms=0.0, predicted_ms=1.0, stats=EngineStats(running=1, free_blocks=4000, step_ms=1.0))
 
 
-NONE = Submit(boot="", stream=1, attempt=1, client="", request_id="", model="", prompt_ids=[], params=messages.SamplingParams())
+TASK = messages.GenerateTask(params=messages.SamplingParams())
+NONE = Submit(boot="", stream=1, attempt=1, client="", request_id="", model="", prompt_ids=[], task=TASK)
 
 
 def a_reply(mutator: Mutator, rows: list[Submit]) -> bytes:

@@ -96,8 +96,8 @@ class Leader:
                 self.fail(message, "overloaded" if self.draining else "cancelled")
                 return
             self.rows[name] = {
-                "stream": message.stream, "attempt": message.attempt, "have": len(message.emitted), "submit": message,
-                "tokens": list(message.emitted), "credit": message.credit,
+                "stream": message.stream, "attempt": message.attempt, "have": len(message.task.emitted), "submit": message,
+                "tokens": list(message.task.emitted), "credit": message.task.credit,
             }  # fmt: skip
             self.outbox.append(Accepted(boot=self.boot, stream=message.stream, attempt=message.attempt))
         elif isinstance(message, Attach):
@@ -124,12 +124,12 @@ class Leader:
     def step(self, burst: int) -> None:
         for name, row in list(self.rows.items()):
             submit, tokens = row["submit"], row["tokens"]
-            count = min(burst, row["credit"], submit.params.max_tokens - len(tokens))
-            new = [token(submit.params.seed, submit.prompt_ids, len(tokens) + i) for i in range(count)]
+            count = min(burst, row["credit"], submit.task.params.max_tokens - len(tokens))
+            new = [token(submit.task.params.seed, submit.prompt_ids, len(tokens) + i) for i in range(count)]
             self.say(row, len(tokens), new)
             tokens += new
             row["credit"] -= count
-            if len(tokens) == submit.params.max_tokens:
+            if len(tokens) == submit.task.params.max_tokens:
                 del self.rows[name]
                 usage = Usage(prompt_tokens=len(submit.prompt_ids), output_tokens=len(tokens))
                 where = {"boot": self.boot, "stream": row["stream"], "attempt": row["attempt"]}

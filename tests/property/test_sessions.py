@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import TooLong
-from workers.protocol.messages import Accepted, Attach, Cancel, Credit, Done, Failed, SamplingParams, Submit, Tokens, Usage
+from workers.protocol.messages import Accepted, Attach, Cancel, Credit, Done, Failed, GenerateTask, SamplingParams, Submit, Tokens, Usage
 from workers.serving.stream_table import Action, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
 ROUTES = ("a", "b", "c")
@@ -49,7 +49,7 @@ class SessionsMachine(RuleBasedStateMachine):
                     if request.prompt_ids[0] == 666:
                         self.act(self.sessions.refused(id, TooLong("no")))
                     else:
-                        self.engine[id] = (request.request_id, len(request.emitted))
+                        self.engine[id] = (request.request_id, len(request.task.emitted))
                         self.act(self.sessions.started(id))
                 case StopSequence(id=id):
                     del self.engine[id]
@@ -78,7 +78,7 @@ class SessionsMachine(RuleBasedStateMachine):
         emitted = [token(name, position) for position in range(journal)]
         message = Submit(
             boot=route, stream=self.streams, attempt=attempt, client="c", request_id=name, model="m", prompt_ids=[666 if bad else 1],
-            params=SamplingParams(max_tokens=100), emitted=emitted, deadline_ms=deadline,
+            task=GenerateTask(params=SamplingParams(max_tokens=100), emitted=emitted), deadline_ms=deadline,
         )  # fmt: skip
         self.readers[route, self.streams, attempt] = reader = Reader(name, journal)
         self.act(self.sessions.submit(message, self.now))

@@ -109,12 +109,12 @@ class Stage:
         firsts = [sent[index] for index in rows]
         for index, tokens in zip(rows, ids, strict=True):
             sent[index] += len(tokens)
-        wanted = [submits[index].params.logprobs for index in rows]
+        wanted = [submits[index].task.params.logprobs for index in rows]
         logprobs = [None if count is None else score(tokens, count) for count, tokens in zip(wanted, ids, strict=True)]
         prompts = [
             (submits[index].stream, [Logprobs(submits[index].prompt_ids[0], None, [], []), *score(submits[index].prompt_ids[1:], count)])
             for index in rows
-            if position == 0 and (count := submits[index].params.prompt_logprobs) is not None
+            if position == 0 and (count := submits[index].task.params.prompt_logprobs) is not None
         ]
         return Tokens(
             boot=self.replica.boot,

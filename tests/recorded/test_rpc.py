@@ -77,7 +77,7 @@ def answered(stage: Stage, talk: Talk, asked: Generate, pieces: Sequence[Sequenc
     talk.say(asked)
     rows = [replica.hear(Submit) for _ in pieces[0]]
     talk.hear()
-    sent = [len(row.emitted) for row in rows]
+    sent = [len(row.task.emitted) for row in rows]
     for row in rows:
         replica.tell(Accepted(boot=boot, stream=row.stream, attempt=row.attempt))
     for texts in pieces:

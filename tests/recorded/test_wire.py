@@ -51,10 +51,14 @@ FIRST, NEXT = messages.Logprobs(104, None, [], []), messages.Logprobs(105, -0.5,
 MESSAGES: dict[str, tuple[Any, Any]] = {
     "submit": (
         messages.Submit(
-            boot="b1", stream=3, attempt=1, client="alice", request_id="q1", model="m", prompt_ids=[104, 105], params=PARAMS,
-            emitted=[72, 73], salt="salt", credit=256, deadline_ms=5000, marks=("x-1", "4bf92f3577b34da6a3ce929d0e0e4736"),
+            boot="b1", stream=3, attempt=1, client="alice", request_id="q1", model="m", prompt_ids=[104, 105],
+            task=messages.GenerateTask(params=PARAMS, emitted=[72, 73], credit=256), salt="salt", deadline_ms=5000,
+            marks=("x-1", "4bf92f3577b34da6a3ce929d0e0e4736"),
         ),
-        messages.Submit(boot="b1", stream=3, attempt=0, client="alice", request_id="q1", model="m", prompt_ids=[104], params=SHORT_PARAMS),
+        messages.Submit(
+            boot="b1", stream=3, attempt=0, client="alice", request_id="q1", model="m", prompt_ids=[104],
+            task=messages.GenerateTask(params=SHORT_PARAMS),
+        ),
     ),
     "attach": (
         messages.Attach(boot="b1", stream=3, attempt=1, client="alice", request_id="q1", have=5, credit=256),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from workers.protocol.engine import Engine, Fault, Finish
-from workers.protocol.messages import Logprobs, SamplingParams, Submit
+from workers.protocol.messages import GenerateTask, Logprobs, SamplingParams, Submit
 
 
 @dataclass
@@ -27,8 +27,7 @@ def request(prompt: list[int], params: SamplingParams, *, id: int = 0, emitted: 
         request_id=str(id),
         model="m",
         prompt_ids=prompt,
-        params=params,
-        emitted=emitted or [],
+        task=GenerateTask(params=params, emitted=emitted or []),
     )
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from workers.engines.fake import FakeModel, advance, expected_tokens
 from workers.protocol.engine import Emission, Fault, Finish
-from workers.protocol.messages import UNLIMITED, Capacity, Logprobs, SamplingParams, Submit
+from workers.protocol.messages import UNLIMITED, Capacity, GenerateTask, Logprobs, SamplingParams, Submit
 from workers.sampling.guide import GuideFactory
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import PLACEHOLDER, StepPlan, decode_plan, decode_result, encode, view
@@ -42,7 +42,7 @@ def submit(
 ) -> Submit:
     return Submit(
         boot="b", stream=0, attempt=0, client="c", request_id="r", model="m",
-        prompt_ids=prompt, params=params, emitted=emitted or [], salt=salt, credit=credit,
+        prompt_ids=prompt, task=GenerateTask(params=params, emitted=emitted or [], credit=credit), salt=salt,
     )  # fmt: skip
 
 
@@ -100,12 +100,12 @@ class Rig:
         for id, stream in self.streams.items():
             if stream.end is None and not stream.cancelled:
                 stream.logprobs = stream.logprobs[: len(stream.tokens)]
-                self.scheduler.submit(id, submit(stream.request.prompt_ids, stream.request.params, emitted=list(stream.tokens)))
+                self.scheduler.submit(id, submit(stream.request.prompt_ids, stream.request.task.params, emitted=list(stream.tokens)))
 
     def submit(self, request: Submit) -> int:
         id = len(self.streams)
         self.scheduler.submit(id, request)
-        self.streams[id] = Stream(request, list(request.emitted))
+        self.streams[id] = Stream(request, list(request.task.emitted))
         return id
 
     def cancel(self, id: int) -> None:
@@ -176,15 +176,15 @@ class Rig:
         """Every stream is a prefix of what it should be; the ended ones are whole."""
         for stream in self.streams.values():
             request = stream.request
-            guide = self.guides(request.params.guide) if self.guides and request.params.guide else None
-            expected = expected_tokens(request.prompt_ids, request.params, eos_ids=EOS, guide=guide)
+            guide = self.guides(request.task.params.guide) if self.guides and request.task.params.guide else None
+            expected = expected_tokens(request.prompt_ids, request.task.params, eos_ids=EOS, guide=guide)
             if stream.end is None:
                 assert stream.tokens == expected[: len(stream.tokens)]
             else:
                 assert isinstance(stream.end, Finish), stream.end
                 assert stream.tokens == expected
                 whole = guide is not None and guide.done()
-                assert stream.end.reason == ("length" if len(expected) == request.params.max_tokens and not whole else "stop")
+                assert stream.end.reason == ("length" if len(expected) == request.task.params.max_tokens and not whole else "stop")
                 assert stream.end.usage.output_tokens == len(expected)
 
     def idle(self) -> bool:

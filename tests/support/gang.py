@@ -22,7 +22,18 @@ import msgspec
 import zmq
 
 from workers.protocol import messages
-from workers.protocol.messages import Accepted, Done, Failed, Heartbeat, Hello, RouterHeartbeat, SamplingParams, Submit, Tokens
+from workers.protocol.messages import (
+    Accepted,
+    Done,
+    Failed,
+    GenerateTask,
+    Heartbeat,
+    Hello,
+    RouterHeartbeat,
+    SamplingParams,
+    Submit,
+    Tokens,
+)
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec, RouterAddress
 from workers.serving.state_file import ReplicaState, read_state
 
@@ -238,7 +249,7 @@ class RouterEnd:
         """Send a Submit; what comes back fills the answered Stream."""
         message = Submit(
             boot=self.boot, stream=stream, attempt=attempt, client="c", request_id=request or f"q{stream}", model="m", prompt_ids=prompt,
-            params=params, emitted=emitted or [], credit=credit, deadline_ms=deadline_ms,
+            task=GenerateTask(params=params, emitted=emitted or [], credit=credit), deadline_ms=deadline_ms,
         )  # fmt: skip
         self.send(message, replica)
         return self.watch(stream, attempt, len(emitted or []))

@@ -19,7 +19,7 @@ from tests.orchestrator.router.core.test_router_core import ask, join
 from tests.orchestrator.router.test_tracing import Stage
 from workers.logs import JsonLines
 from workers.protocol.engine import Emission, Fault
-from workers.protocol.messages import Accepted, SamplingParams, Submit
+from workers.protocol.messages import Accepted, GenerateTask, SamplingParams, Submit
 from workers.serving.stream_table import StartSequence, StreamTable
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -114,8 +114,8 @@ def test_traceparent_of_a_body_counts_where_the_door_brought_none() -> None:
 def test_a_leader_can_tell_whose_row_failed() -> None:
     sessions = StreamTable(boot="b", model="m")
     submit = Submit(
-        boot="r", stream=1, attempt=1, client="c", request_id="q/0", model="m", prompt_ids=[1], params=SamplingParams(),
-        marks=("mine", "t"),
+        boot="r", stream=1, attempt=1, client="c", request_id="q/0", model="m", prompt_ids=[1],
+        task=GenerateTask(params=SamplingParams()), marks=("mine", "t"),
     )  # fmt: skip
     (start,) = sessions.submit(submit, 0.0)
     assert isinstance(start, StartSequence)

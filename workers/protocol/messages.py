@@ -125,12 +125,22 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 # router → replica
 
 
-class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
-    """Place a row. ``emitted`` are tokens that the client already holds: the row continues after them and never repeats one.
+class GenerateTask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
+    """Generate tokens after the prompt. ``params.seed`` is resolved. ``emitted`` are tokens that the client already has: the sequence
+    continues after them and never repeats one. ``credit``: tokens that may be sent before more is granted."""
 
-    ``params.seed`` is resolved. ``salt`` separates tenants in the prefix cache. ``deadline_ms`` counts from receipt.
-    ``credit``: tokens that may be sent before more is granted. ``marks``: the caller's own request id and trace id, for log lines.
-    """
+    params: SamplingParams
+    emitted: list[int] = []
+    credit: int = UNLIMITED
+
+
+#: What is done with a prompt. Another kind of work is another member of this union; an engine refuses the kinds that it does not do.
+Task: TypeAlias = GenerateTask
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
+    """Start a sequence. ``salt`` separates tenants in the prefix cache. ``deadline_ms`` counts from receipt. ``marks``: the caller's own
+    request id and trace id, for log lines."""
 
     boot: str
     stream: int
@@ -139,10 +149,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     request_id: str
     model: str
     prompt_ids: list[int]
-    params: SamplingParams
-    emitted: list[int] = []
+    task: Task
     salt: str = ""
-    credit: int = UNLIMITED
     deadline_ms: int | None = None
     marks: tuple[str, str] = ("", "")
 

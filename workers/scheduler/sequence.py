@@ -397,10 +397,10 @@ def make_sequence(
     """The sequence of a request. Raises TooLong for what can never fit, Rejected for ids, parameters or a grammar that mean nothing,
     Unsupported for a grammar where ``guides`` is None."""
     check_request(request, limits)
-    params = request.params
-    tokens = request.prompt_ids + request.emitted
+    task, params = request.task, request.task.params
+    tokens = request.prompt_ids + task.emitted
     guide = _make_guide(request, guides)
-    wants_scores = params.prompt_logprobs is not None and not request.emitted  # emitted tokens came with or after the scores
+    wants_scores = params.prompt_logprobs is not None and not task.emitted  # emitted tokens came with or after the scores
     seq = Sequence(
         id=id,
         arrival=arrival,
@@ -408,7 +408,7 @@ def make_sequence(
         prompt_len=len(request.prompt_ids),
         tokens=tokens,
         max_len=len(request.prompt_ids) + params.max_tokens,
-        nothing_to_emit=len(request.emitted) >= params.max_tokens or (guide is not None and guide.done()),
+        nothing_to_emit=len(task.emitted) >= params.max_tokens or (guide is not None and guide.done()),
         async_eligible=guide is None and not wants_scores and not has_penalties(params),
         special_tokens=_shared(stop_set(params, eos_ids) | {-1, NO_TOKEN}),
         guide=guide,
@@ -416,24 +416,24 @@ def make_sequence(
         prefix=PrefixCursor(request.salt),
         allowed_len=len(tokens),
     )
-    seq.add_credit(request.credit)
+    seq.add_credit(task.credit)
     return seq
 
 
 def check_request(request: Submit, limits: Capacity) -> None:
     """Raises TooLong for what can never fit, Rejected for ids and parameters that mean nothing; all that any engine must know."""
     _check_size(request, limits)
-    check(request.params, vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
-    tokens = request.prompt_ids + request.emitted
+    check(request.task.params, vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
+    tokens = request.prompt_ids + request.task.emitted
     if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
         raise Rejected("a token is outside the vocabulary", f"ids are 0 to {limits.vocab_size - 1}", param="prompt")
 
 
 def _check_size(request: Submit, limits: Capacity) -> None:
-    prompt, asked = len(request.prompt_ids), request.params.max_tokens
+    prompt, asked = len(request.prompt_ids), request.task.params.max_tokens
     if not prompt:
         raise Rejected("the prompt is empty", "a model predicts what follows at least one token", param="prompt")
-    total = prompt + max(asked, len(request.emitted))
+    total = prompt + max(asked, len(request.task.emitted))
     if total > limits.max_seq_len:
         raise TooLong(
             f"{prompt} prompt tokens and {asked} output tokens do not fit the context",
@@ -452,14 +452,14 @@ def _check_size(request: Submit, limits: Capacity) -> None:
 
 def _make_guide(request: Submit, guides: GuideFactory | None) -> Guide | None:
     """The grammar of a request, advanced over its emitted tokens."""
-    spec = request.params.guide
+    spec = request.task.params.guide
     if spec is None:
         return None
     if guides is None:
         raise Unsupported("guided output is not offered by this engine", param="response_format")
     guide = guides(spec)
     try:
-        guide.advance(request.emitted)
+        guide.advance(request.task.emitted)
     except EngineFault as error:
         raise Rejected("the tokens emitted so far do not follow the grammar", str(error), param="emitted") from None
     return guide

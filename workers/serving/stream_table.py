@@ -166,8 +166,8 @@ class StreamTable:
             actions += self._supersede(holder, message)
         self._next_id += 1
         row = _StreamRecord(
-            id=self._next_id, name=name, route=message.boot, stream=message.stream, attempt=message.attempt, seed=message.params.seed,
-            prompt_tokens=len(message.prompt_ids), tokens=list(message.emitted), credit=message.credit,
+            id=self._next_id, name=name, route=message.boot, stream=message.stream, attempt=message.attempt, seed=message.task.params.seed,
+            prompt_tokens=len(message.prompt_ids), tokens=list(message.task.emitted), credit=message.task.credit,
             deadline=None if message.deadline_ms is None else now + message.deadline_ms / 1000.0, marks=message.marks,
         )  # fmt: skip
         self._rows[row.id] = self._names[name] = self._streams[row.route, row.stream] = row
@@ -320,9 +320,10 @@ class StreamTable:
             raise Overloaded("the replica is draining")
         if len(self._rows) >= self._limit and not replaces:
             raise Overloaded(f"the replica holds {self._limit} rows", retry_after=1.0)
-        if not 0 <= message.params.seed < 2**63:
+        params = message.task.params
+        if not 0 <= params.seed < 2**63:
             raise Rejected("the seed is outside 0..2**63-1")
-        if not 1 <= message.params.max_tokens <= UNLIMITED or not 0 <= message.credit <= UNLIMITED or message.attempt < 0:
+        if not 1 <= params.max_tokens <= UNLIMITED or not 0 <= message.task.credit <= UNLIMITED or message.attempt < 0:
             raise Rejected("max_tokens, credit or attempt is out of range")
 
     def _supersede(self, row: _StreamRecord, by: Submit | Attach) -> list[Action]:

@@ -24,7 +24,7 @@ from orchestrator.router.core.request_state import (
 from orchestrator.router.core.request_table import RequestTable
 from orchestrator.router.core.stats import Cause, Reason
 from workers.protocol.errors import DeadlineExceeded, Overloaded, TriremeError, Unavailable
-from workers.protocol.messages import Attach, Bye, Cancel, Credit, FinishReason, Submit, Usage
+from workers.protocol.messages import Attach, Bye, Cancel, Credit, FinishReason, GenerateTask, Submit, Usage
 
 
 class Transitions:
@@ -85,8 +85,9 @@ class Transitions:
             replica,
             Submit(
                 boot=self._boot, stream=row.stream, attempt=row.attempt, client=ask.client, request_id=_row_name(row),
-                model=row.request.model, prompt_ids=ask.prompt_ids, params=row.params, emitted=list(row.emitted), salt=ask.salt,
-                credit=row.credit, deadline_ms=max(1, int(left * 1000)) if left < inf else None, marks=ask.marks,
+                model=row.request.model, prompt_ids=ask.prompt_ids, salt=ask.salt,
+                deadline_ms=max(1, int(left * 1000)) if left < inf else None, marks=ask.marks,
+                task=GenerateTask(params=row.params, emitted=list(row.emitted), credit=row.credit),
             ),
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from orchestrator.planner.cost_model import Pipeline, Rates, StageWork, StepLoad
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT
 from tests.support import figures
 from workers.engines.fake import FakeEngine
-from workers.protocol.messages import SamplingParams, Submit
+from workers.protocol.messages import GenerateTask, SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, Parallel
 
 
@@ -79,7 +79,7 @@ def steps_of_the_batch(workload: Workload, rows: int, tokens: int) -> int:
             index,
             Submit(
                 boot="b", stream=index, attempt=0, client="c", request_id=str(index), model="m",
-                prompt_ids=[(31 * index + place) % 200 for place in range(workload.isl)], params=params,
+                prompt_ids=[(31 * index + place) % 200 for place in range(workload.isl)], task=GenerateTask(params=params),
             ),
         )  # fmt: skip
     count = 0

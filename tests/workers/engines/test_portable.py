@@ -59,7 +59,7 @@ def test_fixed_shapes_replay_to_the_bit(folder: Path, temperature: float) -> Non
     other = engine_of(folder, fixed_shape=True, max_num_tokens=32, prefix_cache=False)
     for submit, whole in zip(requests, together, strict=True):
         assert serve(other, [submit])[0] == whole  # tokens and every log-probability
-        cut = request(submit.prompt_ids, submit.params, emitted=whole.tokens[:5])
+        cut = request(submit.prompt_ids, submit.task.params, emitted=whole.tokens[:5])
         rest = serve(other, [cut])[0]
         assert rest.tokens == whole.tokens[5:] and rest.logprobs == whole.logprobs[5:]
 
@@ -68,7 +68,7 @@ def test_a_sampled_stream_continues_where_it_was_cut(folder: Path) -> None:
     engine = engine_of(folder)
     for submit in mixed(6, temperature=0.8, top_k=50):
         whole = serve(engine, [submit])[0]
-        rest = serve(engine, [request(submit.prompt_ids, submit.params, emitted=whole.tokens[:7])])[0]
+        rest = serve(engine, [request(submit.prompt_ids, submit.task.params, emitted=whole.tokens[:7])])[0]
         assert rest.tokens == whole.tokens[7:]
 
 
@@ -80,7 +80,7 @@ def test_log_probabilities_of_prompt_and_output(folder: Path) -> None:
     assert [entry.token for entry in stream.prompt_logprobs] == submit.prompt_ids and stream.prompt_logprobs[0].logprob is None
     assert [entry.token for entry in stream.logprobs] == stream.tokens
     # Prompt plus output as a prompt must score the output as it was scored when it was made.
-    again = serve(engine, [request(submit.prompt_ids + stream.tokens, submit.params)])[0]
+    again = serve(engine, [request(submit.prompt_ids + stream.tokens, submit.task.params)])[0]
     assert again.prompt_logprobs is not None
     scores = [entry.logprob for entry in again.prompt_logprobs[len(submit.prompt_ids) :]]
     np.testing.assert_allclose(scores, [entry.logprob for entry in stream.logprobs], atol=1e-4)  # type: ignore[arg-type]

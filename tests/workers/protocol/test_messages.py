@@ -22,8 +22,7 @@ SUBMIT = messages.Submit(
     request_id="r",
     model="m",
     prompt_ids=[1, 2],
-    params=messages.SamplingParams(seed=5),
-    emitted=[9],
+    task=messages.GenerateTask(params=messages.SamplingParams(seed=5), emitted=[9]),
 )
 DONE = messages.Done(boot="b", stream=1, attempt=1, reason="stop", usage=messages.Usage(prompt_tokens=1, output_tokens=1))
 ids = st.integers(min_value=0, max_value=2**31 - 1)

@@ -15,7 +15,7 @@ from workers.engines.fake import FakeEngine, expected_tokens
 from workers.protocol import messages as wire
 from workers.protocol.engine import Emission
 from workers.protocol.errors import ConfigError, EngineFault, ReplicaLost, TriremeError
-from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed, RouterHeartbeat, SamplingParams, Submit
+from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed, GenerateTask, RouterHeartbeat, SamplingParams, Submit
 from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair
@@ -265,7 +265,15 @@ def test_mutated_frames_hurt_nobody(end: RouterEnd) -> None:
         boot = end.boot
         messages = [
             Submit(
-                boot=boot, stream=900, attempt=0, client="x", request_id="y", model="m", prompt_ids=[1, 2], params=SHORT, deadline_ms=500
+                boot=boot,
+                stream=900,
+                attempt=0,
+                client="x",
+                request_id="y",
+                model="m",
+                prompt_ids=[1, 2],
+                task=GenerateTask(params=SHORT),
+                deadline_ms=500,
             ),
             Attach(boot=boot, stream=900, attempt=1, client="x", request_id="y", have=0),
             Cancel(boot=boot, stream=900, attempt=9),

@@ -173,18 +173,18 @@ def make_sequence(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSeque
     Raises TooLong, Rejected or Unsupported for what TensorRT-LLM cannot do at all, and EngineFault for what it cannot *continue*: a grammar
     starts anew with each job, and a continuation's input holds the tokens emitted so far.
     """
-    params = request.params
+    task, params = request.task, request.task.params
     _refuse_unsupported(params, limits)
     check_request(request, limits.capacity)
-    nothing_to_emit = len(request.emitted) >= params.max_tokens
-    known = len(request.prompt_ids) + len(request.emitted)
+    nothing_to_emit = len(task.emitted) >= params.max_tokens
+    known = len(request.prompt_ids) + len(task.emitted)
     if known > limits.max_input_len and not nothing_to_emit:
         what = f"an input of {known} tokens is longer than this engine takes"
         why = f"its max_input_len is {limits.max_input_len}, and it was built without chunked context"
-        if request.emitted:
-            raise EngineFault(what, f"{why}; {len(request.emitted)} of them are output that another replica had given")
+        if task.emitted:
+            raise EngineFault(what, f"{why}; {len(task.emitted)} of them are output that another replica had given")
         raise TooLong(what, why, "shorten the prompt, or build the engine with use_paged_context_fmha", param="prompt")
-    if params.guide is not None and request.emitted and not nothing_to_emit:
+    if params.guide is not None and task.emitted and not nothing_to_emit:
         raise EngineFault("TensorRT-LLM cannot go on with a guided answer", "a grammar can only be followed from its start", "ask again")
     seq = TrtllmSequence(
         id=id,
@@ -192,9 +192,9 @@ def make_sequence(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSeque
         params=params,
         salt=request.salt,
         stops=stop_set(params, limits.eos_ids),
-        tokens=list(request.emitted),
-        emitted=len(request.emitted),
-        credit=request.credit,
+        tokens=list(task.emitted),
+        emitted=len(task.emitted),
+        credit=task.credit,
     )
     if nothing_to_emit:
         seq.end = seq.finish_record("length")

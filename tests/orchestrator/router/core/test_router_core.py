@@ -120,7 +120,7 @@ def test_choices_get_their_own_seed_and_name() -> None:
     join(route, "a")
     route.submit(ask(n=3, params=SamplingParams(seed=2**63 - 1, max_tokens=8)), 0.0)
     submits = sent(route.take(), Submit)
-    assert [submit.params.seed for submit in submits] == [2**63 - 1, 0, 1]
+    assert [submit.task.params.seed for submit in submits] == [2**63 - 1, 0, 1]
     assert [submit.request_id for submit in submits] == ["q/0", "q/1", "q/2"]
 
 
@@ -149,7 +149,7 @@ def test_a_lost_replicas_rows_go_on_elsewhere_before_all_others() -> None:
     join(route, "b", rows=4, now=3.0)
     moved = sent(route.take(), Submit)
     assert [submit.prompt_ids for submit in moved] == [[1], [2], [3], [4], [5]]
-    assert moved[0].emitted == [10, 11] and moved[0].attempt == 2 and moved[0].params.max_tokens == 8
+    assert moved[0].task.emitted == [10, 11] and moved[0].attempt == 2 and moved[0].task.params.max_tokens == 8
     route.hear(b"a", "", tokens("a1", submits[0], 2, [99]), 3.1)
     late = route.take()
     assert not [action for action in late if isinstance(action, DeliverTokens)] and route.counts["stale_tokens"] == 1
@@ -175,7 +175,7 @@ def test_a_request_that_outlives_no_replica_is_failed() -> None:
 
 def run_on(route: RouterCore, submit: Submit, boot: str, count: int, now: float) -> None:
     """The replica ``boot`` gives ``count`` more tokens for a placement."""
-    route.hear(boot[0].encode(), "", tokens(boot, submit, len(submit.emitted), list(range(count))), now)
+    route.hear(boot[0].encode(), "", tokens(boot, submit, len(submit.task.emitted), list(range(count))), now)
 
 
 def lose_with(route: RouterCore, name: str, now: float) -> list[Submit]:
@@ -194,7 +194,7 @@ def test_a_row_that_got_on_is_not_what_ended_its_replicas() -> None:
         route.take()
         join(route, "abcdef"[death], now=death)
         (submit,) = lose_with(route, "abcdef"[death - 1], death)
-        assert len(submit.emitted) == 5 * death
+        assert len(submit.task.emitted) == 5 * death
     run_on(route, submit, "f1", 4, 6.0)
     route.take()
     assert lose_with(route, "f", 6.0) == [], "no further than where the last one died"

@@ -11,7 +11,7 @@ from workers.engines.trtllm.hot_prefixes import HotPrefixes
 from workers.engines.trtllm.sequence import Delta, Job, TrtllmLimits, continued_seed
 from workers.protocol.engine import PAUSE_S, Emission, Fault, Finish
 from workers.protocol.errors import ArtifactError, ConfigError, EngineFault, EnvironmentFault, Rejected, TooLong, TriremeError, Unsupported
-from workers.protocol.messages import UNLIMITED, Capacity, GuideSpec, SamplingParams, Submit
+from workers.protocol.messages import UNLIMITED, Capacity, GenerateTask, GuideSpec, SamplingParams, Submit
 from workers.protocol.trtllm_options import LlmOptions, SchedulerOptions, TrtllmOptions, given
 from workers.scheduler.block_pool import prefix_hashes
 
@@ -80,8 +80,8 @@ def request(
 ) -> Submit:
     given = {"temperature": 0.0, "max_tokens": 8} | params
     return Submit(
-        boot="b", stream=1, attempt=0, client="c", request_id="q", model="m", prompt_ids=prompt or [1, 2, 3], emitted=emitted or [],
-        params=SamplingParams(**given), credit=credit, salt=salt,
+        boot="b", stream=1, attempt=0, client="c", request_id="q", model="m", prompt_ids=prompt or [1, 2, 3], salt=salt,
+        task=GenerateTask(params=SamplingParams(**given), emitted=emitted or [], credit=credit),
     )  # fmt: skip
 
 
