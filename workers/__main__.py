@@ -11,7 +11,6 @@ import difflib
 import faulthandler
 import logging
 import os
-import random
 import re
 import signal
 import socket
@@ -29,6 +28,7 @@ import msgspec
 from workers import process, rank
 from workers.distributed.agreement import agree, broadcast, gather
 from workers.engines.trtllm.environment import for_rank
+from workers.epoch import make_epoch
 from workers.protocol.engine import Engine, Follower
 from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, ErrorReport, TriremeError
 from workers.protocol.specs import EngineSpec, ReplicaSpec
@@ -133,7 +133,7 @@ def _convert(data: Any, source: str) -> ReplicaSpec:
         raise ConfigError(f"{source} cannot be a replica's spec", str(error), _nearest(str(error))) from None
     if spec.epoch:
         return spec
-    return msgspec.structs.replace(spec, epoch=int(time.time() * 1000) << 16 | random.getrandbits(16))
+    return msgspec.structs.replace(spec, epoch=make_epoch())
 
 
 def _nearest(complaint: str) -> str:

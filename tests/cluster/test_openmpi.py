@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.control.launch import mpiexec
-from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import tagged
 from orchestrator.control.launch.supervisor import GangProcess, LocalNode
+from workers.epoch import make_epoch
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def gang_of(folder: Path) -> GangProcess:
     nodes = [LocalNode(2, "10.44.0.1"), SecondHost(2, "10.44.0.2")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     spec = GangSpec(deployment="t", replica=replica, run_dir=str(folder))
-    return GangProcess(spec, mint_epoch(), nodes, mpi=mpiexec.find_mpi(os.environ["PATH"]), env=env)
+    return GangProcess(spec, make_epoch(), nodes, mpi=mpiexec.find_mpi(os.environ["PATH"]), env=env)
 
 
 def test_a_gang_over_two_hosts(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from orchestrator.control.reconciler import Reconciler, RestartPolicy
 from tests.support.deployment import deployed, wait_for_state, write_config
 from tests.support.figures import figure
 from tests.support.gang import short_folder, wait_for
+from workers.epoch import started_at
 
 #: Test settings: hang floor, silence, drain grace; and no request is suspected, since the tests kill on purpose.
 SETTINGS: dict[str, object] = {
@@ -122,7 +123,7 @@ class Stage:
         self._until(lambda: self.seen(replica)["running"] > 0, f"something to do for {replica}")
         self.check_memory(replica)
         old = self.row(replica)
-        start = time.time() - old.age_s - (old.epoch >> 16) / 1000
+        start = time.time() - old.age_s - started_at(old.epoch)
         at = time.monotonic()
         os.kill(pid, number)
 

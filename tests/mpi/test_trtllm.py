@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.mpiexec import find_mpi
 from orchestrator.control.launch.supervisor import GangProcess as Launched
 from orchestrator.control.launch.supervisor import LocalNode
@@ -20,6 +20,7 @@ from tests.support.gang import Gang, RouterEnd, short_folder, wait_for
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from workers.engines.fake import BYTES_EOS, expected_tokens
 from workers.engines.trtllm.sequence import continued_seed
+from workers.epoch import make_epoch
 from workers.protocol.messages import Cancel, Credit, Done, Failed, SamplingParams
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 from workers.protocol.trtllm_options import TrtllmOptions
@@ -172,7 +173,7 @@ def test_the_launcher_tells_what_the_failed_rank_said(folder: Path) -> None:
     replica = ReplicaSpec(name="r0", model="m", artifact=str(engine_folder(folder)), parallel=Parallel(tp=2), engine=ENGINE)
     env = {**os.environ, "PYTHONPATH": f"{FAKES}:{ROOT}", "TRIREME_FAKE_TRTLLM": "oom=1"}
     spec = GangSpec(deployment="t", replica=replica, run_dir=str(folder / "gangs"))
-    gang = Launched(spec, mint_epoch(), [LocalNode(2)], mpi=find_mpi(""), env=env)
+    gang = Launched(spec, make_epoch(), [LocalNode(2)], mpi=find_mpi(""), env=env)
     gang.start()
     try:
         wait_for(lambda: "rank 1 has not enough GPU memory" in gang.status().cause, END_S, "the cause")

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import msgspec
 
+from workers.epoch import started_at
 from workers.protocol.errors import NotFound, printable
 
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (?:rank \d+ )?([A-Z]+) ([\w.]+): (.*)", re.DOTALL)
@@ -100,7 +101,7 @@ class LogReader:
     def __init__(self, file: LogFile) -> None:
         self.file = file
         self._place = self._inode = 0
-        self._time = (file.epoch >> 16) / 1000
+        self._time = started_at(file.epoch)
 
     def entries(self, *, final: bool) -> Iterator[LogEntry]:
         """The lines that are new; times never fall. ``final``: also one that has no end yet. A file that is gone has none.

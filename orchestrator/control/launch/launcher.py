@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Protocol
 
@@ -61,11 +59,6 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """Let go of what is not a gang."""
-
-
-def mint_epoch() -> int:
-    """Launch time in ms * 2**16 + 16 random bits: larger = newer, also across hosts that agree on the time."""
-    return (time.time_ns() // 1_000_000) << 16 | secrets.randbits(16)
 
 
 def write_private(path: Path, data: bytes) -> None:

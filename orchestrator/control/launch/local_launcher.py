@@ -6,10 +6,11 @@ import logging
 from collections.abc import Mapping
 
 from orchestrator.control.launch.gpu_ledger import GpuLedger, visible_gpus
-from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.mpiexec import MpiInstall
 from orchestrator.control.launch.supervisor import GangProcess, LocalNode
 from orchestrator.control.reconciler import GangStatus
+from workers.epoch import make_epoch
 
 log = logging.getLogger("trireme.launch")
 
@@ -23,7 +24,7 @@ class LocalLauncher:
         self._gpus = GpuLedger(visible_gpus(self._env))
 
     def start(self, spec: GangSpec) -> None:
-        epoch, world = mint_epoch(), spec.replica.parallel.world
+        epoch, world = make_epoch(), spec.replica.parallel.world
         own = self._gpus.take((spec.replica.name, epoch), world) if spec.share.gpus else {}
         gang = GangProcess(spec, epoch, [LocalNode(world, own=own)], mpi=self._mpi, env=self._env)
         self._gangs[spec.replica.name, epoch] = gang

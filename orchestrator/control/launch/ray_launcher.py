@@ -21,10 +21,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.config.deployment_file import environment
 from orchestrator.control import placement as placing
 from orchestrator.control.launch import mpiexec
-from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import exit_with, kill_tagged
 from orchestrator.control.launch.supervisor import GangNode, GangProcess, LocalNode
 from orchestrator.control.reconciler import GangStatus
+from workers.epoch import make_epoch
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
 log = logging.getLogger("trireme.launch")
@@ -201,7 +202,7 @@ class RayLauncher:
         return f"{self._prefix}{key[0]}/{key[1]}"
 
     def start(self, spec: GangSpec) -> None:
-        key = (spec.replica.name, mint_epoch())
+        key = (spec.replica.name, make_epoch())
         self._records[key] = _Record(spec=spec, status=_status(key, "placing", spec.spec_hash))
         self._reserve(key, self._records[key])
 

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from orchestrator.control.launch import mpiexec as mpi
-from orchestrator.control.launch.launcher import GangSpec, mint_epoch
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import tagged
 from orchestrator.control.launch.supervisor import GangProcess, LocalNode
 from tests.support.trtllm_host import FAKES, checkpoint_of, engine_of, even_model, pretend
@@ -23,6 +23,7 @@ from workers.engines.trtllm.build_options import BuildOptions
 from workers.engines.trtllm.engine_dir import EngineDir, GpuFacts, read_engine_dir
 from workers.engines.trtllm.node_probe import NodeFacts, needed_libraries
 from workers.engines.trtllm.preflight import GangPlacement, check_rank, faults
+from workers.epoch import make_epoch
 from workers.protocol.errors import EnvironmentFault, TriremeError
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
@@ -185,7 +186,7 @@ def gang_of(tmp_path: Path, artifact: Path, **more: object) -> GangProcess:
     replica = msgspec.structs.replace(spec(artifact), **more)
     gang = GangSpec(deployment="t", replica=replica, run_dir=str(tmp_path / "gangs"))
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{FAKES}"}
-    return GangProcess(gang, mint_epoch(), [LocalNode(4)], mpi=mpi.MpiInstall(mpiexec=str(mpiexec), family="openmpi"), env=env)
+    return GangProcess(gang, make_epoch(), [LocalNode(4)], mpi=mpi.MpiInstall(mpiexec=str(mpiexec), family="openmpi"), env=env)
 
 
 def until(condition: Callable[[], object]) -> None:
