@@ -24,11 +24,12 @@ from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import TextModel, TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher
+from orchestrator.router.interfaces import RouterRequest, Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
+from workers.protocol.status import ModelStatus, RouterStatus
 
 
 class Stepping:
@@ -60,8 +61,8 @@ class Stepping:
     def ready(self) -> bool:
         return True
 
-    def status(self) -> dict[str, object]:
-        return {}
+    def status(self) -> RouterStatus:
+        return RouterStatus(router="bench")
 
     def _step(self) -> None:
         position, self._position = self._position, self._position + 1

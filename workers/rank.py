@@ -17,9 +17,10 @@ from workers import process
 from workers.protocol.engine import Engine, Follower
 from workers.protocol.errors import TriremeError
 from workers.protocol.specs import ReplicaSpec
+from workers.protocol.status import RankPhase
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair
-from workers.serving.state_file import Phase, StateFile
+from workers.serving.state_file import StateFile
 
 
 def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
@@ -69,7 +70,7 @@ def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: Stat
         process.tell(terminal, error.lines())
         os._exit(error.exit_code)
 
-    def enter(phase: Phase) -> None:
+    def enter(phase: RankPhase) -> None:
         state.enter(phase, capacity=engine.capacity)
 
     # A waiting I/O thread gets its turn after 0.5 ms of pure Python instead of 5 ms: tokens leave while the next step is planned.

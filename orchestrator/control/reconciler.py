@@ -7,14 +7,13 @@ only ever what the launcher reports; so a controller that restarts builds this o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
 from workers.protocol.messages import Capacity
+from workers.protocol.status import GangPhase, ReplicaPhase
 
-GangPhase = Literal["placing", "starting", "loading", "ready", "draining", "stopped", "failed"]
-ReplicaPhase = Literal["pending", "placing", "starting", "loading", "ready", "draining", "backoff", "failed", "stopped"]
 ENDED = ("stopped", "failed")
 
 

@@ -11,13 +11,15 @@ import logging
 from collections.abc import Callable
 
 from orchestrator.router import request_context
-from orchestrator.router.core.replica_registry import Replica, ReplicaLoss
+from orchestrator.router.core.replica_registry import ReplicaLoss
 from orchestrator.router.core.request_state import DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.router_core import RouterCore
-from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher
+from orchestrator.router.interfaces import RouterRequest, Watcher
 from orchestrator.router.metrics import RequestMeter
+from orchestrator.router.status import model_status, router_status
 from workers.protocol.errors import EngineFault, ReplicaLost, printable
 from workers.protocol.messages import FromReplica, ToReplica
+from workers.protocol.status import ModelStatus, RouterStatus
 
 log = logging.getLogger("trireme.dispatch")
 
@@ -81,38 +83,14 @@ class RouterDispatcher:
         self._arm()
 
     def model(self, name: str) -> ModelStatus | None:
-        """What every ready replica of the model can do; of those that are lost while none is ready."""
-        resolved = self._route.resolve(name)
-        if resolved is None:
-            return None
-        known = [replica for replica in self._route.fleet.replicas.values() if replica.model == resolved]
-        ready = [replica for replica in known if replica.state == "ready"]
-        facts = [replica.capacity for replica in ready or known]
-        return ModelStatus(
-            name=resolved,
-            ready=len(ready),
-            max_seq_len=min((fact.max_seq_len for fact in facts), default=0),
-            vocab_size=min((fact.vocab_size for fact in facts), default=0),
-            block_size=min((fact.block_size for fact in facts), default=0),
-            guided=all(fact.guided for fact in facts),
-        )
+        return model_status(self._route, name)
 
     def ready(self) -> bool:
         fleet = self._route.fleet
         return all(any(replica.state == "ready" for replica in fleet.serving(model)) for model in self._route.models)
 
-    def status(self) -> dict[str, object]:
-        route = self._route
-        return {
-            "router": self._name,
-            "closing": route.closing,
-            "queue": {model: route.waiting(model) for model in route.models},
-            "admitted": {model: sum(tally.limits.counts) for model, tally in route.tallies.items()},
-            "running": route.placed,
-            "counts": dict(route.counts),
-            "replicas": [_describe(replica, self._clock()) for replica in route.fleet.replicas.values()],
-            "losses": [_recount(loss, self._clock()) for loss in route.fleet.losses],
-        }
+    def status(self) -> RouterStatus:
+        return router_status(self._route, self._name, self._clock())
 
     # --- the replicas' side
 
@@ -247,50 +225,3 @@ class RouterDispatcher:
             except Exception:
                 log.exception("request %d: its door failed again", flight.id, extra=request_context.fields(flight.origin))
                 return
-
-
-def _recount(loss: ReplicaLoss, now: float) -> dict[str, object]:
-    return {
-        "replica": loss.replica,
-        "model": loss.model,
-        "epoch": loss.epoch,
-        "reason": loss.reason,
-        "rows": loss.rows,
-        "drained": loss.drained,
-        "age_s": round(now - loss.at, 3),
-    }
-
-
-def _describe(replica: Replica, now: float) -> dict[str, object]:
-    capacity, load = replica.capacity, replica.load
-    row: dict[str, object] = {
-        "name": replica.name,
-        "model": replica.model,
-        "state": replica.state,
-        "reason": replica.reason,
-        "quarantined": replica.quarantined,
-        "epoch": replica.epoch,
-        "age_s": round(now - replica.since, 3),
-        "tp": capacity.tp,
-        "pp": capacity.pp,
-        "engine": capacity.engine,
-        "dtype": capacity.dtype,
-        "resume": replica.resume,
-        "max_batch_size": capacity.max_batch_size,
-        "max_seq_len": capacity.max_seq_len,
-        "max_num_tokens": capacity.max_num_tokens,
-        "block_size": capacity.block_size,
-        "num_blocks": capacity.num_blocks,
-        "free_blocks": load.stats.free_blocks if load is not None else capacity.num_blocks,
-        "rows": len(replica.streams),
-        "paused": replica.paused,
-        "signal_age_s": round(now - replica.seen, 3),
-        "reported": load is not None,
-        "tok_s": round(replica.tok_s, 1),
-    }
-    for field in (
-        "running", "waiting", "step", "busy_ms", "step_ms", "prefill_tokens", "prompt_tokens_total", "output_tokens_total",
-        "prefix_queries_total", "prefix_hits_total", "preemptions_total", "step_tokens", "step_tokens_total",
-    ):  # fmt: skip
-        row[field] = getattr(load if field in ("step", "busy_ms") else load.stats, field) if load is not None else 0
-    return row

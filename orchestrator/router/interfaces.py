@@ -15,6 +15,7 @@ from orchestrator.router.core.stats import Attempt
 from orchestrator.router.metrics import RequestMeter
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
+from workers.protocol.status import ModelStatus, RouterStatus
 
 
 class RouterRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,17 +69,6 @@ class Ticket(Protocol):
         """Grant ``tokens`` more to every live choice."""
 
 
-class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the fleet knows of a model now. ``max_seq_len`` 0 and ``vocab_size`` 0 while no replica was ever seen."""
-
-    name: str
-    ready: int
-    max_seq_len: int
-    vocab_size: int
-    block_size: int
-    guided: bool
-
-
 class Dispatcher(Protocol):
     """The routing core with its shell: owns every accepted request until its last token."""
 
@@ -93,5 +83,4 @@ class Dispatcher(Protocol):
     def ready(self) -> bool:
         """Whether every served model has a replica."""
 
-    def status(self) -> dict[str, object]:
-        """JSON-able: ``router``, ``queue``, ``running``, ``replicas`` (name, state, epoch, model, tp, pp, running, waiting, tok_s, ...)."""
+    def status(self) -> RouterStatus: ...

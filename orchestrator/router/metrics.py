@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from orchestrator.router import metric_families
 from orchestrator.router.core.stats import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, ModelStats
 from workers.protocol.messages import Usage
+from workers.protocol.status import RouterStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -28,6 +28,11 @@ CODES = (
     "unsupported", "authentication_error", "overloaded", "unavailable", "deadline_exceeded", "cancelled", "replica_lost", "engine_fault",
     "nan_logits", "internal_error", "other",
 )  # fmt: skip
+
+
+def _nothing() -> RouterStatus:
+    """The status of no router."""
+    return RouterStatus(router="")
 
 
 class ModelMeter:
@@ -105,7 +110,7 @@ class Metrics:
     """
 
     def __init__(
-        self, models: Iterable[str], status: Callable[[], Mapping[str, Any]] = dict, tallies: Mapping[str, ModelStats] | None = None
+        self, models: Iterable[str], status: Callable[[], RouterStatus] = _nothing, tallies: Mapping[str, ModelStats] | None = None
     ) -> None:
         self.models = {name: ModelMeter() for name in models}
         self.lag = Histogram(metric_families.LAG_BUCKETS)

@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -42,6 +42,7 @@ from orchestrator.router.net.router_socket import RouterSocket
 from orchestrator.router.rpc.server import RpcServer
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import RouterHeartbeat, ToReplica
+from workers.protocol.status import RouterPhase, RouterState
 from workers.serving.router_io import KeyPair
 
 if TYPE_CHECKING:
@@ -56,18 +57,6 @@ LoadGrants = Callable[[], Mapping[str, CurveGrant] | None]
 LoadApiKeys = Callable[[], Iterable[ApiKey] | None]
 
 log = logging.getLogger("trireme.router")
-
-
-class RouterStateFile(msgspec.Struct, frozen=True, kw_only=True):
-    """The contents of the state file. ``http``: URL, empty without an HTTP API; ``back`` and ``rpc``: endpoints as they were really
-    bound."""
-
-    name: str
-    pid: int
-    phase: Literal["starting", "serving", "draining", "stopped"]
-    http: str
-    back: str
-    rpc: str
 
 
 class RouterProcess:
@@ -233,12 +222,12 @@ class RouterProcess:
         host, port = self._listener.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def _report(self, phase: Literal["serving", "draining", "stopped"]) -> None:
+    def _report(self, phase: RouterPhase) -> None:
         """Write the state file as a whole. Raises :class:`EnvironmentFault` at the start; later a full disk is only a warning."""
         if not self._spec.state_file:
             return
         http = self.http if phase == "serving" else ""
-        state = RouterStateFile(
+        state = RouterState(
             name=self._spec.name, pid=os.getpid(), phase=phase, http=http, back=self._link.endpoint, rpc=self._rpc_socket.endpoint
         )
         path = Path(self._spec.state_file)

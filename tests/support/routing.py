@@ -18,10 +18,10 @@ from typing import Any
 import msgspec
 
 from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
-from orchestrator.router.process import RouterStateFile
 from tests.support.gang import MPIEXEC, processes_of, wait_for
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
+from workers.protocol.status import RouterState
 
 
 class RouterRun:
@@ -62,13 +62,13 @@ class RouterRun:
             print(f"--- {self.spec.name}\n{self.log.read_text()}")
 
     @property
-    def state(self) -> RouterStateFile | None:
+    def state(self) -> RouterState | None:
         try:
-            return msgspec.json.decode(self.state_file.read_bytes(), type=RouterStateFile)
+            return msgspec.json.decode(self.state_file.read_bytes(), type=RouterState)
         except FileNotFoundError:
             return None
 
-    def wait_serving(self) -> RouterStateFile:
+    def wait_serving(self) -> RouterState:
         def serving() -> bool:
             assert self.process.poll() is None, self.log.read_text()
             state = self.state

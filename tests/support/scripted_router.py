@@ -22,11 +22,12 @@ from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.interfaces import ModelStatus, RouterRequest, Watcher
+from orchestrator.router.interfaces import RouterRequest, Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
+from workers.protocol.status import ModelStatus, ReplicaStatus, RouterStatus
 
 CONTEXT, VOCAB = 1024, 259
 
@@ -139,18 +140,11 @@ class ScriptedDispatcher:
     def ready(self) -> bool:
         return self.is_ready
 
-    def status(self) -> dict[str, object]:
-        replica = {
-            "name": "r0",
-            "model": "tiny",
-            "state": "ready",
-            "reported": True,
-            "running": 2,
-            "waiting": 1,
-            "num_blocks": 10,
-            "free_blocks": 4,
-        }
-        return {"router": "test", "queue": {"tiny": 0}, "running": 0, "counts": {"resubmitted": 0}, "replicas": [replica]}
+    def status(self) -> RouterStatus:
+        replica = ReplicaStatus(
+            name="r0", model="tiny", state="ready", reported=True, running=2, waiting=1, num_blocks=10, free_blocks=4
+        )  # fmt: skip
+        return RouterStatus(router="test", queue={"tiny": 0}, counts={"resubmitted": 0}, replicas=(replica,))
 
     def reset(self) -> None:
         self.__init__()  # type: ignore[misc]

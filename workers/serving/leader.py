@@ -19,9 +19,8 @@ from workers.protocol.engine import STATS_AGE_S, Engine, Fault
 from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
 from workers.protocol.messages import PROTOCOL, Attach, Bye, Cancel, Credit, Heartbeat, Hello, Submit
 from workers.protocol.specs import ReplicaSpec
-from workers.protocol.status import EngineStats
+from workers.protocol.status import EngineStats, RankPhase
 from workers.serving.router_io import Event, KeyPair, RouterGone, RouterIo
-from workers.serving.state_file import Phase
 from workers.serving.stream_table import Action, BeginDrain, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
 #: Longest sleep of an idle engine thread, seconds.
@@ -69,7 +68,7 @@ class Leader:
         *,
         boot: str,
         keys: KeyPair | None,
-        enter: Callable[[Phase], None],
+        enter: Callable[[RankPhase], None],
         die: Callable[[TriremeError], None],
     ) -> None:
         self._spec, self._engine, self._boot, self._enter, self._die = spec, engine, boot, enter, die

@@ -11,14 +11,13 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import msgspec
 
 from workers.protocol.errors import EnvironmentFault, ErrorReport, TriremeError
 from workers.protocol.messages import Capacity
+from workers.protocol.status import RankPhase
 
-Phase: TypeAlias = Literal["starting", "loading", "ready", "draining", "stopped", "failed"]
 STATE_FILE = "state.json"
 
 log = logging.getLogger("trireme.state")
@@ -27,7 +26,7 @@ log = logging.getLogger("trireme.state")
 class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     """``pids``: (rank, host, pid) of the whole gang. ``since``: Unix time at which the phase began, seconds."""
 
-    phase: Phase
+    phase: RankPhase
     epoch: int
     name: str
     pids: list[tuple[int, str, int]]
@@ -45,7 +44,7 @@ class StateFile:
         self._capacity: Capacity | None = None
         self._serving = False
 
-    def enter(self, phase: Phase, *, capacity: Capacity | None = None, error: TriremeError | None = None) -> None:
+    def enter(self, phase: RankPhase, *, capacity: Capacity | None = None, error: TriremeError | None = None) -> None:
         """Begin a phase. Raises :class:`EnvironmentFault` when the file cannot be written before the replica has ever been ready."""
         self._capacity = capacity or self._capacity
         report = None if error is None else ErrorReport.of(error)

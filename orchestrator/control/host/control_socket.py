@@ -23,12 +23,11 @@ from orchestrator.control.launch.subprocesses import alive
 from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
 from workers.protocol.messages import Capacity
 from workers.protocol.specs import RouterAddress
+from workers.protocol.status import DeploymentState, ReplicaRowState
 
 log = logging.getLogger("trireme.control")
 _LIMIT = 1 << 20
 _PATIENCE_S = 10.0
-
-DeploymentState = Literal["STARTING", "READY", "DEGRADED", "DRAINING", "FAILED"]
 
 
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +36,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     model: str
-    state: str
+    state: ReplicaRowState
     age_s: float
     tp: int
     pp: int

@@ -35,7 +35,7 @@ from orchestrator.control.host.host_checks import check_api_keys, check_length, 
 from orchestrator.control.host.lock import HostLock
 from orchestrator.control.host.own_routers import RouterGroup
 from orchestrator.control.host.router_poller import RouterSource
-from orchestrator.control.host.status_table import describe, describe_standing
+from orchestrator.control.host.status_table import HostFacts, describe, describe_standing
 from orchestrator.control.host.update import Update
 from orchestrator.control.launch.launcher import GangSpec, make_private
 from orchestrator.control.launch.local_launcher import LocalLauncher
@@ -43,6 +43,7 @@ from orchestrator.control.launch.mpiexec import MpiInstall, find_mpi
 from orchestrator.control.launch.supervisor import sweep
 from orchestrator.control.reconciler import ReplicaView, RestartPolicy
 from workers.artifacts.convert import Progress, silent
+from workers.epoch import started_at
 from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError
 from workers.protocol.messages import Capacity
 
@@ -108,7 +109,6 @@ class Deployment:
         self._routers: RouterSource | None = None
         self._back = desired_state.RouterEndpoints(addresses=())
         self._leave_ray: Callable[[], None] | None = None
-        self._models: dict[str, str] = {}
         self._gangs: list[GangSpec] = []
         self._cards: tuple[ModelCard, ...] = ()
         self._update: Update | None = None
@@ -174,7 +174,6 @@ class Deployment:
         self._back = joined.back if joined is not None else desired_state.own_back(config, keys, host)
         plan = desired_state.plan(config, models, keys, self._back)
         self._gangs, self._cards = plan.gangs, desired_state.cards(models)
-        self._models = {spec.replica.name: spec.replica.model for spec in plan.gangs}
         self._routers = joined or RouterGroup(plan.routers, make_private(self._home / "routers"), env=environment(), keys=keys)
         self._routers.start()
         assert self._controls is not None
@@ -246,7 +245,6 @@ class Deployment:
             log.warning("update: %s", error)
             return
         self.config, self._gangs = update.config, update.gangs
-        self._models = {spec.replica.name: spec.replica.model for spec in update.gangs}
         if moved or update.over:
             report = update.report()
             text = f"{report.phase} {report.error}".strip() if update.over else report.doing
@@ -276,7 +274,7 @@ class Deployment:
                 continue
             self._announced.add(key)
             if row.state == "READY":
-                seconds = time.time() - (row.epoch >> 16) / 1000
+                seconds = time.time() - started_at(row.epoch)
                 text = f"tp={row.tp} pp={row.pp} ready"
                 self._notify(Notice(kind="replica", subject=row.name, text=text, seconds=seconds, capacity=row.capacity))
             elif row.cause and row.state in ("BACKOFF", "FAILED", "PLACING", "QUARANTINED"):
@@ -344,17 +342,15 @@ class Deployment:
 
     def status(self) -> DeploymentStatus:
         """The deployment's table, from what the controller and the routers last said."""
-        table = describe_standing if self._standing else describe
-        return table(
-            self.config,
-            self._controls.views() if self._controls is not None else [],
-            self._routers,
-            models=self._models,
+        host = HostFacts(
             begun=self._begun,
             stopping=self._stops > 0,
             was_ready=self._was_ready,
             update=self._update.report() if self._update is not None else None,
         )
+        if self._standing:
+            return describe_standing(self.config, self._routers, host)
+        return describe(self.config, self._controls.views() if self._controls is not None else [], self._routers, host)
 
     def _obey(self, order: ControlCommand) -> ControlReply:
         match order.do:

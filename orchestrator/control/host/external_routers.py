@@ -19,11 +19,12 @@ from orchestrator.auth.keyring import JoinPass, read_pass
 from orchestrator.config.deployment_file import Config
 from orchestrator.control.host.desired_state import RouterEndpoints, ServedModel
 from orchestrator.control.host.join_file import JoinFile, fingerprint
-from orchestrator.control.host.router_poller import RouterPoller, RouterReport, ask
+from orchestrator.control.host.router_poller import RouterPoller, ask
 from orchestrator.control.launch.launcher import make_private, write_private
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import PROTOCOL
 from workers.protocol.specs import RouterAddress
+from workers.protocol.status import RouterStatus
 
 #: How long a start looks for one router that answers, seconds.
 REACH_S = 20.0
@@ -130,7 +131,7 @@ class JoinedRouters:
     def pids(self) -> dict[str, int]:
         return {}
 
-    def reports(self) -> list[RouterReport]:
+    def reports(self) -> list[RouterStatus]:
         """What routers said within the last seconds of our replicas, and of those alone."""
         return self._reports.fresh()
 

@@ -11,32 +11,23 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from orchestrator.auth.keyring import LOCAL_CLIENT, KeyRing
 from orchestrator.config.router_spec import RouterSpec
-from orchestrator.control.host.router_poller import RouterPoller, RouterReport
+from orchestrator.control.host.router_poller import RouterPoller
 from orchestrator.control.launch.launcher import write_private
 from orchestrator.control.launch.subprocesses import STOP, ChildProcess
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import RouterAddress
+from workers.protocol.status import RouterState, RouterStatus
 
 log = logging.getLogger("trireme.routers")
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STABLE_S = 30.0
 #: After the grace: to tell every client that it is over.
 _LAST_WORD_S = 3.0
-
-
-class RouterState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a router writes into its state file."""
-
-    name: str
-    pid: int
-    phase: Literal["starting", "serving", "draining", "stopped"]
-    http: str = ""
 
 
 class _Router:
@@ -136,7 +127,7 @@ class RouterGroup:
     def pids(self) -> dict[str, int]:
         return {router.spec.name: router.child.pid for router in self._routers if router.child is not None}
 
-    def reports(self) -> list[RouterReport]:
+    def reports(self) -> list[RouterStatus]:
         """What living routers said within the last seconds."""
         return self._reports.fresh()
 

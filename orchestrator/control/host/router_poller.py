@@ -20,6 +20,7 @@ import zmq
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Query, Report, decode_to_client, encode
 from workers.protocol.specs import RouterAddress
+from workers.protocol.status import RouterStatus
 from workers.serving.router_io import KeyPair
 
 log = logging.getLogger("trireme.routers")
@@ -28,35 +29,6 @@ _ANSWER_MS = 1000
 _HINT = "trireme keys, at the routers, makes one"
 #: Longer than a leader needs to find a new router.
 _UNHEARD_S = 10.0
-
-
-class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica in one router's eyes (the router says more)."""
-
-    name: str
-    state: str
-    epoch: int
-    model: str = ""
-    reason: str = ""
-    quarantined: bool = False
-    age_s: float = 0.0
-    tp: int = 0
-    pp: int = 0
-    tok_s: float = 0.0
-    running: int = 0
-    waiting: int = 0
-    num_blocks: int = 0
-    free_blocks: int = 0
-
-
-class RouterReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One router's answer: requests that wait for a replica and requests admitted since its start, by model; rows placed; replicas."""
-
-    router: str
-    queue: dict[str, int] = {}
-    admitted: dict[str, int] = {}
-    running: int = 0
-    replicas: list[ReplicaReport] = []
 
 
 class RouterSource(Protocol):
@@ -79,7 +51,7 @@ class RouterSource(Protocol):
 
     def pids(self) -> dict[str, int]: ...
 
-    def reports(self) -> list[RouterReport]:
+    def reports(self) -> list[RouterStatus]:
         """What living routers said within the last seconds."""
 
     def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
@@ -93,7 +65,7 @@ class RouterPoller:
 
     def __init__(self, targets: Callable[[], Iterable[tuple[str, RouterAddress]]], key: KeyPair, *, prefix: str = "") -> None:
         self._targets, self._key, self._prefix = targets, key, prefix
-        self._latest: dict[str, tuple[float, RouterReport]] = {}
+        self._latest: dict[str, tuple[float, RouterStatus]] = {}
         self._unheard: dict[tuple[str, int], float] = {}
         self._closing = threading.Event()
         self._asking = threading.Thread(target=self._ask_all, name="router reports", daemon=True)
@@ -110,7 +82,7 @@ class RouterPoller:
         if self._asking.is_alive():
             self._asking.join(5.0)
 
-    def fresh(self) -> list[RouterReport]:
+    def fresh(self) -> list[RouterStatus]:
         """What living routers said within the last seconds."""
         horizon = time.monotonic() - 4 * _ASK_EVERY_S - _ANSWER_MS / 1000
         return [report for at, report in list(self._latest.values()) if at >= horizon]
@@ -145,18 +117,18 @@ class RouterPoller:
         finally:
             context.destroy(linger=0)
 
-    def _ours(self, report: RouterReport) -> RouterReport:
+    def _ours(self, report: RouterStatus) -> RouterStatus:
         if not self._prefix:
             return report
-        rows = [
+        rows = tuple(
             msgspec.structs.replace(row, name=row.name.removeprefix(self._prefix))
             for row in report.replicas
             if row.name.startswith(self._prefix)
-        ]
+        )
         return msgspec.structs.replace(report, replicas=rows)
 
 
-def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> RouterReport | None:
+def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> RouterStatus | None:
     """One ``Query`` for ``status``; None when the router does not answer within a second. Raises :class:`ConfigError` where it does not
     know the key, :class:`EnvironmentFault` on an answer that is none."""
     socket = context.socket(zmq.DEALER)
@@ -176,7 +148,7 @@ def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> Rout
                 raise ConfigError(f"{address.endpoint} does not know this key", "it was never allowed there, or was taken back", _HINT)
             return None
         answer = decode_to_client(socket.recv())
-        return msgspec.json.decode(answer.body, type=RouterReport) if isinstance(answer, Report) else None
+        return msgspec.json.decode(answer.body, type=RouterStatus) if isinstance(answer, Report) else None
     except (zmq.ZMQError, msgspec.DecodeError) as error:
         raise EnvironmentFault("a router gives no status", str(error)) from None
     finally:

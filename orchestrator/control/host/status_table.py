@@ -1,133 +1,117 @@
-"""A deployment's status table, made of what the controller and the routers said. Owns nothing, asks nobody."""
+"""A deployment's status table, made of what the controller and the routers said. Owns nothing, asks nobody.
+
+The words for states are those of :mod:`workers.protocol.status`: a replica's row shows the reconciler's phase by ``ROW_STATES``. A row that
+would be READY is QUARANTINED while a router has it so, and JOINING until every router of others has accepted it.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import msgspec
 
 from orchestrator.config.deployment_file import Config, ModelConfig
-from orchestrator.control.host.control_socket import DeploymentState, DeploymentStatus, ModelRow, ReplicaRow, UpdateReport
-from orchestrator.control.host.router_poller import ReplicaReport, RouterReport, RouterSource
+from orchestrator.control.host.control_socket import DeploymentStatus, ModelRow, ReplicaRow, UpdateReport
+from orchestrator.control.host.router_poller import RouterSource
 from orchestrator.control.reconciler import ReplicaView
 from workers.protocol.specs import Parallel
+from workers.protocol.status import ROW_STATES, DeploymentState, ReplicaRowState, ReplicaStatus, RouterStatus
+
+#: Stands for the load of a replica that no router has told of.
+_NO_LOAD = ReplicaStatus(name="", model="", state="lost")
 
 
-def describe(
-    config: Config,
-    views: Sequence[ReplicaView],
-    routers: RouterSource | None,
-    *,
-    models: Mapping[str, str],
-    begun: float,
-    stopping: bool,
-    was_ready: bool,
-    update: UpdateReport | None,
-) -> DeploymentStatus:
-    """``models``: replica -> model; ``begun``: Unix seconds. READY needs every replica and every router; at routers of others, every
-    replica and its acceptance by each of them that answers."""
+class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the host process knows of itself. ``begun``: Unix seconds of its start; ``was_ready``: the deployment has been READY once."""
+
+    begun: float
+    stopping: bool
+    was_ready: bool
+    update: UpdateReport | None = None
+
+
+def describe(config: Config, views: Sequence[ReplicaView], routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
+    """READY needs every replica and every router; at routers of others, every replica and its acceptance by each of them that answers."""
     now = time.time()
     reports = routers.reports() if routers is not None else []
     by_name = {view.name: view for view in views}
-    rows = tuple(_model(model, config, by_name, reports, begun, now, stopping, was_ready) for model in config.models)
-    doors = routers is not None and routers.ready()
-    states = {row.state for row in rows}
-    state: DeploymentState
-    if stopping:
-        state = "DRAINING"
-    elif states == {"READY"} and doors:
-        state = "READY"
-    elif "FAILED" in states:
-        state = "FAILED" if states == {"FAILED"} else "DEGRADED"
-    else:
-        state = "DEGRADED" if was_ready else "STARTING"
+    models = tuple(_model(model, config, by_name, reports, host, now) for model in config.models)
+    serving = routers is not None and routers.ready()
+    state = _overall({model.state for model in models}, host, complete=serving)
     errors = [f"{view.name}: {view.cause}" for view in views if view.cause and view.phase not in ("ready", "draining")]
-    errors += [f"{row.name}: {row.cause}" for model in rows for row in model.rows if row.state == "JOINING"]
-    return _status(config, routers, state, rows, begun=begun, error="; ".join(errors), update=update)
+    errors += [f"{row.name}: {row.cause}" for model in models for row in model.rows if row.state == "JOINING"]
+    return _status(config, routers, state, models, host, launcher=config.launcher, error="; ".join(errors))
 
 
-def describe_standing(
-    config: Config,
-    views: Sequence[ReplicaView],
-    routers: RouterSource | None,
-    *,
-    models: Mapping[str, str],
-    begun: float,
-    stopping: bool,
-    was_ready: bool,
-    update: UpdateReport | None,
-) -> DeploymentStatus:
-    """As :func:`describe`, for routers alone: READY needs their doors, and that others were told of them (``was_ready``). The replicas are
-    those that joined, in the routers' eyes."""
-    now = time.time()
+def describe_standing(config: Config, routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
+    """The same for routers alone: READY once they serve and their join file is written (``was_ready``). The replicas are those that
+    joined, as the routers see them."""
     reports = routers.reports() if routers is not None else []
-    doors = routers is not None and routers.ready()
-    state: DeploymentState = "DRAINING" if stopping else "READY" if doors and was_ready else "DEGRADED" if was_ready else "STARTING"
-    rows = tuple(_joined_model(model, reports, state, now - begun) for model in config.models)
-    made = _status(config, routers, state, rows, begun=begun, error="", update=None)
-    return msgspec.structs.replace(made, launcher="none")
+    serving = routers is not None and routers.ready()
+    state: DeploymentState = (
+        "DRAINING" if host.stopping else "READY" if serving and host.was_ready else "DEGRADED" if host.was_ready else "STARTING"
+    )
+    models = tuple(_joined_model(model, reports, state, time.time() - host.begun) for model in config.models)
+    return _status(config, routers, state, models, host, launcher="none", error="")
+
+
+def _overall(states: Set[ReplicaRowState | DeploymentState], host: HostFacts, *, complete: bool = True) -> DeploymentState:
+    """The state of a whole by the states of its parts; ``complete`` False: something beside them is missing."""
+    if host.stopping:
+        return "DRAINING"
+    if states == {"READY"} and complete:
+        return "READY"
+    if states == {"FAILED"}:
+        return "FAILED"
+    return "DEGRADED" if host.was_ready or "FAILED" in states else "STARTING"
 
 
 def _status(
     config: Config,
     routers: RouterSource | None,
     state: DeploymentState,
-    rows: tuple[ModelRow, ...],
+    models: tuple[ModelRow, ...],
+    host: HostFacts,
     *,
-    begun: float,
+    launcher: str,
     error: str,
-    update: UpdateReport | None,
 ) -> DeploymentStatus:
     return DeploymentStatus(
         name=config.name,
         state=state,
-        age_s=time.time() - begun,
+        age_s=time.time() - host.begun,
         pid=os.getpid(),
-        launcher=config.launcher,
+        launcher=launcher,
         url=routers.url() if routers is not None else "",
-        models=rows,
+        models=models,
         routers=routers.pids() if routers is not None else {},
         rpc=routers.addresses() if routers is not None else (),
         run_dir=str(config.home),
         key_file=str(routers.key_file) if routers is not None else "",
         error=error,
-        update=update,
+        update=host.update,
     )
 
 
 def _model(
-    model: ModelConfig,
-    config: Config,
-    views: Mapping[str, ReplicaView],
-    reports: Sequence[RouterReport],
-    begun: float,
-    now: float,
-    stopping: bool,
-    was_ready: bool,
+    model: ModelConfig, config: Config, views: Mapping[str, ReplicaView], reports: Sequence[RouterStatus], host: HostFacts, now: float
 ) -> ModelRow:
     gangs = model.gangs()
     joins = bool(config.join.file)
-    rows = tuple(_replica(name, parallel, model.name, views.get(name), reports, begun, now, joins=joins) for name, parallel in gangs)
-    ready = sum(row.state == "READY" for row in rows)
-    state: DeploymentState
-    if stopping:
-        state = "DRAINING"
-    elif ready == len(rows):
-        state = "READY"
-    elif all(row.state == "FAILED" for row in rows):
-        state = "FAILED"
-    elif any(row.state == "FAILED" for row in rows):
-        state = "DEGRADED"
-    else:
-        state = "DEGRADED" if was_ready else "STARTING"
+    rows = tuple(
+        _replica(model.name, parallel, view, reports, now, joins=joins)
+        if (view := views.get(name)) is not None
+        else ReplicaRow(name=name, model=model.name, state="PENDING", age_s=now - host.begun, tp=parallel.tp, pp=parallel.pp)
+        for name, parallel in gangs
+    )
     return ModelRow(
         name=model.name,
-        state=state,
-        age_s=now - begun,
+        state=_overall({row.state for row in rows}, host),
+        age_s=now - host.begun,
         replicas=len(rows),
-        ready=ready,
+        ready=sum(row.state == "READY" for row in rows),
         tp=tuple(sorted({parallel.tp for _, parallel in gangs})),
         pp=tuple(sorted({parallel.pp for _, parallel in gangs})),
         queue=sum(report.queue.get(model.name, 0) for report in reports),
@@ -138,18 +122,18 @@ def _model(
     )
 
 
-def _joined_model(model: ModelConfig, reports: Sequence[RouterReport], state: DeploymentState, age_s: float) -> ModelRow:
-    """Of a replica that several routers know, what the one says that thinks best of it."""
-    best: dict[str, ReplicaReport] = {}
-    for row in (row for report in reports for row in report.replicas if row.model == model.name):
-        if row.name not in best or (row.epoch, row.state != "lost") > (best[row.name].epoch, best[row.name].state != "lost"):
-            best[row.name] = row
+def _joined_model(model: ModelConfig, reports: Sequence[RouterStatus], state: DeploymentState, age_s: float) -> ModelRow:
+    """Where several routers know a replica, the newest epoch counts, and of one epoch a router that has not lost it."""
+    best: dict[str, ReplicaStatus] = {}
+    for seen in (seen for report in reports for seen in report.replicas if seen.model == model.name):
+        if seen.name not in best or (seen.epoch, seen.state != "lost") > (best[seen.name].epoch, best[seen.name].state != "lost"):
+            best[seen.name] = seen
     rows = tuple(
         ReplicaRow(
-            name=row.name, model=model.name, state=row.state.upper(), age_s=row.age_s, tp=row.tp, pp=row.pp, queue=row.waiting,
-            running=row.running, tok_s=row.tok_s, epoch=row.epoch, cause=row.reason,
+            name=seen.name, model=model.name, state=ROW_STATES[seen.state], age_s=seen.age_s, tp=seen.tp, pp=seen.pp, queue=seen.waiting,
+            running=seen.running, tok_s=seen.tok_s, epoch=seen.epoch, cause=seen.reason,
         )
-        for row in best.values()
+        for seen in best.values()
     )  # fmt: skip
     living = [row for row in rows if row.state != "LOST"]
     ready = sum(row.state == "READY" for row in living)
@@ -168,41 +152,23 @@ def _joined_model(model: ModelConfig, reports: Sequence[RouterReport], state: De
     )
 
 
-def _replica(
-    name: str,
-    parallel: Parallel,
-    model: str,
-    view: ReplicaView | None,
-    reports: Sequence[RouterReport],
-    begun: float,
-    now: float,
-    *,
-    joins: bool,
-) -> ReplicaRow:
-    if view is None:
-        return ReplicaRow(name=name, model=model, state="PENDING", age_s=now - begun, tp=parallel.tp, pp=parallel.pp)
+def _replica(model: str, parallel: Parallel, view: ReplicaView, reports: Sequence[RouterStatus], now: float, *, joins: bool) -> ReplicaRow:
     gang = view.gang
+    seen = [replica for report in reports for replica in report.replicas if replica.name == view.name and replica.epoch == view.epoch]
     # Every router hears all of a replica's heartbeat, so one report is the whole truth about its load.
-    here = [row for report in reports for row in report.replicas if row.name == name and row.epoch == view.epoch]
-    load = here[0] if here else None
-    placing = gang is not None and gang.phase == "placing"
-    said = gang if gang is not None and (gang.cause or placing) else view
-    state, cause, hint = view.phase.upper(), said.cause, said.hint
-    if state == "READY" and any(row.quarantined for row in here):
-        state, cause, hint = "QUARANTINED", "requests ended here by logits that are not finite", f"trireme drain {name} replaces it"
-    if state == "READY" and joins and not _accepted(here, reports):
-        state, cause, hint = "JOINING", "the routers have not accepted it", "is its pass still on their list? trireme keys show, there"
+    load = seen[0] if seen else _NO_LOAD
+    state, cause, hint = _row_state(view, seen, accepted=not joins or _accepted(seen, reports))
     return ReplicaRow(
-        name=name,
+        name=view.name,
         model=model,
         state=state,
         age_s=max(0.0, now - view.since),
         tp=parallel.tp,
         pp=parallel.pp,
-        queue=load.waiting if load is not None else 0,
-        running=load.running if load is not None else 0,
-        tok_s=load.tok_s if load is not None else 0.0,
-        kv_use=1.0 - load.free_blocks / load.num_blocks if load is not None and load.num_blocks and load.state != "lost" else 0.0,
+        queue=load.waiting,
+        running=load.running,
+        tok_s=load.tok_s,
+        kv_use=1.0 - load.free_blocks / load.num_blocks if load.num_blocks and load.state != "lost" else 0.0,
         nodes=len(gang.hosts) if gang is not None else 0,
         hosts=gang.hosts if gang is not None else (),
         epoch=view.epoch,
@@ -216,6 +182,17 @@ def _replica(
     )
 
 
-def _accepted(rows: Sequence[ReplicaReport], reports: Sequence[RouterReport]) -> bool:
+def _row_state(view: ReplicaView, seen: Sequence[ReplicaStatus], *, accepted: bool) -> tuple[ReplicaRowState, str, str]:
+    """(state, cause, hint). ``seen``: the gang as each router sees it; ``accepted``: it need not wait for any router."""
+    if view.phase == "ready" and any(replica.quarantined for replica in seen):
+        return "QUARANTINED", "requests ended here by logits that are not finite", f"trireme drain {view.name} replaces it"
+    if view.phase == "ready" and not accepted:
+        return "JOINING", "the routers have not accepted it", "is its pass still on their list? trireme keys show, there"
+    # A living gang knows best what ails it, or what it waits for.
+    source = view.gang if view.gang is not None and (view.gang.cause or view.gang.phase == "placing") else view
+    return ROW_STATES[view.phase], source.cause, source.hint
+
+
+def _accepted(seen: Sequence[ReplicaStatus], reports: Sequence[RouterStatus]) -> bool:
     """Whether every router that answers, of which there is one, has the replica among those that it sends requests to."""
-    return bool(reports) and len(rows) == len(reports) and all(row.state == "ready" for row in rows)
+    return bool(reports) and len(seen) == len(reports) and all(replica.state == "ready" for replica in seen)

@@ -22,8 +22,9 @@ from orchestrator.control.launch import gang_preflight
 from orchestrator.control.launch import mpiexec as mpi_calls
 from orchestrator.control.launch.launcher import GangSpec, prepare
 from orchestrator.control.launch.subprocesses import TAG, ChildProcess, death_signal, kill_tagged, tagged
-from orchestrator.control.reconciler import ENDED, GangPhase, GangStatus
+from orchestrator.control.reconciler import ENDED, GangStatus
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.protocol.status import GangPhase
 from workers.serving.state_file import ReplicaState, read_state
 
 log = logging.getLogger("trireme.launch")

@@ -21,9 +21,10 @@ from orchestrator.router.frontend.detokenizer import TextRule
 from orchestrator.router.frontend.sandbox_worker import RenderJob
 from orchestrator.router.frontend.schema import Body, ChatBody, refuse
 from orchestrator.router.frontend.text_models import TextModel, TextModels
-from orchestrator.router.interfaces import Dispatcher, ModelStatus, RouterRequest
+from orchestrator.router.interfaces import Dispatcher, RouterRequest
 from workers.protocol.errors import NotFound, TooLong, Unavailable
 from workers.protocol.messages import UNLIMITED, Journal, SamplingParams
+from workers.protocol.status import ModelStatus
 from workers.sampling.definition import MIN_TEMPERATURE, choice_seed
 
 #: Choices that all prompts of one request may ask for together.

@@ -11,25 +11,24 @@ import hashlib
 import re
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any, Literal
 
 import msgspec
 
 from orchestrator.router.core.stats import LATENCY_BUCKETS, Histogram
 from orchestrator.router.metrics import Metrics, ModelMeter
 from workers import __version__
+from workers.epoch import started_at
+from workers.protocol.status import ReplicaLossStatus, ReplicaStatus, RouterHealthState, RouterStatus, RoutingState
 
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
-
-VerdictState = Literal["STARTING", "READY", "DEGRADED", "UNAVAILABLE", "DRAINING"]
 
 
 class OverallState(msgspec.Struct, frozen=True, kw_only=True):
     """How this router fares, and what somebody should look at. READY and DEGRADED serve every model."""
 
-    state: VerdictState
+    state: RouterHealthState
     why: tuple[str, ...]
 
 
@@ -62,7 +61,7 @@ class ReplicaFigures(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     model: str
-    state: str
+    state: RoutingState
     reason: str = ""
     quarantined: bool = False
     epoch: str = ""
@@ -113,7 +112,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 class StatusPage:
     """The page and its data. ``status`` is the dispatcher's; ``routers``: of the whole deployment."""
 
-    def __init__(self, name: str, routers: int, metrics: Metrics, status: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, name: str, routers: int, metrics: Metrics, status: Callable[[], RouterStatus]) -> None:
         self._name, self._routers, self._metrics, self._status = name, max(1, routers), metrics, status
         self._started = time.time()
         self.html = resources.files(__package__).joinpath("ui.html").read_bytes()
@@ -121,8 +120,8 @@ class StatusPage:
 
     def snapshot(self) -> Snapshot:
         status = self._status()
-        replicas = tuple(_replica(row) for row in status.get("replicas", ()))
-        losses = tuple(_loss(row) for row in status.get("losses", ()))
+        replicas = tuple(map(_replica, status.replicas))
+        losses = tuple(map(_loss, status.losses))
         models = tuple(_model(name, meter, status, replicas) for name, meter in self._metrics.models.items())
         return Snapshot(
             version=__version__,
@@ -130,12 +129,12 @@ class StatusPage:
             routers=self._routers,
             time=time.time(),
             started=self._started,
-            verdict=judge(bool(status.get("closing")), models, replicas, losses),
+            verdict=judge(status.closing, models, replicas, losses),
             bounds=LATENCY_BUCKETS,
             models=models,
             replicas=replicas,
             losses=losses,
-            counts=dict(status.get("counts", {})),
+            counts=status.counts,
         )
 
 
@@ -187,11 +186,11 @@ def headers(page: bytes) -> dict[str, str]:
     }
 
 
-def _model(name: str, meter: ModelMeter, status: Mapping[str, Any], replicas: Sequence[ReplicaFigures]) -> ModelFigures:
+def _model(name: str, meter: ModelMeter, status: RouterStatus, replicas: Sequence[ReplicaFigures]) -> ModelFigures:
     return ModelFigures(
         name=name,
         ready=sum(replica.model == name and replica.state == "ready" for replica in replicas),
-        queue=status.get("queue", {}).get(name, 0),
+        queue=status.queue.get(name, 0),
         in_flight=meter.in_flight,
         prompt_tokens=meter.prompt_tokens,
         generation_tokens=meter.generation_tokens,
@@ -207,10 +206,31 @@ def _latency(histogram: Histogram) -> Latency:
     return Latency(counts=tuple(count for _, count in histogram.cumulated()), total_s=histogram.total)
 
 
-def _replica(row: Mapping[str, Any]) -> ReplicaFigures:
-    epoch = int(row.get("epoch", 0))
-    return msgspec.convert({**row, "epoch": str(epoch), "launched": (epoch >> 16) / 1000}, ReplicaFigures)
+def _replica(row: ReplicaStatus) -> ReplicaFigures:
+    return ReplicaFigures(
+        name=row.name,
+        model=row.model,
+        state=row.state,
+        reason=row.reason,
+        quarantined=row.quarantined,
+        epoch=str(row.epoch),
+        launched=started_at(row.epoch),
+        age_s=row.age_s,
+        tp=row.tp,
+        pp=row.pp,
+        engine=row.engine,
+        dtype=row.dtype,
+        max_batch_size=row.max_batch_size,
+        running=row.running,
+        waiting=row.waiting,
+        rows=row.rows,
+        tok_s=row.tok_s,
+        num_blocks=row.num_blocks,
+        free_blocks=row.free_blocks,
+    )
 
 
-def _loss(row: Mapping[str, Any]) -> LossFigures:
-    return msgspec.convert({**row, "epoch": str(row["epoch"])}, LossFigures)
+def _loss(row: ReplicaLossStatus) -> LossFigures:
+    return LossFigures(
+        replica=row.replica, model=row.model, epoch=str(row.epoch), reason=row.reason, rows=row.rows, drained=row.drained, age_s=row.age_s
+    )

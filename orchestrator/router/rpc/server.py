@@ -30,6 +30,7 @@ from orchestrator.router.rpc.call import Outgoing, RpcCall, Submission
 from workers.protocol import messages
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
 from workers.protocol.messages import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
+from workers.protocol.status import RpcStatus
 
 #: Seconds that a lost client has to come back to its calls; with the time between two heartbeats, they are given up within 2 s.
 GONE_S = 1.5
@@ -213,7 +214,8 @@ class RpcServer:
                 [{"id": card.name, "aliases": card.aliases, "status": self._dispatcher.model(card.name)} for card in cards]
             )
         else:
-            body = msgspec.json.encode({**self._dispatcher.status(), "rpc": {"live": len(self._live), "malformed": self.malformed}})
+            rpc = RpcStatus(live=len(self._live), malformed=self.malformed)
+            body = msgspec.json.encode(msgspec.structs.replace(self._dispatcher.status(), rpc=rpc))
         self._give(peer, Report(boot=self._boot, stream=message.stream, body=body))
 
     def _tenant(self, client: str) -> Tenant:

@@ -12,7 +12,6 @@ from orchestrator.control.reconciler import (
     ENDED,
     Action,
     DrainGang,
-    GangPhase,
     GangStatus,
     KillGang,
     LaunchGang,
@@ -21,6 +20,7 @@ from orchestrator.control.reconciler import (
     RestartPolicy,
     WantedReplica,
 )
+from workers.protocol.status import GangPhase
 
 POLICY = RestartPolicy(max_failures=4, stable_s=60.0, start_timeout_s=100.0, drain_grace_s=5.0)
 NONE: frozenset[tuple[str, int]] = frozenset()

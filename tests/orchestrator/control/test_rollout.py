@@ -5,8 +5,9 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from orchestrator.control.reconciler import ENDED, DrainGang, GangPhase, GangStatus, KillGang, LaunchGang, Reconciler, RestartPolicy
+from orchestrator.control.reconciler import ENDED, DrainGang, GangStatus, KillGang, LaunchGang, Reconciler, RestartPolicy
 from orchestrator.control.rollout import Rollout, RolloutBounds, RolloutMove, RolloutTarget, plan
+from workers.protocol.status import GangPhase
 
 TICK_S, LOAD_S, DRAIN_S = 0.2, 1.0, 0.6
 

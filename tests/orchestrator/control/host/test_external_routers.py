@@ -17,8 +17,7 @@ from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.host import desired_state, external_routers, join_file
 from orchestrator.control.host.external_routers import JoinedRouters
 from orchestrator.control.host.join_file import JoinFile
-from orchestrator.control.host.router_poller import ReplicaReport, RouterReport
-from orchestrator.control.host.status_table import describe, describe_standing
+from orchestrator.control.host.status_table import HostFacts, describe, describe_standing
 from orchestrator.control.reconciler import GangStatus, ReplicaView
 from tests.support.gang import short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
@@ -27,6 +26,7 @@ from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected
 from workers.protocol.messages import PROTOCOL, Bye, RouterHeartbeat
 from workers.protocol.specs import RouterAddress
+from workers.protocol.status import ReplicaStatus, RouterStatus, RoutingState
 
 KEY = "a" * 40
 
@@ -196,7 +196,7 @@ class Told:
 
     key_file = Path("client.json")
 
-    def __init__(self, *reports: RouterReport) -> None:
+    def __init__(self, *reports: RouterStatus) -> None:
         self._reports = list(reports)
 
     def start(self) -> None: ...
@@ -217,19 +217,19 @@ class Told:
     def pids(self) -> dict[str, int]:
         return {}
 
-    def reports(self) -> list[RouterReport]:
+    def reports(self) -> list[RouterStatus]:
         return self._reports
 
     def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
         return frozenset()
 
 
-def row(name: str, state: str = "ready", epoch: int = 7, **more: Any) -> ReplicaReport:
-    return ReplicaReport(name=name, state=state, epoch=epoch, model="m", **more)
+def row(name: str, state: RoutingState = "ready", epoch: int = 7, **more: Any) -> ReplicaStatus:
+    return ReplicaStatus(name=name, state=state, epoch=epoch, model="m", **more)
 
 
-def report(*rows: ReplicaReport) -> RouterReport:
-    return RouterReport(router="router0", replicas=list(rows))
+def report(*rows: ReplicaStatus) -> RouterStatus:
+    return RouterStatus(router="router0", replicas=rows)
 
 
 @pytest.mark.parametrize(
@@ -243,25 +243,25 @@ def report(*rows: ReplicaReport) -> RouterReport:
         ([report(row("m-0")), report(row("m-0"))], "READY"),
     ],
 )
-def test_ready_means_accepted_by_every_router_that_answers(tmp_path: Path, reports: list[RouterReport], state: str) -> None:
+def test_ready_means_accepted_by_every_router_that_answers(tmp_path: Path, reports: list[RouterStatus], state: str) -> None:
     gang = GangStatus(name="m-0", epoch=7, spec_hash="", phase="ready", since=time.time())
     view = ReplicaView(name="m-0", phase="ready", epoch=7, since=gang.since, failures=0, due=0.0, cause="", hint="", gang=gang)
-    facts: dict[str, Any] = {"models": {"m-0": "m"}, "begun": time.time(), "stopping": False, "was_ready": False, "update": None}
-    found = describe(job(tmp_path), [view], Told(*reports), **facts)
+    host = HostFacts(begun=time.time(), stopping=False, was_ready=False)
+    found = describe(job(tmp_path), [view], Told(*reports), host)
     assert found.models[0].rows[0].state == state
     assert found.state == ("READY" if state == "READY" else "STARTING")
     assert bool(found.error) == (state == "JOINING")
 
 
 def test_standing_routers_show_who_joined() -> None:
-    facts: dict[str, Any] = {"models": {}, "begun": time.time(), "stopping": False, "was_ready": True, "update": None}
+    host = HostFacts(begun=time.time(), stopping=False, was_ready=True)
     one = report(row("slurm/a/m-0", "lost", reason="silent for 2.1 s"), row("slurm/b/m-0", tp=2, pp=1))
     other = report(row("slurm/a/m-0"), row("slurm/b/m-0", "draining", epoch=6))
-    found = describe_standing(standing_config(), [], Told(one, other), **facts)
+    found = describe_standing(standing_config(), Told(one, other), host)
     (model,) = found.models
     assert (found.state, model.state, model.replicas, model.ready) == ("READY", "READY", 2, 2)
     assert [(row.name, row.state) for row in model.rows] == [("slurm/a/m-0", "READY"), ("slurm/b/m-0", "READY")]
-    gone = describe_standing(standing_config(), [], Told(report(row("slurm/a/m-0", "lost", reason="silent"))), **facts)
+    gone = describe_standing(standing_config(), Told(report(row("slurm/a/m-0", "lost", reason="silent"))), host)
     assert (gone.state, gone.models[0].state, gone.models[0].replicas) == ("READY", "DEGRADED", 0)
     assert gone.models[0].rows[0].cause == "silent"
 

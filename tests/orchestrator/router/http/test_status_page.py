@@ -21,6 +21,7 @@ from orchestrator.router.http.status_page import LossFigures, ModelFigures, Repl
 from orchestrator.router.metrics import Metrics
 from tests.support.scripted_router import ServedDoor
 from workers.protocol.messages import PROTOCOL, Capacity, Hello
+from workers.protocol.status import ReplicaStatus, RouterStatus, RoutingState
 
 ADMIN, ADMIN_ROW = mint("admin", None, 0)
 BOUND, BOUND_ROW = mint("bound", ("tiny",), 0)
@@ -164,12 +165,12 @@ def test_its_numbers_are_those_of_metrics(door: ServedDoor) -> None:
     assert data.router == "test" and data.verdict.state == "READY"
 
 
-def figures(state: str = "ready", **facts: Any) -> ReplicaFigures:
+def figures(state: RoutingState = "ready", **facts: Any) -> ReplicaFigures:
     return ReplicaFigures(name=facts.pop("name", "left"), model="m", state=state, **facts)
 
 
 def model(ready: int) -> ModelFigures:
-    page = StatusPage("r", 1, Metrics(["m"]), lambda: {"queue": {}})
+    page = StatusPage("r", 1, Metrics(["m"]), lambda: RouterStatus(router="r"))
     return msgspec.structs.replace(page.snapshot().models[0], ready=ready)
 
 
@@ -223,11 +224,12 @@ def test_losses_are_remembered_with_what_ran_there() -> None:
 
 def test_a_name_from_elsewhere_stays_text() -> None:
     name = "</script><img src=x onerror=alert(1)>"
-    status = {"queue": {}, "replicas": [{"name": name, "model": "m", "state": "ready", "epoch": (1_700_000_000_000 << 16) + 7}]}
+    epoch = (1_700_000_000_000 << 16) + 7
+    status = RouterStatus(router="r", replicas=(ReplicaStatus(name=name, model="m", state="ready", epoch=epoch),))
     page = StatusPage("r", 1, Metrics(["m"]), lambda: status)
     (replica,) = msgspec.json.decode(msgspec.json.encode(page.snapshot()), type=Snapshot).replicas
     assert replica.name == name and replica.launched == 1_700_000_000.0
-    assert replica.epoch == str((1_700_000_000_000 << 16) + 7), "every digit: JavaScript's numbers would lose some"
+    assert replica.epoch == str(epoch), "every digit: JavaScript's numbers would lose some"
     assert name.encode() not in page.html
 
 
