@@ -15,6 +15,7 @@ from orchestrator.sim.sim_network import PULSE_S, SimConnection, SimNetwork, Sim
 from orchestrator.sim.timeline import Timeline
 from workers.engines.fake import FakeEngine
 from workers.protocol.errors import TriremeError
+from workers.protocol.hang import hang_bound_ms
 from workers.protocol.messages import (
     PROTOCOL,
     Accepted,
@@ -203,7 +204,7 @@ class SimReplica:
 
     def _beat(self) -> None:
         busy_s = self.now - self._since if self._since is not None else 0.0
-        if busy_s > max(HANG_FLOOR_S, 4 * self._predicted_s):
+        if busy_s * 1000.0 > hang_bound_ms(HANG_FLOOR_S, self._predicted_s * 1000.0):
             self.die("no progress")
             return
         message = Heartbeat(

@@ -17,6 +17,7 @@ import msgspec
 
 from workers.protocol.engine import STATS_AGE_S, Engine, Fault
 from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
+from workers.protocol.hang import hang_bound_ms
 from workers.protocol.messages import PROTOCOL, Attach, Bye, Cancel, Credit, Heartbeat, Hello, Submit
 from workers.protocol.specs import ReplicaSpec
 from workers.protocol.status import EngineStats, RankPhase
@@ -200,10 +201,10 @@ class Leader:
         return self._hello
 
     def beat(self) -> Heartbeat:
-        """Raises :class:`EngineFault` when the running step has made no progress for max(hang floor, 4 × its predicted time)."""
+        """Raises :class:`EngineFault` when the running step takes longer than :func:`hang_bound_ms` allows."""
         pulse, vitals = self._pulse, self._vitals
         busy_s = time.monotonic() - pulse.since if pulse.since else 0.0
-        if busy_s > max(self._spec.hang_floor_s, 4 * pulse.predicted_ms / 1000.0):
+        if busy_s * 1000.0 > hang_bound_ms(self._spec.hang_floor_s, pulse.predicted_ms):
             raise EngineFault(
                 f"step {pulse.step} has made no progress for {busy_s:.1f} s",
                 f"it was expected to take {pulse.predicted_ms:.0f} ms: a rank hangs or was stopped",

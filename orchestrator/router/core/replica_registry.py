@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.router.core.prefix_index import PrefixIndex
+from workers.protocol.hang import hang_bound_ms
 from workers.protocol.messages import PROTOCOL, Heartbeat, Hello
 
 State = Literal["ready", "draining", "lost"]
@@ -33,8 +34,6 @@ FAULT_LIMIT, FAULT_WINDOW_S = 3, 60.0
 KEPT_LOSSES = 32
 #: Rows of one router at a replica, those without credit included, as a multiple of its batch.
 MAX_PLACED = 8
-#: A step may take this many times its prediction before it counts as hung.
-HANG_FACTOR = 4.0
 #: Heartbeats over which the usual length of a step is taken. One alone tells the load of a moment: right after a burst of prompts, the
 #: replica whose heartbeat happened to see its prefill would look many times slower than its equals, and they would get all the rest.
 PACE_BEATS = 15
@@ -249,7 +248,7 @@ class ReplicaRegistry:
 
     def judge(self, replica: Replica, heartbeat: Heartbeat, now: float) -> str:
         """Set the state that a heartbeat asks for. Returns why the replica is newly lost, else an empty string."""
-        bound = max(self._hang_floor * 1000.0, HANG_FACTOR * heartbeat.predicted_ms)
+        bound = hang_bound_ms(self._hang_floor, heartbeat.predicted_ms)
         if heartbeat.busy_ms > bound:
             return f"no progress: step {heartbeat.step} runs for {heartbeat.busy_ms:.0f} ms, its bound is {bound:.0f} ms"
         wanted: State = "draining" if heartbeat.draining else "ready"

@@ -1,0 +1,11 @@
+"""When a step counts as hung. The leader, which ends its replica, and the routers, which give the replica up, share this one rule."""
+
+from __future__ import annotations
+
+#: A step may take this many times its prediction before it counts as hung.
+HANG_FACTOR = 4.0
+
+
+def hang_bound_ms(hang_floor_s: float, predicted_ms: float) -> float:
+    """The longest time that a step may take. ``hang_floor_s``: the least bound, since a prediction may be far too small."""
+    return max(hang_floor_s * 1000.0, HANG_FACTOR * predicted_ms)
