@@ -50,7 +50,7 @@ class Controller:
     def tick(self, hung: Hung = ()) -> None:
         """Observe, reconcile, act: milliseconds, but for the removal of a gang, which is bounded by seconds."""
         with self._lock:
-            wanted = [WantedReplica(name=name, spec_hash=spec.spec_hash) for name, spec in self._specs.items()]
+            wanted = [WantedReplica(name=name, revision=spec.revision) for name, spec in self._specs.items()]
             actions = self._reconciler.step(time.time(), wanted, self._launcher.poll(), frozenset(hung))
             self._views = self._reconciler.views()
             for action in actions:

@@ -26,7 +26,7 @@ class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     epoch: int
-    spec_hash: str
+    revision: str
     phase: GangPhase
     since: float = 0.0
     pids: tuple[tuple[int, str, int], ...] = ()
@@ -40,10 +40,10 @@ class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WantedReplica(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica that should run. Another ``spec_hash`` under the same name means: drain the old gang, then launch the new one."""
+    """A replica that should run. Another ``revision`` under the same name means: drain the old gang, then launch the new one."""
 
     name: str
-    spec_hash: str
+    revision: str
 
 
 class LaunchGang(msgspec.Struct, frozen=True):
@@ -93,7 +93,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Replica(msgspec.Struct, kw_only=True):
-    spec_hash: str
+    revision: str
     since: float
     failures: int = 0
     due: float = 0.0
@@ -153,8 +153,8 @@ class Reconciler:
 
     def _replica(self, now: float, want: WantedReplica, gang: GangStatus | None, hung: frozenset[tuple[str, int]]) -> list[Action]:
         replica = self._replicas.get(want.name)
-        if replica is None or replica.spec_hash != want.spec_hash:
-            replica = self._replicas[want.name] = _Replica(spec_hash=want.spec_hash, since=now)
+        if replica is None or replica.revision != want.revision:
+            replica = self._replicas[want.name] = _Replica(revision=want.revision, since=now)
         if gang is None:
             if replica.dead or now < replica.due:
                 return []
@@ -163,7 +163,7 @@ class Reconciler:
             replica.epoch, replica.begun, replica.ready_since = gang.epoch, now, 0.0
         if gang.phase == "placing":
             replica.begun = now  # waiting for room is no part of a start: a cluster may take an hour to grow
-        if gang.spec_hash != want.spec_hash:
+        if gang.revision != want.revision:
             return self._retire(now, gang, "its configuration changed")
         if (gang.name, gang.epoch) in self._asked:
             return self._retire(now, gang, "it was told to drain")

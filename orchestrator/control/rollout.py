@@ -26,15 +26,15 @@ Phase = Literal["rolling", "returning", "done", "returned"]
 
 
 class RolloutTarget(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica that should run: what it serves, and in which version."""
+    """A replica that should run: what it serves, and in which revision."""
 
     name: str
     model: str
-    spec_hash: str
+    revision: str
 
 
 class RolloutMove(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica from ``before`` to ``after``, both versions; empty = it is not there."""
+    """One replica from ``before`` to ``after``, both revisions; empty = it is not there."""
 
     name: str
     before: str
@@ -66,31 +66,31 @@ def plan(
 ) -> list[RolloutMove]:
     """The moves, model by model: additional replicas, the spare, changed ones (those that do not serve first), the spare's end; then what
     is not wanted any more. ``spares``: at most one a model. Empty when nothing changes."""
-    had = {target.name: target.spec_hash for target in old}
+    had = {target.name: target.revision for target in old}
     wanted = {target.name for target in new}
     moves: list[RolloutMove] = []
     for model in dict.fromkeys(target.model for target in new):
         targets = [target for target in new if target.model == model]
-        added = [RolloutMove(name=target.name, before="", after=target.spec_hash) for target in targets if target.name not in had]
+        added = [RolloutMove(name=target.name, before="", after=target.revision) for target in targets if target.name not in had]
         changed = [
-            RolloutMove(name=target.name, before=had[target.name], after=target.spec_hash)
+            RolloutMove(name=target.name, before=had[target.name], after=target.revision)
             for target in targets
-            if had.get(target.name, target.spec_hash) != target.spec_hash
+            if had.get(target.name, target.revision) != target.revision
         ]
         changed.sort(key=lambda move: move.name in ready)
         spare = next((spare for spare in spares if spare.model == model), None)
         if changed and spare is not None and not added:
-            start = RolloutMove(name=spare.name, before="", after=spare.spec_hash, spare=True)
-            changed = [start, *changed, RolloutMove(name=spare.name, before=spare.spec_hash, after="", spare=True)]
+            start = RolloutMove(name=spare.name, before="", after=spare.revision, spare=True)
+            changed = [start, *changed, RolloutMove(name=spare.name, before=spare.revision, after="", spare=True)]
         moves += [*added, *changed]
-    return [*moves, *(RolloutMove(name=target.name, before=target.spec_hash, after="") for target in old if target.name not in wanted)]
+    return [*moves, *(RolloutMove(name=target.name, before=target.revision, after="") for target in old if target.name not in wanted)]
 
 
 class Rollout:
     """``old``: what runs. ``wanted`` is what should run now; it changes in :meth:`step` only."""
 
     def __init__(self, old: Sequence[RolloutTarget], moves: Sequence[RolloutMove], bounds: RolloutBounds, now: float) -> None:
-        self.wanted = {target.name: target.spec_hash for target in old}
+        self.wanted = {target.name: target.revision for target in old}
         self.phase: Phase = "rolling"
         #: Why it was taken back.
         self.error = ""
@@ -117,7 +117,7 @@ class Rollout:
         return len(self._todo) + (self._move is not None)
 
     def wants(self) -> list[WantedReplica]:
-        return [WantedReplica(name=name, spec_hash=version) for name, version in self.wanted.items()]
+        return [WantedReplica(name=name, revision=revision) for name, revision in self.wanted.items()]
 
     def step(self, now: float, views: Mapping[str, ReplicaView]) -> bool:
         """Look at every replica as the reconciler saw it last; True when ``wanted`` has changed."""
@@ -134,7 +134,7 @@ class Rollout:
             self._finish(self._move, now)
         if not self._todo:
             return False
-        troubled = [name for name, version in self.wanted.items() if not self._steady(views.get(name), version)]
+        troubled = [name for name, revision in self.wanted.items() if not self._steady(views.get(name), revision)]
         if not troubled:
             self._begin(now)
             return True
@@ -143,11 +143,11 @@ class Rollout:
         return False
 
     @staticmethod
-    def _steady(view: ReplicaView | None, version: str) -> bool:
+    def _steady(view: ReplicaView | None, revision: str) -> bool:
         """Whether a replica is not worth waiting for: it serves, or has failed for good."""
         if view is None:
             return False
-        return view.phase == "failed" or (view.phase == "ready" and view.gang is not None and view.gang.spec_hash == version)
+        return view.phase == "failed" or (view.phase == "ready" and view.gang is not None and view.gang.revision == revision)
 
     def _judge(self, move: RolloutMove, now: float, view: ReplicaView | None) -> str:
         """``waiting``, ``crowded`` (a spare without a place), empty when it is done, else what is wrong."""
@@ -155,7 +155,7 @@ class Rollout:
             return "" if view is None else self._late(move, now)
         if view is None:
             return self._late(move, now)
-        if view.phase == "ready" and view.gang is not None and view.gang.spec_hash == move.after:
+        if view.phase == "ready" and view.gang is not None and view.gang.revision == move.after:
             return ""
         if self.phase == "rolling" and (view.phase == "failed" or view.failures >= FAILURES):
             return f"replica {move.name} does not start: {view.cause}"

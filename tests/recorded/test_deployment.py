@@ -22,7 +22,7 @@ from tests.support.tiny_models import tiny_model
 AREA = "deployment"
 NAMES = ["status.json", "files.txt", "router_spec.json", "router_state.json", "replica_spec.json", "replica_state.json", "terminal.txt"]
 #: New in every run.
-NEW_EACH_TIME = ("age_s", "pid", "epoch", "since", "tok_s", "server_key", "spec_hash", "created")
+NEW_EACH_TIME = ("age_s", "pid", "epoch", "since", "tok_s", "server_key", "revision", "created")
 SERVE = ("--engine", "fake", "--launcher", "local", "--port", "0", "--max-seq-len", "512", "--name", "small", "--detach")
 
 pytestmark = pytest.mark.mpi

@@ -102,7 +102,7 @@ class Update:
         self._keys, self._back = KeyRing(current.home / "keys"), back
         after = desired_state.gangs(self._new, models, back, self._keys)
         spares = self._spares(gangs, after)
-        self._specs = {gang.spec_hash: gang for gang in (*gangs, *after, *spares)}
+        self._specs = {gang.revision: gang for gang in (*gangs, *after, *spares)}
         self._before, self._after = list(gangs), after
         ready = frozenset(view.name for view in views if view.phase == "ready")
         moves = plan(_targets(gangs), _targets(after), _targets(spares), ready=ready)
@@ -146,7 +146,7 @@ class Update:
         changed = self._rollout.step(now, {view.name: view for view in views})
         self._applied &= not changed
         if not self._applied:
-            apply([self._specs[want.spec_hash] for want in self._rollout.wants()])
+            apply([self._specs[want.revision] for want in self._rollout.wants()])
             self._applied = True
         if self.over:
             desired_state.admit(self._keys, self.gangs, self._back)
@@ -168,7 +168,7 @@ class Update:
 
 
 def _targets(gangs: Sequence[GangSpec]) -> list[RolloutTarget]:
-    return [RolloutTarget(name=gang.replica.name, model=gang.replica.model, spec_hash=gang.spec_hash) for gang in gangs]
+    return [RolloutTarget(name=gang.replica.name, model=gang.replica.model, revision=gang.revision) for gang in gangs]
 
 
 def _check_tokenizer(model: desired_state.ServedModel, cards: Sequence[ModelCard]) -> None:

@@ -15,6 +15,7 @@ from orchestrator.control.placement import RankShare
 from orchestrator.control.reconciler import GangStatus
 from workers.protocol.errors import EnvironmentFault
 from workers.protocol.specs import ReplicaSpec
+from workers.serving.router_io import KeyPair
 
 #: Folders of dead epochs that are kept for their logs, a replica.
 KEPT_EPOCHS = 5
@@ -36,8 +37,10 @@ class GangSpec(msgspec.Struct, frozen=True, kw_only=True):
     command: tuple[str, ...] = (sys.executable, "-m", "workers")
 
     @property
-    def spec_hash(self) -> str:
-        return hashlib.blake2b(msgspec.json.encode(self), digest_size=8).hexdigest()
+    def revision(self) -> str:
+        """Names what is launched: gangs of one revision are equal. Of the key pair only the public key counts."""
+        public = msgspec.json.decode(self.key, type=KeyPair).public if self.key else ""
+        return hashlib.blake2b(msgspec.json.encode(msgspec.structs.replace(self, key=public)), digest_size=8).hexdigest()
 
     def tag(self, epoch: int) -> str:
         """Name of one gang on every host that it touches."""

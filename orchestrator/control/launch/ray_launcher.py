@@ -203,7 +203,7 @@ class RayLauncher:
 
     def start(self, spec: GangSpec) -> None:
         key = (spec.replica.name, make_epoch())
-        self._records[key] = _Record(spec=spec, status=_status(key, "placing", spec.spec_hash))
+        self._records[key] = _Record(spec=spec, status=_status(key, "placing", spec.revision))
         self._reserve(key, self._records[key])
 
     def _reserve(self, key: tuple[str, int], record: _Record) -> None:
@@ -340,5 +340,5 @@ class RayLauncher:
         """Supervisors outlive a launcher."""
 
 
-def _status(key: tuple[str, int], phase: Any, spec_hash: str = "") -> GangStatus:
-    return GangStatus(name=key[0], epoch=key[1], spec_hash=spec_hash, phase=phase, since=time.time())
+def _status(key: tuple[str, int], phase: Any, revision: str = "") -> GangStatus:
+    return GangStatus(name=key[0], epoch=key[1], revision=revision, phase=phase, since=time.time())

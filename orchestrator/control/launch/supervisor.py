@@ -203,7 +203,7 @@ class GangProcess:
         return GangStatus(
             name=self.spec.replica.name,
             epoch=self.epoch,
-            spec_hash=self.spec.spec_hash,
+            revision=self.spec.revision,
             phase=phase,
             since=since,
             pids=tuple(state.pids) if state is not None else (),

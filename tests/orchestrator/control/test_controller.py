@@ -27,7 +27,7 @@ class Gangs:
 
     def start(self, spec: GangSpec) -> None:
         epoch = 1 + len(self.rows)
-        status = GangStatus(name=spec.replica.name, epoch=epoch, spec_hash=spec.spec_hash, phase="ready", since=time.time())
+        status = GangStatus(name=spec.replica.name, epoch=epoch, revision=spec.revision, phase="ready", since=time.time())
         self.rows[(status.name, epoch)] = status
 
     def poll(self) -> list[GangStatus]:

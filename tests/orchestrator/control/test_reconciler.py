@@ -32,7 +32,7 @@ class World:
     def __init__(self) -> None:
         self.reconciler = Reconciler(POLICY)
         self.now = 1000.0
-        self.wanted: list[WantedReplica] = [WantedReplica(name="a", spec_hash="1")]
+        self.wanted: list[WantedReplica] = [WantedReplica(name="a", revision="1")]
         self.gangs: dict[tuple[str, int], GangStatus] = {}
         self.next_epoch = 1
         self.launches: list[float] = []
@@ -43,7 +43,7 @@ class World:
             match action:
                 case LaunchGang(name):
                     want = next(want for want in self.wanted if want.name == name)
-                    self.add(name, "starting", want.spec_hash)
+                    self.add(name, "starting", want.revision)
                     self.launches.append(self.now)
                 case KillGang(name, epoch, _):
                     del self.gangs[name, epoch]
@@ -51,15 +51,15 @@ class World:
                     self.phase(name, epoch, "draining")
         return actions
 
-    def add(self, name: str, phase: GangPhase, spec_hash: str = "1") -> int:
+    def add(self, name: str, phase: GangPhase, revision: str = "1") -> int:
         epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        self.gangs[name, epoch] = GangStatus(name=name, epoch=epoch, spec_hash=spec_hash, phase=phase, since=self.now)
+        self.gangs[name, epoch] = GangStatus(name=name, epoch=epoch, revision=revision, phase=phase, since=self.now)
         return epoch
 
     def phase(self, name: str, epoch: int, phase: GangPhase, *, cause: str = "", permanent: bool = False) -> None:
         old = self.gangs[name, epoch]
         self.gangs[name, epoch] = GangStatus(
-            name=name, epoch=epoch, spec_hash=old.spec_hash, phase=phase, since=self.now, cause=cause, permanent=permanent
+            name=name, epoch=epoch, revision=old.revision, phase=phase, since=self.now, cause=cause, permanent=permanent
         )
 
     def all(self, phase: GangPhase, **more: bool) -> None:
@@ -100,7 +100,7 @@ def test_a_permanent_failure_is_not_tried_again() -> None:
         world.step()
         world.now += 60
     assert len(world.launches) == 1 and world.view().phase == "failed"
-    world.wanted = [WantedReplica(name="a", spec_hash="2")]
+    world.wanted = [WantedReplica(name="a", revision="2")]
     assert world.step() == [LaunchGang("a")]
 
 
@@ -147,7 +147,7 @@ def test_a_hung_report_of_another_epoch_is_ignored() -> None:
 def test_change_drains_first_and_a_drain_that_hangs_is_killed() -> None:
     world = World()
     epoch = world.add("a", "ready")
-    world.wanted = [WantedReplica(name="a", spec_hash="2")]
+    world.wanted = [WantedReplica(name="a", revision="2")]
     assert world.step() == [DrainGang("a", epoch)]
     world.now += 4
     assert world.step() == []
@@ -201,9 +201,9 @@ class AnyOrder(RuleBasedStateMachine):
     def gang_hangs(self) -> None:
         self.world.step(frozenset(self.world.gangs))
 
-    @rule(names=st.sets(st.sampled_from("abc")), spec_hash=st.sampled_from("12"))
-    def wanted_changes(self, names: set[str], spec_hash: str) -> None:
-        self.world.wanted = [WantedReplica(name=name, spec_hash=spec_hash) for name in sorted(names)]
+    @rule(names=st.sets(st.sampled_from("abc")), revision=st.sampled_from("12"))
+    def wanted_changes(self, names: set[str], revision: str) -> None:
+        self.world.wanted = [WantedReplica(name=name, revision=revision) for name in sorted(names)]
         self.world.step()
 
     @rule()

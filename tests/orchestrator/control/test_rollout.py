@@ -13,7 +13,7 @@ TICK_S, LOAD_S, DRAIN_S = 0.2, 1.0, 0.6
 
 
 def targets(*names: str, version: str = "1", model: str = "m") -> list[RolloutTarget]:
-    return [RolloutTarget(name=name, model=model, spec_hash=f"{name}:{version}") for name in names]
+    return [RolloutTarget(name=name, model=model, revision=f"{name}:{version}") for name in names]
 
 
 SPARE = targets("spare", version="2")
@@ -26,14 +26,14 @@ class World:
         self.reconciler = Reconciler(RestartPolicy(backoff_s=0.5, start_timeout_s=20.0, drain_grace_s=5.0))
         self.bad, self.homeless, self.now, self.epoch = bad, homeless, 100.0, 0
         self.gangs: dict[str, GangStatus] = {}
-        self.wanted = {target.name: target.spec_hash for target in old}
+        self.wanted = {target.name: target.revision for target in old}
         for target in old:
-            self._set(target.name, target.spec_hash, "ready")
+            self._set(target.name, target.revision, "ready")
 
     def _set(self, name: str, version: str, phase: GangPhase, cause: str = "") -> None:
         if phase in ("placing", "starting"):
             self.epoch += 1
-        self.gangs[name] = GangStatus(name=name, epoch=self.epoch, spec_hash=version, phase=phase, since=self.now, cause=cause)
+        self.gangs[name] = GangStatus(name=name, epoch=self.epoch, revision=version, phase=phase, since=self.now, cause=cause)
 
     @property
     def ready(self) -> set[str]:
@@ -44,18 +44,18 @@ class World:
         for name, gang in list(self.gangs.items()):
             age = self.now - gang.since
             if gang.phase == "starting" and age >= LOAD_S:
-                broken = gang.spec_hash in self.bad
-                self._set(name, gang.spec_hash, "failed" if broken else "ready", "it does not load" if broken else "")
+                broken = gang.revision in self.bad
+                self._set(name, gang.revision, "failed" if broken else "ready", "it does not load" if broken else "")
             elif gang.phase == "draining" and age >= DRAIN_S:
-                self._set(name, gang.spec_hash, "stopped")
+                self._set(name, gang.revision, "stopped")
         wants = rollout.wants()
-        hashes = {want.name: want.spec_hash for want in wants}
+        hashes = {want.name: want.revision for want in wants}
         for action in self.reconciler.step(self.now, wants, list(self.gangs.values()), frozenset()):
             match action:
                 case LaunchGang(name):
                     self._set(name, hashes[name], "placing" if name in self.homeless else "starting")
                 case DrainGang(name, _):
-                    self._set(name, self.gangs[name].spec_hash, "draining")
+                    self._set(name, self.gangs[name].revision, "draining")
                 case KillGang(name, _, _):
                     del self.gangs[name]
         rollout.step(self.now, {view.name: view for view in self.reconciler.views()})
@@ -72,7 +72,7 @@ class World:
             self.tick(rollout)
 
     def versions(self) -> dict[str, str]:
-        return {name: gang.spec_hash for name, gang in self.gangs.items() if gang.phase not in ENDED}
+        return {name: gang.revision for name, gang in self.gangs.items() if gang.phase not in ENDED}
 
 
 def update(world: World, old: list[RolloutTarget], new: list[RolloutTarget], spares: list[RolloutTarget], *, least: int) -> Rollout:
@@ -82,7 +82,7 @@ def update(world: World, old: list[RolloutTarget], new: list[RolloutTarget], spa
 
 
 def served(goal: list[RolloutTarget]) -> dict[str, str]:
-    return {target.name: target.spec_hash for target in goal}
+    return {target.name: target.revision for target in goal}
 
 
 def test_the_order_of_moves() -> None:

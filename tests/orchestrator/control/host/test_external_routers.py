@@ -244,7 +244,7 @@ def report(*rows: ReplicaStatus) -> RouterStatus:
     ],
 )
 def test_ready_means_accepted_by_every_router_that_answers(tmp_path: Path, reports: list[RouterStatus], state: str) -> None:
-    gang = GangStatus(name="m-0", epoch=7, spec_hash="", phase="ready", since=time.time())
+    gang = GangStatus(name="m-0", epoch=7, revision="", phase="ready", since=time.time())
     view = ReplicaView(name="m-0", phase="ready", epoch=7, since=gang.since, failures=0, due=0.0, cause="", hint="", gang=gang)
     host = HostFacts(begun=time.time(), stopping=False, was_ready=False)
     found = describe(job(tmp_path), [view], Told(*reports), host)

@@ -23,6 +23,7 @@ from workers.epoch import make_epoch
 from workers.protocol.errors import EnvironmentFault
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 from workers.protocol.status import GangPhase
+from workers.serving.router_io import KeyPair
 
 ROOT = Path(__file__).resolve().parents[4]
 MPICH = mpiexec.MpiInstall(mpiexec="/opt/mpi/bin/mpiexec", family="mpich")
@@ -182,9 +183,17 @@ def test_files_of_a_gang_are_private_and_old_epochs_go(tmp_path: Path) -> None:
         write_private(tmp_path / "none" / "x", b"")
 
 
-def test_spec_hash_changes_with_anything_but_the_epoch(tmp_path: Path) -> None:
+def test_the_revision_changes_with_anything_but_the_epoch(tmp_path: Path) -> None:
     one = spec(tmp_path)
-    assert one.spec_hash == spec(tmp_path).spec_hash != spec(tmp_path, spread=True).spec_hash
+    assert one.revision == spec(tmp_path).revision != spec(tmp_path, spread=True).revision
+
+
+def test_the_revision_tells_key_pairs_apart_by_the_public_key_alone(tmp_path: Path) -> None:
+    def revision(public: str, secret: str) -> str:
+        pair = KeyPair(public=public * 40, secret=secret * 40)
+        return msgspec.structs.replace(spec(tmp_path), key=msgspec.json.encode(pair).decode()).revision
+
+    assert revision("1", "2") == revision("1", "3") != revision("2", "2")
 
 
 def test_a_child_dies_with_the_thread_that_keeps_it_and_reports_its_end() -> None:
