@@ -258,7 +258,7 @@ class SimReplica:
             case Credit():
                 self._act(self.sessions.credit(event))
             case str():
-                self.sessions.lost(event, received)
+                self.sessions.router_lost(event, received)
             case BeginDrain(grace_s=grace_s):
                 self.sessions.drain(received, grace_s)
             case Bye():
@@ -269,11 +269,11 @@ class SimReplica:
     def _act(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case SendToRouter(route=route, message=message):
-                    self._post(route, message)
-                case StartSequence(id=id, request=request):
+                case SendToRouter(router_boot=router_boot, message=message):
+                    self._post(router_boot, message)
+                case StartSequence(id=id, submit=submit):
                     try:
-                        self.engine.submit(id, request)
+                        self.engine.submit(id, submit)
                     except TriremeError as error:
                         self._act(self.sessions.refused(id, error))
                     else:
@@ -283,8 +283,8 @@ class SimReplica:
                 case GrantCredit(id=id, tokens=tokens):
                     self.engine.credit(id, tokens)
 
-    def _post(self, route: str, message: Accepted | Tokens | Done | Failed) -> None:
-        port = self.routes.get(route)
+    def _post(self, router_boot: str, message: Accepted | Tokens | Done | Failed) -> None:
+        port = self.routes.get(router_boot)
         if port is not None:
             port.send(message)
 

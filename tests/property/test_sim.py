@@ -49,7 +49,7 @@ def test_a_schedule_runs_equally_every_time() -> None:
     assert again == schedule and judge(again) == judge(schedule)
 
 
-def _keep_orphans(self: StreamTable, route: str, now: float) -> None:
+def _keep_orphans(self: StreamTable, router_boot: str, now: float) -> None:
     """Rows of a lost router run on for nobody."""
 
 
@@ -63,7 +63,7 @@ def _credit_twice(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MISTAKES: dict[str, tuple[type, str, Any]] = {
-    "orphans are kept": (StreamTable, "lost", _keep_orphans),
+    "orphans are kept": (StreamTable, "router_lost", _keep_orphans),
     "a lost replica is waited for": (ReplicaRegistry, "lose", _believe_the_dead),
     "credit counts twice": (StreamTable, "credit", _credit_twice(StreamTable.credit)),
     "a row that moves gets all its credit again": (ChoiceState, "credit", property(lambda self: self.granted)),
@@ -86,7 +86,7 @@ def test_a_failure_is_printed_as_what_replay_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(StreamTable, "lost", _keep_orphans)
+        patch.setattr(StreamTable, "router_lost", _keep_orphans)
         seed = next(seed for seed in range(400) if run_series(range(seed, seed + 1)).failures)
         assert main(["--schedules", "1", "--seed", str(seed), "--jobs", "1"]) == 1
         told = capsys.readouterr().out.splitlines()

@@ -1,8 +1,8 @@
 """Rank 0's shell around an engine: the engine thread, fed by the I/O thread of :mod:`workers.serving.router_io`.
 
-Owns the :class:`~workers.serving.stream_table.StreamTable` table and the pulse that the I/O thread reads for heartbeats. Every engine call
-(and so every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and never wait without a bound: when
-idle it sleeps on its inbox, and a step that makes no progress is noticed by the I/O thread, which ends the process.
+Owns the :class:`~workers.serving.stream_table.StreamTable`, and the pulse and the vitals, which the I/O thread reads for heartbeats. Every
+engine call (and so every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and never wait without a
+bound: when idle it sleeps on its inbox, and a step that makes no progress is noticed by the I/O thread, which ends the process.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from workers.protocol.engine import STATS_AGE_S, Engine, Fault
+from workers.protocol.engine import STATS_AGE_S, Engine
 from workers.protocol.errors import EngineFault, ReplicaLost, TriremeError
 from workers.protocol.hang import hang_bound_ms
 from workers.protocol.messages import PROTOCOL, Attach, Bye, Cancel, Credit, Heartbeat, Hello, Submit
 from workers.protocol.specs import ReplicaSpec
 from workers.protocol.status import EngineStats, RankPhase
 from workers.serving.router_io import Event, KeyPair, RouterGone, RouterIo
-from workers.serving.stream_table import Action, BeginDrain, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
+from workers.serving.stream_table import Action, BeginDrain, GrantCredit, LogFault, SendToRouter, StartSequence, StopSequence, StreamTable
 
 #: Longest sleep of an idle engine thread, seconds.
 IDLE_S = 0.5
+#: Most live sequences: so many for each place in a batch, and at least the second number.
+SEQUENCES_PER_SLOT, MIN_SEQUENCES = 8, 1024
 #: Events handled between two steps.
 TURN_EVENTS = 1024
 
@@ -58,7 +60,7 @@ class Leader:
         engine: driven from the thread that calls :meth:`run` and closed by the caller.
         boot: this process's nonce.
         keys: for ``tcp://`` routers.
-        enter: told each phase, from the engine thread.
+        enter: called with each phase that begins, from the engine thread.
         die: called from the I/O thread when the replica must end at once; must not return to it.
     """
 
@@ -73,7 +75,8 @@ class Leader:
         die: Callable[[TriremeError], None],
     ) -> None:
         self._spec, self._engine, self._boot, self._enter, self._die = spec, engine, boot, enter, die
-        self._sessions = StreamTable(boot=boot, model=spec.model, limit=max(1024, 8 * engine.capacity.max_batch_size))
+        limit = max(MIN_SEQUENCES, SEQUENCES_PER_SLOT * engine.capacity.max_batch_size)
+        self._streams = StreamTable(boot=boot, model=spec.model, limit=limit)
         self._hello = Hello(
             boot=boot,
             protocol=PROTOCOL,
@@ -99,22 +102,22 @@ class Leader:
         self._routers.start()
         self._enter("ready")
         try:
-            while not (self._sessions.draining and not len(self._sessions)):
+            while not (self._streams.draining and not len(self._streams)):
                 self._take_events()
                 now = time.monotonic()
-                self._act(self._sessions.expire(now))
+                self._act(self._streams.expire(now))
                 if self._engine.busy():
                     self._step(now)
                 else:
                     self._refresh(now)
             farewell = "drained"
         finally:
-            # Also after an error: whoever waits for a row here must hear that it continues elsewhere.
+            # Also after an error: a router that waits for a sequence here must hear that it continues elsewhere.
             self._pulse = StepPulse(self._pulse.step)
-            self._sessions.drain(time.monotonic(), 0.0)
-            for action in self._sessions.expire(time.monotonic()):
+            self._streams.drain(time.monotonic(), 0.0)
+            for action in self._streams.expire(time.monotonic()):
                 if isinstance(action, SendToRouter):
-                    self._routers.post(action.route, action.message)
+                    self._routers.post(action.router_boot, action.message)
             self._routers.close(farewell)
 
     def _take_events(self) -> None:
@@ -130,21 +133,21 @@ class Leader:
                 self._engine.on_idle()
 
     def _patience(self) -> float:
-        due = self._sessions.next_due()
+        due = self._streams.next_due()
         return IDLE_S if due is None else min(IDLE_S, max(0.0, due - time.monotonic()))
 
     def _handle(self, received: float, event: Event | BeginDrain) -> None:
         match event:
             case Submit():
-                self._act(self._sessions.submit(event, received))
+                self._act(self._streams.submit(event, received))
             case Attach():
-                self._act(self._sessions.attach(event))
+                self._act(self._streams.attach(event))
             case Cancel():
-                self._act(self._sessions.cancel(event))
+                self._act(self._streams.cancel(event))
             case Credit():
-                self._act(self._sessions.credit(event))
+                self._act(self._streams.credit(event))
             case RouterGone(boot=boot):
-                self._sessions.lost(boot, received)
+                self._streams.router_lost(boot, received)
             case BeginDrain(grace_s=grace_s):
                 self._begin_drain(received, grace_s)
             case Bye():
@@ -153,46 +156,46 @@ class Leader:
                 assert_never(event)
 
     def _begin_drain(self, now: float, grace_s: float) -> None:
-        if not self._sessions.draining:
-            log.info("draining: %d rows, grace %.1f s", len(self._sessions), grace_s)
+        if not self._streams.draining:
+            log.info("draining: %d sequences, grace %.1f s", len(self._streams), grace_s)
             self._enter("draining")
-        self._sessions.drain(now, grace_s)
+        self._streams.drain(now, grace_s)
 
     def _act(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case SendToRouter(route=route, message=message):
-                    self._routers.post(route, message)
-                case StartSequence(id=id, request=request):
-                    self._start(id, request)
+                case SendToRouter(router_boot=router_boot, message=message):
+                    self._routers.post(router_boot, message)
+                case StartSequence(id=id, submit=submit):
+                    self._start(id, submit)
                 case StopSequence(id=id):
                     self._engine.cancel(id)
                 case GrantCredit(id=id, tokens=tokens):
                     self._engine.credit(id, tokens)
+                case LogFault():
+                    _log_fault(action)
                 case _:
                     assert_never(action)
 
-    def _start(self, id: int, request: Submit) -> None:
+    def _start(self, id: int, submit: Submit) -> None:
         try:
-            self._engine.submit(id, request)
+            self._engine.submit(id, submit)
         except TriremeError as error:
-            self._act(self._sessions.refused(id, error))
+            self._act(self._streams.refused(id, error))
         else:
-            self._act(self._sessions.started(id))
+            self._act(self._streams.started(id))
 
     def _step(self, now: float) -> None:
         number = self._pulse.step + 1
         self._pulse = StepPulse(number, time.monotonic(), self._engine.predicted_ms())
         emissions = self._engine.step()
         self._pulse = StepPulse(number)
-        self._act(self._sessions.emitted(emissions))
-        while self._sessions.faults:
-            _tell_fault(*self._sessions.faults.popleft())
+        self._act(self._streams.emitted(emissions))
         if now - self._vitals_at > STATS_AGE_S:
             self._refresh(now)
 
     def _refresh(self, now: float) -> None:
-        self._vitals = LeaderVitals(self._engine.stats(), self._sessions.draining)
+        self._vitals = LeaderVitals(self._engine.stats(), self._streams.draining)
         self._vitals_at = now
 
     # called by the I/O thread: only reads the pulse and the vitals, each replaced whole, and puts events into the inbox
@@ -230,6 +233,7 @@ class Leader:
         self._die(error if isinstance(error, TriremeError) else EngineFault("the leader's I/O thread failed", repr(error)))
 
 
-def _tell_fault(request: str, marks: tuple[str, str], fault: Fault) -> None:
-    extra = {"request_id": marks[0] or request} | ({"trace_id": marks[1]} if marks[1] else {})
-    log.warning("row %s failed: %s: %s", ascii(request), fault.code, fault.message, extra=extra)
+def _log_fault(action: LogFault) -> None:
+    request_id, (caller_id, trace_id), fault = action.request_id, action.marks, action.fault
+    extra = {"request_id": caller_id or request_id} | ({"trace_id": trace_id} if trace_id else {})
+    log.warning("request %s failed: %s: %s", ascii(request_id), fault.code, fault.message, extra=extra)

@@ -44,19 +44,19 @@ class SessionsMachine(RuleBasedStateMachine):
     def act(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case StartSequence(id=id, request=request):
+                case StartSequence(id=id, submit=submit):
                     assert id not in self.engine
-                    if request.prompt_ids[0] == 666:
+                    if submit.prompt_ids[0] == 666:
                         self.act(self.sessions.refused(id, TooLong("no")))
                     else:
-                        self.engine[id] = (request.request_id, len(request.task.emitted))
+                        self.engine[id] = (submit.request_id, len(submit.task.emitted))
                         self.act(self.sessions.started(id))
                 case StopSequence(id=id):
                     del self.engine[id]
                 case GrantCredit(id=id, tokens=tokens):
                     assert id in self.engine and tokens > 0
-                case SendToRouter(route=route, message=message):
-                    self.read(route, message)
+                case SendToRouter(router_boot=router_boot, message=message):
+                    self.read(router_boot, message)
 
     def read(self, route: str, message: Accepted | Tokens | Done | Failed) -> None:
         if isinstance(message, Tokens):
@@ -118,13 +118,13 @@ class SessionsMachine(RuleBasedStateMachine):
             if end is not None:
                 del self.engine[id]
         actions = self.sessions.emitted([*emissions, Emission(10**9, 0, [1])])
-        routes = [action.route for action in actions if isinstance(action, SendToRouter) and isinstance(action.message, Tokens)]
+        routes = [action.router_boot for action in actions if isinstance(action, SendToRouter) and isinstance(action.message, Tokens)]
         assert len(routes) == len(set(routes)), "one Tokens message a step and route"
         self.act(actions)
 
     @rule(route=st.sampled_from(ROUTES))
     def lose(self, route: str) -> None:
-        self.sessions.lost(route, self.now)
+        self.sessions.router_lost(route, self.now)
         for key, reader in self.readers.items():
             reader.ended |= key[0] == route  # nothing may be sent there for these any more
 
