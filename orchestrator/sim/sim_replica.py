@@ -34,7 +34,7 @@ from workers.protocol.messages import (
     ToReplica,
 )
 from workers.protocol.specs import EngineSpec, Parallel
-from workers.serving.router_link import CloseSocket, OpenSocket, RouterLink, RouterLost, SendHello, Verdict
+from workers.serving.router_link import CloseSocket, LinkAction, OpenSocket, RouterLink, RouterLost, SendHello
 from workers.serving.stream_table import Action, BeginDrain, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
 HEARTBEAT_S, HANG_FLOOR_S, ORPHAN_S = 0.25, 1.0, 1.0
@@ -55,9 +55,9 @@ class SimPort:
         self.link = RouterLink()
         self.wire: SimConnection | None = None
 
-    def carry_out(self, verdicts: list[Verdict]) -> None:
-        for verdict in verdicts:
-            match verdict:
+    def carry_out(self, actions: list[LinkAction]) -> None:
+        for action in actions:
+            match action:
                 case SendHello():
                     self.send(self._gang.hello())
                 case RouterLost(boot=boot):

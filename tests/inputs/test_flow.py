@@ -244,7 +244,7 @@ def test_a_stopped_client() -> None:
 # --- no queue without an end
 
 
-class _Mind:
+class _IdleLeader:
     """A leader's side of the I/O thread, for a replica with nothing to say."""
 
     def hello(self) -> Hello:
@@ -325,7 +325,7 @@ def _make_each(kept: dict[str, dict[str, int]]) -> None:
         ZapHandler(context, CurveAcl({}))
         ClientSockets([nobody], ClientKeys(public=keys.public, secret=keys.secret)).close()
         assert ask(context, nobody, keys) is None
-        routers = RouterIo(_Mind(), (nobody,), None, boot="b", heartbeat_s=60.0)
+        routers = RouterIo(_IdleLeader(), (nobody,), None, boot="b", heartbeat_s=60.0)
         routers.start()
         wait_for(lambda: any(name.startswith("workers.serving.router_io.") for name in kept), what="the leader's socket")
         routers.close("done")

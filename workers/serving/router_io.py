@@ -1,7 +1,7 @@
-"""The leader's I/O thread: one DEALER to each router, heartbeats, and nothing else.
+"""The leader's I/O thread: one DEALER socket for each router, and the heartbeats.
 
-Owns every socket of a replica. Carries out the verdicts of :mod:`workers.serving.router_link`, turns frames into messages for the engine
-thread and messages into frames. Must never block on a peer (a send that would block means a lost router), never touch the engine or MPI,
+Owns every socket of a replica. Carries out the actions of :mod:`workers.serving.router_link`, turns frames into messages for the engine
+thread and messages into frames. Must never block on a router (a send that would block means a lost router), never touch the engine or MPI,
 and never deliver a frame that :mod:`workers.protocol.messages` does not accept.
 """
 
@@ -22,9 +22,9 @@ from workers.protocol import messages
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, FromReplica, Heartbeat, Hello, RouterHeartbeat, Submit
 from workers.protocol.specs import RouterAddress
-from workers.serving.router_link import CloseSocket, OpenSocket, RouterLink, RouterLost, SendHello, Verdict
+from workers.serving.router_link import CloseSocket, LinkAction, OpenSocket, RouterLink, RouterLost, SendHello
 
-#: Longest that the thread sleeps: links look at the time this often, seconds.
+#: Longest sleep of the thread, seconds: so often each link is given the time.
 TICK_S = 0.05
 #: Most routers that one leader keeps connections to.
 MAX_ROUTERS = 64
@@ -44,7 +44,7 @@ class KeyPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not (is_key(self.public) and is_key(self.secret)):
-            raise ValueError("a CURVE key is not 40 characters of z85")  # whoever decodes a file names the file
+            raise ValueError("a CURVE key is not 40 characters of z85")  # the reader of a file adds its name
 
     def __repr__(self) -> str:
         return f"KeyPair(public={self.public!r})"
@@ -98,15 +98,15 @@ def check_address(address: RouterAddress, keys: KeyPair | None) -> None:
 
 
 class _RouterPort:
-    """A router's address, its link, and the socket while there is one."""
+    """A router's address, its link, the socket while there is one, and the routers that this router names."""
 
     def __init__(self, address: RouterAddress) -> None:
         self.address = address
         self.link = RouterLink()
         self.socket: zmq.Socket[bytes] | None = None
         self.monitor: zmq.Socket[bytes] | None = None
-        self.peers: tuple[RouterAddress, ...] = ()
-        self.warned = -_WARN_S
+        self.named: tuple[RouterAddress, ...] = ()
+        self.warned_at = -_WARN_S
 
 
 class RouterIo:
@@ -116,13 +116,13 @@ class RouterIo:
     """
 
     def __init__(
-        self, mind: LeaderCallbacks, addresses: tuple[RouterAddress, ...], keys: KeyPair | None, *, boot: str, heartbeat_s: float
+        self, leader: LeaderCallbacks, addresses: tuple[RouterAddress, ...], keys: KeyPair | None, *, boot: str, heartbeat_s: float
     ) -> None:
         for address in addresses:
             check_address(address, keys)
-        self._mind, self._keys, self._boot, self._heartbeat_s = mind, keys, boot, heartbeat_s
+        self._leader, self._keys, self._boot, self._heartbeat_s = leader, keys, boot, heartbeat_s
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._fixed = addresses
+        self._configured = addresses
         self._ports = {address.endpoint: _RouterPort(address) for address in addresses}
         self._by_boot: dict[str, _RouterPort] = {}
         self._outbox: deque[tuple[str, FromReplica]] = deque()
@@ -136,9 +136,9 @@ class RouterIo:
     def start(self) -> None:
         self._thread.start()
 
-    def post(self, route: str, message: FromReplica) -> None:
-        """Send ``message`` to the router with boot nonce ``route``; dropped when that router is lost."""
-        self._outbox.append((route, message))
+    def post(self, router_boot: str, message: FromReplica) -> None:
+        """Send ``message`` to the router with this boot nonce; it is dropped when that router is lost."""
+        self._outbox.append((router_boot, message))
         os.eventfd_write(self._wakeup, 1)
 
     def close(self, reason: str, bound_s: float = 3.0) -> None:
@@ -159,7 +159,7 @@ class RouterIo:
         except BaseException as error:
             self._goodbye = str(error)
             self._leave()
-            self._mind.broken(error)
+            self._leader.broken(error)
         else:
             self._leave()
 
@@ -175,11 +175,11 @@ class RouterIo:
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + self._heartbeat_s
-            message = self._mind.beat()
+            message = self._leader.beat()
             for port in self._ports.values():
                 if port.link.up:
                     self._send(port, message)
-            self._follow_peers()
+            self._follow_routers()
         for port in self._ports.values():
             self._carry_out(port, port.link.tick(now))
         ready = self._poll(now)
@@ -195,7 +195,7 @@ class RouterIo:
 
     def _poll(self, now: float) -> set[zmq.Socket[bytes] | int]:
         wanted: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._wakeup, zmq.POLLIN)]
-        reading = self._mind.backlog() < INBOX_LIMIT  # else the sockets' high-water marks hold the senders back
+        reading = self._leader.backlog() < INBOX_LIMIT  # else the sockets' high-water marks hold the senders back
         for port in self._ports.values():
             if port.monitor is not None:
                 wanted.append((port.monitor, zmq.POLLIN))
@@ -206,8 +206,8 @@ class RouterIo:
 
     def _flush(self) -> None:
         while self._outbox:
-            route, message = self._outbox.popleft()
-            port = self._by_boot.get(route)
+            router_boot, message = self._outbox.popleft()
+            port = self._by_boot.get(router_boot)
             if port is not None:
                 self._send(port, message)
 
@@ -219,16 +219,16 @@ class RouterIo:
         except zmq.Again:
             self._carry_out(port, port.link.broken(time.monotonic()))
 
-    def _carry_out(self, port: _RouterPort, verdicts: list[Verdict]) -> None:
-        for verdict in verdicts:
-            match verdict:
+    def _carry_out(self, port: _RouterPort, actions: list[LinkAction]) -> None:
+        for action in actions:
+            match action:
                 case SendHello():
-                    self._send(port, self._mind.hello())
+                    self._send(port, self._leader.hello())
                 case RouterLost(boot=boot):
                     if self._by_boot.get(boot) is port:
                         del self._by_boot[boot]
                         self._warn(port, "the router is lost")
-                        self._mind.deliver(time.monotonic(), RouterGone(boot))
+                        self._leader.deliver(time.monotonic(), RouterGone(boot))
                 case CloseSocket():
                     self._drop_socket(port, linger_ms=0)
                 case OpenSocket():
@@ -291,28 +291,28 @@ class RouterIo:
             return
         self._by_boot[port.link.boot] = port
         if isinstance(message, RouterHeartbeat):
-            port.peers = tuple(address for address in message.routers if self._usable(port, address))
+            port.named = tuple(address for address in message.routers if self._usable(port, address))
         elif isinstance(message, Bye) and message.reason != "stale":
             self._carry_out(port, port.link.broken(now))
         else:
-            self._mind.deliver(now, message)
+            self._leader.deliver(now, message)
 
     def _complain(self, port: _RouterPort, why: str) -> None:
         self.malformed += 1
         self._warn(port, f"refused a message, {self.malformed} so far: {why!r}")
 
     def _warn(self, port: _RouterPort, text: str) -> None:
-        """A line about one router, at most one in ``_WARN_S`` seconds: a mad peer must not fill the disk."""
+        """Log a line about one router, at most one in ``_WARN_S`` seconds: a router gone wrong must not fill the disk."""
         now = time.monotonic()
-        if now - port.warned > _WARN_S:
-            port.warned = now
+        if now - port.warned_at > _WARN_S:
+            port.warned_at = now
             log.warning("%s: %s", port.address.endpoint, text)
 
-    def _follow_peers(self) -> None:
-        """Keep a link to every router that the configuration or a live router names; forget one that nobody names and that is down."""
-        wanted = {address.endpoint: address for address in self._fixed}
+    def _follow_routers(self) -> None:
+        """Keep a link to every router that the configuration or a live router names; forget one that is down and that neither names."""
+        wanted = {address.endpoint: address for address in self._configured}
         for port in list(self._ports.values()):
-            for address in port.peers if port.link.state == "live" else ():
+            for address in port.named if port.link.state == "live" else ():
                 wanted.setdefault(address.endpoint, address)
         for endpoint, port in list(self._ports.items()):
             if endpoint not in wanted and not port.link.up:

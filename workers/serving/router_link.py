@@ -1,10 +1,13 @@
-"""Links: whether a leader's connection to one router is up, greeted and heard, and when it counts as lost.
+"""The state of a leader's connection to one router: whether Hello was sent, whether the router answers, and when the router counts as lost.
 
-Owns the life of one connection: connecting → greeted (Hello was sent) → live (the router's boot nonce is known) → closed → connecting …
-Pure: the socket shell reports events with the time and carries out the verdicts; must never touch a socket or a clock.
+    closed --tick, after a pause--> connecting --connected--> greeted (Hello was sent) --heard--> live (the router's boot nonce is known)
+    connecting, greeted, live --broken | silence--> closed
+    live --heard, with another boot nonce--> live: the old router is lost, and Hello is sent again
 
-One rule covers every way to lose a router: whatever the sign (disconnect, a send that would block, silence, Bye), its nonce is reported
-lost once, the socket is closed, and a new one is opened after a pause that doubles while nobody answers.
+Pure: the I/O thread reports events with the time and carries out the actions; must never touch a socket or a clock.
+
+One rule covers every way to lose a router (disconnect, a send that would block, silence, Bye): its boot nonce is reported lost once, the
+socket is closed, and a new one is opened after a pause, which doubles while the router does not answer.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ class SendHello(msgspec.Struct, frozen=True):
 
 
 class RouterLost(msgspec.Struct, frozen=True):
-    """The router with this boot nonce is gone: its rows are orphans."""
+    """The router with this boot nonce is gone: its sequences are orphans."""
 
     boot: str
 
@@ -36,7 +39,7 @@ class OpenSocket(msgspec.Struct, frozen=True):
     """Make a new socket and connect."""
 
 
-Verdict: TypeAlias = SendHello | RouterLost | CloseSocket | OpenSocket
+LinkAction: TypeAlias = SendHello | RouterLost | CloseSocket | OpenSocket
 
 
 class RouterLink:
@@ -55,14 +58,14 @@ class RouterLink:
         """Whether anything may be sent: Hello went out first on this connection."""
         return self.state in ("greeted", "live")
 
-    def connected(self, now: float) -> list[Verdict]:
+    def connected(self, now: float) -> list[LinkAction]:
         """The transport's handshake succeeded."""
         if self.state != "connecting":  # a reconnect behind the socket's back: messages of the old connection may be gone
             return self.broken(now)
         self.state, self._heard = "greeted", now
         return [SendHello()]
 
-    def heard(self, boot: str, now: float) -> list[Verdict]:
+    def heard(self, boot: str, now: float) -> list[LinkAction]:
         """A well-formed message of the router with nonce ``boot`` came in."""
         if not self.up or not boot:
             return []
@@ -75,17 +78,17 @@ class RouterLink:
         old, self.boot = self.boot, boot
         return [RouterLost(old), SendHello()]
 
-    def broken(self, now: float) -> list[Verdict]:
+    def broken(self, now: float) -> list[LinkAction]:
         """Disconnected, a send would block, or Bye."""
         if self.state == "closed":
             return []
-        verdicts: list[Verdict] = [RouterLost(self.boot)] if self.boot else []
+        actions: list[LinkAction] = [RouterLost(self.boot)] if self.boot else []
         self.state, self.boot = "closed", ""
         self._open_at = now + self._pause
         self._pause = min(2 * self._pause, PAUSE_MAX_S)
-        return [*verdicts, CloseSocket()]
+        return [*actions, CloseSocket()]
 
-    def tick(self, now: float) -> list[Verdict]:
+    def tick(self, now: float) -> list[LinkAction]:
         """Time passed."""
         if self.state == "closed" and now >= self._open_at:
             self.state = "connecting"

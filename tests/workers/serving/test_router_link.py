@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.serving.router_link import PAUSE_MAX_S, PAUSE_MIN_S, CloseSocket, OpenSocket, RouterLink, RouterLost, SendHello, Verdict
+from workers.serving.router_link import PAUSE_MAX_S, PAUSE_MIN_S, CloseSocket, LinkAction, OpenSocket, RouterLink, RouterLost, SendHello
 
 
 def live(now: float = 0.0) -> RouterLink:
@@ -53,18 +53,18 @@ def test_every_boot_is_lost_at_most_once_for_each_time_it_was_live(events: list[
     link, now, known, opened = RouterLink(silence_s=2.0), 0.0, "", False
     for event in events:
         now += 3.0 if event == "wait" else 0.05
-        verdicts: list[Verdict] = []
+        actions: list[LinkAction] = []
         match event:
             case "connected":
-                verdicts = link.connected(now) if opened else []
+                actions = link.connected(now) if opened else []
             case "broken":
-                verdicts = link.broken(now)
+                actions = link.broken(now)
             case "heard1" | "heard2":
-                verdicts = link.heard(event, now)
+                actions = link.heard(event, now)
             case _:
-                verdicts = link.tick(now)
-        for verdict in verdicts:
-            match verdict:
+                actions = link.tick(now)
+        for action in actions:
+            match action:
                 case RouterLost(boot=boot):
                     assert boot == known
                     known = ""
