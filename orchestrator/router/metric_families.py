@@ -1,7 +1,7 @@
 """Prometheus families of what a router knows beyond its doors: its routing core, and every replica as last heard of.
 
-Owns names, help texts and units; everything is read at the scrape, from the dispatcher's status and the core's tallies. Must never keep a
-number of its own, and must never take a label from a request.
+Owns names, help texts and units. Everything is read at the scrape, from the dispatcher's status and the core's statistics. Must never keep
+a number of its own, and must never take a label from a request.
 """
 
 from __future__ import annotations
@@ -21,47 +21,61 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5
 
 #: Per replica: metric name, help, whether it only grows, how its value is read.
 _REPLICA_SERIES: tuple[tuple[str, str, bool, Callable[[ReplicaStatus], float]], ...] = (
-    ("num_requests_running", "Rows in the running batch", False, lambda row: row.running),
-    ("num_requests_waiting", "Rows waiting at the replica", False, lambda row: row.waiting),
-    ("router_placed_rows", "Rows of this router at the replica", False, lambda row: row.rows),
-    ("router_paused_rows", "Those of them whose clients take nothing now", False, lambda row: row.paused),
-    ("generation_tokens_per_second", "Output tokens a second, as last reported", False, lambda row: row.tok_s),
-    ("step_seconds", "Duration of a step, as last reported", False, lambda row: row.step_ms * 0.001),
-    ("step_age_seconds", "Age of the running step, as last reported", False, lambda row: row.busy_ms * 0.001),
-    ("replica_signal_age_seconds", "Time since the replica was last heard", False, lambda row: row.signal_age_s),
-    ("kv_cache_blocks", "Blocks in the KV pool", False, lambda row: row.num_blocks),
-    ("prompt_tokens_waiting", "Prompt tokens still to be computed", False, lambda row: row.prefill_tokens),
-    ("replica_prompt_tokens", "Prompt tokens computed", True, lambda row: row.prompt_tokens_total),
-    ("replica_generation_tokens", "Output tokens generated", True, lambda row: row.output_tokens_total),
-    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", True, lambda row: row.prefix_queries_total),
-    ("prefix_cache_hits", "Prompt tokens found in the prefix cache", True, lambda row: row.prefix_hits_total),
-    ("num_preemptions", "Rows preempted for want of KV blocks", True, lambda row: row.preemptions_total),
+    ("num_requests_running", "Rows in the running batch", False, lambda replica: replica.running),
+    ("num_requests_waiting", "Rows waiting at the replica", False, lambda replica: replica.waiting),
+    ("router_placed_rows", "Rows of this router at the replica", False, lambda replica: replica.rows),
+    ("router_paused_rows", "Those of them whose clients take nothing now", False, lambda replica: replica.paused),
+    ("generation_tokens_per_second", "Output tokens a second, as last reported", False, lambda replica: replica.tok_s),
+    ("step_seconds", "Duration of a step, as last reported", False, lambda replica: replica.step_ms * 0.001),
+    ("step_age_seconds", "Age of the running step, as last reported", False, lambda replica: replica.busy_ms * 0.001),
+    ("replica_signal_age_seconds", "Time since the replica was last heard", False, lambda replica: replica.signal_age_s),
+    ("kv_cache_blocks", "Blocks in the KV pool", False, lambda replica: replica.num_blocks),
+    ("prompt_tokens_waiting", "Prompt tokens still to be computed", False, lambda replica: replica.prefill_tokens),
+    ("replica_prompt_tokens", "Prompt tokens computed", True, lambda replica: replica.prompt_tokens_total),
+    ("replica_generation_tokens", "Output tokens generated", True, lambda replica: replica.output_tokens_total),
+    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", True, lambda replica: replica.prefix_queries_total),
+    ("prefix_cache_hits", "Prompt tokens found in the prefix cache", True, lambda replica: replica.prefix_hits_total),
+    ("num_preemptions", "Rows preempted for want of KV blocks", True, lambda replica: replica.preemptions_total),
+)
+
+#: Facts of a replica that are labels: name, how it is read.
+_CONFIG_LABELS: tuple[tuple[str, Callable[[ReplicaStatus], object]], ...] = (
+    ("num_blocks", lambda replica: replica.num_blocks),
+    ("block_size", lambda replica: replica.block_size),
+    ("tp", lambda replica: replica.tp),
+    ("pp", lambda replica: replica.pp),
+    ("engine", lambda replica: replica.engine),
+    ("dtype", lambda replica: replica.dtype),
+    ("resume", lambda replica: replica.resume),
+    ("max_batch_size", lambda replica: replica.max_batch_size),
+    ("max_num_tokens", lambda replica: replica.max_num_tokens),
+    ("max_seq_len", lambda replica: replica.max_seq_len),
 )
 
 #: Per model: metric name, help, which histogram.
-_TALLY_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelStats], Histogram]], ...] = (
-    ("request_queue_time_seconds", "A row's wait at this router for its first place", lambda tally: tally.queue),
-    ("request_prefill_time_seconds", "From a row's first place to its first token", lambda tally: tally.prefill),
-    ("request_decode_time_seconds", "From a row's first token to its last", lambda tally: tally.decode),
-    ("request_inference_time_seconds", "From a row's first place to its last token", lambda tally: tally.inference),
-    ("request_params_n", "Choices that requests ask for", lambda tally: tally.choices),
-    ("request_params_max_tokens", "Output tokens that requests ask for at most", lambda tally: tally.limits),
-    ("router_expected_wait_seconds", "Expected wait for the first token at the chosen replica", lambda tally: tally.expected_wait),
-    ("router_actual_wait_seconds", "Wait for the first token at the chosen replica, over the same rows", lambda tally: tally.actual_wait),
-    ("router_wait_error_seconds", "Difference of the two, either way, row by row", lambda tally: tally.wait_error),
-    ("router_failover_pause_seconds", "From a row's loss of its place to its next token", lambda tally: tally.pause),
+_MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelStats], Histogram]], ...] = (
+    ("request_queue_time_seconds", "A row's wait at this router for its first place", lambda stats: stats.queue),
+    ("request_prefill_time_seconds", "From a row's first place to its first token", lambda stats: stats.prefill),
+    ("request_decode_time_seconds", "From a row's first token to its last", lambda stats: stats.decode),
+    ("request_inference_time_seconds", "From a row's first place to its last token", lambda stats: stats.inference),
+    ("request_params_n", "Choices that requests ask for", lambda stats: stats.choices),
+    ("request_params_max_tokens", "Output tokens that requests ask for at most", lambda stats: stats.limits),
+    ("router_expected_wait_seconds", "Expected wait for the first token at the chosen replica", lambda stats: stats.expected_wait),
+    ("router_actual_wait_seconds", "Wait for the first token at the chosen replica, over the same rows", lambda stats: stats.actual_wait),
+    ("router_wait_error_seconds", "Difference of the two, either way, row by row", lambda stats: stats.wait_error),
+    ("router_failover_pause_seconds", "From a row's loss of its place to its next token", lambda stats: stats.pause),
 )
 
 
-def histogram(name: str, text: str, rows: Mapping[str, Histogram]) -> HistogramMetricFamily:
+def histogram(name: str, text: str, histograms: Mapping[str, Histogram]) -> HistogramMetricFamily:
     """One family by model."""
     family = HistogramMetricFamily(f"trireme_{name}", text, labels=["model_name"])
-    for model, row in rows.items():
-        family.add_metric([model], buckets=row.cumulated(), sum_value=row.total)
+    for model, found in histograms.items():
+        family.add_metric([model], buckets=found.cumulated(), sum_value=found.total)
     return family
 
 
-def core(status: RouterStatus, tallies: Mapping[str, ModelStats]) -> Iterator[Metric]:
+def core(status: RouterStatus, by_model: Mapping[str, ModelStats]) -> Iterator[Metric]:
     """The routing core: lines, decisions, moves, and guesses against what came."""
     queued = GaugeMetricFamily("trireme_router_queued_requests", "Rows waiting at this router for a replica", labels=["model_name"])
     decisions = CounterMetricFamily("trireme_router_decisions", "Placements by what decided", labels=["model_name", "reason"])
@@ -73,21 +87,21 @@ def core(status: RouterStatus, tallies: Mapping[str, ModelStats]) -> Iterator[Me
     hits = CounterMetricFamily(
         "trireme_router_prefix_hit_tokens", "Cached prompt tokens of ended rows: as guessed and as found", labels=["model_name", "kind"]
     )
-    for model, tally in tallies.items():
+    for model, stats in by_model.items():
         queued.add_metric([model], status.queue.get(model, 0))
-        for reason, count in tally.decisions.items():
+        for reason, count in stats.decisions.items():
             decisions.add_metric([model, reason], count)
-        for cause, count in tally.moved.items():
+        for cause, count in stats.moved.items():
             moved.add_metric([model, cause], count)
-            outcomes.add_metric([model, cause, "resumed"], tally.resumed[cause])
-            outcomes.add_metric([model, cause, "failed"], tally.failed[cause])
-        for kind, count in tally.losses.items():
+            outcomes.add_metric([model, cause, "resumed"], stats.resumed[cause])
+            outcomes.add_metric([model, cause, "failed"], stats.failed[cause])
+        for kind, count in stats.losses.items():
             losses.add_metric([model, kind], count)
-        hits.add_metric([model, "expected"], tally.expected_hits)
-        hits.add_metric([model, "actual"], tally.actual_hits)
+        hits.add_metric([model, "expected"], stats.expected_hits)
+        hits.add_metric([model, "actual"], stats.actual_hits)
     yield from (queued, decisions, moved, outcomes, losses, hits, _events(status))
-    for name, text, pick in _TALLY_HISTOGRAMS:
-        yield histogram(name, text, {model: pick(tally) for model, tally in tallies.items()})
+    for name, text, pick in _MODEL_HISTOGRAMS:
+        yield histogram(name, text, {model: pick(stats) for model, stats in by_model.items()})
 
 
 def _events(status: RouterStatus) -> Metric:
@@ -112,42 +126,38 @@ def replicas(status: RouterStatus, models: Sequence[str]) -> Iterator[Metric]:
     states = GaugeMetricFamily("trireme_replicas", "Replicas known to this router", labels=["model_name", "state"])
     for model in models:
         for state in get_args(RoutingState):
-            states.add_metric([model, state], sum(row.model == model and row.state == state for row in status.replicas))
+            states.add_metric([model, state], sum(replica.model == model and replica.state == state for replica in status.replicas))
     yield states
-    # Of one that is not heard nothing is known: its totals would read 0, and a rate would take its return for a leap.
-    heard = [row for row in status.replicas if row.reported]
+    # Of a replica without a heartbeat nothing is known: its totals would read 0, and a rate would take its return for a leap.
+    heard = [replica for replica in status.replicas if replica.reported]
     for name, text, grows, value in _REPLICA_SERIES:
         kind = CounterMetricFamily if grows else GaugeMetricFamily
         family = kind(f"trireme_{name}", text, labels=["model_name", "replica"])
-        for row in heard:
-            family.add_metric([row.model, row.name], float(value(row)))
+        for replica in heard:
+            family.add_metric([replica.model, replica.name], float(value(replica)))
         yield family
     usage = GaugeMetricFamily("trireme_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", labels=["model_name", "replica"])
-    for row in heard:
-        if row.num_blocks:
-            usage.add_metric([row.model, row.name], 1.0 - row.free_blocks / row.num_blocks)
+    for replica in heard:
+        if replica.num_blocks:
+            usage.add_metric([replica.model, replica.name], 1.0 - replica.free_blocks / replica.num_blocks)
     yield from (usage, _config(heard), _steps(heard))
 
 
-def _config(rows: Sequence[ReplicaStatus]) -> Metric:
-    facts = ("num_blocks", "block_size", "tp", "pp", "engine", "dtype", "resume", "max_batch_size", "max_num_tokens", "max_seq_len")
-    config = GaugeMetricFamily("trireme_cache_config_info", "Always 1", labels=["model_name", "replica", *facts])
-    for row in rows:
-        values = (
-            row.num_blocks, row.block_size, row.tp, row.pp, row.engine, row.dtype, row.resume, row.max_batch_size, row.max_num_tokens,
-            row.max_seq_len,
-        )  # fmt: skip
-        config.add_metric([row.model, row.name, *map(str, values)], 1)
+def _config(replicas: Sequence[ReplicaStatus]) -> Metric:
+    labels = ["model_name", "replica", *(name for name, _ in _CONFIG_LABELS)]
+    config = GaugeMetricFamily("trireme_cache_config_info", "Always 1", labels=labels)
+    for replica in replicas:
+        config.add_metric([replica.model, replica.name, *(str(value(replica)) for _, value in _CONFIG_LABELS)], 1)
     return config
 
 
-def _steps(rows: Sequence[ReplicaStatus]) -> Metric:
+def _steps(replicas: Sequence[ReplicaStatus]) -> Metric:
     """A step counts the prompt tokens that it computes and the tokens that it decodes; an engine that does not say so has no series."""
     steps = HistogramMetricFamily("trireme_iteration_tokens_total", "Tokens of a step", labels=["model_name", "replica"])
-    for row in rows:
-        counts = row.step_tokens or []
+    for replica in replicas:
+        counts = replica.step_tokens or []
         if len(counts) == len(STEP_TOKEN_BUCKETS) + 1:
             found = Histogram(STEP_TOKEN_BUCKETS)
             found.counts = list(counts)
-            steps.add_metric([row.model, row.name], buckets=found.cumulated(), sum_value=float(row.step_tokens_total))
+            steps.add_metric([replica.model, replica.name], buckets=found.cumulated(), sum_value=float(replica.step_tokens_total))
     return steps

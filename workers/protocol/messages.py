@@ -49,7 +49,7 @@ class GuideSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the next token is chosen and when a row ends; already validated at the edge.
+    """How the next token is chosen and when a sequence ends; already validated at the edge.
 
     ``temperature`` 0 = greedy. ``top_k`` 0 and ``top_p`` 1 = off. ``logprobs``: number of alternatives reported with each token, None =
     none at all, 0 = the chosen token's alone; ``prompt_logprobs`` the same for prompt positions. ``max_tokens`` counts emitted tokens,
@@ -87,7 +87,7 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica can hold; facts from the engine, so no second place configures them. Tokens, rows, blocks."""
+    """What a replica can hold, in tokens, sequences and blocks; facts from the engine, so that no second place configures them."""
 
     block_size: int
     num_blocks: int
@@ -102,7 +102,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = "portable"
     dtype: str = "fp32"
     quant: Quant = Quant()
-    #: Whether rows reuse blocks by content, so that sending a known prefix here saves work.
+    #: Whether sequences reuse blocks by content, so that sending a known prefix here saves work.
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Token counts of one row. ``cached_tokens``: prompt tokens found in the prefix cache at the last placement."""
+    """Token counts of one sequence. ``cached_tokens``: prompt tokens found in the prefix cache at the last placement."""
 
     prompt_tokens: int
     output_tokens: int
@@ -156,7 +156,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
 
 
 class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
-    """Take over a live row by its lasting name; tokens from position ``have`` on are sent again under the new ``stream``."""
+    """Take over a live sequence by its lasting name; tokens from position ``have`` on are sent again under the new ``stream``."""
 
     boot: str
     stream: int
@@ -234,8 +234,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
     """All that one step emitted for one router, in parallel lists; ``firsts[i]`` is the output position of ``tokens[i][0]``.
 
-    ``logprobs[i]`` has one entry a token where the row asked for them. ``prompt_logprobs`` holds (stream, whole prompt) pairs, once, with
-    or before the row's first token. Router → client only: ``texts`` (safe to show) and ``choices`` (index under n > 1).
+    ``logprobs[i]`` has one entry a token where the sequence asked for them. ``prompt_logprobs`` holds (stream, whole prompt) pairs, once,
+    with or before the sequence's first token. Router → client only: ``texts`` (safe to show) and ``choices`` (index under n > 1).
     """
 
     boot: str
@@ -249,14 +249,14 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     choices: list[int] | None = None
 
     def __post_init__(self) -> None:
-        rows = len(self.streams)
+        length = len(self.streams)
         columns = (self.attempts, self.firsts, self.tokens, self.logprobs, self.texts, self.choices)
-        if any(column is not None and len(column) != rows for column in columns):
+        if any(column is not None and len(column) != length for column in columns):
             raise ValueError("the columns are not of one length")
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="done"):
-    """A row's terminal message (exactly one of Done and Failed). ``stop_id``: the stop token that ended it, not among the tokens sent."""
+    """A sequence's terminal message (exactly one of Done and Failed). ``stop_id``: the stop token that ended it; it was not sent."""
 
     boot: str
     stream: int
@@ -269,7 +269,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="d
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="failed"):
-    """A row's (or, with ``choice`` 0 and no Accepted, a request's) terminal error; ``code`` as in :mod:`workers.protocol.errors`."""
+    """A sequence's (or, with ``choice`` 0 and no Accepted, a request's) terminal error; ``code`` as in :mod:`workers.protocol.errors`."""
 
     boot: str
     stream: int

@@ -1,4 +1,4 @@
-"""The state file of one replica: what its rank 0 says about itself to whoever launched it.
+"""The state file of one replica: what its rank 0 says about itself to the launcher.
 
 Owns ``run_dir/state.json``: written whole or not at all, by rank 0 only, mode 0600. A dead gang cannot write its own end: a reader that
 sees a living phase and no process of ``pids`` knows that the gang was killed. Must never hold up serving: once serving, a full disk is a

@@ -31,8 +31,8 @@ _PATIENCE_S = 10.0
 
 
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica of a status table. ``age_s``: in this state; ``queue``: rows waiting in the replica; ``kv_use``: share of KV blocks in
-    use, 0 to 1; ``restarts``: failures in a row."""
+    """One replica of a status table. ``age_s``: in this state; ``queue``: sequences that wait in the replica; ``kv_use``: share of KV
+    blocks in use, 0 to 1; ``restarts``: failures in a row."""
 
     name: str
     model: str
@@ -133,11 +133,11 @@ class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControlServer:
-    """Serves orders from a thread of its own; ``handle`` runs there and may raise :class:`TriremeError`."""
+    """Serves commands from a thread of its own; ``handle`` runs there and may raise :class:`TriremeError`."""
 
     def __init__(self, path: Path, handle: Callable[[ControlCommand], ControlReply]) -> None:
         self._path, self._handle = path, handle
-        path.unlink(missing_ok=True)  # the lock is ours, so a socket that lies there is a dead process's
+        path.unlink(missing_ok=True)  # this process has the lock, so a socket file here is a dead process's
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.bind(str(path))
@@ -197,12 +197,12 @@ class ControlClient:
     def __init__(self, name: str, path: Path) -> None:
         self.name, self._path = name, path
 
-    def _order(self, order: ControlCommand) -> ControlReply:
+    def _ask(self, command: ControlCommand) -> ControlReply:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(_PATIENCE_S)
                 connection.connect(str(self._path))
-                connection.sendall(msgspec.json.encode(order) + b"\n")
+                connection.sendall(msgspec.json.encode(command) + b"\n")
                 answer = msgspec.json.decode(_receive(connection), type=ControlReply)
         except (FileNotFoundError, ConnectionRefusedError):
             raise NotFound(f"the deployment {self.name} does not run", f"nobody listens on {self._path}", "trireme up FILE") from None
@@ -217,25 +217,25 @@ class ControlClient:
         return answer
 
     def status(self) -> DeploymentStatus:
-        answer = self._order(ControlCommand(do="status"))
+        answer = self._ask(ControlCommand(do="status"))
         assert answer.status is not None
         return answer.status
 
     def drain(self, replica: str) -> None:
         """Have one replica finish, leave, and be launched anew. Raises :class:`NotFound` for one that does not run."""
-        self._order(ControlCommand(do="drain", name=replica))
+        self._ask(ControlCommand(do="drain", name=replica))
 
     def update(self, config: Config, said: Sequence[str], *, dry_run: bool = False) -> UpdateReport:
         """Begin an update to ``config``; ``status`` tells how it goes. Raises :class:`ConfigError` naming what cannot be changed in place,
         :class:`Rejected` while another one is under way."""
-        answer = self._order(ControlCommand(do="update", update=UpdateCommand(config=config, said=tuple(said), dry_run=dry_run)))
+        answer = self._ask(ControlCommand(do="update", update=UpdateCommand(config=config, said=tuple(said), dry_run=dry_run)))
         assert answer.update is not None
         return answer.update
 
     def down(self, *, now: bool = False, timeout_s: float = 120.0) -> None:
         """Stop the deployment and wait until its process is gone."""
         pid = self.status().pid
-        self._order(ControlCommand(do="down", now=now))
+        self._ask(ControlCommand(do="down", now=now))
         deadline = time.monotonic() + timeout_s
         while alive(pid):
             if time.monotonic() > deadline:

@@ -1,7 +1,6 @@
-"""What routers say about themselves and their replicas, asked over their own RPC doors.
+"""Asks routers for their status over RPC, and finds the gangs that no router can reach.
 
-Owns the thread that asks and the latest answers. Never between a client and its tokens, and never decides: it tells which gangs no router
-can reach.
+Owns the thread that asks and the latest answers. Never between a client and its tokens, and never decides what becomes of a gang.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class RouterSource(Protocol):
 
 
 class RouterPoller:
-    """``targets``: the routers to ask now, by name. ``prefix``: only replicas whose names begin so are ours; they are told without it."""
+    """``targets``: the routers to ask now, by name. ``prefix``: only replicas with names that begin so are ours; it is cut off."""
 
     def __init__(self, targets: Callable[[], Iterable[tuple[str, RouterAddress]]], key: KeyPair, *, prefix: str = "") -> None:
         self._targets, self._key, self._prefix = targets, key, prefix
@@ -88,8 +87,8 @@ class RouterPoller:
         return [report for at, report in list(self._latest.values()) if at >= horizon]
 
     def hung(self, ready: Iterable[tuple[str, int]], *, routers: int) -> frozenset[tuple[str, int]]:
-        """Those of the ``ready`` gangs, (replica, epoch), that serve nobody: lost to every router that knows them, or 10 s unheard of by
-        all ``routers``."""
+        """Those of the ``ready`` gangs, (replica, epoch), that no router can use: every router that knows the gang has lost it, or all
+        ``routers`` answer and none of them has known it for 10 s."""
         reports = self.fresh()
         states: dict[tuple[str, int], set[str]] = {}
         for report in reports:
@@ -97,8 +96,8 @@ class RouterPoller:
                 states.setdefault((replica.name, replica.epoch), set()).add(replica.state)
         now = time.monotonic()
         # A gang may stop before its Hello: no router can lose what it never had.
-        all_speak = len(reports) == routers
-        self._unheard = {key: self._unheard.get(key, now) for key in ready if all_speak and key not in states}
+        all_answer = len(reports) == routers
+        self._unheard = {key: self._unheard.get(key, now) for key in ready if all_answer and key not in states}
         silent = {key for key, since in self._unheard.items() if now - since > _UNHEARD_S}
         return frozenset(silent | {key for key, seen in states.items() if seen == {"lost"}})
 
@@ -120,12 +119,12 @@ class RouterPoller:
     def _ours(self, report: RouterStatus) -> RouterStatus:
         if not self._prefix:
             return report
-        rows = tuple(
-            msgspec.structs.replace(row, name=row.name.removeprefix(self._prefix))
-            for row in report.replicas
-            if row.name.startswith(self._prefix)
+        replicas = tuple(
+            msgspec.structs.replace(replica, name=replica.name.removeprefix(self._prefix))
+            for replica in report.replicas
+            if replica.name.startswith(self._prefix)
         )
-        return msgspec.structs.replace(report, replicas=rows)
+        return msgspec.structs.replace(report, replicas=replicas)
 
 
 def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> RouterStatus | None:
@@ -142,7 +141,7 @@ def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> Rout
             socket.curve_publickey, socket.curve_secretkey = key.public.encode(), key.secret.encode()
         socket.connect(address.endpoint)
         socket.send(encode(Query(boot=secrets.token_hex(8), stream=1, what="status")))
-        ready = {heard for heard, _ in zmq.zmq_poll([(socket, zmq.POLLIN), (monitor, zmq.POLLIN)], _ANSWER_MS)}
+        ready = {readable for readable, _ in zmq.zmq_poll([(socket, zmq.POLLIN), (monitor, zmq.POLLIN)], _ANSWER_MS)}
         if socket not in ready:
             if monitor in ready:
                 raise ConfigError(f"{address.endpoint} does not know this key", "it was never allowed there, or was taken back", _HINT)

@@ -147,7 +147,7 @@ def judge(closing: bool, models: Sequence[ModelFigures], replicas: Sequence[Repl
     without = tuple(f"no replica of {model.name} is ready" for model in models if not model.ready)
     if without:
         return OverallState(state="UNAVAILABLE", why=without)
-    why = [told for replica in replicas if (told := _trouble(replica, losses))]
+    why = [trouble for replica in replicas if (trouble := _trouble(replica, losses))]
     if why:
         return OverallState(state="DEGRADED", why=tuple(why))
     ready = sum(replica.state == "ready" for replica in replicas)
@@ -206,31 +206,37 @@ def _latency(histogram: Histogram) -> Latency:
     return Latency(counts=tuple(count for _, count in histogram.cumulated()), total_s=histogram.total)
 
 
-def _replica(row: ReplicaStatus) -> ReplicaFigures:
+def _replica(replica: ReplicaStatus) -> ReplicaFigures:
     return ReplicaFigures(
-        name=row.name,
-        model=row.model,
-        state=row.state,
-        reason=row.reason,
-        quarantined=row.quarantined,
-        epoch=str(row.epoch),
-        launched=started_at(row.epoch),
-        age_s=row.age_s,
-        tp=row.tp,
-        pp=row.pp,
-        engine=row.engine,
-        dtype=row.dtype,
-        max_batch_size=row.max_batch_size,
-        running=row.running,
-        waiting=row.waiting,
-        rows=row.rows,
-        tok_s=row.tok_s,
-        num_blocks=row.num_blocks,
-        free_blocks=row.free_blocks,
+        name=replica.name,
+        model=replica.model,
+        state=replica.state,
+        reason=replica.reason,
+        quarantined=replica.quarantined,
+        epoch=str(replica.epoch),
+        launched=started_at(replica.epoch),
+        age_s=replica.age_s,
+        tp=replica.tp,
+        pp=replica.pp,
+        engine=replica.engine,
+        dtype=replica.dtype,
+        max_batch_size=replica.max_batch_size,
+        running=replica.running,
+        waiting=replica.waiting,
+        rows=replica.rows,
+        tok_s=replica.tok_s,
+        num_blocks=replica.num_blocks,
+        free_blocks=replica.free_blocks,
     )
 
 
-def _loss(row: ReplicaLossStatus) -> LossFigures:
+def _loss(loss: ReplicaLossStatus) -> LossFigures:
     return LossFigures(
-        replica=row.replica, model=row.model, epoch=str(row.epoch), reason=row.reason, rows=row.rows, drained=row.drained, age_s=row.age_s
+        replica=loss.replica,
+        model=loss.model,
+        epoch=str(loss.epoch),
+        reason=loss.reason,
+        rows=loss.rows,
+        drained=loss.drained,
+        age_s=loss.age_s,
     )
