@@ -14,10 +14,11 @@ from workers.protocol.errors import NotFound, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
+    from workers.protocol.status import DeploymentState
 
 DEFAULT_RUN_DIR = "~/.local/state/trireme"
 WATCH_S = 1.0
-TROUBLED = ("DEGRADED", "FAILED")
+TROUBLED: tuple[DeploymentState, ...] = ("DEGRADED", "FAILED")
 LOST = 5
 
 Name = Annotated[str, typer.Argument(help="Which deployment; the only one when not given.")]

@@ -13,16 +13,14 @@ many as before serve at every moment, and a spare that fails ends the update bef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import msgspec
 
 from orchestrator.control.reconciler import ReplicaView, WantedReplica
+from workers.protocol.status import UpdatePhase
 
 #: A new replica that failed this often is not waited for any longer.
 FAILURES = 2
-
-Phase = Literal["rolling", "returning", "done", "returned"]
 
 
 class RolloutTarget(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +89,7 @@ class Rollout:
 
     def __init__(self, old: Sequence[RolloutTarget], moves: Sequence[RolloutMove], bounds: RolloutBounds, now: float) -> None:
         self.wanted = {target.name: target.revision for target in old}
-        self.phase: Phase = "rolling"
+        self.phase: UpdatePhase = "rolling"
         #: Why it was taken back.
         self.error = ""
         self.steps: list[RolloutStep] = []

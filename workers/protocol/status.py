@@ -11,6 +11,7 @@ Each kind of state has one set of words, and one process that writes it:
     RoutingState       one router: whether it sends requests to the replica
     ReplicaRowState    the host process, for people: made of the two sets above by :data:`ROW_STATES`, and two words of its own
     DeploymentState    the host process: one model, or the whole deployment
+    UpdatePhase        the rollout of an update
     RouterPhase        a router process, in its state file
     RouterHealthState  a router's status page
 """
@@ -33,6 +34,7 @@ ReplicaRowState = Literal[
     "PENDING", "BACKOFF", "PLACING", "STARTING", "LOADING", "READY", "DRAINING", "STOPPED", "FAILED", "LOST", "QUARANTINED", "JOINING"
 ]
 DeploymentState = Literal["STARTING", "READY", "DEGRADED", "DRAINING", "FAILED"]
+UpdatePhase = Literal["rolling", "returning", "done", "returned"]
 RouterPhase = Literal["starting", "serving", "draining", "stopped"]
 RouterHealthState = Literal["STARTING", "READY", "DEGRADED", "UNAVAILABLE", "DRAINING"]
 

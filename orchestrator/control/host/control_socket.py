@@ -23,7 +23,7 @@ from orchestrator.control.launch.subprocesses import alive
 from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
 from workers.protocol.messages import Capacity
 from workers.protocol.specs import RouterAddress
-from workers.protocol.status import DeploymentState, ReplicaRowState
+from workers.protocol.status import DeploymentState, ReplicaRowState, UpdatePhase
 
 log = logging.getLogger("trireme.control")
 _LIMIT = 1 << 20
@@ -78,7 +78,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     """An update: its ``moves`` as they were planned, ``steps`` that are over with their seconds, the one under way, how many are ``left``.
     ``error``: why it was or is being taken back."""
 
-    phase: Literal["rolling", "returning", "done", "returned"]
+    phase: UpdatePhase
     moves: tuple[str, ...]
     steps: tuple[tuple[str, float], ...] = ()
     doing: str = ""

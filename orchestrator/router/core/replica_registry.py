@@ -21,8 +21,7 @@ import msgspec
 from orchestrator.router.core.prefix_index import PrefixIndex
 from workers.protocol.hang import hang_bound_ms
 from workers.protocol.messages import PROTOCOL, Heartbeat, Hello
-
-State = Literal["ready", "draining", "lost"]
+from workers.protocol.status import RoutingState
 
 #: Names that one router remembers; more are refused, so an authenticated peer cannot grow the table.
 MAX_REPLICAS = 1024
@@ -81,7 +80,7 @@ class Replica:
     def __init__(self, peer: bytes, user: str, hello: Hello, now: float) -> None:
         self.name, self.model, self.user, self.peer, self.boot = hello.replica, hello.model, user, peer, hello.boot
         self.epoch, self.resume, self.capacity = hello.epoch, hello.resume, hello.capacity
-        self.state: State = "ready"
+        self.state: RoutingState = "ready"
         self.reason = ""
         self.since = self.seen = now
         self.load: Heartbeat | None = None
@@ -251,7 +250,7 @@ class ReplicaRegistry:
         bound = hang_bound_ms(self._hang_floor, heartbeat.predicted_ms)
         if heartbeat.busy_ms > bound:
             return f"no progress: step {heartbeat.step} runs for {heartbeat.busy_ms:.0f} ms, its bound is {bound:.0f} ms"
-        wanted: State = "draining" if heartbeat.draining else "ready"
+        wanted: RoutingState = "draining" if heartbeat.draining else "ready"
         if replica.state != wanted:
             self._enter(replica, wanted, "", now)
         return ""
@@ -318,7 +317,7 @@ class ReplicaRegistry:
             assert replica.peer == peer and self.replicas.get(replica.name) is replica, f"{replica.name}: dead record indexed"
         assert len(self._by_boot) == len(self.replicas)
 
-    def _enter(self, replica: Replica, state: State, reason: str, now: float) -> None:
+    def _enter(self, replica: Replica, state: RoutingState, reason: str, now: float) -> None:
         replica.state, replica.reason, replica.since = state, reason, now
         if state == "lost":
             replica.prefixes.clear()
