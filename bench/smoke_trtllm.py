@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.cli.demo import POLL_S, STOP_S, wait_ready
+from orchestrator.cli.temporary_deployment import POLL_S, STOP_S, wait_ready
 from orchestrator.client import Client
 from orchestrator.config import deployment_file
 from orchestrator.control.host.control_socket import ReplicaRow

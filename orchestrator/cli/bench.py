@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.chat import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_door
 from orchestrator.cli.console import INTERRUPTED, Console
-from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir, pick
+from orchestrator.cli.generate_request import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_door
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
 from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def target_of(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: s
 
         key = os.environ.get(KEY_VARIABLE, "")
         return lambda clock: HttpTarget(url, model=settings.model, endpoint=settings.endpoint, key=key, clock=clock)
-    from orchestrator.cli.chat_backends import client_keys
+    from orchestrator.cli.generate_backends import client_keys
     from orchestrator.loadgen.rpc_target import RpcTarget
 
     status = pick(name, run_dir).status()
@@ -237,8 +237,3 @@ def read_lines(path: str) -> Iterator[bytes]:
             yield from gzip.GzipFile(fileobj=plain) if packed else plain
     except (OSError, EOFError) as error:
         raise EnvironmentFault(f"{path} cannot be read", str(error), "name a .jsonl or .jsonl.gz file") from None
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's command."""
-    app.command()(bench)

@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
 
-from orchestrator.cli.chat import open_door
 from orchestrator.cli.console import Console
-from workers.protocol.errors import EnvironmentFault, NotFound, ReplicaLost
+from orchestrator.cli.generate_request import open_door
+from orchestrator.cli.temporary_deployment import COMMAND, deployment
+from workers.protocol.errors import ReplicaLost
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
 
 QUESTION = "What is the capital of France?"
 EXAMPLE = Path(__file__).resolve().parents[2] / "deploy" / "examples" / "local.yaml"
-COMMAND = [sys.executable, "-m", "orchestrator.cli"]
-READY_S = 240.0
-STOP_S = 60.0
 POLL_S = 0.2
 GONE_S = 10.0
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
@@ -78,7 +73,7 @@ def prepare(console: Console, file: Path) -> Config:
 
 def find_namespace() -> list[str]:
     """The command that runs another one in a fresh network and process namespace; empty where none is allowed."""
-    from orchestrator.cli.host_checks import NAMESPACE_COMMANDS, attempt
+    from orchestrator.cli.doctor_checks import NAMESPACE_COMMANDS, attempt
 
     return next((argv for argv in NAMESPACE_COMMANDS if attempt([*argv, "true"], timeout=10.0).code == 0), [])
 
@@ -99,41 +94,6 @@ def run_inside(console: Console, file: Path) -> None:
     if left := survivors():
         raise ReplicaLost(f"{len(left)} processes outlived the deployment", "; ".join(left), "this is a bug: please report it")
     console.say("everything is shut down; no process is left")
-
-
-@contextmanager
-def deployment(console: Console, wanted: Config, file: Path, *, ready_s: float = READY_S) -> Iterator[str]:
-    """`trireme up FILE`, ready on entry (the URL); `trireme down`, gone on exit. Raises :class:`EnvironmentFault` when either fails."""
-    flags = ["--quiet"] if console.settings.quiet else []
-    child = subprocess.Popen([*COMMAND, *flags, "up", str(file)])
-    try:
-        yield wait_ready(child, wanted, ready_s)
-        subprocess.run([*COMMAND, *flags, "down", wanted.name, "--run-dir", wanted.run_dir], check=True)
-        code = child.wait(STOP_S)
-    finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-            child.wait(STOP_S)
-    if code:
-        raise EnvironmentFault("the deployment did not end well", f"trireme up exited with {code}", f"its log: {wanted.home}")
-
-
-def wait_ready(child: subprocess.Popen[bytes], wanted: Config, ready_s: float) -> str:
-    """Until every replica is ready; the URL. Raises :class:`EnvironmentFault` when the deployment ends first or takes too long."""
-    from orchestrator.control.host.deployment import connect
-
-    control = connect(wanted.name, wanted.run_dir)
-    until = time.monotonic() + ready_s
-    while time.monotonic() < until:
-        if child.poll() is not None:
-            raise EnvironmentFault(f"the deployment ended before it was ready (exit {child.returncode})", hint="its errors are above")
-        try:
-            if (status := control.status()).state == "READY":
-                return status.url
-        except (NotFound, EnvironmentFault):
-            pass  # its control socket is not there yet
-        time.sleep(POLL_S)
-    raise EnvironmentFault(f"the deployment was not ready after {ready_s:.0f} s", hint="trireme doctor")
 
 
 def answer(console: Console, wanted: Config, url: str, title: str, *, rpc: bool) -> None:
@@ -175,8 +135,3 @@ def raise_loopback() -> None:
         flags = struct.unpack("16sh22x", fcntl.ioctl(control, SIOCGIFFLAGS, request))[1]
         if not flags & IFF_UP:
             fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | IFF_UP))
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's command."""
-    app.command(hidden=True)(demo)

@@ -1,27 +1,16 @@
-"""`trireme doctor`, `trireme config show`, `trireme version`: what is here and what would be used. Changes nothing."""
+"""`trireme doctor`: what is right and what is wrong on this machine. Changes nothing."""
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.console import Console, table
 from orchestrator.cli.options import CacheDir, cache_folder
-from workers import __version__
 from workers.protocol.errors import EnvironmentFault
 
 STYLES = {"ok": "good", "warn": "warn", "fail": "bad"}
-
-settings = typer.Typer(name="config", help="What a deployment file means.", no_args_is_help=True)
-
-
-def version(context: typer.Context) -> None:
-    """Print the version."""
-    context.obj.out(f"trireme {__version__}")
 
 
 def doctor(
@@ -30,7 +19,7 @@ def doctor(
     cache_dir: CacheDir = None,
 ) -> None:
     """Look at this machine: Python, torch, MPI, Ray, ports, memory, names. Exit code 4 when something must be mended first."""
-    from orchestrator.cli import host_checks as looks
+    from orchestrator.cli import doctor_checks as looks
 
     console: Console = context.obj
     findings = looks.examine(port, cache_folder(cache_dir))
@@ -46,31 +35,3 @@ def doctor(
             console.out(f"{console.paint('hint', 'hint')}: {finding.name}: {finding.hint}")
     if failed := [finding.name for finding in findings if finding.state == "fail"]:
         raise EnvironmentFault(f"this machine is not ready: {', '.join(failed)}", hint="the hints above say what to do")
-
-
-@settings.command("show")
-def config_show(
-    context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A deployment file.")],
-    resolved: Annotated[bool, typer.Option("--resolved", help="Every value and where it came from.")] = False,
-) -> None:
-    """Check a deployment file and print what it means."""
-    import msgspec
-    import yaml
-
-    from orchestrator.config import deployment_file
-
-    console: Console = context.obj
-    found = deployment_file.load(file, env=os.environ)
-    if resolved:
-        rows = [[row.path, json.dumps(row.value), row.source] for row in found.rows()]
-        console.out(table(["KEY", "VALUE", "SOURCE"], rows))
-    else:
-        console.out(yaml.safe_dump(msgspec.to_builtins(found.config), sort_keys=False), end="")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's commands."""
-    app.command()(doctor)
-    app.add_typer(settings)
-    app.command()(version)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Console, age, table
-from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir
 
 if TYPE_CHECKING:
     from orchestrator.auth.keyring import ApiKeyRing
@@ -21,6 +21,7 @@ API_KEYS = "api.json"
 
 keys = typer.Typer(name="keys", help="Who may use a deployment.", no_args_is_help=True)
 api = typer.Typer(name="api", help="API keys of the HTTP door.", no_args_is_help=True)
+keys.add_typer(api)
 
 Deployment = Annotated[str, typer.Option("--name", help="Which deployment; it need not run.")]
 File = Annotated[Path | None, typer.Option("--file", help="The API-keys file; api.json among the deployment's keys when not given.")]
@@ -147,9 +148,3 @@ def show(context: typer.Context, name: Deployment = "local", run_dir: RunDir = D
     context.obj.out(table(["FILE", "MODE", "WHAT", "MODELS"], rows))
     if loose := [path for path, mode in modes.items() if mode & 0o077]:
         raise ConfigError(f"{loose[0]} can be read by others", hint=f"chmod 600 {' '.join(map(str, loose))}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's commands."""
-    keys.add_typer(api)
-    app.add_typer(keys)

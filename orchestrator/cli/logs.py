@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir
 from workers.protocol.errors import NotFound, Rejected, TriremeError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def pick(names: list[str], run_dir: Path) -> tuple[Path, str]:
 
 def only(known: list[str], run_dir: Path) -> str:
     """The deployment that needs no name: the only one, or the only one that runs."""
-    from orchestrator.cli.status import running
+    from orchestrator.cli.running_deployments import running
 
     if not known:
         raise NotFound("there are no logs", f"nothing lies under {run_dir}", "trireme up FILE, or trireme serve MODEL")
@@ -136,8 +136,3 @@ def show(console: Console, entries: Iterable[LogEntry], files: list[LogFile]) ->
         console.out(f"{console.paint(stamp, 'dim')} {console.paint(entry.source.ljust(width), 'hint')} {level}{logger}{first}")
         for line in rest:
             console.out(f"{' ' * (len(stamp) + 1)}{entry.source.ljust(width)} {line}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's commands."""
-    app.command()(logs)

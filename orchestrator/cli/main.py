@@ -7,29 +7,38 @@ needs when it runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli import (
     bench,
+    build,
     chat,
+    config,
     console,
     convert,
     demo,
     doctor,
+    down,
+    drain,
     engines,
+    generate,
+    inspect,
     keys,
     logs,
     plan,
+    pull,
     router,
     serve,
     status,
     submit,
     top,
+    up,
     update,
     verify,
+    version,
 )
 from workers.protocol.errors import Rejected, TriremeError
 
@@ -58,25 +67,21 @@ def common(
     """The global flags, for the parser and its help; :func:`settings` has read them before."""
 
 
-for commands in (
-    serve,
-    router,
-    status,
-    top,
-    logs,
-    update,
-    keys,
-    chat,
-    bench,
-    convert,
-    engines,
-    verify,
-    doctor,
-    plan,
-    demo,
-    submit,
-):
-    commands.register(app)
+#: All commands and groups of commands, each in the module of its name, in the order of the help.
+COMMANDS: tuple[Callable[..., None], ...] = (
+    serve.serve, up.up, router.router, status.status, drain.drain, down.down, top.top, logs.logs, update.update, chat.chat,
+    generate.generate, bench.bench, pull.pull, convert.convert, inspect.inspect, build.build, verify.verify, doctor.doctor,
+    version.version, plan.plan,
+)  # fmt: skip
+HIDDEN_COMMANDS = (demo.demo,)
+GROUPS = (keys.keys, engines.engines, config.config, submit.submit)
+
+for command in COMMANDS:
+    app.command()(command)
+for command in HIDDEN_COMMANDS:
+    app.command(hidden=True)(command)
+for group in GROUPS:
+    app.add_typer(group)
 
 
 def normalise(argv: Sequence[str]) -> list[str]:

@@ -190,8 +190,3 @@ def _bytes(text: str) -> int:
         return int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
         raise Rejected(f"--cpus: memory={text} is not a size", "", "write 16GB or 16GiB") from None
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's command."""
-    app.command()(plan)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.serve import ApiKeysFile, CacheDir, Detach, Insecure, Name, Port, Routers, RunDir, run
+from orchestrator.cli.deployment_options import ApiKeysFile, CacheDir, Detach, Insecure, Name, Port, Routers, RunDir
+from orchestrator.cli.hosting import run
 
 
 def router(
@@ -31,8 +32,3 @@ def router(
         "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
     }  # fmt: skip
     run(context.obj, deployment_file.load(file, flags=flags, env=os.environ).config, detach, standing=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's command."""
-    app.command()(router)

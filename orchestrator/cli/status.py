@@ -1,58 +1,26 @@
-"""`trireme status`, `drain` and `down`: deployments of this user on this machine, through their control sockets. Owns only the tables."""
+"""`trireme status`: deployments of this user on this machine and their replicas. Owns only the tables."""
 
 from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli.console import Console, age, table
-from workers.protocol.errors import NotFound, Rejected
+from workers.protocol.errors import Rejected
 
 if TYPE_CHECKING:
-    from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
+    from orchestrator.control.host.control_socket import DeploymentStatus
     from workers.protocol.status import DeploymentState
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick, running
 
-DEFAULT_RUN_DIR = "~/.local/state/trireme"
 WATCH_S = 1.0
 TROUBLED: tuple[DeploymentState, ...] = ("DEGRADED", "FAILED")
 LOST = 5
-
-Name = Annotated[str, typer.Argument(help="Which deployment; the only one when not given.")]
-RunDir = Annotated[str, typer.Option("--run-dir", envvar="TRIREME_RUN_DIR", help="Where deployments keep their state.")]
-
 MODELS = ["NAME", "STATE", "AGE", "REPLICAS", "READY", "TP", "PP", "QUEUE", "TOK/S", "NODES"]
 REPLICAS = ["REPLICA", "STATE", "AGE", "TP", "PP", "RUNNING", "QUEUE", "TOK/S", "KV-TOKENS", "RESTARTS", "HOSTS", "PIDS"]
-
-
-def running(run_dir: str) -> list[DeploymentStatus]:
-    """Every deployment that answers, by name."""
-    from orchestrator.control.host import deployment
-
-    found = []
-    for socket in sorted(Path(run_dir).expanduser().glob("*/control.sock")):
-        try:
-            found.append(deployment.connect(socket.parent.name, run_dir).status())
-        except NotFound:
-            continue  # it was killed: its socket is a leftover
-    return found
-
-
-def pick(name: str, run_dir: str) -> ControlClient:
-    """The deployment that is meant. Raises :class:`NotFound` when none runs, :class:`Rejected` when several do and none was named."""
-    from orchestrator.control.host import deployment
-
-    if name:
-        return deployment.connect(name, run_dir)
-    names = [status.name for status in running(run_dir)]
-    if not names:
-        raise NotFound("no deployment runs", f"nothing answers under {run_dir}", "trireme up FILE, or trireme serve MODEL")
-    if len(names) > 1:
-        raise Rejected(f"{len(names)} deployments run", ", ".join(names), "name one")
-    return deployment.connect(names[0], run_dir)
 
 
 def status(
@@ -132,34 +100,3 @@ def where(found: DeploymentStatus) -> list[str]:
     lines += [f"  router {name}: process {pid}" for name, pid in found.routers.items()]
     lines += [f"  rpc: {address.endpoint}" for address in found.rpc]
     return [*lines, f"  logs: {found.run_dir}"]
-
-
-def drain(
-    context: typer.Context,
-    replica: Annotated[str, typer.Argument(help="Name of the replica, as `trireme status -o wide` shows it.")],
-    name: Annotated[str, typer.Option("--name", help="Which deployment; the only one when not given.")] = "",
-    run_dir: RunDir = DEFAULT_RUN_DIR,
-) -> None:
-    """Have one replica finish what it runs and be launched anew."""
-    deployment, _, short = replica.rpartition("/")
-    pick(name or deployment, run_dir).drain(short)
-    context.obj.say(f"replica {short} drains; another takes its place")
-
-
-def down(
-    context: typer.Context,
-    name: Name = "",
-    now: Annotated[bool, typer.Option("--now", help="Do not wait for what runs.")] = False,
-    run_dir: RunDir = DEFAULT_RUN_DIR,
-) -> None:
-    """Drain a deployment, stop it, and wait until its host process is gone."""
-    control = pick(name, run_dir)
-    started = time.monotonic()
-    control.down(now=now)
-    context.obj.say(f"{control.name} is down, {time.monotonic() - started:.1f} s")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's commands."""
-    for command in (status, drain, down):
-        app.command()(command)

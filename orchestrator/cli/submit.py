@@ -87,8 +87,3 @@ def slurm(
     console.say(f"submitted job {number}", job=number, script=str(job.script))
     console.say(f"  endpoint, when ready: {job.jobs}/{job.name}.json\n  log: {job.jobs}/{job.name}-{number}.log")
     console.out(number)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's commands."""
-    app.add_typer(submit)

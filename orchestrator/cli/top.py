@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from orchestrator.cli import status as status_command
+from orchestrator.cli import running_deployments
 from orchestrator.cli.console import Console, age, size, table
-from orchestrator.cli.status import DEFAULT_RUN_DIR, RunDir
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -101,9 +101,9 @@ def top(
     meter = Meter()
 
     def sample() -> Frame:
-        found = [status_command.pick(name, run_dir).status()] if name else status_command.running(run_dir)
+        found = [running_deployments.pick(name, run_dir).status()] if name else running_deployments.running(run_dir)
         if not found:
-            status_command.pick("", run_dir)
+            running_deployments.pick("", run_dir)
         meter.look(found, time.monotonic())
         return frame(found, meter, ranks)
 
@@ -230,8 +230,3 @@ def keys() -> Iterator[Callable[[float], bool]]:
         yield pressed
     finally:
         termios.tcsetattr(file, termios.TCSADRAIN, before)
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's commands."""
-    app.command()(top)

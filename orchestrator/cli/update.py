@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.serve import CacheDir, Launcher, Name, Port, Routers, RunDir
+from orchestrator.cli.deployment_options import CacheDir, Launcher, Name, Port, Routers, RunDir
 from workers.protocol.errors import ReplicaLost
 
 if TYPE_CHECKING:
@@ -73,8 +73,3 @@ def conclude(console: Console, name: str, report: UpdateReport) -> None:
     if report.phase == "returned":
         raise ReplicaLost("the update was taken back", report.error, "what ran before serves again; mend the file and update again")
     console.say(f"{name} is updated, {report.seconds:.1f} s")
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's command."""
-    app.command()(update)

@@ -149,7 +149,7 @@ def ask_both(
     """Serve both models on this machine and compare their answers to every prompt."""
     import yaml
 
-    from orchestrator.cli.demo import deployment
+    from orchestrator.cli.temporary_deployment import deployment
     from orchestrator.client import Client
     from orchestrator.config import deployment_file
     from orchestrator.control.host.deployment import connect
@@ -198,8 +198,3 @@ def report(console: Console, results: list[Agreement], margin: float, form: str)
             f"{worst.prompt[:40]!r} parts at token {worst.same} with a margin of {worst.shown} nats, above {margin:g}",
             "a quantized engine may need a larger --margin; else build it again, and report it",
         )
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's command."""
-    app.command()(verify)

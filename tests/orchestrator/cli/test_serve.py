@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.cli.serve import curl, label, room
+from orchestrator.cli.hosting import curl, room
+from orchestrator.cli.serve import label
 from orchestrator.cli.status import render
 from orchestrator.control.host.control_socket import DeploymentStatus, ModelRow, ReplicaRow
 from orchestrator.control.launch.subprocesses import alive

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.console import Console, ConsoleSettings
-from orchestrator.cli.serve import host
+from orchestrator.cli.hosting import host
 from orchestrator.cli.systemd import ServiceManager
 from orchestrator.config.deployment_file import load
 from orchestrator.control.host.deployment import Notice

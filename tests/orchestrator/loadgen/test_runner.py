@@ -245,7 +245,7 @@ def test_both_doors_of_a_real_router(capsys: pytest.CaptureFixture[str], monkeyp
                 assert (found.succeeded, found.prompt_tokens, found.output_tokens) == (12, 12 * 33, 12 * 9), found.errors
                 assert found.latency_ms["itl"].count > 0 and found.latency_ms["e2e"].min >= found.latency_ms["ttft"].min > 0.0
             status = SimpleNamespace(rpc=(RouterAddress(endpoint=state.rpc),), key_file="")
-            for module in ("asking", "bench"):
+            for module in ("generate_request", "bench"):
                 monkeypatch.setattr(f"orchestrator.cli.{module}.pick", lambda *_: SimpleNamespace(status=lambda: status))
             assert trireme(["bench", "--rpc", "-n", "6", "--input-len", "9", "--output-len", "3", "-o", "json"]) == 0
             report = json.loads(capsys.readouterr().out)

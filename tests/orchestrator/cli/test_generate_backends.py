@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 
-from orchestrator.cli.chat_backends import HttpBackend
+from orchestrator.cli.generate_backends import HttpBackend
 from workers.protocol.errors import EngineFault, EnvironmentFault, NotFound, Overloaded, ReplicaLost
 
 

@@ -1,0 +1,116 @@
+"""`trireme build`: TensorRT-LLM engines made from a checkpoint.
+
+Owns what people see of a build. The work, and every refusal, belongs to `workers.engines.trtllm`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.console import Console, size
+from orchestrator.cli.options import CacheDir, cache_folder
+
+
+def with_build_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with a flag for every option that `workers.engines.trtllm.build_options` knows; they arrive as ``given``, by name."""
+    from workers.engines.trtllm.build_options import options
+
+    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "given"]
+    flags = []
+    for option in options():
+        shown = "|".join(map(str, option.choices)) or None
+        told = option.text if option.kind is bool or not option.default else f"{option.text} (default {option.default})"
+        words = typer.Option(option.flag, metavar=shown, help=told, rich_help_panel="Options of trtllm-build")
+        kind = Annotated[option.kind | None, words]  # type: ignore[name-defined]
+        flags.append(inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+
+    def wrapped(**values: Any) -> None:
+        command(**{each.name: values.pop(each.name) for each in own}, given=values)
+
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {each.name: each.annotation for each in (*keyword, *flags)}
+    return wrapped
+
+
+@with_build_options
+def build(
+    context: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that `trireme convert --for-trtllm` wrote.")],
+    given: dict[str, Any],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; the catalogue's own when not given.")] = None,
+    name: Annotated[str, typer.Option("--name", help="What the model is called in the catalogue; the checkpoint's folder name.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print the command; needs no GPU.")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Build TensorRT-LLM engines from a checkpoint; the same build a second time is found, not made.
+
+    Layout and quantization are the checkpoint's. Needs TensorRT-LLM 1.2 and the GPU that is to serve.
+    """
+    from workers.engines.trtllm import build as building
+    from workers.engines.trtllm import engine_catalogue, node_probe
+    from workers.engines.trtllm.build_options import from_flags
+
+    console: Console = context.obj
+    options, path = from_flags(given), os.environ.get("PATH", os.defpath)
+    model = name or checkpoint.absolute().name
+    if dry_run:
+        found = building.open_checkpoint(checkpoint)
+        words = building.command(building.PROGRAM, found, building.with_defaults(found, options), output or Path("DIR"))
+        console.out(" ".join(words))
+        return
+    facts = node_probe.probe(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    plan = building.prepare(checkpoint, options, model=model, path=path, facts=facts)
+    target = output or engine_catalogue.folder(cache_folder(cache_dir)) / plan.key
+    tell_unproven(console, plan)
+    console.say(f"{plan.key}: {plan.gpu.name}, tensorrt_llm {plan.facts.installed}")
+    with console.following() as follower, terminable():
+        engine, fresh = building.build(
+            plan,
+            target,
+            env=os.environ,
+            on_line=follower.line,
+            on_tick=lambda done, total, seconds: follower.state(f"build: {done} of {total} engines written, {seconds:.0f} s"),
+        )
+    seconds = engine.record.seconds if engine.record is not None else 0.0
+    how = f"built in {seconds:.1f} s" if fresh else "found, built before"
+    total = sum(engine.engine_bytes(rank) for rank in range(engine.world))
+    told = f"{engine.world} engines, {size(total)}, {how}"
+    console.say(told, path=str(target), key=plan.key, built=fresh, seconds=seconds)
+    console.out(str(target))
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM means what Ctrl-C does: the builder's processes end with this one."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def tell_unproven(console: Console, plan: Any) -> None:
+    """Say what of this model TensorRT-LLM's published checkpoint format has no word for."""
+    model = plan.checkpoint.facts.model
+    odd = [
+        what
+        for what, there in (
+            ("quantized weights", plan.checkpoint.quant.quant_algo is not None),
+            ("rope scaling", model.rope_scaling is not None),
+            ("q/k/v biases", model.qkv_bias),
+            ("q/k norms", model.qk_norm),
+        )
+        if there
+    ]
+    if odd:
+        console.warn(f"{' and '.join(odd)} in TensorRT-LLM checkpoints are unproven here: compare with `trireme verify` before serving")

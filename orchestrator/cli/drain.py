@@ -1,0 +1,21 @@
+"""`trireme drain`: one replica finishes what it runs and is launched anew."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
+
+
+def drain(
+    context: typer.Context,
+    replica: Annotated[str, typer.Argument(help="Name of the replica, as `trireme status -o wide` shows it.")],
+    name: Annotated[str, typer.Option("--name", help="Which deployment; the only one when not given.")] = "",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Have one replica finish what it runs and be launched anew."""
+    deployment, _, short = replica.rpartition("/")
+    pick(name or deployment, run_dir).drain(short)
+    context.obj.say(f"replica {short} drains; another takes its place")

@@ -1,0 +1,35 @@
+"""`trireme generate`: a running deployment goes on with a text."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.console import Console
+from orchestrator.cli.generate_request import DEFAULT_URL, MaxTokens, Model, Name, Rpc, Seed, Temperature, Url, open_door, request, stream
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir
+from workers.protocol.errors import Rejected
+
+
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; '-' reads the standard input.")],
+    url: Url = DEFAULT_URL,
+    rpc: Rpc = False,
+    name: Name = "",
+    model: Model = "",
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Continue a text with a running deployment, without a chat template."""
+    console: Console = context.obj
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise Rejected("the prompt is empty", hint='trireme generate "Once upon a time"')
+    with closing(open_door(url, rpc, name, run_dir)) as door:
+        stream(console, door.ask("completions", request(model, door, max_tokens, temperature, seed) | {"prompt": text}))

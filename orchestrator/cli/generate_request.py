@@ -1,0 +1,76 @@
+"""What `chat`, `generate` and `bench` share: the flags of a request, the backend that it goes to, and how its answer is printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from orchestrator.cli.console import Console
+from workers.protocol.errors import TriremeError
+
+if TYPE_CHECKING:
+    from workers.protocol.messages import ApiEndpoint
+from orchestrator.cli.running_deployments import pick
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "TRIREME_API_KEY"
+#: What to do about refusals, which come over a door without a hint.
+HINTS = {
+    "model_not_found": "leave --model out for the first model that is served",
+    "context_length_exceeded": "shorten it, or ask for a shorter answer with --max-tokens",
+}
+Url = Annotated[str, typer.Option("--url", envvar="TRIREME_URL", help="HTTP address of the deployment.")]
+Rpc = Annotated[bool, typer.Option("--rpc", help="Ask over ZeroMQ RPC instead of HTTP.")]
+Name = Annotated[str, typer.Option("--name", help="Which deployment of this machine, for --rpc; the only one when not given.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Which of the served models; the first one when not given.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 = always the likeliest token.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same answer.")]
+
+
+class ChatBackend(Protocol):
+    """What HTTP and RPC have in common."""
+
+    def models(self) -> list[str]: ...
+
+    def card(self, model: str) -> dict[str, Any]: ...
+
+    def ask(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]: ...
+
+    def close(self) -> None: ...
+
+
+def open_door(url: str, rpc: bool, name: str, run_dir: str) -> ChatBackend:
+    """The HTTP door at ``url``, or the RPC door of a deployment on this machine. The key is no flag: other users can read those."""
+    from orchestrator.cli import generate_backends
+
+    return (
+        generate_backends.RpcBackend(pick(name, run_dir).status())
+        if rpc
+        else generate_backends.HttpBackend(url, os.environ.get(KEY_VARIABLE, ""))
+    )
+
+
+def stream(console: Console, pieces: Generator[str]) -> str:
+    """Print pieces as they come and return the whole; Ctrl-C ends the answer, not the command."""
+    parts: list[str] = []
+    try:
+        for piece in pieces:
+            parts.append(piece)
+            console.out(piece, end="")
+    except KeyboardInterrupt:
+        pieces.close()
+    except TriremeError as error:
+        error.hint = error.hint or HINTS.get(error.code, "")
+        raise
+    console.out()
+    return "".join(parts)
+
+
+def request(model: str, door: ChatBackend, max_tokens: int, temperature: float, seed: int | None) -> dict[str, Any]:
+    """The fields that chat and generate share."""
+    body: dict[str, Any] = {"model": model or door.models()[0], "max_tokens": max_tokens, "temperature": temperature}
+    return body if seed is None else body | {"seed": seed}

@@ -1,0 +1,65 @@
+"""`trireme inspect`: what a model file holds. `workers.artifacts.inspect` does the work."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from orchestrator.cli.console import Console, size
+from orchestrator.cli.options import CacheDir
+from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import Parallel
+
+if TYPE_CHECKING:
+    from workers.artifacts.inspect import Inspection
+from orchestrator.cli.model_files import formats, source
+
+
+def inspect(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's name, a Hugging Face folder, a GGUF or a checkpoint.")],
+    tp_size: Annotated[int | None, typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Can it run like this? (-tp)")] = None,
+    pp_size: Annotated[int | None, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Can it run like this? (-pp)")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare every hash.")] = False,
+    form: Annotated[str, typer.Option("--output", "-o", metavar="text|json")] = "text",
+    cache_dir: CacheDir = None,
+) -> None:
+    """Say what a model file holds, and whether it can run on a layout; exit code 3 when it cannot."""
+    from workers.artifacts.inspect import inspect_path
+
+    console: Console = context.obj
+    asked = Parallel(tp=tp_size or 1, pp=pp_size or 1) if tp_size or pp_size else None
+    found = inspect_path(source(model, console, cache_dir), asked, verify_files=verify)
+    if form == "json":
+        console.out(json.dumps(msgspec.to_builtins(found, enc_hook=str), indent=2))
+    else:
+        console.out("\n".join(f"{key:<14}{value}" for key, value in describe(found, asked)))
+    if not found.runs:
+        layout = asked or found.parallel or Parallel()
+        hint = f"trireme convert {model} -tp {layout.tp} -pp {layout.pp} -o DIR" if "convert" in found.reason else ""
+        raise ArtifactError(f"{model} does not run on tp={layout.tp} pp={layout.pp} as it is", found.reason, hint)
+
+
+def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]:
+    """The rows of `trireme inspect`."""
+    model, layout = found.model, asked or found.parallel or Parallel()
+    heads = f"{model.num_heads} query / {model.num_kv_heads} key-value heads of {model.head_dim}"
+    tied = ", tied embeddings" if model.tied_embeddings else ""
+    rows = [
+        ("path", str(found.path)),
+        ("kind", found.kind if found.parallel is None else f"{found.kind} for tp={found.parallel.tp} pp={found.parallel.pp}"),
+        ("architecture", f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}, {heads}"),
+        ("vocabulary", f"{model.vocab_size} tokens{tied}; context {model.max_position}"),
+        ("weights", f"{found.parameters:,} parameters, {formats(found)}"),
+        ("tokenizer", f"yes, ends on {', '.join(map(str, found.eos_ids))}" if found.tokenizer else "none"),
+    ]
+    if found.rank_bytes:
+        rows.append((f"tp={layout.tp} pp={layout.pp}", "a rank: " + ", ".join(map(size, found.rank_bytes))))
+    rows.append(("portable", "runs" if found.runs else found.reason))
+    rows.append(("TensorRT-LLM", found.trtllm or ("layout accepted" if found.rank_bytes else found.reason)))
+    if found.verified:
+        rows.append(("verified", "every file"))
+    return rows

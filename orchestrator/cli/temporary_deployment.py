@@ -1,0 +1,58 @@
+"""A deployment of a file that lives as long as one command (`demo`, `verify`): it runs `trireme up` and `trireme down` as processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.cli.console import Console
+from workers.protocol.errors import EnvironmentFault, NotFound
+
+if TYPE_CHECKING:
+    from orchestrator.config.deployment_file import Config
+
+COMMAND = [sys.executable, "-m", "orchestrator.cli"]
+READY_S = 240.0
+STOP_S = 60.0
+POLL_S = 0.2
+
+
+@contextmanager
+def deployment(console: Console, wanted: Config, file: Path, *, ready_s: float = READY_S) -> Iterator[str]:
+    """`trireme up FILE`, ready on entry (the URL); `trireme down`, gone on exit. Raises :class:`EnvironmentFault` when either fails."""
+    flags = ["--quiet"] if console.settings.quiet else []
+    child = subprocess.Popen([*COMMAND, *flags, "up", str(file)])
+    try:
+        yield wait_ready(child, wanted, ready_s)
+        subprocess.run([*COMMAND, *flags, "down", wanted.name, "--run-dir", wanted.run_dir], check=True)
+        code = child.wait(STOP_S)
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            child.wait(STOP_S)
+    if code:
+        raise EnvironmentFault("the deployment did not end well", f"trireme up exited with {code}", f"its log: {wanted.home}")
+
+
+def wait_ready(child: subprocess.Popen[bytes], wanted: Config, ready_s: float) -> str:
+    """Until every replica is ready; the URL. Raises :class:`EnvironmentFault` when the deployment ends first or takes too long."""
+    from orchestrator.control.host.deployment import connect
+
+    control = connect(wanted.name, wanted.run_dir)
+    until = time.monotonic() + ready_s
+    while time.monotonic() < until:
+        if child.poll() is not None:
+            raise EnvironmentFault(f"the deployment ended before it was ready (exit {child.returncode})", hint="its errors are above")
+        try:
+            if (status := control.status()).state == "READY":
+                return status.url
+        except (NotFound, EnvironmentFault):
+            pass  # its control socket is not there yet
+        time.sleep(POLL_S)
+    raise EnvironmentFault(f"the deployment was not ready after {ready_s:.0f} s", hint="trireme doctor")
