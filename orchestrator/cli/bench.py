@@ -1,4 +1,4 @@
-"""`trireme bench`: load on an OpenAI endpoint or on the RPC door, and what it came to.
+"""`trireme bench`: puts load on an OpenAI endpoint or on the RPC servers of a deployment, and measures it.
 
 Owns the flags, the process's timers and signals, and the progress. What is sent and counted is :mod:`orchestrator.loadgen`'s.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import INTERRUPTED, Console
-from orchestrator.cli.generate_request import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_door
+from orchestrator.cli.generate_request import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_backend
 from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
 from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from orchestrator.loadgen.stats import Summary
     from orchestrator.loadgen.target import LoadTarget
 
-#: Requests in flight unless told otherwise: in a closed loop, and at most in an open one.
+#: Requests in flight without --concurrency: always so many in a closed loop, at most so many in an open one.
 CLOSED, OPEN = 8, 1024
-#: Requests of a run that is not told when to end.
+#: Requests of a run without --requests, --duration and --trace.
 REQUESTS = 100
 #: Tokens kept free of a prompt in words: words may be more tokens than they are, and a chat template stands around them.
 SLACK_TOKENS = 64
@@ -115,19 +115,19 @@ def bench(
 
 
 def measured_against(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: str) -> LoadSettings:
-    """The settings with the model that is meant and the context that it has, where the endpoint tells. Raises NotFound."""
+    """The settings with the name and the context length of the served model, as far as the endpoint gives them. Raises NotFound."""
     from msgspec.structs import replace
 
-    with closing(open_door(url, rpc, name, run_dir)) as door:
+    with closing(open_backend(url, rpc, name, run_dir)) as backend:
         try:
-            card = door.card(settings.model)
+            card = backend.card(settings.model)
         except EngineFault:
             if not settings.model:
                 raise
             card = {"id": settings.model}  # an endpoint that lists no models may serve this one all the same
-    told = card.get("max_model_len")
+    context = card.get("max_model_len")
     slack = SLACK_TOKENS if settings.words else 0
-    limit = settings.max_len or (told - slack if told and told > 2 * slack else told)
+    limit = settings.max_len or (context - slack if context and context > 2 * slack else context)
     return replace(settings, model=settings.model or card["id"], max_len=limit)
 
 
@@ -146,7 +146,7 @@ def target_of(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: s
 
 
 def run(console: Console, settings: LoadSettings, make: MakeTarget, form: str, out: Path | None) -> None:
-    """Send the load and tell what it came to. Exit code 5 when nothing was answered, 130 after Ctrl-C."""
+    """Send the load and print the report. Exit code 5 when nothing was answered, 130 after Ctrl-C."""
     import asyncio
 
     import uvloop
@@ -215,11 +215,11 @@ async def _until_end(console: Console, phase: str, load: LoadRun, total: int, *,
     loop.add_signal_handler(signal.SIGINT, interrupt)
     running = asyncio.create_task(load.run())
     try:
-        with console.progress(lambda count: f"{count} s" if timed else f"{count} requests") as tell:
+        with console.progress(lambda count: f"{count} s" if timed else f"{count} requests") as progress:
             over = False
             while not over:
                 over = bool((await asyncio.wait({running}, timeout=TICK_S))[0])
-                tell(phase, min(int(load.elapsed), total) if timed else load.tally.over, total)
+                progress(phase, min(int(load.elapsed), total) if timed else load.tally.over, total)
         await running
     finally:
         loop.remove_signal_handler(signal.SIGINT)

@@ -27,9 +27,9 @@ def with_build_options(command: Callable[..., None]) -> Callable[..., None]:
     flags = []
     for option in options():
         shown = "|".join(map(str, option.choices)) or None
-        told = option.text if option.kind is bool or not option.default else f"{option.text} (default {option.default})"
-        words = typer.Option(option.flag, metavar=shown, help=told, rich_help_panel="Options of trtllm-build")
-        kind = Annotated[option.kind | None, words]  # type: ignore[name-defined]
+        text = option.text if option.kind is bool or not option.default else f"{option.text} (default {option.default})"
+        flag = typer.Option(option.flag, metavar=shown, help=text, rich_help_panel="Options of trtllm-build")
+        kind = Annotated[option.kind | None, flag]  # type: ignore[name-defined]
         flags.append(inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
 
     def wrapped(**values: Any) -> None:
@@ -65,13 +65,13 @@ def build(
     model = name or checkpoint.absolute().name
     if dry_run:
         found = building.open_checkpoint(checkpoint)
-        words = building.command(building.PROGRAM, found, building.with_defaults(found, options), output or Path("DIR"))
-        console.out(" ".join(words))
+        command = building.command(building.PROGRAM, found, building.with_defaults(found, options), output or Path("DIR"))
+        console.out(" ".join(command))
         return
     facts = node_probe.probe(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
     plan = building.prepare(checkpoint, options, model=model, path=path, facts=facts)
     target = output or engine_catalogue.folder(cache_folder(cache_dir)) / plan.key
-    tell_unproven(console, plan)
+    warn_unproven(console, plan)
     console.say(f"{plan.key}: {plan.gpu.name}, tensorrt_llm {plan.facts.installed}")
     with console.following() as follower, terminable():
         engine, fresh = building.build(
@@ -84,14 +84,14 @@ def build(
     seconds = engine.record.seconds if engine.record is not None else 0.0
     how = f"built in {seconds:.1f} s" if fresh else "found, built before"
     total = sum(engine.engine_bytes(rank) for rank in range(engine.world))
-    told = f"{engine.world} engines, {size(total)}, {how}"
-    console.say(told, path=str(target), key=plan.key, built=fresh, seconds=seconds)
+    summary = f"{engine.world} engines, {size(total)}, {how}"
+    console.say(summary, path=str(target), key=plan.key, built=fresh, seconds=seconds)
     console.out(str(target))
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM means what Ctrl-C does: the builder's processes end with this one."""
+    """Treat SIGTERM as Ctrl-C, so that the builder's processes end with this one."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -99,10 +99,10 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def tell_unproven(console: Console, plan: Any) -> None:
-    """Say what of this model TensorRT-LLM's published checkpoint format has no word for."""
+def warn_unproven(console: Console, plan: Any) -> None:
+    """Warn of features of this model that TensorRT-LLM's published checkpoint format does not describe."""
     model = plan.checkpoint.facts.model
-    odd = [
+    unproven = [
         what
         for what, there in (
             ("quantized weights", plan.checkpoint.quant.quant_algo is not None),
@@ -112,5 +112,7 @@ def tell_unproven(console: Console, plan: Any) -> None:
         )
         if there
     ]
-    if odd:
-        console.warn(f"{' and '.join(odd)} in TensorRT-LLM checkpoints are unproven here: compare with `trireme verify` before serving")
+    if unproven:
+        console.warn(
+            f"{' and '.join(unproven)} in TensorRT-LLM checkpoints are unproven here: compare with `trireme verify` before serving"
+        )

@@ -11,7 +11,7 @@ import typer
 from orchestrator.cli.console import Console
 from orchestrator.cli.generate_request import (
     DEFAULT_URL,
-    ChatBackend,
+    GenerateBackend,
     MaxTokens,
     Model,
     Name,
@@ -19,9 +19,9 @@ from orchestrator.cli.generate_request import (
     Seed,
     Temperature,
     Url,
-    open_door,
-    request,
-    stream,
+    open_backend,
+    print_answer,
+    request_body,
 )
 from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir
 from workers.protocol.errors import Rejected, TriremeError
@@ -45,17 +45,17 @@ def chat(
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read().strip()
     messages = [{"role": "system", "content": system}] if system else []
-    with closing(open_door(url, rpc, name, run_dir)) as door:
-        body = request(model, door, max_tokens, temperature, seed)
+    with closing(open_backend(url, rpc, name, run_dir)) as backend:
+        body = request_body(model, backend, max_tokens, temperature, seed)
         if message is not None:
             if not message:
                 raise Rejected("there is no question", "the pipe was empty", 'trireme chat "..."')
-            stream(console, door.ask("chat", body | {"messages": [*messages, {"role": "user", "content": message}]}))
+            print_answer(console, backend.stream("chat", body | {"messages": [*messages, {"role": "user", "content": message}]}))
         else:
-            converse(console, door, body, messages)
+            converse(console, backend, body, messages)
 
 
-def converse(console: Console, door: ChatBackend, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
+def converse(console: Console, backend: GenerateBackend, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
     """Questions from the keyboard until it ends; each answer joins the conversation, a failed one leaves it as it was."""
     import readline  # noqa: F401  (importing it gives input() a history and line editing)
 
@@ -70,7 +70,7 @@ def converse(console: Console, door: ChatBackend, body: dict[str, Any], messages
             return
         asked = [*messages, {"role": "user", "content": question}]
         try:
-            answer = stream(console, door.ask("chat", body | {"messages": asked}))
+            answer = print_answer(console, backend.stream("chat", body | {"messages": asked}))
         except TriremeError as error:
             console.fail(error)
         else:

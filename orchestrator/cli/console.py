@@ -1,4 +1,4 @@
-"""How the command line speaks: results on stdout, everything told while working on stderr, errors as error/why/hint lines.
+"""How the command line speaks: results on stdout, progress on stderr, errors as error/why/hint lines.
 
 Owns the terminal's settings (quiet, log format, colour) for this process and every progress bar. Never decides anything but form.
 """
@@ -27,7 +27,7 @@ LogFormat = Literal["text", "json"]
 Progress = Callable[[str, int, int], None]
 #: A plain progress line at most this often, seconds.
 PLAIN_EVERY_S = 5.0
-#: How far a program is whose log is followed in a file or pipe: told at most this often, seconds.
+#: How often the progress of a program whose log is followed is printed to a file or pipe at most, seconds.
 FOLLOW_EVERY_S = 30.0
 INTERRUPTED = 130
 
@@ -163,16 +163,16 @@ class PlainProgress:
     ) -> None:
         self.say, self.clock, self.amount = say, clock, amount or size
         self.phase, self.done, self.total = "", 0, 0
-        self.started = self.told = clock()
+        self.started = self.printed = clock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = self.clock()
         if phase != self.phase:
             self.finish()
-            self.phase, self.started, self.told = phase, now, now
+            self.phase, self.started, self.printed = phase, now, now
         self.done, self.total = done, total
-        if now - self.told >= PLAIN_EVERY_S:
-            self.told = now
+        if now - self.printed >= PLAIN_EVERY_S:
+            self.printed = now
             share = f"{100 * done // total} % of {self.amount(total)}" if total else self.amount(done)
             self.say(f"{phase}: {share}, {now - self.started:.1f} s")
 
@@ -199,7 +199,7 @@ class OutputFollower:
             self._draw()
 
     def state(self, text: str) -> None:
-        """``text`` is what is true now; in files and pipes it is told now and then."""
+        """``text`` is the state of now; in files and pipes it is printed now and then."""
         if self._console.settings.quiet:
             return
         self._clear()

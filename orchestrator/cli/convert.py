@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.console import Console, size
-from orchestrator.cli.model_files import formats, source
+from orchestrator.cli.model_files import formats, locate_model
 from orchestrator.cli.options import CacheDir, DTypeName, PpSize, QuantFlag, TpSize, dtype_of, quant_from
 from workers.protocol.specs import Parallel
 
@@ -35,7 +35,7 @@ def convert(
     parallel = Parallel(tp=tp_size, pp=pp_size)
     chosen, form = quant_from(quant, group_size), dtype_of(dtype)
     started = time.monotonic()
-    path = source(model, console, cache_dir)
+    path = locate_model(model, console, cache_dir)
     with console.progress() as progress:
         conversion.convert(
             path, output, parallel=parallel, dtype=form, quant=chosen, fp8_kv_cache=fp8_kv_cache, for_trtllm=trtllm, progress=progress

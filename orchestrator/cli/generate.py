@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.generate_request import DEFAULT_URL, MaxTokens, Model, Name, Rpc, Seed, Temperature, Url, open_door, request, stream
+from orchestrator.cli.generate_request import (
+    DEFAULT_URL,
+    MaxTokens,
+    Model,
+    Name,
+    Rpc,
+    Seed,
+    Temperature,
+    Url,
+    open_backend,
+    print_answer,
+    request_body,
+)
 from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir
 from workers.protocol.errors import Rejected
 
@@ -31,5 +43,5 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise Rejected("the prompt is empty", hint='trireme generate "Once upon a time"')
-    with closing(open_door(url, rpc, name, run_dir)) as door:
-        stream(console, door.ask("completions", request(model, door, max_tokens, temperature, seed) | {"prompt": text}))
+    with closing(open_backend(url, rpc, name, run_dir)) as backend:
+        print_answer(console, backend.stream("completions", request_body(model, backend, max_tokens, temperature, seed) | {"prompt": text}))

@@ -1,6 +1,6 @@
-"""Asking a running deployment through one of its two doors, a piece of text at a time.
+"""Backends of `chat`, `generate` and `bench`: a running deployment asked over HTTP or over ZeroMQ RPC, its answer as pieces of text.
 
-Owns one connection for the length of one answer. Never formats: the callers print.
+A backend owns one connection. It prints nothing.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class HttpBackend:
         return [card["id"] for card in self._get("/v1/models")["data"]]
 
     def card(self, model: str) -> dict[str, Any]:
-        """What is said of a served model, by default the first: ``id``, and where it is known ``max_model_len``. Raises NotFound."""
+        """The card of a served model, by default of the first: ``id``, and ``max_model_len`` where it is known. Raises NotFound."""
         cards = self._get("/v1/models")["data"]
         found = next((card for card in cards if model in ("", card["id"])), None)
         if found is None and not model:
             raise Unavailable(f"{self.url} serves no model")
         return dict(found if found is not None else self._get(f"/v1/models/{model}"))  # an alias is not listed
 
-    def ask(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]:
+    def stream(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]:
         """Stream an answer. Raises the error that the endpoint names (:func:`workers.protocol.errors.from_code`), also in mid-stream."""
         try:
             with self._http.stream("POST", PATHS[endpoint], json={**body, "stream": True}) as response:
@@ -77,7 +77,7 @@ class HttpBackend:
 
 
 class RpcBackend:
-    """The ZeroMQ door of a deployment on this machine, which says where it is and which key to use."""
+    """The RPC servers of a deployment on this machine; its status names their addresses and the file of the keys."""
 
     def __init__(self, status: DeploymentStatus) -> None:
         if not status.rpc:
@@ -98,8 +98,8 @@ class RpcBackend:
             raise NotFound(f"The model `{printable(model)}` does not exist", code="model_not_found")
         return {"id": model or found["id"], "max_model_len": (found["status"] or {}).get("max_seq_len") or None}
 
-    def ask(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]:
-        """As :meth:`HttpBackend.ask`; an answer that is left early is cancelled."""
+    def stream(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]:
+        """As :meth:`HttpBackend.stream`; an answer that is left early is cancelled."""
         options = dict(body)
         if endpoint == "chat":
             call = self._client.chat(options.pop("messages"), **options)
@@ -114,7 +114,7 @@ class RpcBackend:
 
 
 def client_keys(status: DeploymentStatus) -> ClientKeys | None:
-    """This user's key pair for a deployment's RPC door; None where that needs none. Raises EnvironmentFault where it cannot be read."""
+    """This user's key pair for a deployment's RPC servers; None where they need none. Raises EnvironmentFault where it cannot be read."""
     if not any(address.endpoint.startswith("tcp://") for address in status.rpc):
         return None
     return msgspec.json.decode(read_private(Path(status.key_file)), type=ClientKeys)

@@ -17,7 +17,7 @@ from orchestrator.cli.running_deployments import pick
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "TRIREME_API_KEY"
-#: What to do about refusals, which come over a door without a hint.
+#: Hints for refusals, which come over HTTP and RPC without one.
 HINTS = {
     "model_not_found": "leave --model out for the first model that is served",
     "context_length_exceeded": "shorten it, or ask for a shorter answer with --max-tokens",
@@ -31,20 +31,23 @@ Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same answer.")]
 
 
-class ChatBackend(Protocol):
-    """What HTTP and RPC have in common."""
+class GenerateBackend(Protocol):
+    """A way to a running deployment: HTTP or RPC."""
 
     def models(self) -> list[str]: ...
 
     def card(self, model: str) -> dict[str, Any]: ...
 
-    def ask(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]: ...
+    def stream(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]: ...
 
     def close(self) -> None: ...
 
 
-def open_door(url: str, rpc: bool, name: str, run_dir: str) -> ChatBackend:
-    """The HTTP door at ``url``, or the RPC door of a deployment on this machine. The key is no flag: other users can read those."""
+def open_backend(url: str, rpc: bool, name: str, run_dir: str) -> GenerateBackend:
+    """Connect to the HTTP API at ``url``, or to the RPC server of a deployment on this machine.
+
+    The API key comes from the environment and not from a flag, because other users can read flags.
+    """
     from orchestrator.cli import generate_backends
 
     return (
@@ -54,8 +57,8 @@ def open_door(url: str, rpc: bool, name: str, run_dir: str) -> ChatBackend:
     )
 
 
-def stream(console: Console, pieces: Generator[str]) -> str:
-    """Print pieces as they come and return the whole; Ctrl-C ends the answer, not the command."""
+def print_answer(console: Console, pieces: Generator[str]) -> str:
+    """Print pieces of text as they come and return the whole text; Ctrl-C ends the answer, not the command."""
     parts: list[str] = []
     try:
         for piece in pieces:
@@ -70,7 +73,7 @@ def stream(console: Console, pieces: Generator[str]) -> str:
     return "".join(parts)
 
 
-def request(model: str, door: ChatBackend, max_tokens: int, temperature: float, seed: int | None) -> dict[str, Any]:
-    """The fields that chat and generate share."""
-    body: dict[str, Any] = {"model": model or door.models()[0], "max_tokens": max_tokens, "temperature": temperature}
+def request_body(model: str, backend: GenerateBackend, max_tokens: int, temperature: float, seed: int | None) -> dict[str, Any]:
+    """The fields of the request body that chat and generate share."""
+    body: dict[str, Any] = {"model": model or backend.models()[0], "max_tokens": max_tokens, "temperature": temperature}
     return body if seed is None else body | {"seed": seed}

@@ -1,6 +1,6 @@
-"""A deployment hosted by this process, or by a daemon of its own (``--detach``).
+"""Hosts a deployment in this process, or in a daemon (``--detach``). `serve`, `up` and `router` share it.
 
-Owns what people see while they wait. What a deployment is, and how it starts and ends, belongs to `orchestrator.control.host.deployment`.
+Owns what people see while they wait. `orchestrator.control.host.deployment` owns what a deployment is, and how it starts and ends.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ if TYPE_CHECKING:
     from orchestrator.control.host.deployment import Notice
     from workers.protocol.messages import Capacity
 
-#: Files in the deployment's run folder: what the host logs, and what a detached host prints.
+#: Files in the deployment's run folder: the host's log, and the output of a detached host.
 HOST_LOG, DAEMON_LOG = "host.log", "up.log"
 POLL_S = 0.2
 
 
-def run(console: Console, config: Config, detach: bool, *, standing: bool = False) -> None:
-    """Host the deployment here until it ends, or in a daemon until it is ready. Ends the command with the host's exit code.
+def host_or_detach(console: Console, config: Config, detach: bool, *, routers_only: bool = False) -> None:
+    """Host the deployment here until it ends, or start a daemon that hosts it and return when it is ready.
 
-    ``standing``: its routers alone.
+    ``routers_only``: start no replicas. Raises :class:`typer.Exit` with the host's exit code when that is not 0.
     """
     from orchestrator.control.launch.launcher import make_private
 
     make_private(config.home)
-    code = detached(console, config, standing) if detach else host(console, config, lambda: None, standing)
+    code = host_in_daemon(console, config, routers_only) if detach else host(console, config, lambda: None, routers_only)
     if code:
         raise typer.Exit(code)
 
 
-def host(console: Console, config: Config, on_ready: Callable[[], object], standing: bool = False) -> int:
-    """`orchestrator.control.host.deployment.up`, its notices told as they come. The host's own log goes to a file beside the others."""
+def host(console: Console, config: Config, on_ready: Callable[[], object], routers_only: bool = False) -> int:
+    """Host the deployment until it ends, print its notices as they come, and return its exit code.
+
+    Calls ``on_ready`` once, when all replicas are ready. The host's own log is a file beside the logs of the routers and ranks.
+    """
     import logging
 
     from orchestrator.cli.systemd import ServiceManager
@@ -53,7 +56,7 @@ def host(console: Console, config: Config, on_ready: Callable[[], object], stand
     logging.basicConfig(filename=config.home / HOST_LOG, filemode="w", level=logging.INFO, format=form)
 
     def notify(notice: Notice) -> None:
-        tell(console, config, notice)
+        print_notice(console, config, notice)
         if notice.kind == "ready":
             manager.ready(f"serving at {notice.text}")
             on_ready()
@@ -61,11 +64,11 @@ def host(console: Console, config: Config, on_ready: Callable[[], object], stand
             manager.stopping()
 
     with console.progress() as progress:
-        return deployment.up(config, standing=standing, notify=notify, progress=progress, beat=manager.beat)
+        return deployment.up(config, standing=routers_only, notify=notify, progress=progress, beat=manager.beat)
 
 
-def tell(console: Console, config: Config, notice: Notice) -> None:
-    """One line a notice; when all is ready the three that people wait for: URL, something to paste, where the logs are."""
+def print_notice(console: Console, config: Config, notice: Notice) -> None:
+    """Print one line for a notice. When all is ready: the URL, a request that can be pasted, and the folder of the logs."""
     seconds = f", {notice.seconds:.1f} s" if notice.seconds else ""
     facts: dict[str, object] = {"kind": notice.kind, "subject": notice.subject, "seconds": round(notice.seconds, 1)}
     match notice.kind:
@@ -77,7 +80,7 @@ def tell(console: Console, config: Config, notice: Notice) -> None:
                 paste = curl(notice.text, config.models[0].name, keyed=bool(config.http.api_keys_file))
                 console.say(f"  {notice.text}\n  {paste}\n  logs: {config.home}")
         case "replica" if notice.capacity is not None:
-            console.say(f"replica {notice.subject}: {notice.text}{seconds}; {room(notice.capacity)}", **facts)
+            console.say(f"replica {notice.subject}: {notice.text}{seconds}; {cache_size(notice.capacity)}", **facts)
         case "join":
             console.say(f"replicas join with {notice.text} and a pass: trireme keys join NAME --name {notice.subject}", **facts)
         case "stopping" | "stopped":
@@ -86,61 +89,64 @@ def tell(console: Console, config: Config, notice: Notice) -> None:
             console.say(f"{notice.kind} {notice.subject}: {notice.text}{seconds}", **facts)
 
 
-def room(capacity: Capacity) -> str:
-    """The size of a KV cache as people plan with it."""
+def cache_size(capacity: Capacity) -> str:
+    """The size of a KV cache in tokens, and in requests of the longest length."""
     tokens = capacity.block_size * capacity.num_blocks
     longest = capacity.max_seq_len
     return f"KV cache {tokens:,} tokens, {tokens / longest:.1f} requests of {longest:,} tokens at a time"
 
 
 def curl(url: str, model: str, *, keyed: bool = False) -> str:
-    """A request that works when pasted, with the caller's API key where the door needs one."""
+    """A request that works when pasted, with the caller's API key where the HTTP API needs one."""
     body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]})
     key = ' -H "Authorization: Bearer $TRIREME_API_KEY"' if keyed else ""
     return f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
 
 
-def detached(console: Console, config: Config, standing: bool) -> int:
-    """Host in a forked daemon; return 0 when it is ready, or its exit code when it ended before. Ctrl-C until then ends it too."""
+def host_in_daemon(console: Console, config: Config, routers_only: bool) -> int:
+    """Fork a daemon that hosts the deployment. Return 0 when it is ready, or its exit code when it ended before. Ctrl-C ends it too."""
     log = config.home / DAEMON_LOG
-    words = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-    hears, tells = os.pipe()
+    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+    ready_read, ready_write = os.pipe()
     child = os.fork()
     if not child:
-        become_daemon(console, config, words, tells, standing)
-    os.close(words)
-    os.close(tells)
+        become_daemon(console, config, log_fd, ready_write, routers_only)
+    os.close(log_fd)
+    os.close(ready_write)
     try:
-        return follow(console, log, child, hears)
+        return follow_until_ready(console, log, child, ready_read)
     except KeyboardInterrupt:
         os.kill(child, signal.SIGTERM)
         raise
 
 
-def become_daemon(console: Console, config: Config, words: int, tells: int, standing: bool) -> NoReturn:
-    """The rest of this process's life: a host in a session of its own. A byte in ``tells``: it is ready; its closing: it ended."""
+def become_daemon(console: Console, config: Config, log_fd: int, ready_write: int, routers_only: bool) -> NoReturn:
+    """Host the deployment in a session of its own, print to ``log_fd``, and end this forked process.
+
+    Writes one byte to ``ready_write`` when the deployment is ready. The reader sees end of file when the process ended before.
+    """
     code = 1
     try:
         os.setsid()
-        for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, words), (2, words)):
+        for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log_fd), (2, log_fd)):
             os.dup2(source, target)
         try:
-            code = host(console, config, lambda: os.write(tells, b"1"), standing)
+            code = host(console, config, lambda: os.write(ready_write, b"1"), routers_only)
         except TriremeError as error:
             code = console.fail(error)
     finally:
         os._exit(code)
 
 
-def follow(console: Console, log: Path, child: int, hears: int) -> int:
-    """Repeat what the daemon says until it is ready or has ended."""
-    with log.open() as lines, open(hears, "rb", buffering=0) as news:
-        heard = False
-        while not heard:
-            heard = bool(select.select([news], [], [], POLL_S)[0])
+def follow_until_ready(console: Console, log: Path, child: int, ready_read: int) -> int:
+    """Print the daemon's output until it is ready (return 0) or has ended (return its exit code)."""
+    with log.open() as lines, open(ready_read, "rb", buffering=0) as ready:
+        ended = False
+        while not ended:
+            ended = bool(select.select([ready], [], [], POLL_S)[0])
             console.stderr.write(lines.read())
             console.stderr.flush()
-        if news.read(1):
+        if ready.read(1):
             return 0
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         console.stderr.write(lines.read())

@@ -15,7 +15,7 @@ from workers.protocol.specs import Parallel
 
 if TYPE_CHECKING:
     from workers.artifacts.inspect import Inspection
-from orchestrator.cli.model_files import formats, source
+from orchestrator.cli.model_files import formats, locate_model
 
 
 def inspect(
@@ -32,7 +32,7 @@ def inspect(
 
     console: Console = context.obj
     asked = Parallel(tp=tp_size or 1, pp=pp_size or 1) if tp_size or pp_size else None
-    found = inspect_path(source(model, console, cache_dir), asked, verify_files=verify)
+    found = inspect_path(locate_model(model, console, cache_dir), asked, verify_files=verify)
     if form == "json":
         console.out(json.dumps(msgspec.to_builtins(found, enc_hook=str), indent=2))
     else:

@@ -1,6 +1,6 @@
-"""`trireme keys`: who may use a deployment. API keys for the HTTP door, CURVE key pairs for RPC over tcp, and what key files there are.
+"""`trireme keys`: who may use a deployment. API keys for HTTP, CURVE key pairs for RPC over tcp, and what key files there are.
 
-Owns only words and tables. A key is shown once, when it is made, on stdout alone; nothing else here prints a secret.
+A key is shown once, when it is made, on stdout alone; nothing else here prints a secret.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def logs(
     while follow:
         time.sleep(POLL_S)
         files = log_files.find(home, owner=owner, rank=rank, epoch=epoch)
-        # Of a gang that was replaced meanwhile, the last words are still to be told.
+        # A gang that was replaced meanwhile may have written lines that were not read yet.
         readers = {path: reader for path, reader in readers.items() if path.exists()}
         for file in files:
             readers.setdefault(file.path, log_files.LogReader(file))
@@ -98,34 +98,34 @@ def pick(names: list[str], run_dir: Path) -> tuple[Path, str]:
 
 def only(known: list[str], run_dir: Path) -> str:
     """The deployment that needs no name: the only one, or the only one that runs."""
-    from orchestrator.cli.running_deployments import running
+    from orchestrator.cli.running_deployments import find_running
 
     if not known:
         raise NotFound("there are no logs", f"nothing lies under {run_dir}", "trireme up FILE, or trireme serve MODEL")
-    alive = [status.name for status in running(str(run_dir))] if len(known) > 1 else known
+    alive = [status.name for status in find_running(str(run_dir))] if len(known) > 1 else known
     if len(alive) != 1:
         raise Rejected(f"{len(known)} deployments left logs", ", ".join(known), "name one")
     return alive[0]
 
 
 def elsewhere(home: Path, owner: str, rank: int | None) -> list[str]:
-    """What cannot be shown here: ranks whose files lie on other machines, while the deployment runs and can tell."""
+    """What cannot be shown here: ranks whose files lie on other machines, while the deployment runs and answers."""
     from orchestrator.control.host import deployment
 
     try:
         status = deployment.connect(home.name, home.parent).status()
     except TriremeError:
         return []
-    here, told = socket.gethostname(), []
+    here, absent = socket.gethostname(), []
     for row in (row for model in status.models for row in model.rows if owner in ("", row.name)):
         for number, host, _ in row.pids:
             if host != here and rank in (None, number) and not Path(row.log_dir, f"rank{number}.log").exists():
-                told.append(f"{row.name} rank {number} runs on {host}; its log is there, {row.log_dir}/rank{number}.log")
-    return told
+                absent.append(f"{row.name} rank {number} runs on {host}; its log is there, {row.log_dir}/rank{number}.log")
+    return absent
 
 
 def show(console: Console, entries: Iterable[LogEntry], files: list[LogFile]) -> None:
-    """One line an entry: time, whose, level, words. Lines after the first of an entry stand below its words."""
+    """Print an entry: time, process, level, text. The further lines of an entry stand below its text."""
     width = max((len(file.label) for file in files), default=0)
     for entry in entries:
         stamp = datetime.fromtimestamp(entry.time).isoformat(" ", "milliseconds") if entry.time else " " * 23

@@ -1,4 +1,4 @@
-"""The `trireme` command: spelling, global flags, and what happens to an error. The commands themselves live beside this file.
+"""The `trireme` command: spelling, global flags, and what happens to an error. Each command is in the module of its name beside this file.
 
 Owns the process's exit code. Must stay cheap to import: `trireme --help` costs no engine, no Ray, no HTTP; each command imports what it
 needs when it runs.
@@ -111,10 +111,12 @@ def settings(line: Sequence[str]) -> console.ConsoleSettings:
     while words and (flag := words[0].partition("="))[0] in GLOBAL:
         words.pop(0)
         chosen[flag[0]] = flag[2] if flag[1] else words.pop(0) if GLOBAL[flag[0]] and words else ""
-    told = chosen["--log-format"]
-    if told not in ("text", "json"):
-        raise Rejected(f"--log-format {told} is not a format", hint="use text or json")
-    return console.ConsoleSettings(quiet="--quiet" in chosen, debug="--debug" in chosen, log_format="json" if told == "json" else "text")
+    log_format = chosen["--log-format"]
+    if log_format not in ("text", "json"):
+        raise Rejected(f"--log-format {log_format} is not a format", hint="use text or json")
+    return console.ConsoleSettings(
+        quiet="--quiet" in chosen, debug="--debug" in chosen, log_format="json" if log_format == "json" else "text"
+    )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -141,7 +143,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def usage(error: Exception, terminal: console.Console) -> int:
-    """Tell what is wrong with the line and where its help is."""
+    """Print what is wrong with the line and the command that prints its help."""
     context = getattr(error, "ctx", None)
     message = getattr(error, "format_message", lambda: str(error))()
     if not message:  # a group without a command: its help was the answer

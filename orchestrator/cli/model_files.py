@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from workers.artifacts.inspect import Inspection
 
 
-def source(model: str, console: Console, cache_dir: Path | None) -> Path:
+def locate_model(model: str, console: Console, cache_dir: Path | None) -> Path:
     """:func:`orchestrator.model_store.locate`, its progress shown."""
     from orchestrator import model_store
 

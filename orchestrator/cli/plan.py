@@ -1,6 +1,6 @@
 """`trireme plan`: what a deployment file needs and gives, before anything is started. Works without a GPU, Ray, MPI or weights.
 
-Owns the words for devices and the tables. What fits and how fast it is belongs to `orchestrator.planner.planner`.
+Owns the names of devices in flags. What fits and how fast it is belongs to `orchestrator.planner.planner`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def plan(
     if form == "json":
         console.out(json.dumps({"models": [plan_tables.facts(each, cluster, load) for each, cluster in plans]}, indent=2))
     else:
-        console.out("\n\n".join(plan_tables.told(each, cluster, load) for each, cluster in plans))
+        console.out("\n\n".join(plan_tables.render(each, cluster, load) for each, cluster in plans))
     if refusal:
         raise refusal
 

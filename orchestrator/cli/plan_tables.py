@@ -20,7 +20,7 @@ SHOWN = 6
 USUAL_TOKENS = 8192
 
 
-def told(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> str:
+def render(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> str:
     """Everything about one model, for a terminal."""
     subject = each.subject
     formats = f"{subject.quant.weights} weights, the rest {subject.engine.dtype}" if subject.quant.weights else subject.engine.dtype

@@ -1,4 +1,4 @@
-"""`trireme router`: routers alone, for replicas of any job or cluster to join. Owns only the command's words; `up` is its sibling."""
+"""`trireme router`: routers alone, for replicas of any job or cluster to join."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.deployment_options import ApiKeysFile, CacheDir, Detach, Insecure, Name, Port, Routers, RunDir
-from orchestrator.cli.hosting import run
+from orchestrator.cli.hosting import host_or_detach
 
 
 def router(
@@ -31,4 +31,4 @@ def router(
         "port": port, "api_keys_file": api_keys_file, "insecure_http_without_keys": insecure_http_without_keys, "routers": routers,
         "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
     }  # fmt: skip
-    run(context.obj, deployment_file.load(file, flags=flags, env=os.environ).config, detach, standing=True)
+    host_or_detach(context.obj, deployment_file.load(file, flags=flags, env=os.environ).config, detach, routers_only=True)

@@ -16,8 +16,8 @@ DEFAULT_RUN_DIR = "~/.local/state/trireme"
 RunDir = Annotated[str, typer.Option("--run-dir", envvar="TRIREME_RUN_DIR", help="Where deployments keep their state.")]
 
 
-def running(run_dir: str) -> list[DeploymentStatus]:
-    """Every deployment that answers, by name."""
+def find_running(run_dir: str) -> list[DeploymentStatus]:
+    """The status of every deployment that answers, sorted by name."""
     from orchestrator.control.host import deployment
 
     found = []
@@ -25,17 +25,20 @@ def running(run_dir: str) -> list[DeploymentStatus]:
         try:
             found.append(deployment.connect(socket.parent.name, run_dir).status())
         except NotFound:
-            continue  # it was killed: its socket is a leftover
+            continue  # the host was killed and left its socket
     return found
 
 
 def pick(name: str, run_dir: str) -> ControlClient:
-    """The deployment that is meant. Raises :class:`NotFound` when none runs, :class:`Rejected` when several do and none was named."""
+    """Connect to the deployment ``name``, or to the only one that runs.
+
+    Raises :class:`NotFound` when none runs, :class:`Rejected` when several run and ``name`` is empty.
+    """
     from orchestrator.control.host import deployment
 
     if name:
         return deployment.connect(name, run_dir)
-    names = [status.name for status in running(run_dir)]
+    names = [status.name for status in find_running(run_dir)]
     if not names:
         raise NotFound("no deployment runs", f"nothing answers under {run_dir}", "trireme up FILE, or trireme serve MODEL")
     if len(names) > 1:

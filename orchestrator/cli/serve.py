@@ -19,7 +19,7 @@ from orchestrator.cli.deployment_options import (
     Routers,
     RunDir,
 )
-from orchestrator.cli.hosting import run
+from orchestrator.cli.hosting import host_or_detach
 from orchestrator.cli.options import PpSize, QuantFlag, TpSize, dtype_of, quant_name
 
 
@@ -60,10 +60,10 @@ def serve(
         "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir,
     }  # fmt: skip
     tree = {"models": [{"name": served_model_name or label(model), "path": model}]}
-    run(context.obj, deployment_file.load(tree, flags=flags, env=os.environ).config, detach)
+    host_or_detach(context.obj, deployment_file.load(tree, flags=flags, env=os.environ).config, detach)
 
 
 def label(model: str) -> str:
-    """What clients call a model that was given as a path: the last part, without the ending of a file."""
+    """The name of a model that was given as a path: the last part of the path, without `.gguf`."""
     path = Path(model)
     return path.stem if path.suffix == ".gguf" else path.name or model

@@ -14,7 +14,7 @@ from workers.protocol.errors import Rejected
 if TYPE_CHECKING:
     from orchestrator.control.host.control_socket import DeploymentStatus
     from workers.protocol.status import DeploymentState
-from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick, running
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, find_running, pick
 
 WATCH_S = 1.0
 TROUBLED: tuple[DeploymentState, ...] = ("DEGRADED", "FAILED")
@@ -37,7 +37,7 @@ def status(
     if form not in ("", "wide", "json", "yaml"):
         raise Rejected(f"-o {form} is not a form", hint="use wide, json or yaml")
     while True:
-        found = [pick(name, run_dir).status()] if name else running(run_dir)
+        found = [pick(name, run_dir).status()] if name else find_running(run_dir)
         if not found and not watch:
             pick("", run_dir)
         if watch and console.colours(console.stdout):

@@ -1,6 +1,6 @@
-"""What a service manager hears of a command that it started: systemd's notification protocol (sd_notify(3), sd_watchdog_enabled(3)).
+"""Reports the state of a host to the service manager that started it: sd_notify(3), sd_watchdog_enabled(3).
 
-Owns one datagram socket. Says nothing where nobody asked for it, and must never hinder what it reports on.
+Reports nothing without ``NOTIFY_SOCKET``. A report that fails never stops the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PATIENCE_S = 1.0
 
 
 class ServiceManager:
-    """The manager behind ``NOTIFY_SOCKET``, if there is one. ``ready``, ``stopping`` and ``beat`` tell it what they are named after."""
+    """The service manager behind ``NOTIFY_SOCKET``, if there is one. ``ready``, ``stopping`` and ``beat`` report to it."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         address = env.get("NOTIFY_SOCKET", "")
@@ -28,19 +28,19 @@ class ServiceManager:
         self._due = 0.0
 
     def ready(self, status: str) -> None:
-        self._tell(f"READY=1\nSTATUS={status}")
+        self._send(f"READY=1\nSTATUS={status}")
 
     def stopping(self) -> None:
-        self._tell("STOPPING=1\nSTATUS=draining")
+        self._send("STOPPING=1\nSTATUS=draining")
 
     def beat(self) -> None:
-        """Call this at every turn of the loop that must not hang; it tells the manager no more often than it needs to hear."""
+        """Report that the host's loop turns. Call it at every turn: it sends at most one message in half the watchdog's interval."""
         now = time.monotonic()
         if self._every_s and now >= self._due:
             self._due = now + self._every_s
-            self._tell("WATCHDOG=1")
+            self._send("WATCHDOG=1")
 
-    def _tell(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         if not self._address:
             return
         # A manager that is being restarted, or whose queue is full, misses a message; the service goes on.

@@ -24,27 +24,30 @@ POLL_S = 0.2
 
 
 @contextmanager
-def deployment(console: Console, wanted: Config, file: Path, *, ready_s: float = READY_S) -> Iterator[str]:
-    """`trireme up FILE`, ready on entry (the URL); `trireme down`, gone on exit. Raises :class:`EnvironmentFault` when either fails."""
+def temporary_deployment(console: Console, config: Config, file: Path, *, ready_s: float = READY_S) -> Iterator[str]:
+    """Run `trireme up FILE` and give the URL when the deployment is ready; on exit run `trireme down` and wait until its host is gone.
+
+    Raises :class:`EnvironmentFault` when either fails.
+    """
     flags = ["--quiet"] if console.settings.quiet else []
     child = subprocess.Popen([*COMMAND, *flags, "up", str(file)])
     try:
-        yield wait_ready(child, wanted, ready_s)
-        subprocess.run([*COMMAND, *flags, "down", wanted.name, "--run-dir", wanted.run_dir], check=True)
+        yield wait_ready(child, config, ready_s)
+        subprocess.run([*COMMAND, *flags, "down", config.name, "--run-dir", config.run_dir], check=True)
         code = child.wait(STOP_S)
     finally:
         if child.poll() is None:
             child.send_signal(signal.SIGTERM)
             child.wait(STOP_S)
     if code:
-        raise EnvironmentFault("the deployment did not end well", f"trireme up exited with {code}", f"its log: {wanted.home}")
+        raise EnvironmentFault("the deployment did not end well", f"trireme up exited with {code}", f"its log: {config.home}")
 
 
-def wait_ready(child: subprocess.Popen[bytes], wanted: Config, ready_s: float) -> str:
-    """Until every replica is ready; the URL. Raises :class:`EnvironmentFault` when the deployment ends first or takes too long."""
+def wait_ready(child: subprocess.Popen[bytes], config: Config, ready_s: float) -> str:
+    """Return the URL when every replica is ready. Raises :class:`EnvironmentFault` when the deployment ends first or is late."""
     from orchestrator.control.host.deployment import connect
 
-    control = connect(wanted.name, wanted.run_dir)
+    control = connect(config.name, config.run_dir)
     until = time.monotonic() + ready_s
     while time.monotonic() < until:
         if child.poll() is not None:

@@ -1,4 +1,4 @@
-"""`trireme top`: deployments, replicas and ranks with their rates, drawn anew each second; one plain snapshot where nobody watches.
+"""`trireme top`: deployments, replicas and ranks with their rates, drawn anew each second; one plain snapshot where stdout is no terminal.
 
 Owns the samples that rates are made of, and the terminal while it draws. Asks the control sockets of this user's deployments, as `status`
 does.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Ranks up to so many are shown without being asked for.
 FEW_RANKS = 16
-#: Between the two looks that a snapshot's rates are made of, seconds.
+#: Between the two samples that a snapshot's rates are made of, seconds.
 SNAPSHOT_S = 1.0
 
 _STYLES = {"READY": "green", "DEGRADED": "yellow", "STARTING": "yellow", "LOADING": "yellow", "DRAINING": "yellow", "FAILED": "red",
@@ -54,7 +54,7 @@ class Frame(msgspec.Struct, frozen=True):
 
 
 class Meter:
-    """The last two looks. CPU shares and rates are of the time between them."""
+    """The last two samples. CPU shares and rates are of the time between them."""
 
     def __init__(self) -> None:
         self._admitted: dict[tuple[str, str], tuple[float, int]] = {}
@@ -101,7 +101,7 @@ def top(
     meter = Meter()
 
     def sample() -> Frame:
-        found = [running_deployments.pick(name, run_dir).status()] if name else running_deployments.running(run_dir)
+        found = [running_deployments.pick(name, run_dir).status()] if name else running_deployments.find_running(run_dir)
         if not found:
             running_deployments.pick("", run_dir)
         meter.look(found, time.monotonic())

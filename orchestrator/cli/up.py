@@ -21,7 +21,7 @@ from orchestrator.cli.deployment_options import (
     Routers,
     RunDir,
 )
-from orchestrator.cli.hosting import run
+from orchestrator.cli.hosting import host_or_detach
 
 
 def up(
@@ -47,4 +47,4 @@ def up(
         "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir, "join_file": join_file,
         "join_key_file": join_key_file,
     }  # fmt: skip
-    run(context.obj, deployment_file.load(file, flags=flags, env=os.environ).config, detach)
+    host_or_detach(context.obj, deployment_file.load(file, flags=flags, env=os.environ).config, detach)

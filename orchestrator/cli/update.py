@@ -1,4 +1,4 @@
-"""`trireme update`: another configuration for a deployment that runs, and how it gets there. Owns only what people see of it."""
+"""`trireme update`: brings a running deployment to a changed file. Owns only what people see of it."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def update(
 
 
 def follow(console: Console, control: ControlClient) -> None:
-    """Tell each move as it ends. Raises :class:`ReplicaLost` when the update was taken back."""
-    told, under_way = 0, ""
+    """Print each move as it ends. Raises :class:`ReplicaLost` when the update was taken back."""
+    printed, under_way = 0, ""
     while True:
         report = control.status().update
         assert report is not None
-        for text, seconds in report.steps[told:]:
+        for text, seconds in report.steps[printed:]:
             console.say(f"{text}: {seconds:.1f} s", kind="update", left=report.left)
-        told = len(report.steps)
+        printed = len(report.steps)
         if report.phase == "returning" and under_way != report.error:
             under_way = report.error
             console.warn(f"taken back: {report.error}")

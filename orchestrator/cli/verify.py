@@ -149,7 +149,7 @@ def ask_both(
     """Serve both models on this machine and compare their answers to every prompt."""
     import yaml
 
-    from orchestrator.cli.temporary_deployment import deployment
+    from orchestrator.cli.temporary_deployment import temporary_deployment
     from orchestrator.client import Client
     from orchestrator.config import deployment_file
     from orchestrator.control.host.deployment import connect
@@ -162,8 +162,8 @@ def ask_both(
         }  # fmt: skip
         file = Path(folder, "deployment.yaml")
         file.write_text(yaml.safe_dump(tree))
-        wanted = deployment_file.load(file, env={}).config
-        with deployment(console, wanted, file, ready_s=READY_S), Client(connect("verify", wanted.run_dir).status().rpc) as client:
+        config = deployment_file.load(file, env={}).config
+        with temporary_deployment(console, config, file, ready_s=READY_S), Client(connect("verify", config.run_dir).status().rpc) as client:
             return [_ask(client, prompt, tokens) for prompt in prompts]
 
 

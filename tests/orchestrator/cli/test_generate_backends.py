@@ -29,14 +29,14 @@ def test_a_chat_is_streamed_piece_by_piece() -> None:
     role = 'data: {"choices": [{"delta": {"role": "assistant"}}]}\n\n'
     usage = 'data: {"choices": [], "usage": {"prompt_tokens": 3}}\n\n'
     http, seen = door(body=role + chunk("Par") + ": ping\n\n" + chunk("is") + usage + "data: [DONE]\n\n")
-    assert list(http.ask("chat", {"model": "m", "messages": []})) == ["Par", "is"]
+    assert list(http.stream("chat", {"model": "m", "messages": []})) == ["Par", "is"]
     assert str(seen[0].url) == "http://here:8000/v1/chat/completions"
     assert json.loads(seen[0].content) == {"model": "m", "messages": [], "stream": True}
 
 
 def test_a_completion_is_text() -> None:
     http, seen = door(body='data: {"choices": [{"text": " a time"}]}\n\ndata: [DONE]\n\n')
-    assert list(http.ask("completions", {"prompt": "Once upon"})) == [" a time"]
+    assert list(http.stream("completions", {"prompt": "Once upon"})) == [" a time"]
     assert seen[0].url.path == "/v1/completions"
 
 
@@ -52,12 +52,12 @@ def test_models_in_their_order() -> None:
 def test_a_refusal_is_the_error_that_it_names(status: int, code: str, kind: type[Exception]) -> None:
     http, _ = door(status=status, body=json.dumps({"error": {"message": "no", "code": code, "type": "x", "param": None}}))
     with pytest.raises(kind, match="no"):
-        list(http.ask("chat", {}))
+        list(http.stream("chat", {}))
 
 
 def test_an_error_in_mid_stream_comes_after_what_was_said() -> None:
     http, _ = door(body=chunk("Par") + 'data: {"error": {"message": "gang died", "code": "replica_lost"}}\n\n')
-    pieces = http.ask("chat", {})
+    pieces = http.stream("chat", {})
     assert next(pieces) == "Par"
     with pytest.raises(ReplicaLost, match="gang died"):
         next(pieces)
@@ -66,7 +66,7 @@ def test_an_error_in_mid_stream_comes_after_what_was_said() -> None:
 def test_an_answer_that_breaks_off_is_an_error() -> None:
     http, _ = door(body=chunk("Par"))
     with pytest.raises(EngineFault, match="broke off"):
-        list(http.ask("chat", {}))
+        list(http.stream("chat", {}))
 
 
 def test_another_server_is_told_apart() -> None:

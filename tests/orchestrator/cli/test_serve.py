@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.cli.hosting import curl, room
+from orchestrator.cli.hosting import cache_size, curl
 from orchestrator.cli.serve import label
 from orchestrator.cli.status import render
 from orchestrator.control.host.control_socket import DeploymentStatus, ModelRow, ReplicaRow
@@ -119,7 +119,7 @@ def test_trouble_is_told_with_its_cause() -> None:
 
 
 def test_the_size_of_the_kv_cache_as_people_plan_with_it() -> None:
-    assert room(CAPACITY) == "KV cache 16,384 tokens, 2.0 requests of 8,192 tokens at a time"
+    assert cache_size(CAPACITY) == "KV cache 16,384 tokens, 2.0 requests of 8,192 tokens at a time"
 
 
 def test_the_curl_line_is_whole_json() -> None:
