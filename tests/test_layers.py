@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("workers", "orchestrator")
+PACKAGES = ("workers", "orchestrator", "trireme")
 
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
@@ -32,7 +32,7 @@ LAYERS = {
     "workers.sampling.grammar_checker": 4, "workers.serving": 4,
     "orchestrator.auth": 4, "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.control": 4, "orchestrator.loadgen": 4,
     "orchestrator.model_store": 4, "orchestrator.router": 4, "orchestrator.slurm": 4,
-    "orchestrator.cli": 5,
+    "orchestrator.cli": 5, "trireme": 5,
 }  # fmt: skip
 
 #: Third-party packages that a layer adds to those below it; layers 4 and 5 are open but for FORBIDDEN.
@@ -59,7 +59,12 @@ FORBIDDEN = (
     ("orchestrator", {"torch", "mpi4py", "triton"}, "routers, clients and controllers run on hosts without an engine"),
     ("orchestrator.client", {"starlette", "uvicorn", "ray", "typer", "rich"}, "an internal client installs pyzmq and msgspec only"),
     ("orchestrator.router", {"ray"}, "routers are plain processes"),
+    ("orchestrator", {"trireme"}, "the public package is for users; import what it re-exports"),
+    ("workers", {"trireme"}, "the public package is for users; import what it re-exports"),
 )
+
+#: Modules of the project that the public package may import; the rest of the project is internal.
+PUBLIC = ("orchestrator.client", "workers.protocol", "workers.__version__")
 
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 ENVIRONMENT_READERS = ("orchestrator.config.deployment_file",)
@@ -71,6 +76,8 @@ def within(module: str, prefix: str) -> bool:
 
 def layer(module: str) -> int | None:
     """The layer of a module; None for one that the table does not know."""
+    if module in LAYERS:
+        return LAYERS[module]
     if module in PACKAGES:
         return 0
     if module.endswith(".__main__"):
@@ -103,6 +110,8 @@ def import_fault(module: str, own: int, target: str) -> str | None:
             return f"imports {top}: {why}"
     if top in UNSAFE:
         return f"imports {top}: nothing here may run code that arrived as data"
+    if module == "trireme" and top in PACKAGES and not any(within(target, prefix) for prefix in PUBLIC):
+        return f"imports {target}: the public package may import {', '.join(PUBLIC)}"
     if top in PACKAGES:
         other = layer(target)
         if other is None:
@@ -180,6 +189,8 @@ def test_every_module_keeps_its_layer() -> None:
         ("orchestrator.control.host.deployment", "from orchestrator.cli import main", "of layer 5, itself being layer 4"),
         ("orchestrator.cli.main", "import pickle", "may run code that arrived as data"),
         ("orchestrator.cli.main", "eval('1')", "calls eval"),
+        ("trireme", "from orchestrator.router.process import main", "the public package may import"),
+        ("orchestrator.cli.main", "from trireme import Client", "the public package is for users"),
         ("orchestrator.invented", "", "has no layer"),
     ],
 )
@@ -198,6 +209,7 @@ def test_a_breach_is_named(module: str, source: str, fault: str) -> None:
         ("workers.engines.portable", "import torch\nimport zmq\nimport threading\nfrom workers import __version__"),
         ("orchestrator.config.deployment_file", "import os\nhome = os.environ"),
         ("orchestrator.cli.main", "import os\nhome = os.environ"),
+        ("trireme", "from orchestrator.client import Client\nfrom workers import __version__"),
     ],
 )
 def test_what_the_law_allows_passes(module: str, source: str) -> None:
