@@ -20,6 +20,9 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY workers workers
 COPY orchestrator orchestrator
+COPY trireme trireme
+# Templates in the packages are links to it.
+COPY deploy deploy
 RUN pip install ".[torch,${EXTRAS}]"
 
 FROM python:${PYTHON}-slim

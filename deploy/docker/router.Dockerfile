@@ -13,6 +13,9 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY workers workers
 COPY orchestrator orchestrator
+COPY trireme trireme
+# Templates in the packages are links to it.
+COPY deploy deploy
 RUN pip install .
 
 FROM python:${PYTHON}-slim

@@ -14,10 +14,12 @@ WORKDIR /opt/trireme
 COPY pyproject.toml README.md LICENSE Makefile ./
 COPY workers workers
 COPY orchestrator orchestrator
+COPY trireme trireme
 COPY bench bench
 COPY tests/support/trtllm_contract.py tests/support/
 COPY tests/contracts tests/contracts
-COPY deploy/examples deploy/examples
+# Templates in the packages are links to it.
+COPY deploy deploy
 RUN python3 -m pip freeze --exclude-editable | grep -v ' @ ' > /tmp/there.txt \
  && python3 -m pip install --no-cache-dir --constraint /tmp/there.txt --editable '.[ray,guided]' \
  && rm /tmp/there.txt

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
 
 QUESTION = "What is the capital of France?"
-EXAMPLE = Path(__file__).resolve().parents[2] / "deploy" / "examples" / "local.yaml"
+#: deploy/examples/local.yaml, packaged with this module.
+EXAMPLE = Path(__file__).with_name("templates") / "local.yaml"
 POLL_S = 0.2
 GONE_S = 10.0
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1

@@ -15,12 +15,13 @@ import yaml
 
 from orchestrator.planner.planner import Subject, occupied
 from orchestrator.planner.seating import PlannedCluster
-from workers.protocol.errors import ConfigError, EnvironmentFault
+from workers.protocol.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+#: Files of `deploy/` that are packaged with this module.
+TEMPLATES = Path(__file__).with_name("templates")
 #: CPUs of a node beside its ranks': routers, controller, agents.
 SPARE_CPUS = 2
 GPU = "nvidia.com/gpu"
@@ -57,7 +58,7 @@ def _slurm(file: Path, settings: Config, sizes: Sizes) -> str:
 
 def _ray(file: Path, settings: Config, sizes: Sizes) -> str:
     """A ConfigMap with the file, and `deploy/ray/kuberay/rayjob.yaml` with as many workers as there are nodes."""
-    wanted = _manifest("ray/kuberay/rayjob.yaml")
+    wanted = _manifest("rayjob.yaml")
     group = wanted["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     group |= {"replicas": sizes.nodes, "maxReplicas": sizes.nodes}
     resources = group["template"]["spec"]["containers"][0]["resources"]
@@ -74,8 +75,7 @@ def _kubernetes(file: Path, settings: Config, sizes: Sizes) -> str:
         raise ConfigError(
             f"{file} needs {sizes.nodes} nodes", "a pod of deploy/kubernetes is a whole deployment on one node", "use --render ray"
         )
-    overlay = "overlays/gpu" if sizes.gpus else "base"
-    template = _manifest(f"kubernetes/{overlay}/statefulset.yaml")["spec"]["template"]["spec"]
+    template = _manifest("statefulset-gpu.yaml" if sizes.gpus else "statefulset.yaml")["spec"]["template"]["spec"]
     container = next(each for each in template["containers"] if each["name"] == "trireme")
     patch = {
         "apiVersion": "apps/v1",
@@ -107,11 +107,7 @@ def _resources(given: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
 
 
 def _manifest(name: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = yaml.safe_load((DEPLOY / name).read_text())
-    except OSError as error:
-        hint = "run this from a clone of the project"
-        raise EnvironmentFault(f"{DEPLOY / name} cannot be read", error.strerror or str(error), hint) from None
+    found: dict[str, Any] = yaml.safe_load((TEMPLATES / name).read_text())
     return found
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.cli import plan_render
 from orchestrator.cli.main import run
 from orchestrator.planner.devices import GPU_FIT
 from tests.support.tiny_models import tiny_model
+
+DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 
 MODEL = {"name": "llama-3.1-70b", "device": "cuda", "dtype": "bf16", "max_batch_size": 256, "max_num_tokens": 8192, "max_seq_len": 8192}
 
@@ -69,7 +70,7 @@ def test_a_folder_with_a_config_alone_will_do(tmp_path: Path, capsys: pytest.Cap
 def test_the_examples_for_one_machine_fit_on_this_one(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever cores it has: their own Ray grants every rank a share."""
     for name in ("local", "ha"):
-        assert run(["plan", str(plan_render.DEPLOY / "examples" / f"{name}.yaml")]) == 0
+        assert run(["plan", str(DEPLOY / "examples" / f"{name}.yaml")]) == 0
         assert "the file's" in capsys.readouterr().out
 
 
@@ -145,7 +146,7 @@ def test_the_ray_job_differs_from_the_manifest_in_its_sizes_alone(tmp_path: Path
     file = write(tmp_path, MODEL | {"tp_size": 4, "pp_size": 3, "cpus_per_rank": 2})
     config, job = yaml.safe_load_all(rendered(file, "ray", capsys))
     assert config["metadata"]["name"] == "trireme-ray" and config["data"] == {"deployment.yaml": Path(file).read_text()}
-    manifest = yaml.safe_load((plan_render.DEPLOY / "ray/kuberay/rayjob.yaml").read_text())
+    manifest = yaml.safe_load((DEPLOY / "ray/kuberay/rayjob.yaml").read_text())
     (group,), (given,) = (each["spec"]["rayClusterSpec"]["workerGroupSpecs"] for each in (job, manifest))
     assert (group["replicas"], group["maxReplicas"]) == (2, 2)
     resources = group["template"]["spec"]["containers"][0]["resources"]
@@ -158,11 +159,11 @@ def test_the_ray_job_differs_from_the_manifest_in_its_sizes_alone(tmp_path: Path
 def test_the_kustomization_builds_on_the_manifests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, MODEL | {"tp_size": 4})
     (found,) = yaml.safe_load_all(rendered(file, "kubernetes", capsys))
-    overlays = plan_render.DEPLOY / "kubernetes" / "overlays"
+    overlays = DEPLOY / "kubernetes" / "overlays"
     assert [(overlays / "planned" / folder).resolve() for folder in found["resources"]] == [overlays / "gpu"]
     assert found["configMapGenerator"] == [{"name": "trireme", "behavior": "replace", "files": ["deployment.yaml=file.yaml"]}]
     patch = yaml.safe_load(found["patches"][0]["patch"])
-    given = yaml.safe_load((plan_render.DEPLOY / "kubernetes/base/statefulset.yaml").read_text())
+    given = yaml.safe_load((DEPLOY / "kubernetes/base/statefulset.yaml").read_text())
     assert [patch[key] for key in ("apiVersion", "kind", "metadata")] == [given[key] for key in ("apiVersion", "kind", "metadata")]
     (container,) = patch["spec"]["template"]["spec"]["containers"]
     assert container["name"] in [each["name"] for each in given["spec"]["template"]["spec"]["containers"]]
@@ -193,7 +194,7 @@ def test_kustomize_takes_the_kustomization(tmp_path: Path, capsys: pytest.Captur
     if kubectl is None:
         pytest.skip("kubectl is not here")
     file = Path(write(tmp_path, MODEL | {"tp_size": 4}))
-    shutil.copytree(plan_render.DEPLOY / "kubernetes", tmp_path / "kubernetes")
+    shutil.copytree(DEPLOY / "kubernetes", tmp_path / "kubernetes")
     overlay = tmp_path / "kubernetes/overlays/planned"
     overlay.mkdir()
     shutil.copy(file, overlay)
