@@ -98,7 +98,7 @@ def conversion_claims(cache: Path) -> list[Claim]:
     """Peak memory of converting the default model to tp=2."""
     source = pull(DEFAULT_MODEL, cache)
     with tempfile.TemporaryDirectory() as folder:
-        argv = [sys.executable, "-m", "orchestrator.cli", "convert", str(source), "-o", str(Path(folder, "out")), "--tp-size", "2"]
+        argv = [sys.executable, "-m", "trireme", "convert", str(source), "-o", str(Path(folder, "out")), "--tp-size", "2"]
         begun = time.perf_counter()
         subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
         seconds = time.perf_counter() - begun

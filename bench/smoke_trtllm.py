@@ -33,7 +33,7 @@ from workers.engines.trtllm.engine_dir import read_engine_dir
 from workers.protocol.errors import EnvironmentFault, TriremeError
 from workers.protocol.specs import Parallel
 
-COMMAND = [sys.executable, "-m", "orchestrator.cli"]
+COMMAND = [sys.executable, "-m", "trireme"]
 #: Layouts that the default model's 9 query and 3 key/value heads allow, smallest first.
 LAYOUTS = (Parallel(), Parallel(pp=2), Parallel(tp=3), Parallel(tp=3, pp=2))
 STEP_S = 3600.0

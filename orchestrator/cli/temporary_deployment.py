@@ -17,7 +17,7 @@ from workers.protocol.errors import EnvironmentFault, NotFound
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
 
-COMMAND = [sys.executable, "-m", "orchestrator.cli"]
+COMMAND = [sys.executable, "-m", "trireme"]
 READY_S = 240.0
 STOP_S = 60.0
 POLL_S = 0.2

@@ -242,7 +242,7 @@ class FirstNode:
 
     def _host(self, roll: RollCall, ray: RayNode | None) -> int:
         """`trireme up` from its start to its end, watched. ``ray`` None: the file's launcher is this node's own."""
-        argv = [sys.executable, "-m", "orchestrator.cli", "up", self._spec.file, "--name", self._name, "--run-dir", self._spec.jobs]
+        argv = [sys.executable, "-m", "trireme", "up", self._spec.file, "--name", self._name, "--run-dir", self._spec.jobs]
         host = ChildProcess(argv, env=self._env, on_line=say)
         try:
             while host.wait(_POLL_S) is None:

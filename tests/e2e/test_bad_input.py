@@ -158,7 +158,7 @@ def test_an_address_where_nobody_speaks_ray(stage: Path, monkeypatch: pytest.Mon
 
 
 def launch(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "orchestrator.cli", *words]
+    command = [sys.executable, "-m", "trireme", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
 
 

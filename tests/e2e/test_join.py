@@ -36,7 +36,7 @@ LONG, LONG_PROMPT = 1900, list(b"long")
 
 
 def command(*line: str, run_dir: Path) -> list[str]:
-    return [sys.executable, "-m", "orchestrator.cli", *line, "--run-dir", str(run_dir)]
+    return [sys.executable, "-m", "trireme", *line, "--run-dir", str(run_dir)]
 
 
 def trireme(*line: str, run_dir: Path) -> subprocess.CompletedProcess[str]:

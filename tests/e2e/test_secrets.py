@@ -22,7 +22,7 @@ WRONG = "trireme-0123456789ab-" + "planted" * 8
 
 
 def trireme(*line: str, code: int = 0, **env: str) -> str:
-    command = [sys.executable, "-m", "orchestrator.cli", *line]
+    command = [sys.executable, "-m", "trireme", *line]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | env)
     assert ran.returncode == code, ran.stderr
     return ran.stdout + (ran.stderr if code else "")

@@ -21,7 +21,7 @@ from tests.support.tiny_models import tiny_model
 
 
 def run(*line: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "orchestrator.cli", *line]
+    command = [sys.executable, "-m", "trireme", *line]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
 
 

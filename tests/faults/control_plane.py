@@ -80,7 +80,7 @@ def up(file: Path) -> Iterator[tuple[subprocess.Popen[bytes], ControlClient]]:
     """The host process, READY; killed at the end if it lives."""
     log = file.with_suffix(".log")
     with open(log, "ab") as output:
-        host = subprocess.Popen([sys.executable, "-m", "orchestrator.cli", "up", str(file)], stdout=output, stderr=output)
+        host = subprocess.Popen([sys.executable, "-m", "trireme", "up", str(file)], stdout=output, stderr=output)
     control = connect("e2e", file.parent / "run")
 
     def ready() -> bool:

@@ -72,7 +72,7 @@ def ask(control: ControlClient, prompt: str) -> None:
 def serve(disk: Disk, file: Path) -> None:
     log = file.with_suffix(".log")
     with open(log, "wb") as output:
-        host = subprocess.Popen([sys.executable, "-m", "orchestrator.cli", "up", str(file)], stdout=output, stderr=output)
+        host = subprocess.Popen([sys.executable, "-m", "trireme", "up", str(file)], stdout=output, stderr=output)
     control = connect("e2e", file.parent / "run")
     try:
         until("serving", lambda: host.poll() is None and file.exists() and (file.parent / "run/e2e/control.sock").exists())
@@ -123,9 +123,7 @@ def serve(disk: Disk, file: Path) -> None:
 def refuse(disk: Disk, file: Path) -> None:
     disk.fill()
     begin = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli", "up", str(file)], capture_output=True, text=True, timeout=BOUND_S, check=False
-    )
+    ended = subprocess.run([sys.executable, "-m", "trireme", "up", str(file)], capture_output=True, text=True, timeout=BOUND_S, check=False)
     assert ended.returncode == 4 and "No space left on device" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
     measured("F15 start on a full disk -> refused", time.monotonic() - begin, 5.0)
     step("a start says ENOSPC", ended.stderr.splitlines())

@@ -169,7 +169,7 @@ def staged(*, deployment: dict[str, object] | None = None, saboteurs: bool = Fal
     """A deployment with the settings of the fault tests; afterwards neither a process nor a socket of it is left."""
     with short_folder() as folder:
         file = write_config(folder, deployment=SETTINGS | (deployment or {}), **changes)
-        module = "tests.faults.host" if saboteurs else "orchestrator.cli"
+        module = "tests.faults.host" if saboteurs else "trireme"
         with deployed(file, module=module) as (control, status):
             stage = Stage(control, status, folder)
             try:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.mpi
 
 
 def trireme(folder: Path, *line: str) -> lines.Ran:
-    ran = lines.run_module("orchestrator.cli", *line, "--run-dir", str(folder / "runs"), folder=folder)
+    ran = lines.run_module("trireme", *line, "--run-dir", str(folder / "runs"), folder=folder)
     assert ran.code == 0, ran.err
     return ran
 
@@ -54,7 +54,7 @@ def recordings() -> dict[str, str]:
             url = json.loads(status.out)[0]["url"]
             down = trireme(folder, "down")
         finally:
-            lines.run_module("orchestrator.cli", "down", "--now", "--run-dir", str(folder / "runs"), folder=folder)
+            lines.run_module("trireme", "down", "--now", "--run-dir", str(folder / "runs"), folder=folder)
         after = files(home, logs=True)
     said = f"$ trireme serve\n{up.err}\n$ trireme generate\n{asked.out}\n$ trireme down\n{down.err}".replace(str(folder), "<folder>")
     said = re.sub(r"\b[0-9]+\.[0-9] s\b", "<time> s", said.replace(url, "<url>"))

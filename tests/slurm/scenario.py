@@ -34,7 +34,7 @@ from workers.protocol.messages import SamplingParams
 
 #: Generous: on a busy machine Ray takes ten times as long to start as on an idle one.
 BOUND_S = 400.0
-TRIREME = [sys.executable, "-m", "orchestrator.cli"]
+TRIREME = [sys.executable, "-m", "trireme"]
 TOKENS = 60
 
 

@@ -72,7 +72,7 @@ def wait_for_state(control: ControlClient, state: str, bound_s: float, host: sub
 def deployed(
     file: Path,
     *,
-    module: str = "orchestrator.cli",
+    module: str = "trireme",
     name: str = "e2e",
     folder: Path | None = None,
     settings: Mapping[str, str] | None = None,

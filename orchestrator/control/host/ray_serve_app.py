@@ -30,7 +30,7 @@ class ServeHost:
     def __init__(self, file: str, ray_address: str) -> None:
         self._config = load(Path(file), env=environment()).config
         self._words: list[str] = []
-        argv = [sys.executable, "-m", "orchestrator.cli", "up", file]
+        argv = [sys.executable, "-m", "trireme", "up", file]
         self._host = ChildProcess(argv, env={**environment(), "RAY_ADDRESS": ray_address}, on_line=self._heard)
         while not self._state():
             self.check_health()

@@ -50,7 +50,7 @@ def test_a_daemon_does_not_escape() -> None:
 def test_the_whole_demo(tmp_path: Path) -> None:
     file = tmp_path / "deployment.yaml"
     file.write_text(DEPLOYMENT.format(model=tiny_model(tmp_path / "tiny")))
-    command = [sys.executable, "-m", "orchestrator.cli", "demo", str(file), "--no-isolate"]
+    command = [sys.executable, "-m", "trireme", "demo", str(file), "--no-isolate"]
     with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:  # short: Unix socket paths end at 107 bytes
         env = {**os.environ, "TRIREME_RUN_DIR": folder}
         ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL)

@@ -153,7 +153,7 @@ def test_times_never_fall_within_a_file(tmp_path: Path) -> None:
 
 def test_following_goes_across_a_relaunch(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "told"
-    command = [sys.executable, "-m", "orchestrator.cli", "logs", "left", "-f", "--tail", "1", "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "trireme", "logs", "left", "-f", "--tail", "1", "--run-dir", str(run_dir)]
     with out.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:

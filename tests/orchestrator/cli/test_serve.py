@@ -25,7 +25,7 @@ BOUND_S = 120.0
 
 def trireme(*line: str, run_dir: str) -> SimpleNamespace:
     """Run one command in a process of its own, as a terminal does."""
-    command = [sys.executable, "-m", "orchestrator.cli", *line, "--run-dir", run_dir]
+    command = [sys.executable, "-m", "trireme", *line, "--run-dir", run_dir]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S, check=False, stdin=subprocess.DEVNULL)
     return SimpleNamespace(code=ran.returncode, out=ran.stdout, err=ran.stderr)
 

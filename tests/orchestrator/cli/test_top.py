@@ -75,7 +75,7 @@ def run_dir() -> Iterator[Path]:
 
 
 def command(run_dir: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "orchestrator.cli", "top", *flags, "--run-dir", str(run_dir)]
+    return [sys.executable, "-m", "trireme", "top", *flags, "--run-dir", str(run_dir)]
 
 
 def test_without_a_terminal_it_is_one_snapshot(run_dir: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_build_that_hangs_is_ended_with_all_that_it_started(host: pytest.Monke
 
 def test_ctrl_c_and_sigterm_end_a_build(host: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     host.setenv("TRIREME_FAKE_BUILD", "hang")
-    line = [sys.executable, "-m", "orchestrator.cli", "build", str(checkpoint), *cache_of(tmp_path)]
+    line = [sys.executable, "-m", "trireme", "build", str(checkpoint), *cache_of(tmp_path)]
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as command:
         assert command.stderr is not None
         lines = iter(command.stderr.readline, "")

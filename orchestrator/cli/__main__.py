@@ -1,5 +1,0 @@
-"""`python -m orchestrator.cli`: the `trireme` command where its script is not on PATH."""
-
-from orchestrator.cli.main import main
-
-main()
