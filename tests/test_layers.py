@@ -8,13 +8,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("workers", "orchestrator", "trireme")
+from tests.support.source_tree import PACKAGES, ROOT, UNSAFE, imports, modules, within
 
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
@@ -49,7 +46,6 @@ IMPURE = {
     "asyncio", "threading", "os", "time", "random", "logging", "multiprocessing", "subprocess", "socket", "secrets", "signal", "sys",
     "select", "concurrent", "queue", "tempfile", "pathlib", "io", "datetime",
 }  # fmt: skip
-UNSAFE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "jsonpickle", "joblib"}
 
 #: (who, what they never import, why).
 FORBIDDEN = (
@@ -70,10 +66,6 @@ ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 ENVIRONMENT_READERS = ("orchestrator.config.deployment_file",)
 
 
-def within(module: str, prefix: str) -> bool:
-    return module == prefix or module.startswith(prefix + ".")
-
-
 def layer(module: str) -> int | None:
     """The layer of a module; None for one that the table does not know."""
     if module in LAYERS:
@@ -84,22 +76,6 @@ def layer(module: str) -> int | None:
         return ENTRY_LAYER
     matches = [prefix for prefix in LAYERS if within(module, prefix)]
     return LAYERS[max(matches, key=len)] if matches else None
-
-
-def imports(module: str, tree: ast.AST, *, package: bool = False) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything imported, wherever it stands; ``from a import b`` yields ``a.b``."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = module.split(".")
-                parents = parts[: len(parts) - node.level + package]
-                base = ".".join([*parents, base] if base else parents)
-            for alias in node.names:
-                yield node.lineno, f"{base}.{alias.name}"
 
 
 def import_fault(module: str, own: int, target: str) -> str | None:
@@ -149,20 +125,21 @@ def violations(module: str, source: str, *, package: bool = False) -> list[str]:
     return [f"{module}:{line}: {fault}" for line, fault in sorted(set(found))]
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name -> file of every module of the project."""
-    files = {}
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return files
-
-
 def test_every_module_keeps_its_layer() -> None:
     files = modules()
     assert {"workers.protocol.messages", "orchestrator.config.router_spec"} <= files.keys()
     found = [fault for name, path in files.items() for fault in violations(name, path.read_text(), package=path.name == "__init__.py")]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several test modules need stands in tests/support, so that each of them can be read, moved and run alone."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for line, target in imports(name, ast.parse(path.read_text())):
+            if target.startswith("tests.") and any(part.startswith("test_") for part in target.split(".")[:-1]):
+                found.append(f"{name}:{line}: imports {target}")
     assert not found, "\n" + "\n".join(found)
 
 

@@ -15,8 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.router.dispatcher import RouterDispatcher
 from orchestrator.router.metrics import Metrics
-from tests.orchestrator.router.core.test_replica_registry import beat
-from tests.orchestrator.router.core.test_router_core import ask, join, router
+from tests.support.router_core import ask, beat, join, router
 from workers.protocol.messages import STEP_TOKEN_BUCKETS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,9 +24,9 @@ from orchestrator.control.host.control_socket import ControlClient, DeploymentSt
 from orchestrator.control.host.deployment import connect
 from orchestrator.control.launch.launcher import make_private
 from tests.e2e.load import ASKERS, Load, expected
-from tests.e2e.test_two_routers import free_ports
 from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
 from tests.support.gang import wait_for
+from tests.support.ports import free_ports
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

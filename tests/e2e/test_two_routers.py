@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from orchestrator.client import AsyncClient, Client, ClientKeys
 from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 from tests.support.deployment import deployed, wait_for_state
 from tests.support.gang import wait_for
+from tests.support.ports import free_ports
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 
@@ -33,24 +33,6 @@ REQUESTS = 24
 #: Bounds of the promise, seconds.
 REGISTERED_S, CANCELLED_S = 3.0, 2.0
 SLACK = 3
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` neighbours that nobody listens on. Each process looks elsewhere first: what is free is not yet taken."""
-    begin = os.getpid() * 16
-    for first in (20000 + (begin + step) % 12000 for step in range(0, 12000, 16)):
-        probes = [socket.socket() for _ in range(count)]
-        try:
-            for offset, probe in enumerate(probes):
-                probe.bind(("127.0.0.1", first + offset))
-        except OSError:
-            continue
-        else:
-            return first
-        finally:
-            for probe in probes:
-                probe.close()
-    raise AssertionError("no free ports")
 
 
 def say(what: str, measured: float, bound: float) -> None:

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from tests.workers.artifacts.test_quantize import random_parts
+from tests.support.packed_weights import random_parts
 from workers.kernels.linear import Fp8Rows, dequantize
 from workers.kernels.linear import to_fp8 as rounded
 from workers.protocol.errors import ConfigError

@@ -26,12 +26,12 @@ from orchestrator.client.sockets import ClientKeys, ClientSockets
 from orchestrator.control.host.router_poller import ask
 from orchestrator.router.net.curve_auth import ZapHandler
 from orchestrator.router.net.router_socket import RouterSocket
-from tests.inputs.test_http import head
 from tests.inputs.world import TEXT, rss_mb, text
 from tests.support.figures import SLACK, figure, lines
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
+from tests.support.raw_http import head
 from tests.support.routing import RouterRun
-from tests.test_layers import modules
+from tests.support.source_tree import modules
 from workers.engines.fake import expected_tokens
 from workers.protocol.engine import PAUSE_S
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams

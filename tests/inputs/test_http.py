@@ -20,6 +20,7 @@ from tests.inputs.world import CHAT, MAX_BODY, MODEL, TEXT, Health, World, chat,
 from tests.support.figures import figure
 from tests.support.gang import short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
+from tests.support.raw_http import head
 from tests.support.routing import RouterRun
 from tests.support.tiny_models import IM_END, IM_START
 
@@ -124,11 +125,6 @@ def raw(world: World, data: bytes, *, wait: float = 10.0) -> bytes:
         while chunk := connection.recv(65536):
             received += chunk
     return received
-
-
-def head(path: str, length: int, *more: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {length}", *more]
-    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(world: World) -> None:

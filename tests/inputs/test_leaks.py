@@ -21,10 +21,10 @@ import pytest
 from orchestrator.auth.api_keys import Salting
 from orchestrator.client import Client
 from tests.inputs.table import image, schema
-from tests.inputs.test_http import head
-from tests.inputs.test_rpc import Peer
 from tests.inputs.world import CHAT, TEXT, World, chat, text
 from tests.support.figures import lines
+from tests.support.raw_http import head
+from tests.support.rpc_peer import Peer
 from workers.protocol import messages
 
 #: Everything but the line's end that moves a terminal's cursor or forges a line.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_layers import ROOT, UNSAFE, modules
+from tests.support.source_tree import ROOT, UNSAFE, modules
 
 #: Calls by their dotted end, and why not. A name without a dot is banned as a bare call and as an attribute.
 BANNED = {

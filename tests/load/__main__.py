@@ -23,10 +23,10 @@ import msgspec
 
 from orchestrator.client import AsyncClient, ClientKeys
 from orchestrator.control.host.control_socket import DeploymentStatus
-from tests.e2e.test_two_routers import free_ports
 from tests.load.report import Report, percentile, say
 from tests.load.wire import Streamed, ask, stream
 from tests.support.deployment import MODEL, deployed, write_config
+from tests.support.ports import free_ports
 from workers.engines.fake import expected_tokens
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import SamplingParams

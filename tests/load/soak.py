@@ -26,11 +26,11 @@ import psutil
 
 from orchestrator.client import AsyncClient
 from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
-from tests.e2e.test_two_routers import free_ports
 from tests.load.growth import Growth
 from tests.load.report import Report, percentile, say
 from tests.load.traces import Traces
 from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
+from tests.support.ports import free_ports
 from workers.engines.fake import expected_tokens
 from workers.protocol.errors import Cancelled
 from workers.protocol.messages import SamplingParams

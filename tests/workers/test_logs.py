@@ -15,8 +15,8 @@ import pytest
 
 from orchestrator.router import request_context
 from orchestrator.router.request_context import RequestContextFilter
-from tests.orchestrator.router.core.test_router_core import ask, join
-from tests.orchestrator.router.test_tracing import Stage
+from tests.support.router_core import ask, join
+from tests.support.traced_router import Stage
 from workers.logs import JsonLines
 from workers.protocol.engine import Emission, Fault
 from workers.protocol.messages import Accepted, GenerateTask, SamplingParams, Submit

@@ -16,7 +16,7 @@ from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
 from workers.artifacts.number_formats import FP8_MAX, to_fp8
 from workers.artifacts.safetensors_file import hash_file
-from workers.layout.quant_parts import parts_of, stored_tensors, unit_of
+from workers.layout.quant_parts import stored_tensors, unit_of
 from workers.layout.sharding import shard_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import Parallel, Quant, QuantName, quant_of
@@ -24,6 +24,7 @@ from workers.protocol.specs import Parallel, Quant, QuantName, quant_of
 torch = pytest.importorskip("torch")
 import msgspec  # noqa: E402
 
+from tests.support.packed_weights import random_parts  # noqa: E402
 from workers.kernels.linear import dequantize, emulate_fp8, product  # noqa: E402
 from workers.runner.weights import fill, load_shards  # noqa: E402
 
@@ -266,23 +267,6 @@ def test_fill_converts_no_quantized_format() -> None:
         fill({"a": torch.zeros(2, dtype=torch.int8)}, [("a", torch.zeros(2))])
     with pytest.raises(ArtifactError, match=r"a is torch\.float8_e4m3fn"):
         fill({"a": torch.zeros(2)}, [("a", torch.zeros(2, dtype=torch.float8_e4m3fn))])
-
-
-def random_parts(quant: Quant, outs: int, ins: int, seed: int = 0) -> Weights:
-    """Parts of a weight [outs, ins], by the packed form's own definition."""
-    generator = torch.Generator().manual_seed(seed)
-    found: Weights = {}
-    for part in parts_of(quant, "fp32"):
-        shape = part.shape(outs, ins)
-        if part.format in ("int8", "uint8"):
-            low, high = (-127, 128) if part.format == "int8" else (0, 256)
-            found[part.suffix] = torch.randint(low, high, shape, generator=generator, dtype=torch.int16).to(getattr(torch, part.format))
-        elif part.format == "fp8":
-            found[part.suffix] = torch.randn(shape, generator=generator).mul_(50).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-        else:
-            values = torch.rand(shape, generator=generator).add_(0.5).mul_(0.01)
-            found[part.suffix] = values.to(torch.bfloat16) if part.format == "bf16" else values
-    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

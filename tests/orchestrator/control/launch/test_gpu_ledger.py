@@ -10,7 +10,7 @@ from orchestrator.control.launch.gpu_ledger import GpuLedger, visible_gpus
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.placement import RankShare
-from tests.orchestrator.control.launch.test_supervisor import until
+from tests.support.gang import wait_for
 from workers.protocol.specs import Parallel, ReplicaSpec
 
 
@@ -43,13 +43,13 @@ def test_two_replicas_on_one_host_see_different_gpus(tmp_path: Path) -> None:
         for name in ("one", "two"):
             replica = ReplicaSpec(name=name, model="m", artifact=str(tmp_path), parallel=Parallel(tp=2))
             launcher.start(GangSpec(deployment="t", replica=replica, run_dir=str(tmp_path / "gangs"), share=RankShare(cpus=1.0, gpus=1.0)))
-        until(lambda: seen.exists() and len(seen.read_text().split()) == 2)
+        wait_for(lambda: seen.exists() and len(seen.read_text().split()) == 2)
         assert sorted(seen.read_text().split()) == ["4,5", "6,7"]
         status = launcher.poll()[0]
         launcher.kill(status.name, status.epoch)
         replica = ReplicaSpec(name="three", model="m", artifact=str(tmp_path), parallel=Parallel(tp=1))
         launcher.start(GangSpec(deployment="t", replica=replica, run_dir=str(tmp_path / "gangs"), share=RankShare(cpus=1.0, gpus=1.0)))
-        until(lambda: len(seen.read_text().split()) == 3)
+        wait_for(lambda: len(seen.read_text().split()) == 3)
         assert seen.read_text().split()[-1] == "4"
     finally:
         launcher.close()

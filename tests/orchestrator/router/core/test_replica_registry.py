@@ -7,22 +7,12 @@ from typing import Any
 import msgspec
 
 from orchestrator.router.core.replica_registry import KEPT_LOST_S, HelloAccepted, HelloRefused, Replica, ReplicaRegistry
-from workers.protocol.messages import PROTOCOL, Capacity, Heartbeat, Hello
-from workers.protocol.status import EngineStats
-
-CAPACITY = Capacity(block_size=16, num_blocks=8, max_batch_size=4, max_num_tokens=64, max_seq_len=512, vocab_size=320, tp=1, pp=1)
-HELLO = Hello(boot="b1", protocol=PROTOCOL, replica="a", model="m", epoch=5, resume="bitwise", capacity=CAPACITY)
+from tests.support.router_core import HELLO, beat
+from workers.protocol.messages import PROTOCOL, Hello
 
 
 def hello(**change: Any) -> Hello:
     return msgspec.structs.replace(HELLO, **change)
-
-
-def beat(**change: Any) -> Heartbeat:
-    """``change``: fields of the heartbeat or of its stats."""
-    stats = {name: change.pop(name) for name in EngineStats.__struct_fields__ if name in change}
-    base = Heartbeat(boot="b1", step=3, busy_ms=0.0, predicted_ms=10.0, stats=EngineStats(**{"free_blocks": 8, **stats}))
-    return msgspec.structs.replace(base, **change)
 
 
 def fleet() -> tuple[ReplicaRegistry, Replica]:

@@ -4,54 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
-from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.prefix_index import PrefixIndex, expected_wait_ms
-from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.request_state import Action, DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.router_core import RouterCore
-from orchestrator.router.interfaces import RouterRequest
-from tests.orchestrator.router.core.test_replica_registry import CAPACITY, HELLO, beat
+from tests.support.router_core import accept, ask, beat, join, router, sent, tokens
 from workers.protocol.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
-from workers.protocol.messages import (
-    Accepted,
-    Attach,
-    Bye,
-    Cancel,
-    Credit,
-    Done,
-    Failed,
-    RouterHeartbeat,
-    SamplingParams,
-    Submit,
-    Tokens,
-    Usage,
-)
-
-ADMISSION = AdmissionSpec(max_queue=2, queue_timeout_s=5.0, request_timeout_s=100.0)
-
-
-def router(**admission: Any) -> RouterCore:
-    spec = msgspec.structs.replace(ADMISSION, **admission)
-    return RouterCore(RouterHeartbeat(boot="R", router="r"), {"m": "m", "alias": "m"}, spec, ReplicaRegistry(2.0, 10.0))
-
-
-def join(route: RouterCore, name: str, *, epoch: int = 1, rows: int = 4, now: float = 0.0, **change: Any) -> bytes:
-    capacity = msgspec.structs.replace(CAPACITY, max_batch_size=rows, num_blocks=1000, **change)
-    hello = msgspec.structs.replace(HELLO, replica=name, boot=f"{name}{epoch}", epoch=epoch, capacity=capacity)
-    route.hear(name.encode(), "", hello, now)
-    return name.encode()
-
-
-def ask(prompt: list[int] | None = None, **change: Any) -> RouterRequest:
-    base = RouterRequest(client="c", request="q", model="m", prompt_ids=prompt or [1, 2, 3], params=SamplingParams(seed=7, max_tokens=8))
-    return msgspec.structs.replace(base, **change)
-
-
-def sent(actions: list[Action], kind: type) -> list[Any]:
-    return [action.message for action in actions if isinstance(action, SendMessage) and isinstance(action.message, kind)]
+from workers.protocol.messages import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, RouterHeartbeat, SamplingParams, Submit, Usage
 
 
 def delivered(route: RouterCore) -> list[tuple[int, list[int]]]:
@@ -70,16 +30,6 @@ def burst(route: RouterCore, count: int) -> list[bytes]:
         route.submit(ask([index * 7 + 1] * 20), 0.0)
         places += where(route.take())
     return places
-
-
-def tokens(boot: str, submit: Submit | Attach, first: int, ids: list[int]) -> Tokens:
-    return Tokens(boot=boot, streams=[submit.stream], attempts=[submit.attempt], firsts=[first], tokens=[ids])
-
-
-def accept(route: RouterCore, *submits: Submit, place: str) -> None:
-    """The replica ``place`` acknowledges what was sent to it."""
-    for submit in submits:
-        route.hear(place.encode(), "", Accepted(boot=f"{place}1", stream=submit.stream, attempt=submit.attempt), 0.0)
 
 
 def test_unknown_model_full_queue_and_closing_are_refused() -> None:

@@ -10,8 +10,7 @@ from orchestrator.router.core.prefix_index import expected_wait_ms, first_token_
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.core.stats import CAUSES, Attempt
 from orchestrator.router.metrics import Metrics
-from tests.orchestrator.router.core.test_replica_registry import beat
-from tests.orchestrator.router.core.test_router_core import accept, ask, join, router, sent, tokens
+from tests.support.router_core import accept, ask, beat, join, router, sent, tokens
 from workers.protocol.messages import Accepted, Done, Submit, Usage
 
 

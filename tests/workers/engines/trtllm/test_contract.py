@@ -9,8 +9,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 import workers.engines.trtllm
+from tests.support.source_tree import imports
 from tests.support.trtllm_contract import PYTHON, TRT, Reader
-from tests.test_layers import imports
 from workers.engines.trtllm.backend_choice import PROBES
 from workers.protocol import trtllm_options
 
