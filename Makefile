@@ -34,7 +34,7 @@ else echo failed; tail -n 20 $(LOG) >&2; echo 'hint: the whole output is in $(LO
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators
+.PHONY: help setup check test test-fast test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target what; do printf '  make %-13s %s\n' "$$target" "$$what"; done
@@ -50,11 +50,14 @@ check: $(DEVELOPED) ## format, lint, types, layers
 	@echo 'format, lint, types, layers: all good'
 
 # Clusters alone: Ray gives a node 30 s to start, which one beside other tests on two cores may not keep. Real processes meet real clocks here:
-# what fails beside other tests is named, and run once more alone; there it has to pass.
+# what fails beside other tests is named, run once more alone, where it has to pass, and counted at the end.
 test: setup ## the whole suite, in JOBS processes (much of it waits for others)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --ignore=tests/cluster || { [ $$? = 1 ] && echo 'the failed ones again, alone:' && \
-		$(BIN)/python -m pytest -q -x --last-failed --last-failed-no-failures none --ignore=tests/cluster; }
+		$(BIN)/python -m pytest -q -x --second-run --last-failed --last-failed-no-failures none --ignore=tests/cluster; }
 	@$(BIN)/python -m pytest -q tests/cluster
+
+test-fast: $(DEVELOPED) ## all tests that start no process: 3 minutes on two cores
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m 'not process and not long and not model'
 
 test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/orchestrator/control/launch/test_supervisor.py tests/orchestrator/control/host/test_deployment.py tests/e2e/test_two_routers.py

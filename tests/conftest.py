@@ -1,12 +1,40 @@
-"""What all tests share: the figures that they measured, at the end of a run. With several processes, each hands its own to the first."""
+"""What all tests share: the marker `process`; at the end of a run the measured figures and the tests that needed a second run.
+
+With several pytest processes, each hands its figures to the first.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.support import figures
+
+#: A test module that uses one of these starts processes: all its tests are marked `process`.
+STARTERS = ("subprocess", "multiprocessing", "signal", "tests.support.gang", "tests.support.routing", "tests.support.deployment",
+            "tests.support.browser", "tests.inputs.world", "tests.recorded.lines", "orchestrator.cli.doctor_checks")  # fmt: skip
+
+
+@cache
+def starts_processes(module: ModuleType) -> bool:
+    """Whether a test module holds one of :data:`STARTERS`, or a name that one of them defines."""
+    return any(
+        (value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")) in STARTERS
+        for value in vars(module).values()
+    )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--second-run", action="store_true", help="With --last-failed: list the tests that pass now. `make test` sets it.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        if starts_processes(item.module) or item.get_closest_marker("mpi") or item.get_closest_marker("cluster"):
+            item.add_marker("process")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -25,3 +53,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured / bound")
         for line in figures.lines:
             terminalreporter.write_line(line)
+    passed = [report.nodeid for report in terminalreporter.stats.get("passed", [])]
+    if passed and terminalreporter.config.getoption("second_run"):
+        terminalreporter.write_line(f"{len(passed)} tests passed only when run again alone: {', '.join(passed)}", yellow=True)
