@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -67,8 +68,10 @@ def test_a_folder_with_a_config_alone_will_do(tmp_path: Path, capsys: pytest.Cap
     assert "tp=2 pp=1" in told and "1,008" in told and "f:" not in told
 
 
-def test_the_examples_for_one_machine_fit_on_this_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever cores it has: their own Ray grants every rank a share."""
+def test_the_examples_for_one_machine_fit_on_a_small_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores and 16 GB free are enough for four ranks: the deployment's own Ray grants every rank a share."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=16 * 10**9))
     for name in ("local", "ha"):
         assert run(["plan", str(DEPLOY / "examples" / f"{name}.yaml")]) == 0
         assert "the file's" in capsys.readouterr().out
