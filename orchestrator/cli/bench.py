@@ -15,10 +15,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from orchestrator.cli.console import INTERRUPTED, Console
 from orchestrator.cli.generate_request import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_backend
+from orchestrator.cli.option_structs import with_option_structs
 from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
 from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected
 
@@ -38,26 +40,10 @@ SLACK_TOKENS = 64
 TICK_S = 0.25
 LOST = 5
 
-Concurrency = Annotated[int | None, typer.Option("--concurrency", "-c", min=1, help="Requests in flight; with a rate or trace, at most.")]
-Rate = Annotated[float | None, typer.Option("--rate", "-r", help="Requests a second, sent whatever becomes of them (open loop).")]
-Burstiness = Annotated[float, typer.Option("--burstiness", help="1 = Poisson arrivals, less comes in bursts, more is steadier.")]
-Requests = Annotated[int | None, typer.Option("--requests", "-n", min=1, help="How many; 100 unless there is a duration or a trace.")]
-Duration = Annotated[float | None, typer.Option("--duration", "-d", help="Send for so many seconds.")]
 InputLen = Annotated[
     str, typer.Option("--input-len", metavar="N|A:B", help="Tokens of a prompt, 512 unless given; A:B = anything between.")
 ]
-OutputLen = Annotated[str, typer.Option("--output-len", metavar="N|A:B", help="Tokens of an answer, 128 unless given.")]
-Trace = Annotated[Path | None, typer.Option("--trace", help="Replay a .jsonl or .jsonl.gz of timestamps and lengths.")]
-Speed = Annotated[float, typer.Option("--speed", help="Replay a trace so many times as fast.")]
-Spread = Annotated[float | None, typer.Option("--spread", help="Seconds over which equal timestamps of a trace are spread.")]
-MaxLen = Annotated[int | None, typer.Option("--max-len", min=2, help="Cut requests to this context; the served model's unless given.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Arrivals, lengths and prompts are the same for the same seed.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Ask the chat endpoint; prompts are words.")]
-Words = Annotated[bool, typer.Option("--text", help="Send prompts as words instead of token ids.")]
 Slo = Annotated[list[str] | None, typer.Option("--slo", metavar="FIGURE:MS", help="Objective for goodput: ttft, itl, tpot, e2e or queue.")]
-Warmup = Annotated[int, typer.Option("--warmup", min=0, help="Requests sent before, which do not count.")]
-Timeout = Annotated[float, typer.Option("--timeout", help="Seconds after which a request has failed.")]
-StopAtEos = Annotated[bool, typer.Option("--stop-at-eos", help="Let answers end by themselves (no ignore_eos in the body).")]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="table|json", help="Form of the report.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the report as JSON to this file too.")]
 Deployment = Annotated[str, typer.Option("--name", help="Which deployment of this machine, for --rpc; the only one when not given.")]
@@ -66,58 +52,78 @@ Deployment = Annotated[str, typer.Option("--name", help="Which deployment of thi
 MakeTarget = Callable[[Callable[[], float]], "LoadTarget"]
 
 
+class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to send, when, and what to count."""
+
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", "-c", min=1, help="Requests in flight; with a rate or trace, at most.")
+    ] = None
+    rate: Annotated[float | None, typer.Option("--rate", "-r", help="Requests a second, sent whatever becomes of them (open loop).")] = None
+    burstiness: Annotated[float, typer.Option("--burstiness", help="1 = Poisson arrivals, less comes in bursts, more is steadier.")] = 1.0
+    requests: Annotated[
+        int | None, typer.Option("--requests", "-n", min=1, help="How many; 100 unless there is a duration or a trace.")
+    ] = None
+    duration: Annotated[float | None, typer.Option("--duration", "-d", help="Send for so many seconds.")] = None
+    input_len: InputLen = ""
+    output_len: Annotated[str, typer.Option("--output-len", metavar="N|A:B", help="Tokens of an answer, 128 unless given.")] = ""
+    trace: Annotated[Path | None, typer.Option("--trace", help="Replay a .jsonl or .jsonl.gz of timestamps and lengths.")] = None
+    speed: Annotated[float, typer.Option("--speed", help="Replay a trace so many times as fast.")] = 1.0
+    spread: Annotated[float | None, typer.Option("--spread", help="Seconds over which equal timestamps of a trace are spread.")] = None
+    max_len: Annotated[
+        int | None, typer.Option("--max-len", min=2, help="Cut requests to this context; the served model's unless given.")
+    ] = None
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Arrivals, lengths and prompts are the same for the same seed.")] = 0
+    chat: Annotated[bool, typer.Option("--chat", help="Ask the chat endpoint; prompts are words.")] = False
+    words: Annotated[bool, typer.Option("--text", help="Send prompts as words instead of token ids.")] = False
+    temperature: Temperature = 0.0
+    stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let answers end by themselves (no ignore_eos in the body).")] = False
+    slo: Slo = None
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Requests sent before, which do not count.")] = 0
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which a request has failed.")] = 600.0
+
+
+@with_option_structs
 def bench(
     context: typer.Context,
     url: Url = DEFAULT_URL,
     rpc: Rpc = False,
     name: Deployment = "",
     model: Model = "",
-    concurrency: Concurrency = None,
-    rate: Rate = None,
-    burstiness: Burstiness = 1.0,
-    requests: Requests = None,
-    duration: Duration = None,
-    input_len: InputLen = "",
-    output_len: OutputLen = "",
-    trace: Trace = None,
-    speed: Speed = 1.0,
-    spread: Spread = None,
-    max_len: MaxLen = None,
-    seed: Seed = 0,
-    chat: Chat = False,
-    words: Words = False,
-    temperature: Temperature = 0.0,
-    stop_at_eos: StopAtEos = False,
-    slo: Slo = None,
-    warmup: Warmup = 0,
-    timeout: Timeout = 600.0,
+    *,
+    load: LoadOptions,
     form: Output = "table",
     out: Out = None,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Put load on a deployment, or on any OpenAI endpoint, and measure it."""
-    from orchestrator.loadgen.settings import LoadSettings, check, objectives
-
     if form not in ("table", "json"):
         raise Rejected(f"-o {form} is not a form", hint="use table or json")
-    if rpc and chat:
+    if rpc and load.chat:
         raise Rejected("--chat is asked over HTTP", hint="leave out --rpc or --chat")
-    settings = LoadSettings(
-        target=f"rpc {name}".strip() if rpc else url, model=model, endpoint="chat" if chat else "completions",
-        concurrency=concurrency or (CLOSED if rate is None and trace is None else OPEN), rate=rate, burstiness=burstiness,
-        requests=requests or (REQUESTS if duration is None and trace is None else None), duration_s=duration, input_len=input_len,
-        output_len=output_len, trace=str(trace or ""), speed=speed, spread_s=spread, max_len=max_len, seed=seed, words=words or chat,
-        full=not stop_at_eos, temperature=temperature, warmup=warmup, timeout_s=timeout, objectives=objectives(slo or []),
-    )  # fmt: skip
-    check(settings)
+    settings = settings_of(load, f"rpc {name}".strip() if rpc else url, model)
     settings = measured_against(settings, url, rpc, name, run_dir)
     run(context.obj, settings, target_of(settings, url, rpc, name, run_dir), form, out)
 
 
+def settings_of(load: LoadOptions, target: str, model: str) -> LoadSettings:
+    """The settings that the flags mean. Raises Rejected on flags that exclude each other or mean nothing."""
+    from orchestrator.loadgen.settings import LoadSettings, check, objectives
+
+    open_loop, endless = load.rate is not None or load.trace is not None, load.duration is None and load.trace is None
+    settings = LoadSettings(
+        target=target, model=model, endpoint="chat" if load.chat else "completions",
+        concurrency=load.concurrency or (OPEN if open_loop else CLOSED), rate=load.rate, burstiness=load.burstiness,
+        requests=load.requests or (REQUESTS if endless else None), duration_s=load.duration, input_len=load.input_len,
+        output_len=load.output_len, trace=str(load.trace or ""), speed=load.speed, spread_s=load.spread, max_len=load.max_len,
+        seed=load.seed, words=load.words or load.chat, full=not load.stop_at_eos, temperature=load.temperature, warmup=load.warmup,
+        timeout_s=load.timeout, objectives=objectives(load.slo or []),
+    )  # fmt: skip
+    check(settings)
+    return settings
+
+
 def measured_against(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: str) -> LoadSettings:
     """The settings with the name and the context length of the served model, as far as the endpoint gives them. Raises NotFound."""
-    from msgspec.structs import replace
-
     with closing(open_backend(url, rpc, name, run_dir)) as backend:
         try:
             card = backend.card(settings.model)
@@ -128,7 +134,7 @@ def measured_against(settings: LoadSettings, url: str, rpc: bool, name: str, run
     context = card.get("max_model_len")
     slack = SLACK_TOKENS if settings.words else 0
     limit = settings.max_len or (context - slack if context and context > 2 * slack else context)
-    return replace(settings, model=settings.model or card["id"], max_len=limit)
+    return msgspec.structs.replace(settings, model=settings.model or card["id"], max_len=limit)
 
 
 def target_of(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: str) -> MakeTarget:

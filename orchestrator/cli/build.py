@@ -5,52 +5,48 @@ Owns what people see of a build. The work, and every refusal, belongs to `worker
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
+from msgspec.structs import asdict
 
 from orchestrator.cli.console import Console, size
+from orchestrator.cli.option_structs import with_option_structs
 from orchestrator.cli.options import CacheDir, cache_folder
 
 
-def with_build_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with a flag for every option that `workers.engines.trtllm.build_options` knows; they arrive as ``given``, by name."""
+def build_flags() -> type[msgspec.Struct]:
+    """A struct with a flag for every option that `workers.engines.trtllm.build_options` knows."""
     from workers.engines.trtllm.build_options import options
 
-    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "given"]
-    flags = []
+    fields: list[tuple[str, Any, None]] = []
     for option in options():
-        shown = "|".join(map(str, option.choices)) or None
         text = option.text if option.kind is bool or not option.default else f"{option.text} (default {option.default})"
-        flag = typer.Option(option.flag, metavar=shown, help=text, rich_help_panel="Options of trtllm-build")
-        kind = Annotated[option.kind | None, flag]  # type: ignore[name-defined]
-        flags.append(inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-
-    def wrapped(**values: Any) -> None:
-        command(**{each.name: values.pop(each.name) for each in own}, given=values)
-
-    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {each.name: each.annotation for each in (*keyword, *flags)}
-    return wrapped
+        choices = "|".join(map(str, option.choices)) or None
+        flag = typer.Option(option.flag, metavar=choices, help=text, rich_help_panel="Options of trtllm-build")
+        fields.append((option.name, Annotated[option.kind | None, flag], None))
+    return msgspec.defstruct("BuildFlags", fields, frozen=True, kw_only=True)
 
 
-@with_build_options
+BuildFlags = build_flags()
+
+
+@with_option_structs
 def build(
     context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A folder that `trireme convert --for-trtllm` wrote.")],
-    given: dict[str, Any],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; the catalogue's own when not given.")] = None,
     name: Annotated[str, typer.Option("--name", help="What the model is called in the catalogue; the checkpoint's folder name.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print the command; needs no GPU.")] = False,
     cache_dir: CacheDir = None,
+    *,
+    flags: BuildFlags,  # type: ignore[valid-type]
 ) -> None:
     """Build TensorRT-LLM engines from a checkpoint; the same build a second time is found, not made.
 
@@ -61,7 +57,7 @@ def build(
     from workers.engines.trtllm.build_options import from_flags
 
     console: Console = context.obj
-    options, path = from_flags(given), os.environ.get("PATH", os.defpath)
+    options, path = from_flags(asdict(flags)), os.environ.get("PATH", os.defpath)
     model = name or checkpoint.absolute().name
     if dry_run:
         found = building.open_checkpoint(checkpoint)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from msgspec.structs import asdict
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.deployment_options import CacheDir, Launcher, Name, Port, Routers, RunDir
+from orchestrator.cli.deployment_options import Launcher, LocationOptions, Port, Routers
+from orchestrator.cli.option_structs import with_option_structs
 from workers.protocol.errors import ReplicaLost
 
 if TYPE_CHECKING:
@@ -19,16 +21,16 @@ if TYPE_CHECKING:
 POLL_S = 0.3
 
 
+@with_option_structs
 def update(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The deployment file, changed.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the moves and change nothing.")] = False,
+    *,
     port: Port = None,
     routers: Routers = None,
     launcher: Launcher = None,
-    name: Name = None,
-    run_dir: RunDir = None,
-    cache_dir: CacheDir = None,
+    location: LocationOptions,
 ) -> None:
     """Bring a running deployment to a changed file, one replica at a time, without a failed request. Flags as they were given to `up`."""
     from orchestrator.config import deployment_file as configs
@@ -36,7 +38,7 @@ def update(
     from orchestrator.control.host import update as updates
 
     console: Console = context.obj
-    flags = {"port": port, "routers": routers, "launcher": launcher, "name": name, "run_dir": run_dir, "cache_dir": cache_dir}
+    flags = asdict(location) | {"port": port, "routers": routers, "launcher": launcher}
     resolved = configs.load(file, flags=flags, env=os.environ)
     control = deployment.connect(resolved.config.name, resolved.config.run_dir)
     control.status()  # before anything is fetched: it must run
