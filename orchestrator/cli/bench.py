@@ -26,7 +26,7 @@ from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.loadgen.runner import LoadRun
-    from orchestrator.loadgen.schedule import Cutter
+    from orchestrator.loadgen.schedule import ContextLimit
     from orchestrator.loadgen.settings import LoadSettings
     from orchestrator.loadgen.stats import Summary
     from orchestrator.loadgen.target import LoadTarget
@@ -158,15 +158,15 @@ def run(console: Console, settings: LoadSettings, make: MakeTarget, form: str, o
     import uvloop
 
     from orchestrator.cli import bench_report
-    from orchestrator.loadgen.schedule import Cutter
+    from orchestrator.loadgen.schedule import ContextLimit
 
     console.say(bench_report.describe(settings))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    date, cutter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Cutter(settings.max_len)
+    date, context_limit = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), ContextLimit(settings.max_len)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        summary, interrupted = runner.run(_measure(console, settings, make, cutter, read_lines(settings.trace)))
-    report = bench_report.BenchReport.of(date, settings, summary, cutter, interrupted)
+        summary, interrupted = runner.run(_measure(console, settings, make, context_limit, read_lines(settings.trace)))
+    report = bench_report.BenchReport.of(date, settings, summary, context_limit, interrupted)
     if out is not None:
         bench_report.write(out, report)
     console.out(bench_report.as_json(report) if form == "json" else bench_report.render(report))
@@ -177,7 +177,7 @@ def run(console: Console, settings: LoadSettings, make: MakeTarget, form: str, o
 
 
 async def _measure(
-    console: Console, settings: LoadSettings, make: MakeTarget, cutter: Cutter, lines: Iterator[bytes]
+    console: Console, settings: LoadSettings, make: MakeTarget, context_limit: ContextLimit, lines: Iterator[bytes]
 ) -> tuple[Summary, bool]:
     """(the summary, whether Ctrl-C ended the run)."""
     from orchestrator.loadgen.runner import LoadRun, RunOptions, clock
@@ -186,7 +186,7 @@ async def _measure(
 
     def options(seed: int) -> RunOptions:
         return RunOptions(
-            concurrency=settings.concurrency, seed=seed, timeout_s=settings.timeout_s, words=settings.words, full=settings.full,
+            concurrency=settings.concurrency, seed=seed, timeout_s=settings.timeout_s, words=settings.words, ignore_eos=settings.full,
             temperature=settings.temperature, duration_s=settings.duration_s if seed == settings.seed else None,
         )  # fmt: skip
 
@@ -196,12 +196,12 @@ async def _measure(
             # Other prompts than the run's, which must not find its own in a cache.
             warm = LoadRun(target, warmup(settings), options(settings.seed + 1), RunStats())
             if await _until_end(console, "warm-up", warm, settings.warmup, timed=False):
-                return warm.tally.summary(0.0), True
-        load = LoadRun(target, plan(settings, cutter, lines), options(settings.seed), RunStats(settings.objectives))
+                return warm.stats.summary(0.0), True
+        load = LoadRun(target, plan(settings, context_limit, lines), options(settings.seed), RunStats(settings.objectives))
         spent = time.process_time()
         total = settings.requests or int(settings.duration_s or 0)
         interrupted = await _until_end(console, "load", load, total, timed=settings.requests is None and settings.duration_s is not None)
-        return load.tally.summary(time.process_time() - spent), interrupted
+        return load.stats.summary(time.process_time() - spent), interrupted
     finally:
         await target.close()
 
@@ -225,7 +225,7 @@ async def _until_end(console: Console, phase: str, load: LoadRun, total: int, *,
             over = False
             while not over:
                 over = bool((await asyncio.wait({running}, timeout=TICK_S))[0])
-                progress(phase, min(int(load.elapsed), total) if timed else load.tally.over, total)
+                progress(phase, min(int(load.elapsed), total) if timed else load.stats.over, total)
         await running
     finally:
         loop.remove_signal_handler(signal.SIGINT)

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.cli.console import table
-from orchestrator.loadgen.schedule import Cutter
+from orchestrator.loadgen.schedule import ContextLimit
 from orchestrator.loadgen.settings import LoadSettings
-from orchestrator.loadgen.stats import METRICS, Spread, Summary
+from orchestrator.loadgen.stats import METRICS, Percentiles, Summary
 from workers import __version__
 from workers.protocol.errors import EnvironmentFault
 
@@ -37,8 +37,10 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     interrupted: bool
 
     @classmethod
-    def of(cls, date: str, settings: LoadSettings, summary: Summary, cutter: Cutter, interrupted: bool) -> BenchReport:
-        cut = PromptCuts(requests=cutter.requests, input_tokens=cutter.input_tokens, output_tokens=cutter.output_tokens)
+    def of(cls, date: str, settings: LoadSettings, summary: Summary, context_limit: ContextLimit, interrupted: bool) -> BenchReport:
+        cut = PromptCuts(
+            requests=context_limit.requests, input_tokens=context_limit.input_tokens, output_tokens=context_limit.output_tokens
+        )
         return cls(date=date, version=__version__, settings=settings, summary=summary, cut=cut, interrupted=interrupted)
 
 
@@ -108,6 +110,6 @@ def doubts(report: BenchReport) -> list[str]:
     return found
 
 
-def _row(spread: Spread) -> list[str]:
+def _row(spread: Percentiles) -> list[str]:
     values = (spread.mean, spread.p50, spread.p90, spread.p95, spread.p99, spread.max)
     return [f"{value:.2f}" if spread.count else "-" for value in values]

@@ -1,1 +1,1 @@
-"""A load generator for OpenAI endpoints and for the RPC door: what `trireme bench` runs."""
+"""A load generator for OpenAI endpoints and for RPC servers: what `trireme bench` runs."""

@@ -54,11 +54,11 @@ class _Event(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Event).decode
 
 
-class _Reading:
-    """One answer as it comes."""
+class _ResponseReader:
+    """Reads one answer as it arrives and records its times."""
 
-    def __init__(self, flight: RequestSample, clock: Callable[[], float]) -> None:
-        self.flight, self.clock = flight, clock
+    def __init__(self, sample: RequestSample, clock: Callable[[], float]) -> None:
+        self.sample, self.clock = sample, clock
         self.status = 0
         self.events = False
         self.begun = self.finished = False
@@ -92,12 +92,12 @@ class _Reading:
             self.error = _error(event.error, 200)
         for choice in event.choices:
             if choice.text or (choice.delta is not None and (choice.delta.content or choice.delta.reasoning_content)):
-                self.flight.piece(now)
+                self.sample.piece(now)
                 break
         if event.usage is not None:
             details = event.usage.prompt_tokens_details
             cached = (details.cached_tokens if details is not None else None) or 0
-            self.flight.counted(event.usage.prompt_tokens, event.usage.completion_tokens, cached)
+            self.sample.counted(event.usage.prompt_tokens, event.usage.completion_tokens, cached)
 
     def check(self) -> None:
         """Raises what went wrong, once the answer has ended."""
@@ -109,8 +109,8 @@ class _Reading:
             raise EngineFault("the answer is no stream of events", "", "is this an OpenAI endpoint?", code="not_a_stream")
         if not self.finished:
             raise EngineFault("the stream ended without its last line", code="broken_answer")
-        if not self.flight.pieces:  # tokens without any text: the end is all that there is to time
-            self.flight.piece(self.clock())
+        if not self.sample.pieces:  # tokens without any text: the end is all that there is to time
+            self.sample.piece(self.clock())
 
 
 class _Connection(asyncio.Protocol):
@@ -119,12 +119,12 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
-        self._reading: _Reading | None = None
+        self._reading: _ResponseReader | None = None
         self._ended: asyncio.Future[None] | None = None
         self.open = False
         self.used = False
 
-    async def exchange(self, head: bytes, reading: _Reading) -> None:
+    async def exchange(self, head: bytes, reading: _ResponseReader) -> None:
         """Send a request and wait for the end of its answer. Raises EnvironmentFault when the connection breaks."""
         assert self._transport is not None
         self._reading, self._parser = reading, httptools.HttpResponseParser(self)
@@ -205,16 +205,16 @@ class HttpTarget:
         ).encode()
         self._idle: list[_Connection] = []
 
-    async def ask(self, wanted: TargetRequest, flight: RequestSample) -> None:
-        body = self._body(wanted)
-        request = self._head + b"%d\r\n\r\n" % len(body) + body
+    async def send(self, request: TargetRequest, sample: RequestSample) -> None:
+        body = self._body(request)
+        data = self._head + b"%d\r\n\r\n" % len(body) + body
         while True:
             connection = await self._connection()
-            reading = _Reading(flight, self._clock)
+            reading = _ResponseReader(sample, self._clock)
             stale = connection.used
-            flight.sent(self._clock())
+            sample.sent(self._clock())
             try:
-                await connection.exchange(request, reading)
+                await connection.exchange(data, reading)
             except EnvironmentFault:
                 if stale and not reading.begun:
                     continue  # a kept connection that the server had closed: not this request's fault
@@ -241,15 +241,15 @@ class HttpTarget:
             raise EnvironmentFault(f"{self._host}:{self._port} cannot be reached", why, code="connection") from None
         return made
 
-    def _body(self, wanted: TargetRequest) -> bytes:
+    def _body(self, request: TargetRequest) -> bytes:
         fields: dict[str, Any] = {"model": self._model}
         if self._endpoint == "chat":
-            fields["messages"] = [{"role": "user", "content": wanted.prompt}]
+            fields["messages"] = [{"role": "user", "content": request.prompt}]
         else:
-            fields["prompt"] = wanted.prompt
-        fields |= {"max_tokens": wanted.output, "temperature": wanted.temperature, "seed": wanted.seed, "stream": True}
+            fields["prompt"] = request.prompt
+        fields |= {"max_tokens": request.output, "temperature": request.temperature, "seed": request.seed, "stream": True}
         fields["stream_options"] = {"include_usage": True}
-        if wanted.full:
+        if request.ignore_eos:
             fields["ignore_eos"] = True
         return msgspec.json.encode(fields)
 

@@ -1,4 +1,4 @@
-"""What the planned requests say: made from seeds, so that every run of the same settings asks the same. Pure.
+"""The prompts of planned requests, made from seeds, so that every run of the same settings asks the same. Pure.
 
 Tokens are counted noise: position i of block b is a hash of (seed, b, i), so that a block is the same wherever a trace shows its id.
 """
@@ -36,15 +36,15 @@ def text(planned: PlannedRequest, seed: int) -> str:
 
 def _noise(planned: PlannedRequest, seed: int) -> npt.NDArray[np.uint64]:
     """64 random bits a position."""
-    places = np.arange(planned.input, dtype=np.uint64)
+    positions = np.arange(planned.input, dtype=np.uint64)
     size = np.uint64(BLOCK)
     if planned.blocks:
         ids = np.array(planned.blocks, dtype=np.int64).astype(np.uint64)
-        blocks = ids[np.minimum(places // size, np.uint64(len(ids) - 1)).astype(np.int64)]
+        blocks = ids[np.minimum(positions // size, np.uint64(len(ids) - 1)).astype(np.int64)]
     else:
         blocks = np.full(planned.input, _OWN | np.uint64(planned.index), dtype=np.uint64)
     # Positions count through the whole prompt: where a trace lists fewer blocks than the prompt has, the last one still does not repeat.
-    return _mix(_mix(blocks ^ _mix(np.full(1, seed % 2**64, dtype=np.uint64))) + places)
+    return _mix(_mix(blocks ^ _mix(np.full(1, seed % 2**64, dtype=np.uint64))) + positions)
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

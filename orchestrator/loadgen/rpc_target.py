@@ -1,4 +1,4 @@
-"""The RPC door as a target. Owns one client, whose streams share its connection as any program's would."""
+"""The routers' RPC servers as a target. Owns one client, whose streams share its connection as any program's would."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ class RpcTarget:
         self._client = AsyncClient(routers, model=model, keys=keys)
         self._clock = clock
 
-    async def ask(self, wanted: TargetRequest, flight: RequestSample) -> None:
-        options: dict[str, Any] = {"max_tokens": wanted.output, "temperature": wanted.temperature, "seed": wanted.seed}
-        if wanted.full:
+    async def send(self, request: TargetRequest, sample: RequestSample) -> None:
+        options: dict[str, Any] = {"max_tokens": request.output, "temperature": request.temperature, "seed": request.seed}
+        if request.ignore_eos:
             options["ignore_eos"] = True
-        flight.sent(self._clock())
-        call = self._client.complete(wanted.prompt, texts=False, **options)
+        sample.sent(self._clock())
+        call = self._client.complete(request.prompt, texts=False, **options)
         try:
             async for piece in call.stream():
                 if piece.tokens:
-                    flight.piece(self._clock())
+                    sample.piece(self._clock())
         finally:
             call.cancel()
         reply = await call.result()
         usage = reply.choices[0].usage
-        flight.counted(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
-        if not flight.pieces:
-            flight.piece(self._clock())
+        sample.counted(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
+        if not sample.pieces:
+            sample.piece(self._clock())
 
     async def close(self) -> None:
         self._client.close()

@@ -1,4 +1,4 @@
-"""Sends planned requests to a target, in an open or a closed loop, and keeps the tally.
+"""Sends planned requests to a target, in an open or a closed loop, and counts what becomes of them.
 
 Owns the tasks in flight and the timers. Open loop: a request's clock starts when it was to be sent, whether or not there was room or this
 process was awake. Never more than ``concurrency`` requests are in flight, so memory is bounded whatever the server does.
@@ -20,8 +20,8 @@ from orchestrator.loadgen.target import LoadTarget, TargetRequest
 from workers.protocol.errors import TriremeError
 
 clock = time.perf_counter
-#: The generator looks this often whether its own timers come late, seconds.
-_LOOK_S = 0.02
+#: How often the generator measures by how much its own timers come late, seconds.
+_LATENESS_CHECK_S = 0.02
 
 
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,17 +32,17 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float
     duration_s: float | None = None
     words: bool = False
-    full: bool = True
+    ignore_eos: bool = True
     temperature: float = 0.0
 
 
 class LoadRun:
     """One run. ``plan`` ends it; requests with a time make it an open loop, those without one a closed loop."""
 
-    def __init__(self, target: LoadTarget, plan: Iterator[PlannedRequest], options: RunOptions, tally: RunStats) -> None:
-        self._target, self._plan, self._options, self.tally = target, plan, options, tally
+    def __init__(self, target: LoadTarget, plan: Iterator[PlannedRequest], options: RunOptions, stats: RunStats) -> None:
+        self._target, self._plan, self._options, self.stats = target, plan, options, stats
         self._tasks: set[asyncio.Task[None]] = set()
-        self._room = asyncio.Semaphore(options.concurrency)
+        self._free_slots = asyncio.Semaphore(options.concurrency)
         self._stopped = asyncio.Event()
         self._defect: BaseException | None = None
         self._started = 0.0
@@ -58,20 +58,20 @@ class LoadRun:
             task.cancel()
 
     async def run(self) -> None:
-        """Until all has ended. Failures of requests are in the tally; raises what is no failure of theirs."""
+        """Send all requests and wait until each has ended. Failures of requests are counted in the stats; raises any other error."""
         self._started = clock()
-        lateness = asyncio.create_task(self._watch())
+        lateness = asyncio.create_task(self._measure_lateness())
         try:
             for planned in self._plan:
-                wanted = self._wanted(planned)
+                request = self._request(planned)
                 if planned.at is None:
-                    await self._room.acquire()
+                    await self._free_slots.acquire()
                 if not await self._due(planned):
                     break
                 if planned.at is not None:
-                    await self._room.acquire()
+                    await self._free_slots.acquire()
                 intended = clock() if planned.at is None else self._started + planned.at
-                task = asyncio.create_task(self._one(planned, wanted, intended))
+                task = asyncio.create_task(self._one(planned, request, intended))
                 self._tasks.add(task)
                 task.add_done_callback(self._ended)
             while self._tasks:
@@ -84,13 +84,13 @@ class LoadRun:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._room.release()
+        self._free_slots.release()
         if not task.cancelled() and (defect := task.exception()) is not None:
             self._defect = defect
             self.stop()
 
     async def _due(self, planned: PlannedRequest) -> bool:
-        """Wait for a request's time; False when the run ends before. What was due in time is sent, however late it has become."""
+        """Wait until a request is due; False when the run ends before. What was due before the end is sent, however late it is."""
         limit = self._options.duration_s
         if limit is not None and (self.elapsed if planned.at is None else planned.at) >= limit:
             return False
@@ -102,29 +102,31 @@ class LoadRun:
             await asyncio.sleep(0)
         return not self._stopped.is_set()
 
-    async def _one(self, planned: PlannedRequest, wanted: TargetRequest, intended: float) -> None:
-        tally, flight = self.tally, RequestSample(intended, planned.input)
-        tally.begin(intended)
+    async def _one(self, planned: PlannedRequest, request: TargetRequest, intended: float) -> None:
+        stats, sample = self.stats, RequestSample(intended, planned.input)
+        stats.begin(intended)
         try:
             async with asyncio.timeout(self._options.timeout_s):
-                await self._target.ask(wanted, flight)
+                await self._target.send(request, sample)
         except TimeoutError:
-            tally.fail("timeout", f"no end within {self._options.timeout_s:g} s", clock())
+            stats.fail("timeout", f"no end within {self._options.timeout_s:g} s", clock())
         except TriremeError as error:
-            tally.fail(error.code, str(error), clock())
+            stats.fail(error.code, str(error), clock())
         except asyncio.CancelledError:
-            tally.abandon(clock())
+            stats.abandon(clock())
         else:
-            tally.done(flight)
+            stats.done(sample)
 
-    def _wanted(self, planned: PlannedRequest) -> TargetRequest:
+    def _request(self, planned: PlannedRequest) -> TargetRequest:
         options = self._options
         make: Callable[[PlannedRequest, int], str | list[int]] = prompts.text if options.words else prompts.token_ids
         prompt = make(planned, options.seed)
-        return TargetRequest(prompt=prompt, output=planned.output, seed=planned.index, full=options.full, temperature=options.temperature)
+        return TargetRequest(
+            prompt=prompt, output=planned.output, seed=planned.index, ignore_eos=options.ignore_eos, temperature=options.temperature
+        )
 
-    async def _watch(self) -> None:
+    async def _measure_lateness(self) -> None:
         while True:
-            due = clock() + _LOOK_S
-            await asyncio.sleep(_LOOK_S)
-            self.tally.late.add(max(0.0, clock() - due))
+            due = clock() + _LATENESS_CHECK_S
+            await asyncio.sleep(_LATENESS_CHECK_S)
+            self.stats.lateness.add(max(0.0, clock() - due))

@@ -17,8 +17,8 @@ from workers.protocol.errors import Rejected
 BLOCK = 512
 #: Mooncake's traces round arrivals to this, seconds.
 QUANTUM_S = 3.0
-#: Records looked at to tell whether a trace's arrivals are rounded.
-_LOOK = 256
+#: Records that decide whether a trace's arrivals are rounded.
+_ROUNDING_SAMPLE = 256
 _CHUNK = 1024
 
 
@@ -52,7 +52,7 @@ class TraceRecord(msgspec.Struct, frozen=True, kw_only=True):
     hash_ids: list[int] | None = None
 
 
-class Cutter:
+class ContextLimit:
     """Fits lengths to a context of ``limit`` tokens (None = any), and counts what it took away."""
 
     def __init__(self, limit: int | None) -> None:
@@ -65,12 +65,12 @@ class Cutter:
         """The answer keeps up to half of the context, the prompt the rest of it."""
         if self._limit is None or input + output <= self._limit:
             return input, output
-        kept = min(output, max(self._limit // 2, self._limit - input))
-        held = min(input, self._limit - kept)
+        output_kept = min(output, max(self._limit // 2, self._limit - input))
+        input_kept = min(input, self._limit - output_kept)
         self.requests += 1
-        self.input_tokens += input - held
-        self.output_tokens += output - kept
-        return held, kept
+        self.input_tokens += input - input_kept
+        self.output_tokens += output - output_kept
+        return input_kept, output_kept
 
 
 def arrivals(rate: float, burstiness: float, seed: int) -> Iterator[float]:
@@ -84,22 +84,24 @@ def arrivals(rate: float, burstiness: float, seed: int) -> Iterator[float]:
             yield now
 
 
-def synthetic(input: Range, output: Range, cutter: Cutter, seed: int, times: Iterable[float] | None = None) -> Iterator[PlannedRequest]:
+def synthetic(
+    input: Range, output: Range, context_limit: ContextLimit, seed: int, times: Iterable[float] | None = None
+) -> Iterator[PlannedRequest]:
     """Requests of drawn lengths without end; ``times`` None: each as soon as there is room."""
     generator = np.random.default_rng([seed, 2])
     clock: Iterator[float | None] = iter(times) if times is not None else iter(lambda: None, 0)
     for index, at in enumerate(clock):
-        held, kept = cutter.fit(input.draw(generator), output.draw(generator))
-        yield PlannedRequest(index=index, input=held, output=kept, at=at)
+        input_kept, output_kept = context_limit.fit(input.draw(generator), output.draw(generator))
+        yield PlannedRequest(index=index, input=input_kept, output=output_kept, at=at)
 
 
 def replayed(
-    records: Iterable[TraceRecord], cutter: Cutter, seed: int, *, speed: float = 1.0, spread_s: float | None = None
+    records: Iterable[TraceRecord], context_limit: ContextLimit, seed: int, *, speed: float = 1.0, spread_s: float | None = None
 ) -> Iterator[PlannedRequest]:
     """A trace's requests, ``speed`` times as fast. ``spread_s``: how far requests of one timestamp are spread, uniformly; None = by
     :data:`QUANTUM_S` where the trace is rounded. Raises Rejected where timestamps go back."""
     stream = iter(records)
-    seen = list(islice(stream, _LOOK))
+    seen = list(islice(stream, _ROUNDING_SAMPLE))
     if not seen:
         raise Rejected("the trace is empty")
     width = spread_s if spread_s is not None else QUANTUM_S if _rounded(seen) else 0.0
@@ -110,9 +112,9 @@ def replayed(
         offsets = np.sort(generator.uniform(0.0, width, len(group))) if width else np.zeros(len(group))
         for record, offset in zip(group, offsets, strict=True):
             last = max(last, start + float(offset))
-            held, kept = cutter.fit(record.input_length, record.output_length)
-            blocks = tuple(record.hash_ids or ())[: -(-held // BLOCK)]
-            yield PlannedRequest(index=index, input=held, output=kept, at=last / speed, blocks=blocks)
+            input_kept, output_kept = context_limit.fit(record.input_length, record.output_length)
+            blocks = tuple(record.hash_ids or ())[: -(-input_kept // BLOCK)]
+            yield PlannedRequest(index=index, input=input_kept, output=output_kept, at=last / speed, blocks=blocks)
             index += 1
 
 

@@ -1,4 +1,4 @@
-"""What a run is asked for, checked, and the requests that follow from it. Pure.
+"""The settings of a run, checked, and the requests that follow from them. Pure.
 
 Owns what the flags of `trireme bench` mean. The same settings, with the same trace, plan the same requests.
 """
@@ -10,12 +10,12 @@ from itertools import islice
 
 import msgspec
 
-from orchestrator.loadgen.schedule import Cutter, PlannedRequest, Range, arrivals, records, replayed, synthetic
+from orchestrator.loadgen.schedule import ContextLimit, PlannedRequest, Range, arrivals, records, replayed, synthetic
 from orchestrator.loadgen.stats import METRICS
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import ApiEndpoint
 
-#: Lengths of requests that are not told how long to be, tokens.
+#: Lengths of requests without --input-len and --output-len, tokens.
 INPUT, OUTPUT = "512", "128"
 
 
@@ -83,22 +83,22 @@ def objectives(slo: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def plan(settings: LoadSettings, cutter: Cutter, lines: Iterable[bytes]) -> Iterator[PlannedRequest]:
+def plan(settings: LoadSettings, context_limit: ContextLimit, lines: Iterable[bytes]) -> Iterator[PlannedRequest]:
     """The run's requests. ``lines``: the trace's. Raises Rejected, for a trace also while it is read."""
     if settings.trace:
         stream = records(lines, settings.trace)
-        found = replayed(stream, cutter, settings.seed, speed=settings.speed, spread_s=settings.spread_s)
+        found = replayed(stream, context_limit, settings.seed, speed=settings.speed, spread_s=settings.spread_s)
     else:
         input, output = _lengths(settings)
         times = arrivals(settings.rate, settings.burstiness, settings.seed) if settings.rate is not None else None
-        found = synthetic(input, output, cutter, settings.seed, times)
+        found = synthetic(input, output, context_limit, settings.seed, times)
     return islice(found, settings.requests)
 
 
 def warmup(settings: LoadSettings) -> Iterator[PlannedRequest]:
     """Requests of their own before the run, in a closed loop."""
     input, output = _lengths(settings)
-    return islice(synthetic(input, output, Cutter(settings.max_len), settings.seed), settings.warmup)
+    return islice(synthetic(input, output, ContextLimit(settings.max_len), settings.seed), settings.warmup)
 
 
 def _lengths(settings: LoadSettings) -> tuple[Range, Range]:

@@ -1,6 +1,6 @@
-"""What a run came to: latencies in histograms of a fixed size, counts, and the sums over them. Pure.
+"""The results of a run: latencies in histograms of a fixed size, counts, and the sums over them. Pure.
 
-Owns the definition of every figure. All times are seconds inside and milliseconds in the summary. Latencies count from when a request was
+Owns the definition of every metric. All times are seconds inside and milliseconds in the summary. Latencies count from when a request was
 meant to be sent, so that a generator that falls behind makes them longer and not fewer.
 """
 
@@ -20,7 +20,7 @@ _LOG = math.log(_GROWTH)
 _FLOOR = 1e-6
 #: Buckets reach from there to 28 hours.
 _BUCKETS = 2552
-#: Kinds of errors that are told apart.
+#: Kinds of errors that are counted apart.
 _MAX_CODES = 32
 Metric = str
 METRICS: Mapping[Metric, str] = {
@@ -32,8 +32,8 @@ METRICS: Mapping[Metric, str] = {
 }
 
 
-class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """Percentiles of one figure, ms."""
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Percentiles of one metric, ms."""
 
     count: int
     mean: float
@@ -71,12 +71,12 @@ class LatencyHistogram:
                 return min(max(middle, self._min), self._max)
         return 0.0
 
-    def spread(self) -> Spread:
+    def percentiles(self) -> Percentiles:
         if not self.count:
-            return Spread(count=0, mean=0.0, min=0.0, p50=0.0, p90=0.0, p95=0.0, p99=0.0, max=0.0)
+            return Percentiles(count=0, mean=0.0, min=0.0, p50=0.0, p90=0.0, p95=0.0, p99=0.0, max=0.0)
         p50, p90, p95, p99 = (_ms(self.quantile(share)) for share in (0.5, 0.9, 0.95, 0.99))
         mean = _ms(self._sum / self.count)
-        return Spread(count=self.count, mean=mean, min=_ms(self._min), p50=p50, p90=p90, p95=p95, p99=p99, max=_ms(self._max))
+        return Percentiles(count=self.count, mean=mean, min=_ms(self._min), p50=p50, p90=p90, p95=p95, p99=p99, max=_ms(self._max))
 
 
 class RequestSample:
@@ -104,7 +104,7 @@ class RequestSample:
     def counted(self, prompt: int, output: int, cached: int = 0) -> None:
         self.prompt_tokens, self.output_tokens, self.cached_tokens = prompt, output, cached
 
-    def figures(self) -> dict[Metric, float]:
+    def metrics(self) -> dict[Metric, float]:
         """``itl`` apart, which has many. One token has no time per further token: 0."""
         tokens = self.output_tokens or self.pieces
         per_token = (self.last - self.first) / (tokens - 1) if tokens > 1 else 0.0
@@ -135,7 +135,7 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
 class GeneratorLoad(msgspec.Struct, frozen=True, kw_only=True):
     """How busy the generator itself was. ``late``: by how much its own timers came late, ms; ``cpu``: cores that it used."""
 
-    late: Spread
+    late: Percentiles
     cpu: float
     peak_in_flight: int
 
@@ -156,7 +156,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     output_tokens: int
     uncounted: int
-    latency_ms: dict[str, Spread]
+    latency_ms: dict[str, Percentiles]
     errors: dict[str, Failures]
     goodput: Goodput | None
     client: GeneratorLoad
@@ -167,8 +167,8 @@ class RunStats:
 
     def __init__(self, objectives: Mapping[Metric, float] | None = None) -> None:
         self._objectives = dict(objectives or {})
-        self._spreads = {name: LatencyHistogram() for name in METRICS}
-        self.late = LatencyHistogram()
+        self._histograms = {name: LatencyHistogram() for name in METRICS}
+        self.lateness = LatencyHistogram()
         self._errors: dict[str, tuple[int, str]] = {}
         self.sent = self.succeeded = self.failed = self.abandoned = 0
         self.peak = 0
@@ -189,20 +189,20 @@ class RunStats:
         self._begun = min(self._begun, intended)
         self.peak = max(self.peak, self.in_flight)
 
-    def done(self, flight: RequestSample) -> None:
-        figures = flight.figures()
-        for name, value in figures.items():
-            self._spreads[name].add(max(0.0, value))
-        for gap in flight.gaps:
-            self._spreads["itl"].add(gap)
-        figures["itl"] = sum(flight.gaps) / len(flight.gaps) if flight.gaps else 0.0
-        self._good += all(figures[name] * 1000.0 <= bound for name, bound in self._objectives.items())
-        self._uncounted += not flight.output_tokens
-        self._prompt += flight.prompt_tokens
-        self._cached += flight.cached_tokens
-        self.output_tokens += flight.output_tokens or flight.pieces
+    def done(self, sample: RequestSample) -> None:
+        metrics = sample.metrics()
+        for name, value in metrics.items():
+            self._histograms[name].add(max(0.0, value))
+        for gap in sample.gaps:
+            self._histograms["itl"].add(gap)
+        metrics["itl"] = sum(sample.gaps) / len(sample.gaps) if sample.gaps else 0.0
+        self._good += all(metrics[name] * 1000.0 <= bound for name, bound in self._objectives.items())
+        self._uncounted += not sample.output_tokens
+        self._prompt += sample.prompt_tokens
+        self._cached += sample.cached_tokens
+        self.output_tokens += sample.output_tokens or sample.pieces
         self.succeeded += 1
-        self._ended = max(self._ended, flight.last)
+        self._ended = max(self._ended, sample.last)
 
     def fail(self, code: str, message: str, now: float) -> None:
         self.failed += 1
@@ -237,10 +237,10 @@ class RunStats:
             cached_tokens=self._cached,
             output_tokens=self.output_tokens,
             uncounted=self._uncounted,
-            latency_ms={name: histogram.spread() for name, histogram in self._spreads.items()},
+            latency_ms={name: histogram.percentiles() for name, histogram in self._histograms.items()},
             errors={code: Failures(count=count, example=example) for code, (count, example) in self._errors.items()},
             goodput=goodput,
-            client=GeneratorLoad(late=self.late.spread(), cpu=cpu_s * per_s, peak_in_flight=self.peak),
+            client=GeneratorLoad(late=self.lateness.percentiles(), cpu=cpu_s * per_s, peak_in_flight=self.peak),
         )
 
 

@@ -23,7 +23,7 @@ from orchestrator.cli.main import run as trireme
 from orchestrator.loadgen.http_target import HttpTarget
 from orchestrator.loadgen.rpc_target import RpcTarget
 from orchestrator.loadgen.runner import LoadRun, RunOptions, clock
-from orchestrator.loadgen.schedule import Cutter, PlannedRequest, Range, synthetic
+from orchestrator.loadgen.schedule import ContextLimit, PlannedRequest, Range, synthetic
 from orchestrator.loadgen.stats import RequestSample, RunStats, Summary
 from orchestrator.loadgen.target import LoadTarget, TargetRequest
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
@@ -47,7 +47,7 @@ def door(served: ServedDoor) -> ServedDoor:
 
 def plan(count: int, *, input: int = 20, output: int = 5, rate: float | None = None) -> Iterator[PlannedRequest]:
     times = (index / rate for index in range(count)) if rate is not None else None
-    return islice(synthetic(Range(input, input), Range(output, output), Cutter(None), 1, times), count)
+    return islice(synthetic(Range(input, input), Range(output, output), ContextLimit(None), 1, times), count)
 
 
 def options(**fields: Any) -> RunOptions:
@@ -60,7 +60,7 @@ async def sent(target: LoadTarget, planned: Iterator[PlannedRequest], **fields: 
         await load.run()
     finally:
         await target.close()
-    return load.tally.summary(0.0)
+    return load.stats.summary(0.0)
 
 
 def over_http(url: str, planned: Iterator[PlannedRequest], *, model: str = "tiny", endpoint: Any = "completions", **fields: Any) -> Summary:
@@ -81,7 +81,7 @@ def test_a_closed_loop_asks_what_was_planned(door: ServedDoor) -> None:
 
 
 def test_a_chat_in_words(door: ServedDoor) -> None:
-    found = over_http(door.url, plan(3, output=4), endpoint="chat", words=True, full=False)
+    found = over_http(door.url, plan(3, output=4), endpoint="chat", words=True, ignore_eos=False)
     assert (found.succeeded, found.output_tokens) == (3, 12)
     assert b" the " in bytes(id for ask in door.dispatcher.asks for id in ask.prompt_ids if id < 256)
     assert not door.dispatcher.asks[0].params.ignore_eos
@@ -185,11 +185,11 @@ class Slow:
     def __init__(self, seconds: float) -> None:
         self._seconds, self._turn = seconds, asyncio.Lock()
 
-    async def ask(self, wanted: TargetRequest, flight: RequestSample) -> None:
-        flight.sent(clock())
+    async def send(self, request: TargetRequest, sample: RequestSample) -> None:
+        sample.sent(clock())
         async with self._turn:
             await asyncio.sleep(self._seconds)
-            flight.piece(clock())
+            sample.piece(clock())
 
     async def close(self) -> None: ...
 
@@ -221,10 +221,10 @@ def test_a_run_that_is_stopped_tells_what_it_has() -> None:
     async def main() -> tuple[Summary, bool]:
         load = LoadRun(Slow(0.02), plan(10_000), options(concurrency=8), RunStats())
         running = asyncio.create_task(load.run())
-        await asyncio.to_thread(wait_for, lambda: load.tally.succeeded >= 5, what="some answers")
+        await asyncio.to_thread(wait_for, lambda: load.stats.succeeded >= 5, what="some answers")
         load.stop()
         await asyncio.wait_for(running, 20)
-        return load.tally.summary(0.0), load.tally.in_flight == 0
+        return load.stats.summary(0.0), load.stats.in_flight == 0
 
     found, settled = asyncio.run(main())
     assert settled and found.succeeded >= 5 and 1 <= found.abandoned <= 8 and found.sent == found.succeeded + found.abandoned

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator.loadgen import prompts, settings
-from orchestrator.loadgen.schedule import BLOCK, Cutter, PlannedRequest, Range, TraceRecord, arrivals, records, replayed, synthetic
+from orchestrator.loadgen.schedule import BLOCK, ContextLimit, PlannedRequest, Range, TraceRecord, arrivals, records, replayed, synthetic
 from orchestrator.loadgen.stats import LatencyHistogram, RequestSample, RunStats
 from workers.protocol.errors import Rejected
 
@@ -31,7 +31,8 @@ def test_a_seed_is_a_schedule() -> None:
     first, again, other = (list(islice(arrivals(5.0, 1.0, seed), 100)) for seed in (1, 1, 2))
     assert first == again and first != other
     lengths = [
-        [(one.input, one.output) for one in islice(synthetic(Range(5, 9), Range(1, 3), Cutter(None), seed), 200)] for seed in (1, 1, 2)
+        [(one.input, one.output) for one in islice(synthetic(Range(5, 9), Range(1, 3), ContextLimit(None), seed), 200)]
+        for seed in (1, 1, 2)
     ]
     assert lengths[0] == lengths[1] != lengths[2]
     assert {input for input, _ in lengths[0]} == set(range(5, 10)) and {output for _, output in lengths[0]} == {1, 2, 3}
@@ -46,20 +47,24 @@ def test_percentiles_are_within_a_bucket(draw: str) -> None:
     for share in (0.01, 0.5, 0.9, 0.95, 0.99, 0.999):
         exact = np.quantile(values, share, method="inverted_cdf")
         assert histogram.quantile(share) == pytest.approx(exact, rel=0.006)
-    spread = histogram.spread()
+    spread = histogram.percentiles()
     assert spread.count == 50_000 and spread.mean == pytest.approx(values.mean() * 1000, rel=1e-6)
     assert (spread.min, spread.max) == (pytest.approx(values.min() * 1000, abs=1e-4), pytest.approx(values.max() * 1000, abs=1e-4))
 
 
 def test_the_ends_of_a_histogram() -> None:
     histogram = LatencyHistogram()
-    assert histogram.spread().p99 == 0.0
+    assert histogram.percentiles().p99 == 0.0
     for value in (0.0, 1e-9, 1e9):
         histogram.add(value)
-    assert histogram.quantile(0.5) <= 1.01e-6 and histogram.quantile(1.0) == pytest.approx(1e5, rel=0.1) and histogram.spread().max == 1e12
+    assert (
+        histogram.quantile(0.5) <= 1.01e-6
+        and histogram.quantile(1.0) == pytest.approx(1e5, rel=0.1)
+        and histogram.percentiles().max == 1e12
+    )
 
 
-def flight(intended: float, *pieces: float, sent: float | None = None, tokens: int = 0) -> RequestSample:
+def sample(intended: float, *pieces: float, sent: float | None = None, tokens: int = 0) -> RequestSample:
     made = RequestSample(intended, 10)
     made.sent(intended if sent is None else sent)
     for when in pieces:
@@ -71,10 +76,10 @@ def flight(intended: float, *pieces: float, sent: float | None = None, tokens: i
 
 def test_latencies_count_from_the_intended_time() -> None:
     """A request that could only be sent 5 s late was 5 s late for its user, too."""
-    tally = RunStats()
-    tally.begin(1.0)
-    tally.done(flight(1.0, 6.5, 6.7, 7.1, sent=6.0, tokens=5))
-    found = tally.summary(0.0)
+    stats = RunStats()
+    stats.begin(1.0)
+    stats.done(sample(1.0, 6.5, 6.7, 7.1, sent=6.0, tokens=5))
+    found = stats.summary(0.0)
     assert found.latency_ms["queue"].max == 5000 and found.latency_ms["ttft"].max == 5500 and found.latency_ms["e2e"].max == 6100
     assert (found.latency_ms["itl"].count, found.latency_ms["itl"].max) == (2, pytest.approx(400))
     assert found.latency_ms["tpot"].max == pytest.approx(150), "600 ms for the four tokens after the first"
@@ -83,25 +88,25 @@ def test_latencies_count_from_the_intended_time() -> None:
 
 
 def test_goodput_is_of_all_that_was_sent() -> None:
-    tally = RunStats({"ttft": 500.0, "itl": 100.0})
-    ends = [flight(0.0, 0.4, 0.45), flight(0.0, 0.6, 0.65), flight(0.0, 0.4, 0.9), flight(0.0, 0.5)]
+    stats = RunStats({"ttft": 500.0, "itl": 100.0})
+    ends = [sample(0.0, 0.4, 0.45), sample(0.0, 0.6, 0.65), sample(0.0, 0.4, 0.9), sample(0.0, 0.5)]
     for _ in range(5):
-        tally.begin(0.0)
+        stats.begin(0.0)
     for one in ends:
-        tally.done(one)
-    tally.fail("overloaded", "full", 1.0)
-    found = tally.summary(0.5)
+        stats.done(one)
+    stats.fail("overloaded", "full", 1.0)
+    found = stats.summary(0.5)
     assert found.goodput is not None and (found.goodput.requests, found.goodput.share) == (2, 0.4)
     assert found.goodput.requests_per_s == pytest.approx(2.0) and found.client.cpu == 0.5
     assert (found.succeeded, found.failed, found.uncounted, found.client.peak_in_flight) == (4, 1, 4, 5)
 
 
 def test_kinds_of_errors_are_bounded() -> None:
-    tally = RunStats()
+    stats = RunStats()
     for index in range(1000):
-        tally.begin(0.0)
-        tally.fail(f"code-{index}", f"first of {index}\x1b[31m", 1.0)
-    errors = tally.summary(0.0).errors
+        stats.begin(0.0)
+        stats.fail(f"code-{index}", f"first of {index}\x1b[31m", 1.0)
+    errors = stats.summary(0.0).errors
     assert len(errors) == 33 and errors["other"].count == 968
     assert errors["code-0"].example == "first of 0\\x1b[31m"
 
@@ -119,34 +124,34 @@ def rounded(groups: int, size: int) -> list[TraceRecord]:
 
 
 def test_rounded_arrivals_are_spread_over_their_three_seconds() -> None:
-    times = [one.at for one in replayed(rounded(200, 20), Cutter(None), 1)]
+    times = [one.at for one in replayed(rounded(200, 20), ContextLimit(None), 1)]
     assert times == sorted(times) and len(set(times)) == 4000
     offsets = [at - 3.0 * (index // 20) for index, at in enumerate(times) if at is not None]
     assert min(offsets) >= 0.0 and max(offsets) < 3.0
     assert np.mean(offsets) == pytest.approx(1.5, rel=0.05) and np.std(offsets) == pytest.approx(3 / 12**0.5, rel=0.05)
-    assert times == [one.at for one in replayed(rounded(200, 20), Cutter(None), 1)]
-    assert times != [one.at for one in replayed(rounded(200, 20), Cutter(None), 2)]
-    assert [one.at for one in replayed(rounded(3, 2), Cutter(None), 1, spread_s=0.0)] == [0.0, 0.0, 3.0, 3.0, 6.0, 6.0]
+    assert times == [one.at for one in replayed(rounded(200, 20), ContextLimit(None), 1)]
+    assert times != [one.at for one in replayed(rounded(200, 20), ContextLimit(None), 2)]
+    assert [one.at for one in replayed(rounded(3, 2), ContextLimit(None), 1, spread_s=0.0)] == [0.0, 0.0, 3.0, 3.0, 6.0, 6.0]
 
 
 def test_exact_arrivals_stay_as_they_are() -> None:
     exact = [TraceRecord(timestamp=500.0 + 40.0 * index, input_length=5, output_length=2) for index in range(5)]
-    assert [one.at for one in replayed(exact, Cutter(None), 1)] == pytest.approx([0.0, 0.04, 0.08, 0.12, 0.16])
-    assert [one.at for one in replayed(exact, Cutter(None), 1, speed=4.0)] == pytest.approx([0.0, 0.01, 0.02, 0.03, 0.04])
+    assert [one.at for one in replayed(exact, ContextLimit(None), 1)] == pytest.approx([0.0, 0.04, 0.08, 0.12, 0.16])
+    assert [one.at for one in replayed(exact, ContextLimit(None), 1, speed=4.0)] == pytest.approx([0.0, 0.01, 0.02, 0.03, 0.04])
 
 
 def test_lengths_are_cut_and_counted() -> None:
-    cutter = Cutter(1000)
+    context_limit = ContextLimit(1000)
     trace = [
         TraceRecord(timestamp=0.0, input_length=a, output_length=b, hash_ids=list(range(40)))
         for a, b in ((900, 100), (9000, 100), (900, 900), (5000, 3000))
     ]
-    planned = list(replayed(trace, cutter, 1))
+    planned = list(replayed(trace, context_limit, 1))
     assert [(one.input, one.output) for one in planned] == [(900, 100), (900, 100), (500, 500), (500, 500)]
-    assert (cutter.requests, cutter.input_tokens, cutter.output_tokens) == (3, 8100 + 400 + 4500, 400 + 2500)
+    assert (context_limit.requests, context_limit.input_tokens, context_limit.output_tokens) == (3, 8100 + 400 + 4500, 400 + 2500)
     assert [len(one.blocks) for one in planned] == [2, 2, 1, 1]
     with pytest.raises(Rejected):
-        Cutter(1)
+        ContextLimit(1)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def test_lengths_are_cut_and_counted() -> None:
 )  # fmt: skip
 def test_a_trace_that_is_none(rows: list[bytes], says: str) -> None:
     with pytest.raises(Rejected, match=says):
-        list(replayed(records(rows, "t"), Cutter(None), 1))
+        list(replayed(records(rows, "t"), ContextLimit(None), 1))
 
 
 def test_equal_blocks_are_equal_text_and_others_are_not() -> None:
@@ -190,7 +195,7 @@ def test_prompts_of_their_own_share_nothing() -> None:
 
 def test_what_flags_mean() -> None:
     made = settings.LoadSettings(target="t", concurrency=4, rate=10.0, requests=3, input_len="7", output_len="2:2", max_len=100)
-    planned = list(settings.plan(made, Cutter(made.max_len), []))
+    planned = list(settings.plan(made, ContextLimit(made.max_len), []))
     assert [(one.input, one.output, one.index) for one in planned] == [(7, 2, 0), (7, 2, 1), (7, 2, 2)]
     assert all(later.at > earlier.at for earlier, later in pairwise(planned) if later.at is not None and earlier.at is not None)
     assert settings.objectives(["ttft:500", "tpot:20.5"]) == {"ttft": 500.0, "tpot": 20.5}
