@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from tests.support.batching_rig import capacity, submit
+from tests.support.scheduler_rig import capacity, submit
 from workers.protocol.messages import UNLIMITED, SamplingParams
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import StepResult, column, encode, view

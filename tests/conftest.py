@@ -14,7 +14,7 @@ import pytest
 from tests.support import figures
 
 #: A test module that uses one of these starts processes: all its tests are marked `process`.
-STARTERS = ("subprocess", "multiprocessing", "signal", "tests.support.gang", "tests.support.routing", "tests.support.deployment",
+STARTERS = ("subprocess", "multiprocessing", "signal", "tests.support.gang", "tests.support.router_process", "tests.support.deployment",
             "tests.support.browser", "tests.inputs.world", "tests.recorded.lines", "orchestrator.cli.doctor_checks")  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

@@ -24,7 +24,7 @@ from orchestrator.config.router_spec import HttpSpec
 from tests.support.browser import Browser
 from tests.support.deployment import deployed, wait_for_state, write_config
 from tests.support.gang import short_folder
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 
 pytestmark = pytest.mark.long
 PICTURES = Path(__file__).resolve().parents[2] / "build"

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.client import AsyncClient, Client
 from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder, wait_for
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from tests.support.tiny_models import tiny_model
 from workers.protocol.specs import EngineSpec
 

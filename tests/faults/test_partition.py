@@ -14,7 +14,7 @@ from orchestrator.config.router_spec import AdmissionSpec
 from tests.faults.wire_cut import Wire
 from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import EngineSpec

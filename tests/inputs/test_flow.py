@@ -30,7 +30,7 @@ from tests.inputs.world import TEXT, rss_mb, text
 from tests.support.figures import SLACK, figure, lines
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
 from tests.support.raw_http import head
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from tests.support.source_tree import modules
 from workers.engines.fake import expected_tokens
 from workers.protocol.engine import PAUSE_S

@@ -20,7 +20,7 @@ from tests.inputs.mutate import WIRE_EDGES, Mutator
 from tests.inputs.world import CHAT, TEXT, Health, World, chat, growth, text
 from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder, wait_for
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.protocol import messages
 from workers.protocol.messages import (
     Accepted,

@@ -21,7 +21,7 @@ from tests.support.figures import figure
 from tests.support.gang import short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
 from tests.support.raw_http import head
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from tests.support.tiny_models import IM_END, IM_START
 
 JSON = {"content-type": "application/json"}

@@ -27,7 +27,7 @@ from tests.inputs.world import MODEL, PROMPT, World, expected
 from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.__main__ import read_keys as replica_read_keys
 from workers.protocol import messages
 from workers.protocol.errors import ConfigError, DeadlineExceeded, EnvironmentFault, Unavailable

@@ -17,7 +17,7 @@ import pytest
 from tests.inputs.table import DEEP
 from tests.inputs.world import MAX_BODY, MODEL, VOCAB, World
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 

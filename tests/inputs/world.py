@@ -23,7 +23,7 @@ from orchestrator.auth.keyring import ApiKeyRing, KeyRing
 from orchestrator.client import Client, ClientKeys
 from orchestrator.config.router_spec import AdmissionSpec, HttpSpec
 from tests.support.gang import FAKE, Gang, wait_for
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
 from workers.protocol.specs import RouterAddress

@@ -1,6 +1,6 @@
 """Properties of in-flight batching: whatever is submitted, cancelled, paused, preempted or cut, every stream is the oracle's.
 
-The model under the scheduler (tests/support/batching_rig.py) reads each sequence's whole context through its block table at each step, so a
+The model under the scheduler (tests/support/scheduler_rig.py) reads each sequence's whole context through its block table at each step, so a
 wrong share, an early free or a skipped token fails at once.
 """
 
@@ -13,7 +13,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
 
-from tests.support.batching_rig import Rig, capacity, submit
+from tests.support.scheduler_rig import Rig, capacity, submit
 from tests.support.table_guide import table_guides
 from workers.protocol.engine import Finish
 from workers.protocol.errors import Rejected

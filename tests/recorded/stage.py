@@ -19,7 +19,7 @@ from orchestrator.config.router_spec import HttpSpec
 from tests.recorded import door
 from tests.support.gang import short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.protocol.messages import Accepted, Cancel, Done, Failed, Logprobs, RouterHeartbeat, Submit, Tokens, Usage
 
 MAX_BODY = 1 << 16

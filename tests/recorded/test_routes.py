@@ -23,7 +23,7 @@ from tests.recorded import door
 from tests.recorded.recording import as_text, check, check_names
 from tests.recorded.stage import MAX_BODY, Stage
 from tests.support.gang import short_folder
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from tests.support.scripted_router import ServedDoor
 
 AREA = "routes"

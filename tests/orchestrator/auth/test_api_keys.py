@@ -13,7 +13,7 @@ from orchestrator.auth.keyring import ApiKeyRing
 from orchestrator.config.router_spec import HttpSpec
 from orchestrator.router.http.server import bind
 from tests.support.gang import short_folder, wait_for
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from tests.support.scripted_router import ServedDoor
 from workers.protocol.errors import ConfigError, NotFound, Rejected
 

@@ -27,7 +27,7 @@ from orchestrator.loadgen.schedule import ContextLimit, PlannedRequest, Range, s
 from orchestrator.loadgen.stats import RequestSample, RunStats, Summary
 from orchestrator.loadgen.target import LoadTarget, TargetRequest
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from tests.support.scripted_router import Play, ServedDoor
 from workers.protocol.errors import EngineFault, Overloaded, Rejected
 from workers.protocol.specs import RouterAddress

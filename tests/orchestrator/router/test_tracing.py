@@ -25,7 +25,7 @@ from orchestrator.router.request_context import Trace, parse_traceparent
 from orchestrator.router.tracing import EXPORT_S, Traces
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
 from tests.support.router_core import ask, join, tokens
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from tests.support.traced_router import Stage
 from workers.protocol.errors import ConfigError, Overloaded
 from workers.protocol.messages import Done, Submit, Usage

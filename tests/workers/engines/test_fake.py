@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.support.batching_rig import submit
+from tests.support.scheduler_rig import submit
 from tests.support.table_guide import table_guides
 from workers.engines.fake import PRINTABLE, FakeEngine, expected_tokens, score, state_of
 from workers.protocol.engine import Engine, Fault, Finish

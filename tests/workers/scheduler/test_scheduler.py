@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.support.batching_rig import EOS, Rig, capacity, submit
+from tests.support.scheduler_rig import EOS, Rig, capacity, submit
 from tests.support.table_guide import table_guides
 from workers.engines.fake import expected_tokens
 from workers.protocol.engine import PAUSE_S, Fault, Finish

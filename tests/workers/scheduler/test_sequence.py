@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import workers.scheduler.sequence
-from tests.support.batching_rig import capacity, submit
+from tests.support.scheduler_rig import capacity, submit
 from workers.protocol.messages import UNLIMITED, SamplingParams
 from workers.scheduler.block_pool import BlockPool
 from workers.scheduler.sequence import PrefixCursor, Sequence, make_sequence

@@ -21,7 +21,7 @@ from orchestrator.control.host.status_table import HostFacts, describe, describe
 from orchestrator.control.reconciler import GangStatus, ReplicaView
 from tests.support.gang import short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected
 from workers.protocol.messages import PROTOCOL, Bye, RouterHeartbeat

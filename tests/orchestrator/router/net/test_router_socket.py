@@ -13,7 +13,7 @@ from orchestrator.auth.curve_acl import CurveAcl, CurveGrant, parse_grants
 from orchestrator.router import __main__ as entry
 from orchestrator.router.net.router_socket import RouterSocket
 from tests.support.gang import short_folder
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.client import AsyncClient, Client
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
-from tests.support.routing import RouterRun
+from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.errors import Cancelled, DeadlineExceeded, NotFound, Rejected, Unavailable
 from workers.protocol.messages import SamplingParams

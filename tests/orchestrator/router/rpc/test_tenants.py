@@ -8,7 +8,7 @@ import pytest
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client, ClientKeys
 from tests.support.gang import short_folder, wait_for
-from tests.support.routing import RouterRun, curve_replica
+from tests.support.router_process import RouterRun, curve_replica
 from workers.protocol.errors import NotFound
 from workers.protocol.specs import RouterAddress
 
