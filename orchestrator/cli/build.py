@@ -17,8 +17,8 @@ import typer
 from msgspec.structs import asdict
 
 from orchestrator.cli.console import Console, size
+from orchestrator.cli.model_options import CacheDir, cache_folder
 from orchestrator.cli.option_structs import with_option_structs
-from orchestrator.cli.options import CacheDir, cache_folder
 
 
 def build_flags() -> type[msgspec.Struct]:

@@ -10,7 +10,7 @@ import typer
 
 from orchestrator.cli.console import Console, size
 from orchestrator.cli.model_files import formats, locate_model
-from orchestrator.cli.options import CacheDir, DTypeName, PpSize, QuantFlag, TpSize, dtype_of, quant_from
+from orchestrator.cli.model_options import CacheDir, DTypeName, PpSize, QuantFlag, TpSize, dtype_of, quant_from
 from workers.protocol.specs import Parallel
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.console import Console, table
-from orchestrator.cli.options import CacheDir, cache_folder
+from orchestrator.cli.model_options import CacheDir, cache_folder
 from workers.protocol.errors import EnvironmentFault
 
 STYLES = {"ok": "good", "warn": "warn", "fail": "bad"}

@@ -9,12 +9,10 @@ import typer
 
 from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
 
-Name = Annotated[str, typer.Argument(help="Which deployment; the only one when not given.")]
-
 
 def down(
     context: typer.Context,
-    name: Name = "",
+    name: Annotated[str, typer.Argument(help="Which deployment; the only one when not given.")] = "",
     now: Annotated[bool, typer.Option("--now", help="Do not wait for what runs.")] = False,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Console, age, size, table
-from orchestrator.cli.options import CacheDir, cache_folder
+from orchestrator.cli.model_options import CacheDir, cache_folder
 from workers.protocol.errors import Rejected
 
 if TYPE_CHECKING:

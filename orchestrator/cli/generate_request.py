@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from orchestrator.cli.console import Console
+from orchestrator.cli.running_deployments import pick
 from workers.protocol.errors import TriremeError
 
 if TYPE_CHECKING:
     from workers.protocol.messages import ApiEndpoint
-from orchestrator.cli.running_deployments import pick
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "TRIREME_API_KEY"
@@ -22,6 +22,7 @@ HINTS = {
     "model_not_found": "leave --model out for the first model that is served",
     "context_length_exceeded": "shorten it, or ask for a shorter answer with --max-tokens",
 }
+
 Url = Annotated[str, typer.Option("--url", envvar="TRIREME_URL", help="HTTP address of the deployment.")]
 Rpc = Annotated[bool, typer.Option("--rpc", help="Ask over ZeroMQ RPC instead of HTTP.")]
 Name = Annotated[str, typer.Option("--name", help="Which deployment of this machine, for --rpc; the only one when not given.")]
@@ -50,11 +51,9 @@ def open_backend(url: str, rpc: bool, name: str, run_dir: str) -> GenerateBacken
     """
     from orchestrator.cli import generate_backends
 
-    return (
-        generate_backends.RpcBackend(pick(name, run_dir).status())
-        if rpc
-        else generate_backends.HttpBackend(url, os.environ.get(KEY_VARIABLE, ""))
-    )
+    if rpc:
+        return generate_backends.RpcBackend(pick(name, run_dir).status())
+    return generate_backends.HttpBackend(url, os.environ.get(KEY_VARIABLE, ""))
 
 
 def print_answer(console: Console, pieces: Generator[str]) -> str:

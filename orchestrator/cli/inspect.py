@@ -9,13 +9,13 @@ import msgspec
 import typer
 
 from orchestrator.cli.console import Console, size
-from orchestrator.cli.options import CacheDir
+from orchestrator.cli.model_files import formats, locate_model
+from orchestrator.cli.model_options import CacheDir
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import Parallel
 
 if TYPE_CHECKING:
     from workers.artifacts.inspect import Inspection
-from orchestrator.cli.model_files import formats, locate_model
 
 
 def inspect(

@@ -1,4 +1,4 @@
-"""What `pull`, `convert` and `inspect` share: where a named model lies on disk, and its number formats in words."""
+"""What `convert` and `inspect` share: where a named model lies on disk, and its number formats in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.options import cache_folder
+from orchestrator.cli.model_options import cache_folder
 
 if TYPE_CHECKING:
     from workers.artifacts.inspect import Inspection

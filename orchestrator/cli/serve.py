@@ -12,8 +12,8 @@ from msgspec.structs import asdict
 
 from orchestrator.cli.deployment_options import Detach, FrontendOptions, Launcher, LocationOptions
 from orchestrator.cli.hosting import host_or_detach
+from orchestrator.cli.model_options import PpSize, QuantFlag, TpSize, dtype_of, quant_name
 from orchestrator.cli.option_structs import with_option_structs
-from orchestrator.cli.options import PpSize, QuantFlag, TpSize, dtype_of, quant_name
 
 
 class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.console import Console, age, table
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, find_running, pick
 from workers.protocol.errors import Rejected
 
 if TYPE_CHECKING:
     from orchestrator.control.host.control_socket import DeploymentStatus
     from workers.protocol.status import DeploymentState
-from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, find_running, pick
 
 WATCH_S = 1.0
 TROUBLED: tuple[DeploymentState, ...] = ("DEGRADED", "FAILED")

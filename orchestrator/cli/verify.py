@@ -15,7 +15,7 @@ import msgspec
 import typer
 
 from orchestrator.cli.console import Console, table
-from orchestrator.cli.options import CacheDir, cache_folder
+from orchestrator.cli.model_options import CacheDir, cache_folder
 from workers.protocol.errors import ArtifactError, Rejected
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Properties of in-flight batching: whatever is submitted, cancelled, paused, preempted or cut, every stream is the oracle's.
 
-The model under the scheduler (tests/support/scheduler_rig.py) reads each sequence's whole context through its block table at each step, so a
-wrong share, an early free or a skipped token fails at once.
+The model under the scheduler (tests/support/scheduler_rig.py) reads each sequence's whole context through its block table at each step, so
+a wrong share, an early free or a skipped token fails at once.
 """
 
 from __future__ import annotations

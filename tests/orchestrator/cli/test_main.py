@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.main import normalise, run, settings
-from orchestrator.cli.options import dtype_of
+from orchestrator.cli.main import app, normalise, run, settings
+from orchestrator.cli.model_options import dtype_of
 from tests.support.tiny_models import tiny_model
 from workers.protocol.errors import Rejected
 
@@ -158,3 +159,11 @@ def test_an_unknown_key_is_told_with_its_neighbour(tmp_path: Path, capsys: pytes
         assert run(line) == 3
         told = capsys.readouterr().err
         assert "models[0].engin" in told and "did you mean engine" in told
+
+
+def test_each_command_is_in_the_module_of_its_name() -> None:
+    commands = {command.callback.__name__: command.callback.__module__ for command in app.registered_commands if command.callback}
+    groups = {group.typer_instance.info.name: group.typer_instance for group in app.registered_groups if group.typer_instance}
+    assert len(commands) == 21 and commands == {name: f"orchestrator.cli.{name}" for name in commands}
+    for name, group in groups.items():
+        assert getattr(importlib.import_module(f"orchestrator.cli.{name}"), str(name)) is group

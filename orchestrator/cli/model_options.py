@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what they mean. Owns their spelling and nothing else."""
+"""Flags of a model that several commands share: layout, number formats, cache folder. Owns their spelling and their meaning."""
 
 from __future__ import annotations
 
