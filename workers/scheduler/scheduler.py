@@ -135,11 +135,6 @@ class Scheduler:
         one gives up its K/V."""
         return bool(self._steps or self._decodes or self._prefills or self._waiting) or any(self._overdue(max(now, self._now)))
 
-    @property
-    def steps_in_flight(self) -> int:
-        """Plans issued whose results are not there."""
-        return len(self._steps)
-
     def predicted_tokens(self) -> int:
         """Tokens of the next plan, at most: what a cost model needs."""
         total = len(self._decodes)
