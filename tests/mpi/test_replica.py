@@ -219,7 +219,7 @@ def test_a_silent_router_is_lost_and_a_new_one_is_learned_from_peers(folder: Pat
     other = RouterEnd(f"ipc://{folder}/b", name="b", boot="router-b", peers=[end.endpoint, f"ipc://{folder}/b", "tcp://127.0.0.1:9"])
     with other, Gang(folder, [other.endpoint], engine=SLOW) as gang:
         other.ready()
-        while not end.replicas:  # the other router's Peers name this one
+        while not end.replicas:  # the other router's heartbeats name this one
             end.turn()
             other.turn()
         row = end.submit(1, [1], LONG)
