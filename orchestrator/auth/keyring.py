@@ -21,7 +21,7 @@ import zmq
 
 from orchestrator.auth.api_keys import ApiKey, ApiKeyFile, mint, parse_api_keys
 from orchestrator.auth.curve_acl import FAMILY, CurveGrant, Role, parse_grants
-from orchestrator.control.launch.launcher import make_private, write_private
+from orchestrator.files import make_private, read_private, write_private
 from workers.protocol.errors import ConfigError, NotFound, Rejected
 from workers.serving.router_io import KeyPair
 
@@ -29,17 +29,6 @@ _SALT_BYTES = 32
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 #: The client key that `up` makes for commands on this machine.
 LOCAL_CLIENT = "local"
-
-
-def read_private(path: Path) -> bytes:
-    """A secret file's bytes. Raises :class:`ConfigError` naming the file, never its content, when it is missing or readable by others."""
-    try:
-        mode = path.stat().st_mode & 0o777
-        if mode & 0o077:
-            raise ConfigError(f"{path} is readable by others", f"its mode is {mode:04o}", f"chmod 600 {path}")
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read the key file {path}", error.strerror or str(error)) from None
 
 
 def read_salt(path: Path) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
@@ -12,6 +11,7 @@ from orchestrator.loadgen.schedule import ContextLimit
 from orchestrator.loadgen.settings import LoadSettings
 from orchestrator.loadgen.stats import METRICS, Percentiles, Summary
 from workers import __version__
+from workers.files import replace_file
 from workers.protocol.errors import EnvironmentFault
 
 #: Above these the generator itself shows in the figures: p99 of how late its timers come in ms, and cores.
@@ -50,10 +50,8 @@ def as_json(report: BenchReport) -> str:
 
 def write(path: Path, report: BenchReport) -> None:
     """The file appears whole. Raises EnvironmentFault."""
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(as_json(report) + "\n")
-        os.replace(aside, path)
+        replace_file(path, (as_json(report) + "\n").encode(), mode=0o666)
     except OSError as error:
         raise EnvironmentFault(f"{path} cannot be written", error.strerror or str(error), "name another --out") from None
 

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import msgspec
 
-from orchestrator.auth.keyring import read_private
 from orchestrator.client import Client, ClientKeys
 from orchestrator.control.host.control_socket import DeploymentStatus
+from orchestrator.files import read_private
 from workers.protocol.errors import EngineFault, EnvironmentFault, NotFound, Rejected, Unavailable, from_code, printable
 from workers.protocol.messages import ApiEndpoint
 

@@ -33,7 +33,7 @@ def host_or_detach(console: Console, config: Config, detach: bool, *, routers_on
 
     ``routers_only``: start no replicas. Raises :class:`typer.Exit` with the host's exit code when that is not 0.
     """
-    from orchestrator.control.launch.launcher import make_private
+    from orchestrator.files import make_private
 
     make_private(config.home)
     code = host_in_daemon(console, config, routers_only) if detach else host(console, config, lambda: None, routers_only)

@@ -6,19 +6,13 @@ Owns the wanted gangs and the reconciler. Never on the token path: its death sto
 from __future__ import annotations
 
 import logging
-import os
-import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-import msgspec
-
-from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
+from orchestrator.control.launch.launcher import GangSpec, Launcher
 from orchestrator.control.reconciler import DrainGang, KillGang, LaunchGang, Reconciler, ReplicaView, RestartPolicy, WantedReplica
-from workers.protocol.errors import TriremeError
 
 log = logging.getLogger("trireme.controller")
 TICK_S = 0.2
@@ -89,60 +83,3 @@ class Controller:
 
     def close(self) -> None:
         self._launcher.close()
-
-
-class ControllerActor:
-    """The loop inside a Ray actor. The wanted gangs lie in ``target`` (0600), so that Ray may restart the actor with the same arguments.
-
-    ``end``: ends this actor for good.
-    """
-
-    def __init__(self, target: str, policy: bytes, make_launcher: Callable[[], Launcher], end: Callable[[], None]) -> None:
-        self._target, self._end = Path(target), end
-        self._controller = Controller(make_launcher(), msgspec.json.decode(policy, type=RestartPolicy))
-        self._hung: frozenset[tuple[str, int]] = frozenset()
-        self.apply()
-        threading.Thread(target=self._loop, name="control loop", daemon=True).start()
-
-    def apply(self) -> bytes:
-        """Read the wanted gangs again; returns the table after one round with them."""
-        self._controller.apply(msgspec.json.decode(self._target.read_bytes(), type=list[GangSpec]))
-        self._controller.tick(self._hung)
-        return msgspec.json.encode(self._controller.views())
-
-    def drain(self, replica: str) -> bool:
-        return self._controller.drain(replica)
-
-    def abort(self) -> None:
-        self._controller.abort()
-
-    def end_with(self, pid: int) -> None:
-        """The host, process ``pid`` of this node, is ending. If it is killed before all is gone, this actor finishes it and ends."""
-        threading.Thread(target=self._inherit, args=(os.pidfd_open(pid),), name="last will", daemon=True).start()
-
-    def _inherit(self, host: int) -> None:
-        select.select([host], [], [])
-        log.warning("the host was killed while it ended: ending its gangs")
-        write_private(self._target, b"[]")
-        self.apply()
-        while self._target.read_bytes() == b"[]":  # else a new host has taken over
-            if not self._controller.views():
-                self._end()
-                return
-            time.sleep(TICK_S)
-
-    def report(self, hung: list[tuple[str, int]]) -> bytes:
-        """Tell what the routers lost; returns the table of replicas as JSON."""
-        self._hung = frozenset((name, epoch) for name, epoch in hung)
-        return msgspec.json.encode(self._controller.views())
-
-    def _loop(self) -> None:
-        while True:
-            try:
-                self._controller.tick(self._hung)
-            except TriremeError as error:
-                log.error("control loop: %s", error)
-            except Exception:
-                # The edge of a task: whatever Ray raises while its own control plane is away, the next round tries again.
-                log.exception("control loop")
-            time.sleep(TICK_S)

@@ -18,8 +18,9 @@ import uvloop
 
 from orchestrator.auth.api_keys import parse_api_keys
 from orchestrator.auth.curve_acl import parse_grants
-from orchestrator.auth.keyring import read_private, read_salt
+from orchestrator.auth.keyring import read_salt
 from orchestrator.config.router_spec import RouterSpec
+from orchestrator.files import read_private
 from orchestrator.router.frontend.text_models import load_texts
 from orchestrator.router.process import RouterProcess
 from orchestrator.router.request_context import RequestContextFilter

@@ -40,6 +40,7 @@ from orchestrator.router.net.curve_auth import ZapHandler
 from orchestrator.router.net.replica_link import ReplicaLink
 from orchestrator.router.net.router_socket import RouterSocket
 from orchestrator.router.rpc.server import RpcServer
+from workers.files import replace_file
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import RouterHeartbeat, ToReplica
 from workers.protocol.status import RouterPhase, RouterState
@@ -231,10 +232,8 @@ class RouterProcess:
             name=self._spec.name, pid=os.getpid(), phase=phase, http=http, back=self._link.endpoint, rpc=self._rpc_socket.endpoint
         )
         path = Path(self._spec.state_file)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            aside.write_bytes(msgspec.json.encode(state))
-            aside.replace(path)
+            replace_file(path, msgspec.json.encode(state))
         except OSError as error:
             if phase == "serving":
                 raise EnvironmentFault(f"cannot write {path}", error.strerror or str(error), "make room or give access there") from None

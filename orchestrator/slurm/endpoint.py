@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.control.launch.launcher import write_private
+from orchestrator.files import write_private
 from workers.protocol.specs import RouterAddress
 
 FILE = "endpoint.json"

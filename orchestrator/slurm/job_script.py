@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.control.launch.launcher import write_private
+from orchestrator.files import write_private
 from workers.protocol.errors import EnvironmentFault, Rejected
 
 #: Lies in `deploy/slurm`, and is packaged with this module.

@@ -19,8 +19,8 @@ import psutil
 
 from orchestrator.config import deployment_file as configs
 from orchestrator.control.host.deployment import INTERRUPTED, connect
-from orchestrator.control.launch.launcher import make_private, write_private
 from orchestrator.control.launch.subprocesses import ChildProcess, adopt_orphans
+from orchestrator.files import make_private, write_private
 from orchestrator.slurm import endpoint as endpoints
 from orchestrator.slurm import job_preflight
 from orchestrator.slurm.endpoint import Endpoint

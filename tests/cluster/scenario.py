@@ -24,6 +24,7 @@ from orchestrator.control.host.deployment import Deployment
 from orchestrator.control.launch import ray_cluster
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import TAG, alive
+from orchestrator.control.ray_controller import RemoteController
 from orchestrator.control.reconciler import ReplicaView, RestartPolicy
 from tests.reference.engine import request, serve
 from tests.support.tiny_models import tiny_model
@@ -63,7 +64,7 @@ class Fleet:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.policy = RestartPolicy(drain_grace_s=5.0, backoff_s=0.1)
-        self.controller = ray_cluster.RemoteController("fleet", run_dir / "target.json", self.policy)
+        self.controller = RemoteController("fleet", run_dir / "target.json", self.policy)
 
     def spec(self, name: str, parallel: Parallel, *, spread: bool = False) -> GangSpec:
         engine = EngineSpec(kind="fake", kv_tokens=1024, max_seq_len=256)

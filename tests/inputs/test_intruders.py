@@ -19,7 +19,7 @@ import zmq
 from orchestrator.auth.curve_acl import CurveAcl, CurveGrant
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client
-from orchestrator.control.launch.launcher import make_private
+from orchestrator.files import make_private
 from orchestrator.router.__main__ import read_keys
 from orchestrator.router.net.curve_auth import ZapHandler
 from orchestrator.router.net.router_socket import RouterSocket

@@ -8,12 +8,12 @@ warning.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
 import msgspec
 
+from workers.files import replace_file
 from workers.protocol.errors import EnvironmentFault, ErrorReport, TriremeError
 from workers.protocol.messages import Capacity
 from workers.protocol.status import RankPhase
@@ -58,21 +58,13 @@ class StateFile:
             since=time.time(),
         )
         try:
-            self._write(msgspec.json.encode(state))
+            if self._path is not None:
+                replace_file(self._path, msgspec.json.encode(state))
             self._serving |= phase == "ready"
         except OSError as failure:
             if not self._serving and phase != "failed":
                 raise EnvironmentFault(f"cannot write {self._path}", failure.strerror or str(failure)) from None
             log.warning("cannot write %s: %s; phase %s goes unreported", self._path, failure.strerror, phase)
-
-    def _write(self, data: bytes) -> None:
-        if self._path is None:
-            return
-        fresh = self._path.with_suffix(".new")
-        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(file, "wb") as out:
-            out.write(data)
-        os.replace(fresh, self._path)
 
 
 def read_state(run_dir: str) -> ReplicaState | None:

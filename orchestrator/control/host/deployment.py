@@ -37,11 +37,12 @@ from orchestrator.control.host.own_routers import RouterGroup
 from orchestrator.control.host.router_poller import RouterSource
 from orchestrator.control.host.status_table import HostFacts, describe, describe_standing
 from orchestrator.control.host.update import Update
-from orchestrator.control.launch.launcher import GangSpec, make_private
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.launch.mpiexec import MpiInstall, find_mpi
 from orchestrator.control.launch.supervisor import sweep
 from orchestrator.control.reconciler import ReplicaView, RestartPolicy
+from orchestrator.files import make_private
 from workers.artifacts.convert import Progress, silent
 from workers.epoch import started_at
 from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected, ReplicaLost, TriremeError
@@ -202,12 +203,13 @@ class Deployment:
     def _join_ray(self, policy: RestartPolicy, shares: float) -> str:
         """Returns the address at which gangs on other nodes reach the routers; empty where there never will be another."""
         from orchestrator.control.launch import ray_cluster
+        from orchestrator.control.ray_controller import RemoteController
 
         begun = time.time()
         make_private(self._home / "keys")
         joined = ray_cluster.join(self.config.ray, self._home, environment(), cpus=self.config.ray.num_cpus or int(shares + 0.999) + 1)
         self._leave_ray = ray_cluster.leave
-        self._controls = ray_cluster.RemoteController(self.config.name, self._home / "target.json", policy)
+        self._controls = RemoteController(self.config.name, self._home / "target.json", policy)
         what = "started" if joined.started else "joined"
         text = f"{what}, {len(joined.addresses)} node{'s' if len(joined.addresses) > 1 else ''}"
         self._notify(Notice(kind="ray", subject=joined.here, text=text, seconds=time.time() - begun))

@@ -16,8 +16,9 @@ from orchestrator.auth.curve_acl import Role
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig
 from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
-from orchestrator.control.launch.launcher import GangSpec, write_private
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.placement import RankShare
+from orchestrator.files import write_private
 from orchestrator.model_store import locate, resolve
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import Progress

@@ -20,7 +20,7 @@ from orchestrator.config.deployment_file import Config
 from orchestrator.control.host.desired_state import RouterEndpoints, ServedModel
 from orchestrator.control.host.join_file import JoinFile, fingerprint
 from orchestrator.control.host.router_poller import RouterPoller, ask
-from orchestrator.control.launch.launcher import make_private, write_private
+from orchestrator.files import make_private, write_private
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import PROTOCOL
 from workers.protocol.specs import RouterAddress

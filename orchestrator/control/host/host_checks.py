@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 
 from orchestrator.auth.api_keys import parse_api_keys
-from orchestrator.auth.keyring import read_private
 from orchestrator.config.deployment_file import Config, HttpConfig
+from orchestrator.files import read_private
 from workers.protocol.errors import EnvironmentFault
 
 _LONGEST_SOCKET_PATH = 100

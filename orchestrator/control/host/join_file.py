@@ -15,8 +15,9 @@ import msgspec
 from orchestrator.config.deployment_file import Config
 from orchestrator.config.router_spec import WILDCARDS, ModelCard
 from orchestrator.control.controller import Hung
-from orchestrator.control.launch.launcher import GangSpec, write_private
+from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.reconciler import ReplicaView
+from orchestrator.files import write_private
 from workers.artifacts.safetensors_file import hash_file
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import PROTOCOL

@@ -17,8 +17,8 @@ import msgspec
 from orchestrator.auth.keyring import LOCAL_CLIENT, KeyRing
 from orchestrator.config.router_spec import RouterSpec
 from orchestrator.control.host.router_poller import RouterPoller
-from orchestrator.control.launch.launcher import write_private
 from orchestrator.control.launch.subprocesses import STOP, ChildProcess
+from orchestrator.files import write_private
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import RouterAddress
 from workers.protocol.status import RouterState, RouterStatus

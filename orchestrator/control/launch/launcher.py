@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import msgspec
 
 from orchestrator.control.placement import RankShare
 from orchestrator.control.reconciler import GangStatus
-from workers.protocol.errors import EnvironmentFault
+from orchestrator.files import make_private, write_private
 from workers.protocol.specs import ReplicaSpec
 from workers.serving.router_io import KeyPair
 
@@ -62,34 +61,6 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """Let go of what is not a gang."""
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Create or replace a file of mode 0600 in one piece. Raises :class:`EnvironmentFault`."""
-    fresh = path.with_name(path.name + ".new")
-    try:
-        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(file, "wb") as out:
-            os.fchmod(file, 0o600)
-            out.write(data)
-        os.replace(fresh, path)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write {path}", error.strerror or str(error), "make room or give access there, or choose another --run-dir"
-        ) from None
-
-
-def make_private(folder: Path) -> Path:
-    """Make a folder of mode 0700 that belongs to this user, or tighten ours. Raises :class:`EnvironmentFault` on anybody else's."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
-        if owner != os.geteuid():
-            raise EnvironmentFault(f"{folder} belongs to another user", f"its owner is uid {owner}", "choose another --run-dir")
-        folder.chmod(0o700)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot make {folder}", error.strerror or str(error), "choose another --run-dir") from None
-    return folder
 
 
 def prepare(spec: GangSpec, epoch: int) -> Path:

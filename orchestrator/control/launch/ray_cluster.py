@@ -1,4 +1,4 @@
-"""Ray itself: join the cluster that is there, or start one that ends with this process; and the controller actor seen from here.
+"""Ray itself: join the cluster that is there, or start one that ends with this process.
 
 Owns the connection to Ray. Token authentication is on, usage reports are off. Everything about gangs is in
 :mod:`orchestrator.control.launch.ray_launcher`.
@@ -6,15 +6,13 @@ Owns the connection to Ray. Token authentication is on, usage reports are off. E
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import secrets
 import signal
 import socket
 import threading
-import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,23 +20,18 @@ from typing import Any
 import msgspec
 
 from orchestrator.config.deployment_file import RayConfig
-from orchestrator.control.controller import ControllerActor, Hung
-from orchestrator.control.launch.launcher import GangSpec, Launcher, write_private
-from orchestrator.control.reconciler import ReplicaView, RestartPolicy
+from orchestrator.files import write_private
 from workers.protocol.errors import EnvironmentFault
 
-log = logging.getLogger("trireme.ray")
 NAMESPACE = "trireme"
 _HINT = "pip install 'trireme-llm[ray]', or use --launcher local"
-_LOOK = "look at the cluster (ray status), then start the deployment again"
 _OBJECT_STORE_BYTES = 80 << 20
 #: Ray's own default.
 _JOB_STOP_WAIT_S = 3.0
-_ANSWER_S = 5.0
+#: Longest wait for a connection to Ray and for its first byte.
+_CONNECT_S = 5.0
 #: The opening of an HTTP/2 connection and an empty SETTINGS frame, RFC 9113 section 3.4.
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-#: A worker of Ray imports half a gigabyte of packages, on a cluster often from a shared folder.
-_START_S = 180.0
 
 
 class RayCluster(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +105,7 @@ def _reach(address: str) -> None:
     if not port.isdigit():
         return  # "auto"
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S) as probe:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S) as probe:
             probe.sendall(_GREETING)
             probe.recv(1)  # Ray speaks gRPC, whose server greets at once; one that hangs up is left to Ray to explain
     except ConnectionResetError:
@@ -136,110 +129,3 @@ def leave() -> None:
     import ray
 
     ray.shutdown()
-
-
-def _make_launcher(deployment: str) -> Launcher:
-    from orchestrator.control.launch.ray_launcher import RayLauncher
-
-    return RayLauncher(deployment)
-
-
-def _end_this_actor() -> None:
-    import ray
-
-    ray.kill(ray.get_runtime_context().current_actor)
-
-
-class RemoteController:
-    """The controller actor of a deployment, found by name or made. While Ray restarts it, the last table is shown."""
-
-    def __init__(self, deployment: str, target: Path, policy: RestartPolicy) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        self._ray = ray
-        self._target = target
-        # Pinned to this host, where the file of wanted gangs lies.
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._make = (
-            ray.remote(ControllerActor)
-            .options(
-                name=f"trireme/{deployment}/controller",
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=-1,
-                max_concurrency=4,
-                num_cpus=0,
-                scheduling_strategy=node,
-            )
-            .remote
-        )
-        self._arguments = (str(target), msgspec.json.encode(policy), functools.partial(_make_launcher, deployment), _end_this_actor)
-        self._actor: Any = None
-        self._views: list[ReplicaView] = []
-        self._question: Any = None
-        self._silent_since = 0.0
-
-    def apply(self, gangs: Sequence[GangSpec]) -> None:
-        """Raises :class:`EnvironmentFault` when the controller does not take the order within three minutes."""
-        write_private(self._target, msgspec.json.encode(list(gangs)))
-        if self._actor is None and not gangs:
-            return
-        if self._actor is None:
-            self._actor = self._make(*self._arguments)
-        self._views = msgspec.json.decode(self._call("apply", timeout_s=_START_S), type=list[ReplicaView])
-        self._question = None
-
-    def drain(self, replica: str) -> bool:
-        return bool(self._call("drain", replica, timeout_s=_ANSWER_S))
-
-    def abort(self) -> None:
-        """Kill every gang without a grace; returns when they are gone."""
-        if self._actor is not None:
-            self._call("abort", timeout_s=_START_S)
-            self._views, self._question = [], None
-
-    def end_with_host(self) -> None:
-        """From now on a killed host leaves nothing: a stopped Ray job is killed after three seconds, whatever it has to finish."""
-        if self._actor is None:
-            return
-        try:
-            self._call("end_with", os.getpid(), timeout_s=_ANSWER_S)
-        except EnvironmentFault as fault:
-            log.warning("%s; a host that is killed now leaves its gangs", fault)
-
-    def _call(self, method: str, *arguments: object, timeout_s: float) -> Any:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                return self._ray.get(getattr(self._actor, method).remote(*arguments), timeout=max(0.1, deadline - time.monotonic()))
-            except self._ray.exceptions.ActorUnavailableError:
-                if time.monotonic() > deadline:
-                    raise EnvironmentFault("the controller does not answer", "Ray has not restarted it", _LOOK) from None
-                time.sleep(0.1)
-            except self._ray.exceptions.RayError as error:
-                raise EnvironmentFault("the controller does not answer", str(error).splitlines()[0][:200], _LOOK) from None
-
-    def tick(self, hung: Hung = ()) -> None:
-        """Report what the routers lost and take the table; never waits for the actor."""
-        if self._question is None:
-            self._question = self._actor.report.remote(sorted(hung))
-            self._silent_since = time.monotonic()
-        ready, _ = self._ray.wait([self._question], timeout=0)
-        if not ready:
-            if time.monotonic() - self._silent_since > _START_S:
-                self._question = None
-            return
-        question, self._question = self._question, None
-        try:
-            self._views = msgspec.json.decode(self._ray.get(question), type=list[ReplicaView])
-        except self._ray.exceptions.RayError as error:
-            log.warning("control plane down: %s; what is served goes on", type(error).__name__)
-
-    def views(self) -> list[ReplicaView]:
-        return self._views
-
-    def close(self) -> None:
-        """End the actor: nothing is wanted any more."""
-        if self._actor is not None:
-            self._ray.kill(self._actor)

@@ -9,7 +9,8 @@ import pytest
 import zmq
 
 from orchestrator.auth.curve_acl import CurveAcl, parse_grants
-from orchestrator.auth.keyring import KeyRing, read_private
+from orchestrator.auth.keyring import KeyRing
+from orchestrator.files import read_private
 from workers.protocol.errors import ConfigError, NotFound, Rejected
 
 

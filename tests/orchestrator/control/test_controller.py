@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.control.controller import ControllerActor
-from orchestrator.control.launch.launcher import GangSpec, write_private
+from orchestrator.control.launch.launcher import GangSpec
+from orchestrator.control.ray_controller import ControllerActor
 from orchestrator.control.reconciler import GangStatus, RestartPolicy
+from orchestrator.files import write_private
 from tests.support.gang import wait_for
 from workers.protocol.specs import EngineSpec, ReplicaSpec
 

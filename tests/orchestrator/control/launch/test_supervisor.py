@@ -14,11 +14,12 @@ import msgspec
 import pytest
 
 from orchestrator.control.launch import mpiexec
-from orchestrator.control.launch.launcher import KEPT_EPOCHS, GangSpec, prepare, write_private
+from orchestrator.control.launch.launcher import KEPT_EPOCHS, GangSpec, prepare
 from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.launch.subprocesses import TAG, ChildProcess, alive, tagged
 from orchestrator.control.launch.supervisor import GangProcess, LocalNode
 from orchestrator.control.reconciler import GangStatus
+from orchestrator.files import write_private
 from workers.epoch import make_epoch
 from workers.protocol.errors import EnvironmentFault
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
