@@ -20,8 +20,8 @@ from workers.protocol.errors import ArtifactError, ConfigError, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
+    from orchestrator.planner.cluster import PlannedCluster
     from orchestrator.planner.planner import Subject, SubjectPlan
-    from orchestrator.planner.seating import PlannedCluster
     from workers.protocol.specs import ModelSpec, Quant, QuantName
 
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -138,8 +138,8 @@ def _by_device(some: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 def gpu_cluster(text: str, settings: Config) -> PlannedCluster:
     """``8xH100,nodes=2``. Raises :class:`Rejected` for what that cannot mean, :class:`ConfigError` where nothing is said."""
+    from orchestrator.planner.cluster import PlannedCluster
     from orchestrator.planner.devices import GPUS
-    from orchestrator.planner.seating import PlannedCluster
 
     if not text:
         raise ConfigError(f"{settings.name} runs on GPUs", "which ones is not said", "add --gpus, such as --gpus 8xH100,nodes=2")
@@ -156,8 +156,8 @@ def host_cluster(text: str, some: Sequence[Subject]) -> PlannedCluster:
     there are as many cores or not."""
     import psutil
 
+    from orchestrator.planner.cluster import PlannedCluster
     from orchestrator.planner.devices import HostModel
-    from orchestrator.planner.seating import PlannedCluster
 
     here = len(os.sched_getaffinity(0))
     first, options = _words("--cpus", text, {"nodes", "memory"}) if text else (str(here), {})

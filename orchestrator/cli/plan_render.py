@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import yaml
 
+from orchestrator.planner.cluster import PlannedCluster
 from orchestrator.planner.planner import Subject, occupied
-from orchestrator.planner.seating import PlannedCluster
 from workers.protocol.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from orchestrator.cli.console import table
+from orchestrator.planner.cluster import PlannedCluster
 from orchestrator.planner.cost_model import Workload
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT, GpuModel
 from orchestrator.planner.planner import RECORDED_TOKENS, LayoutPlan, SubjectPlan, settings, timed
-from orchestrator.planner.seating import PlannedCluster
 from workers.layout.sharding import parameters
 
 #: Layouts that are listed beside the file's own.
@@ -76,7 +76,7 @@ def marked(each: SubjectPlan) -> list[tuple[LayoutPlan, tuple[str, ...]]]:
         reasons = [("the file's", kind in same)]
         reasons += [("most tokens", each.best is not None and kind == (each.best.parallel, each.best.replicas))]
         reasons += [("quickest token", each.quickest is not None and kind == (each.quickest.parallel, each.quickest.replicas))]
-        reasons += [("crosses nodes", made.seat.crossings > 0)]
+        reasons += [("crosses nodes", made.placement.crossings > 0)]
         return tuple(reason for reason, holds in reasons if holds)
 
     return [(made, marks(made)) for made in rows]

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from orchestrator.control.placement import GangPlacement, place_gang
+from orchestrator.planner.cluster import PlannedCluster, layouts, rooms, take_place
 from orchestrator.planner.cost_model import WORKLOADS, Pipeline, PredictedRun, Rates, StageWork, StepLoad, Workload, replay, stage_work
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, GpuModel, HostModel, gpu_rates, host_rates, leading_s, taken
-from orchestrator.planner.seating import PlannedCluster, Seat, layouts, rooms, seat
 from workers.layout.memory import (
     GPU_RESERVE,
     block_bytes,
@@ -71,7 +72,7 @@ class LayoutPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     parallel: Parallel
     replicas: int
-    seat: Seat
+    placement: GangPlacement
     ranks: tuple[RankMemory, ...]
     kv_tokens: int
     rows: int
@@ -144,7 +145,7 @@ def rank_memory(
 
 
 def layout_plan(
-    subject: Subject, parallel: Parallel, cluster: PlannedCluster, place: Seat, replicas: int, load: Workload, *, crowd: int = 0
+    subject: Subject, parallel: Parallel, cluster: PlannedCluster, placed: GangPlacement, replicas: int, load: Workload, *, crowd: int = 0
 ) -> LayoutPlan:
     """What one layout holds and gives. ``crowd``: ranks of all gangs on the fullest node; those of this gang if not given.
 
@@ -152,8 +153,8 @@ def layout_plan(
     """
     parallel.check(subject.model)
     _possible(subject, parallel, cluster.device)
-    crowd = crowd or max(place.ranks)
-    ranks = _ranks(subject, parallel, cluster.device, max(place.ranks), crowd)
+    crowd = crowd or max(placed.ranks)
+    ranks = _ranks(subject, parallel, cluster.device, max(placed.ranks), crowd)
     kv_tokens = min(rank.kv_tokens for rank in ranks)
     longest, rows = longest_sequence(subject.model, subject.engine), _rows(subject, kv_tokens, load)
     notes = []
@@ -161,12 +162,12 @@ def layout_plan(
         notes.append(f"rows of more than {kv_tokens} tokens are refused: the cache holds no more")
     if rows == 0:
         notes.append(f"no row of {load.isl} + {load.osl} tokens: the longest has {min(kv_tokens, longest)}")
-    if place.torn:
+    if placed.splits_group:
         notes.append("a tensor-parallel group crosses nodes: its sums would go over the network in every layer; no speed is foretold")
     one = full = None
-    error = _error(subject, parallel, cluster.device, place, crowd)
-    if rows and not place.torn:
-        pipeline = pipeline_of(subject, parallel, rates_of(subject, cluster.device, crowd), crossings=place.crossings)
+    error = _error(subject, parallel, cluster.device, placed, crowd)
+    if rows and not placed.splits_group:
+        pipeline = pipeline_of(subject, parallel, rates_of(subject, cluster.device, crowd), crossings=placed.crossings)
         one, full = (
             replay(pipeline, msgspec.structs.replace(load, requests=count), rows=rows, max_num_tokens=subject.engine.max_num_tokens)
             for count in (1, rows)
@@ -177,7 +178,7 @@ def layout_plan(
     return LayoutPlan(
         parallel=parallel,
         replicas=replicas,
-        seat=place,
+        placement=placed,
         ranks=ranks,
         kv_tokens=kv_tokens,
         rows=rows,
@@ -240,7 +241,7 @@ def pipeline_of(subject: Subject, parallel: Parallel, rates: Rates, *, crossings
 
 def timed(subject: Subject, made: LayoutPlan, device: GpuModel | HostModel) -> list[tuple[Workload, PredictedRun]]:
     """The recorded workloads on one replica of ``made``: those that it takes in at most ``TURNS`` turns."""
-    pipeline = pipeline_of(subject, made.parallel, rates_of(subject, device, made.crowd), crossings=made.seat.crossings)
+    pipeline = pipeline_of(subject, made.parallel, rates_of(subject, device, made.crowd), crossings=made.placement.crossings)
     found = []
     for load in WORKLOADS if made.full else ():
         rows = _rows(subject, made.kv_tokens, load)
@@ -261,24 +262,26 @@ def options(subject: Subject, cluster: PlannedCluster, free: Sequence[int], load
 
 def _most(subject: Subject, parallel: Parallel, cluster: PlannedCluster, free: Sequence[int], load: Workload) -> LayoutPlan | None:
     """The layout with as many replicas as places, and on a host as memory, hold; None where not even one does."""
-    places, seats = list(free), list[Seat]()
-    while (place := seat(parallel, places, spread=subject.spread)) is not None and not place.torn:
-        seats.append(place)
-    while seats:
-        crowd = -(-len(seats) * parallel.world // cluster.nodes)
+    left, placements = list(free), list[GangPlacement]()
+    while (placed := take_place(parallel, left, spread=subject.spread)) is not None and not placed.splits_group:
+        placements.append(placed)
+    while placements:
+        crowd = -(-len(placements) * parallel.world // cluster.nodes)
         try:
-            # The last gang seated is spread the widest; all are judged by it.
-            return layout_plan(subject, parallel, cluster, seats[-1], len(seats), load, crowd=crowd)
+            # The last gang is on the most nodes; all are judged by it.
+            return layout_plan(subject, parallel, cluster, placements[-1], len(placements), load, crowd=crowd)
         except ConfigError:
-            seats = seats[: len(seats) // 2] if isinstance(cluster.device, HostModel) else []
+            placements = placements[: len(placements) // 2] if isinstance(cluster.device, HostModel) else []
     return None
 
 
 def plan(subjects: Sequence[Subject], cluster: PlannedCluster, load: Workload) -> list[SubjectPlan]:
-    """Plan all that a file asks for. Its gangs are seated in their order; a subject's options are judged on what the others leave."""
+    """Plan all that a file asks for. Its gangs are placed in their order; a subject's options are judged on what the others leave."""
     free = rooms(cluster, subjects[0].cpus_per_rank)
-    seats = {(subject.name, name): seat(parallel, free, spread=subject.spread) for subject in subjects for name, parallel in subject.gangs}
-    return [_subject_plan(subject, subjects, seats, cluster, load) for subject in subjects]
+    placements = {
+        (subject.name, name): take_place(parallel, free, spread=subject.spread) for subject in subjects for name, parallel in subject.gangs
+    }
+    return [_subject_plan(subject, subjects, placements, cluster, load) for subject in subjects]
 
 
 def occupied(subjects: Sequence[Subject], cluster: PlannedCluster) -> list[int]:
@@ -287,27 +290,31 @@ def occupied(subjects: Sequence[Subject], cluster: PlannedCluster) -> list[int]:
     free = list(whole)
     for subject in subjects:
         for _, parallel in subject.gangs:
-            seat(parallel, free, spread=subject.spread)
+            take_place(parallel, free, spread=subject.spread)
     return [room - left for room, left in zip(whole, free, strict=True) if left < room]
 
 
 def _subject_plan(
-    subject: Subject, subjects: Sequence[Subject], seats: dict[tuple[str, str], Seat | None], cluster: PlannedCluster, load: Workload
+    subject: Subject,
+    subjects: Sequence[Subject],
+    placements: dict[tuple[str, str], GangPlacement | None],
+    cluster: PlannedCluster,
+    load: Workload,
 ) -> SubjectPlan:
     left = rooms(cluster, subject.cpus_per_rank)
     for other in subjects:
         if other is not subject:
             for _, parallel in other.gangs:
-                seat(parallel, left, spread=other.spread)
+                take_place(parallel, left, spread=other.spread)
     found = options(subject, cluster, left, load)
     own: list[LayoutPlan] = []
     crowd = -(-_needs(subjects) // cluster.nodes)
     refusal: ConfigError | None = None
     for parallel in dict.fromkeys(layout for _, layout in subject.gangs):
         names = [name for name, layout in subject.gangs if layout == parallel]
-        mine = [seats[subject.name, name] for name in names]
+        mine = [placements[subject.name, name] for name in names]
         try:
-            if (last := next((place for place in reversed(mine) if place), None)) is None or None in mine:
+            if (last := next((placed for placed in reversed(mine) if placed), None)) is None or None in mine:
                 raise ConfigError(
                     f"{subject.name}: {len(names)} x tp={parallel.tp} pp={parallel.pp} does not find room on {cluster.what}",
                     f"{_needs(subjects)} ranks are asked for, {cluster.nodes * rooms(cluster, subject.cpus_per_rank)[0]} places are there",
@@ -328,11 +335,11 @@ def _advice(subject: Subject, cluster: PlannedCluster, found: Sequence[LayoutPla
         return f"use {settings(found[0])}"
     for larger in _larger(cluster):
         for parallel in layouts(larger.nodes * larger.slots, larger.slots, subject.model):
-            place = seat(parallel, rooms(larger, subject.cpus_per_rank))
-            if place is None or place.torn:
+            placed = place_gang(parallel, rooms(larger, subject.cpus_per_rank))
+            if placed is None or placed.splits_group:
                 continue
             try:
-                layout_plan(subject, parallel, larger, place, 1, load)
+                layout_plan(subject, parallel, larger, placed, 1, load)
             except ConfigError:
                 continue
             return f"use {larger.what} with tp_size: {parallel.tp}, pp_size: {parallel.pp}; or quant: int8"
@@ -363,8 +370,8 @@ def _possible(subject: Subject, parallel: Parallel, device: GpuModel | HostModel
         )
 
 
-def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, place: Seat, crowd: int) -> float | None:
-    if subject.engine.kind != "portable" or not device.recorded or place.crossings:
+def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, placed: GangPlacement, crowd: int) -> float | None:
+    if subject.engine.kind != "portable" or not device.recorded or placed.crossings:
         return None
     if isinstance(device, HostModel):
         return HOST_FIT.error if subject.quant.weights is None and crowd * subject.engine.threads <= device.cores else None

@@ -25,7 +25,7 @@ import yaml
 
 from orchestrator.cli.main import app
 from orchestrator.config.deployment_file import Config, load
-from orchestrator.control.placement import NodeResources, RankShare, place
+from orchestrator.control.placement import NodeResources, RankShare, placement_request
 from workers.protocol.specs import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,7 +213,7 @@ def test_the_gangs_fit_on_the_workers_of_a_ray_cluster(name: str) -> None:
     share = RankShare(cpus=model.cpus_per_rank, gpus=1.0)
     (layout,) = {parallel for _, parallel in model.gangs()}
     assert layout == Parallel(tp=2, pp=2)
-    placed = place("r", layout, share, nodes, spread=model.spread)
+    placed = placement_request("r", layout, share, nodes, spread=model.spread)
     assert placed.strategy == "STRICT_SPREAD" and len(placed.ranks) * len(model.gangs()) == len(nodes)
     head = ray_cluster(document)["headGroupSpec"]
     assert head["rayStartParams"]["num-cpus"] == "0"

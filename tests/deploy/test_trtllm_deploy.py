@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from orchestrator.config import deployment_file
-from orchestrator.control.placement import NodeResources, RankShare, place
+from orchestrator.control.placement import NodeResources, RankShare, placement_request
 from workers.protocol.specs import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ def test_the_example_puts_each_stage_on_a_node_of_its_own() -> None:
     [(name, parallel)] = model.gangs()
     assert parallel == Parallel(tp=4, pp=2)
     nodes = [NodeResources(address=f"10.0.0.{index}", cpus=32, gpus=4) for index in (1, 2)]
-    placement = place(name, parallel, RankShare(cpus=model.cpus_per_rank, gpus=1.0), nodes, spread=model.spread)
+    placement = placement_request(name, parallel, RankShare(cpus=model.cpus_per_rank, gpus=1.0), nodes, spread=model.spread)
     assert placement.ranks == (4, 4) and placement.strategy == "STRICT_SPREAD"
 
 

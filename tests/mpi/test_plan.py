@@ -9,11 +9,11 @@ import msgspec
 import psutil
 import pytest
 
+from orchestrator.planner.cluster import PlannedCluster
 from orchestrator.planner.cost_model import Workload
 from orchestrator.planner.devices import HostModel
 from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.planner import LayoutPlan, Subject, plan
-from orchestrator.planner.seating import PlannedCluster
 from tests.mpi.world import run
 from tests.reference.default_model import NAME, artifact
 from tests.reference.shards import weight_bytes

@@ -19,11 +19,11 @@ from ray.util.placement_group import get_placement_group, placement_group, place
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.config.deployment_file import environment
-from orchestrator.control import placement as placing
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import exit_with, kill_tagged
 from orchestrator.control.launch.supervisor import GangNode, GangProcess, LocalNode
+from orchestrator.control.placement import NodeResources, PlacementRequest, placement_request, scale_up_request
 from orchestrator.control.reconciler import GangStatus
 from workers.epoch import make_epoch
 from workers.protocol.errors import ConfigError, EnvironmentFault
@@ -155,7 +155,7 @@ class _Record(msgspec.Struct, kw_only=True):
 
     status: GangStatus
     spec: GangSpec | None = None
-    placement: placing.BundlePlacement | None = None
+    placement: PlacementRequest | None = None
     supervisor: Any = None
     question: Any = None
     asked: float = 0.0
@@ -211,7 +211,7 @@ class RayLauncher:
         Ray's autoscaler looks at."""
         assert record.spec is not None
         nodes = [
-            placing.NodeResources(
+            NodeResources(
                 address=node["NodeManagerAddress"], cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0)
             )
             for node in ray.nodes()
@@ -219,10 +219,10 @@ class RayLauncher:
         ]
         spec = record.spec
         try:
-            placement = placing.place(spec.replica.name, spec.replica.parallel, spec.share, nodes, spread=spec.spread)
+            placement = placement_request(spec.replica.name, spec.replica.parallel, spec.share, nodes, spread=spec.spread)
         except ConfigError as fault:
             record.status = msgspec.structs.replace(record.status, cause=str(fault), hint=fault.hint)
-            placement = placing.wish(spec.replica.parallel, spec.share, spread=spec.spread)
+            placement = scale_up_request(spec.replica.parallel, spec.share, spread=spec.spread)
         else:
             record.status = msgspec.structs.replace(record.status, cause="", hint="")
         if placement == record.placement:

@@ -9,11 +9,12 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 
 from bench.fit import FITTED, HELD_OUT, model_of, recorded
+from orchestrator.control.placement import GangPlacement
+from orchestrator.planner.cluster import PlannedCluster, layouts, take_place
 from orchestrator.planner.cost_model import Workload
 from orchestrator.planner.devices import GPU_FIT, GPUS, HOST_RANK, HostModel, taken
 from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.planner import LayoutPlan, Subject, plan, rank_memory, settings
-from orchestrator.planner.seating import PlannedCluster, Seat, layouts, seat
 from tests.support import figures
 from workers.layout.memory import frozen_bytes
 from workers.layout.sharding import parameters
@@ -63,26 +64,26 @@ def test_known_shapes_have_as_many_parameters_as_their_makers_publish() -> None:
 @pytest.mark.parametrize(
     ("layout", "free", "found", "left"),
     [
-        (Parallel(tp=4), [8, 4], Seat(ranks=(4,), crossings=0, torn=False), [8, 0]),
-        (Parallel(tp=4, pp=2), [8, 8], Seat(ranks=(8,), crossings=0, torn=False), [0, 8]),
-        (Parallel(tp=4, pp=3), [8, 8], Seat(ranks=(8, 4), crossings=1, torn=False), [0, 4]),
-        (Parallel(tp=3, pp=2), [4, 4], Seat(ranks=(3, 3), crossings=1, torn=False), [1, 1]),
-        (Parallel(tp=8), [4, 4], Seat(ranks=(4, 4), crossings=1, torn=True), [0, 0]),
+        (Parallel(tp=4), [8, 4], GangPlacement(nodes=(1,), ranks=(4,), unit=4), [8, 0]),
+        (Parallel(tp=4, pp=2), [8, 8], GangPlacement(nodes=(0,), ranks=(8,), unit=8), [0, 8]),
+        (Parallel(tp=4, pp=3), [8, 8], GangPlacement(nodes=(0, 1), ranks=(8, 4), unit=4), [0, 4]),
+        (Parallel(tp=3, pp=2), [4, 4], GangPlacement(nodes=(0, 1), ranks=(3, 3), unit=3), [1, 1]),
+        (Parallel(tp=8), [4, 4], GangPlacement(nodes=(0, 1), ranks=(4, 4), unit=1, splits_group=True), [0, 0]),
         (Parallel(tp=8, pp=2), [4, 4], None, [4, 4]),
     ],
 )
-def test_a_gang_sits_within_a_node_then_stage_by_stage(layout: Parallel, free: list[int], found: Seat | None, left: list[int]) -> None:
-    assert seat(layout, free) == found
+def test_a_gang_goes_to_one_node_or_stage_by_stage(layout: Parallel, free: list[int], found: GangPlacement | None, left: list[int]) -> None:
+    assert take_place(layout, free) == found
     assert free == left
 
 
 def test_spread_gives_each_stage_a_node_where_there_are_as_many() -> None:
     free = [8, 8]
-    assert seat(Parallel(tp=2, pp=2), free, spread=True) == Seat(ranks=(2, 2), crossings=1, torn=False)
+    assert take_place(Parallel(tp=2, pp=2), free, spread=True) == GangPlacement(nodes=(0, 1), ranks=(2, 2), unit=2, spread=True)
     assert free == [6, 6]
-    assert seat(Parallel(tp=2, pp=3), free, spread=True) == Seat(ranks=(6,), crossings=0, torn=False)
+    assert take_place(Parallel(tp=2, pp=3), free, spread=True) == GangPlacement(nodes=(0,), ranks=(6,), unit=6)
     (found,) = plan([subject("llama-3.1-8b", Parallel(pp=2), spread=True)], PlannedCluster(device=GPUS["H100"], nodes=2, slots=8), LOAD)
-    assert found.own[0].seat.crossings == 1 and found.own[0].error is None
+    assert found.own[0].placement.crossings == 1 and found.own[0].error is None
 
 
 def test_a_small_models_steps_wait_for_the_leader_and_no_error_is_claimed() -> None:
@@ -127,8 +128,8 @@ def test_options_leave_room_for_the_other_models() -> None:
 
 def test_no_option_tears_a_tensor_parallel_group() -> None:
     (found,) = plan([subject("llama-3.1-70b", Parallel(tp=8))], PlannedCluster(device=GPUS["H200"], nodes=4, slots=4), LOAD)
-    assert found.own[0].seat.torn and found.own[0].full is None and "crosses nodes" in found.own[0].notes[0]
-    assert found.options and all(made.parallel.tp <= 4 and not made.seat.torn for made in found.options)
+    assert found.own[0].placement.splits_group and found.own[0].full is None and "crosses nodes" in found.own[0].notes[0]
+    assert found.options and all(made.parallel.tp <= 4 and not made.placement.splits_group for made in found.options)
     speeds = [made.total_tok_s for made in found.options]
     assert speeds == sorted(speeds, reverse=True) and found.quickest is not None
     assert found.quickest.one is not None and found.quickest.one.token_ms == min(made.one.token_ms for made in found.options if made.one)
@@ -262,7 +263,7 @@ def test_whatever_is_asked_the_parts_never_exceed_the_whole(
     (found,) = plan([subject(name, *[Parallel(tp=tp, pp=pp)] * count, quant=form, spread=spread)], cluster, LOAD)
     assert bool(found.own) != bool(found.refusal)
     for made in (*found.own, *found.options):
-        assert made.parallel.world * made.replicas <= nodes * slots and sum(made.seat.ranks) == made.parallel.world
+        assert made.parallel.world * made.replicas <= nodes * slots and sum(made.placement.ranks) == made.parallel.world
         assert len(made.ranks) == made.parallel.world and made.kv_tokens == min(rank.kv_tokens for rank in made.ranks)
         for rank in made.ranks:
             assert min(rank.weights, rank.step, rank.other, rank.cache) > 0

@@ -1,0 +1,52 @@
+"""The cluster that is planned for: its nodes, what room they have, and which layouts to try on it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from orchestrator.control.placement import GangPlacement, place_gang
+from orchestrator.planner.devices import GpuModel, HostModel
+from workers.protocol.specs import ModelSpec, Parallel
+
+#: Most stages that are tried for a model.
+DEEPEST = 16
+
+
+class PlannedCluster(msgspec.Struct, frozen=True, kw_only=True):
+    """``nodes`` alike, each with ``slots`` GPUs, or CPU shares where ``device`` is a host's."""
+
+    device: GpuModel | HostModel
+    nodes: int
+    slots: int
+
+    @property
+    def what(self) -> str:
+        kind = f"{self.slots} x {self.device.name}"
+        if isinstance(self.device, HostModel) and self.slots != self.device.cores:
+            kind = f"{self.slots} shares of {self.device.cores} x {self.device.name}"
+        return kind if self.nodes == 1 else f"{self.nodes} nodes of {kind}"
+
+
+def rooms(cluster: PlannedCluster, cpus_per_rank: float) -> list[int]:
+    """Ranks that each empty node holds: one a GPU, or as many as its CPU shares allow."""
+    share = 1.0 if isinstance(cluster.device, GpuModel) else cpus_per_rank
+    return [int(cluster.slots / share + 1e-9)] * cluster.nodes
+
+
+def take_place(parallel: Parallel, free: list[int], *, spread: bool = False) -> GangPlacement | None:
+    """Place one gang and take its room from ``free`` [nodes], ranks; None where there is too little, and then nothing is taken."""
+    placed = place_gang(parallel, free, spread=spread)
+    if placed is not None:
+        for node, ranks in zip(placed.nodes, placed.ranks, strict=True):
+            free[node] -= ranks
+    return placed
+
+
+def layouts(most: int, widest: int, model: ModelSpec) -> Iterator[Parallel]:
+    """Layouts of at most ``most`` ranks whose tensor-parallel groups have at most ``widest`` and leave none of those over, or are powers of
+    two; the smallest first."""
+    widths = [tp for tp in range(1, min(widest, most, model.num_heads) + 1) if widest % tp == 0 or tp & (tp - 1) == 0]
+    found = [Parallel(tp=tp, pp=pp) for tp in widths for pp in range(1, min(most // tp, model.num_layers, DEEPEST) + 1)]
+    yield from sorted(found, key=lambda layout: (layout.world, -layout.tp))
