@@ -19,7 +19,7 @@ from bench.drive import submit
 from bench.report import commit, facts, record
 from orchestrator.planner.known_models import SHAPES
 from workers.engines.portable import PortableEngine, build
-from workers.protocol.specs import EngineSpec, ReplicaSpec
+from workers.protocol.specs import PortableOptions, PortableSpec, ReplicaSpec
 
 SHAPE = "smollm2-135m-instruct"
 #: name → requests, prompt and output tokens of each.
@@ -48,7 +48,7 @@ def write_shape(folder: Path) -> Path:
 
 
 def started(folder: Path) -> PortableEngine:
-    spec = EngineSpec(load_format="dummy", max_seq_len=1024, kv_tokens=16384, prefix_cache=False)
+    spec = PortableSpec(max_seq_len=1024, kv_tokens=16384, prefix_cache=False, options=PortableOptions(load_format="dummy"))
     engine = build(ReplicaSpec(name="bench", model=SHAPE, artifact=str(folder), engine=spec), None)
     assert isinstance(engine, PortableEngine)
     return engine

@@ -18,7 +18,7 @@ import msgspec
 from workers.engines.portable import PortableFollower, build
 from workers.protocol.engine import Engine, Finish
 from workers.protocol.messages import GenerateTask, SamplingParams, Submit
-from workers.protocol.specs import QUANT_ALGOS, EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import QUANT_ALGOS, Parallel, PortableSpec, ReplicaSpec
 
 
 def submit(id: int, prompt: list[int], output: int) -> Submit:
@@ -90,8 +90,8 @@ def main() -> None:
         from mpi4py import MPI
 
         comm = MPI.COMM_WORLD
-    chosen = {"dtype": args.dtype, "quant": args.quant, "threads": args.threads}
-    engine_spec = msgspec.convert(chosen | {"max_seq_len": 2048, "kv_tokens": 32768, "prefix_cache": False}, EngineSpec)
+    chosen = {"dtype": args.dtype, "threads": args.threads, "options": {"quant": args.quant}}
+    engine_spec = msgspec.convert(chosen | {"max_seq_len": 2048, "kv_tokens": 32768, "prefix_cache": False}, PortableSpec)
     engine = build(ReplicaSpec(name="bench", model="bench", artifact=args.artifact, parallel=parallel, engine=engine_spec), comm)
     if isinstance(engine, PortableFollower):
         engine.run()

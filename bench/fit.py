@@ -27,7 +27,7 @@ from orchestrator.planner.cost_model import Rates, StepLoad, Workload, replay
 from orchestrator.planner.devices import GPUS, Fit, gpu_rates, host_rates
 from orchestrator.planner.planner import Subject, pipeline_of
 from workers.artifacts.artifact import open_artifact
-from workers.protocol.specs import PLAIN, DType, EngineSpec, ModelSpec, Parallel, quant_of
+from workers.protocol.specs import PLAIN, DType, ModelSpec, Parallel, PortableSpec, quant_of
 
 RESULTS = ROOT / "bench" / "results"
 FITTED, HELD_OUT = "gpu.jsonl", "2026-11-22-four-gpus.jsonl"
@@ -74,7 +74,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
             name=self.shape,
             model=model_of(self.shape),
             quant=quant_of("fp8") if self.quant == "fp8" else PLAIN,
-            engine=msgspec.convert(chosen | limits, EngineSpec),
+            engine=msgspec.convert(chosen | limits, PortableSpec),
             gangs=(("r", self.parallel),),
         )
 

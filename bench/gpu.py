@@ -27,7 +27,7 @@ import msgspec
 from bench.report import commit, facts, record, say
 from orchestrator.planner import cost_model
 from workers.__main__ import GPU_ENVIRONMENT
-from workers.protocol.specs import EngineSpec, Parallel, QuantName, ReplicaSpec
+from workers.protocol.specs import Parallel, PortableOptions, PortableSpec, QuantName, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Longest that one case may take, seconds.
@@ -99,16 +99,15 @@ def write_shape(folder: Path, shape: str) -> Path:
 
 
 def spec_of(case: Case, artifact: Path, *, load_format: str = "dummy") -> ReplicaSpec:
-    engine = EngineSpec(
+    engine = PortableSpec(
         dtype="bf16",
         device="cuda",
-        quant=case.quant,
-        load_format="dummy" if load_format == "dummy" else "auto",
         max_batch_size=512,
         max_num_tokens=8192,
         max_seq_len=4096,
         prefix_cache=False,
         wait="spin",
+        options=PortableOptions(quant=case.quant, load_format="dummy" if load_format == "dummy" else "auto"),
     )
     return ReplicaSpec(name="bench", model=case.shape, artifact=str(artifact), parallel=case.parallel, engine=engine)
 

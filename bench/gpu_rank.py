@@ -123,7 +123,7 @@ class Floor:
         self._flop_token = 2 * model.num_layers * layer
         self._kv_token = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 2
         # FP8 products run at twice the rate.
-        self._multiplied = multiplied * (2 if spec.engine.quant == "fp8" else 1)
+        self._multiplied = multiplied * (2 if spec.portable.options.quant == "fp8" else 1)
         self._copied, self._tp, self._pp = copied, parallel.tp, parallel.pp
 
     def seconds(self, requests: int, isl: int, osl: int) -> float:
@@ -198,7 +198,7 @@ def lead(
         "shape": spec.model,
         "tp": spec.parallel.tp,
         "pp": spec.parallel.pp,
-        "quant": spec.engine.quant,
+        "quant": spec.portable.options.quant,
     }
     for name, requests, isl, osl in arguments["workloads"]:
         serve(engine, submits(min(requests, 64), isl, 4, model.vocab_size, 1), patience)
@@ -247,9 +247,12 @@ def main() -> None:
         engine.run()
         return
     ready_s = time.time() - arguments["started"] - beside
-    print(json.dumps({"engine": "trireme", "shape": spec.model, "quant": spec.engine.quant, "ready_s": round(ready_s, 2)}), flush=True)
+    print(
+        json.dumps({"engine": "trireme", "shape": spec.model, "quant": spec.portable.options.quant, "ready_s": round(ready_s, 2)}),
+        flush=True,
+    )
     if arguments["workloads"]:
-        model = open_artifact(spec.artifact, weights_optional=spec.engine.load_format == "dummy").model
+        model = open_artifact(spec.artifact, weights_optional=spec.portable.options.load_format == "dummy").model
         say(f"{torch.cuda.get_device_name()}: copies {measured[0] / 1e12:.2f} TB/s, products {measured[1] / 1e12:.0f} TFLOP/s")
         lead(engine, model, arguments, spec, Floor(spec, model, engine.capacity.quant, *measured), patience, gaps)
     engine.close()

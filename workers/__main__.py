@@ -31,7 +31,7 @@ from workers.engines.trtllm.environment import for_rank
 from workers.epoch import make_epoch
 from workers.protocol.engine import Engine, Follower
 from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, ErrorReport, TriremeError
-from workers.protocol.specs import EngineSpec, ReplicaSpec
+from workers.protocol.specs import CommonEngineSpec, FakeOptions, PortableOptions, ReplicaSpec, TrtllmSpec
 from workers.serving.router_io import KeyPair, check_address
 from workers.serving.state_file import StateFile
 
@@ -48,6 +48,12 @@ GRACE_S = 2.0
 MPI_MULTIPLE = "--mpi-multiple"
 
 log = logging.getLogger("trireme.main")
+#: Flags that only one kind of engine knows. TensorRT-LLM's options are one flag, in JSON.
+OPTIONS = {
+    "portable": set(PortableOptions.__struct_fields__),
+    "fake": set(FakeOptions.__struct_fields__),
+    "trtllm": {"trtllm"},
+}
 
 
 class Briefing(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,9 +83,8 @@ def parse(argv: list[str]) -> Briefing:
     parser.add_argument("--router", action="append", metavar="ENDPOINT[,KEY]", help="a router's back socket and its CURVE key; repeatable")
     for name in ("name", "epoch", "run-dir", "key-file", "heartbeat-s", "hang-floor-s"):
         parser.add_argument(f"--{name}")
-    for field in msgspec.structs.fields(EngineSpec):
-        if field.name != "kind":
-            parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, help=argparse.SUPPRESS)
+    for name in (*CommonEngineSpec.__struct_fields__, *(name for names in OPTIONS.values() for name in names)):
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=argparse.SUPPRESS)
     parser.add_argument(MPI_MULTIPLE, action="store_true", help="have MPI serve several threads of a rank, which a trtllm engine needs")
     parser.add_argument("--debug", action="store_true", help="verbose log, and stack traces with errors")
     given = {key: value for key, value in vars(parser.parse_args([_dashes(word) for word in argv])).items() if value is not None}
@@ -98,10 +103,18 @@ def _dashes(word: str) -> str:
 
 
 def _from_flags(given: dict[str, Any]) -> ReplicaSpec:
-    engine = {field.name: given.pop(field.name) for field in msgspec.structs.fields(EngineSpec) if field.name in given}
-    if "trtllm" in engine:
-        engine["trtllm"] = _json(engine["trtllm"], "--trtllm")
-    if "artifact" not in given and engine.get("kind") != "fake":
+    kind = given.pop("kind", "portable")
+    engine = {"kind": kind} | {name: given.pop(name) for name in CommonEngineSpec.__struct_fields__ if name in given}
+    options = {}
+    for owner, names in OPTIONS.items():
+        for name in names & given.keys():
+            if kind != owner:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} means nothing here", f"the engine is {kind}", f"leave it out, or --engine {owner}"
+                )
+            options[name] = given.pop(name)
+    engine["options"] = _json(options["trtllm"], "--trtllm") if "trtllm" in options else options
+    if "artifact" not in given and kind != "fake":
         raise ConfigError("no model is given", hint="--model PATH, or --engine fake")
     artifact = given.setdefault("artifact", "")
     given.setdefault("model", Path(artifact).name or "fake")
@@ -261,10 +274,10 @@ class Rank:
         # A rank computes with its share of the cores; spinning threads of several ranks would starve each other.
         os.environ["OMP_NUM_THREADS"] = str(spec.engine.threads)
         os.environ["OMP_WAIT_POLICY"] = "passive"
-        if spec.engine.kind == "trtllm":
+        if isinstance(spec.engine, TrtllmSpec):
             for name in for_rank(os.environ):
                 del os.environ[name]
-            with self._deadline(spec.engine.trtllm.start_timeout_s):
+            with self._deadline(spec.engine.options.start_timeout_s):
                 return rank.build(spec, self._comm)
         if spec.engine.device == "cuda":
             os.environ.update(GPU_ENVIRONMENT)

@@ -16,7 +16,7 @@ from typing import Any
 from workers import process
 from workers.protocol.engine import Engine, Follower
 from workers.protocol.errors import TriremeError
-from workers.protocol.specs import ReplicaSpec
+from workers.protocol.specs import FakeSpec, PortableSpec, ReplicaSpec, TrtllmSpec
 from workers.protocol.status import RankPhase
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair
@@ -26,16 +26,16 @@ from workers.serving.state_file import StateFile
 def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
     """This rank's part of the engine: an Engine on rank 0, a Follower elsewhere. Raises the same TriremeError on every rank, or
     :class:`~workers.process.Alone` where the others cannot know."""
-    match spec.engine.kind:
-        case "fake":
+    match spec.engine:
+        case FakeSpec():
             from workers.engines import fake_gang
 
             return fake_gang.build(spec, comm)
-        case "portable":
+        case PortableSpec():
             from workers.engines import portable
 
             return portable.build(spec, comm)
-        case "trtllm":
+        case TrtllmSpec():
             from workers.engines.trtllm import backend_choice
 
             return backend_choice.build(spec, comm)

@@ -21,7 +21,6 @@ def config_show(
     resolved: Annotated[bool, typer.Option("--resolved", help="Every value and where it came from.")] = False,
 ) -> None:
     """Check a deployment file and print what it means."""
-    import msgspec
     import yaml
 
     from orchestrator.config import deployment_file
@@ -32,4 +31,4 @@ def config_show(
         rows = [[row.path, json.dumps(row.value), row.source] for row in found.rows()]
         console.out(table(["KEY", "VALUE", "SOURCE"], rows))
     else:
-        console.out(yaml.safe_dump(msgspec.to_builtins(found.config), sort_keys=False), end="")
+        console.out(yaml.safe_dump(deployment_file.as_tree(found.config), sort_keys=False), end="")

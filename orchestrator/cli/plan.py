@@ -95,7 +95,7 @@ def subjects(settings: Config, stand_in: str = "") -> list[Subject]:
             member = members[indices[0]]
             if member.engine == "fake":
                 continue
-            shape, quant = _description(stand_in or member.path or member.name, member.quant)
+            shape, quant = _description(stand_in or member.path or member.name, member.settings.portable.quant)
             found.append(
                 Subject(
                     name=model.name if len(groups) == 1 else f"{model.name} ({gangs[indices[0]][0]})",

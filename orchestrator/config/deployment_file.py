@@ -11,36 +11,31 @@ import os
 import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
 from orchestrator.config import yaml_tree
-from orchestrator.config.router_spec import AdmissionSpec, BackSpec, JoinSpec, MetricsSpec, TracingSpec
+from orchestrator.config.router_spec import AdmissionSpec, BackSpec, HttpConfig, JoinSpec, MetricsSpec, TracingSpec
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import DType, EngineKind, EngineSpec, Parallel, QuantName, WaitPolicy
+from workers.protocol.specs import (
+    CommonEngineSpec,
+    Device,
+    EngineKind,
+    EngineSpec,
+    FakeOptions,
+    FakeSpec,
+    Parallel,
+    PortableOptions,
+    PortableSpec,
+    TrtllmSpec,
+)
 from workers.protocol.trtllm_options import TrtllmOptions
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,38}[a-z0-9])?")
 _NAMING = "a name is 1 to 40 of a-z, 0-9, '.' and '-'"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PREFIX = "TRIREME_"
 DEFAULT_RUN_DIR = "~/.local/state/trireme"
-
-
-class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP door of every router; ``port`` 0 = any free one. ``api_keys_file``: whose keys open it (`trireme keys api`); without one it
-    is open to all, and stays on loopback."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_body_bytes: int = 4 << 20
-    api_keys_file: str = ""
-
-    @property
-    def exposed(self) -> bool:
-        """Whether other machines may reach it."""
-        return self.host not in _LOOPBACK
 
 
 class RpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,14 +63,33 @@ class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     pp_size: int = 0
     engine: EngineKind | None = None
     path: str = ""
-    device: Literal["cpu", "cuda"] | None = None
+    device: Device | None = None
+
+
+class EngineSettings(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a model's replicas are told of every engine that they may run on. In a file these keys stand among the model's own."""
+
+    portable: PortableOptions = PortableOptions()
+    fake: FakeOptions = FakeOptions()
+    trtllm: TrtllmOptions = TrtllmOptions()
+
+    def spec(self, kind: EngineKind) -> EngineSpec:
+        """The settings of one engine."""
+        common = {name: getattr(self, name) for name in CommonEngineSpec.__struct_fields__}
+        match kind:
+            case "portable":
+                return PortableSpec(**common, options=self.portable)
+            case "fake":
+                return FakeSpec(**common, options=self.fake)
+            case "trtllm":
+                return TrtllmSpec(**common, options=self.trtllm)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``.
 
     ``replicas``: how many of ``tp_size`` x ``pp_size``, or a list that says it for each. ``spread``: a node of its own for each pipeline
-    stage. The rest is :class:`~workers.protocol.specs.EngineSpec`.
+    stage. ``engine``: what computes, by ``settings``.
     """
 
     name: str
@@ -87,28 +101,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     spread: bool = False
     cpus_per_rank: float = 1.0
     engine: EngineKind = "portable"
-    dtype: DType = "fp32"
-    max_batch_size: int = 64
-    max_num_tokens: int = 256
-    max_seq_len: int = 0
-    kv_tokens: int = 0
-    kv_bytes: int = 0
-    block_size: int = 16
-    prefix_cache: bool = True
-    deterministic: bool = False
-    fixed_shape: bool = False
-    wait: WaitPolicy = "hybrid"
-    threads: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    load_format: Literal["auto", "dummy"] = "auto"
-    quant: QuantName | None = None
-    fake_step_ms: float = 1.0
-    fake_token_us: float = 0.0
-    trtllm: TrtllmOptions = TrtllmOptions()
+    settings: EngineSettings = EngineSettings()
 
     def engine_spec(self) -> EngineSpec:
-        names = set(EngineSpec.__struct_fields__) & set(self.__struct_fields__)
-        return EngineSpec(kind=self.engine, **{name: getattr(self, name) for name in names})
+        return self.settings.spec(self.engine)
 
     def gangs(self) -> list[tuple[str, Parallel]]:
         """(replica name, layout), in file order; replicas without a name are numbered."""
@@ -121,7 +117,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def members(self) -> list[ModelConfig]:
         """This model as each of its gangs runs it, in the same order."""
         return [
-            msgspec.structs.replace(self, engine=row.engine or self.engine, path=row.path or self.path, device=row.device or self.device)
+            msgspec.structs.replace(
+                self,
+                engine=row.engine or self.engine,
+                path=row.path or self.path,
+                settings=msgspec.structs.replace(self.settings, device=row.device or self.settings.device),
+            )
             for row in self._replicas()
         ]
 
@@ -220,7 +221,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 )
                 seen.add(("model", label))
             try:
-                model.engine_spec()
                 gangs = model.gangs()
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error.what}", error.why, error.hint) from None
@@ -265,7 +265,59 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     sources: dict[str, str]
 
     def rows(self) -> list[ResolvedSetting]:
-        return list(_rows(self.config, "", self.sources))
+        return list(_rows(as_tree(self.config), "", self.sources))
+
+
+def _file_struct(struct: type[msgspec.Struct], **changed: Any) -> type[msgspec.Struct]:
+    """``struct`` as a file spells it: the fields of structs in ``_INLINE`` stand among its own. ``changed``: fields of another type."""
+    fields: list[Any] = []
+    for field in msgspec.structs.fields(struct):
+        if field.type in _INLINE:
+            fields += [(inner.name, inner.type, inner.default) for inner in msgspec.structs.fields(_file_struct(field.type))]
+        elif field.default is msgspec.NODEFAULT:
+            fields.append((field.name, changed.get(field.name, field.type)))
+        else:
+            fields.append((field.name, changed.get(field.name, field.type), field.default))
+    return msgspec.defstruct(struct.__name__, fields, frozen=True, kw_only=True, forbid_unknown_fields=True)
+
+
+#: Structs whose fields a file has among those of the struct around them.
+_INLINE: tuple[Any, ...] = (EngineSettings, PortableOptions, FakeOptions)
+_FileModel: Any = _file_struct(ModelConfig)
+_FileConfig: Any = _file_struct(Config, models=tuple[_FileModel, ...])
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """The whole configuration as a file spells it: mappings, lists and scalars."""
+    tree: dict[str, Any] = msgspec.to_builtins(config)
+    return tree | {"models": [_spelled(model, ModelConfig) for model in tree["models"]]}
+
+
+def _spelled(node: dict[str, Any], struct: type[msgspec.Struct]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for field in msgspec.structs.fields(struct):
+        flat |= _spelled(node[field.name], field.type) if field.type in _INLINE else {field.name: node[field.name]}
+    return flat
+
+
+def _nested(value: msgspec.Struct, struct: type[msgspec.Struct]) -> Any:
+    """A ``struct`` from ``value``, which has its fields and those of the structs in ``_INLINE`` side by side."""
+    parts = {
+        field.name: _nested(value, field.type) if field.type in _INLINE else getattr(value, field.name)
+        for field in msgspec.structs.fields(struct)
+    }
+    return struct(**parts)
+
+
+def _config(given: Any) -> Config:
+    """The checked configuration from a ``_FileConfig``. Raises :class:`ConfigError`."""
+    models = []
+    for index, model in enumerate(given.models):
+        try:
+            models.append(_nested(model, ModelConfig))
+        except ConfigError as error:
+            raise ConfigError(f"models[{index}]: {error.what}", error.why, error.hint) from None
+    return Config(**{name: getattr(given, name) for name in Config.__struct_fields__} | {"models": tuple(models)})
 
 
 def environment() -> MutableMapping[str, str]:
@@ -276,10 +328,10 @@ def environment() -> MutableMapping[str, str]:
 def settings() -> dict[str, str]:
     """Every flag name (underscores) -> its path; those of a model apply to all models: ``tp_size`` -> ``models[].tp_size``."""
     table = {"host": "http.host", "port": "http.port", "api_keys_file": "http.api_keys_file"}
-    for path, kind in _leaves(Config, ""):
+    for path, kind in _leaves(_FileConfig, ""):
         if path.startswith("models[].trtllm."):  # a table of its own, of which flags would be hundreds
             continue
-        if kind in (str, int, float, bool) or _is_literal(kind):
+        if kind in (str, int, float, bool) or _choices(kind):
             table[path.replace("models[].", "").replace(".", "_") if path.startswith("models") else path.replace(".", "_")] = path
     table["name"] = "name"
     table["replicas"] = "models[].replicas"
@@ -300,7 +352,7 @@ def load(
         tree, origin = yaml_tree.read(source), f"file {source}"
     else:
         tree, origin = yaml_tree.copy(source), "built in"
-    _refuse_unknown(tree, Config, "", origin)
+    _refuse_unknown(tree, _FileConfig, "", origin)
     sources = dict.fromkeys(yaml_tree.paths(tree), origin)
     table = settings()
     for flag, value in ({} if env is None else env).items():
@@ -313,7 +365,7 @@ def load(
             raise ConfigError(f"unknown flag --{name.replace('_', '-')}", "no setting has this name", _nearest(name, table))
         _put(tree, sources, table[name], given, f"flag --{name.replace('_', '-')}")
     try:
-        return Resolved(config=msgspec.convert(tree, Config), sources=sources)
+        return Resolved(config=_config(msgspec.convert(tree, _FileConfig)), sources=sources)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
         path = path.strip("`").lstrip(".")
@@ -336,8 +388,11 @@ def _struct_of(kind: Any) -> tuple[Any, bool]:
     return None, False
 
 
-def _is_literal(kind: Any) -> bool:
-    return getattr(kind, "__origin__", None) is Literal
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words that a setting may be, whether it may be None beside them or not; empty for a setting of another kind."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return next((choices for part in get_args(kind) if (choices := _choices(part))), ())
 
 
 def _leaves(struct: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -373,8 +428,8 @@ def _nearest(key: str, names: Mapping[str, Any]) -> str:
 
 def _allowed(path: str) -> str:
     """What a setting may be: the hint beside a value that it cannot be."""
-    kind = dict(_leaves(Config, "")).get(re.sub(r"\[\d+\]", "[]", path))
-    return f"one of: {', '.join(map(str, get_args(kind)))}" if _is_literal(kind) else yaml_tree.EXAMPLE
+    kind = dict(_leaves(_FileConfig, "")).get(re.sub(r"\[\d+\]", "[]", path))
+    return f"one of: {', '.join(choices)}" if (choices := _choices(kind)) else yaml_tree.EXAMPLE
 
 
 def _put(tree: dict[str, Any], sources: dict[str, str], path: str, value: object, source: str) -> None:
@@ -384,14 +439,14 @@ def _put(tree: dict[str, Any], sources: dict[str, str], path: str, value: object
         models: Sequence[Any] = tree.get("models", ()) if isinstance(tree.get("models"), list) else ()
         for index, model in enumerate(models):
             if isinstance(model, dict):
-                _put_leaf(model, key, ModelConfig, value, f"models[{index}].{key}", sources, source)
+                _put_leaf(model, key, _FileModel, value, f"models[{index}].{key}", sources, source)
         return
     head, _, key = path.rpartition(".")
     if not head:
-        _put_leaf(tree, key, Config, value, path, sources, source)
+        _put_leaf(tree, key, _FileConfig, value, path, sources, source)
         return
     inner = tree.setdefault(head, {})
-    struct, _ = _struct_of({field.name: field.type for field in msgspec.structs.fields(Config)}[head])
+    struct, _ = _struct_of({field.name: field.type for field in msgspec.structs.fields(_FileConfig)}[head])
     if isinstance(inner, dict):
         _put_leaf(inner, key, struct, value, path, sources, source)
 
@@ -406,10 +461,10 @@ def _put_leaf(node: dict[str, Any], key: str, struct: Any, value: object, path: 
 
 
 def _rows(value: Any, path: str, sources: Mapping[str, str]) -> Iterator[ResolvedSetting]:
-    if isinstance(value, msgspec.Struct):
-        for name in value.__struct_fields__:
-            yield from _rows(getattr(value, name), f"{path}.{name}" if path else name, sources)
-    elif isinstance(value, tuple) and any(isinstance(item, msgspec.Struct) for item in value):
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _rows(item, f"{path}.{name}" if path else name, sources)
+    elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
         for index, item in enumerate(value):
             yield from _rows(item, f"{path}[{index}]", sources)
     else:

@@ -11,6 +11,7 @@ from workers.protocol.specs import RouterAddress
 
 #: Addresses that mean every interface of this host: fit to listen on, not to be told to others.
 WILDCARDS = ("0.0.0.0", "::", "*")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,17 +27,26 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     created: int = 0
 
 
-class HttpSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP door. ``reuse_port``: several routers share ``port``. ``port`` 0 = any free one, printed and put into the state file.
-
-    ``api_keys_file``: whose keys open it; without one it is open to all, and on loopback only unless ``insecure_without_keys``.
-    """
+class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP server of every router; ``port`` 0 = any free one, printed and put into the state file. ``api_keys_file``: the keys that it
+    accepts (`trireme keys api`); without one it is open to all, and stays on loopback."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    reuse_port: bool = False
     max_body_bytes: int = 4 << 20
     api_keys_file: str = ""
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines may reach it."""
+        return self.host not in _LOOPBACK
+
+
+class HttpSpec(HttpConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP server of one router. ``reuse_port``: several routers share ``port``. ``insecure_without_keys``: it may be reached from
+    other machines without keys."""
+
+    reuse_port: bool = False
     insecure_without_keys: bool = False
 
 

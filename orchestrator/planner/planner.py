@@ -27,7 +27,7 @@ from workers.layout.memory import (
 from workers.layout.quant_parts import unit_of
 from workers.layout.sharding import deal, parameters, shard_of, trtllm_refusal
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, Quant
+from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, PortableSpec, Quant, TrtllmSpec
 
 #: GPUs of the largest usual node: what is advised before more nodes are.
 FULL_NODE = 8
@@ -362,7 +362,7 @@ def settings(made: LayoutPlan) -> str:
 
 def _possible(subject: Subject, parallel: Parallel, device: GpuModel | HostModel) -> None:
     """Raises :class:`ConfigError` for what the engine would refuse at its start."""
-    if subject.engine.kind == "trtllm" and (refusal := trtllm_refusal(subject.model, parallel)):
+    if isinstance(subject.engine, TrtllmSpec) and (refusal := trtllm_refusal(subject.model, parallel)):
         raise ConfigError(f"{subject.name}: {refusal[0]}", "", refusal[1])
     if isinstance(device, GpuModel) and subject.quant.weights == "fp8" and not device.narrow:
         raise ConfigError(
@@ -371,7 +371,7 @@ def _possible(subject: Subject, parallel: Parallel, device: GpuModel | HostModel
 
 
 def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, placed: GangPlacement, crowd: int) -> float | None:
-    if subject.engine.kind != "portable" or not device.recorded or placed.crossings:
+    if not isinstance(subject.engine, PortableSpec) or not device.recorded or placed.crossings:
         return None
     if isinstance(device, HostModel):
         return HOST_FIT.error if subject.quant.weights is None and crowd * subject.engine.threads <= device.cores else None

@@ -233,7 +233,7 @@ class RouterProcess:
         )
         path = Path(self._spec.state_file)
         try:
-            replace_file(path, msgspec.json.encode(state))
+            replace_file(path, msgspec.json.encode(state), mode=0o644)
         except OSError as error:
             if phase == "serving":
                 raise EnvironmentFault(f"cannot write {path}", error.strerror or str(error), "make room or give access there") from None

@@ -33,7 +33,7 @@ from workers.protocol.messages import (
     Tokens,
     ToReplica,
 )
-from workers.protocol.specs import EngineSpec, Parallel
+from workers.protocol.specs import FakeOptions, FakeSpec, Parallel
 from workers.serving.router_link import CloseSocket, LinkAction, OpenSocket, RouterLink, RouterLost, SendHello
 from workers.serving.stream_table import Action, BeginDrain, GrantCredit, SendToRouter, StartSequence, StopSequence, StreamTable
 
@@ -113,9 +113,9 @@ class SimReplica:
     ) -> None:
         self.index, self.epoch, self._timeline, self.net, self._host = index, epoch, timeline, net, host
         self.name, self.boot = f"r{index}", f"r{index}.{epoch}"
-        spec = EngineSpec(
-            kind="fake", block_size=BLOCK_SIZE, max_batch_size=setup.rows, max_num_tokens=setup.tokens, kv_tokens=setup.blocks * BLOCK_SIZE,
-            max_seq_len=setup.blocks * BLOCK_SIZE, fake_step_ms=setup.step_ms,
+        spec = FakeSpec(
+            block_size=BLOCK_SIZE, max_batch_size=setup.rows, max_num_tokens=setup.tokens, kv_tokens=setup.blocks * BLOCK_SIZE,
+            max_seq_len=setup.blocks * BLOCK_SIZE, options=FakeOptions(fake_step_ms=setup.step_ms),
         )  # fmt: skip
         self.engine = FakeEngine(spec, parallel=Parallel(pp=setup.stages), clock=lambda: timeline.now, sleep=lambda seconds: None)
         self.sessions = StreamTable(boot=self.boot, model="m", orphan_s=ORPHAN_S, limit=1024)

@@ -218,7 +218,7 @@ class FirstNode:
             if not (self._start / f"node-{index}.json").exists() else facts
             for index, facts in enumerate(others, 1)
         ]  # fmt: skip
-        wants_gpus = any(member.device == "cuda" for model in self._config.models for member in model.members())
+        wants_gpus = any(member.settings.device == "cuda" for model in self._config.models for member in model.members())
         wants_ray = self._config.launcher == "ray"
         verdicts = job_preflight.judge([own, *unseen], offered=self._spec.offered, wants_gpus=wants_gpus, wants_ray=wants_ray)
         write_private(self._start / "preflight.json", msgspec.json.format(msgspec.json.encode(verdicts)) + b"\n")

@@ -30,7 +30,7 @@ from tests.reference.engine import request, serve
 from tests.support.tiny_models import tiny_model
 from workers.engines.portable import PortableFollower, build
 from workers.protocol.messages import SamplingParams
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import FakeSpec, Parallel, PortableSpec, ReplicaSpec, TrtllmSpec
 
 #: Generous: on a busy machine Ray takes ten times as long to start a worker as on an idle one.
 BOUND_S = 300.0
@@ -67,7 +67,7 @@ class Fleet:
         self.controller = RemoteController("fleet", run_dir / "target.json", self.policy)
 
     def spec(self, name: str, parallel: Parallel, *, spread: bool = False) -> GangSpec:
-        engine = EngineSpec(kind="fake", kv_tokens=1024, max_seq_len=256)
+        engine = FakeSpec(kv_tokens=1024, max_seq_len=256)
         replica = ReplicaSpec(name=name, model="fake", artifact=str(self.run_dir), parallel=parallel, engine=engine)
         return GangSpec(deployment="fleet", replica=replica, run_dir=str(self.run_dir / "gangs"), spread=spread)
 
@@ -167,7 +167,7 @@ def three_hosts(fleet: Fleet) -> None:
 
     begun = time.monotonic()
     spec = fleet.spec("engine", Parallel(pp=3), spread=True)
-    wanted = msgspec.structs.replace(spec.replica, engine=EngineSpec(kind="trtllm"), artifact=str(fleet.run_dir / "nowhere"))
+    wanted = msgspec.structs.replace(spec.replica, engine=TrtllmSpec(), artifact=str(fleet.run_dir / "nowhere"))
     fleet.controller.apply([msgspec.structs.replace(spec, replica=wanted)])
     until("a refusal", lambda: (view := fleet.views().get("engine")) is not None and view.phase == "failed")
     refused = fleet.views()["engine"]
@@ -189,7 +189,7 @@ def three_hosts(fleet: Fleet) -> None:
 
 def alone(folder: Path, sizes: dict[str, int]) -> list[float | None]:
     """Logprobs of what one process without MPI answers to the same request."""
-    engine = build(ReplicaSpec(name="alone", model="tiny", artifact=str(folder), engine=EngineSpec(**sizes)), None)
+    engine = build(ReplicaSpec(name="alone", model="tiny", artifact=str(folder), engine=PortableSpec(**sizes)), None)
     assert not isinstance(engine, PortableFollower)
     params = SamplingParams(temperature=0.8, seed=5, max_tokens=24, ignore_eos=True, logprobs=0)
     return [entry.logprob for entry in serve(engine, [request(PROMPT, params)])[0].logprobs]

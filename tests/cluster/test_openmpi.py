@@ -23,7 +23,7 @@ from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import tagged
 from orchestrator.control.launch.supervisor import GangProcess, LocalNode
 from workers.epoch import make_epoch
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import FakeSpec, Parallel, ReplicaSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "TRIREME_TWO_HOSTS"
@@ -48,7 +48,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def gang_of(folder: Path) -> GangProcess:
-    engine = EngineSpec(kind="fake", kv_tokens=512, max_seq_len=128)
+    engine = FakeSpec(kv_tokens=512, max_seq_len=128)
     replica = ReplicaSpec(name="r", model="fake", artifact="", parallel=Parallel(tp=2, pp=2), engine=engine)
     nodes = [LocalNode(2, "10.44.0.1"), SecondHost(2, "10.44.0.2")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -146,7 +146,7 @@ def test_a_pod_serves_drains_and_ends_in_time(folder: str, tmp_path: Path) -> No
     assert workload["spec"]["serviceName"] == "trireme-pods"
     world = sum(parallel.world for model in config.models for _, parallel in model.gangs())
     limits = container["resources"]["limits"]
-    assert config.models[0].device == "cpu" or limits["nvidia.com/gpu"] == world
+    assert config.models[0].settings.device == "cpu" or limits["nvidia.com/gpu"] == world
     shm = next(volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm")
     assert shm["medium"] == "Memory" and container["resources"]["requests"]["memory"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.config import deployment_file
 from orchestrator.control.placement import NodeResources, RankShare, placement_request
-from workers.protocol.specs import Parallel
+from workers.protocol.specs import Parallel, TrtllmSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "deploy" / "docker" / "tensorrt-llm.Dockerfile"
@@ -15,7 +15,7 @@ IMAGE = ROOT / "deploy" / "docker" / "tensorrt-llm.Dockerfile"
 
 def test_the_example_puts_each_stage_on_a_node_of_its_own() -> None:
     model = deployment_file.load(ROOT / "deploy" / "examples" / "tensorrt-llm.yaml").config.models[0]
-    assert (model.engine, model.device, model.engine_spec().kind) == ("trtllm", "cuda", "trtllm")
+    assert (model.engine, model.settings.device) == ("trtllm", "cuda") and isinstance(model.engine_spec(), TrtllmSpec)
     [(name, parallel)] = model.gangs()
     assert parallel == Parallel(tp=4, pp=2)
     nodes = [NodeResources(address=f"10.0.0.{index}", cpus=32, gpus=4) for index in (1, 2)]

@@ -23,7 +23,7 @@ from workers.engines.fake import expected_tokens
 from workers.engines.portable import build
 from workers.engines.trtllm.build_options import BuildOptions
 from workers.protocol.messages import GenerateTask, SamplingParams, Submit
-from workers.protocol.specs import EngineSpec, ReplicaSpec
+from workers.protocol.specs import PortableSpec, ReplicaSpec
 
 OUTPUT = 300
 #: Tokens of each answer that a client holds before its replica dies.
@@ -123,7 +123,7 @@ def joined_at(prompt: list[int], tokens: list[int]) -> int:
 
 def portable_tokens(model: Path, prompt: list[int], count: int) -> list[int]:
     """What the portable engine says after ``prompt``, in this process; fixed shapes make it the same bits as in a replica."""
-    engine = build(ReplicaSpec(name="r", model="m", artifact=str(model), engine=EngineSpec(**LIMITS)), None)  # type: ignore[arg-type]
+    engine = build(ReplicaSpec(name="r", model="m", artifact=str(model), engine=PortableSpec(**LIMITS)), None)  # type: ignore[arg-type]
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
     task = GenerateTask(params=params)
     asked = Submit(boot="b", stream=1, attempt=0, client="c", request_id="q", model="m", prompt_ids=prompt, task=task)

@@ -17,7 +17,7 @@ from orchestrator.cli.main import run
 from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder
 from tests.support.tiny_models import tiny_model
-from workers.protocol.specs import EngineSpec
+from workers.protocol.specs import PortableSpec
 
 pytestmark = pytest.mark.mpi
 SHARD = "rank1.safetensors"
@@ -84,7 +84,7 @@ def test_every_rank_ends_and_the_error_names_the_file(builds: Path, what: str) -
         shutil.copytree(builds / build, artifact)
         (folder / "other").symlink_to(builds / "other")
         damage(artifact)
-        with Gang(folder, [], tp=2, engine=EngineSpec(kind="portable"), artifact=str(artifact)) as gang:
+        with Gang(folder, [], tp=2, engine=PortableSpec(), artifact=str(artifact)) as gang:
             code = gang.wait_exit(90)
             gang.wait_gone()
             error = gang.state.error

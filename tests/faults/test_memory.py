@@ -16,13 +16,11 @@ from tests.support.figures import figure
 from tests.support.gang import Gang, short_folder, wait_for
 from tests.support.router_process import RouterRun
 from tests.support.tiny_models import tiny_model
-from workers.protocol.specs import EngineSpec
+from workers.protocol.specs import PortableSpec
 
 pytestmark = pytest.mark.mpi
 POOL, OUTPUT, ROWS = 256, 90, 6
-ENGINE = EngineSpec(
-    kind="portable", fixed_shape=True, kv_tokens=POOL, max_seq_len=512, max_batch_size=16, max_num_tokens=64, prefix_cache=False
-)
+ENGINE = PortableSpec(fixed_shape=True, kv_tokens=POOL, max_seq_len=512, max_batch_size=16, max_num_tokens=64, prefix_cache=False)
 
 
 async def ask(client: AsyncClient, index: int) -> tuple[list[int], int]:

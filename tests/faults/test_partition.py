@@ -17,11 +17,11 @@ from tests.support.gang import Gang, short_folder
 from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
-from workers.protocol.specs import EngineSpec
+from workers.protocol.specs import FakeOptions, FakeSpec
 
 pytestmark = pytest.mark.mpi
 STREAMS, OUTPUT = 24, 250
-ENGINE = EngineSpec(kind="fake", fake_step_ms=10.0, max_batch_size=64)
+ENGINE = FakeSpec(max_batch_size=64, options=FakeOptions(fake_step_ms=10.0))
 SILENCE_S = 1.0
 #: ZMTP's interval and time-out at both ends, and a little; the router's own limit on silence is below it.
 BOUND_S = 0.5 + 1.5 + 0.3

@@ -25,10 +25,10 @@ from tests.support.gang import Gang, short_folder
 from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
-from workers.protocol.specs import EngineSpec
+from workers.protocol.specs import FakeOptions, FakeSpec
 
 pytestmark = pytest.mark.mpi
-ENGINE = EngineSpec(kind="fake", fake_step_ms=10.0, max_batch_size=64)
+ENGINE = FakeSpec(max_batch_size=64, options=FakeOptions(fake_step_ms=10.0))
 OUTPUT, EACH = 300, 8
 ENDLESS = 20_000
 

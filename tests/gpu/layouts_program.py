@@ -27,7 +27,7 @@ from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
 from workers.distributed.rank_groups import RankGroups, split
 from workers.kernels import kernels_for, step_ends
 from workers.models.decoder import DecoderStage
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, PortableSpec, ReplicaSpec
 from workers.runner.device import CudaDevice, pin_numerics
 from workers.runner.gpu_runner import GpuRunner
 from workers.runner.kv_cache import KvCache
@@ -156,7 +156,7 @@ def main() -> None:
     for parallel, deterministic in product(layouts, (True, False)):
         if deterministic and parallel.tp == 1:
             continue
-        engine = EngineSpec(device="cuda", deterministic=deterministic)
+        engine = PortableSpec(device="cuda", deterministic=deterministic)
         context = split(ReplicaSpec(name="r", model="m", artifact=str(folder), parallel=parallel, engine=engine), comm)
         stage = make_stage(model, weights, parallel, rank, tensor=context.groups.tensor, device=device)
         logits = play(stage, device, context.groups)

@@ -24,7 +24,7 @@ from workers.kernels import reference
 from workers.kernels.linear import FP8_MAX
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import SamplingParams, Submit
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, PortableSpec, ReplicaSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 #: Gap of two log-probabilities below which another order of sums may choose the other token.
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine_of(artifact: Path, device: str, dtype: str = "fp32", **settings: object) -> PortableEngine:
     limits = {"kv_tokens": 8192, "max_batch_size": 24, "max_num_tokens": 256} | settings
-    spec = EngineSpec(device=device, dtype=dtype, **limits)  # type: ignore[arg-type]
+    spec = PortableSpec(device=device, dtype=dtype, **limits)  # type: ignore[arg-type]
     found = build(ReplicaSpec(name="r", model="m", artifact=str(artifact), engine=spec), None)
     assert isinstance(found, PortableEngine)
     return found

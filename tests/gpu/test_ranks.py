@@ -13,7 +13,7 @@ from tests.reference.engine import request, serve
 from tests.support.tiny_models import tiny_model
 from workers.engines.portable import build
 from workers.protocol.messages import SamplingParams, Submit
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, PortableSpec, ReplicaSpec
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")]
 
@@ -30,7 +30,7 @@ def test_groups_conform_and_layouts_agree(folder: Path, tmp_path: Path) -> None:
 
 
 def spec(artifact: Path, parallel: Parallel, device: str) -> ReplicaSpec:
-    engine = EngineSpec(kv_tokens=4096, max_batch_size=16, max_num_tokens=128, device=device)  # type: ignore[arg-type]
+    engine = PortableSpec(kv_tokens=4096, max_batch_size=16, max_num_tokens=128, device=device)  # type: ignore[arg-type]
     return ReplicaSpec(name="r", model="m", artifact=str(artifact), parallel=parallel, engine=engine)
 
 

@@ -35,13 +35,15 @@ from tests.support.source_tree import modules
 from workers.engines.fake import expected_tokens
 from workers.protocol.engine import PAUSE_S
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Heartbeat, Hello, SamplingParams
-from workers.protocol.specs import RouterAddress
+from workers.protocol.specs import FakeOptions, RouterAddress
 from workers.protocol.status import EngineStats
 from workers.serving.router_io import KeyPair, RouterIo
 
 #: As many tokens as a reader asks for, and rows that run at once.
 WANTED, ROWS = 5000, 64
-ENGINE = msgspec.structs.replace(FAKE, fake_step_ms=5.0, max_seq_len=2 * WANTED, max_batch_size=ROWS, max_num_tokens=512, kv_tokens=2**20)
+ENGINE = msgspec.structs.replace(
+    FAKE, options=FakeOptions(fake_step_ms=5.0), max_seq_len=2 * WANTED, max_batch_size=ROWS, max_num_tokens=512, kv_tokens=2**20
+)
 
 
 @contextmanager
@@ -136,7 +138,7 @@ def test_readers_of_a_byte_a_second(cut: bool) -> None:
     """F16: 50 of them: the buffers that they fill, their K/V given up, the others' tokens, and in the long run their end."""
     readers: list[Reader] = []
     # Steps as long as a model's: 50 streams at once must not be what the processors of a small machine wait for.
-    with served(msgspec.structs.replace(ENGINE, fake_step_ms=12.0)) as (router, _, url):
+    with served(msgspec.structs.replace(ENGINE, options=FakeOptions(fake_step_ms=12.0))) as (router, _, url):
         watch = Watch(url, 4)
         try:
             wait_for(lambda: watch.tokens >= 4 * 400, what="the others alone")

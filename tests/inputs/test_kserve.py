@@ -20,6 +20,7 @@ from tests.support.gang import FAKE, Gang, short_folder, wait_for
 from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import FakeOptions
 
 GENERATE, STREAM, INFER = (f"/v2/models/{MODEL}/{verb}" for verb in ("generate", "generate_stream", "infer"))
 
@@ -214,7 +215,7 @@ def test_a_reader_that_leaves_frees_its_row(world: World) -> None:
 
 
 def test_a_dead_gang_is_a_pause() -> None:
-    slow = msgspec.structs.replace(FAKE, fake_step_ms=5.0)
+    slow = msgspec.structs.replace(FAKE, options=FakeOptions(fake_step_ms=5.0))
     with short_folder() as folder, RouterRun(folder, http=True) as router, contextlib.ExitStack() as stack:
         url = router.wait_serving().http
         gangs = {

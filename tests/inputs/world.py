@@ -26,7 +26,7 @@ from tests.support.gang import FAKE, Gang, wait_for
 from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import SamplingParams
-from workers.protocol.specs import RouterAddress
+from workers.protocol.specs import FakeOptions, RouterAddress
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MODEL = "m"
@@ -34,7 +34,9 @@ MODEL = "m"
 CONTEXT, VOCAB = 1024, 320
 MAX_BODY = 2 << 20
 #: Short steps, but a prompt costs what its tokens cost: a hit in the prefix cache can be seen.
-QUICK = msgspec.structs.replace(FAKE, fake_step_ms=0.2, fake_token_us=20.0, max_seq_len=CONTEXT, max_batch_size=8, max_num_tokens=512)
+QUICK = msgspec.structs.replace(
+    FAKE, options=FakeOptions(fake_step_ms=0.2, fake_token_us=20.0), max_seq_len=CONTEXT, max_batch_size=8, max_num_tokens=512
+)
 #: What a request may take at the keyed router, seconds.
 PATIENCE_S = 2.0
 PROMPT = [1, 2, 3]

@@ -20,7 +20,7 @@ from workers.engines.portable import PortableEngine, build
 from workers.kernels.reference import attention_layout
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import SamplingParams
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, PortableOptions, PortableSpec, ReplicaSpec
 from workers.runner.bring_up import bring_up
 from workers.runner.kv_cache import KvCache
 
@@ -43,7 +43,7 @@ Truth = tuple[list[list[int]], list[list[int]], Path]
 def settings(parallel: Parallel, **engine: object) -> ReplicaSpec:
     chosen = {"kv_tokens": 4096, "max_batch_size": 32, "max_seq_len": 1024} | engine
     folder = artifact(parallel if parallel in CONVERTED else None)
-    return ReplicaSpec(name="r", model="m", artifact=str(folder), parallel=parallel, engine=EngineSpec(**chosen))  # type: ignore[arg-type]
+    return ReplicaSpec(name="r", model="m", artifact=str(folder), parallel=parallel, engine=PortableSpec(**chosen))  # type: ignore[arg-type]
 
 
 def reference_logits(prompts: list[list[int]], forced: list[list[int]]) -> np.ndarray:
@@ -145,7 +145,7 @@ QUANTIZED = [("int8", 0.006, 0.15, 0.96), ("int4", 0.4, 5.0, 0.70), ("fp8", 0.05
 def test_quantized_weights_are_near_fp32(truth: Truth, form: str, mean: float, worst: float, share: float) -> None:
     """All 65 positions of all 20 prompts: divergence of whole distributions, and how often the best token is the same."""
     prompts, forced, file = truth
-    spec = settings(Parallel(), quant=form)
+    spec = settings(Parallel(), options=PortableOptions(quant=form))
     stage = bring_up(spec, split(spec, None)).runner.stage
     cache = KvCache(stage.model, stage.shard, blocks=16, block_size=16, dtype=stage.dtype, device=stage.device)
     tables = np.arange(cache.blocks, dtype=np.int32)[None, :]

@@ -14,7 +14,7 @@ from tests.support.tiny_models import tiny_model
 from workers.artifacts.convert import convert
 from workers.engines.portable import build
 from workers.protocol.messages import SamplingParams, Submit
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, PortableSpec, ReplicaSpec
 
 pytestmark = pytest.mark.mpi
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(artifact: Path, parallel: Parallel, **engine: object) -> ReplicaSpec:
-    settings = EngineSpec(kv_tokens=2048, max_batch_size=16, max_num_tokens=64, **engine)  # type: ignore[arg-type]
+    settings = PortableSpec(kv_tokens=2048, max_batch_size=16, max_num_tokens=64, **engine)  # type: ignore[arg-type]
     return ReplicaSpec(name="r", model="m", artifact=str(artifact), parallel=parallel, engine=settings)
 
 

@@ -21,13 +21,18 @@ from tests.support import figures
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact, quant_for
 from workers.protocol.messages import Capacity
-from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import ModelSpec, Parallel, PortableOptions, PortableSpec, ReplicaSpec
 
 pytestmark = [pytest.mark.model, pytest.mark.mpi, pytest.mark.timeout(600)]
 LOAD = Workload(name="asked", requests=1, isl=16, osl=16)
 ASKED = 0.05
 #: The default share of free memory (on any host with 4 GiB to spare: its cap), a share in bytes, a number of tokens, and int8 weights.
-ENGINES = (EngineSpec(), EngineSpec(kv_bytes=3_000_001), EngineSpec(kv_tokens=1000), EngineSpec(quant="int8", dtype="bf16"))
+ENGINES = (
+    PortableSpec(),
+    PortableSpec(kv_bytes=3_000_001),
+    PortableSpec(kv_tokens=1000),
+    PortableSpec(dtype="bf16", options=PortableOptions(quant="int8")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +40,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("tiny"), heads=9, kv_heads=3, hidden=96, ffn=160, layers=5, vocab=331, tied=False)
 
 
-def foretold(model: ModelSpec, folder: Path, engine: EngineSpec, parallel: Parallel) -> tuple[LayoutPlan, list[int]]:
+def foretold(model: ModelSpec, folder: Path, engine: PortableSpec, parallel: Parallel) -> tuple[LayoutPlan, list[int]]:
     """(plan, weights of each rank) on this host as it is now."""
-    quant = quant_for(open_artifact(folder), engine.quant)
+    quant = quant_for(open_artifact(folder), engine.options.quant)
     subject = Subject(name="m", model=model, quant=quant, engine=engine, gangs=(("r", parallel),))
     cluster = PlannedCluster(device=HostModel(memory=psutil.virtual_memory().available, cores=2), nodes=1, slots=2)
     (found,) = plan([subject], cluster, LOAD)
@@ -55,7 +60,7 @@ def foretold(model: ModelSpec, folder: Path, engine: EngineSpec, parallel: Paral
 )
 def test_memory_is_what_the_engine_reports(tiny: Path, tmp_path: Path, parallel: Parallel) -> None:
     """The default model by its known shape, without its files; the tiny one, whose heads and columns no two ranks share evenly."""
-    cases = [(open_artifact(tiny).model, tiny, engine) for engine in ENGINES] + [(SHAPES[NAME], artifact(), EngineSpec())]
+    cases = [(open_artifact(tiny).model, tiny, engine) for engine in ENGINES] + [(SHAPES[NAME], artifact(), PortableSpec())]
     plans = [foretold(*case, parallel) for case in cases]
     specs = [ReplicaSpec(name="r", model="m", artifact=str(folder), parallel=parallel, engine=engine) for _, folder, engine in cases]
     report = tmp_path / "report.json"

@@ -16,12 +16,12 @@ from tests.support.gang import MPIEXEC, Gang, RouterEnd, cpu_seconds, short_fold
 from tests.support.tiny_models import tiny_model
 from workers.engines.fake import expected_tokens
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed, SamplingParams
-from workers.protocol.specs import EngineSpec
+from workers.protocol.specs import FakeOptions, FakeSpec, PortableSpec
 
 pytestmark = pytest.mark.mpi
 
 LONG = SamplingParams(temperature=0.0, max_tokens=30_000)
-SLOW = EngineSpec(kind="fake", fake_step_ms=20.0)
+SLOW = FakeSpec(options=FakeOptions(fake_step_ms=20.0))
 
 
 def greedy(count: int, seed: int = 0) -> SamplingParams:
@@ -64,7 +64,7 @@ def test_tokens_are_the_oracles_and_sigterm_ends_in_order(folder: Path, end: Rou
 
 
 def test_cancel_credit_deadline_attach_and_malformed_frames(folder: Path, end: RouterEnd) -> None:
-    with Gang(folder, [end.endpoint], engine=EngineSpec(kind="fake", fake_step_ms=2.0)) as gang:
+    with Gang(folder, [end.endpoint], engine=FakeSpec(options=FakeOptions(fake_step_ms=2.0))) as gang:
         end.ready()
         for frame in (b"", b"\xc1", b"\x81\xa4type\xa4nope", os.urandom(200)):
             end.send_raw(frame)
@@ -153,7 +153,7 @@ def test_the_death_of_any_process_ends_the_whole_gang(folder: Path, end: RouterE
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_death_while_loading_ends_the_gang(folder: Path, victim: int) -> None:
-    with Gang(folder, [], engine=EngineSpec(kind="portable"), artifact=str(tiny_model(folder / "tiny"))) as gang:
+    with Gang(folder, [], engine=PortableSpec(), artifact=str(tiny_model(folder / "tiny"))) as gang:
         gang.wait_phase("loading")
         os.kill(gang.pid(victim), signal.SIGKILL)
         print(f"loading: gone after {gang.wait_gone():.3f} s")
@@ -161,7 +161,7 @@ def test_a_death_while_loading_ends_the_gang(folder: Path, victim: int) -> None:
 
 
 def test_sigterm_while_loading_stops_at_once(folder: Path) -> None:
-    with Gang(folder, [], engine=EngineSpec(kind="portable"), artifact=str(tiny_model(folder / "tiny"))) as gang:
+    with Gang(folder, [], engine=PortableSpec(), artifact=str(tiny_model(folder / "tiny"))) as gang:
         gang.wait_phase("loading")
         os.kill(gang.pid(0), signal.SIGTERM)
         assert gang.wait_exit() == 0 and gang.state.phase == "stopped" and gang.state.capacity is None
@@ -258,7 +258,7 @@ def test_a_world_of_the_wrong_size_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_the_portable_engine_serves_drains_and_dies_like_the_fake_one(folder: Path, end: RouterEnd, tp: int, pp: int) -> None:
     model = tiny_model(folder / "tiny")
-    engine = EngineSpec(kind="portable", max_batch_size=8, max_num_tokens=64, kv_tokens=1024)
+    engine = PortableSpec(max_batch_size=8, max_num_tokens=64, kv_tokens=1024)
     prompts, params = [[i + 1, 2, 3, 4] for i in range(4)], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     with Gang(folder, [end.endpoint], tp=tp, pp=pp, engine=engine, artifact=str(model)) as gang:
         end.ready()
@@ -282,7 +282,7 @@ def test_the_portable_engine_serves_drains_and_dies_like_the_fake_one(folder: Pa
 
 def test_a_portable_gang_ends_whole_when_a_rank_dies_in_a_step(folder: Path, end: RouterEnd) -> None:
     model = tiny_model(folder / "tiny")
-    engine = EngineSpec(kind="portable", max_batch_size=8, max_num_tokens=64, kv_tokens=1024)
+    engine = PortableSpec(max_batch_size=8, max_num_tokens=64, kv_tokens=1024)
     with Gang(folder, [end.endpoint], engine=engine, artifact=str(model)) as gang:
         end.ready()
         row = end.submit(1, [1, 2], SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True))
@@ -292,7 +292,7 @@ def test_a_portable_gang_ends_whole_when_a_rank_dies_in_a_step(folder: Path, end
 
 
 def test_a_missing_model_is_reported_by_every_rank_and_ends_the_gang(folder: Path) -> None:
-    with Gang(folder, [], engine=EngineSpec(kind="portable"), artifact=str(folder / "nothing")) as gang:
+    with Gang(folder, [], engine=PortableSpec(), artifact=str(folder / "nothing")) as gang:
         assert gang.wait_exit() == 3
         error = gang.state.error
         assert gang.state.phase == "failed" and error is not None and (error.code, error.exit_code) == ("artifact_error", 3)

@@ -22,7 +22,7 @@ from workers.engines.fake import BYTES_EOS, expected_tokens
 from workers.engines.trtllm.sequence import continued_seed
 from workers.epoch import make_epoch
 from workers.protocol.messages import Cancel, Credit, Done, Failed, SamplingParams
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, ReplicaSpec, TrtllmSpec
 from workers.protocol.trtllm_options import TrtllmOptions
 from workers.scheduler.block_pool import prefix_hashes
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.mpi
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = ROOT / "tests" / "fakes"
-ENGINE = EngineSpec(kind="trtllm", trtllm=TrtllmOptions(start_timeout_s=60.0))
+ENGINE = TrtllmSpec(options=TrtllmOptions(start_timeout_s=60.0))
 #: Bound of an end that must come by itself, seconds; the bounds of what ends it are 2 s.
 END_S = 40.0
 
@@ -69,7 +69,7 @@ def engine_folder(folder: Path, *, tp: int = 2, pp: int = 1, version: str = "1.2
 
 
 def start(
-    folder: Path, end: RouterEnd, artifact: Path, modes: str = "", *, tp: int = 2, pp: int = 1, engine: EngineSpec = ENGINE, **more: object
+    folder: Path, end: RouterEnd, artifact: Path, modes: str = "", *, tp: int = 2, pp: int = 1, engine: TrtllmSpec = ENGINE, **more: object
 ) -> Gang:
     env = {"PYTHONPATH": f"{FAKES}:{ROOT}", "TRIREME_FAKE_TRTLLM": modes, "RAY_LOCAL_WORLD_SIZE": "8", "SLURM_PROCID": "5"}
     return Gang(folder, [end.endpoint], tp=tp, pp=pp, engine=engine, artifact=str(artifact), env=env, **more)  # type: ignore[arg-type]
@@ -79,8 +79,8 @@ def params(count: int, **more: object) -> SamplingParams:
     return SamplingParams(**({"temperature": 0.0, "max_tokens": count} | more))  # type: ignore[arg-type]
 
 
-def bounded(seconds: float) -> EngineSpec:
-    return msgspec.structs.replace(ENGINE, trtllm=TrtllmOptions(start_timeout_s=seconds))
+def bounded(seconds: float) -> TrtllmSpec:
+    return msgspec.structs.replace(ENGINE, options=TrtllmOptions(start_timeout_s=seconds))
 
 
 def test_four_ranks_stream_the_oracles_tokens_and_end_in_order(folder: Path, end: RouterEnd) -> None:

@@ -17,11 +17,11 @@ from workers.engines.portable import build
 from workers.protocol.engine import Engine
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import GuideSpec, SamplingParams, Submit, decode_to_replica, encode
-from workers.protocol.specs import EngineSpec, ReplicaSpec
+from workers.protocol.specs import FakeOptions, FakeSpec, ReplicaSpec
 from workers.sampling.grammar_checker import compiler
 
 VOCAB = 321
-LIMITS = EngineSpec(kv_tokens=4096, max_batch_size=8, max_num_tokens=64, max_seq_len=256, fake_step_ms=0.0)
+LIMITS = FakeSpec(kv_tokens=4096, max_batch_size=8, max_num_tokens=64, max_seq_len=256, options=FakeOptions(fake_step_ms=0.0))
 #: Steps within which an odd row and its mate must be done, whatever was asked.
 STEPS = 400
 GOOD = request([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))

@@ -34,11 +34,11 @@ from workers.protocol.messages import (
     Submit,
     Tokens,
 )
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec, RouterAddress
+from workers.protocol.specs import EngineSpec, FakeSpec, Parallel, ReplicaSpec, RouterAddress, TrtllmSpec
 from workers.serving.state_file import ReplicaState, read_state
 
 BOUND_S = 120.0
-FAKE = EngineSpec(kind="fake")
+FAKE = FakeSpec()
 MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
 
 
@@ -117,7 +117,7 @@ class Gang:
         file = self.run_dir / "spec.json"
         file.write_bytes(msgspec.json.encode(self.spec))
         command = [MPIEXEC, "-n", str(ranks or tp * pp), sys.executable, "-m", "workers", "--spec", str(file)]
-        if engine.kind == "trtllm":
+        if isinstance(engine, TrtllmSpec):
             command.append("--mpi-multiple")
         self._terminal = open(self.run_dir / "terminal", "wb")  # noqa: SIM115 - closed by __exit__
         self.mpiexec = subprocess.Popen(

@@ -20,7 +20,7 @@ import msgspec
 from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
 from tests.support.gang import MPIEXEC, processes_of, wait_for
 from tests.support.tiny_models import tiny_tokenizer
-from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
+from workers.protocol.specs import FakeSpec, ReplicaSpec, RouterAddress
 from workers.protocol.status import RouterState
 
 
@@ -99,7 +99,7 @@ def curve_replica(folder: Path, name: str, router: RouterAddress, key_file: Path
         model="m",
         artifact="",
         epoch=1,
-        engine=EngineSpec(kind="fake"),
+        engine=FakeSpec(),
         routers=(router,),
         run_dir=str(run_dir),
         key_file=str(key_file),

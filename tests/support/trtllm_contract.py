@@ -11,19 +11,19 @@ import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
 from workers.protocol import trtllm_options
-from workers.protocol.specs import EngineSpec, ReplicaSpec
+from workers.protocol.specs import ReplicaSpec, TrtllmSpec
 
 CONTRACT: dict[str, Any] = json.loads((Path(__file__).parents[1] / "contracts" / "tensorrt_llm_api.json").read_text())
 PYTHON: dict[str, Any] = CONTRACT["python"]
 TRT = "tensorrt_llm.bindings.executor."
 
 #: Our own structs whose fields are followed to what is passed on with ``**given(...)``.
-STRUCTS = {"EngineSpec": EngineSpec, "ReplicaSpec": ReplicaSpec} | {
+STRUCTS = {"TrtllmSpec": TrtllmSpec, "ReplicaSpec": ReplicaSpec} | {
     name: kind for name, kind in vars(trtllm_options).items() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 }
 
@@ -239,7 +239,11 @@ class Reader:
         if base is None or base.kind in ("list", "method"):
             return None
         if base.kind == "struct":
-            kind = {field.name: field.type for field in msgspec.structs.fields(STRUCTS[base.name])}.get(name)
+            found = getattr(STRUCTS[base.name], name, None)
+            if isinstance(found, property):
+                kind = get_type_hints(found.fget)["return"]
+            else:
+                kind = {field.name: field.type for field in msgspec.structs.fields(STRUCTS[base.name])}.get(name)
             inner = next((k for k in (kind, *get_args(kind)) if isinstance(k, type) and k.__name__ in STRUCTS), None)
             return Type("struct", inner.__name__) if inner is not None else None
         if base.kind == "module":

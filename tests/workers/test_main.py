@@ -16,7 +16,7 @@ import zmq
 from tests.support.gang import wait_for
 from workers.__main__ import parse, read_keys
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
-from workers.protocol.specs import RouterAddress
+from workers.protocol.specs import PortableSpec, RouterAddress
 from workers.serving.state_file import StateFile, read_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def test_flags_make_a_spec() -> None:
     spec = parse([*flags.split(), "--router", "tcp://h:1,KEY=a_b", "--router", "ipc:///x_y", "--epoch", "9"]).spec
     assert spec is not None
     assert (spec.name, spec.model, spec.artifact, spec.epoch, spec.parallel.world) == ("r1", "tiny", "/m/tiny", 9, 6)
-    assert (spec.engine.kind, spec.engine.dtype, spec.engine.max_batch_size, spec.engine.prefix_cache) == ("portable", "bf16", 8, False)
+    assert (type(spec.engine), spec.engine.dtype, spec.engine.max_batch_size, spec.engine.prefix_cache) == (PortableSpec, "bf16", 8, False)
     assert spec.routers == (RouterAddress(endpoint="tcp://h:1", server_key="KEY=a_b"), RouterAddress(endpoint="ipc:///x_y"))
     minted = [parse(["--engine", "fake"]).spec for _ in range(2)]
     assert minted[0] is not None and minted[1] is not None and 0 < minted[0].epoch != minted[1].epoch

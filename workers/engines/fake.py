@@ -19,7 +19,7 @@ import numpy as np
 from workers.engines.scheduled import ScheduledEngine
 from workers.protocol.engine import Emission
 from workers.protocol.messages import Capacity, Logprobs, SamplingParams
-from workers.protocol.specs import EngineSpec, Parallel
+from workers.protocol.specs import FakeSpec, Parallel
 from workers.protocol.status import EngineStats
 from workers.sampling.definition import allowed_ids, stop_set
 from workers.sampling.guide import Guide, GuideFactory
@@ -195,7 +195,7 @@ class FakeEngine(ScheduledEngine):
 
     def __init__(
         self,
-        spec: EngineSpec,
+        spec: FakeSpec,
         *,
         parallel: Parallel = SINGLE,
         vocab_size: int = BYTES,
@@ -205,7 +205,7 @@ class FakeEngine(ScheduledEngine):
         sleep: Callable[[float], None] = time.sleep,
         disturb: Callable[[StepPlan, StepResult], StepResult] | None = None,
     ) -> None:
-        self._spec = spec
+        self._cost = spec.options
         self._stages = parallel.pp
         self._clock, self._sleep, self._disturb = clock, sleep, disturb
         capacity = Capacity(
@@ -259,4 +259,4 @@ class FakeEngine(ScheduledEngine):
 
     def _cost_ms(self, tokens: int) -> float:
         # With a full pipeline a plan leaves every 1 / stages of the time that one plan needs to pass through.
-        return (self._spec.fake_step_ms + self._spec.fake_token_us * tokens / 1000) / self._stages
+        return (self._cost.fake_step_ms + self._cost.fake_token_us * tokens / 1000) / self._stages

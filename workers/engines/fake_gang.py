@@ -44,7 +44,7 @@ class FakeLeader(FakeEngine):
             artifact = open_artifact(spec.artifact)
             vocab_size, eos_ids = artifact.model.vocab_size, artifact.eos_ids
         guides = compiler(Path(spec.artifact, "tokenizer.json"), vocab_size, eos_ids) if spec.artifact else None
-        super().__init__(spec.engine, parallel=spec.parallel, vocab_size=vocab_size, eos_ids=eos_ids, guides=guides)
+        super().__init__(spec.fake, parallel=spec.parallel, vocab_size=vocab_size, eos_ids=eos_ids, guides=guides)
         self._meeting = meeting
 
     def step(self) -> list[Emission]:

@@ -6,7 +6,7 @@ types is proof that it makes sense. Errors are :class:`~workers.protocol.errors.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -17,6 +17,7 @@ DType = Literal["fp32", "bf16", "fp16"]
 ResumeClass = Literal["bitwise", "margin", "valid"]
 WaitPolicy = Literal["hybrid", "spin"]
 EngineKind = Literal["portable", "fake", "trtllm"]
+Device = Literal["cpu", "cuda"]
 #: Weight formats that the portable engine computes with, beside plain ones.
 QuantName = Literal["int8", "int4", "fp8"]
 
@@ -178,14 +179,13 @@ def quant_of(name: QuantName, group_size: int | None = None) -> Quant:
     )
 
 
-class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one replica runs a model. Sizes: tokens, rows, bytes.
+class CommonEngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every engine is told: how one replica runs a model. Sizes: tokens, sequences, bytes.
 
     ``kv_tokens`` = 0 means: as many as ``kv_bytes`` holds; ``kv_bytes`` = 0 too means the engine's default share of free memory.
     ``max_seq_len`` = 0 means the model's own context.
     """
 
-    kind: EngineKind = "portable"
     dtype: DType = "fp32"
     max_batch_size: int = 64
     max_num_tokens: int = 256
@@ -198,16 +198,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     fixed_shape: bool = False
     wait: WaitPolicy = "hybrid"
     threads: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    #: ``dummy``: random weights for the artifact's shape, which then needs no files of weights.
-    load_format: Literal["auto", "dummy"] = "auto"
-    #: Quantize plain weights while loading them; None = as the artifact has them.
-    quant: QuantName | None = None
-    #: Passed through where ``kind`` is trtllm.
-    trtllm: TrtllmOptions = TrtllmOptions()
-    #: FakeEngine's cost model: milliseconds a step = fake_step_ms + fake_token_us / 1000 * tokens in the step.
-    fake_step_ms: float = 1.0
-    fake_token_us: float = 0.0
+    device: Device = "cpu"
 
     def __post_init__(self) -> None:
         _require(1 <= self.max_batch_size <= 4096, f"max_batch_size must be in 1..4096, got {self.max_batch_size}")
@@ -221,6 +212,46 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for name in ("max_seq_len", "kv_tokens", "kv_bytes"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative")
         _require(self.threads >= 1, "threads must be at least 1")
+
+
+class PortableOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the portable engine alone is told. ``load_format`` ``dummy``: random weights for the artifact's shape, which then needs no files
+    of weights. ``quant``: quantize plain weights while loading them; None = as the artifact has them."""
+
+    load_format: Literal["auto", "dummy"] = "auto"
+    quant: QuantName | None = None
+
+
+class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Cost of a step of the fake engine: ``fake_step_ms`` + ``fake_token_us`` / 1000 * tokens in the step, milliseconds."""
+
+    fake_step_ms: float = 1.0
+    fake_token_us: float = 0.0
+
+
+class PortableSpec(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="portable"):
+    """The engine of this project: torch, MPI and NCCL, on CPUs or GPUs."""
+
+    options: PortableOptions = PortableOptions()
+
+
+class FakeSpec(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="fake"):
+    """An engine without weights, whose steps take the time that it is told."""
+
+    options: FakeOptions = FakeOptions()
+
+
+class TrtllmSpec(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="trtllm"):
+    """TensorRT-LLM."""
+
+    options: TrtllmOptions = TrtllmOptions()
+
+
+#: One engine and what it is told. Decoded by ``kind``.
+EngineSpec: TypeAlias = PortableSpec | FakeSpec | TrtllmSpec
+ENGINES: dict[EngineKind, type[PortableSpec] | type[FakeSpec] | type[TrtllmSpec]] = {
+    "portable": PortableSpec, "fake": FakeSpec, "trtllm": TrtllmSpec,
+}  # fmt: skip
 
 
 class RouterAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,7 +276,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     artifact: str
     epoch: int = 0
     parallel: Parallel = Parallel()
-    engine: EngineSpec = EngineSpec()
+    engine: EngineSpec = PortableSpec()
     routers: tuple[RouterAddress, ...] = ()
     run_dir: str = ""
     key_file: str = ""
@@ -257,3 +288,19 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and self.name.isprintable() and "/" not in self.name, f"replica name {self.name!r} is not usable")
+
+    @property
+    def portable(self) -> PortableSpec:
+        """The engine of a replica that is known to run the portable one; so with the two below."""
+        assert isinstance(self.engine, PortableSpec)
+        return self.engine
+
+    @property
+    def fake(self) -> FakeSpec:
+        assert isinstance(self.engine, FakeSpec)
+        return self.engine
+
+    @property
+    def trtllm(self) -> TrtllmSpec:
+        assert isinstance(self.engine, TrtllmSpec)
+        return self.engine

@@ -84,15 +84,15 @@ def _trim_heap() -> None:
 
 def bring_up(spec: ReplicaSpec, context: RankContext) -> BuiltRank:
     """Load this rank's shard and size its cache, together with all other ranks. Raises on every rank what any rank found wrong."""
-    engine, parallel, world = spec.engine, spec.parallel, context.world
+    engine, parallel, world = spec.portable, spec.parallel, context.world
     on_gpu = context.device.type == "cuda"
     with ThreadPoolExecutor(1, "verify weights") as pool:
         with all_or_none(context.comm):
-            artifact = open_artifact(Path(spec.artifact), weights_optional=engine.load_format == "dummy")
+            artifact = open_artifact(Path(spec.artifact), weights_optional=engine.options.load_format == "dummy")
             dtype = compute_dtype(engine, artifact.model)
-            quant = quant_for(artifact, engine.quant)
+            quant = quant_for(artifact, engine.options.quant)
             shard = shard_of(artifact.model, parallel, world.rank, unit=unit_of(quant))
-            verified = pool.submit(verify_shard, artifact, parallel, world.rank, quant) if engine.load_format == "auto" else None
+            verified = pool.submit(verify_shard, artifact, parallel, world.rank, quant) if engine.options.load_format == "auto" else None
             if not on_gpu and verified is not None:
                 verified.result()
             stage = _load(spec, context, artifact, shard, dtype, quant)
@@ -132,7 +132,7 @@ def bring_up(spec: ReplicaSpec, context: RankContext) -> BuiltRank:
 
 def _load(spec: ReplicaSpec, context: RankContext, artifact: Artifact, shard: Shard, dtype: torch.dtype, quant: Quant) -> DecoderStage:
     """This rank's stage with its weights, frozen."""
-    engine, parallel, device = spec.engine, spec.parallel, context.device
+    engine, parallel, device = spec.portable, spec.parallel, context.device
     begin = time.perf_counter()
     positions = longest_sequence(artifact.model, engine)
     torch.set_num_threads(_LOAD_THREADS if device.type == "cuda" else engine.threads)
@@ -140,7 +140,7 @@ def _load(spec: ReplicaSpec, context: RankContext, artifact: Artifact, shard: Sh
         pin_numerics()
     tensor = context.groups.tensor
     stage = DecoderStage(artifact.model, parallel, shard, tensor, dtype=dtype, device=device, positions=positions, quant=quant)
-    if engine.load_format == "dummy":
+    if engine.options.load_format == "dummy":
         fill_dummy(stage.parameters(), seed=context.world.rank)
     else:
         fill(stage.parameters(), load_shards(artifact, parallel, context.world.rank, engine.dtype, quant, verified=True))

@@ -80,7 +80,7 @@ def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> S
     """The model as routers alone need it, without gangs. Only a GGUF is converted for it, once. Raises as :func:`resolve_model`."""
     path = locate(_source(config), cache, progress)
     if path.is_file():
-        path = resolve(path, parallel=Parallel(), dtype=config.dtype, cache=cache, progress=progress)
+        path = resolve(path, parallel=Parallel(), dtype=config.settings.dtype, cache=cache, progress=progress)
     return ServedModel(config=config, source=_source(config), tokenizer=str(_first_tokenizer([path])), gangs=())
 
 
@@ -110,8 +110,8 @@ def _artifact(config: ModelConfig, parallel: Parallel, cache: Path, progress: Pr
         return Path(source)
     # The fake engine has no weights to split: any layout of any model will do.
     layout = Parallel() if config.engine == "fake" else parallel
-    bare = config.load_format == "dummy"
-    return resolve(source, parallel=layout, dtype=config.dtype, cache=cache, bare=bare, progress=progress)
+    bare = config.settings.portable.load_format == "dummy"
+    return resolve(source, parallel=layout, dtype=config.settings.dtype, cache=cache, bare=bare, progress=progress)
 
 
 def _tokens_only(path: Path) -> bool:
@@ -152,7 +152,7 @@ def cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
             name=model.config.name,
             tokenizer=model.tokenizer,
             aliases=model.config.aliases,
-            max_seq_len=model.config.max_seq_len,
+            max_seq_len=model.config.settings.max_seq_len,
             created=int(time.time()),
         )
         for model in models
@@ -163,14 +163,8 @@ def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, back:
     folder = config.home / "routers"
     secured = back.secured or bool(config.rpc.host)
     served = cards(models)
-    http = HttpSpec(
-        host=config.http.host,
-        port=config.http.port,
-        reuse_port=config.routers > 1,
-        max_body_bytes=config.http.max_body_bytes,
-        api_keys_file=str(config.api_keys_file or ""),
-        insecure_without_keys=config.insecure_http_without_keys,
-    )
+    given = msgspec.structs.asdict(config.http) | {"api_keys_file": str(config.api_keys_file or "")}
+    http = HttpSpec(**given, reuse_port=config.routers > 1, insecure_without_keys=config.insecure_http_without_keys)
     return [
         RouterSpec(
             name=f"router{i}",

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 
 from orchestrator.auth.api_keys import parse_api_keys
-from orchestrator.config.deployment_file import Config, HttpConfig
+from orchestrator.config.deployment_file import Config
+from orchestrator.config.router_spec import HttpConfig
 from orchestrator.files import read_private
 from workers.protocol.errors import EnvironmentFault
 

@@ -7,7 +7,7 @@ acts. Routers are not touched: whatever they were started with stays, and a file
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,8 +26,6 @@ from workers.protocol.errors import ConfigError
 
 #: What a router reads of a model's files.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-#: Settings of a model that routers hold.
-_HELD = ("aliases", "max_seq_len")
 #: A spare on this host needs this many times its artifact's size in free memory.
 _ROOM_FACTOR = 3
 _HINT = "trireme down, then trireme up; or leave it as it is"
@@ -38,24 +36,39 @@ def merge(current: Config, order: UpdateCommand) -> Config:
 
     What the order does not say itself stays as it is, whatever the default.
     """
-    new, said = order.config, set(order.said)
-    before = {row.path: row.value for row in Resolved(config=current, sources={}).rows() if not row.path.startswith("models")}
-    after = {row.path: row.value for row in Resolved(config=new, sources={}).rows() if not row.path.startswith("models")}
+    if found := [*_changed_settings(current, order), *_changed_models(current.models, order.config.models)]:
+        raise ConfigError("this cannot be changed in place: " + ", ".join(found), "the routers were started with it", _HINT)
+    return msgspec.structs.replace(current, models=order.config.models)
+
+
+def _changed_settings(current: Config, order: UpdateCommand) -> Iterator[str]:
+    """Settings outside of the models that the order gives and wants otherwise than they run."""
+    before, after = _settings(current), _settings(order.config)
     # An order's paths are absolute, since the command and the host work in different folders.
     before |= {"run_dir": str(current.home.parent), "http.api_keys_file": str(current.api_keys_file or "")}
     before |= {"join.file": _absolute(current.join.file), "join.key_file": _absolute(current.join.key_file)}
-    found = [f"{path} ({before[path]} runs, {after[path]} is wanted)" for path in before if path in said and before[path] != after[path]]
-    held = {model.name: model for model in current.models}
-    if held.keys() != {model.name for model in new.models}:
-        found.append(f"models ({', '.join(held)} run, {', '.join(model.name for model in new.models)} are wanted)")
-    for model in new.models:
-        for name in _HELD if model.name in held else ():
-            old_value, new_value = getattr(held[model.name], name), getattr(model, name)
-            if old_value != new_value:
-                found.append(f"{name} of {model.name} ({old_value} runs, {new_value} is wanted)")
-    if found:
-        raise ConfigError("this cannot be changed in place: " + ", ".join(found), "the routers were started with it", _HINT)
-    return msgspec.structs.replace(current, models=new.models)
+    for path in before:
+        if path in order.said and before[path] != after[path]:
+            yield f"{path} ({before[path]} runs, {after[path]} is wanted)"
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """Path -> value of every setting outside of the models."""
+    return {row.path: row.value for row in Resolved(config=config, sources={}).rows() if not row.path.startswith("models")}
+
+
+def _changed_models(current: Sequence[ModelConfig], wanted: Sequence[ModelConfig]) -> Iterator[str]:
+    """What routers know of the models and is wanted otherwise: which there are, their aliases and their context."""
+    running = {model.name: model for model in current}
+    if running.keys() != {model.name for model in wanted}:
+        yield f"models ({', '.join(running)} run, {', '.join(model.name for model in wanted)} are wanted)"
+    for new in wanted:
+        if (old := running.get(new.name)) is None:
+            continue
+        if old.aliases != new.aliases:
+            yield f"aliases of {new.name} ({old.aliases} runs, {new.aliases} is wanted)"
+        if (limit := old.settings.max_seq_len) != new.settings.max_seq_len:
+            yield f"max_seq_len of {new.name} ({limit} runs, {new.settings.max_seq_len} is wanted)"
 
 
 def prepare(config: Config, progress: Progress) -> Config:

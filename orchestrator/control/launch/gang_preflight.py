@@ -15,6 +15,7 @@ import msgspec
 
 from orchestrator.control.launch.launcher import GangSpec
 from workers.protocol.errors import EnvironmentFault, ErrorReport
+from workers.protocol.specs import TrtllmSpec
 
 log = logging.getLogger("trireme.launch")
 #: Longest that one node may look at itself, seconds: a Python start and an nvidia-smi on a busy node.
@@ -37,7 +38,7 @@ class _Verdict(msgspec.Struct):
 
 
 def needed(spec: GangSpec) -> bool:
-    return spec.replica.engine.kind == "trtllm"
+    return isinstance(spec.replica.engine, TrtllmSpec)
 
 
 def inspect(spec: GangSpec, nodes: Sequence[PreflightNode], *, family: str, tag: str, env: Mapping[str, str]) -> None:

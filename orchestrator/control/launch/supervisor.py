@@ -24,6 +24,7 @@ from orchestrator.control.launch.launcher import GangSpec, prepare
 from orchestrator.control.launch.subprocesses import TAG, ChildProcess, death_signal, kill_tagged, tagged
 from orchestrator.control.reconciler import ENDED, GangStatus
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
+from workers.protocol.specs import TrtllmSpec
 from workers.protocol.status import GangPhase
 from workers.serving.state_file import ReplicaState, read_state
 
@@ -163,7 +164,7 @@ class GangProcess:
     def _launch(self) -> ChildProcess:
         hosts = [mpi_calls.MpiHost(address=node.address, ranks=node.ranks) for node in self._nodes]
         command = [*self.spec.command, "--spec", str(self._folder / "spec.json")]
-        if self.spec.replica.engine.kind == "trtllm":
+        if isinstance(self.spec.replica.engine, TrtllmSpec):
             command.append("--mpi-multiple")  # every rank must know it before it can be told its spec
         argv = mpi_calls.argv(self._mpi, hosts, command, control=self._nodes[0].address)
         env = mpi_calls.environment(self._mpi, self._env, cuda=self.spec.replica.engine.device == "cuda")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from orchestrator.config.deployment_file import load, settings
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import Parallel
+from workers.protocol.specs import ENGINES, CommonEngineSpec, FakeOptions, FakeSpec, Parallel, PortableOptions, PortableSpec, TrtllmSpec
+from workers.protocol.trtllm_options import TrtllmOptions
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "deploy" / "examples"
 MODEL: dict[str, Any] = {"name": "m"}
@@ -27,7 +29,7 @@ def test_the_examples_say_what_the_demo_needs() -> None:
     assert config.models[0].name == "smollm2-135m-instruct"
     assert config.models[0].gangs() == [("tp2", Parallel(tp=2)), ("pp2", Parallel(pp=2))]
     fake = load(EXAMPLES / "fake.yaml").config
-    assert fake.launcher == "local" and fake.models[0].engine_spec().kind == "fake"
+    assert fake.launcher == "local" and isinstance(fake.models[0].engine_spec(), FakeSpec)
 
 
 def test_precedence_and_sources(tmp_path: Path) -> None:
@@ -101,3 +103,43 @@ def test_every_flag_reaches_a_value() -> None:
         table
     )
     assert table["name"] == "name" and table["tp_size"] == "models[].tp_size"
+
+
+DOCUMENTED = (Path(__file__).resolve().parents[3] / "docs" / "configuration.md").read_text()
+#: Every setting of every engine: (engine, key, default).
+ENGINE_KEYS = [
+    (kind, field.name, field.default)
+    for kind, options in (("portable", PortableOptions), ("fake", FakeOptions), ("trtllm", None))
+    for struct in (CommonEngineSpec, options)
+    if struct is not None
+    for field in msgspec.structs.fields(struct)
+]
+
+
+def another(key: str, default: object) -> object:
+    """A value that the setting may have and that is not its default."""
+    other = {"dtype": "bf16", "wait": "spin", "device": "cuda", "load_format": "dummy", "quant": "int8", "block_size": 32}
+    if key in other:
+        return other[key]
+    return not default if isinstance(default, bool) else default + 1  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("kind", "key", "default"), ENGINE_KEYS)
+def test_every_setting_of_an_engine_is_configurable_shown_and_documented(kind: str, key: str, default: object) -> None:
+    value = another(key, default)
+    resolved = load({"models": [MODEL | {"engine": kind, key: value, "max_num_tokens": 512} | {key: value}]})
+    spec = resolved.config.models[0].engine_spec()
+    assert type(spec) is ENGINES[kind]
+    assert getattr(spec if hasattr(spec, key) else spec.options, key) == value
+    assert [row.value for row in resolved.rows() if row.path == f"models[0].{key}"] == [value]
+    assert settings()[key] == f"models[].{key}"
+    assert f"`{key}`" in DOCUMENTED
+
+
+def test_the_settings_of_an_engine_reach_it_under_every_replica() -> None:
+    replicas = [{"name": "a"}, {"name": "b", "engine": "fake"}, {"name": "c", "engine": "trtllm", "device": "cuda"}]
+    given = {"quant": "int8", "fake_step_ms": 3.0, "trtllm": {"poll_ms": 5}, "threads": 2, "replicas": replicas}
+    a, b, c = (member.engine_spec() for member in load({"models": [MODEL | given]}).config.models[0].members())
+    assert a == PortableSpec(threads=2, options=PortableOptions(quant="int8"))
+    assert b == FakeSpec(threads=2, options=FakeOptions(fake_step_ms=3.0))
+    assert c == TrtllmSpec(threads=2, device="cuda", options=TrtllmOptions(poll_ms=5))

@@ -16,7 +16,7 @@ from orchestrator.control.ray_controller import ControllerActor
 from orchestrator.control.reconciler import GangStatus, RestartPolicy
 from orchestrator.files import write_private
 from tests.support.gang import wait_for
-from workers.protocol.specs import EngineSpec, ReplicaSpec
+from workers.protocol.specs import FakeSpec, ReplicaSpec
 
 
 class Gangs:
@@ -53,7 +53,7 @@ def host() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def spec(run_dir: Path) -> GangSpec:
-    replica = ReplicaSpec(name="a", model="m", artifact="", engine=EngineSpec(kind="fake"))
+    replica = ReplicaSpec(name="a", model="m", artifact="", engine=FakeSpec())
     return GangSpec(deployment="d", replica=replica, run_dir=str(run_dir))
 
 

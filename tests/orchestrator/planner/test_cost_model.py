@@ -13,7 +13,7 @@ from orchestrator.planner.devices import GPU_FIT, HOST_FIT
 from tests.support import figures
 from workers.engines.fake import FakeEngine
 from workers.protocol.messages import GenerateTask, SamplingParams, Submit
-from workers.protocol.specs import EngineSpec, Parallel
+from workers.protocol.specs import FakeOptions, FakeSpec, Parallel
 
 
 def spread(name: str, *files: str) -> tuple[float, float]:
@@ -71,7 +71,9 @@ class Counted(Pipeline):
 
 def steps_of_the_batch(workload: Workload, rows: int, tokens: int) -> int:
     """Steps that the real batch takes for the same load, with room for every row's cache."""
-    spec = EngineSpec(kind="fake", max_batch_size=rows, max_num_tokens=tokens, kv_tokens=1 << 20, prefix_cache=False, fake_step_ms=0.0)
+    spec = FakeSpec(
+        max_batch_size=rows, max_num_tokens=tokens, kv_tokens=1 << 20, prefix_cache=False, options=FakeOptions(fake_step_ms=0.0)
+    )
     engine = FakeEngine(spec, parallel=Parallel(), sleep=lambda seconds: None)
     for index in range(workload.requests):
         params = SamplingParams(temperature=0.0, max_tokens=workload.osl, ignore_eos=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -19,10 +21,11 @@ from tests.support import figures
 from workers.layout.memory import frozen_bytes
 from workers.layout.sharding import parameters
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import PLAIN, EngineSpec, Parallel, QuantName, quant_of
+from workers.protocol.specs import PLAIN, EngineSpec, Parallel, PortableSpec, QuantName, TrtllmSpec, quant_of
 
 LOAD = Workload(name="asked", requests=1, isl=512, osl=256)
-GPU = EngineSpec(device="cuda", dtype="bf16", max_batch_size=512, max_num_tokens=8192, max_seq_len=8192)
+LIMITS: dict[str, Any] = {"device": "cuda", "dtype": "bf16", "max_batch_size": 512, "max_num_tokens": 8192, "max_seq_len": 8192}
+GPU = PortableSpec(**LIMITS)
 H100 = PlannedCluster(device=GPUS["H100"], nodes=1, slots=8)
 
 
@@ -163,7 +166,11 @@ def test_fp8_needs_a_gpu_that_has_it() -> None:
 
 
 def test_tensorrt_llm_takes_even_splits_only() -> None:
-    uneven = subject("smollm2-135m-instruct", Parallel(tp=2), engine=msgspec.structs.replace(GPU, kind="trtllm"))
+    uneven = subject(
+        "smollm2-135m-instruct",
+        Parallel(tp=2),
+        engine=TrtllmSpec(**LIMITS),
+    )
     (found,) = plan([uneven], H100, LOAD)
     assert found.refusal is not None and "TensorRT-LLM needs tp to divide" in found.refusal.what
     assert {made.parallel.tp for made in found.options} <= {1, 3}
@@ -184,7 +191,7 @@ def test_short_caches_are_noted() -> None:
 
 
 def test_a_host_is_shared_by_all_its_ranks() -> None:
-    engine = EngineSpec(max_seq_len=2048)
+    engine = PortableSpec(max_seq_len=2048)
     model = SHAPES["smollm2-135m-instruct"]
     weights = frozen_bytes(model, Parallel(), 0, engine, PLAIN)
     memory = 2 * (HOST_RANK + weights) + (800 << 20)
@@ -201,7 +208,7 @@ def test_a_host_is_shared_by_all_its_ranks() -> None:
 
 
 def test_ranks_that_share_cores_are_slower_and_no_error_is_claimed() -> None:
-    engine = EngineSpec(max_seq_len=2048)
+    engine = PortableSpec(max_seq_len=2048)
     two, four = (
         plan(
             [subject("smollm2-135m-instruct", *[Parallel()] * count, engine=engine)],

@@ -12,10 +12,10 @@ from workers.engines.fake import PRINTABLE, FakeEngine, expected_tokens, score, 
 from workers.protocol.engine import Engine, Fault, Finish
 from workers.protocol.errors import TooLong, Unsupported
 from workers.protocol.messages import GuideSpec, SamplingParams
-from workers.protocol.specs import EngineSpec, Parallel
+from workers.protocol.specs import FakeOptions, FakeSpec, Parallel
 from workers.scheduler.step_plan import StepPlan, StepResult, column, view
 
-SPEC = EngineSpec(kind="fake", max_batch_size=8, max_num_tokens=64, kv_tokens=2048, fake_step_ms=4.0, fake_token_us=100.0)
+SPEC = FakeSpec(max_batch_size=8, max_num_tokens=64, kv_tokens=2048, options=FakeOptions(fake_step_ms=4.0, fake_token_us=100.0))
 
 
 class Clock:
@@ -31,7 +31,7 @@ class Clock:
         self.now += seconds
 
 
-def fake(spec: EngineSpec = SPEC, clock: Clock | None = None, **settings: object) -> FakeEngine:
+def fake(spec: FakeSpec = SPEC, clock: Clock | None = None, **settings: object) -> FakeEngine:
     clock = clock or Clock()
     return FakeEngine(spec, clock=clock, sleep=clock.sleep, **settings)
 
@@ -148,7 +148,7 @@ def test_guides_are_injected() -> None:
 
 
 def test_limits_come_from_the_spec() -> None:
-    engine = fake(EngineSpec(kind="fake", max_seq_len=100, kv_tokens=64, block_size=8))
+    engine = fake(FakeSpec(max_seq_len=100, kv_tokens=64, block_size=8))
     assert (engine.capacity.num_blocks, engine.capacity.max_seq_len) == (8, 100)
     with pytest.raises(TooLong, match="context"):
         engine.submit(0, submit([65] * 90, SamplingParams(max_tokens=20)))

@@ -14,7 +14,7 @@ from workers.engines.portable import PortableEngine, build
 from workers.protocol.engine import Finish
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, Rejected
 from workers.protocol.messages import GuideSpec, SamplingParams, Submit
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, PortableOptions, PortableSpec, ReplicaSpec
 from workers.runner.step_time import StepTimeModel
 
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine_of(folder: Path, **engine: object) -> PortableEngine:
     settings = {"kv_tokens": 4096, "max_batch_size": 32} | engine
-    found = build(ReplicaSpec(name="r", model="m", artifact=str(folder), engine=EngineSpec(**settings)), None)  # type: ignore[arg-type]
+    found = build(ReplicaSpec(name="r", model="m", artifact=str(folder), engine=PortableSpec(**settings)), None)  # type: ignore[arg-type]
     assert isinstance(found, PortableEngine)
     return found
 
@@ -143,7 +143,7 @@ def test_random_weights_need_no_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         engine_of(tmp_path)
     for quant in (None, "int8"):
-        engine = engine_of(tmp_path, load_format="dummy", quant=quant)
+        engine = engine_of(tmp_path, options=PortableOptions(load_format="dummy", quant=quant))
         (stream,) = serve(engine, mixed(1))
         assert len(stream.tokens) == 12 and all(entry.logprob is not None and entry.logprob > -100 for entry in stream.logprobs)
 

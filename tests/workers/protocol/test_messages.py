@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from workers.protocol import messages
 from workers.protocol.errors import EngineFault, NotFound, TriremeError, from_code
-from workers.protocol.specs import ConfigError, EngineSpec, ModelSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import ConfigError, ModelSpec, Parallel, PortableSpec, ReplicaSpec
 
 SUBMIT = messages.Submit(
     boot="b",
@@ -104,7 +104,7 @@ def test_specs_refuse_what_cannot_mean_anything() -> None:
     with pytest.raises(ConfigError, match="layers"):
         Parallel(pp=3).check(good)
     with pytest.raises(ConfigError, match="max_num_tokens"):
-        EngineSpec(max_batch_size=64, max_num_tokens=32)
+        PortableSpec(max_batch_size=64, max_num_tokens=32)
     with pytest.raises(ConfigError):
         ReplicaSpec(name="a/b", model="m", artifact="x")
 

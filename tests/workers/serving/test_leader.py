@@ -16,7 +16,7 @@ from workers.protocol import messages as wire
 from workers.protocol.engine import Emission
 from workers.protocol.errors import ConfigError, EngineFault, ReplicaLost, TriremeError
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed, GenerateTask, RouterHeartbeat, SamplingParams, Submit
-from workers.protocol.specs import EngineSpec, ReplicaSpec, RouterAddress
+from workers.protocol.specs import FakeOptions, FakeSpec, ReplicaSpec, RouterAddress
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair
 from workers.serving.router_link import RouterLink
@@ -46,7 +46,7 @@ class Running:
     """A leader whose engine thread is a thread of the test."""
 
     def __init__(self, *routers: RouterAddress, keys: KeyPair | None = None, hang_floor_s: float = 10.0) -> None:
-        self.engine = Breakable(EngineSpec(kind="fake", fake_step_ms=2.0))
+        self.engine = Breakable(FakeSpec(options=FakeOptions(fake_step_ms=2.0)))
         self.phases: list[str] = []
         self.deaths: list[TriremeError] = []
         self.error: Exception | None = None

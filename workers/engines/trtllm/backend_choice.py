@@ -53,7 +53,7 @@ def capable(backend: Backend) -> bool:
 
 def choose(spec: ReplicaSpec, model: EngineDir | Artifact) -> Backend:
     """The backend that fits. Raises :class:`EnvironmentFault` where none does, ConfigError for one that is asked for and does not fit."""
-    options = spec.engine.trtllm
+    options = spec.trtllm.options
     fitting: Backend = "executor" if isinstance(model, EngineDir) else "llmapi"
     if options.backend not in ("auto", fitting):
         kind = "an engine folder" if fitting == "executor" else "Hugging Face weights"
@@ -73,13 +73,13 @@ def choose(spec: ReplicaSpec, model: EngineDir | Artifact) -> Backend:
 
 def build(spec: ReplicaSpec, comm: Any) -> TrtllmEngine | Follower:
     """This rank's part. Raises the same TriremeError on every rank, or :class:`Alone`. Every wait ends at ``trtllm.start_timeout_s``."""
-    deadline = time.monotonic() + spec.engine.trtllm.start_timeout_s
+    deadline = time.monotonic() + spec.trtllm.options.start_timeout_s
     with all_or_none(comm):
         model = open_model(spec.artifact)
         choose(spec, model)
         if isinstance(model, EngineDir):
             check_rank(model, spec, installed=installed())
-            executor.chunked_context(model, spec.engine.trtllm)
+            executor.chunked_context(model, spec.trtllm.options)
         _check_threads(comm)
     rank, liveness, tasks = comm.Get_rank(), comm.Dup(), comm.Dup()
     monitor = LivenessMonitor(liveness, spec.hang_floor_s) if rank == 0 and comm.Get_size() > 1 else None
@@ -104,12 +104,12 @@ def _check_threads(comm: Any) -> None:
 def _with_executor(
     spec: ReplicaSpec, model: EngineDir, rank: int, liveness: Any, monitor: LivenessMonitor | None, deadline: float
 ) -> TrtllmEngine | Follower:
-    built = executor.make_executor(model, spec.engine)
+    built = executor.make_executor(model, spec.trtllm)
     if rank > 0:
         return executor.ExecutorFollower(built, liveness)
     if monitor is not None:
         monitor.await_all(deadline)
-    options, prefixes = spec.engine.trtllm, HotPrefixes(model.tokens_per_block)
+    options, prefixes = spec.trtllm.options, HotPrefixes(model.tokens_per_block)
     runtime = executor.ExecutorRuntime(built, vocab_size=model.vocab_size, options=options, prefixes=prefixes, monitor=monitor)
     stats = warm_up(runtime, deadline, eos_ids=model.eos_ids)
     longest = spec.engine.max_seq_len or model.max_seq_len
@@ -121,7 +121,7 @@ def _with_executor(
         block_size=model.tokens_per_block,
         dtype=model.dtype,
         quant=model.quant,
-        prefix_cache=executor.prefix_reuse(model, spec.engine),
+        prefix_cache=executor.prefix_reuse(model, spec.trtllm),
     )
     chunked = executor.chunked_context(model, options)
     longest_input = longest if chunked else min(longest, model.max_input_len, capacity.max_num_tokens)
@@ -135,7 +135,7 @@ def _with_llm(
         return llmapi.LlmFollower(tasks, liveness)
     if monitor is not None:
         monitor.await_all(deadline)
-    prefixes = HotPrefixes(spec.engine.trtllm.llm_kv_cache.tokens_per_block)
+    prefixes = HotPrefixes(spec.trtllm.options.llm_kv_cache.tokens_per_block)
     runtime = llmapi.LlmRuntime(
         llmapi.make_llm(spec, model, tasks if spec.parallel.world > 1 else None), prefixes=prefixes, monitor=monitor
     )
@@ -151,7 +151,7 @@ def _with_llm(
         quant=model.quant,
         prefix_cache=spec.engine.prefix_cache,
     )
-    chunked = spec.engine.trtllm.chunked_context is not False
+    chunked = spec.trtllm.options.chunked_context is not False
     longest_input = longest if chunked else min(longest, capacity.max_num_tokens)
     return _engine(runtime, TrtllmLimits(capacity=capacity, max_input_len=longest_input, eos_ids=model.eos_ids), prefixes, spec)
 
@@ -167,7 +167,7 @@ def _capacity(
     quant: Quant,
     prefix_cache: bool,
 ) -> Capacity:
-    engine = spec.engine
+    engine = spec.trtllm
     return Capacity(
         block_size=block_size,
         num_blocks=stats.num_blocks,
@@ -177,7 +177,7 @@ def _capacity(
         vocab_size=vocab_size,
         tp=spec.parallel.tp,
         pp=spec.parallel.pp,
-        guided=engine.trtllm.guided_decoding is not None,
+        guided=engine.options.guided_decoding is not None,
         max_logprobs=0,
         engine="trtllm",
         dtype=dtype,
@@ -189,4 +189,4 @@ def _capacity(
 def _engine(
     runtime: executor.ExecutorRuntime | llmapi.LlmRuntime, limits: TrtllmLimits, prefixes: HotPrefixes, spec: ReplicaSpec
 ) -> TrtllmEngine:
-    return TrtllmEngine(runtime, limits, prefixes, poll_s=spec.engine.trtllm.poll_ms / 1000.0, hang_s=spec.hang_floor_s)
+    return TrtllmEngine(runtime, limits, prefixes, poll_s=spec.trtllm.options.poll_ms / 1000.0, hang_s=spec.hang_floor_s)

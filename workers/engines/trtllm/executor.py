@@ -22,7 +22,7 @@ from workers.engines.trtllm.rank_liveness import LivenessMonitor, LivenessSender
 from workers.engines.trtllm.sequence import Delta, Job
 from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault
 from workers.protocol.messages import GuideSpec, SamplingParams
-from workers.protocol.specs import EngineSpec
+from workers.protocol.specs import TrtllmSpec
 from workers.protocol.trtllm_options import TrtllmOptions, given
 
 if TYPE_CHECKING:
@@ -240,16 +240,16 @@ def chunked_context(engine: EngineDir, options: TrtllmOptions) -> bool:
     return engine.paged_context_fmha if options.chunked_context is None else options.chunked_context
 
 
-def prefix_reuse(engine: EngineDir, spec: EngineSpec) -> bool:
+def prefix_reuse(engine: EngineDir, spec: TrtllmSpec) -> bool:
     """Whether requests reuse K/V blocks by content."""
     return spec.prefix_cache and engine.paged_context_fmha
 
 
-def config_of(engine: EngineDir, spec: EngineSpec) -> trt.ExecutorConfig:
+def config_of(engine: EngineDir, spec: TrtllmSpec) -> trt.ExecutorConfig:
     """The configuration that all ranks build, each the same. Raises :class:`ConfigError`."""
     from tensorrt_llm.bindings import executor as trt
 
-    options = spec.trtllm
+    options = spec.options
     reuse = prefix_reuse(engine, spec)
     if spec.prefix_cache and not reuse:
         log.warning("no prefix reuse: the engine was built without use_paged_context_fmha")
@@ -328,7 +328,7 @@ def _guided(engine: EngineDir, options: TrtllmOptions) -> trt.GuidedDecodingConf
     )
 
 
-def make_executor(engine: EngineDir, spec: EngineSpec) -> trt.Executor:
+def make_executor(engine: EngineDir, spec: TrtllmSpec) -> trt.Executor:
     """This rank's Executor; returns when all ranks have built theirs, as far as TensorRT-LLM waits for them. Raises what it raises."""
     from tensorrt_llm.bindings import executor as trt
 

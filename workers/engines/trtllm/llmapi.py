@@ -228,7 +228,7 @@ def make_llm(spec: ReplicaSpec, artifact: Artifact, tasks: Any | None) -> tensor
     from tensorrt_llm import llmapi
     from tensorrt_llm.llmapi import mpi_session
 
-    engine, options = spec.engine, spec.engine.trtllm
+    engine, options = spec.trtllm, spec.trtllm.options
     cache = llmapi.KvCacheConfig(
         enable_block_reuse=engine.prefix_cache,
         max_tokens=engine.kv_tokens or None,
@@ -264,7 +264,7 @@ def longest(spec: ReplicaSpec, artifact: Artifact) -> int:
 
 def block_size(spec: ReplicaSpec, stats: RuntimeStats) -> int:
     """Tokens of a cache block. Raises :class:`EngineFault` where they are not what was asked for: the router would get wrong prefixes."""
-    asked = spec.engine.trtllm.llm_kv_cache.tokens_per_block
+    asked = spec.trtllm.options.llm_kv_cache.tokens_per_block
     if stats.block_size not in (0, asked):
         raise EngineFault(
             f"TensorRT-LLM made cache blocks of {stats.block_size} tokens, not {asked}",

@@ -22,7 +22,7 @@ from orchestrator.control.reconciler import GangStatus
 from orchestrator.files import write_private
 from workers.epoch import make_epoch
 from workers.protocol.errors import EnvironmentFault
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import FakeSpec, Parallel, ReplicaSpec
 from workers.protocol.status import GangPhase
 from workers.serving.router_io import KeyPair
 
@@ -44,7 +44,7 @@ def until(condition: Callable[[], object], bound_s: float = BOUND_S) -> None:
 
 
 def spec(tmp_path: Path, *, world: int = 3, **more: object) -> GangSpec:
-    engine = EngineSpec(kind="fake", kv_tokens=512, max_seq_len=128)
+    engine = FakeSpec(kv_tokens=512, max_seq_len=128)
     replica = ReplicaSpec(name="r", model="fake", artifact=str(tmp_path), parallel=Parallel(tp=world), engine=engine)
     return msgspec.structs.replace(GangSpec(deployment="t", replica=replica, run_dir=str(tmp_path / "gangs")), **more)
 

@@ -17,8 +17,9 @@ from tests.support.router_process import RouterRun
 from workers.engines.fake import expected_tokens
 from workers.protocol.errors import Cancelled, DeadlineExceeded, NotFound, Rejected, Unavailable
 from workers.protocol.messages import SamplingParams
+from workers.protocol.specs import FakeOptions
 
-SLOW = msgspec.structs.replace(FAKE, fake_step_ms=10.0)
+SLOW = msgspec.structs.replace(FAKE, options=FakeOptions(fake_step_ms=10.0))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from tests.support.trtllm_host import FAKES, even_model
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import convert
-from workers.protocol.specs import Parallel
+from workers.protocol.specs import Parallel, PortableSpec
 
 FORMAT = json.loads((FAKES.parent / "contracts" / "tensorrt_llm_api.json").read_text())["checkpoint_format"]
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
@@ -119,7 +119,7 @@ def test_read_back_gives_the_same_logits(source: Path, tp: int, pp: int, tmp_pat
     from tests.reference.engine import request, serve
     from workers.engines.portable import PortableEngine, build
     from workers.protocol.messages import SamplingParams
-    from workers.protocol.specs import EngineSpec, ReplicaSpec
+    from workers.protocol.specs import ReplicaSpec
 
     assert torch
     target = convert(source, tmp_path / "ck", parallel=Parallel(tp=tp, pp=pp), for_trtllm=True)
@@ -128,7 +128,7 @@ def test_read_back_gives_the_same_logits(source: Path, tp: int, pp: int, tmp_pat
     asked = request([5, 80, 33, 120, 7], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=20, prompt_logprobs=20))
 
     def answer(folder: Path) -> object:
-        engine = build(ReplicaSpec(name="r", model="m", artifact=str(folder), engine=EngineSpec(kv_tokens=512, max_batch_size=4)), None)
+        engine = build(ReplicaSpec(name="r", model="m", artifact=str(folder), engine=PortableSpec(kv_tokens=512, max_batch_size=4)), None)
         assert isinstance(engine, PortableEngine)
         return serve(engine, [asked])
 

@@ -25,7 +25,7 @@ from workers.engines.trtllm.node_probe import NodeFacts, needed_libraries
 from workers.engines.trtllm.preflight import GangPlacement, check_rank, faults
 from workers.epoch import make_epoch
 from workers.protocol.errors import EnvironmentFault, TriremeError
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import Parallel, ReplicaSpec, TrtllmSpec
 
 ROOT = FAKES.parents[1]
 GIB = 1 << 30
@@ -53,7 +53,7 @@ def facts(*gpus: GpuFacts, nccl: str = "nvidia-nccl-cu13", also: str = "", **mor
 
 def spec(artifact: Path, **engine: object) -> ReplicaSpec:
     limits = {"max_batch_size": 32, "max_num_tokens": 512} | engine
-    return ReplicaSpec(name="r", model="m", artifact=str(artifact), parallel=LAYOUT, engine=EngineSpec(kind="trtllm", **limits))  # type: ignore[arg-type]
+    return ReplicaSpec(name="r", model="m", artifact=str(artifact), parallel=LAYOUT, engine=TrtllmSpec(**limits))  # type: ignore[arg-type]
 
 
 def all_of(engine: EngineDir | None, found: NodeFacts, placement: GangPlacement | None = None, **limits: object) -> list[TriremeError]:
@@ -254,7 +254,7 @@ def test_a_gang_that_is_killed_in_its_pre_flight_never_starts(built: EngineDir, 
 def test_a_node_without_the_artifact_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     placement = {"ranks": [1], "node": 0, "mpi": "openmpi"}
-    order = {"artifact": str(tmp_path / "none"), "parallel": Parallel(), "engine": EngineSpec(kind="trtllm"), "placement": placement}
+    order = {"artifact": str(tmp_path / "none"), "parallel": Parallel(), "engine": TrtllmSpec(), "placement": placement}
     line = [sys.executable, "-m", "workers.engines.trtllm", msgspec.json.encode(order).decode()]
     ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S, check=False)
     assert ran.returncode == 3 and "no such folder" in json.loads(ran.stdout)["faults"][0]["why"]

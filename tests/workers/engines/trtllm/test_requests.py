@@ -20,7 +20,7 @@ from workers.engines.trtllm.sequence import Job
 from workers.protocol import trtllm_options
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.messages import GuideSpec, SamplingParams
-from workers.protocol.specs import EngineSpec, Parallel, Quant
+from workers.protocol.specs import Parallel, Quant, TrtllmSpec
 from workers.protocol.trtllm_options import TrtllmOptions
 
 ENGINE = EngineDir(
@@ -66,7 +66,7 @@ def job(*, stops: tuple[int, ...] = (256, 258), min_new: int = 0, salt: str = ""
 
 
 def test_every_option_arrives_where_it_belongs(trt: Any) -> None:
-    config = executor.config_of(ENGINE, EngineSpec(kind="trtllm", kv_tokens=4096, kv_bytes=1 << 33, max_batch_size=16, trtllm=EVERYTHING))
+    config = executor.config_of(ENGINE, TrtllmSpec(kv_tokens=4096, kv_bytes=1 << 33, max_batch_size=16, options=EVERYTHING))
     assert (config.max_batch_size, config.max_num_tokens, config.max_beam_width) == (16, 256, 1)
     assert (config.max_queue_size, config.normalize_log_probs, config.enable_chunked_context) == (8, False, True)
     cache, scheduler, decoding = config.kv_cache_config, config.scheduler_config, config.decoding_config
@@ -84,12 +84,12 @@ def test_every_option_arrives_where_it_belongs(trt: Any) -> None:
 
 def test_what_an_engine_was_not_built_for_is_refused_or_left_off(trt: Any, tmp_path: Path) -> None:
     plain = EngineDir(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"paged_context_fmha": False})
-    config = executor.config_of(plain, EngineSpec(kind="trtllm"))
+    config = executor.config_of(plain, TrtllmSpec())
     assert not config.kv_cache_config.enable_block_reuse and not config.enable_chunked_context
     with pytest.raises(ConfigError, match="chunked_context"):
-        executor.config_of(plain, EngineSpec(kind="trtllm", trtllm=TrtllmOptions(chunked_context=True)))
+        executor.config_of(plain, TrtllmSpec(options=TrtllmOptions(chunked_context=True)))
     with pytest.raises(ConfigError, match="tokenizer"):
-        executor.config_of(ENGINE, EngineSpec(kind="trtllm", trtllm=TrtllmOptions(guided_decoding="xgrammar")))
+        executor.config_of(ENGINE, TrtllmSpec(options=TrtllmOptions(guided_decoding="xgrammar")))
 
 
 def test_a_request_says_everything_that_matters_and_defaults_nothing(trt: Any) -> None:
@@ -163,7 +163,7 @@ def deployment(trtllm: dict[str, object]) -> dict[str, object]:
 def test_a_deployment_passes_options_through_and_names_the_nearest_of_an_unknown_one() -> None:
     given = {"kv_cache": {"free_gpu_memory_fraction": 0.8, "max_attention_window": [256]}, "peft_cache": {"max_adapter_size": 8}}
     spec = load(deployment({"start_timeout_s": 5, **given})).config.models[0].engine_spec()
-    assert spec.trtllm.kv_cache.max_attention_window == (256,) and spec.trtllm.start_timeout_s == 5
+    assert spec.options.kv_cache.max_attention_window == (256,) and spec.options.start_timeout_s == 5
     for path, wrong, nearest in (
         ("kv_cache", {"free_gpu_memory_fracton": 0.8}, "free_gpu_memory_fraction"),
         ("scheduler", {"capacity_policy": "STATIC_BATCH"}, "capacity_scheduler_policy"),
@@ -178,7 +178,7 @@ def test_a_deployment_passes_options_through_and_names_the_nearest_of_an_unknown
 
 def test_ranks_name_the_nearest_too() -> None:
     asked = parse(["--engine", "trtllm", "--model", "/e", "--trtllm", '{"poll_ms": 5}', "--mpi-multiple"])
-    assert asked.spec is not None and asked.spec.engine.trtllm.poll_ms == 5
+    assert asked.spec is not None and asked.spec.trtllm.options.poll_ms == 5
     with pytest.raises(ConfigError) as refused:
         parse(["--engine", "trtllm", "--model", "/e", "--trtllm", '{"kv_cache": {"host_cache": 5}}'])
     assert refused.value.hint == "did you mean host_cache_size?"
