@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import msgspec
 import zmq
 
+from workers import zmq_options
 from workers.protocol.errors import ConfigError
-from workers.protocol.messages import HIGH_WATER, MAX_FRAME
 from workers.protocol.specs import RouterAddress
 
-_HANDSHAKE_MS = 4000
-_RECONNECT_MS, _RECONNECT_MAX_MS = 100, 2000
-_PULSE_MS, _PULSE_TIMEOUT_MS = 500, 1500
+#: Time for the last messages (Cancel) to leave a socket that is closed.
+_LINGER_MS = 100
 
 
 class ClientKeys(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,21 +66,14 @@ class ClientSockets:
 
     def close(self) -> None:
         for socket in self.sockets:
-            # Last words (Cancel) get a moment.
-            socket.close(100)
+            socket.close(_LINGER_MS)
         self._context.term()
 
     def _connect(self, address: RouterAddress) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
-        socket.linger = 0
-        socket.sndhwm = socket.rcvhwm = HIGH_WATER
-        socket.maxmsgsize = MAX_FRAME
-        socket.handshake_ivl = _HANDSHAKE_MS
-        socket.reconnect_ivl, socket.reconnect_ivl_max = _RECONNECT_MS, _RECONNECT_MAX_MS
-        socket.heartbeat_ivl, socket.heartbeat_timeout = _PULSE_MS, _PULSE_TIMEOUT_MS
+        zmq_options.limit(socket)
         if address.endpoint.startswith("tcp://"):
             assert self._keys is not None
-            socket.curve_serverkey = address.server_key.encode()
-            socket.curve_publickey, socket.curve_secretkey = self._keys.public.encode(), self._keys.secret.encode()
+            zmq_options.authenticate(socket, address.server_key, public=self._keys.public, secret=self._keys.secret)
         socket.connect(address.endpoint)
         return socket

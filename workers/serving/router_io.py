@@ -18,6 +18,7 @@ import msgspec
 import zmq
 from zmq.utils import monitor, z85
 
+from workers import zmq_options
 from workers.protocol import messages
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, FromReplica, Heartbeat, Hello, RouterHeartbeat, Submit
@@ -31,6 +32,7 @@ MAX_ROUTERS = 64
 #: Frames taken from one router before the next has its turn, and undelivered messages above which reading stops.
 TURN_FRAMES, INBOX_LIMIT = 256, 4096
 _WARN_S = 5.0
+#: Time for the last messages (Bye, the end of requests) to leave a socket that is closed.
 _LINGER_MS = 500
 
 log = logging.getLogger("trireme.routers")
@@ -238,15 +240,9 @@ class RouterIo:
         socket = port.socket = self._context.socket(zmq.DEALER)
         # Immediate: nothing is queued for a router that is not there, so a send that would block means a lost router.
         socket.immediate = True
-        socket.sndhwm = socket.rcvhwm = messages.HIGH_WATER
-        socket.maxmsgsize = messages.MAX_FRAME
-        socket.linger = 0
-        socket.handshake_ivl = 3000
-        socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = 500, 1500, 1500
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
+        zmq_options.limit(socket)
         if port.address.server_key and self._keys is not None:
-            socket.curve_serverkey = port.address.server_key.encode()
-            socket.curve_publickey, socket.curve_secretkey = self._keys.public.encode(), self._keys.secret.encode()
+            zmq_options.authenticate(socket, port.address.server_key, public=self._keys.public, secret=self._keys.secret)
         port.monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         socket.connect(port.address.endpoint)
 

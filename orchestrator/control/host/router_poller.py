@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
+from workers import zmq_options
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
-from workers.protocol.messages import HIGH_WATER, MAX_FRAME, Query, Report, decode_to_client, encode
+from workers.protocol.messages import Query, Report, decode_to_client, encode
 from workers.protocol.specs import RouterAddress
 from workers.protocol.status import RouterStatus
 from workers.serving.router_io import KeyPair
@@ -133,12 +134,9 @@ def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> Rout
     socket = context.socket(zmq.DEALER)
     monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
     try:
-        socket.linger = 0
-        socket.sndhwm = socket.rcvhwm = HIGH_WATER
-        socket.maxmsgsize = MAX_FRAME
+        zmq_options.limit(socket)
         if address.server_key:
-            socket.curve_serverkey = address.server_key.encode()
-            socket.curve_publickey, socket.curve_secretkey = key.public.encode(), key.secret.encode()
+            zmq_options.authenticate(socket, address.server_key, public=key.public, secret=key.secret)
         socket.connect(address.endpoint)
         socket.send(encode(Query(boot=secrets.token_hex(8), stream=1, what="status")))
         ready = {readable for readable, _ in zmq.zmq_poll([(socket, zmq.POLLIN), (monitor, zmq.POLLIN)], _ANSWER_MS)}

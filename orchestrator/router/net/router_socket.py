@@ -19,14 +19,12 @@ from pathlib import Path
 import zmq
 
 from orchestrator.auth.curve_acl import CurveAcl, Role
+from workers import zmq_options
 from workers.protocol.errors import ConfigError, EnvironmentFault
-from workers.protocol.messages import HIGH_WATER, MAX_FRAME
 from workers.serving.router_io import KeyPair
 
 #: Frames read in one turn of the event loop, before other callbacks get theirs.
 TURN_FRAMES = 64
-_HANDSHAKE_MS = 4000
-_PULSE_MS, _PULSE_TIMEOUT_MS = 500, 1500
 # Plain numbers: pyzmq's enumerations cost as much as a send each time they are combined or looked up.
 _NOW, _NOW_MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 _EVENTS, _READABLE, _MORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
@@ -61,11 +59,7 @@ class RouterSocket:
         self.refused = self.faults = 0
         self._socket = socket = context.socket(zmq.ROUTER)
         socket.router_mandatory = True
-        socket.sndhwm = socket.rcvhwm = HIGH_WATER
-        socket.maxmsgsize = MAX_FRAME
-        socket.handshake_ivl = _HANDSHAKE_MS
-        socket.heartbeat_ivl, socket.heartbeat_timeout = _PULSE_MS, _PULSE_TIMEOUT_MS
-        socket.linger = 0
+        zmq_options.limit(socket)
         try:
             self._bind(endpoint, keys)
         except BaseException:
