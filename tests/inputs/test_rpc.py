@@ -210,7 +210,7 @@ def test_nobody_cancels_what_is_not_theirs(world: World, peer: Peer) -> None:
     times: dict[str, list[float]] = {"unknown": [], "another's": [], "finished": []}
     peer.tell(peer.generate(1, "done"))
     peer.until_end(1)
-    boot = world.client._session._boot
+    boot = world.client._protocol._boot
     for _ in range(30):
         for name, message in (
             ("unknown", Cancel(boot=peer.boot, stream=12345)), ("another's", Cancel(boot=boot, stream=mine._exchange.stream)),
