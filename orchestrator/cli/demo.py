@@ -59,7 +59,7 @@ def demo(
 def prepare(console: Console, file: Path) -> Config:
     """Fetch and convert what the file's replicas need, so that the second half needs no network."""
     from orchestrator.config import deployment_file
-    from orchestrator.control.host.desired_state import resolve_model
+    from orchestrator.control.host.deployment_plan import resolve_model
 
     found = deployment_file.load(file, env=os.environ).config
     for model in found.models:

@@ -8,18 +8,18 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.config.deployment_file import load
-from orchestrator.control.host import deployment, desired_state
+from orchestrator.control.host import deployment, deployment_plan
 from tests.faults.saboteur import COMMAND
 
 
 def main(file: str) -> int:
-    plan = desired_state.plan
+    plan = deployment_plan.plan
 
-    def sabotaged(*arguments: object) -> desired_state.DesiredState:
+    def sabotaged(*arguments: object) -> deployment_plan.DeploymentPlan:
         made = plan(*arguments)  # type: ignore[arg-type]
         return msgspec.structs.replace(made, gangs=[msgspec.structs.replace(gang, command=COMMAND) for gang in made.gangs])
 
-    desired_state.plan = sabotaged
+    deployment_plan.plan = sabotaged
     return deployment.up(load(Path(file)).config)
 
 

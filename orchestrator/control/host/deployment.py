@@ -20,7 +20,7 @@ from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import DEFAULT_RUN_DIR, Config, environment
 from orchestrator.config.router_spec import ModelCard
 from orchestrator.control.controller import TICK_S, Controller, Hung
-from orchestrator.control.host import desired_state, join_file
+from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import (
     ControlClient,
     ControlCommand,
@@ -108,7 +108,7 @@ class Deployment:
         self._announced: set[tuple[str, int, str]] = set()
         self._controls: _Controls | None = None
         self._routers: RouterSource | None = None
-        self._back = desired_state.RouterEndpoints(addresses=())
+        self._back = deployment_plan.RouterEndpoints(addresses=())
         self._leave_ray: Callable[[], None] | None = None
         self._gangs: list[GangSpec] = []
         self._cards: tuple[ModelCard, ...] = ()
@@ -163,7 +163,7 @@ class Deployment:
             self._check_api_keys()
         keys = KeyRing(self._home / "keys")
         mpi = None if self._standing else find_mpi(environment().get("PATH", ""))
-        resolve = desired_state.resolve_tokenizer if self._standing else desired_state.resolve_model
+        resolve = deployment_plan.resolve_tokenizer if self._standing else deployment_plan.resolve_model
         models = [resolve(model, config.cache, self._go_on) for model in config.models]
         for model in models:
             self._notify(Notice(kind="model", subject=model.config.name, text=str(model.source)))
@@ -172,9 +172,9 @@ class Deployment:
         self._heed()
         host = self._begin_control(mpi, sum(g.parallel.world * m.config.cpus_per_rank for m in models for g in m.gangs))
         self._heed()
-        self._back = joined.back if joined is not None else desired_state.own_back(config, keys, host)
-        plan = desired_state.plan(config, models, keys, self._back)
-        self._gangs, self._cards = plan.gangs, desired_state.cards(models)
+        self._back = joined.back if joined is not None else deployment_plan.own_back(config, keys, host)
+        plan = deployment_plan.plan(config, models, keys, self._back)
+        self._gangs, self._cards = plan.gangs, deployment_plan.cards(models)
         self._routers = joined or RouterGroup(plan.routers, make_private(self._home / "routers"), env=environment(), keys=keys)
         self._routers.start()
         assert self._controls is not None

@@ -17,7 +17,7 @@ import zmq
 
 from orchestrator.auth.keyring import JoinPass, read_pass
 from orchestrator.config.deployment_file import Config
-from orchestrator.control.host.desired_state import RouterEndpoints, ServedModel
+from orchestrator.control.host.deployment_plan import RouterEndpoints, ServedModel
 from orchestrator.control.host.join_file import JoinFile, fingerprint
 from orchestrator.control.host.router_poller import RouterPoller, ask
 from orchestrator.files import make_private, write_private

@@ -16,7 +16,7 @@ import psutil
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig, Resolved
 from orchestrator.config.router_spec import JoinSpec, ModelCard
-from orchestrator.control.host import desired_state
+from orchestrator.control.host import deployment_plan
 from orchestrator.control.host.control_socket import UpdateCommand, UpdateReport
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.reconciler import ReplicaView
@@ -74,7 +74,7 @@ def _changed_models(current: Sequence[ModelConfig], wanted: Sequence[ModelConfig
 def prepare(config: Config, progress: Progress) -> Config:
     """Fetch and convert all that the new replicas load, and name it by absolute paths. Raises what ``wanted.resolve_model`` raises."""
     for model in config.models:
-        desired_state.resolve_model(model, config.cache, progress)
+        deployment_plan.resolve_model(model, config.cache, progress)
     return msgspec.structs.replace(
         config,
         models=tuple(map(_rooted, config.models)),
@@ -106,14 +106,14 @@ class Update:
 
     def __init__(
         self, current: Config, order: UpdateCommand, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
-        *, back: desired_state.RouterEndpoints, now: float, progress: Progress,
+        *, back: deployment_plan.RouterEndpoints, now: float, progress: Progress,
     ) -> None:  # fmt: skip
         self._old, self._new = current, merge(current, order)
-        models = [desired_state.resolve_model(model, self._new.cache, progress) for model in self._new.models]
+        models = [deployment_plan.resolve_model(model, self._new.cache, progress) for model in self._new.models]
         for model in models:
             _check_tokenizer(model, cards)
         self._keys, self._back = KeyRing(current.home / "keys"), back
-        after = desired_state.gangs(self._new, models, back, self._keys)
+        after = deployment_plan.gangs(self._new, models, back, self._keys)
         spares = self._spares(gangs, after)
         self._specs = {gang.revision: gang for gang in (*gangs, *after, *spares)}
         self._before, self._after = list(gangs), after
@@ -121,7 +121,7 @@ class Update:
         moves = plan(_targets(gangs), _targets(after), _targets(spares), ready=ready)
         self.moves = tuple(map(str, moves))
         if not order.dry_run:
-            desired_state.admit(self._keys, list(self._specs.values()), back)
+            deployment_plan.admit(self._keys, list(self._specs.values()), back)
         move_s = 2 * current.start_timeout_s + current.drain_grace_s
         self._rollout = Rollout(_targets(gangs), moves, RolloutBounds(move_s=move_s), now)
         self._begun, self._ended = now, now
@@ -134,7 +134,7 @@ class Update:
         for model in self._new.models:
             first = next(gang for gang in after if gang.replica.model == model.name)
             name = f"{first.replica.name[:34]}-spare"
-            spare = desired_state.renamed(first, name, self._back, self._keys)
+            spare = deployment_plan.renamed(first, name, self._back, self._keys)
             if name not in names and (self._new.launcher == "ray" or _has_room(gangs, spare)):
                 spares.append(spare)
         return spares
@@ -162,7 +162,7 @@ class Update:
             apply([self._specs[want.revision] for want in self._rollout.wants()])
             self._applied = True
         if self.over:
-            desired_state.admit(self._keys, self.gangs, self._back)
+            deployment_plan.admit(self._keys, self.gangs, self._back)
         else:
             self._ended = now
         return changed
@@ -184,7 +184,7 @@ def _targets(gangs: Sequence[GangSpec]) -> list[RolloutTarget]:
     return [RolloutTarget(name=gang.replica.name, model=gang.replica.model, revision=gang.revision) for gang in gangs]
 
 
-def _check_tokenizer(model: desired_state.ServedModel, cards: Sequence[ModelCard]) -> None:
+def _check_tokenizer(model: deployment_plan.ServedModel, cards: Sequence[ModelCard]) -> None:
     """Routers turn text into ids with the files that they were started with. Raises :class:`ConfigError` where the new ones differ."""
     card = next(card for card in cards if card.name == model.config.name)
     for name in _TOKENIZER_FILES:

@@ -14,7 +14,7 @@ from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.auth.keyring import JoinPass, KeyRing, read_pass
 from orchestrator.client import Client, ClientKeys
 from orchestrator.config.deployment_file import Config, load
-from orchestrator.control.host import desired_state, external_routers, join_file
+from orchestrator.control.host import deployment_plan, external_routers, join_file
 from orchestrator.control.host.external_routers import JoinedRouters
 from orchestrator.control.host.join_file import JoinFile
 from orchestrator.control.host.status_table import HostFacts, describe, describe_standing
@@ -97,21 +97,21 @@ def test_names_are_the_run_folders_own(tmp_path: Path) -> None:
     assert first.back.prefix.startswith("slurm/job-") and first.back.prefix.endswith("/")
     assert first.key_file.stat().st_mode & 0o777 == 0o600
     keys = KeyRing(tmp_path / "run" / "job" / "keys")
-    model = desired_state.ServedModel(
+    model = deployment_plan.ServedModel(
         config=job(tmp_path).models[0],
         source="m",
         tokenizer="",
         gangs=(
-            desired_state.GangArtifact(
-                name="m-0", parallel=desired_state.Parallel(), artifact="", engine=job(tmp_path).models[0].engine_spec()
+            deployment_plan.GangArtifact(
+                name="m-0", parallel=deployment_plan.Parallel(), artifact="", engine=job(tmp_path).models[0].engine_spec()
             ),
         ),
     )
-    plan = desired_state.plan(job(tmp_path), [model], keys, first.back)
+    plan = deployment_plan.plan(job(tmp_path), [model], keys, first.back)
     assert plan.routers == [] and not keys.allowed_file.exists()
     (gang,) = plan.gangs
     assert (gang.replica.name, gang.replica.announced) == ("m-0", f"{first.back.prefix}m-0") and gang.key == first.back.key
-    assert desired_state.renamed(gang, "m-0-spare", first.back, keys).replica.announced == f"{first.back.prefix}m-0-spare"
+    assert deployment_plan.renamed(gang, "m-0-spare", first.back, keys).replica.announced == f"{first.back.prefix}m-0-spare"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     theirs, ours = tiny_tokenizer(tmp_path / "theirs"), tiny_tokenizer(tmp_path / "ours")
     write(tmp_path, models={"m": join_file.fingerprint(theirs)})
     routers = JoinedRouters(job(tmp_path))
-    model = desired_state.ServedModel(config=job(tmp_path).models[0], source="m", tokenizer=str(ours), gangs=())
+    model = deployment_plan.ServedModel(config=job(tmp_path).models[0], source="m", tokenizer=str(ours), gangs=())
     routers.check_tokenizers([model])
     (ours / "tokenizer.json").write_text((ours / "tokenizer.json").read_text() + "\n")
     with pytest.raises(ConfigError, match="another tokenizer"):
@@ -165,13 +165,15 @@ def standing_config(**more: Any) -> Config:
 def test_a_join_file_names_what_others_can_reach(tmp_path: Path) -> None:
     config = standing_config(run_dir=str(tmp_path), http={"host": "0.0.0.0", "api_keys_file": "k"})
     keys = KeyRing(config.home / "keys")
-    back = desired_state.own_back(config, keys, "")
+    back = deployment_plan.own_back(config, keys, "")
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
-    model = desired_state.ServedModel(config=config.models[0], source="m", tokenizer=str(tokenizer), gangs=())
-    plan = desired_state.plan(config, [model], keys, back)
+    model = deployment_plan.ServedModel(config=config.models[0], source="m", tokenizer=str(tokenizer), gangs=())
+    plan = deployment_plan.plan(config, [model], keys, back)
     assert [router.back for router in plan.routers] == ["tcp://0.0.0.0:8200", "tcp://0.0.0.0:8201"]
     assert all(router.peers == back.addresses and router.allowed_file for router in plan.routers)
-    path = join_file.publish(config, back.addresses, keys.pair("router", "all").public, desired_state.cards([model]), "http://0.0.0.0:8000")
+    path = join_file.publish(
+        config, back.addresses, keys.pair("router", "all").public, deployment_plan.cards([model]), "http://0.0.0.0:8000"
+    )
     file = external_routers.read_join(path)
     assert [address.endpoint for address in file.routers] == ["tcp://front.example:8200", "tcp://front.example:8201"]
     assert [address.endpoint for address in file.rpc] == ["tcp://front.example:8100", "tcp://front.example:8101"]

@@ -46,7 +46,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     gangs: tuple[GangArtifact, ...]
 
 
-class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
+class DeploymentPlan(msgspec.Struct, frozen=True, kw_only=True):
     gangs: list[GangSpec]
     routers: list[RouterSpec]
 
@@ -138,11 +138,11 @@ def own_back(config: Config, keys: KeyRing, host: str) -> RouterEndpoints:
     return RouterEndpoints(addresses=tuple(RouterAddress(endpoint=place, server_key=server_key) for place in places), secured=secured)
 
 
-def plan(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: RouterEndpoints) -> DesiredState:
+def plan(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: RouterEndpoints) -> DeploymentPlan:
     """Specs of everything that is ours: routers too, unless the replicas join others'."""
     found = gangs(config, models, back, keys)
     admit(keys, found, back)
-    return DesiredState(gangs=found, routers=[] if back.prefix else _routers(config, models, keys, back))
+    return DeploymentPlan(gangs=found, routers=[] if back.prefix else _routers(config, models, keys, back))
 
 
 def cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
