@@ -20,7 +20,7 @@ from workers.protocol.errors import TriremeError
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
-    from orchestrator.control.host.deployment import Notice
+    from orchestrator.control.host.notices import Notice
     from workers.protocol.messages import Capacity
 
 #: Files in the deployment's run folder: the host's log, and the output of a detached host.
@@ -64,7 +64,7 @@ def host(console: Console, config: Config, on_ready: Callable[[], object], route
             manager.stopping()
 
     with console.progress() as progress:
-        return deployment.up(config, standing=routers_only, notify=notify, progress=progress, beat=manager.beat)
+        return deployment.up(config, routers_only=routers_only, notify=notify, progress=progress, beat=manager.beat)
 
 
 def print_notice(console: Console, config: Config, notice: Notice) -> None:

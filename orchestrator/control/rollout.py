@@ -13,6 +13,7 @@ many as before serve at every moment, and a spare that fails ends the update bef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -84,6 +85,16 @@ def plan(
     return [*moves, *(RolloutMove(name=target.name, before=target.revision, after="") for target in old if target.name not in wanted)]
 
 
+class MoveVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """How a move goes. ``crowded``: a spare finds no room; ``failed``: it is given up, for ``why``."""
+
+    kind: Literal["waiting", "done", "crowded", "failed"]
+    why: str = ""
+
+
+_WAITING, _DONE, _CROWDED = (MoveVerdict(kind=kind) for kind in ("waiting", "done", "crowded"))
+
+
 class Rollout:
     """``old``: what runs. ``wanted`` is what should run now; it changes in :meth:`step` only."""
 
@@ -123,13 +134,15 @@ class Rollout:
             return False
         if self._move is not None:
             verdict = self._judge(self._move, now, views.get(self._move.name))
-            if verdict == "waiting":
-                return False
-            if verdict == "crowded":
-                return self._do_without(self._move, now)
-            if verdict:
-                return self._turn_back(verdict, now)
-            self._finish(self._move, now)
+            match verdict.kind:
+                case "waiting":
+                    return False
+                case "crowded":
+                    return self._do_without(self._move, now)
+                case "failed":
+                    return self._turn_back(verdict.why, now)
+                case "done":
+                    self._finish(self._move, now)
         if not self._todo:
             return False
         troubled = [name for name, revision in self.wanted.items() if not self._steady(views.get(name), revision)]
@@ -147,22 +160,23 @@ class Rollout:
             return False
         return view.phase == "failed" or (view.phase == "ready" and view.gang is not None and view.gang.revision == revision)
 
-    def _judge(self, move: RolloutMove, now: float, view: ReplicaView | None) -> str:
-        """``waiting``, ``crowded`` (a spare without a place), empty when it is done, else what is wrong."""
+    def _judge(self, move: RolloutMove, now: float, view: ReplicaView | None) -> MoveVerdict:
         if not move.after:
-            return "" if view is None else self._late(move, now)
+            return _DONE if view is None else self._wait(move, now)
         if view is None:
-            return self._late(move, now)
+            return self._wait(move, now)
         if view.phase == "ready" and view.gang is not None and view.gang.revision == move.after:
-            return ""
+            return _DONE
         if self.phase == "rolling" and (view.phase == "failed" or view.failures >= FAILURES):
-            return f"replica {move.name} does not start: {view.cause}"
+            return MoveVerdict(kind="failed", why=f"replica {move.name} does not start: {view.cause}")
         if move.spare and view.phase == "placing" and now - self._since > self._bounds.spare_s:
-            return "crowded"
-        return self._late(move, now)
+            return _CROWDED
+        return self._wait(move, now)
 
-    def _late(self, move: RolloutMove, now: float) -> str:
-        return f"{move}: not done within {self._bounds.move_s:.0f} s" if now - self._since > self._bounds.move_s else "waiting"
+    def _wait(self, move: RolloutMove, now: float) -> MoveVerdict:
+        if now - self._since > self._bounds.move_s:
+            return MoveVerdict(kind="failed", why=f"{move}: not done within {self._bounds.move_s:.0f} s")
+        return _WAITING
 
     def _begin(self, now: float) -> None:
         move = self._move = self._todo.pop(0)

@@ -212,15 +212,15 @@ def whole_deployment(run_dir: Path) -> None:
         except TimeoutError:
             tell(deployment, run_dir)
             raise
-        assert deployment._routers is not None
+        assert deployment._routers is not None and deployment._desired is not None
 
         def heard() -> bool:
             rows = [row for report in deployment._routers.reports() for row in report.replicas]  # type: ignore[union-attr]
             return [row.state for row in rows] == ["ready"]
 
         until("the router has heard Hello over CURVE", heard)
-        assert all(spec.replica.routers[0].endpoint.startswith("tcp://127.0.0.1:") for spec in deployment._gangs)
-        assert all(spec.replica.routers[0].server_key for spec in deployment._gangs)
+        assert all(spec.replica.routers[0].endpoint.startswith("tcp://127.0.0.1:") for spec in deployment._desired.gangs)
+        assert all(spec.replica.routers[0].server_key for spec in deployment._desired.gangs)
         say("curve over tcp", begun)
         begun = time.monotonic()
         body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0.8, "seed": 5, "ignore_eos": True, "logprobs": 0}

@@ -46,7 +46,7 @@ def read_join(path: Path) -> JoinFile:
     return file
 
 
-class JoinedRouters:
+class ExternalRouters:
     """The routers that ``config.join`` names. Raises :class:`ConfigError` for what could never work there.
 
     ``back``: how our replicas reach them, below names of their own, so that two jobs made from one file never fence each other.

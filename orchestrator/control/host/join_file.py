@@ -14,9 +14,6 @@ import msgspec
 
 from orchestrator.config.deployment_file import Config
 from orchestrator.config.router_spec import WILDCARDS, ModelCard
-from orchestrator.control.controller import Hung
-from orchestrator.control.launch.launcher import GangSpec
-from orchestrator.control.reconciler import ReplicaView
 from orchestrator.files import write_private
 from workers.artifacts.safetensors_file import hash_file
 from workers.protocol.errors import ConfigError
@@ -38,27 +35,6 @@ class JoinFile(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, str]
     http: str = ""
     replica_timeout_s: float = 2.0
-
-
-class NoGangs:
-    """The place of a controller where there is nothing to control."""
-
-    def apply(self, gangs: list[GangSpec]) -> None:
-        assert not gangs
-
-    def drain(self, replica: str) -> bool:
-        return False
-
-    def tick(self, hung: Hung = ()) -> None: ...
-
-    def views(self) -> list[ReplicaView]:
-        return []
-
-    def end_with_host(self) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def check(config: Config) -> None:

@@ -7,7 +7,7 @@ acts. Routers are not touched: whatever they were started with stays, and a file
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -98,21 +98,21 @@ def _absolute(source: str) -> str:
 
 
 class Update:
-    """``gangs``: what runs; ``cards``: what routers know of the models. Raises :class:`ConfigError`. To make one begins nothing, but lets
-    the new replicas' keys in.
+    """The way from the configuration that runs to another one. ``gangs``: what runs; ``cards``: what routers know of the models. Raises
+    :class:`ConfigError`. It changes nothing by itself: :class:`~orchestrator.control.host.desired_state.DesiredState` does.
 
     ``config`` is what is in force, for the status table: the new one unless the update is being taken back.
     """
 
     def __init__(
         self, current: Config, order: UpdateCommand, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
-        *, back: deployment_plan.RouterEndpoints, now: float, progress: Progress,
+        *, back: deployment_plan.RouterEndpoints, keys: KeyRing, now: float, progress: Progress,
     ) -> None:  # fmt: skip
         self._old, self._new = current, merge(current, order)
         models = [deployment_plan.resolve_model(model, self._new.cache, progress) for model in self._new.models]
         for model in models:
             _check_tokenizer(model, cards)
-        self._keys, self._back = KeyRing(current.home / "keys"), back
+        self._keys, self._back = keys, back
         after = deployment_plan.gangs(self._new, models, back, self._keys)
         spares = self._spares(gangs, after)
         self._specs = {gang.revision: gang for gang in (*gangs, *after, *spares)}
@@ -120,12 +120,9 @@ class Update:
         ready = frozenset(view.name for view in views if view.phase == "ready")
         moves = plan(_targets(gangs), _targets(after), _targets(spares), ready=ready)
         self.moves = tuple(map(str, moves))
-        if not order.dry_run:
-            deployment_plan.admit(self._keys, list(self._specs.values()), back)
         move_s = 2 * current.start_timeout_s + current.drain_grace_s
         self._rollout = Rollout(_targets(gangs), moves, RolloutBounds(move_s=move_s), now)
         self._begun, self._ended = now, now
-        self._applied = True
 
     def _spares(self, gangs: Sequence[GangSpec], after: Sequence[GangSpec]) -> list[GangSpec]:
         """One more replica of each model, where there is room for it."""
@@ -141,7 +138,7 @@ class Update:
 
     @property
     def over(self) -> bool:
-        return self._rollout.over and self._applied
+        return self._rollout.over
 
     @property
     def config(self) -> Config:
@@ -149,21 +146,22 @@ class Update:
 
     @property
     def gangs(self) -> list[GangSpec]:
-        """Every gang that may have processes."""
-        if not self.over:
-            return list(self._specs.values())
+        """What runs when the update is over."""
         return self._before if self._rollout.error else self._after
 
-    def step(self, now: float, views: Sequence[ReplicaView], apply: Callable[[list[GangSpec]], None]) -> bool:
-        """Look how far it is; ``apply`` is told the gangs that are wanted from now on when that has changed, and again after it raised."""
+    @property
+    def all_gangs(self) -> list[GangSpec]:
+        """Every gang that may have processes before the update is over."""
+        return list(self._specs.values())
+
+    def wanted(self) -> list[GangSpec]:
+        """What should run now."""
+        return [self._specs[want.revision] for want in self._rollout.wants()]
+
+    def step(self, now: float, views: Sequence[ReplicaView]) -> bool:
+        """Look how far it is; True when :meth:`wanted` has changed."""
         changed = self._rollout.step(now, {view.name: view for view in views})
-        self._applied &= not changed
-        if not self._applied:
-            apply([self._specs[want.revision] for want in self._rollout.wants()])
-            self._applied = True
-        if self.over:
-            deployment_plan.admit(self._keys, self.gangs, self._back)
-        else:
+        if not self.over:
             self._ended = now
         return changed
 

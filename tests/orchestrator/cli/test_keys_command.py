@@ -9,7 +9,8 @@ import pytest
 from orchestrator.auth.keyring import ApiKeyRing, KeyRing, read_pass
 from orchestrator.cli.main import run
 from orchestrator.config.deployment_file import load
-from orchestrator.control.host.deployment import Deployment, Notice
+from orchestrator.control.host.deployment import Deployment
+from orchestrator.control.host.notices import Notice
 from workers.protocol.errors import ConfigError
 
 Capture = pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from orchestrator.cli.console import Console, ConsoleSettings
 from orchestrator.cli.hosting import host
 from orchestrator.cli.systemd import ServiceManager
 from orchestrator.config.deployment_file import load
-from orchestrator.control.host.deployment import Notice
+from orchestrator.control.host.notices import Notice
 from tests.support.gang import short_folder
 
 

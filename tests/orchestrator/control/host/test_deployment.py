@@ -16,9 +16,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from orchestrator.config.deployment_file import Config, load
+from orchestrator.config.deployment_file import Config, as_tree, load
 from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
-from orchestrator.control.host.deployment import Deployment, Notice, connect
+from orchestrator.control.host.deployment import Deployment, connect
+from orchestrator.control.host.notices import Notice
 from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.support.figures import figure
 from tests.support.tiny_models import tiny_tokenizer
@@ -250,7 +251,7 @@ def test_ray_that_is_not_there(home: Path) -> None:
         "except TriremeError as error:\n"
         "    print(error.lines()); sys.exit(error.exit_code)\n"
     )
-    tree = msgspec.to_builtins(config(home, launcher="ray", ray={"address": "127.0.0.1:1"}))
+    tree = as_tree(config(home, launcher="ray", ray={"address": "127.0.0.1:1"}))
     root = str(Path(__file__).resolve().parents[4])
     done = subprocess.run(
         [sys.executable, "-c", code, msgspec.json.encode(tree).decode()],

@@ -15,7 +15,7 @@ from orchestrator.auth.keyring import JoinPass, KeyRing, read_pass
 from orchestrator.client import Client, ClientKeys
 from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.host import deployment_plan, external_routers, join_file
-from orchestrator.control.host.external_routers import JoinedRouters
+from orchestrator.control.host.external_routers import ExternalRouters
 from orchestrator.control.host.join_file import JoinFile
 from orchestrator.control.host.status_table import HostFacts, describe, describe_standing
 from orchestrator.control.reconciler import GangStatus, ReplicaView
@@ -91,8 +91,8 @@ def write(folder: Path, bound: tuple[str, ...] | None = None, **changes: Any) ->
 def test_names_are_the_run_folders_own(tmp_path: Path) -> None:
     """Two jobs of one file never fence each other; one that comes back does, by its newer epoch."""
     write(tmp_path)
-    first, again = JoinedRouters(job(tmp_path)), JoinedRouters(job(tmp_path))
-    other = JoinedRouters(job(tmp_path, run_dir=str(tmp_path / "other")))
+    first, again = ExternalRouters(job(tmp_path)), ExternalRouters(job(tmp_path))
+    other = ExternalRouters(job(tmp_path, run_dir=str(tmp_path / "other")))
     assert first.back.prefix == again.back.prefix != other.back.prefix
     assert first.back.prefix.startswith("slurm/job-") and first.back.prefix.endswith("/")
     assert first.key_file.stat().st_mode & 0o777 == 0o600
@@ -130,26 +130,26 @@ def test_what_cannot_work_is_said_before_anything_starts(
 ) -> None:
     write(tmp_path, bound, **changes)
     with pytest.raises(ConfigError, match=said):
-        JoinedRouters(job(tmp_path, **more))
+        ExternalRouters(job(tmp_path, **more))
 
 
 def test_files_that_are_none_are_named_and_not_quoted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the join file"):
-        JoinedRouters(job(tmp_path))
+        ExternalRouters(job(tmp_path))
     write(tmp_path)
     (tmp_path / "pass.json").write_text('{"name": "planted"}')
     with pytest.raises(ConfigError) as caught:
-        JoinedRouters(job(tmp_path))
+        ExternalRouters(job(tmp_path))
     assert "pass.json is no pass" in caught.value.what and "planted" not in caught.value.lines()
     (tmp_path / "pass.json").chmod(0o644)
     with pytest.raises(ConfigError, match="readable by others"):
-        JoinedRouters(job(tmp_path))
+        ExternalRouters(job(tmp_path))
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     theirs, ours = tiny_tokenizer(tmp_path / "theirs"), tiny_tokenizer(tmp_path / "ours")
     write(tmp_path, models={"m": join_file.fingerprint(theirs)})
-    routers = JoinedRouters(job(tmp_path))
+    routers = ExternalRouters(job(tmp_path))
     model = deployment_plan.ServedModel(config=job(tmp_path).models[0], source="m", tokenizer=str(ours), gangs=())
     routers.check_tokenizers([model])
     (ours / "tokenizer.json").write_text((ours / "tokenizer.json").read_text() + "\n")
@@ -283,11 +283,11 @@ def test_a_router_believes_a_pass_and_no_other(monkeypatch: pytest.MonkeyPatch) 
             back, rpc = (RouterAddress(endpoint=endpoint, server_key=server) for endpoint in (bound.back, bound.rpc))
             write(folder, routers=(back,), rpc=(rpc,))
             (folder / "pass.json").write_bytes(ring.path("pass", "slurm").read_bytes())
-            JoinedRouters(job(folder)).reach(lambda: None)
+            ExternalRouters(job(folder)).reach(lambda: None)
 
             write(folder, routers=(back,), rpc=(rpc,))  # a pass of its own making
             with pytest.raises(ConfigError, match="does not know this key"):
-                JoinedRouters(job(folder)).reach(lambda: None)
+                ExternalRouters(job(folder)).reach(lambda: None)
 
             held = read_pass(ring.path("pass", "slurm"))
             with dealer(back.endpoint, server, held.replica.public, held.replica.secret) as socket:
@@ -307,7 +307,7 @@ def test_a_router_believes_a_pass_and_no_other(monkeypatch: pytest.MonkeyPatch) 
 
             def refused() -> bool:
                 try:
-                    JoinedRouters(job(folder)).reach(lambda: None)
+                    ExternalRouters(job(folder)).reach(lambda: None)
                 except ConfigError:
                     return True
                 return False
@@ -315,7 +315,7 @@ def test_a_router_believes_a_pass_and_no_other(monkeypatch: pytest.MonkeyPatch) 
             wait_for(refused, what="the end of the pass")
         monkeypatch.setattr(external_routers, "REACH_S", 0.5)
         with pytest.raises(EnvironmentFault, match="no router of front answers"):
-            JoinedRouters(job(folder)).reach(lambda: None)
+            ExternalRouters(job(folder)).reach(lambda: None)
 
 
 def test_the_examples_fit_each_other() -> None:

@@ -1,0 +1,69 @@
+"""What a deployment should run: its configuration and its gangs, and the update that changes them.
+
+Owns all three: the host applies what stands here to the controller, and nobody else writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from orchestrator.auth.keyring import KeyRing
+from orchestrator.config.deployment_file import Config
+from orchestrator.config.router_spec import ModelCard
+from orchestrator.control.host.control_socket import UpdateCommand, UpdateReport
+from orchestrator.control.host.deployment_plan import RouterEndpoints, admit
+from orchestrator.control.host.update import Update
+from orchestrator.control.launch.launcher import GangSpec
+from orchestrator.control.reconciler import ReplicaView
+from workers.artifacts.convert import silent
+from workers.protocol.errors import Rejected
+
+
+class DesiredState:
+    """``config`` and ``gangs`` are in force: during an update the new configuration, and every gang that may have processes; the old
+    ones again when the update is taken back. ``cards``: what the routers know of the models; ``back``: how replicas reach the routers."""
+
+    def __init__(self, config: Config, gangs: list[GangSpec], cards: Sequence[ModelCard], back: RouterEndpoints, keys: KeyRing) -> None:
+        self.config, self.gangs, self.cards, self.back = config, gangs, tuple(cards), back
+        self._keys = keys
+        self._update: Update | None = None
+        # Whether the controller has been told what the update wants now.
+        self._applied = True
+
+    def begin_update(self, order: UpdateCommand, views: Sequence[ReplicaView], now: float) -> UpdateReport:
+        """Take an order up, or only say what it would do (``dry_run``). Raises :class:`Rejected` while another update is under way,
+        :class:`ConfigError` for what cannot be changed in place. Called in the control socket's thread."""
+        if self._update is not None and self._updating:
+            raise Rejected("an update is under way", self._update.report().doing, "trireme status tells how far it is")
+        update = Update(self.config, order, self.gangs, self.cards, views, back=self.back, keys=self._keys, now=now, progress=silent)
+        if not order.dry_run:
+            admit(self._keys, update.all_gangs, self.back)  # the keys of new replicas
+            self._update = update
+        return update.report()
+
+    def step(self, now: float, views: Sequence[ReplicaView], apply: Callable[[list[GangSpec]], None]) -> UpdateReport | None:
+        """The next move of an update, when it is time for it; a report when something changed.
+
+        ``apply`` gets the gangs that are wanted from now on. When it raises, it gets them again in the next step.
+        """
+        update = self._update
+        if update is None or not self._updating:
+            return None
+        moved = update.step(now, views)
+        self._applied &= not moved
+        if not self._applied:
+            apply(update.wanted())
+            self._applied = True
+        self.config = update.config
+        self.gangs = update.gangs if update.over else update.all_gangs
+        if update.over:
+            admit(self._keys, self.gangs, self.back)
+        return update.report() if moved or update.over else None
+
+    @property
+    def _updating(self) -> bool:
+        return self._update is not None and not (self._update.over and self._applied)
+
+    def report(self) -> UpdateReport | None:
+        """How far the last update is; None before the first."""
+        return self._update.report() if self._update is not None else None

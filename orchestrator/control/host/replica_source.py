@@ -1,0 +1,227 @@
+"""Where the replicas come from that a deployment's routers serve: from its own controller, or from other deployments that join.
+
+Owns the connection to the controller and to Ray. The host's loop calls it from one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from orchestrator.config.deployment_file import Config, ModelConfig, environment
+from orchestrator.control.controller import TICK_S, Controller, Hung
+from orchestrator.control.host import join_file
+from orchestrator.control.host.control_socket import DeploymentStatus
+from orchestrator.control.host.deployment_plan import ServedModel, resolve_model, resolve_tokenizer
+from orchestrator.control.host.notices import Notice, Notify
+from orchestrator.control.host.router_poller import RouterSource
+from orchestrator.control.host.status_table import HostFacts, describe, describe_standing
+from orchestrator.control.launch.launcher import GangSpec
+from orchestrator.control.launch.local_launcher import LocalLauncher
+from orchestrator.control.launch.mpiexec import MpiInstall, find_mpi
+from orchestrator.control.launch.supervisor import sweep
+from orchestrator.control.reconciler import ReplicaView, RestartPolicy
+from orchestrator.files import make_private
+from workers.artifacts.convert import Progress
+from workers.protocol.errors import ConfigError, EnvironmentFault, Rejected, ReplicaLost
+
+#: After the grace: time for the last messages, kills and the proof that nothing is left, seconds.
+FAREWELL_S = 15.0
+
+
+class ReplicaController(Protocol):
+    """The controller, in this process or in a Ray actor."""
+
+    def apply(self, gangs: list[GangSpec]) -> None: ...
+    def drain(self, replica: str) -> bool: ...
+    def tick(self, hung: Hung = ()) -> None: ...
+    def views(self) -> list[ReplicaView]: ...
+    def end_with_host(self) -> None: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class ReplicaSource(Protocol):
+    """What a host asks of its replicas, its own or those of others."""
+
+    def check(self) -> None:
+        """Raises :class:`ConfigError` or :class:`EnvironmentFault` for what can never work on this host."""
+
+    def resolve(self, model: ModelConfig, progress: Progress) -> ServedModel:
+        """The files of a model that this host needs. Raises what :mod:`orchestrator.model_store` raises."""
+
+    def start(self, models: Sequence[ServedModel]) -> str:
+        """Get ready to launch; the address at which gangs on other nodes reach this host, empty where there are none."""
+
+    def apply(self, gangs: list[GangSpec]) -> None:
+        """What should run from now on."""
+
+    def drain(self, replica: str) -> bool:
+        """Replace one replica gracefully; False when it does not run."""
+
+    def tick(self, hung: Hung = ()) -> None:
+        """One turn of the host's loop. ``hung``: ready gangs, (replica, epoch), that the routers lost."""
+
+    def views(self) -> list[ReplicaView]:
+        """What the controller last saw of each replica."""
+
+    def describe(self, config: Config, routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
+        """The status table."""
+
+    def settled(self, status: DeploymentStatus) -> bool:
+        """Before the first READY: whether no replica is worth waiting for any longer. Raises the cause where all have failed for good."""
+
+    def check_update(self, deployment: str) -> None:
+        """Raises :class:`Rejected` where there is nothing that an update could change."""
+
+    def end_with_host(self) -> None:
+        """From now on, a host that is killed leaves no gang."""
+
+    def end(self, gangs: Sequence[GangSpec], grace_s: float, hurry: Callable[[], bool]) -> list[int]:
+        """Drain all gangs and kill what is left, at once when ``hurry`` says so; returns pids that do not die."""
+
+
+class OwnReplicas:
+    """Replicas that a controller launches, on this host or on a Ray cluster."""
+
+    def __init__(self, config: Config, notify: Notify) -> None:
+        self._config, self._notify = config, notify
+        self._mpi: MpiInstall | None = None
+        self._controller: ReplicaController | None = None
+        self._leave_ray: Callable[[], None] | None = None
+
+    def check(self) -> None:
+        self._mpi = find_mpi(environment().get("PATH", ""))
+
+    def resolve(self, model: ModelConfig, progress: Progress) -> ServedModel:
+        return resolve_model(model, self._config.cache, progress)
+
+    def start(self, models: Sequence[ServedModel]) -> str:
+        policy = RestartPolicy(start_timeout_s=self._config.start_timeout_s, drain_grace_s=self._config.drain_grace_s)
+        if self._config.launcher == "ray":
+            shares = sum(gang.parallel.world * model.config.cpus_per_rank for model in models for gang in model.gangs)
+            return self._join_ray(policy, shares)
+        assert self._mpi is not None
+        self._controller = Controller(LocalLauncher(self._mpi, environment()), policy)
+        return ""
+
+    def _join_ray(self, policy: RestartPolicy, shares: float) -> str:
+        """``shares``: CPU shares of all gangs, for a Ray that is started here."""
+        from orchestrator.control.launch import ray_cluster
+        from orchestrator.control.ray_controller import RemoteController
+
+        config, begun = self._config, time.time()
+        make_private(config.home / "keys")
+        joined = ray_cluster.join(config.ray, config.home, environment(), cpus=config.ray.num_cpus or int(shares + 0.999) + 1)
+        self._leave_ray = ray_cluster.leave
+        self._controller = RemoteController(config.name, config.home / "target.json", policy)
+        what = "started" if joined.started else "joined"
+        text = f"{what}, {len(joined.addresses)} node{'s' if len(joined.addresses) > 1 else ''}"
+        self._notify(Notice(kind="ray", subject=joined.here, text=text, seconds=time.time() - begun))
+        wait, need = ray_cluster.stop_wait_s(environment()), config.drain_grace_s + FAREWELL_S
+        if wait is not None and wait < need:
+            text = f"it is killed {wait:g} s after it was told to stop, and draining may take {need:g} s: set RAY_JOB_STOP_WAIT_TIME_S"
+            self._notify(Notice(kind="warning", subject="Ray job", text=text))
+        return "" if joined.started else joined.here  # a cluster that is one node now may grow
+
+    def apply(self, gangs: list[GangSpec]) -> None:
+        assert self._controller is not None
+        self._controller.apply(gangs)
+
+    def drain(self, replica: str) -> bool:
+        return self._controller is not None and self._controller.drain(replica)
+
+    def tick(self, hung: Hung = ()) -> None:
+        assert self._controller is not None
+        self._controller.tick(hung)
+
+    def views(self) -> list[ReplicaView]:
+        return self._controller.views() if self._controller is not None else []
+
+    def describe(self, config: Config, routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
+        return describe(config, self.views(), routers, host)
+
+    def settled(self, status: DeploymentStatus) -> bool:
+        states = [row.state for model in status.models for row in model.rows]
+        failed = [view for view in self.views() if view.phase == "failed"]
+        if not failed or not set(states) <= {"READY", "FAILED"}:
+            return False
+        if "READY" not in states:
+            first = failed[0]
+            kind = {ConfigError.exit_code: ConfigError, EnvironmentFault.exit_code: EnvironmentFault}.get(first.exit_code, ReplicaLost)
+            logs = self._config.home / "replicas" / first.name
+            raise kind(f"replica {first.name} cannot start", first.cause, first.hint or f"its logs: {logs}")
+        return True
+
+    def check_update(self, deployment: str) -> None:
+        """Any of them can be replaced."""
+
+    def end_with_host(self) -> None:
+        if self._controller is not None:
+            self._controller.end_with_host()
+
+    def end(self, gangs: Sequence[GangSpec], grace_s: float, hurry: Callable[[], bool]) -> list[int]:
+        left: list[int] = []
+        try:
+            if self._controller is not None:
+                self._drain_all(self._controller, grace_s, hurry)
+        finally:
+            if self._controller is not None:
+                left = sweep(gangs)
+            if self._leave_ray is not None:
+                self._leave_ray()
+        return left
+
+    @staticmethod
+    def _drain_all(controller: ReplicaController, grace_s: float, hurry: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + grace_s + FAREWELL_S
+        controller.apply([])
+        controller.tick()
+        while controller.views() and time.monotonic() < deadline and not hurry():
+            time.sleep(TICK_S / 4)
+            controller.tick()
+        if controller.views() or hurry():
+            controller.abort()
+        controller.close()
+
+
+class ExternalReplicas:
+    """Replicas of other deployments, which join the routers of this one. This host launches none."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def check(self) -> None:
+        join_file.check(self._config)
+
+    def resolve(self, model: ModelConfig, progress: Progress) -> ServedModel:
+        return resolve_tokenizer(model, self._config.cache, progress)
+
+    def start(self, models: Sequence[ServedModel]) -> str:
+        return ""
+
+    def apply(self, gangs: list[GangSpec]) -> None:
+        assert not gangs
+
+    def drain(self, replica: str) -> bool:
+        return False
+
+    def tick(self, hung: Hung = ()) -> None: ...
+
+    def views(self) -> list[ReplicaView]:
+        return []
+
+    def describe(self, config: Config, routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
+        return describe_standing(config, routers, host)
+
+    def settled(self, status: DeploymentStatus) -> bool:
+        return True
+
+    def check_update(self, deployment: str) -> None:
+        raise Rejected(f"{deployment} has no replicas to update", "it is routers alone", "trireme down, then trireme router")
+
+    def end_with_host(self) -> None: ...
+
+    def end(self, gangs: Sequence[GangSpec], grace_s: float, hurry: Callable[[], bool]) -> list[int]:
+        return []
