@@ -246,16 +246,6 @@ def test_importing_leaves_out(prefix: str, absent: set[str]) -> None:
     assert not (present := absent & loaded(names)), f"importing {prefix} brings in {', '.join(sorted(present))}"
 
 
-#: (importing module, imported module): imports that close a cycle and are to go. The cycle search leaves them out.
-KNOWN_CYCLES = {
-    ("orchestrator.router.http.event_stream", "orchestrator.router.http.dialects.openai"),
-    ("orchestrator.router.http.in_flight", "orchestrator.router.http.dialects.openai"),
-    ("orchestrator.router.http.response", "orchestrator.router.http.dialects.openai"),
-    ("workers.distributed.rank_groups", "workers.runner.device"),
-    ("workers.engines.trtllm.backend_choice", "workers.rank"),
-}
-
-
 def import_graph(sources: dict[str, str], packages: set[str]) -> dict[str, set[str]]:
     """Module -> the project's modules that it imports, at its top or inside functions. ``packages``: the modules that are ``__init__``."""
     graph: dict[str, set[str]] = {}
@@ -319,10 +309,6 @@ def test_no_package_and_no_module_imports_in_a_circle() -> None:
     graph = import_graph(
         {name: path.read_text() for name, path in files.items()}, {name for name, path in files.items() if path.name == "__init__.py"}
     )
-    gone = [edge for edge in KNOWN_CYCLES if edge[1] not in graph.get(edge[0], ())]
-    assert not gone, f"these imports are gone; take them out of KNOWN_CYCLES: {gone}"
-    for module, target in KNOWN_CYCLES:
-        graph[module].remove(target)
     found = cycles_at_every_level(graph)
     assert not found, "\n" + "\n".join(" <-> ".join(cycle) for cycle in found)
 

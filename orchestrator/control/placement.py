@@ -18,7 +18,7 @@ from workers.protocol.specs import Parallel
 Strategy = Literal["STRICT_PACK", "PACK", "STRICT_SPREAD"]
 
 
-class GangPlacement(msgspec.Struct, frozen=True, kw_only=True):
+class RankAssignment(msgspec.Struct, frozen=True, kw_only=True):
     """``ranks[i]`` consecutive ranks go to node ``nodes[i]``. ``unit``: ranks that must share a node: the gang, a tensor-parallel group, or
     one rank. ``spread``: each unit has a node of its own. ``splits_group``: a tensor-parallel group is on several nodes."""
 
@@ -34,7 +34,7 @@ class GangPlacement(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.nodes) - 1
 
 
-def place_gang(parallel: Parallel, rooms: Sequence[int], *, spread: bool = False) -> GangPlacement | None:
+def place_gang(parallel: Parallel, rooms: Sequence[int], *, spread: bool = False) -> RankAssignment | None:
     """Choose nodes for one gang; ``rooms[i]``: ranks that node i has room for. None where they have no room for all ranks.
 
     The unit is the largest that fits: the whole gang on one node, else each stage on one node, else each rank. Units fill the fewest
@@ -44,11 +44,11 @@ def place_gang(parallel: Parallel, rooms: Sequence[int], *, spread: bool = False
     fitting = sorted((room, node) for node, room in enumerate(rooms) if room >= parallel.tp)[: parallel.pp]
     if spread and 1 < parallel.pp == len(fitting):
         nodes = tuple(sorted(node for _, node in fitting))
-        return GangPlacement(nodes=nodes, ranks=(parallel.tp,) * parallel.pp, unit=parallel.tp, spread=True)
+        return RankAssignment(nodes=nodes, ranks=(parallel.tp,) * parallel.pp, unit=parallel.tp, spread=True)
     for unit in (parallel.world, parallel.tp, 1):
         if sum(room // unit for room in rooms) >= parallel.world // unit:
             dealt = _fill(rooms, unit, parallel.world // unit)
-            return GangPlacement(nodes=tuple(dealt), ranks=tuple(dealt.values()), unit=unit, splits_group=unit < parallel.tp)
+            return RankAssignment(nodes=tuple(dealt), ranks=tuple(dealt.values()), unit=unit, splits_group=unit < parallel.tp)
     return None
 
 

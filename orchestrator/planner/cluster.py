@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from orchestrator.control.placement import GangPlacement, place_gang
+from orchestrator.control.placement import RankAssignment, place_gang
 from orchestrator.planner.devices import GpuModel, HostModel
 from workers.protocol.specs import ModelSpec, Parallel
 
@@ -35,7 +35,7 @@ def rooms(cluster: PlannedCluster, cpus_per_rank: float) -> list[int]:
     return [int(cluster.slots / share + 1e-9)] * cluster.nodes
 
 
-def take_place(parallel: Parallel, free: list[int], *, spread: bool = False) -> GangPlacement | None:
+def take_place(parallel: Parallel, free: list[int], *, spread: bool = False) -> RankAssignment | None:
     """Place one gang and take its room from ``free`` [nodes], ranks; None where there is too little, and then nothing is taken."""
     placed = place_gang(parallel, free, spread=spread)
     if placed is not None:

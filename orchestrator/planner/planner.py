@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from orchestrator.control.placement import GangPlacement, place_gang
+from orchestrator.control.placement import RankAssignment, place_gang
 from orchestrator.planner.cluster import PlannedCluster, layouts, rooms, take_place
 from orchestrator.planner.cost_model import WORKLOADS, Pipeline, PredictedRun, Rates, StageWork, StepLoad, Workload, replay, stage_work
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, GpuModel, HostModel, gpu_rates, host_rates, leading_s, taken
@@ -72,7 +72,7 @@ class LayoutPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     parallel: Parallel
     replicas: int
-    placement: GangPlacement
+    placement: RankAssignment
     ranks: tuple[RankMemory, ...]
     kv_tokens: int
     rows: int
@@ -145,7 +145,7 @@ def rank_memory(
 
 
 def layout_plan(
-    subject: Subject, parallel: Parallel, cluster: PlannedCluster, placed: GangPlacement, replicas: int, load: Workload, *, crowd: int = 0
+    subject: Subject, parallel: Parallel, cluster: PlannedCluster, placed: RankAssignment, replicas: int, load: Workload, *, crowd: int = 0
 ) -> LayoutPlan:
     """What one layout holds and gives. ``crowd``: ranks of all gangs on the fullest node; those of this gang if not given.
 
@@ -262,7 +262,7 @@ def options(subject: Subject, cluster: PlannedCluster, free: Sequence[int], load
 
 def _most(subject: Subject, parallel: Parallel, cluster: PlannedCluster, free: Sequence[int], load: Workload) -> LayoutPlan | None:
     """The layout with as many replicas as places, and on a host as memory, hold; None where not even one does."""
-    left, placements = list(free), list[GangPlacement]()
+    left, placements = list(free), list[RankAssignment]()
     while (placed := take_place(parallel, left, spread=subject.spread)) is not None and not placed.splits_group:
         placements.append(placed)
     while placements:
@@ -297,7 +297,7 @@ def occupied(subjects: Sequence[Subject], cluster: PlannedCluster) -> list[int]:
 def _subject_plan(
     subject: Subject,
     subjects: Sequence[Subject],
-    placements: dict[tuple[str, str], GangPlacement | None],
+    placements: dict[tuple[str, str], RankAssignment | None],
     cluster: PlannedCluster,
     load: Workload,
 ) -> SubjectPlan:
@@ -370,7 +370,7 @@ def _possible(subject: Subject, parallel: Parallel, device: GpuModel | HostModel
         )
 
 
-def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, placed: GangPlacement, crowd: int) -> float | None:
+def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, placed: RankAssignment, crowd: int) -> float | None:
     if not isinstance(subject.engine, PortableSpec) or not device.recorded or placed.crossings:
         return None
     if isinstance(device, HostModel):

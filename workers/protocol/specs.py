@@ -249,9 +249,6 @@ class TrtllmSpec(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fie
 
 #: One engine and what it is told. Decoded by ``kind``.
 EngineSpec: TypeAlias = PortableSpec | FakeSpec | TrtllmSpec
-ENGINES: dict[EngineKind, type[PortableSpec] | type[FakeSpec] | type[TrtllmSpec]] = {
-    "portable": PortableSpec, "fake": FakeSpec, "trtllm": TrtllmSpec,
-}  # fmt: skip
 
 
 class RouterAddress(msgspec.Struct, frozen=True, kw_only=True):

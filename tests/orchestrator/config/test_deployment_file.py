@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.config.deployment_file import load, settings
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import ENGINES, CommonEngineSpec, FakeOptions, FakeSpec, Parallel, PortableOptions, PortableSpec, TrtllmSpec
+from workers.protocol.specs import CommonEngineSpec, FakeOptions, FakeSpec, Parallel, PortableOptions, PortableSpec, TrtllmSpec
 from workers.protocol.trtllm_options import TrtllmOptions
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "deploy" / "examples"
@@ -106,6 +106,7 @@ def test_every_flag_reaches_a_value() -> None:
 
 
 DOCUMENTED = (Path(__file__).resolve().parents[3] / "docs" / "configuration.md").read_text()
+ENGINES = {"portable": PortableSpec, "fake": FakeSpec, "trtllm": TrtllmSpec}
 #: Every setting of every engine: (engine, key, default).
 ENGINE_KEYS = [
     (kind, field.name, field.default)

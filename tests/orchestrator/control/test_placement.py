@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.placement import (
-    GangPlacement,
     NodeResources,
+    RankAssignment,
     RankShare,
     capacity,
     place_gang,
@@ -90,14 +90,14 @@ def test_all_ranks_are_placed_or_the_cluster_is_too_small(tp: int, pp: int, gpus
 
 
 def test_whole_stages_fill_the_fewest_nodes() -> None:
-    assert place_gang(Parallel(tp=2, pp=4), [5, 5]) == GangPlacement(nodes=(0, 1), ranks=(4, 4), unit=2)
+    assert place_gang(Parallel(tp=2, pp=4), [5, 5]) == RankAssignment(nodes=(0, 1), ranks=(4, 4), unit=2)
     # Ray gets a bundle a stage, and packs two of them on each node.
     assert placement_request("r", Parallel(tp=2, pp=4), GPU, nodes(5, 5)).ranks == (2, 2, 2, 2)
-    assert place_gang(Parallel(tp=2, pp=5), [2, 8, 8, 3]) == GangPlacement(nodes=(1, 0), ranks=(8, 2), unit=2)
+    assert place_gang(Parallel(tp=2, pp=5), [2, 8, 8, 3]) == RankAssignment(nodes=(1, 0), ranks=(8, 2), unit=2)
 
 
 def test_spread_means_nothing_for_a_single_stage() -> None:
-    assert place_gang(Parallel(tp=2), [8, 2], spread=True) == GangPlacement(nodes=(1,), ranks=(2,), unit=2)
+    assert place_gang(Parallel(tp=2), [8, 2], spread=True) == RankAssignment(nodes=(1,), ranks=(2,), unit=2)
     assert placement_request("r", Parallel(tp=2), GPU, nodes(8, 2), spread=True).strategy == "STRICT_PACK"
 
 

@@ -11,7 +11,7 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 
 from bench.fit import FITTED, HELD_OUT, model_of, recorded
-from orchestrator.control.placement import GangPlacement
+from orchestrator.control.placement import RankAssignment
 from orchestrator.planner.cluster import PlannedCluster, layouts, take_place
 from orchestrator.planner.cost_model import Workload
 from orchestrator.planner.devices import GPU_FIT, GPUS, HOST_RANK, HostModel, taken
@@ -67,24 +67,26 @@ def test_known_shapes_have_as_many_parameters_as_their_makers_publish() -> None:
 @pytest.mark.parametrize(
     ("layout", "free", "found", "left"),
     [
-        (Parallel(tp=4), [8, 4], GangPlacement(nodes=(1,), ranks=(4,), unit=4), [8, 0]),
-        (Parallel(tp=4, pp=2), [8, 8], GangPlacement(nodes=(0,), ranks=(8,), unit=8), [0, 8]),
-        (Parallel(tp=4, pp=3), [8, 8], GangPlacement(nodes=(0, 1), ranks=(8, 4), unit=4), [0, 4]),
-        (Parallel(tp=3, pp=2), [4, 4], GangPlacement(nodes=(0, 1), ranks=(3, 3), unit=3), [1, 1]),
-        (Parallel(tp=8), [4, 4], GangPlacement(nodes=(0, 1), ranks=(4, 4), unit=1, splits_group=True), [0, 0]),
+        (Parallel(tp=4), [8, 4], RankAssignment(nodes=(1,), ranks=(4,), unit=4), [8, 0]),
+        (Parallel(tp=4, pp=2), [8, 8], RankAssignment(nodes=(0,), ranks=(8,), unit=8), [0, 8]),
+        (Parallel(tp=4, pp=3), [8, 8], RankAssignment(nodes=(0, 1), ranks=(8, 4), unit=4), [0, 4]),
+        (Parallel(tp=3, pp=2), [4, 4], RankAssignment(nodes=(0, 1), ranks=(3, 3), unit=3), [1, 1]),
+        (Parallel(tp=8), [4, 4], RankAssignment(nodes=(0, 1), ranks=(4, 4), unit=1, splits_group=True), [0, 0]),
         (Parallel(tp=8, pp=2), [4, 4], None, [4, 4]),
     ],
 )
-def test_a_gang_goes_to_one_node_or_stage_by_stage(layout: Parallel, free: list[int], found: GangPlacement | None, left: list[int]) -> None:
+def test_a_gang_goes_to_one_node_or_stage_by_stage(
+    layout: Parallel, free: list[int], found: RankAssignment | None, left: list[int]
+) -> None:
     assert take_place(layout, free) == found
     assert free == left
 
 
 def test_spread_gives_each_stage_a_node_where_there_are_as_many() -> None:
     free = [8, 8]
-    assert take_place(Parallel(tp=2, pp=2), free, spread=True) == GangPlacement(nodes=(0, 1), ranks=(2, 2), unit=2, spread=True)
+    assert take_place(Parallel(tp=2, pp=2), free, spread=True) == RankAssignment(nodes=(0, 1), ranks=(2, 2), unit=2, spread=True)
     assert free == [6, 6]
-    assert take_place(Parallel(tp=2, pp=3), free, spread=True) == GangPlacement(nodes=(0,), ranks=(6,), unit=6)
+    assert take_place(Parallel(tp=2, pp=3), free, spread=True) == RankAssignment(nodes=(0,), ranks=(6,), unit=6)
     (found,) = plan([subject("llama-3.1-8b", Parallel(pp=2), spread=True)], PlannedCluster(device=GPUS["H100"], nodes=2, slots=8), LOAD)
     assert found.own[0].placement.crossings == 1 and found.own[0].error is None
 
