@@ -165,7 +165,8 @@ class Reconciler:
             replica.begun = now  # waiting for room is no part of a start: a cluster may take an hour to grow
         if gang.revision != want.revision:
             return self._retire(now, gang, "its configuration changed")
-        if (gang.name, gang.epoch) in self._asked:
+        if (gang.name, gang.epoch) in self._asked or (gang.name, gang.epoch) in self._draining:
+            # Wanted again or not: a gang that was told to drain cannot be told to go on.
             return self._retire(now, gang, "it was told to drain")
         if gang.phase in ENDED:
             self._record(now, replica, gang.cause or "it stopped by itself", gang.hint, gang.exit_code, permanent=gang.permanent)

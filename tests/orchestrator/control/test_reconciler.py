@@ -168,6 +168,20 @@ def test_drain_on_request_counts_as_no_failure() -> None:
     assert world.step() == [LaunchGang("a")] and world.view().failures == 0
 
 
+def test_a_gang_that_drains_is_replaced_even_if_it_is_wanted_again() -> None:
+    world = World()
+    epoch = world.add("a", "ready")
+    wanted, world.wanted = world.wanted, []
+    assert world.step() == [DrainGang("a", epoch)]
+    world.wanted = wanted
+    world.now += 1.0
+    assert world.step() == []
+    world.now += POLICY.drain_grace_s + 2.0
+    (action,) = world.step()
+    assert isinstance(action, KillGang) and "still running" in action.reason
+    assert world.step() == [LaunchGang("a")] and world.view().failures == 0
+
+
 def test_nothing_wanted_ends_in_nothing() -> None:
     world = World()
     ready = world.add("a", "ready")
