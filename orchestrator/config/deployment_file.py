@@ -67,7 +67,7 @@ class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class EngineSettings(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a model's replicas are told of every engine that they may run on. In a file these keys stand among the model's own."""
+    """The settings of a model for every engine that its replicas may run on. A file has these keys among the model's own."""
 
     portable: PortableOptions = PortableOptions()
     fake: FakeOptions = FakeOptions()

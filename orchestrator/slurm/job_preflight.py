@@ -164,8 +164,8 @@ def _files(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
 
 
 def _ports(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
-    if held := [f"{one.node} {port}" for one in facts for port in one.taken]:
-        return _fail("ports", f"taken: {', '.join(held)}", "submit again: another job id has other ports")
+    if taken := [f"{one.node} {port}" for one in facts for port in one.taken]:
+        return _fail("ports", f"taken: {', '.join(taken)}", "submit again: another job id has other ports")
     return _ok("ports", "the job's own are free")
 
 

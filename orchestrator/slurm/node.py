@@ -185,13 +185,13 @@ class FirstNode:
     def _told_to_drain(self) -> bool:
         return self._signalled or (self._start / "drain").exists()
 
-    def _heed(self) -> None:
+    def _check_stop(self) -> None:
         if self._told_to_drain():
             raise Drained
 
     @contextlib.contextmanager
     def _roll(self, token: bytes) -> Iterator[RollCall]:
-        roll = RollCall(self._place.roll_port, token, self._place.nodes - 1, self._heed)
+        roll = RollCall(self._place.roll_port, token, self._place.nodes - 1, self._check_stop)
         try:
             yield roll
         finally:
@@ -232,7 +232,7 @@ class FirstNode:
         begun = time.monotonic()
         ray = RayNode(self._place, self._env, self._start / f"ray-{self._place.node}.log")
         try:
-            ray.started(_RAY_S, self._heed)
+            ray.started(_RAY_S, self._check_stop)
             roll.join(_RAY_S)
             say(f"Ray runs on {self._place.nodes} nodes at {self._env['RAY_ADDRESS']}, {time.monotonic() - begun:.1f} s")
             yield ray

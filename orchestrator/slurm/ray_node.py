@@ -72,11 +72,11 @@ class RayNode:
         if _STARTED in line:
             self._up.set()
 
-    def started(self, bound_s: float, heed: Callable[[], None]) -> None:
+    def started(self, bound_s: float, check_stop: Callable[[], None]) -> None:
         """Raises :class:`EnvironmentFault` when it ends first or takes longer than ``bound_s``."""
         deadline = time.monotonic() + bound_s
         while not self._up.wait(_POLL_S):
-            heed()
+            check_stop()
             if (code := self._child.returncode) is not None:
                 raise EnvironmentFault(f"ray start ended with {code}", "", f"its log: {self._log.name}")
             if time.monotonic() > deadline:

@@ -115,11 +115,11 @@ class RollCallConnection:
 
 
 class RollCall:
-    """The first node's side. ``heed`` is called while it waits, and may raise to end the wait."""
+    """The first node's side. ``check_stop`` is called while it waits, and may raise to end the wait."""
 
-    def __init__(self, port: int, token: bytes, others: int, heed: Callable[[], None]) -> None:
+    def __init__(self, port: int, token: bytes, others: int, check_stop: Callable[[], None]) -> None:
         """Raises :class:`EnvironmentFault` where the port is taken."""
-        self._token, self._others, self._heed = token, others, heed
+        self._token, self._others, self._check_stop = token, others, check_stop
         self._lines: dict[int, RollCallConnection] = {}
         self.facts: dict[int, JobNodeFacts] = {}
         self._listener = socket.socket(socket.AF_INET)
@@ -136,7 +136,7 @@ class RollCall:
         """Until all others are here; their facts in order. Raises :class:`EnvironmentFault` naming the missing ones."""
         deadline = time.monotonic() + bound_s
         while len(self._lines) < self._others:
-            self._heed()
+            self._check_stop()
             if time.monotonic() > deadline:
                 missing = sorted(set(range(1, self._others + 1)) - self._lines.keys())
                 raise EnvironmentFault(f"nodes {missing} of the job did not answer within {bound_s:.0f} s",
@@ -174,7 +174,7 @@ class RollCall:
         for index, line in self._lines.items():
             node = self.facts[index].node
             while True:
-                self._heed()
+                self._check_stop()
                 try:
                     word = line.hear(_POLL_S)
                 except PeerGone as error:

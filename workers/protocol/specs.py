@@ -180,7 +180,7 @@ def quant_of(name: QuantName, group_size: int | None = None) -> Quant:
 
 
 class CommonEngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every engine is told: how one replica runs a model. Sizes: tokens, sequences, bytes.
+    """Settings of every engine: how one replica runs a model. Sizes: tokens, sequences, bytes.
 
     ``kv_tokens`` = 0 means: as many as ``kv_bytes`` holds; ``kv_bytes`` = 0 too means the engine's default share of free memory.
     ``max_seq_len`` = 0 means the model's own context.
@@ -215,7 +215,7 @@ class CommonEngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class PortableOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the portable engine alone is told. ``load_format`` ``dummy``: random weights for the artifact's shape, which then needs no files
+    """Settings of the portable engine alone. ``load_format`` ``dummy``: random weights for the artifact's shape, which then needs no files
     of weights. ``quant``: quantize plain weights while loading them; None = as the artifact has them."""
 
     load_format: Literal["auto", "dummy"] = "auto"
@@ -236,7 +236,7 @@ class PortableSpec(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class FakeSpec(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="fake"):
-    """An engine without weights, whose steps take the time that it is told."""
+    """An engine without weights, whose steps take a given time."""
 
     options: FakeOptions = FakeOptions()
 
@@ -247,7 +247,7 @@ class TrtllmSpec(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fie
     options: TrtllmOptions = TrtllmOptions()
 
 
-#: One engine and what it is told. Decoded by ``kind``.
+#: One engine with its settings. Decoded by ``kind``.
 EngineSpec: TypeAlias = PortableSpec | FakeSpec | TrtllmSpec
 
 

@@ -55,33 +55,35 @@ class ExternalRouters:
 
     def __init__(self, config: Config) -> None:
         self._file = read_join(Path(config.join.file).expanduser())
-        held = read_pass(Path(config.join.key_file).expanduser())
-        _check(config, self._file, held)
+        join_pass = read_pass(Path(config.join.key_file).expanduser())
+        _check(config, self._file, join_pass)
         home = make_private(config.home)
-        prefix = f"{held.name}/{config.name}-{_instance(home)}/"
+        prefix = f"{join_pass.name}/{config.name}-{_instance(home)}/"
         self.back = RouterEndpoints(
-            addresses=self._file.routers, secured=True, prefix=prefix, key=msgspec.json.encode(held.replica).decode()
+            addresses=self._file.routers, secured=True, prefix=prefix, key=msgspec.json.encode(join_pass.replica).decode()
         )
         self.key_file = make_private(home / "keys") / "client-join.json"
-        write_private(self.key_file, msgspec.json.encode(held.client))
-        self._key = held.client
-        self._reports = RouterPoller(lambda: [(address.endpoint, address) for address in self._file.rpc], held.client, prefix=prefix)
+        write_private(self.key_file, msgspec.json.encode(join_pass.client))
+        self._key = join_pass.client
+        self._reports = RouterPoller(lambda: [(address.endpoint, address) for address in self._file.rpc], join_pass.client, prefix=prefix)
 
     @property
     def name(self) -> str:
         """Of the deployment that they belong to."""
         return self._file.name
 
-    def reach(self, heed: Callable[[], None]) -> None:
-        """Wait until one of them answers. ``heed`` is called between tries and may raise. Raises :class:`EnvironmentFault` when none does
-        within :data:`REACH_S`, :class:`ConfigError` when none knows the pass."""
+    def reach(self, check_stop: Callable[[], None]) -> None:
+        """Wait until one of them answers. ``check_stop`` is called between tries and may raise to end the wait.
+
+        Raises :class:`EnvironmentFault` when none answers within :data:`REACH_S`, :class:`ConfigError` when none knows the pass.
+        """
         deadline = time.monotonic() + REACH_S
         context: zmq.Context[Any] = zmq.Context()
         try:
             while time.monotonic() < deadline:
                 if self._answers(context):
                     return
-                heed()
+                check_stop()
         finally:
             context.destroy(linger=0)
         raise EnvironmentFault(
@@ -145,10 +147,10 @@ class ExternalRouters:
         self._reports.join()
 
 
-def _check(config: Config, file: JoinFile, held: JoinPass) -> None:
-    if any(address.server_key != held.server for address in (*file.routers, *file.rpc)):
+def _check(config: Config, file: JoinFile, join_pass: JoinPass) -> None:
+    if any(address.server_key != join_pass.server for address in (*file.routers, *file.rpc)):
         raise ConfigError(
-            f"the pass of {held.name} is for other routers than those of {file.name}",
+            f"the pass of {join_pass.name} is for other routers than those of {file.name}",
             f"{config.join.file} names another public key",
             "take both files from the same deployment",
         )
@@ -167,11 +169,11 @@ def _check(config: Config, file: JoinFile, held: JoinPass) -> None:
             raise ConfigError(
                 f"the routers of {file.name} do not serve {model.name}", f"they serve {', '.join(file.models)}", "name it in their file"
             )
-        if held.models is not None and model.name not in held.models:
+        if join_pass.models is not None and model.name not in join_pass.models:
             raise ConfigError(
-                f"the pass of {held.name} does not cover {model.name}",
-                f"it is for {', '.join(held.models)}",
-                f"trireme keys join {held.name} --models ..., at the routers",
+                f"the pass of {join_pass.name} does not cover {model.name}",
+                f"it is for {', '.join(join_pass.models)}",
+                f"trireme keys join {join_pass.name} --models ..., at the routers",
             )
 
 

@@ -30,8 +30,8 @@ def check_port(http: HttpConfig) -> None:
         try:
             probe.bind((http.host, http.port))
         except OSError as error:
-            held = [c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == http.port and c.pid]
-            why = f"pid {held[0]} listens on it" if held else error.strerror or str(error)
+            listeners = [c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == http.port and c.pid]
+            why = f"pid {listeners[0]} listens on it" if listeners else error.strerror or str(error)
             raise EnvironmentFault(f"port {http.port} on {http.host} is taken", why, "choose another --port; 0 = any free one") from None
 
 

@@ -1,4 +1,4 @@
-"""What a person who waits for a deployment wants to read. Owns what was told already."""
+"""What a person who waits for a deployment wants to read. Owns the list of what was said already."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class ReplicaNotices:
 
     def __init__(self, notify: Notify) -> None:
         self._notify = notify
-        self._told: set[tuple[str, int, str]] = set()
+        self._said: set[tuple[str, int, str]] = set()
 
     def follow(self, status: DeploymentStatus) -> None:
         for row in (row for model in status.models for row in model.rows):
             key = (row.name, row.epoch, row.state)
-            if key in self._told:
+            if key in self._said:
                 continue
-            self._told.add(key)
+            self._said.add(key)
             if row.state == "READY":
                 seconds = time.time() - started_at(row.epoch)
                 text = f"tp={row.tp} pp={row.pp} ready"

@@ -25,13 +25,13 @@ class GpuLedger:
 
     def __init__(self, gpus: list[str]) -> None:
         self._free = list(gpus)
-        self._held: dict[tuple[str, int], list[str]] = {}
+        self._taken: dict[tuple[str, int], list[str]] = {}
 
     def take(self, gang: tuple[str, int], count: int) -> dict[str, str]:
         """The variable that shows ``gang`` its ``count`` GPUs; fewer where there are not so many, and its ranks then refuse to start."""
         taken, self._free = self._free[:count], self._free[count:]
-        self._held[gang] = taken
+        self._taken[gang] = taken
         return {VISIBLE: ",".join(taken)}
 
     def give_back(self, gang: tuple[str, int]) -> None:
-        self._free = self._held.pop(gang, []) + self._free
+        self._free = self._taken.pop(gang, []) + self._free

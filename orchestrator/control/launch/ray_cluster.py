@@ -90,12 +90,12 @@ def _stderr_to(log: Path) -> Iterator[None]:
 @contextmanager
 def _own_signals() -> Iterator[None]:
     """Keep this process's way to end: Ray puts a handler of its own over SIGTERM, which would end the host without a grace."""
-    held = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            for number, handler in held.items():
+            for number, handler in before.items():
                 signal.signal(number, handler)
 
 
