@@ -166,7 +166,7 @@ def soaked(folder: Path, count: int, seconds: float) -> tuple[int, float]:
         soak(engine, 500, seed=2 + done)
         done += 500
         stats = engine.stats()
-        assert (stats.free_blocks, stats.running, stats.waiting) == (stats.num_blocks, 0, 0)
+        assert (stats.free_blocks, stats.running, stats.waiting) == (engine.capacity.num_blocks, 0, 0)
         torch.cuda.synchronize()
         assert torch.cuda.memory_allocated() == held, f"memory grows with requests: after {done}"
     took = time.monotonic() - begin

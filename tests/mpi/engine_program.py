@@ -35,7 +35,7 @@ def lead(engine: PortableEngine, requests: list[Submit]) -> dict:
         "tokens": [stream.tokens for stream in streams],
         "again": [stream.tokens for stream in again],
         "gaps": [[entry.top_logprobs[0] - entry.top_logprobs[1] for entry in stream.logprobs] for stream in streams],
-        "free": stats.free_blocks == stats.num_blocks,
+        "free": stats.free_blocks == engine.capacity.num_blocks,
         "hits": stats.prefix_hits_total,
     }
 
