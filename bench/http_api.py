@@ -19,12 +19,13 @@ import uvloop
 
 from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.frontend.detokenizer import Detokenizer, TextRule
 from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import TextModel, TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.interfaces import RouterRequest, Watcher
+from orchestrator.router.interfaces import Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError

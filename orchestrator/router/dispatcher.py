@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from orchestrator.router import request_context
 from orchestrator.router.core.replica_registry import ReplicaLoss
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.request_state import DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.router_core import RouterCore
-from orchestrator.router.interfaces import RouterRequest, Watcher
+from orchestrator.router.interfaces import Watcher
 from orchestrator.router.metrics import RequestMeter
 from orchestrator.router.status import model_status, router_status
 from workers.protocol.errors import EngineFault, ReplicaLost, printable

@@ -1,6 +1,6 @@
 """The line inside a router process between its doors (HTTP, RPC) and the dispatcher that owns requests and replicas.
 
-A door turns bytes into an :class:`RouterRequest`, gives it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a :class:`Ticket`.
+A door turns bytes into a :class:`RouterRequest`, gives it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a :class:`Ticket`.
 Everything runs on the router's one event loop; no call here blocks or awaits, and the dispatcher calls a watcher from its own socket
 callback.
 """
@@ -9,38 +9,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import msgspec
-
-from orchestrator.router.core.stats import Attempt
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.metrics import RequestMeter
 from workers.protocol.errors import TriremeError
-from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, Usage
+from workers.protocol.messages import FinishReason, Logprobs, Usage
 from workers.protocol.status import ModelStatus, RouterStatus
-
-
-class RouterRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One validated request: ``n`` choices over one prompt. ``params.seed`` is resolved; choice i uses ``seed + i`` (mod 2**63).
-
-    ``client`` names who asks (door's own id), ``request`` is the id that the client sees. ``affinity`` is a session hint. ``emitted``:
-    what the client already holds of each choice (a journal), or empty. Where a choice has a list there, the dispatcher takes it over as its
-    record, which grows just before each delivery: a door that needs the record too keeps the list, to read only. ``trails``: the same for
-    its placements. ``deadline_s``: seconds from now, None = none. ``marks``: the caller's request id and trace id, for log lines elsewhere.
-    """
-
-    client: str
-    request: str
-    model: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    n: int = 1
-    salt: str = ""
-    affinity: str = ""
-    credit: int = UNLIMITED
-    deadline_s: float | None = None
-    emitted: list[list[int]] = []
-    attempt: int = 0
-    trails: list[list[Attempt]] = []
-    marks: tuple[str, str] = ("", "")
 
 
 class Watcher(Protocol):

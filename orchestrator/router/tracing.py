@@ -31,8 +31,9 @@ from opentelemetry.util.types import AttributeValue
 
 from orchestrator.config.router_spec import TracingSpec
 from orchestrator.router import request_context, span_names
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.stats import Attempt
-from orchestrator.router.interfaces import Dispatcher, RouterRequest, Ticket, Watcher
+from orchestrator.router.interfaces import Dispatcher, Ticket, Watcher
 from orchestrator.router.metrics import RequestMeter
 from workers import __version__
 from workers.protocol.errors import TriremeError
@@ -165,7 +166,7 @@ class _TracedRequest:
         """Make every span, now that all of them are known."""
         ask, root = self._ask, self._span
         facts: dict[str, AttributeValue] = {
-            span_names.RESPONSE_ID: ask.request,
+            span_names.RESPONSE_ID: ask.request_id,
             span_names.REQUEST_MAX_TOKENS: ask.params.max_tokens,
             span_names.REQUEST_CHOICES: ask.n,
             span_names.INPUT_TOKENS: len(ask.prompt_ids),

@@ -11,8 +11,9 @@ from functools import partial
 
 import msgspec
 
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.sim.schedule import Arrive
-from orchestrator.sim.sim_router import SimCall, SimRequest, SimRouter
+from orchestrator.sim.sim_router import SimCall, SimRouter
 from orchestrator.sim.timeline import Timeline
 from workers.engines.fake import BYTES_EOS, expected_tokens
 from workers.protocol.errors import DeadlineExceeded, Overloaded, TriremeError
@@ -73,8 +74,8 @@ class SimClient:
             return
         held = self.asked.door == "rpc" and self.tokens > 0
         self._base = list(map(len, self._journal))
-        ask = SimRequest(
-            client="c", request=f"q{self.asked.id}.{self._life}", model="m", prompt_ids=self.asked.prompt, params=self._params,
+        ask = RouterRequest(
+            client="c", request_id=f"q{self.asked.id}.{self._life}", model="m", prompt_ids=self.asked.prompt, params=self._params,
             n=self.asked.n, credit=self.asked.credit or UNLIMITED,
             deadline_s=None if self._due is None else self._due - self._timeline.now,
             emitted=[list(tokens) for tokens in self._journal] if held else [], attempt=self._attempt,
@@ -141,7 +142,7 @@ class SimClient:
     def on_tokens(self, call: SimCall, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
         if call is not self._call:
             return
-        name = f"choice {choice} of {call.ask.request}"
+        name = f"choice {choice} of {call.ask.request_id}"
         got = self._journal[choice]
         assert first == len(got), f"{name}: token {first} after {len(got)}"
         got += tokens
@@ -155,7 +156,7 @@ class SimClient:
     def on_finished(self, call: SimCall, choice: int, reason: FinishReason, usage: Usage) -> None:
         if call is not self._call:
             return
-        name = f"choice {choice} of {call.ask.request}"
+        name = f"choice {choice} of {call.ask.request_id}"
         got, expected = self._journal[choice], self._expected[choice]
         assert got == expected, f"{name}: ended after {len(got)} of {len(expected)} tokens"
         assert usage.output_tokens == len(got), f"{name}: {usage.output_tokens} tokens counted, {len(got)} delivered"
@@ -166,7 +167,7 @@ class SimClient:
         if call is not self._call:
             return
         if isinstance(error, DeadlineExceeded):
-            assert self._due is not None and self._timeline.now >= self._due - 0.001, f"{call.ask.request}: expired early"
+            assert self._due is not None and self._timeline.now >= self._due - 0.001, f"{call.ask.request_id}: expired early"
             self.outcome, self._call = "deadline", None
         elif isinstance(error, Overloaded):  # the router stops
             self._call = None
@@ -175,7 +176,7 @@ class SimClient:
             else:
                 self._try_elsewhere()
         else:
-            raise AssertionError(f"choice {choice} of {call.ask.request} failed: {error.code}: {error}")
+            raise AssertionError(f"choice {choice} of {call.ask.request_id} failed: {error.code}: {error}")
 
     def _close(self, choice: int) -> None:
         self._ended.add(choice)

@@ -9,41 +9,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Protocol
 
-import msgspec
-
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.request_state import DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.router_core import RouterCore
-from orchestrator.router.core.stats import Attempt
 from orchestrator.sim.sim_network import SimConnection
 from orchestrator.sim.sim_replica import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.timeline import Timeline
 from workers.protocol.errors import TriremeError
-from workers.protocol.messages import FinishReason, FromReplica, Logprobs, RouterHeartbeat, SamplingParams, ToReplica, Usage
+from workers.protocol.messages import FinishReason, FromReplica, Logprobs, RouterHeartbeat, ToReplica, Usage
 
 TICK_S, REPLICA_TIMEOUT_S, ACCEPT_S = 0.2, 1.0, 2.0
 #: A router proves its indexes after every so many turns, and whenever it is idle.
 CHECK_TURNS = 16
-
-
-class SimRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request as the core reads it (:class:`~orchestrator.router.core.request_state.Asked`)."""
-
-    client: str
-    request: str
-    model: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    n: int
-    affinity: str = ""
-    salt: str = ""
-    credit: int
-    deadline_s: float | None
-    emitted: list[list[int]]
-    attempt: int
-    trails: list[list[Attempt]] = []
-    marks: tuple[str, str] = ("", "")
 
 
 class SimCaller(Protocol):
@@ -62,7 +41,7 @@ class SimCaller(Protocol):
 class SimCall:
     """One request at one life of a router. ``granted``: tokens a choice that may be delivered; ``over``: choices that expect nothing."""
 
-    def __init__(self, caller: SimCaller, router: SimRouter, id: int, ask: SimRequest) -> None:
+    def __init__(self, caller: SimCaller, router: SimRouter, id: int, ask: RouterRequest) -> None:
         self.caller, self._router, self.id, self.ask = caller, router, id, ask
         self.life = router.life
         self.granted = ask.credit
@@ -113,7 +92,7 @@ class SimRouter:
 
     # --- what clients do
 
-    def submit(self, caller: SimCaller, ask: SimRequest) -> SimCall:
+    def submit(self, caller: SimCaller, ask: RouterRequest) -> SimCall:
         """Raises as :meth:`RouterCore.submit`."""
         id = self.route.submit(ask, self._timeline.now)
         call = self.calls[id] = SimCall(caller, self, id, ask)
@@ -186,7 +165,7 @@ class SimRouter:
         """The call that something is delivered for. Callers only act between two turns, so nothing may come for one that is over."""
         call = self.calls.get(id)
         assert call is not None, f"router{self.index}: something came for call {id} after its end"
-        assert choice not in call.over, f"router{self.index}: something came for choice {choice} of {call.ask.request} after its end"
+        assert choice not in call.over, f"router{self.index}: something came for choice {choice} of {call.ask.request_id} after its end"
         return call
 
     def _end(self, action: FinishChoice | FailChoice) -> None:

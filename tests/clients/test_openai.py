@@ -39,7 +39,7 @@ def test_chat(client: openai.OpenAI, door: ServedDoor) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ask.prompt_ids), 12)
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
     assert (ask.params.seed, ask.params.temperature, ask.params.max_tokens) == (7, 0.0, 50)
-    assert ask.request == answer.id
+    assert ask.request_id == answer.id
 
 
 def test_chat_takes_what_the_context_leaves(client: openai.OpenAI, door: ServedDoor) -> None:
@@ -90,7 +90,7 @@ def test_completions(client: openai.OpenAI, door: ServedDoor) -> None:
     assert {choice.text for choice in answer.choices} == {"Hello"}
     assert {choice.finish_reason for choice in answer.choices} == {"length"}
     assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 20)
-    assert len({ask.request for ask in door.dispatcher.asks}) == 2
+    assert len({ask.request_id for ask in door.dispatcher.asks}) == 2
     assert client.completions.create(model="tiny", prompt=[104, 105]).choices[0].text == "Hello, world"
     assert door.dispatcher.asks[-1].prompt_ids == [104, 105]
     assert door.dispatcher.asks[-1].params.max_tokens == 16

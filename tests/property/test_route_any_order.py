@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.request_state import DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.router_core import RouterCore
-from orchestrator.router.interfaces import RouterRequest
 from workers.protocol.errors import Overloaded
 from workers.protocol.messages import (
     PROTOCOL,
@@ -188,7 +188,7 @@ class Routing(RuleBasedStateMachine):
         seed = self.serial * 10
         emitted = [stream_of(seed + choice, prompt, min(held, count)) for choice in range(n)] if held else []
         ask = RouterRequest(
-            client="c", request=f"q{self.serial}", model="m", prompt_ids=prompt, params=SamplingParams(seed=seed, max_tokens=count), n=n,
+            client="c", request_id=f"q{self.serial}", model="m", prompt_ids=prompt, params=SamplingParams(seed=seed, max_tokens=count), n=n,
             credit=1 if bounded else UNLIMITED, emitted=emitted, attempt=int(held > 0),
         )  # fmt: skip
         try:

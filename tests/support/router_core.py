@@ -8,9 +8,9 @@ import msgspec
 
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.replica_registry import ReplicaRegistry
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.request_state import Action, SendMessage
 from orchestrator.router.core.router_core import RouterCore
-from orchestrator.router.interfaces import RouterRequest
 from workers.protocol.messages import (
     PROTOCOL,
     Accepted,
@@ -52,7 +52,7 @@ def join(route: RouterCore, name: str, *, epoch: int = 1, rows: int = 4, now: fl
 
 
 def ask(prompt: list[int] | None = None, **change: Any) -> RouterRequest:
-    base = RouterRequest(client="c", request="q", model="m", prompt_ids=prompt or [1, 2, 3], params=SamplingParams(seed=7, max_tokens=8))
+    base = RouterRequest(client="c", request_id="q", model="m", prompt_ids=prompt or [1, 2, 3], params=SamplingParams(seed=7, max_tokens=8))
     return msgspec.structs.replace(base, **change)
 
 

@@ -18,11 +18,12 @@ import uvloop
 
 from orchestrator.auth.api_keys import ApiKeys, Salting
 from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
-from orchestrator.router.interfaces import RouterRequest, Watcher
+from orchestrator.router.interfaces import Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
@@ -64,7 +65,7 @@ class ScriptedTicket:
 
     def finish(self, choice: int) -> None:
         self.live.discard(choice)
-        self._dispatcher.finished.append((self.ask.request, choice))
+        self._dispatcher.finished.append((self.ask.request_id, choice))
 
     def credit(self, tokens: int) -> None:
         self.allowed += tokens

@@ -9,9 +9,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.dispatcher import RouterDispatcher
-from orchestrator.router.interfaces import RouterRequest, Ticket
+from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.tracing import TracedDispatcher
 from tests.support.router_core import router

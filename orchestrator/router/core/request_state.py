@@ -12,11 +12,12 @@ The record is what makes a dead replica a pause and not a loss: prompt ids, emit
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from orchestrator.router.core.replica_registry import Replica
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.stats import Attempt
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import UNLIMITED, FinishReason, Logprobs, SamplingParams, ToReplica, Usage
@@ -25,39 +26,6 @@ Phase = Literal["queued", "sent", "accepted", "running", "ended"]
 
 #: A door's own attempt (a client that continues here after another router died) outranks every placement under the former one.
 ATTEMPTS_PER_ASK = 1024
-
-
-class Asked(Protocol):
-    """What the core reads of a request; ``orchestrator.router.interfaces.RouterRequest`` has it all and documents it."""
-
-    @property
-    def client(self) -> str: ...
-    @property
-    def request(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def prompt_ids(self) -> list[int]: ...
-    @property
-    def params(self) -> SamplingParams: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def affinity(self) -> str: ...
-    @property
-    def salt(self) -> str: ...
-    @property
-    def credit(self) -> int: ...
-    @property
-    def deadline_s(self) -> float | None: ...
-    @property
-    def emitted(self) -> list[list[int]]: ...
-    @property
-    def attempt(self) -> int: ...
-    @property
-    def trails(self) -> list[list[Attempt]]: ...
-    @property
-    def marks(self) -> tuple[str, str]: ...
 
 
 class ChoiceState:
@@ -109,7 +77,7 @@ class RequestState:
 
     __slots__ = ("arrived", "ask", "chains", "deadline", "id", "live", "model", "owner", "rows")
 
-    def __init__(self, id: int, owner: Any, ask: Asked, model: str, now: float, deadline: float) -> None:
+    def __init__(self, id: int, owner: Any, ask: RouterRequest, model: str, now: float, deadline: float) -> None:
         self.id, self.owner, self.ask, self.model, self.arrived, self.deadline = id, owner, ask, model, now, deadline
         self.rows: list[ChoiceState] = []
         #: Rows not ended.

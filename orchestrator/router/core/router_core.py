@@ -20,9 +20,9 @@ import msgspec
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.policy import LeastWaitPolicy
 from orchestrator.router.core.replica_registry import HelloRefused, Replica, ReplicaRegistry
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.request_state import (
     Action,
-    Asked,
     ChoiceState,
     DeliverPromptLogprobs,
     DeliverTokens,
@@ -67,7 +67,7 @@ class RouterCore:
 
     # --- what doors do
 
-    def submit(self, ask: Asked, now: float, owner: object = None) -> int:
+    def submit(self, ask: RouterRequest, now: float, owner: object = None) -> int:
         """Accept a request and return its id; all that is delivered for it is addressed to ``owner``, else to the id.
 
         Raises NotFound, Overloaded (with ``retry_after``), Unavailable (closing), DeadlineExceeded.

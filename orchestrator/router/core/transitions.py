@@ -182,4 +182,4 @@ class Transitions:
 
 def _row_name(row: ChoiceState) -> str:
     """A choice's lasting name at leaders: unambiguous, for the part after the last slash is always the choice."""
-    return f"{row.request.ask.request}/{row.choice}"
+    return f"{row.request.ask.request_id}/{row.choice}"

@@ -15,13 +15,14 @@ import msgspec
 from orchestrator.auth.api_keys import EVERYONE, Salting, Tenant
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.chat_template import PromptPiece
 from orchestrator.router.frontend.detokenizer import TextRule
 from orchestrator.router.frontend.sandbox_worker import RenderJob
 from orchestrator.router.frontend.schema import Body, ChatBody, refuse
 from orchestrator.router.frontend.text_models import TextModel, TextModels
-from orchestrator.router.interfaces import Dispatcher, RouterRequest
+from orchestrator.router.interfaces import Dispatcher
 from workers.protocol.errors import NotFound, TooLong, Unavailable
 from workers.protocol.messages import UNLIMITED, Journal, SamplingParams
 from workers.protocol.status import ModelStatus
@@ -137,7 +138,7 @@ class Preprocessor:
             requests.append(
                 RouterRequest(
                     client=caller.client,
-                    request=f"{caller.request_id}-{index}" if index else caller.request_id,
+                    request_id=f"{caller.request_id}-{index}" if index else caller.request_id,
                     model=model.name,
                     prompt_ids=ids,
                     params=_params(body, model.eos_ids, max_tokens, _seed(body, caller)),

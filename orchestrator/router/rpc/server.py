@@ -21,10 +21,11 @@ import msgspec
 from orchestrator.auth.api_keys import EVERYONE, Tenant
 from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.router import request_context
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.detokenizer import Detokenizer
 from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, Preprocessor
-from orchestrator.router.interfaces import Dispatcher, RouterRequest
+from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.rpc.call import Outgoing, RpcCall, Submission
 from workers.protocol import messages

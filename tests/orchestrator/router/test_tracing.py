@@ -137,7 +137,7 @@ def test_a_request_is_one_trace_from_the_door_through_a_failover_to_its_end() ->
 def test_a_stop_string_a_cancel_and_a_refusal_end_it_too() -> None:
     async def play(stage: Stage) -> None:
         join(stage.route, "a", now=stage.now)
-        stopped, left = stage.submit(ask(n=2)), stage.submit(ask(request="left"))
+        stopped, left = stage.submit(ask(n=2)), stage.submit(ask(request_id="left"))
         stage.submits()
         stopped.finish(0)
         assert not stage.kept.get_finished_spans(), "one choice is still open"
@@ -146,7 +146,7 @@ def test_a_stop_string_a_cancel_and_a_refusal_end_it_too() -> None:
         left.cancel()
         stage.route.close()
         with pytest.raises(Overloaded):
-            stage.submit(ask(request="late"))
+            stage.submit(ask(request_id="late"))
 
     roots = [span for span in staged(play).kept.get_finished_spans() if span.name == "text_completion m"]
     told = {str((span.attributes or {})["gen_ai.response.id"]): span for span in roots}

@@ -376,7 +376,7 @@ def test_a_clients_new_attempt_outranks_every_placement_before() -> None:
     route = router()
     join(route, "a")
     route.submit(ask(), 0.0)
-    route.submit(ask(request="again", attempt=1), 0.0)
+    route.submit(ask(request_id="again", attempt=1), 0.0)
     old, new = sent(route.take(), Submit)
     assert new.attempt > old.attempt + 500
 

@@ -1,0 +1,34 @@
+"""The request that the frontends hand to the routing core. Owns nothing: the struct is a fact, the core's records are elsewhere."""
+
+from __future__ import annotations
+
+import msgspec
+
+from orchestrator.router.core.stats import Attempt
+from workers.protocol.messages import UNLIMITED, SamplingParams
+
+
+class RouterRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One validated request: ``n`` choices of one prompt. ``params.seed`` is resolved; choice i uses ``seed + i`` (mod 2**63).
+
+    ``client`` names who asks, ``request_id`` is the id that the client sees, ``affinity`` is a session hint. ``emitted`` holds the tokens
+    that the client already has of each choice (its journal), or is empty. Where a choice has a list there, the core appends to that very
+    list just before each delivery, so that a frontend which needs the tokens reads them there and a token is stored once. ``trails`` is the
+    same for the attempts of a choice. ``deadline_s``: seconds from now, None = none. ``marks``: the caller's request id and trace id, for
+    log lines of replicas.
+    """
+
+    client: str
+    request_id: str
+    model: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    n: int = 1
+    salt: str = ""
+    affinity: str = ""
+    credit: int = UNLIMITED
+    deadline_s: float | None = None
+    emitted: list[list[int]] = []
+    attempt: int = 0
+    trails: list[list[Attempt]] = []
+    marks: tuple[str, str] = ("", "")
