@@ -56,8 +56,8 @@ async def measure(folder: Path, texts: bool, steps: int) -> float:
         return True
 
     spec = AdmissionSpec(max_queue=1000)
-    route = RouterCore(RouterHeartbeat(boot="R", router="r"), {"m": "m"}, spec, ReplicaRegistry(60.0, 60.0))
-    dispatch = RouterDispatcher(route, name="r", send=to_replica, clock=time.monotonic)
+    core = RouterCore(RouterHeartbeat(boot="R", router="r"), ["m"], spec, ReplicaRegistry(60.0, 60.0))
+    dispatch = RouterDispatcher(core, name="r", send=to_replica, clock=time.monotonic)
     door = RpcServer(
         boot="R", dispatcher=dispatch, preprocessor=Preprocessor(loaded, dispatch, spec, Salting(b"salt")), metrics=Metrics(["m"]),
         acl=CurveAcl({}), send=to_client, clock=time.monotonic,

@@ -1,8 +1,8 @@
-"""The line inside a router process between its doors (HTTP, RPC) and the dispatcher that owns requests and replicas.
+"""The seam inside a router process between its frontends (HTTP, RPC) and the dispatcher that owns requests and replicas.
 
-A door turns bytes into a :class:`RouterRequest`, gives it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a :class:`Ticket`.
-Everything runs on the router's one event loop; no call here blocks or awaits, and the dispatcher calls a watcher from its own socket
-callback.
+A frontend turns bytes into a :class:`RouterRequest`, gives it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a
+:class:`Ticket`. Everything runs on the router's one event loop; no call here blocks or awaits, and the dispatcher calls a watcher from its
+own socket callback.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ class Watcher(Protocol):
 
 
 class Ticket(Protocol):
-    """A live request, held by its door."""
+    """A live request, in the hands of its frontend."""
 
     def cancel(self) -> None:
-        """The caller is gone: nothing more is delivered for any choice; rows are freed on the replica."""
+        """The caller is gone: nothing more is delivered for any choice, and its replicas drop it."""
 
     def finish(self, choice: int) -> None:
-        """The door has ended this choice itself (a stop string): cancels its row; nothing more is delivered for the choice."""
+        """The frontend has ended this choice itself (a stop string): nothing more is delivered for it, and its replica drops it."""
 
     def credit(self, tokens: int) -> None:
         """Grant ``tokens`` more to every live choice."""
 
 
 class Dispatcher(Protocol):
-    """The routing core with its shell: owns every accepted request until its last token."""
+    """The routing core with its shell: it owns every accepted request until its last token."""
 
-    def submit(self, ask: RouterRequest, watcher: Watcher, meter: RequestMeter) -> Ticket:
+    def submit(self, request: RouterRequest, watcher: Watcher, meter: RequestMeter) -> Ticket:
         """Accept a request; ``meter`` counts its tokens as they are delivered.
 
         Raises NotFound (model), Overloaded (queue full, with retry_after), Unavailable (no replica and no hope).

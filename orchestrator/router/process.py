@@ -87,14 +87,14 @@ class RouterProcess:
         scrape = HttpSpec(host=spec.metrics.host, port=spec.metrics.port, insecure_without_keys=True)
         self._scrape = bind(scrape) if spec.metrics.port else None
         self._zap = ZapHandler(self._context, self._acl)
-        names = {name: card.name for card in spec.models for name in (card.name, *card.aliases)}
-        core = RouterCore(greeting, names, spec.admission, ReplicaRegistry(spec.replica_timeout_s, spec.hang_floor_s))
+        models = [card.name for card in spec.models]
+        core = RouterCore(greeting, models, spec.admission, ReplicaRegistry(spec.replica_timeout_s, spec.hang_floor_s))
         self._dispatcher = RouterDispatcher(core, name=spec.name, send=self._send_to_replica, clock=time.monotonic)
         self._link = ReplicaLink(self._context, spec.back, keys=keys, acl=self._acl, greeting=greeting, events=self._dispatcher)
         self._traces = _traces(spec)
         #: The dispatcher as the frontends see it.
         self._traced: Dispatcher = self._traces.around(self._dispatcher) if self._traces is not None else self._dispatcher
-        self._metrics = Metrics([card.name for card in spec.models], self._dispatcher.status, core.tallies)
+        self._metrics = Metrics(models, self._dispatcher.status, core.stats)
         self._preprocessor = Preprocessor(texts, self._traced, spec.admission, Salting(salt_key))
         self._rpc = RpcServer(
             boot=boot, dispatcher=self._traced, preprocessor=self._preprocessor, metrics=self._metrics, acl=self._acl,

@@ -15,24 +15,23 @@ def router_status(core: RouterCore, name: str, now: float) -> RouterStatus:
         router=name,
         closing=core.closing,
         queue={model: core.waiting(model) for model in core.models},
-        admitted={model: sum(stats.limits.counts) for model, stats in core.tallies.items()},
+        admitted={model: sum(stats.limits.counts) for model, stats in core.stats.items()},
         running=core.placed,
         counts=dict(core.counts),
-        replicas=tuple(replica_status(replica, now) for replica in core.fleet.replicas.values()),
-        losses=tuple(_loss_status(loss, now) for loss in core.fleet.losses),
+        replicas=tuple(replica_status(replica, now) for replica in core.registry.replicas.values()),
+        losses=tuple(_loss_status(loss, now) for loss in core.registry.losses),
     )
 
 
 def model_status(core: RouterCore, name: str) -> ModelStatus | None:
     """What every ready replica of a model can do, or every lost one while none is ready. None for a name that is no model's."""
-    model = core.resolve(name)
-    if model is None:
+    if name not in core.models:
         return None
-    known = [replica for replica in core.fleet.replicas.values() if replica.model == model]
+    known = [replica for replica in core.registry.replicas.values() if replica.model == name]
     ready = [replica for replica in known if replica.state == "ready"]
     capacities = [replica.capacity for replica in ready or known]
     return ModelStatus(
-        name=model,
+        name=name,
         ready=len(ready),
         max_seq_len=min((capacity.max_seq_len for capacity in capacities), default=0),
         vocab_size=min((capacity.vocab_size for capacity in capacities), default=0),
@@ -97,7 +96,7 @@ def _loss_status(loss: ReplicaLoss, now: float) -> ReplicaLossStatus:
         model=loss.model,
         epoch=loss.epoch,
         reason=loss.reason,
-        rows=loss.rows,
+        rows=loss.choices,
         drained=loss.drained,
         age_s=round(now - loss.at, 3),
     )

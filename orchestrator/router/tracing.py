@@ -186,15 +186,15 @@ class _TracedRequest:
         mark: dict[str, AttributeValue] = {span_names.CHOICE: choice} if self._ask.n > 1 else {}
         for index, attempt in enumerate(trail):
             self._child(self._span, span_names.QUEUE, attempt.queued_at, attempt.sent_at, {span_names.DECISION: attempt.reason} | mark)
-            end = attempt.over_at or over
-            tokens = trail[index + 1].held if index + 1 < len(trail) else len(self.emitted[choice])
-            self._attempt(attempt, end, tokens - attempt.held, mark)
+            end = attempt.ended_at or over
+            tokens = trail[index + 1].emitted_before if index + 1 < len(trail) else len(self.emitted[choice])
+            self._attempt(attempt, end, tokens - attempt.emitted_before, mark)
         if not trail or trail[-1].cause:
-            self._child(self._span, span_names.QUEUE, trail[-1].over_at if trail else self._submitted, over, mark)
+            self._child(self._span, span_names.QUEUE, trail[-1].ended_at if trail else self._submitted, over, mark)
 
     def _attempt(self, attempt: Attempt, end: float, tokens: int, mark: dict[str, AttributeValue]) -> None:
         facts: dict[str, AttributeValue] = mark | {
-            span_names.REPLICA: attempt.replica, span_names.EPOCH: attempt.epoch, span_names.ATTEMPT: attempt.attempt,
+            span_names.REPLICA: attempt.replica, span_names.EPOCH: attempt.epoch, span_names.ATTEMPT: attempt.number,
             span_names.NEW_TOKENS: attempt.tokens, span_names.EXPECTED_WAIT: attempt.expected_s, span_names.TOKENS: tokens,
         }  # fmt: skip
         if attempt.cached is not None:

@@ -74,14 +74,14 @@ class SimClient:
             return
         held = self.asked.door == "rpc" and self.tokens > 0
         self._base = list(map(len, self._journal))
-        ask = RouterRequest(
+        request = RouterRequest(
             client="c", request_id=f"q{self.asked.id}.{self._life}", model="m", prompt_ids=self.asked.prompt, params=self._params,
             n=self.asked.n, credit=self.asked.credit or UNLIMITED,
             deadline_s=None if self._due is None else self._due - self._timeline.now,
             emitted=[list(tokens) for tokens in self._journal] if held else [], attempt=self._attempt,
         )  # fmt: skip
         try:
-            self._call = self._routers[self._router].submit(self, ask)
+            self._call = self._routers[self._router].submit(self, request)
         except Overloaded:
             self._try_elsewhere()
             return
@@ -142,7 +142,7 @@ class SimClient:
     def on_tokens(self, call: SimCall, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
         if call is not self._call:
             return
-        name = f"choice {choice} of {call.ask.request_id}"
+        name = f"choice {choice} of {call.request.request_id}"
         got = self._journal[choice]
         assert first == len(got), f"{name}: token {first} after {len(got)}"
         got += tokens
@@ -156,7 +156,7 @@ class SimClient:
     def on_finished(self, call: SimCall, choice: int, reason: FinishReason, usage: Usage) -> None:
         if call is not self._call:
             return
-        name = f"choice {choice} of {call.ask.request_id}"
+        name = f"choice {choice} of {call.request.request_id}"
         got, expected = self._journal[choice], self._expected[choice]
         assert got == expected, f"{name}: ended after {len(got)} of {len(expected)} tokens"
         assert usage.output_tokens == len(got), f"{name}: {usage.output_tokens} tokens counted, {len(got)} delivered"
@@ -167,7 +167,7 @@ class SimClient:
         if call is not self._call:
             return
         if isinstance(error, DeadlineExceeded):
-            assert self._due is not None and self._timeline.now >= self._due - 0.001, f"{call.ask.request_id}: expired early"
+            assert self._due is not None and self._timeline.now >= self._due - 0.001, f"{call.request.request_id}: expired early"
             self.outcome, self._call = "deadline", None
         elif isinstance(error, Overloaded):  # the router stops
             self._call = None
@@ -176,7 +176,7 @@ class SimClient:
             else:
                 self._try_elsewhere()
         else:
-            raise AssertionError(f"choice {choice} of {call.ask.request_id} failed: {error.code}: {error}")
+            raise AssertionError(f"choice {choice} of {call.request.request_id} failed: {error.code}: {error}")
 
     def _close(self, choice: int) -> None:
         self._ended.add(choice)

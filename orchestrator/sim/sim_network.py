@@ -21,18 +21,18 @@ PULSE_S, RETRY_S = 1.5, 0.1
 class SimReplicaEnd(Protocol):
     """A gang's end."""
 
-    def connected(self, wire: SimConnection) -> None: ...
+    def connected(self, connection: SimConnection) -> None: ...
 
-    def broken(self, wire: SimConnection) -> None: ...
+    def broken(self, connection: SimConnection) -> None: ...
 
-    def take(self, wire: SimConnection, message: ToReplica) -> None: ...
+    def take(self, connection: SimConnection, message: ToReplica) -> None: ...
 
 
 class SimRouterEnd(Protocol):
-    """A router's end. ``wires``: its connections by peer, as its socket knows them."""
+    """A router's end. ``connections``: its connections by peer, as its socket knows them."""
 
     up: bool
-    wires: dict[bytes, SimConnection]
+    connections: dict[bytes, SimConnection]
 
     def hear(self, peer: bytes, message: FromReplica) -> None: ...
 
@@ -43,18 +43,18 @@ class SimNetwork:
     def __init__(self, timeline: Timeline, chance: Random, repeats: float) -> None:
         self.timeline, self.chance, self.repeats = timeline, chance, repeats
         self._healed_at: dict[tuple[int, int], float] = {}
-        self._wires: dict[tuple[int, int], list[SimConnection]] = {}
+        self._connections: dict[tuple[int, int], list[SimConnection]] = {}
         self.losing: set[tuple[int, int]] = set()
         self._serial = 0
 
     def connect(self, pair: tuple[int, int], near: SimReplicaEnd, far: SimRouterEnd) -> SimConnection:
         """A connection of the (gang, router) ``pair`` in the making."""
         self._serial += 1
-        wire = SimConnection(self, pair, f"peer{self._serial}".encode(), near, far)
-        wires = self._wires.setdefault(pair, [])
-        wires[:] = [*(old for old in wires if not old.closed), wire]
-        self.timeline.after(self.delay(), wire.establish)
-        return wire
+        connection = SimConnection(self, pair, f"peer{self._serial}".encode(), near, far)
+        connections = self._connections.setdefault(pair, [])
+        connections[:] = [*(old for old in connections if not old.closed), connection]
+        self.timeline.after(self.delay(), connection.establish)
+        return connection
 
     def delay(self) -> float:
         """How long one message takes: a millisecond or so, now and then a good deal longer."""
@@ -69,8 +69,8 @@ class SimNetwork:
 
     def _give_up(self, pair: tuple[int, int]) -> None:
         if self.healed_at(pair) > self.timeline.now:
-            for wire in list(self._wires.get(pair, ())):
-                wire.sever()
+            for connection in list(self._connections.get(pair, ())):
+                connection.sever()
 
 
 class SimConnection:
@@ -90,7 +90,7 @@ class SimConnection:
             self._net.timeline.after(RETRY_S, self.establish)
             return
         self._up = True
-        self._far.wires[self.peer] = self
+        self._far.connections[self.peer] = self
         self._near.connected(self)
 
     def to_router(self, message: FromReplica) -> bool:
@@ -103,7 +103,7 @@ class SimConnection:
         self._send(partial(self._far.hear, self.peer, message), up=True, again=not isinstance(message, Hello))
         return True
 
-    def to_gang(self, message: ToReplica) -> bool:
+    def to_replica(self, message: ToReplica) -> bool:
         """False: the connection is gone."""
         if self.closed:
             return False
@@ -131,7 +131,7 @@ class SimConnection:
         """The gang's end is closed; ``flush``: what was sent still arrives."""
         self.closed = True
         self._severed = not flush
-        self._far.wires.pop(self.peer, None)
+        self._far.connections.pop(self.peer, None)
 
     def sever(self) -> None:
         """Lost, with all that was under way; the gang is told."""

@@ -53,7 +53,7 @@ class SimPort:
     def __init__(self, gang: SimReplica, router: int, far: SimRouterEnd) -> None:
         self._gang, self._router, self._far = gang, router, far
         self.link = RouterLink()
-        self.wire: SimConnection | None = None
+        self.connection: SimConnection | None = None
 
     def carry_out(self, actions: list[LinkAction]) -> None:
         for action in actions:
@@ -65,26 +65,26 @@ class SimPort:
                         del self._gang.routes[boot]
                         self._gang.deliver(boot)
                 case CloseSocket():
-                    if self.wire is not None:
-                        self.wire.close(flush=False)
-                        self.wire = None
+                    if self.connection is not None:
+                        self.connection.close(flush=False)
+                        self.connection = None
                 case OpenSocket():
-                    self.wire = self._gang.net.connect((self._gang.index, self._router), self, self._far)
+                    self.connection = self._gang.net.connect((self._gang.index, self._router), self, self._far)
 
     def send(self, message: FromReplica) -> None:
-        if self.wire is not None and not self.wire.to_router(message):
+        if self.connection is not None and not self.connection.to_router(message):
             self.carry_out(self.link.broken(self._gang.now))
 
     # what the connection says, possibly while the gang is frozen
 
-    def connected(self, wire: SimConnection) -> None:
-        self._gang.run(lambda: self.carry_out(self.link.connected(self._gang.now)) if wire is self.wire else None)
+    def connected(self, connection: SimConnection) -> None:
+        self._gang.run(lambda: self.carry_out(self.link.connected(self._gang.now)) if connection is self.connection else None)
 
-    def broken(self, wire: SimConnection) -> None:
-        self._gang.run(lambda: self.carry_out(self.link.broken(self._gang.now)) if wire is self.wire else None)
+    def broken(self, connection: SimConnection) -> None:
+        self._gang.run(lambda: self.carry_out(self.link.broken(self._gang.now)) if connection is self.connection else None)
 
-    def take(self, wire: SimConnection, message: ToReplica) -> None:
-        self._gang.run(lambda: self._take(message) if wire is self.wire else None)
+    def take(self, connection: SimConnection, message: ToReplica) -> None:
+        self._gang.run(lambda: self._take(message) if connection is self.connection else None)
 
     def _take(self, message: ToReplica) -> None:
         self.carry_out(self.link.heard(message.boot, self._gang.now))
@@ -160,8 +160,8 @@ class SimReplica:
 
     def _fall_silent(self) -> None:
         for port in self.ports:
-            if port.wire is not None:
-                port.wire.sever()
+            if port.connection is not None:
+                port.connection.sever()
 
     def _thaw(self) -> None:
         self.frozen = False
@@ -184,8 +184,8 @@ class SimReplica:
             return
         self.gone, self.frozen = True, False
         for port in self.ports:
-            if port.wire is not None:
-                port.wire.close(flush=flush)
+            if port.connection is not None:
+                port.connection.close(flush=flush)
         self._host.ended(self, why)
 
     def _farewell(self, why: str) -> None:

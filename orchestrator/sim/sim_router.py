@@ -1,6 +1,6 @@
-"""One router address: a routing core with the shell's duties, killed and started again; and the calls that clients made there.
+"""One simulated router: a routing core in a simulated shell, killed and started again, and the calls that clients made there.
 
-Owns the :class:`~orchestrator.router.core.router_core.RouterCore` of the life that runs now. Carries out its actions as
+Owns the :class:`~orchestrator.router.core.router_core.RouterCore` of the life that runs now. Gives it events and carries out its actions as
 :mod:`orchestrator.router.dispatcher` does, and decides nothing.
 """
 
@@ -10,10 +10,23 @@ from functools import partial
 from typing import Protocol
 
 from orchestrator.config.router_spec import AdmissionSpec
+from orchestrator.router.core.actions import Action, DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.events import (
+    AbortAll,
+    AddCredit,
+    CancelRequest,
+    PeerUnreachable,
+    ReplicaMessage,
+    RouterEvent,
+    StopAccepting,
+    StopChoice,
+    SubmitRequest,
+    Tick,
+)
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.request import RouterRequest
-from orchestrator.router.core.request_state import DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.core.session_table import session_key
 from orchestrator.sim.sim_network import SimConnection
 from orchestrator.sim.sim_replica import HANG_FLOOR_S, HEARTBEAT_S
 from orchestrator.sim.timeline import Timeline
@@ -41,10 +54,10 @@ class SimCaller(Protocol):
 class SimCall:
     """One request at one life of a router. ``granted``: tokens a choice that may be delivered; ``over``: choices that expect nothing."""
 
-    def __init__(self, caller: SimCaller, router: SimRouter, id: int, ask: RouterRequest) -> None:
-        self.caller, self._router, self.id, self.ask = caller, router, id, ask
+    def __init__(self, caller: SimCaller, router: SimRouter, id: int, request: RouterRequest) -> None:
+        self.caller, self._router, self.id, self.request = caller, router, id, request
         self.life = router.life
-        self.granted = ask.credit
+        self.granted = request.credit
         self.over: set[int] = set()
 
     @property
@@ -53,7 +66,7 @@ class SimCall:
 
     def cancel(self) -> None:
         if self.alive:
-            self.over |= set(range(self.ask.n))
+            self.over |= set(range(self.request.n))
             self._router.cancel(self)
 
     def finish(self, choice: int) -> None:
@@ -74,104 +87,110 @@ class SimRouter:
         self.index, self._timeline = index, timeline
         self.up = False
         self.life = 0
-        self.wires: dict[bytes, SimConnection] = {}
+        self.connections: dict[bytes, SimConnection] = {}
         self.calls: dict[int, SimCall] = {}
         self.counts: dict[str, int] = {}
-        self._turns = 0
+        self._requests = self._turns = 0
+        self._actions: list[Action] = []
 
     def start(self) -> None:
         self.life += 1
         self.up = True
-        greeting = RouterHeartbeat(boot=f"router{self.index}.{self.life}", router=f"router{self.index}")
-        self._greeting = greeting
+        self._greeting = RouterHeartbeat(boot=f"router{self.index}.{self.life}", router=f"router{self.index}")
         # What a client may lose to a bound (a queue's, a request's deaths) is for other tests: here everything must end well.
         admission = AdmissionSpec(max_queue=4, queue_timeout_s=0.0, request_timeout_s=0.0, replica_limit=1000)
-        self.route = RouterCore(greeting, {"m": "m"}, admission, ReplicaRegistry(REPLICA_TIMEOUT_S, HANG_FLOOR_S), accept_s=ACCEPT_S)
+        self.core = RouterCore(self._greeting, ["m"], admission, ReplicaRegistry(REPLICA_TIMEOUT_S, HANG_FLOOR_S), accept_s=ACCEPT_S)
+        self._actions = []
         self._tick(self.life)
-        self._pulse(self.life)
+        self._send_heartbeats(self.life)
 
     # --- what clients do
 
-    def submit(self, caller: SimCaller, ask: RouterRequest) -> SimCall:
-        """Raises as :meth:`RouterCore.submit`."""
-        id = self.route.submit(ask, self._timeline.now)
-        call = self.calls[id] = SimCall(caller, self, id, ask)
-        self._soon()
+    def submit(self, caller: SimCaller, request: RouterRequest) -> SimCall:
+        """Raises as :meth:`RouterCore.handle`."""
+        self._requests += 1
+        self._handle(SubmitRequest(id=self._requests, request=request, session=session_key(request)))
+        call = self.calls[self._requests] = SimCall(caller, self, self._requests, request)
         return call
 
     def cancel(self, call: SimCall) -> None:
         del self.calls[call.id]
-        self.route.cancel(call.id, self._timeline.now)
-        self._soon()
+        self._handle(CancelRequest(id=call.id))
 
     def finish(self, call: SimCall, choice: int) -> None:
-        if len(call.over) == call.ask.n:
+        if len(call.over) == call.request.n:
             del self.calls[call.id]
-        self.route.finish(call.id, choice, self._timeline.now)
-        self._soon()
+        self._handle(StopChoice(id=call.id, choice=choice))
 
     def credit(self, call: SimCall, tokens: int) -> None:
-        self.route.credit(call.id, tokens)
-        self._soon()
-
-    def _soon(self) -> None:
-        self._timeline.after(0.0, partial(self._pump, self.life))
+        self._handle(AddCredit(ids=[call.id], tokens=[tokens]))
 
     # --- what replicas say
 
     def hear(self, peer: bytes, message: FromReplica) -> None:
         if self.up:
-            self.route.hear(peer, "", message, self._timeline.now)
+            self._take_in(ReplicaMessage(peer=peer, user="", message=message))
             self._pump(self.life)
 
     def _tick(self, life: int) -> None:
         if self.up and self.life == life:
-            self.route.tick(self._timeline.now)
+            self._take_in(Tick())
             self._pump(life)
             self._timeline.after(TICK_S, partial(self._tick, life))
 
-    def _pulse(self, life: int) -> None:
+    def _send_heartbeats(self, life: int) -> None:
         if self.up and self.life == life:
-            for replica in list(self.route.fleet.replicas.values()):
-                if replica.state != "lost" and replica.peer and not self._send(replica.peer, self._greeting):
-                    self.route.unreachable(replica.peer, self._timeline.now)
+            for replica in list(self.core.registry.replicas.values()):
+                if replica.state != "lost" and replica.peer:
+                    self._send(replica.peer, self._greeting)
             self._pump(life)
-            self._timeline.after(HEARTBEAT_S, partial(self._pulse, life))
+            self._timeline.after(HEARTBEAT_S, partial(self._send_heartbeats, life))
 
-    def _send(self, peer: bytes, message: ToReplica) -> bool:
-        wire = self.wires.get(peer)
-        return wire is not None and wire.to_gang(message)
+    # --- events in, actions out
+
+    def _take_in(self, event: RouterEvent) -> None:
+        self._actions += self.core.handle(event, self._timeline.now)
+
+    def _handle(self, event: RouterEvent) -> None:
+        """Give the core an event of a client, who hears of it only in a turn of its own."""
+        self._take_in(event)
+        self._timeline.after(0.0, partial(self._pump, self.life))
+
+    def _send(self, peer: bytes, message: ToReplica) -> None:
+        connection = self.connections.get(peer)
+        if connection is None or not connection.to_replica(message):
+            self._take_in(PeerUnreachable(peer=peer))
 
     def _pump(self, life: int) -> None:
         """Do everything that the core asks."""
         if not self.up or self.life != life:
             return
-        while actions := self.route.take():
+        while self._actions:
+            actions, self._actions = self._actions, []
             for action in actions:
                 if isinstance(action, SendMessage):
-                    if action.peer and not self._send(action.peer, action.message):
-                        self.route.unreachable(action.peer, self._timeline.now)
+                    self._send(action.peer, action.message)
                 elif isinstance(action, DeliverTokens):
-                    for id, choice, first, tokens, logprobs in action.rows:
+                    for id, choice, first, tokens, logprobs in action.deliveries:
                         call = self._expecting(id, choice)
                         call.caller.on_tokens(call, choice, first, tokens, logprobs)
                 elif not isinstance(action, DeliverPromptLogprobs):
                     self._end(action)
         self._turns += 1
         if self._turns % CHECK_TURNS == 0:
-            self.route.check()
+            self.core.check()
 
     def _expecting(self, id: int, choice: int) -> SimCall:
         """The call that something is delivered for. Callers only act between two turns, so nothing may come for one that is over."""
         call = self.calls.get(id)
         assert call is not None, f"router{self.index}: something came for call {id} after its end"
-        assert choice not in call.over, f"router{self.index}: something came for choice {choice} of {call.ask.request_id} after its end"
+        assert choice not in call.over, f"router{self.index}: something came for choice {choice} of {call.request.request_id} after its end"
         return call
 
     def _end(self, action: FinishChoice | FailChoice) -> None:
         call = self._expecting(action.owner, action.choice)
         call.over.add(action.choice)
-        if len(call.over) == call.ask.n:
+        if len(call.over) == call.request.n:
             del self.calls[call.id]
         if isinstance(action, FinishChoice):
             call.caller.on_finished(call, action.choice, action.reason, action.usage)
@@ -185,10 +204,10 @@ class SimRouter:
         if not self.up:
             return
         self.up = False
-        for name, count in self.route.counts.items():
+        for name, count in self.core.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
-        for wire in list(self.wires.values()):
-            wire.sever()
+        for connection in list(self.connections.values()):
+            connection.sever()
         calls, self.calls = list(self.calls.values()), {}
         for call in calls:
             call.caller.on_lost(call)
@@ -196,18 +215,18 @@ class SimRouter:
     def close(self, grace_s: float) -> None:
         """SIGTERM."""
         if self.up:
-            self.route.close()
+            self._take_in(StopAccepting())
             self._timeline.after(grace_s, partial(self._stop, self.life))
 
     def _stop(self, life: int) -> None:
         if self.up and self.life == life:
-            self.route.abort(self._timeline.now)
+            self._take_in(AbortAll())
             self._pump(life)
             self.crash()
 
     # --- proof
 
     def check_idle(self) -> None:
-        self.route.check()
-        assert not self.route.live and not self.calls, f"router{self.index} holds {self.route.live} requests, {len(self.calls)} calls"
-        assert not any(replica.streams for replica in self.route.fleet.replicas.values()), f"router{self.index}: a placement is left"
+        self.core.check()
+        assert not self.core.live and not self.calls, f"router{self.index} holds {self.core.live} requests, {len(self.calls)} calls"
+        assert not any(replica.streams for replica in self.core.registry.replicas.values()), f"router{self.index}: a stream is left"

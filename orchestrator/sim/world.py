@@ -99,7 +99,7 @@ class World:
             gang.check()
         for router in self._routers:
             if router.up:
-                router.route.check()
+                router.core.check()
 
     def _launch(self, index: int) -> SimReplica:
         self._epoch += 1

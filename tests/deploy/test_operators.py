@@ -40,8 +40,8 @@ def families() -> list[Metric]:
         counts = [1] * (len(STEP_TOKEN_BUCKETS) + 1)
         route.hear(b"a", "", beat(boot="a1", step_tokens=counts, step_tokens_total=9), 0.0)
         route.submit(ask(), 0.0)
-        dispatch = RouterDispatcher(route, name="r", send=lambda *_: True, clock=lambda: 0.0)
-        return Metrics(["m"], dispatch.status, route.tallies).render()
+        dispatch = RouterDispatcher(route.core, name="r", send=lambda *_: True, clock=lambda: 0.0)
+        return Metrics(["m"], dispatch.status, route.stats).render()
 
     return list(text_string_to_metric_families(asyncio.run(scrape()).decode()))
 

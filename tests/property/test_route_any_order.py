@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orchestrator.config.router_spec import AdmissionSpec
+from orchestrator.router.core.actions import Action, DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.request import RouterRequest
-from orchestrator.router.core.request_state import DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.router_core import RouterCore
+from tests.support.router_core import CoreDriver
 from workers.protocol.errors import Overloaded
 from workers.protocol.messages import (
     PROTOCOL,
@@ -142,7 +143,7 @@ class Routing(RuleBasedStateMachine):
         self.now = 100.0
         admission = AdmissionSpec(max_queue=8, queue_timeout_s=1e6, request_timeout_s=1e7, replica_limit=10_000)
         greeting = RouterHeartbeat(boot="router", router="router")
-        self.route = RouterCore(greeting, {"m": "m"}, admission, ReplicaRegistry(replica_timeout_s=50.0, hang_floor_s=60.0), accept_s=30.0)
+        self.route = CoreDriver(RouterCore(greeting, ["m"], admission, ReplicaRegistry(50.0, 60.0), accept_s=30.0))
         self.epoch = 1
         self.leaders = {f"r{i}": Leader(f"r{i}", 1) for i in range(count)}
         self.asks: dict[int, RouterRequest] = {}
@@ -154,7 +155,11 @@ class Routing(RuleBasedStateMachine):
 
     def act(self) -> None:
         """Carry out the core's actions, checking every delivery."""
-        for action in self.route.take():
+        while actions := self.route.take():
+            self.carry_out(actions)
+
+    def carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
             if isinstance(action, SendMessage):
                 leader = next((leader for leader in self.leaders.values() if leader.peer == action.peer), None)
                 if leader is None:
@@ -165,7 +170,7 @@ class Routing(RuleBasedStateMachine):
                     leader.inbox.append(action.message)
                 continue
             if isinstance(action, DeliverTokens):
-                for request, choice, first, tokens, _ in action.rows:
+                for request, choice, first, tokens, _ in action.deliveries:
                     self.expect_more(request, choice)
                     ask, got = self.asks[request], self.got[request, choice]
                     assert first == len(got), "a gap or a repeat"
@@ -174,8 +179,6 @@ class Routing(RuleBasedStateMachine):
             else:
                 self.expect_more(action.owner, action.choice)
                 self.ends[action.owner, action.choice] = action
-        if self.route._places.actions:
-            self.act()
 
     def expect_more(self, request: int, choice: int) -> None:
         assert (request, choice) not in self.left, "something was delivered to a caller that had left"
@@ -218,7 +221,7 @@ class Routing(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.asks)
     def credit(self, data: st.DataObject) -> None:
-        self.route.credit(data.draw(st.sampled_from(list(self.asks))), 2)
+        self.route.credit(data.draw(st.sampled_from(list(self.asks))), 2, self.now)
         self.act()
 
     def draw_leader(self, data: st.DataObject) -> Leader:
@@ -284,7 +287,7 @@ class Routing(RuleBasedStateMachine):
         leader.inbox.clear()
         leader.outbox.clear()
         leader.connection += 1
-        leader.beat() if self.route.fleet._by_boot.get(leader.boot) else leader.outbox.append(leader.hello())
+        leader.beat() if self.route.registry._by_boot.get(leader.boot) else leader.outbox.append(leader.hello())
 
     @rule(data=st.data())
     def drain(self, data: st.DataObject) -> None:
@@ -320,7 +323,7 @@ class Routing(RuleBasedStateMachine):
                     self.route.hear(leader.peer, "", leader.outbox.popleft(), self.now)
                     self.act()
             for id in self.asks:
-                self.route.credit(id, 12)
+                self.route.credit(id, 12, self.now)
             self.route.tick(self.now)
             self.act()
         assert self.route.live == 0, "a request never ended"
@@ -330,7 +333,7 @@ class Routing(RuleBasedStateMachine):
             if end is not None:
                 assert isinstance(end, FinishChoice), f"{key}: {end}"
                 assert len(got) == self.asks[key[0]].params.max_tokens == end.usage.output_tokens
-        assert all(replica.streams == {} for replica in self.route.fleet.replicas.values())
+        assert all(replica.streams == {} for replica in self.route.registry.replicas.values())
         self.route.check()
 
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from orchestrator.router.core.replica_registry import ReplicaRegistry
-from orchestrator.router.core.request_state import ChoiceState
+from orchestrator.router.core.request_table import ChoiceState
 from orchestrator.sim.__main__ import main, run_jobs, run_series
 from orchestrator.sim.schedule import Schedule, draw
 from orchestrator.sim.shrink import judge, shrink

@@ -10,12 +10,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
 from orchestrator.router.core.request import RouterRequest
-from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.dispatcher import RouterDispatcher
 from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.tracing import TracedDispatcher
-from tests.support.router_core import router
+from tests.support.router_core import hello_of, router
 from workers.protocol.messages import Submit, ToReplica
 
 
@@ -36,10 +35,9 @@ class Stage:
 
     def __init__(self, **admission: Any) -> None:
         self.now = 100.0
-        self.route: RouterCore = router(**admission)
         self.sent: list[ToReplica] = []
         self.ears, self._metrics = Ears(), Metrics(["m"])
-        self.dispatch = RouterDispatcher(self.route, name="r", send=self._send, clock=lambda: self.now)
+        self.dispatch = RouterDispatcher(router(**admission).core, name="r", send=self._send, clock=lambda: self.now)
         self.kept = InMemorySpanExporter()
         provider = TracerProvider(sampler=ParentBasedTraceIdRatio(1.0))
         provider.add_span_processor(SimpleSpanProcessor(self.kept))
@@ -60,6 +58,10 @@ class Stage:
 
     def hear(self, place: str, message: Any) -> None:
         self.dispatch.hear(place.encode(), "", message)
+
+    def join(self, name: str) -> None:
+        """Replica ``name`` says :func:`hello_of`."""
+        self.hear(name, hello_of(name))
 
     def spans(self) -> dict[str, ReadableSpan]:
         found = {span.name: span for span in self.kept.get_finished_spans()}

@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.router import request_context
 from orchestrator.router.request_context import RequestContextFilter
-from tests.support.router_core import ask, join
+from tests.support.router_core import ask
 from tests.support.traced_router import Stage
 from workers.logs import JsonLines
 from workers.protocol.engine import Emission, Fault
@@ -128,7 +128,7 @@ def test_a_router_tells_of_lost_replicas_and_of_requests_that_failed_with_them(c
     async def main() -> None:
         stage = Stage(replica_limit=1)
         request_context.enter("mine", TRACEPARENT)
-        join(stage.route, "a", now=stage.now)
+        stage.join("a")
         stage.submit(ask())
         (submit,) = stage.submits()
         stage.hear("a", Accepted(boot="a1", stream=submit.stream, attempt=submit.attempt))

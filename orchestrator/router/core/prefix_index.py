@@ -1,33 +1,37 @@
-"""What a router believes each replica's prefix cache holds, and what a wait is worth against it.
+"""What a router believes the prefix cache of each replica holds.
 
-Owns the record of block hashes that this router sent to one replica, bounded by that replica's own cache, oldest out first. A guess only:
-a wrong one costs time, never a token. Hashes come from :func:`workers.scheduler.block_pool.prefix_hashes`, the function that the caches use
-too.
+Owns, for each replica that is not lost, the hashes of the blocks that this router sent there or that the replica reported. A belief only: a
+wrong one costs time, never a token. Hashes come from :func:`workers.scheduler.block_pool.prefix_hashes`, which the caches use too.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
-#: Hashes remembered per replica at most, whatever its cache holds.
+from orchestrator.router.core.replica_registry import Replica
+from orchestrator.router.core.request_table import ChoiceState, RequestState
+from workers.scheduler.block_pool import prefix_hashes
+
+#: Hashes remembered for a replica at most, whatever its cache holds.
 MAX_HASHES = 65_536
 
 
 class PrefixIndex:
-    """Least-recently-used set of chained block hashes, at most ``limit`` = ``min(num_blocks, MAX_HASHES)``; 0: there is no such cache."""
+    """The hashes of one replica: at most ``limit`` = ``min(num_blocks, MAX_HASHES)``, least recently used out first."""
 
-    __slots__ = ("_hashes", "limit")
+    __slots__ = ("_hashes", "_limit")
 
     def __init__(self, num_blocks: int) -> None:
-        self.limit = max(0, min(num_blocks, MAX_HASHES))
+        self._limit = min(num_blocks, MAX_HASHES)
         self._hashes: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def matched(self, chain: Sequence[int]) -> int:
-        """How many leading blocks of ``chain`` are on record."""
+        """How many leading blocks of ``chain`` are known."""
         known = self._hashes
         for index, value in enumerate(chain):
             if value not in known:
@@ -35,50 +39,65 @@ class PrefixIndex:
         return len(chain)
 
     def add(self, chain: Sequence[int]) -> None:
-        """Remember a chain. Leaves age before parents, as in the cache itself: the chain is touched from its end."""
+        """Remember a chain, from its end: leaves age before their parents, as in the cache itself."""
         known = self._hashes
-        for value in reversed(chain[: self.limit]):
+        for value in reversed(chain[: self._limit]):
             known[value] = None
             known.move_to_end(value)
-        while len(known) > self.limit:
+        while len(known) > self._limit:
             known.popitem(last=False)
 
-    def clear(self) -> None:
-        self._hashes.clear()
+
+class PrefixLookup(Protocol):
+    """What the routing core asks about prefixes, and what it reports. Prompts and hashes stay behind this seam."""
+
+    def cached_tokens(self, request: RequestState, replicas: Sequence[Replica]) -> list[int]:
+        """Leading tokens of the prompt that each of ``replicas`` probably holds."""
+
+    def note_sent(self, request: RequestState, replica: Replica) -> None:
+        """A choice of ``request`` was sent to ``replica``."""
+
+    def note_end(self, choice: ChoiceState, replica: Replica) -> None:
+        """``choice`` has ended at ``replica``: its output is in the cache now too, and the next turn of a chat starts with it."""
+
+    def note_cached(self, replica: Replica, hashes: Sequence[int]) -> None:
+        """The replica reports blocks that its cache holds, parents first."""
+
+    def forget(self, replica: Replica) -> None:
+        """The replica is lost: the cache of its next process is empty."""
 
 
-def expected_wait_ms(
-    *,
-    step_ms: float,
-    rows: int,
-    max_rows: int,
-    step_tokens: int,
-    queued_tokens: int,
-    own_tokens: int,
-    cached_tokens: int,
-    row_ms: float,
-    output_tokens: float,
-) -> float:
-    """Time that a row would lose at a replica before and while it is decoded, ms; the choice is the replica where it is least.
+class PrefixIndexes:
+    """One :class:`PrefixIndex` for each replica that has a prefix cache, by name; see :class:`PrefixLookup`."""
 
-    The wait for its first token, and the share of a step by which ``rows`` neighbours slow each of its own about ``output_tokens`` steps.
-    The latter is what keeps a popular prefix from becoming a hot spot.
-    """
-    first = first_token_ms(
-        step_ms=step_ms, rows=rows, max_rows=max_rows, step_tokens=step_tokens, queued_tokens=queued_tokens,
-        new_tokens=own_tokens - cached_tokens, row_ms=row_ms,
-    )  # fmt: skip
-    return first + step_ms * output_tokens * min(rows, max_rows) / step_tokens
+    def __init__(self) -> None:
+        self._indexes: dict[str, PrefixIndex] = {}
 
+    def cached_tokens(self, request: RequestState, replicas: Sequence[Replica]) -> list[int]:
+        found = []
+        for replica in replicas:
+            index, size = self._indexes.get(replica.name), replica.capacity.block_size
+            found.append(index.matched(request.prompt_hashes(size)) * size if index is not None else 0)
+        return found
 
-def first_token_ms(
-    *, step_ms: float, rows: int, max_rows: int, step_tokens: int, queued_tokens: int, new_tokens: int, row_ms: float
-) -> float:
-    """Time from a row's arrival at a replica to its first token, ms.
+    def note_sent(self, request: RequestState, replica: Replica) -> None:
+        if replica.capacity.prefix_cache:
+            self._index(replica).add(request.prompt_hashes(replica.capacity.block_size))
 
-    The prompt tokens before it and its own ``new_tokens`` go through steps that hold ``step_tokens``, less one per decoding row. Rows
-    beyond ``max_rows`` wait for others to end, one each ``row_ms / max_rows``.
-    """
-    budget = max(1, step_tokens - min(rows, max_rows))
-    prefill = (queued_tokens + max(1, new_tokens)) / budget
-    return step_ms * prefill + max(0, rows + 1 - max_rows) * row_ms / max_rows
+    def note_end(self, choice: ChoiceState, replica: Replica) -> None:
+        if replica.capacity.prefix_cache:
+            body = choice.request.body
+            self._index(replica).add(prefix_hashes(body.prompt_ids + choice.emitted, replica.capacity.block_size, body.salt))
+
+    def note_cached(self, replica: Replica, hashes: Sequence[int]) -> None:
+        if replica.capacity.prefix_cache:
+            self._index(replica).add(hashes)
+
+    def forget(self, replica: Replica) -> None:
+        self._indexes.pop(replica.name, None)
+
+    def _index(self, replica: Replica) -> PrefixIndex:
+        index = self._indexes.get(replica.name)
+        if index is None:
+            index = self._indexes[replica.name] = PrefixIndex(replica.capacity.num_blocks)
+        return index

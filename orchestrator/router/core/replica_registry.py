@@ -1,59 +1,92 @@
-"""The replica table of one router: who is there, since when, how loaded, and who must not be believed.
+"""The replica registry of one router: which replicas are there, since when, how loaded, and which must not be trusted.
 
-Owns every :class:`Replica` record and its state. Never touches requests (the router's :mod:`orchestrator.router.core.router_core` does),
-clocks or
-sockets: ``peer`` is an opaque reply address, ``user`` the authenticated key (empty where the transport itself proves the caller), and
-neither is an identity alone. A replica is its name, fenced by epoch, held by one user, and spoken for by one process (``boot``).
+Owns every :class:`Replica`. A replica writes its own fields by its methods: the registry calls those that change its state and address,
+:mod:`orchestrator.router.core.request_table` those that count the choices placed at it. Reads no clock and no socket: ``peer`` is an
+opaque reply address and ``user`` the authenticated key (empty where the transport itself proves the caller); neither alone is an identity.
+A replica is its name, fenced by its epoch, owned by one user, and one process (``boot``) speaks for it.
 
     (unknown) --Hello--> ready --Heartbeat.draining--> draining --Bye--> lost
     ready, draining --silence | no progress | unreachable--> lost --healthy Heartbeat of the same boot--> ready
     any --Hello of a newer epoch or process--> the old record is lost, a new one is ready
+
+Bounds: :data:`MAX_REPLICAS` names; a lost one is forgotten after :data:`KEPT_LOST_S`.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from statistics import median
 from typing import Literal
 
 import msgspec
 
-from orchestrator.router.core.prefix_index import PrefixIndex
 from workers.protocol.hang import hang_bound_ms
 from workers.protocol.messages import PROTOCOL, Heartbeat, Hello
 from workers.protocol.status import RoutingState
 
 #: Names that one router remembers; more are refused, so an authenticated peer cannot grow the table.
 MAX_REPLICAS = 1024
-#: Seconds that a lost one is among them: every job that joins standing routers brings names of its own.
+#: Seconds that a lost replica is remembered: every job that joins standing routers brings names of its own.
 KEPT_LOST_S = 3600.0
-#: So many requests that ended by logits that are not finite, within so many seconds, and as long a rest after the last of them.
+#: A replica is quarantined when this many requests ended there by logits that are not finite, within this many seconds; the quarantine
+#: ends so many seconds after the last of them.
 FAULT_LIMIT, FAULT_WINDOW_S = 3, 60.0
-#: Losses that are remembered, for people to read.
-KEPT_LOSSES = 32
-#: Rows of one router at a replica, those without credit included, as a multiple of its batch.
+#: Losses that are remembered, for people to read, and the length to which a reason is cut, characters.
+KEPT_LOSSES, MAX_REASON = 32, 200
+#: Choices of one router at a replica, those without credit included, as a multiple of its batch.
 MAX_PLACED = 8
-#: Heartbeats over which the usual length of a step is taken. One alone tells the load of a moment: right after a burst of prompts, the
-#: replica whose heartbeat happened to see its prefill would look many times slower than its equals, and they would get all the rest.
-PACE_BEATS = 15
+#: Heartbeats over which the usual length of a step is taken. One heartbeat shows the load of a moment only: right after a burst of
+#: prompts, the replica whose heartbeat reports its prefill would look many times slower than its equals, and they would get all the rest.
+STEP_SAMPLES = 15
 
-#: What a replica's speed depends on as far as a router is told: engine, tp, pp, dtype, quantization, rows and tokens of a step.
+#: What a replica's speed depends on as far as a router knows: engine, tp, pp, dtype, quantization, sequences and tokens of a step.
 Kind = tuple[str, int, int, str, str | None, int, int]
 
 
+class ReplicaSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The whole state of a :class:`Replica`."""
+
+    hello: Hello
+    user: str
+    peer: bytes
+    state: RoutingState
+    since: float
+    seen: float
+    reason: str = ""
+    load: Heartbeat | None = None
+    streams: dict[int, int] = {}
+    paused: int = 0
+    others: int = 0
+    other_tokens: int = 0
+    choice_ms: float = 1000.0
+    last_sent: int = 0
+    refusing: bool = False
+    step_samples: list[float] = []
+    faults: list[float] = []
+    quarantined: bool = False
+    rate_mark: tuple[float, int] | None = None
+    tok_s: float = 0.0
+
+
 class Replica:
-    """One gang as this router knows it. ``streams``: the router's live placements here, in order, each with the prompt tokens that are
-    to be computed before its first token. ``peer`` is empty while another connection's owner took its address over."""
+    """One replica as this router knows it. Only its own methods write it.
+
+    ``streams``: this router's live streams here, in order, each with the prompt tokens that are still to be computed before its first
+    token. ``peer`` is empty after another process took its address over.
+    """
 
     __slots__ = (
-        "_paces",
-        "_tok_mark",
+        "_rate_mark",
+        "_step_samples",
         "boot",
         "capacity",
-        "chosen",
+        "choice_ms",
         "epoch",
         "faults",
+        "hello",
         "kind",
+        "last_sent",
         "load",
         "model",
         "name",
@@ -62,12 +95,10 @@ class Replica:
         "own_tokens",
         "paused",
         "peer",
-        "prefixes",
         "quarantined",
         "reason",
         "refusing",
         "resume",
-        "row_ms",
         "seen",
         "since",
         "state",
@@ -79,107 +110,208 @@ class Replica:
 
     def __init__(self, peer: bytes, user: str, hello: Hello, now: float) -> None:
         self.name, self.model, self.user, self.peer, self.boot = hello.replica, hello.model, user, peer, hello.boot
-        self.epoch, self.resume, self.capacity = hello.epoch, hello.resume, hello.capacity
+        self.hello, self.epoch, self.resume, self.capacity = hello, hello.epoch, hello.resume, hello.capacity
         self.state: RoutingState = "ready"
         self.reason = ""
         self.since = self.seen = now
         self.load: Heartbeat | None = None
         self.streams: dict[int, int] = {}
-        #: Those of them whose clients take nothing now: their K/V is given up, so they hold no place.
+        #: Streams whose clients take nothing now: their K/V is given up, so they use no place in the batch.
         self.paused = 0
-        #: Rows that other routers run here, as of the last heartbeat.
+        #: Choices that other routers run here, as of the last heartbeat.
         self.others = 0
-        #: Prompt tokens that its own placements wait for: the sum of ``streams``' values.
+        #: Prompt tokens that this router's choices wait for: the sum of ``streams``' values.
         self.own_tokens = 0
-        #: Prompt tokens that wait here for other routers' rows, as of the last heartbeat.
+        #: Prompt tokens that wait here for other routers' choices, as of the last heartbeat.
         self.other_tokens = 0
-        #: Smoothed life of a row here, ms; what a freed slot is waited for.
-        self.row_ms = 1000.0
-        #: Serial of the last placement here: ties go to the least recently chosen.
-        self.chosen = 0
-        #: It bounced a row; nothing more is sent before its next heartbeat.
+        #: Smoothed time that a choice spends here, ms: how long a freed place is waited for.
+        self.choice_ms = 1000.0
+        #: Number of the last stream that began here: ties go to the least recently chosen replica.
+        self.last_sent = 0
+        #: It refused a choice; nothing more is sent before its next heartbeat.
         self.refusing = False
         capacity = hello.capacity
         self.kind: Kind = (
             capacity.engine, capacity.tp, capacity.pp, capacity.dtype, capacity.quant.quant_algo, capacity.max_batch_size,
             capacity.max_num_tokens,
         )  # fmt: skip
-        self.prefixes = PrefixIndex(hello.capacity.num_blocks if hello.capacity.prefix_cache else 0)
-        #: Usual length of a step of late, ms; 0 before the first one was heard of.
+        #: Usual length of a step of late, ms; 0 before the first step was reported.
         self.step_ms = 0.0
-        self._paces: deque[float] = deque(maxlen=PACE_BEATS)
-        #: When requests ended here by logits that are not finite; with enough of them it runs only what nobody else can.
+        self._step_samples: deque[float] = deque(maxlen=STEP_SAMPLES)
+        #: When requests ended here by logits that are not finite; with enough of them it runs only what no other replica can.
         self.faults: deque[float] = deque(maxlen=FAULT_LIMIT)
         self.quarantined = False
+        #: Output tokens a second, all routers together.
         self.tok_s = 0.0
-        self._tok_mark: tuple[float, int] | None = None
+        self._rate_mark: tuple[float, int] | None = None
+
+    # --- what is read
 
     @property
-    def rows(self) -> int:
-        """Rows that run or wait here as far as this router can tell: its own placements and what others were last seen to have."""
+    def running(self) -> int:
+        """Choices that run or wait here as far as this router knows: its own, and what other routers were last reported to have."""
         return len(self.streams) - self.paused + self.others
 
     @property
     def lookahead(self) -> int:
-        """Rows kept queued at the replica itself, so that a slot freed in one step is filled in the next."""
+        """Choices that are kept waiting at the replica itself, so that a place freed in one step is filled in the next."""
         return max(1, self.capacity.max_batch_size // 16)
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens that wait here before a new row's. A router counts its own rows' itself, since heartbeats tell of the end of some
-        step: in a burst, a replica whose heartbeat is older would look emptier, and get the rest of it."""
+        """Prompt tokens that wait here before those of a new choice.
+
+        A router counts the tokens of its own choices itself, since a heartbeat reports the end of an earlier step: in a burst, a replica
+        whose heartbeat is older would look emptier, and get the rest of the burst.
+        """
         return self.own_tokens + self.other_tokens
 
     @property
-    def free_rows(self) -> int:
-        """How many more rows may be sent now."""
+    def free_places(self) -> int:
+        """How many more choices may be sent now."""
         if self.state != "ready" or self.refusing:
             return 0
         size = self.capacity.max_batch_size
-        return max(0, min(size + self.lookahead - self.rows, MAX_PLACED * size - len(self.streams)))
+        return max(0, min(size + self.lookahead - self.running, MAX_PLACED * size - len(self.streams)))
 
-    def beat(self, heartbeat: Heartbeat, accepted: int, waiting: list[int], now: float) -> None:
-        """Take in a heartbeat. ``accepted``: own rows that it can have counted; ``waiting``: those of them without a first token, oldest
-        first."""
+    # --- its connection and state, which the registry changes
+
+    def note_heard(self, now: float) -> None:
+        """A message of it has come."""
+        self.seen = now
+
+    def move(self, peer: bytes) -> None:
+        """It is reached at ``peer`` from now on; empty: at no address."""
+        self.peer = peer
+
+    def enter(self, state: RoutingState, reason: str, now: float) -> None:
+        """Enter ``state``. What was reported of the load means nothing once the replica is lost."""
+        self.state, self.reason, self.since = state, reason, now
+        if state == "lost":
+            self.load = None
+            self.others = self.other_tokens = 0
+            self.tok_s = 0.0
+
+    def add_fault(self, now: float) -> bool:
+        """Count a request that ended here by logits that are not finite; returns whether this one begins a quarantine."""
+        self.faults.append(now)
+        if self.quarantined or len(self.faults) < FAULT_LIMIT or now - self.faults[0] > FAULT_WINDOW_S:
+            return False
+        self.quarantined = True
+        return True
+
+    def end_quarantine(self) -> None:
+        self.quarantined = False
+        self.faults.clear()
+
+    # --- its streams, which the request table changes
+
+    def add_stream(self, stream: int, tokens: int) -> None:
+        """A choice was sent here on ``stream``; ``tokens`` of its prompt are to be computed."""
+        self.streams[stream] = tokens
+        self.own_tokens += tokens
+        self.last_sent = stream
+
+    def first_token(self, stream: int) -> None:
+        """The first token on ``stream`` is here, so its prompt is computed."""
+        self.own_tokens -= self.streams[stream]
+        self.streams[stream] = 0
+
+    def move_stream(self, old: int, new: int) -> None:
+        """The choice on stream ``old`` goes on as ``new``."""
+        self.streams[new] = self.streams.pop(old)
+
+    def remove_stream(self, stream: int, *, paused: bool) -> None:
+        """The choice on ``stream`` is here no longer; ``paused``: its client took nothing."""
+        self.own_tokens -= self.streams.pop(stream)
+        self.paused -= paused
+
+    def pause_stream(self, paused: bool) -> None:
+        """The client of one stream takes nothing more for now (True), or takes tokens again (False)."""
+        self.paused += 1 if paused else -1
+
+    def refuse(self) -> None:
+        """It refused a choice: it gets nothing before its next heartbeat."""
+        self.refusing = True
+
+    def note_end(self, seconds: float) -> None:
+        """A choice ended here after ``seconds``."""
+        self.choice_ms += (seconds * 1000.0 - self.choice_ms) / 16
+
+    # --- its heartbeats
+
+    def heartbeat(self, heartbeat: Heartbeat, accepted: int, waiting: list[int], now: float) -> None:
+        """Take in a heartbeat. ``accepted``: this router's choices that the heartbeat can have counted; ``waiting``: the streams of those
+        without a first token, oldest first."""
         stats = heartbeat.stats
         if stats.step_ms and (self.load is None or heartbeat.step != self.load.step):
-            self._paces.append(stats.step_ms)
-            self.step_ms = median(self._paces)
-        self.load = heartbeat
+            self._step_samples.append(stats.step_ms)
+            self.step_ms = median(self._step_samples)
+        # The hashes are for the prefix index, which has them by now.
+        self.load = without_prefixes(heartbeat)
         self.others = max(0, stats.running + stats.waiting - accepted)
         computed = sum(self.streams[stream] for stream in waiting) - stats.prefill_tokens
         self.other_tokens = max(0, -computed) if self.others else 0
-        if stats.running + stats.waiting >= accepted:  # else it tells of a step before some of them came
+        if stats.running + stats.waiting >= accepted:  # else it reports a step before some of them came
             for stream in waiting:
                 part = min(max(0, computed), self.streams[stream])
                 self.streams[stream] -= part
                 self.own_tokens -= part
                 computed -= part
         self.refusing = False
-        if stats.prefixes:
-            self.prefixes.add(stats.prefixes)
-        mark = self._tok_mark
+        mark = self._rate_mark
         if mark is None or stats.output_tokens_total < mark[1]:
-            self._tok_mark = (now, stats.output_tokens_total)
+            self._rate_mark = (now, stats.output_tokens_total)
         elif now - mark[0] >= 1.0:
             self.tok_s = (stats.output_tokens_total - mark[1]) / (now - mark[0])
-            self._tok_mark = (now, stats.output_tokens_total)
+            self._rate_mark = (now, stats.output_tokens_total)
+
+    # --- snapshots
+
+    def snapshot(self) -> ReplicaSnapshot:
+        return ReplicaSnapshot(
+            hello=self.hello, user=self.user, peer=self.peer, state=self.state, since=self.since, seen=self.seen, reason=self.reason,
+            load=self.load, streams=dict(self.streams), paused=self.paused, others=self.others, other_tokens=self.other_tokens,
+            choice_ms=self.choice_ms, last_sent=self.last_sent, refusing=self.refusing, step_samples=list(self._step_samples),
+            faults=list(self.faults), quarantined=self.quarantined, rate_mark=self._rate_mark, tok_s=self.tok_s,
+        )  # fmt: skip
+
+    @classmethod
+    def restored(cls, found: ReplicaSnapshot) -> Replica:
+        """The replica that ``found`` was taken of."""
+        replica = cls(found.peer, found.user, found.hello, found.since)
+        replica.state, replica.reason, replica.seen, replica.load = found.state, found.reason, found.seen, found.load
+        replica.others, replica.other_tokens = found.others, found.other_tokens
+        replica.streams, replica.own_tokens, replica.paused = dict(found.streams), sum(found.streams.values()), found.paused
+        replica.choice_ms, replica.last_sent, replica.refusing = found.choice_ms, found.last_sent, found.refusing
+        replica._step_samples.extend(found.step_samples)
+        replica.step_ms = median(found.step_samples) if found.step_samples else 0.0
+        replica.faults.extend(found.faults)
+        replica.quarantined, replica._rate_mark, replica.tok_s = found.quarantined, found.rate_mark, found.tok_s
+        return replica
+
+
+def without_prefixes(heartbeat: Heartbeat) -> Heartbeat:
+    """The heartbeat without the hashes of its prefix cache."""
+    if not heartbeat.stats.prefixes:
+        return heartbeat
+    return msgspec.structs.replace(heartbeat, stats=msgspec.structs.replace(heartbeat.stats, prefixes=[]))
 
 
 class ReplicaLoss(msgspec.Struct, frozen=True):
-    """A replica's end in this router's eyes. ``rows``: its own that ran there; ``drained``: it had said that it would leave."""
+    """A replica that this router lost. ``choices``: its own that ran there; ``drained``: the replica had said that it would leave."""
 
     replica: str
     model: str
     epoch: int
     reason: str
-    rows: int
+    choices: int
     drained: bool
     at: float
 
 
 class HelloAccepted(msgspec.Struct, frozen=True):
-    """A Hello that was believed. ``replaced``: the record that it ended; ``fresh`` False = the same process on another connection."""
+    """A Hello that was accepted. ``replaced``: the record that it ended; ``fresh`` False = the same process on another connection."""
 
     replica: Replica
     replaced: Replica | None
@@ -187,7 +319,7 @@ class HelloAccepted(msgspec.Struct, frozen=True):
 
 
 class HelloRefused(msgspec.Struct, frozen=True):
-    """A Hello that was not believed; ``reason`` goes out in Bye (``stale`` tells a gang to exit)."""
+    """A Hello that was refused; ``reason`` is sent in Bye (``stale`` makes the leader exit)."""
 
     reason: Literal["stale", "denied", "protocol", "full", "model"]
 
@@ -195,16 +327,22 @@ class HelloRefused(msgspec.Struct, frozen=True):
 class ReplicaRegistry:
     """All replicas by name, fenced by epoch. Bounds: :data:`MAX_REPLICAS` names, one record each."""
 
-    def __init__(self, replica_timeout_s: float, hang_floor_s: float) -> None:
-        self._timeout, self._hang_floor = replica_timeout_s, hang_floor_s
+    def __init__(self, replica_timeout_s: float, hang_floor_s: float, found: Iterable[ReplicaSnapshot] = ()) -> None:
+        """``found``: the replicas of a snapshot, to start from."""
+        self.replica_timeout_s, self.hang_floor_s = replica_timeout_s, hang_floor_s
         self.replicas: dict[str, Replica] = {}
         self.losses: deque[ReplicaLoss] = deque(maxlen=KEPT_LOSSES)
         self._by_peer: dict[bytes, Replica] = {}
         self._by_boot: dict[str, Replica] = {}
+        for one in found:
+            replica = Replica.restored(one)
+            self.replicas[replica.name] = self._by_boot[replica.boot] = replica
+            if replica.peer:
+                self._by_peer[replica.peer] = replica
 
     def hello(self, peer: bytes, user: str, hello: Hello, now: float) -> HelloAccepted | HelloRefused:
-        """Judge a Hello. The largest epoch of a name is kept as long as the name; a live name belongs to the user that holds it; a process
-        speaks for one name."""
+        """Judge a Hello. The largest epoch of a name is kept as long as the name; a live name belongs to the user that brought it; a
+        process speaks for one name."""
         if hello.protocol != PROTOCOL:
             return HelloRefused("protocol")
         old = self.replicas.get(hello.replica)
@@ -221,8 +359,8 @@ class ReplicaRegistry:
             if old.boot == hello.boot and old.epoch == hello.epoch and old.user == user:
                 self._move(old, peer)
                 if old.state == "lost":
-                    self._enter(old, "ready", "", now)
-                old.seen = now
+                    old.enter("ready", "", now)
+                old.note_heard(now)
                 return HelloAccepted(old, None, False)
             self._forget(old)
         replica = Replica(b"", user, hello, now)
@@ -232,9 +370,9 @@ class ReplicaRegistry:
         return HelloAccepted(replica, old, True)
 
     def speaker(self, peer: bytes, user: str, boot: str) -> tuple[Replica | None, bool]:
-        """Whose message this is, and whether it came on another connection than the last (a silent reconnect).
+        """The sender of a message, and whether it came on another connection than the one before (a silent reconnect).
 
-        Believed only if the process's nonce and the authenticated user are the ones of its Hello.
+        The sender is known only if the process's nonce and the authenticated user are those of its Hello.
         """
         replica = self._by_peer.get(peer)
         if replica is not None and replica.boot == boot and replica.user == user:
@@ -246,90 +384,75 @@ class ReplicaRegistry:
         return replica, True
 
     def judge(self, replica: Replica, heartbeat: Heartbeat, now: float) -> str:
-        """Set the state that a heartbeat asks for. Returns why the replica is newly lost, else an empty string."""
-        bound = hang_bound_ms(self._hang_floor, heartbeat.predicted_ms)
+        """Set the state that a heartbeat reports. Returns why the replica must be taken as lost, else an empty string."""
+        bound = hang_bound_ms(self.hang_floor_s, heartbeat.predicted_ms)
         if heartbeat.busy_ms > bound:
             return f"no progress: step {heartbeat.step} runs for {heartbeat.busy_ms:.0f} ms, its bound is {bound:.0f} ms"
         wanted: RoutingState = "draining" if heartbeat.draining else "ready"
         if replica.state != wanted:
-            self._enter(replica, wanted, "", now)
+            replica.enter(wanted, "", now)
         return ""
 
     def lose(self, replica: Replica, reason: str, now: float) -> bool:
-        """Mark as lost; False if it was so already. Its prefix record goes: a restarted process has an empty cache."""
+        """Mark as lost; False where it was lost already."""
         if replica.state == "lost":
             return False
-        drained, rows = replica.state == "draining", len(replica.streams)
-        self.losses.append(ReplicaLoss(replica.name, replica.model, replica.epoch, reason[:200], rows, drained, now))
-        self._enter(replica, "lost", reason, now)
-        replica.load = None
-        replica.others = replica.other_tokens = 0
-        replica.tok_s = 0.0
+        reason = reason[:MAX_REASON]
+        drained = replica.state == "draining"
+        self.losses.append(ReplicaLoss(replica.name, replica.model, replica.epoch, reason, len(replica.streams), drained, now))
+        replica.enter("lost", reason, now)
         return True
 
-    def fault(self, replica: Replica, now: float) -> bool:
-        """A request ended there by logits that are not finite; whether that was one too many. The request may be at fault itself, so
-        a quarantine costs only a choice, never the last replica."""
-        replica.faults.append(now)
-        if replica.quarantined or len(replica.faults) < FAULT_LIMIT or now - replica.faults[0] > FAULT_WINDOW_S:
-            return False
-        replica.quarantined = True
-        return True
-
-    def pardon(self, now: float) -> None:
-        """End the quarantines whose rest is over."""
+    def end_quarantines(self, now: float) -> None:
+        """End the quarantines that have lasted long enough. A quarantined replica still gets what no other can take: the requests
+        themselves may have been at fault, so a quarantine must never cost the last replica."""
         for replica in self.replicas.values():
             if replica.quarantined and now - replica.faults[-1] > FAULT_WINDOW_S:
-                replica.quarantined = False
-                replica.faults.clear()
+                replica.end_quarantine()
 
     def forget(self, now: float) -> None:
-        """Drop those that were lost long ago."""
+        """Drop the replicas that were lost long ago."""
         for replica in [r for r in self.replicas.values() if r.state == "lost" and now - r.since > KEPT_LOST_S]:
             self._forget(replica)
             del self.replicas[replica.name]
 
     def silent(self, now: float) -> list[Replica]:
         """Replicas that were not heard for ``replica_timeout_s`` and are not lost yet."""
-        return [r for r in self.replicas.values() if r.state != "lost" and now - r.seen > self._timeout]
+        return [r for r in self.replicas.values() if r.state != "lost" and now - r.seen > self.replica_timeout_s]
 
     def at(self, peer: bytes) -> Replica | None:
         """The replica last heard on this connection."""
         return self._by_peer.get(peer)
 
     def serving(self, model: str) -> list[Replica]:
-        """Replicas of a model that take or finish rows: ready ones and draining ones."""
+        """Replicas of a model that take or finish choices: the ready and the draining ones."""
         return [r for r in self.replicas.values() if r.model == model and r.state != "lost"]
 
     def trusted(self, model: str) -> list[Replica]:
-        """Those of :meth:`serving` that rows are sent to: the quarantined ones only while no other is ready."""
+        """Those of :meth:`serving` that choices are sent to: the quarantined ones only while no other is ready."""
         serving = self.serving(model)
         sound = [replica for replica in serving if not replica.quarantined]
         return sound if any(replica.state == "ready" for replica in sound) else serving
 
     def check(self) -> None:
-        """Assert that the three indexes tell the same story."""
+        """Assert that the three indexes and each replica's own sums agree."""
         for name, replica in self.replicas.items():
             assert replica.name == name
             assert self._by_boot.get(replica.boot) is replica, f"{name}: boot index"
             assert not replica.peer or self._by_peer.get(replica.peer) is replica, f"{name}: peer index"
+            assert replica.own_tokens == sum(replica.streams.values()), f"{name}: prompt tokens"
         for peer, replica in self._by_peer.items():
             assert replica.peer == peer and self.replicas.get(replica.name) is replica, f"{replica.name}: dead record indexed"
         assert len(self._by_boot) == len(self.replicas)
-
-    def _enter(self, replica: Replica, state: RoutingState, reason: str, now: float) -> None:
-        replica.state, replica.reason, replica.since = state, reason, now
-        if state == "lost":
-            replica.prefixes.clear()
 
     def _move(self, replica: Replica, peer: bytes) -> None:
         if replica.peer == peer:
             return
         holder = self._by_peer.get(peer)
         if holder is not None:
-            holder.peer = b""
+            holder.move(b"")
         self._drop_peer(replica)
-        replica.peer = peer
+        replica.move(peer)
         self._by_peer[peer] = replica
 
     def _forget(self, replica: Replica) -> None:

@@ -1,25 +1,282 @@
-"""Where every live row of a router is: in its model's line, or on a stream at a replica; never both, never neither.
+"""The request table of one router: the state machine of every live choice, from its acceptance to its one terminal message.
 
-Owns the indexes by request and by stream, the lines, and the totals. Moves rows and decides nothing:
-:mod:`orchestrator.router.core.transitions` says when, and tells replicas and doors.
+Owns every request and choice, the waiting queues, the streams at replicas, the totals, and the actions that its transitions ask for. It
+alone writes a :class:`ChoiceState` or a :class:`RequestState`. It decides nothing: :mod:`orchestrator.router.core.router_core` judges
+events and calls the transitions below. The record of a choice (prompt, emitted tokens, parameters with the resolved seed, attempt) is what
+makes a dead replica a pause and not a loss.
+
+    state      means                            left by             on                                            to
+    (new)      not accepted yet                 accept              SubmitRequest                                 queued
+    queued     waits in its model's queue       send                a replica has a place                         sent
+    sent       Submit or Attach is on its way   on_accepted         Accepted                                      accepted
+                                                on_tokens           Tokens                                        running
+    accepted   waits for its first token        on_tokens           Tokens                                        running
+    running    tokens come                      reattach            a gap in its tokens                           sent
+    sent, accepted, running                     reattach            its replica's connection was replaced         sent
+                                                requeue             replica lost | refused | no answer | short    queued
+    any but ended                               finish              Done; all tokens are here already             ended
+                                                fail                Failed | deadline | queue timeout | abort     ended
+                                                cancel, stop        CancelRequest, StopChoice                     ended
+
+``reattach`` keeps the attempt and takes a new stream; ``requeue`` puts the choice before all new ones, and its next ``send`` is a new
+attempt. A live choice is either in its model's queue or on one stream at one replica, never both and never neither:
+:meth:`RequestTable.check` asserts it.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
+from math import inf
+from typing import Any, Literal
 
+import msgspec
+
+from orchestrator.router.core.actions import Action, DeliverPromptLogprobs, DeliverTokens, Delivery, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.events import SubmitRequest
+from orchestrator.router.core.history import ChoiceStory, RequestHistory, RequestStory
 from orchestrator.router.core.replica_registry import Replica, ReplicaRegistry
-from orchestrator.router.core.request_state import ChoiceState, RequestState, WaitingQueue
-from orchestrator.router.core.stats import Attempt, ModelStats
+from orchestrator.router.core.request import RouterRequest
+from orchestrator.router.core.stats import Attempt, Cause, ModelStats, Reason
+from workers.protocol.errors import DeadlineExceeded, TriremeError
+from workers.protocol.messages import (
+    UNLIMITED,
+    Attach,
+    Cancel,
+    Credit,
+    FinishReason,
+    GenerateTask,
+    Logprobs,
+    SamplingParams,
+    Submit,
+    Tokens,
+    ToReplica,
+    Usage,
+)
+from workers.sampling.definition import choice_seed
+from workers.scheduler.block_pool import prefix_hashes
+
+Phase = Literal["queued", "sent", "accepted", "running", "ended"]
+End = Literal["finished", "failed", "cancelled"]
+
+#: An attempt of the client itself (it goes on here after another router died) outranks every attempt that the other router made.
+ATTEMPTS_PER_CLIENT_ATTEMPT = 1024
+#: Attempts of a choice that are remembered: the first, and the latest ones.
+MAX_TRAIL = 64
+#: A choice that got on by more tokens than this at a replica did not end it where it may have ended the one before.
+PROGRESS_TOKENS = 4
+
+
+class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The whole state of a :class:`ChoiceState`; of the tokens only how many there are. ``replica``: its name, empty in the queue."""
+
+    id: int
+    phase: Phase
+    emitted: int
+    resumed_from: int
+    granted: int
+    queued_at: float
+    sent_at: float
+    trail: list[Attempt]
+    replica: str = ""
+    stream: int = 0
+    attempt: int = 0
+    attempts: int = 0
+    deaths: int = 0
+    emitted_at_send: int = 0
+    ended_short: bool = False
+    prompt_logprobs_sent: bool = False
+    starved: bool = False
+
+
+class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The whole state of a :class:`RequestState`, without anything that the client sent but counts. ``deadline`` None = none."""
+
+    id: int
+    request_id: str
+    model: str
+    arrived: float
+    prompt_tokens: int
+    max_tokens: int
+    choices: list[ChoiceSnapshot]
+    deadline: float | None = None
+    session: str = ""
+    client_attempt: int = 0
+
+
+class RequestTableSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole state of a :class:`RequestTable` but its measures. ``returned``, ``fresh``: ids of queued choices, in order, by model."""
+
+    serial: int
+    requests: list[RequestSnapshot]
+    returned: dict[str, list[int]]
+    fresh: dict[str, list[int]]
+    counts: dict[str, int]
+
+
+class ChoiceState:
+    """One choice of a request. ``index``: which one of n. ``emitted`` includes the ``resumed_from`` tokens that the client had at the
+    start; ``granted``: tokens beyond those that the client takes.
+
+    ``emitted`` and ``trail`` are the request's own lists where it has them: its frontend reads them there, and a token is stored once.
+    """
+
+    __slots__ = (
+        "attempt", "attempts", "deaths", "emitted", "emitted_at_send", "end", "ended_at", "ended_short", "granted", "id", "index", "owner",
+        "params", "phase", "prompt_logprobs_sent", "queued_at", "reason", "replica", "request", "resumed_from", "sent_at", "starved",
+        "stream", "trail",
+    )  # fmt: skip
+
+    def __init__(self, request: RequestState, id: int, index: int, params: SamplingParams, emitted: list[int]) -> None:
+        body = request.body
+        self.request, self.id, self.index, self.params, self.emitted = request, id, index, params, emitted
+        self.owner = request.owner
+        self.resumed_from = len(emitted)
+        self.granted = body.credit
+        self.phase: Phase = "queued"
+        self.replica: Replica | None = None
+        self.stream = 0
+        #: The number of the present attempt, and how many attempts there were here.
+        self.attempt = self.attempts = 0
+        #: Replicas lost one after the other while this choice was there and did not get on; tokens that were here at the last send.
+        self.deaths = self.emitted_at_send = 0
+        #: When it entered the queue, and when the last Submit or Attach went out.
+        self.queued_at, self.sent_at = request.arrived, 0.0
+        #: A Done came before its tokens once.
+        self.ended_short = False
+        self.prompt_logprobs_sent = False
+        #: It is at a replica and its client takes nothing now.
+        self.starved = False
+        self.trail: list[Attempt] = body.trails[index] if index < len(body.trails) else []
+        #: How, why and when it ended.
+        self.end: End | Literal[""] = ""
+        self.reason = ""
+        self.ended_at = 0.0
+
+    @property
+    def credit(self) -> int:
+        """Tokens that the client will still take."""
+        return UNLIMITED if self.granted >= UNLIMITED else self.granted - (len(self.emitted) - self.resumed_from)
+
+    @property
+    def known(self) -> int:
+        """Tokens that a replica must have computed before it decodes the next."""
+        return len(self.request.body.prompt_ids) + len(self.emitted)
+
+    @property
+    def name(self) -> str:
+        """The lasting name at leaders: unambiguous, for the part after the last slash is always the index."""
+        return f"{self.request.body.request_id}/{self.index}"
+
+    def story(self) -> ChoiceStory:
+        return ChoiceStory(
+            phase=self.phase, output_tokens=len(self.emitted), attempts=list(self.trail), dropped_attempts=self.attempts - len(self.trail),
+            end=self.end, detail=self.reason, ended_at=self.ended_at,
+        )  # fmt: skip
+
+    def snapshot(self) -> ChoiceSnapshot:
+        return ChoiceSnapshot(
+            id=self.id, phase=self.phase, emitted=len(self.emitted), resumed_from=self.resumed_from, granted=self.granted,
+            queued_at=self.queued_at, sent_at=self.sent_at, trail=self.trail, replica=self.replica.name if self.replica is not None else "",
+            stream=self.stream, attempt=self.attempt, attempts=self.attempts, deaths=self.deaths, emitted_at_send=self.emitted_at_send,
+            ended_short=self.ended_short, prompt_logprobs_sent=self.prompt_logprobs_sent, starved=self.starved,
+        )  # fmt: skip
+
+
+class RequestState:
+    """A live request. ``owner`` comes back in every delivery; the core never looks into it. ``deadline`` is absolute, inf = none. ``live``:
+    choices that have not ended."""
+
+    __slots__ = ("_prompt_hashes", "arrived", "body", "choices", "deadline", "id", "live", "owner", "session")
+
+    def __init__(self, submitted: SubmitRequest, now: float, deadline: float) -> None:
+        self.id, self.body, self.session = submitted.id, submitted.request, submitted.session
+        self.owner: Any = submitted.id if submitted.owner is None else submitted.owner
+        self.arrived, self.deadline = now, deadline
+        self.choices: list[ChoiceState] = []
+        self.live = 0
+        self._prompt_hashes: dict[int, list[int]] = {}
+
+    def prompt_hashes(self, block_size: int) -> list[int]:
+        """Prefix hashes of the prompt, computed once for each block size."""
+        hashes = self._prompt_hashes.get(block_size)
+        if hashes is None:
+            hashes = self._prompt_hashes[block_size] = prefix_hashes(self.body.prompt_ids, block_size, self.body.salt)
+        return hashes
+
+    def story(self) -> RequestStory:
+        body = self.body
+        return RequestStory(
+            request_id=body.request_id, number=self.id, model=body.model, arrived_at=self.arrived, prompt_tokens=len(body.prompt_ids),
+            max_tokens=body.params.max_tokens, choices=[choice.story() for choice in self.choices], client_attempt=body.attempt,
+        )  # fmt: skip
+
+    def snapshot(self) -> RequestSnapshot:
+        body = self.body
+        return RequestSnapshot(
+            id=self.id, request_id=body.request_id, model=body.model, arrived=self.arrived, prompt_tokens=len(body.prompt_ids),
+            max_tokens=body.params.max_tokens, choices=[choice.snapshot() for choice in self.choices],
+            deadline=self.deadline if self.deadline < inf else None, session=self.session, client_attempt=body.attempt,
+        )  # fmt: skip
+
+
+class WaitingQueue:
+    """One model's queue. Choices that lost their place go before new ones; each group is in the order of its times."""
+
+    __slots__ = ("_fresh", "_returned")
+
+    def __init__(self) -> None:
+        self._returned: OrderedDict[int, ChoiceState] = OrderedDict()
+        self._fresh: OrderedDict[int, ChoiceState] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._returned) + len(self._fresh)
+
+    def __contains__(self, choice: ChoiceState) -> bool:
+        return choice.id in self._fresh or choice.id in self._returned
+
+    def push(self, choice: ChoiceState) -> None:
+        self._fresh[choice.id] = choice
+
+    def push_returned(self, choice: ChoiceState) -> None:
+        self._returned[choice.id] = choice
+
+    def first(self) -> ChoiceState | None:
+        for choices in (self._returned, self._fresh):
+            for choice in choices.values():
+                return choice
+        return None
+
+    def remove(self, choice: ChoiceState) -> None:
+        if self._fresh.pop(choice.id, None) is None:
+            del self._returned[choice.id]
+
+    def since(self, moment: float) -> list[ChoiceState]:
+        """Choices that wait since ``moment`` or before; the later ones are not looked at."""
+        found: list[ChoiceState] = []
+        for choices in (self._returned, self._fresh):
+            for choice in choices.values():
+                if choice.queued_at > moment:
+                    break
+                found.append(choice)
+        return found
+
+    def ids(self) -> tuple[list[int], list[int]]:
+        """Ids of the choices that lost their place, and of the new ones."""
+        return list(self._returned), list(self._fresh)
 
 
 class RequestTable:
-    """``counts``: totals since start, by event; a row counts as accepted once, and later as finished, failed or cancelled once.
-    ``tallies``: what was measured, by model."""
+    """``boot``: the router's nonce, part of every message. ``accept_s``: a Submit or Attach that is not answered for so long was lost.
 
-    def __init__(self, models: Iterable[str]) -> None:
-        self.lines: dict[str, WaitingQueue] = {name: WaitingQueue() for name in dict.fromkeys(models)}
-        self.tallies: dict[str, ModelStats] = {name: ModelStats() for name in self.lines}
+    ``counts``: totals since the start by event; a choice counts once as accepted, and later once as finished, failed or cancelled.
+    ``stats``: what was measured, by model. ``history``: what became of the last requests.
+    """
+
+    def __init__(self, boot: str, models: Iterable[str], accept_s: float) -> None:
+        self._boot, self._accept_s = boot, accept_s
+        self.queues: dict[str, WaitingQueue] = {name: WaitingQueue() for name in dict.fromkeys(models)}
+        self.stats: dict[str, ModelStats] = {name: ModelStats() for name in self.queues}
         self.requests: dict[int, RequestState] = {}
         self.streams: dict[int, ChoiceState] = {}
         self.counts: dict[str, int] = dict.fromkeys(
@@ -29,108 +286,418 @@ class RequestTable:
             ),
             0,
         )  # fmt: skip
+        self.history = RequestHistory()
+        self._actions: list[Action] = []
         self._serial = 0
+        #: No request's deadline, and no answer that a replica owes, is due before these: most ticks look at no choice at all.
+        self._next_deadline = self._next_answer = inf
 
-    def next(self) -> int:
-        """A number that was never given before: ids of requests, rows and streams."""
+    # --- actions
+
+    def take_actions(self) -> list[Action]:
+        """Hand over what is to be done, in order."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def tell(self, peer: bytes, message: ToReplica) -> None:
+        """Ask the shell to send ``message``; nothing is sent to an empty address."""
+        if peer:
+            self._actions.append(SendMessage(peer, message))
+
+    def count(self, name: str) -> None:
+        """Add one to a total."""
+        self.counts[name] += 1
+
+    # --- finding choices
+
+    def find(self, replica: Replica, stream: int, attempt: int) -> ChoiceState | None:
+        """The choice on this stream, if the message is of its present attempt."""
+        choice = self.streams.get(stream)
+        return choice if choice is not None and choice.attempt == attempt and choice.replica is replica else None
+
+    def at(self, replica: Replica) -> list[ChoiceState]:
+        """The choices at ``replica``, in the order of their streams."""
+        return [self.streams[stream] for stream in replica.streams]
+
+    def counted_by(self, replica: Replica) -> tuple[int, list[int]]:
+        """Choices that a heartbeat of ``replica`` can have counted, and the streams of those that wait for their first token."""
+        accepted, waiting = 0, []
+        for stream, tokens in replica.streams.items():
+            choice = self.streams[stream]
+            if choice.phase != "sent":
+                accepted += not choice.starved
+                if tokens:
+                    waiting.append(stream)
+        return accepted, waiting
+
+    # --- transitions: in
+
+    def accept(self, submitted: SubmitRequest, now: float, deadline: float) -> RequestState:
+        """(new) to queued, every choice."""
+        request = RequestState(submitted, now, deadline)
+        body = submitted.request
+        queue = self.queues[body.model]
+        for index in range(body.n):
+            seed = choice_seed(body.params.seed, index)
+            params = body.params if seed == body.params.seed else msgspec.structs.replace(body.params, seed=seed)
+            choice = ChoiceState(request, self._next(), index, params, body.emitted[index] if index < len(body.emitted) else [])
+            request.choices.append(choice)
+            queue.push(choice)
+        request.live = body.n
+        self.requests[request.id] = request
+        self._next_deadline = min(self._next_deadline, deadline)
+        self.counts["accepted"] += body.n
+        self.stats[body.model].note_accepted(body.n, body.params.max_tokens)
+        return request
+
+    def send(self, choice: ChoiceState, replica: Replica, reason: Reason, *, cached: int | None, expected_s: float, now: float) -> None:
+        """queued to sent: a new attempt on a new stream at ``replica``. ``cached`` and ``expected_s``: as :class:`Attempt` has them."""
+        request = choice.request
+        body = request.body
+        self.queues[body.model].remove(choice)
+        choice.attempts += 1
+        choice.attempt = body.attempt * ATTEMPTS_PER_CLIENT_ATTEMPT + choice.attempts
+        choice.phase, choice.replica, choice.sent_at, choice.emitted_at_send = "sent", replica, now, len(choice.emitted)
+        choice.stream = self._next()
+        self.streams[choice.stream] = choice
+        tokens = max(1, choice.known - (cached or 0))
+        replica.add_stream(choice.stream, tokens)
+        if len(choice.trail) == MAX_TRAIL:
+            del choice.trail[1]
+        choice.trail.append(
+            Attempt(
+                replica=replica.name, epoch=replica.epoch, number=choice.attempt, reason=reason, tokens=tokens, cached=cached,
+                expected_s=expected_s, emitted_before=choice.emitted_at_send, queued_at=choice.queued_at, sent_at=now,
+            )
+        )  # fmt: skip
+        self.stats[body.model].note_sent(choice.trail)
+        self._settle_credit(choice)
+        self._next_answer = min(self._next_answer, now + self._accept_s)
+        left = request.deadline - now
+        self.tell(
+            replica.peer,
+            Submit(
+                boot=self._boot, stream=choice.stream, attempt=choice.attempt, client=body.client, request_id=choice.name, model=body.model,
+                prompt_ids=body.prompt_ids, salt=body.salt, deadline_ms=max(1, int(left * 1000)) if left < inf else None, marks=body.marks,
+                task=GenerateTask(params=choice.params, emitted=list(choice.emitted), credit=choice.credit),
+            ),
+        )  # fmt: skip
+
+    def on_accepted(self, replica: Replica, stream: int, attempt: int, now: float) -> None:
+        """sent to accepted."""
+        choice = self.find(replica, stream, attempt)
+        if choice is not None and choice.phase == "sent":
+            choice.phase = "accepted"
+            choice.trail[-1].accepted_at = choice.trail[-1].accepted_at or now
+
+    def on_tokens(self, replica: Replica, message: Tokens, now: float) -> list[ChoiceState]:
+        """Take in what one step emitted; to running where a choice was not. Returns the choices that have their first token only now.
+
+        Deliveries leave in one action without a gap or a repeat. Tokens of an attempt that is over are dropped.
+        """
+        streams, attempts, firsts, logprobs = self.streams, message.attempts, message.firsts, message.logprobs
+        for stream, prompt in message.prompt_logprobs or ():
+            choice = streams.get(stream)
+            if choice is not None and choice.replica is replica and not choice.prompt_logprobs_sent:
+                choice.prompt_logprobs_sent = True
+                self._actions.append(DeliverPromptLogprobs(choice.owner, choice.index, prompt))
+        begun: list[ChoiceState] = []
+        deliveries: list[Delivery] = []
+        scores: list[Logprobs] | None
+        for i, (stream, tokens) in enumerate(zip(message.streams, message.tokens, strict=True)):
+            choice = streams.get(stream)
+            if choice is None or choice.attempt != attempts[i] or choice.replica is not replica:
+                self._drop_stale(replica, stream, len(tokens), choice)
+                continue
+            if choice.phase != "running" and self._start_running(choice, now):
+                begun.append(choice)
+            scores = logprobs[i] if logprobs is not None else None
+            emitted = choice.emitted
+            position = len(emitted)
+            skip = position - firsts[i]
+            if skip:
+                if skip < 0:
+                    self.counts["gaps"] += 1
+                    self.reattach(choice, now)
+                    continue
+                self.counts["duplicate_tokens"] += min(skip, len(tokens))
+                tokens, scores = tokens[skip:], scores and scores[skip:]
+            if tokens:
+                emitted += tokens
+                if choice.granted <= len(emitted) - choice.resumed_from:
+                    self._settle_credit(choice)
+                deliveries.append((choice.owner, choice.index, position, tokens, scores))
+        if deliveries:
+            self._actions.append(DeliverTokens(deliveries))
+        return begun
+
+    def _start_running(self, choice: ChoiceState, now: float) -> bool:
+        """sent or accepted to running. Returns whether this is the attempt's first token, which is here once, however often the choice was
+        reattached."""
+        assert choice.replica is not None
+        choice.phase = "running"
+        choice.replica.first_token(choice.stream)
+        attempt = choice.trail[-1]
+        if attempt.first_at:
+            return False
+        attempt.first_at = now
+        self.stats[choice.request.body.model].note_first_token(choice.trail)
+        return True
+
+    def _drop_stale(self, replica: Replica, stream: int, tokens: int, choice: ChoiceState | None) -> None:
+        """Count tokens of an attempt that is over: its Cancel was lost, or is on its way."""
+        self.counts["stale_tokens"] += tokens
+        if choice is None:
+            self.tell(replica.peer, Cancel(boot=self._boot, stream=stream))
+
+    def add_credit(self, ids: list[int], tokens: list[int]) -> None:
+        """Grant ``tokens[i]`` more tokens to every live choice of request ``ids[i]``; one message a replica says so."""
+        grants: dict[Replica, tuple[list[int], list[int]]] = {}
+        for id, more in zip(ids, tokens, strict=True):
+            request = self.requests.get(id)
+            for choice in request.choices if request is not None else ():
+                if choice.phase == "ended" or choice.granted >= UNLIMITED:
+                    continue
+                choice.granted = min(UNLIMITED, choice.granted + more)
+                self._settle_credit(choice)
+                if choice.replica is not None:
+                    streams, counts = grants.setdefault(choice.replica, ([], []))
+                    streams.append(choice.stream)
+                    counts.append(more)
+        for replica, (streams, counts) in grants.items():
+            self.tell(replica.peer, Credit(boot=self._boot, streams=streams, tokens=counts))
+
+    def _settle_credit(self, choice: ChoiceState) -> None:
+        """Note whether the client of a placed choice takes anything now; due whenever its credit may have ended or come again."""
+        starved = choice.credit <= 0
+        if choice.replica is not None and starved != choice.starved:
+            choice.starved = starved
+            choice.replica.pause_stream(starved)
+
+    # --- transitions: again
+
+    def reattach(self, choice: ChoiceState, now: float) -> None:
+        """sent, accepted or running to sent: ask the replica for everything beyond the tokens that are here, on a new stream."""
+        replica, body = choice.replica, choice.request.body
+        assert replica is not None
+        old, choice.stream = choice.stream, self._next()
+        del self.streams[old]
+        self.streams[choice.stream] = choice
+        replica.move_stream(old, choice.stream)
+        choice.phase, choice.sent_at = "sent", now
+        choice.trail[-1].reattached += 1
+        self._next_answer = min(self._next_answer, now + self._accept_s)
+        self.counts["attached"] += 1
+        self.tell(
+            replica.peer,
+            Attach(
+                boot=self._boot, stream=choice.stream, attempt=choice.attempt, client=body.client, request_id=choice.name,
+                have=len(choice.emitted), credit=choice.credit,
+            ),
+        )  # fmt: skip
+
+    def requeue(self, choice: ChoiceState, cause: Cause, now: float, *, cancel: bool) -> None:
+        """sent, accepted or running to queued, before all new choices: it goes on elsewhere from the tokens that are here. ``cancel``: tell
+        the replica to drop it."""
+        self._release(choice, cancel=cancel)
+        self._lose_attempt(choice, cause, now)
+        choice.phase, choice.queued_at = "queued", now
+        self.queues[choice.request.body.model].push_returned(choice)
+        self.counts["resubmitted"] += 1
+
+    def requeue_short(self, choice: ChoiceState, now: float) -> bool:
+        """:meth:`requeue` a choice whose Done came before its last token. Once only; returns False where it has happened before."""
+        self.counts["gaps"] += 1
+        if choice.ended_short:
+            return False
+        choice.ended_short = True
+        self.requeue(choice, "short", now, cancel=False)
+        return True
+
+    def blame(self, choices: list[ChoiceState], limit: int) -> list[ChoiceState]:
+        """Count the death of a replica against those of its ``choices`` that it had accepted. Returns those that may not end another one.
+
+        What ends a replica ends the next one at the same place, so a choice that got on meanwhile starts over. Where some of those at the
+        ``limit`` never gave a token, it is they: the others had run beside them or before them.
+        """
+        accepted = [choice for choice in choices if choice.phase != "sent"]
+        for choice in accepted:
+            choice.deaths = 1 if len(choice.emitted) - choice.emitted_at_send > PROGRESS_TOKENS else choice.deaths + 1
+        suspects = [choice for choice in accepted if choice.deaths >= limit]
+        return [choice for choice in suspects if len(choice.emitted) == choice.resumed_from] or suspects
+
+    # --- transitions: out
+
+    def finish(self, choice: ChoiceState, reason: FinishReason, usage: Usage, stop_id: int | None, now: float) -> None:
+        """To ended: the answer is whole."""
+        self.stats[choice.request.body.model].note_end(choice.trail, now, usage.cached_tokens)
+        self._release(choice, cancel=False)
+        self._end(choice, "finished", reason, now)
+        self._actions.append(FinishChoice(choice.owner, choice.index, reason, usage, stop_id))
+
+    def fail(self, choice: ChoiceState, error: TriremeError, now: float, *, cancel: bool = True, cause: Cause | None = None) -> None:
+        """To ended, with an error. ``cancel``: tell the replica to drop the choice. ``cause``: its attempt was lost by that."""
+        if cause is not None:
+            self._lose_attempt(choice, cause, now)
+        self.stats[choice.request.body.model].note_failure(choice.trail)
+        self._release(choice, cancel=cancel)
+        self._end(choice, "failed", error.code, now)
+        self._actions.append(FailChoice(choice.owner, choice.index, error))
+
+    def cancel(self, choice: ChoiceState, now: float) -> None:
+        """To ended: nobody waits for it any more, and its frontend knows. Nothing where it has ended."""
+        if choice.phase != "ended":
+            self._release(choice, cancel=True)
+            self._end(choice, "cancelled", "the caller left", now)
+
+    def stop(self, choice: ChoiceState, now: float) -> None:
+        """To ended: its frontend has all that it wanted. Nothing where it has ended."""
+        if choice.phase != "ended":
+            self.stats[choice.request.body.model].note_end(choice.trail, now)
+            self._release(choice, cancel=True)
+            self._end(choice, "cancelled", "the frontend stopped it", now)
+
+    def _lose_attempt(self, choice: ChoiceState, cause: Cause, now: float) -> None:
+        attempt = choice.trail[-1]
+        attempt.cause, attempt.ended_at = cause, now
+        self.stats[choice.request.body.model].note_moved(cause)
+
+    def _release(self, choice: ChoiceState, *, cancel: bool) -> None:
+        """Out of the queue, or off its stream; ``cancel``: tell the replica to drop it."""
+        replica = choice.replica
+        if replica is None:
+            self.queues[choice.request.body.model].remove(choice)
+            return
+        del self.streams[choice.stream]
+        replica.remove_stream(choice.stream, paused=choice.starved)
+        choice.replica, choice.starved = None, False
+        if cancel:
+            self.tell(replica.peer, Cancel(boot=self._boot, stream=choice.stream, attempt=choice.attempt))
+
+    def _end(self, choice: ChoiceState, end: End, reason: str, now: float) -> None:
+        """A released choice is over, and its request too if it was the last."""
+        request = choice.request
+        choice.phase, choice.end, choice.reason, choice.ended_at = "ended", end, reason, now
+        self.counts[end] += 1
+        request.live -= 1
+        if not request.live:
+            del self.requests[request.id]
+            self.history.add(request.story())
+
+    # --- time
+
+    def expire_deadlines(self, now: float) -> None:
+        """Fail the choices of requests whose deadline has passed."""
+        if now < self._next_deadline:
+            return
+        for request in [request for request in self.requests.values() if now >= request.deadline]:
+            limit = request.deadline - request.arrived
+            for choice in request.choices:
+                if choice.phase != "ended":
+                    why = f"it was {choice.phase}"
+                    self.fail(choice, DeadlineExceeded(f"the request was not done within its {limit:.1f} s", why), now)
+        self._next_deadline = min((request.deadline for request in self.requests.values()), default=inf)
+
+    def requeue_unanswered(self, now: float) -> None:
+        """Requeue the choices whose Submit or Attach was not answered in time."""
+        if now < self._next_answer:
+            return
+        sent = [choice for choice in self.streams.values() if choice.phase == "sent"]
+        for choice in sent:
+            if now >= choice.sent_at + self._accept_s:
+                self.requeue(choice, "unanswered", now, cancel=True)
+        self._next_answer = min((choice.sent_at + self._accept_s for choice in sent if choice.phase == "sent"), default=inf)
+
+    # --- what happened, and snapshots
+
+    def stories(self, request_id: str) -> list[RequestStory]:
+        """What happened to the requests with this id: the kept ones that have ended, then the live ones."""
+        live = [request.story() for request in self.requests.values() if request.body.request_id == request_id]
+        return self.history.find(request_id) + live
+
+    def snapshot(self) -> RequestTableSnapshot:
+        ids = {model: queue.ids() for model, queue in self.queues.items()}
+        return RequestTableSnapshot(
+            serial=self._serial,
+            requests=[request.snapshot() for request in self.requests.values()],
+            returned={model: returned for model, (returned, _) in ids.items()},
+            fresh={model: fresh for model, (_, fresh) in ids.items()},
+            counts=dict(self.counts),
+        )
+
+    def restore(self, found: RequestTableSnapshot, registry: ReplicaRegistry) -> None:
+        """Take over the state that ``found`` was taken of; only into an empty table. Prompts and tokens have their lengths alone, and
+        nobody owns the requests. ``registry``: restored from the same moment."""
+        assert not self.requests and not self._serial
+        self._serial = found.serial
+        self.counts.update(found.counts)
+        choices: dict[int, ChoiceState] = {}
+        for one in found.requests:
+            params = SamplingParams(max_tokens=one.max_tokens)
+            body = RouterRequest(
+                client="", request_id=one.request_id, model=one.model, prompt_ids=[0] * one.prompt_tokens, params=params,
+                n=len(one.choices), attempt=one.client_attempt,
+            )  # fmt: skip
+            deadline = one.deadline if one.deadline is not None else inf
+            request = RequestState(SubmitRequest(id=one.id, request=body, session=one.session), one.arrived, deadline)
+            request.choices = [_restored(request, index, choice, registry) for index, choice in enumerate(one.choices)]
+            request.live = sum(choice.phase != "ended" for choice in request.choices)
+            self.requests[one.id] = request
+            self._next_deadline = min(self._next_deadline, deadline)
+            choices.update((choice.id, choice) for choice in request.choices)
+            for choice in request.choices:
+                for attempt in choice.trail:
+                    if attempt.cause:
+                        self.stats[one.model].note_moved(attempt.cause)
+        for model, queue in self.queues.items():
+            for id in found.returned[model]:
+                queue.push_returned(choices[id])
+            for id in found.fresh[model]:
+                queue.push(choices[id])
+        placed = [choice for choice in choices.values() if choice.replica is not None]
+        self.streams = {choice.stream: choice for choice in sorted(placed, key=lambda choice: choice.stream)}
+        self._next_answer = min((choice.sent_at + self._accept_s for choice in placed), default=inf)
+
+    def _next(self) -> int:
+        """A number that was never given before: ids of choices and streams."""
         self._serial += 1
         return self._serial
 
-    def find(self, replica: Replica, stream: int, attempt: int) -> ChoiceState | None:
-        """The row on this stream, if the message is of its present placement."""
-        row = self.streams.get(stream)
-        return row if row is not None and row.attempt == attempt and row.replica is replica else None
-
-    def place(self, row: ChoiceState, replica: Replica, placement: Attempt, now: float) -> None:
-        """From its line to a new stream at ``replica``, as ``placement`` says."""
-        self.lines[row.request.model].remove(row)
-        row.stream = self.next()
-        row.phase, row.replica, row.sent_at, row.held = "sent", replica, now, len(row.emitted)
-        self.streams[row.stream] = row
-        replica.streams[row.stream] = placement.tokens
-        replica.own_tokens += placement.tokens
-        replica.chosen = row.stream
-        placement.attempt, placement.held = row.attempt, row.held
-        placement.queued_at, placement.sent_at = row.queued_at, now
-        row.trail.append(placement)
-        self.tallies[row.request.model].placed(row.trail)
-        self.settle(row)
-
-    def began(self, row: ChoiceState, now: float) -> None:
-        """The first tokens since it was sent are here, so its prompt is computed."""
-        replica = row.replica
-        assert replica is not None
-        row.phase = "running"
-        replica.own_tokens -= replica.streams[row.stream]
-        replica.streams[row.stream] = 0
-        self.tallies[row.request.model].began(row.trail, now)
-
-    def settle(self, row: ChoiceState) -> None:
-        """Note whether a placed row's client takes anything now; call it when its credit ends or comes again."""
-        starved = row.credit <= 0
-        if row.replica is not None and starved != row.starved:
-            row.starved = starved
-            row.replica.paused += 1 if starved else -1
-
-    def restream(self, row: ChoiceState, now: float) -> None:
-        """To another stream at the same replica."""
-        replica = row.replica
-        assert replica is not None
-        tokens = replica.streams.pop(row.stream)
-        del self.streams[row.stream]
-        row.stream = self.next()
-        self.streams[row.stream], replica.streams[row.stream] = row, tokens
-        row.phase, row.sent_at = "sent", now
-
-    def release(self, row: ChoiceState) -> Replica | None:
-        """Out of its place; returns the replica that still works on it."""
-        replica = row.replica
-        if replica is None:
-            self.lines[row.request.model].remove(row)
-            return None
-        del self.streams[row.stream]
-        replica.own_tokens -= replica.streams.pop(row.stream)
-        replica.paused -= row.starved
-        row.replica, row.starved = None, False
-        return replica
-
-    def requeue(self, row: ChoiceState, now: float) -> None:
-        """A released row goes to the front of its line."""
-        row.phase, row.queued_at = "queued", now
-        self.lines[row.request.model].push_front(row)
-
-    def end(self, row: ChoiceState, how: str) -> None:
-        """A released row is over; its request too, if it was the last."""
-        row.phase = "ended"
-        self.counts[how] += 1
-        row.request.live -= 1
-        if not row.request.live:
-            del self.requests[row.request.id]
-
-    def check(self, fleet: ReplicaRegistry) -> None:
-        """Assert that every live row is in exactly one place and that every index agrees."""
-        fleet.check()
-        rows = 0
+    def check(self, registry: ReplicaRegistry) -> None:
+        """Assert that every live choice is in exactly one place and that every index and sum agrees."""
+        registry.check()
+        live_choices = 0
         for request in self.requests.values():
-            live = [row for row in request.rows if row.phase != "ended"]
+            live = [choice for choice in request.choices if choice.phase != "ended"]
             assert live and request.live == len(live), f"request {request.id}: live count"
-            rows += len(live)
-            for row in live:
-                queued = row in self.lines[request.model]
-                assert queued == (row.phase == "queued"), f"row {row.id}: {row.phase} but queued={queued}"
-                assert (row.replica is None) == queued, f"row {row.id}: a place and a queue"
-                if row.replica is not None:
-                    assert self.streams.get(row.stream) is row and row.stream in row.replica.streams, f"row {row.id}: stream"
-                    assert row.starved == (row.credit <= 0), f"row {row.id}: paused or not"
-                    assert row.replica.state != "lost" and fleet.replicas.get(row.replica.name) is row.replica
-        queued_rows = sum(map(len, self.lines.values()))
-        assert rows == len(self.streams) + queued_rows, "a row is in no place or in two"
-        assert len(self.streams) == sum(len(replica.streams) for replica in fleet.replicas.values()), "placements differ"
-        for replica in fleet.replicas.values():
-            assert replica.own_tokens == sum(replica.streams.values()), f"replica {replica.name}: prompt tokens"
-        assert sum(row.starved for row in self.streams.values()) == sum(replica.paused for replica in fleet.replicas.values()), "paused"
+            live_choices += len(live)
+            for choice in live:
+                queued = choice in self.queues[request.body.model]
+                assert queued == (choice.phase == "queued"), f"choice {choice.id}: {choice.phase} but queued={queued}"
+                assert (choice.replica is None) == queued, f"choice {choice.id}: a stream and a place in the queue"
+                if choice.replica is not None:
+                    assert self.streams.get(choice.stream) is choice and choice.stream in choice.replica.streams, (
+                        f"choice {choice.id}: stream"
+                    )
+                    assert choice.starved == (choice.credit <= 0), f"choice {choice.id}: paused or not"
+                    assert choice.replica.state != "lost" and registry.replicas.get(choice.replica.name) is choice.replica
+        replicas = registry.replicas.values()
+        assert live_choices == len(self.streams) + sum(map(len, self.queues.values())), "a choice is in no place or in two"
+        assert len(self.streams) == sum(len(replica.streams) for replica in replicas), "streams differ"
+        assert sum(choice.starved for choice in self.streams.values()) == sum(replica.paused for replica in replicas), "paused"
         ended = self.counts["finished"] + self.counts["failed"] + self.counts["cancelled"]
-        assert self.counts["accepted"] == ended + rows, "a row ended twice or never"
-        for model, tally in self.tallies.items():
-            for cause, moved in tally.moved.items():
-                assert tally.resumed[cause] + tally.failed[cause] <= moved, f"{model}: more came of rows that moved ({cause}) than did"
+        assert self.counts["accepted"] == ended + live_choices, "a choice ended twice or never"
+        for model, stats in self.stats.items():
+            for cause, moved in stats.moved.items():
+                assert stats.resumed[cause] + stats.failed[cause] <= moved, f"{model}: more came of choices that moved ({cause}) than did"
+
+
+def _restored(request: RequestState, index: int, found: ChoiceSnapshot, registry: ReplicaRegistry) -> ChoiceState:
+    choice = ChoiceState(request, found.id, index, request.body.params, [0] * found.emitted)
+    choice.phase, choice.resumed_from, choice.granted = found.phase, found.resumed_from, found.granted
+    choice.replica = registry.replicas[found.replica] if found.replica else None
+    choice.stream, choice.attempt, choice.attempts, choice.starved = found.stream, found.attempt, found.attempts, found.starved
+    choice.deaths, choice.emitted_at_send, choice.ended_short = found.deaths, found.emitted_at_send, found.ended_short
+    choice.queued_at, choice.sent_at = found.queued_at, found.sent_at
+    choice.prompt_logprobs_sent, choice.trail = found.prompt_logprobs_sent, list(found.trail)
+    return choice

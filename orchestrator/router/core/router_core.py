@@ -1,381 +1,437 @@
 """The routing core: which request runs where, and what its client has been given.
 
-Owns every accepted request until its last token, the queues, and (through
-:class:`~orchestrator.router.core.replica_registry.ReplicaRegistry`) the replica table. A pure state machine: each method is one event with
-its time, what must be done about it collects in :meth:`RouterCore.take`. Never reads a clock, a socket or a random number; the simulator
-runs this same object.
+A pure state machine: :meth:`RouterCore.handle` takes one event with its time and returns what must be done about it. It never reads a
+clock, a socket or a random number; the simulator and the replay of a dump run this same object.
 
-Bounds: ``max_queue`` rows waiting per model (rows that lost their replica are let in above it), ``max_batch_size`` + lookahead rows in
-flight per replica, a deadline on everything that waits. Terminal messages: exactly one of Finished and Errored a choice, unless its door
-ended it by :meth:`RouterCore.finish` or :meth:`RouterCore.cancel`.
+Owns three parts, each the only writer of its own state: the :class:`~orchestrator.router.core.request_table.RequestTable` (every accepted
+request until its last token), the :class:`~orchestrator.router.core.replica_registry.ReplicaRegistry`, and what the choice of a replica
+is learnt from (sessions, prefixes, service rates). It judges events and calls the transitions of those.
+
+Bounds: ``max_queue`` choices waiting per model (choices that lost their replica are let in above it), ``max_batch_size`` + lookahead
+choices in flight per replica, a deadline on everything that waits. Terminal actions: exactly one of ``FinishChoice`` and ``FailChoice`` a
+choice, unless its frontend ended it by ``StopChoice`` or ``CancelRequest``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from math import inf
 
 import msgspec
 
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.core.policy import LeastWaitPolicy
-from orchestrator.router.core.replica_registry import HelloRefused, Replica, ReplicaRegistry
-from orchestrator.router.core.request import RouterRequest
-from orchestrator.router.core.request_state import (
-    Action,
-    ChoiceState,
-    DeliverPromptLogprobs,
-    DeliverTokens,
-    Delivery,
-    RequestState,
-    SendMessage,
+from orchestrator.router.core.actions import Action
+from orchestrator.router.core.events import (
+    AddCredit,
+    CancelRequest,
+    PeerUnreachable,
+    ReplicaMessage,
+    RouterEvent,
+    StopAccepting,
+    StopChoice,
+    SubmitRequest,
+    Tick,
 )
-from orchestrator.router.core.request_table import RequestTable
+from orchestrator.router.core.history import RequestStory
+from orchestrator.router.core.policy import DEFAULT_POLICY, POLICIES, PlacementQuery, RoutingPolicy
+from orchestrator.router.core.prefix_index import PrefixIndexes, PrefixLookup
+from orchestrator.router.core.replica_registry import HelloRefused, Replica, ReplicaRegistry, ReplicaSnapshot
+from orchestrator.router.core.request_table import ChoiceState, RequestTable, RequestTableSnapshot
+from orchestrator.router.core.service_rate import ServiceRate, ServiceRateSnapshot
+from orchestrator.router.core.session_table import SessionTable
 from orchestrator.router.core.stats import LossKind
-from orchestrator.router.core.transitions import Transitions
+from orchestrator.router.core.wait_estimate import first_token_ms
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
-from workers.protocol.messages import UNLIMITED, Accepted, Bye, Cancel, Done, Failed, FromReplica, Heartbeat, Hello, RouterHeartbeat, Tokens
+from workers.protocol.messages import Accepted, Bye, Done, Failed, Heartbeat, Hello, RouterHeartbeat, Tokens, Usage
 
-#: Codes with which a replica hands a row back unharmed: another one may take it.
-BOUNCES = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})
-#: A row that got on by more tokens than this at a replica did not end it where it may have ended the one before.
-PROGRESS_TOKENS = 4
+#: Codes with which a replica hands a choice back unharmed: another one may take it.
+REFUSALS = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})
 #: A Submit or Attach that was not answered for this long (seconds) is taken as lost, though the replica lives.
 ACCEPT_S = 5.0
 
 
+class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a routing core is made with, for a dump. The router's peers are left out: they are addresses and keys."""
+
+    boot: str
+    router: str
+    models: list[str]
+    admission: AdmissionSpec
+    replica_timeout_s: float
+    hang_floor_s: float
+    accept_s: float
+    policy: str
+
+
+class CoreSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole state of a :class:`RouterCore` between two events, but its measures and what it believes of prefix caches."""
+
+    closing: bool
+    replicas: list[ReplicaSnapshot]
+    table: RequestTableSnapshot
+    sessions: dict[str, str]
+    rates: dict[str, ServiceRateSnapshot]
+
+
 class RouterCore:
-    """State of one router. ``greeting``: what it answers Hello with; its nonce is in every message. ``models``: every name and alias to the
-    model it means."""
+    """State of one router. ``greeting``: its answer to Hello; the nonce in it is in every message. ``policy``: by default the one of
+    :data:`~orchestrator.router.core.policy.DEFAULT_POLICY`."""
 
     def __init__(
-        self,
-        greeting: RouterHeartbeat,
-        models: Mapping[str, str],
-        admission: AdmissionSpec,
-        fleet: ReplicaRegistry,
-        *,
-        accept_s: float = ACCEPT_S,
-    ) -> None:
-        self.boot, self._greeting, self.fleet = greeting.boot, greeting, fleet
-        self._models, self._admission = dict(models), admission
-        self._board = RequestTable(models.values())
-        self._chooser = LeastWaitPolicy(self._board.lines)
-        self._places = Transitions(self.boot, self._board, self._chooser, fleet, admission, accept_s)
+        self, greeting: RouterHeartbeat, models: Iterable[str], admission: AdmissionSpec, registry: ReplicaRegistry, *,
+        accept_s: float = ACCEPT_S, policy: RoutingPolicy | None = None, prefixes: PrefixLookup | None = None,
+    ) -> None:  # fmt: skip
+        self.boot, self._greeting, self.registry = greeting.boot, greeting, registry
+        self._admission, self._accept_s = admission, accept_s
+        self._table = RequestTable(self.boot, models, accept_s)
+        self._policy = policy if policy is not None else POLICIES[DEFAULT_POLICY]()
+        self._prefixes: PrefixLookup = prefixes if prefixes is not None else PrefixIndexes()
+        self._sessions = SessionTable()
+        self._rates = {model: ServiceRate() for model in self._table.queues}
         self.closing = False
-        self.counts, self.tallies = self._board.counts, self._board.tallies
+        self.counts, self.stats = self._table.counts, self._table.stats
+        #: What the prefix lookup answered during the last event: one list a placement that was tried with several replicas known.
+        self.prefix_answers: list[list[int]] = []
 
-    # --- what doors do
+    def handle(self, event: RouterEvent, now: float) -> list[Action]:
+        """Take in one event; ``now`` is its time, seconds, never less than that of the event before. Returns what is to be done, in order.
 
-    def submit(self, ask: RouterRequest, now: float, owner: object = None) -> int:
-        """Accept a request and return its id; all that is delivered for it is addressed to ``owner``, else to the id.
-
-        Raises NotFound, Overloaded (with ``retry_after``), Unavailable (closing), DeadlineExceeded.
+        Raises NotFound, Overloaded (with ``retry_after``), Unavailable (closing) and DeadlineExceeded for a ``SubmitRequest`` that is not
+        accepted; nothing is delivered for it.
         """
-        model = self._models.get(ask.model)
-        if model is None:
-            raise NotFound(f"the model {ask.model[:64]!r} does not exist", code="model_not_found", param="model")
+        self.prefix_answers = []
+        if isinstance(event, ReplicaMessage):
+            self._on_message(event, now)
+        elif isinstance(event, AddCredit):
+            self._table.add_credit(event.ids, event.tokens)
+        elif isinstance(event, SubmitRequest):
+            self._on_submit(event, now)
+        elif isinstance(event, StopChoice):
+            self._on_stop(event, now)
+        elif isinstance(event, CancelRequest):
+            self._on_cancel(event, now)
+        elif isinstance(event, Tick):
+            self._on_tick(now)
+        elif isinstance(event, PeerUnreachable):
+            replica = self.registry.at(event.peer)
+            if replica is not None:
+                self._lose(replica, "unreachable", "unreachable", now)
+        elif isinstance(event, StopAccepting):
+            self.closing = True
+        else:
+            self._on_abort(now)
+        return self._table.take_actions()
+
+    # --- what frontends do
+
+    def _on_submit(self, event: SubmitRequest, now: float) -> None:
+        request, model = event.request, event.request.model
+        queue = self._table.queues.get(model)
+        if queue is None:
+            raise NotFound(f"the model {model[:64]!r} does not exist", code="model_not_found", param="model")
         if self.closing:
             raise Unavailable("the router is shutting down", "", "ask another router", retry_after=1.0)
-        if ask.deadline_s is not None and ask.deadline_s <= 0:
+        if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceeded("the request's deadline has passed", "it arrived with no time left")
-        line = self._board.lines[model]
-        free = 0 if line else sum(replica.free_rows for replica in self.fleet.serving(model))
-        if len(line) + ask.n > self._admission.max_queue + free:
-            self.counts["overloaded"] += 1
+        free = 0 if queue else sum(replica.free_places for replica in self.registry.serving(model))
+        if len(queue) + request.n > self._admission.max_queue + free:
+            self._table.count("overloaded")
             raise Overloaded(
-                f"{len(line)} requests wait for {model!r} already",
+                f"{len(queue)} requests wait for {model!r} already",
                 "the queue is full",
                 "retry later",
-                retry_after=self._chooser.retry_after(model, len(line), now),
+                retry_after=self._rates[model].retry_after(len(queue), now),
             )
         limit = self._admission.request_timeout_s or inf
-        id = self._board.next()
-        request = RequestState(id, owner or id, ask, model, now, now + min(limit, ask.deadline_s if ask.deadline_s is not None else inf))
-        for choice in range(ask.n):
-            params = ask.params if choice == 0 else msgspec.structs.replace(ask.params, seed=(ask.params.seed + choice) % 2**63)
-            row = ChoiceState(request, self._board.next(), choice, params, ask.emitted[choice] if choice < len(ask.emitted) else [])
-            request.rows.append(row)
-            request.live += 1
-        self._places.admit(request)
-        self.counts["accepted"] += ask.n
-        self._places.fill(model, now)
-        return request.id
+        self._table.accept(event, now, now + min(limit, request.deadline_s if request.deadline_s is not None else inf))
+        self._place_waiting(model, now)
 
-    def cancel(self, request: int, now: float) -> None:
-        """The caller is gone. Unknown ids are ignored: the request ended by itself meanwhile."""
-        record = self._board.requests.get(request)
-        if record is not None:
-            for row in record.rows:
-                self._places.abandon(row)
-            self._places.fill(record.model, now)
+    def _on_cancel(self, event: CancelRequest, now: float) -> None:
+        request = self._table.requests.get(event.id)
+        if request is not None:
+            for choice in request.choices:
+                self._table.cancel(choice, now)
+            self._place_waiting(request.body.model, now)
 
-    def finish(self, request: int, choice: int, now: float) -> None:
-        """The door ended this choice itself."""
-        record = self._board.requests.get(request)
-        if record is not None:
-            self._places.stop(record.rows[choice], now)
-            self._places.fill(record.model, now)
+    def _on_stop(self, event: StopChoice, now: float) -> None:
+        request = self._table.requests.get(event.id)
+        if request is not None:
+            self._table.stop(request.choices[event.choice], now)
+            self._place_waiting(request.body.model, now)
 
-    def credit(self, request: int, tokens: int) -> None:
-        """Grant ``tokens`` more to every live choice."""
-        record = self._board.requests.get(request)
-        if record is None:
-            return
-        for row in record.rows:
-            if row.phase == "ended" or row.granted >= UNLIMITED:
-                continue
-            row.granted = min(UNLIMITED, row.granted + tokens)
-            self._board.settle(row)
-            if row.replica is not None:
-                self._places.grant(row.replica, row.stream, tokens)
-
-    def close(self) -> None:
-        """Take nothing new; what runs goes on."""
-        self.closing = True
-
-    def abort(self, now: float) -> None:
-        """End everything that is left: the router stops."""
-        for request in list(self._board.requests.values()):
-            for row in request.rows:
-                if row.phase != "ended":
-                    self._places.fail(
-                        row, Unavailable("the router stopped", "its grace period is over", "retry at another router", retry_after=1.0)
-                    )
-        for replica in self.fleet.replicas.values():
+    def _on_abort(self, now: float) -> None:
+        for request in list(self._table.requests.values()):
+            for choice in request.choices:
+                if choice.phase != "ended":
+                    error = Unavailable("the router stopped", "its grace period is over", "retry at another router", retry_after=1.0)
+                    self._table.fail(choice, error, now)
+        for replica in self.registry.replicas.values():
             if replica.state != "lost":
-                self._places.send(replica, Bye(boot=self.boot, reason="closing"))
+                self._table.tell(replica.peer, Bye(boot=self.boot, reason="closing"))
 
     # --- what replicas say
 
-    def hear(self, peer: bytes, user: str, message: FromReplica, now: float) -> None:
-        """One message of a connection whose sender is authenticated as ``user``."""
+    def _on_message(self, event: ReplicaMessage, now: float) -> None:
+        peer, user, message = event.peer, event.user, event.message
         if isinstance(message, Hello):
-            self._hello(peer, user, message, now)
+            self._on_hello(peer, user, message, now)
             return
         if isinstance(message, Bye):
-            leaver = self.fleet.at(peer)
+            leaver = self.registry.at(peer)
             if leaver is not None and leaver.user == user:
                 self._lose(leaver, "left", f"said goodbye: {message.reason}", now)
             return
-        replica, moved = self.fleet.speaker(peer, user, message.boot)
+        replica, moved = self.registry.speaker(peer, user, message.boot)
         if replica is None:
-            # RouterHeartbeat carries this router's nonce: a leader that has not greeted it says Hello.
-            self.counts["unknown_speakers"] += 1
+            self._table.count("unknown_speakers")
             if isinstance(message, Heartbeat):
-                self._places.actions.append(SendMessage(peer, self._greeting))
+                # The greeting has this router's nonce: a leader that has not said Hello to this process does so.
+                self._table.tell(peer, self._greeting)
             return
-        replica.seen = now
+        replica.note_heard(now)
         if moved:
-            self._reattach(replica, now)
+            self._reattach_all(replica, now)
         if isinstance(message, Tokens):
-            self._tokens(replica, message, now)
+            for choice in self._table.on_tokens(replica, message, now):
+                self._policy.on_first_token(replica.name, now - choice.trail[-1].sent_at)
         elif isinstance(message, Heartbeat):
-            self._heartbeat(replica, message, now)
+            self._on_heartbeat(replica, message, now)
         elif isinstance(message, Accepted):
-            row = self._board.find(replica, message.stream, message.attempt)
-            if row is not None and row.phase == "sent":
-                row.phase = "accepted"
+            self._table.on_accepted(replica, message.stream, message.attempt, now)
         elif isinstance(message, Done):
-            self._done(replica, message, now)
+            self._on_done(replica, message, now)
         else:
-            self._failed(replica, message, now)
+            self._on_failed(replica, message, now)
         if replica.state == "ready":
-            self._places.fill(replica.model, now)
+            self._place_waiting(replica.model, now)
 
-    def unreachable(self, peer: bytes, now: float) -> None:
-        """A send failed: the connection is gone or has taken nothing for a whole high-water mark."""
-        replica = self.fleet.at(peer)
-        if replica is not None:
-            self._lose(replica, "unreachable", "unreachable", now)
-
-    def tick(self, now: float) -> None:
-        """Find what took too long; call every 50 to 200 ms."""
-        for replica in self.fleet.silent(now):
-            self._lose(replica, "silent", f"silent for {now - replica.seen:.1f} s", now)
-        self.fleet.pardon(now)
-        self.fleet.forget(now)
-        self._places.expire(now)
-
-    # --- what the shell asks
-
-    def take(self) -> list[Action]:
-        """Hand over what is to be done, in order."""
-        actions, self._places.actions = self._places.actions, []
-        return actions
-
-    def resolve(self, name: str) -> str | None:
-        """The model that a name or an alias means."""
-        return self._models.get(name)
-
-    def waiting(self, model: str) -> int:
-        return len(self._board.lines[model])
-
-    @property
-    def models(self) -> Iterable[str]:
-        return self._board.lines.keys()
-
-    @property
-    def live(self) -> int:
-        """Requests not ended."""
-        return len(self._board.requests)
-
-    @property
-    def placed(self) -> int:
-        """Rows at replicas."""
-        return len(self._board.streams)
-
-    def check(self) -> None:
-        """Assert that every live row is in exactly one place and that every index agrees."""
-        self._board.check(self.fleet)
-
-    # --- replicas
-
-    def _hello(self, peer: bytes, user: str, hello: Hello, now: float) -> None:
-        verdict = self.fleet.hello(peer, user, hello, now) if hello.model in self._board.lines else HelloRefused("model")
+    def _on_hello(self, peer: bytes, user: str, hello: Hello, now: float) -> None:
+        verdict = self.registry.hello(peer, user, hello, now) if hello.model in self._table.queues else HelloRefused("model")
         if isinstance(verdict, HelloRefused):
-            self.counts["refused_hellos"] += 1
-            self._places.actions.append(SendMessage(peer, Bye(boot=self.boot, reason=verdict.reason)))
+            self._table.count("refused_hellos")
+            self._table.tell(peer, Bye(boot=self.boot, reason=verdict.reason))
             return
         if verdict.replaced is not None:
             old = verdict.replaced
             if old.peer != peer and old.state != "lost":
-                self._places.actions.append(SendMessage(old.peer, Bye(boot=self.boot, reason="stale")))
+                self._table.tell(old.peer, Bye(boot=self.boot, reason="stale"))
             self._lose(old, "replaced", "replaced by a newer process", now)
-        self._places.actions.append(SendMessage(peer, self._greeting))
+        self._table.tell(peer, self._greeting)
         if not verdict.fresh:
-            self._reattach(verdict.replica, now)
-        self._places.fill(hello.model, now)
+            self._reattach_all(verdict.replica, now)
+        self._place_waiting(hello.model, now)
 
-    def _heartbeat(self, replica: Replica, heartbeat: Heartbeat, now: float) -> None:
-        lost = self.fleet.judge(replica, heartbeat, now)
+    def _on_heartbeat(self, replica: Replica, heartbeat: Heartbeat, now: float) -> None:
+        lost = self.registry.judge(replica, heartbeat, now)
         if lost:
             self._lose(replica, "hung", lost, now)
             return
-        accepted, waiting = 0, []
-        for stream, tokens in replica.streams.items():
-            row = self._board.streams[stream]
-            if row.phase != "sent":
-                accepted += not row.starved
-                if tokens:
-                    waiting.append(stream)
-        replica.beat(heartbeat, accepted, waiting, now)
+        if heartbeat.stats.prefixes:
+            self._prefixes.note_cached(replica, heartbeat.stats.prefixes)
+        accepted, waiting = self._table.counted_by(replica)
+        replica.heartbeat(heartbeat, accepted, waiting, now)
+
+    def _on_done(self, replica: Replica, done: Done, now: float) -> None:
+        choice = self._table.find(replica, done.stream, done.attempt)
+        if choice is None:
+            return
+        emitted = len(choice.emitted)
+        if done.usage.output_tokens > emitted:
+            # The end came, tokens before it did not. The choice is over there, so it goes on from here elsewhere.
+            if not self._table.requeue_short(choice, now):
+                why = f"it counts {done.usage.output_tokens} tokens, {emitted} arrived"
+                error = EngineFault("a replica ended the request before its last token", why, "retry")
+                self._table.fail(choice, error, now, cancel=False)
+            return
+        self._rates[replica.model].note_end(emitted, now)
+        self._policy.on_end(replica.name, emitted)
+        replica.note_end(now - choice.sent_at)
+        if not self._alone:
+            self._prefixes.note_end(choice, replica)
+        self._table.finish(choice, done.reason, done.usage, done.stop_id, now)
+
+    def _on_failed(self, replica: Replica, failed: Failed, now: float) -> None:
+        choice = self._table.find(replica, failed.stream, failed.attempt)
+        if choice is None:
+            return
+        if failed.code in REFUSALS:
+            if failed.code != "not_found":  # one that does not know the choice has only lost that one
+                replica.refuse()
+            self._table.requeue(choice, "refused", now, cancel=False)
+            return
+        if failed.code == "nan_logits" and replica.add_fault(now):
+            self._table.count("quarantines")
+        self._table.fail(choice, from_code(failed.code, failed.message, retry_after=failed.retry_after), now, cancel=False)
 
     def _lose(self, replica: Replica, loss: LossKind, reason: str, now: float) -> None:
-        """Its rows go back to the front of the queue. The loss may be their doing, but where it ``left`` by itself."""
-        if not self.fleet.lose(replica, reason, now):
+        """Its choices go back to the front of the queue. The loss may be their doing, except where the replica ``left`` by itself."""
+        if not self.registry.lose(replica, reason, now):
             return
-        self.counts["replicas_lost"] += 1
-        # Still told to drop them: a replica that was only stopped or cut off works on.
-        rows = [self._board.streams[stream] for stream in replica.streams]
-        guilty = self._blame(rows) if loss != "left" else ()
-        self.tallies[replica.model].losses[loss] += 1
-        for row in rows:
-            if row in guilty:
+        self._prefixes.forget(replica)
+        self._table.count("replicas_lost")
+        self.stats[replica.model].losses[loss] += 1
+        choices = self._table.at(replica)
+        guilty = self._table.blame(choices, self._admission.replica_limit) if loss != "left" else []
+        for choice in choices:
+            # Either way the replica is told to drop it: one that was only stopped or cut off goes on with it.
+            if choice in guilty:
                 error = ReplicaLost(
-                    f"{row.deaths} replicas were lost while they ran this request",
+                    f"{choice.deaths} replicas were lost while they ran this request",
                     reason,
                     "the request may be what ends them",
                     code="replica_limit",
                 )
-                self.tallies[replica.model].moves(row.trail, loss, now)
-                self._places.fail(row, error)
+                self._table.fail(choice, error, now, cause=loss)
             else:
-                self._places.put_back(row, loss, now, cancel=True)
-        self._places.fill(replica.model, now)
+                self._table.requeue(choice, loss, now, cancel=True)
+        self._place_waiting(replica.model, now)
 
-    def _blame(self, rows: list[ChoiceState]) -> list[ChoiceState]:
-        """Count a death against those of ``rows`` that were accepted; returns the ones that must not end another replica.
+    def _reattach_all(self, replica: Replica, now: float) -> None:
+        """Messages may have been lost with the old connection: ask for every choice again from what is here."""
+        for choice in self._table.at(replica):
+            self._table.reattach(choice, now)
 
-        What ends a replica ends the next one at the same place, so a row that got on meanwhile starts over. Where some of those at the
-        limit never gave a token, it is they: the others had run beside them or before them.
-        """
-        accepted = [row for row in rows if row.phase != "sent"]
-        for row in accepted:
-            row.deaths = 1 if len(row.emitted) - row.held > PROGRESS_TOKENS else row.deaths + 1
-        suspects = [row for row in accepted if row.deaths >= self._admission.replica_limit]
-        return [row for row in suspects if len(row.emitted) == row.base] or suspects
+    # --- time
 
-    def _reattach(self, replica: Replica, now: float) -> None:
-        """Messages may have been lost with the old connection: ask for every row again from what is here."""
-        for stream in list(replica.streams):
-            self._places.attach(self._board.streams[stream], now)
+    def _on_tick(self, now: float) -> None:
+        for replica in self.registry.silent(now):
+            self._lose(replica, "silent", f"silent for {now - replica.seen:.1f} s", now)
+        self.registry.end_quarantines(now)
+        self.registry.forget(now)
+        self._table.expire_deadlines(now)
+        self._table.requeue_unanswered(now)
+        for model, queue in self._table.queues.items():
+            self._place_waiting(model, now)
+            if queue and self._admission.queue_timeout_s:
+                self._expire_queue(model, now)
 
-    # --- streams
+    def _expire_queue(self, model: str, now: float) -> None:
+        limit = self._admission.queue_timeout_s
+        queue = self._table.queues[model]
+        for choice in queue.since(now - limit):
+            waited = f"the request waited {limit:.0f} s for a replica of {model!r}"
+            retry = self._rates[model].retry_after(len(queue), now)
+            if any(replica.state == "ready" for replica in self.registry.serving(model)):
+                self._table.fail(choice, Overloaded(waited, "all are busy", "retry later", retry_after=retry), now)
+            else:
+                hint = "retry later, or see `trireme status`"
+                self._table.fail(choice, Unavailable(waited, "none is ready", hint, retry_after=retry), now)
 
-    def _tokens(self, replica: Replica, message: Tokens, now: float) -> None:
-        for stream, prompt in message.prompt_logprobs or ():
-            row = self._board.streams.get(stream)
-            if row is not None and row.replica is replica and not row.scored:
-                row.scored = True
-                self._places.actions.append(DeliverPromptLogprobs(row.owner, row.choice, prompt))
-        streams, logprobs = self._board.streams, message.logprobs
-        attempts, firsts = message.attempts, message.firsts
-        rows: list[Delivery] = []
-        for i, (stream, tokens) in enumerate(zip(message.streams, message.tokens, strict=True)):
-            row = streams.get(stream)
-            if row is None or row.attempt != attempts[i] or row.replica is not replica:
-                self._stale(replica, stream, len(tokens), row)
+    # --- placing
+
+    @property
+    def _alone(self) -> bool:
+        """There is no other replica to choose, so nothing need be remembered for the choice."""
+        return len(self.registry.replicas) == 1
+
+    def _place_waiting(self, model: str, now: float) -> None:
+        """Choices of the queue to replicas, as many as there is room for."""
+        queue = self._table.queues[model]
+        while (choice := queue.first()) is not None:
+            if len(choice.emitted) >= choice.params.max_tokens:
+                # All its tokens are here, only its Done was lost.
+                usage = Usage(prompt_tokens=len(choice.request.body.prompt_ids), output_tokens=len(choice.emitted))
+                self._table.finish(choice, "length", usage, None, now)
                 continue
-            if row.phase != "running":
-                self._board.began(row, now)
-            scores = logprobs[i] if logprobs is not None else None
-            emitted = row.emitted
-            have = len(emitted)
-            skip = have - firsts[i]
-            if skip:
-                if skip < 0:
-                    self._missed(row, now)
-                    continue
-                self.counts["duplicate_tokens"] += min(skip, len(tokens))
-                tokens, scores = tokens[skip:], scores and scores[skip:]
-            if tokens:
-                emitted += tokens
-                if row.granted <= len(emitted) - row.base:
-                    self._board.settle(row)
-                rows.append((row.owner, row.choice, have, tokens, scores))
-        if rows:
-            self._places.actions.append(DeliverTokens(rows))
+            candidates = [replica for replica in self.registry.trusted(model) if replica.free_places]
+            if not candidates or not self._place(choice, candidates, now):
+                return
 
-    def _stale(self, replica: Replica, stream: int, tokens: int, row: ChoiceState | None) -> None:
-        """Tokens of a placement that is over: its Cancel was lost, or is on its way."""
-        self.counts["stale_tokens"] += tokens
-        if row is None:
-            self._places.send(replica, Cancel(boot=self.boot, stream=stream))
-
-    def _missed(self, row: ChoiceState, now: float) -> None:
-        self.counts["gaps"] += 1
-        self._places.attach(row, now)
-
-    def _done(self, replica: Replica, done: Done, now: float) -> None:
-        row = self._board.find(replica, done.stream, done.attempt)
-        if row is None:
-            return
-        if done.usage.output_tokens > len(row.emitted):
-            self._short(row, done, now)
-            return
-        self._chooser.finished(row, replica, now, alone=len(self.fleet.replicas) == 1)
-        self._places.finish(row, done.reason, done.usage, done.stop_id, now)
-
-    def _short(self, row: ChoiceState, done: Done, now: float) -> None:
-        """The end came, tokens before it did not. The row is over there, so it goes on from here elsewhere, once."""
-        self.counts["gaps"] += 1
-        if row.short:
-            why = f"it counts {done.usage.output_tokens} tokens, {len(row.emitted)} arrived"
-            self._places.fail(row, EngineFault("a replica ended the request before its last token", why, "retry"), cancel=False)
+    def _place(self, choice: ChoiceState, candidates: list[Replica], now: float) -> bool:
+        """Send ``choice`` where the policy says; False = it waits."""
+        request, alone = choice.request, self._alone
+        if alone:
+            cached = [0]
         else:
-            row.short = True
-            self._places.put_back(row, "short", now, cancel=False)
+            cached = self._prefixes.cached_tokens(request, candidates)
+            self.prefix_answers.append(cached)
+        query = PlacementQuery(
+            model=request.body.model,
+            known_tokens=choice.known,
+            cached_tokens=cached,
+            session_replica=self._sessions.replica_of(request.session) if request.session else "",
+            output_tokens=self._rates[request.body.model].output_tokens,
+        )
+        chosen = self._policy.choose(query, candidates)
+        if chosen is None:
+            return False
+        index, reason = chosen
+        replica = candidates[index]
+        expected_s = _expected_wait_s(replica, max(1, query.known_tokens - cached[index]))
+        self._table.send(choice, replica, reason, cached=None if alone else cached[index], expected_s=expected_s, now=now)
+        self._policy.on_sent(query, replica.name)
+        if not alone:
+            self._prefixes.note_sent(request, replica)
+            self._sessions.note_sent(request.session, replica.name)
+        return True
 
-    def _failed(self, replica: Replica, failed: Failed, now: float) -> None:
-        row = self._board.find(replica, failed.stream, failed.attempt)
-        if row is None:
-            return
-        if failed.code in BOUNCES:
-            # A replica that refuses is left alone until it says how it is; one that lost a row only forgot that row.
-            replica.refusing |= failed.code != "not_found"
-            self._places.put_back(row, "refused", now, cancel=False)
-            return
-        if failed.code == "nan_logits" and self.fleet.fault(replica, now):
-            self.counts["quarantines"] += 1
-        self._places.fail(row, from_code(failed.code, failed.message, retry_after=failed.retry_after), cancel=False)
+    # --- what is known
+
+    def waiting(self, model: str) -> int:
+        """Choices in the model's queue."""
+        return len(self._table.queues[model])
+
+    @property
+    def models(self) -> Iterable[str]:
+        return self._table.queues.keys()
+
+    @property
+    def live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._table.requests)
+
+    @property
+    def placed(self) -> int:
+        """Choices at replicas."""
+        return len(self._table.streams)
+
+    def stories(self, request_id: str) -> list[RequestStory]:
+        """What happened to the requests with this id, as far as it is kept."""
+        return self._table.stories(request_id)
+
+    def check(self) -> None:
+        """Assert that every live choice is in exactly one place and that every index and sum agrees."""
+        self._table.check(self.registry)
+
+    # --- snapshots
+
+    def settings(self) -> CoreSettings:
+        return CoreSettings(
+            boot=self.boot, router=self._greeting.router, models=list(self.models), admission=self._admission,
+            replica_timeout_s=self.registry.replica_timeout_s, hang_floor_s=self.registry.hang_floor_s, accept_s=self._accept_s,
+            policy=self._policy.name,
+        )  # fmt: skip
+
+    def snapshot(self) -> CoreSnapshot:
+        return CoreSnapshot(
+            closing=self.closing,
+            replicas=[replica.snapshot() for replica in self.registry.replicas.values()],
+            table=self._table.snapshot(),
+            sessions=self._sessions.snapshot(),
+            rates={model: rate.snapshot() for model, rate in self._rates.items()},
+        )
+
+    @classmethod
+    def restored(cls, settings: CoreSettings, found: CoreSnapshot, prefixes: PrefixLookup) -> RouterCore:
+        """The core that ``found`` was taken of, without the measures; ``prefixes`` answers for the caches."""
+        registry = ReplicaRegistry(settings.replica_timeout_s, settings.hang_floor_s, found.replicas)
+        core = cls(
+            RouterHeartbeat(boot=settings.boot, router=settings.router), settings.models, settings.admission, registry,
+            accept_s=settings.accept_s, policy=POLICIES[settings.policy](), prefixes=prefixes,
+        )  # fmt: skip
+        core.closing = found.closing
+        core._table.restore(found.table, registry)
+        core._sessions = SessionTable(found.sessions)
+        core._rates = {model: ServiceRate(rate.ends, rate.output_tokens) for model, rate in found.rates.items()}
+        return core
+
+
+def _expected_wait_s(replica: Replica, tokens: int) -> float:
+    """The wait for a first token, as a clock will show it: the estimate counts shares of steps, a clock sees whole ones. So what is left of
+    the running step, then at least one step with the choice in it."""
+    wait_ms = first_token_ms(
+        step_ms=replica.step_ms, running=replica.running, max_batch_size=replica.capacity.max_batch_size,
+        step_tokens=replica.capacity.max_num_tokens, queued_tokens=replica.queued_tokens, new_tokens=tokens, choice_ms=replica.choice_ms,
+    )  # fmt: skip
+    wait_ms = max(wait_ms, replica.step_ms) + (replica.step_ms / 2 if replica.running else 0.0)
+    return wait_ms / 1000.0

@@ -24,7 +24,7 @@ from orchestrator.router import request_context, span_names, tracing
 from orchestrator.router.request_context import Trace, parse_traceparent
 from orchestrator.router.tracing import EXPORT_S, Traces
 from tests.support.gang import FAKE, Gang, short_folder, wait_for
-from tests.support.router_core import ask, join, tokens
+from tests.support.router_core import ask, tokens
 from tests.support.router_process import RouterRun
 from tests.support.traced_router import Stage
 from workers.protocol.errors import ConfigError, Overloaded
@@ -89,14 +89,14 @@ def test_a_request_is_one_trace_from_the_door_through_a_failover_to_its_end() ->
         request_context.learn(None, chat=True)
         stage.submit(ask())
         stage.now = 101.0
-        join(stage.route, "a", now=stage.now)
+        stage.join("a")
         (first,) = stage.submits()
         stage.now = 101.5
         stage.hear("a", tokens("a1", first, 0, [5, 6]))
         stage.now = 104.0
         stage.dispatch.tick()
         stage.now = 105.0
-        join(stage.route, "b", now=stage.now)
+        stage.join("b")
         (second,) = stage.submits()
         stage.now = 105.25
         stage.hear("b", tokens("b1", second, 2, [7]))
@@ -136,7 +136,7 @@ def test_a_request_is_one_trace_from_the_door_through_a_failover_to_its_end() ->
 
 def test_a_stop_string_a_cancel_and_a_refusal_end_it_too() -> None:
     async def play(stage: Stage) -> None:
-        join(stage.route, "a", now=stage.now)
+        stage.join("a")
         stopped, left = stage.submit(ask(n=2)), stage.submit(ask(request_id="left"))
         stage.submits()
         stopped.finish(0)
@@ -144,7 +144,7 @@ def test_a_stop_string_a_cancel_and_a_refusal_end_it_too() -> None:
         stopped.finish(1)
         left.cancel()
         left.cancel()
-        stage.route.close()
+        stage.dispatch.close()
         with pytest.raises(Overloaded):
             stage.submit(ask(request_id="late"))
 
@@ -159,7 +159,7 @@ def test_a_stop_string_a_cancel_and_a_refusal_end_it_too() -> None:
 def test_what_is_not_sampled_passes_untouched() -> None:
     async def play(stage: Stage) -> None:
         request_context.enter("quiet", f"00-{TRACE}-{CALLER}-00")
-        join(stage.route, "a", now=stage.now)
+        stage.join("a")
         seen: list[tuple[object, object]] = []
         stage.dispatch.submit = lambda asked, watcher, meter: seen.append((asked, watcher))  # type: ignore
         asked = ask()

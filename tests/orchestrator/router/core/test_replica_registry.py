@@ -15,7 +15,7 @@ def hello(**change: Any) -> Hello:
     return msgspec.structs.replace(HELLO, **change)
 
 
-def fleet() -> tuple[ReplicaRegistry, Replica]:
+def registry() -> tuple[ReplicaRegistry, Replica]:
     table = ReplicaRegistry(replica_timeout_s=2.0, hang_floor_s=10.0)
     joined = table.hello(b"p1", "key-a", HELLO, 0.0)
     assert isinstance(joined, HelloAccepted) and joined.fresh and joined.replaced is None
@@ -23,7 +23,7 @@ def fleet() -> tuple[ReplicaRegistry, Replica]:
 
 
 def test_the_largest_epoch_of_a_name_is_kept_as_long_as_the_name() -> None:
-    table, old = fleet()
+    table, old = registry()
     newer = table.hello(b"p2", "key-a", hello(boot="b2", epoch=6), 1.0)
     assert isinstance(newer, HelloAccepted) and newer.replaced is old
     table.lose(newer.replica, "gone", 2.0)
@@ -41,7 +41,7 @@ def test_the_largest_epoch_of_a_name_is_kept_as_long_as_the_name() -> None:
 
 
 def test_a_live_name_belongs_to_its_key_and_a_process_to_its_name() -> None:
-    table, _ = fleet()
+    table, _ = registry()
     assert table.hello(b"p2", "key-b", hello(boot="b2", epoch=9), 1.0) == HelloRefused("denied")
     assert table.hello(b"p1", "key-a", hello(replica="other"), 1.0) == HelloRefused("denied")
     assert table.hello(b"p2", "key-a", hello(boot="b2", protocol=PROTOCOL + 1, epoch=9), 1.0) == HelloRefused("protocol")
@@ -50,23 +50,23 @@ def test_a_live_name_belongs_to_its_key_and_a_process_to_its_name() -> None:
 
 
 def test_one_long_step_is_not_the_pace_of_a_replica() -> None:
-    _, replica = fleet()
+    _, replica = registry()
     assert replica.step_ms == 0.0
     for step in range(20):
-        replica.beat(beat(step=step, step_ms=7.0), 0, [], step * 0.2)
+        replica.heartbeat(beat(step=step, step_ms=7.0), 0, [], step * 0.2)
     for step in range(20, 24):  # a burst of prompts
-        replica.beat(beat(step=step, step_ms=200.0), 0, [], step * 0.2)
+        replica.heartbeat(beat(step=step, step_ms=200.0), 0, [], step * 0.2)
     assert replica.step_ms == 7.0
     for _ in range(20):  # no step since: no news
-        replica.beat(beat(step=23, step_ms=200.0), 0, [], 5.0)
+        replica.heartbeat(beat(step=23, step_ms=200.0), 0, [], 5.0)
     assert replica.step_ms == 7.0
     for step in range(24, 40):  # it has become slow
-        replica.beat(beat(step=step, step_ms=30.0), 0, [], step * 0.2)
+        replica.heartbeat(beat(step=step, step_ms=30.0), 0, [], step * 0.2)
     assert replica.step_ms == 30.0
 
 
 def test_a_silent_reconnect_moves_the_address() -> None:
-    table, replica = fleet()
+    table, replica = registry()
     assert table.speaker(b"p9", "key-a", "b1") == (replica, True)
     assert table.at(b"p9") is replica and table.at(b"p1") is None
     again = table.hello(b"p10", "key-a", HELLO, 1.0)
@@ -75,7 +75,7 @@ def test_a_silent_reconnect_moves_the_address() -> None:
 
 
 def test_an_address_has_one_owner() -> None:
-    table, first = fleet()
+    table, first = registry()
     second = table.hello(b"p1", "key-b", hello(replica="b", boot="b2"), 1.0)
     assert isinstance(second, HelloAccepted)
     assert table.at(b"p1") is second.replica and first.peer == b""
@@ -85,37 +85,30 @@ def test_an_address_has_one_owner() -> None:
 
 
 def test_a_hung_step_is_told_from_a_long_one() -> None:
-    table, replica = fleet()
+    table, replica = registry()
     assert table.judge(replica, beat(busy_ms=9_999.0), 1.0) == ""
     assert "no progress" in table.judge(replica, beat(busy_ms=10_001.0), 1.0)
     assert table.judge(replica, beat(busy_ms=39_000.0, predicted_ms=10_000.0), 1.0) == "", "four times its prediction is allowed"
 
 
 def test_lost_by_silence_and_back_by_a_heartbeat() -> None:
-    table, replica = fleet()
+    table, replica = registry()
     assert table.silent(2.0) == [] and table.silent(2.1) == [replica]
-    replica.prefixes.add([1, 2])
     assert table.lose(replica, "silent", 2.1) and not table.lose(replica, "silent", 2.2)
-    assert replica.free_rows == 0 and len(replica.prefixes) == 0 and table.serving("m") == []
+    assert replica.free_places == 0 and table.serving("m") == []
     assert table.judge(replica, beat(), 3.0) == "" and replica.state == "ready"
     assert table.judge(replica, beat(draining=True), 3.0) == ""
-    assert replica.state == "draining" and replica.free_rows == 0
+    assert replica.state == "draining" and replica.free_places == 0
 
 
 def test_rows_of_other_routers_count() -> None:
-    table, replica = fleet()
-    assert replica.free_rows == 5, "the batch and one row of lookahead"
-    replica.streams, replica.own_tokens = {1: 10, 2: 20}, 30
-    replica.beat(beat(running=3, waiting=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
-    assert replica.others == 3 and replica.rows == 5 and replica.free_rows == 0
+    table, replica = registry()
+    assert replica.free_places == 5, "the batch and one row of lookahead"
+    replica.add_stream(1, 10)
+    replica.add_stream(2, 20)
+    replica.heartbeat(beat(running=3, waiting=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
+    assert replica.others == 3 and replica.running == 5 and replica.free_places == 0
     assert replica.queued_tokens == 30 + 15
-    replica.beat(beat(running=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
+    replica.heartbeat(beat(running=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
     assert replica.queued_tokens == 30, "without others it is this router's own row, told of late"
     table.check()
-
-
-def test_prefixes_that_a_replica_reports_count_as_cached_whoever_sent_them() -> None:
-    _, replica = fleet()
-    replica.beat(beat(prefixes=[11, 12, 13]), accepted=0, waiting=[], now=1.0)
-    replica.beat(beat(), accepted=0, waiting=[], now=2.0)
-    assert [replica.prefixes.matched(chain) for chain in ([11, 12, 99], [12, 11], [99, 11])] == [2, 2, 0]

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from orchestrator.router.core.prefix_index import PrefixIndex, expected_wait_ms
-from orchestrator.router.core.request_state import Action, DeliverTokens, FailChoice, FinishChoice, SendMessage
-from orchestrator.router.core.router_core import RouterCore
-from tests.support.router_core import accept, ask, beat, join, router, sent, tokens
+from orchestrator.router.core.actions import DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.policy import Candidate, PlacementQuery
+from orchestrator.router.core.stats import Reason
+from orchestrator.router.core.wait_estimate import expected_wait_ms
+from tests.support.router_core import CoreDriver, accept, ask, beat, delivered, join, router, sent, tokens, where
 from workers.protocol.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
 from workers.protocol.messages import Accepted, Attach, Bye, Cancel, Credit, Done, Failed, RouterHeartbeat, SamplingParams, Submit, Usage
 
 
-def delivered(route: RouterCore) -> list[tuple[int, list[int]]]:
-    """(first, tokens) of each delivery that waits."""
-    return [(first, tokens) for a in route.take() if isinstance(a, DeliverTokens) for _, _, first, tokens, _ in a.rows]
-
-
-def where(actions: list[Action]) -> list[bytes]:
-    return [action.peer for action in actions if isinstance(action, SendMessage) and isinstance(action.message, Submit)]
-
-
-def burst(route: RouterCore, count: int) -> list[bytes]:
+def burst(route: CoreDriver, count: int) -> list[bytes]:
     """Where ``count`` rows go that have no prefix in common."""
     places = []
     for index in range(count):
@@ -37,7 +30,7 @@ def test_unknown_model_full_queue_and_closing_are_refused() -> None:
     with pytest.raises(NotFound) as unknown:
         route.submit(ask(model="x"), 0.0)
     assert unknown.value.code == "model_not_found"
-    route.submit(ask(model="alias", n=2), 0.0)
+    route.submit(ask(n=2), 0.0)
     with pytest.raises(Overloaded) as full:
         route.submit(ask(), 0.0)
     assert full.value.retry_after == 1.0 and not isinstance(full.value, Unavailable)
@@ -123,12 +116,12 @@ def test_a_request_that_outlives_no_replica_is_failed() -> None:
     route.check()
 
 
-def run_on(route: RouterCore, submit: Submit, boot: str, count: int, now: float) -> None:
+def run_on(route: CoreDriver, submit: Submit, boot: str, count: int, now: float) -> None:
     """The replica ``boot`` gives ``count`` more tokens for a placement."""
     route.hear(boot[0].encode(), "", tokens(boot, submit, len(submit.task.emitted), list(range(count))), now)
 
 
-def lose_with(route: RouterCore, name: str, now: float) -> list[Submit]:
+def lose_with(route: CoreDriver, name: str, now: float) -> list[Submit]:
     """Replica ``name`` dies; what it ran is submitted elsewhere."""
     route.unreachable(name.encode(), now)
     return sent(route.take(), Submit)
@@ -217,13 +210,13 @@ def test_logits_that_are_not_finite_cost_a_replica_the_choice_for_a_while() -> N
     for second in range(3):
         live(float(second))
         places(2, float(second))
-    assert route.counts["quarantines"] == 1 and route.fleet.replicas["a"].quarantined
+    assert route.counts["quarantines"] == 1 and route.registry.replicas["a"].quarantined
     assert places(4, 50.0) == {b"b"}
     route.unreachable(b"b", 51.0)
     route.submit(ask(), 51.0)
     assert where(route.take()) == [b"a"], "it is the last one"
     live(62.5)
-    assert not route.fleet.replicas["a"].quarantined
+    assert not route.registry.replicas["a"].quarantined
     route.check()
 
 
@@ -441,7 +434,7 @@ def test_a_row_counts_as_waiting_until_its_first_token_whatever_a_heartbeat_says
     join(route, "a", rows=32)
     route.submit(ask(list(range(1, 41))), 0.0)
     (submit,) = sent(route.take(), Submit)
-    replica = route.fleet.replicas["a"]
+    replica = route.registry.replicas["a"]
     accept(route, submit, place="a")
     route.hear(b"a", "", beat(boot="a1", step=1, running=0, prefill_tokens=0), 0.1)  # as of the step before it
     assert replica.queued_tokens == 40
@@ -464,24 +457,15 @@ def test_replicas_of_another_kind_are_chosen_by_their_pace() -> None:
     assert 75 <= places.count(b"a") <= 85, "two thirds go to the one that is twice as fast"
 
 
-def test_the_record_of_prefixes_is_bounded_and_drops_leaves_first() -> None:
-    record = PrefixIndex(4)
-    record.add([1, 2, 3])
-    record.add([1, 9])
-    assert len(record) == 4 and record.matched([1, 2, 3]) == 3
-    record.add([1, 8])
-    assert record.matched([1, 2, 3]) == 2 and record.matched([1, 8]) == 2 and record.matched([5]) == 0
-
-
 def test_expected_wait_counts_prefill_neighbours_and_a_full_batch() -> None:
     base: dict[str, Any] = {
-        "step_ms": 10.0, "rows": 0, "max_rows": 8, "step_tokens": 100, "queued_tokens": 0, "own_tokens": 200, "cached_tokens": 0,
-        "row_ms": 800.0, "output_tokens": 50.0,
+        "step_ms": 10.0, "running": 0, "max_batch_size": 8, "step_tokens": 100, "queued_tokens": 0, "known_tokens": 200, "cached_tokens": 0,
+        "choice_ms": 800.0, "output_tokens": 50.0,
     }  # fmt: skip
     assert expected_wait_ms(**base) == 20.0
     assert expected_wait_ms(**base | {"cached_tokens": 100}) == 10.0
     assert expected_wait_ms(**base | {"queued_tokens": 300}) == 50.0
-    assert expected_wait_ms(**base | {"rows": 8}) == pytest.approx(10.0 * (200 / 92 + 50 * 8 / 100) + 100.0)
+    assert expected_wait_ms(**base | {"running": 8}) == pytest.approx(10.0 * (200 / 92 + 50 * 8 / 100) + 100.0)
 
 
 def test_a_row_whose_client_takes_nothing_holds_no_place() -> None:
@@ -513,3 +497,48 @@ def test_a_row_whose_client_takes_nothing_holds_no_place() -> None:
     join(route, "b", rows=2)
     route.check()
     assert route.placed == 8 * 2
+
+
+class FirstPlace:
+    """A policy that takes the first candidate, keeps one model waiting, and remembers what the core reports to it."""
+
+    name = "first_place"
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.seen: list[tuple[Any, ...]] = []
+
+    def choose(self, query: PlacementQuery, candidates: Sequence[Candidate]) -> tuple[int, Reason] | None:
+        self.seen.append(("choose", query.known_tokens, query.cached_tokens, [candidate.name for candidate in candidates]))
+        return None if self.waits else (0, "load")
+
+    def on_sent(self, query: PlacementQuery, replica: str) -> None:
+        self.seen.append(("sent", query.known_tokens, replica))
+
+    def on_first_token(self, replica: str, wait_s: float) -> None:
+        self.seen.append(("first token", replica, wait_s))
+
+    def on_end(self, replica: str, output_tokens: int) -> None:
+        self.seen.append(("end", replica, output_tokens))
+
+
+def test_the_policy_that_is_given_decides_and_hears_what_came_of_it() -> None:
+    policy = FirstPlace()
+    route = router(policy=policy)
+    join(route, "a")
+    join(route, "b")
+    route.take()
+    route.submit(ask(), 1.0)
+    (submit,) = sent(route.take(), Submit)
+    route.hear(b"a", "", tokens("a1", submit, 0, [5]), 1.5)
+    route.hear(b"a", "", tokens("a1", submit, 1, [6]), 1.75)
+    usage = Usage(prompt_tokens=3, output_tokens=2)
+    route.hear(b"a", "", Done(boot="a1", stream=submit.stream, attempt=submit.attempt, reason="stop", usage=usage), 2.0)
+    assert policy.seen == [("choose", 3, [0, 0], ["a", "b"]), ("sent", 3, "a"), ("first token", "a", 0.5), ("end", "a", 2)]
+    policy.waits = True
+    route.submit(ask(), 3.0)
+    assert sent(route.take(), Submit) == [] and route.core.waiting("m") == 1, "it waits though there is room"
+    policy.waits = False
+    route.tick(3.1)
+    assert where(route.take()) == [b"a"]
+    route.check()

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.router.core.prefix_index import expected_wait_ms, first_token_ms
-from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.core.stats import CAUSES, Attempt
+from orchestrator.router.core.wait_estimate import expected_wait_ms, first_token_ms
 from orchestrator.router.metrics import Metrics
-from tests.support.router_core import accept, ask, beat, join, router, sent, tokens
+from tests.support.router_core import CoreDriver, accept, ask, beat, join, router, sent, tokens
 from workers.protocol.messages import Accepted, Done, Submit, Usage
 
 
-def done(route: RouterCore, place: str, submit: Submit, output: int, now: float, **usage: Any) -> None:
+def done(route: CoreDriver, place: str, submit: Submit, output: int, now: float, **usage: Any) -> None:
     found = Usage(prompt_tokens=len(submit.prompt_ids), output_tokens=output, **usage)
     route.hear(place.encode(), "", Done(boot=f"{place}1", stream=submit.stream, attempt=submit.attempt, reason="stop", usage=found), now)
 
@@ -29,14 +28,14 @@ def test_the_parts_of_a_request_are_measured() -> None:
     route.hear(b"a", "", tokens("a1", submit, 0, [5]), 3.5)
     route.hear(b"a", "", tokens("a1", submit, 1, [6]), 4.0)
     done(route, "a", submit, 2, 4.5)
-    tally = route.tallies["m"]
+    tally = route.stats["m"]
     assert (tally.queue.total, tally.prefill.total, tally.decode.total, tally.inference.total) == (2.0, 0.5, 1.0, 1.5)
     assert tally.actual_wait.total == 0.5 and tally.wait_error.total == abs(0.5 - tally.expected_wait.total)
     assert (tally.choices.total, tally.limits.total) == (1, 8)
     assert tally.decisions["only"] == 1 and not any(tally.moved.values())
     (placement,) = trail
     assert (placement.queued_at, placement.sent_at, placement.first_at) == (1.0, 3.0, 3.5)
-    assert placement.cached is None and (placement.tokens, placement.attempt, placement.cause) == (3, 1, "")
+    assert placement.cached is None and (placement.tokens, placement.number, placement.cause) == (3, 1, "")
 
 
 def test_the_first_token_is_expected_in_whole_steps() -> None:
@@ -60,7 +59,7 @@ def test_a_stop_string_ends_the_measures_too() -> None:
     route.hear(b"a", "", tokens("a1", submit, 0, [5]), 1.0)
     route.finish(id, 0, 2.0)
     route.finish(id, 0, 3.0)
-    tally = route.tallies["m"]
+    tally = route.stats["m"]
     assert (sum(tally.decode.counts), tally.decode.total, tally.inference.total) == (1, 1.0, 2.0)
 
 
@@ -72,13 +71,13 @@ def test_decisions_have_reasons() -> None:
     for index, (ids, affinity) in enumerate(((prompt, ""), (prompt, "s"), (prompt, "s"), ([900, 901], ""))):
         route.submit(ask(ids, affinity=affinity), float(index))
         (submit,) = sent(route.take(), Submit)
-        done(route, "a" if submit.stream in route.fleet.replicas["a"].streams else "b", submit, 0, index + 0.5)
+        done(route, "a" if submit.stream in route.registry.replicas["a"].streams else "b", submit, 0, index + 0.5)
         for name in ("a", "b"):
             route.hear(name.encode(), "", beat(boot=f"{name}1"), index + 0.5)
-    assert route.tallies["m"].decisions == {"only": 0, "session": 1, "prefix": 1, "load": 2}
-    route.fleet.replicas["b"].refusing = True
+    assert route.stats["m"].decisions == {"only": 0, "session": 1, "prefix": 1, "load": 2}
+    route.registry.replicas["b"].refuse()
     route.submit(ask(prompt), 9.0)
-    assert route.tallies["m"].decisions["only"] == 1
+    assert route.stats["m"].decisions["only"] == 1
 
 
 def test_guessed_prefixes_are_held_against_those_found() -> None:
@@ -93,7 +92,7 @@ def test_guessed_prefixes_are_held_against_those_found() -> None:
     route.submit(ask(prompt), 1.0)
     (second,) = sent(route.take(), Submit)
     done(route, "a", second, 0, 2.0, cached_tokens=48)
-    tally = route.tallies["m"]
+    tally = route.stats["m"]
     assert (tally.expected_hits, tally.actual_hits) == (64, 48)
 
 
@@ -106,7 +105,7 @@ def test_rows_that_move_are_counted_by_cause_and_outcome() -> None:
     accept(route, one, two, place="a")
     route.hear(b"a", "", tokens("a1", one, 0, [5, 6, 7, 8, 9]), 1.0)
     route.tick(4.0)
-    tally = route.tallies["m"]
+    tally = route.stats["m"]
     assert tally.losses["silent"] == 1 and tally.moved["silent"] == 2 and not any(tally.resumed.values())
     join(route, "b", now=4.5)
     one, two = sent(route.take(), Submit)
@@ -126,14 +125,14 @@ def test_a_scrape_shows_them() -> None:
     route = router()
     join(route, "a")
     route.submit(ask(), 0.0)
-    text = Metrics(["m"], tallies=route.tallies).render().decode()
+    text = Metrics(["m"], tallies=route.stats).render().decode()
     assert 'trireme_router_decisions_total{model_name="m",reason="only"} 1.0' in text
     assert 'trireme_request_queue_time_seconds_count{model_name="m"} 1.0' in text
 
 
 def test_the_wait_for_a_first_token_is_part_of_the_whole_wait() -> None:
-    base: dict[str, Any] = {"step_ms": 10.0, "rows": 4, "max_rows": 8, "step_tokens": 100, "queued_tokens": 86, "row_ms": 500.0}
+    base: dict[str, Any] = {"step_ms": 10.0, "running": 4, "max_batch_size": 8, "step_tokens": 100, "queued_tokens": 86, "choice_ms": 500.0}
     first = first_token_ms(**base, new_tokens=10)
     assert first == pytest.approx(10.0)
-    whole = expected_wait_ms(**base, own_tokens=30, cached_tokens=20, output_tokens=50.0)
+    whole = expected_wait_ms(**base, known_tokens=30, cached_tokens=20, output_tokens=50.0)
     assert whole == pytest.approx(first + 10.0 * 50 * 4 / 100)

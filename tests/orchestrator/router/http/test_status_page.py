@@ -215,11 +215,12 @@ def test_losses_are_remembered_with_what_ran_there() -> None:
 
     for epoch in range(1, 41):
         replica = join(epoch, float(epoch))
-        replica.streams.update({1: 0, 2: 0})
+        replica.add_stream(1, 0)
+        replica.add_stream(2, 0)
         assert fleet.lose(replica, "silent", epoch + 0.5) and not fleet.lose(replica, "again", epoch + 0.6)
     assert len(fleet.losses) == 32, "bounded"
     last = fleet.losses[-1]
-    assert (last.replica, last.epoch, last.reason, last.rows, last.drained, last.at) == ("left", 40, "silent", 2, False, 40.5)
+    assert (last.replica, last.epoch, last.reason, last.choices, last.drained, last.at) == ("left", 40, "silent", 2, False, 40.5)
 
 
 def test_a_name_from_elsewhere_stays_text() -> None:

@@ -1,0 +1,77 @@
+"""What can happen to the routing core, as values: everything that :meth:`orchestrator.router.core.router_core.RouterCore.handle` takes.
+
+Owns the vocabulary only. The time of an event is the second argument of ``handle``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgspec
+
+from orchestrator.router.core.request import RouterRequest
+from workers.protocol.messages import FromReplica
+
+
+class SubmitRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A frontend hands over a request.
+
+    ``id`` is a number greater than that of every request before. All that is delivered for the request is addressed to ``owner``, or to
+    ``id`` where that is None. ``session`` is :func:`orchestrator.router.core.session_table.session_key` of the request.
+    """
+
+    id: int
+    request: RouterRequest
+    session: str = ""
+    owner: Any = None
+
+
+class CancelRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The caller is gone: nothing more is delivered for any choice. Ignored where the request has ended."""
+
+    id: int
+
+
+class StopChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The frontend has ended one choice itself, for example at a stop string. Ignored where the choice has ended."""
+
+    id: int
+    choice: int
+
+
+class AddCredit(msgspec.Struct, frozen=True, kw_only=True):
+    """Every live choice of request ``ids[i]`` may be given ``tokens[i]`` more tokens. Requests that have ended are ignored."""
+
+    ids: list[int]
+    tokens: list[int]
+
+
+class ReplicaMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of the connection ``peer``, whose sender is authenticated as ``user``."""
+
+    peer: bytes
+    user: str
+    message: FromReplica
+
+
+class PeerUnreachable(msgspec.Struct, frozen=True, kw_only=True):
+    """A send to ``peer`` failed: the connection is gone, or has taken nothing for a whole high-water mark."""
+
+    peer: bytes
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed; due every 50 to 200 ms."""
+
+
+class StopAccepting(msgspec.Struct, frozen=True):
+    """The router drains: it refuses new requests, and what runs goes on."""
+
+
+class AbortAll(msgspec.Struct, frozen=True):
+    """The router stops: every request that is left fails, and the replicas are told goodbye."""
+
+
+RouterEvent: TypeAlias = (
+    SubmitRequest | CancelRequest | StopChoice | AddCredit | ReplicaMessage | PeerUnreachable | Tick | StopAccepting | AbortAll
+)
