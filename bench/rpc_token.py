@@ -20,6 +20,7 @@ from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.config.router_spec import AdmissionSpec, ModelCard
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.diagnostics import Diagnostics
 from orchestrator.router.dispatcher import RouterDispatcher
 from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import load_texts
@@ -60,7 +61,7 @@ async def measure(folder: Path, texts: bool, steps: int) -> float:
     dispatch = RouterDispatcher(core, name="r", send=to_replica, clock=time.monotonic)
     door = RpcServer(
         boot="R", dispatcher=dispatch, preprocessor=Preprocessor(loaded, dispatch, spec, Salting(b"salt")), metrics=Metrics(["m"]),
-        acl=CurveAcl({}), send=to_client, clock=time.monotonic,
+        acl=CurveAcl({}), send=to_client, clock=time.monotonic, diagnostics=Diagnostics("r", dispatch, None),
     )  # fmt: skip
     capacity = Capacity(
         block_size=16, num_blocks=9999, max_batch_size=STREAMS, max_num_tokens=512, max_seq_len=4096, vocab_size=320, tp=1, pp=1

@@ -19,6 +19,7 @@ from orchestrator.cli import (
     config,
     console,
     convert,
+    debug,
     demo,
     doctor,
     down,
@@ -74,7 +75,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     version.version, plan.plan,
 )  # fmt: skip
 HIDDEN_COMMANDS = (demo.demo,)
-GROUPS = (keys.keys, engines.engines, config.config, submit.submit)
+GROUPS = (keys.keys, engines.engines, config.config, submit.submit, debug.debug)
 
 for command in COMMANDS:
     app.command()(command)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from operator import attrgetter
 
 from orchestrator.router import request_context
 from orchestrator.router.core.actions import Action, DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
@@ -25,6 +27,8 @@ from orchestrator.router.core.events import (
     SubmitRequest,
     Tick,
 )
+from orchestrator.router.core.history import RequestStory
+from orchestrator.router.core.recorder import EventRecorder
 from orchestrator.router.core.replica_registry import ReplicaLoss
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
@@ -72,6 +76,7 @@ class RouterDispatcher:
 
     def __init__(self, core: RouterCore, *, name: str, send: SendToReplica, clock: Callable[[], float]) -> None:
         self._core, self._name, self._send, self._clock = core, name, send, clock
+        self._recorder = EventRecorder(core, id_of=attrgetter("id"))
         self._actions: list[Action] = []
         #: Credit by request: it reaches the core once a turn of the loop, so that a replica gets one message.
         self._credit: dict[int, int] = {}
@@ -102,6 +107,24 @@ class RouterDispatcher:
 
     def status(self) -> RouterStatus:
         return router_status(self._core, self._name, self._clock())
+
+    def stories(self, request_id: str) -> list[RequestStory]:
+        """What happened to the requests with this id, as far as it is kept."""
+        return self._core.stories(request_id)
+
+    def dump(self) -> list[bytes]:
+        """The last events, with the state before and after them: :meth:`EventRecorder.dump`."""
+        return self._recorder.dump(self.unix_offset_s)
+
+    @property
+    def now(self) -> float:
+        """The core's time, seconds."""
+        return self._clock()
+
+    @property
+    def unix_offset_s(self) -> float:
+        """What to add to the core's time to get seconds since 1970."""
+        return time.time() - self._clock()
 
     # --- the replicas' side
 
@@ -157,7 +180,7 @@ class RouterDispatcher:
         self._pump_soon()
 
     def _take_in(self, event: RouterEvent) -> None:
-        self._actions += self._core.handle(event, self._clock())
+        self._actions += self._recorder.handle(event, self._clock())
 
     def _pump_soon(self) -> None:
         if not self._pump_due and not self._pumping:

@@ -28,6 +28,7 @@ from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.control.launch.subprocesses import STOP
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.router_core import RouterCore
+from orchestrator.router.diagnostics import Diagnostics
 from orchestrator.router.dispatcher import RouterDispatcher
 from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import TextModels
@@ -96,9 +97,10 @@ class RouterProcess:
         self._traced: Dispatcher = self._traces.around(self._dispatcher) if self._traces is not None else self._dispatcher
         self._metrics = Metrics(models, self._dispatcher.status, core.stats)
         self._preprocessor = Preprocessor(texts, self._traced, spec.admission, Salting(salt_key))
+        dump_file = Path(spec.state_file).with_name(f"{spec.name}.dump") if spec.state_file else None
         self._rpc = RpcServer(
             boot=boot, dispatcher=self._traced, preprocessor=self._preprocessor, metrics=self._metrics, acl=self._acl,
-            send=self._send_to_client, clock=time.monotonic,
+            send=self._send_to_client, clock=time.monotonic, diagnostics=Diagnostics(spec.name, self._dispatcher, dump_file),
         )  # fmt: skip
         self._rpc_socket = RouterSocket(
             self._context, spec.rpc, "client", keys=keys, acl=self._acl, on_frame=self._rpc.on_frame, on_malformed=self._rpc.on_malformed

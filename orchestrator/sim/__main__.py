@@ -1,6 +1,7 @@
 """``python -m orchestrator.sim --schedules 10000 [--seed 1] [--jobs 2]``: random fault schedules against the routing core.
 
-``--replay FILE``: one recorded schedule instead. Exit code 1 when a promise was broken; the first failure's seed and shrunk schedule are
+``--replay FILE`` runs one file instead: a schedule, as a failed run prints it, or a router's dump, as ``trireme debug dump`` writes it.
+Exit code 1 when a promise was broken, or when the replay of a dump differs from it. The first failure's seed and shrunk schedule are
 printed as JSON that ``--replay`` takes.
 """
 
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from orchestrator.router.core.recorder import DUMP_FORMAT
+from orchestrator.sim.replay import replay
 from orchestrator.sim.schedule import Schedule, draw
 from orchestrator.sim.shrink import judge, shrink
 
@@ -96,18 +99,34 @@ def tell_failures(tally: SimTotals) -> None:
     print(f"seed {seed}, shrunk: {judge(small)}\n{msgspec.json.encode(small).decode()}")
 
 
+def run_file(content: bytes) -> int:
+    """Run a schedule or replay a dump, and print what came of it. Returns the exit code."""
+    lines = content.splitlines()
+    if DUMP_FORMAT.encode() not in lines[0]:
+        found = judge(msgspec.json.decode(content, type=Schedule))
+        print(found)
+        return int(isinstance(found, str))
+    report = replay(lines)
+    print(f"dump of {report.router}: {report.events} events of {report.seconds:.1f} s, {report.actions} actions: ", end="")
+    print(report.difference or "the replay is the same")
+    return int(bool(report.difference))
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.sim", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--schedules", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1, help="of the first schedule; the others follow")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", action="store_true", help="the tally as JSON")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="run the schedule in this file")
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="run this file: a schedule (one JSON object with `setup`) or a router's dump (its first line has `format`)",
+    )
     options = parser.parse_args(argv)
     if options.replay is not None:
-        found = judge(msgspec.json.decode(options.replay.read_bytes(), type=Schedule))
-        print(found)
-        return int(isinstance(found, str))
+        return run_file(options.replay.read_bytes())
     begun = time.monotonic()
     tally = run_jobs(options.seed, options.schedules, options.jobs)
     if options.json:

@@ -23,6 +23,7 @@ from orchestrator.router.core.events import (
     SubmitRequest,
     Tick,
 )
+from orchestrator.router.core.recorder import EventRecorder
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
@@ -81,10 +82,12 @@ class SimCall:
 
 
 class SimRouter:
-    """``up`` while it lives, which may be several times. ``counts``: of all its lives."""
+    """``up`` while it lives, which may be several times. ``counts``: of all its lives. ``window_events``: events that are recorded of each
+    life, 0 = none; ``dumps``: what was recorded of the lives that are over."""
 
-    def __init__(self, index: int, timeline: Timeline) -> None:
-        self.index, self._timeline = index, timeline
+    def __init__(self, index: int, timeline: Timeline, window_events: int = 0) -> None:
+        self.index, self._timeline, self._window_events = index, timeline, window_events
+        self.dumps: list[list[bytes]] = []
         self.up = False
         self.life = 0
         self.connections: dict[bytes, SimConnection] = {}
@@ -100,6 +103,7 @@ class SimRouter:
         # What a client may lose to a bound (a queue's, a request's deaths) is for other tests: here everything must end well.
         admission = AdmissionSpec(max_queue=4, queue_timeout_s=0.0, request_timeout_s=0.0, replica_limit=1000)
         self.core = RouterCore(self._greeting, ["m"], admission, ReplicaRegistry(REPLICA_TIMEOUT_S, HANG_FLOOR_S), accept_s=ACCEPT_S)
+        self._recorder = EventRecorder(self.core, window_events=self._window_events) if self._window_events else None
         self._actions = []
         self._tick(self.life)
         self._send_heartbeats(self.life)
@@ -149,7 +153,7 @@ class SimRouter:
     # --- events in, actions out
 
     def _take_in(self, event: RouterEvent) -> None:
-        self._actions += self.core.handle(event, self._timeline.now)
+        self._actions += (self._recorder or self.core).handle(event, self._timeline.now)
 
     def _handle(self, event: RouterEvent) -> None:
         """Give the core an event of a client, who hears of it only in a turn of its own."""
@@ -204,6 +208,8 @@ class SimRouter:
         if not self.up:
             return
         self.up = False
+        if self._recorder is not None:
+            self.dumps.append(self._recorder.dump(0.0))
         for name, count in self.core.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
         for connection in list(self.connections.values()):

@@ -52,14 +52,14 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class World:
-    """``run`` once. Implements the gangs' Host: whoever is gone is launched again."""
+    """``run`` once. Implements the gangs' Host: whoever is gone is launched again. ``window_events``: as :class:`SimRouter` takes it."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, *, window_events: int = 0) -> None:
         self._schedule = schedule
         setup = schedule.setup
         self._timeline, self._chance = Timeline(), Random(setup.noise)
         self._net = SimNetwork(self._timeline, self._chance, setup.repeats)
-        self._routers = [SimRouter(index, self._timeline) for index in range(setup.routers)]
+        self.routers = [SimRouter(index, self._timeline, window_events) for index in range(setup.routers)]
         self._clients: dict[int, SimClient] = {}
         self._gangs: list[SimReplica] = []
         self._epoch = 0
@@ -67,7 +67,7 @@ class World:
     def run(self) -> Outcome:
         """Raises AssertionError when a promise is broken."""
         timeline = self._timeline
-        for router in self._routers:
+        for router in self.routers:
             router.start()
         self._gangs = [self._launch(index) for index in range(self._schedule.setup.replicas)]
         for event in self._schedule.events:
@@ -81,12 +81,12 @@ class World:
             self._look(timeline.now + LOOK_S)
         for gang in self._gangs:
             gang.check_idle()
-        for router in self._routers:
+        for router in self.routers:
             assert router.up, f"router{router.index} did not come back"
             router.check_idle()
             router.crash()  # adds up its counts
         counts = Counter[str]()
-        for router in self._routers:
+        for router in self.routers:
             counts.update(router.counts)
         return Outcome(
             ends=dict(Counter(client.outcome for client in self._clients.values())), counts=dict(counts),
@@ -97,15 +97,13 @@ class World:
         self._timeline.run(until)
         for gang in self._gangs:
             gang.check()
-        for router in self._routers:
+        for router in self.routers:
             if router.up:
                 router.core.check()
 
     def _launch(self, index: int) -> SimReplica:
         self._epoch += 1
-        gang = SimReplica(
-            index, self._epoch, self._schedule.setup, timeline=self._timeline, net=self._net, routers=self._routers, host=self
-        )
+        gang = SimReplica(index, self._epoch, self._schedule.setup, timeline=self._timeline, net=self._net, routers=self.routers, host=self)
         gang.start()
         return gang
 
@@ -125,7 +123,7 @@ class World:
     def _apply(self, event: Event) -> None:
         match event:
             case Arrive():
-                self._clients[event.id] = client = SimClient(event, self._timeline, self._routers)
+                self._clients[event.id] = client = SimClient(event, self._timeline, self.routers)
                 client.ask()
             case Leave(id=id, choice=choice):
                 if id in self._clients:
@@ -138,18 +136,18 @@ class World:
             case LoseTokens(gang=gang, router=router):
                 self._net.losing.add((gang, router))
             case Crash(router=router, seconds=seconds):
-                self._routers[router].crash()
+                self.routers[router].crash()
                 self._restart(router, seconds)
             case StopRouter(router=router, grace_s=grace_s, seconds=seconds):
-                self._routers[router].close(grace_s)
+                self.routers[router].close(grace_s)
                 self._restart(router, grace_s + seconds)
             case _:
                 self._disturb(self._gangs[event.gang], event)
 
     def _restart(self, router: int, seconds: float) -> None:
         def start() -> None:
-            if not self._routers[router].up:
-                self._routers[router].start()
+            if not self.routers[router].up:
+                self.routers[router].start()
 
         self._timeline.after(seconds, start)
 

@@ -12,12 +12,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from orchestrator.router.core.policy.least_wait import LeastWait
+from orchestrator.router.core.recorder import dump_lines, read_dump
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.request_table import ChoiceState
 from orchestrator.sim.__main__ import main, run_jobs, run_series
+from orchestrator.sim.replay import replay
 from orchestrator.sim.schedule import Schedule, draw
 from orchestrator.sim.shrink import judge, shrink
-from orchestrator.sim.world import Outcome
+from orchestrator.sim.world import Outcome, World
 from workers.scheduler.block_pool import BlockPool
 from workers.serving.stream_table import StreamTable
 
@@ -47,6 +50,29 @@ def test_a_schedule_runs_equally_every_time() -> None:
     schedule = draw(7)
     again = msgspec.json.decode(msgspec.json.encode(schedule), type=Schedule)
     assert again == schedule and judge(again) == judge(schedule)
+
+
+@pytest.mark.parametrize("window", [40, 400])
+def test_what_a_router_recorded_replays_to_the_last_byte(window: int) -> None:
+    """Also from the middle: a short window begins with a snapshot of a router at work."""
+    begun_at_work = dumps = 0
+    for seed in range(200_000, 200_040):
+        world = World(draw(seed), window_events=window)
+        world.run()
+        for dump in [dump for router in world.routers for dump in router.dumps]:
+            lines = dump_lines(dump)
+            assert replay(lines).difference == "", f"seed {seed}"
+            dumps += 1
+            begun_at_work += read_dump(lines).snapshot.table.requests != []
+    assert dumps >= 40 and (window > 100 or begun_at_work), "nothing was replayed that matters"
+
+
+def test_a_replay_that_comes_out_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(draw(7), window_events=10_000)
+    world.run()
+    lines = dump_lines(world.routers[0].dumps[-1])
+    monkeypatch.setattr(LeastWait, "choose", lambda self, query, candidates: None)
+    assert replay(lines).difference.startswith("line ")
 
 
 def _keep_orphans(self: StreamTable, router_boot: str, now: float) -> None:

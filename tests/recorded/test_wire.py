@@ -124,7 +124,7 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
         ),
         messages.Generate(boot="b3", stream=1, request_id="q1", endpoint="completions", body=b""),
     ),
-    "query": (messages.Query(boot="b3", stream=1, what="status"), messages.Query(boot="b3", stream=1, what="models")),
+    "query": (messages.Query(boot="b3", stream=1, what="story", about="cmpl-1"), messages.Query(boot="b3", stream=1, what="models")),
     "report": (messages.Report(boot="b1", stream=1, body=b'{"router":"router0"}'), messages.Report(boot="b1", stream=1, body=b"")),
 }  # fmt: skip
 CONSTANTS, TAKEN = "constants.json", "directions.json"

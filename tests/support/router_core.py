@@ -21,6 +21,7 @@ from orchestrator.router.core.events import (
     Tick,
 )
 from orchestrator.router.core.policy import RoutingPolicy
+from orchestrator.router.core.recorder import EventRecorder
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import ACCEPT_S, RouterCore
@@ -53,9 +54,15 @@ class CoreDriver:
         self.registry, self.stats, self.counts = core.registry, core.stats, core.counts
         self._requests = 0
         self._actions: list[Action] = []
+        self._recorder: EventRecorder | None = None
+
+    def record(self, **bounds: int) -> EventRecorder:
+        """Drive the core through a recorder from now on."""
+        self._recorder = EventRecorder(self.core, **bounds)
+        return self._recorder
 
     def handle(self, event: RouterEvent, now: float) -> None:
-        self._actions += self.core.handle(event, now)
+        self._actions += (self._recorder or self.core).handle(event, now)
 
     def submit(self, request: RouterRequest, now: float) -> int:
         """The id of the request, to which all that is delivered for it is addressed. Raises as :meth:`RouterCore.handle`."""

@@ -317,12 +317,14 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     texts: bool = True
 
 
-class Query(msgspec.Struct, frozen=True, kw_only=True, tag="query"):
-    """Ask a router about itself. ``what``: ``status`` (replica table, queue), ``models``, ``metrics``."""
+class Query(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="query"):
+    """Ask a router about itself. ``what``: ``status`` (replica table, queue), ``models``, ``metrics``, ``dump`` (write the last events of
+    its core into its run folder), ``story`` (what happened to the requests with the id ``about``)."""
 
     boot: str
     stream: int
-    what: Literal["status", "models", "metrics"]
+    what: Literal["status", "models", "metrics", "dump", "story"]
+    about: str = ""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):

@@ -18,7 +18,7 @@ import zmq
 
 from workers import zmq_options
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
-from workers.protocol.messages import Query, Report, decode_to_client, encode
+from workers.protocol.messages import Failed, Query, Report, decode_to_client, encode
 from workers.protocol.specs import RouterAddress
 from workers.protocol.status import RouterStatus
 from workers.serving.router_io import KeyPair
@@ -129,8 +129,19 @@ class RouterPoller:
 
 
 def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> RouterStatus | None:
-    """One ``Query`` for ``status``; None when the router does not answer within a second. Raises :class:`ConfigError` where it does not
-    know the key, :class:`EnvironmentFault` on an answer that is none."""
+    """One ``Query`` for ``status``; None when the router does not answer within a second. Raises as :func:`query`."""
+    answer = query(context, address, key, Query(boot=secrets.token_hex(8), stream=1, what="status"))
+    try:
+        return msgspec.json.decode(answer.body, type=RouterStatus) if isinstance(answer, Report) else None
+    except msgspec.DecodeError as error:
+        raise EnvironmentFault("a router gives no status", str(error)) from None
+
+
+def query(
+    context: zmq.Context[Any], address: RouterAddress, key: KeyPair, message: Query, wait_ms: int = _ANSWER_MS
+) -> Report | Failed | None:
+    """One question to one router, and its answer; None when it does not answer within ``wait_ms``. Raises :class:`ConfigError` where the
+    router does not know the key, and :class:`EnvironmentFault` where it cannot be asked."""
     socket = context.socket(zmq.DEALER)
     monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
     try:
@@ -138,16 +149,16 @@ def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> Rout
         if address.server_key:
             zmq_options.authenticate(socket, address.server_key, public=key.public, secret=key.secret)
         socket.connect(address.endpoint)
-        socket.send(encode(Query(boot=secrets.token_hex(8), stream=1, what="status")))
-        ready = {readable for readable, _ in zmq.zmq_poll([(socket, zmq.POLLIN), (monitor, zmq.POLLIN)], _ANSWER_MS)}
+        socket.send(encode(message))
+        ready = {readable for readable, _ in zmq.zmq_poll([(socket, zmq.POLLIN), (monitor, zmq.POLLIN)], wait_ms)}
         if socket not in ready:
             if monitor in ready:
                 raise ConfigError(f"{address.endpoint} does not know this key", "it was never allowed there, or was taken back", _HINT)
             return None
         answer = decode_to_client(socket.recv())
-        return msgspec.json.decode(answer.body, type=RouterStatus) if isinstance(answer, Report) else None
-    except (zmq.ZMQError, msgspec.DecodeError) as error:
-        raise EnvironmentFault("a router gives no status", str(error)) from None
+        return answer if isinstance(answer, Report | Failed) else None
+    except zmq.ZMQError as error:
+        raise EnvironmentFault("a router cannot be asked", str(error)) from None
     finally:
         socket.disable_monitor()
         monitor.close(0)

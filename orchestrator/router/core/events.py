@@ -1,6 +1,7 @@
 """What can happen to the routing core, as values: everything that :meth:`orchestrator.router.core.router_core.RouterCore.handle` takes.
 
-Owns the vocabulary only. The time of an event is the second argument of ``handle``.
+Owns the vocabulary only. The time of an event is the second argument of ``handle``. The tags are those of
+:mod:`orchestrator.router.core.event_record`, which keeps most events as they are.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ class SubmitRequest(msgspec.Struct, frozen=True, kw_only=True):
     owner: Any = None
 
 
-class CancelRequest(msgspec.Struct, frozen=True, kw_only=True):
+class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
     """The caller is gone: nothing more is delivered for any choice. Ignored where the request has ended."""
 
     id: int
 
 
-class StopChoice(msgspec.Struct, frozen=True, kw_only=True):
+class StopChoice(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
     """The frontend has ended one choice itself, for example at a stop string. Ignored where the choice has ended."""
 
     id: int
     choice: int
 
 
-class AddCredit(msgspec.Struct, frozen=True, kw_only=True):
+class AddCredit(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
     """Every live choice of request ``ids[i]`` may be given ``tokens[i]`` more tokens. Requests that have ended are ignored."""
 
     ids: list[int]
@@ -54,21 +55,21 @@ class ReplicaMessage(msgspec.Struct, frozen=True, kw_only=True):
     message: FromReplica
 
 
-class PeerUnreachable(msgspec.Struct, frozen=True, kw_only=True):
+class PeerUnreachable(msgspec.Struct, frozen=True, kw_only=True, tag="unreachable"):
     """A send to ``peer`` failed: the connection is gone, or has taken nothing for a whole high-water mark."""
 
     peer: bytes
 
 
-class Tick(msgspec.Struct, frozen=True):
+class Tick(msgspec.Struct, frozen=True, tag="tick"):
     """Time has passed; due every 50 to 200 ms."""
 
 
-class StopAccepting(msgspec.Struct, frozen=True):
+class StopAccepting(msgspec.Struct, frozen=True, tag="stop_accepting"):
     """The router drains: it refuses new requests, and what runs goes on."""
 
 
-class AbortAll(msgspec.Struct, frozen=True):
+class AbortAll(msgspec.Struct, frozen=True, tag="abort"):
     """The router stops: every request that is left fails, and the replicas are told goodbye."""
 
 

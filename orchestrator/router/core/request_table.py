@@ -67,8 +67,9 @@ MAX_TRAIL = 64
 PROGRESS_TOKENS = 4
 
 
-class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The whole state of a :class:`ChoiceState`; of the tokens only how many there are. ``replica``: its name, empty in the queue."""
+class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """The whole state of a :class:`ChoiceState`; of the tokens only how many there are, of the attempts those that the core still reads:
+    the first and the last two. ``replica``: its name, empty in the queue."""
 
     id: int
     phase: Phase
@@ -89,7 +90,7 @@ class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     starved: bool = False
 
 
-class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """The whole state of a :class:`RequestState`, without anything that the client sent but counts. ``deadline`` None = none."""
 
     id: int
@@ -175,9 +176,11 @@ class ChoiceState:
         )  # fmt: skip
 
     def snapshot(self) -> ChoiceSnapshot:
+        trail = self.trail
         return ChoiceSnapshot(
             id=self.id, phase=self.phase, emitted=len(self.emitted), resumed_from=self.resumed_from, granted=self.granted,
-            queued_at=self.queued_at, sent_at=self.sent_at, trail=self.trail, replica=self.replica.name if self.replica is not None else "",
+            queued_at=self.queued_at, sent_at=self.sent_at, trail=trail if len(trail) <= 3 else [trail[0], *trail[-2:]],
+            replica=self.replica.name if self.replica is not None else "",
             stream=self.stream, attempt=self.attempt, attempts=self.attempts, deaths=self.deaths, emitted_at_send=self.emitted_at_send,
             ended_short=self.ended_short, prompt_logprobs_sent=self.prompt_logprobs_sent, starved=self.starved,
         )  # fmt: skip

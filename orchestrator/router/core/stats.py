@@ -53,7 +53,7 @@ class Histogram:
         return buckets
 
 
-class Attempt(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Attempt(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """One stay of a choice at a replica. Times are the core's, seconds; 0 = has not happened.
 
     ``number`` counts up over all attempts of a choice, also those that other routers made. ``tokens``: prompt tokens that the replica was

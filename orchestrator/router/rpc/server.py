@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,7 @@ from orchestrator.auth.api_keys import EVERYONE, Tenant
 from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.router import request_context
 from orchestrator.router.core.request import RouterRequest
+from orchestrator.router.diagnostics import Diagnostics
 from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.detokenizer import Detokenizer
 from orchestrator.router.frontend.preprocess import CallerContext, PreparedRequest, Preprocessor
@@ -51,10 +53,10 @@ class RpcServer:
 
     def __init__(
         self, *, boot: str, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, acl: CurveAcl,
-        send: Callable[[bytes, bytes], bool], clock: Callable[[], float],
+        send: Callable[[bytes, bytes], bool], clock: Callable[[], float], diagnostics: Diagnostics,
     ) -> None:  # fmt: skip
         self._boot, self._dispatcher, self._preprocessor, self._metrics = boot, dispatcher, preprocessor, metrics
-        self._acl, self._send, self._clock = acl, send, clock
+        self._acl, self._send, self._clock, self._diagnostics = acl, send, clock, diagnostics
         self._live: dict[tuple[str, str], RpcCall] = {}
         self._streams: dict[tuple[str, str, int], RpcCall] = {}
         self._ended: OrderedDict[tuple[str, str], RpcCall] = OrderedDict()
@@ -114,7 +116,10 @@ class RpcServer:
         call.granted = message.credit
         call.attach(out, message.boot, message.stream, message.attempt)
         self._streams[client, message.boot, message.stream] = call
-        task = asyncio.get_running_loop().create_task(self._begin(call, message))
+        self._start(self._begin(call, message))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -207,8 +212,13 @@ class RpcServer:
         tenant = self._tenant(client)
         if message.what != "models" and not tenant.sees_all:
             raise NotFound(f"no {message.what} for a key that is bound to models")
+        if message.what == "dump":
+            self._start(self._dump(peer, message))
+            return
         if message.what == "metrics":
             body = self._metrics.render()
+        elif message.what == "story":
+            body = msgspec.json.encode(self._diagnostics.story(message.about))
         elif message.what == "models":
             cards = [model.card for model in self._preprocessor.models(tenant)]
             body = msgspec.json.encode(
@@ -218,6 +228,14 @@ class RpcServer:
             rpc = RpcStatus(live=len(self._live), malformed=self.malformed)
             body = msgspec.json.encode(msgspec.structs.replace(self._dispatcher.status(), rpc=rpc))
         self._give(peer, Report(boot=self._boot, stream=message.stream, body=body))
+
+    async def _dump(self, peer: bytes, message: Query) -> None:
+        try:
+            report = await self._diagnostics.dump()
+        except TriremeError as error:
+            self._refuse(peer, message.stream, 0, error)
+        else:
+            self._give(peer, Report(boot=self._boot, stream=message.stream, body=msgspec.json.encode(report)))
 
     def _tenant(self, client: str) -> Tenant:
         return EVERYONE if client == LOCAL else self._acl.tenant(client)

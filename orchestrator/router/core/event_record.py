@@ -1,0 +1,232 @@
+"""What is kept of an event and of the actions that it led to: numbers, times and names, enough to run the event again.
+
+Owns the format. A record holds no prompt, no token, no text, no key, no salt and no error text: a prompt and a message's tokens are kept
+as their lengths, and what the core read of the prefix index as the numbers that it read. A user is kept as a digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import msgspec
+
+from orchestrator.router.core.actions import Action, DeliverPromptLogprobs, DeliverTokens, FinishChoice, SendMessage
+from orchestrator.router.core.events import (
+    AbortAll,
+    AddCredit,
+    CancelRequest,
+    PeerUnreachable,
+    ReplicaMessage,
+    RouterEvent,
+    StopAccepting,
+    StopChoice,
+    SubmitRequest,
+    Tick,
+)
+from orchestrator.router.core.replica_registry import MAX_REASON, without_prefixes
+from orchestrator.router.core.request import RouterRequest
+from workers.protocol.messages import (
+    UNLIMITED,
+    Accepted,
+    Attach,
+    Bye,
+    Cancel,
+    Credit,
+    Done,
+    Failed,
+    FinishReason,
+    FromReplica,
+    Heartbeat,
+    Hello,
+    RouterHeartbeat,
+    SamplingParams,
+    Submit,
+    Tokens,
+    ToReplica,
+    Usage,
+)
+
+
+class TokensRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
+    """A Tokens message. ``counts[i]`` tokens came on ``streams[i]``; ``prompts``: streams whose prompt logprobs came."""
+
+    boot: str
+    streams: list[int]
+    attempts: list[int]
+    firsts: list[int]
+    counts: list[int]
+    prompts: list[int] = []
+
+
+class MessageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="message"):
+    """A ``ReplicaMessage``."""
+
+    peer: bytes
+    message: Hello | Accepted | Heartbeat | TokensRecord | Done | Failed | Bye
+    user: str = ""
+
+
+class SubmitRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
+    """A ``SubmitRequest``. ``emitted``: how many tokens the client had of each choice; ``attempt``: the client's own."""
+
+    id: int
+    request_id: str
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    n: int = 1
+    session: str = ""
+    credit: int = UNLIMITED
+    deadline_s: float | None = None
+    emitted: list[int] = []
+    attempt: int = 0
+
+
+class PlacedRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
+    """A Submit message to a replica. ``name``: the choice's lasting name at leaders; ``emitted``: how many tokens it has already."""
+
+    stream: int
+    attempt: int
+    name: str
+    prompt_tokens: int
+    emitted: int = 0
+    credit: int = UNLIMITED
+    deadline_ms: int | None = None
+
+
+class SendRecord(msgspec.Struct, frozen=True, kw_only=True, tag="send"):
+    """A ``SendMessage``."""
+
+    peer: bytes
+    message: PlacedRecord | Attach | Cancel | Credit | RouterHeartbeat | Bye
+
+
+class DeliverRecord(msgspec.Struct, frozen=True, kw_only=True, tag="deliver"):
+    """A ``DeliverTokens`` to so many choices; which tokens follows from the event."""
+
+    choices: int
+
+
+class PromptLogprobsRecord(msgspec.Struct, frozen=True, kw_only=True, tag="prompt_logprobs"):
+    """A ``DeliverPromptLogprobs``."""
+
+    id: int
+    choice: int
+
+
+class FinishRecord(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
+    """A ``FinishChoice``."""
+
+    id: int
+    choice: int
+    reason: FinishReason
+    usage: Usage
+
+
+class FailRecord(msgspec.Struct, frozen=True, kw_only=True, tag="fail"):
+    """A ``FailChoice``."""
+
+    id: int
+    choice: int
+    code: str
+
+
+KeptEvent: TypeAlias = (
+    SubmitRecord | MessageRecord | CancelRequest | StopChoice | AddCredit | PeerUnreachable | Tick | StopAccepting | AbortAll
+)
+KeptAction: TypeAlias = SendRecord | DeliverRecord | PromptLogprobsRecord | FinishRecord | FailRecord
+
+
+class EventRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One event and what it led to. ``at``: the core's time, seconds. ``cached``: what the prefix lookup answered, one list a placement.
+    ``refused``: the code of the error with which a request was refused."""
+
+    at: float
+    event: KeptEvent
+    cached: list[list[int]] = []
+    actions: list[KeptAction] = []
+    refused: str = ""
+
+
+def record_event(event: RouterEvent, digest: Callable[[str], str]) -> KeptEvent:
+    """What is kept of ``event``; ``digest`` stands for a user."""
+    if isinstance(event, ReplicaMessage):
+        return MessageRecord(peer=event.peer, user=digest(event.user), message=_record_message(event.message))
+    if isinstance(event, SubmitRequest):
+        request = event.request
+        return SubmitRecord(
+            id=event.id, request_id=request.request_id, model=request.model, prompt_tokens=len(request.prompt_ids),
+            max_tokens=request.params.max_tokens, n=request.n, session=event.session, credit=request.credit, deadline_s=request.deadline_s,
+            emitted=[len(tokens) for tokens in request.emitted], attempt=request.attempt,
+        )  # fmt: skip
+    return event
+
+
+def _record_message(message: FromReplica) -> Hello | Accepted | Heartbeat | TokensRecord | Done | Failed | Bye:
+    if isinstance(message, Tokens):
+        return TokensRecord(
+            boot=message.boot, streams=message.streams, attempts=message.attempts, firsts=message.firsts,
+            counts=list(map(len, message.tokens)), prompts=[stream for stream, _ in message.prompt_logprobs or ()],
+        )  # fmt: skip
+    if isinstance(message, Heartbeat):
+        return without_prefixes(message)
+    if isinstance(message, Accepted):
+        return Accepted(boot=message.boot, stream=message.stream, attempt=message.attempt)
+    if isinstance(message, Done):
+        return msgspec.structs.replace(message, stop_id=None, text="")
+    if isinstance(message, Failed):
+        return msgspec.structs.replace(message, message="")
+    if isinstance(message, Bye):
+        return msgspec.structs.replace(message, reason=message.reason[:MAX_REASON])
+    return message
+
+
+def event_of(record: KeptEvent) -> RouterEvent:
+    """An event that has the same effect on the core as the one that ``record`` was made of."""
+    if isinstance(record, MessageRecord):
+        return ReplicaMessage(peer=record.peer, user=record.user, message=_message_of(record.message))
+    if isinstance(record, SubmitRecord):
+        request = RouterRequest(
+            client="", request_id=record.request_id, model=record.model, prompt_ids=[0] * record.prompt_tokens,
+            params=SamplingParams(max_tokens=record.max_tokens), n=record.n, credit=record.credit, deadline_s=record.deadline_s,
+            emitted=[[0] * count for count in record.emitted], attempt=record.attempt,
+        )  # fmt: skip
+        return SubmitRequest(id=record.id, request=request, session=record.session)
+    return record
+
+
+def _message_of(record: Hello | Accepted | Heartbeat | TokensRecord | Done | Failed | Bye) -> FromReplica:
+    if isinstance(record, TokensRecord):
+        return Tokens(
+            boot=record.boot, streams=record.streams, attempts=record.attempts, firsts=record.firsts,
+            tokens=[[0] * count for count in record.counts], prompt_logprobs=[(stream, []) for stream in record.prompts] or None,
+        )  # fmt: skip
+    return record
+
+
+def record_action(action: Action, id_of: Callable[[Any], int]) -> KeptAction:
+    """What is kept of ``action``; ``id_of`` gives the id of the request that an owner stands for."""
+    if isinstance(action, DeliverTokens):
+        return DeliverRecord(choices=len(action.deliveries))
+    if isinstance(action, SendMessage):
+        return SendRecord(peer=action.peer, message=_record_sent(action.message))
+    if isinstance(action, FinishChoice):
+        return FinishRecord(id=id_of(action.owner), choice=action.choice, reason=action.reason, usage=action.usage)
+    if isinstance(action, DeliverPromptLogprobs):
+        return PromptLogprobsRecord(id=id_of(action.owner), choice=action.choice)
+    return FailRecord(id=id_of(action.owner), choice=action.choice, code=action.error.code)
+
+
+def _record_sent(message: ToReplica) -> PlacedRecord | Attach | Cancel | Credit | RouterHeartbeat | Bye:
+    if isinstance(message, Submit):
+        return PlacedRecord(
+            stream=message.stream, attempt=message.attempt, name=message.request_id, prompt_tokens=len(message.prompt_ids),
+            emitted=len(message.task.emitted), credit=message.task.credit, deadline_ms=message.deadline_ms,
+        )  # fmt: skip
+    if isinstance(message, Attach):
+        return msgspec.structs.replace(message, client="")
+    if isinstance(message, RouterHeartbeat):
+        return msgspec.structs.replace(message, routers=())
+    assert isinstance(message, Cancel | Credit | Bye), "a router drains no replica"
+    return message

@@ -1,0 +1,169 @@
+"""The recorder of a routing core: the last events with the state before them, so that an incident can be run again elsewhere.
+
+Owns the window: segments of records, each after a snapshot of the core. The oldest segment is dropped whole once those after it hold
+:data:`WINDOW_EVENTS` events, or when all together take more than :data:`WINDOW_BYTES`. A snapshot takes about 4 µs a live choice: so a new
+segment begins at a tick, off the way of tokens, and only while :data:`SNAPSHOT_REQUESTS` requests or less are live, else when a segment has
+grown to a quarter of the bytes. Records are kept encoded: one bytes object an event, which the garbage collector does not look at.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from orchestrator.router.core.actions import Action
+from orchestrator.router.core.event_record import EventRecord, record_action, record_event
+from orchestrator.router.core.events import RouterEvent, Tick
+from orchestrator.router.core.router_core import CoreSettings, CoreSnapshot, RouterCore
+from workers.protocol.errors import TriremeError
+
+#: Events that are surely kept while they fit, and the bytes that all segments may take.
+WINDOW_EVENTS, WINDOW_BYTES = 10_000, 64 << 20
+#: With more live requests than this, a snapshot would hold up the event loop by more than some 10 ms.
+SNAPSHOT_REQUESTS = 2048
+#: What a bytes object and its place in a list take beside its content.
+OVERHEAD_BYTES = 48
+#: Users whose digests are remembered.
+MAX_USERS = 4096
+#: The first word of a dump: what it is, and its format.
+DUMP_FORMAT = "trireme router dump 1"
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class DumpHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line of a dump. ``dropped``: events since the start that are no longer kept. ``unix_offset_s``: add it to a time of the
+    core to get seconds since 1970."""
+
+    format: str
+    settings: CoreSettings
+    dropped: int
+    unix_offset_s: float
+
+
+class _Segment:
+    """Events from one snapshot on. ``size``: bytes of the events."""
+
+    __slots__ = ("events", "size", "snapshot")
+
+    def __init__(self, snapshot: bytes) -> None:
+        self.snapshot = snapshot
+        self.events: list[bytes] = []
+        self.size = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.size + len(self.snapshot)
+
+
+class EventRecorder:
+    """Give events to the core through :meth:`handle`. ``id_of``: the id of the request that an owner stands for; by default the owner is
+    that id. ``digest``: what is kept of an authenticated user."""
+
+    def __init__(
+        self, core: RouterCore, *, id_of: Callable[[Any], int] = int, digest: Callable[[str], str] | None = None,
+        window_events: int = WINDOW_EVENTS, window_bytes: int = WINDOW_BYTES,
+    ) -> None:  # fmt: skip
+        self._core, self._id_of = core, id_of
+        self._digest = digest if digest is not None else user_digest
+        self._window_events, self._window_bytes = window_events, window_bytes
+        self._digests: dict[str, str] = {"": ""}
+        self._segments: deque[_Segment] = deque()
+        self._events = self._bytes = self._dropped = 0
+        self._start_segment()
+
+    def handle(self, event: RouterEvent, now: float) -> list[Action]:
+        """:meth:`RouterCore.handle`, recorded also where it raises."""
+        segment = self._segments[-1]
+        full = len(segment.events) * 2 >= self._window_events and isinstance(event, Tick) and self._core.live <= SNAPSHOT_REQUESTS
+        if full or segment.size * 4 >= self._window_bytes:
+            self._start_segment()
+            segment = self._segments[-1]
+        actions: list[Action] = []
+        refused = ""
+        try:
+            actions = self._core.handle(event, now)
+        except TriremeError as error:
+            refused = error.code
+            raise
+        finally:
+            record = EventRecord(
+                at=now, event=record_event(event, self._digest_of), cached=self._core.prefix_answers,
+                actions=[record_action(action, self._id_of) for action in actions], refused=refused,
+            )  # fmt: skip
+            encoded = _encoder.encode(record)
+            segment.events.append(encoded)
+            size = len(encoded) + OVERHEAD_BYTES
+            segment.size += size
+            self._bytes += size
+            self._events += 1
+        return actions
+
+    def dump(self, unix_offset_s: float) -> list[bytes]:
+        """The window: header, snapshot, events in order, and a snapshot of now, each in MessagePack; :func:`dump_lines` makes a file."""
+        header = DumpHeader(
+            format=DUMP_FORMAT, settings=self._core.settings(), dropped=self._dropped, unix_offset_s=unix_offset_s
+        )  # fmt: skip
+        events = [event for segment in self._segments for event in segment.events]
+        return [_encoder.encode(header), self._segments[0].snapshot, *events, self._snapshot()]
+
+    def _start_segment(self) -> None:
+        segment = _Segment(self._snapshot())
+        self._segments.append(segment)
+        self._bytes += segment.bytes
+        while len(self._segments) > 1:
+            oldest = self._segments[0]
+            # The new segment may grow to a quarter of the bytes before this is looked at again.
+            if self._events - len(oldest.events) < self._window_events and self._bytes * 4 <= self._window_bytes * 3:
+                break
+            self._segments.popleft()
+            self._events -= len(oldest.events)
+            self._bytes -= oldest.bytes
+            self._dropped += len(oldest.events)
+
+    def _snapshot(self) -> bytes:
+        found = self._core.snapshot()
+        replicas = [msgspec.structs.replace(replica, user=self._digest_of(replica.user)) for replica in found.replicas]
+        return _encoder.encode(msgspec.structs.replace(found, replicas=replicas))
+
+    def _digest_of(self, user: str) -> str:
+        known = self._digests.get(user)
+        if known is None:
+            if len(self._digests) >= MAX_USERS:
+                self._digests = {"": ""}
+            known = self._digests[user] = self._digest(user)
+        return known
+
+
+def user_digest(user: str) -> str:
+    """What stands for an authenticated user in a dump."""
+    return blake2b(user.encode(), digest_size=6).hexdigest()
+
+
+def dump_lines(dump: list[bytes]) -> list[bytes]:
+    """A dump as lines of JSON, to be read by people and by :func:`read_dump`. Takes about 10 µs a line: not for an event loop."""
+    return [msgspec.json.encode(msgspec.msgpack.decode(part)) for part in dump]
+
+
+class Dump(msgspec.Struct, frozen=True, kw_only=True):
+    """A dump that was read. ``end``: the state after the last event."""
+
+    header: DumpHeader
+    snapshot: CoreSnapshot
+    events: list[EventRecord]
+    end: CoreSnapshot
+
+
+def read_dump(lines: list[bytes]) -> Dump:
+    """Raises msgspec.DecodeError (ValidationError is one) and ValueError where ``lines`` are no dump."""
+    if len(lines) < 3:
+        raise ValueError("a dump has three lines at least")
+    decode = msgspec.json.decode
+    return Dump(
+        header=decode(lines[0], type=DumpHeader), snapshot=decode(lines[1], type=CoreSnapshot),
+        events=[decode(line, type=EventRecord) for line in lines[2:-1]], end=decode(lines[-1], type=CoreSnapshot),
+    )  # fmt: skip

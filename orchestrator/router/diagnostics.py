@@ -1,0 +1,83 @@
+"""What a router says about its past: dumps of its last events, and stories of single requests.
+
+Owns the dump file beside the router's state file: one, mode 0600, replaced whole by each dump. A dump goes by a file because it may be far
+larger than a message. A story is one message: it has at most :data:`MAX_STORIES` requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from orchestrator.files import write_private
+from orchestrator.router.core.history import RequestStory
+from orchestrator.router.core.recorder import dump_lines
+from workers.protocol.errors import NotFound
+
+#: Requests of one id that a story tells of: the last ones.
+MAX_STORIES = 16
+
+
+class DumpReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A dump that was written. ``path``: on the router's host."""
+
+    router: str
+    path: str
+    events: int
+    bytes: int
+
+
+class StoryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to the requests with one id at one router, oldest first. ``now``: the core's time; add ``unix_offset_s`` to a time for
+    seconds since 1970."""
+
+    router: str
+    now: float
+    unix_offset_s: float
+    stories: list[RequestStory]
+
+
+class PastEvents(Protocol):
+    """What this module reads of the dispatcher."""
+
+    @property
+    def unix_offset_s(self) -> float: ...
+
+    @property
+    def now(self) -> float: ...
+
+    def dump(self) -> list[bytes]: ...
+
+    def stories(self, request_id: str) -> list[RequestStory]: ...
+
+
+class Diagnostics:
+    """``file``: where dumps go; None = this router has no folder of its own, so it writes none."""
+
+    def __init__(self, router: str, past: PastEvents, file: Path | None) -> None:
+        self._router, self._past, self._file = router, past, file
+        self._writing = asyncio.Lock()
+
+    async def dump(self) -> DumpReport:
+        """Write the last events into the file; a second dump waits for the first. Raises NotFound and EnvironmentFault."""
+        if self._file is None:
+            raise NotFound("this router writes no dumps", "it has no state file, hence no folder of its own")
+        async with self._writing:
+            parts = self._past.dump()
+            # Bytes never change, so that the event loop goes on while a thread makes lines of them.
+            size = await asyncio.to_thread(_write, self._file, parts)
+        return DumpReport(router=self._router, path=str(self._file), events=len(parts) - 3, bytes=size)
+
+    def story(self, request_id: str) -> StoryReport:
+        """What is known of ``request_id``; no stories where it is unknown, or no longer kept."""
+        stories = self._past.stories(request_id)[-MAX_STORIES:]
+        return StoryReport(router=self._router, now=self._past.now, unix_offset_s=self._past.unix_offset_s, stories=stories)
+
+
+def _write(file: Path, parts: list[bytes]) -> int:
+    content = b"\n".join(dump_lines(parts)) + b"\n"
+    write_private(file, content)
+    return len(content)
