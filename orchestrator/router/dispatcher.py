@@ -49,12 +49,12 @@ SendToReplica = Callable[[bytes, ToReplica], bool]
 class RequestTicket:
     """The :class:`~orchestrator.router.interfaces.Ticket`. ``open``: bit i = the watcher still expects something for choice i."""
 
-    __slots__ = ("_dispatcher", "id", "last", "meter", "open", "origin", "watcher")
+    __slots__ = ("_dispatcher", "context", "id", "last", "meter", "open", "watcher")
 
     def __init__(self, dispatcher: RouterDispatcher, id: int, choices: int, watcher: Watcher, meter: RequestMeter) -> None:
         self._dispatcher, self.id, self.watcher, self.meter = dispatcher, id, watcher, meter
         #: The request context, for log lines: what happens to the request later happens in other tasks.
-        self.origin = request_context.current()
+        self.context = request_context.current()
         #: When its last tokens were delivered; None = none were.
         self.last: float | None = None
         self.open = (1 << choices) - 1
@@ -259,12 +259,15 @@ class RouterDispatcher:
         else:
             if isinstance(action.error, EngineFault | ReplicaLost):
                 log.warning(
-                    "a request failed: %s: %s", action.error.code, printable(str(action.error)), extra=request_context.fields(ticket.origin)
+                    "a request failed: %s: %s",
+                    action.error.code,
+                    printable(str(action.error)),
+                    extra=request_context.fields(ticket.context),
                 )
             watcher.on_failed(action.choice, action.error)
 
     def _break(self, ticket: RequestTicket, error: Exception) -> None:
-        log.error("request %d: its door failed", ticket.id, exc_info=error, extra=request_context.fields(ticket.origin))
+        log.error("request %d: its frontend failed", ticket.id, exc_info=error, extra=request_context.fields(ticket.context))
         choices = [choice for choice in range(ticket.open.bit_length()) if ticket.open >> choice & 1]
         ticket.cancel()
         for choice in choices:
@@ -273,5 +276,5 @@ class RouterDispatcher:
                     choice, EngineFault("the router failed on this request", type(error).__name__, code="internal_error")
                 )
             except Exception:
-                log.exception("request %d: its door failed again", ticket.id, extra=request_context.fields(ticket.origin))
+                log.exception("request %d: its frontend failed again", ticket.id, extra=request_context.fields(ticket.context))
                 return

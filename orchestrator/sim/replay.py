@@ -28,7 +28,7 @@ class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecordedPrefixes:
-    """A :class:`~orchestrator.router.core.prefix_index.PrefixLookup` that repeats recorded answers. What it is told it ignores."""
+    """A :class:`~orchestrator.router.core.prefix_index.PrefixLookup` that repeats recorded answers; it learns nothing."""
 
     def __init__(self) -> None:
         self._answers: list[list[int]] = []

@@ -72,13 +72,13 @@ class SimClient:
         if not self._routers[self._router].up:
             self._try_elsewhere()
             return
-        held = self.asked.door == "rpc" and self.tokens > 0
+        continues = self.asked.door == "rpc" and self.tokens > 0
         self._base = list(map(len, self._journal))
         request = RouterRequest(
             client="c", request_id=f"q{self.asked.id}.{self._life}", model="m", prompt_ids=self.asked.prompt, params=self._params,
             n=self.asked.n, credit=self.asked.credit or UNLIMITED,
             deadline_s=None if self._due is None else self._due - self._timeline.now,
-            emitted=[list(tokens) for tokens in self._journal] if held else [], attempt=self._attempt,
+            emitted=[list(tokens) for tokens in self._journal] if continues else [], attempt=self._attempt,
         )  # fmt: skip
         try:
             self._call = self._routers[self._router].submit(self, request)

@@ -134,7 +134,7 @@ class SimConnection:
         self._far.connections.pop(self.peer, None)
 
     def sever(self) -> None:
-        """Lost, with all that was under way; the gang is told."""
+        """The connection is lost, with all that was under way, and the gang learns of it."""
         if not self.closed:
             self.close(flush=False)
             self._near.broken(self)

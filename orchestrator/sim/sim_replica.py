@@ -98,7 +98,7 @@ class SimPort:
 
 
 class SimReplica:
-    """Starts with :meth:`start`, ends by :meth:`die` or by itself; then ``gone``, and its host was told."""
+    """Starts with :meth:`start`, ends by :meth:`die` or by itself; then it is ``gone``, and its launcher knows."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class SimReplica:
             max_seq_len=setup.blocks * BLOCK_SIZE, options=FakeOptions(fake_step_ms=setup.step_ms),
         )  # fmt: skip
         self.engine = FakeEngine(spec, parallel=Parallel(pp=setup.stages), clock=lambda: timeline.now, sleep=lambda seconds: None)
-        self.sessions = StreamTable(boot=self.boot, model="m", orphan_s=ORPHAN_S, limit=1024)
+        self.stream_table = StreamTable(boot=self.boot, model="m", orphan_s=ORPHAN_S, limit=1024)
         self.ports = [SimPort(self, i, far) for i, far in enumerate(routers)]
         #: Ports by the nonce of the router that lives there.
         self.routes: dict[str, SimPort] = {}
@@ -190,8 +190,8 @@ class SimReplica:
 
     def _farewell(self, why: str) -> None:
         """Every row continues elsewhere; then the gang ends in order."""
-        self.sessions.drain(self.now, 0.0)
-        self._act(self.sessions.expire(self.now))
+        self.stream_table.drain(self.now, 0.0)
+        self._act(self.stream_table.expire(self.now))
         for port in self.ports:
             if port.link.up:
                 port.send(Bye(boot=self.boot, reason=why))
@@ -209,7 +209,7 @@ class SimReplica:
             return
         message = Heartbeat(
             boot=self.boot, step=self._steps, busy_ms=busy_s * 1000.0, predicted_ms=self._predicted_s * 1000.0,
-            draining=self.sessions.draining, stats=self.engine.stats(),
+            draining=self.stream_table.draining, stats=self.engine.stats(),
         )  # fmt: skip
         for port in self.ports:
             if port.link.up:
@@ -238,29 +238,29 @@ class SimReplica:
             self._handle(*self._inbox.popleft())
         if self.gone:
             return
-        self._act(self.sessions.expire(self.now))
-        if self.sessions.draining and not len(self.sessions):
+        self._act(self.stream_table.expire(self.now))
+        if self.stream_table.draining and not len(self.stream_table):
             self._farewell("drained")
         elif self.engine.busy():
             self._step()
-        elif (due := self.sessions.next_due()) is not None and due != self._woken_at:
+        elif (due := self.stream_table.next_due()) is not None and due != self._woken_at:
             self._woken_at = due
             self.later(max(0.0, due - self.now), self.turn)
 
     def _handle(self, received: float, event: ToReplica | BeginDrain | str) -> None:
         match event:
             case Submit():
-                self._act(self.sessions.submit(event, received))
+                self._act(self.stream_table.submit(event, received))
             case Attach():
-                self._act(self.sessions.attach(event))
+                self._act(self.stream_table.attach(event))
             case Cancel():
-                self._act(self.sessions.cancel(event))
+                self._act(self.stream_table.cancel(event))
             case Credit():
-                self._act(self.sessions.credit(event))
+                self._act(self.stream_table.credit(event))
             case str():
-                self.sessions.router_lost(event, received)
+                self.stream_table.router_lost(event, received)
             case BeginDrain(grace_s=grace_s):
-                self.sessions.drain(received, grace_s)
+                self.stream_table.drain(received, grace_s)
             case Bye():
                 self._farewell("stale")
             case _:
@@ -275,9 +275,9 @@ class SimReplica:
                     try:
                         self.engine.submit(id, submit)
                     except TriremeError as error:
-                        self._act(self.sessions.refused(id, error))
+                        self._act(self.stream_table.refused(id, error))
                     else:
-                        self._act(self.sessions.started(id))
+                        self._act(self.stream_table.started(id))
                 case StopSequence(id=id):
                     self.engine.cancel(id)
                 case GrantCredit(id=id, tokens=tokens):
@@ -299,18 +299,18 @@ class SimReplica:
     def _step_done(self) -> None:
         emissions = self.engine.step()
         self._since = None
-        self._act(self.sessions.emitted(emissions))
+        self._act(self.stream_table.emitted(emissions))
         self.turn()
 
     # --- proof
 
     def check(self) -> None:
-        self.sessions.check()
+        self.stream_table.check()
 
     def check_idle(self) -> None:
         """Assert that nothing is left of any request."""
         stats = self.engine.stats()
-        assert not len(self.sessions), f"{self.boot} holds rows of {self.sessions.live()}"
+        assert not len(self.stream_table), f"{self.boot} holds rows of {self.stream_table.live()}"
         assert stats.running == stats.waiting == 0, f"{self.boot}: {stats.running} rows run and {stats.waiting} wait"
         blocks = self.engine.capacity.num_blocks
         assert stats.free_blocks == blocks, f"{self.boot}: {blocks - stats.free_blocks} blocks leaked"

@@ -70,7 +70,7 @@ class StopAccepting(msgspec.Struct, frozen=True, tag="stop_accepting"):
 
 
 class AbortAll(msgspec.Struct, frozen=True, tag="abort"):
-    """The router stops: every request that is left fails, and the replicas are told goodbye."""
+    """The router stops: every request that is left fails, and every replica gets Bye."""
 
 
 RouterEvent: TypeAlias = (

@@ -273,7 +273,7 @@ class RouterCore:
         choices = self._table.at(replica)
         guilty = self._table.blame(choices, self._admission.replica_limit) if loss != "left" else []
         for choice in choices:
-            # Either way the replica is told to drop it: one that was only stopped or cut off goes on with it.
+            # Either way the replica gets Cancel: one that was only stopped or cut off goes on with the choice.
             if choice in guilty:
                 error = ReplicaLost(
                     f"{choice.deaths} replicas were lost while they ran this request",

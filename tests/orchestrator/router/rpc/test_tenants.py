@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
+import zmq
 
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client, ClientKeys
+from orchestrator.control.host.router_poller import query
 from tests.support.gang import short_folder, wait_for
 from tests.support.router_process import RouterRun, curve_replica
 from workers.protocol.errors import NotFound
+from workers.protocol.messages import Failed, Query, Report
 from workers.protocol.specs import RouterAddress
 
 
@@ -53,6 +58,17 @@ def test_a_clients_key_decides_what_it_may_use_and_see() -> None:
                 for who in (alice, bob):
                     with pytest.raises(NotFound):
                         who.status()
+                context: zmq.Context[Any] = zmq.Context()
+                try:
+                    for what in ("dump", "story"):
+                        question = Query(boot="debug", stream=1, what=what, about="q")  # type: ignore[arg-type]
+                        for name in ("alice", "bob"):
+                            refusal = query(context, rpc, ring.pair("client", name), question)
+                            assert isinstance(refusal, Failed) and refusal.code == "not_found"
+                        answer = query(context, rpc, ring.pair("client", "local"), question, 10_000)
+                        assert isinstance(answer, Report) and msgspec.json.decode(answer.body)["router"] == "router0"
+                finally:
+                    context.destroy(linger=0)
                 ring.admit_client("bob", [])
                 wait_for(lambda: bob.models() != [], what="the wider grant")
                 assert bob.complete(prompt, **options).result().tokens
