@@ -14,15 +14,21 @@ import msgspec
 import pytest
 
 from orchestrator.cli.main import run
-from orchestrator.client import AsyncClient
+from orchestrator.client import AsyncClient, Client
 from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
 from orchestrator.router.core.recorder import read_dump
 from orchestrator.router.diagnostics import StoryReport
 from tests.support.deployment import MODEL, deployed, wait_for_state, write_config
-from tests.support.gang import short_folder
+from tests.support.gang import short_folder, wait_for
 
 STREAMS, TOKENS = 12, 300
 SECRET = [33, 99, 44, 101, 55]
+
+
+def wait_for_replicas(status: DeploymentStatus) -> None:
+    """Until the router may send to both replicas: a replica is up before the router has its Hello."""
+    with Client([address.endpoint for address in status.rpc], model=MODEL) as client:
+        wait_for(lambda: [replica["state"] for replica in client.status()["replicas"]] == ["ready", "ready"], what="both replicas")
 
 
 async def served(status: DeploymentStatus, kill: bool) -> list[str]:
@@ -47,8 +53,6 @@ async def served(status: DeploymentStatus, kill: bool) -> list[str]:
             _, _, pid = status.models[0].rows[0].pids[0]
             os.kill(pid, signal.SIGKILL)
 
-        while [replica["state"] for replica in (await client.status())["replicas"]] != ["ready", "ready"]:
-            await asyncio.sleep(0.05)  # the file's replicas are up before the router has heard of them
         ids, _ = await asyncio.gather(asyncio.gather(*map(one, range(STREAMS))), killed() if kill else asyncio.sleep(0))
         return ids
 
@@ -57,6 +61,7 @@ async def served(status: DeploymentStatus, kill: bool) -> list[str]:
 def test_a_killed_replica_is_told_of_and_its_dump_replays(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with short_folder() as folder, deployed(write_config(folder)) as (control, status):
         assert isinstance(control, ControlClient)
+        wait_for_replicas(status)
         ids = asyncio.run(served(status, kill=True))
         wait_for_state(control, "READY", 120.0)
         ids += asyncio.run(served(status, kill=False))
