@@ -17,11 +17,11 @@ from workers.engines.portable import build
 from workers.protocol.engine import Engine
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import GuideSpec, SamplingParams, Submit, decode_to_replica, encode
-from workers.protocol.specs import FakeOptions, FakeSpec, ReplicaSpec
+from workers.protocol.specs import FakeOptions, FakeSpec, PortableSpec, ReplicaSpec
 from workers.sampling.grammar_checker import compiler
 
 VOCAB = 321
-LIMITS = FakeSpec(kv_tokens=4096, max_batch_size=8, max_num_tokens=64, max_seq_len=256, options=FakeOptions(fake_step_ms=0.0))
+LIMITS = {"kv_tokens": 4096, "max_batch_size": 8, "max_num_tokens": 64, "max_seq_len": 256}
 #: Steps within which an odd row and its mate must be done, whatever was asked.
 STEPS = 400
 GOOD = request([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
@@ -55,8 +55,12 @@ ids = st.lists(integers, max_size=3) | st.just([5] * 300) | st.just([7, 8, 9])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tiny_model(tmp_path_factory.mktemp("model"), heads=9, kv_heads=3, vocab=VOCAB)
     if request.param == "fake":
-        return FakeEngine(LIMITS, vocab_size=VOCAB, guides=compiler(folder / "tokenizer.json", VOCAB, (IM_END,)))
-    return build(ReplicaSpec(name="r", model="m", artifact=str(folder), engine=LIMITS), None)  # type: ignore[return-value]
+        return FakeEngine(
+            FakeSpec(**LIMITS, options=FakeOptions(fake_step_ms=0.0)),
+            vocab_size=VOCAB,
+            guides=compiler(folder / "tokenizer.json", VOCAB, (IM_END,)),
+        )
+    return build(ReplicaSpec(name="r", model="m", artifact=str(folder), engine=PortableSpec(**LIMITS)), None)  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
