@@ -1,0 +1,96 @@
+"""The documentation names only what exists: files, modules, tests, and other pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.source_tree import ROOT
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+#: Paths are named from the root of the tree, or from one of the packages.
+BASES = ("", "orchestrator/", "workers/")
+TOP = r"(?:orchestrator|workers|tests|bench|deploy|docs)"
+
+#: `a/b.py`, and `tests/a` with or without an ending. Patterns (*, <N>) are left out.
+PYTHON_FILE = re.compile(r"(?<![\w./*<-])((?:[\w.-]+/)+[\w-]+\.py)\b")
+PATH = re.compile(rf"(?<![\w./*<:-])({TOP}/[\w./-]*[\w/])(?![\w*<{{./@-])")
+#: A path in backticks without an ending, named from a package: `router/core/router_core`.
+SHORT_PATH = re.compile(r"`((?:router|control|client|cli|config|auth|planner|sim|loadgen|scheduler|serving|runner|engines)/[\w/.-]+)`")
+#: `orchestrator.a.b`; an attribute may follow the module.
+MODULE = re.compile(r"(?<![\w./-])((?:orchestrator|workers)(?:\.\w+)+)")
+#: A test file that is named without its folder.
+TEST_FILE = re.compile(r"(?<![\w/])(test_\w+\.py)\b")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def exists(path: str) -> bool:
+    """Whether ``path`` is a file or a folder of the tree, or a module without its ending."""
+    places = [ROOT / base / path for base in BASES]
+    return any(place.exists() or place.with_name(f"{place.name}.py").exists() for place in places)
+
+
+def module_exists(name: str) -> bool:
+    """Whether ``name`` is a module or package, or an attribute of a module, which must stand in its text."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:count])
+        file = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+        if file.is_file() or place.is_dir():
+            rest = parts[count:]
+            return not rest or (file.is_file() and re.search(rf"\b{rest[0]}\b", file.read_text()) is not None)
+    return False
+
+
+def unknown_names(text: str) -> list[str]:
+    """The paths and modules that ``text`` names and that do not exist."""
+    paths = {found for pattern in (PYTHON_FILE, PATH, SHORT_PATH) for found in pattern.findall(text)}
+    unknown = {path for path in paths if not exists(path)} | {name for name in MODULE.findall(text) if not module_exists(name)}
+    return sorted(unknown | {name for name in TEST_FILE.findall(text) if not any((ROOT / "tests").rglob(name))})
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_and_module_exists(page: Path) -> None:
+    assert unknown_names(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_resolves(page: Path) -> None:
+    broken = []
+    for link in LINK.findall(page.read_text()):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_readme_links_every_page() -> None:
+    linked = set(LINK.findall(PAGES[0].read_text()))
+    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in linked] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("`workers/scheduler/scheduler.py`, `router/core/router_core`, `tests/workers`", []),
+        ("`workers/core/batch.py` and `router/cells`", ["router/cells", "workers/core/batch.py"]),
+        ("`python -m orchestrator.sim`, workers.epoch.make_epoch.", []),
+        ("`orchestrator.core.board` and `workers.epoch.mint`", ["orchestrator.core.board", "workers.epoch.mint"]),
+        ("`tests/unit/test_x.py` and `tests/nowhere`", ["tests/nowhere", "tests/unit/test_x.py"]),
+        ("`test_layers.py` and `test_nothing.py`", ["test_nothing.py"]),
+        ("`router/http/dialects/*`, `rank<N>.safetensors`", []),
+    ],
+)
+def test_what_does_not_exist_is_named(text: str, found: list[str]) -> None:
+    assert unknown_names(text) == found
