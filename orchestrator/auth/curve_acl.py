@@ -48,8 +48,8 @@ def parse_grants(data: bytes) -> dict[str, CurveGrant]:
 
 
 class CurveAcl:
-    """The table in force. ``admits`` is asked once a connection by ZAP and once a message by the doors, so a key that was removed is out at
-    its next message."""
+    """The table in force. ``admits`` is asked once a connection by ZAP and once a message by the sockets, so a key that was removed is out
+    at its next message."""
 
     def __init__(self, grants: Mapping[str, CurveGrant]) -> None:
         self._grants = dict(grants)

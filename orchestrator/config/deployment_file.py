@@ -39,7 +39,7 @@ DEFAULT_RUN_DIR = "~/.local/state/trireme"
 
 
 class RpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The ZeroMQ door. No ``host``: a Unix socket in the run folder. Else ``tcp`` with CURVE; router i listens on ``port`` + i."""
+    """The RPC server. No ``host``: a Unix socket in the run folder. Else ``tcp`` with CURVE; router i listens on ``port`` + i."""
 
     host: str = ""
     port: int = 8100
@@ -132,7 +132,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole deployment. Times in seconds. ``run_dir``: sockets, keys, logs and state (0700); ``cache_dir``: models.
-    ``insecure_http_without_keys``: the HTTP door may listen beyond loopback without API keys."""
+    ``insecure_http_without_keys``: the HTTP API may listen beyond loopback without API keys."""
 
     models: tuple[ModelConfig, ...]
     name: str = "local"
@@ -321,7 +321,7 @@ def _config(given: Any) -> Config:
 
 
 def environment() -> MutableMapping[str, str]:
-    """The process's environment: the one door to it below layer 5."""
+    """The process's environment: the one way to it below layer 5."""
     return os.environ
 
 

@@ -87,7 +87,7 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds at the door: requests waiting for a replica, seconds they may wait, seconds a whole request may take (0 = no limit)."""
+    """Bounds of admission: requests waiting for a replica, seconds they may wait, seconds a whole request may take (0 = no limit)."""
 
     max_queue: int = 512
     queue_timeout_s: float = 60.0
@@ -97,7 +97,7 @@ class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class MetricsSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A port for Prometheus alone: router i on ``port`` + i. 0 = none: then only the HTTP door has ``/metrics``, and with several routers
+    """A port for Prometheus alone: router i on ``port`` + i. 0 = none: then only the HTTP API has ``/metrics``, and with several routers
     behind one port each scrape finds another of them."""
 
     host: str = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""Prometheus families of what a router knows beyond its doors: its routing core, and every replica as last heard of.
+"""Prometheus families of what a router knows beyond its frontends: its routing core, and every replica as last heard of.
 
 Owns names, help texts and units. Everything is read at the scrape, from the dispatcher's status and the core's statistics. Must never keep
 a number of its own, and must never take a label from a request.

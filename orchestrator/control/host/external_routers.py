@@ -127,7 +127,7 @@ class ExternalRouters:
         return self._file.http
 
     def addresses(self) -> tuple[RouterAddress, ...]:
-        """The RPC doors."""
+        """The addresses of the RPC servers."""
         return self._file.rpc
 
     def pids(self) -> dict[str, int]:

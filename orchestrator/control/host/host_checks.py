@@ -36,8 +36,8 @@ def check_port(http: HttpConfig) -> None:
 
 
 def check_api_keys(config: Config) -> str:
-    """A warning about a door that is open to all, else nothing. The routers read the file themselves; this is before anything is fetched.
-    Raises :class:`ConfigError`."""
+    """A warning about an HTTP API that is open to all, else nothing. The routers read the file themselves; this is before anything is
+    fetched. Raises :class:`ConfigError`."""
     if (file := config.api_keys_file) is not None:
         parse_api_keys(read_private(file))
     elif config.http.exposed:

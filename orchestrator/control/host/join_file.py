@@ -25,7 +25,7 @@ JOIN_FILE = "join.json"
 
 
 class JoinFile(msgspec.Struct, frozen=True, kw_only=True):
-    """Where routers are and what they serve. ``routers``: their back sockets; ``rpc``: their client doors; ``models``: name -> SHA-256 of
+    """Where routers are and what they serve. ``routers``: their back sockets; ``rpc``: their RPC servers; ``models``: name -> SHA-256 of
     the model's ``tokenizer.json``; ``replica_timeout_s``: the silence after which they give a replica up."""
 
     protocol: int

@@ -120,7 +120,7 @@ class RouterGroup:
         return next((state.http for state in states if state is not None and state.http), "")
 
     def addresses(self) -> tuple[RouterAddress, ...]:
-        """The RPC doors."""
+        """The addresses of the RPC servers."""
         key = self._server_key
         return tuple(RouterAddress(endpoint=r.spec.rpc, server_key=key if r.spec.rpc.startswith("tcp") else "") for r in self._routers)
 

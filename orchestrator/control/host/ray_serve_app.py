@@ -1,7 +1,7 @@
 """A deployment as the one replica of a Ray Serve application, for KubeRay's RayService: `import_path:
 orchestrator.control.host.ray_serve_app:app`.
 
-Owns one `trireme up` on the head node. Serve starts, watches and ends it, and never carries a request: clients speak to our own doors.
+Owns one `trireme up` on the head node. Serve starts, watches and ends it, and never carries a request: clients speak to our own routers.
 """
 
 from __future__ import annotations

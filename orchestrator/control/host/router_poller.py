@@ -47,7 +47,7 @@ class RouterSource(Protocol):
         """The HTTP address, empty while there is none."""
 
     def addresses(self) -> tuple[RouterAddress, ...]:
-        """The RPC doors."""
+        """The addresses of the RPC servers."""
 
     def pids(self) -> dict[str, int]: ...
 

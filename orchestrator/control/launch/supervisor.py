@@ -1,7 +1,7 @@
 """The gang supervisor: one mpiexec and all that hangs on it, from spec file to the proof that no process is left.
 
-Owns one gang. A gang is never repaired: the first dead rank ends it. Must never wait without a bound; knows nothing of Ray (``launch.ray``
-wraps it in an actor, ``launch.local`` calls it in this process).
+Owns one gang. A gang is never repaired: the first dead rank ends it. Must never wait without a bound; knows nothing of Ray
+(``launch.ray_launcher`` wraps it in an actor, ``launch.local_launcher`` calls it in this process).
 """
 
 from __future__ import annotations

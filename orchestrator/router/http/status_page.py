@@ -2,7 +2,7 @@
 
 Owns the page's bytes, the headers that confine it, and the shape of its data. Counts nothing: every number is read, when it is asked for,
 from the meters and the dispatcher's status that ``/metrics`` is made of. The page itself holds nothing of a deployment, so it may be shown
-to whoever reaches the door; its data may not.
+to whoever reaches the HTTP API; its data may not.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _trouble(replica: ReplicaFigures, losses: Sequence[LossFigures]) -> str:
 
 
 def headers(page: bytes) -> dict[str, str]:
-    """What confines the page: its one script and one style by hash, data from its own door, nothing else from anywhere."""
+    """What confines the page: its one script and one style by hash, data from its own origin, nothing else from anywhere."""
     hashes: dict[str, list[str]] = {"script": [], "style": []}
     for kind, text in _INLINE.findall(page):
         hashes[kind.decode()].append(f"'sha256-{b64encode(hashlib.sha256(text).digest()).decode()}'")
