@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import msgspec
 
+from orchestrator.router.core.choice_state import ChoiceState, RequestState
 from orchestrator.router.core.event_record import event_of
 from orchestrator.router.core.recorder import EventRecorder, dump_lines, read_dump
 from orchestrator.router.core.replica_registry import Replica
-from orchestrator.router.core.request_table import ChoiceState, RequestState
 from orchestrator.router.core.router_core import RouterCore
 from workers.protocol.errors import TriremeError
 

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from orchestrator.router.core.choice_state import ChoiceState
 from orchestrator.router.core.policy.least_wait import LeastWait
 from orchestrator.router.core.recorder import dump_lines, read_dump
 from orchestrator.router.core.replica_registry import ReplicaRegistry
-from orchestrator.router.core.request_table import ChoiceState
 from orchestrator.sim.__main__ import main, run_jobs, run_series
 from orchestrator.sim.replay import replay
 from orchestrator.sim.schedule import Schedule, draw

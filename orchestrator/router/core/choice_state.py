@@ -1,0 +1,180 @@
+"""The state of one live request and of each of its choices, with their snapshots.
+
+Owns no transition: :class:`orchestrator.router.core.request_table.RequestTable` alone changes these objects, except that
+:meth:`ChoiceState.restored` fills a new one.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any, Literal
+
+import msgspec
+
+from orchestrator.router.core.events import SubmitRequest
+from orchestrator.router.core.history import ChoiceStory, RequestStory
+from orchestrator.router.core.replica_registry import Replica, ReplicaRegistry
+from orchestrator.router.core.stats import Attempt
+from workers.protocol.messages import UNLIMITED, SamplingParams
+from workers.scheduler.block_pool import prefix_hashes
+
+Phase = Literal["queued", "sent", "accepted", "running", "ended"]
+End = Literal["finished", "failed", "cancelled"]
+
+
+class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """The whole state of a :class:`ChoiceState`; of the tokens only how many there are, of the attempts those that the core still reads:
+    the first and the last two. ``replica``: its name, empty in the queue."""
+
+    id: int
+    phase: Phase
+    emitted: int
+    resumed_from: int
+    granted: int
+    queued_at: float
+    sent_at: float
+    trail: list[Attempt]
+    replica: str = ""
+    stream: int = 0
+    attempt: int = 0
+    attempts: int = 0
+    deaths: int = 0
+    emitted_at_send: int = 0
+    ended_short: bool = False
+    prompt_logprobs_sent: bool = False
+    starved: bool = False
+
+
+class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """The whole state of a :class:`RequestState`, without anything that the client sent but counts. ``deadline`` None = none."""
+
+    id: int
+    request_id: str
+    model: str
+    arrived: float
+    prompt_tokens: int
+    max_tokens: int
+    choices: list[ChoiceSnapshot]
+    deadline: float | None = None
+    session: str = ""
+    client_attempt: int = 0
+
+
+class ChoiceState:
+    """One choice of a request. ``index``: which one of n. ``emitted`` includes the ``resumed_from`` tokens that the client had at the
+    start; ``granted``: tokens beyond those that the client takes.
+
+    ``emitted`` and ``trail`` are the request's own lists where it has them: its frontend reads them there, and a token is stored once.
+    """
+
+    __slots__ = (
+        "attempt", "attempts", "deaths", "emitted", "emitted_at_send", "end", "ended_at", "ended_short", "granted", "id", "index", "owner",
+        "params", "phase", "prompt_logprobs_sent", "queued_at", "reason", "replica", "request", "resumed_from", "sent_at", "starved",
+        "stream", "trail",
+    )  # fmt: skip
+
+    def __init__(self, request: RequestState, id: int, index: int, params: SamplingParams, emitted: list[int]) -> None:
+        body = request.body
+        self.request, self.id, self.index, self.params, self.emitted = request, id, index, params, emitted
+        self.owner = request.owner
+        self.resumed_from = len(emitted)
+        self.granted = body.credit
+        self.phase: Phase = "queued"
+        self.replica: Replica | None = None
+        self.stream = 0
+        #: The number of the present attempt, and how many attempts there were here.
+        self.attempt = self.attempts = 0
+        #: Replicas lost one after the other while this choice was there and did not get on; tokens that were here at the last send.
+        self.deaths = self.emitted_at_send = 0
+        #: When it entered the queue, and when the last Submit or Attach went out.
+        self.queued_at, self.sent_at = request.arrived, 0.0
+        #: A Done came before its tokens once.
+        self.ended_short = False
+        self.prompt_logprobs_sent = False
+        #: It is at a replica and its client takes nothing now.
+        self.starved = False
+        self.trail: list[Attempt] = body.trails[index] if index < len(body.trails) else []
+        #: How, why and when it ended.
+        self.end: End | Literal[""] = ""
+        self.reason = ""
+        self.ended_at = 0.0
+
+    @property
+    def credit(self) -> int:
+        """Tokens that the client will still take."""
+        return UNLIMITED if self.granted >= UNLIMITED else self.granted - (len(self.emitted) - self.resumed_from)
+
+    @property
+    def known(self) -> int:
+        """Tokens that a replica must have computed before it decodes the next."""
+        return len(self.request.body.prompt_ids) + len(self.emitted)
+
+    @property
+    def name(self) -> str:
+        """The lasting name at leaders: unambiguous, for the part after the last slash is always the index."""
+        return f"{self.request.body.request_id}/{self.index}"
+
+    def story(self) -> ChoiceStory:
+        return ChoiceStory(
+            phase=self.phase, output_tokens=len(self.emitted), attempts=list(self.trail), dropped_attempts=self.attempts - len(self.trail),
+            end=self.end, detail=self.reason, ended_at=self.ended_at,
+        )  # fmt: skip
+
+    def snapshot(self) -> ChoiceSnapshot:
+        trail = self.trail
+        return ChoiceSnapshot(
+            id=self.id, phase=self.phase, emitted=len(self.emitted), resumed_from=self.resumed_from, granted=self.granted,
+            queued_at=self.queued_at, sent_at=self.sent_at, trail=trail if len(trail) <= 3 else [trail[0], *trail[-2:]],
+            replica=self.replica.name if self.replica is not None else "",
+            stream=self.stream, attempt=self.attempt, attempts=self.attempts, deaths=self.deaths, emitted_at_send=self.emitted_at_send,
+            ended_short=self.ended_short, prompt_logprobs_sent=self.prompt_logprobs_sent, starved=self.starved,
+        )  # fmt: skip
+
+    @classmethod
+    def restored(cls, request: RequestState, index: int, found: ChoiceSnapshot, registry: ReplicaRegistry) -> ChoiceState:
+        """The choice that ``found`` was taken of; its tokens have their number alone."""
+        choice = cls(request, found.id, index, request.body.params, [0] * found.emitted)
+        choice.phase, choice.resumed_from, choice.granted = found.phase, found.resumed_from, found.granted
+        choice.replica = registry.replicas[found.replica] if found.replica else None
+        choice.stream, choice.attempt, choice.attempts, choice.starved = found.stream, found.attempt, found.attempts, found.starved
+        choice.deaths, choice.emitted_at_send, choice.ended_short = found.deaths, found.emitted_at_send, found.ended_short
+        choice.queued_at, choice.sent_at = found.queued_at, found.sent_at
+        choice.prompt_logprobs_sent, choice.trail = found.prompt_logprobs_sent, list(found.trail)
+        return choice
+
+
+class RequestState:
+    """A live request. ``owner`` comes back in every delivery; the core never looks into it. ``deadline`` is absolute, inf = none. ``live``:
+    choices that have not ended."""
+
+    __slots__ = ("_prompt_hashes", "arrived", "body", "choices", "deadline", "id", "live", "owner", "session")
+
+    def __init__(self, submitted: SubmitRequest, now: float, deadline: float) -> None:
+        self.id, self.body, self.session = submitted.id, submitted.request, submitted.session
+        self.owner: Any = submitted.id if submitted.owner is None else submitted.owner
+        self.arrived, self.deadline = now, deadline
+        self.choices: list[ChoiceState] = []
+        self.live = 0
+        self._prompt_hashes: dict[int, list[int]] = {}
+
+    def prompt_hashes(self, block_size: int) -> list[int]:
+        """Prefix hashes of the prompt, computed once for each block size."""
+        hashes = self._prompt_hashes.get(block_size)
+        if hashes is None:
+            hashes = self._prompt_hashes[block_size] = prefix_hashes(self.body.prompt_ids, block_size, self.body.salt)
+        return hashes
+
+    def story(self) -> RequestStory:
+        body = self.body
+        return RequestStory(
+            request_id=body.request_id, number=self.id, model=body.model, arrived_at=self.arrived, prompt_tokens=len(body.prompt_ids),
+            max_tokens=body.params.max_tokens, choices=[choice.story() for choice in self.choices], client_attempt=body.attempt,
+        )  # fmt: skip
+
+    def snapshot(self) -> RequestSnapshot:
+        body = self.body
+        return RequestSnapshot(
+            id=self.id, request_id=body.request_id, model=body.model, arrived=self.arrived, prompt_tokens=len(body.prompt_ids),
+            max_tokens=body.params.max_tokens, choices=[choice.snapshot() for choice in self.choices],
+            deadline=self.deadline if self.deadline < inf else None, session=self.session, client_attempt=body.attempt,
+        )  # fmt: skip
