@@ -16,14 +16,14 @@ from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, Trirem
 
 if TYPE_CHECKING:
     from orchestrator.router.core.history import ChoiceStory, RequestStory
-    from orchestrator.router.core.stats import Reason
+    from orchestrator.router.core.stats import PlacementReason
     from orchestrator.router.diagnostics import StoryReport
     from workers.protocol.messages import Query
 
 #: How long a router may take to write a dump, or to look for a request, milliseconds.
 DUMP_MS, STORY_MS = 30_000, 2_000
 #: Why a replica was chosen, in words.
-CHOSEN: dict[Reason, str] = {
+CHOSEN: dict[PlacementReason, str] = {
     "only": "no other had room", "session": "the session ran there before", "prefix": "it probably holds the prefix",
     "load": "the least wait",
 }  # fmt: skip
@@ -169,7 +169,7 @@ def tell_choice(choice: ChoiceStory) -> list[tuple[float, str]]:
             moments.append((attempt.queued_at, f"{choice.dropped_attempts} attempts before this one are no longer kept"))
         tokens = f", after {attempt.emitted_before} tokens" if attempt.emitted_before else ""
         where = f"replica {attempt.replica} (epoch {attempt.epoch}), attempt {attempt.number}"
-        moments.append((attempt.sent_at, f"sent to {where}{tokens}: {CHOSEN[attempt.reason]}"))
+        moments.append((attempt.sent_at, f"sent to {where}{tokens}: {CHOSEN[attempt.placed_because]}"))
         if attempt.accepted_at:
             moments.append((attempt.accepted_at, f"acknowledged by {attempt.replica}"))
         if attempt.first_at:

@@ -87,7 +87,8 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds of admission: requests waiting for a replica, seconds they may wait, seconds a whole request may take (0 = no limit)."""
+    """Bounds of admission: choices waiting for a replica (a request has ``n`` of them), seconds they may wait, seconds a whole request may
+    take (0 = no limit)."""
 
     max_queue: int = 512
     queue_timeout_s: float = 60.0

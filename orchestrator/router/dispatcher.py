@@ -29,7 +29,6 @@ from orchestrator.router.core.events import (
 )
 from orchestrator.router.core.history import RequestStory
 from orchestrator.router.core.recorder import EventRecorder
-from orchestrator.router.core.replica_registry import ReplicaLoss
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.core.session_table import session_key
@@ -47,7 +46,7 @@ SendToReplica = Callable[[bytes, ToReplica], bool]
 
 
 class RequestTicket:
-    """The :class:`~orchestrator.router.interfaces.Ticket`. ``open``: bit i = the watcher still expects something for choice i."""
+    """The :class:`~orchestrator.router.interfaces.Ticket`. ``open``: the choices for which the watcher still expects something."""
 
     __slots__ = ("_dispatcher", "context", "id", "last", "meter", "open", "watcher")
 
@@ -57,14 +56,14 @@ class RequestTicket:
         self.context = request_context.current()
         #: When its last tokens were delivered; None = none were.
         self.last: float | None = None
-        self.open = (1 << choices) - 1
+        self.open = set(range(choices))
 
     def cancel(self) -> None:
-        self.open = 0
+        self.open.clear()
         self._dispatcher.handle(CancelRequest(id=self.id))
 
-    def finish(self, choice: int) -> None:
-        self.open &= ~(1 << choice)
+    def stop_choice(self, choice: int) -> None:
+        self.open.discard(choice)
         self._dispatcher.handle(StopChoice(id=self.id, choice=choice))
 
     def credit(self, tokens: int) -> None:
@@ -82,7 +81,8 @@ class RouterDispatcher:
         self._credit: dict[int, int] = {}
         self._pumping = self._pump_due = False
         self._requests = 0
-        self._logged: ReplicaLoss | None = None
+        #: Losses of replicas that the log has.
+        self._logged = 0
 
     # --- the frontends' side
 
@@ -149,17 +149,14 @@ class RouterDispatcher:
             self._core.check()
 
     def _log_losses(self) -> None:
-        losses = self._core.registry.losses
-        if not losses or losses[-1] is self._logged:
-            return
-        fresh = list(losses)
-        for loss in fresh[fresh.index(self._logged) + 1 if self._logged in fresh else 0 :]:
+        registry = self._core.registry
+        new, self._logged = registry.losses_total - self._logged, registry.losses_total
+        for loss in list(registry.losses)[-new:] if new else ():
             level = logging.INFO if loss.drained else logging.WARNING
-            text = "replica %s is lost: %s; %d rows"
+            text = "replica %s is lost: %s; %d choices"
             log.log(level, text, ascii(loss.replica), loss.reason, loss.choices, extra={"replica": loss.replica})
-        self._logged = fresh[-1]
 
-    def close(self) -> None:
+    def stop_accepting(self) -> None:
         """Accept nothing new."""
         self._take_in(StopAccepting())
 
@@ -208,11 +205,13 @@ class RouterDispatcher:
 
     def _deliver(self, action: DeliverTokens) -> None:
         now = self._clock()
-        # Choices that come together mostly came together the last time too: one entry for as many as have the same interval.
+        # Choices that come together mostly came together the last time too, so one call of the meter counts a run of choices with equal
+        # intervals and sizes. Tickets of one delivery share the very object ``now`` as their ``last``, so ``is`` finds the equal ones.
+        # A first token has no interval: it ends the run, and the -1.0 object, which is no ticket's ``last``, lets the next one begin anew.
         meter: RequestMeter | None = None
         since, size, choices = -1.0, 0, 0
         for ticket, choice, first, tokens, logprobs in action.deliveries:
-            if not ticket.open >> choice & 1:
+            if choice not in ticket.open:
                 continue
             last = ticket.last
             if last is not since or len(tokens) != size:
@@ -240,7 +239,7 @@ class RouterDispatcher:
                 self._take_in(PeerUnreachable(peer=action.peer))
             return
         ticket: RequestTicket = action.owner
-        if not ticket.open >> action.choice & 1:
+        if action.choice not in ticket.open:
             return
         try:
             self._notify(ticket, action)
@@ -253,7 +252,7 @@ class RouterDispatcher:
         if isinstance(action, DeliverPromptLogprobs):
             watcher.on_prompt(action.choice, action.logprobs)
             return
-        ticket.open &= ~(1 << action.choice)
+        ticket.open.discard(action.choice)
         if isinstance(action, FinishChoice):
             watcher.on_done(action.choice, action.reason, action.usage, action.stop_id)
         else:
@@ -268,7 +267,7 @@ class RouterDispatcher:
 
     def _break(self, ticket: RequestTicket, error: Exception) -> None:
         log.error("request %d: its frontend failed", ticket.id, exc_info=error, extra=request_context.fields(ticket.context))
-        choices = [choice for choice in range(ticket.open.bit_length()) if ticket.open >> choice & 1]
+        choices = sorted(ticket.open)
         ticket.cancel()
         for choice in choices:
             try:

@@ -35,7 +35,7 @@ class Ticket(Protocol):
     def cancel(self) -> None:
         """The caller is gone: nothing more is delivered for any choice, and its replicas drop it."""
 
-    def finish(self, choice: int) -> None:
+    def stop_choice(self, choice: int) -> None:
         """The frontend has ended this choice itself (a stop string): nothing more is delivered for it, and its replica drops it."""
 
     def credit(self, tokens: int) -> None:

@@ -73,11 +73,11 @@ class RequestMeter:
         self._model.generation_tokens += count
         self._model.first_token.observe(now - self._start)
 
-    def tokens(self, rows: int, count: int, spent: float) -> None:
-        """``rows`` choices of the model got ``count`` tokens each, ``spent`` seconds after their last tokens."""
+    def tokens(self, choices: int, count: int, spent: float) -> None:
+        """``choices`` choices of the model got ``count`` tokens each, ``spent`` seconds after their last tokens."""
         model = self._model
-        model.generation_tokens += rows * count
-        model.inter_token.observe(spent / count, rows * count)
+        model.generation_tokens += choices * count
+        model.inter_token.observe(spent / count, choices * count)
 
     def ended(self, reason: str, usage: Usage) -> None:
         self._model.success[reason] += 1
@@ -103,19 +103,19 @@ class RequestMeter:
 
 
 class Metrics:
-    """All series of one router. ``status`` is the dispatcher's method, called at each scrape; ``tallies`` are counted by the routing core.
+    """All series of one router. ``status`` is the dispatcher's method, called at each scrape; ``stats`` is counted by the routing core.
     ``lag``: how late the event loop woke the ticker of the router process, seconds.
 
     Every labelled series exists from the start at 0, so that the first ``rate()`` is right.
     """
 
     def __init__(
-        self, models: Iterable[str], status: Callable[[], RouterStatus] = _nothing, tallies: Mapping[str, ModelStats] | None = None
+        self, models: Iterable[str], status: Callable[[], RouterStatus] = _nothing, stats: Mapping[str, ModelStats] | None = None
     ) -> None:
         self.models = {name: ModelMeter() for name in models}
         self.lag = Histogram(metric_families.LAG_BUCKETS)
         self._status = status
-        self._tallies = tallies if tallies is not None else {name: ModelStats() for name in self.models}
+        self._stats = stats if stats is not None else {name: ModelStats() for name in self.models}
         self._ignored_fields = 0
         self._disconnected = 0
         self._refused = dict.fromkeys(CODES, 0)
@@ -149,7 +149,7 @@ class Metrics:
         yield from self._counts()
         yield from self._histograms()
         status = self._status()
-        yield from metric_families.core(status, self._tallies)
+        yield from metric_families.core(status, self._stats)
         yield from metric_families.replicas(status, list(self.models))
         yield from metric_families.process(status, self.lag)
 

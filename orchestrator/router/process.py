@@ -148,7 +148,7 @@ class RouterProcess:
     async def _drain(self, hurry: asyncio.Event) -> None:
         log.info("draining: %d requests are live", self._dispatcher.live)
         self._report("draining")
-        self._dispatcher.close()
+        self._dispatcher.stop_accepting()
         self._idle.clear()
         waits = [asyncio.create_task(event.wait()) for event in (self._idle, hurry)]
         await asyncio.wait(waits, timeout=self._spec.drain_grace_s, return_when=asyncio.FIRST_COMPLETED)

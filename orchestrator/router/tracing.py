@@ -83,7 +83,7 @@ class TracedDispatcher:
         if not traced.sampled:
             return self._inner.submit(ask, watcher, meter)
         try:
-            ticket = self._inner.submit(msgspec.structs.replace(ask, emitted=traced.emitted, trails=traced.trails), traced, meter)
+            ticket = self._inner.submit(msgspec.structs.replace(ask, emitted=traced.emitted, attempts=traced.attempts), traced, meter)
         except TriremeError as error:
             traced.refused(error)
             raise
@@ -93,8 +93,21 @@ class TracedDispatcher:
 class _TracedRequest:
     """One traced request: the watcher that the inner dispatcher gets."""
 
-    __slots__ = ("_ask", "_clock", "_context", "_ends", "_offset", "_open", "_span", "_submitted", "_tracer", "_watcher", "emitted",
-                 "on_tokens", "trails")  # fmt: skip
+    __slots__ = (
+        "_ask",
+        "_clock",
+        "_context",
+        "_ends",
+        "_offset",
+        "_open",
+        "_span",
+        "_submitted",
+        "_tracer",
+        "_watcher",
+        "attempts",
+        "emitted",
+        "on_tokens",
+    )  # fmt: skip
 
     def __init__(self, tracer: Tracer, ask: RouterRequest, watcher: Watcher, clock: Callable[[], float], wall: Callable[[], int]) -> None:
         self._tracer, self._ask, self._watcher, self._clock = tracer, ask, watcher, clock
@@ -104,7 +117,7 @@ class _TracedRequest:
         self.on_tokens: Callable[[int, int, list[int], list[Logprobs] | None], None] = watcher.on_tokens
         #: The core's records of each choice, empty where the frontend keeps none.
         self.emitted: list[list[int]] = ask.emitted or [[] for _ in range(ask.n)]
-        self.trails: list[list[Attempt]] = [[] for _ in range(ask.n)]
+        self.attempts: list[list[Attempt]] = [[] for _ in range(ask.n)]
         self._open = set(range(ask.n))
         self._ends: dict[int, tuple[float, str, Usage | None]] = {}
         self._context = context = request_context.current()
@@ -179,18 +192,20 @@ class _TracedRequest:
             self._child(root, span_names.PREPARE, self._context.received, self._submitted)
         root.set_attributes(facts)
         for choice, (over, _, _) in sorted(self._ends.items()):
-            self._choice(choice, self.trails[choice], over)
+            self._choice(choice, self.attempts[choice], over)
         root.end(self._ns(now))
 
-    def _choice(self, choice: int, trail: Sequence[Attempt], over: float) -> None:
+    def _choice(self, choice: int, attempts: Sequence[Attempt], over: float) -> None:
         mark: dict[str, AttributeValue] = {span_names.CHOICE: choice} if self._ask.n > 1 else {}
-        for index, attempt in enumerate(trail):
-            self._child(self._span, span_names.QUEUE, attempt.queued_at, attempt.sent_at, {span_names.DECISION: attempt.reason} | mark)
+        for index, attempt in enumerate(attempts):
+            self._child(
+                self._span, span_names.QUEUE, attempt.queued_at, attempt.sent_at, {span_names.DECISION: attempt.placed_because} | mark
+            )
             end = attempt.ended_at or over
-            tokens = trail[index + 1].emitted_before if index + 1 < len(trail) else len(self.emitted[choice])
+            tokens = attempts[index + 1].emitted_before if index + 1 < len(attempts) else len(self.emitted[choice])
             self._attempt(attempt, end, tokens - attempt.emitted_before, mark)
-        if not trail or trail[-1].cause:
-            self._child(self._span, span_names.QUEUE, trail[-1].ended_at if trail else self._submitted, over, mark)
+        if not attempts or attempts[-1].cause:
+            self._child(self._span, span_names.QUEUE, attempts[-1].ended_at if attempts else self._submitted, over, mark)
 
     def _attempt(self, attempt: Attempt, end: float, tokens: int, mark: dict[str, AttributeValue]) -> None:
         facts: dict[str, AttributeValue] = mark | {
@@ -231,8 +246,8 @@ class _TracedTicket:
         self._ticket.cancel()
         self._traced.cancelled()
 
-    def finish(self, choice: int) -> None:
-        self._ticket.finish(choice)
+    def stop_choice(self, choice: int) -> None:
+        self._ticket.stop_choice(choice)
         self._traced.ended(choice, "stop", None)
 
     def credit(self, tokens: int) -> None:

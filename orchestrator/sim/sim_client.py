@@ -78,7 +78,7 @@ class SimClient:
             client="c", request_id=f"q{self.asked.id}.{self._life}", model="m", prompt_ids=self.asked.prompt, params=self._params,
             n=self.asked.n, credit=self.asked.credit or UNLIMITED,
             deadline_s=None if self._due is None else self._due - self._timeline.now,
-            emitted=[list(tokens) for tokens in self._journal] if continues else [], attempt=self._attempt,
+            emitted=[list(tokens) for tokens in self._journal] if continues else [], client_attempt=self._attempt,
         )  # fmt: skip
         try:
             self._call = self._routers[self._router].submit(self, request)
@@ -86,7 +86,7 @@ class SimClient:
             self._try_elsewhere()
             return
         for choice in self._left:
-            self._call.finish(choice)
+            self._call.stop_choice(choice)
 
     def _try_elsewhere(self) -> None:
         """HTTP clients share a port, RPC clients hold a list: either way another router may take it."""
@@ -108,7 +108,7 @@ class SimClient:
             self._left |= leaving
             self._ended |= leaving
             if call is not None:
-                call.finish(min(leaving))
+                call.stop_choice(min(leaving))
 
     def wander(self) -> None:
         """Go on at another router; the first one keeps the call until it misses the client."""

@@ -70,10 +70,10 @@ class SimCall:
             self.over |= set(range(self.request.n))
             self._router.cancel(self)
 
-    def finish(self, choice: int) -> None:
+    def stop_choice(self, choice: int) -> None:
         if self.alive:
             self.over.add(choice)
-            self._router.finish(self, choice)
+            self._router.stop_choice(self, choice)
 
     def credit(self, tokens: int) -> None:
         if self.alive:
@@ -121,7 +121,7 @@ class SimRouter:
         del self.calls[call.id]
         self._handle(CancelRequest(id=call.id))
 
-    def finish(self, call: SimCall, choice: int) -> None:
+    def stop_choice(self, call: SimCall, choice: int) -> None:
         if len(call.over) == call.request.n:
             del self.calls[call.id]
         self._handle(StopChoice(id=call.id, choice=choice))

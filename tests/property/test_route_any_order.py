@@ -192,7 +192,7 @@ class Routing(RuleBasedStateMachine):
         emitted = [stream_of(seed + choice, prompt, min(held, count)) for choice in range(n)] if held else []
         ask = RouterRequest(
             client="c", request_id=f"q{self.serial}", model="m", prompt_ids=prompt, params=SamplingParams(seed=seed, max_tokens=count), n=n,
-            credit=1 if bounded else UNLIMITED, emitted=emitted, attempt=int(held > 0),
+            credit=1 if bounded else UNLIMITED, emitted=emitted, client_attempt=int(held > 0),
         )  # fmt: skip
         try:
             id = self.route.submit(ask, self.now)
@@ -215,7 +215,7 @@ class Routing(RuleBasedStateMachine):
         if whole:
             self.route.cancel(id, self.now)
         else:
-            self.route.finish(id, n - 1, self.now)
+            self.route.stop_choice(id, n - 1, self.now)
         self.act()
 
     @rule(data=st.data())

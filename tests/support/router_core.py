@@ -73,7 +73,7 @@ class CoreDriver:
     def cancel(self, id: int, now: float) -> None:
         self.handle(CancelRequest(id=id), now)
 
-    def finish(self, id: int, choice: int, now: float) -> None:
+    def stop_choice(self, id: int, choice: int, now: float) -> None:
         self.handle(StopChoice(id=id, choice=choice), now)
 
     def credit(self, id: int, tokens: int, now: float = 0.0) -> None:
@@ -88,7 +88,7 @@ class CoreDriver:
     def tick(self, now: float) -> None:
         self.handle(Tick(), now)
 
-    def close(self) -> None:
+    def stop_accepting(self) -> None:
         self.handle(StopAccepting(), 0.0)
 
     def abort(self, now: float) -> None:

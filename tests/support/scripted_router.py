@@ -63,7 +63,7 @@ class ScriptedTicket:
             self.live.clear()
             self._dispatcher.cancelled.set()
 
-    def finish(self, choice: int) -> None:
+    def stop_choice(self, choice: int) -> None:
         self.live.discard(choice)
         self._dispatcher.finished.append((self.ask.request_id, choice))
 

@@ -33,20 +33,20 @@ class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     granted: int
     queued_at: float
     sent_at: float
-    trail: list[Attempt]
+    attempts: list[Attempt]
     replica: str = ""
     stream: int = 0
-    attempt: int = 0
-    attempts: int = 0
+    attempt_number: int = 0
+    sends: int = 0
     deaths: int = 0
     emitted_at_send: int = 0
     ended_short: bool = False
     prompt_logprobs_sent: bool = False
-    starved: bool = False
+    paused: bool = False
 
 
 class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """The whole state of a :class:`RequestState`, without anything that the client sent but counts. ``deadline`` None = none."""
+    """The whole state of a :class:`RequestState`; of what the client sent, counts alone. ``deadline`` None = none."""
 
     id: int
     request_id: str
@@ -64,26 +64,26 @@ class ChoiceState:
     """One choice of a request. ``index``: which one of n. ``emitted`` includes the ``resumed_from`` tokens that the client had at the
     start; ``granted``: tokens beyond those that the client takes.
 
-    ``emitted`` and ``trail`` are the request's own lists where it has them: its frontend reads them there, and a token is stored once.
+    ``emitted`` and ``attempts`` are the request's own lists where it has them: its frontend reads them there, and a token is stored once.
     """
 
     __slots__ = (
-        "attempt", "attempts", "deaths", "emitted", "emitted_at_send", "end", "ended_at", "ended_short", "granted", "id", "index", "owner",
-        "params", "phase", "prompt_logprobs_sent", "queued_at", "reason", "replica", "request", "resumed_from", "sent_at", "starved",
-        "stream", "trail",
+        "attempt_number", "attempts", "deaths", "emitted", "emitted_at_send", "end", "end_detail", "ended_at", "ended_short", "granted",
+        "id", "index", "owner", "params", "paused", "phase", "prompt_logprobs_sent", "queued_at", "replica", "request", "resumed_from",
+        "sends", "sent_at", "stream",
     )  # fmt: skip
 
     def __init__(self, request: RequestState, id: int, index: int, params: SamplingParams, emitted: list[int]) -> None:
-        body = request.body
+        spec = request.spec
         self.request, self.id, self.index, self.params, self.emitted = request, id, index, params, emitted
         self.owner = request.owner
         self.resumed_from = len(emitted)
-        self.granted = body.credit
+        self.granted = spec.credit
         self.phase: Phase = "queued"
         self.replica: Replica | None = None
         self.stream = 0
-        #: The number of the present attempt, and how many attempts there were here.
-        self.attempt = self.attempts = 0
+        #: The number of the present attempt, over all routers, and how often this router has sent the choice.
+        self.attempt_number = self.sends = 0
         #: Replicas lost one after the other while this choice was there and did not get on; tokens that were here at the last send.
         self.deaths = self.emitted_at_send = 0
         #: When it entered the queue, and when the last Submit or Attach went out.
@@ -91,12 +91,12 @@ class ChoiceState:
         #: A Done came before its tokens once.
         self.ended_short = False
         self.prompt_logprobs_sent = False
-        #: It is at a replica and its client takes nothing now.
-        self.starved = False
-        self.trail: list[Attempt] = body.trails[index] if index < len(body.trails) else []
+        #: It is at a replica and its client takes no tokens now.
+        self.paused = False
+        self.attempts: list[Attempt] = spec.attempts[index] if index < len(spec.attempts) else []
         #: How, why and when it ended.
         self.end: End | Literal[""] = ""
-        self.reason = ""
+        self.end_detail = ""
         self.ended_at = 0.0
 
     @property
@@ -107,39 +107,40 @@ class ChoiceState:
     @property
     def known(self) -> int:
         """Tokens that a replica must have computed before it decodes the next."""
-        return len(self.request.body.prompt_ids) + len(self.emitted)
+        return len(self.request.spec.prompt_ids) + len(self.emitted)
 
     @property
     def name(self) -> str:
         """The lasting name at leaders: unambiguous, for the part after the last slash is always the index."""
-        return f"{self.request.body.request_id}/{self.index}"
+        return f"{self.request.spec.request_id}/{self.index}"
 
     def story(self) -> ChoiceStory:
         return ChoiceStory(
-            phase=self.phase, output_tokens=len(self.emitted), attempts=list(self.trail), dropped_attempts=self.attempts - len(self.trail),
-            end=self.end, detail=self.reason, ended_at=self.ended_at,
+            phase=self.phase, output_tokens=len(self.emitted), attempts=list(self.attempts),
+            dropped_attempts=self.sends - len(self.attempts), end=self.end, detail=self.end_detail, ended_at=self.ended_at,
         )  # fmt: skip
 
     def snapshot(self) -> ChoiceSnapshot:
-        trail = self.trail
+        attempts = self.attempts
         return ChoiceSnapshot(
             id=self.id, phase=self.phase, emitted=len(self.emitted), resumed_from=self.resumed_from, granted=self.granted,
-            queued_at=self.queued_at, sent_at=self.sent_at, trail=trail if len(trail) <= 3 else [trail[0], *trail[-2:]],
+            queued_at=self.queued_at, sent_at=self.sent_at, attempts=attempts if len(attempts) <= 3 else [attempts[0], *attempts[-2:]],
             replica=self.replica.name if self.replica is not None else "",
-            stream=self.stream, attempt=self.attempt, attempts=self.attempts, deaths=self.deaths, emitted_at_send=self.emitted_at_send,
-            ended_short=self.ended_short, prompt_logprobs_sent=self.prompt_logprobs_sent, starved=self.starved,
+            stream=self.stream, attempt_number=self.attempt_number, sends=self.sends, deaths=self.deaths,
+            emitted_at_send=self.emitted_at_send, ended_short=self.ended_short, prompt_logprobs_sent=self.prompt_logprobs_sent,
+            paused=self.paused,
         )  # fmt: skip
 
     @classmethod
     def restored(cls, request: RequestState, index: int, found: ChoiceSnapshot, registry: ReplicaRegistry) -> ChoiceState:
         """The choice that ``found`` was taken of; its tokens have their number alone."""
-        choice = cls(request, found.id, index, request.body.params, [0] * found.emitted)
+        choice = cls(request, found.id, index, request.spec.params, [0] * found.emitted)
         choice.phase, choice.resumed_from, choice.granted = found.phase, found.resumed_from, found.granted
         choice.replica = registry.replicas[found.replica] if found.replica else None
-        choice.stream, choice.attempt, choice.attempts, choice.starved = found.stream, found.attempt, found.attempts, found.starved
+        choice.stream, choice.attempt_number, choice.sends, choice.paused = found.stream, found.attempt_number, found.sends, found.paused
         choice.deaths, choice.emitted_at_send, choice.ended_short = found.deaths, found.emitted_at_send, found.ended_short
         choice.queued_at, choice.sent_at = found.queued_at, found.sent_at
-        choice.prompt_logprobs_sent, choice.trail = found.prompt_logprobs_sent, list(found.trail)
+        choice.prompt_logprobs_sent, choice.attempts = found.prompt_logprobs_sent, list(found.attempts)
         return choice
 
 
@@ -147,10 +148,10 @@ class RequestState:
     """A live request. ``owner`` comes back in every delivery; the core never looks into it. ``deadline`` is absolute, inf = none. ``live``:
     choices that have not ended."""
 
-    __slots__ = ("_prompt_hashes", "arrived", "body", "choices", "deadline", "id", "live", "owner", "session")
+    __slots__ = ("_prompt_hashes", "arrived", "choices", "deadline", "id", "live", "owner", "session", "spec")
 
     def __init__(self, submitted: SubmitRequest, now: float, deadline: float) -> None:
-        self.id, self.body, self.session = submitted.id, submitted.request, submitted.session
+        self.id, self.spec, self.session = submitted.id, submitted.request, submitted.session
         self.owner: Any = submitted.id if submitted.owner is None else submitted.owner
         self.arrived, self.deadline = now, deadline
         self.choices: list[ChoiceState] = []
@@ -161,20 +162,20 @@ class RequestState:
         """Prefix hashes of the prompt, computed once for each block size."""
         hashes = self._prompt_hashes.get(block_size)
         if hashes is None:
-            hashes = self._prompt_hashes[block_size] = prefix_hashes(self.body.prompt_ids, block_size, self.body.salt)
+            hashes = self._prompt_hashes[block_size] = prefix_hashes(self.spec.prompt_ids, block_size, self.spec.salt)
         return hashes
 
     def story(self) -> RequestStory:
-        body = self.body
+        spec = self.spec
         return RequestStory(
-            request_id=body.request_id, number=self.id, model=body.model, arrived_at=self.arrived, prompt_tokens=len(body.prompt_ids),
-            max_tokens=body.params.max_tokens, choices=[choice.story() for choice in self.choices], client_attempt=body.attempt,
+            request_id=spec.request_id, number=self.id, model=spec.model, arrived_at=self.arrived, prompt_tokens=len(spec.prompt_ids),
+            max_tokens=spec.params.max_tokens, choices=[choice.story() for choice in self.choices], client_attempt=spec.client_attempt,
         )  # fmt: skip
 
     def snapshot(self) -> RequestSnapshot:
-        body = self.body
+        spec = self.spec
         return RequestSnapshot(
-            id=self.id, request_id=body.request_id, model=body.model, arrived=self.arrived, prompt_tokens=len(body.prompt_ids),
-            max_tokens=body.params.max_tokens, choices=[choice.snapshot() for choice in self.choices],
-            deadline=self.deadline if self.deadline < inf else None, session=self.session, client_attempt=body.attempt,
+            id=self.id, request_id=spec.request_id, model=spec.model, arrived=self.arrived, prompt_tokens=len(spec.prompt_ids),
+            max_tokens=spec.params.max_tokens, choices=[choice.snapshot() for choice in self.choices],
+            deadline=self.deadline if self.deadline < inf else None, session=self.session, client_attempt=spec.client_attempt,
         )  # fmt: skip

@@ -68,7 +68,7 @@ class MessageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class SubmitRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
-    """A ``SubmitRequest``. ``emitted``: how many tokens the client had of each choice; ``attempt``: the client's own."""
+    """A ``SubmitRequest``. ``emitted``: how many tokens the client had of each choice; ``client_attempt``: the client's own."""
 
     id: int
     request_id: str
@@ -80,7 +80,7 @@ class SubmitRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     credit: int = UNLIMITED
     deadline_s: float | None = None
     emitted: list[int] = []
-    attempt: int = 0
+    client_attempt: int = 0
 
 
 class PlacedRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
@@ -158,7 +158,7 @@ def record_event(event: RouterEvent, digest: Callable[[str], str]) -> KeptEvent:
         return SubmitRecord(
             id=event.id, request_id=request.request_id, model=request.model, prompt_tokens=len(request.prompt_ids),
             max_tokens=request.params.max_tokens, n=request.n, session=event.session, credit=request.credit, deadline_s=request.deadline_s,
-            emitted=[len(tokens) for tokens in request.emitted], attempt=request.attempt,
+            emitted=[len(tokens) for tokens in request.emitted], client_attempt=request.client_attempt,
         )  # fmt: skip
     return event
 
@@ -190,7 +190,7 @@ def event_of(record: KeptEvent) -> RouterEvent:
         request = RouterRequest(
             client="", request_id=record.request_id, model=record.model, prompt_ids=[0] * record.prompt_tokens,
             params=SamplingParams(max_tokens=record.max_tokens), n=record.n, credit=record.credit, deadline_s=record.deadline_s,
-            emitted=[[0] * count for count in record.emitted], attempt=record.attempt,
+            emitted=[[0] * count for count in record.emitted], client_attempt=record.client_attempt,
         )  # fmt: skip
         return SubmitRequest(id=record.id, request=request, session=record.session)
     return record

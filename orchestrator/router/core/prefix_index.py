@@ -86,8 +86,8 @@ class PrefixIndexes:
 
     def note_end(self, choice: ChoiceState, replica: Replica) -> None:
         if replica.capacity.prefix_cache:
-            body = choice.request.body
-            self._index(replica).add(prefix_hashes(body.prompt_ids + choice.emitted, replica.capacity.block_size, body.salt))
+            spec = choice.request.spec
+            self._index(replica).add(prefix_hashes(spec.prompt_ids + choice.emitted, replica.capacity.block_size, spec.salt))
 
     def note_cached(self, replica: Replica, hashes: Sequence[int]) -> None:
         if replica.capacity.prefix_cache:

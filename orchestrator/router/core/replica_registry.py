@@ -148,7 +148,7 @@ class Replica:
     # --- what is read
 
     @property
-    def running(self) -> int:
+    def occupancy(self) -> int:
         """Choices that run or wait here as far as this router knows: its own, and what other routers were last reported to have."""
         return len(self.streams) - self.paused + self.others
 
@@ -172,7 +172,7 @@ class Replica:
         if self.state != "ready" or self.refusing:
             return 0
         size = self.capacity.max_batch_size
-        return max(0, min(size + self.lookahead - self.running, MAX_PLACED * size - len(self.streams)))
+        return max(0, min(size + self.lookahead - self.occupancy, MAX_PLACED * size - len(self.streams)))
 
     # --- its connection and state, which the registry changes
 
@@ -331,7 +331,9 @@ class ReplicaRegistry:
         """``found``: the replicas of a snapshot, to start from."""
         self.replica_timeout_s, self.hang_floor_s = replica_timeout_s, hang_floor_s
         self.replicas: dict[str, Replica] = {}
+        #: The last losses, and how many there were in all.
         self.losses: deque[ReplicaLoss] = deque(maxlen=KEPT_LOSSES)
+        self.losses_total = 0
         self._by_peer: dict[bytes, Replica] = {}
         self._by_boot: dict[str, Replica] = {}
         for one in found:
@@ -393,12 +395,13 @@ class ReplicaRegistry:
             replica.enter(wanted, "", now)
         return ""
 
-    def lose(self, replica: Replica, reason: str, now: float) -> bool:
+    def lose(self, replica: Replica, why: str, now: float) -> bool:
         """Mark as lost; False where it was lost already."""
         if replica.state == "lost":
             return False
-        reason = reason[:MAX_REASON]
+        reason = why[:MAX_REASON]
         drained = replica.state == "draining"
+        self.losses_total += 1
         self.losses.append(ReplicaLoss(replica.name, replica.model, replica.epoch, reason, len(replica.streams), drained, now))
         replica.enter("lost", reason, now)
         return True

@@ -13,9 +13,9 @@ class RouterRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``client`` names who asks, ``request_id`` is the id that the client sees, ``affinity`` is a session hint. ``emitted`` holds the tokens
     that the client already has of each choice (its journal), or is empty. Where a choice has a list there, the core appends to that very
-    list just before each delivery, so that a frontend which needs the tokens reads them there and a token is stored once. ``trails`` is the
-    same for the attempts of a choice. ``deadline_s``: seconds from now, None = none. ``marks``: the caller's request id and trace id, for
-    log lines of replicas.
+    list just before each delivery, so that a frontend which needs the tokens reads them there and a token is stored once. ``attempts`` is
+    the same for the attempts of a choice; ``client_attempt``: how often the client had gone to another router before. ``deadline_s``:
+    seconds from now, None = none. ``marks``: the caller's request id and trace id, for log lines of replicas.
     """
 
     client: str
@@ -29,6 +29,6 @@ class RouterRequest(msgspec.Struct, frozen=True, kw_only=True):
     credit: int = UNLIMITED
     deadline_s: float | None = None
     emitted: list[list[int]] = []
-    attempt: int = 0
-    trails: list[list[Attempt]] = []
+    client_attempt: int = 0
+    attempts: list[list[Attempt]] = []
     marks: tuple[str, str] = ("", "")

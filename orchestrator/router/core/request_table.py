@@ -1,4 +1,4 @@
-"""The request table of one router: the state machine of every live choice, from its acceptance to its one terminal message.
+"""The request table of one router: the state machine of every live choice, from its admission to its one terminal message.
 
 Owns every request and choice, the waiting queues, the streams at replicas, the totals, and the actions that its transitions ask for. It
 alone writes a :class:`ChoiceState` or a :class:`RequestState`. It decides nothing: :mod:`orchestrator.router.core.router_core` judges
@@ -6,7 +6,7 @@ events and calls the transitions below. The record of a choice (prompt, emitted 
 makes a dead replica a pause and not a loss.
 
     state      means                            left by             on                                            to
-    (new)      not accepted yet                 accept              SubmitRequest                                 queued
+    (new)      not admitted yet                 admit               SubmitRequest                                 queued
     queued     waits in its model's queue       send                a replica has a place                         sent
     sent       Submit or Attach is on its way   on_accepted         Accepted                                      accepted
                                                 on_tokens           Tokens                                        running
@@ -16,7 +16,7 @@ makes a dead replica a pause and not a loss.
                                                 requeue             replica lost | refused | no answer | short    queued
     any but ended                               finish              Done; all tokens are here already             ended
                                                 fail                Failed | deadline | queue timeout | abort     ended
-                                                cancel, stop        CancelRequest, StopChoice                     ended
+                                                cancel, stop_choice CancelRequest, StopChoice                     ended
 
 ``reattach`` keeps the attempt and takes a new stream; ``requeue`` puts the choice before all new ones, and its next ``send`` is a new
 attempt. A live choice is either in its model's queue or on one stream at one replica, never both and never neither:
@@ -36,7 +36,7 @@ from orchestrator.router.core.events import SubmitRequest
 from orchestrator.router.core.history import RequestHistory, RequestStory
 from orchestrator.router.core.replica_registry import Replica, ReplicaRegistry
 from orchestrator.router.core.request import RouterRequest
-from orchestrator.router.core.stats import Attempt, Cause, ModelStats, Reason
+from orchestrator.router.core.stats import Attempt, Cause, ModelStats, PlacementReason
 from orchestrator.router.core.waiting_queue import WaitingQueue
 from workers.protocol.errors import DeadlineExceeded, TriremeError
 from workers.protocol.messages import (
@@ -58,8 +58,8 @@ from workers.sampling.definition import choice_seed
 #: An attempt of the client itself (it goes on here after another router died) outranks every attempt that the other router made.
 ATTEMPTS_PER_CLIENT_ATTEMPT = 1024
 #: Attempts of a choice that are remembered: the first, and the latest ones.
-MAX_TRAIL = 64
-#: A choice that got on by more tokens than this at a replica did not end it where it may have ended the one before.
+KEPT_ATTEMPTS = 64
+#: A choice that produced more tokens than this since it was sent is not blamed for the loss before.
 PROGRESS_TOKENS = 4
 
 
@@ -76,7 +76,8 @@ class RequestTableSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 class RequestTable:
     """``boot``: the router's nonce, part of every message. ``accept_s``: a Submit or Attach that is not answered for so long was lost.
 
-    ``counts``: totals since the start by event; a choice counts once as accepted, and later once as finished, failed or cancelled.
+    ``counts``: totals since the start by event; a choice counts once as ``accepted`` when it is admitted here, and later once as finished,
+    failed or cancelled. The names are public, in the status and in ``/metrics``.
     ``stats``: what was measured, by model. ``history``: what became of the last requests.
     """
 
@@ -120,7 +121,7 @@ class RequestTable:
     def find(self, replica: Replica, stream: int, attempt: int) -> ChoiceState | None:
         """The choice on this stream, if the message is of its present attempt."""
         choice = self.streams.get(stream)
-        return choice if choice is not None and choice.attempt == attempt and choice.replica is replica else None
+        return choice if choice is not None and choice.attempt_number == attempt and choice.replica is replica else None
 
     def at(self, replica: Replica) -> list[ChoiceState]:
         """The choices at ``replica``, in the order of their streams."""
@@ -132,60 +133,63 @@ class RequestTable:
         for stream, tokens in replica.streams.items():
             choice = self.streams[stream]
             if choice.phase != "sent":
-                accepted += not choice.starved
+                accepted += not choice.paused
                 if tokens:
                     waiting.append(stream)
         return accepted, waiting
 
     # --- transitions: in
 
-    def accept(self, submitted: SubmitRequest, now: float, deadline: float) -> RequestState:
+    def admit(self, submitted: SubmitRequest, now: float, deadline: float) -> RequestState:
         """(new) to queued, every choice."""
         request = RequestState(submitted, now, deadline)
-        body = submitted.request
-        queue = self.queues[body.model]
-        for index in range(body.n):
-            seed = choice_seed(body.params.seed, index)
-            params = body.params if seed == body.params.seed else msgspec.structs.replace(body.params, seed=seed)
-            choice = ChoiceState(request, self._next(), index, params, body.emitted[index] if index < len(body.emitted) else [])
+        spec = submitted.request
+        queue = self.queues[spec.model]
+        for index in range(spec.n):
+            seed = choice_seed(spec.params.seed, index)
+            params = spec.params if seed == spec.params.seed else msgspec.structs.replace(spec.params, seed=seed)
+            choice = ChoiceState(request, self._next(), index, params, spec.emitted[index] if index < len(spec.emitted) else [])
             request.choices.append(choice)
             queue.push(choice)
-        request.live = body.n
+        request.live = spec.n
         self.requests[request.id] = request
         self._next_deadline = min(self._next_deadline, deadline)
-        self.counts["accepted"] += body.n
-        self.stats[body.model].note_accepted(body.n, body.params.max_tokens)
+        self.counts["accepted"] += spec.n
+        self.stats[spec.model].note_admitted(spec.n, spec.params.max_tokens)
         return request
 
-    def send(self, choice: ChoiceState, replica: Replica, reason: Reason, *, cached: int | None, expected_s: float, now: float) -> None:
+    def send(
+        self, choice: ChoiceState, replica: Replica, placed_because: PlacementReason, *, cached: int | None, expected_s: float, now: float
+    ) -> None:
         """queued to sent: a new attempt on a new stream at ``replica``. ``cached`` and ``expected_s``: as :class:`Attempt` has them."""
         request = choice.request
-        body = request.body
-        self.queues[body.model].remove(choice)
-        choice.attempts += 1
-        choice.attempt = body.attempt * ATTEMPTS_PER_CLIENT_ATTEMPT + choice.attempts
+        spec = request.spec
+        self.queues[spec.model].remove(choice)
+        choice.sends += 1
+        choice.attempt_number = spec.client_attempt * ATTEMPTS_PER_CLIENT_ATTEMPT + choice.sends
         choice.phase, choice.replica, choice.sent_at, choice.emitted_at_send = "sent", replica, now, len(choice.emitted)
         choice.stream = self._next()
         self.streams[choice.stream] = choice
         tokens = max(1, choice.known - (cached or 0))
         replica.add_stream(choice.stream, tokens)
-        if len(choice.trail) == MAX_TRAIL:
-            del choice.trail[1]
-        choice.trail.append(
+        if len(choice.attempts) == KEPT_ATTEMPTS:
+            del choice.attempts[1]
+        choice.attempts.append(
             Attempt(
-                replica=replica.name, epoch=replica.epoch, number=choice.attempt, reason=reason, tokens=tokens, cached=cached,
-                expected_s=expected_s, emitted_before=choice.emitted_at_send, queued_at=choice.queued_at, sent_at=now,
+                replica=replica.name, epoch=replica.epoch, number=choice.attempt_number, placed_because=placed_because, tokens=tokens,
+                cached=cached, expected_s=expected_s, emitted_before=choice.emitted_at_send, queued_at=choice.queued_at, sent_at=now,
             )
         )  # fmt: skip
-        self.stats[body.model].note_sent(choice.trail)
+        self.stats[spec.model].note_sent(choice.attempts)
         self._settle_credit(choice)
         self._next_answer = min(self._next_answer, now + self._accept_s)
         left = request.deadline - now
         self.tell(
             replica.peer,
             Submit(
-                boot=self._boot, stream=choice.stream, attempt=choice.attempt, client=body.client, request_id=choice.name, model=body.model,
-                prompt_ids=body.prompt_ids, salt=body.salt, deadline_ms=max(1, int(left * 1000)) if left < inf else None, marks=body.marks,
+                boot=self._boot, stream=choice.stream, attempt=choice.attempt_number, client=spec.client, request_id=choice.name,
+                model=spec.model, prompt_ids=spec.prompt_ids, salt=spec.salt, deadline_ms=max(1, int(left * 1000)) if left < inf else None,
+                marks=spec.marks,
                 task=GenerateTask(params=choice.params, emitted=list(choice.emitted), credit=choice.credit),
             ),
         )  # fmt: skip
@@ -195,7 +199,7 @@ class RequestTable:
         choice = self.find(replica, stream, attempt)
         if choice is not None and choice.phase == "sent":
             choice.phase = "accepted"
-            choice.trail[-1].accepted_at = choice.trail[-1].accepted_at or now
+            choice.attempts[-1].accepted_at = choice.attempts[-1].accepted_at or now
 
     def on_tokens(self, replica: Replica, message: Tokens, now: float) -> list[ChoiceState]:
         """Take in what one step emitted; to running where a choice was not. Returns the choices that have their first token only now.
@@ -213,7 +217,7 @@ class RequestTable:
         scores: list[Logprobs] | None
         for i, (stream, tokens) in enumerate(zip(message.streams, message.tokens, strict=True)):
             choice = streams.get(stream)
-            if choice is None or choice.attempt != attempts[i] or choice.replica is not replica:
+            if choice is None or choice.attempt_number != attempts[i] or choice.replica is not replica:
                 self._drop_stale(replica, stream, len(tokens), choice)
                 continue
             if choice.phase != "running" and self._start_running(choice, now):
@@ -244,11 +248,11 @@ class RequestTable:
         assert choice.replica is not None
         choice.phase = "running"
         choice.replica.first_token(choice.stream)
-        attempt = choice.trail[-1]
+        attempt = choice.attempts[-1]
         if attempt.first_at:
             return False
         attempt.first_at = now
-        self.stats[choice.request.body.model].note_first_token(choice.trail)
+        self.stats[choice.request.spec.model].note_first_token(choice.attempts)
         return True
 
     def _drop_stale(self, replica: Replica, stream: int, tokens: int, choice: ChoiceState | None) -> None:
@@ -276,29 +280,29 @@ class RequestTable:
 
     def _settle_credit(self, choice: ChoiceState) -> None:
         """Note whether the client of a placed choice takes anything now; due whenever its credit may have ended or come again."""
-        starved = choice.credit <= 0
-        if choice.replica is not None and starved != choice.starved:
-            choice.starved = starved
-            choice.replica.pause_stream(starved)
+        paused = choice.credit <= 0
+        if choice.replica is not None and paused != choice.paused:
+            choice.paused = paused
+            choice.replica.pause_stream(paused)
 
     # --- transitions: again
 
     def reattach(self, choice: ChoiceState, now: float) -> None:
         """sent, accepted or running to sent: ask the replica for everything beyond the tokens that are here, on a new stream."""
-        replica, body = choice.replica, choice.request.body
+        replica, spec = choice.replica, choice.request.spec
         assert replica is not None
         old, choice.stream = choice.stream, self._next()
         del self.streams[old]
         self.streams[choice.stream] = choice
         replica.move_stream(old, choice.stream)
         choice.phase, choice.sent_at = "sent", now
-        choice.trail[-1].reattached += 1
+        choice.attempts[-1].reattached += 1
         self._next_answer = min(self._next_answer, now + self._accept_s)
         self.counts["attached"] += 1
         self.tell(
             replica.peer,
             Attach(
-                boot=self._boot, stream=choice.stream, attempt=choice.attempt, client=body.client, request_id=choice.name,
+                boot=self._boot, stream=choice.stream, attempt=choice.attempt_number, client=spec.client, request_id=choice.name,
                 have=len(choice.emitted), credit=choice.credit,
             ),
         )  # fmt: skip
@@ -309,7 +313,7 @@ class RequestTable:
         self._release(choice, cancel=cancel)
         self._lose_attempt(choice, cause, now)
         choice.phase, choice.queued_at = "queued", now
-        self.queues[choice.request.body.model].push_returned(choice)
+        self.queues[choice.request.spec.model].push_returned(choice)
         self.counts["resubmitted"] += 1
 
     def requeue_short(self, choice: ChoiceState, now: float) -> bool:
@@ -322,10 +326,10 @@ class RequestTable:
         return True
 
     def blame(self, choices: list[ChoiceState], limit: int) -> list[ChoiceState]:
-        """Count the death of a replica against those of its ``choices`` that it had accepted. Returns those that may not end another one.
+        """Count this death against the choices that the replica had accepted; return those to fail.
 
-        What ends a replica ends the next one at the same place, so a choice that got on meanwhile starts over. Where some of those at the
-        ``limit`` never gave a token, it is they: the others had run beside them or before them.
+        A request that crashes replicas does so at about the same token each time, so the count of a choice that made progress restarts at
+        1. If some at the ``limit`` never produced a token, only those are failed.
         """
         accepted = [choice for choice in choices if choice.phase != "sent"]
         for choice in accepted:
@@ -337,7 +341,7 @@ class RequestTable:
 
     def finish(self, choice: ChoiceState, reason: FinishReason, usage: Usage, stop_id: int | None, now: float) -> None:
         """To ended: the answer is whole."""
-        self.stats[choice.request.body.model].note_end(choice.trail, now, usage.cached_tokens)
+        self.stats[choice.request.spec.model].note_end(choice.attempts, now, usage.cached_tokens)
         self._release(choice, cancel=False)
         self._end(choice, "finished", reason, now)
         self._actions.append(FinishChoice(choice.owner, choice.index, reason, usage, stop_id))
@@ -346,7 +350,7 @@ class RequestTable:
         """To ended, with an error. ``cancel``: tell the replica to drop the choice. ``cause``: its attempt was lost by that."""
         if cause is not None:
             self._lose_attempt(choice, cause, now)
-        self.stats[choice.request.body.model].note_failure(choice.trail)
+        self.stats[choice.request.spec.model].note_failure(choice.attempts)
         self._release(choice, cancel=cancel)
         self._end(choice, "failed", error.code, now)
         self._actions.append(FailChoice(choice.owner, choice.index, error))
@@ -357,34 +361,34 @@ class RequestTable:
             self._release(choice, cancel=True)
             self._end(choice, "cancelled", "the caller left", now)
 
-    def stop(self, choice: ChoiceState, now: float) -> None:
+    def stop_choice(self, choice: ChoiceState, now: float) -> None:
         """To ended: its frontend has all that it wanted. Nothing where it has ended."""
         if choice.phase != "ended":
-            self.stats[choice.request.body.model].note_end(choice.trail, now)
+            self.stats[choice.request.spec.model].note_end(choice.attempts, now)
             self._release(choice, cancel=True)
             self._end(choice, "cancelled", "the frontend stopped it", now)
 
     def _lose_attempt(self, choice: ChoiceState, cause: Cause, now: float) -> None:
-        attempt = choice.trail[-1]
+        attempt = choice.attempts[-1]
         attempt.cause, attempt.ended_at = cause, now
-        self.stats[choice.request.body.model].note_moved(cause)
+        self.stats[choice.request.spec.model].note_moved(cause)
 
     def _release(self, choice: ChoiceState, *, cancel: bool) -> None:
         """Out of the queue, or off its stream; ``cancel``: tell the replica to drop it."""
         replica = choice.replica
         if replica is None:
-            self.queues[choice.request.body.model].remove(choice)
+            self.queues[choice.request.spec.model].remove(choice)
             return
         del self.streams[choice.stream]
-        replica.remove_stream(choice.stream, paused=choice.starved)
-        choice.replica, choice.starved = None, False
+        replica.remove_stream(choice.stream, paused=choice.paused)
+        choice.replica, choice.paused = None, False
         if cancel:
-            self.tell(replica.peer, Cancel(boot=self._boot, stream=choice.stream, attempt=choice.attempt))
+            self.tell(replica.peer, Cancel(boot=self._boot, stream=choice.stream, attempt=choice.attempt_number))
 
-    def _end(self, choice: ChoiceState, end: End, reason: str, now: float) -> None:
+    def _end(self, choice: ChoiceState, end: End, detail: str, now: float) -> None:
         """A released choice is over, and its request too if it was the last."""
         request = choice.request
-        choice.phase, choice.end, choice.reason, choice.ended_at = "ended", end, reason, now
+        choice.phase, choice.end, choice.end_detail, choice.ended_at = "ended", end, detail, now
         self.counts[end] += 1
         request.live -= 1
         if not request.live:
@@ -419,7 +423,7 @@ class RequestTable:
 
     def stories(self, request_id: str) -> list[RequestStory]:
         """What happened to the requests with this id: the kept ones that have ended, then the live ones."""
-        live = [request.story() for request in self.requests.values() if request.body.request_id == request_id]
+        live = [request.story() for request in self.requests.values() if request.spec.request_id == request_id]
         return self.history.find(request_id) + live
 
     def snapshot(self) -> RequestTableSnapshot:
@@ -441,19 +445,19 @@ class RequestTable:
         choices: dict[int, ChoiceState] = {}
         for one in found.requests:
             params = SamplingParams(max_tokens=one.max_tokens)
-            body = RouterRequest(
+            spec = RouterRequest(
                 client="", request_id=one.request_id, model=one.model, prompt_ids=[0] * one.prompt_tokens, params=params,
-                n=len(one.choices), attempt=one.client_attempt,
+                n=len(one.choices), client_attempt=one.client_attempt,
             )  # fmt: skip
             deadline = one.deadline if one.deadline is not None else inf
-            request = RequestState(SubmitRequest(id=one.id, request=body, session=one.session), one.arrived, deadline)
+            request = RequestState(SubmitRequest(id=one.id, request=spec, session=one.session), one.arrived, deadline)
             request.choices = [ChoiceState.restored(request, index, choice, registry) for index, choice in enumerate(one.choices)]
             request.live = sum(choice.phase != "ended" for choice in request.choices)
             self.requests[one.id] = request
             self._next_deadline = min(self._next_deadline, deadline)
             choices.update((choice.id, choice) for choice in request.choices)
             for choice in request.choices:
-                for attempt in choice.trail:
+                for attempt in choice.attempts:
                     if attempt.cause:
                         self.stats[one.model].note_moved(attempt.cause)
         for model, queue in self.queues.items():
@@ -479,19 +483,19 @@ class RequestTable:
             assert live and request.live == len(live), f"request {request.id}: live count"
             live_choices += len(live)
             for choice in live:
-                queued = choice in self.queues[request.body.model]
+                queued = choice in self.queues[request.spec.model]
                 assert queued == (choice.phase == "queued"), f"choice {choice.id}: {choice.phase} but queued={queued}"
                 assert (choice.replica is None) == queued, f"choice {choice.id}: a stream and a place in the queue"
                 if choice.replica is not None:
                     assert self.streams.get(choice.stream) is choice and choice.stream in choice.replica.streams, (
                         f"choice {choice.id}: stream"
                     )
-                    assert choice.starved == (choice.credit <= 0), f"choice {choice.id}: paused or not"
+                    assert choice.paused == (choice.credit <= 0), f"choice {choice.id}: paused or not"
                     assert choice.replica.state != "lost" and registry.replicas.get(choice.replica.name) is choice.replica
         replicas = registry.replicas.values()
         assert live_choices == len(self.streams) + sum(map(len, self.queues.values())), "a choice is in no place or in two"
         assert len(self.streams) == sum(len(replica.streams) for replica in replicas), "streams differ"
-        assert sum(choice.starved for choice in self.streams.values()) == sum(replica.paused for replica in replicas), "paused"
+        assert sum(choice.paused for choice in self.streams.values()) == sum(replica.paused for replica in replicas), "paused"
         ended = self.counts["finished"] + self.counts["failed"] + self.counts["cancelled"]
         assert self.counts["accepted"] == ended + live_choices, "a choice ended twice or never"
         for model, stats in self.stats.items():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import inf
+from typing import assert_never
 
 import msgspec
 
@@ -23,6 +24,7 @@ from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.core.actions import Action
 from orchestrator.router.core.choice_state import ChoiceState
 from orchestrator.router.core.events import (
+    AbortAll,
     AddCredit,
     CancelRequest,
     PeerUnreachable,
@@ -41,7 +43,7 @@ from orchestrator.router.core.request_table import RequestTable, RequestTableSna
 from orchestrator.router.core.service_rate import ServiceRate, ServiceRateSnapshot
 from orchestrator.router.core.session_table import SessionTable
 from orchestrator.router.core.stats import LossKind
-from orchestrator.router.core.wait_estimate import first_token_ms
+from orchestrator.router.core.wait_estimate import predicted_first_token_s
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
 from workers.protocol.messages import Accepted, Bye, Done, Failed, Heartbeat, Hello, RouterHeartbeat, Tokens, Usage
 
@@ -101,26 +103,29 @@ class RouterCore:
         accepted; nothing is delivered for it.
         """
         self.prefix_answers = []
-        if isinstance(event, ReplicaMessage):
-            self._on_message(event, now)
-        elif isinstance(event, AddCredit):
-            self._table.add_credit(event.ids, event.tokens)
-        elif isinstance(event, SubmitRequest):
-            self._on_submit(event, now)
-        elif isinstance(event, StopChoice):
-            self._on_stop(event, now)
-        elif isinstance(event, CancelRequest):
-            self._on_cancel(event, now)
-        elif isinstance(event, Tick):
-            self._on_tick(now)
-        elif isinstance(event, PeerUnreachable):
-            replica = self.registry.at(event.peer)
-            if replica is not None:
-                self._lose(replica, "unreachable", "unreachable", now)
-        elif isinstance(event, StopAccepting):
-            self.closing = True
-        else:
-            self._on_abort(now)
+        match event:
+            case ReplicaMessage():
+                self._on_message(event, now)
+            case AddCredit():
+                self._table.add_credit(event.ids, event.tokens)
+            case SubmitRequest():
+                self._on_submit(event, now)
+            case StopChoice():
+                self._on_stop(event, now)
+            case CancelRequest():
+                self._on_cancel(event, now)
+            case Tick():
+                self._on_tick(now)
+            case PeerUnreachable():
+                replica = self.registry.at(event.peer)
+                if replica is not None:
+                    self._lose(replica, "unreachable", "unreachable", now)
+            case StopAccepting():
+                self.closing = True
+            case AbortAll():
+                self._on_abort(now)
+            case _:
+                assert_never(event)
         return self._table.take_actions()
 
     # --- what frontends do
@@ -138,13 +143,13 @@ class RouterCore:
         if len(queue) + request.n > self._admission.max_queue + free:
             self._table.count("overloaded")
             raise Overloaded(
-                f"{len(queue)} requests wait for {model!r} already",
+                f"{len(queue)} choices wait for {model!r} already",
                 "the queue is full",
                 "retry later",
                 retry_after=self._rates[model].retry_after(len(queue), now),
             )
         limit = self._admission.request_timeout_s or inf
-        self._table.accept(event, now, now + min(limit, request.deadline_s if request.deadline_s is not None else inf))
+        self._table.admit(event, now, now + min(limit, request.deadline_s if request.deadline_s is not None else inf))
         self._place_waiting(model, now)
 
     def _on_cancel(self, event: CancelRequest, now: float) -> None:
@@ -152,13 +157,13 @@ class RouterCore:
         if request is not None:
             for choice in request.choices:
                 self._table.cancel(choice, now)
-            self._place_waiting(request.body.model, now)
+            self._place_waiting(request.spec.model, now)
 
     def _on_stop(self, event: StopChoice, now: float) -> None:
         request = self._table.requests.get(event.id)
         if request is not None:
-            self._table.stop(request.choices[event.choice], now)
-            self._place_waiting(request.body.model, now)
+            self._table.stop_choice(request.choices[event.choice], now)
+            self._place_waiting(request.spec.model, now)
 
     def _on_abort(self, now: float) -> None:
         for request in list(self._table.requests.values()):
@@ -192,17 +197,20 @@ class RouterCore:
         replica.note_heard(now)
         if moved:
             self._reattach_all(replica, now)
-        if isinstance(message, Tokens):
-            for choice in self._table.on_tokens(replica, message, now):
-                self._policy.on_first_token(replica.name, now - choice.trail[-1].sent_at)
-        elif isinstance(message, Heartbeat):
-            self._on_heartbeat(replica, message, now)
-        elif isinstance(message, Accepted):
-            self._table.on_accepted(replica, message.stream, message.attempt, now)
-        elif isinstance(message, Done):
-            self._on_done(replica, message, now)
-        else:
-            self._on_failed(replica, message, now)
+        match message:
+            case Tokens():
+                for choice in self._table.on_tokens(replica, message, now):
+                    self._policy.on_first_token(replica.name, now - choice.attempts[-1].sent_at)
+            case Heartbeat():
+                self._on_heartbeat(replica, message, now)
+            case Accepted():
+                self._table.on_accepted(replica, message.stream, message.attempt, now)
+            case Done():
+                self._on_done(replica, message, now)
+            case Failed():
+                self._on_failed(replica, message, now)
+            case _:
+                assert_never(message)
         if replica.state == "ready":
             self._place_waiting(replica.model, now)
 
@@ -264,9 +272,10 @@ class RouterCore:
             self._table.count("quarantines")
         self._table.fail(choice, from_code(failed.code, failed.message, retry_after=failed.retry_after), now, cancel=False)
 
-    def _lose(self, replica: Replica, loss: LossKind, reason: str, now: float) -> None:
-        """Its choices go back to the front of the queue. The loss may be their doing, except where the replica ``left`` by itself."""
-        if not self.registry.lose(replica, reason, now):
+    def _lose(self, replica: Replica, loss: LossKind, why: str, now: float) -> None:
+        """Its choices go back into the queue: before all new choices, behind those that returned earlier. Unless the replica ``left`` by
+        itself, one of them may have crashed it, so those that were there at too many losses are failed."""
+        if not self.registry.lose(replica, why, now):
             return
         self._prefixes.forget(replica)
         self._table.count("replicas_lost")
@@ -278,7 +287,7 @@ class RouterCore:
             if choice in guilty:
                 error = ReplicaLost(
                     f"{choice.deaths} replicas were lost while they ran this request",
-                    reason,
+                    why,
                     "the request may be what ends them",
                     code="replica_limit",
                 )
@@ -331,7 +340,7 @@ class RouterCore:
         while (choice := queue.first()) is not None:
             if len(choice.emitted) >= choice.params.max_tokens:
                 # All its tokens are here, only its Done was lost.
-                usage = Usage(prompt_tokens=len(choice.request.body.prompt_ids), output_tokens=len(choice.emitted))
+                usage = Usage(prompt_tokens=len(choice.request.spec.prompt_ids), output_tokens=len(choice.emitted))
                 self._table.finish(choice, "length", usage, None, now)
                 continue
             candidates = [replica for replica in self.registry.trusted(model) if replica.free_places]
@@ -347,19 +356,23 @@ class RouterCore:
             cached = self._prefixes.cached_tokens(request, candidates)
             self.prefix_answers.append(cached)
         query = PlacementQuery(
-            model=request.body.model,
+            model=request.spec.model,
             known_tokens=choice.known,
             cached_tokens=cached,
             session_replica=self._sessions.replica_of(request.session) if request.session else "",
-            output_tokens=self._rates[request.body.model].output_tokens,
+            output_tokens=self._rates[request.spec.model].output_tokens,
         )
         chosen = self._policy.choose(query, candidates)
         if chosen is None:
             return False
-        index, reason = chosen
+        index, placed_because = chosen
         replica = candidates[index]
-        expected_s = _expected_wait_s(replica, max(1, query.known_tokens - cached[index]))
-        self._table.send(choice, replica, reason, cached=None if alone else cached[index], expected_s=expected_s, now=now)
+        expected_s = predicted_first_token_s(
+            step_ms=replica.step_ms, occupancy=replica.occupancy, max_batch_size=replica.capacity.max_batch_size,
+            step_tokens=replica.capacity.max_num_tokens, queued_tokens=replica.queued_tokens,
+            new_tokens=query.known_tokens - cached[index], choice_ms=replica.choice_ms,
+        )  # fmt: skip
+        self._table.send(choice, replica, placed_because, cached=None if alone else cached[index], expected_s=expected_s, now=now)
         self._policy.on_sent(query, replica.name)
         if not alone:
             self._prefixes.note_sent(request, replica)
@@ -425,14 +438,3 @@ class RouterCore:
         core._sessions = SessionTable(found.sessions)
         core._rates = {model: ServiceRate(rate.ends, rate.output_tokens) for model, rate in found.rates.items()}
         return core
-
-
-def _expected_wait_s(replica: Replica, tokens: int) -> float:
-    """The wait for a first token, as a clock will show it: the estimate counts shares of steps, a clock sees whole ones. So what is left of
-    the running step, then at least one step with the choice in it."""
-    wait_ms = first_token_ms(
-        step_ms=replica.step_ms, running=replica.running, max_batch_size=replica.capacity.max_batch_size,
-        step_tokens=replica.capacity.max_num_tokens, queued_tokens=replica.queued_tokens, new_tokens=tokens, choice_ms=replica.choice_ms,
-    )  # fmt: skip
-    wait_ms = max(wait_ms, replica.step_ms) + (replica.step_ms / 2 if replica.running else 0.0)
-    return wait_ms / 1000.0

@@ -20,8 +20,8 @@ TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 2
 CHOICE_BUCKETS = (1, 2, 5, 10, 20)
 
 #: Why a replica was chosen: no other had a place, the session ran there last, it probably holds the prefix, or its wait is the least.
-Reason = Literal["only", "session", "prefix", "load"]
-REASONS: tuple[Reason, ...] = ("only", "session", "prefix", "load")
+PlacementReason = Literal["only", "session", "prefix", "load"]
+PLACEMENT_REASONS: tuple[PlacementReason, ...] = ("only", "session", "prefix", "load")
 
 #: How a replica was lost.
 LossKind = Literal["silent", "hung", "unreachable", "left", "replaced"]
@@ -65,7 +65,7 @@ class Attempt(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     replica: str
     epoch: int
     number: int
-    reason: Reason
+    placed_because: PlacementReason
     tokens: int
     cached: int | None
     expected_s: float
@@ -80,11 +80,11 @@ class Attempt(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
 
 
 class ModelStats:
-    """One model at one router. ``resumed`` and ``failed``: choices that had to move, by what became of them. ``trail``, everywhere: the
-    attempts of a choice, in order."""
+    """One model at one router. ``resumed`` and ``failed``: choices that had to move, by what became of them. ``attempts``, everywhere:
+    those of a choice, in order."""
 
     def __init__(self) -> None:
-        self.decisions: dict[Reason, int] = dict.fromkeys(REASONS, 0)
+        self.decisions: dict[PlacementReason, int] = dict.fromkeys(PLACEMENT_REASONS, 0)
         self.moved: dict[Cause, int] = dict.fromkeys(CAUSES, 0)
         self.resumed: dict[Cause, int] = dict.fromkeys(CAUSES, 0)
         self.failed: dict[Cause, int] = dict.fromkeys(CAUSES, 0)
@@ -95,51 +95,51 @@ class ModelStats:
         self.pause = Histogram()
         self.expected_hits = self.actual_hits = 0
 
-    def note_accepted(self, choices: int, max_tokens: int) -> None:
-        """A request was accepted."""
+    def note_admitted(self, choices: int, max_tokens: int) -> None:
+        """The router took in a request."""
         self.choices.observe(choices)
         self.limits.observe(max_tokens)
 
-    def note_sent(self, trail: Sequence[Attempt]) -> None:
+    def note_sent(self, attempts: Sequence[Attempt]) -> None:
         """A choice was sent to a replica: the last attempt."""
-        last = trail[-1]
-        self.decisions[last.reason] += 1
-        if len(trail) == 1:
+        last = attempts[-1]
+        self.decisions[last.placed_because] += 1
+        if len(attempts) == 1:
             self.queue.observe(last.sent_at - last.queued_at)
 
-    def note_first_token(self, trail: Sequence[Attempt]) -> None:
+    def note_first_token(self, attempts: Sequence[Attempt]) -> None:
         """The first token of the last attempt has come."""
-        last = trail[-1]
+        last = attempts[-1]
         wait = last.first_at - last.sent_at
         self.expected_wait.observe(last.expected_s)
         self.actual_wait.observe(wait)
         self.wait_error.observe(abs(wait - last.expected_s))
-        if len(trail) == 1:
+        if len(attempts) == 1:
             self.prefill.observe(wait)
         else:
-            self._note_resumed(trail[-2], last.first_at)
+            self._note_resumed(attempts[-2], last.first_at)
 
     def note_moved(self, cause: Cause) -> None:
         """A choice lost its place at a replica."""
         self.moved[cause] += 1
 
-    def note_end(self, trail: Sequence[Attempt], now: float, cached: int | None = None) -> None:
+    def note_end(self, attempts: Sequence[Attempt], now: float, cached: int | None = None) -> None:
         """A choice has its last token; ``cached``: prompt tokens that its replica found in the cache, where the replica said so."""
-        if not trail:
+        if not attempts:
             return
-        last = trail[-1]
-        if (before := _interrupted(trail)) is not None:
+        last = attempts[-1]
+        if (before := _interrupted(attempts)) is not None:
             self._note_resumed(before, now)
-        if trail[0].first_at:
-            self.decode.observe(now - trail[0].first_at)
-        self.inference.observe(now - trail[0].sent_at)
+        if attempts[0].first_at:
+            self.decode.observe(now - attempts[0].first_at)
+        self.inference.observe(now - attempts[0].sent_at)
         if cached is not None and last.cached is not None:
             self.expected_hits += last.cached
             self.actual_hits += cached
 
-    def note_failure(self, trail: Sequence[Attempt]) -> None:
+    def note_failure(self, attempts: Sequence[Attempt]) -> None:
         """A choice failed; it counts here only where it had lost its place and no token has come since."""
-        if (before := _interrupted(trail)) is not None and before.cause:
+        if (before := _interrupted(attempts)) is not None and before.cause:
             self.failed[before.cause] += 1
 
     def _note_resumed(self, before: Attempt, now: float) -> None:
@@ -148,10 +148,10 @@ class ModelStats:
             self.pause.observe(now - before.ended_at)
 
 
-def _interrupted(trail: Sequence[Attempt]) -> Attempt | None:
+def _interrupted(attempts: Sequence[Attempt]) -> Attempt | None:
     """The attempt whose loss still interrupts a choice: the last one, or the one before while the last has given no token."""
-    if not trail:
+    if not attempts:
         return None
-    if trail[-1].cause:
-        return trail[-1]
-    return trail[-2] if len(trail) > 1 and not trail[-1].first_at else None
+    if attempts[-1].cause:
+        return attempts[-1]
+    return attempts[-2] if len(attempts) > 1 and not attempts[-1].first_at else None

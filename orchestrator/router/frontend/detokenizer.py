@@ -89,9 +89,9 @@ class _ChoiceText:
 class Detokenizer:
     """A :class:`~orchestrator.router.interfaces.Watcher` that turns token ids into text for ``sink``.
 
-    ``finish(choice)`` tells the dispatcher that a stop string has ended a choice; then the replica reports no usage, so ``prompt_tokens``
-    is needed for it. ``emitted``: ids that the client has already received, per choice (a journal). Decoding continues after them; a
-    choice that already has its stop string is ended by :meth:`end_stopped`.
+    ``stop_choice(choice)`` tells the dispatcher that a stop string has ended a choice; then the replica reports no usage, so
+    ``prompt_tokens`` is needed for it. ``emitted``: ids that the client has already received, per choice (a journal). Decoding continues
+    after them; a choice that already has its stop string is ended by :meth:`end_stopped`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Detokenizer:
         rule: TextRule,
         sink: TextSink,
         *,
-        finish: Callable[[int], None],
+        stop_choice: Callable[[int], None],
         choices: int,
         prompt_tokens: int,
         meter: RequestMeter,
@@ -108,7 +108,7 @@ class Detokenizer:
     ) -> None:
         self._table = table
         self._bytes = table.visible if rule.skip_special else table.all
-        self._rule, self._sink, self._finish, self._meter = rule, sink, finish, meter
+        self._rule, self._sink, self._stop_choice, self._meter = rule, sink, stop_choice, meter
         self._stops = StopStrings(rule.stops) if rule.stops else None
         self._prompt_tokens = prompt_tokens
         self._choices = [_ChoiceText() for _ in range(choices)]
@@ -156,7 +156,7 @@ class Detokenizer:
     def _stop(self, choice: int, stop: str) -> None:
         state = self._choices[choice]
         state.ended = True
-        self._finish(choice)
+        self._stop_choice(choice)
         self._end(choice, "stop", Usage(prompt_tokens=self._prompt_tokens, output_tokens=state.count), stop, "")
 
     def _end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:

@@ -1,6 +1,8 @@
 """The body of a streamed response: server-sent events, written with raw ASGI sends.
 
-Owns the bytes that are not sent yet and the credit that bounds them: when the reader stops, the generation stops, and the router keeps at
+The bytes of an event are made by the dialect's sinks (:mod:`orchestrator.router.http.dialects.openai.sinks` and ``wording``,
+:mod:`orchestrator.router.http.dialects.kserve.api`), with :func:`event` where JSON is encoded whole. This module joins and sends them.
+Owns the events that are not sent yet and the credit that bounds them: when the reader stops, the generation stops, and the router keeps at
 most ``credit`` tokens per prompt. Nothing is sent before the first event, so an error until then still has its own HTTP status; a later
 error is an event, and the stream ends after it.
 """
@@ -90,7 +92,7 @@ class EventStream:
                 else:
                     await self._wait()
             failed = self._request.failed
-            self.push(self._ending.broken(failed) if failed is not None else self._ending.last(self._request.usages))
+            self._chunks.append(self._ending.broken(failed) if failed is not None else self._ending.last(self._request.usages))
             await self._send(send, more=False)
         finally:
             if self._timer is not None:

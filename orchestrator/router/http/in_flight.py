@@ -46,7 +46,7 @@ class InFlightRequest:
             prompt_tokens = len(request.prompt_ids)
             meter = self._metrics.request(request.model, choices=request.n, prompt_tokens=prompt_tokens)
             detokenizer = Detokenizer(
-                prepared.model.table, prepared.rule, sink, finish=partial(self._finish, index), choices=request.n,
+                prepared.model.table, prepared.rule, sink, stop_choice=partial(self._stop_choice, index), choices=request.n,
                 prompt_tokens=prompt_tokens, meter=meter,
             )  # fmt: skip
             ticket = self._dispatcher.submit(request, detokenizer, meter)
@@ -54,7 +54,8 @@ class InFlightRequest:
             self._submitted.append((ticket, meter))
 
     def cancel(self) -> None:
-        """The client is gone, or the answer is complete: free what still runs. Without effect when all choices have ended."""
+        """The client is gone, or the answer is complete: free what still runs. The dispatcher hears of it only where a choice has not
+        ended."""
         self.cancelled = True
         for ticket, meter in self._submitted:
             ticket.cancel()
@@ -86,6 +87,6 @@ class InFlightRequest:
         await self._changed.wait()
         self._changed.clear()
 
-    def _finish(self, prompt: int, choice: int) -> None:
+    def _stop_choice(self, prompt: int, choice: int) -> None:
         if self._submitted:
-            self._submitted[prompt][0].finish(choice)
+            self._submitted[prompt][0].stop_choice(choice)

@@ -188,10 +188,10 @@ class RpcCall:
             if choice.end is not None:
                 self.out.end(self._addressed(choice.end))
 
-    def finish(self, choice: int) -> None:
+    def stop_choice(self, choice: int) -> None:
         """A stop string has ended the choice."""
         if self.submission is not None:
-            self.submission.ticket.finish(choice)
+            self.submission.ticket.stop_choice(choice)
 
     # --- Watcher
 

@@ -164,7 +164,7 @@ class RpcServer:
         if len(request.emitted) not in (0, request.n):
             raise Rejected(f"the journal holds {len(request.emitted)} choices of {request.n}", param="journal")
         emitted = request.emitted or [[] for _ in range(request.n)]
-        self._submit(call, msgspec.structs.replace(request, attempt=message.attempt, emitted=emitted), prepared)
+        self._submit(call, msgspec.structs.replace(request, client_attempt=message.attempt, emitted=emitted), prepared)
 
     def _submit(self, call: RpcCall, request: RouterRequest, prepared: PreparedRequest) -> None:
         rule, prompt_tokens = prepared.rule, len(request.prompt_ids)
@@ -175,7 +175,7 @@ class RpcServer:
         else:
             call.open([list(ids) for ids in request.emitted])
             detokenizer = Detokenizer(
-                prepared.model.table, rule, call, finish=call.finish, choices=request.n, prompt_tokens=prompt_tokens, meter=meter,
+                prepared.model.table, rule, call, stop_choice=call.stop_choice, choices=request.n, prompt_tokens=prompt_tokens, meter=meter,
                 emitted=request.emitted,
             )  # fmt: skip
         ticket = self._dispatcher.submit(request, detokenizer or call, meter)

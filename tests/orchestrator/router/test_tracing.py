@@ -139,12 +139,12 @@ def test_a_stop_string_a_cancel_and_a_refusal_end_it_too() -> None:
         stage.join("a")
         stopped, left = stage.submit(ask(n=2)), stage.submit(ask(request_id="left"))
         stage.submits()
-        stopped.finish(0)
+        stopped.stop_choice(0)
         assert not stage.kept.get_finished_spans(), "one choice is still open"
-        stopped.finish(1)
+        stopped.stop_choice(1)
         left.cancel()
         left.cancel()
-        stage.dispatch.close()
+        stage.dispatch.stop_accepting()
         with pytest.raises(Overloaded):
             stage.submit(ask(request_id="late"))
 

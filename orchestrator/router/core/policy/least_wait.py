@@ -7,16 +7,16 @@ from math import inf
 
 from orchestrator.router.core.policy.routing_policy import Candidate, PlacementQuery
 from orchestrator.router.core.replica_registry import Kind
-from orchestrator.router.core.stats import Reason
+from orchestrator.router.core.stats import PlacementReason
 from orchestrator.router.core.wait_estimate import expected_wait_ms
 
 
 class LeastWait:
-    """Waits that differ by less than a step count as equal for the session's last replica; between equals the longest unused one wins."""
+    """The session's last replica gets a head start of one step; ties go to the replica that was used longest ago."""
 
     name = "least_wait"
 
-    def choose(self, query: PlacementQuery, candidates: Sequence[Candidate]) -> tuple[int, Reason] | None:
+    def choose(self, query: PlacementQuery, candidates: Sequence[Candidate]) -> tuple[int, PlacementReason] | None:
         if len(candidates) == 1:
             return 0, "only"
         best, best_key = 0, (inf, 0)
@@ -25,7 +25,7 @@ class LeastWait:
             step_ms = step_lengths[replica.kind]
             wait = expected_wait_ms(
                 step_ms=step_ms,
-                running=replica.running,
+                occupancy=replica.occupancy,
                 max_batch_size=replica.capacity.max_batch_size,
                 step_tokens=replica.capacity.max_num_tokens,
                 queued_tokens=replica.queued_tokens,
@@ -34,7 +34,8 @@ class LeastWait:
                 choice_ms=replica.choice_ms,
                 output_tokens=query.output_tokens,
             )
-            key = (wait - step_ms * (replica.name == query.session_replica), replica.last_sent)
+            head_start = step_ms if replica.name == query.session_replica else 0.0
+            key = (wait - head_start, replica.last_sent)
             if key < best_key:
                 best, best_key = index, key
         if candidates[best].name == query.session_replica:

@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from orchestrator.router.core.replica_registry import Kind
-from orchestrator.router.core.stats import Reason
+from orchestrator.router.core.stats import PlacementReason
 from workers.protocol.messages import Capacity
 
 
@@ -39,7 +39,7 @@ class Candidate(Protocol):
     @property
     def step_ms(self) -> float: ...
     @property
-    def running(self) -> int: ...
+    def occupancy(self) -> int: ...
     @property
     def queued_tokens(self) -> int: ...
     @property
@@ -58,7 +58,7 @@ class RoutingPolicy(Protocol):
     def name(self) -> str:
         """Its name in :data:`orchestrator.router.core.policy.POLICIES`."""
 
-    def choose(self, query: PlacementQuery, candidates: Sequence[Candidate]) -> tuple[int, Reason] | None:
+    def choose(self, query: PlacementQuery, candidates: Sequence[Candidate]) -> tuple[int, PlacementReason] | None:
         """The index of the candidate that the choice is sent to, and why; None = the choice waits. ``candidates`` is never empty."""
 
     def on_sent(self, query: PlacementQuery, replica: str) -> None:

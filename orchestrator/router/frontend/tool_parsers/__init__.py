@@ -1,4 +1,9 @@
-"""Tool parsers: from the text of a choice to the tool calls in it. One module a parser, and one line in :data:`TOOL_PARSERS`."""
+"""Tool parsers: from the text of a choice to the tool calls in it. One module a parser.
+
+:data:`TOOL_PARSERS` names them all. No setting chooses one yet: every model gets
+:data:`orchestrator.router.frontend.text_models.TOOL_PARSER`. A second parser needs its line in the table, and a field of the model's card
+that :func:`orchestrator.router.frontend.text_models.load_texts` passes on.
+"""
 
 from __future__ import annotations
 

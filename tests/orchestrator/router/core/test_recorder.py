@@ -8,7 +8,7 @@ import pytest
 from orchestrator.router.core import history
 from orchestrator.router.core.history import ChoiceStory, RequestHistory, RequestStory
 from orchestrator.router.core.recorder import EventRecorder, dump_lines, read_dump, user_digest
-from orchestrator.router.core.request_table import MAX_TRAIL
+from orchestrator.router.core.request_table import KEPT_ATTEMPTS
 from orchestrator.sim.replay import replay
 from tests.support.router_core import CoreDriver, accept, ask, beat, hello_of, join, router, sent, tokens
 from workers.protocol.errors import Overloaded
@@ -56,7 +56,7 @@ def test_the_window_is_bounded_by_bytes_whatever_the_events_are() -> None:
 
 
 def test_a_replay_goes_on_from_requests_at_work() -> None:
-    """Queued, sent, running, starved, moved: the snapshot is taken with all of them."""
+    """Queued, sent, running, paused, moved: the snapshot is taken with all of them."""
     route = router(max_queue=50)
     for name in ("a", "b"):
         join(route, name, rows=2)
@@ -72,7 +72,7 @@ def test_a_replay_goes_on_from_requests_at_work() -> None:
     recorder = route.record()
     snapshot = read_dump(dump_lines(recorder.dump(0.0))).snapshot.table
     assert {choice.phase for request in snapshot.requests for choice in request.choices} >= {"queued", "sent"}
-    assert any(snapshot.returned.values()) and any(choice.starved for request in snapshot.requests for choice in request.choices)
+    assert any(snapshot.returned.values()) and any(choice.paused for request in snapshot.requests for choice in request.choices)
     join(route, "c", rows=4, now=0.7)
     route.hear(b"b", "", beat(boot="b1", step_ms=9.0), 0.8)
     route.credit(2, 5, 0.9)
@@ -160,7 +160,7 @@ def test_of_many_attempts_the_first_and_the_last_are_kept() -> None:
         route.hear(b"a", "", Failed(boot="a1", stream=submit.stream, attempt=submit.attempt, code="not_found", message=""), second / 10)
     (story,) = route.core.stories("q")
     (choice,) = story.choices
-    assert len(choice.attempts) == MAX_TRAIL and choice.dropped_attempts == 200 - MAX_TRAIL
+    assert len(choice.attempts) == KEPT_ATTEMPTS and choice.dropped_attempts == 200 - KEPT_ATTEMPTS
     assert [attempt.number for attempt in choice.attempts[:2]] == [1, 138] and choice.attempts[-1].number == 200
     route.check()
 

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.router.core.actions import DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.policy import Candidate, PlacementQuery
-from orchestrator.router.core.stats import Reason
+from orchestrator.router.core.stats import PlacementReason
 from orchestrator.router.core.wait_estimate import expected_wait_ms
 from tests.support.router_core import CoreDriver, accept, ask, beat, delivered, join, router, sent, tokens, where
 from workers.protocol.errors import DeadlineExceeded, NotFound, Overloaded, ReplicaLost, Unavailable
@@ -36,7 +36,7 @@ def test_unknown_model_full_queue_and_closing_are_refused() -> None:
     assert full.value.retry_after == 1.0 and not isinstance(full.value, Unavailable)
     with pytest.raises(DeadlineExceeded):
         route.submit(ask(deadline_s=0.0), 0.0)
-    route.close()
+    route.stop_accepting()
     with pytest.raises(Unavailable):
         route.submit(ask(), 0.0)
     route.check()
@@ -293,7 +293,7 @@ def test_leaving_frees_the_rows_at_the_replica() -> None:
     join(route, "a")
     id = route.submit(ask(n=2), 0.0)
     submits = sent(route.take(), Submit)
-    route.finish(id, 0, 1.0)
+    route.stop_choice(id, 0, 1.0)
     assert [message.stream for message in sent(route.take(), Cancel)] == [submits[0].stream]
     route.cancel(id, 1.0)
     actions = route.take()
@@ -369,7 +369,7 @@ def test_a_clients_new_attempt_outranks_every_placement_before() -> None:
     route = router()
     join(route, "a")
     route.submit(ask(), 0.0)
-    route.submit(ask(request_id="again", attempt=1), 0.0)
+    route.submit(ask(request_id="again", client_attempt=1), 0.0)
     old, new = sent(route.take(), Submit)
     assert new.attempt > old.attempt + 500
 
@@ -459,13 +459,13 @@ def test_replicas_of_another_kind_are_chosen_by_their_pace() -> None:
 
 def test_expected_wait_counts_prefill_neighbours_and_a_full_batch() -> None:
     base: dict[str, Any] = {
-        "step_ms": 10.0, "running": 0, "max_batch_size": 8, "step_tokens": 100, "queued_tokens": 0, "known_tokens": 200, "cached_tokens": 0,
-        "choice_ms": 800.0, "output_tokens": 50.0,
+        "step_ms": 10.0, "occupancy": 0, "max_batch_size": 8, "step_tokens": 100, "queued_tokens": 0, "known_tokens": 200,
+        "cached_tokens": 0, "choice_ms": 800.0, "output_tokens": 50.0,
     }  # fmt: skip
     assert expected_wait_ms(**base) == 20.0
     assert expected_wait_ms(**base | {"cached_tokens": 100}) == 10.0
     assert expected_wait_ms(**base | {"queued_tokens": 300}) == 50.0
-    assert expected_wait_ms(**base | {"running": 8}) == pytest.approx(10.0 * (200 / 92 + 50 * 8 / 100) + 100.0)
+    assert expected_wait_ms(**base | {"occupancy": 8}) == pytest.approx(10.0 * (200 / 92 + 50 * 8 / 100) + 100.0)
 
 
 def test_a_row_whose_client_takes_nothing_holds_no_place() -> None:
@@ -508,7 +508,7 @@ class FirstPlace:
         self.waits = False
         self.seen: list[tuple[Any, ...]] = []
 
-    def choose(self, query: PlacementQuery, candidates: Sequence[Candidate]) -> tuple[int, Reason] | None:
+    def choose(self, query: PlacementQuery, candidates: Sequence[Candidate]) -> tuple[int, PlacementReason] | None:
         self.seen.append(("choose", query.known_tokens, query.cached_tokens, [candidate.name for candidate in candidates]))
         return None if self.waits else (0, "load")
 

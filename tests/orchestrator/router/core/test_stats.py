@@ -21,7 +21,7 @@ def done(route: CoreDriver, place: str, submit: Submit, output: int, now: float,
 def test_the_parts_of_a_request_are_measured() -> None:
     route = router(max_queue=8)
     trail: list[Attempt] = []
-    route.submit(ask(trails=[trail]), 1.0)
+    route.submit(ask(attempts=[trail]), 1.0)
     join(route, "a", now=3.0)
     (submit,) = sent(route.take(), Submit)
     route.hear(b"a", "", Accepted(boot="a1", stream=submit.stream, attempt=submit.attempt), 3.25)
@@ -46,7 +46,7 @@ def test_the_first_token_is_expected_in_whole_steps() -> None:
     beside: list[Attempt] = []
     long: list[Attempt] = []
     for trail, prompt in ((alone, [1]), (beside, [2]), (long, list(range(1, 601)))):
-        route.submit(ask(prompt, trails=[trail]), 0.0)
+        route.submit(ask(prompt, attempts=[trail]), 0.0)
     assert [round(trail[0].expected_s, 3) for trail in (alone, beside)] == [0.02, 0.03]
     assert long[0].expected_s == pytest.approx(0.02 * (602 / 62) + 0.01)
 
@@ -57,8 +57,8 @@ def test_a_stop_string_ends_the_measures_too() -> None:
     id = route.submit(ask(), 0.0)
     (submit,) = sent(route.take(), Submit)
     route.hear(b"a", "", tokens("a1", submit, 0, [5]), 1.0)
-    route.finish(id, 0, 2.0)
-    route.finish(id, 0, 3.0)
+    route.stop_choice(id, 0, 2.0)
+    route.stop_choice(id, 0, 3.0)
     tally = route.stats["m"]
     assert (sum(tally.decode.counts), tally.decode.total, tally.inference.total) == (1, 1.0, 2.0)
 
@@ -125,13 +125,20 @@ def test_a_scrape_shows_them() -> None:
     route = router()
     join(route, "a")
     route.submit(ask(), 0.0)
-    text = Metrics(["m"], tallies=route.stats).render().decode()
+    text = Metrics(["m"], stats=route.stats).render().decode()
     assert 'trireme_router_decisions_total{model_name="m",reason="only"} 1.0' in text
     assert 'trireme_request_queue_time_seconds_count{model_name="m"} 1.0' in text
 
 
 def test_the_wait_for_a_first_token_is_part_of_the_whole_wait() -> None:
-    base: dict[str, Any] = {"step_ms": 10.0, "running": 4, "max_batch_size": 8, "step_tokens": 100, "queued_tokens": 86, "choice_ms": 500.0}
+    base: dict[str, Any] = {
+        "step_ms": 10.0,
+        "occupancy": 4,
+        "max_batch_size": 8,
+        "step_tokens": 100,
+        "queued_tokens": 86,
+        "choice_ms": 500.0,
+    }
     first = first_token_ms(**base, new_tokens=10)
     assert first == pytest.approx(10.0)
     whole = expected_wait_ms(**base, known_tokens=30, cached_tokens=20, output_tokens=50.0)

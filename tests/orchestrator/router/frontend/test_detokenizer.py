@@ -88,7 +88,7 @@ class Ticket:
 
     def cancel(self) -> None: ...
 
-    def finish(self, choice: int) -> None:
+    def stop_choice(self, choice: int) -> None:
         self.finished.append(choice)
 
     def credit(self, tokens: int) -> None: ...
@@ -99,7 +99,14 @@ def watch(model: TextModel, rule: TextRule, emitted: list[int] | None = None) ->
     meter = Metrics(["tiny"]).request("tiny", choices=1, prompt_tokens=5)
     meter.admitted()
     watcher = Detokenizer(
-        model.table, rule, heard, finish=ticket.finish, choices=1, prompt_tokens=5, meter=meter, emitted=[emitted] if emitted else []
+        model.table,
+        rule,
+        heard,
+        stop_choice=ticket.stop_choice,
+        choices=1,
+        prompt_tokens=5,
+        meter=meter,
+        emitted=[emitted] if emitted else [],
     )
     watcher.end_stopped()
     return watcher, heard, ticket
