@@ -59,6 +59,8 @@ class RequestTicket:
         self.open = set(range(choices))
 
     def cancel(self) -> None:
+        if not self.open:
+            return  # every frontend cancels at the end, and the core is to hear only of what still runs
         self.open.clear()
         self._dispatcher.handle(CancelRequest(id=self.id))
 
