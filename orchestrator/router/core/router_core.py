@@ -139,7 +139,9 @@ class RouterCore:
             raise Unavailable("the router is shutting down", "", "ask another router", retry_after=1.0)
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceeded("the request's deadline has passed", "it arrived with no time left")
-        free = 0 if queue else sum(replica.free_places for replica in self.registry.serving(model))
+        # Free places count for an empty queue only: where choices wait, the policy has left those places free, or there are none. They are
+        # those of the replicas that :meth:`_place_waiting` sends to.
+        free = 0 if queue else sum(replica.free_places for replica in self.registry.trusted(model))
         if len(queue) + request.n > self._admission.max_queue + free:
             self._table.count("overloaded")
             raise Overloaded(

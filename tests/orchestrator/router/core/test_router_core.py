@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.router.core.actions import DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.policy import Candidate, PlacementQuery
+from orchestrator.router.core.replica_registry import FAULT_LIMIT
 from orchestrator.router.core.stats import PlacementReason
 from orchestrator.router.core.wait_estimate import expected_wait_ms
 from tests.support.router_core import CoreDriver, accept, ask, beat, delivered, join, router, sent, tokens, where
@@ -182,6 +183,25 @@ def test_replicas_that_die_together_are_nobodys_doing() -> None:
     assert not [action for action in route.take() if isinstance(action, FailChoice)]
     join(route, "c", now=2.0)
     assert where(route.take()) == [b"c"], "it waits for the next one"
+    route.check()
+
+
+def test_admission_counts_no_places_of_a_quarantined_replica() -> None:
+    """A choice is not sent there while another replica is ready, so it would wait in the queue above its bound."""
+    route = router(max_queue=2)
+    join(route, "a")
+    for _ in range(FAULT_LIMIT):
+        route.submit(ask(), 0.0)
+        (submit,) = sent(route.take(), Submit)
+        route.hear(b"a", "", Failed(boot="a1", stream=submit.stream, attempt=1, code="nan_logits", message=""), 0.0)
+    join(route, "b", rows=1)
+    assert route.registry.replicas["a"].quarantined and route.registry.replicas["a"].free_places > 2
+    route.submit(ask(n=2), 1.0)
+    assert where(route.take()) == [b"b", b"b"], "one place and one of lookahead"
+    with pytest.raises(Overloaded):
+        route.submit(ask(n=3), 1.0)
+    route.submit(ask(n=2), 1.0)
+    assert where(route.take()) == [] and route.core.waiting("m") == 2
     route.check()
 
 
