@@ -1,8 +1,8 @@
 """``python -m orchestrator.sim --schedules 10000 [--seed 1] [--jobs 2]``: random fault schedules against the routing core.
 
 ``--replay FILE`` runs one file instead: a schedule, as a failed run prints it, or a router's dump, as ``trireme debug dump`` writes it.
-Exit code 1 when a promise was broken, or when the replay of a dump differs from it. The first failure's seed and shrunk schedule are
-printed as JSON that ``--replay`` takes.
+Exit code 1 when a promise was broken, or when the replay of a dump differs from it; 3 when FILE is neither of the two. The first failure's
+seed and shrunk schedule are printed as JSON that ``--replay`` takes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.router.core.recorder import DUMP_FORMAT
+from orchestrator.router.core.recorder import Dump, read_dump
 from orchestrator.sim.replay import replay
 from orchestrator.sim.schedule import Schedule, draw
-from orchestrator.sim.shrink import judge, shrink
+from orchestrator.sim.shrink import judge, shrink, verdict
+from workers.protocol.errors import ArtifactError, TriremeError
 
 #: Seeds that failed and are named.
 NAMED = 10
+#: The largest file that ``--replay`` reads. A dump is text of about twice the bytes of a recorder's window.
+MAX_FILE_BYTES = 512 << 20
 
 
 class SimTotals(msgspec.Struct, kw_only=True):
@@ -92,24 +95,54 @@ def tell(tally: SimTotals, seconds: float) -> None:
 
 
 def tell_failures(tally: SimTotals) -> None:
-    for seed, verdict in tally.failures[:NAMED]:
-        print(f"seed {seed}: {verdict}")
+    for seed, broken in tally.failures[:NAMED]:
+        print(f"seed {seed}: {broken}")
     seed = tally.failures[0][0]
     small = shrink(draw(seed))
     print(f"seed {seed}, shrunk: {judge(small)}\n{msgspec.json.encode(small).decode()}")
 
 
-def run_file(content: bytes) -> int:
-    """Run a schedule or replay a dump, and print what came of it. Returns the exit code."""
-    lines = content.splitlines()
-    if DUMP_FORMAT.encode() not in lines[0]:
-        found = judge(msgspec.json.decode(content, type=Schedule))
-        print(found)
-        return int(isinstance(found, str))
-    report = replay(lines)
-    print(f"dump of {report.router}: {report.events} events of {report.seconds:.1f} s, {report.actions} actions: ", end="")
-    print(report.difference or "the replay is the same")
+def run_file(file: Path) -> int:
+    """Run a schedule or replay a dump, and print what came of it. Returns the exit code. Raises :class:`ArtifactError`."""
+    found = read_file(file)
+    if isinstance(found, Schedule):
+        outcome = judge(found)
+        print(outcome)
+        return int(isinstance(outcome, str))
+    title = f"dump of {found.header.settings.router}: {len(found.events)} events"
+    try:
+        report = replay(found)
+    except TriremeError:
+        raise
+    except Exception as error:  # the edge of a run, as in judge()
+        print(f"{title}: the core raised {verdict(error)}")
+        return 1
+    print(f"{title} of {report.seconds:.1f} s, {report.actions} actions: {report.difference or 'the replay is the same'}")
     return int(bool(report.difference))
+
+
+def read_file(file: Path) -> Schedule | Dump:
+    """What ``--replay`` was given. Raises :class:`ArtifactError` where it is neither a schedule nor a whole dump."""
+    try:
+        with file.open("rb") as readable:
+            content = readable.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {file}", error.strerror or str(error), "trireme debug dump -o FILE writes one") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ArtifactError(f"{file} is too large to be a dump", f"it has more than {MAX_FILE_BYTES >> 20} MiB")
+    first, _, _ = content.partition(b"\n")
+    if b'"setup"' in first:
+        try:
+            return msgspec.json.decode(content, type=Schedule)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ArtifactError(
+                f"{file} is no schedule that can be run", str(error), "was it cut off, or made by another version?"
+            ) from None
+    try:
+        return read_dump(content.splitlines())
+    except ValueError as error:
+        hint = "is it whole, and of this version? trireme debug dump -o FILE writes one"
+        raise ArtifactError(f"{file} is neither a router's dump nor a schedule", str(error), hint) from None
 
 
 def main(argv: list[str]) -> int:
@@ -126,7 +159,11 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     if options.replay is not None:
-        return run_file(options.replay.read_bytes())
+        try:
+            return run_file(options.replay)
+        except TriremeError as error:
+            print(error.lines(), file=sys.stderr)
+            return error.exit_code
     begun = time.monotonic()
     tally = run_jobs(options.seed, options.schedules, options.jobs)
     if options.json:

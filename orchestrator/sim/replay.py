@@ -11,10 +11,10 @@ import msgspec
 
 from orchestrator.router.core.choice_state import ChoiceState, RequestState
 from orchestrator.router.core.event_record import event_of
-from orchestrator.router.core.recorder import EventRecorder, dump_lines, read_dump
+from orchestrator.router.core.recorder import Dump, EventRecorder, dump_lines
 from orchestrator.router.core.replica_registry import Replica
 from orchestrator.router.core.router_core import RouterCore
-from workers.protocol.errors import TriremeError
+from workers.protocol.errors import ArtifactError, TriremeError
 
 
 class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,13 +51,16 @@ class RecordedPrefixes:
     def forget(self, replica: Replica) -> None: ...
 
 
-def replay(lines: list[bytes]) -> ReplayReport:
-    """Run the dump in ``lines`` again. Raises ValueError and msgspec.DecodeError where they are no dump, and whatever the core raised when
-    the dump was taken, where that was a fault."""
-    found = read_dump(lines)
+def replay(found: Dump) -> ReplayReport:
+    """Run the dump ``found`` again. Raises :class:`ArtifactError` where its state contradicts itself, and whatever the core raised when the
+    dump was taken, where that was a fault."""
     prefixes = RecordedPrefixes()
-    core = RouterCore.restored(found.header.settings, found.snapshot, prefixes)
-    core.check()
+    try:
+        core = RouterCore.restored(found.header.settings, found.snapshot, prefixes)
+        core.check()
+    except (AssertionError, LookupError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ArtifactError("the state at the beginning of the dump contradicts itself", why, "was the file changed?") from None
     recorder = EventRecorder(core, digest=str, window_events=2 * len(found.events) + 2, window_bytes=1 << 62)
     for record in found.events:
         prefixes.load(record.cached)
@@ -70,7 +73,7 @@ def replay(lines: list[bytes]) -> ReplayReport:
     times = [record.at for record in found.events]
     return ReplayReport(
         router=found.header.settings.router, events=len(found.events), actions=sum(len(record.actions) for record in found.events),
-        seconds=times[-1] - times[0] if times else 0.0, difference=_difference(lines[1:], again[1:]),
+        seconds=times[-1] - times[0] if times else 0.0, difference=_difference(found.lines[1:], again[1:]),
     )  # fmt: skip
 
 

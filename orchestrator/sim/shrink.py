@@ -19,8 +19,13 @@ def judge(schedule: Schedule) -> Outcome | str:
     try:
         return World(schedule).run()
     except Exception as error:  # the edge of a run: whatever ends it is its verdict
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({PurePath(frame.filename).name}:{frame.lineno})"
+        return verdict(error)
+
+
+def verdict(error: Exception) -> str:
+    """What ended a run, and where."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({PurePath(frame.filename).name}:{frame.lineno})"
 
 
 def shrink(schedule: Schedule) -> Schedule:

@@ -61,7 +61,7 @@ def test_what_a_router_recorded_replays_to_the_last_byte(window: int) -> None:
         world.run()
         for dump in [dump for router in world.routers for dump in router.dumps]:
             lines = dump_lines(dump)
-            assert replay(lines).difference == "", f"seed {seed}"
+            assert replay(read_dump(lines)).difference == "", f"seed {seed}"
             dumps += 1
             begun_at_work += read_dump(lines).snapshot.table.requests != []
     assert dumps >= 40 and (window > 100 or begun_at_work), "nothing was replayed that matters"
@@ -72,7 +72,69 @@ def test_a_replay_that_comes_out_otherwise_is_seen(monkeypatch: pytest.MonkeyPat
     world.run()
     lines = dump_lines(world.routers[0].dumps[-1])
     monkeypatch.setattr(LeastWait, "choose", lambda self, query, candidates: None)
-    assert replay(lines).difference.startswith("line ")
+    assert replay(read_dump(lines)).difference.startswith("line ")
+
+
+def _cut(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:-1], lines[-1][:-9]]
+
+
+def _other_version(lines: list[bytes]) -> list[bytes]:
+    return [lines[0].replace(b"dump 1", b"dump 2"), *lines[1:]]
+
+
+def _other_policy(lines: list[bytes]) -> list[bytes]:
+    return [lines[0].replace(b'"policy":"least_wait"', b'"policy":"none"'), *lines[1:]]
+
+
+DAMAGED: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
+    "an empty file": (lambda lines: [], "line 1: Input data was truncated"),
+    "no dump at all": (lambda lines: [b"hello"], "line 1: JSON is malformed"),
+    "only the header": (lambda lines: lines[:1], "the state before or after the events is missing"),
+    "no last state": (lambda lines: lines[:3], "line 3: Object missing required field `closing`"),
+    "cut off": (_cut, "line "),
+    "another version": (_other_version, "line 1: its format is 'trireme router dump 2'"),
+    "a header that was changed": (_other_policy, "contradicts itself"),
+    "a broken schedule": (lambda lines: [b'{"setup":5}'], "Expected `object`"),
+    "deep nesting": (lambda lines: [*lines[:2], b'{"at":1,"event":{"type":' + b"[" * 100_000, lines[-1]], "line 3: "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_file_that_is_no_whole_dump_is_refused(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World(draw(7), window_events=40)
+    world.run()
+    change, why = DAMAGED[damage]
+    file = tmp_path / "router.dump"
+    lines = dump_lines(world.routers[0].dumps[-1])
+    file.write_bytes(b"\n".join(lines))
+    assert main(["--replay", str(file)]) == 0
+    file.write_bytes(b"\n".join(change(lines)))
+    capsys.readouterr()
+    assert main(["--replay", str(file)]) == 3
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and why in said.err and "\nhint: " in said.err and not said.out
+
+
+def test_a_file_that_cannot_be_read_or_is_too_large_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.sim.__main__.MAX_FILE_BYTES", 1 << 20)
+    for file, why in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory"), (Path("/dev/zero"), "more than 1 MiB")):
+        assert main(["--replay", str(file)]) == 3
+        assert why in capsys.readouterr().err
+
+
+def test_a_fault_of_the_core_is_found_again_by_its_dump(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(draw(7), window_events=10_000)
+    world.run()
+    file = tmp_path / "router.dump"
+    file.write_bytes(b"\n".join(dump_lines(world.routers[0].dumps[-1])))
+    monkeypatch.setattr(LeastWait, "choose", lambda self, query, candidates: (99, "load"))
+    assert main(["--replay", str(file)]) == 1
+    assert "the core raised IndexError: list index out of range (router_core.py:" in capsys.readouterr().out
 
 
 def _keep_orphans(self: StreamTable, router_boot: str, now: float) -> None:

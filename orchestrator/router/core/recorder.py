@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ MAX_USERS = 4096
 DUMP_FORMAT = "trireme router dump 1"
 
 _encoder = msgspec.msgpack.Encoder()
+T = TypeVar("T")
 
 
 class DumpHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,8 +151,9 @@ def dump_lines(dump: list[bytes]) -> list[bytes]:
 
 
 class Dump(msgspec.Struct, frozen=True, kw_only=True):
-    """A dump that was read. ``end``: the state after the last event."""
+    """A dump that was read. ``lines``: as they are in the file; ``end``: the state after the last event."""
 
+    lines: list[bytes]
     header: DumpHeader
     snapshot: CoreSnapshot
     events: list[EventRecord]
@@ -159,11 +161,23 @@ class Dump(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_dump(lines: list[bytes]) -> Dump:
-    """Raises msgspec.DecodeError (ValidationError is one) and ValueError where ``lines`` are no dump."""
-    if len(lines) < 3:
-        raise ValueError("a dump has three lines at least")
-    decode = msgspec.json.decode
-    return Dump(
-        header=decode(lines[0], type=DumpHeader), snapshot=decode(lines[1], type=CoreSnapshot),
-        events=[decode(line, type=EventRecord) for line in lines[2:-1]], end=decode(lines[-1], type=CoreSnapshot),
-    )  # fmt: skip
+    """Raises ValueError where ``lines`` are no dump; it names the line."""
+    number = 0
+
+    def decode(line: bytes, kind: type[T]) -> T:
+        nonlocal number
+        number += 1
+        return msgspec.json.decode(line, type=kind)
+
+    try:
+        header = decode(lines[0] if lines else b"", DumpHeader)
+        if header.format != DUMP_FORMAT:
+            raise ValueError(f"its format is {header.format[:64]!r}, not {DUMP_FORMAT!r}")
+        if len(lines) < 3:
+            raise ValueError("the state before or after the events is missing")
+        return Dump(
+            lines=lines, header=header, snapshot=decode(lines[1], CoreSnapshot),
+            events=[decode(line, EventRecord) for line in lines[2:-1]], end=decode(lines[-1], CoreSnapshot),
+        )  # fmt: skip
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from None

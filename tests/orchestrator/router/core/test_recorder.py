@@ -16,7 +16,7 @@ from workers.protocol.messages import Done, Failed, Logprobs, Submit, Usage
 
 
 def replays(recorder: EventRecorder) -> None:
-    assert replay(dump_lines(recorder.dump(0.0))).difference == ""
+    assert replay(read_dump(dump_lines(recorder.dump(0.0)))).difference == ""
 
 
 def serve(route: CoreDriver, now: float) -> None:
