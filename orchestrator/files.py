@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from workers.files import replace_file
+from workers.files import replacing
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Create or replace a file of mode 0600 in one piece. Raises :class:`EnvironmentFault`."""
+@contextmanager
+def writing_private(path: Path) -> Iterator[IO[bytes]]:
+    """Create or replace a file of mode 0600 by what is written in the block. Raises :class:`EnvironmentFault`."""
     try:
-        replace_file(path, data)
+        with replacing(path) as out:
+            yield out
     except OSError as error:
         raise EnvironmentFault(
             f"cannot write {path}", error.strerror or str(error), "make room or give access there, or choose another --run-dir"
         ) from None
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Create or replace a file of mode 0600 in one piece. Raises :class:`EnvironmentFault`."""
+    with writing_private(path) as out:
+        out.write(data)
 
 
 def read_private(path: Path) -> bytes:

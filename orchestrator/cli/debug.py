@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from shutil import copyfileobj
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli.console import Console
 from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
+from workers.files import PRIVATE
 from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, TriremeError, Unavailable, from_code, printable
 
 if TYPE_CHECKING:
@@ -131,9 +135,13 @@ def ask_routers(console: Console, name: str, run_dir: str, what: str, wait_ms: i
 
 
 def copy(source: Path, file: Path) -> None:
-    """Raises :class:`EnvironmentFault`, for example where the router runs on another host."""
+    """Copy a dump into a file of this user alone, for it names the requests of all tenants.
+
+    Raises :class:`EnvironmentFault`, for example where the router runs on another host.
+    """
     try:
-        file.write_bytes(source.read_bytes())
+        with source.open("rb") as dumped, open(file, "wb", opener=partial(os.open, mode=PRIVATE)) as out:
+            copyfileobj(dumped, out)
     except OSError as error:
         where = error.filename or file
         raise EnvironmentFault(

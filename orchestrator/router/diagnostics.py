@@ -7,18 +7,21 @@ larger than a message. A story is one message: it has at most :data:`MAX_STORIES
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from orchestrator.files import write_private
+from orchestrator.files import writing_private
 from orchestrator.router.core.history import RequestStory
-from orchestrator.router.core.recorder import dump_lines
+from orchestrator.router.core.recorder import dump_line
 from workers.protocol.errors import NotFound
 
 #: Requests of one id that a story tells of: the last ones.
 MAX_STORIES = 16
+#: Of a dump, what is made into lines at one go (less than a millisecond of work), and the seconds of rest after it.
+BURST_BYTES, PAUSE_S = 8192, 0.0002
 
 
 class DumpReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +81,14 @@ class Diagnostics:
 
 
 def _write(file: Path, parts: list[bytes]) -> int:
-    content = b"\n".join(dump_lines(parts)) + b"\n"
-    write_private(file, content)
-    return len(content)
+    """Write ``parts`` as lines; returns the file's bytes. It pauses after every :data:`BURST_BYTES`: making lines holds the interpreter's
+    lock, and the event loop would wait 5 ms for it at every turn."""
+    size = burst = 0
+    with writing_private(file) as out:
+        for part in parts:
+            size += out.write(dump_line(part) + b"\n")
+            burst += len(part)
+            if burst >= BURST_BYTES:
+                burst = 0
+                time.sleep(PAUSE_S)
+    return size

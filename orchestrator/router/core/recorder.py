@@ -146,8 +146,13 @@ def user_digest(user: str) -> str:
 
 
 def dump_lines(dump: list[bytes]) -> list[bytes]:
-    """A dump as lines of JSON, to be read by people and by :func:`read_dump`. Takes about 10 µs a line: not for an event loop."""
-    return [msgspec.json.encode(msgspec.msgpack.decode(part)) for part in dump]
+    """A dump as lines of JSON, to be read by people and by :func:`read_dump`."""
+    return [dump_line(part) for part in dump]
+
+
+def dump_line(part: bytes) -> bytes:
+    """One part of a dump as a line. Takes 10 µs for a small event, 100 µs for a step of 250 choices: not for an event loop."""
+    return msgspec.json.encode(msgspec.msgpack.decode(part))
 
 
 class Dump(msgspec.Struct, frozen=True, kw_only=True):
