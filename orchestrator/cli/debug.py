@@ -156,9 +156,9 @@ def tell(report: StoryReport, found: RequestStory) -> list[str]:
         which = f"choice {index}: " if len(found.choices) > 1 else ""
         moments += [(at, which + text) for at, text in tell_choice(choice)]
     moments.sort(key=lambda moment: moment[0])
-    title = (
-        f"{printable(found.request_id)} at {report.router}: {found.model}, {found.prompt_tokens} prompt tokens, at most {found.max_tokens}"
-    )
+    caller = f" ({printable(found.caller_id)})" if found.caller_id else ""
+    tokens = f"{found.prompt_tokens} prompt tokens, at most {found.max_tokens}"
+    title = f"{printable(found.request_id)}{caller} at {report.router}: {found.model}, {tokens}"
     if found.client_attempt:
         title += f"; the client came here at its attempt {found.client_attempt}"
     clock = (datetime.fromtimestamp(report.unix_offset_s + at).strftime("%H:%M:%S.%f")[:-3] for at, _ in moments)

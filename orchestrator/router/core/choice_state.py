@@ -169,8 +169,15 @@ class RequestState:
         spec = self.spec
         return RequestStory(
             request_id=spec.request_id, number=self.id, model=spec.model, arrived_at=self.arrived, prompt_tokens=len(spec.prompt_ids),
-            max_tokens=spec.params.max_tokens, choices=[choice.story() for choice in self.choices], client_attempt=spec.client_attempt,
+            max_tokens=spec.params.max_tokens, choices=[choice.story() for choice in self.choices], caller_id=self.caller_id,
+            client_attempt=spec.client_attempt,
         )  # fmt: skip
+
+    @property
+    def caller_id(self) -> str:
+        """The caller's request id in log lines, where it is not the request's own."""
+        caller_id = self.spec.marks[0]
+        return caller_id if caller_id != self.spec.request_id else ""
 
     def snapshot(self) -> RequestSnapshot:
         spec = self.spec

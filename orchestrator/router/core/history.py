@@ -30,8 +30,9 @@ class ChoiceStory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class RequestStory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What happened to one request. Times are the core's, seconds. ``number``: the request's id in the core. ``client_attempt``: how
-    often the client had gone to another router before."""
+    """What happened to one request. Times are the core's, seconds. ``number``: the request's id in the core. ``caller_id``: the
+    ``x-request-id`` of the HTTP request that it came with, empty where it is ``request_id``. ``client_attempt``: how often the client had
+    gone to another router before."""
 
     request_id: str
     number: int
@@ -40,6 +41,7 @@ class RequestStory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     prompt_tokens: int
     max_tokens: int
     choices: list[ChoiceStory]
+    caller_id: str = ""
     client_attempt: int = 0
 
 
@@ -51,7 +53,7 @@ class RequestHistory:
     """The stories of ended requests. They are kept encoded: smaller, and no work for the garbage collector."""
 
     def __init__(self) -> None:
-        self._stories: deque[tuple[str, bytes]] = deque()
+        self._stories: deque[tuple[str, str, bytes]] = deque()
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -59,11 +61,11 @@ class RequestHistory:
 
     def add(self, story: RequestStory) -> None:
         encoded = _encoder.encode(story)
-        self._stories.append((story.request_id, encoded))
+        self._stories.append((story.request_id, story.caller_id, encoded))
         self._bytes += len(encoded)
         while len(self._stories) > KEPT_REQUESTS or self._bytes > KEPT_BYTES:
-            self._bytes -= len(self._stories.popleft()[1])
+            self._bytes -= len(self._stories.popleft()[2])
 
     def find(self, request_id: str) -> list[RequestStory]:
-        """The stories of ended requests with this id, oldest first: a client may use an id again."""
-        return [_decoder.decode(encoded) for known, encoded in self._stories if known == request_id]
+        """The stories of ended requests with this id, as their own or as their caller's, oldest first: a client may use an id again."""
+        return [_decoder.decode(encoded) for known, caller_id, encoded in self._stories if request_id in (known, caller_id)]

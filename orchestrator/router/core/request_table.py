@@ -422,8 +422,10 @@ class RequestTable:
     # --- what happened, and snapshots
 
     def stories(self, request_id: str) -> list[RequestStory]:
-        """What happened to the requests with this id: the kept ones that have ended, then the live ones."""
-        live = [request.story() for request in self.requests.values() if request.spec.request_id == request_id]
+        """What happened to the requests with this id, their own or their caller's: the kept ones that have ended, then the live ones."""
+        if not request_id:
+            return []  # an empty caller_id is no id
+        live = [request.story() for request in self.requests.values() if request_id in (request.spec.request_id, request.caller_id)]
         return self.history.find(request_id) + live
 
     def snapshot(self) -> RequestTableSnapshot:

@@ -151,6 +151,22 @@ def test_a_story_is_known_while_a_request_lives_and_after_its_end() -> None:
     assert route.core.stories("other") == []
 
 
+def test_a_story_is_found_by_the_id_that_log_lines_have() -> None:
+    """Over HTTP that is ``x-request-id``, which is not the id in the body of the answer."""
+    route = router()
+    join(route, "a")
+    route.submit(ask(request_id="cmpl-1", marks=("from-a-header", "")), 0.0)
+    route.submit(ask(request_id="own", marks=("own", "")), 0.0)
+    for ended in (False, True):
+        (story,) = route.core.stories("from-a-header")
+        assert (story.request_id, story.caller_id, bool(story.choices[0].end)) == ("cmpl-1", "from-a-header", ended)
+        assert route.core.stories("cmpl-1") == [story]
+        (own,) = route.core.stories("own")
+        assert own.caller_id == "" and route.core.stories("") == []
+        route.cancel(1, 1.0)
+        route.cancel(2, 1.0)
+
+
 def test_of_many_attempts_the_first_and_the_last_are_kept() -> None:
     route = router()
     join(route, "a")
