@@ -64,7 +64,7 @@ def host(console: Console, config: Config, on_ready: Callable[[], object], route
             manager.stopping()
 
     with console.progress() as progress:
-        return deployment.up(config, routers_only=routers_only, notify=notify, progress=progress, beat=manager.beat)
+        return deployment.up(config, routers_only=routers_only, notify=notify, progress=progress, on_turn=manager.beat)
 
 
 def print_notice(console: Console, config: Config, notice: Notice) -> None:

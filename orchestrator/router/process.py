@@ -25,7 +25,6 @@ import zmq
 from orchestrator.auth.api_keys import ApiKey, ApiKeys, Salting
 from orchestrator.auth.curve_acl import CurveAcl, CurveGrant
 from orchestrator.config.router_spec import HttpSpec, RouterSpec
-from orchestrator.control.launch.subprocesses import STOP
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.diagnostics import Diagnostics
@@ -41,6 +40,7 @@ from orchestrator.router.net.curve_auth import ZapHandler
 from orchestrator.router.net.replica_link import ReplicaLink
 from orchestrator.router.net.router_socket import RouterSocket
 from orchestrator.router.rpc.server import RpcServer
+from orchestrator.router.signals import STOP
 from workers.files import replace_file
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import RouterHeartbeat, ToReplica

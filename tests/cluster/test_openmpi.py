@@ -21,7 +21,7 @@ import pytest
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import tagged
-from orchestrator.control.launch.supervisor import GangProcess, LocalNode
+from orchestrator.control.launch.supervisor import GangSupervisor, LocalNode
 from workers.epoch import make_epoch
 from workers.protocol.specs import FakeSpec, Parallel, ReplicaSpec
 
@@ -47,13 +47,13 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def gang_of(folder: Path) -> GangProcess:
+def gang_of(folder: Path) -> GangSupervisor:
     engine = FakeSpec(kv_tokens=512, max_seq_len=128)
     replica = ReplicaSpec(name="r", model="fake", artifact="", parallel=Parallel(tp=2, pp=2), engine=engine)
     nodes = [LocalNode(2, "10.44.0.1"), SecondHost(2, "10.44.0.2")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     spec = GangSpec(deployment="t", replica=replica, run_dir=str(folder))
-    return GangProcess(spec, make_epoch(), nodes, mpi=mpiexec.find_mpi(os.environ["PATH"]), env=env)
+    return GangSupervisor(spec, make_epoch(), nodes, mpi=mpiexec.find_mpi(os.environ["PATH"]), env=env)
 
 
 def test_a_gang_over_two_hosts(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.mpiexec import find_mpi
-from orchestrator.control.launch.supervisor import GangProcess as Launched
+from orchestrator.control.launch.supervisor import GangSupervisor as Launched
 from orchestrator.control.launch.supervisor import LocalNode
 from tests.support.gang import Gang, RouterEnd, short_folder, wait_for
 from tests.support.tiny_models import tiny_model, tiny_tokenizer

@@ -1,4 +1,4 @@
-"""What ``trireme up`` is: the process that hosts one deployment from its lock file to the proof that nothing is left.
+"""``trireme up``: the process that hosts one deployment, from its lock file to the proof that no process of it is left.
 
 Owns the run folder, the control socket, and the order in which routers, replicas and updates begin and end. Never on the token path; when
 it is killed, gangs on a Ray that it did not start go on, and the next ``up`` adopts them.
@@ -28,12 +28,12 @@ from orchestrator.control.host.control_socket import (
 )
 from orchestrator.control.host.desired_state import DesiredState
 from orchestrator.control.host.external_routers import ExternalRouters
-from orchestrator.control.host.host_checks import check_api_keys, check_length, check_port
+from orchestrator.control.host.host_checks import check_api_keys, check_port, check_socket_path
 from orchestrator.control.host.lock import HostLock
 from orchestrator.control.host.notices import Notice, Notify, ReplicaNotices, log_notice
-from orchestrator.control.host.own_routers import RouterGroup
+from orchestrator.control.host.own_routers import OwnRouters
 from orchestrator.control.host.replica_source import FAREWELL_S, ExternalReplicas, OwnReplicas, ReplicaSource
-from orchestrator.control.host.router_poller import RouterSource
+from orchestrator.control.host.router_source import RouterSource
 from orchestrator.control.host.status_table import HostFacts
 from orchestrator.files import make_private
 from workers.artifacts.convert import Progress, silent
@@ -45,23 +45,26 @@ INTERRUPTED = 130
 
 
 class _Stopped(Exception):
-    """Somebody said stop before everything was started."""
+    """The deployment was stopped before everything was started."""
 
 
 class Deployment:
-    """States: STARTING → READY ⇄ DEGRADED → DRAINING. ``run`` is its life; ``stop`` may be called from any thread or signal handler.
+    """States: STARTING → READY ⇄ DEGRADED → DRAINING. FAILED: it has served, and by now every replica has failed
+    for good; its routers go on without a replica until :meth:`stop`.
+
+    ``run`` starts it, serves and ends it; ``stop`` may be called from any thread or signal handler.
 
     ``replicas``: where they come from; None = from a controller of its own. Its routers are its own, or those that ``config.join`` names.
-    ``beat`` is called at each turn of the loop while it serves, several times a second.
+    ``on_turn`` is called at each turn of the loop while it serves, several times a second.
     """
 
     def __init__(
         self, config: Config, *, replicas: ReplicaSource | None = None, notify: Notify = log_notice, progress: Progress = silent,
-        beat: Callable[[], None] = lambda: None,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self._config, self._notify, self._progress, self._beat = config, notify, progress, beat
-        self._home = config.home
-        self._begun = time.time()
+        self._config, self._notify, self._progress, self._on_turn = config, notify, progress, on_turn
+        self._run_folder = config.home
+        self._started_at = time.time()
         # 0 = run, 1 = drain, 2 = at once. A plain number, because a signal handler may set it in the middle of anything.
         self._stops = 0
         self._was_ready = False
@@ -84,11 +87,11 @@ class Deployment:
 
         Raises what starting raised, after everything that was started is gone.
         """
-        make_private(self._home)
-        socket_path = self._home / "control.sock"
-        check_length(self._home)
-        lock = HostLock(self._home / "lock", self.config.name)
-        control = ControlServer(socket_path, self._obey)
+        make_private(self._run_folder)
+        socket_path = self._run_folder / "control.sock"
+        check_socket_path(self._run_folder)
+        lock = HostLock(self._run_folder / "lock", self.config.name)
+        control = ControlServer(socket_path, self._handle_command)
         try:
             try:
                 self._start()
@@ -107,7 +110,7 @@ class Deployment:
                 lock.release()
         if left:
             raise EnvironmentFault(f"processes of {self.config.name} do not die", f"pids {left}", "look at them with ps")
-        self._notify(Notice(kind="stopped", subject=self.config.name, text="nothing is left", seconds=time.time() - self._begun))
+        self._notify(Notice(kind="stopped", subject=self.config.name, text="nothing is left", seconds=time.time() - self._started_at))
         return 0 if self._was_ready else INTERRUPTED
 
     def _start(self) -> None:
@@ -117,19 +120,19 @@ class Deployment:
         if external is None:
             check_port(config.http)
             self._check_api_keys()
-        keys = KeyRing(self._home / "keys")
+        keys = KeyRing(self._run_folder / "keys")
         models = [self._replicas.resolve(model, self._follow_progress) for model in config.models]
         for model in models:
             self._notify(Notice(kind="model", subject=model.config.name, text=str(model.source)))
         if external is not None:
             external.check_tokenizers(models)
         self._check_stop()
-        host = self._replicas.start(models)
+        reachable_at = self._replicas.start(models)
         self._check_stop()
-        back = external.back if external is not None else deployment_plan.own_back(config, keys, host)
-        plan = deployment_plan.plan(config, models, keys, back)
-        self._desired = DesiredState(config, plan.gangs, deployment_plan.cards(models), back, keys)
-        self._routers = external or RouterGroup(plan.routers, make_private(self._home / "routers"), env=environment(), keys=keys)
+        endpoints = external.endpoints if external is not None else deployment_plan.own_endpoints(config, keys, reachable_at)
+        plan = deployment_plan.plan(config, models, keys, endpoints)
+        self._desired = DesiredState(config, plan.gangs, deployment_plan.model_cards(models), endpoints, keys)
+        self._routers = external or OwnRouters(plan.routers, make_private(self._run_folder / "routers"), env=environment(), keys=keys)
         self._routers.start()
         self._replicas.apply(plan.gangs)
 
@@ -140,12 +143,12 @@ class Deployment:
         return external
 
     def _check_stop(self) -> None:
-        """Raises where somebody said stop meanwhile."""
+        """Raises :class:`_Stopped` where :meth:`stop` was called meanwhile."""
         if self._stops:
             raise _Stopped
 
     def _follow_progress(self, phase: str, done: int, total: int) -> None:
-        """Shows the progress of what may take long, and ends it where somebody said stop meanwhile."""
+        """Shows the progress of what may take long. Raises :class:`_Stopped` to end it where :meth:`stop` was called meanwhile."""
         self._check_stop()
         self._progress(phase, done, total)
 
@@ -154,7 +157,7 @@ class Deployment:
             self._notify(Notice(kind="warning", subject=f"HTTP on {self.config.http.host}", text=warning))
 
     def _serve(self) -> None:
-        """The host's loop: a tick every 0.2 s until somebody says stop."""
+        """The host's loop: a tick every 0.2 s until :meth:`stop`."""
         assert self._routers is not None
         while not self._stops:
             self._routers.tick()
@@ -162,7 +165,7 @@ class Deployment:
             self._replicas.tick(self._routers.hung(ready))
             self._announce(self._routers)
             self._follow_update()
-            self._beat()
+            self._on_turn()
             time.sleep(TICK_S)
 
     def _follow_update(self) -> None:
@@ -178,7 +181,7 @@ class Deployment:
             self._notify(Notice(kind="update", subject=self.config.name, text=text, seconds=report.seconds))
 
     def _announce(self, routers: RouterSource) -> None:
-        """Tell what has changed, and that the deployment serves: once all is ready, or what failed for good is all that is not."""
+        """Send a notice of every change, and once that the deployment serves: when every replica is ready or has failed for good."""
         status = self.status()
         begins = not self._was_ready and ((self._replicas.settled(status) and routers.ready()) or status.state == "READY")
         self._replica_notices.follow(status)
@@ -188,16 +191,16 @@ class Deployment:
             self._notify(Notice(kind="ready", subject=status.name, text=status.url, seconds=status.age_s))
 
     def _publish(self, status: DeploymentStatus) -> None:
-        """Tell others how to join our routers, where these can be reached."""
+        """Write the join file, with which other deployments join our routers, where these can be reached."""
         config, desired = self.config, self._desired
         assert desired is not None
-        if config.back.host and config.rpc.host and not desired.back.prefix:
-            key = desired.back.addresses[0].server_key
-            path = join_file.publish(config, desired.back.addresses, key, desired.cards, status.url)
+        if config.back.host and config.rpc.host and not desired.endpoints.prefix:
+            key = desired.endpoints.addresses[0].server_key
+            path = join_file.publish(config, desired.endpoints.addresses, key, desired.model_cards, status.url)
             self._notify(Notice(kind="join", subject=config.name, text=str(path)))
 
     def _end(self) -> list[int]:
-        """Routers finish first, then gangs drain; what is left is killed. Returns pids that do not die."""
+        """Let the routers finish, then drain the gangs, then kill what is left. Returns pids that do not die."""
         grace = self.config.drain_grace_s
         self._replicas.end_with_host()
         if self._routers is not None:
@@ -223,41 +226,41 @@ class Deployment:
 
     def status(self) -> DeploymentStatus:
         """The deployment's table, from what the controller and the routers last said."""
-        host = HostFacts(
-            begun=self._begun,
+        facts = HostFacts(
+            started_at=self._started_at,
             stopping=self._stops > 0,
             was_ready=self._was_ready,
             update=self._desired.report() if self._desired is not None else None,
         )
-        return self._replicas.describe(self.config, self._routers, host)
+        return self._replicas.describe(self.config, self._routers, facts)
 
-    def _obey(self, order: ControlCommand) -> ControlReply:
-        match order.do:
+    def _handle_command(self, command: ControlCommand) -> ControlReply:
+        match command.do:
             case "drain":
-                if not self._replicas.drain(order.name):
+                if not self._replicas.drain(command.name):
                     raise NotFound(
-                        f"replica {order.name!r} does not run", "no living gang has this name", "trireme status -o wide names them"
+                        f"replica {command.name!r} does not run", "no living gang has this name", "trireme status -o wide names them"
                     )
             case "down":
-                self.stop(now=order.now)
+                self.stop(now=command.now)
             case "update":
-                return ControlReply(update=self._begin_update(order.update))
+                return ControlReply(update=self._begin_update(command.update))
         return ControlReply(status=self.status())
 
-    def _begin_update(self, order: UpdateCommand | None) -> UpdateReport:
+    def _begin_update(self, command: UpdateCommand | None) -> UpdateReport:
         """Called in the control socket's thread; the loop takes the update up at its next turn."""
-        if order is None:
+        if command is None:
             raise Rejected("an update needs a configuration")
         self._replicas.check_update(self.config.name)
         state = self.status().state
         if self._desired is None or state not in ("READY", "DEGRADED"):
             raise Rejected(f"{self.config.name} is {state}", "an update goes from one serving configuration to another", "wait")
-        return self._desired.begin_update(order, self._replicas.views(), time.monotonic())
+        return self._desired.begin_update(command, self._replicas.views(), time.monotonic())
 
 
 def up(
     config: Config, *, routers_only: bool = False, notify: Notify = log_notice, progress: Progress = silent,
-    beat: Callable[[], None] = lambda: None,
+    on_turn: Callable[[], None] = lambda: None,
 ) -> int:  # fmt: skip
     """Host a deployment in this process until SIGTERM, SIGINT or ``down``; a second one does not wait. Returns the exit code.
 
@@ -266,7 +269,7 @@ def up(
     Must run in the main thread. Raises ConfigError, ArtifactError or EnvironmentFault when it cannot start; then nothing is left running.
     """
     replicas = ExternalReplicas(config) if routers_only else OwnReplicas(config, notify)
-    deployment = Deployment(config, replicas=replicas, notify=notify, progress=progress, beat=beat)
+    deployment = Deployment(config, replicas=replicas, notify=notify, progress=progress, on_turn=on_turn)
     before = {number: signal.signal(number, lambda *_: deployment.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return deployment.run()

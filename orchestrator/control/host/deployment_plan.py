@@ -124,7 +124,7 @@ def _tokenizer_dir(artifact: Path) -> Path | None:
     return (open_model(artifact) if is_engine_dir(artifact) else open_artifact(artifact, weights_optional=True)).tokenizer_dir
 
 
-def own_back(config: Config, keys: KeyRing, host: str) -> RouterEndpoints:
+def own_endpoints(config: Config, keys: KeyRing, host: str) -> RouterEndpoints:
     """The back sockets of our own routers. ``host``: where gangs on other hosts reach us; without it and ``back.host``, Unix sockets."""
     folder, back = config.home / "routers", config.back
     if back.host:
@@ -138,14 +138,14 @@ def own_back(config: Config, keys: KeyRing, host: str) -> RouterEndpoints:
     return RouterEndpoints(addresses=tuple(RouterAddress(endpoint=place, server_key=server_key) for place in places), secured=secured)
 
 
-def plan(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: RouterEndpoints) -> DeploymentPlan:
+def plan(config: Config, models: Sequence[ServedModel], keys: KeyRing, endpoints: RouterEndpoints) -> DeploymentPlan:
     """Specs of everything that is ours: routers too, unless the replicas join others'."""
-    found = gangs(config, models, back, keys)
-    admit(keys, found, back)
-    return DeploymentPlan(gangs=found, routers=[] if back.prefix else _routers(config, models, keys, back))
+    found = gangs(config, models, endpoints, keys)
+    admit(keys, found, endpoints)
+    return DeploymentPlan(gangs=found, routers=[] if endpoints.prefix else _routers(config, models, keys, endpoints))
 
 
-def cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
+def model_cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
     """What routers know of the models."""
     return tuple(
         ModelCard(
@@ -159,21 +159,21 @@ def cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
     )
 
 
-def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, back: RouterEndpoints) -> list[RouterSpec]:
+def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, endpoints: RouterEndpoints) -> list[RouterSpec]:
     folder = config.home / "routers"
-    secured = back.secured or bool(config.rpc.host)
-    served = cards(models)
+    secured = endpoints.secured or bool(config.rpc.host)
+    served = model_cards(models)
     given = msgspec.structs.asdict(config.http) | {"api_keys_file": str(config.api_keys_file or "")}
     http = HttpSpec(**given, reuse_port=config.routers > 1, insecure_without_keys=config.insecure_http_without_keys)
     return [
         RouterSpec(
             name=f"router{i}",
-            back=f"tcp://{config.back.host}:{config.back.port + i}" if config.back.host else back.addresses[i].endpoint,
+            back=f"tcp://{config.back.host}:{config.back.port + i}" if config.back.host else endpoints.addresses[i].endpoint,
             rpc=f"tcp://{config.rpc.host}:{config.rpc.port + i}" if config.rpc.host else f"ipc://{folder}/router{i}-rpc.sock",
             models=served,
             http=http,
             admission=config.admission,
-            peers=back.addresses,
+            peers=endpoints.addresses,
             key_file=str(keys.path("router", "all")) if secured else "",
             allowed_file=str(keys.allowed_file) if secured else "",
             salt_file=str(keys.salt_file),
@@ -190,47 +190,47 @@ def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, back:
     ]
 
 
-def gangs(config: Config, models: Sequence[ServedModel], back: RouterEndpoints, keys: KeyRing) -> list[GangSpec]:
+def gangs(config: Config, models: Sequence[ServedModel], endpoints: RouterEndpoints, keys: KeyRing) -> list[GangSpec]:
     """One spec a replica."""
-    return [_gang(config, model, gang, back, keys) for model in models for gang in model.gangs]
+    return [_gang(config, model, gang, endpoints, keys) for model in models for gang in model.gangs]
 
 
-def admit(keys: KeyRing, gangs: Sequence[GangSpec], back: RouterEndpoints) -> None:
+def admit(keys: KeyRing, gangs: Sequence[GangSpec], endpoints: RouterEndpoints) -> None:
     """Let these gangs in at our routers, and no others but by a pass. Who joins others' routers has nobody to let in."""
-    if back.prefix:
+    if endpoints.prefix:
         return
-    members: list[tuple[Role, str]] = [("replica", gang.replica.name) for gang in gangs] if back.secured else []
+    members: list[tuple[Role, str]] = [("replica", gang.replica.name) for gang in gangs] if endpoints.secured else []
     keys.allow([*members, ("client", "local"), ("router", "all")], {gang.replica.name: gang.replica.model for gang in gangs})
 
 
-def renamed(gang: GangSpec, name: str, back: RouterEndpoints, keys: KeyRing) -> GangSpec:
+def renamed(gang: GangSpec, name: str, endpoints: RouterEndpoints, keys: KeyRing) -> GangSpec:
     """The same gang as a replica of another name."""
-    replica = msgspec.structs.replace(gang.replica, name=name, announced=_announced(name, back))
-    return msgspec.structs.replace(gang, replica=replica, key=_key_of(name, back, keys))
+    replica = msgspec.structs.replace(gang.replica, name=name, announced=_announced(name, endpoints))
+    return msgspec.structs.replace(gang, replica=replica, key=_key_of(name, endpoints, keys))
 
 
-def _announced(name: str, back: RouterEndpoints) -> str:
-    return back.prefix + name if back.prefix else ""
+def _announced(name: str, endpoints: RouterEndpoints) -> str:
+    return endpoints.prefix + name if endpoints.prefix else ""
 
 
-def _key_of(name: str, back: RouterEndpoints, keys: KeyRing) -> str:
+def _key_of(name: str, endpoints: RouterEndpoints, keys: KeyRing) -> str:
     """The key pair (JSON) with which a replica of this name reaches its routers; empty where it needs none."""
-    return back.key or (msgspec.json.encode(keys.pair("replica", name)).decode() if back.secured else "")
+    return endpoints.key or (msgspec.json.encode(keys.pair("replica", name)).decode() if endpoints.secured else "")
 
 
-def _gang(config: Config, model: ServedModel, gang: GangArtifact, back: RouterEndpoints, keys: KeyRing) -> GangSpec:
+def _gang(config: Config, model: ServedModel, gang: GangArtifact, endpoints: RouterEndpoints, keys: KeyRing) -> GangSpec:
     replica = ReplicaSpec(
         name=gang.name,
         model=model.config.name,
         artifact=gang.artifact,
         parallel=gang.parallel,
         engine=gang.engine,
-        routers=back.addresses,
+        routers=endpoints.addresses,
         heartbeat_s=config.heartbeat_s,
         hang_floor_s=config.hang_floor_s,
         # Its farewell must be heard before the controller's own grace ends and kills it.
         drain_grace_s=min(config.drain_grace_s, TERM_GRACE_S),
-        announced=_announced(gang.name, back),
+        announced=_announced(gang.name, endpoints),
         log_format=config.log_format,
     )
     return GangSpec(
@@ -239,7 +239,7 @@ def _gang(config: Config, model: ServedModel, gang: GangArtifact, back: RouterEn
         run_dir=str(config.home / "replicas"),
         share=RankShare(cpus=model.config.cpus_per_rank, gpus=1.0 if gang.engine.device == "cuda" else 0.0),
         spread=model.config.spread,
-        key=_key_of(gang.name, back, keys),
+        key=_key_of(gang.name, endpoints, keys),
     )
 
 

@@ -1,6 +1,6 @@
 """What a deployment should run: its configuration and its gangs, and the update that changes them.
 
-Owns all three: the host applies what stands here to the controller, and nobody else writes it.
+Owns all three: no other module writes them. The host applies the gangs to the controller.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from workers.protocol.errors import Rejected
 
 class DesiredState:
     """``config`` and ``gangs`` are in force: during an update the new configuration, and every gang that may have processes; the old
-    ones again when the update is taken back. ``cards``: what the routers know of the models; ``back``: how replicas reach the routers."""
+    ones again when the update is taken back.
 
-    def __init__(self, config: Config, gangs: list[GangSpec], cards: Sequence[ModelCard], back: RouterEndpoints, keys: KeyRing) -> None:
-        self.config, self.gangs, self.cards, self.back = config, gangs, tuple(cards), back
+    ``model_cards``: what the routers know of the models; ``endpoints``: how replicas reach the routers.
+    """
+
+    def __init__(
+        self, config: Config, gangs: list[GangSpec], model_cards: Sequence[ModelCard], endpoints: RouterEndpoints, keys: KeyRing
+    ) -> None:
+        self.config, self.gangs, self.model_cards, self.endpoints = config, gangs, tuple(model_cards), endpoints
         self._keys = keys
         self._update: Update | None = None
-        # Whether the controller has been told what the update wants now.
+        # Whether the controller has the gangs that the update wants now.
         self._applied = True
 
     def begin_update(self, order: UpdateCommand, views: Sequence[ReplicaView], now: float) -> UpdateReport:
@@ -35,9 +40,11 @@ class DesiredState:
         :class:`ConfigError` for what cannot be changed in place. Called in the control socket's thread."""
         if self._update is not None and self._updating:
             raise Rejected("an update is under way", self._update.report().doing, "trireme status tells how far it is")
-        update = Update(self.config, order, self.gangs, self.cards, views, back=self.back, keys=self._keys, now=now, progress=silent)
+        update = Update(
+            self.config, order, self.gangs, self.model_cards, views, endpoints=self.endpoints, keys=self._keys, now=now, progress=silent
+        )
         if not order.dry_run:
-            admit(self._keys, update.all_gangs, self.back)  # the keys of new replicas
+            admit(self._keys, update.all_gangs, self.endpoints)  # the keys of new replicas
             self._update = update
         return update.report()
 
@@ -57,7 +64,7 @@ class DesiredState:
         self.config = update.config
         self.gangs = update.gangs if update.over else update.all_gangs
         if update.over:
-            admit(self._keys, self.gangs, self.back)
+            admit(self._keys, self.gangs, self.endpoints)
         return update.report() if moved or update.over else None
 
     @property

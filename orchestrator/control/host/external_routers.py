@@ -49,7 +49,7 @@ def read_join(path: Path) -> JoinFile:
 class ExternalRouters:
     """The routers that ``config.join`` names. Raises :class:`ConfigError` for what could never work there.
 
-    ``back``: how our replicas reach them, below names of their own, so that two jobs made from one file never fence each other.
+    ``endpoints``: how our replicas reach them, below names of their own, so that two jobs made from one file never fence each other.
     ``key_file``: the pass's client key pair, for RPC clients of this host.
     """
 
@@ -59,7 +59,7 @@ class ExternalRouters:
         _check(config, self._file, join_pass)
         home = make_private(config.home)
         prefix = f"{join_pass.name}/{config.name}-{_instance(home)}/"
-        self.back = RouterEndpoints(
+        self.endpoints = RouterEndpoints(
             addresses=self._file.routers, secured=True, prefix=prefix, key=msgspec.json.encode(join_pass.replica).decode()
         )
         self.key_file = make_private(home / "keys") / "client-join.json"

@@ -16,7 +16,7 @@ from workers.protocol.errors import EnvironmentFault
 _LONGEST_SOCKET_PATH = 100
 
 
-def check_length(home: Path) -> None:
+def check_socket_path(home: Path) -> None:
     """Raises :class:`EnvironmentFault` on a run folder in which no Unix socket could be bound."""
     if len(str(home / "routers" / "router00-back.sock")) > _LONGEST_SOCKET_PATH:
         raise EnvironmentFault(f"{home} is too long for Unix sockets", "their paths end at 107 bytes", "choose a shorter --run-dir")

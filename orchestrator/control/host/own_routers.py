@@ -17,8 +17,9 @@ import msgspec
 from orchestrator.auth.keyring import LOCAL_CLIENT, KeyRing
 from orchestrator.config.router_spec import RouterSpec
 from orchestrator.control.host.router_poller import RouterPoller
-from orchestrator.control.launch.subprocesses import STOP, ChildProcess
+from orchestrator.control.launch.subprocesses import ChildProcess
 from orchestrator.files import write_private
+from orchestrator.router.signals import STOP
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import RouterAddress
 from workers.protocol.status import RouterState, RouterStatus
@@ -68,7 +69,7 @@ class _Router:
         return said.get("error", lines[-1] if lines else "it said nothing"), said.get("why", ""), said.get("hint", f"see {self.log}")
 
 
-class RouterGroup:
+class OwnRouters:
     """All routers of a deployment. ``tick`` is called by the deployment's loop. ``keys``: holds their key pair and a client's."""
 
     def __init__(self, specs: Sequence[RouterSpec], folder: Path, *, env: Mapping[str, str], keys: KeyRing) -> None:

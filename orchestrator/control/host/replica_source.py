@@ -15,8 +15,8 @@ from orchestrator.control.host import join_file
 from orchestrator.control.host.control_socket import DeploymentStatus
 from orchestrator.control.host.deployment_plan import ServedModel, resolve_model, resolve_tokenizer
 from orchestrator.control.host.notices import Notice, Notify
-from orchestrator.control.host.router_poller import RouterSource
-from orchestrator.control.host.status_table import HostFacts, describe, describe_standing
+from orchestrator.control.host.router_source import RouterSource
+from orchestrator.control.host.status_table import HostFacts, describe, describe_routers_only
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.launch.mpiexec import MpiInstall, find_mpi
@@ -66,7 +66,7 @@ class ReplicaSource(Protocol):
     def views(self) -> list[ReplicaView]:
         """What the controller last saw of each replica."""
 
-    def describe(self, config: Config, routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
+    def describe(self, config: Config, routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
         """The status table."""
 
     def settled(self, status: DeploymentStatus) -> bool:
@@ -139,8 +139,8 @@ class OwnReplicas:
     def views(self) -> list[ReplicaView]:
         return self._controller.views() if self._controller is not None else []
 
-    def describe(self, config: Config, routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
-        return describe(config, self.views(), routers, host)
+    def describe(self, config: Config, routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
+        return describe(config, self.views(), routers, facts)
 
     def settled(self, status: DeploymentStatus) -> bool:
         states = [row.state for model in status.models for row in model.rows]
@@ -212,8 +212,8 @@ class ExternalReplicas:
     def views(self) -> list[ReplicaView]:
         return []
 
-    def describe(self, config: Config, routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
-        return describe_standing(config, routers, host)
+    def describe(self, config: Config, routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
+        return describe_routers_only(config, routers, facts)
 
     def settled(self, status: DeploymentStatus) -> bool:
         return True

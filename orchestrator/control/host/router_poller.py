@@ -10,8 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
@@ -29,35 +28,6 @@ _ANSWER_MS = 1000
 _HINT = "trireme keys, at the routers, makes one"
 #: Longer than a leader needs to find a new router.
 _UNHEARD_S = 10.0
-
-
-class RouterSource(Protocol):
-    """What a deployment asks of its routers, its own or those that it joined. ``key_file``: what an RPC client of this host uses."""
-
-    key_file: Path
-
-    def start(self) -> None: ...
-
-    def tick(self) -> None:
-        """Keep them running, where that is ours to do."""
-
-    def ready(self) -> bool: ...
-
-    def url(self) -> str:
-        """The HTTP address, empty while there is none."""
-
-    def addresses(self) -> tuple[RouterAddress, ...]:
-        """The addresses of the RPC servers."""
-
-    def pids(self) -> dict[str, int]: ...
-
-    def reports(self) -> list[RouterStatus]:
-        """What living routers said within the last seconds."""
-
-    def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
-        """As :meth:`RouterPoller.hung`."""
-
-    def stop(self, grace_s: float) -> None: ...
 
 
 class RouterPoller:

@@ -1,4 +1,4 @@
-"""A deployment's status table, made of what the controller and the routers said. Owns nothing, asks nobody.
+"""A deployment's status table, made of what the controller and the routers reported last. Owns nothing and sends no question.
 
 The words for states are those of :mod:`workers.protocol.status`: a replica's row shows the reconciler's phase by ``ROW_STATES``. A row that
 would be READY is QUARANTINED while a router has it so, and JOINING until every router of others has accepted it.
@@ -14,58 +14,58 @@ import msgspec
 
 from orchestrator.config.deployment_file import Config, ModelConfig
 from orchestrator.control.host.control_socket import DeploymentStatus, ModelRow, ReplicaRow, UpdateReport
-from orchestrator.control.host.router_poller import RouterSource
+from orchestrator.control.host.router_source import RouterSource
 from orchestrator.control.reconciler import ReplicaView
 from workers.protocol.specs import Parallel
 from workers.protocol.status import ROW_STATES, DeploymentState, ReplicaRowState, ReplicaStatus, RouterStatus
 
-#: Stands for the load of a replica that no router has told of.
+#: The load of a replica that no router reports.
 _NO_LOAD = ReplicaStatus(name="", model="", state="lost")
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the host process knows of itself. ``begun``: Unix seconds of its start; ``was_ready``: the deployment has been READY once."""
+    """What the host process knows of itself. ``started_at``: Unix seconds; ``was_ready``: the deployment has been READY once."""
 
-    begun: float
+    started_at: float
     stopping: bool
     was_ready: bool
     update: UpdateReport | None = None
 
 
-def describe(config: Config, views: Sequence[ReplicaView], routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
+def describe(config: Config, views: Sequence[ReplicaView], routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
     """READY needs every replica and every router; at routers of others, every replica and its acceptance by each of them that answers."""
     now = time.time()
     reports = routers.reports() if routers is not None else []
     by_name = {view.name: view for view in views}
-    models = tuple(_model(model, config, by_name, reports, host, now) for model in config.models)
+    models = tuple(_model(model, config, by_name, reports, facts, now) for model in config.models)
     serving = routers is not None and routers.ready()
-    state = _overall({model.state for model in models}, host, complete=serving)
+    state = _overall({model.state for model in models}, facts, complete=serving)
     errors = [f"{view.name}: {view.cause}" for view in views if view.cause and view.phase not in ("ready", "draining")]
     errors += [f"{row.name}: {row.cause}" for model in models for row in model.rows if row.state == "JOINING"]
-    return _status(config, routers, state, models, host, launcher=config.launcher, error="; ".join(errors))
+    return _status(config, routers, state, models, facts, launcher=config.launcher, error="; ".join(errors))
 
 
-def describe_standing(config: Config, routers: RouterSource | None, host: HostFacts) -> DeploymentStatus:
-    """The same for routers alone: READY once they serve and their join file is written (``was_ready``). The replicas are those that
-    joined, as the routers see them."""
+def describe_routers_only(config: Config, routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
+    """As :func:`describe`, for a deployment without replicas of its own: READY once its routers serve and their join
+    file is written (``was_ready``). The replicas are those that joined, as the routers see them."""
     reports = routers.reports() if routers is not None else []
     serving = routers is not None and routers.ready()
     state: DeploymentState = (
-        "DRAINING" if host.stopping else "READY" if serving and host.was_ready else "DEGRADED" if host.was_ready else "STARTING"
+        "DRAINING" if facts.stopping else "READY" if serving and facts.was_ready else "DEGRADED" if facts.was_ready else "STARTING"
     )
-    models = tuple(_joined_model(model, reports, state, time.time() - host.begun) for model in config.models)
-    return _status(config, routers, state, models, host, launcher="none", error="")
+    models = tuple(_joined_model(model, reports, state, time.time() - facts.started_at) for model in config.models)
+    return _status(config, routers, state, models, facts, launcher="none", error="")
 
 
-def _overall(states: Set[ReplicaRowState | DeploymentState], host: HostFacts, *, complete: bool = True) -> DeploymentState:
+def _overall(states: Set[ReplicaRowState | DeploymentState], facts: HostFacts, *, complete: bool = True) -> DeploymentState:
     """The state of a whole by the states of its parts; ``complete`` False: something beside them is missing."""
-    if host.stopping:
+    if facts.stopping:
         return "DRAINING"
     if states == {"READY"} and complete:
         return "READY"
     if states == {"FAILED"}:
         return "FAILED"
-    return "DEGRADED" if host.was_ready or "FAILED" in states else "STARTING"
+    return "DEGRADED" if facts.was_ready or "FAILED" in states else "STARTING"
 
 
 def _status(
@@ -73,7 +73,7 @@ def _status(
     routers: RouterSource | None,
     state: DeploymentState,
     models: tuple[ModelRow, ...],
-    host: HostFacts,
+    facts: HostFacts,
     *,
     launcher: str,
     error: str,
@@ -81,7 +81,7 @@ def _status(
     return DeploymentStatus(
         name=config.name,
         state=state,
-        age_s=time.time() - host.begun,
+        age_s=time.time() - facts.started_at,
         pid=os.getpid(),
         launcher=launcher,
         url=routers.url() if routers is not None else "",
@@ -91,25 +91,25 @@ def _status(
         run_dir=str(config.home),
         key_file=str(routers.key_file) if routers is not None else "",
         error=error,
-        update=host.update,
+        update=facts.update,
     )
 
 
 def _model(
-    model: ModelConfig, config: Config, views: Mapping[str, ReplicaView], reports: Sequence[RouterStatus], host: HostFacts, now: float
+    model: ModelConfig, config: Config, views: Mapping[str, ReplicaView], reports: Sequence[RouterStatus], facts: HostFacts, now: float
 ) -> ModelRow:
     gangs = model.gangs()
     joins = bool(config.join.file)
     rows = tuple(
         _replica(model.name, parallel, view, reports, now, joins=joins)
         if (view := views.get(name)) is not None
-        else ReplicaRow(name=name, model=model.name, state="PENDING", age_s=now - host.begun, tp=parallel.tp, pp=parallel.pp)
+        else ReplicaRow(name=name, model=model.name, state="PENDING", age_s=now - facts.started_at, tp=parallel.tp, pp=parallel.pp)
         for name, parallel in gangs
     )
     return ModelRow(
         name=model.name,
-        state=_overall({row.state for row in rows}, host),
-        age_s=now - host.begun,
+        state=_overall({row.state for row in rows}, facts),
+        age_s=now - facts.started_at,
         replicas=len(rows),
         ready=sum(row.state == "READY" for row in rows),
         tp=tuple(sorted({parallel.tp for _, parallel in gangs})),

@@ -106,14 +106,14 @@ class Update:
 
     def __init__(
         self, current: Config, order: UpdateCommand, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
-        *, back: deployment_plan.RouterEndpoints, keys: KeyRing, now: float, progress: Progress,
+        *, endpoints: deployment_plan.RouterEndpoints, keys: KeyRing, now: float, progress: Progress,
     ) -> None:  # fmt: skip
         self._old, self._new = current, merge(current, order)
         models = [deployment_plan.resolve_model(model, self._new.cache, progress) for model in self._new.models]
         for model in models:
             _check_tokenizer(model, cards)
-        self._keys, self._back = keys, back
-        after = deployment_plan.gangs(self._new, models, back, self._keys)
+        self._keys, self._endpoints = keys, endpoints
+        after = deployment_plan.gangs(self._new, models, endpoints, self._keys)
         spares = self._spares(gangs, after)
         self._specs = {gang.revision: gang for gang in (*gangs, *after, *spares)}
         self._before, self._after = list(gangs), after
@@ -131,7 +131,7 @@ class Update:
         for model in self._new.models:
             first = next(gang for gang in after if gang.replica.model == model.name)
             name = f"{first.replica.name[:34]}-spare"
-            spare = deployment_plan.renamed(first, name, self._back, self._keys)
+            spare = deployment_plan.renamed(first, name, self._endpoints, self._keys)
             if name not in names and (self._new.launcher == "ray" or _has_room(gangs, spare)):
                 spares.append(spare)
         return spares

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from orchestrator.control.launch.gpu_ledger import GpuLedger, visible_gpus
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.mpiexec import MpiInstall
-from orchestrator.control.launch.supervisor import GangProcess, LocalNode
+from orchestrator.control.launch.supervisor import GangSupervisor, LocalNode
 from orchestrator.control.reconciler import GangStatus
 from workers.epoch import make_epoch
 
@@ -20,13 +20,13 @@ class LocalLauncher:
 
     def __init__(self, mpi: MpiInstall, env: Mapping[str, str]) -> None:
         self._mpi, self._env = mpi, dict(env)
-        self._gangs: dict[tuple[str, int], GangProcess] = {}
+        self._gangs: dict[tuple[str, int], GangSupervisor] = {}
         self._gpus = GpuLedger(visible_gpus(self._env))
 
     def start(self, spec: GangSpec) -> None:
         epoch, world = make_epoch(), spec.replica.parallel.world
         own = self._gpus.take((spec.replica.name, epoch), world) if spec.share.gpus else {}
-        gang = GangProcess(spec, epoch, [LocalNode(world, own=own)], mpi=self._mpi, env=self._env)
+        gang = GangSupervisor(spec, epoch, [LocalNode(world, own=own)], mpi=self._mpi, env=self._env)
         self._gangs[spec.replica.name, epoch] = gang
         gang.start()
 

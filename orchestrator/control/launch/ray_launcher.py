@@ -22,7 +22,7 @@ from orchestrator.config.deployment_file import environment
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import exit_with, kill_tagged
-from orchestrator.control.launch.supervisor import GangNode, GangProcess, LocalNode
+from orchestrator.control.launch.supervisor import GangNode, GangSupervisor, LocalNode
 from orchestrator.control.placement import NodeResources, PlacementRequest, placement_request, scale_up_request
 from orchestrator.control.reconciler import GangStatus
 from workers.epoch import make_epoch
@@ -118,7 +118,7 @@ class SupervisorActor:
             if index > 0
         ]
         nodes = self._nodes(ranks, env)
-        self._gang = GangProcess(gang, epoch, nodes, mpi=mpiexec.find_mpi(env.get("PATH", "")), env=env)
+        self._gang = GangSupervisor(gang, epoch, nodes, mpi=mpiexec.find_mpi(env.get("PATH", "")), env=env)
         self._gang.start()
 
     def _nodes(self, ranks: list[int], env: Mapping[str, str]) -> list[GangNode]:

@@ -19,8 +19,6 @@ from workers.protocol.errors import EnvironmentFault
 
 #: Environment variable that every process of a gang inherits: whatever forks, daemonises or is orphaned, it can be found again.
 TAG = "TRIREME_GANG"
-#: What a host sends its routers to end them; nobody else does, so it is never taken for an order from outside.
-STOP = signal.SIGUSR1
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.02

@@ -121,7 +121,7 @@ class RankWatch:
         return f"rank {rank} (pid {pid}) was killed by {mpi_calls.signal_name(number)}{suspicion}"
 
 
-class GangProcess:
+class GangSupervisor:
     """One launch of one replica. ``nodes``: in rank order; the first one is this host and holds rank 0.
 
     Methods may be called from any thread. States: starting → loading → ready → draining → stopped | failed.

@@ -17,7 +17,7 @@ from orchestrator.config.deployment_file import Config, load
 from orchestrator.control.host import deployment_plan, external_routers, join_file
 from orchestrator.control.host.external_routers import ExternalRouters
 from orchestrator.control.host.join_file import JoinFile
-from orchestrator.control.host.status_table import HostFacts, describe, describe_standing
+from orchestrator.control.host.status_table import HostFacts, describe, describe_routers_only
 from orchestrator.control.reconciler import GangStatus, ReplicaView
 from tests.support.gang import short_folder, wait_for
 from tests.support.impostor import Impostor, dealer
@@ -93,8 +93,8 @@ def test_names_are_the_run_folders_own(tmp_path: Path) -> None:
     write(tmp_path)
     first, again = ExternalRouters(job(tmp_path)), ExternalRouters(job(tmp_path))
     other = ExternalRouters(job(tmp_path, run_dir=str(tmp_path / "other")))
-    assert first.back.prefix == again.back.prefix != other.back.prefix
-    assert first.back.prefix.startswith("slurm/job-") and first.back.prefix.endswith("/")
+    assert first.endpoints.prefix == again.endpoints.prefix != other.endpoints.prefix
+    assert first.endpoints.prefix.startswith("slurm/job-") and first.endpoints.prefix.endswith("/")
     assert first.key_file.stat().st_mode & 0o777 == 0o600
     keys = KeyRing(tmp_path / "run" / "job" / "keys")
     model = deployment_plan.ServedModel(
@@ -107,11 +107,11 @@ def test_names_are_the_run_folders_own(tmp_path: Path) -> None:
             ),
         ),
     )
-    plan = deployment_plan.plan(job(tmp_path), [model], keys, first.back)
+    plan = deployment_plan.plan(job(tmp_path), [model], keys, first.endpoints)
     assert plan.routers == [] and not keys.allowed_file.exists()
     (gang,) = plan.gangs
-    assert (gang.replica.name, gang.replica.announced) == ("m-0", f"{first.back.prefix}m-0") and gang.key == first.back.key
-    assert deployment_plan.renamed(gang, "m-0-spare", first.back, keys).replica.announced == f"{first.back.prefix}m-0-spare"
+    assert (gang.replica.name, gang.replica.announced) == ("m-0", f"{first.endpoints.prefix}m-0") and gang.key == first.endpoints.key
+    assert deployment_plan.renamed(gang, "m-0-spare", first.endpoints, keys).replica.announced == f"{first.endpoints.prefix}m-0-spare"
 
 
 @pytest.mark.parametrize(
@@ -165,14 +165,14 @@ def standing_config(**more: Any) -> Config:
 def test_a_join_file_names_what_others_can_reach(tmp_path: Path) -> None:
     config = standing_config(run_dir=str(tmp_path), http={"host": "0.0.0.0", "api_keys_file": "k"})
     keys = KeyRing(config.home / "keys")
-    back = deployment_plan.own_back(config, keys, "")
+    back = deployment_plan.own_endpoints(config, keys, "")
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
     model = deployment_plan.ServedModel(config=config.models[0], source="m", tokenizer=str(tokenizer), gangs=())
     plan = deployment_plan.plan(config, [model], keys, back)
     assert [router.back for router in plan.routers] == ["tcp://0.0.0.0:8200", "tcp://0.0.0.0:8201"]
     assert all(router.peers == back.addresses and router.allowed_file for router in plan.routers)
     path = join_file.publish(
-        config, back.addresses, keys.pair("router", "all").public, deployment_plan.cards([model]), "http://0.0.0.0:8000"
+        config, back.addresses, keys.pair("router", "all").public, deployment_plan.model_cards([model]), "http://0.0.0.0:8000"
     )
     file = external_routers.read_join(path)
     assert [address.endpoint for address in file.routers] == ["tcp://front.example:8200", "tcp://front.example:8201"]
@@ -248,7 +248,7 @@ def report(*rows: ReplicaStatus) -> RouterStatus:
 def test_ready_means_accepted_by_every_router_that_answers(tmp_path: Path, reports: list[RouterStatus], state: str) -> None:
     gang = GangStatus(name="m-0", epoch=7, revision="", phase="ready", since=time.time())
     view = ReplicaView(name="m-0", phase="ready", epoch=7, since=gang.since, failures=0, due=0.0, cause="", hint="", gang=gang)
-    host = HostFacts(begun=time.time(), stopping=False, was_ready=False)
+    host = HostFacts(started_at=time.time(), stopping=False, was_ready=False)
     found = describe(job(tmp_path), [view], Told(*reports), host)
     assert found.models[0].rows[0].state == state
     assert found.state == ("READY" if state == "READY" else "STARTING")
@@ -256,14 +256,14 @@ def test_ready_means_accepted_by_every_router_that_answers(tmp_path: Path, repor
 
 
 def test_standing_routers_show_who_joined() -> None:
-    host = HostFacts(begun=time.time(), stopping=False, was_ready=True)
+    host = HostFacts(started_at=time.time(), stopping=False, was_ready=True)
     one = report(row("slurm/a/m-0", "lost", reason="silent for 2.1 s"), row("slurm/b/m-0", tp=2, pp=1))
     other = report(row("slurm/a/m-0"), row("slurm/b/m-0", "draining", epoch=6))
-    found = describe_standing(standing_config(), Told(one, other), host)
+    found = describe_routers_only(standing_config(), Told(one, other), host)
     (model,) = found.models
     assert (found.state, model.state, model.replicas, model.ready) == ("READY", "READY", 2, 2)
     assert [(row.name, row.state) for row in model.rows] == [("slurm/a/m-0", "READY"), ("slurm/b/m-0", "READY")]
-    gone = describe_standing(standing_config(), Told(report(row("slurm/a/m-0", "lost", reason="silent"))), host)
+    gone = describe_routers_only(standing_config(), Told(report(row("slurm/a/m-0", "lost", reason="silent"))), host)
     assert (gone.state, gone.models[0].state, gone.models[0].replicas) == ("READY", "DEGRADED", 0)
     assert gone.models[0].rows[0].cause == "silent"
 

@@ -17,7 +17,7 @@ from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import KEPT_EPOCHS, GangSpec, prepare
 from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.launch.subprocesses import TAG, ChildProcess, alive, tagged
-from orchestrator.control.launch.supervisor import GangProcess, LocalNode
+from orchestrator.control.launch.supervisor import GangSupervisor, LocalNode
 from orchestrator.control.reconciler import GangStatus
 from orchestrator.files import write_private
 from workers.epoch import make_epoch
@@ -164,7 +164,9 @@ def test_a_wrong_spec_fails_with_the_replicas_own_words(tmp_path: Path) -> None:
 
 
 def test_a_missing_program_is_a_failed_gang(tmp_path: Path) -> None:
-    gang = GangProcess(spec(tmp_path), make_epoch(), [LocalNode(3)], mpi=mpiexec.MpiInstall(mpiexec="/no/mpiexec", family="mpich"), env={})
+    gang = GangSupervisor(
+        spec(tmp_path), make_epoch(), [LocalNode(3)], mpi=mpiexec.MpiInstall(mpiexec="/no/mpiexec", family="mpich"), env={}
+    )
     gang.start()
     status = gang.status()
     assert status.phase == "failed" and "/no/mpiexec" in status.cause and gang.kill() == []

@@ -16,7 +16,7 @@ import pytest
 from orchestrator.control.launch import mpiexec as mpi
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import tagged
-from orchestrator.control.launch.supervisor import GangProcess, LocalNode
+from orchestrator.control.launch.supervisor import GangSupervisor, LocalNode
 from tests.support.trtllm_host import FAKES, checkpoint_of, engine_of, even_model, pretend
 from workers.engines.trtllm import environment, node_probe, preflight
 from workers.engines.trtllm.build_options import BuildOptions
@@ -178,7 +178,7 @@ def test_environments_of_ranks_and_tools() -> None:
     assert set(stripped["env_prefixes_stripped_for_the_rank0_child"]) <= set(environment.WORLD_PREFIXES)
 
 
-def gang_of(tmp_path: Path, artifact: Path, **more: object) -> GangProcess:
+def gang_of(tmp_path: Path, artifact: Path, **more: object) -> GangSupervisor:
     """A gang whose mpiexec tells that it was started."""
     mpiexec = tmp_path / "mpiexec"
     mpiexec.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\nsleep 600\n")
@@ -186,7 +186,7 @@ def gang_of(tmp_path: Path, artifact: Path, **more: object) -> GangProcess:
     replica = msgspec.structs.replace(spec(artifact), **more)
     gang = GangSpec(deployment="t", replica=replica, run_dir=str(tmp_path / "gangs"))
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{FAKES}"}
-    return GangProcess(gang, make_epoch(), [LocalNode(4)], mpi=mpi.MpiInstall(mpiexec=str(mpiexec), family="openmpi"), env=env)
+    return GangSupervisor(gang, make_epoch(), [LocalNode(4)], mpi=mpi.MpiInstall(mpiexec=str(mpiexec), family="openmpi"), env=env)
 
 
 def until(condition: Callable[[], object]) -> None:
