@@ -36,7 +36,7 @@ from workers.protocol.messages import (
 
 What = Literal["status", "models", "metrics"]
 
-#: A router that said nothing of a request for this long while it owes the answer is given up, seconds.
+#: The client leaves a router that has sent nothing about a request for this long, seconds.
 SILENCE_S = 2.0
 #: Tokens of each choice that may be on their way; granted anew by halves, as they are taken in.
 WINDOW = 256
@@ -44,8 +44,8 @@ WINDOW = 256
 ROUNDS = 5
 
 
-class _Track:
-    """One choice so far."""
+class _ReceivedChoice:
+    """What has come of one choice so far."""
 
     __slots__ = ("finish", "logprobs", "stop_id", "text", "tokens", "usage")
 
@@ -69,7 +69,7 @@ class ClientExchange:
         self.prompt_logprobs: list[Logprobs] | None = None
         #: Answer to a query.
         self.report: bytes | None = None
-        self.tracks = [_Track() for _ in range(choices)]
+        self.choices = [_ReceivedChoice() for _ in range(choices)]
         self.stream = self.attempt = 0
         self.router = 0
         #: Tokens of each choice when it was last asked, and how many since then credit was renewed for.
@@ -79,18 +79,18 @@ class ClientExchange:
         self.asked = 0
         #: Routers that had no room for it.
         self.refused = 0
-        #: When its router last named it.
-        self.heard = 0.0
+        #: When its router last sent something about it.
+        self.last_message_at = 0.0
 
     @property
     def ended(self) -> bool:
-        return self.error is not None or self.report is not None or all(track.finish is not None for track in self.tracks)
+        return self.error is not None or self.report is not None or all(choice.finish is not None for choice in self.choices)
 
     def journal(self) -> Journal | None:
         """What another router needs to go on; None before Accepted, when the request is simply asked anew."""
         if self.accepted is None:
             return None
-        return Journal(prompt_ids=self.accepted.prompt_ids, seed=self.accepted.seed, emitted=[track.tokens for track in self.tracks])
+        return Journal(prompt_ids=self.accepted.prompt_ids, seed=self.accepted.seed, emitted=[choice.tokens for choice in self.choices])
 
     def answer(self) -> bytes:
         """A query's answer. Raises the error that ended it."""
@@ -106,7 +106,7 @@ class ClientExchange:
             request=self.request,
             seed=self.accepted.seed if self.accepted is not None else 0,
             prompt_tokens=self.accepted.prompt_tokens if self.accepted is not None else 0,
-            choices=[_whole(index, track) for index, track in enumerate(self.tracks)],
+            choices=[_whole(index, choice) for index, choice in enumerate(self.choices)],
             prompt_logprobs=self.prompt_logprobs,
             attempts=self.attempt,
         )
@@ -162,7 +162,7 @@ class ClientProtocol:
         exchange = self._live.get(message.stream)
         if exchange is None or exchange.router != router:
             return
-        exchange.heard = now
+        exchange.last_message_at = now
         if isinstance(message, Report):
             exchange.report = message.body
         elif isinstance(message, Accepted):
@@ -186,36 +186,36 @@ class ClientProtocol:
             if exchange.deadline is not None and now >= exchange.deadline:
                 self._post(exchange, Cancel(boot=self._boot, stream=exchange.stream))
                 self._end(exchange, DeadlineExceeded("the request's deadline passed"))
-            elif now - exchange.heard > self._silence_s:
+            elif now - exchange.last_message_at > self._silence_s:
                 self._leave(exchange, f"silent for {self._silence_s:.1f} s", now)
 
     def _tokens(self, router: int, message: Tokens, now: float) -> None:
         """A router's keepalive is of this kind too: it names every stream that it still owes an end, without tokens."""
-        for stream, scores in message.prompt_logprobs or ():
+        for stream, prompt_logprobs in message.prompt_logprobs or ():
             exchange = self._live.get(stream)
             if exchange is not None and exchange.prompt_logprobs is None:
-                exchange.prompt_logprobs = scores
+                exchange.prompt_logprobs = prompt_logprobs
         grants: dict[int, int] = {}
         for i, stream in enumerate(message.streams):
             exchange = self._live.get(stream)
-            choice = message.choices[i] if message.choices is not None else 0
-            if exchange is None or exchange.router != router or message.attempts[i] != exchange.attempt or choice >= len(exchange.tracks):
+            index = message.choices[i] if message.choices is not None else 0
+            if exchange is None or exchange.router != router or message.attempts[i] != exchange.attempt or index >= len(exchange.choices):
                 continue
-            exchange.heard = now
-            track, tokens, first = exchange.tracks[choice], message.tokens[i], message.firsts[i]
+            exchange.last_message_at = now
+            choice, tokens, first = exchange.choices[index], message.tokens[i], message.firsts[i]
             # Routers send in order and a journal names a message's end, so anything else belongs to a stream that was left.
-            if not tokens or first != len(track.tokens) or track.finish is not None:
+            if not tokens or first != len(choice.tokens) or choice.finish is not None:
                 continue
             text = message.texts[i] if message.texts is not None else ""
             logprobs = message.logprobs[i] if message.logprobs is not None else None
-            track.tokens += tokens
-            track.text.append(text)
+            choice.tokens += tokens
+            choice.text.append(text)
             if logprobs is not None:
-                track.logprobs += logprobs
+                choice.logprobs += logprobs
             exchange.asked = exchange.refused = 0
-            exchange.pieces.append(Piece(choice=choice, first=first, tokens=tokens, text=text, logprobs=logprobs))
+            exchange.pieces.append(Piece(choice=index, first=first, tokens=tokens, text=text, logprobs=logprobs))
             # Credit is granted to all choices alike, so the furthest one must not starve.
-            taken = len(track.tokens) - exchange.bases[choice]
+            taken = len(choice.tokens) - exchange.bases[index]
             if taken - exchange.renewed >= WINDOW // 2:
                 grants[stream] = grants.get(stream, 0) + taken - exchange.renewed
                 exchange.renewed = taken
@@ -223,15 +223,17 @@ class ClientProtocol:
             self.outbox.append((router, messages.encode(Credit(boot=self._boot, streams=list(grants), tokens=list(grants.values())))))
 
     def _done(self, exchange: ClientExchange, done: Done, now: float) -> None:
-        if done.attempt != exchange.attempt or done.choice >= len(exchange.tracks):
+        if done.attempt != exchange.attempt or done.choice >= len(exchange.choices):
             return
-        track = exchange.tracks[done.choice]
-        if track.finish is None and done.usage.output_tokens > len(track.tokens):
+        choice = exchange.choices[done.choice]
+        if choice.finish is None and done.usage.output_tokens > len(choice.tokens):
             self._leave(exchange, "it ended the answer before its last token", now)
-        elif track.finish is None:
-            track.finish, track.usage, track.stop_id = done.reason, done.usage, done.stop_id
-            track.text.append(done.text)
-            exchange.pieces.append(Piece(choice=done.choice, first=len(track.tokens), tokens=[], text=done.text, finish_reason=done.reason))
+        elif choice.finish is None:
+            choice.finish, choice.usage, choice.stop_id = done.reason, done.usage, done.stop_id
+            choice.text.append(done.text)
+            exchange.pieces.append(
+                Piece(choice=done.choice, first=len(choice.tokens), tokens=[], text=done.text, finish_reason=done.reason)
+            )
 
     def _failed(self, exchange: ClientExchange, failed: Failed, now: float) -> None:
         if failed.attempt != exchange.attempt:
@@ -265,9 +267,9 @@ class ClientProtocol:
 
     def _send(self, exchange: ClientExchange, now: float) -> None:
         self._next_stream += 1
-        exchange.stream, exchange.heard = self._next_stream, now
+        exchange.stream, exchange.last_message_at = self._next_stream, now
         exchange.asked += 1
-        exchange.bases, exchange.renewed = [len(track.tokens) for track in exchange.tracks], 0
+        exchange.bases, exchange.renewed = [len(choice.tokens) for choice in exchange.choices], 0
         self._live[exchange.stream] = exchange
         left = None if exchange.deadline is None else max(1, int((exchange.deadline - now) * 1000))
         if not exchange.request:
@@ -291,9 +293,9 @@ class ClientProtocol:
         self._live.pop(exchange.stream, None)
 
 
-def _whole(index: int, track: _Track) -> Choice:
-    assert track.finish is not None
+def _whole(index: int, choice: _ReceivedChoice) -> Choice:
+    assert choice.finish is not None
     return Choice(
-        index=index, text="".join(track.text), tokens=track.tokens, finish_reason=track.finish, usage=track.usage, stop_id=track.stop_id,
-        logprobs=track.logprobs or None,
+        index=index, text="".join(choice.text), tokens=choice.tokens, finish_reason=choice.finish, usage=choice.usage,
+        stop_id=choice.stop_id, logprobs=choice.logprobs or None,
     )  # fmt: skip

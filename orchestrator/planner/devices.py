@@ -119,7 +119,7 @@ _HOST_CHOICE_S, _HOST_SUM_S, _HOST_WIRE = 2e-9, 150e-6, 1e9
 #: 256, 218 to 586 at 512).
 _LEAD_S, _LEAD_ROW_S = 0.1e-3, 0.8e-6
 
-#: Bytes that are gone before a rank's weights: the CUDA context and torch (recorded on one GPU); what joining NCCL takes; what groups of
+#: Bytes that are in use before a rank's weights: the CUDA context and torch (recorded on one GPU); what joining NCCL takes; what groups of
 #: tensor-parallel ranks and of stages take beside it (recorded on two and four).
 _CONTEXT, _NCCL, _TENSOR, _PIPELINE = 1_250_000_000, 800_000_000, 480_000_000, 750_000_000
 #: What a rank on a CPU takes beside weights and cache: interpreter, torch, MPI, and room to compute in (bench.replica: 338 MB, bar 350).

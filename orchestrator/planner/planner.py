@@ -52,7 +52,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on one rank, of ``total`` that its device (a host: its share) has: ``weights`` as they run, ``step`` tensors, ``other``: what
-    is gone before and kept in reserve, ``cache``: keys and values. ``kv_tokens``: what this rank alone could hold."""
+    is in use before the weights or kept in reserve, ``cache``: keys and values. ``kv_tokens``: what this rank alone could hold."""
 
     total: int
     weights: int
@@ -67,7 +67,7 @@ class LayoutPlan(msgspec.Struct, frozen=True, kw_only=True):
     time of the load asked about, ``longest`` of the longest kind.
 
     ``one``: a row alone; ``full``: ``rows`` at once; None where nothing can be said of its speed. ``error``: relative error of both, None
-    where no run like it was recorded. ``crowd``: ranks of all gangs on the fullest node.
+    where no run like it was recorded. ``node_ranks``: ranks of all gangs on the fullest node.
     """
 
     parallel: Parallel
@@ -80,7 +80,7 @@ class LayoutPlan(msgspec.Struct, frozen=True, kw_only=True):
     one: PredictedRun | None
     full: PredictedRun | None
     error: float | None
-    crowd: int
+    node_ranks: int
     notes: tuple[str, ...] = ()
 
     @property
@@ -109,9 +109,9 @@ class SubjectPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rank_memory(
-    subject: Subject, parallel: Parallel, rank: int, device: GpuModel | HostModel, *, neighbours: int = 1, crowd: int = 1
+    subject: Subject, parallel: Parallel, rank: int, device: GpuModel | HostModel, *, gang_ranks: int = 1, node_ranks: int = 1
 ) -> RankMemory:
-    """``neighbours``: ranks of the same gang on the same host; ``crowd``: ranks of all gangs there.
+    """``gang_ranks``: ranks of this gang on the node; ``node_ranks``: ranks of all gangs there.
 
     Raises :class:`ConfigError` where the weights or the cache do not fit.
     """
@@ -122,11 +122,11 @@ def rank_memory(
         total, step = device.memory, step_bytes(model, shard, engine)
         other = taken(parallel) + GPU_RESERVE
         free = total - taken(parallel) - weights
-        cache = cache_budget(model, shard, engine, free=free, host_ranks=neighbours)
+        cache = cache_budget(model, shard, engine, free=free, host_ranks=gang_ranks)
     else:
-        total, step, other = device.memory // crowd, 0, HOST_RANK
-        free = device.memory - crowd * (other + weights)
-        cache = cache_budget(model, shard, engine, free=max(0, free), host_ranks=neighbours)
+        total, step, other = device.memory // node_ranks, 0, HOST_RANK
+        free = device.memory - node_ranks * (other + weights)
+        cache = cache_budget(model, shard, engine, free=max(0, free), host_ranks=gang_ranks)
     form = kv_format(engine, quant)
     if weights + step + other > total:
         raise ConfigError(
@@ -145,16 +145,17 @@ def rank_memory(
 
 
 def layout_plan(
-    subject: Subject, parallel: Parallel, cluster: PlannedCluster, placed: RankAssignment, replicas: int, load: Workload, *, crowd: int = 0
-) -> LayoutPlan:
-    """What one layout holds and gives. ``crowd``: ranks of all gangs on the fullest node; those of this gang if not given.
+    subject: Subject, parallel: Parallel, cluster: PlannedCluster, placed: RankAssignment, replicas: int, load: Workload, *,
+    node_ranks: int = 0,
+) -> LayoutPlan:  # fmt: skip
+    """What one layout holds and gives. ``node_ranks``: ranks of all gangs on the fullest node; those of this gang if not given.
 
     Raises :class:`ConfigError` where it does not fit, or cannot be made of this model.
     """
     parallel.check(subject.model)
     _possible(subject, parallel, cluster.device)
-    crowd = crowd or max(placed.ranks)
-    ranks = _ranks(subject, parallel, cluster.device, max(placed.ranks), crowd)
+    node_ranks = node_ranks or max(placed.ranks)
+    ranks = _ranks(subject, parallel, cluster.device, max(placed.ranks), node_ranks)
     kv_tokens = min(rank.kv_tokens for rank in ranks)
     longest, rows = longest_sequence(subject.model, subject.engine), _rows(subject, kv_tokens, load)
     notes = []
@@ -165,9 +166,9 @@ def layout_plan(
     if placed.splits_group:
         notes.append("a tensor-parallel group crosses nodes: its sums would go over the network in every layer; no speed is foretold")
     one = full = None
-    error = _error(subject, parallel, cluster.device, placed, crowd)
+    error = _error(subject, parallel, cluster.device, placed, node_ranks)
     if rows and not placed.splits_group:
-        pipeline = pipeline_of(subject, parallel, rates_of(subject, cluster.device, crowd), crossings=placed.crossings)
+        pipeline = pipeline_of(subject, parallel, rates_of(subject, cluster.device, node_ranks), crossings=placed.crossings)
         one, full = (
             replay(pipeline, msgspec.structs.replace(load, requests=count), rows=rows, max_num_tokens=subject.engine.max_num_tokens)
             for count in (1, rows)
@@ -186,7 +187,7 @@ def layout_plan(
         one=one,
         full=full,
         error=error,
-        crowd=crowd,
+        node_ranks=node_ranks,
         notes=tuple(notes),
     )
 
@@ -207,24 +208,24 @@ def _rows(subject: Subject, kv_tokens: int, load: Workload) -> int:
     return min(subject.engine.max_batch_size, kv_tokens // block // -(-tokens // block))
 
 
-def _ranks(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, neighbours: int, crowd: int) -> tuple[RankMemory, ...]:
-    """All ranks' memory; those that hold alike are counted once."""
+def _ranks(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, gang_ranks: int, node_ranks: int) -> tuple[RankMemory, ...]:
+    """All ranks' memory; ranks of equal shards are counted once."""
     known: dict[tuple[object, ...], RankMemory] = {}
     found = []
     for rank in range(parallel.world):
         shard = shard_of(subject.model, parallel, rank, unit=unit_of(subject.quant))
         shape = (shard.first, shard.last, *(span.size for span in (shard.layers, shard.heads, shard.kv_heads, shard.ffn)))
         if shape not in known:
-            known[shape] = rank_memory(subject, parallel, rank, device, neighbours=neighbours, crowd=crowd)
+            known[shape] = rank_memory(subject, parallel, rank, device, gang_ranks=gang_ranks, node_ranks=node_ranks)
         found.append(known[shape])
     return tuple(found)
 
 
-def rates_of(subject: Subject, device: GpuModel | HostModel, crowd: int) -> Rates:
-    """What a rank of ``subject`` gets from ``device``; a host's cores are shared by ``crowd`` ranks."""
+def rates_of(subject: Subject, device: GpuModel | HostModel, node_ranks: int) -> Rates:
+    """What a rank of ``subject`` gets from ``device``; a host's cores are shared by ``node_ranks`` ranks."""
     if isinstance(device, GpuModel):
         return gpu_rates(device, subject.engine.dtype)
-    return host_rates(min(subject.engine.threads, device.cores / crowd))
+    return host_rates(min(subject.engine.threads, device.cores / node_ranks))
 
 
 def pipeline_of(subject: Subject, parallel: Parallel, rates: Rates, *, crossings: int = 0) -> Pipeline:
@@ -241,7 +242,7 @@ def pipeline_of(subject: Subject, parallel: Parallel, rates: Rates, *, crossings
 
 def timed(subject: Subject, made: LayoutPlan, device: GpuModel | HostModel) -> list[tuple[Workload, PredictedRun]]:
     """The recorded workloads on one replica of ``made``: those that it takes in at most ``TURNS`` turns."""
-    pipeline = pipeline_of(subject, made.parallel, rates_of(subject, device, made.crowd), crossings=made.placement.crossings)
+    pipeline = pipeline_of(subject, made.parallel, rates_of(subject, device, made.node_ranks), crossings=made.placement.crossings)
     found = []
     for load in WORKLOADS if made.full else ():
         rows = _rows(subject, made.kv_tokens, load)
@@ -266,10 +267,10 @@ def _most(subject: Subject, parallel: Parallel, cluster: PlannedCluster, free: S
     while (placed := take_place(parallel, left, spread=subject.spread)) is not None and not placed.splits_group:
         placements.append(placed)
     while placements:
-        crowd = -(-len(placements) * parallel.world // cluster.nodes)
+        node_ranks = -(-len(placements) * parallel.world // cluster.nodes)
         try:
             # The last gang is on the most nodes; all are judged by it.
-            return layout_plan(subject, parallel, cluster, placements[-1], len(placements), load, crowd=crowd)
+            return layout_plan(subject, parallel, cluster, placements[-1], len(placements), load, node_ranks=node_ranks)
         except ConfigError:
             placements = placements[: len(placements) // 2] if isinstance(cluster.device, HostModel) else []
     return None
@@ -308,7 +309,7 @@ def _subject_plan(
                 take_place(parallel, left, spread=other.spread)
     found = options(subject, cluster, left, load)
     own: list[LayoutPlan] = []
-    crowd = -(-_needs(subjects) // cluster.nodes)
+    node_ranks = -(-_needs(subjects) // cluster.nodes)
     refusal: ConfigError | None = None
     for parallel in dict.fromkeys(layout for _, layout in subject.gangs):
         names = [name for name, layout in subject.gangs if layout == parallel]
@@ -319,7 +320,7 @@ def _subject_plan(
                     f"{subject.name}: {len(names)} x tp={parallel.tp} pp={parallel.pp} does not find room on {cluster.what}",
                     f"{_needs(subjects)} ranks are asked for, {cluster.nodes * rooms(cluster, subject.cpus_per_rank)[0]} places are there",
                 )
-            own.append(layout_plan(subject, parallel, cluster, last, len(names), load, crowd=max(crowd, *last.ranks)))
+            own.append(layout_plan(subject, parallel, cluster, last, len(names), load, node_ranks=max(node_ranks, *last.ranks)))
         except ConfigError as error:
             refusal = refusal or ConfigError(error.what, error.why, error.hint or _advice(subject, cluster, found, load))
     return SubjectPlan(subject=subject, own=tuple(own), options=tuple(found), refusal=refusal)
@@ -370,11 +371,11 @@ def _possible(subject: Subject, parallel: Parallel, device: GpuModel | HostModel
         )
 
 
-def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, placed: RankAssignment, crowd: int) -> float | None:
+def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, placed: RankAssignment, node_ranks: int) -> float | None:
     if not isinstance(subject.engine, PortableSpec) or not device.recorded or placed.crossings:
         return None
     if isinstance(device, HostModel):
-        return HOST_FIT.error if subject.quant.weights is None and crowd * subject.engine.threads <= device.cores else None
+        return HOST_FIT.error if subject.quant.weights is None and node_ranks * subject.engine.threads <= device.cores else None
     plain_cache = kv_format(subject.engine, subject.quant) == "bf16"
     like = subject.engine.dtype == "bf16" and subject.quant.weights in (None, "fp8") and plain_cache
     least, most = RECORDED_PARAMETERS

@@ -21,7 +21,7 @@ from orchestrator.control.launch.mpiexec import find_mpi
 from workers.engines.trtllm.node_probe import gpus, installed_versions
 from workers.protocol.errors import EnvironmentFault
 
-#: Clocks: logs and epochs of two jobs are compared by time. More than the first is told, more than the second is refused; seconds.
+#: Clocks: logs and epochs of two jobs are compared by time. More than the first gives a warning, more than the second is refused; seconds.
 SKEW_TOLD_S, SKEW_REFUSED_S = 2.0, 60.0
 _SHM_BYTES = 1 << 30
 _SLOW_NAME_S = 1.0
@@ -182,8 +182,8 @@ def _versions(facts: Sequence[JobNodeFacts], wants_ray: bool) -> PreflightCheck:
     for name, why in wanted.items():
         found = {one.versions.get(name, "missing") for one in facts}
         if len(found) > 1 or "missing" in found:
-            told = ", ".join(f"{one.node} {one.versions.get(name, 'missing')}" for one in facts)
-            return _fail("versions", f"{name}: {told}; {why}", _ONE_PYTHON)
+            versions = ", ".join(f"{one.node} {one.versions.get(name, 'missing')}" for one in facts)
+            return _fail("versions", f"{name}: {versions}; {why}", _ONE_PYTHON)
     return _ok("versions", ", ".join(f"{name} {facts[0].versions[name]}" for name in wanted))
 
 
@@ -192,11 +192,11 @@ def _nccl(facts: Sequence[JobNodeFacts]) -> PreflightCheck:
         return _ok("nccl", "not needed without GPUs")
     found = {one.node: ", ".join(f"{name} {one.versions[name]}" for name in _NCCL if name in one.versions) for one in facts}
     if len(set(found.values())) > 1:
-        return _fail("nccl", f"nodes differ: {', '.join(f'{node} {told or None}' for node, told in found.items())}", _ONE_PYTHON)
-    told = found[facts[0].node]
-    if not told:
+        return _fail("nccl", f"nodes differ: {', '.join(f'{node} {version or None}' for node, version in found.items())}", _ONE_PYTHON)
+    version = found[facts[0].node]
+    if not version:
         return _warn("nccl", "no package of it: torch must bring its own", "trireme doctor tries torch")
-    return _warn("nccl", told, "install torch for one version of CUDA only") if "," in told else _ok("nccl", told)
+    return _warn("nccl", version, "install torch for one version of CUDA only") if "," in version else _ok("nccl", version)
 
 
 def _names(facts: Sequence[JobNodeFacts]) -> PreflightCheck:

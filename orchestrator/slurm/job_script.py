@@ -40,7 +40,7 @@ class SlurmJob(msgspec.Struct, frozen=True, kw_only=True):
 
     ``time``: a limit in Slurm's forms, empty = the partition's. ``lead_s``: seconds before the limit at which the job hands over to its
     successor (or just drains); 0 = as long as the limit allows, at most 10 minutes. ``options``: more of sbatch's own, whole words.
-    Raises :class:`Rejected` on what Slurm could not be told.
+    Raises :class:`Rejected` on what cannot stand in a Slurm script.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """What runs on every node of a job: pre-flight, Ray, and on the first node the deployment itself, until it is drained.
 
 The first node leads: it judges the pre-flight, starts Ray's head, hosts `trireme up` as a child, writes `endpoint.json` and decides when to
-drain. The others start Ray when they are told, and end when the first one does. Owns the order of all that; never on the token path. No
+drain. The others start Ray when the first node says so, and end when it ends. Owns the order of all that; never on the token path. No
 wait is without a bound, and none is for a fixed time.
 """
 
@@ -24,10 +24,10 @@ from orchestrator.files import make_private, write_private
 from orchestrator.slurm import endpoint as endpoints
 from orchestrator.slurm import job_preflight
 from orchestrator.slurm.endpoint import Endpoint
-from orchestrator.slurm.handover import Sight, why_drain
+from orchestrator.slurm.handover import HandoverFacts, drain_reason
 from orchestrator.slurm.job_env import JobPosition
 from orchestrator.slurm.ray_node import RayNode, environment
-from orchestrator.slurm.roll_call import PeerGone, RollCall, RollCallConnection, RollCallMessage, call
+from orchestrator.slurm.roll_call import PeerLost, RollCall, RollCallConnection, RollCallMessage, call
 from workers.protocol.errors import ConfigError, EnvironmentFault, ReplicaLost, TriremeError
 
 #: Bounds, seconds: entries of other nodes (prologs, containers), Ray on a node, the host's end after its drain, what is left.
@@ -49,7 +49,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Drained(Exception):
-    """Told to end before the deployment was started."""
+    """The job got the order to drain before the deployment was started."""
 
 
 def say(text: str) -> None:
@@ -69,24 +69,24 @@ def run(spec: JobSpec, place: JobPosition, env: Mapping[str, str]) -> int:
         hint = "launcher: ray, or submit with --nodes 1"
         raise ConfigError(f"launcher: local on {place.nodes} nodes", "without Ray the other nodes would idle", hint)
     probes = (start / "probe", config.cache / f".{place.deployment(spec.name)}")
-    told = environment(env, place, start / _TOKEN)
+    ray_env = environment(env, place, start / _TOKEN)
     adopt_orphans()  # what loses its parent stays within the step, where Slurm and the end of this function find it
     try:
         if place.index:
-            return _follow(place, token, probes, told, start)
-        return _lead(FirstNode(spec, place, config, told, start), token, probes, start / "code")
+            return _follow(place, token, probes, ray_env, start)
+        return _lead(FirstNode(spec, place, config, ray_env, start), token, probes, start / "code")
     finally:
         _kill_descendants()
 
 
-def _lead(leader: FirstNode, token: bytes, probes: tuple[Path, ...], said: Path) -> int:
+def _lead(leader: FirstNode, token: bytes, probes: tuple[Path, ...], code_file: Path) -> int:
     """The first node's code is the job's: Slurm would take the largest of all nodes', of those too that it ended because of this one."""
     try:
         code = leader.run(token, probes)
     except TriremeError as error:
-        write_private(said, str(error.exit_code).encode())
+        write_private(code_file, str(error.exit_code).encode())
         raise
-    write_private(said, str(code).encode())
+    write_private(code_file, str(code).encode())
     return code
 
 
@@ -108,7 +108,7 @@ def _follow(place: JobPosition, token: bytes, probes: tuple[Path, ...], env: Map
     """Every node but the first. Its Ray's death ends nothing: the job goes on without this node."""
     facts = _look(place, (), env)
     # Answered once the first node has written its probes.
-    line = call(place.head, place.roll_port, token, _HERE_S)
+    first = call(place.head, place.roll_port, token, _HERE_S)
     ray: RayNode | None = None
 
     def end(*_: object) -> None:
@@ -118,33 +118,33 @@ def _follow(place: JobPosition, token: bytes, probes: tuple[Path, ...], env: Map
     try:
         facts = msgspec.structs.replace(facts, unseen=tuple(str(probe) for probe in probes if not probe.exists()))
         write_private(start / f"node-{place.index}.json", msgspec.json.encode(facts))
-        line.send(RollCallMessage(say="here", index=place.index, facts=facts, clock=time.time()))
-        while (word := line.hear(_POLL_S)) is None or word.say != "over":
-            if word is not None and word.say == "join":
-                ray = _join(place, line, env, start)
+        first.send(RollCallMessage(kind="here", index=place.index, facts=facts, clock=time.time()))
+        while (message := first.receive(_POLL_S)) is None or message.kind != "over":
+            if message is not None and message.kind == "join":
+                ray = _join(place, first, env, start)
             if ray is not None and not ray.runs:
                 say(f"node {place.node}: Ray ended; the job goes on without this node")
                 return 0
         return 0
     except Drained:
         return 0
-    except PeerGone as error:
+    except PeerLost as error:
         raise EnvironmentFault("the first node of the job is gone", str(error), "the job's log says why") from None
     finally:
-        line.close()
+        first.close()
         if ray is not None:
             ray.stop()
 
 
-def _join(place: JobPosition, line: RollCallConnection, env: Mapping[str, str], start: Path) -> RayNode:
+def _join(place: JobPosition, first: RollCallConnection, env: Mapping[str, str], start: Path) -> RayNode:
     ray = RayNode(place, env, start / f"ray-{place.node}.log")
     try:
         ray.started(_RAY_S, lambda: None)
     except BaseException as error:
-        line.send(RollCallMessage(say="failed", why=str(error)))
+        first.send(RollCallMessage(kind="failed", why=str(error)))
         ray.stop()
         raise
-    line.send(RollCallMessage(say="joined"))
+    first.send(RollCallMessage(kind="joined"))
     return ray
 
 
@@ -182,11 +182,11 @@ class FirstNode:
     def _signal(self, *_: object) -> None:
         self._signalled = True
 
-    def _told_to_drain(self) -> bool:
+    def _drain_ordered(self) -> bool:
         return self._signalled or (self._start / "drain").exists()
 
     def _check_stop(self) -> None:
-        if self._told_to_drain():
+        if self._drain_ordered():
             raise Drained
 
     @contextlib.contextmanager
@@ -261,7 +261,7 @@ class FirstNode:
             self._withdraw()
 
     def _watch(self, host: ChildProcess) -> None:
-        """One look at the deployment and at what the job is told; acts on both."""
+        """Look once at the deployment and at the orders that the job got, and act on both."""
         if self._draining_since is not None:
             if time.monotonic() > self._draining_since + self._config.drain_grace_s + _END_S:
                 host.signal(signal.SIGKILL, group=True)
@@ -272,15 +272,15 @@ class FirstNode:
         if self._limit_since is None and (self._start / "limit").exists():
             self._limit_since = now
             say(f"the time limit is near; successor: job {self._successor() or 'none'}")
-        sight = Sight(
+        facts = HandoverFacts(
             now=now,
-            told_to_drain=self._told_to_drain(),
+            drain_ordered=self._drain_ordered(),
             limit_since=self._limit_since,
             successor_ready=self._successor_ready(),
             lead_s=self._spec.lead_s,
             grace_s=self._config.drain_grace_s,
         )
-        if why := why_drain(sight):
+        if why := drain_reason(facts):
             say(f"draining: {why}")
             self._draining_since = now
             if self._endpoint is not None:

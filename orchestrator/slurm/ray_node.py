@@ -1,4 +1,4 @@
-"""Ray on one node of a job: `ray start --block` as a child, known to run when it says so, gone with all its files at the end.
+"""Ray on one node of a job: `ray start --block` as a child that runs when its output says so, and is removed with all its files.
 
 Owns that child and its temporary folder. Token authentication is on; the token is a file and never an argument.
 """
@@ -64,9 +64,9 @@ class RayNode:
             "--min-worker-port=0", "--max-worker-port=0",  # any free one: other jobs' Rays may be on this node
         ]  # fmt: skip
         # With its own address in the environment, `ray start --head` would take it for an existing cluster.
-        self._child = ChildProcess(argv, env={name: value for name, value in env.items() if name != "RAY_ADDRESS"}, on_line=self._heard)
+        self._child = ChildProcess(argv, env={name: value for name, value in env.items() if name != "RAY_ADDRESS"}, on_line=self._on_output)
 
-    def _heard(self, line: str) -> None:
+    def _on_output(self, line: str) -> None:
         self._log.write(line + "\n")
         self._log.flush()
         if _STARTED in line:

@@ -1,7 +1,7 @@
 """The roll call: the first node of a job and the others, over one TCP connection each that lasts as long as both live.
 
 Owns these connections. A line is JSON behind a MAC made with the job's token, of both sides' nonces, a direction and a count, so nothing
-can be forged, repeated or sent back. Must never wait without a bound. What is said is no secret; the token itself is never sent.
+can be forged, repeated or sent back. Must never wait without a bound. The messages are no secret; the token itself is never sent.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ log = logging.getLogger("trireme.job")
 _LINE = 1 << 16
 _NONCE = 16
 _POLL_S = 0.2
-#: Longest that a connected peer may take for its next word while a line is expected, seconds.
-_WORD_S = 10.0
+#: Longest that a connected peer may take for a message that is expected, seconds.
+_MESSAGE_S = 10.0
 
 
 class RollCallMessage(msgspec.Struct, frozen=True, kw_only=True):
     """``here``: a node with its facts and its clock, Unix seconds; ``join``: start Ray; ``joined``; ``failed`` and why; ``over``: end."""
 
-    say: Literal["here", "join", "joined", "failed", "over"]
+    kind: Literal["here", "join", "joined", "failed", "over"]
     index: int = 0
     facts: JobNodeFacts | None = None
     clock: float = 0.0
     why: str = ""
 
 
-class PeerGone(Exception):
+class PeerLost(Exception):
     """The other side ended, or is not who it must be."""
 
 
@@ -46,17 +46,17 @@ class RollCallConnection:
     """One authenticated connection. ``leads``: this is the first node's end."""
 
     def __init__(self, connection: socket.socket, token: bytes, *, leads: bool) -> None:
-        """Exchanges nonces. Raises :class:`PeerGone`."""
+        """Exchanges nonces. Raises :class:`PeerLost`."""
         self._socket, self._buffer = connection, bytearray()
-        self._sent = self._heard = 0
+        self._sent = self._received = 0
         self._ways = (b"lead", b"node") if leads else (b"node", b"lead")
-        connection.settimeout(_WORD_S)
+        connection.settimeout(_MESSAGE_S)
         own = secrets.token_bytes(_NONCE)
         try:
             connection.sendall(own)
             theirs = self._exactly(_NONCE)
         except OSError as error:
-            raise PeerGone(str(error)) from None
+            raise PeerLost(str(error)) from None
         nonces = own + theirs if leads else theirs + own
         self._key = hmac.digest(token, nonces, hashlib.sha256)
 
@@ -70,45 +70,45 @@ class RollCallConnection:
     def _more(self) -> None:
         part = self._socket.recv(4096)
         if not part:
-            raise PeerGone("the connection was closed")
+            raise PeerLost("the connection was closed")
         self._buffer += part
 
     def _mac(self, way: bytes, count: int, body: bytes) -> bytes:
         return hmac.digest(self._key, way + count.to_bytes(8, "big") + body, hashlib.sha256).hex().encode()
 
-    def send(self, word: RollCallMessage) -> None:
-        """Raises :class:`PeerGone`."""
-        body = msgspec.json.encode(word)
+    def send(self, message: RollCallMessage) -> None:
+        """Raises :class:`PeerLost`."""
+        body = msgspec.json.encode(message)
         line = self._mac(self._ways[0], self._sent, body) + b" " + body + b"\n"
         self._sent += 1
         try:
-            self._socket.settimeout(_WORD_S)
+            self._socket.settimeout(_MESSAGE_S)
             self._socket.sendall(line)
         except OSError as error:
-            raise PeerGone(str(error)) from None
+            raise PeerLost(str(error)) from None
 
-    def hear(self, bound_s: float) -> RollCallMessage | None:
-        """The next word, None when there is none within ``bound_s``. Raises :class:`PeerGone`."""
+    def receive(self, bound_s: float) -> RollCallMessage | None:
+        """The next message, None when none comes within ``bound_s``. Raises :class:`PeerLost`."""
         deadline = time.monotonic() + bound_s
         try:
             while (end := self._buffer.find(b"\n")) < 0:
                 if len(self._buffer) > _LINE:
-                    raise PeerGone("a line is too long")
+                    raise PeerLost("a line is too long")
                 self._socket.settimeout(max(0.001, deadline - time.monotonic()))
                 self._more()
         except TimeoutError:
             return None
         except OSError as error:
-            raise PeerGone(str(error)) from None
+            raise PeerLost(str(error)) from None
         mac, _, body = bytes(self._buffer[:end]).partition(b" ")
         del self._buffer[: end + 1]
-        if not hmac.compare_digest(mac, self._mac(self._ways[1], self._heard, body)):
-            raise PeerGone("it does not hold the job's token")
-        self._heard += 1
+        if not hmac.compare_digest(mac, self._mac(self._ways[1], self._received, body)):
+            raise PeerLost("it does not hold the job's token")
+        self._received += 1
         try:
             return msgspec.json.decode(body, type=RollCallMessage)
         except msgspec.DecodeError as error:
-            raise PeerGone(f"it speaks another language: {error}") from None
+            raise PeerLost(f"it speaks another language: {error}") from None
 
     def close(self) -> None:
         self._socket.close()
@@ -120,7 +120,7 @@ class RollCall:
     def __init__(self, port: int, token: bytes, others: int, check_stop: Callable[[], None]) -> None:
         """Raises :class:`EnvironmentFault` where the port is taken."""
         self._token, self._others, self._check_stop = token, others, check_stop
-        self._lines: dict[int, RollCallConnection] = {}
+        self._nodes: dict[int, RollCallConnection] = {}
         self.facts: dict[int, JobNodeFacts] = {}
         self._listener = socket.socket(socket.AF_INET)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -133,12 +133,12 @@ class RollCall:
             raise EnvironmentFault(f"port {port} of this job is taken", error.strerror or str(error), hint) from None
 
     def gather(self, bound_s: float) -> list[JobNodeFacts]:
-        """Until all others are here; their facts in order. Raises :class:`EnvironmentFault` naming the missing ones."""
+        """Wait for all other nodes; their facts in order. Raises :class:`EnvironmentFault` naming the missing ones."""
         deadline = time.monotonic() + bound_s
-        while len(self._lines) < self._others:
+        while len(self._nodes) < self._others:
             self._check_stop()
             if time.monotonic() > deadline:
-                missing = sorted(set(range(1, self._others + 1)) - self._lines.keys())
+                missing = sorted(set(range(1, self._others + 1)) - self._nodes.keys())
                 raise EnvironmentFault(f"nodes {missing} of the job did not answer within {bound_s:.0f} s",
                                        "their entry did not start, does not see the jobs folder, or is behind a firewall",
                                        "the job's log says what they said")  # fmt: skip
@@ -152,73 +152,73 @@ class RollCall:
         except TimeoutError:
             return
         try:
-            line = RollCallConnection(connection, self._token, leads=True)
+            node = RollCallConnection(connection, self._token, leads=True)
             asked = time.time()
-            word = line.hear(_WORD_S)
-        except PeerGone as error:
+            message = node.receive(_MESSAGE_S)
+        except PeerLost as error:
             connection.close()
             log.warning("turned away %s: %s", address[0], error)
             return
-        if word is None or word.say != "here" or word.facts is None or not 0 < word.index <= self._others:
+        if message is None or message.kind != "here" or message.facts is None or not 0 < message.index <= self._others:
             connection.close()
             return
         middle = (asked + time.time()) / 2
-        self.facts[word.index] = msgspec.structs.replace(word.facts, skew_s=word.clock - middle)
-        self._lines[word.index] = line
+        self.facts[message.index] = msgspec.structs.replace(message.facts, skew_s=message.clock - middle)
+        self._nodes[message.index] = node
 
     def join(self, bound_s: float) -> None:
         """Have all others start Ray, and wait until they have. Raises :class:`EnvironmentFault` naming the first that has not."""
-        for index, line in self._lines.items():
-            self._tell(index, line, RollCallMessage(say="join"))
+        for index, connection in self._nodes.items():
+            self._send(index, connection, RollCallMessage(kind="join"))
         deadline = time.monotonic() + bound_s
-        for index, line in self._lines.items():
+        for index, connection in self._nodes.items():
             node = self.facts[index].node
             while True:
                 self._check_stop()
                 try:
-                    word = line.hear(_POLL_S)
-                except PeerGone as error:
+                    message = connection.receive(_POLL_S)
+                except PeerLost as error:
                     raise EnvironmentFault(f"node {node} left before it had joined", str(error), "the job's log says more") from None
-                if word is not None and word.say == "joined":
+                if message is not None and message.kind == "joined":
                     break
-                if word is not None or time.monotonic() > deadline:
-                    why = word.why if word is not None else f"not within {bound_s:.0f} s"
+                if message is not None or time.monotonic() > deadline:
+                    why = message.why if message is not None else f"not within {bound_s:.0f} s"
                     raise EnvironmentFault(f"Ray does not start on node {node}", why, "its log is in the job's folder")
 
     def lost(self) -> list[str]:
         """Nodes that have left since the last call."""
-        gone = []
-        for index, line in list(self._lines.items()):
+        left = []
+        for index, connection in list(self._nodes.items()):
             try:
-                line.hear(0.001)
-            except PeerGone:
-                gone.append(self.facts[index].node)
-                line.close()
-                del self._lines[index]
-        return gone
+                connection.receive(0.001)
+            except PeerLost:
+                left.append(self.facts[index].node)
+                connection.close()
+                del self._nodes[index]
+        return left
 
-    def _tell(self, index: int, line: RollCallConnection, word: RollCallMessage) -> None:
+    def _send(self, index: int, connection: RollCallConnection, message: RollCallMessage) -> None:
         try:
-            line.send(word)
-        except PeerGone as error:
-            log.warning("node %s does not hear: %s", self.facts[index].node, error)
+            connection.send(message)
+        except PeerLost as error:
+            log.warning("node %s cannot be reached: %s", self.facts[index].node, error)
 
     def close(self) -> None:
-        """Send the others home. A second call does nothing."""
-        while self._lines:
-            index, line = self._lines.popitem()
-            self._tell(index, line, RollCallMessage(say="over"))
-            line.close()
+        """Tell the other nodes to end. A second call does nothing."""
+        while self._nodes:
+            index, connection = self._nodes.popitem()
+            self._send(index, connection, RollCallMessage(kind="over"))
+            connection.close()
         self._listener.close()
 
 
 def call(address: str, port: int, token: bytes, bound_s: float) -> RollCallConnection:
-    """A node's line to the first one, as soon as that listens. Raises :class:`EnvironmentFault` after ``bound_s``."""
+    """Connect to the first node, as soon as it listens. Raises :class:`EnvironmentFault` after ``bound_s``."""
     deadline = time.monotonic() + bound_s
     while True:
         try:
-            return RollCallConnection(socket.create_connection((address, port), timeout=_WORD_S), token, leads=False)
-        except (OSError, PeerGone) as error:
+            return RollCallConnection(socket.create_connection((address, port), timeout=_MESSAGE_S), token, leads=False)
+        except (OSError, PeerLost) as error:
             if time.monotonic() > deadline:
                 what = f"the first node of the job does not answer at {address}:{port}"
                 raise EnvironmentFault(what, str(error), "look at the job's log, and at firewalls between nodes") from None

@@ -19,11 +19,11 @@ from orchestrator.cli.main import run as trireme
 from orchestrator.slurm import endpoint as endpoints
 from orchestrator.slurm.__main__ import offered, parse
 from orchestrator.slurm.endpoint import Endpoint, reachable
-from orchestrator.slurm.handover import Sight, least_lead, why_drain
+from orchestrator.slurm.handover import HandoverFacts, drain_reason, least_lead
 from orchestrator.slurm.job_env import read_place
 from orchestrator.slurm.job_preflight import JobNodeFacts, judge
 from orchestrator.slurm.job_script import TEMPLATE, SlurmJob, limit_seconds, render, submit
-from orchestrator.slurm.roll_call import PeerGone, RollCall, RollCallConnection, RollCallMessage, call
+from orchestrator.slurm.roll_call import PeerLost, RollCall, RollCallConnection, RollCallMessage, call
 from workers.protocol.errors import EnvironmentFault, Rejected
 
 BOUND_S = 120.0
@@ -215,17 +215,17 @@ def test_the_endpoint_file(tmp_path: Path) -> None:
     assert endpoints.read(path) is None
 
 
-# --- when it lets go
+# --- the hand-over
 
-SEEN = Sight(now=100.0, told_to_drain=False, limit_since=None, successor_ready=False, lead_s=120.0, grace_s=30.0)
+FACTS = HandoverFacts(now=100.0, drain_ordered=False, limit_since=None, successor_ready=False, lead_s=120.0, grace_s=30.0)
 
 
 def test_when_a_job_drains() -> None:
     def why(**change: object) -> str:
-        return why_drain(msgspec.structs.replace(SEEN, **change))
+        return drain_reason(msgspec.structs.replace(FACTS, **change))
 
     assert why() == ""
-    assert why(told_to_drain=True) == "told to drain"
+    assert why(drain_ordered=True) == "told to drain"
     assert why(limit_since=99.0) == "", "it serves until the successor is ready"
     assert why(limit_since=99.0, successor_ready=True) == "the successor is ready"
     assert why(limit_since=99.0, lead_s=0.0) == "the time limit is near"
@@ -287,13 +287,13 @@ def follow(port: int, token: bytes, index: int, said: list[str], clock: float = 
     line = call("127.0.0.1", port, token, BOUND_S)
     try:
         line.send(
-            RollCallMessage(say="here", index=index, facts=msgspec.structs.replace(GOOD, node=f"n{index}"), clock=time.time() + clock)
+            RollCallMessage(kind="here", index=index, facts=msgspec.structs.replace(GOOD, node=f"n{index}"), clock=time.time() + clock)
         )
-        while (word := line.hear(0.1)) is None or word.say != "over":
-            if word is not None:
-                line.send(RollCallMessage(say=answer, why="no room"))  # type: ignore[arg-type]
+        while (message := line.receive(0.1)) is None or message.kind != "over":
+            if message is not None:
+                line.send(RollCallMessage(kind=answer, why="no room"))  # type: ignore[arg-type]
         said.append("over")
-    except PeerGone as error:
+    except PeerLost as error:
         said.append(str(error))
     finally:
         line.close()
@@ -351,7 +351,7 @@ def test_a_node_that_leaves_is_seen() -> None:
 
     def come() -> None:
         line = call("127.0.0.1", port, b"secret", BOUND_S)
-        line.send(RollCallMessage(say="here", index=1, facts=GOOD, clock=time.time()))
+        line.send(RollCallMessage(kind="here", index=1, facts=GOOD, clock=time.time()))
         lines.append(line)
 
     node = threading.Thread(target=come)
@@ -371,11 +371,11 @@ def test_a_line_said_twice_is_not_heard_twice() -> None:
     other.start()
     lead = RollCallConnection(ours, b"secret", leads=True)
     other.join(BOUND_S)
-    lead.send(RollCallMessage(say="join"))
+    lead.send(RollCallMessage(kind="join"))
     seen = theirs.recv(4096, socket.MSG_PEEK)
-    assert (heard := made[0].hear(BOUND_S)) is not None and heard.say == "join"
+    assert (received := made[0].receive(BOUND_S)) is not None and received.kind == "join"
     ours.sendall(seen)
-    with pytest.raises(PeerGone, match="token"):
-        made[0].hear(BOUND_S)
+    with pytest.raises(PeerLost, match="token"):
+        made[0].receive(BOUND_S)
     lead.close()
     made[0].close()
