@@ -86,7 +86,7 @@ def _lasting(grant: CurveGrant) -> bool:
 
 
 class ApiKeyRing:
-    """An API-keys file. Routers that were told of it take a change over within two seconds."""
+    """An API-keys file. Routers that read it take a change over within two seconds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,7 +122,7 @@ class ApiKeyRing:
 
 
 class KeyRing:
-    """The ``keys`` folder of a deployment. ``allowed_file`` and ``salt_file`` are what routers are told."""
+    """The ``keys`` folder of a deployment. ``allowed_file`` and ``salt_file`` are what routers read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = make_private(folder)

@@ -75,7 +75,7 @@ class Meter:
         return self._rates.get((status.name, model.name), 0.0)
 
     def process(self, host: str, pid: int) -> tuple[str, str]:
-        """(CPU share, resident memory) of a process of this host; dashes for others, and for one that is gone."""
+        """(CPU share, resident memory) of a process of this host; dashes for others, and for one that has ended."""
         import psutil
 
         if host != socket.gethostname():

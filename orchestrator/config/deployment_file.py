@@ -69,6 +69,7 @@ class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class EngineSettings(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of a model for every engine that its replicas may run on. A file has these keys among the model's own."""
 
+    # Common keys (max_batch_size, max_seq_len, kv_tokens, dtype ...) are declared in workers.protocol.specs.CommonEngineSpec.
     portable: PortableOptions = PortableOptions()
     fake: FakeOptions = FakeOptions()
     trtllm: TrtllmOptions = TrtllmOptions()

@@ -1,4 +1,4 @@
-"""Vocabulary of the orchestrator: what one router process is told, as frozen values. Owns no state, imports only ``workers`` vocabulary."""
+"""Frozen values that one router process is started with. Owns no state, imports only :mod:`workers.protocol`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import RouterAddress
 
-#: Addresses that mean every interface of this host: fit to listen on, not to be told to others.
+#: Addresses that mean every interface of this host: fit to listen on, useless to connect to.
 WILDCARDS = ("0.0.0.0", "::", "*")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -129,7 +129,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ``back`` is bound for replicas, ``rpc`` for clients: ``ipc://`` paths in a 0700 folder on one machine, ``tcp://`` with CURVE otherwise
     (``key_file``: this router's key pair; ``allowed_file``: public keys and roles that ZAP admits). ``state_file``: where the router
     reports (JSON, atomically): pid, phase, http address. ``salt_file``: key of the prefix-cache salt, the same for all routers.
-    ``drain_grace_s``: what running requests get once it was told to end.
+    ``drain_grace_s``: what running requests get after the order to end.
     """
 
     name: str

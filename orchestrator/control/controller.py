@@ -63,7 +63,7 @@ class Controller:
                 self._launcher.kill(name, epoch)
 
     def abort(self, bound_s: float = 10.0) -> None:
-        """Nothing is wanted any more, and nothing is waited for but the proof that it is gone."""
+        """Kill every gang without a grace, and wait until none is left, at most ``bound_s`` seconds."""
         deadline = time.monotonic() + bound_s
         with self._lock:
             self._specs = {}

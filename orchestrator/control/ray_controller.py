@@ -57,10 +57,10 @@ class ControllerActor:
         self._controller.abort()
 
     def end_with(self, pid: int) -> None:
-        """The host, process ``pid`` of this node, is ending. If it is killed before all is gone, this actor finishes it and ends."""
-        threading.Thread(target=self._inherit, args=(os.pidfd_open(pid),), name="last will", daemon=True).start()
+        """The host, process ``pid`` of this node, is ending. If it is killed before its gangs end, this actor ends them and itself."""
+        threading.Thread(target=self._end_gangs_after, args=(os.pidfd_open(pid),), name="end gangs of host", daemon=True).start()
 
-    def _inherit(self, host: int) -> None:
+    def _end_gangs_after(self, host: int) -> None:
         select.select([host], [], [])
         log.warning("the host was killed while it ended: ending its gangs")
         write_private(self._target, b"[]")
@@ -72,7 +72,7 @@ class ControllerActor:
             time.sleep(TICK_S)
 
     def report(self, hung: list[tuple[str, int]]) -> bytes:
-        """Tell what the routers lost; returns the table of replicas as JSON."""
+        """``hung``: gangs that the routers lost. Returns the table of replicas as JSON."""
         self._hung = frozenset((name, epoch) for name, epoch in hung)
         return msgspec.json.encode(self._controller.views())
 
@@ -144,7 +144,7 @@ class RemoteController:
         return bool(self._call("drain", replica, timeout_s=_ANSWER_S))
 
     def abort(self) -> None:
-        """Kill every gang without a grace; returns when they are gone."""
+        """Kill every gang without a grace; returns when none is left."""
         if self._actor is not None:
             self._call("abort", timeout_s=_START_S)
             self._views, self._question = [], None

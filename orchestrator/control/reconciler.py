@@ -115,14 +115,14 @@ class Reconciler:
         self._replicas: dict[str, _Replica] = {}
         self._draining: dict[tuple[str, int], float] = {}
         self._gangs: dict[str, GangStatus] = {}
-        self._asked: set[tuple[str, int]] = set()
+        self._drain_asked: set[tuple[str, int]] = set()
 
     def drain(self, name: str) -> bool:
-        """Replace one replica's gang: it drains, and its successor is launched when it is gone. False when it has no living gang."""
+        """Replace one replica's gang: it drains, and its successor is launched when it has ended. False when it has no living gang."""
         gang = self._gangs.get(name)
         if gang is None or gang.phase in ENDED:
             return False
-        self._asked.add((name, gang.epoch))
+        self._drain_asked.add((name, gang.epoch))
         return True
 
     def step(
@@ -148,7 +148,7 @@ class Reconciler:
             actions += self._replica(now, want, newest.get(want.name), hung)
         present = {(gang.name, gang.epoch) for gang in observed}
         self._draining = {key: at for key, at in self._draining.items() if key in present}
-        self._asked &= present
+        self._drain_asked &= present
         return actions
 
     def _replica(self, now: float, want: WantedReplica, gang: GangStatus | None, hung: frozenset[tuple[str, int]]) -> list[Action]:
@@ -165,8 +165,8 @@ class Reconciler:
             replica.begun = now  # waiting for room is no part of a start: a cluster may take an hour to grow
         if gang.revision != want.revision:
             return self._retire(now, gang, "its configuration changed")
-        if (gang.name, gang.epoch) in self._asked or (gang.name, gang.epoch) in self._draining:
-            # Wanted again or not: a gang that was told to drain cannot be told to go on.
+        if (gang.name, gang.epoch) in self._drain_asked or (gang.name, gang.epoch) in self._draining:
+            # Also when it is wanted again: a drain cannot be taken back.
             return self._retire(now, gang, "it was told to drain")
         if gang.phase in ENDED:
             self._record(now, replica, gang.cause or "it stopped by itself", gang.hint, gang.exit_code, permanent=gang.permanent)
@@ -208,7 +208,7 @@ class Reconciler:
         return float(min(self.policy.backoff_max_s, self.policy.backoff_s * 2 ** min(failures - 1, 16)))
 
     def _retire(self, now: float, gang: GangStatus, reason: str) -> list[Action]:
-        """Drain first; kill what is still there after the grace and a second for the farewells."""
+        """Drain first; kill what still runs one second after the grace."""
         if gang.phase in ENDED or gang.phase in ("placing", "starting", "loading"):
             return [KillGang(gang.name, gang.epoch, reason)]
         begun = self._draining.setdefault((gang.name, gang.epoch), now)

@@ -54,7 +54,7 @@ class DeploymentPlan(msgspec.Struct, frozen=True, kw_only=True):
 class RouterEndpoints(msgspec.Struct, frozen=True, kw_only=True):
     """How replicas reach their routers. ``addresses``: of the routers; ``secured``: by tcp, so each replica has a key pair.
 
-    At standing routers ``key`` is the key pair of all our replicas (JSON), and ``prefix`` stands before their names.
+    At routers of another deployment, ``key`` is the key pair of all our replicas (JSON), and ``prefix`` comes before their names.
     """
 
     addresses: tuple[RouterAddress, ...]
@@ -196,7 +196,7 @@ def gangs(config: Config, models: Sequence[ServedModel], endpoints: RouterEndpoi
 
 
 def admit(keys: KeyRing, gangs: Sequence[GangSpec], endpoints: RouterEndpoints) -> None:
-    """Let these gangs in at our routers, and no others but by a pass. Who joins others' routers has nobody to let in."""
+    """Let these gangs in at our routers, and others only by a pass. Does nothing at routers of another deployment."""
     if endpoints.prefix:
         return
     members: list[tuple[Role, str]] = [("replica", gang.replica.name) for gang in gangs] if endpoints.secured else []
@@ -228,7 +228,7 @@ def _gang(config: Config, model: ServedModel, gang: GangArtifact, endpoints: Rou
         routers=endpoints.addresses,
         heartbeat_s=config.heartbeat_s,
         hang_floor_s=config.hang_floor_s,
-        # Its farewell must be heard before the controller's own grace ends and kills it.
+        # The leader must be done before the controller's grace ends and the gang is killed.
         drain_grace_s=min(config.drain_grace_s, TERM_GRACE_S),
         announced=_announced(gang.name, endpoints),
         log_format=config.log_format,

@@ -38,7 +38,7 @@ class JoinFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check(config: Config) -> None:
-    """Raises :class:`ConfigError` where nobody could join the routers of this configuration."""
+    """Raises :class:`ConfigError` where no replica could join the routers of this configuration."""
     if not config.back.host:
         raise ConfigError(
             "back.host: is missing", "standing routers are reached by replicas of other hosts", "name an address of this host to listen on"

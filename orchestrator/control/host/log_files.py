@@ -104,7 +104,7 @@ class LogReader:
         self._time = started_at(file.epoch)
 
     def entries(self, *, final: bool) -> Iterator[LogEntry]:
-        """The lines that are new; times never fall. ``final``: also one that has no end yet. A file that is gone has none.
+        """The lines that are new; times never fall. ``final``: also one that has no end yet. A file that was removed has none.
 
         A gang's leader begins with a line that it did not write: which launch this is.
         """

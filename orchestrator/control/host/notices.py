@@ -30,7 +30,7 @@ Notify: TypeAlias = Callable[[Notice], None]
 
 
 def log_notice(notice: Notice) -> None:
-    """Where nobody waits, a notice goes to the log."""
+    """Write a notice to the log, for a host that shows it nowhere else."""
     log.info("%s %s: %s", notice.kind, notice.subject, notice.text)
 
 

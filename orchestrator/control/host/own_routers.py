@@ -27,8 +27,8 @@ from workers.protocol.status import RouterState, RouterStatus
 log = logging.getLogger("trireme.routers")
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STABLE_S = 30.0
-#: After the grace: to tell every client that it is over.
-_LAST_WORD_S = 3.0
+#: After the grace: time for the router to send every client the end of its requests, seconds.
+_LAST_MESSAGES_S = 3.0
 
 
 class _Router:
@@ -52,15 +52,15 @@ class _Router:
         self.begun = time.monotonic()
 
     def state(self) -> RouterState | None:
-        """What the living process says; None before it said anything."""
+        """The state file of the living process; None before it wrote one."""
         try:
             state = msgspec.json.decode(Path(self.spec.state_file).read_bytes(), type=RouterState)
         except (OSError, msgspec.DecodeError):
             return None
         return state if self.child is not None and state.pid == self.child.pid else None
 
-    def last_words(self) -> tuple[str, str, str]:
-        """(error, why, hint) of the log's end."""
+    def last_error(self) -> tuple[str, str, str]:
+        """(error, why, hint) from the end of its log."""
         try:
             lines = self.log.read_text(errors="replace").splitlines()[-30:]
         except OSError:
@@ -93,7 +93,7 @@ class OwnRouters:
             router.was_ready |= state is not None and state.phase != "starting"
             if child is not None and child.returncode is not None:
                 if not router.was_ready:
-                    what, why, hint = router.last_words()
+                    what, why, hint = router.last_error()
                     kind = ConfigError if child.returncode == ConfigError.exit_code else EnvironmentFault
                     raise kind(f"router {router.spec.name} does not start: {what}", why, hint)
                 router.deaths = 0 if now - router.begun > _STABLE_S else router.deaths + 1
@@ -137,12 +137,12 @@ class OwnRouters:
         return self._reports.hung(ready, routers=len(self._routers))
 
     def stop(self, grace_s: float) -> None:
-        """:data:`STOP`, which finishes what runs; after the grace a second one, which ends it with a last word; then SIGKILL."""
+        """Send :data:`STOP`, so that what runs is finished; after the grace send it again, so that what runs is ended; then SIGKILL."""
         self._reports.close()
         living = [router.child for router in self._routers if router.child is not None]
         for child in living:
             child.signal(STOP)
-        for bound_s in (grace_s, _LAST_WORD_S if grace_s else 0.0):
+        for bound_s in (grace_s, _LAST_MESSAGES_S if grace_s else 0.0):
             deadline = time.monotonic() + bound_s
             late = [child for child in living if child.wait(max(0.0, deadline - time.monotonic())) is None]
             for child in late:

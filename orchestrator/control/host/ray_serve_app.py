@@ -58,7 +58,7 @@ class ServeHost:
         return {"deployment": self._config.name, "state": self._state()}
 
     def __del__(self) -> None:
-        """Serve's word for the end: drain."""
+        """Called by Serve at the end: drain."""
         self._host.signal(signal.SIGTERM)
         self._host.wait(self._config.drain_grace_s + _FAREWELL_S)
 

@@ -201,7 +201,7 @@ def _content(path: Path) -> bytes:
 def _has_room(gangs: Sequence[GangSpec], spare: GangSpec) -> bool:
     """Whether this host holds one gang more: a CPU share for each rank of all, and memory for its files and what is made of them."""
     if spare.replica.engine.device == "cuda":
-        return False  # nobody here counts GPUs
+        return False  # this launcher counts no GPUs
     shares = sum(gang.share.cpus * gang.replica.parallel.world for gang in (*gangs, spare))
     size = sum(file.stat().st_size for file in Path(spare.replica.artifact).rglob("*") if file.is_file())
     return shares <= len(os.sched_getaffinity(0)) and size * _ROOM_FACTOR < psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""How ``mpiexec`` is called: family, argument vectors, environment, exit codes, and what it says about a gang's end.
+"""How ``mpiexec`` is called: family, argument vectors, environment, exit codes, and what its output and exit code say of a gang's end.
 
 Owns the differences between MPICH's Hydra and Open MPI's prterun, so that nothing else knows which one runs. Starts nothing but
 ``--version``.
@@ -34,7 +34,7 @@ _OPENMPI_ENV = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_mpi_yield_when_idle": "1",
-    # Its daemons on other nodes are started by the node agents: what stands in for ssh only says what is wanted where.
+    # Its daemons on other nodes are started by the node agents: instead of ssh, openmpi_rsh prints which command is to run on which node.
     "PRTE_MCA_plm_ssh_agent": f"{sys.executable} {Path(openmpi_rsh.__file__).resolve()}",
 }
 #: CPU ranks only: removes a fixed second from MPI_Init, and would switch an InfiniBand fabric off.
@@ -105,8 +105,8 @@ def argv(mpi: MpiInstall, hosts: Sequence[MpiHost], command: Sequence[str], *, c
     """The argument vector that starts ``command`` on all ranks, in host order.
 
     One host: everything is forked here. Several hosts: a line is printed for each node whose proxy (MPICH's ``manual`` launcher) or daemon
-    (Open MPI, through ``launch.rsh``) the caller is to run there (:func:`proxy_line`); ``control`` is this node's address as the others
-    see it.
+    (Open MPI, through :mod:`.openmpi_rsh`) the caller is to run there (:func:`proxy_line`); ``control`` is this node's address as the
+    others see it.
     """
     world = sum(host.ranks for host in hosts)
     if len(hosts) == 1:

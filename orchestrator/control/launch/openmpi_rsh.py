@@ -1,7 +1,7 @@
-"""Stands in for ssh where Open MPI starts its daemons: says what is wanted on which node, for the gang's supervisor to have it done there.
+"""Takes the place of ssh where Open MPI starts its daemons: prints which command is to run on which node, for the gang's supervisor.
 
-Run by mpiexec as ``python openmpi_rsh.py [OPTION...] HOST COMMAND...``; the supervisor reads mpiexec's output, which this
-shares. Owns nothing and starts nothing. Run as a file and not as a module: it must cost a Python start and no import of ours.
+Run by mpiexec as ``python openmpi_rsh.py [OPTION...] HOST COMMAND...``; the supervisor reads mpiexec's output, which this shares. Owns
+nothing and starts nothing. Run as a file and not as a module: it must cost a Python start and no import of ours.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _SILENCE_S = 20.0
 
 
 class NodeAgent:
-    """One bundle's hands on its node."""
+    """Starts, asks and kills processes on the node of one bundle."""
 
     def __init__(self) -> None:
         exit_with(os.getppid())  # a worker may outlive its raylet by many seconds
@@ -54,7 +54,7 @@ class NodeAgent:
         return self._node(env).ask(tag, argv, env, bound_s)
 
     def _node(self, env: dict[str, str]) -> LocalNode:
-        """This node, with what is said of it now before what its agent was started with."""
+        """This node; of its own variables those in ``env`` win over those that its agent was started with."""
         own = self._own | {name: value for name, value in env.items() if name in mpiexec.NODE_NAMES}
         return LocalNode(0, get_node_ip_address(), own)
 
@@ -151,7 +151,7 @@ class SupervisorActor:
 
 
 class _Record(msgspec.Struct, kw_only=True):
-    """One gang in the launcher's eyes."""
+    """What the launcher keeps of one gang."""
 
     status: GangStatus
     spec: GangSpec | None = None
@@ -160,7 +160,7 @@ class _Record(msgspec.Struct, kw_only=True):
     question: Any = None
     asked: float = 0.0
     killing: Any = None
-    doomed: bool = False
+    failed: bool = False
 
 
 class RayLauncher:
@@ -187,7 +187,7 @@ class RayLauncher:
             record = self._records[key]
             self._ask(record)
             if record.question is not None:
-                self._doom(record, "its supervisor did not answer a new controller")
+                self._mark_failed(record, "its supervisor did not answer a new controller")
             log.info("adopted %s: %s", self._name(key), record.status.phase)
         for row in placement_group_table().values():
             key = self._parse(row["name"])
@@ -236,7 +236,7 @@ class RayLauncher:
     def poll(self) -> list[GangStatus]:
         for key, record in list(self._records.items()):
             if record.killing is not None:
-                self._bury(key, record)
+                self._finish_kill(key, record)
             elif record.supervisor is not None:
                 self._ask(record)
             elif record.placement is not None and placement_group_table(get_placement_group(self._name(key)))["state"] == "CREATED":
@@ -268,7 +268,7 @@ class RayLauncher:
     def _ask(self, record: _Record) -> None:
         """Take the answer to the last question, if it is there, and ask the next one."""
         now = time.monotonic()
-        if record.doomed:
+        if record.failed:
             return
         if record.question is None:
             record.question = record.supervisor.status.remote()
@@ -276,7 +276,7 @@ class RayLauncher:
         ready, _ = ray.wait([record.question], timeout=0)
         if not ready:
             if now - record.asked > _SILENCE_S:
-                self._doom(record, f"its supervisor has not answered for {_SILENCE_S:.0f} s")
+                self._mark_failed(record, f"its supervisor has not answered for {_SILENCE_S:.0f} s")
             return
         try:
             record.status = msgspec.json.decode(ray.get(record.question), type=GangStatus)
@@ -284,14 +284,14 @@ class RayLauncher:
             why = next(
                 (line for line in reversed(str(error).splitlines()) if "Error" in line or "Fault" in line), "killed, or its node is lost"
             )
-            self._doom(record, f"its supervisor died: {why.strip()}")
+            self._mark_failed(record, f"its supervisor died: {why.strip()}")
         except ray.exceptions.RayTaskError as error:
-            self._doom(record, f"its supervisor failed: {error.cause}")
+            self._mark_failed(record, f"its supervisor failed: {error.cause}")
         record.question, record.asked = None, 0.0
 
     @staticmethod
-    def _doom(record: _Record, cause: str) -> None:
-        record.doomed = True
+    def _mark_failed(record: _Record, cause: str) -> None:
+        record.failed = True
         record.status = msgspec.structs.replace(record.status, phase="failed", cause=cause, since=time.time())
 
     def drain(self, name: str, epoch: int) -> None:
@@ -303,13 +303,13 @@ class RayLauncher:
         record = self._records.get((name, epoch))
         if record is None or record.killing is not None:
             return
-        if record.supervisor is None or record.doomed:
-            self._forget((name, epoch), record)
+        if record.supervisor is None or record.failed:
+            self._remove((name, epoch), record)
             return
         record.killing = record.supervisor.kill.remote()
         record.asked = time.monotonic()
 
-    def _bury(self, key: tuple[str, int], record: _Record) -> None:
+    def _finish_kill(self, key: tuple[str, int], record: _Record) -> None:
         ready, _ = ray.wait([record.killing], timeout=0)
         if not ready and time.monotonic() - record.asked < _SILENCE_S:
             return
@@ -321,9 +321,9 @@ class RayLauncher:
                     return
             except ray.exceptions.RayError as error:
                 log.warning("%s: %s while it was killed", self._name(key), type(error).__name__)
-        self._forget(key, record)
+        self._remove(key, record)
 
-    def _forget(self, key: tuple[str, int], record: _Record) -> None:
+    def _remove(self, key: tuple[str, int], record: _Record) -> None:
         if record.supervisor is not None:
             ray.kill(record.supervisor)
         self._remove_group(self._name(key))
@@ -334,7 +334,7 @@ class RayLauncher:
         try:
             remove_placement_group(get_placement_group(name))
         except ValueError:
-            return  # gone already
+            return  # removed already
 
     def close(self) -> None:
         """Supervisors outlive a launcher."""

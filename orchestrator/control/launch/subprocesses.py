@@ -114,7 +114,7 @@ class ChildProcess:
         return self.returncode
 
     def signal(self, number: int, *, group: bool = False) -> None:
-        """Send a signal to the child or to its whole process group; one that is gone is left alone."""
+        """Send a signal to the child or to its whole process group. Does nothing when the child has ended."""
         if self._ended.is_set():
             return
         try:

@@ -1,7 +1,22 @@
-"""The gang supervisor: one mpiexec and all that hangs on it, from spec file to the proof that no process is left.
+"""The gang supervisor: one mpiexec and its ranks, from the spec file until no process of the gang is left.
 
 Owns one gang. A gang is never repaired: the first dead rank ends it. Must never wait without a bound; knows nothing of Ray
-(``launch.ray_launcher`` wraps it in an actor, ``launch.local_launcher`` calls it in this process).
+(:mod:`.ray_launcher` runs it in an actor, :mod:`.local_launcher` in its own process).
+
+What ends a gang (docs/reliability.md has the whole table, with bounds):
+
+    a rank dies                            RankWatch or mpiexec sees it; mpiexec ends the other ranks
+    all ranks fail to load                 they agree on the error and exit
+    one rank raises an error               that rank: MPI_Abort
+    a step hangs, or the I/O thread fails  the leader's I/O thread: rank 0 exits
+    a newer epoch has joined a router      the leader, by the router's Bye: MPI_Abort
+    a TensorRT-LLM rank falls silent       rank 0 (rank_liveness): MPI_Abort; during the start each rank's deadline: it exits
+    mpiexec dies                           the kernel, for every process has the death signal of its parent
+    it cannot be started                   GangSupervisor: files, pre-flight, mpiexec, a node that starts no ranks
+    an order to drain                      the leader finishes; the reconciler kills what is left after the grace
+    lost by the routers, late, replaced    the reconciler: KillGang, and so for each gang above that has ended
+    its supervisor, agent or raylet dies   the kernel and Ray; RayLauncher gives up a supervisor that is silent
+    the host ends, or is killed            OwnReplicas.end; the kernel. On a Ray that it joined, gangs outlive a host that is killed
 """
 
 from __future__ import annotations
@@ -29,7 +44,7 @@ from workers.protocol.status import GangPhase
 from workers.serving.state_file import ReplicaState, read_state
 
 log = logging.getLogger("trireme.launch")
-#: mpiexec returns within milliseconds of a rank's death; after this the first dead rank alone is the verdict.
+#: How long a killed mpiexec gets to end, before its ranks are killed one by one.
 _VERDICT_S = 1.0
 _OUTPUT_LINES = 50
 
@@ -60,24 +75,24 @@ class LocalNode:
         ChildProcess(["/bin/sh", "-c", command], env={**env, **self.own, TAG: tag}, cwd="/", log=Path(os.devnull))
 
     def ask(self, tag: str, argv: Sequence[str], env: Mapping[str, str], bound_s: float) -> tuple[int, str]:
-        said: list[str] = []
-        child = ChildProcess(argv, env={**env, **self.own, TAG: tag}, cwd="/", on_line=said.append)
+        output: list[str] = []
+        child = ChildProcess(argv, env={**env, **self.own, TAG: tag}, cwd="/", on_line=output.append)
         code = child.wait(bound_s)
         if code is None:
             child.signal(signal.SIGKILL, group=True)
             raise EnvironmentFault(f"node {self.address} does not answer", f"{argv[0]} took more than {bound_s:g} s", "look at that node")
-        return code, "\n".join(said)
+        return code, "\n".join(output)
 
     def kill(self, tag: str) -> list[int]:
         return kill_tagged(tag)
 
 
-#: Ranks that end within this time, seconds, ended at once: nobody can tell which was first.
+#: Of ranks that end within this time, seconds, the order is not known.
 TOGETHER_S = 0.05
 
 
 class RankWatch:
-    """Sees which rank of this host dies first, and of what: mpiexec's verdict may name one that it killed itself."""
+    """Sees which rank of this host dies first, and of which signal: mpiexec may name a rank that it killed itself."""
 
     def __init__(self, pids: Sequence[tuple[int, str, int]]) -> None:
         self.deaths: list[tuple[int, int, int | None]] = []
@@ -107,14 +122,14 @@ class RankWatch:
             os.close(file)
 
     def cause(self, wait_s: float = 0.0) -> str:
-        """``rank 1 (pid 4711) was killed by SIGKILL``; empty while all live. ``wait_s``: how long to wait for one who is about to end."""
+        """``rank 1 (pid 4711) was killed by SIGKILL``; empty while all live. ``wait_s``: how long to wait for a rank to end."""
         self._settled.wait(wait_s)
-        # Seen dead at once, nobody knows the order: only a signal that no clean-up sends tells who was first, else all are named.
-        told = [death for death in self.deaths if death[2] not in (None, signal.SIGKILL)] or self.deaths
-        return "; ".join(self._tell(*death) for death in told[:3])
+        # Their order is not known. A signal other than SIGKILL, which mpiexec sends, marks the first one; without one, all are named.
+        first = [death for death in self.deaths if death[2] not in (None, signal.SIGKILL)] or self.deaths
+        return "; ".join(self._describe(*death) for death in first[:3])
 
     @staticmethod
-    def _tell(rank: int, pid: int, number: int | None) -> str:
+    def _describe(rank: int, pid: int, number: int | None) -> str:
         if number is None:
             return f"rank {rank} (pid {pid}) ended"
         suspicion = " (out of memory?)" if number == signal.SIGKILL else ""
@@ -130,15 +145,15 @@ class GangSupervisor:
     def __init__(self, spec: GangSpec, epoch: int, nodes: Sequence[GangNode], *, mpi: mpi_calls.MpiInstall, env: Mapping[str, str]) -> None:
         self.spec, self.epoch, self._nodes, self._mpi, self._env = spec, epoch, list(nodes), mpi, env
         self.tag = spec.tag(epoch)
-        self._begun = time.time()
+        self._started_at = time.time()
         self._ended_at = 0.0
         self._folder = Path(spec.run_dir, spec.replica.name, str(epoch))
         self._child: ChildProcess | None = None
         self._watch: RankWatch | None = None
         self._fault: TriremeError | None = None
         self._output: deque[str] = deque(maxlen=_OUTPUT_LINES)
-        self._said = False
-        #: Held while mpiexec is started: a gang that was killed during its pre-flight must not start any more.
+        self._failure_logged = False
+        #: Taken while mpiexec is started: a gang that was killed during its pre-flight must not start any more.
         self._starting = threading.Lock()
         self._killed = False
 
@@ -165,15 +180,17 @@ class GangSupervisor:
         hosts = [mpi_calls.MpiHost(address=node.address, ranks=node.ranks) for node in self._nodes]
         command = [*self.spec.command, "--spec", str(self._folder / "spec.json")]
         if isinstance(self.spec.replica.engine, TrtllmSpec):
-            command.append("--mpi-multiple")  # every rank must know it before it can be told its spec
+            command.append("--mpi-multiple")  # every rank must know it before rank 0 sends it the spec
         argv = mpi_calls.argv(self._mpi, hosts, command, control=self._nodes[0].address)
         env = mpi_calls.environment(self._mpi, self._env, cuda=self.spec.replica.engine.device == "cuda")
         if len(hosts) == 1:
             env |= {name: self._env[name] for name in mpi_calls.NODE_NAMES if name in self._env}
             env |= self._nodes[0].own if isinstance(self._nodes[0], LocalNode) else {}
-        return ChildProcess(argv, env={**env, TAG: self.tag}, cwd="/", on_line=lambda line: self._heard(line, env), on_exit=self._exited)
+        return ChildProcess(
+            argv, env={**env, TAG: self.tag}, cwd="/", on_line=lambda line: self._on_output(line, env), on_exit=self._on_exit
+        )
 
-    def _heard(self, line: str, env: Mapping[str, str]) -> None:
+    def _on_output(self, line: str, env: Mapping[str, str]) -> None:
         proxy = mpi_calls.proxy_line(line, [node.address for node in self._nodes])
         if proxy is None:
             self._output.append(line)
@@ -184,7 +201,7 @@ class GangSupervisor:
         except TriremeError as fault:
             self._fault = self._fault or fault
 
-    def _exited(self, code: int) -> None:
+    def _on_exit(self, code: int) -> None:
         self._ended_at = time.time()
         try:
             (self._folder / "mpiexec.log").write_text("\n".join([*self._output, f"mpiexec returned {code}"]) + "\n")
@@ -192,15 +209,15 @@ class GangSupervisor:
             log.warning("gang %s: cannot keep mpiexec's output: %s", self.tag, error.strerror)
 
     def status(self) -> GangStatus:
-        """What the gang is now; says a failure's cause once in the log."""
+        """What the gang is now. Logs a failure's cause once."""
         state = self._state()
         if self._watch is None and state is not None and self._child is not None:
             self._watch = RankWatch(state.pids)
         phase, cause, hint, exit_code = self._verdict(state)
-        if phase == "failed" and not self._said:
-            self._said = True
+        if phase == "failed" and not self._failure_logged:
+            self._failure_logged = True
             log.error("replica %s epoch %d failed: %s", self.spec.replica.name, self.epoch, cause)
-        since = self._ended_at if phase in ENDED and self._ended_at else state.since if state is not None else self._begun
+        since = self._ended_at if phase in ENDED and self._ended_at else state.since if state is not None else self._started_at
         return GangStatus(
             name=self.spec.replica.name,
             epoch=self.epoch,
@@ -237,14 +254,14 @@ class GangSupervisor:
             leaving = state is not None and state.phase in ("draining", "stopped")
             if seen and not leaving:
                 # mpiexec itself may be stopped or busy: the gang is lost either way.
-                return "failed", *self._with_word(seen, ""), 0
+                return "failed", *self._with_own_error(seen, ""), 0
             phase: GangPhase = "starting" if state is None else "draining" if state.phase == "stopped" else state.phase
             return phase, "", "", 0
         if code == 0:
             return "stopped", "", "", 0
-        return "failed", *self._with_word(self._epitaph(code), f"see {self._folder}"), 0
+        return "failed", *self._with_own_error(self._death_cause(code), f"see {self._folder}"), 0
 
-    def _epitaph(self, code: int) -> str:
+    def _death_cause(self, code: int) -> str:
         assert self._child is not None
         if code < 0:
             return f"mpiexec (pid {self._child.pid}) was killed by {mpi_calls.signal_name(-code)}"
@@ -254,17 +271,17 @@ class GangSupervisor:
         number = mpi_calls.exit_signal(self._mpi, code)
         return f"a rank was killed by {mpi_calls.signal_name(number)}" if number else f"a rank exited with code {code}"
 
-    def _with_word(self, what: str, hint: str) -> tuple[str, str]:
-        """(cause, hint): a rank's own error before ``what`` was seen of its end, else what MPI or Python made of it behind that."""
+    def _with_own_error(self, what: str, hint: str) -> tuple[str, str]:
+        """(cause, hint): the error that a rank printed, then ``what`` was seen of its end; else ``what`` and a line of MPI or Python."""
         lines = [line.strip() for line in self._output]
         own = {name: text for name, colon, text in (line.partition(": ") for line in lines) if colon and name in ("error", "why", "hint")}
         if "error" in own:
             return ": ".join(filter(None, (own["error"], own.get("why")))) + f" ({what})", own.get("hint", hint)
-        told = next((line for head in ("ModuleNotFoundError", "Abort(") for line in reversed(lines) if line.startswith(head)), "")
-        return f"{what}: {told}" if told else what, hint
+        line = next((line for head in ("ModuleNotFoundError", "Abort(") for line in reversed(lines) if line.startswith(head)), "")
+        return f"{what}: {line}" if line else what, hint
 
     def drain(self) -> None:
-        """SIGTERM to rank 0 alone: it finishes what runs within its grace, then takes the others along. Before it is up: kill."""
+        """SIGTERM to rank 0 alone: it finishes what runs within its grace, then ends the other ranks. Kills a gang without a rank 0."""
         state = self._state()
         leader = next((pid for rank, _, pid in state.pids if rank == 0), None) if state is not None else None
         if leader is None or self._child is None or self._child.returncode is not None:
