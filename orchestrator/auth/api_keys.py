@@ -29,7 +29,7 @@ class Tenant(msgspec.Struct, frozen=True):
 
     @property
     def sees_all(self) -> bool:
-        """Whether what names everybody's models may be told."""
+        """Whether the answer may name models of all tenants."""
         return self.models is None or self.watches
 
     def may_use(self, names: Iterable[str]) -> bool:
@@ -108,7 +108,7 @@ class ApiKeys:
 class Salting:
     """Makes the salt of the prefix cache: HMAC over tenant and the client's own salt with the deployment's key, the same at every router.
 
-    Replicas and the routing core know a prefix by this alone, so nobody finds, or counts as cached, what another tenant computed.
+    Replicas and the routing core know a prefix by this alone, so no tenant finds, or counts as cached, what another one computed.
     """
 
     def __init__(self, key: bytes) -> None:

@@ -62,7 +62,7 @@ class CurveAcl:
         return grant is not None and grant.role == role
 
     def tenant(self, user: str) -> Tenant:
-        """Whose requests the client ``user`` brings; nobody's, who may use nothing, where its key was just taken off the list."""
+        """The tenant of client ``user``; a tenant that may use nothing where its key was just removed."""
         grant = self._grants.get(user)
         return Tenant(grant.name, grant.models, grant.watches) if grant is not None else Tenant(models=())
 

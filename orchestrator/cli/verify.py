@@ -48,7 +48,7 @@ READY_S = 3600.0
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """Two greedy answers to one prompt. ``same``: tokens before they part, of ``total``.
 
-    Where they part: the two tokens, and ``margin``: how much more likely the reference held its own, in nats (at least so much where
+    Where they part: the two tokens, and ``margin``: how much more likely the reference took its own to be, in nats (at least so much where
     ``open``: the engine's token is not among its alternatives).
     """
 

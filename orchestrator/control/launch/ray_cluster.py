@@ -100,7 +100,7 @@ def _own_signals() -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Ray itself retries for a long time; a port where nobody listens or answers is said within seconds."""
+    """Raises :class:`EnvironmentFault` within seconds where no process answers at the port: Ray itself would retry for a long time."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
         return  # "auto"
