@@ -75,7 +75,8 @@ class Engine(Protocol):
         """Run one step and return what it emitted; [] also when only prefill ran. With nothing to do it returns [] at once."""
 
     def busy(self) -> bool:
-        """Whether ``step`` would do work now (a sequence runs, waits, or has a step in flight; paused ones don't count)."""
+        """Whether ``step`` would do work now: a sequence runs, waits, or has a step in flight. Paused ones count only when they are due to
+        give up their K/V memory."""
 
     def predicted_ms(self) -> float:
         """What the next ``step`` is expected to take, for the hang watchdog."""

@@ -23,7 +23,7 @@ QuantName = Literal["int8", "int4", "fp8"]
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 MAX_LAYERS = 4096
-#: Longest that rows should go on after SIGTERM, seconds: batch systems kill 30 s after it.
+#: Longest that sequences should go on after SIGTERM, seconds: batch systems kill 30 s after it.
 TERM_GRACE_S = 20.0
 #: Bytes of one element.
 DTYPE_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -205,7 +205,7 @@ class CommonEngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _require(
             self.max_num_tokens >= self.max_batch_size,
             f"max_num_tokens ({self.max_num_tokens}) is below max_batch_size ({self.max_batch_size})",
-            "one step must be able to hold one token of every row",
+            "one step must be able to hold one token of every sequence",
             "raise max_num_tokens or lower max_batch_size",
         )
         _require(self.block_size in (8, 16, 32, 64, 128), f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}")
@@ -264,8 +264,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ``epoch`` = launch time in ms * 2**16 + 16 random bits, minted by the gang supervisor: larger = newer.
     ``run_dir``: where rank 0 writes ``state.json`` and each rank its ``rank<N>.log``; empty = log to stderr, no state file.
     ``key_file``: this replica's CURVE key pair (JSON: public, secret), needed for ``tcp://`` routers only.
-    ``drain_grace_s``: how long rows may go on after SIGTERM; the rest continues elsewhere. ``announced``: its name towards routers that
-    serve replicas of several deployments; empty = ``name``. ``log_format``: of the ranks' logs.
+    ``drain_grace_s``: how long sequences may go on after SIGTERM; the rest continues elsewhere. ``announced``: its name towards routers
+    that serve replicas of several deployments; empty = ``name``. ``log_format``: of the ranks' logs.
     """
 
     name: str

@@ -31,7 +31,7 @@ def _text(text: str) -> Any:
 class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """0, False and empty = not passed: the builder's own default stands."""
 
-    max_batch_size: Annotated[int, _number("rows in one step", 1)] = 256
+    max_batch_size: Annotated[int, _number("sequences in one step", 1)] = 256
     max_num_tokens: Annotated[int, _number("tokens in one step", 1)] = 8192
     max_seq_len: Annotated[int, _number("longest prompt and answer, tokens; 0 = the model's context")] = 0
     max_input_len: Annotated[int, _number("longest prompt, tokens; 0 = max-seq-len")] = 0
@@ -72,7 +72,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _require(
             self.max_num_tokens >= self.max_batch_size,
             f"--max-num-tokens {self.max_num_tokens} is below --max-batch-size {self.max_batch_size}",
-            "one step must be able to hold one token of every row",
+            "one step must be able to hold one token of every sequence",
         )
         _require(
             self.opt_num_tokens <= self.max_num_tokens,
