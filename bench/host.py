@@ -55,7 +55,7 @@ class Nothing:
 
     def take_submission(self, *state: object) -> None: ...
 
-    def resolve_guesses(self, tokens: Tensor, *state: object) -> Tensor:
+    def resolve_placeholders(self, tokens: Tensor, *state: object) -> Tensor:
         return tokens.zero_()
 
     def best_candidates(self, logits: Tensor, *state: object) -> Tensor:

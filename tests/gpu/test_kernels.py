@@ -45,7 +45,7 @@ if not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 from workers.kernels import gpu  # noqa: E402
-from workers.kernels.step_ends import best_candidates, choose_tokens, merge_candidates, resolve_guesses, take_submission  # noqa: E402
+from workers.kernels.step_ends import best_candidates, choose_tokens, merge_candidates, resolve_placeholders, take_submission  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -236,9 +236,9 @@ def chosen(logits: torch.Tensor, params: list[SamplingParams], positions: list[i
     Waiter().until((completion := completions.of(7, count)).ready)
     tokens = completion.tokens.tolist()
     assert state.tokens.tolist() == [max(token, 0) for token in reversed(tokens)] + [-7]
-    guesses = torch.tensor([-1 if token % 2 == 0 else token for token in tokens], dtype=torch.int32, device=DEVICE)
-    assert resolve_guesses(guesses, slots, state).tolist() == [max(token, 0) for token in tokens]
-    assert guesses.tolist() == [-1] * count
+    with_placeholders = torch.tensor([-1 if token % 2 == 0 else token for token in tokens], dtype=torch.int32, device=DEVICE)
+    assert resolve_placeholders(with_placeholders, slots, state).tolist() == [max(token, 0) for token in tokens]
+    assert with_placeholders.tolist() == [-1] * count
     return tokens
 
 

@@ -24,7 +24,7 @@ __all__ = [
     "embed",
     "merge_candidates",
     "paged_attention",
-    "resolve_guesses",
+    "resolve_placeholders",
     "rope_rows",
     "rope_store",
     "rope_table",
@@ -78,7 +78,7 @@ def take_submission(rings: Rings, memory: Tensor, state: SlotState, returned: Te
     rings.taken[0], rings.taken[1], rings.read[0] = number, step, number
 
 
-def resolve_guesses(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
+def resolve_placeholders(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
     found = torch.where(tokens < 0, state.tokens[slots.long()], tokens)
     tokens.fill_(-1)
     return found

@@ -42,7 +42,7 @@ class MpiFollowers:
     def __init__(self, plans: MpiMailbox, results: MpiMailbox, *, world: int, tp: int) -> None:
         self._plans, self._results = plans, results
         self._ranks = range(1, world)
-        self._answering = world - tp  # the last stage's first rank
+        self._reporting_rank = world - tp  # the last stage's first rank
 
     def send(self, plan: StepPlan) -> None:
         """Send ``plan`` to every other rank; returns at once."""
@@ -52,7 +52,7 @@ class MpiFollowers:
 
     def result(self) -> StepResult:
         """The oldest result not yet taken; waits for it, bounded."""
-        return decode_result(self._results.take(self._answering))
+        return decode_result(self._results.take(self._reporting_rank))
 
     def stop(self) -> None:
         """Send a plan that says stop, and see it leave within ``CLOSE_S``."""
@@ -136,12 +136,19 @@ class PortableEngine(ScheduledEngine):
 
 
 class PortableFollower:
-    """Any rank but the leader's: applies plans until one says stop. ``answers``: results go to the leader from this rank."""
+    """Any rank but the leader's: applies plans until one says stop. ``reports_results``: results go to the leader from this rank."""
 
     def __init__(
-        self, runner: PlanRunner, plans: MpiMailbox, results: MpiMailbox, *, answers: bool, waiter: Waiter, close: Callable[[], None]
+        self,
+        runner: PlanRunner,
+        plans: MpiMailbox,
+        results: MpiMailbox,
+        *,
+        reports_results: bool,
+        waiter: Waiter,
+        close: Callable[[], None],
     ) -> None:
-        self._runner, self._plans, self._results, self._answers = runner, plans, results, answers
+        self._runner, self._plans, self._results, self._reports_results = runner, plans, results, reports_results
         self._waiter, self._close = waiter, close
         self._pending: deque[PendingResult] = deque()
 
@@ -154,7 +161,7 @@ class PortableFollower:
                 self._close()
                 return
             pending = self._runner.issue(plan)
-            if self._answers and pending is not None:
+            if self._reports_results and pending is not None:
                 self._pending.append(pending)
 
     def _next_plan(self) -> StepPlan:
@@ -186,8 +193,8 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Por
 
         plans, results = MpiMailbox(comm.Dup(), spec.engine.wait), MpiMailbox(comm.Dup(), spec.engine.wait)
         if comm.Get_rank() > 0:
-            answers = comm.Get_rank() == world - tp
-            return PortableFollower(built.runner, plans, results, answers=answers, waiter=Waiter(spec.engine.wait), close=built.close)
+            reports, waiter = comm.Get_rank() == world - tp, Waiter(spec.engine.wait)
+            return PortableFollower(built.runner, plans, results, reports_results=reports, waiter=waiter, close=built.close)
         followers: MpiFollowers | None = MpiFollowers(plans, results, world=world, tp=tp)
     else:
         followers = None

@@ -1,5 +1,5 @@
-"""Both ends of a step in Triton. Before the layers: take the host's submission and look up guessed tokens. After them: choose tokens and
-report them to the host, without leaving the device and in one read of the logits.
+"""Both ends of a step in Triton. Before the layers: take the host's submission and look up the tokens that placeholders stand for. After
+them: choose tokens and report them to the host, without leaving the device and in one read of the logits.
 
 Tokens are chosen greedily or by plain temperature, the common cases. Owns what a step leaves behind so that the next one may need nothing
 from the host; and the kernels' form of :mod:`workers.sampling.definition`: the same noise bits, ties to the lowest id. The best candidate
@@ -18,7 +18,7 @@ from workers.sampling.definition import MIX_A, MIX_B
 
 #: Candidates that one program scores.
 _CANDIDATES = 2048
-#: Tokens that one program of :func:`resolve_guesses` looks up, and words that :func:`take_submission` reads at a time.
+#: Tokens that one program of :func:`resolve_placeholders` looks up, and words that :func:`take_submission` reads at a time.
 _TOKENS = 128
 _WORDS = 4096
 _HEADER, _NUMBERS = tl.constexpr(HEADER_WORDS), tl.constexpr(NUMBER_MASK)
@@ -90,7 +90,7 @@ def take_submission(rings: Rings, memory: Tensor, state: SlotState, returned: Te
 
 
 @triton.jit(do_not_specialize=["count"])
-def _resolve_guesses(out, tokens, slots, last, count, SPAN: tl.constexpr, EARLY: tl.constexpr):
+def _resolve_placeholders(out, tokens, slots, last, count, SPAN: tl.constexpr, EARLY: tl.constexpr):
     """Grid: one program for each SPAN tokens."""
     enter(EARLY)
     index = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
@@ -101,13 +101,13 @@ def _resolve_guesses(out, tokens, slots, last, count, SPAN: tl.constexpr, EARLY:
     tl.store(tokens + index, -1, mask=mask)
 
 
-def resolve_guesses(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
-    """[T] int32: ``tokens`` [T] int32, with the last token of ``slots`` [T] in place of each guess (a negative token).
+def resolve_placeholders(tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor:
+    """[T] int32: ``tokens`` [T] int32, with the last token of ``slots`` [T] in place of each placeholder (a negative token).
 
-    Afterwards all ``tokens`` are guesses: what a step that repeats this one reads.
+    Afterwards all ``tokens`` are placeholders: what a step that repeats this one reads.
     """
     out, count = torch.empty_like(tokens), len(tokens)
-    _resolve_guesses[(triton.cdiv(count, _TOKENS),)](out, tokens, slots, state.tokens, count, SPAN=_TOKENS, **early(), num_warps=1)
+    _resolve_placeholders[(triton.cdiv(count, _TOKENS),)](out, tokens, slots, state.tokens, count, SPAN=_TOKENS, **early(), num_warps=1)
     return out
 
 

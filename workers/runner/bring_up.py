@@ -182,7 +182,7 @@ def _runner(
         max_seq_len=max_seq_len,
         max_num_tokens=engine.max_num_tokens,
         depth=parallel.pp + 1,
-        reports=stage.shard.tp_rank == 0,
+        reports_results=stage.shard.tp_rank == 0,
         eos_ids=eos_ids,
         waiter=Waiter(engine.wait),
     )

@@ -43,7 +43,7 @@ class StepEnds(Protocol):
 
     def take_submission(self, rings: Rings, memory: Tensor, state: SlotState, returned: Tensor) -> None: ...
 
-    def resolve_guesses(self, tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor: ...
+    def resolve_placeholders(self, tokens: Tensor, slots: Tensor, state: SlotState) -> Tensor: ...
 
     def best_candidates(self, logits: Tensor, slots: Tensor, positions: Tensor, state: SlotState, start: int) -> Tensor: ...
 
@@ -53,12 +53,12 @@ class StepEnds(Protocol):
 
 
 class _Step(NamedTuple):
-    """What a plan has in common with the plans that repeat it. ``sampled`` [S]: indices of the sequences that yield a token;
-    ``graph_size``: the size of the decode graph that takes the step, None where it is not all decodes or no graph holds it."""
+    """What a plan has in common with the plans that repeat it. ``sampled_indices`` [N]: the sequences that yield a token; ``graph_size``:
+    the size of the decode graph that takes the step, None where it is not all decodes or no graph holds it."""
 
     slots: Ints
     lengths: Ints
-    sampled: npt.NDArray[np.int64]
+    sampled_indices: npt.NDArray[np.int64]
     graph_size: int | None
 
 
@@ -70,7 +70,7 @@ class GpuRunner:
         step_ends: the module :mod:`workers.kernels.step_ends`, or what stands in for it.
         slots, max_seq_len: bounds of slot numbers and of a sequence's tokens.
         depth: how many plans may be in flight.
-        reports: whether this rank of the last stage is the one whose results are read.
+        reports_results: whether this rank of the last stage is the one whose results are read.
         waiter: how to wait for the device.
     """
 
@@ -86,14 +86,14 @@ class GpuRunner:
         max_seq_len: int,
         max_num_tokens: int,
         depth: int,
-        reports: bool = True,
+        reports_results: bool = True,
         eos_ids: tuple[int, ...] = (),
         waiter: Waiter | None = None,
     ) -> None:
         #: This rank's part of the model; read-only for others.
         self.stage = stage
         self._cache, self._device, self._step_ends, self._groups = cache, device, step_ends, groups
-        self._depth, self._reports, self._waiter = depth, reports, waiter or Waiter()
+        self._depth, self._reports_results, self._waiter = depth, reports_results, waiter or Waiter()
         shard, on = stage.shard, device.torch_device
         self._heads = Heads(shard.heads.size, shard.kv_heads.size)
         width = -(-max_seq_len // cache.block_size)
@@ -169,9 +169,9 @@ class GpuRunner:
         # Most plans are replayed without a call of torch: inference mode is entered only where torch makes tensors.
         updates = self._records.apply(plan)
         if self._groups.pipeline.size > 1:
-            updates = updates._replace(returned=self._records.token_indices(self._return_guessed(plan)))
+            updates = updates._replace(returned=self._records.token_indices(self._return_placeholders(plan)))
         if not plan.slots:
-            return ReadyResult(StepResult(step=plan.step)) if self._sampling is not None and self._reports else None
+            return ReadyResult(StepResult(step=plan.step)) if self._sampling is not None and self._reports_results else None
         step = self._step_of(plan)
         if step.graph_size is None:
             hidden = self._run_mixed(plan, step, updates)
@@ -183,9 +183,9 @@ class GpuRunner:
         extras = self._sample_with_torch(plan, step, hidden) if self._records.torch_count or plan.score else None
         if self._groups.pipeline.size > 1:
             self._record_event(plan.step)
-        if not self._reports:
+        if not self._reports_results:
             return None
-        return DeviceResult(plan.step, self._completions.of(plan.step, len(step.sampled)), self._waiter, extras)
+        return DeviceResult(plan.step, self._completions.of(plan.step, len(step.sampled_indices)), self._waiter, extras)
 
     def _record_event(self, step: int) -> None:
         """Remember where the device's work for ``step`` ends."""
@@ -199,10 +199,10 @@ class GpuRunner:
         # The next graph overwrites what a graph computes; what is being sent must stay as it is.
         self._groups.pipeline.send(hidden[:count].clone() if hidden is self._hidden else hidden, self._groups.pipeline.rank + 1)
 
-    def _return_guessed(self, plan: StepPlan) -> Ints:
-        """The last stage sends the tokens that ``plan`` leaves as guesses to the first stage. Returns the slots whose tokens this rank
-        receives: [m] int32 on the first stage, none elsewhere."""
-        if self._groups.pipeline.size == 1 or not plan.slots:
+    def _return_placeholders(self, plan: StepPlan) -> Ints:
+        """Where there are several stages: the last one sends the first one the tokens that ``plan`` leaves as placeholders. Returns the
+        slots whose tokens this rank receives: [m] int32 on the first stage, none elsewhere."""
+        if not plan.slots:
             return NONE
         lengths = view(plan.lengths)
         first = np.cumsum(lengths) - lengths
@@ -229,9 +229,9 @@ class GpuRunner:
         return step
 
     def _read(self, plan: StepPlan) -> _Step:
-        slots, lengths, sampled = view(plan.slots), view(plan.lengths), np.flatnonzero(view(plan.sample))
-        all_decode = len(view(plan.tokens)) == len(slots) == len(sampled) and not plan.score
-        return _Step(slots, lengths, sampled, self._decode_graphs.size_for(len(slots)) if all_decode else None)
+        slots, lengths, sampled_indices = view(plan.slots), view(plan.lengths), np.flatnonzero(view(plan.sample))
+        all_decode = len(view(plan.tokens)) == len(slots) == len(sampled_indices) and not plan.score
+        return _Step(slots, lengths, sampled_indices, self._decode_graphs.size_for(len(slots)) if all_decode else None)
 
     # Ways to run it
 
@@ -256,15 +256,15 @@ class GpuRunner:
     @torch.inference_mode()
     def _run_mixed(self, plan: StepPlan, step: _Step, updates: SlotUpdates) -> Tensor:
         """Run any step, by a graph that holds it or operation by operation; returns its hidden states."""
-        tokens, sampled = view(plan.tokens), len(step.sampled)
+        tokens, sampled_count = view(plan.tokens), len(step.sampled_indices)
         # A step that yields nothing is completed by one padding sequence.
-        exact = MixedInputFormat(step_shape(step.lengths, self._heads), max(1, sampled), self._padding_slot)
+        exact = MixedInputFormat(step_shape(step.lengths, self._heads), max(1, sampled_count), self._padding_slot)
         size = self._mixed_graphs.size_for(len(tokens))
         form = exact if size is None else self._mixed_formats[size]
         if not form.holds(exact):
             size, form = None, exact
         packed, updates = self._open(plan.step, form.words, updates)
-        form.fill(packed, step.slots, view(plan.starts), step.lengths, tokens, step.sampled, self._heads)
+        form.fill(packed, step.slots, view(plan.starts), step.lengths, tokens, step.sampled_indices, self._heads)
         self._submissions.send(plan.step, form.words, updates)
         self._repeatable = 0
         if size is not None:
@@ -302,7 +302,7 @@ class GpuRunner:
         stage, slots, ends, hidden = self.stage, inputs.slots, self._step_ends, hidden[: len(inputs.tokens)]
         ends.take_submission(self._rings, self._memory, self._state, self._returned)
         if stage.shard.first:
-            stage.embed(ends.resolve_guesses(inputs.tokens, inputs.layout.slots, self._state), hidden)
+            stage.embed(ends.resolve_placeholders(inputs.tokens, inputs.layout.slots, self._state), hidden)
         if not stage.shard.last:
             stage.forward(hidden, inputs.layout, layers)
             return
@@ -322,13 +322,13 @@ class GpuRunner:
         """Sample the sequences that need the torch sampler, and score prompts; None where the step has neither. Reads from the device, so
         it waits for this step."""
         assert self._sampling is not None
-        indices = np.flatnonzero(self._records.needs_torch[step.slots[step.sampled]])
+        indices = np.flatnonzero(self._records.needs_torch[step.slots[step.sampled_indices]])
         if not len(indices) and not plan.score:
             return None
         prompt = self._sampling.prompt_logprobs(plan, hidden)
         if not len(indices):
             return SamplingExtras(indices, NONE, None, [], prompt)
-        sequences = step.sampled[indices]
+        sequences = step.sampled_indices[indices]
         last_tokens = torch.from_numpy(np.cumsum(step.lengths)[sequences] - 1).to(hidden.device)
         sampled = self._sampling.sample(plan, sequences, hidden.index_select(0, last_tokens))
         slots = torch.from_numpy(step.slots[sequences].astype(np.int64)).to(hidden.device)

@@ -88,7 +88,7 @@ class Completions:
 
 
 class Completion:
-    """The tokens of one step, perhaps still to come. ``tokens`` [S] int32 are valid once :meth:`ready`; -1 = no logit is finite."""
+    """The tokens of one step, perhaps still to come. ``tokens`` [N] int32 are valid once :meth:`ready`; -1 = no logit is finite."""
 
     def __init__(self, tokens: Ints, numbers: Ints, number: int, polls: _PollCounter) -> None:
         self.tokens = tokens

@@ -50,7 +50,7 @@ class SamplingInput:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOutput:
-    """``tokens`` [S] int32 (-1 = no finite logit to choose from), ``logprobs`` [S] float32 of the raw distribution."""
+    """``tokens`` [N] int32 (-1 = no finite logit to choose from), ``logprobs`` [N] float32 of the raw distribution."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -99,7 +99,7 @@ class Sampler:
         return tokens[inside] - self.start
 
     def sample(self, logits: Tensor, inputs: list[SamplingInput]) -> SamplingOutput:
-        """Choose one token for each of ``inputs`` [S] from ``logits`` [S, rows] fp32, which stay unchanged."""
+        """Choose one token for each of ``inputs`` [N] from ``logits`` [N, rows] fp32, which stay unchanged."""
         if all(one.plain_greedy for one in inputs):
             values, ids = logits.max(-1)
             tokens, _ = self._global_argmax(values, ids, torch.zeros_like(values), values)
@@ -123,9 +123,9 @@ class Sampler:
         return SamplingOutput(tokens, (chosen_raw - self.log_normalizer(logits)).float().cpu().numpy())
 
     def _global_argmax(self, values: Tensor, ids: Tensor, raw: Tensor, highest: Tensor) -> tuple[np.ndarray, Tensor]:
-        """(tokens [S], raw logit of each [S] fp64) from each shard's best scores ``values`` [S], their local ``ids`` and ``raw`` logits.
+        """(tokens [N], raw logit of each [N] fp64) from each shard's best scores ``values`` [N], their local ``ids`` and ``raw`` logits.
 
-        ``highest`` [S]: the shard's largest raw logit, NaN or +inf where the logits are unusable.
+        ``highest`` [N]: the shard's largest raw logit, NaN or +inf where the logits are unusable.
         """
         mine = torch.stack((values.double(), (ids + self.start).double(), raw.double(), highest.double()))
         every = self._group.all_gather(mine)
@@ -185,7 +185,7 @@ class Sampler:
         return thresholds.float()
 
     def log_normalizer(self, logits: Tensor) -> Tensor:
-        """[S] fp64 log-sum-exp over the whole vocabulary; ``logits`` [S, rows]."""
+        """[N] fp64 log-sum-exp over the whole vocabulary; ``logits`` [N, rows]."""
         peak = logits.max(-1).values.double()
         finite = peak.nan_to_num(neginf=0.0)
         total = (logits.double() - finite.unsqueeze(1)).exp_().sum(-1)
@@ -194,7 +194,7 @@ class Sampler:
         return highest + (every[:, 1] * (every[:, 0] - highest).exp()).sum(0).log()
 
     def top_logits(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """(ids, values fp64), each [S, count]: the largest logits of the whole vocabulary in falling order, ties by id."""
+        """(ids, values fp64), each [N, count]: the largest logits of the whole vocabulary in falling order, ties by id."""
         shown = min(count, self.rows)
         # Value and id in one integer, so that equal values have an order: fp32 as an ordered int32 above, the reversed id below.
         ordered = (logits + 0.0).view(torch.int32)
@@ -208,7 +208,7 @@ class Sampler:
         return 0x7FFFFFFF - (merged & 0x7FFFFFFF), values.double()
 
     def logits_of(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """[S] fp64 raw logits of ``tokens`` [S], ids of the whole vocabulary."""
+        """[N] fp64 raw logits of ``tokens`` [N], ids of the whole vocabulary."""
         local = tokens - self.start
         mine = (local >= 0) & (local < self.rows)
         found = logits.gather(1, local.clamp(0, self.rows - 1).unsqueeze(1)).squeeze(1).double()

@@ -1,7 +1,8 @@
 """The inputs of a step's program: device memory that a submission writes whole or not at all.
 
-Owns the order of its words. A decode program leaves its inputs as the next step needs them: positions one further, and every token a guess,
-which stands for the slot's last token. So a decode step that repeats the one before reads what that one left. Must never know of plans.
+Owns the order of its words. A decode program leaves its inputs as the next step needs them: positions one further, and every token a
+placeholder, which stands for the slot's last token. So a decode step that repeats the one before reads what that one left. Must never know
+of plans.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from workers.scheduler.step_plan import Ints
 
 
 class StepInputs(NamedTuple):
-    """What a program reads. ``tokens`` [T] int32, negative = a guess; ``picks`` [S] int32: the tokens of the step whose logits are wanted
-    (None = all T); ``slots`` [S] int32: the slots of the sequences that get them."""
+    """What a program reads. ``tokens`` [T] int32, negative = a placeholder; ``picks`` [N] int32: the tokens of the step whose logits are
+    wanted (None = all T); ``slots`` [N] int32: the slots of the sequences that get them."""
 
     layout: DeviceLayout
     tokens: Tensor
@@ -36,38 +37,39 @@ class StepInputs(NamedTuple):
 
 
 class MixedInputFormat:
-    """Inputs of any step of at most ``shape.tokens`` tokens, of which ``sampled`` yield one; ``words`` int32 long.
+    """Inputs of any step of at most ``shape.tokens`` tokens, of which ``sampled_count`` yield one; ``words`` int32 long.
 
     Padding samples for the slot ``padding_slot``.
     """
 
-    def __init__(self, shape: LayoutShape, sampled: int, padding_slot: int) -> None:
-        self.shape, self.sampled, self._padding_slot = shape, sampled, padding_slot
+    def __init__(self, shape: LayoutShape, sampled_count: int, padding_slot: int) -> None:
+        self.shape, self.sampled_count, self._padding_slot = shape, sampled_count, padding_slot
         self._tokens = shape.size
         self._picks = self._tokens + aligned(shape.tokens)
-        self._slots = self._picks + aligned(sampled)
-        self.words = self._slots + aligned(sampled)
+        self._slots = self._picks + aligned(sampled_count)
+        self.words = self._slots + aligned(sampled_count)
 
     def holds(self, other: MixedInputFormat) -> bool:
         """Whether every step that fits ``other`` fits this format."""
         mine, its = self.shape, other.shape
-        return mine.tokens >= its.tokens and mine.parts >= its.parts and mine.tiles >= its.tiles and self.sampled >= other.sampled
+        fits = mine.tokens >= its.tokens and mine.parts >= its.parts and mine.tiles >= its.tiles
+        return fits and self.sampled_count >= other.sampled_count
 
     def views(self, memory: Tensor, paging: Paging) -> StepInputs:
         """Views of the first ``words`` of ``memory`` int32 on the device."""
         layout = view_layout(self.shape, memory[: self._tokens], paging)
         tokens = memory[self._tokens : self._tokens + self.shape.tokens]
-        picks, slots = (memory[begin : begin + self.sampled] for begin in (self._picks, self._slots))
+        picks, slots = (memory[begin : begin + self.sampled_count] for begin in (self._picks, self._slots))
         return StepInputs(layout, tokens, picks, slots)
 
-    def fill(self, packed: Ints, slots: Ints, starts: Ints, lengths: Ints, tokens: Ints, sampled: np.ndarray, heads: Heads) -> None:
-        """Write a step into ``packed`` [words]; columns as in a StepPlan; ``sampled`` [S]: indices of the sequences that yield a token."""
+    def fill(self, packed: Ints, slots: Ints, starts: Ints, lengths: Ints, tokens: Ints, sampled_indices: np.ndarray, heads: Heads) -> None:
+        """Write a step into ``packed`` [words]; columns as in a StepPlan; ``sampled_indices`` [N]: the sequences that yield a token."""
         fill_layout(self.shape, packed[: self._tokens], slots, starts, lengths, heads)
-        last_tokens = np.cumsum(lengths)[sampled] - 1
+        last_tokens = np.cumsum(lengths)[sampled_indices] - 1
         for begin, size, column, padding in (
             (self._tokens, self.shape.tokens, tokens, 0),
-            (self._picks, self.sampled, last_tokens, 0),
-            (self._slots, self.sampled, slots[sampled], self._padding_slot),
+            (self._picks, self.sampled_count, last_tokens, 0),
+            (self._slots, self.sampled_count, slots[sampled_indices], self._padding_slot),
         ):
             _put(packed[begin : begin + size], column, padding)
 

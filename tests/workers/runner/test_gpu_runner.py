@@ -164,8 +164,8 @@ def test_cancels_amid_steps_leave_nothing(folder: Path) -> None:
     assert (stats.free_blocks, stats.running, stats.waiting) == (device.capacity.num_blocks, 0, 0)
 
 
-def guessing_plans(pairs: int) -> list[StepPlan]:
-    """Pairs of sequences, each pair in plans of its own, that go on from guesses; another sequence joins in between."""
+def placeholder_plans(pairs: int) -> list[StepPlan]:
+    """Pairs of sequences, each pair in plans of its own, that go on from placeholders; another sequence joins in between."""
     plain, warm = SamplingParams(temperature=0.0), SamplingParams(temperature=0.9, seed=3)
     found = []
     for pair in range(pairs):
@@ -203,7 +203,7 @@ def guessing_plans(pairs: int) -> list[StepPlan]:
 
 
 @pytest.mark.parametrize("pp", [2, 3])
-def test_guesses_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
+def test_tokens_for_placeholders_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
     """Sampled tokens reach the first stage over a group of their own; the results are those of one stage, to the bit."""
     model, weights = open_artifact(folder).model, whole_weights(folder)
     returns = InProcess.create(pp)
@@ -214,11 +214,11 @@ def test_guesses_come_back_through_a_pipeline(folder: Path, pp: int) -> None:
         runner = make_gpu_runner(
             make_stage(model, weights, Parallel(pp=group.size), group.rank, kernels=kernels), RankGroups(pipeline=group, token_return=back)
         )
-        answers = (runner.issue(plan) for plan in guessing_plans(pp))
+        answers = (runner.issue(plan) for plan in placeholder_plans(pp))
         return [answer.result() for answer in answers if answer is not None]
 
     expected = in_threads(1, member)[0]
-    assert len(expected) == len(guessing_plans(pp)) and all(min(view(result.tokens)) >= 0 for result in expected)
+    assert len(expected) == len(placeholder_plans(pp)) and all(min(view(result.tokens)) >= 0 for result in expected)
     found = in_threads(pp, member)
     assert found[-1] == expected and not any(found[:-1])
 
