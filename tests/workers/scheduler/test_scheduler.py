@@ -235,6 +235,42 @@ def test_paused_sequences_never_keep_a_lone_waiting_one_out() -> None:
     rig.verify()
 
 
+def test_the_waiting_queue_is_strictly_first_come_first_served() -> None:
+    """A long prompt that finds too few blocks is at the head: the short ones behind it, which would fit, wait for it."""
+    rig = Rig(capacity(num_blocks=8, slots=4), prefix_cache=False)
+    rig.submit(submit([65] * 30, greedy(8)))
+    rig.step()
+    for letter, length in ((66, 34), (67, 3), (68, 3)):
+        rig.submit(submit([letter] * length, greedy(4)))
+    while rig.streams[0].end is None:
+        rig.step()
+        stats = rig.scheduler.stats()
+        assert stats.free_blocks >= 1 + stats.running, "one block and the reserve: a short one would fit"
+        assert stats.waiting == 3, "a short one overtook the head"
+    first_tokens = []
+    while len(first_tokens) < 3:
+        rig.step()
+        first_tokens += [id for id in (1, 2, 3) if rig.streams[id].tokens and id not in first_tokens]
+    assert first_tokens == [1, 2, 3]
+    rig.drain()
+    rig.verify()
+
+
+@pytest.mark.parametrize(("num_blocks", "admitted"), [(5, False), (6, True)])
+def test_admission_keeps_one_block_in_reserve_for_each_running_sequence(num_blocks: int, admitted: bool) -> None:
+    """Two run with a block each; the third one needs two blocks, and is admitted where two more are free."""
+    rig = Rig(capacity(num_blocks=num_blocks, slots=4), prefix_cache=False)
+    for letter in (65, 66):
+        rig.submit(submit([letter] * 3, greedy(4)))
+    rig.step()
+    assert (rig.scheduler.stats().running, rig.scheduler.stats().free_blocks) == (2, num_blocks - 2)
+    rig.submit(submit([67] * 12, greedy(4)))
+    rig.step()
+    assert (rig.scheduler.stats().running, rig.scheduler.stats().waiting) == ((3, 0) if admitted else (2, 1))
+    rig.drain()
+    rig.verify()
+
+
 def test_a_cancel_in_flight_frees_after_the_step() -> None:
     rig = Rig(capacity(stages=2))
     rig.submit(submit([65] * 20, greedy()))
