@@ -124,7 +124,7 @@ class FakeModel:
         for slot, block in zip(view(plan.block_slots).tolist(), view(plan.block_ids).tolist(), strict=True):
             self._tables[slot].append(block)
         slots, starts = view(plan.slots).tolist(), view(plan.starts).tolist()
-        lengths, samples = view(plan.lengths).tolist(), view(plan.sample).tolist()
+        lengths, yields = view(plan.lengths).tolist(), view(plan.sample).tolist()
         tokens, to_score = view(plan.tokens).tolist(), view(plan.score).tolist()
         masks = dict(plan.masks)
         wanted = any(self._opened[slot].params.logprobs is not None for slot in slots)
@@ -140,21 +140,21 @@ class FakeModel:
             taken += length
             if to_score and to_score[i]:
                 prompts.append((i, *self._score_prompt(opened, start, states)))
-            if samples[i]:
+            if yields[i]:
                 first = start + length - opened.prompt_len
                 token = pick(states[-1], opened.params, first, self._eos_ids, masks.get(i), self._capacity.vocab_size)
                 chosen.append(token)
                 self._sampled[slot] = token
                 if wanted:
-                    scores = score(states[-1], token, opened.params.logprobs or 0)
-                    own.append(scores.logprob)
-                    tops.append((i, column(scores.top_ids), np.asarray(scores.top_logprobs, F32).tobytes()))
+                    logprobs = score(states[-1], token, opened.params.logprobs or 0)
+                    own.append(logprobs.logprob)
+                    tops.append((i, column(logprobs.top_ids), np.asarray(logprobs.top_logprobs, F32).tobytes()))
         return StepResult(
             step=plan.step,
             tokens=column(chosen),
             logprobs=np.asarray(own, F32).tobytes(),
             top=tops,
-            prompt=prompts,
+            prompt_logprobs=prompts,
         )
 
     def _forward(self, table: list[int], start: int, tokens: list[int]) -> list[int]:
@@ -173,11 +173,11 @@ class FakeModel:
         count = opened.params.prompt_logprobs or 0
         following = history[start + 1 : start + 1 + len(states)]
         following += [0] * (len(states) - len(following))  # what follows the whole prompt is not known yet, nor asked for
-        scores = [score(state, token, count) for state, token in zip(states, following, strict=True)]
+        logprobs = [score(state, token, count) for state, token in zip(states, following, strict=True)]
         return (
-            np.asarray([entry.logprob for entry in scores], F32).tobytes(),
-            column([token for entry in scores for token in entry.top_ids]),
-            np.asarray([logprob for entry in scores for logprob in entry.top_logprobs], F32).tobytes(),
+            np.asarray([entry.logprob for entry in logprobs], F32).tobytes(),
+            column([token for entry in logprobs for token in entry.top_ids]),
+            np.asarray([logprob for entry in logprobs for logprob in entry.top_logprobs], F32).tobytes(),
         )
 
 

@@ -325,15 +325,15 @@ class GpuRunner:
         indices = np.flatnonzero(self._records.needs_torch[step.slots[step.sampled_indices]])
         if not len(indices) and not plan.score:
             return None
-        prompt = self._sampling.prompt_logprobs(plan, hidden)
+        prompt_logprobs = self._sampling.prompt_logprobs(plan, hidden)
         if not len(indices):
-            return SamplingExtras(indices, NONE, None, [], prompt)
+            return SamplingExtras(indices, NONE, None, [], prompt_logprobs)
         sequences = step.sampled_indices[indices]
         last_tokens = torch.from_numpy(np.cumsum(step.lengths)[sequences] - 1).to(hidden.device)
         sampled = self._sampling.sample(plan, sequences, hidden.index_select(0, last_tokens))
         slots = torch.from_numpy(step.slots[sequences].astype(np.int64)).to(hidden.device)
         self._state.tokens.index_copy_(0, slots, torch.from_numpy(np.maximum(sampled.tokens, 0).astype(I32)).to(hidden.device))
-        return SamplingExtras(indices, sampled.tokens, sampled.logprobs, sampled.top, prompt)
+        return SamplingExtras(indices, sampled.tokens, sampled.logprobs, sampled.top, prompt_logprobs)
 
     def close(self) -> None:
         """See :class:`~workers.runner.step_results.PlanRunner`."""

@@ -95,16 +95,19 @@ class SlotSampling:
 
     def result(self, plan: StepPlan, hidden: Tensor) -> StepResult:
         """The whole result of ``plan``; ``hidden`` [T, hidden_size] of all its tokens."""
-        prompt = self.prompt_logprobs(plan, hidden)
-        sampled = np.flatnonzero(view(plan.sample))
-        if not len(sampled):
-            return StepResult(step=plan.step, prompt=prompt)
+        prompt_logprobs = self.prompt_logprobs(plan, hidden)
+        sampled_indices = np.flatnonzero(view(plan.sample))
+        if not len(sampled_indices):
+            return StepResult(step=plan.step, prompt_logprobs=prompt_logprobs)
         ends = np.cumsum(view(plan.lengths))
         # In a pure decode step every token is sampled, in order: there is nothing to pick.
-        picked = hidden if len(sampled) == len(hidden) else hidden.index_select(0, torch.from_numpy(ends[sampled] - 1).to(hidden.device))
-        found = self.sample(plan, sampled, picked)
+        picked = hidden
+        if len(sampled_indices) < len(hidden):
+            picked = hidden.index_select(0, torch.from_numpy(ends[sampled_indices] - 1).to(hidden.device))
+        found = self.sample(plan, sampled_indices, picked)
         logprobs = b"" if found.logprobs is None else found.logprobs.astype(F32).tobytes()
-        return StepResult(step=plan.step, tokens=found.tokens.astype(I32).tobytes(), logprobs=logprobs, top=found.top, prompt=prompt)
+        tokens = found.tokens.astype(I32).tobytes()
+        return StepResult(step=plan.step, tokens=tokens, logprobs=logprobs, top=found.top, prompt_logprobs=prompt_logprobs)
 
     def sample(self, plan: StepPlan, sequences: Indices, hidden: Tensor) -> SampledTokens:
         """Sample tokens of ``sequences`` [n], indices in ``plan``, whose slots are open here; ``hidden`` [n, hidden_size] of their last

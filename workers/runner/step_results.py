@@ -49,9 +49,9 @@ class ReadyResult:
 
 class SamplingExtras:
     """What the torch sampler adds to a step: ``tokens`` [n] and ``logprobs`` [n] (None = not asked for) of the sampled sequences at
-    ``indices`` [n]; ``top`` and ``prompt`` as in a StepResult."""
+    ``indices`` [n]; ``top`` and ``prompt_logprobs`` as in a StepResult."""
 
-    __slots__ = ("indices", "logprobs", "prompt", "tokens", "top")
+    __slots__ = ("indices", "logprobs", "prompt_logprobs", "tokens", "top")
 
     def __init__(
         self,
@@ -59,9 +59,10 @@ class SamplingExtras:
         tokens: Ints,
         logprobs: np.ndarray | None,
         top: list[tuple[int, bytes, bytes]],
-        prompt: list[tuple[int, bytes, bytes, bytes]],
+        prompt_logprobs: list[tuple[int, bytes, bytes, bytes]],
     ) -> None:
-        self.indices, self.tokens, self.logprobs, self.top, self.prompt = indices, tokens, logprobs, top, prompt
+        self.indices, self.tokens, self.logprobs = indices, tokens, logprobs
+        self.top, self.prompt_logprobs = top, prompt_logprobs
 
 
 class DeviceResult:
@@ -85,4 +86,6 @@ class DeviceResult:
             all_logprobs = np.zeros(len(tokens), F32)
             all_logprobs[extras.indices] = extras.logprobs
             logprobs = all_logprobs.tobytes()
-        return StepResult(step=self._step, tokens=tokens.tobytes(), logprobs=logprobs, top=extras.top, prompt=extras.prompt)
+        return StepResult(
+            step=self._step, tokens=tokens.tobytes(), logprobs=logprobs, top=extras.top, prompt_logprobs=extras.prompt_logprobs
+        )

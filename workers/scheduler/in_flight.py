@@ -7,9 +7,9 @@ Why there is a shortcut: in steady decoding a step has the same sequences as the
 gets one more token. Visiting every sequence twice a step, to schedule it and to take its token, would cost the host more than all else. So:
 
 1. :meth:`InFlightStep.repeat` makes the next plan from the plan of the step before, by a few operations on whole columns. It does not
-   touch the sequences. It notes in the new step that each sequence has one scheduled token more than it says (``pending_scheduled``).
+   touch the sequences. It notes in the new step that each sequence has one scheduled token more than it says (``deferred_scheduled``).
 2. :meth:`InFlightStep.append_to_all` takes the result of a step that was repeated. It appends the tokens in one loop in C, and notes in
-   the next step that each sequence has one computed token more (``pending_computed``).
+   the next step that each sequence has one computed token more (``deferred_computed``).
 3. :meth:`InFlightStep.apply_deferred` writes both counts into the sequences. The scheduler calls it before it looks at a single sequence:
    when one ends, is cancelled or admitted, or when a step cannot be repeated.
 4. ``safe_repeats`` bounds the repetitions: so many tokens can be appended before a sequence reaches its last token or uses up its credit.
@@ -72,32 +72,32 @@ class RepeatedStep:
 class InFlightStep:
     """A plan that was issued: its sequences, their query lengths, and whether each yields a token (0 or 1).
 
-    ``released``: its sequences may be in a later step, or in a queue, although its result is not there.
+    ``early``: its sequences may be in a later step, or in a queue, although its result is not there.
 
     What the shortcut needs (see the module's docstring): ``repeated_by`` is the step that repeats this one; ``shared`` is what they have in
-    common. ``repetition`` counts the repetitions up to this step. ``safe_repeats`` more may follow, as long as the scheduler has no more
-    than ``finished_before`` finished sequences. ``pending_scheduled`` and ``pending_computed`` tokens of each sequence are not yet counted
-    in it.
+    common. ``repetition`` counts the repetitions up to this step. ``safe_repeats`` more may follow, as long as no sequence finishes:
+    ``finished_at_issue`` is how many the scheduler had finished in all when the first of these steps was issued. ``deferred_scheduled`` and
+    ``deferred_computed`` tokens of each sequence are not yet counted in it.
     """
 
     plan: StepPlan
     sequences: list[Sequence]
     counts: list[int]
-    samples: list[int]
-    released: bool = False
+    yields: list[int]
+    early: bool = False
     repeated_by: InFlightStep | None = None
     shared: RepeatedStep | None = None
     repetition: int = 0
     safe_repeats: int = 0
-    finished_before: int = 0
-    pending_scheduled: int = 0
-    pending_computed: int = 0
+    finished_at_issue: int = 0
+    deferred_scheduled: int = 0
+    deferred_computed: int = 0
 
     def apply_deferred(self) -> None:
         """Count in the sequences what this step has noted for them."""
-        if self.pending_scheduled or self.pending_computed:
-            add_counts(self.sequences, scheduled=self.pending_scheduled, computed=self.pending_computed)
-            self.pending_scheduled = self.pending_computed = 0
+        if self.deferred_scheduled or self.deferred_computed:
+            add_counts(self.sequences, scheduled=self.deferred_scheduled, computed=self.deferred_computed)
+            self.deferred_scheduled = self.deferred_computed = 0
 
     def need_block(self) -> list[Sequence]:
         """Sequences that need a block before this step is repeated. Ask only before anything else is scheduled for them."""
@@ -128,23 +128,23 @@ class InFlightStep:
             plan,
             self.sequences,
             self.counts,
-            self.samples,
+            self.yields,
             shared=self.shared,
             repetition=self.repetition + 1,
             safe_repeats=self.safe_repeats - 1,
-            finished_before=self.finished_before,
-            pending_scheduled=self.pending_scheduled + 1,
+            finished_at_issue=self.finished_at_issue,
+            deferred_scheduled=self.deferred_scheduled + 1,
         )
-        self.released, self.pending_scheduled = True, 0
+        self.early, self.deferred_scheduled = True, 0
         return self.repeated_by
 
-    def all_plain(self, result: StepResult, tokens: list[int], finished: int) -> bool:
+    def all_plain(self, result: StepResult, tokens: list[int], finished_total: int) -> bool:
         """Whether ``result`` does nothing but append one of ``tokens`` to each sequence: this step was repeated, no sequence has finished
-        since (``finished``: how many have by now), no token is special, and no log-probabilities came."""
+        since (``finished_total``: how many have by now), no token is special, and no log-probabilities came."""
         return (
             self.repeated_by is not None
             and self.shared is not None
-            and finished == self.finished_before
+            and finished_total == self.finished_at_issue
             and not result.logprobs
             and self.shared.special_tokens.isdisjoint(tokens)
         )
@@ -152,28 +152,28 @@ class InFlightStep:
     def append_to_all(self, tokens: list[int]) -> list[Emission]:
         """Append ``tokens`` [sequences] where :meth:`all_plain` holds."""
         assert self.repeated_by is not None and self.shared is not None
-        self.repeated_by.pending_computed, self.pending_computed = self.pending_computed + 1, 0
+        self.repeated_by.deferred_computed, self.deferred_computed = self.deferred_computed + 1, 0
         return self.shared.append(view(self.plan.starts), tokens)
 
-    def answers(self, sampled: list[int], result: StepResult) -> tuple[list[int], list[Logprobs | None]]:
+    def tokens_and_logprobs(self, sampled: list[int], result: StepResult) -> tuple[list[int], list[Logprobs | None]]:
         """Per sequence, its one of the ``sampled`` tokens, NO_TOKEN where it only computed a chunk; and the token's log-probabilities, None
         where it did not ask for them."""
         tokens = sampled
         if len(tokens) < len(self.sequences):
             rest = iter(sampled)
-            tokens = [next(rest) if samples else NO_TOKEN for samples in self.samples]
+            tokens = [next(rest) if yields else NO_TOKEN for yields in self.yields]
         if not result.logprobs:
             return tokens, [None] * len(tokens)
         own = iter(view_floats(result.logprobs).tolist())
         tops = {i: (view(ids).tolist(), view_floats(logprobs).tolist()) for i, ids, logprobs in result.top}
-        scored: list[Logprobs | None] = []
+        found: list[Logprobs | None] = []
         for i, (seq, token) in enumerate(zip(self.sequences, tokens, strict=True)):
             logprob = None if token == NO_TOKEN else next(own)
             if token == NO_TOKEN or seq.params.logprobs is None:
-                scored.append(None)
+                found.append(None)
             else:
-                scored.append(Logprobs(token, logprob, *tops.get(i, ([], []))))
-        return tokens, scored
+                found.append(Logprobs(token, logprob, *tops.get(i, ([], []))))
+        return tokens, found
 
 
 class StepDraft:
@@ -198,12 +198,12 @@ class StepDraft:
         sequences, counts, decodes = self.sequences, self.counts, self.decodes
         starts = [seq.scheduled for seq in sequences]
         tokens = schedule_decodes(sequences[:decodes])
-        samples, scores = [1] * decodes, [0] * decodes
+        yields, to_score = [1] * decodes, [0] * decodes
         for seq, count in zip(sequences[decodes:], counts[decodes:], strict=True):
-            chunk, sampled, scored = seq.schedule_chunk(count)
+            chunk, yields_token, scores_prompt = seq.schedule_chunk(count)
             tokens += chunk
-            samples.append(int(sampled))
-            scores.append(int(scored))
+            yields.append(int(yields_token))
+            to_score.append(int(scores_prompt))
         added = [(seq.slot, seq.blocks) for seq in self.opened] + [(seq.slot, seq.blocks[-1:]) for seq in self.grown]
         plan = StepPlan(
             step=step,
@@ -211,12 +211,12 @@ class StepDraft:
             starts=column(starts),
             lengths=column(counts),
             tokens=column(tokens),
-            sample=column(samples),
-            score=column(scores) if any(scores) else b"",
+            sample=column(yields),
+            score=column(to_score) if any(to_score) else b"",
             block_slots=column([slot for slot, blocks in added for _ in blocks]),
             block_ids=column([block for _, blocks in added for block in blocks]),
             closed=column(closed),
             opened=[seq.open_slot() for seq in self.opened],
-            masks=[(i, seq.guide.mask()) for i, seq in enumerate(sequences) if seq.guide is not None and samples[i]],
+            masks=[(i, seq.guide.mask()) for i, seq in enumerate(sequences) if seq.guide is not None and yields[i]],
         )
-        return InFlightStep(plan, sequences, counts, samples)
+        return InFlightStep(plan, sequences, counts, yields)

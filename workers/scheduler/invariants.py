@@ -69,8 +69,10 @@ def _check_steps(steps: deque[InFlightStep], everyone: Collection[Sequence]) -> 
         for seq, count in zip(step.sequences, step.counts, strict=True):
             tokens[id(seq)] += count
     assert all(seq.in_flight == tokens[id(seq)] for seq in everyone), "tokens in flight are miscounted"
-    # Only sequences of the oldest step, once it is released, may be somewhere else too.
-    oldest = {id(seq) for seq in steps[0].sequences} if steps and steps[0].released else set()
-    assert not any(step.released for step in list(steps)[1:]), "a step is released before the result of the one before it is there"
+    # Only sequences of the oldest step may be somewhere else too, if they are scheduled early.
+    oldest = {id(seq) for seq in steps[0].sequences} if steps and steps[0].early else set()
+    assert not any(step.early for step in list(steps)[1:]), (
+        "a step's sequences are scheduled early before the result of the step before it is there"
+    )
     assert all(seq.queue is None for seq in everyone if seq.in_flight and id(seq) not in oldest), "a sequence in flight can be chosen again"
     assert all(count == 1 or seq in oldest for seq, count in shares.items()), "a sequence is in two steps that are not in order"

@@ -9,7 +9,7 @@ An engine drives it in three calls, the same for every step::
     result = ...                                       # the ranks run the plan
     emissions = scheduler.update_from_output(result)   # results come in the order of the plans
 
-A sequence's state is the queue that holds it. Who moves it, and on what event:
+A sequence is in one queue or in flight (both only with ``async_scheduling``, see below). Who moves it, and on what event:
 
     state      queue      event                                        next state
     ---------  ---------  -------------------------------------------  ----------------------------------------------------
@@ -29,9 +29,9 @@ A sequence's state is the queue that holds it. Who moves it, and on what event:
 At most ``micro_batches`` steps are in flight over disjoint sequences. Each takes its share of the sequences, so a pipeline stays balanced.
 
 With ``async_scheduling`` one step more may be in flight, over sequences of the oldest one: each goes on from a token that only the device
-knows yet (a *placeholder*, -1 in the plan). The end of a sequence is then seen one step late: the result of its second step is dropped, and
-its blocks are free only after that. Most of these steps repeat the step before, one token further: :mod:`workers.scheduler.in_flight` says
-how, and why.
+knows yet (a *placeholder*, -1 in the plan). So these sequences are in a queue again while the oldest step is in flight. The end of a
+sequence is then seen one step late: the result of its second step is dropped, and its blocks are free only after that. Most of these steps
+repeat the step before, one token further: :mod:`workers.scheduler.in_flight` says how, and why.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ class Scheduler:
         self._free_slots = list(range(limits.max_batch_size - 1, -1, -1))
         self._closed_slots: list[int] = []  # ranks learn of them with the next plan
         #: What :meth:`_admit` saw when it last refused: (sequence, free blocks, slots in use). The same again is refused unseen.
-        self._refused: tuple[int, int, int] | None = None
+        self._last_refusal: tuple[int, int, int] | None = None
         self._short_of_blocks = False  # the last plan left out a sequence for want of a block
         self._now = 0.0
-        self._arrivals = self._finished = 0
+        self._arrivals = self._finished_total = 0
         self._step, self._checked_step = 0, 0
         self._prompt_tokens = self._output_tokens = self._prefix_queries = self._prefix_hits = self._preemptions = 0
         self._step_tokens, self._step_tokens_total = [0] * (len(STEP_TOKEN_BUCKETS) + 1), 0
@@ -170,11 +170,8 @@ class Scheduler:
         if len(self._steps) >= self._micro_batches:
             if not self._async_scheduling or len(self._steps) > self._micro_batches:
                 return None
-            if not self._short_of_blocks:  # a sequence in flight cannot be preempted: where blocks are short, its result comes first
-                if (repeated := self._repeat(self._steps[0])) is not None:
-                    return repeated
-                self._apply_deferred()
-                self._release(self._steps[0])
+            if (repeated := self._schedule_ahead(self._steps[0])) is not None:
+                return repeated
         for seq in list(self._overdue(self._now)):
             self._preempt(seq)
         draft = self._draft()
@@ -185,10 +182,25 @@ class Scheduler:
             draft = self._draft()
         return self._issue(draft) if draft.sequences else None
 
+    def _schedule_ahead(self, oldest: InFlightStep) -> StepPlan | None:
+        """All micro-batches are in flight. One step more may be made: return the plan that repeats the ``oldest`` one. None where it cannot
+        be repeated: its sequences are then in the queues, for the next draft.
+
+        They are not while blocks are short: a sequence in flight cannot be preempted, so its result comes first. What repeated steps have
+        deferred need not be applied then: their sequences are in no queue, so the draft does not look at them.
+        """
+        if self._short_of_blocks:
+            return None
+        repeated = self._repeat(oldest)
+        if repeated is None:
+            self._apply_deferred()
+            self._schedule_early(oldest)
+        return repeated
+
     def _repeat(self, step: InFlightStep) -> StepPlan | None:
         """The plan of ``step`` one token further; None where one of its sequences may end before, another one may run beside them, or
         blocks are short."""
-        if step.safe_repeats <= 0 or step.finished_before != self._finished:
+        if step.safe_repeats <= 0 or step.finished_at_issue != self._finished_total:
             return None
         if self._decodes or self._prefills or (self._waiting and self._free_slots) or any(self._overdue(self._now)):
             return None
@@ -200,12 +212,12 @@ class Scheduler:
             seq.add_block(block, self._pool.block_size)
         return self._send(step.repeat(self._step + 1, self._closed_slots, fresh, self._pool.block_size))
 
-    def _release(self, step: InFlightStep) -> None:
+    def _schedule_early(self, step: InFlightStep) -> None:
         """Let the sequences of ``step`` be scheduled again before its result is there: from the next chunk, or from a placeholder."""
-        if step.released:
+        if step.early:
             return
-        step.released = True
-        for seq in enter_from_placeholders(self._decodes, step.sequences, step.samples):
+        step.early = True
+        for seq in enter_from_placeholders(self._decodes, step.sequences, step.yields):
             self._enqueue(seq)
 
     def _draft(self) -> StepDraft:
@@ -276,11 +288,11 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Give a waiting sequence a slot, the blocks found for its prefix, and fresh ones for all else that is known of it."""
         state = (seq.id, self._pool.available, self._slots_in_use)
-        if state == self._refused:
+        if state == self._last_refusal:
             return False
         size = self._pool.block_size
         found: list[int] = []
-        if seq.prompt_scores is None and self._pool.findable:
+        if seq.prompt_logprobs is None and self._pool.findable:
             found = self._pool.match(seq.findable_hashes(size), seq.tokens, seq.prefix.salt)
         self._pool.hold(found)
         need = -(-seq.known // size) - len(found)
@@ -288,7 +300,7 @@ class Scheduler:
         fresh = self._pool.allocate(need) if need + self._slots_in_use <= self._pool.available else None
         if fresh is None:
             self._pool.release(found)
-            self._refused = state
+            self._last_refusal = state
             return False
         if seq.cached_tokens < 0:  # this is its first admission
             self._prompt_tokens += seq.prompt_len
@@ -303,7 +315,7 @@ class Scheduler:
         # It has the sequences of the step that they go on from, and no others: so the next steps may well repeat it.
         if self._async_scheduling and draft.decodes == len(draft.sequences) and self._steps and self._steps[0].sequences == draft.sequences:
             step.safe_repeats = min([seq.async_until - len(seq.tokens) for seq in draft.sequences]) - 1
-            step.finished_before = self._finished
+            step.finished_at_issue = self._finished_total
         return self._send(step)
 
     def _send(self, step: InFlightStep) -> StepPlan:
@@ -325,14 +337,14 @@ class Scheduler:
             raise EngineFault("a step's result came out of order", f"expected step {expected}, got {result.step}")
         step = self._steps.popleft()
         sampled = view(result.tokens).tolist()
-        if step.all_plain(result, sampled, self._finished):
+        if step.all_plain(result, sampled, self._finished_total):
             self._output_tokens += len(sampled)
             return step.append_to_all(sampled)
         step.apply_deferred()
-        for i, *scores in result.prompt:
+        for i, *columns in result.prompt_logprobs:
             if not step.sequences[i].finished:
-                step.sequences[i].add_prompt_scores(*scores)
-        tokens, logprobs = step.answers(sampled, result)
+                step.sequences[i].add_prompt_logprobs(*columns)
+        tokens, logprobs = step.tokens_and_logprobs(sampled, result)
         emissions, special, idle = append_plain_tokens(step.sequences, step.counts, tokens, logprobs)
         dropped = silent = 0
         for i in special:
@@ -365,7 +377,7 @@ class Scheduler:
         else:
             return None
         if emission.end is not None:
-            self._end(seq, emission.end)
+            self._end_by_emission(seq, emission.end)
         return emission
 
     # Transitions
@@ -395,7 +407,7 @@ class Scheduler:
         self._free_slots.append(slot)
         self._closed_slots.append(slot)
 
-    def _end(self, seq: Sequence, end: Finish | Fault) -> None:
+    def _end_by_emission(self, seq: Sequence, end: Finish | Fault) -> None:
         """End a sequence whose last emission says how."""
         faulty = isinstance(end, Fault)
         if faulty:
@@ -407,7 +419,7 @@ class Scheduler:
         """Stop a sequence. Its blocks are free now, or after the last step in flight that may still write them."""
         self._apply_deferred()
         seq.finish(faulty=faulty)
-        self._finished += 1
+        self._finished_total += 1
         if not seq.in_flight:
             self._free(seq)
 

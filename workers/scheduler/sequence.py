@@ -80,7 +80,8 @@ class Sequence:
         plain_until: while ``computed`` is below this, a token that is not special only has to be appended.
 
     What changes as it moves:
-        queue: the queue that holds it; None while it is in flight, or finished.
+        queue: the queue that holds it; None when it is finished, and while it is in flight. With async scheduling it may wait in a queue
+            while its last step is in flight.
         slot, blocks: its slot (-1 = none) and block table, which has room for ``block_capacity`` tokens.
         scheduled: tokens that are computed or in a step in flight; those of a repeated step only after
             :meth:`~workers.scheduler.in_flight.InFlightStep.apply_deferred`.
@@ -98,7 +99,7 @@ class Sequence:
     async_eligible: bool
     special_tokens: frozenset[int]
     guide: Guide | None
-    prompt_scores: list[Logprobs] | None
+    prompt_logprobs: list[Logprobs] | None
     prefix: PrefixCursor
     allowed_len: int = 0
     async_until: int = 0
@@ -118,7 +119,7 @@ class Sequence:
 
     @property
     def known(self) -> int:
-        return 1 if self.nothing_to_emit and self.prompt_scores is None else len(self.tokens)
+        return 1 if self.nothing_to_emit and self.prompt_logprobs is None else len(self.tokens)
 
     @property
     def in_flight(self) -> int:
@@ -141,7 +142,7 @@ class Sequence:
 
     def open_slot(self) -> OpenSlot:
         """What ranks need to know of the sequence in its slot; its history only where sampling reads it."""
-        wants_history = self.prompt_scores is not None or has_penalties(self.params)
+        wants_history = self.prompt_logprobs is not None or has_penalties(self.params)
         history = column(self.tokens) if wants_history else b""
         return OpenSlot(slot=self.slot, params=self.params, prompt_len=self.prompt_len, history=history)
 
@@ -225,8 +226,8 @@ class Sequence:
         self.computed = self.scheduled = 0
         self.prefix.publish_at = NEVER
         self.preemptions += 1
-        if self.prompt_scores is not None:
-            del self.prompt_scores[1:]
+        if self.prompt_logprobs is not None:
+            del self.prompt_logprobs[1:]
 
     def finish(self, *, faulty: bool = False) -> None:
         """No token of it is emitted any more. ``faulty``: its blocks must not be found by others."""
@@ -241,48 +242,48 @@ class Sequence:
     def schedule_chunk(self, count: int) -> tuple[list[int], bool, bool]:
         """Take part in the next step with ``count`` tokens: (these, whether the step yields a token, whether it scores prompt tokens)."""
         begin = self.scheduled
-        samples = count == self.pending and not self.nothing_to_emit
-        scores = self.prompt_scores is not None and begin < self.prompt_len - 1
+        yields_token = count == self.pending and not self.nothing_to_emit
+        scores_prompt = self.prompt_logprobs is not None and begin < self.prompt_len - 1
         self.scheduled = begin + count
         self.queue = None
-        return self.tokens[begin : begin + count], samples, scores
+        return self.tokens[begin : begin + count], yields_token, scores_prompt
 
-    def add_prompt_scores(self, own_column: bytes, ids_column: bytes, logprobs_column: bytes) -> None:
-        """Take the predictions made at prompt positions ``computed``.., as in ``StepResult.prompt``."""
-        assert self.prompt_scores is not None
+    def add_prompt_logprobs(self, own_column: bytes, ids_column: bytes, logprobs_column: bytes) -> None:
+        """Take the predictions made at prompt positions ``computed``.., as in ``StepResult.prompt_logprobs``."""
+        assert self.prompt_logprobs is not None
         own, ids, logprobs = view_floats(own_column).tolist(), view(ids_column).tolist(), view_floats(logprobs_column).tolist()
         start, k = self.computed, len(ids) // len(own)
         for i in range(min(len(own), self.prompt_len - 1 - start)):
             span = slice(i * k, (i + 1) * k)
-            self.prompt_scores.append(Logprobs(self.tokens[start + i + 1], own[i], ids[span], logprobs[span]))
+            self.prompt_logprobs.append(Logprobs(self.tokens[start + i + 1], own[i], ids[span], logprobs[span]))
 
     def accept(self, token: int, logprobs: Logprobs | None = None) -> Emission:
         """Take a sampled token: it is emitted, or it ends the sequence, or both."""
         first = self.output_len
         end: Finish | Fault | None = None
         if token in self.special_tokens or self.guide is not None:
-            end = self._refuse(token, first)
+            end = self._check_and_advance(token, first)
             if end is not None:
-                return Emission(self.id, first, [], None, self._take_prompt_scores(), end)
+                return Emission(self.id, first, [], None, self._take_prompt_logprobs(), end)
         self.tokens.append(token)
         if self.guide is not None and self.guide.done():
-            end = self._finish_record("stop")
+            end = self._make_finish("stop")
         elif len(self.tokens) >= self.max_len:
-            end = self._finish_record("length")
-        return Emission(self.id, first, [token], None if logprobs is None else [logprobs], self._take_prompt_scores(), end)
+            end = self._make_finish("length")
+        return Emission(self.id, first, [token], None if logprobs is None else [logprobs], self._take_prompt_logprobs(), end)
 
     def accept_nothing(self) -> Emission:
         """End a sequence that had nothing to emit."""
         complete = self.guide is not None and self.guide.done()
-        end = self._finish_record("stop" if complete else "length")
-        return Emission(self.id, self.output_len, [], None, self._take_prompt_scores(), end)
+        end = self._make_finish("stop" if complete else "length")
+        return Emission(self.id, self.output_len, [], None, self._take_prompt_logprobs(), end)
 
-    def _refuse(self, token: int, first: int) -> Finish | Fault | None:
-        """Why ``token`` at output position ``first`` is not emitted; None = it is, and the guide has consumed it."""
+    def _check_and_advance(self, token: int, first: int) -> Finish | Fault | None:
+        """Advance the guide by ``token``, at output position ``first``, if it is to be emitted (None); else return why the sequence ends."""
         if token < 0:
             return Fault("nan_logits", f"logits were not finite at output position {first}")
         if token in self.special_tokens and first >= self.params.min_tokens:
-            return self._finish_record("stop", token)
+            return self._make_finish("stop", token)
         if self.guide is not None:
             try:
                 self.guide.advance((token,))
@@ -290,7 +291,7 @@ class Sequence:
                 return Fault(error.code, str(error))
         return None
 
-    def _finish_record(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
+    def _make_finish(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
         usage = Usage(
             prompt_tokens=self.prompt_len,
             output_tokens=self.output_len,
@@ -299,18 +300,18 @@ class Sequence:
         )
         return Finish(reason, usage, stop_id)
 
-    def _take_prompt_scores(self) -> list[Logprobs] | None:
+    def _take_prompt_logprobs(self) -> list[Logprobs] | None:
         """The log-probabilities of the whole prompt, once, when the last of them is there."""
-        if self.prompt_scores is None or len(self.prompt_scores) < self.prompt_len:
+        if self.prompt_logprobs is None or len(self.prompt_logprobs) < self.prompt_len:
             return None
-        scores, self.prompt_scores = self.prompt_scores, None
+        logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         self._update_plain_until()
-        return scores
+        return logprobs
 
     def _update_plain_until(self) -> None:
-        """Every method calls this that changes what a token may need besides being appended: the end, a guide, prompt scores, blocks of
-        the prompt that are still to be published."""
-        plain = not self.finished and self.guide is None and self.prompt_scores is None
+        """Every method calls this that changes what a token may need besides being appended: the end, a guide, prompt logprobs, blocks
+        of the prompt that are still to be published."""
+        plain = not self.finished and self.guide is None and self.prompt_logprobs is None
         self.plain_until = self.max_len - 1 if plain and self.prefix.publish_at > self.prefix.eager_until else 0
 
 
@@ -321,16 +322,16 @@ def arrival_of(seq: Sequence) -> int:
 # For many sequences at once: most steps do nothing else, and a call for each sequence would cost more than its work.
 
 
-def enter_from_placeholders(queue: Queue, sequences: list[Sequence], samples: list[int]) -> list[Sequence]:
-    """Each of ``sequences`` whose step ``samples`` a token goes to the end of ``queue`` before that token is there, if it may.
+def enter_from_placeholders(queue: Queue, sequences: list[Sequence], yields: list[int]) -> list[Sequence]:
+    """Each of ``sequences`` whose step ``yields`` a token (0 or 1) goes to the end of ``queue`` before that token is there, if it may.
 
     Returns those that have more of their prompt to compute.
     """
     chunks: list[Sequence] = []
-    for seq, sampled in zip(sequences, samples, strict=True):
+    for seq, yields_token in zip(sequences, yields, strict=True):
         if seq.finished:
             continue
-        if sampled:
+        if yields_token:
             if len(seq.tokens) < seq.async_until:  # a stop token ends it one step late
                 seq.queue = queue
                 queue.append(seq)
@@ -368,9 +369,9 @@ def append_plain_tokens(
     emissions: list[Emission] = []
     special: list[int] = []
     idle: list[Sequence] = []
-    for seq, count, token, scores in zip(sequences, counts, tokens, logprobs, strict=True):
+    for seq, count, token, own in zip(sequences, counts, tokens, logprobs, strict=True):
         seq.computed = computed = seq.computed + count
-        if computed < seq.plain_until and token not in seq.special_tokens and scores is None:
+        if computed < seq.plain_until and token not in seq.special_tokens and own is None:
             seq.tokens.append(token)
             emissions.append(Emission(seq.id, computed - seq.prompt_len, [token]))
         else:
@@ -400,7 +401,7 @@ def make_sequence(
     task, params = request.task, request.task.params
     tokens = request.prompt_ids + task.emitted
     guide = _make_guide(request, guides)
-    wants_scores = params.prompt_logprobs is not None and not task.emitted  # emitted tokens came with or after the scores
+    wants_prompt_logprobs = params.prompt_logprobs is not None and not task.emitted  # emitted tokens came with or after them
     seq = Sequence(
         id=id,
         arrival=arrival,
@@ -409,10 +410,10 @@ def make_sequence(
         tokens=tokens,
         max_len=len(request.prompt_ids) + params.max_tokens,
         nothing_to_emit=len(task.emitted) >= params.max_tokens or (guide is not None and guide.done()),
-        async_eligible=guide is None and not wants_scores and not has_penalties(params),
+        async_eligible=guide is None and not wants_prompt_logprobs and not has_penalties(params),
         special_tokens=_shared(stop_set(params, eos_ids) | {-1, NO_TOKEN}),
         guide=guide,
-        prompt_scores=[Logprobs(tokens[0], None, [], [])] if wants_scores else None,
+        prompt_logprobs=[Logprobs(tokens[0], None, [], [])] if wants_prompt_logprobs else None,
         prefix=PrefixCursor(request.salt),
         allowed_len=len(tokens),
     )

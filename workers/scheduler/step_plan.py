@@ -79,15 +79,15 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The last stage's answer. ``tokens`` [N] int32 of the N sequences with ``sample`` = 1, in the plan's order; -1 = not finite logits.
 
     ``logprobs`` [N] float32 of the chosen tokens; ``top``: (index of the sequence, ids column, float32 column) where alternatives were
-    asked for; ``prompt``: (index of the sequence, own-token logprobs float32 [L], top ids [L * k], top logprobs [L * k]) where ``score`` is
-    1. Entry i there is the prediction made AT query position i (so it scores the token at position i + 1).
+    asked for; ``prompt_logprobs``: (index of the sequence, own-token logprobs float32 [L], top ids [L * k], top logprobs [L * k]) where
+    ``score`` is 1. Entry i there is the prediction made AT query position i (so it scores the token at position i + 1).
     """
 
     step: int
     tokens: bytes = b""
     logprobs: bytes = b""
     top: list[tuple[int, bytes, bytes]] = []
-    prompt: list[tuple[int, bytes, bytes, bytes]] = []
+    prompt_logprobs: list[tuple[int, bytes, bytes, bytes]] = []
 
 
 _encoder = msgspec.msgpack.Encoder()

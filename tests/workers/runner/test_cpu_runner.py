@@ -145,7 +145,7 @@ def test_scores_penalties_and_alternatives(runner: CpuRunner, weights: dict[str,
     second = runner.run(plan(2, {"slot": 7, "start": 10, "tokens": prompt[10:], "score": 1}))
     assert first is not None and second is not None
     for start, result in ((0, first), (10, second)):
-        sequence, own, ids, scores = result.prompt[0]
+        sequence, own, ids, scores = result.prompt_logprobs[0]
         assert sequence == 0
         for i, value in enumerate(view_floats(own).tolist()):
             if start + i + 1 < len(prompt):

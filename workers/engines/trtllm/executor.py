@@ -100,10 +100,10 @@ class ExecutorRuntime:
     def _logprobs(self, handle: int, result: trt.Result, count: int) -> list[float] | None:
         """Those of the newest ``count`` tokens. Whether streaming repeats the earlier ones is not published: their number shows it."""
         total = self._scored[handle] = self._scored[handle] + count
-        scores: list[float] = list(result.log_probs[0]) if result.log_probs else []
-        if len(scores) >= total:
-            return scores[total - count : total]
-        return scores if len(scores) == count else None
+        logprobs: list[float] = list(result.log_probs[0]) if result.log_probs else []
+        if len(logprobs) >= total:
+            return logprobs[total - count : total]
+        return logprobs if len(logprobs) == count else None
 
     def _take_event(self, event: trt.kv_cache.KVCacheEvent) -> None:
         from tensorrt_llm.bindings import executor as trt

@@ -157,10 +157,10 @@ class TrtllmSequence:
         first = self.emitted
         last = min(len(self.tokens), first + max(0, self.credit))
         self.emitted, self.credit = last, self.credit - (last - first)
-        scores: list[Logprobs] | None = None
+        logprobs: list[Logprobs] | None = None
         if self.params.logprobs is not None and last > first:
-            scores, self.logprobs = self.logprobs[: last - first], self.logprobs[last - first :]
-        return Emission(self.id, first, self.tokens[first:last], scores, None, self.end if last == len(self.tokens) else None)
+            logprobs, self.logprobs = self.logprobs[: last - first], self.logprobs[last - first :]
+        return Emission(self.id, first, self.tokens[first:last], logprobs, None, self.end if last == len(self.tokens) else None)
 
     def finish_record(self, reason: FinishReason, stop_id: int | None = None) -> Finish:
         usage = Usage(prompt_tokens=len(self.prompt_ids), output_tokens=len(self.tokens), preemptions=self.preemptions)
