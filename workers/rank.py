@@ -64,7 +64,7 @@ def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: Stat
     Raises what :meth:`Leader.run` raises, and SystemExit when a signal ends it at once: the caller must then abort the world.
     """
 
-    def die(error: TriremeError) -> None:
+    def abort(error: TriremeError) -> None:
         # The engine thread may hang inside MPI: only the end of the process helps, and the launcher then ends the other ranks.
         state.enter("failed", error=error)
         process.tell(terminal, error.lines())
@@ -75,7 +75,7 @@ def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: Stat
 
     # A waiting I/O thread gets its turn after 0.5 ms of pure Python instead of 5 ms: tokens leave while the next step is planned.
     sys.setswitchinterval(0.0005)
-    leader = Leader(spec, engine, boot=uuid.uuid4().hex, keys=keys, enter=enter, die=die)
+    leader = Leader(spec, engine, boot=uuid.uuid4().hex, keys=keys, enter=enter, abort=abort)
     signals.leader, signals.grace_s = leader, spec.drain_grace_s
     leader.run()
     engine.close()

@@ -252,7 +252,7 @@ class _IdleLeader:
     def hello(self) -> Hello:
         raise AssertionError("nobody connects")
 
-    def beat(self) -> Heartbeat:
+    def heartbeat(self) -> Heartbeat:
         return Heartbeat(boot="b", step=0, busy_ms=0.0, predicted_ms=0.0, stats=EngineStats())
 
     def deliver(self, received: float, event: object) -> None: ...
@@ -260,7 +260,7 @@ class _IdleLeader:
     def backlog(self) -> int:
         return 0
 
-    def broken(self, error: BaseException) -> None: ...
+    def on_io_error(self, error: BaseException) -> None: ...
 
 
 def constructors() -> set[str]:

@@ -1,4 +1,8 @@
-"""When a step counts as hung. The leader, which ends its replica, and the routers, which give the replica up, share this one rule."""
+"""When a step counts as hung: one rule for the two that detect a hung rank.
+
+``Leader._check_progress`` (``workers.serving.leader``), at each heartbeat: the leader ends its replica. ``ReplicaRegistry.judge``
+(``orchestrator.router.core.replica_registry``), on each heartbeat that a router gets: the router gives the replica up.
+"""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ class Sequence:
         return Emission(self.id, self.output_len, [], None, self._take_prompt_logprobs(), end)
 
     def _check_and_advance(self, token: int, first: int) -> Finish | Fault | None:
-        """Advance the guide by ``token``, at output position ``first``, if it is to be emitted (None); else return why the sequence ends."""
+        """Advance the guide by ``token``, at output position ``first``, if it is to be emitted. Else return why the sequence ends."""
         if token < 0:
             return Fault("nan_logits", f"logits were not finite at output position {first}")
         if token in self.special_tokens and first >= self.params.min_tokens:

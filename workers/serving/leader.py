@@ -1,8 +1,9 @@
 """Rank 0's shell around an engine: the engine thread, fed by the I/O thread of :mod:`workers.serving.router_io`.
 
-Owns the :class:`~workers.serving.stream_table.StreamTable`, and the pulse and the vitals, which the I/O thread reads for heartbeats. Every
-engine call (and so every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and never wait without a
-bound: when idle it sleeps on its inbox, and a step that makes no progress is noticed by the I/O thread, which ends the process.
+Owns the :class:`~workers.serving.stream_table.StreamTable`, and the step's progress and the statistics, which the I/O thread reads for
+heartbeats. Every engine call (and so every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and
+never wait without a bound: when idle it sleeps on its inbox, and the I/O thread ends the process when a step makes no progress
+(:meth:`Leader._check_progress`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TURN_EVENTS = 1024
 log = logging.getLogger("trireme.leader")
 
 
-class StepPulse(msgspec.Struct, frozen=True):
+class StepProgress(msgspec.Struct, frozen=True):
     """What the engine thread is doing: ``step`` number, since when (0 = not in a step), and how long it should take."""
 
     step: int = 0
@@ -42,10 +43,10 @@ class StepPulse(msgspec.Struct, frozen=True):
     predicted_ms: float = 0.0
 
 
-class LeaderVitals(msgspec.Struct, frozen=True):
-    """Slower facts, at most ``STATS_AGE_S`` old while steps run."""
+class LeaderStats(msgspec.Struct, frozen=True):
+    """The engine's statistics, at most ``STATS_AGE_S`` old while steps run, and whether the leader drains."""
 
-    stats: EngineStats
+    engine: EngineStats
     draining: bool
 
 
@@ -61,7 +62,7 @@ class Leader:
         boot: this process's nonce.
         keys: for ``tcp://`` routers.
         enter: called with each phase that begins, from the engine thread.
-        die: called from the I/O thread when the replica must end at once; must not return to it.
+        abort: called from the I/O thread when the replica must end at once; must not return to it.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class Leader:
         boot: str,
         keys: KeyPair | None,
         enter: Callable[[RankPhase], None],
-        die: Callable[[TriremeError], None],
+        abort: Callable[[TriremeError], None],
     ) -> None:
-        self._spec, self._engine, self._boot, self._enter, self._die = spec, engine, boot, enter, die
+        self._spec, self._engine, self._boot, self._enter, self._abort = spec, engine, boot, enter, abort
         limit = max(MIN_SEQUENCES, SEQUENCES_PER_SLOT * engine.capacity.max_batch_size)
         self._streams = StreamTable(boot=boot, model=spec.model, limit=limit)
         self._hello = Hello(
@@ -87,9 +88,9 @@ class Leader:
             capacity=engine.capacity,
         )
         self._inbox: _Inbox = queue.SimpleQueue()
-        self._pulse = StepPulse()
-        self._vitals = LeaderVitals(engine.stats(), False)
-        self._vitals_at = 0.0
+        self._progress = StepProgress()
+        self._stats = LeaderStats(engine.stats(), False)
+        self._stats_at = 0.0
         self._routers = RouterIo(self, spec.routers, keys, boot=boot, heartbeat_s=spec.heartbeat_s)
 
     def drain(self, grace_s: float) -> None:
@@ -98,7 +99,7 @@ class Leader:
 
     def run(self) -> None:
         """Serve until drained. Raises :class:`ReplicaLost` when a newer epoch lives, and what the engine's ``step`` raises."""
-        farewell = "lost"
+        bye_reason = "lost"
         self._routers.start()
         self._enter("ready")
         try:
@@ -110,29 +111,30 @@ class Leader:
                     self._step(now)
                 else:
                     self._refresh(now)
-            farewell = "drained"
+            bye_reason = "drained"
         finally:
             # Also after an error: a router that waits for a sequence here must hear that it continues elsewhere.
-            self._pulse = StepPulse(self._pulse.step)
+            self._progress = StepProgress(self._progress.step)
             self._streams.drain(time.monotonic(), 0.0)
             for action in self._streams.expire(time.monotonic()):
                 if isinstance(action, SendToRouter):
                     self._routers.post(action.router_boot, action.message)
-            self._routers.close(farewell)
+            self._routers.close(bye_reason)
 
     def _take_events(self) -> None:
-        """Handle what came in; with nothing to do, sleep until something comes in or falls due, and let the engine rest if nothing did."""
+        """Handle what came in; with nothing to do, sleep until something comes in or falls due, and give the engine its idle work
+        if nothing came."""
         idle = not self._engine.busy()
         try:
             for _ in range(TURN_EVENTS):
-                received, event = self._inbox.get(idle, self._patience() if idle else None)
+                received, event = self._inbox.get(idle, self._sleep_bound_s() if idle else None)
                 self._handle(received, event)
                 idle = False
         except queue.Empty:
             if idle:
                 self._engine.on_idle()
 
-    def _patience(self) -> float:
+    def _sleep_bound_s(self) -> float:
         due = self._streams.next_due()
         return IDLE_S if due is None else min(IDLE_S, max(0.0, due - time.monotonic()))
 
@@ -186,41 +188,46 @@ class Leader:
             self._act(self._streams.started(id))
 
     def _step(self, now: float) -> None:
-        number = self._pulse.step + 1
-        self._pulse = StepPulse(number, time.monotonic(), self._engine.predicted_ms())
+        number = self._progress.step + 1
+        self._progress = StepProgress(number, time.monotonic(), self._engine.predicted_ms())
         emissions = self._engine.step()
-        self._pulse = StepPulse(number)
+        self._progress = StepProgress(number)
         self._act(self._streams.emitted(emissions))
-        if now - self._vitals_at > STATS_AGE_S:
+        if now - self._stats_at > STATS_AGE_S:
             self._refresh(now)
 
     def _refresh(self, now: float) -> None:
-        self._vitals = LeaderVitals(self._engine.stats(), self._streams.draining)
-        self._vitals_at = now
+        self._stats = LeaderStats(self._engine.stats(), self._streams.draining)
+        self._stats_at = now
 
-    # called by the I/O thread: only reads the pulse and the vitals, each replaced whole, and puts events into the inbox
+    # called by the I/O thread: only reads the progress and the statistics, each replaced whole, and puts events into the inbox
 
     def hello(self) -> Hello:
         return self._hello
 
-    def beat(self) -> Heartbeat:
-        """Raises :class:`EngineFault` when the running step takes longer than :func:`hang_bound_ms` allows."""
-        pulse, vitals = self._pulse, self._vitals
-        busy_s = time.monotonic() - pulse.since if pulse.since else 0.0
-        if busy_s * 1000.0 > hang_bound_ms(self._spec.hang_floor_s, pulse.predicted_ms):
-            raise EngineFault(
-                f"step {pulse.step} has made no progress for {busy_s:.1f} s",
-                f"it was expected to take {pulse.predicted_ms:.0f} ms: a rank hangs or was stopped",
-                "the replica is replaced whole",
-            )
+    def heartbeat(self) -> Heartbeat:
+        """The heartbeat of now. Raises :class:`EngineFault` when the running step makes no progress."""
+        progress, stats = self._progress, self._stats
+        busy_s = time.monotonic() - progress.since if progress.since else 0.0
+        self._check_progress(progress, busy_s)
         return Heartbeat(
             boot=self._boot,
-            step=pulse.step,
+            step=progress.step,
             busy_ms=busy_s * 1000.0,
-            predicted_ms=pulse.predicted_ms,
-            draining=vitals.draining,
-            stats=vitals.stats,
+            predicted_ms=progress.predicted_ms,
+            draining=stats.draining,
+            stats=stats.engine,
         )
+
+    def _check_progress(self, progress: StepProgress, busy_s: float) -> None:
+        """Detect a hung rank: raises :class:`EngineFault` when a step, running for ``busy_s``, takes longer than :func:`hang_bound_ms`
+        allows. The I/O thread then ends the process."""
+        if busy_s * 1000.0 > hang_bound_ms(self._spec.hang_floor_s, progress.predicted_ms):
+            raise EngineFault(
+                f"step {progress.step} has made no progress for {busy_s:.1f} s",
+                f"it was expected to take {progress.predicted_ms:.0f} ms: a rank hangs or was stopped",
+                "the replica is replaced whole",
+            )
 
     def deliver(self, received: float, event: Event) -> None:
         self._inbox.put((received, event))
@@ -228,9 +235,9 @@ class Leader:
     def backlog(self) -> int:
         return self._inbox.qsize()
 
-    def broken(self, error: BaseException) -> None:
+    def on_io_error(self, error: BaseException) -> None:
         log.error("the I/O thread ends", exc_info=error)
-        self._die(error if isinstance(error, TriremeError) else EngineFault("the leader's I/O thread failed", repr(error)))
+        self._abort(error if isinstance(error, TriremeError) else EngineFault("the leader's I/O thread failed", repr(error)))
 
 
 def _log_fault(action: LogFault) -> None:

@@ -66,7 +66,7 @@ class LeaderCallbacks(Protocol):
 
     def hello(self) -> Hello: ...
 
-    def beat(self) -> Heartbeat:
+    def heartbeat(self) -> Heartbeat:
         """Called every ``heartbeat_s``. Raises :class:`~workers.protocol.errors.TriremeError` when the engine thread makes no progress."""
 
     def deliver(self, received: float, event: Event) -> None: ...
@@ -74,7 +74,7 @@ class LeaderCallbacks(Protocol):
     def backlog(self) -> int:
         """Events delivered and not yet taken."""
 
-    def broken(self, error: BaseException) -> None:
+    def on_io_error(self, error: BaseException) -> None:
         """The thread ends by ``error``; the process must too."""
 
 
@@ -129,8 +129,8 @@ class RouterIo:
         self._by_boot: dict[str, _RouterPort] = {}
         self._outbox: deque[tuple[str, FromReplica]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._goodbye: str | None = None
-        self._next_beat = 0.0
+        self._bye_reason: str | None = None
+        self._next_heartbeat = 0.0
         self._thread = threading.Thread(target=self._run, name="routers", daemon=True)
         #: Frames refused since the start.
         self.malformed = 0
@@ -145,7 +145,7 @@ class RouterIo:
 
     def close(self, reason: str, bound_s: float = 3.0) -> None:
         """Send all that was posted, say Bye, close the sockets; gives up after ``bound_s`` seconds."""
-        self._goodbye = reason
+        self._bye_reason = reason
         os.eventfd_write(self._wakeup, 1)
         self._thread.join(bound_s)
         if not self._thread.is_alive():
@@ -155,29 +155,29 @@ class RouterIo:
 
     def _run(self) -> None:
         try:
-            while self._goodbye is None:
+            while self._bye_reason is None:
                 self._turn()
             self._flush()
         except BaseException as error:
-            self._goodbye = str(error)
+            self._bye_reason = str(error)
             self._leave()
-            self._leader.broken(error)
+            self._leader.on_io_error(error)
         else:
             self._leave()
 
     def _leave(self) -> None:
-        farewell = Bye(boot=self._boot, reason=(self._goodbye or "")[:200])
+        bye = Bye(boot=self._boot, reason=(self._bye_reason or "")[:200])
         for port in list(self._ports.values()):
             if port.link.up:
-                self._send(port, farewell)
+                self._send(port, bye)
             self._drop_socket(port, linger_ms=_LINGER_MS)
         self._context.term()
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + self._heartbeat_s
-            message = self._leader.beat()
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + self._heartbeat_s
+            message = self._leader.heartbeat()
             for port in self._ports.values():
                 if port.link.up:
                     self._send(port, message)
@@ -203,7 +203,7 @@ class RouterIo:
                 wanted.append((port.monitor, zmq.POLLIN))
             if port.socket is not None and reading:
                 wanted.append((port.socket, zmq.POLLIN))
-        patience = max(0.0, min(TICK_S, self._next_beat - now))
+        patience = max(0.0, min(TICK_S, self._next_heartbeat - now))
         return {ready for ready, _ in zmq.zmq_poll(wanted, int(patience * 1000) + 1)}
 
     def _flush(self) -> None:

@@ -68,18 +68,19 @@ class LogFault(msgspec.Struct, frozen=True):
     fault: Fault
 
 
+Action: TypeAlias = StartSequence | StopSequence | GrantCredit | SendToRouter | LogFault
+
+
 class BeginDrain(msgspec.Struct, frozen=True):
-    """The launcher's order to a leader: accept nothing new; what still runs after ``grace_s`` seconds continues at another replica."""
+    """The launcher's order to a leader, an event of its inbox: accept nothing new; what still runs after ``grace_s`` seconds continues at
+    another replica."""
 
     grace_s: float
 
 
-Action: TypeAlias = StartSequence | StopSequence | GrantCredit | SendToRouter | LogFault
-
-
 class _StreamRecord(msgspec.Struct, kw_only=True):
     """One live sequence. ``tokens``: the journal that came with Submit and what was emitted since; ``logprobs``: those of
-    ``tokens[-len(logprobs):]``. ``router_boot``: empty while the sequence is an orphan. ``credit``: tokens that may still be sent."""
+    the last len(``logprobs``) tokens. ``router_boot``: empty while the sequence is an orphan. ``credit``: tokens that may still be sent."""
 
     id: int
     name: tuple[str, str]
@@ -163,15 +164,15 @@ class StreamTable:
             if (known.router_boot, known.stream, known.attempt) == (message.boot, message.stream, message.attempt):
                 return [self._accepted(known)]
             if message.attempt < known.attempt:
-                return [self._failed(message, "cancelled", f"superseded by attempt {known.attempt}")]
+                return [self._failed_message(message, _superseded(known.attempt))]
         try:
-            self._check(message, replaces=known is not None)
+            self._check_submit(message, replaces=known is not None)
         except TriremeError as error:
-            return [self._refusal(message, error)]
-        actions = self._supersede(known, message) if known is not None else []
+            return [self._failed_message(message, error)]
+        actions = self._stop(known, _superseded(message.attempt)) if known is not None else []
         displaced = self._by_stream.get((message.boot, message.stream))
         if displaced is not None:
-            actions += self._supersede(displaced, message)
+            actions += self._stop(displaced, _superseded(message.attempt))
         self._next_id += 1
         record = _StreamRecord(
             id=self._next_id, name=name, router_boot=message.boot, stream=message.stream, attempt=message.attempt,
@@ -192,23 +193,24 @@ class StreamTable:
         """The engine raised on the sequence and keeps nothing of it."""
         record = self._by_id[id]
         self._drop(record)
-        return [self._refusal(record, error)]
+        return [self._failed_message(record, error)]
 
     def attach(self, message: Attach) -> list[Action]:
         """Move a live sequence to another stream and send its tokens from ``have`` on. ``not_found`` tells the router to submit instead."""
         record = self._by_name.get((message.client, message.request_id))
         if record is None or not 0 <= message.have <= len(record.tokens):
-            return [self._failed(message, "not_found", "no such sequence here, or one that has not come so far")]
+            error = TriremeError("no such sequence here, or one that has not come so far", code="not_found")
+            return [self._failed_message(message, error)]
         if message.attempt < record.attempt:
-            return [self._failed(message, "cancelled", f"superseded by attempt {record.attempt}")]
+            return [self._failed_message(message, _superseded(record.attempt))]
         actions: list[Action] = []
         displaced = self._by_stream.get((message.boot, message.stream))
         if displaced is not None and displaced is not record:
-            actions += self._supersede(displaced, message)
+            actions += self._stop(displaced, _superseded(message.attempt))
         if record.router_boot:
             del self._by_stream[record.router_boot, record.stream]
             if (record.router_boot, record.stream, record.attempt) != (message.boot, message.stream, message.attempt):
-                actions.append(self._failed(record, "cancelled", f"superseded by attempt {message.attempt}"))
+                actions.append(self._failed_message(record, _superseded(message.attempt)))
         record.router_boot, record.stream, record.attempt = message.boot, message.stream, message.attempt
         self._by_stream[record.router_boot, record.stream] = record
         actions.append(self._accepted(record))
@@ -260,15 +262,13 @@ class StreamTable:
             if record is None:  # cancelled while the step ran
                 continue
             if emission.tokens and emission.first != len(record.tokens):
-                ends += self._fault(
-                    record, "engine_fault", f"the engine emitted position {emission.first} after {len(record.tokens)} tokens"
-                )
+                why = f"the engine emitted position {emission.first} after {len(record.tokens)} tokens"
+                ends += self._stop(record, TriremeError(why, code="engine_fault"))
                 continue
             if emission.prompt_logprobs is not None:
                 if _prompt_bytes(emission.prompt_logprobs) > MAX_FRAME:
-                    ends += self._fault(
-                        record, "invalid_request", "the prompt's logprobs do not fit one message: ask for fewer alternatives"
-                    )
+                    why = "the prompt's logprobs do not fit one message: ask for fewer alternatives"
+                    ends += self._stop(record, TriremeError(why, code="invalid_request"))
                     continue
                 record.prompt_logprobs = emission.prompt_logprobs
                 prompts += self._prompt(record)
@@ -299,13 +299,13 @@ class StreamTable:
             if record is None:
                 continue
             if record.deadline is not None and record.deadline <= now:
-                actions += self._fault(record, "deadline_exceeded", "the request's deadline passed")
+                actions += self._stop(record, TriremeError("the request's deadline passed", code="deadline_exceeded"))
             elif not record.router_boot and record.orphaned_until <= now:
                 self._drop(record)
                 actions.append(StopSequence(record.id))
         if self._drain_until is not None and self._drain_until <= now:
             for record in list(self._by_id.values()):
-                actions += self._fault(record, "replica_lost", "the replica has drained: continue elsewhere")
+                actions += self._stop(record, TriremeError("the replica has drained: continue elsewhere", code="replica_lost"))
         return actions
 
     def next_due(self) -> float | None:
@@ -325,7 +325,7 @@ class StreamTable:
         assert all(record.id in timed for record in self._by_id.values() if record.deadline is not None or not record.router_boot)
         assert all(len(record.logprobs) <= len(record.tokens) for record in self._by_id.values())
 
-    def _check(self, message: Submit, *, replaces: bool) -> None:
+    def _check_submit(self, message: Submit, *, replaces: bool) -> None:
         """Raise the error by which a Submit is refused before the engine looks at its ids, sizes and grammar."""
         if message.model != self._model:
             raise NotFound(f"this replica serves {self._model!r}", code="model_not_found")
@@ -339,14 +339,11 @@ class StreamTable:
         if not 1 <= params.max_tokens <= UNLIMITED or not 0 <= message.task.credit <= UNLIMITED or message.attempt < 0:
             raise Rejected("max_tokens, credit or attempt is out of range")
 
-    def _supersede(self, record: _StreamRecord, by: Submit | Attach) -> list[Action]:
-        return self._fault(record, "cancelled", f"superseded by attempt {by.attempt}")
-
-    def _fault(self, record: _StreamRecord, code: str, message: str) -> list[Action]:
+    def _stop(self, record: _StreamRecord, error: TriremeError) -> list[Action]:
         """End a sequence that the engine still runs."""
         self._drop(record)
         stop: list[Action] = [StopSequence(record.id)]
-        return [*stop, self._failed(record, code, message)] if record.router_boot else stop
+        return [*stop, self._failed_message(record, error)] if record.router_boot else stop
 
     def _end(self, record: _StreamRecord, end: Finish | Fault) -> list[Action]:
         """End a sequence that the engine has ended."""
@@ -354,7 +351,7 @@ class StreamTable:
         if isinstance(end, Finish):
             return [self._done(record, end)] if record.router_boot else []
         logged: list[Action] = [LogFault(record.name[1], record.marks, end)]
-        return [*logged, self._failed(record, end.code, end.message)] if record.router_boot else logged
+        return [*logged, self._failed_message(record, TriremeError(end.message, code=end.code))] if record.router_boot else logged
 
     def _drop(self, record: _StreamRecord) -> None:
         del self._by_id[record.id], self._by_name[record.name]
@@ -400,10 +397,7 @@ class StreamTable:
         )
         return SendToRouter(record.router_boot, message)
 
-    def _failed(self, to: _StreamRecord | Submit | Attach, code: str, why: str) -> SendToRouter:
-        return self._refusal(to, TriremeError(why, code=code))
-
-    def _refusal(self, to: _StreamRecord | Submit | Attach, error: TriremeError) -> SendToRouter:
+    def _failed_message(self, to: _StreamRecord | Submit | Attach, error: TriremeError) -> SendToRouter:
         message = Failed(
             boot=self._boot,
             stream=to.stream,
@@ -414,6 +408,10 @@ class StreamTable:
             param=error.param,
         )
         return SendToRouter(to.router_boot if isinstance(to, _StreamRecord) else to.boot, message)
+
+
+def _superseded(attempt: int) -> TriremeError:
+    return TriremeError(f"superseded by attempt {attempt}", code="cancelled")
 
 
 def _prompt_bytes(logprobs: list[Logprobs]) -> int:

@@ -48,10 +48,10 @@ class Running:
     def __init__(self, *routers: RouterAddress, keys: KeyPair | None = None, hang_floor_s: float = 10.0) -> None:
         self.engine = Breakable(FakeSpec(options=FakeOptions(fake_step_ms=2.0)))
         self.phases: list[str] = []
-        self.deaths: list[TriremeError] = []
+        self.aborts: list[TriremeError] = []
         self.error: Exception | None = None
         spec = ReplicaSpec(name="r0", model="m", artifact="", epoch=7, routers=routers, heartbeat_s=0.05, hang_floor_s=hang_floor_s)
-        self.leader = Leader(spec, self.engine, boot="leader-1", keys=keys, enter=self.phases.append, die=self.deaths.append)
+        self.leader = Leader(spec, self.engine, boot="leader-1", keys=keys, enter=self.phases.append, abort=self.aborts.append)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -136,8 +136,8 @@ def test_heartbeats_go_on_inside_a_step_and_a_step_without_progress_ends_the_rep
         end.until(lambda: end.beats[-1].busy_ms > 200)
         busy = [beat.busy_ms for beat in end.beats if beat.busy_ms]
         assert busy == sorted(busy) and len(busy) >= 2 and end.beats[-1].step == 1
-        end.until(lambda: running.deaths)
-        assert isinstance(running.deaths[0], EngineFault) and "step 1 has made no progress" in running.deaths[0].what
+        end.until(lambda: running.aborts)
+        assert isinstance(running.aborts[0], EngineFault) and "step 1 has made no progress" in running.aborts[0].what
         release.set()
 
 
