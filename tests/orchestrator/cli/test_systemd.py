@@ -78,10 +78,10 @@ def test_without_a_manager_nothing_happens(address: str) -> None:
 def test_the_host_tells_what_becomes_of_it(manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The deployment's own notices, through the host command that a unit starts."""
 
-    def up(config: object, *, notify: object, beat: object, **_: object) -> int:
+    def up(config: object, *, notify: object, on_turn: object, **_: object) -> int:
         for kind in ("router", "ready", "stopping", "stopped"):
             notify(Notice(kind=kind, subject="x", text="http://127.0.0.1:1"))  # type: ignore[operator]
-        beat()  # type: ignore[operator]
+        on_turn()  # type: ignore[operator]
         return 0
 
     monkeypatch.setattr("orchestrator.control.host.deployment.up", up)
