@@ -261,7 +261,7 @@ class RouterAddress(msgspec.Struct, frozen=True, kw_only=True):
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that rank 0 needs to run one replica; the launcher writes it as JSON (mode 0600), other ranks get it over MPI.
 
-    ``epoch`` = launch time in ms * 2**16 + 16 random bits, minted by the gang supervisor: larger = newer.
+    ``epoch`` = launch time in ms * 2**16 + 16 random bits, made by the launcher (:mod:`workers.epoch`): larger = newer.
     ``run_dir``: where rank 0 writes ``state.json`` and each rank its ``rank<N>.log``; empty = log to stderr, no state file.
     ``key_file``: this replica's CURVE key pair (JSON: public, secret), needed for ``tcp://`` routers only.
     ``drain_grace_s``: how long sequences may go on after SIGTERM; the rest continues elsewhere. ``announced``: its name towards routers

@@ -125,7 +125,9 @@ class RpcCall:
         "prompt", "stream", "submission", "texts",
     )  # fmt: skip
 
-    def __init__(self, name: Name, boot: str, texts: bool, out: Outgoing, ended: Callable[[RpcCall], None]) -> None:
+    def __init__(
+        self, name: Name, boot: str, texts: bool, out: Outgoing, ended: Callable[[RpcCall], None], *, granted: int = 0
+    ) -> None:  # fmt: skip
         self.name, self._boot, self.texts, self.out, self._ended = name, boot, texts, out, ended
         self.client_boot, self.stream, self.attempt = "", 0, 0
         self.submission: Submission | None = None
@@ -134,7 +136,7 @@ class RpcCall:
         self.prompt: list[Logprobs] | None = None
         self._open = 0
         #: Tokens granted to each choice, beyond those that the client had at the start.
-        self.granted = 0
+        self.granted = granted
         #: Cancelled before it was submitted.
         self.cancelled = False
         #: When the client was first found gone; None = it is connected.
@@ -170,6 +172,12 @@ class RpcCall:
         """Tokens to grant so that a client that has ``have`` tokens gets ``credit`` more. Its earlier grants may have been lost."""
         taken = max((_count(have, index) - choice.base for index, choice in enumerate(self.choices)), default=0)
         return max(0, taken + credit - self.granted)
+
+    def add_credit(self, tokens: int) -> None:
+        """Grant ``tokens`` more to every live choice; without effect before the request is submitted."""
+        if self.submission is not None and tokens:
+            self.granted += tokens
+            self.submission.ticket.credit(tokens)
 
     def attach(self, out: Outgoing, boot: str, stream: int, attempt: int) -> None:
         """Send everything from now on to this connection and stream."""

@@ -111,9 +111,8 @@ class RpcServer:
         if len(self._live) >= MAX_CALLS:
             raise Overloaded(f"{MAX_CALLS} requests are live here", retry_after=1.0)
         out = self._outgoing_of(peer)
-        call = RpcCall(name, self._boot, message.texts, out, self._on_ended)
+        call = RpcCall(name, self._boot, message.texts, out, self._on_ended, granted=message.credit)
         self._live[name] = call
-        call.granted = message.credit
         call.attach(out, message.boot, message.stream, message.attempt)
         self._streams[client, message.boot, message.stream] = call
         self._start(self._begin(call, message))
@@ -133,7 +132,7 @@ class RpcServer:
             self._flush()
             self._give(peer, msgspec.structs.replace(call.submission.accepted, stream=message.stream, attempt=message.attempt))
         call.replay(have)
-        self._grant(call, call.lacking(have, message.credit))
+        call.add_credit(call.lacking(have, message.credit))
 
     async def _begin(self, call: RpcCall, message: Generate) -> None:
         """The edge of one request: an error in it ends this request only."""
@@ -201,12 +200,7 @@ class RpcServer:
         for stream, tokens in zip(message.streams, message.tokens, strict=True):
             call = self._streams.get((client, message.boot, stream))
             if call is not None:
-                self._grant(call, tokens)
-
-    def _grant(self, call: RpcCall, tokens: int) -> None:
-        if call.submission is not None and tokens:
-            call.granted += tokens
-            call.submission.ticket.credit(tokens)
+                call.add_credit(tokens)
 
     def _query(self, peer: bytes, client: str, message: Query) -> None:
         tenant = self._tenant(client)
