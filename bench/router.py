@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
 import httpx
-import psutil
 
 from bench.report import Claim, publish, say
 from orchestrator.client import AsyncClient
@@ -27,8 +27,9 @@ BODY = {"temperature": 0.0, "ignore_eos": True}
 
 
 def cpu_seconds(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
+    """CPU seconds of a process and its threads, in nanosecond steps: /proc/PID/stat counts in ticks of 10 ms, a step of 0.4 us a token."""
+    process_cpu_clock = (~pid << 3) | 2  # what clock_getcpuclockid(3) makes of a pid on Linux
+    return time.clock_gettime(process_cpu_clock)
 
 
 async def http_streams(status: DeploymentStatus, streams: int, tokens: int) -> int:
