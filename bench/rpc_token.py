@@ -67,7 +67,7 @@ async def measure(folder: Path, texts: bool, steps: int) -> float:
         block_size=16, num_blocks=9999, max_batch_size=STREAMS, max_num_tokens=512, max_seq_len=4096, vocab_size=320, tp=1, pp=1
     )  # fmt: skip
     hello = Hello(boot="b", protocol=PROTOCOL, replica="a", model="m", epoch=1, resume="bitwise", capacity=capacity)
-    dispatch.hear(b"a", "", hello)
+    dispatch.hear(b"a", "", hello, messages.encode(hello))
     body = msgspec.json.encode({"model": "m", "prompt": [1, 2, 3], "max_tokens": steps + 1})
     for stream in range(STREAMS):
         client = f"c{stream % CLIENTS}"
@@ -83,7 +83,7 @@ async def measure(folder: Path, texts: bool, steps: int) -> float:
     frames.clear()
     begin = time.process_time()
     for message in messages_in:
-        dispatch.hear(b"a", "", messages.decode_from_replica(message))
+        dispatch.hear(b"a", "", messages.decode_from_replica(message), message)
         door._flush()
     spent = time.process_time() - begin
     assert len(frames) == steps * CLIENTS, "one message a client and step"

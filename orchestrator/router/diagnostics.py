@@ -15,7 +15,7 @@ import msgspec
 
 from orchestrator.files import writing_private
 from orchestrator.router.core.history import RequestStory
-from orchestrator.router.core.recorder import dump_line
+from orchestrator.router.core.recorder import DumpPart, dump_line
 from workers.protocol.errors import NotFound
 
 #: Requests of one id that a story tells of: the last ones.
@@ -52,7 +52,7 @@ class PastEvents(Protocol):
     @property
     def now(self) -> float: ...
 
-    def dump(self) -> list[bytes]: ...
+    def dump(self) -> list[DumpPart]: ...
 
     def stories(self, request_id: str) -> list[RequestStory]: ...
 
@@ -70,7 +70,7 @@ class Diagnostics:
             raise NotFound("this router writes no dumps", "it has no state file, hence no folder of its own")
         async with self._writing:
             parts = self._past.dump()
-            # Bytes never change, so that the event loop goes on while a thread makes lines of them.
+            # The parts never change, so that the event loop goes on while a thread makes lines of them.
             size = await asyncio.to_thread(_write, self._file, parts)
         return DumpReport(router=self._router, path=str(self._file), events=len(parts) - 3, bytes=size)
 
@@ -80,7 +80,7 @@ class Diagnostics:
         return StoryReport(router=self._router, now=self._past.now, unix_offset_s=self._past.unix_offset_s, stories=stories)
 
 
-def _write(file: Path, parts: list[bytes]) -> int:
+def _write(file: Path, parts: list[DumpPart]) -> int:
     """Write ``parts`` as lines; returns the file's bytes. It pauses after every :data:`BURST_BYTES`: making lines holds the interpreter's
     lock, and the event loop would wait 5 ms for it at every turn."""
     size = burst = 0

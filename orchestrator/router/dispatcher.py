@@ -28,7 +28,7 @@ from orchestrator.router.core.events import (
     Tick,
 )
 from orchestrator.router.core.history import RequestStory
-from orchestrator.router.core.recorder import EventRecorder
+from orchestrator.router.core.recorder import DumpPart, EventRecorder
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.core.session_table import session_key
@@ -114,7 +114,7 @@ class RouterDispatcher:
         """What happened to the requests with this id, as far as it is kept."""
         return self._core.stories(request_id)
 
-    def dump(self) -> list[bytes]:
+    def dump(self) -> list[DumpPart]:
         """The last events, with the state before and after them: :meth:`EventRecorder.dump`."""
         return self._recorder.dump(self.unix_offset_s)
 
@@ -130,8 +130,8 @@ class RouterDispatcher:
 
     # --- the replicas' side
 
-    def hear(self, peer: bytes, user: str, message: FromReplica) -> None:
-        self._take_in(ReplicaMessage(peer=peer, user=user, message=message))
+    def hear(self, peer: bytes, user: str, message: FromReplica, frame: bytes) -> None:
+        self._take_in(ReplicaMessage(peer=peer, user=user, message=message, frame=frame))
         self.pump()
 
     def unreachable(self, peer: bytes) -> None:

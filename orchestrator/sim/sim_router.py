@@ -23,7 +23,7 @@ from orchestrator.router.core.events import (
     SubmitRequest,
     Tick,
 )
-from orchestrator.router.core.recorder import EventRecorder
+from orchestrator.router.core.recorder import DumpPart, EventRecorder
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
@@ -87,7 +87,7 @@ class SimRouter:
 
     def __init__(self, index: int, timeline: Timeline, window_events: int = 0) -> None:
         self.index, self._timeline, self._window_events = index, timeline, window_events
-        self.dumps: list[list[bytes]] = []
+        self.dumps: list[list[DumpPart]] = []
         self.up = False
         self.life = 0
         self.connections: dict[bytes, SimConnection] = {}

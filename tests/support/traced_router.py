@@ -15,6 +15,7 @@ from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.tracing import TracedDispatcher
 from tests.support.router_core import hello_of, router
+from workers.protocol import messages
 from workers.protocol.messages import Submit, ToReplica
 
 
@@ -57,7 +58,7 @@ class Stage:
         return found
 
     def hear(self, place: str, message: Any) -> None:
-        self.dispatch.hear(place.encode(), "", message)
+        self.dispatch.hear(place.encode(), "", message, messages.encode(message))
 
     def join(self, name: str) -> None:
         """Replica ``name`` says :func:`hello_of`."""

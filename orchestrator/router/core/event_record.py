@@ -132,9 +132,9 @@ class FailRecord(msgspec.Struct, frozen=True, kw_only=True, tag="fail"):
     code: str
 
 
-KeptEvent: TypeAlias = (
-    SubmitRecord | MessageRecord | CancelRequest | StopChoice | AddCredit | PeerUnreachable | Tick | StopAccepting | AbortAll
-)
+#: Events that are kept as they are.
+PlainEvent: TypeAlias = CancelRequest | StopChoice | AddCredit | PeerUnreachable | Tick | StopAccepting | AbortAll
+KeptEvent: TypeAlias = SubmitRecord | MessageRecord | PlainEvent
 KeptAction: TypeAlias = SendRecord | DeliverRecord | PromptLogprobsRecord | FinishRecord | FailRecord
 
 
@@ -149,10 +149,13 @@ class EventRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     refused: str = ""
 
 
-def record_event(event: RouterEvent, digest: Callable[[str], str]) -> KeptEvent:
-    """What is kept of ``event``; ``digest`` stands for a user."""
-    if isinstance(event, ReplicaMessage):
-        return MessageRecord(peer=event.peer, user=digest(event.user), message=_record_message(event.message))
+def record_message(peer: bytes, user: str, message: FromReplica) -> MessageRecord:
+    """What is kept of a ``ReplicaMessage``; ``user``: a digest."""
+    return MessageRecord(peer=peer, user=user, message=_without_content(message))
+
+
+def record_event(event: SubmitRequest | PlainEvent) -> KeptEvent:
+    """What is kept of any other event."""
     if isinstance(event, SubmitRequest):
         request = event.request
         return SubmitRecord(
@@ -163,7 +166,7 @@ def record_event(event: RouterEvent, digest: Callable[[str], str]) -> KeptEvent:
     return event
 
 
-def _record_message(message: FromReplica) -> Hello | Accepted | Heartbeat | TokensRecord | Done | Failed | Bye:
+def _without_content(message: FromReplica) -> Hello | Accepted | Heartbeat | TokensRecord | Done | Failed | Bye:
     if isinstance(message, Tokens):
         return TokensRecord(
             boot=message.boot, streams=message.streams, attempts=message.attempts, firsts=message.firsts,

@@ -48,11 +48,13 @@ class AddCredit(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
 
 
 class ReplicaMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of the connection ``peer``, whose sender is authenticated as ``user``."""
+    """One message of the connection ``peer``, whose sender is authenticated as ``user``. ``frame``: the bytes that ``message`` was decoded
+    from, for the recorder; empty where it came by no socket."""
 
     peer: bytes
     user: str
     message: FromReplica
+    frame: bytes = b""
 
 
 class PeerUnreachable(msgspec.Struct, frozen=True, kw_only=True, tag="unreachable"):

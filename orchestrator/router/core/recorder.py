@@ -3,30 +3,32 @@
 Owns the window: segments of records, each after a snapshot of the core. The oldest segment is dropped whole once those after it hold
 :data:`WINDOW_EVENTS` events, or when all together take more than :data:`WINDOW_BYTES`. A snapshot takes about 4 µs a live choice: so a new
 segment begins at a tick, off the way of tokens, and only while :data:`SNAPSHOT_REQUESTS` requests or less are live, else when a segment has
-grown to a quarter of the bytes. Records are kept encoded: one bytes object an event, which the garbage collector does not look at.
+grown to a quarter of the bytes. The garbage collector looks at none of it: an event is kept encoded, a replica's message as the frame that
+came, because that costs nothing on the way of a token. What a dump may not hold is left out when a dump is written, off the event loop.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
 from orchestrator.router.core.actions import Action
-from orchestrator.router.core.event_record import EventRecord, record_action, record_event
-from orchestrator.router.core.events import RouterEvent, Tick
+from orchestrator.router.core.event_record import EventRecord, KeptAction, record_action, record_event, record_message
+from orchestrator.router.core.events import ReplicaMessage, RouterEvent, Tick
 from orchestrator.router.core.router_core import CoreSettings, CoreSnapshot, RouterCore
+from workers.protocol import messages
 from workers.protocol.errors import TriremeError
 
 #: Events that are surely kept while they fit, and the bytes that all segments may take.
 WINDOW_EVENTS, WINDOW_BYTES = 10_000, 64 << 20
 #: With more live requests than this, a snapshot would hold up the event loop by more than some 10 ms.
 SNAPSHOT_REQUESTS = 2048
-#: What a bytes object and its place in a list take beside its content.
-OVERHEAD_BYTES = 48
+#: What the objects of an event and their place in a list take beside their content, at most.
+OVERHEAD_BYTES = 160
 #: Users whose digests are remembered.
 MAX_USERS = 4096
 #: The first word of a dump: what it is, and its format.
@@ -46,6 +48,37 @@ class DumpHeader(msgspec.Struct, frozen=True, kw_only=True):
     unix_offset_s: float
 
 
+class KeptOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the core did with a replica's message; the fields are those of an ``EventRecord``."""
+
+    cached: list[list[int]] = []
+    actions: list[KeptAction] = []
+
+
+class KeptMessage(msgspec.Struct, frozen=True, gc=False):
+    """A ``ReplicaMessage`` in the window. ``user``: a digest; ``outcome``: an encoded :class:`KeptOutcome`."""
+
+    at: float
+    peer: bytes
+    user: str
+    frame: bytes
+    outcome: bytes
+
+    def __len__(self) -> int:
+        """Its bytes."""
+        return len(self.frame) + len(self.outcome) + len(self.peer)
+
+    def record(self) -> EventRecord:
+        found = _outcomes.decode(self.outcome)
+        event = record_message(self.peer, self.user, messages.decode_from_replica(self.frame))
+        return EventRecord(at=self.at, event=event, cached=found.cached, actions=found.actions)
+
+
+_outcomes = msgspec.msgpack.Decoder(KeptOutcome)
+#: A line of a dump before it is written: encoded, or a message as it came.
+DumpPart: TypeAlias = bytes | KeptMessage
+
+
 class _Segment:
     """Events from one snapshot on. ``size``: bytes of the events."""
 
@@ -53,7 +86,7 @@ class _Segment:
 
     def __init__(self, snapshot: bytes) -> None:
         self.snapshot = snapshot
-        self.events: list[bytes] = []
+        self.events: list[DumpPart] = []
         self.size = 0
 
     @property
@@ -92,20 +125,27 @@ class EventRecorder:
             refused = error.code
             raise
         finally:
-            record = EventRecord(
-                at=now, event=record_event(event, self._digest_of), cached=self._core.prefix_answers,
-                actions=[record_action(action, self._id_of) for action in actions], refused=refused,
-            )  # fmt: skip
-            encoded = _encoder.encode(record)
-            segment.events.append(encoded)
-            size = len(encoded) + OVERHEAD_BYTES
+            kept = self._keep(event, now, [record_action(action, self._id_of) for action in actions], refused)
+            segment.events.append(kept)
+            size = len(kept) + OVERHEAD_BYTES
             segment.size += size
             self._bytes += size
             self._events += 1
         return actions
 
-    def dump(self, unix_offset_s: float) -> list[bytes]:
-        """The window: header, snapshot, events in order, and a snapshot of now, each in MessagePack; :func:`dump_lines` makes a file."""
+    def _keep(self, event: RouterEvent, now: float, actions: list[KeptAction], refused: str) -> DumpPart:
+        cached = self._core.prefix_answers
+        if isinstance(event, ReplicaMessage):
+            frame = event.frame or messages.encode(event.message)
+            return KeptMessage(
+                now, event.peer, self._digest_of(event.user), frame, _encoder.encode(KeptOutcome(cached=cached, actions=actions))
+            )
+        record = EventRecord(at=now, event=record_event(event), cached=cached, actions=actions, refused=refused)
+        return _encoder.encode(record)
+
+    def dump(self, unix_offset_s: float) -> list[DumpPart]:
+        """The window: header, snapshot, events in order, and a snapshot of now; :func:`dump_lines` makes a file. The parts hold tokens, the
+        lines do not."""
         header = DumpHeader(
             format=DUMP_FORMAT, settings=self._core.settings(), dropped=self._dropped, unix_offset_s=unix_offset_s
         )  # fmt: skip
@@ -145,13 +185,15 @@ def user_digest(user: str) -> str:
     return blake2b(user.encode(), digest_size=6).hexdigest()
 
 
-def dump_lines(dump: list[bytes]) -> list[bytes]:
+def dump_lines(dump: Sequence[DumpPart]) -> list[bytes]:
     """A dump as lines of JSON, to be read by people and by :func:`read_dump`."""
     return [dump_line(part) for part in dump]
 
 
-def dump_line(part: bytes) -> bytes:
+def dump_line(part: DumpPart) -> bytes:
     """One part of a dump as a line. Takes 10 µs for a small event, 100 µs for a step of 250 choices: not for an event loop."""
+    if isinstance(part, KeptMessage):
+        return msgspec.json.encode(part.record())
     return msgspec.json.encode(msgspec.msgpack.decode(part))
 
 

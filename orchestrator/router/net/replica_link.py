@@ -23,7 +23,7 @@ log = logging.getLogger("trireme.replicas")
 class ReplicaEvents(Protocol):
     """The receiver of what happens at the replicas: the dispatcher."""
 
-    def hear(self, peer: bytes, user: str, message: FromReplica) -> None: ...
+    def hear(self, peer: bytes, user: str, message: FromReplica, frame: bytes) -> None: ...
 
     def peers(self) -> list[bytes]: ...
 
@@ -84,7 +84,7 @@ class ReplicaLink:
                 self._socket.send(peer, messages.encode(messages.Bye(boot=self._boot, reason="denied")))
                 return
             log.info("hello from %s epoch %d", ascii(message.replica[:64]), message.epoch)
-        self._events.hear(peer, user, message)
+        self._events.hear(peer, user, message, bytes(frame))
 
     def _on_malformed(self, peer: bytes) -> None:
         self.malformed += 1

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.cli.debug import copy
 from orchestrator.router import diagnostics
 from orchestrator.router.core.history import RequestStory
-from orchestrator.router.core.recorder import dump_lines
+from orchestrator.router.core.recorder import DumpPart, dump_lines
 from orchestrator.router.diagnostics import Diagnostics
 from workers.protocol.errors import EnvironmentFault
 
@@ -22,7 +22,7 @@ PARTS = [msgspec.msgpack.encode({"number": number, "bytes": "x" * 1000}) for num
 class Past:
     now = unix_offset_s = 0.0
 
-    def dump(self) -> list[bytes]:
+    def dump(self) -> list[DumpPart]:
         return PARTS
 
     def stories(self, request_id: str) -> list[RequestStory]:
