@@ -22,6 +22,8 @@ TRTLLM    := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 LOG       := $(VENV)/setup.log
 # Where Prometheus is unpacked to when it is not installed.
 PROMETHEUS := build/prometheus
+# The script that draws the pictures of the documentation, from npm.
+MERMAID := 11.17.2
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 INSTALL   := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --quiet $(PIP)
@@ -34,7 +36,7 @@ else echo failed; tail -n 20 $(LOG) >&2; echo 'hint: the whole output is in $(LO
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-fast test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators
+.PHONY: help setup check test fast docs test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target what; do printf '  make %-13s %s\n' "$$target" "$$what"; done
@@ -57,7 +59,7 @@ test: setup ## the whole suite, in JOBS processes (much of it waits for others)
 		$(BIN)/python -m pytest -q -x --second-run --last-failed --last-failed-no-failures none --ignore=tests/cluster; }
 	@$(BIN)/python -m pytest -q tests/cluster
 
-test-fast: $(DEVELOPED) ## all tests that start no process: 3 minutes on two cores
+fast: $(DEVELOPED) ## all tests that start no process: 3 minutes on two cores
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m 'not process and not long and not model'
 
 test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
@@ -108,6 +110,13 @@ test-ui: setup ## the status page in headless Chromium, on a deployment with loa
 test-operators: $(DEVELOPED) ## the shipped Prometheus rules and dashboard against a real Prometheus (of Debian) that scrapes a real run: 2 minutes
 	$(call phase,looking for Prometheus,{ test -x $(PROMETHEUS)/usr/bin/promtool || command -v promtool; } || (mkdir -p $(PROMETHEUS) && cd $(PROMETHEUS) && { apt-get download -q prometheus || { apt-get update -q && apt-get download -q prometheus; }; } && dpkg -x prometheus_*.deb . && rm prometheus_*.deb))
 	@$(BIN)/python -m pytest -q -m '' tests/operators
+
+docs: $(BIN)/python ## the documentation site in build/docs; a link that leads nowhere is an error (npm fetches the script that draws its pictures)
+	@$(BIN)/python -m venv build/docs-env
+	@build/docs-env/bin/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP) -r docs/requirements.txt
+	@mkdir -p build/mermaid && cd build/mermaid && { test -f mermaid-$(MERMAID).tgz || npm pack --silent mermaid@$(MERMAID) >/dev/null; }
+	@build/docs-env/bin/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo 'open build/docs/index.html through a web server: python -m http.server -d build/docs'
 
 smoke-trtllm: ## TensorRT-LLM for real, on a GPU host that has it; ends at once anywhere else
 	@$(TRTLLM) -m bench.smoke_trtllm
