@@ -153,7 +153,7 @@ FIELDS = [
     Row(42, TEXT, text(logprobs=-1), "logprobs"),
     Row(42, TEXT, text(prompt_logprobs=1, stream=True), "prompt_logprobs"),
     Row(44, CHAT, schema({"$ref": "#"}), "response_format", SCHEMA),
-    Row(44, CHAT, schema({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}), "response_format", SCHEMA),
+    Row(44, CHAT, schema({"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}), "response_format", SCHEMA),
     Row(44, CHAT, schema({"$ref": "http://127.0.0.1:1/schema.json"}), "response_format", SCHEMA),
     Row(44, CHAT, schema({"$ref": "file:///etc/passwd"}), "response_format", SCHEMA),
     Row(44, CHAT, schema({"$ref": "#/$defs/none"}), "response_format", SCHEMA),

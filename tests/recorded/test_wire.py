@@ -25,7 +25,7 @@ DIRECTIONS: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
     "from client": (messages.FromClient, messages.decode_from_client),
     "to client": (messages.ToClient, messages.decode_to_client),
 }
-GUIDE = messages.GuideSpec(kind="json_schema", text='{"type": "integer"}')
+GUIDE = messages.GuideSpec(kind="json_schema", text='{"type": "integer"}', whitespace=" ?")
 SHORT_PARAMS = messages.SamplingParams()
 PARAMS = messages.SamplingParams(
     temperature=0.5, top_k=5, top_p=0.9, min_p=0.1, presence_penalty=0.25, frequency_penalty=-0.25, repetition_penalty=1.5,

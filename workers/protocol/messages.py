@@ -42,10 +42,12 @@ ApiEndpoint = Literal["chat", "completions"]
 
 class GuideSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A grammar that the output must follow. ``kind``: ``json`` = any JSON object, ``json_schema``, ``regex``, ``grammar`` (Lark)
-    and ``choice`` (``text`` is then a JSON list of strings)."""
+    and ``choice`` (``text`` is then a JSON list of strings). ``whitespace``: a regular expression of what may stand between the tokens of
+    JSON (empty = nothing may); None = what the engine allows by default."""
 
     kind: Literal["json", "json_schema", "regex", "grammar", "choice"]
     text: str = ""
+    whitespace: str | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

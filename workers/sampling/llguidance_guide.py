@@ -19,6 +19,9 @@ from workers.sampling.guide import Guide
 #: Longest grammar text, bytes, and most choices.
 MAX_TEXT = 64 << 10
 MAX_CHOICES = 1024
+#: White space between two tokens of JSON, where a request does not say it: a space, or a new line and its indent. Without a bound a small
+#: model may write white space until its last token.
+WHITESPACE = r" |\n {0,16}"
 
 
 class LlGuide:
@@ -44,11 +47,12 @@ def _grammar(spec: GuideSpec) -> str:
     """``spec`` as llguidance's own text. Raises Rejected for a schema or a list of choices that is not JSON."""
     try:
         if spec.kind == "json":
-            return str(llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}'))
+            return _json_grammar('{"type": "object"}', spec.whitespace)
         if spec.kind == "json_schema":
-            return str(llguidance.LLMatcher.grammar_from_json_schema(spec.text))
+            return _json_grammar(spec.text, spec.whitespace)
         if spec.kind == "regex":
-            return str(llguidance.LLMatcher.grammar_from_regex(spec.text))
+            # Classes are of ASCII, as llguidance reads them in a schema's pattern.
+            return str(llguidance.LLMatcher.grammar_from_regex(llguidance.regex_to_lark(spec.text, "dws")))
         if spec.kind == "grammar":
             return str(llguidance.LLMatcher.grammar_from_lark(spec.text))
         choices = msgspec.json.decode(spec.text, type=list[str])
@@ -58,6 +62,13 @@ def _grammar(spec: GuideSpec) -> str:
         raise _invalid(spec, f"{len(choices)} choices; 1 to {MAX_CHOICES} are possible")
     alternatives = " | ".join(msgspec.json.encode(choice).decode() for choice in choices)
     return str(llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}"))
+
+
+def _json_grammar(schema: str, whitespace: str | None) -> str:
+    """A schema may say by itself, in ``x-guidance``, how white space is; a request's word counts more."""
+    defaults = {"whitespace_pattern": WHITESPACE}
+    overrides = None if whitespace is None else {"whitespace_flexible": bool(whitespace), "whitespace_pattern": whitespace or None}
+    return str(llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=defaults, overrides=overrides))
 
 
 def _invalid(spec: GuideSpec, why: str) -> Rejected:

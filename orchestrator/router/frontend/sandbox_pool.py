@@ -40,6 +40,9 @@ RETRY_S = 1.0
 #: Longest answer, bytes: the longest prompt at four bytes a character, and as much again for the structure around it.
 MAX_ANSWER = 8 * MAX_RENDERED
 
+#: The one grammar that needs no check.
+ANY_JSON = GuideSpec(kind="json")
+
 log = logging.getLogger("trireme.sandbox")
 
 
@@ -133,7 +136,7 @@ class SandboxPool:
 
     async def check(self, guide: GuideSpec) -> None:
         """Raises Rejected (``invalid_schema``) for a grammar that does not compile within the time limit, and Overloaded."""
-        if guide.kind != "json":
+        if guide != ANY_JSON:
             await self._ask(GrammarJob(guide=guide), "response_format", "invalid_schema", "the grammar")
 
     async def _ask(self, job: Job, param: str, code: str, subject: str) -> Answer:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 import msgspec
 
 from orchestrator.router.frontend import structured_output
-from orchestrator.router.frontend.chat_messages import Message, NamedTool, Tool, ToolFunction, ToolRules
+from orchestrator.router.frontend.chat_messages import Message, NamedTool, Tool, ToolRules
 from workers.protocol.errors import Rejected, printable
 from workers.protocol.messages import ApiEndpoint, GuideSpec
 
@@ -116,6 +116,7 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: list[str] | None = None
+    guided_whitespace_pattern: str | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     cache_salt: str | None = None
@@ -130,8 +131,15 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @functools.cached_property
     def guide(self) -> GuideSpec | None:
-        """The grammar that was asked for. Raises Rejected on two grammars, and on one that is malformed."""
-        return self._output_format()
+        """The grammar that was asked for, or that of a forced tool call. Raises Rejected on two grammars, and on one that is malformed."""
+        older = structured_output.StructuredOutputs(
+            json=self.guided_json,
+            regex=self.guided_regex,
+            grammar=self.guided_grammar,
+            choice=self.guided_choice,
+            whitespace_pattern=self.guided_whitespace_pattern,
+        )
+        return structured_output.choose(self.response_format, self.structured_outputs, older, self._forced_call())
 
     def tool_rules(self) -> ToolRules | None:
         """How the output may call tools; None = it may not."""
@@ -141,12 +149,9 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Raises Rejected where a value is out of its limits."""
         _check_common(self)
 
-    def _output_format(self) -> GuideSpec | None:
-        older = (self.guided_json, self.guided_regex, self.guided_grammar, self.guided_choice)
-        if self.response_format is None and self.structured_outputs is None and older == (None,) * len(older):
-            return None
-        outputs = structured_output.StructuredOutputs(json=older[0], regex=older[1], grammar=older[2], choice=older[3])
-        return structured_output.choose(self.response_format, self.structured_outputs, outputs)
+    def _forced_call(self) -> GuideSpec | None:
+        """The grammar of the tool call that the output must be; None = it need not be one."""
+        return None
 
 
 class ChatBody(GenerateBody, frozen=True, kw_only=True):
@@ -204,20 +209,14 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
         _check_chat(self)
         _ = self.guide
 
-    @functools.cached_property
-    def guide(self) -> GuideSpec | None:
-        """A forced tool call is a grammar too: the arguments of the named function, or one call of any of them."""
-        asked = self._output_format()
-        if not self.tools or self.tool_choice in (None, "none", "auto"):
-            return asked
-        if asked is not None:
-            refuse("tool_choice", "a forced tool call and another output format exclude each other")
+    def _forced_call(self) -> GuideSpec | None:
+        functions = [tool.function for tool in self.tools or ()]
+        if not functions or self.tool_choice in (None, "none", "auto"):
+            return None
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
-            schema = next(tool.function.parameters for tool in self.tools if tool.function.name == name) or {"type": "object"}
-        else:
-            schema = {"anyOf": [_call_schema(tool.function) for tool in self.tools]}
-        return structured_output.from_schema(schema, "tools")
+            return structured_output.arguments_guide(next(function for function in functions if function.name == name))
+        return structured_output.call_guide(functions)
 
 
 class CompletionBody(GenerateBody, frozen=True, kw_only=True):
@@ -462,9 +461,3 @@ def _check_tools(body: ChatBody) -> None:
         refuse("tool_choice", f"no tool is named {choice.function.name[:64]!r}")
     if choice == "required" and not names:
         refuse("tool_choice", "needs tools")
-
-
-def _call_schema(function: ToolFunction) -> dict[str, Any]:
-    arguments = function.parameters or {"type": "object"}
-    properties = {"name": {"const": function.name}, "arguments": arguments}
-    return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}

@@ -1,32 +1,31 @@
 """The grammar that a request asks for, given in one of four ways, as one :class:`~workers.protocol.messages.GuideSpec`.
 
-Owns the checks that need no compiler: size, depth, references, explosive patterns. It never follows a reference out of the schema. A
-grammar is compiled twice on purpose: in a sandbox process of the router, so that a bad grammar is refused before the request is queued, and
-at the replica, because a replica does not trust its routers.
+Owns the checks that need no compiler; :mod:`orchestrator.router.frontend.json_schema` makes those of schemas. A grammar is compiled twice
+on purpose: in a sandbox process of the router, so that a bad grammar is refused before the request is queued, and at the replica, because a
+replica does not trust its routers.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 
+from orchestrator.router.frontend.chat_messages import ToolFunction
+from orchestrator.router.frontend.json_schema import Definitions, directives, invalid
+from orchestrator.router.frontend.pattern_size import PatternTooLarge, check_pattern
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import GuideSpec
 
 MAX_TEXT = 64 << 10
-MAX_DEPTH = 64
-MAX_NODES = 10_000
 MAX_CHOICES = 1024
-MAX_PATTERN = 2048
-#: Copies of an atom that nested counted repeats may ask for: {100}{100} is an automaton of 10 000 states.
-MAX_COPIES = 4096
-
-_REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
-#: A group of one repeated atom that is itself repeated. It matches what the repeated atom matches, and it makes some matchers explode.
-_DOUBLE_REPEAT = re.compile(r"\((?:\?:)?(?:\\.|\[[^\]]*\]|[^()\\\[\]|])[+*]\)[+*{]")
+MAX_WHITESPACE = 256
+#: Keywords that say by themselves which properties an object takes.
+_OPENING = frozenset((
+    "additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "anyOf", "oneOf", "allOf", "if", "dependentSchemas",
+    "minProperties", "const", "enum",
+))  # fmt: skip
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,31 +40,91 @@ class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's newer form; the older ``guided_*`` fields are converted to it."""
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's newer form; the older ``guided_*`` fields are converted to it. ``whitespace_pattern``: what may stand between the tokens of
+    JSON; ``disable_any_whitespace``: nothing may. ``disable_additional_properties``: objects take the properties alone that their schema
+    names. ``disable_fallback``: there is nothing to fall back to. Every field changes the answer, so an unknown one is refused."""
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None
     grammar: str | None = None
     choice: list[str] | None = None
     json_object: bool | None = None
+    structural_tag: Any = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_fallback: bool | None = None
 
 
-def invalid(param: str, why: str) -> Rejected:
-    return Rejected(f"{param}: {why}", code="invalid_schema", param=param)
-
-
-def choose(form: ResponseFormat | None, newer: StructuredOutputs | None, older: StructuredOutputs) -> GuideSpec | None:
-    """The grammar that was asked for, or None. Raises Rejected on several grammars, and (``invalid_schema``) on a malformed one."""
-    found = [*_from_format(form), *_from_structured(newer, "structured_outputs"), *_from_structured(older, "guided")]
+def choose(
+    form: ResponseFormat | None, newer: StructuredOutputs | None, older: StructuredOutputs, call: GuideSpec | None = None
+) -> GuideSpec | None:
+    """The grammar that was asked for, or None. ``call``: the grammar of a forced tool call. Raises Rejected on several grammars, and
+    (``invalid_schema``) on a malformed one."""
+    newer = newer or StructuredOutputs()
+    found = [*_from_format(form), *_from_structured(newer, "structured_outputs."), *_from_structured(older, "guided_")]
+    if call is not None and found:
+        raise Rejected("tool_choice: a forced tool call and another output format exclude each other", param="tool_choice")
     if len(found) > 1:
         raise Rejected("structured output was asked for in more than one way", param="response_format")
-    return found[0] if found else None
+    guide = found[0] if found else call
+    param, whitespace = _whitespace(newer, older)
+    if whitespace is None:
+        return guide
+    if guide is None or guide.kind not in ("json", "json_schema"):
+        raise Rejected(f"{param}: needs an output format that is JSON", param=param)
+    return msgspec.structs.replace(guide, whitespace=whitespace)
 
 
-def from_schema(schema: dict[str, Any], param: str) -> GuideSpec:
-    _check_schema(schema, param)
-    return GuideSpec(kind="json_schema", text=_bounded(msgspec.json.encode(schema).decode(), param))
+def arguments_guide(function: ToolFunction) -> GuideSpec:
+    """The grammar of the arguments of ``function``. Raises Rejected (``invalid_schema``)."""
+    definitions = Definitions("tools")
+    parameters = _declared(function)
+    return _guide({**directives(parameters), **definitions.complete(definitions.localize(parameters))}, "tools")
+
+
+def call_guide(functions: Sequence[ToolFunction]) -> GuideSpec:
+    """The grammar of one call of any of ``functions``: an object with its name and its arguments. Raises Rejected (``invalid_schema``)."""
+    definitions = Definitions("tools")
+    calls = []
+    for function in functions:
+        properties = {"name": {"const": function.name}, "arguments": definitions.localize(_declared(function))}
+        calls.append({"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False})
+    return _guide(definitions.complete({"anyOf": calls}), "tools")
+
+
+def _declared(function: ToolFunction) -> dict[str, Any]:
+    """The schema of a function's arguments: the parameters that it declares and no others, unless its schema lets others in. As in
+    OpenAI's API, a function without parameters has an empty list of them."""
+    parameters = function.parameters or {}
+    kind, properties = parameters.get("type", "object"), parameters.get("properties", {})
+    required = parameters.get("required", [])
+    if kind != "object" or parameters.keys() & _OPENING or not isinstance(properties, dict) or not isinstance(required, list):
+        return parameters
+    if any(name not in properties for name in required if isinstance(name, str)):
+        return parameters
+    return {**parameters, "type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _whitespace(newer: StructuredOutputs, older: StructuredOutputs) -> tuple[str, str | None]:
+    """The field that says what may stand between the tokens of JSON, and its pattern; None = none says it."""
+    asked = {
+        "structured_outputs.whitespace_pattern": newer.whitespace_pattern,
+        "structured_outputs.disable_any_whitespace": "" if newer.disable_any_whitespace else None,
+        "guided_whitespace_pattern": older.whitespace_pattern,
+    }
+    given = [(param, pattern) for param, pattern in asked.items() if pattern is not None]
+    if len(given) > 1:
+        raise Rejected(f"{given[1][0]}: {given[0][0]} says it already", param=given[1][0])
+    if not given:
+        return "", None
+    param, pattern = given[0]
+    if len(pattern) > MAX_WHITESPACE:
+        raise invalid(param, f"a pattern has at most {MAX_WHITESPACE} characters")
+    if pattern:
+        _check_pattern(pattern, param)
+    return param, pattern
 
 
 def _from_format(form: ResponseFormat | None) -> Iterator[GuideSpec]:
@@ -76,15 +135,16 @@ def _from_format(form: ResponseFormat | None) -> Iterator[GuideSpec]:
         return
     if form.json_schema is None or form.json_schema.schema is None:
         raise Rejected("response_format.json_schema: json_schema needs a schema", param="response_format.json_schema")
-    yield from_schema(form.json_schema.schema, "response_format")
+    yield _schema_guide(form.json_schema.schema, "response_format")
 
 
-def _from_structured(wanted: StructuredOutputs | None, name: str) -> Iterator[GuideSpec]:
-    if wanted is None:
-        return
-    prefix = name + ("_" if name == "guided" else ".")
+def _from_structured(wanted: StructuredOutputs, prefix: str) -> Iterator[GuideSpec]:
+    if wanted.structural_tag is not None:
+        param = prefix + "structural_tag"
+        raise Rejected(f"{param}: not offered; use tools, or a grammar", code="unsupported", param=param)
     if wanted.json is not None:
-        yield from_schema(_decoded(wanted.json, prefix + "json"), prefix + "json")
+        param = prefix + "json"
+        yield _schema_guide(_decoded(wanted.json, param), param, closed=bool(wanted.disable_additional_properties))
     if wanted.regex is not None:
         _check_pattern(wanted.regex, prefix + "regex")
         yield GuideSpec(kind="regex", text=wanted.regex)
@@ -96,6 +156,15 @@ def _from_structured(wanted: StructuredOutputs | None, name: str) -> Iterator[Gu
         yield GuideSpec(kind="choice", text=_bounded(msgspec.json.encode(wanted.choice).decode(), prefix + "choice"))
     if wanted.json_object:
         yield GuideSpec(kind="json")
+
+
+def _schema_guide(schema: dict[str, Any], param: str, *, closed: bool = False) -> GuideSpec:
+    definitions = Definitions(param, closed=closed)
+    return _guide({**directives(schema), **definitions.complete(definitions.localize(schema))}, param)
+
+
+def _guide(schema: dict[str, Any], param: str) -> GuideSpec:
+    return GuideSpec(kind="json_schema", text=_bounded(msgspec.json.encode(schema).decode(), param))
 
 
 def _decoded(schema: str | dict[str, Any], param: str) -> dict[str, Any]:
@@ -114,55 +183,7 @@ def _bounded(text: str, param: str) -> str:
 
 
 def _check_pattern(pattern: str, param: str) -> None:
-    if not 1 <= len(pattern) <= MAX_PATTERN:
-        raise invalid(param, f"a pattern has 1 to {MAX_PATTERN} characters")
-    copies = 1
-    for low, high in _REPEAT.findall(pattern):
-        copies *= max(1, int((high or low or "1")[:9]))
-    if copies > MAX_COPIES or _DOUBLE_REPEAT.search(pattern):
-        raise invalid(param, "the pattern's nested repeats multiply too far")
-
-
-def _check_schema(schema: dict[str, Any], param: str) -> None:
-    """Bounds on size and depth; references stay inside, exist, and do not recur (a recursive schema has no bounded output)."""
-    nodes = 0
-    checked: set[str] = set()
-
-    def walk(node: Any, depth: int, open_refs: frozenset[str]) -> None:
-        nonlocal nodes
-        nodes += 1
-        if depth > MAX_DEPTH or nodes > MAX_NODES:
-            raise invalid(param, f"the schema is deeper than {MAX_DEPTH} levels or has more than {MAX_NODES} parts")
-        if isinstance(node, list):
-            for item in node:
-                walk(item, depth + 1, open_refs)
-            return
-        if not isinstance(node, dict):
-            return
-        target = node.get("$ref")
-        if isinstance(target, str):
-            if target in open_refs:
-                raise invalid(param, f"the reference {target[:64]!r} is recursive")
-            if target not in checked:
-                walk(_resolve(schema, target, param), depth + 1, open_refs | {target})
-                checked.add(target)
-        if isinstance(pattern := node.get("pattern"), str):
-            _check_pattern(pattern, param)
-        for key, item in node.items():
-            # Definitions are checked where they are used; an unused definition does not matter.
-            if key not in ("$defs", "definitions"):
-                walk(item, depth + 1, open_refs)
-
-    walk(schema, 0, frozenset(("#",)))
-
-
-def _resolve(schema: dict[str, Any], target: str, param: str) -> Any:
-    if not target.startswith("#"):
-        raise invalid(param, "references out of the schema are not followed")
-    node: Any = schema
-    for part in target.removeprefix("#").split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        if not isinstance(node, dict) or key not in node:
-            raise invalid(param, f"the reference {target[:64]!r} leads nowhere")
-        node = node[key]
-    return node
+    try:
+        check_pattern(pattern)
+    except PatternTooLarge as error:
+        raise invalid(param, str(error)) from None

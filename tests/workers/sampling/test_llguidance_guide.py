@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from tests.support.guide_writer import VOCAB, allowed, fits, write
 from tests.support.tiny_models import IM_END, tiny_tokenizer
 from workers.protocol.errors import ArtifactError, EngineFault, Rejected
 from workers.protocol.messages import GuideSpec
-from workers.sampling.definition import allowed_ids
-from workers.sampling.guide import Guide, GuideFactory
+from workers.sampling.guide import GuideFactory
 from workers.sampling.llguidance_guide import MAX_CHOICES, MAX_TEXT, guide_factory
-
-VOCAB = 320  # more than the tokenizer's 259
 
 
 @pytest.fixture(scope="module")
 def factory(tmp_path_factory: pytest.TempPathFactory) -> GuideFactory:
     return guide_factory(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")) / "tokenizer.json", VOCAB, (IM_END,))
-
-
-def allowed(guide: Guide) -> list[int]:
-    mask = guide.mask()
-    assert len(mask) == 4 * -(-VOCAB // 32)
-    return np.flatnonzero(allowed_ids(mask, VOCAB)).tolist()
-
-
-def write(guide: Guide, seed: int) -> bytes:
-    """A random output that follows the masks; every byte is its own token."""
-    chooser, out = random.Random(seed), b""
-    while not guide.done() and len(out) < 400:
-        options = allowed(guide)
-        # Structure first, so that open-ended strings come to an end.
-        token = next((t for t in (ord('"'), ord("}"), IM_END) if t in options and chooser.random() < 0.5), None) or chooser.choice(options)
-        guide.advance([token])
-        if token == IM_END:
-            break
-        out += bytes([token])
-    return out
 
 
 def test_a_schema_is_followed(factory: GuideFactory) -> None:
@@ -67,6 +43,50 @@ def test_done_and_advance(factory: GuideFactory) -> None:
     assert guide.done()
     with pytest.raises(EngineFault, match="does not allow"):
         guide.advance(list(b"z"))
+
+
+XS = '{"type":"object","properties":{"xs":{"type":"array","items":{"type":"integer"}}},"required":["xs"],"additionalProperties":false}'
+COMPACT, SPACED, INDENTED = '{"xs":[1,2]}', '{"xs": [1, 2]}', '{\n  "xs": [\n    1,\n    2\n  ]\n}'
+
+
+@pytest.mark.parametrize(
+    ("whitespace", "taken", "refused"),
+    [
+        (None, [COMPACT, SPACED, INDENTED], ['{"xs":  [1]}', '{"xs":[1\n\n]}', "{\n" + " " * 17 + '"xs":[]}', '{"xs":[1] \n}']),
+        ("", [COMPACT], [SPACED, INDENTED]),
+        (" ?", [COMPACT, SPACED], [INDENTED]),
+        (r"[\n ]*", [COMPACT, SPACED, INDENTED, '{"xs":   \n\n [1]}'], ['{"xs":\t[1]}']),
+    ],
+)
+def test_white_space_in_json_is_bounded_unless_the_request_says_otherwise(
+    factory: GuideFactory, whitespace: str | None, taken: list[str], refused: list[str]
+) -> None:
+    spec = GuideSpec(kind="json_schema", text=XS, whitespace=whitespace)
+    assert [fits(factory(spec), text) for text in taken + refused] == [True] * len(taken) + [False] * len(refused)
+
+
+def test_white_space_of_any_json_object_is_bounded(factory: GuideFactory) -> None:
+    assert fits(factory(GuideSpec(kind="json")), '{"a": {}}') and not fits(factory(GuideSpec(kind="json")), '{"a":  {}}')
+    assert not fits(factory(GuideSpec(kind="json", whitespace="")), '{"a": {}}')
+
+
+@pytest.mark.parametrize(
+    ("regex", "taken", "refused"),
+    [
+        (r"^\d{3}-\d{4}$", "555-0123", "٣٣٣-٣٣٣٣"),
+        (r"[\d.]+", "1.2", "١"),
+        (r"\w+\s\w+", "ab_1 c", "né c"),
+        (r"\S", "x", " "),
+        (r"\\d", r"\d", "1"),
+        (r"[^\W\d]+", "ab", "1"),
+    ],
+)
+def test_classes_of_a_regex_are_of_ascii_as_in_a_pattern(factory: GuideFactory, regex: str, taken: str, refused: str) -> None:
+    """Oracle: ECMA-262, which JSON schema reads patterns with."""
+    assert fits(factory(GuideSpec(kind="regex", text=regex)), taken) and not fits(factory(GuideSpec(kind="regex", text=regex)), refused)
+    pattern = json.dumps({"type": "string", "pattern": "^(" + regex.strip("^$") + ")$"})
+    quoted = [json.dumps(text, ensure_ascii=False) for text in (taken, refused)]
+    assert [fits(factory(GuideSpec(kind="json_schema", text=pattern)), text) for text in quoted] == [True, False]
 
 
 @pytest.mark.parametrize(

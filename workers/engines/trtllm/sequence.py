@@ -210,6 +210,8 @@ def _refuse_unsupported(params: SamplingParams, limits: TrtllmLimits) -> None:
         raise Unsupported("guided output is not offered by this engine", "trtllm.guided_decoding is not set", param="response_format")
     if params.guide.kind not in GUIDES:
         raise Unsupported(f"a {params.guide.kind} guide is not offered by the TensorRT-LLM engine", param="response_format")
+    if params.guide.whitespace is not None:
+        raise Unsupported("white space in JSON cannot be set in the TensorRT-LLM engine", param="response_format")
 
 
 def continued_seed(seed: int, known: int) -> int:
