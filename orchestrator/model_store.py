@@ -19,9 +19,10 @@ from pathlib import Path
 
 import msgspec
 
-from workers.artifacts.artifact import open_artifact
+from workers.artifacts.artifact import Artifact, open_artifact
 from workers.artifacts.atomic_folder import locked, replacing
 from workers.artifacts.convert import Progress, convert, silent
+from workers.artifacts.gguf import GgufFile
 from workers.artifacts.safetensors_file import FileRecord, hash_file
 from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound
 from workers.protocol.specs import DType, Parallel
@@ -186,15 +187,22 @@ def resolve(
     parallel.check(artifact.model)
     if artifact.kind != "gguf" and artifact.runs_on(parallel):
         return path
-    # A checkpoint's manifest holds the hashes of all its files, so its own hash stands for them.
-    source = hash_file(path if artifact.kind == "gguf" else path / "manifest.json").sha256
-    key = f"{path.stem}-{source[:16]}-tp{parallel.tp}-pp{parallel.pp}-{dtype or artifact.dtype}"
+    key = f"{path.stem}-{_fingerprint(artifact)[:16]}-tp{parallel.tp}-pp{parallel.pp}-{dtype or artifact.dtype}"
     target = cache / "converted" / key
     with locked(cache / "converted" / f"{key}.lock", on_wait=lambda: progress(WAIT, 0, 0)):
         if not _whole(target):
             shutil.rmtree(target, ignore_errors=True)
             convert(path, target, parallel=parallel, dtype=dtype, progress=progress)
     return target
+
+
+def _fingerprint(artifact: Artifact) -> str:
+    """A hash of everything that a conversion of the artifact reads."""
+    if artifact.kind != "gguf":
+        # A checkpoint's manifest holds the hashes of all its files, so its own hash stands for them.
+        return hash_file(artifact.path / "manifest.json").sha256
+    hashes = [hash_file(file).sha256 for file in GgufFile(artifact.path).files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _whole(target: Path) -> bool:

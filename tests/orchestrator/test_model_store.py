@@ -136,6 +136,17 @@ def test_a_checkpoint_of_another_layout_is_converted(gguf: Path, tmp_path: Path)
     assert resolve(str(three), parallel=TP2, dtype=None, cache=tmp_path / "cache") != target
 
 
+def test_a_split_gguf_is_converted_anew_when_any_part_changes(tmp_path: Path) -> None:
+    first = tiny_gguf(tiny_model(tmp_path / "hf"), tmp_path / "tiny.gguf", split=20)
+    one = resolve(first, parallel=TP2, dtype=None, cache=tmp_path / "cache")
+    assert resolve(first, parallel=TP2, dtype=None, cache=tmp_path / "cache") == one
+    part = tmp_path / "tiny-00002-of-00002.gguf"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    assert resolve(first, parallel=TP2, dtype=None, cache=tmp_path / "cache") != one
+
+
 def test_impossible_layouts_are_refused_before_any_work(gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tp=7"):
         resolve(gguf, parallel=Parallel(tp=7), dtype=None, cache=tmp_path / "cache")

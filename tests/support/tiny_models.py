@@ -160,10 +160,11 @@ def _save(folder: Path, weights: dict[str, np.ndarray], files: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",)) -> Path:
+def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",), split: int = 0) -> Path:
     """Write a folder of :func:`tiny_model` as a GGUF file with the format's own package, q and k rows permuted as llama.cpp does.
 
-    ``kinds``: tensor types dealt to the matrices in turn (rows must be multiples of 32 for Q8_0 and Q4_1); vectors are F32.
+    ``kinds``: tensor types dealt to the matrices in turn (rows must be multiples of 32 for Q8_0 and Q4_1); vectors are F32. ``split``:
+    tensors a file; returns the first file then.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, TokenType
     from gguf.quants import quantize
@@ -171,7 +172,7 @@ def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",)) -> 
 
     config = json.loads((source / "config.json").read_text())
     family, heads, kv_heads = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
-    writer = GGUFWriter(str(target), family)
+    writer = GGUFWriter(str(target), family, split_max_tensors=split)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -186,7 +187,8 @@ def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",)) -> 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL if token in SPECIALS else TokenType.NORMAL for token in tokens])
+    kinds_of = {**dict.fromkeys(SPECIALS, TokenType.CONTROL), **dict.fromkeys(tokens[256 + len(SPECIALS) :], TokenType.UNUSED)}
+    writer.add_token_types([kinds_of.get(token, TokenType.NORMAL) for token in tokens])
     writer.add_token_merges([])
     writer.add_bos_token_id(IM_START)
     writer.add_eos_token_id(IM_END)
@@ -206,7 +208,7 @@ def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",)) -> 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return target
+    return min(target.parent.glob(f"{target.stem}-00001-of-*.gguf")) if split else target
 
 
 def _gguf_name(name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from workers.artifacts.git_lfs import HEAD_BYTES, refuse_pointer
 from workers.artifacts.number_formats import Array
 from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS, regular
 from workers.artifacts.source import CHUNK, Block
@@ -26,6 +28,9 @@ from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import ModelSpec
 
 MAGIC = b"GGUF"
+#: Keys of a split model, and how the names of its files end.
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 #: Common tensor types that are not supported, by their usual names.
@@ -80,19 +85,91 @@ FORMATS = {
 
 
 class Info(NamedTuple):
-    """A tensor of the file: numpy shape (rows first), format, offset from the start of the file, bytes."""
+    """A tensor: numpy shape (rows first), format, offset from the start of its file, bytes, and the index of its file among the parts."""
 
     shape: tuple[int, ...]
     format: Format
     offset: int
     size: int
+    part: int = 0
 
 
 class GgufFile:
-    """A mapped GGUF file: ``metadata`` and ``tensors``. Raises :class:`ArtifactError` for a file that is damaged or not supported."""
+    """A mapped GGUF model, in one file or in several parts: ``metadata`` of the first file, and the ``tensors`` of all.
+
+    Raises :class:`ArtifactError` for a file that is damaged or not supported, for a part that is missing, and for a part that is not the
+    first.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        first = _MappedFile(path)
+        self._parts = [first, *(_MappedFile(part, index + 1) for index, part in enumerate(_other_parts(path, first.metadata)))]
+        self.metadata, self.tensors = first.metadata, dict(first.tensors)
+        for part in self._parts[1:]:
+            if part.metadata.get(SPLIT_NO) != part.index:
+                raise ArtifactError(
+                    f"{part.path} is not part {part.index + 1} of {path}", f"its {SPLIT_NO} is {part.metadata.get(SPLIT_NO)}", COPY_AGAIN
+                )
+            if twice := self.tensors.keys() & part.tensors.keys():
+                raise ArtifactError(f"{part.path} holds {min(twice)} a second time", "another part holds it too", COPY_AGAIN)
+            self.tensors |= part.tensors
+        wanted = first.metadata.get(SPLIT_TENSORS, len(self.tensors)) if len(self._parts) > 1 else len(self.tensors)
+        if wanted != len(self.tensors):
+            raise ArtifactError(f"the parts of {path} are not whole", f"they hold {len(self.tensors)} tensors of {wanted}", COPY_AGAIN)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of the model, the first one first."""
+        return [part.path for part in self._parts]
+
+    def block_bytes(self, info: Info) -> Array:
+        """[rows, blocks a row, bytes a block] uint8 view of a tensor."""
+        blocks = info.shape[-1] // info.format.values
+        rows = math.prod(info.shape[:-1])
+        return self._parts[info.part].view(info).reshape(rows, blocks, info.format.bytes)
+
+    def release(self) -> None:
+        for part in self._parts:
+            part.release()
+
+
+def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
+    """The parts of a split model after its first file ``path``, existing or not."""
+    count, number = metadata.get(SPLIT_COUNT, 1), metadata.get(SPLIT_NO, 0)
+    if type(count) is not int or type(number) is not int:
+        raise ArtifactError(f"{path} is damaged", f"{SPLIT_COUNT} is {count!r}, {SPLIT_NO} is {number!r}", COPY_AGAIN)
+    if count <= 1:
+        return []
+    stem = PART.sub("", path.name)
+    if number:
+        raise ArtifactError(
+            f"{path} is part {number + 1} of {count} of a split GGUF",
+            "a model is opened by its first part",
+            f"give {path.parent / part_name(stem, 0, count)}",
+        )
+    if path.name != part_name(stem, 0, count):
+        raise ArtifactError(
+            f"{path} is part 1 of {count} of a split GGUF",
+            "the other parts cannot be found by its name",
+            f"rename it to NAME{part_name('', 0, count)}, as the others",
+        )
+    found = [path.parent / part_name(stem, index, count) for index in range(1, count)]
+    if missing := next((part for part in found if not part.exists()), None):
+        raise ArtifactError(f"{missing} is missing", f"the GGUF is split into {count} parts", "copy or download that part too")
+    return found
+
+
+def part_name(stem: str, index: int, count: int) -> str:
+    """The name of a file of a split model, ``index`` from 0."""
+    return f"{stem}-{index + 1:05}-of-{count:05}.gguf"
+
+
+class _MappedFile:
+    """One mapped GGUF file; ``index`` among the parts of its model."""
+
+    def __init__(self, path: Path, index: int = 0) -> None:
+        self.path, self.index = path, index
         try:
             with regular(path).open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
@@ -105,22 +182,22 @@ class GgufFile:
         except (struct.error, ValueError, LookupError, RecursionError) as error:
             raise ArtifactError(f"{path} is damaged or truncated", f"header ends at byte {self._at} of {self.size}", COPY_AGAIN) from error
 
-    def block_bytes(self, info: Info) -> Array:
-        """[rows, blocks a row, bytes a block] uint8 view of a tensor."""
-        blocks = info.shape[-1] // info.format.values
-        rows = math.prod(info.shape[:-1])
-        return np.frombuffer(self._map, np.uint8, info.size, info.offset).reshape(rows, blocks, info.format.bytes)
+    def view(self, info: Info) -> Array:
+        return np.frombuffer(self._map, np.uint8, info.size, info.offset)
 
     def release(self) -> None:
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def _header(self) -> tuple[dict[str, Any], dict[str, Info]]:
         if self._map[:4] != MAGIC:
+            refuse_pointer(self.path, self._map[:HEAD_BYTES])
             raise ArtifactError(
                 f"{self.path} is not a GGUF file", "its first bytes are not GGUF", "give a GGUF, a folder or a model's name"
             )
         self._at = 4
         version = self._scalar("<I")
+        if version >= 1 << 16:
+            raise ArtifactError(f"{self.path} is a big-endian GGUF", "only little-endian files are read", "use the little-endian file")
         if version not in (2, 3):
             raise ArtifactError(f"{self.path} is GGUF version {version}", "versions 2 and 3 are known", COPY_AGAIN)
         tensors, pairs = self._count(), self._count()
@@ -146,7 +223,7 @@ class GgufFile:
             raise ArtifactError(
                 f"{self.path}: {name} {list(shape)} does not fit the file", f"bytes {offset}..{offset + size} of {self.size}", COPY_AGAIN
             )
-        return Info(shape, form, offset, size)
+        return Info(shape, form, offset, size, self.index)
 
     def _scalar(self, form: str) -> Any:
         value = struct.unpack_from(form, self._map, self._at)[0]
@@ -191,35 +268,32 @@ def _short(value: float) -> float:
 
 
 def read_model(file: GgufFile) -> ModelSpec:
-    """The model that the metadata describes. Raises :class:`ArtifactError`, naming what is missing or not supported."""
-    data, path = file.metadata, file.path
-    family = data.get("general.architecture")
-    if family not in ("llama", "qwen2", "qwen3"):
-        raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", "known: llama, qwen2, qwen3", SUPPORTED_MODELS)
-    if data.get(f"{family}.expert_count"):
-        raise ArtifactError(
-            f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}", SUPPORTED_MODELS
-        )
-    if "rope_freqs.weight" in file.tensors:
-        raise ArtifactError(f"{path} carries its own rotary frequencies", "Llama 3.1 scaling is not in the metadata", "use the safetensors")
+    """The model that the metadata describes, absent keys as llama.cpp takes them. Raises :class:`ArtifactError`, naming what is missing or
+    not supported."""
+    path, family = file.path, file.metadata.get("general.architecture")
+    _refuse(path, file)
+    keys = _Keys(path, str(family), file.metadata)
     try:
-        hidden, heads = data[f"{family}.embedding_length"], data[f"{family}.attention.head_count"]
-        head_dim = data.get(f"{family}.attention.key_length", hidden // heads)
-        if data.get(f"{family}.rope.dimension_count", head_dim) != head_dim:
-            raise ArtifactError(f"{path}: partial rotary embedding is not supported", f"it covers less than {head_dim}", SUPPORTED_MODELS)
+        hidden, heads = keys.number("embedding_length"), keys.number("attention.head_count")
+        head_dim = keys.number("attention.key_length", hidden // heads)
+        for key, what in (("rope.dimension_count", "partial rotary embedding"), ("attention.value_length", "values of another length")):
+            if (size := keys.number(key, head_dim)) != head_dim:
+                raise ArtifactError(
+                    f"{path}: {what} is not supported", f"{family}.{key} is {size}, heads have {head_dim}", SUPPORTED_MODELS
+                )
         facts = {
             "architecture": family,
             "hidden_size": hidden,
-            "intermediate_size": data[f"{family}.feed_forward_length"],
-            "num_layers": data[f"{family}.block_count"],
+            "intermediate_size": keys.number("feed_forward_length"),
+            "num_layers": keys.number("block_count"),
             "num_heads": heads,
-            "num_kv_heads": data.get(f"{family}.attention.head_count_kv", heads),
+            "num_kv_heads": keys.number("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "vocab_size": file.tensors["token_embd.weight"].shape[0],
-            "max_position": data[f"{family}.context_length"],
-            "rms_norm_eps": _short(data[f"{family}.attention.layer_norm_rms_epsilon"]),
-            "rope_theta": _short(data.get(f"{family}.rope.freq_base", 10000.0)),
-            "rope_scaling": _scaling(path, family, data),
+            "max_position": keys.number("context_length"),
+            "rms_norm_eps": _short(keys.number("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _short(keys.number("rope.freq_base", 10000.0)),
+            "rope_scaling": _scaling(keys),
             "tied_embeddings": "output.weight" not in file.tensors,
             "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
             "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
@@ -231,13 +305,56 @@ def read_model(file: GgufFile) -> ModelSpec:
         raise ArtifactError(f"{path}: the metadata does not make sense", str(error), COPY_AGAIN) from error
 
 
-def _scaling(path: Path, family: str, data: dict[str, Any]) -> dict[str, Any] | None:
-    kind = data.get(f"{family}.rope.scaling.type", "none")
-    if kind == "none":
+def _refuse(path: Path, file: GgufFile) -> None:
+    data = file.metadata
+    family = data.get("general.architecture")
+    if (kind := data.get("general.type", "model")) != "model" or family == "clip":
+        what = {"adapter": "a LoRA adapter", "mmproj": "an image encoder (mmproj)"}.get(
+            "mmproj" if family == "clip" else str(kind), str(kind)
+        )
+        raise ArtifactError(f"{path} is {what}, not a model", f"general.type is {kind!r}", "give the GGUF of the language model itself")
+    if family not in ("llama", "qwen2", "qwen3"):
+        raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", "known: llama, qwen2, qwen3", SUPPORTED_MODELS)
+    if data.get(f"{family}.expert_count"):
+        raise ArtifactError(
+            f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}", SUPPORTED_MODELS
+        )
+    if "rope_freqs.weight" in file.tensors:
+        raise ArtifactError(f"{path} carries its own rotary frequencies", "Llama 3.1 scaling is not in the metadata", "use the safetensors")
+
+
+class _Keys(NamedTuple):
+    """The metadata keys of a model's own family."""
+
+    path: Path
+    family: str
+    data: dict[str, Any]
+
+    def number(self, key: str, default: Any = None) -> Any:
+        """The value of ``key``, which may be stored once for all layers or once a layer; ``default`` where it is absent.
+
+        Raises KeyError for an absent key without a default, and :class:`ArtifactError` where the layers differ.
+        """
+        name = f"{self.family}.{key}"
+        value = self.data.get(name, default)
+        if value is None:
+            raise KeyError(name)
+        if isinstance(value, list):
+            if not value or any(each != value[0] for each in value):
+                raise ArtifactError(f"{self.path}: {name} differs from layer to layer", "all layers must have one shape", SUPPORTED_MODELS)
+            return value[0]
+        return value
+
+
+def _scaling(keys: _Keys) -> dict[str, Any] | None:
+    """llama.cpp's rule: the type is linear where none is named; an old file names its factor ``scale_linear``; 0 and 1 scale nothing."""
+    kind = keys.data.get(f"{keys.family}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ArtifactError(f"{keys.path}: rope scaling {kind!r} is not supported", "known: none, linear", SUPPORTED_MODELS)
+    factor = _short(keys.number("rope.scaling.factor", keys.data.get(f"{keys.family}.rope.scale_linear", 0.0)))
+    if kind == "none" or factor in (0.0, 1.0):
         return None
-    if kind != "linear":
-        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: none, linear", SUPPORTED_MODELS)
-    return {"kind": "linear", "factor": _short(data[f"{family}.rope.scaling.factor"])}
+    return {"kind": "linear", "factor": factor}
 
 
 def stored_name(tensor: str) -> str:

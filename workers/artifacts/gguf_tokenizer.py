@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -16,108 +16,191 @@ from workers.artifacts.safetensors_file import COPY_AGAIN
 from workers.protocol.errors import ArtifactError
 
 #: ``tokenizer.ggml.token_type`` values.
-CONTROL, USER_DEFINED = 3, 4
-#: Tokens that end a turn or a text, whatever the metadata says about them.
-END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+#: Tokens that end a turn or a text, whatever the metadata says about them. A file that does not mark one as a control token is mistaken.
+END_TOKENS = (
+    "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>",
+    "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )  # fmt: skip
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def _pre_tokenizer(kind: str) -> Any:
-    """The pre-tokenizer rules with the GGUF name ``kind``; None for an unknown name."""
-    split = {"llama-bpe": LLAMA3, "qwen2": QWEN2}
-    if kind in split:
-        pattern = pre_tokenizers.Split(Regex(split[kind]), "isolated")
-        return pre_tokenizers.Sequence([pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if kind == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    return gpt2 if kind in ("gpt-2", "default") else None
+class PreTokenizer(NamedTuple):
+    """How text is cut before merges, in llama.cpp's terms: ``patterns`` are applied one after another, and what one of them finds stays
+    together. ``add_bos``: what holds where a file does not say it."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+_BY_RULE = (
+    (
+        PreTokenizer((LLAMA3,), ignore_merges=True, add_bos=True),
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+    ),
+    (PreTokenizer((LLAMA3,)), "dbrx smaug-bpe chatglm-bpe glm4"),
+    (PreTokenizer((TEKKEN,), ignore_merges=True, add_bos=True), "tekken"),
+    (PreTokenizer((QWEN2,)), "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2"),
+    (PreTokenizer((r"\p{N}", GPT2)), "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2"),
+    (PreTokenizer((GPT2,)), "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo jais trillion granite-docling"),
+    (PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")), "default"),
+)
+#: By the value of ``tokenizer.ggml.pre``. From llama.cpp's src/llama-vocab.cpp; patterns that it rewrites are in their original form.
+PRE_TOKENIZERS = {name: rule for rule, names in _BY_RULE for name in names.split()}
 
 
 class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys ``tokenizer.ggml.*`` by their last word, and ``tokenizer.chat_template``."""
+    """The keys ``tokenizer.ggml.*`` by their last word, and the chat templates by name (``default`` has none in the file)."""
 
     model: str = ""
-    pre: str = "default"
+    pre: str | None = None
     tokens: list[str] = []
     token_type: list[int] = []
     merges: list[str] = []
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     eot_token_id: int | None = None
+    eom_token_id: int | None = None
     unknown_token_id: int | None = None
     padding_token_id: int | None = None
-    add_bos_token: bool = False
-    chat_template: str | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool = False
+    chat_templates: dict[str, str] = {}
 
     def named(self, kind: str) -> str | None:
         """The token with the role ``kind`` (``bos``, ``eos`` ...), if there is one."""
         id = getattr(self, f"{kind}_token_id")
         return None if id is None else self.tokens[id]
 
+    def typed(self) -> list[tuple[str, int]]:
+        """(token, type) of every token, as llama.cpp sees them: normal where the file has no types, control where it ends a text."""
+        types = self.token_type or [NORMAL] * len(self.tokens)
+        return [(token, CONTROL if token in END_TOKENS else kind) for token, kind in zip(self.tokens, types, strict=False)]
+
 
 def read_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
     """The tokenizer's part of a GGUF file's metadata. Raises :class:`ArtifactError` where it is not valid."""
-    words = {key.rpartition(".")[2]: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    words = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
+    template = "tokenizer.chat_template"
+    words["chat_templates"] = {
+        key.removeprefix(template).removeprefix(".") or "default": value
+        for key, value in metadata.items()
+        if key == template or key.startswith(template + ".")
+    }
     try:
         found = msgspec.convert(words, Vocabulary)
     except msgspec.ValidationError as error:
         raise ArtifactError(f"{path}: the tokenizer does not make sense", str(error), COPY_AGAIN) from error
-    ids = (found.bos_token_id, found.eos_token_id, found.eot_token_id, found.unknown_token_id, found.padding_token_id)
+    ids = (found.bos_token_id, found.eos_token_id, found.eot_token_id, found.eom_token_id, found.unknown_token_id, found.padding_token_id)
     if outside := [id for id in ids if id is not None and not 0 <= id < len(found.tokens)]:
         raise ArtifactError(f"{path}: the tokenizer names token {outside[0]}", f"it has {len(found.tokens)} tokens", COPY_AGAIN)
+    if found.token_type and len(found.token_type) < len(found.tokens):
+        why = f"{len(found.token_type)} types for {len(found.tokens)} tokens"
+        raise ArtifactError(f"{path}: the tokenizer does not make sense", why, COPY_AGAIN)
     return found
 
 
 def end_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
-    """End-of-sequence ids: those of the metadata first, then every control token that is known to end a text."""
-    found = [id for id in (vocabulary.eos_token_id, vocabulary.eot_token_id) if id is not None]
-    kinds = zip(vocabulary.tokens, vocabulary.token_type, strict=False)
-    found += [id for id, (token, kind) in enumerate(kinds) if kind == CONTROL and token in END_TOKENS]
+    """End-of-sequence ids: those of the metadata first, then every token that is known to end a text."""
+    found = [id for id in (vocabulary.eos_token_id, vocabulary.eot_token_id, vocabulary.eom_token_id) if id is not None]
+    found += [id for id, token in enumerate(vocabulary.tokens) if token in END_TOKENS]
     return tuple(dict.fromkeys(found))
 
 
 def tokenizer_files(path: Path, vocabulary: Vocabulary) -> dict[str, bytes]:
     """The folder's files by name. ``path`` is for messages. Raises :class:`ArtifactError` for a tokenizer that is not byte-level BPE."""
-    rules = _pre_tokenizer(vocabulary.pre)
-    if vocabulary.model != "gpt2" or rules is None:
-        what = f"tokenizer {vocabulary.model!r} with pre-tokenizer {vocabulary.pre!r}"
-        raise ArtifactError(f"{path}: {what} is not supported", "only byte-level BPE is", "use the safetensors model")
-    ids = {token: id for id, token in enumerate(vocabulary.tokens)}
-    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
-    if strange := next((pair for pair in merges if not ids.keys() >= {*pair, "".join(pair)}), None):
-        raise ArtifactError(f"{path}: the tokenizer merges {strange} into a token that it does not have", "the file is damaged", COPY_AGAIN)
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=vocabulary.pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = rules
+    rules = _rules(path, vocabulary)
+    ids = {token or f"[EMPTY_{id}]": id for id, token in enumerate(vocabulary.tokens)}
+    if len(ids) < len(vocabulary.tokens):
+        why = f"{len(vocabulary.tokens)} tokens have {len(ids)} different texts"
+        raise ArtifactError(f"{path}: the tokenizer has a token twice", why, COPY_AGAIN)
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=_merges(path, vocabulary, ids), ignore_merges=rules.ignore_merges))
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rules.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     if vocabulary.pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    for token, kind in zip(vocabulary.tokens, vocabulary.token_type, strict=False):
-        if kind in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
-    bos = vocabulary.named("bos")
-    if vocabulary.add_bos_token and bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids[bos])])
+    for token, kind in vocabulary.typed():
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kind != USER_DEFINED, normalized=False)])
+    before, after = _added(path, vocabulary, rules)
+    if before or after:
+        around = [(token, ids[token]) for token in dict.fromkeys(before + after)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=around)
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": json.dumps(_config(vocabulary), indent=2).encode(),
+        "tokenizer_config.json": json.dumps(_config(vocabulary, add_bos=bool(before)), indent=2).encode(),
         "generation_config.json": json.dumps({"eos_token_id": list(end_ids(vocabulary))}).encode(),
     }
 
 
-def _config(vocabulary: Vocabulary) -> dict[str, Any]:
+def _rules(path: Path, vocabulary: Vocabulary) -> PreTokenizer:
+    if vocabulary.model != "gpt2":
+        kinds = {
+            "llama": "SentencePiece",
+            "t5": "SentencePiece (Unigram)",
+            "bert": "WordPiece",
+            "no_vocab": "no tokenizer",
+            "": "no tokenizer",
+        }
+        what = f"tokenizer {vocabulary.model!r} ({kinds.get(vocabulary.model, 'another kind')})"
+        raise ArtifactError(f"{path}: {what} is not supported", "only byte-level BPE (gpt2) is", "use the safetensors model")
+    if not vocabulary.pre:
+        why = "without it the text cannot be cut as the model learned it"
+        hint = "convert the model again with a llama.cpp of May 2024 or later, or use the safetensors model"
+        raise ArtifactError(f"{path} does not name its pre-tokenizer (tokenizer.ggml.pre)", why, hint)
+    if vocabulary.pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ArtifactError(f"{path}: pre-tokenizer {vocabulary.pre!r} is not supported", f"known: {known}", "use the safetensors model")
+    return PRE_TOKENIZERS[vocabulary.pre]
+
+
+def _merges(path: Path, vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
+    if strange := next((pair for pair in merges if not ids.keys() >= {*pair, "".join(pair)}), None):
+        raise ArtifactError(f"{path}: the tokenizer merges {strange} into a token that it does not have", "the file is damaged", COPY_AGAIN)
+    if not merges and (long := next((token for token, kind in vocabulary.typed() if kind == NORMAL and len(token) > 1), None)):
+        raise ArtifactError(f"{path} has no tokenizer.ggml.merges", f"tokens such as {long!r} are made by merges", COPY_AGAIN)
+    return merges
+
+
+def _added(path: Path, vocabulary: Vocabulary, rules: PreTokenizer) -> tuple[list[str], list[str]]:
+    """The tokens that are put before and after a prompt."""
+    add_bos = rules.add_bos if vocabulary.add_bos_token is None else vocabulary.add_bos_token
+    found = []
+    for kind, wanted in (("bos", add_bos), ("eos", vocabulary.add_eos_token)):
+        token = vocabulary.named(kind)
+        if wanted and token is None:
+            why = f"its prompts get a {kind} token, and there is no {kind}_token_id"
+            raise ArtifactError(f"{path}: the tokenizer does not make sense", why, "use the safetensors model")
+        found.append([token] if wanted and token is not None else [])
+    return found[0], found[1]
+
+
+def _config(vocabulary: Vocabulary, *, add_bos: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": vocabulary.add_bos_token,
+        "add_bos_token": add_bos,
+        "add_eos_token": vocabulary.add_eos_token,
         "clean_up_tokenization_spaces": False,
     }
     for kind, name in (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
         token = vocabulary.named(kind)
         if token is not None:
             config[name] = token
-    if vocabulary.chat_template is not None:
-        config["chat_template"] = vocabulary.chat_template
+    templates = vocabulary.chat_templates
+    if templates.keys() == {"default"}:
+        config["chat_template"] = templates["default"]
+    elif templates:
+        config["chat_template"] = [{"name": name, "template": template} for name, template in templates.items()]
     return config

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from workers.artifacts.gguf import GgufFile, GgufSource, read_model, stored_name
 from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary, tokenizer_files
 from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError
+from workers.protocol.specs import RopeScaling
 
 gguf = pytest.importorskip("gguf")
 
@@ -114,10 +117,19 @@ def test_tokenizer_files(path: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_other_tokenizers_are_refused_by_name(path: Path) -> None:
-    vocabulary = read_vocabulary(path, GgufFile(path).metadata | {"tokenizer.ggml.model": "llama"})
-    with pytest.raises(ArtifactError, match="tokenizer 'llama' with pre-tokenizer 'smollm'"):
-        tokenizer_files(path, vocabulary)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, r"tokenizer 'llama' \(SentencePiece\)"),
+        ({"tokenizer.ggml.model": "bert"}, r"tokenizer 'bert' \(WordPiece\)"),
+        ({"tokenizer.ggml.pre": "gpt-4o"}, "pre-tokenizer 'gpt-4o' is not supported"),
+        ({"tokenizer.ggml.pre": None}, r"does not name its pre-tokenizer \(tokenizer\.ggml\.pre\)"),
+        ({"tokenizer.ggml.pre": ""}, r"does not name its pre-tokenizer \(tokenizer\.ggml\.pre\)"),
+    ],
+)
+def test_other_tokenizers_are_refused_by_name(change: dict[str, object], message: str, path: Path) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        tokenizer_files(path, read_vocabulary(path, changed(path, change)))
 
 
 @pytest.mark.parametrize(
@@ -126,19 +138,205 @@ def test_other_tokenizers_are_refused_by_name(path: Path) -> None:
         ({"tokenizer.ggml.tokens": [1, 2]}, "does not make sense"),
         ({"tokenizer.ggml.eos_token_id": 320}, "names token 320: it has 320 tokens"),
         ({"tokenizer.ggml.merges": ["a zz"]}, r"merges \('a', 'zz'\)"),
+        ({"tokenizer.ggml.token_type": [1] * 320}, r"has no tokenizer\.ggml\.merges: tokens such as '<\|im_start\|>'"),
+        ({"tokenizer.ggml.token_type": [1] * 9}, "9 types for 320 tokens"),
+        ({"tokenizer.ggml.tokens": ["a"] * 320}, "has a token twice"),
+        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None}, "no bos_token_id"),
+        ({"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eos_token_id": None}, "no eos_token_id"),
     ],
 )
 def test_tokenizers_that_contradict_themselves_are_refused(change: dict[str, object], message: str, path: Path) -> None:
     with pytest.raises(ArtifactError, match=message):
-        tokenizer_files(path, read_vocabulary(path, GgufFile(path).metadata | change))
+        tokenizer_files(path, read_vocabulary(path, changed(path, change)))
 
 
-def test_a_bos_token_is_added_where_the_file_says_so(path: Path) -> None:
+def changed(path: Path, change: dict[str, object]) -> dict[str, Any]:
+    """The metadata of ``path`` with keys changed; None removes one."""
+    return {key: value for key, value in (GgufFile(path).metadata | change).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "add_eos", "expected"),
+    [
+        ("smollm", None, None, (False, False)),
+        ("qwen2", None, None, (False, False)),
+        ("gpt-2", True, None, (True, False)),
+        ("llama-bpe", None, None, (True, False)),
+        ("llama3", None, None, (True, False)),
+        ("tekken", None, None, (True, False)),
+        ("dbrx", None, None, (False, False)),
+        ("llama-bpe", False, None, (False, False)),
+        ("llama-bpe", True, True, (True, True)),
+        ("qwen2", None, True, (False, True)),
+    ],
+)
+def test_bos_and_eos_are_added_as_llama_cpp_adds_them(
+    pre: str, add_bos: bool | None, add_eos: bool | None, expected: tuple[bool, bool], path: Path
+) -> None:
+    """llama.cpp's llama_vocab: the pre-tokenizer decides where the file says nothing, and nothing adds eos by itself."""
     from tokenizers import Tokenizer
 
-    vocabulary = read_vocabulary(path, GgufFile(path).metadata | {"tokenizer.ggml.add_bos_token": True})
-    tokenizer = Tokenizer.from_str(tokenizer_files(path, vocabulary)["tokenizer.json"].decode())
-    assert tokenizer.encode("a").ids[0] == IM_START and len(tokenizer.encode("a").ids) == 2
+    keys = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": add_bos, "tokenizer.ggml.add_eos_token": add_eos}
+    files = tokenizer_files(path, read_vocabulary(path, changed(path, keys)))
+    ids = Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a").ids
+    assert ids == [IM_START] * expected[0] + [ord("a")] + [IM_END] * expected[1]
+    config = json.loads(files["tokenizer_config.json"])
+    assert (config["add_bos_token"], config["add_eos_token"]) == expected
+
+
+_WORDS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
+#: From llama.cpp's src/llama-vocab.cpp, as it writes them: patterns applied one after another to what the ones before left.
+LLAMA_CPP_PATTERNS = {
+    "default": (
+        r"[\p{P}\$\+<=>\^~\|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)", r"\p{N}+", r"[0-9][0-9][0-9]",
+    ),
+    "gpt-2": (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",),
+    "smollm": (r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
+    "deepseek-r1-qwen": (
+        _WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "llama-v3": (
+        _WORDS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "tekken": (
+        r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+"
+        r"|[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+}  # fmt: skip
+
+
+def split_in_turn(patterns: tuple[str, ...], text: str) -> list[str]:
+    regex = pytest.importorskip("regex")
+    pieces = [text]
+    for pattern in patterns:
+        cut: list[str] = []
+        for piece in pieces:
+            end = 0
+            for match in regex.finditer(pattern, piece):
+                cut += [piece[end : match.start()], match[0]]
+                end = match.end()
+            cut.append(piece[end:])
+        pieces = [piece for piece in cut if piece]
+    return pieces
+
+
+@pytest.mark.parametrize("pre", LLAMA_CPP_PATTERNS)
+def test_text_is_cut_as_llama_cpp_cuts_it(pre: str, path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    files = tokenizer_files(path, read_vocabulary(path, changed(path, {"tokenizer.ggml.pre": pre})))
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    text = "It's 12345 o'clock,  they'LL say: a+b<=c\n\n  x == 3.14159;\tHELLO WorldIDs \u00e9t\u00e9 \u65e5\u672c ...  "
+    pieces = [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    assert pieces == split_in_turn(LLAMA_CPP_PATTERNS[pre], text)
+
+
+def test_tokens_that_end_a_text_are_control_tokens_even_where_the_file_says_otherwise(path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    types = [3 if id == IM_START else 1 if id < 259 else 5 for id in range(320)]
+    vocabulary = read_vocabulary(path, changed(path, {"tokenizer.ggml.token_type": types, "tokenizer.ggml.eos_token_id": None}))
+    assert end_ids(vocabulary) == (ENDOFTEXT, IM_END)
+    files = tokenizer_files(path, vocabulary)
+    assert Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a<|im_end|>").ids == [ord("a"), IM_END]
+
+
+def test_named_chat_templates_are_kept(path: Path) -> None:
+    named = changed(path, {"tokenizer.chat_template.tool_use": "with tools"})
+    config = json.loads(tokenizer_files(path, read_vocabulary(path, named))["tokenizer_config.json"])
+    assert {entry["name"]: entry["template"] for entry in config["chat_template"]} == {"default": CHAT_TEMPLATE, "tool_use": "with tools"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({}, None),
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.factor": 2.0}, 2.0),
+        ({"scaling.factor": 2.0, "scale_linear": 4.0}, 2.0),
+        ({"scaling.type": "linear", "scaling.factor": 8.0}, 8.0),
+        ({"scaling.type": "linear", "scale_linear": 4.0}, 4.0),
+        ({"scaling.type": "linear"}, None),
+        ({"scaling.type": "none", "scaling.factor": 2.0}, None),
+        ({"scaling.type": "none", "scale_linear": 2.0}, None),
+        ({"scaling.factor": 0.0}, None),
+        ({"scaling.factor": 0.0, "scale_linear": 4.0}, None),
+        ({"scaling.factor": 1.0}, None),
+    ],
+)
+def test_rope_scaling_is_what_llama_cpp_makes_of_the_keys(keys: dict[str, object], factor: float | None, path: Path) -> None:
+    """llama.cpp's load_hparams: type ``linear`` by default; the factor, else the old key; a factor of 0 is 1; ``none`` never scales."""
+    file = GgufFile(path)
+    file.metadata |= {f"llama.rope.{key}": value for key, value in keys.items()}
+    assert read_model(file).rope_scaling == (None if factor is None else RopeScaling(kind="linear", factor=factor))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"llama.rope.dimension_count": 8}, "partial rotary embedding"),
+        ({"llama.attention.value_length": 8}, "values of another length"),
+        ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv differs from layer to layer"),
+        ({"general.type": "adapter"}, "is a LoRA adapter, not a model"),
+        ({"general.architecture": "clip"}, "is an image encoder"),
+        ({"llama.context_length": None}, r"lacks llama\.context_length"),
+    ],
+)
+def test_models_that_are_not_computed_are_refused_by_name(change: dict[str, object], message: str, path: Path) -> None:
+    file = GgufFile(path)
+    file.metadata = changed(path, change)
+    with pytest.raises(ArtifactError, match=message):
+        read_model(file)
+
+
+def test_values_may_be_stored_once_a_layer(path: Path) -> None:
+    file = GgufFile(path)
+    expected = read_model(file)
+    file.metadata |= {"llama.attention.head_count_kv": [2, 2], "llama.feed_forward_length": [96, 96]}
+    assert read_model(file) == expected
+
+
+@pytest.fixture(scope="module")
+def parts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gguf(folder, tmp_path_factory.mktemp("parts") / "tiny.gguf", ("F16", "Q8_0"), split=9)
+
+
+def test_all_parts_of_a_split_file_are_read(folder: Path, parts: Path, tmp_path: Path) -> None:
+    file, whole = GgufFile(parts), GgufFile(tiny_gguf(folder, tmp_path / "whole.gguf", ("F16", "Q8_0")))
+    assert [each.name for each in file.files] == ["tiny-00001-of-00003.gguf", "tiny-00002-of-00003.gguf", "tiny-00003-of-00003.gguf"]
+    assert read_model(file) == read_model(whole)
+    split, joined = GgufSource(file, read_model(file)), GgufSource(whole, read_model(whole))
+    for tensor in whole_tensors(read_model(whole)).values():
+        span = Span(0, tensor.shape[tensor.axis])
+        assert np.array_equal(split.read(tensor, span).values, joined.read(tensor, span).values), tensor.name
+
+
+def test_parts_that_are_missing_or_misplaced_are_named(parts: Path, tmp_path: Path) -> None:
+    copies = [Path(shutil.copy(part, tmp_path)) for part in GgufFile(parts).files]
+    with pytest.raises(ArtifactError, match=r"is part 2 of 3 of a split GGUF") as caught:
+        open_artifact(copies[1])
+    assert caught.value.hint == f"give {copies[0]}"
+    data = copies[2].read_bytes()
+    copies[2].unlink()
+    with pytest.raises(ArtifactError, match=r"tiny-00003-of-00003\.gguf is missing: the GGUF is split into 3 parts"):
+        open_artifact(copies[0])
+    shutil.copy(copies[1], copies[2])
+    with pytest.raises(ArtifactError, match=r"tiny-00003-of-00003\.gguf is not part 3"):
+        open_artifact(copies[0])
+    copies[2].write_bytes(data[:-100])
+    with pytest.raises(ArtifactError, match=r"tiny-00003-of-00003\.gguf"):
+        open_artifact(copies[0])
+    copies[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(ArtifactError, match="is part 1 of 3 of a split GGUF") as caught:
+        open_artifact(tmp_path / "renamed.gguf")
+    assert caught.value.hint == "rename it to NAME-00001-of-00003.gguf, as the others"
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 98362432\n")
+    with pytest.raises(ArtifactError, match=r"x\.gguf is a Git LFS pointer"):
+        open_artifact(tmp_path / "x.gguf")
 
 
 @settings(max_examples=60, deadline=None)
