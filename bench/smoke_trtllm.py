@@ -24,8 +24,7 @@ import yaml
 from orchestrator.cli.temporary_deployment import POLL_S, STOP_S, wait_ready
 from orchestrator.client import Client
 from orchestrator.config import deployment_file
-from orchestrator.control.host.control_socket import ReplicaRow
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import ReplicaRow, connect
 from orchestrator.model_store import DEFAULT_MODEL
 from workers.engines.trtllm import build as building
 from workers.engines.trtllm import node_probe

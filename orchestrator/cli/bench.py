@@ -19,9 +19,18 @@ import msgspec
 import typer
 
 from orchestrator.cli.console import INTERRUPTED, Console
-from orchestrator.cli.generate_request import DEFAULT_URL, KEY_VARIABLE, Model, Rpc, Temperature, Url, open_backend
+from orchestrator.cli.generate_request import (
+    KEY_VARIABLE,
+    Model,
+    Name,
+    Rpc,
+    Temperature,
+    Url,
+    http_address,
+    open_backend,
+)
 from orchestrator.cli.option_structs import with_option_structs
-from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, NAME_ONE, RunDir, pick
 from workers.protocol.errors import EngineFault, EnvironmentFault, Rejected
 
 if TYPE_CHECKING:
@@ -46,7 +55,6 @@ InputLen = Annotated[
 Slo = Annotated[list[str] | None, typer.Option("--slo", metavar="FIGURE:MS", help="Objective for goodput: ttft, itl, tpot, e2e or queue.")]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="table|json", help="Form of the report.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the report as JSON to this file too.")]
-Deployment = Annotated[str, typer.Option("--name", help="Which deployment of this machine, for --rpc; the only one when not given.")]
 
 #: Makes the target once the loop runs; ``clock`` is what answers are timed by.
 MakeTarget = Callable[[Callable[[], float]], "LoadTarget"]
@@ -85,9 +93,9 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
 @with_option_structs
 def bench(
     context: typer.Context,
-    url: Url = DEFAULT_URL,
+    url: Url = "",
     rpc: Rpc = False,
-    name: Deployment = "",
+    name: Name = "",
     model: Model = "",
     *,
     load: LoadOptions,
@@ -100,18 +108,22 @@ def bench(
         raise Rejected(f"-o {form} is not a form", hint="use table or json")
     if rpc and load.chat:
         raise Rejected("--chat is asked over HTTP", hint="leave out --rpc or --chat")
-    settings = settings_of(load, f"rpc {name}".strip() if rpc else url, model)
+    settings = settings_of(load, model)
+    if rpc:
+        name = pick(name, run_dir, NAME_ONE).name
+    else:
+        url, name = http_address(url, name, run_dir), ""
     settings = measured_against(settings, url, rpc, name, run_dir)
     run(context.obj, settings, target_of(settings, url, rpc, name, run_dir), form, out)
 
 
-def settings_of(load: LoadOptions, target: str, model: str) -> LoadSettings:
-    """The settings that the flags mean. Raises Rejected on flags that exclude each other or mean nothing."""
+def settings_of(load: LoadOptions, model: str) -> LoadSettings:
+    """The settings that the flags mean, still without a target. Raises Rejected on flags that exclude each other or mean nothing."""
     from orchestrator.loadgen.settings import LoadSettings, check, objectives
 
     open_loop, endless = load.rate is not None or load.trace is not None, load.duration is None and load.trace is None
     settings = LoadSettings(
-        target=target, model=model, endpoint="chat" if load.chat else "completions",
+        target="", model=model, endpoint="chat" if load.chat else "completions",
         concurrency=load.concurrency or (OPEN if open_loop else CLOSED), rate=load.rate, burstiness=load.burstiness,
         requests=load.requests or (REQUESTS if endless else None), duration_s=load.duration, input_len=load.input_len,
         output_len=load.output_len, trace=str(load.trace or ""), speed=load.speed, spread_s=load.spread, max_len=load.max_len,
@@ -123,7 +135,10 @@ def settings_of(load: LoadOptions, target: str, model: str) -> LoadSettings:
 
 
 def measured_against(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: str) -> LoadSettings:
-    """The settings with the name and the context length of the served model, as far as the endpoint gives them. Raises NotFound."""
+    """The settings with their target, and the name and the context length of the served model as far as the endpoint gives them.
+
+    Raises NotFound.
+    """
     with closing(open_backend(url, rpc, name, run_dir)) as backend:
         try:
             card = backend.card(settings.model)
@@ -134,7 +149,8 @@ def measured_against(settings: LoadSettings, url: str, rpc: bool, name: str, run
     context = card.get("max_model_len")
     slack = SLACK_TOKENS if settings.words else 0
     limit = settings.max_len or (context - slack if context and context > 2 * slack else context)
-    return msgspec.structs.replace(settings, model=settings.model or card["id"], max_len=limit)
+    target = f"rpc {name}" if rpc else url
+    return msgspec.structs.replace(settings, target=target, model=settings.model or card["id"], max_len=limit)
 
 
 def target_of(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: str) -> MakeTarget:

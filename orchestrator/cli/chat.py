@@ -10,7 +10,6 @@ import typer
 
 from orchestrator.cli.console import Console
 from orchestrator.cli.generate_request import (
-    DEFAULT_URL,
     GenerateBackend,
     MaxTokens,
     Model,
@@ -31,7 +30,7 @@ def chat(
     context: typer.Context,
     message: Annotated[str | None, typer.Argument(help="One question; without it a conversation starts, or a pipe is read.")] = None,
     system: Annotated[str, typer.Option("--system", "-s", help="The system message.")] = "",
-    url: Url = DEFAULT_URL,
+    url: Url = "",
     rpc: Rpc = False,
     name: Name = "",
     model: Model = "",

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli.command_group import CommandGroup
 from orchestrator.cli.console import Console, table
 
-config = typer.Typer(name="config", help="What a deployment file means.", no_args_is_help=True)
+config = typer.Typer(name="config", cls=CommandGroup, help="What a deployment file means.", no_args_is_help=True)
 
 
 @config.command("show")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator.cli.command_group import CommandGroup
 from orchestrator.cli.console import Console
 from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
 from workers.files import PRIVATE
@@ -34,6 +35,7 @@ CHOSEN: dict[PlacementReason, str] = {
 
 debug = typer.Typer(
     name="debug",
+    cls=CommandGroup,
     help="Look at what routers did: their last events, and the story of one request.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -17,7 +17,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import psutil
 import typer
 
 from orchestrator.cli.console import Console
@@ -99,7 +98,7 @@ def run_inside(console: Console, file: Path) -> None:
 
 def answer(console: Console, config: Config, url: str, title: str, *, rpc: bool) -> None:
     """Ask the question over HTTP or RPC and print the answer, with the time to its first piece."""
-    with closing(open_backend(url, rpc, config.name, config.run_dir)) as backend:
+    with closing(open_backend("" if rpc else url, rpc, config.name if rpc else "", config.run_dir)) as backend:
         body = {"model": config.models[0].name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32, "temperature": 0.0}
         console.say(f"\n{title}: {QUESTION}")
         started, first = time.monotonic(), 0.0
@@ -115,6 +114,8 @@ def answer(console: Console, config: Config, url: str, title: str, *, rpc: bool)
 
 def survivors() -> list[str]:
     """Processes that still live below this one after a grace for those that are just ending: ``pid name``."""
+    import psutil
+
     until = time.monotonic() + GONE_S
     while True:
         left = []

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.cli.command_group import CommandGroup
 from orchestrator.cli.console import Console, age, size, table
 from orchestrator.cli.model_options import CacheDir, cache_folder
 from workers.protocol.errors import Rejected
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from workers.engines.trtllm.engine_dir import EngineDir
     from workers.engines.trtllm.node_probe import NodeFacts
 
-engines = typer.Typer(name="engines", help="The TensorRT-LLM engines that were built here.", no_args_is_help=True)
+engines = typer.Typer(name="engines", cls=CommandGroup, help="The TensorRT-LLM engines that were built here.", no_args_is_help=True)
 EngineName = Annotated[str, typer.Argument(metavar="ENGINE", help="Its name (or the beginning of it), or its folder.")]
 Form = Annotated[str, typer.Option("--output", "-o", metavar="text|json")]
 

@@ -10,7 +10,6 @@ import typer
 
 from orchestrator.cli.console import Console
 from orchestrator.cli.generate_request import (
-    DEFAULT_URL,
     MaxTokens,
     Model,
     Name,
@@ -29,7 +28,7 @@ from workers.protocol.errors import Rejected
 def generate(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="Text to go on from; '-' reads the standard input.")],
-    url: Url = DEFAULT_URL,
+    url: Url = "",
     rpc: Rpc = False,
     name: Name = "",
     model: Model = "",

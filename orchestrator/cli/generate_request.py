@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.running_deployments import pick
-from workers.protocol.errors import TriremeError
+from orchestrator.cli.running_deployments import NAME_ONE, pick, the_only_one
+from workers.protocol.errors import Rejected, TriremeError, Unavailable
 
 if TYPE_CHECKING:
     from workers.protocol.messages import ApiEndpoint
 
+#: Where the HTTP API is when no deployment of this user runs on this machine: perhaps one of another user, or in a container.
 DEFAULT_URL = "http://127.0.0.1:8000"
-KEY_VARIABLE = "TRIREME_API_KEY"
+URL_VARIABLE, KEY_VARIABLE = "TRIREME_URL", "TRIREME_API_KEY"
 #: Hints for refusals, which come over HTTP and RPC without one.
 HINTS = {
     "model_not_found": "leave --model out for the first model that is served",
     "context_length_exceeded": "shorten it, or ask for a shorter answer with --max-tokens",
 }
 
-Url = Annotated[str, typer.Option("--url", envvar="TRIREME_URL", help="HTTP address of the deployment.")]
+Url = Annotated[str, typer.Option("--url", help=f"HTTP address of a deployment anywhere; or set {URL_VARIABLE}.")]
 Rpc = Annotated[bool, typer.Option("--rpc", help="Ask over ZeroMQ RPC instead of HTTP.")]
-Name = Annotated[str, typer.Option("--name", help="Which deployment of this machine, for --rpc; the only one when not given.")]
+Name = Annotated[str, typer.Option("--name", help="Which deployment of this machine; the only one when not given.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Which of the served models; the first one when not given.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 = always the likeliest token.")]
@@ -45,15 +46,40 @@ class GenerateBackend(Protocol):
 
 
 def open_backend(url: str, rpc: bool, name: str, run_dir: str) -> GenerateBackend:
-    """Connect to the HTTP API at ``url``, or to the RPC server of a deployment on this machine.
+    """Connect to the HTTP API (:func:`http_address`), or to the RPC server of a deployment on this machine.
 
     The API key comes from the environment and not from a flag, because other users can read flags.
     """
-    from orchestrator.cli import generate_backends
-
+    if rpc and url:
+        raise Rejected("--url is the address of the HTTP API", hint="leave it or --rpc out; RPC takes --name")
     if rpc:
-        return generate_backends.RpcBackend(pick(name, run_dir).status())
-    return generate_backends.HttpBackend(url, os.environ.get(KEY_VARIABLE, ""))
+        status = pick(name, run_dir, NAME_ONE).status()
+    else:
+        url = http_address(url, name, run_dir)
+    from orchestrator.cli import generate_backends  # here: where nothing runs, no HTTP client is needed to say so
+
+    return generate_backends.RpcBackend(status) if rpc else generate_backends.HttpBackend(url, os.environ.get(KEY_VARIABLE, ""))
+
+
+def http_address(url: str, name: str, run_dir: str) -> str:
+    """Where the HTTP API is: ``url``, else that of the deployment ``name``, else TRIREME_URL, else that of the only deployment that runs on
+    this machine, else the usual port of this machine.
+
+    Raises :class:`Rejected` for a URL and a name, or where several deployments run; :class:`NotFound`; :class:`Unavailable` before the
+    deployment has an address.
+    """
+    if url and name:
+        raise Rejected("--url and --name name two deployments", hint="leave one of them out")
+    if url:
+        return url
+    if not name and (told := os.environ.get(URL_VARIABLE)):
+        return told
+    status = pick(name, run_dir).status() if name else the_only_one(run_dir, f"{NAME_ONE}, or with --url")
+    if status is None:
+        return DEFAULT_URL
+    if not status.url:
+        raise Unavailable(f"{status.name} has no HTTP address yet", hint=f"trireme status {status.name}, or give --url")
+    return status.url
 
 
 def print_answer(console: Console, pieces: Generator[str]) -> str:

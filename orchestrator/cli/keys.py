@@ -11,26 +11,43 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.cli.command_group import CommandGroup
 from orchestrator.cli.console import Console, age, table
-from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir
+from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, NAME_ONE, RunDir, the_only_one
 
 if TYPE_CHECKING:
     from orchestrator.auth.keyring import ApiKeyRing
 
 API_KEYS = "api.json"
+#: The name of a deployment that is given none.
+FIRST = "local"
 
-keys = typer.Typer(name="keys", help="Who may use a deployment.", no_args_is_help=True)
-api = typer.Typer(name="api", help="API keys of the HTTP door.", no_args_is_help=True)
+keys = typer.Typer(name="keys", cls=CommandGroup, help="Who may use a deployment.", no_args_is_help=True)
+api = typer.Typer(name="api", cls=CommandGroup, help="API keys of the HTTP door.", no_args_is_help=True)
 keys.add_typer(api)
 
-Deployment = Annotated[str, typer.Option("--name", help="Which deployment; it need not run.")]
+Deployment = Annotated[
+    str, typer.Option("--name", help=f"Which deployment; it need not run. The only one when not given, or {FIRST} before there is any.")
+]
 File = Annotated[Path | None, typer.Option("--file", help="The API-keys file; api.json among the deployment's keys when not given.")]
 Models = Annotated[list[str] | None, typer.Option("--models", help="A model that it may use; give it again for more. All when not given.")]
 Tenant = Annotated[str, typer.Argument(help="The tenant: keys of one tenant share its prefix cache.")]
 
 
 def folder(name: str, run_dir: str) -> Path:
-    return Path(run_dir).expanduser().absolute() / name / "keys"
+    """The key files of the deployment ``name``; without one, of the only one that runs, else of the only one that has keys, else of the
+    one that the next `trireme serve` would start. Raises :class:`Rejected` where it could be several."""
+    from workers.protocol.errors import Rejected
+
+    home = Path(run_dir).expanduser().absolute()
+    if not name and (running := the_only_one(run_dir, NAME_ONE)) is not None:
+        name = running.name
+    if not name:
+        known = sorted(path.parent.name for path in home.glob("*/keys") if path.is_dir())
+        if len(known) > 1:
+            raise Rejected(f"{len(known)} deployments have keys here", ", ".join(known), NAME_ONE)
+        name = known[0] if known else FIRST
+    return home / name / "keys"
 
 
 def ring(file: Path | None, name: str, run_dir: str) -> ApiKeyRing:
@@ -50,7 +67,7 @@ def api_add(
     tenant: Tenant,
     models: Models = None,
     file: File = None,
-    name: Deployment = "local",
+    name: Deployment = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Make an API key and print it, this once: only its hash is kept."""
@@ -61,7 +78,7 @@ def api_add(
 
 
 @api.command("list")
-def api_list(context: typer.Context, file: File = None, name: Deployment = "local", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+def api_list(context: typer.Context, file: File = None, name: Deployment = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     """Show the keys that are in force, without their secrets."""
     rows = ring(file, name, run_dir).rows()
     now = time.time()
@@ -74,7 +91,7 @@ def api_revoke(
     context: typer.Context,
     which: Annotated[str, typer.Argument(help="A key's id, or a tenant: all its keys.")],
     file: File = None,
-    name: Deployment = "local",
+    name: Deployment = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Have keys refused from now on; routers follow within two seconds."""
@@ -88,7 +105,7 @@ def client(
     tenant: Annotated[str, typer.Argument(metavar="NAME", help="The client, which is its own tenant.")],
     models: Models = None,
     revoke: Annotated[bool, typer.Option("--revoke", help="Take it off the list and remove its key pair.")] = False,
-    name: Deployment = "local",
+    name: Deployment = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Make a CURVE key pair for an RPC client over tcp and allow it; prints the file to give to it."""
@@ -110,7 +127,7 @@ def join(
     holder: Annotated[str, typer.Argument(metavar="NAME", help="Whose replicas these are; their names at the routers begin with it.")],
     models: Models = None,
     revoke: Annotated[bool, typer.Option("--revoke", help="Take it off the list and remove the pass.")] = False,
-    name: Deployment = "local",
+    name: Deployment = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Let replicas of another deployment join this one's routers; prints the pass, a secret file to give to it (join.key_file)."""
@@ -126,14 +143,14 @@ def join(
 
 
 @keys.command("show")
-def show(context: typer.Context, name: Deployment = "local", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+def show(context: typer.Context, name: Deployment = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     """List the deployment's key files: what each is for and its mode. Exit code 3 when one can be read by others."""
     from orchestrator.auth.curve_acl import FAMILY, parse_grants
     from workers.protocol.errors import ConfigError, NotFound
 
     home = folder(name, run_dir)
     if not home.is_dir():
-        raise NotFound(f"there are no keys of {name}", f"{home} does not exist", "trireme up makes them")
+        raise NotFound(f"there are no keys of {home.parent.name}", f"{home} does not exist", "trireme up makes them")
     modes = {path: path.stat().st_mode & 0o777 for path in sorted(home.iterdir()) if path.is_file()}
     grants = parse_grants((home / "allowed.json").read_bytes()) if home / "allowed.json" in modes else {}
     limits = {grant.name: ",".join(grant.models) for grant in grants.values() if grant.role == "client" and grant.models is not None}

@@ -110,10 +110,10 @@ def only(known: list[str], run_dir: Path) -> str:
 
 def elsewhere(home: Path, owner: str, rank: int | None) -> list[str]:
     """What cannot be shown here: ranks whose files lie on other machines, while the deployment runs and answers."""
-    from orchestrator.control.host import deployment
+    from orchestrator.control.host import control_socket
 
     try:
-        status = deployment.connect(home.name, home.parent).status()
+        status = control_socket.connect(home.name, home.parent).status()
     except TriremeError:
         return []
     here, absent = socket.gethostname(), []

@@ -1,46 +1,21 @@
 """The `trireme` command: spelling, global flags, and what happens to an error. Each command is in the module of its name beside this file.
 
-Owns the process's exit code. Must stay cheap to import: `trireme --help` costs no engine, no Ray, no HTTP; each command imports what it
-needs when it runs.
+Owns the process's exit code. Must stay cheap to start: a command line imports the module of its own command alone, and that imports what it
+needs when it runs. `trireme --help` imports all modules of commands, and so they import no engine, no Ray, no HTTP at their top.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Iterator, MutableMapping, Sequence
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli import (
-    bench,
-    build,
-    chat,
-    config,
-    console,
-    convert,
-    debug,
-    demo,
-    doctor,
-    down,
-    drain,
-    engines,
-    generate,
-    inspect,
-    keys,
-    logs,
-    plan,
-    pull,
-    router,
-    serve,
-    status,
-    submit,
-    top,
-    up,
-    update,
-    verify,
-    version,
-)
+from orchestrator.cli import console
+from orchestrator.cli.command_group import CommandGroup, first_paragraph
 from workers.protocol.errors import Rejected, TriremeError
 
 #: Short forms that other servers taught people; one dash and two letters are not a shape that the parser knows.
@@ -50,11 +25,73 @@ GLOBAL = {"--quiet": False, "--debug": False, "--log-format": True}
 #: `typer` keeps its parser to itself; every complaint about the line is a kind of this.
 UsageError = typer.BadParameter.__mro__[1]
 
+#: All commands and groups of commands, each in the module of its name, in the order of the help.
+COMMANDS = (
+    "serve", "up", "router", "status", "drain", "down", "top", "logs", "update", "chat", "generate", "bench", "pull", "convert", "inspect",
+    "build", "verify", "doctor", "version", "plan", "demo", "keys", "engines", "config", "submit", "debug",
+)  # fmt: skip
+HIDDEN = ("demo",)
+
+
+def definition(name: str) -> Any:
+    """The function of a command, or the :class:`typer.Typer` of a group, as its module defines it."""
+    return getattr(import_module(f"orchestrator.cli.{name}"), name)
+
+
+class CommandTable(MutableMapping[str, Any]):
+    """Names and the parser's commands. A command is imported, and its flags are read, when it is first looked up."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = dict.fromkeys(COMMANDS)
+
+    def __getitem__(self, name: str) -> Any:
+        if self._made[name] is None:
+            alone, part = typer.Typer(rich_markup_mode=None, add_completion=False), definition(name)
+            if isinstance(part, typer.Typer):
+                alone.add_typer(part)
+                self._made[name] = typer.main.get_group(alone).commands[name]
+            else:
+                alone.command(name, hidden=name in HIDDEN)(part)
+                self._made[name] = typer.main.get_command(alone)
+        return self._made[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._made[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+class Program(CommandGroup):
+    """The group of all commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings | {"commands": CommandTable()})
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def summaries(self) -> Iterator[tuple[str, str]]:
+        """The texts alone: the flags of commands that are only listed are not read."""
+        for name in COMMANDS:
+            if name not in HIDDEN:
+                part = definition(name)
+                yield name, first_paragraph(part.info.help if isinstance(part, typer.Typer) else inspect.getdoc(part))
+
+
 app = typer.Typer(
+    cls=Program,
     name="trireme",
     help="Serve large language models from gangs of MPI ranks behind one HTTP and ZeroMQ endpoint.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -66,23 +103,6 @@ def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show stack traces.")] = False,
 ) -> None:
     """The global flags, for the parser and its help; :func:`settings` has read them before."""
-
-
-#: All commands and groups of commands, each in the module of its name, in the order of the help.
-COMMANDS: tuple[Callable[..., None], ...] = (
-    serve.serve, up.up, router.router, status.status, drain.drain, down.down, top.top, logs.logs, update.update, chat.chat,
-    generate.generate, bench.bench, pull.pull, convert.convert, inspect.inspect, build.build, verify.verify, doctor.doctor,
-    version.version, plan.plan,
-)  # fmt: skip
-HIDDEN_COMMANDS = (demo.demo,)
-GROUPS = (keys.keys, engines.engines, config.config, submit.submit, debug.debug)
-
-for command in COMMANDS:
-    app.command()(command)
-for command in HIDDEN_COMMANDS:
-    app.command(hidden=True)(command)
-for group in GROUPS:
-    app.add_typer(group)
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
@@ -147,7 +167,8 @@ def usage(error: Exception, terminal: console.Console) -> int:
     """Print what is wrong with the line and the command that prints its help."""
     context = getattr(error, "ctx", None)
     message = getattr(error, "format_message", lambda: str(error))()
-    if not message:  # a group without a command: its help was the answer
+    if message.startswith("Usage: "):  # a group without a command: its help is the answer
+        terminal.out(message)
         return 2
     path = context.command_path if context is not None else "trireme"
     return terminal.fail(Rejected(message.rstrip("."), hint=f"{path} --help"))

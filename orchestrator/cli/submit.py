@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli.command_group import CommandGroup
 from orchestrator.cli.console import Console
 from workers.protocol.errors import ConfigError
 
 #: What the longest path of a socket below the jobs folder is made of.
 LONGEST_ID, SOCKET, LONGEST_PATH = "0" * 10, "/routers/router00-back.sock", 100
 
-submit = typer.Typer(name="submit", help="Deployments as jobs of the site's scheduler.", no_args_is_help=True)
+submit = typer.Typer(name="submit", cls=CommandGroup, help="Deployments as jobs of the site's scheduler.", no_args_is_help=True)
 
 
 @submit.command("slurm")

@@ -45,7 +45,7 @@ def temporary_deployment(console: Console, config: Config, file: Path, *, ready_
 
 def wait_ready(child: subprocess.Popen[bytes], config: Config, ready_s: float) -> str:
     """Return the URL when every replica is ready. Raises :class:`EnvironmentFault` when the deployment ends first or is late."""
-    from orchestrator.control.host.deployment import connect
+    from orchestrator.control.host.control_socket import connect
 
     control = connect(config.name, config.run_dir)
     until = time.monotonic() + ready_s

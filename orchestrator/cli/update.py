@@ -34,13 +34,13 @@ def update(
 ) -> None:
     """Bring a running deployment to a changed file, one replica at a time, without a failed request. Flags as they were given to `up`."""
     from orchestrator.config import deployment_file as configs
-    from orchestrator.control.host import deployment
+    from orchestrator.control.host import control_socket
     from orchestrator.control.host import update as updates
 
     console: Console = context.obj
     flags = asdict(location) | {"port": port, "routers": routers, "launcher": launcher}
     resolved = configs.load(file, flags=flags, env=os.environ)
-    control = deployment.connect(resolved.config.name, resolved.config.run_dir)
+    control = control_socket.connect(resolved.config.name, resolved.config.run_dir)
     control.status()  # before anything is fetched: it must run
     with console.progress() as progress:
         wanted = updates.prepare(resolved.config, progress)

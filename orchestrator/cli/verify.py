@@ -152,7 +152,7 @@ def ask_both(
     from orchestrator.cli.temporary_deployment import temporary_deployment
     from orchestrator.client import Client
     from orchestrator.config import deployment_file
-    from orchestrator.control.host.deployment import connect
+    from orchestrator.control.host.control_socket import connect
 
     with tempfile.TemporaryDirectory(prefix="trireme-") as folder:
         models = [{"name": ENGINE, **candidate}, {"name": REFERENCE, **reference}]

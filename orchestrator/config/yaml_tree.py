@@ -6,30 +6,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from workers.protocol.errors import ConfigError
 
 EXAMPLE = "deploy/examples/local.yaml is a whole one"
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe, and refuses a key that stands twice: the second would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises :class:`ConfigError` with the line at fault."""
+    import yaml  # here: most command lines read no file
+
+    class Loader(yaml.SafeLoader):
+        """Safe, and refuses a key that stands twice: the second would win in silence."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        tree = yaml.load(path.read_bytes().decode(), Loader=_Loader)  # noqa: S506 - derived from SafeLoader
+        tree = yaml.load(path.read_bytes().decode(), Loader=Loader)  # noqa: S506 - derived from SafeLoader
     except OSError as error:
         raise ConfigError(f"cannot read {path}", error.strerror or str(error), f"name a deployment file; {EXAMPLE}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -18,7 +18,8 @@ import msgspec
 import psutil
 
 from orchestrator.config import deployment_file as configs
-from orchestrator.control.host.deployment import INTERRUPTED, connect
+from orchestrator.control.host.control_socket import connect
+from orchestrator.control.host.deployment import INTERRUPTED
 from orchestrator.control.launch.subprocesses import ChildProcess, adopt_orphans
 from orchestrator.files import make_private, write_private
 from orchestrator.slurm import endpoint as endpoints

@@ -22,8 +22,7 @@ import msgspec
 import ray
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from orchestrator.control.host.control_socket import ControlClient
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import ControlClient, connect
 from orchestrator.control.launch.subprocesses import TAG, alive, tagged
 from tests.faults.control_plane import cases, daemon, epochs, exactly, rows, until
 from tests.faults.namespace import measured, step

@@ -20,8 +20,7 @@ import yaml
 
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.client import Client, ClientKeys
-from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, connect
 from orchestrator.files import make_private
 from tests.e2e.load import ASKERS, Load, expected
 from tests.support.deployment import MODEL, deployed, wait_for_state, write_config

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, ReplicaRow
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, ReplicaRow, connect
 from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.faults.namespace import measured, step
 from tests.faults.streams import Case, counts, run_all

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, ReplicaRow
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, ReplicaRow, connect
 from tests.faults.namespace import measured, step
 from tests.support.deployment import MODEL, write_config
 from workers.engines.fake import expected_tokens

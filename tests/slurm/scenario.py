@@ -23,7 +23,7 @@ import httpx
 import yaml
 
 from orchestrator.client import Client
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import connect
 from orchestrator.control.launch.subprocesses import TAG, alive
 from orchestrator.slurm import endpoint as endpoints
 from orchestrator.slurm.endpoint import Endpoint

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, connect
 from tests.support.tiny_models import tiny_tokenizer
 
 MODEL = "fake"

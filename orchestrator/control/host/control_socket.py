@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.config.deployment_file import Config
+from orchestrator.config.deployment_file import DEFAULT_RUN_DIR, Config
 from orchestrator.control.launch.subprocesses import alive
 from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
 from workers.protocol.messages import Capacity
@@ -245,3 +245,8 @@ class ControlClient:
                     f"trireme down {self.name} --now",
                 )
             time.sleep(0.05)
+
+
+def connect(name: str, run_dir: str | Path = DEFAULT_RUN_DIR) -> ControlClient:
+    """The deployment ``name`` under ``run_dir``; whether it runs shows at the first call."""
+    return ControlClient(name, Path(run_dir).expanduser().absolute() / name / "control.sock")

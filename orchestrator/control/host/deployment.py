@@ -11,14 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from orchestrator.auth.keyring import KeyRing
-from orchestrator.config.deployment_file import DEFAULT_RUN_DIR, Config, environment
+from orchestrator.config.deployment_file import Config, environment
 from orchestrator.control.controller import TICK_S
 from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import (
-    ControlClient,
     ControlCommand,
     ControlReply,
     ControlServer,
@@ -276,8 +274,3 @@ def up(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def connect(name: str, run_dir: str | Path = DEFAULT_RUN_DIR) -> ControlClient:
-    """The deployment ``name`` under ``run_dir``; whether it runs shows at the first call."""
-    return ControlClient(name, Path(run_dir).expanduser().absolute() / name / "control.sock")

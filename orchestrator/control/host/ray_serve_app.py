@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.deployment_file import environment, load
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import connect
 from orchestrator.control.launch.subprocesses import ChildProcess
 from workers.protocol.errors import EnvironmentFault, TriremeError
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from orchestrator.cli.main import app, normalise, run, settings
+from orchestrator.cli import main
+from orchestrator.cli.main import COMMANDS, HIDDEN, app, normalise, run, settings
 from orchestrator.cli.model_options import dtype_of
 from tests.support.tiny_models import tiny_model
 from workers.protocol.errors import Rejected
@@ -70,13 +72,34 @@ def test_what_was_not_foreseen_is_an_error_too(monkeypatch: pytest.MonkeyPatch, 
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_help_costs_no_engine_no_ray_and_no_http() -> None:
-    code = "import sys; from orchestrator.cli.main import run; code = run(['--help']); print(*sys.modules); sys.exit(code)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode == 0
-    assert "doctor" in ran.stdout
+#: What none of the lines below has a use for: engines, clusters, HTTP, sockets, arrays, YAML, drawing.
+HEAVY = {"torch", "ray", "mpi4py", "zmq", "httpx", "numpy", "starlette", "uvicorn", "tokenizers", "asyncio", "yaml", "psutil", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        (["--help"], 0, "doctor"),
+        (["serve", "--help"], 0, "--replicas"),
+        (["status"], 2, "no deployment runs"),
+        (["status", "--no-such-flag"], 2, "--no-such-flag"),
+        (["logs"], 2, "there are no logs"),
+        (["no-such-command"], 2, "no-such-command"),
+        (["version"], 0, "trireme"),
+    ],
+)
+def test_a_start_imports_only_what_its_line_needs(line: list[str], code: int, told: str, tmp_path: Path) -> None:
+    """The time of a start is that of its imports."""
+    script = "import sys; from orchestrator.cli.main import run; code = run(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *line], capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"TRIREME_RUN_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert ran.returncode == code and told in ran.stdout + ran.stderr
     loaded = set(ran.stdout.splitlines()[-1].split())
-    assert not loaded & {"torch", "ray", "mpi4py", "zmq", "httpx", "numpy", "starlette", "uvicorn", "tokenizers", "pydantic"}
+    assert not loaded & HEAVY
+    modules = {name for name in COMMANDS if f"orchestrator.cli.{name}" in loaded}
+    assert modules == set(COMMANDS) - set(HIDDEN) if line == ["--help"] else modules <= {line[0]}
 
 
 def test_convert_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,8 +185,16 @@ def test_an_unknown_key_is_told_with_its_neighbour(tmp_path: Path, capsys: pytes
 
 
 def test_each_command_is_in_the_module_of_its_name() -> None:
-    commands = {command.callback.__name__: command.callback.__module__ for command in app.registered_commands if command.callback}
-    groups = {group.typer_instance.info.name: group.typer_instance for group in app.registered_groups if group.typer_instance}
-    assert len(commands) == 21 and commands == {name: f"orchestrator.cli.{name}" for name in commands}
-    for name, group in groups.items():
-        assert getattr(importlib.import_module(f"orchestrator.cli.{name}"), str(name)) is group
+    modules = {path.stem for path in Path(main.__file__).parent.glob("*.py")}
+    assert set(COMMANDS) <= modules
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert list(commands) == list(COMMANDS)
+    assert {name: command.name for name, command in commands.items()} == {name: name for name in COMMANDS}
+    assert [name for name, command in commands.items() if command.hidden] == list(HIDDEN)
+
+
+def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, told in ((["keys"], "client  Make a CURVE key pair"), ([], "serve     Serve one model")):
+        assert run(line) == 2
+        output = capsys.readouterr()
+        assert told in output.out and not output.err

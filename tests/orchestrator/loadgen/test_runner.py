@@ -246,11 +246,11 @@ def test_both_doors_of_a_real_router(capsys: pytest.CaptureFixture[str], monkeyp
                 assert found.latency_ms["itl"].count > 0 and found.latency_ms["e2e"].min >= found.latency_ms["ttft"].min > 0.0
             status = SimpleNamespace(rpc=(RouterAddress(endpoint=state.rpc),), key_file="")
             for module in ("generate_request", "bench"):
-                monkeypatch.setattr(f"orchestrator.cli.{module}.pick", lambda *_: SimpleNamespace(status=lambda: status))
+                monkeypatch.setattr(f"orchestrator.cli.{module}.pick", lambda *_: SimpleNamespace(name="d", status=lambda: status))
             assert trireme(["bench", "--rpc", "-n", "6", "--input-len", "9", "--output-len", "3", "-o", "json"]) == 0
             report = json.loads(capsys.readouterr().out)
             assert report["summary"]["output_tokens"] == 18 and report["settings"]["model"] == "m"
-            assert report["settings"]["max_len"] > 1024 and report["settings"]["target"] == "rpc"
+            assert report["settings"]["max_len"] > 1024 and report["settings"]["target"] == "rpc d"
 
 
 def bench(capsys: pytest.CaptureFixture[str], door: ServedDoor, *words: str) -> tuple[int, str, str]:

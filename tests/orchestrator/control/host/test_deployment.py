@@ -17,8 +17,8 @@ import msgspec
 import pytest
 
 from orchestrator.config.deployment_file import Config, as_tree, load
-from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus
-from orchestrator.control.host.deployment import Deployment, connect
+from orchestrator.control.host.control_socket import ControlClient, DeploymentStatus, connect
+from orchestrator.control.host.deployment import Deployment
 from orchestrator.control.host.notices import Notice
 from orchestrator.control.launch.subprocesses import alive, tagged
 from tests.support.figures import figure

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.control.host.deployment import connect
+from orchestrator.control.host.control_socket import connect
 from orchestrator.control.host.ray_serve_app import ServeHost
 from orchestrator.control.launch.subprocesses import alive
 from tests.support.deployment import write_config
