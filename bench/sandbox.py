@@ -12,8 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
-from orchestrator.router.frontend.chat_messages import Message
-from orchestrator.router.frontend.chat_template import TemplateSource
+from orchestrator.router.frontend.chat_template import TemplateFile, TemplateSource
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.sandbox_worker import RenderJob
 from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS
@@ -33,10 +32,10 @@ async def measure(title: str, count: int, render: Callable[[], Awaitable[object]
 
 
 async def run(count: int) -> None:
-    source = TemplateSource(source=CHAT_TEMPLATE, specials=SPECIALS, tokens={})
+    source = TemplateSource(templates={"default": TemplateFile(source=CHAT_TEMPLATE, origin="x")}, specials=SPECIALS, tokens={})
     template, sandbox = source.compile(), SandboxPool({"m": source})
     for turns, words in ((1, 20), (20, 200)):
-        job = RenderJob(model="m", messages=[Message(role="user", content="word " * words)] * turns)
+        job = RenderJob(model="m", messages=[{"role": "user", "content": "word " * words}] * turns)
 
         async def here(job: RenderJob = job) -> object:
             return template.render(job.messages)

@@ -121,7 +121,6 @@ class RouterProcess:
 
         for number in (signal.SIGTERM, signal.SIGINT, STOP):
             loop.add_signal_handler(number, on_signal, number)
-        self._texts.sandbox.start()
         self._zap.start()
         self._link.start()
         self._rpc_socket.start()
@@ -131,7 +130,11 @@ class RouterProcess:
         closing = asyncio.Event()
         scrape = asyncio.create_task(self._serve_scrape(closing))
         stopped = asyncio.create_task(stop.wait())
+        compiled = asyncio.create_task(self._texts.sandbox.ready())
         try:
+            await asyncio.wait((compiled, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if compiled.done():
+                await compiled
             self._report("serving")
             # A task that ends before the signal has failed, and the router with it.
             await asyncio.wait((ticker, http, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -140,9 +143,9 @@ class RouterProcess:
             await self._drain(hurry)
         finally:
             closing.set()
-            for task in (ticker, http, scrape, stopped):
+            for task in (ticker, http, scrape, stopped, compiled):
                 task.cancel()
-            await asyncio.gather(ticker, http, scrape, stopped, return_exceptions=True)
+            await asyncio.gather(ticker, http, scrape, stopped, compiled, return_exceptions=True)
             self._close()
 
     async def _drain(self, hurry: asyncio.Event) -> None:

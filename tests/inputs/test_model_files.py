@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.main import run
-from orchestrator.router.frontend.chat_messages import Message
-from orchestrator.router.frontend.chat_template import TemplateSource
+from orchestrator.router.frontend.chat_template import TemplateFile, TemplateSource
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.sandbox_worker import RenderJob
 from orchestrator.router.frontend.tokenizer import load
@@ -104,7 +103,10 @@ ESCAPES = [
 def test_a_template_reaches_nothing(canary: Path) -> None:
     """In the process that renders for a router: the answer is a refusal or harmless text, and the canary never sings."""
     escapes = [escape % (str(canary),) if "%r" in escape else escape for escape in ESCAPES]
-    sources = {f"m{index}": TemplateSource(source=escape, specials=(), tokens={}) for index, escape in enumerate(escapes)}
+    sources = {
+        f"m{index}": TemplateSource(templates={"default": TemplateFile(source=escape, origin="x")}, specials=(), tokens={})
+        for index, escape in enumerate(escapes)
+    }
 
     async def render_all() -> list[str]:
         cells = SandboxPool(sources, count=1)
@@ -120,7 +122,7 @@ def test_a_template_reaches_nothing(canary: Path) -> None:
 
 async def _rendered(cells: SandboxPool, model: str) -> str:
     try:
-        pieces = await cells.render(RenderJob(model=model, messages=[Message(role="user", content="hi")]))
+        pieces = await cells.render(RenderJob(model=model, messages=[{"role": "user", "content": "hi"}]))
     except Rejected as error:
         return str(error)
     return "".join(piece.text for piece in pieces)

@@ -77,7 +77,8 @@ def replacing(target: Path) -> Iterator[Path]:
         try:
             aside.mkdir()
             yield aside
-            _flush(aside)
+            for folder in (aside, *filter(Path.is_dir, aside.iterdir())):
+                _flush(folder)
             if target.exists():
                 target.rename(old)
             aside.rename(target)

@@ -30,7 +30,7 @@ from workers.artifacts.checkpoint import (
 )
 from workers.artifacts.gguf import GgufFile
 from workers.artifacts.gguf_tokenizer import read_vocabulary, tokenizer_files
-from workers.artifacts.hf import TOKENIZER_FILES
+from workers.artifacts.hf import tokenizer_paths
 from workers.artifacts.safetensors_file import FileRecord, SafetensorsWriter, write_file
 from workers.artifacts.source import Source, assemble
 from workers.layout.sharding import trtllm_refusal
@@ -140,5 +140,4 @@ def _write_ranks(
 def _tokenizer(artifact: Artifact) -> dict[str, bytes]:
     if artifact.kind == "gguf":
         return tokenizer_files(artifact.path, read_vocabulary(artifact.path, GgufFile(artifact.path).metadata))
-    paths = [artifact.path / name for name in TOKENIZER_FILES]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    return {name: path.read_bytes() for name, path in tokenizer_paths(artifact.path).items()}

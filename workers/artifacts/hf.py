@@ -19,8 +19,13 @@ from workers.protocol.specs import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec,
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: The files of a tokenizer; other files of a folder are never copied.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+#: The folder with the chat templates that have names (``tool_use.jinja``).
+MORE_TEMPLATES = "additional_chat_templates"
+#: The files of a tokenizer, and its folder of templates; other files of a folder are never copied.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
 #: (key in ``config.json``, field of RopeScaling).
 ROPE_FIELDS = (
     ("factor", "factor"),
@@ -158,6 +163,12 @@ def _rope(path: Path, config: _Config) -> tuple[float, RopeScaling | None]:
         return float(theta), msgspec.convert({"kind": kind} | {field: rope[key] for key, field in wanted}, RopeScaling)
     except (msgspec.ValidationError, ConfigError) as error:
         raise ArtifactError(f"{path}: rope scaling does not make sense", str(error), COPY_AGAIN) from error
+
+
+def tokenizer_paths(folder: Path) -> dict[str, Path]:
+    """The files of a folder's tokenizer, by their name in it (``additional_chat_templates/rag.jinja``)."""
+    paths = [*(folder / name for name in _TOKENIZER_FILES), *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
+    return {str(path.relative_to(folder)): path for path in paths if path.is_file()}
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:

@@ -176,7 +176,8 @@ def hash_file(path: Path) -> FileRecord:
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:
-    """Write a small file and flush it to the disk."""
+    """Write a small file and flush it to the disk; its folder is made where it is missing."""
+    path.parent.mkdir(exist_ok=True)
     with path.open("xb") as file:
         file.write(data)
         file.flush()

@@ -90,7 +90,7 @@ class OwnRouters:
         for router in self._routers:
             child = router.child
             state = router.state()
-            router.was_ready |= state is not None and state.phase != "starting"
+            router.was_ready |= state is not None and state.phase in ("serving", "draining")
             if child is not None and child.returncode is not None:
                 if not router.was_ready:
                     what, why, hint = router.last_error()

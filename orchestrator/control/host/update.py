@@ -22,10 +22,9 @@ from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.reconciler import ReplicaView
 from orchestrator.control.rollout import Rollout, RolloutBounds, RolloutTarget, plan
 from workers.artifacts.convert import Progress
+from workers.artifacts.hf import tokenizer_paths
 from workers.protocol.errors import ConfigError
 
-#: What a router reads of a model's files.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 #: A spare on this host needs this many times its artifact's size in free memory.
 _ROOM_FACTOR = 3
 _HINT = "trireme down, then trireme up; or leave it as it is"
@@ -185,8 +184,9 @@ def _targets(gangs: Sequence[GangSpec]) -> list[RolloutTarget]:
 def _check_tokenizer(model: deployment_plan.ServedModel, cards: Sequence[ModelCard]) -> None:
     """Routers turn text into ids with the files that they were started with. Raises :class:`ConfigError` where the new ones differ."""
     card = next(card for card in cards if card.name == model.config.name)
-    for name in _TOKENIZER_FILES:
-        if _content(Path(card.tokenizer, name)) != _content(Path(model.tokenizer, name)):
+    old, new = tokenizer_paths(Path(card.tokenizer)), tokenizer_paths(Path(model.tokenizer))
+    for name in sorted(old.keys() | new.keys()):
+        if _content(old.get(name)) != _content(new.get(name)):
             raise ConfigError(
                 f"this cannot be changed in place: path of {model.config.name} (its {name} is another one)",
                 "the routers were started with the old one",
@@ -194,8 +194,8 @@ def _check_tokenizer(model: deployment_plan.ServedModel, cards: Sequence[ModelCa
             )
 
 
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+def _content(path: Path | None) -> bytes:
+    return b"" if path is None else path.read_bytes()
 
 
 def _has_room(gangs: Sequence[GangSpec], spare: GangSpec) -> bool:

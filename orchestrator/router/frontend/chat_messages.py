@@ -15,8 +15,11 @@ class ToolFunction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """``sent``: the tool as the client sent it, which is what a chat template is given: no key more, no key less, in the client's order."""
+
     type: Literal["function"]
     function: ToolFunction
+    sent: dict[str, Any]
 
 
 class ToolName(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,22 +40,42 @@ class ToolRules(msgspec.Struct, frozen=True, kw_only=True):
     required: bool = False
 
 
-class TextPart(msgspec.Struct, frozen=True, kw_only=True):
-    type: Literal["text"]
-    text: str
+class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a message. ``type``: one of :data:`TEXT_PARTS`, whose text is in ``text``, or ``refusal``, whose text is in ``refusal``.
+    Parts of other types are refused by name: this router fetches nothing, and its models read text."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the part holds the text that its type promises."""
+        return (self.text if self.type in TEXT_PARTS else self.refusal) is not None
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One turn of a chat. ``content`` in parts is joined by newlines. There are text parts only: this router fetches nothing."""
+#: Types of text parts: of chats, and those of the Responses API, which clients mix into chats.
+TEXT_PARTS = ("text", "input_text", "output_text")
+PART_TYPES = (*TEXT_PARTS, "refusal")
+
+
+class LegacyCall(msgspec.Struct, frozen=True, kw_only=True):
+    """An assistant's call in the form before tools."""
+
+    name: str
+    arguments: str = ""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn of a chat, as it is checked. ``sent``: the message as the client sent it, which is what a chat template is given, because
+    templates read keys that only their model has."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-
-    def text(self) -> str:
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "\n".join(part.text for part in self.content)
+    refusal: str | None = None
+    function_call: LegacyCall | None = None
+    sent: dict[str, Any]

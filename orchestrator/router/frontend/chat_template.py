@@ -1,37 +1,38 @@
 """Chat templates: messages in, prompt pieces out.
 
-Owns the Jinja sandbox (immutable, no attribute access to Python, loop controls) and the rule that text from a request never becomes a
-control token: where a string of a request contains the text of a special token, that text is masked while the template is rendered and
-becomes plain text again afterwards. It never reads a file, and never renders a template that came with a request.
+Owns the Jinja sandbox (immutable, no attribute access to Python; what transformers offers to templates) and the rule that text from a
+request never becomes a control token: where a string of a request contains the text of a special token, that text is masked while the
+template is rendered and becomes plain text again afterwards. It never reads a file, and never renders a template that came with a request.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import jinja2
 import msgspec
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from orchestrator.router.frontend.chat_messages import Message, Tool
-from workers.protocol.errors import Rejected
+from orchestrator.router.frontend.chat_turns import REASONING_KEYS, content_as_read, to_json, turns_of
+from orchestrator.router.frontend.template_reads import TemplateReads, what_it_reads
+from workers.protocol.errors import ArtifactError, Rejected
 
 #: Characters that a rendered prompt may have; four times what the largest body can hold.
 MAX_RENDERED = 16 << 20
+#: The names of a model's templates that are chosen without being asked for.
+DEFAULT, TOOL_USE = "default", "tool_use"
 
-_TOOLS_HEAD = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-_TOOLS_TAIL = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
-    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-)
+# Unicode reserves these noncharacters for a program's own use. If a request contains one that means something here, it is masked.
+_OPEN, _CLOSE, _CUT = "\ufdd0", "\ufdd1", "\ufdd2"
+#: Marks the end of the message to continue. Its blank shows whether the template keeps the white space there.
+_END_OF_MESSAGE = f"{_CUT} "
+_REFUSED = (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError)
 
 
 class PromptPiece(msgspec.Struct, frozen=True):
@@ -41,64 +42,79 @@ class PromptPiece(msgspec.Struct, frozen=True):
     exact: bool
 
 
-class TemplateSource(msgspec.Struct, frozen=True, kw_only=True):
-    """A template that came with a model, not yet compiled: to compile one may take as long as to render it."""
+class TemplateFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A template and where it came from (a file's path, for errors)."""
 
     source: str
+    origin: str
+
+
+class TemplateSource(msgspec.Struct, frozen=True, kw_only=True):
+    """The templates that came with a model, by name, not yet compiled: to compile one may take as long as to render it.
+
+    ``specials``: texts of the control tokens; ``tokens``: bos_token and such, given to the templates.
+    """
+
+    templates: dict[str, TemplateFile]
     specials: tuple[str, ...]
     tokens: dict[str, str]
 
     def compile(self) -> ChatTemplate:
-        """Raises jinja2.TemplateError."""
-        return ChatTemplate(self.source, specials=self.specials, tokens=self.tokens)
+        """Raises ArtifactError with the file and the line of the first mistake."""
+        return ChatTemplate(self)
 
 
 class ChatTemplate:
-    """One model's template, compiled. ``specials``: texts of the control tokens; ``tokens``: bos_token and such, given to the template."""
+    """One model's templates, compiled: for each of its names one, of which a request with tools takes ``tool_use``."""
 
-    def __init__(self, source: str, *, specials: Iterable[str], tokens: Mapping[str, str]) -> None:
-        self._template = _environment().from_string(source)
-        self._has_tools = "tools" in source
-        self._tokens = dict(tokens)
-        ordered = sorted((text for text in specials if text), key=len, reverse=True)
-        special = "|".join(map(re.escape, ordered))
-        self._special = re.compile(special or r"(?!)")
-        self._hidden = re.compile(f"{special}|\ufdd0" if special else "\ufdd0")
+    def __init__(self, model: TemplateSource) -> None:
+        self._tokens = model.tokens
+        specials = [text for text in model.specials if text]
+        self._special = re.compile(_any_of(specials))
+        self._named = {name: _Compiled(file, specials, model.tokens) for name, file in model.templates.items()}
 
     def render(
         self,
-        messages: list[Message],
+        messages: list[dict[str, Any]],
         *,
-        tools: list[Tool] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[PromptPiece]:
-        """The prompt as pieces in order: one piece, unless the request's text contains the text of a special token. Raises Rejected."""
-        turns = [_turn(message) for message in messages]
-        signatures = [msgspec.to_builtins(tool) for tool in tools or ()]
-        if not self._has_tools:
-            turns = _spell_out_tools(turns, signatures)
-        given = {"messages": turns, "tools": signatures or None, **(kwargs or {})}
-        mask = _Mask(self._hidden)
-        masked = mask.hide(given)
+        """The prompt as pieces in order: one piece, unless the request's text contains the text of a special token. Raises Rejected.
+
+        ``messages`` and ``tools`` are checked, and otherwise as the client sent them. ``continue_final_message``: the prompt ends within
+        the last message.
+        """
+        template = self._choose(bool(tools))
+        mask = _Mask()
+        turns = [template.hide(mask, turn) for turn in turns_of(messages, tools or [], template.reads)]
+        if continue_final_message:
+            _mark_end(turns[-1])
+        for turn in turns:
+            if "content" in turn:
+                turn["content"] = content_as_read(turn["content"], template.reads)
+        given = mask.hide({"tools": tools or None, "documents": documents, **(kwargs or {})}, template.hidden)
+        given = {"add_generation_prompt": add_generation_prompt, **self._tokens, **given, "messages": turns}
         try:
-            text = self._bounded(self._template.generate(add_generation_prompt=add_generation_prompt, **self._tokens, **masked))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+            text = _bounded(template.compiled.generate(given))
+        except _REFUSED as error:
             raise Rejected(f"messages: the chat template refused them: {str(error)[:200]}", param="messages") from None
+        if continue_final_message:
+            text = _cut(text)
         if not mask.hidden:
             return [PromptPiece(text, False)]
         return [piece for piece in self._unmask(text, mask) if piece.text]
 
-    @staticmethod
-    def _bounded(parts: Iterable[str]) -> str:
-        """All parts joined. Raises Rejected as soon as they are too long together."""
-        kept, size = [], 0
-        for part in parts:
-            size += len(part)
-            if size > MAX_RENDERED:
-                raise Rejected(f"messages: the rendered prompt has more than {MAX_RENDERED} characters", param="messages")
-            kept.append(part)
-        return "".join(kept)
+    def _choose(self, tools: bool) -> _Compiled:
+        if tools and TOOL_USE in self._named:
+            return self._named[TOOL_USE]
+        if DEFAULT in self._named:
+            return self._named[DEFAULT]
+        names = ", ".join(sorted(self._named))
+        raise Rejected("messages: the model has no chat template for them", f"it has {names}, and no {DEFAULT}", param="messages")
 
     def _unmask(self, text: str, mask: _Mask) -> Iterable[PromptPiece]:
         end = 0
@@ -109,41 +125,114 @@ class ChatTemplate:
         yield PromptPiece(mask.show(text[end:]), True)
 
 
-class _Mask:
-    """Replaces the text of special tokens in a request's strings by placeholders that no template uses, and restores it after rendering."""
+class _Compiled:
+    """One template. ``hidden``: what is masked in a request's strings.
 
-    def __init__(self, hidden: re.Pattern[str]) -> None:
-        self._pattern = hidden
+    The text of an assistant's turn is a model's: there a text that the template looks for (``</think>``, to cut old reasoning) stays.
+    """
+
+    def __init__(self, file: TemplateFile, specials: list[str], tokens: Mapping[str, str]) -> None:
+        environment = _environment()
+        try:
+            tree = environment.parse(file.source)
+            self.reads: TemplateReads = what_it_reads(tree, tokens)
+            self.compiled = environment.from_string(tree)
+        except jinja2.TemplateSyntaxError as error:
+            raise _broken(file, f"line {error.lineno}: {error.message}") from None
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            raise _broken(file, f"{type(error).__name__}: {str(error)[:200]}") from None
+        self.hidden = re.compile(_any_of([*specials, _OPEN, _CUT]))
+        kept = [text for text in self.reads.searched if any(special in text for special in specials)]
+        self._hidden_in_answers = re.compile(f"(?P<kept>{_any_of(kept)})|{self.hidden.pattern}")
+
+    def hide(self, mask: _Mask, turn: dict[str, Any]) -> dict[str, Any]:
+        own = frozenset(("content", *REASONING_KEYS)) if turn["role"] == "assistant" else frozenset[str]()
+        return {
+            mask.hide(key, self.hidden): mask.hide(value, self._hidden_in_answers if key in own else self.hidden)
+            for key, value in turn.items()
+        }
+
+
+class _Mask:
+    """Replaces texts in a request's strings by placeholders that no template uses, and restores them after rendering."""
+
+    def __init__(self) -> None:
         self.hidden: list[str] = []
 
-    def hide(self, value: Any) -> Any:
+    def hide(self, value: Any, hidden: re.Pattern[str]) -> Any:
         if isinstance(value, str):
-            return self._pattern.sub(self._placeholder, value)
+            return hidden.sub(self._placeholder, value)
         if isinstance(value, dict):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
+            return {self.hide(key, hidden): self.hide(item, hidden) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.hide(item) for item in value]
+            return [self.hide(item, hidden) for item in value]
         return value
 
     def show(self, text: str) -> str:
-        return re.sub(r"\ufdd0(\d+)\ufdd1", lambda match: self.hidden[int(match[1])], text)
+        return re.sub(rf"{_OPEN}(\d+){_CLOSE}", lambda match: self.hidden[int(match[1])], text)
 
     def _placeholder(self, match: re.Match[str]) -> str:
+        if match.lastgroup == "kept":
+            return match[0]
         self.hidden.append(match[0])
-        # Unicode reserves these noncharacters for a program's own use. If a request contains the first one, it is masked too.
-        return f"\ufdd0{len(self.hidden) - 1}\ufdd1"
+        return f"{_OPEN}{len(self.hidden) - 1}{_CLOSE}"
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what a model is trained on; for a prompt it is a block like any other."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja's own way to declare it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern for any of the texts, longer ones first; without texts it matches nothing."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+def _mark_end(turn: dict[str, Any]) -> None:
+    """Put the mark at the end of a message's text. Raises Rejected where it has none."""
+    content = turn.get("content")
+    if isinstance(content, str):
+        turn["content"] = content + _END_OF_MESSAGE
+    elif isinstance(content, list) and content:
+        turn["content"] = [*content[:-1], {**content[-1], "text": content[-1]["text"] + _END_OF_MESSAGE}]
+    else:
+        raise Rejected("continue_final_message: the last message has no content to go on with", param="continue_final_message")
+
+
+def _cut(text: str) -> str:
+    """The prompt up to the mark. Where the template trimmed the message, the message ends without white space. Raises Rejected."""
+    end = text.rfind(_CUT)
+    if end < 0:
+        why = "the chat template leaves the end of the last message out"
+        raise Rejected("continue_final_message: the last message cannot be continued", why, param="continue_final_message")
+    return text[:end] if text.startswith(_END_OF_MESSAGE, end) else text[:end].rstrip()
+
+
+def _bounded(parts: Iterable[str]) -> str:
+    """All parts joined. Raises Rejected as soon as they are too long together."""
+    kept, size = [], 0
+    for part in parts:
+        size += len(part)
+        if size > MAX_RENDERED:
+            raise Rejected(f"messages: the rendered prompt has more than {MAX_RENDERED} characters", param="messages")
+        kept.append(part)
+    return "".join(kept)
+
+
+def _broken(file: TemplateFile, why: str) -> ArtifactError:
+    return ArtifactError(f"the chat template in {file.origin} cannot be compiled", why, "mend it, or name another one (chat_template)")
 
 
 def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment.filters["tojson"] = to_json
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    # Templates expect the spacing of Python's json, and none of jinja's HTML escaping.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -152,42 +241,3 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
-
-
-def _turn(message: Message) -> dict[str, Any]:
-    """A message in the form that templates expect: content as text, tool arguments as objects."""
-    turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
-    for key in ("name", "tool_call_id", "reasoning_content"):
-        if (value := getattr(message, key)) is not None:
-            turn[key] = value
-    if message.tool_calls:
-        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
-    return turn
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": msgspec.json.decode(function["arguments"])}}
-    except (msgspec.DecodeError, RecursionError):
-        return call
-
-
-def _spell_out_tools(turns: list[dict[str, Any]], signatures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tool signatures, calls and answers as message text, in the spelling that tool-trained models share, for a template without tools."""
-    spelled = []
-    for turn in turns:
-        if calls := turn.get("tool_calls"):
-            written = [f"<tool_call>\n{_to_json(call.get('function', {}))}\n</tool_call>" for call in calls]
-            turn = {"role": "assistant", "content": "\n".join(filter(None, [turn["content"], *written]))}
-        elif turn["role"] == "tool":
-            turn = {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
-        spelled.append(turn)
-    if not signatures:
-        return spelled
-    listing = _TOOLS_HEAD + "".join("\n" + _to_json(signature) for signature in signatures) + _TOOLS_TAIL
-    if spelled[0]["role"] == "system":
-        return [{**spelled[0], "content": f"{spelled[0]['content']}\n\n{listing}"}, *spelled[1:]]
-    return [{"role": "system", "content": listing}, *spelled]

@@ -183,9 +183,11 @@ class ModelEncoder:
             refuse("messages", "the model has no chat template; use the completions endpoint")
         job = RenderJob(
             model=self._model.name,
-            messages=body.messages,
-            tools=None if body.tool_choice == "none" else body.tools,
-            add_generation_prompt=body.add_generation_prompt is not False,
+            messages=[message.sent for message in body.messages],
+            tools=None if body.tool_choice == "none" else [tool.sent for tool in body.tools or ()],
+            documents=body.documents,
+            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+            continue_final_message=bool(body.continue_final_message),
             kwargs=body.chat_template_kwargs,
         )
         pieces = await self._texts.sandbox.render(job)

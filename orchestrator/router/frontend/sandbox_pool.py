@@ -5,6 +5,7 @@ loop, and the next job goes to another process. To be used from one event loop o
 
     starting --answers the setup--> free --a job--> busy --its answer--> free
     starting, busy --too late, or ended--> killed, and replaced by a new one
+    starting --refuses the setup--> ended, and not replaced: a template is broken
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from orchestrator.router.frontend.sandbox_worker import (
     Answer,
     GrammarJob,
     Job,
-    JobDone,
     JobRefused,
     Rendered,
     RenderJob,
     SandboxSetup,
 )
-from workers.protocol.errors import Overloaded, Rejected
+from workers.protocol.errors import ArtifactError, EnvironmentFault, Overloaded, Rejected
 from workers.protocol.messages import GuideSpec
 
 #: Seconds that one job may take, that a job may wait for a free process, and that a new process may take to be ready.
@@ -105,6 +105,8 @@ class SandboxPool:
         self._free: asyncio.Queue[_Process] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None] | asyncio.Future[None]] = set()
         self._started = self._closed = False
+        self._settled = asyncio.Event()
+        self._broken: JobRefused | None = None
         #: Processes that ended, or were killed, during a job.
         self.lost = 0
 
@@ -113,6 +115,19 @@ class SandboxPool:
             self._started = True
             for _ in range(self._count):
                 self._keep(asyncio.get_running_loop().create_task(self._supply()))
+
+    async def ready(self) -> None:
+        """Wait until a process has compiled every template. Raises ArtifactError for one that cannot be compiled, with file and line, and
+        EnvironmentFault where no process starts."""
+        self.start()
+        try:
+            async with asyncio.timeout(START_S):
+                await self._settled.wait()
+        except TimeoutError:
+            why = f"none was ready after {START_S:g} s: the host is overloaded, or a template takes as long to compile"
+            raise EnvironmentFault("no process for chat templates started", why, "see the router's log") from None
+        if self._broken is not None:
+            raise ArtifactError(self._broken.what, self._broken.why, self._broken.hint)
 
     def close(self) -> None:
         self._closed = True
@@ -208,8 +223,12 @@ class SandboxPool:
                 self._discard(process)
                 await asyncio.sleep(RETRY_S)
                 continue
-            assert isinstance(answer, JobDone)
-            self._free.put_nowait(process)
+            if isinstance(answer, JobRefused):
+                self._broken = answer
+                self._discard(process)
+            else:
+                self._free.put_nowait(process)
+            self._settled.set()
             return
 
     def _keep(self, task: asyncio.Task[None] | asyncio.Future[None]) -> None:

@@ -13,13 +13,11 @@ import resource
 import signal
 from typing import Any
 
-import jinja2
 import msgspec
 
-from orchestrator.router.frontend.chat_messages import Message, Tool
 from orchestrator.router.frontend.chat_template import ChatTemplate, PromptPiece, TemplateSource
 from workers.process import die_with_parent
-from workers.protocol.errors import Rejected
+from workers.protocol.errors import ArtifactError, Rejected
 from workers.protocol.messages import GuideSpec
 
 #: Address space of the process, bytes. A job that needs more gets a MemoryError, which fails its request.
@@ -28,7 +26,7 @@ HEADER_BYTES = 4
 
 
 class SandboxSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """The first frame. ``templates``: by model name."""
+    """The first frame. ``templates``: by model name. A template that cannot be compiled is answered with :class:`JobRefused`."""
 
     templates: dict[str, TemplateSource]
 
@@ -37,9 +35,11 @@ class RenderJob(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
     """Arguments as of :meth:`~orchestrator.router.frontend.chat_template.ChatTemplate.render`."""
 
     model: str
-    messages: list[Message]
-    tools: list[Tool] | None = None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     kwargs: dict[str, Any] | None = None
 
 
@@ -58,10 +58,11 @@ class JobDone(msgspec.Struct, frozen=True, kw_only=True, tag="sound"):
 
 
 class JobRefused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
-    """The fields of a :class:`~workers.protocol.errors.Rejected`."""
+    """The fields of a :class:`~workers.protocol.errors.Rejected`; of an ArtifactError, where the setup is refused."""
 
     what: str
     why: str = ""
+    hint: str = ""
     code: str = "invalid_request"
     param: str | None = None
 
@@ -71,18 +72,10 @@ Answer = Rendered | JobDone | JobRefused
 
 
 class SandboxWorker:
-    """The work of the process, without the process. A template that does not compile fails the requests of its model only."""
+    """The work of the process, without the process. Raises ArtifactError for a template that cannot be compiled."""
 
     def __init__(self, setup: SandboxSetup) -> None:
-        self._templates: dict[str, ChatTemplate | JobRefused] = {}
-        for model, source in setup.templates.items():
-            try:
-                self._templates[model] = source.compile()
-            except (jinja2.TemplateError, ValueError, RecursionError, MemoryError) as error:
-                why = f"{type(error).__name__}: {str(error)[:200]}"
-                self._templates[model] = JobRefused(
-                    what="messages: the model's chat template cannot be compiled", why=why, param="messages"
-                )
+        self._templates: dict[str, ChatTemplate] = {model: source.compile() for model, source in setup.templates.items()}
 
     def answer(self, job: Job) -> Answer:
         try:
@@ -95,10 +88,14 @@ class SandboxWorker:
             return JobRefused(what=f"the request cannot be rendered: {type(error).__name__}")
 
     def _render(self, job: RenderJob) -> Answer:
-        template = self._templates[job.model]
-        if isinstance(template, JobRefused):
-            return template
-        pieces = template.render(job.messages, tools=job.tools, add_generation_prompt=job.add_generation_prompt, kwargs=job.kwargs)
+        pieces = self._templates[job.model].render(
+            job.messages,
+            tools=job.tools,
+            documents=job.documents,
+            add_generation_prompt=job.add_generation_prompt,
+            continue_final_message=job.continue_final_message,
+            kwargs=job.kwargs,
+        )
         return Rendered(pieces=pieces)
 
 
@@ -141,7 +138,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     jobs = msgspec.msgpack.Decoder(Job)
     try:
-        worker = SandboxWorker(msgspec.msgpack.decode(_receive(), type=SandboxSetup))
+        try:
+            worker = SandboxWorker(msgspec.msgpack.decode(_receive(), type=SandboxSetup))
+        except ArtifactError as error:
+            return _send(JobRefused(what=error.what, why=error.why, hint=error.hint))
         _send(JobDone())
         while frame := _receive():
             _send(worker.answer(jobs.decode(frame)))

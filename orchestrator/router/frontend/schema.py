@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 import msgspec
 
 from orchestrator.router.frontend import structured_output
-from orchestrator.router.frontend.chat_messages import Message, NamedTool, Tool, ToolRules
+from orchestrator.router.frontend.chat_messages import PART_TYPES, ContentPart, Message, NamedTool, Tool, ToolFunction, ToolRules
 from workers.protocol.errors import Rejected, printable
 from workers.protocol.messages import ApiEndpoint, GuideSpec
 
@@ -41,7 +41,7 @@ INT32_MAX = 2**31 - 1
 
 #: Arguments that the chat template is given by this router; a client that sets one would replace them.
 RESERVED_KWARGS = frozenset((
-    "messages", "tools", "documents", "conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
+    "messages", "tools", "conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
     "bos_token", "eos_token", "raise_exception", "strftime_now", "padding", "truncation", "max_length", "return_tensors", "return_dict",
 ))  # fmt: skip
 #: Inclusive ranges of numbers (None = open); ``_OPEN_BELOW`` names those whose lower end is excluded.
@@ -63,6 +63,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "top_logprobs": (0, MAX_LOGPROBS),
 }
 _OPEN_BELOW = frozenset(("top_p", "repetition_penalty"))
+#: Fields whose items are kept as they were sent, beside their checked form.
+_SENT = frozenset(("messages", "tools"))
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
@@ -167,7 +169,9 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -328,11 +332,16 @@ def decode_object(body: bytes | bytearray) -> dict[str, Any]:
 def convert(fields: dict[str, Any], kind: type[_T]) -> _T:
     """``fields`` as a struct, without coercion of types. Raises Rejected with the field's name."""
     try:
-        return msgspec.convert(fields, kind)
+        return msgspec.convert({name: _with_sent(value) if name in _SENT else value for name, value in fields.items()}, kind)
     except msgspec.ValidationError as error:
         what = str(error)
         where = re.search(r"at `\$\.([^`]+)`", what) or re.search(r"required field `([^`]+)`", what)
         refuse(where[1][:MAX_NAME] if where else None, what[:300])
+
+
+def _with_sent(items: Any) -> Any:
+    """Each object of a list with itself in its field ``sent``."""
+    return [{**item, "sent": item} if isinstance(item, dict) else item for item in items] if isinstance(items, list) else items
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -434,8 +443,12 @@ def _check_chat(body: ChatBody) -> None:
     if not 1 <= len(body.messages) <= MAX_MESSAGES:
         refuse("messages", f"a chat has 1 to {MAX_MESSAGES} messages, got {len(body.messages)}")
     for index, message in enumerate(body.messages):
-        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        if message.content is None and message.role != "assistant":
             refuse(f"messages[{index}].content", f"a {message.role} message needs content")
+        if isinstance(message.content, list):
+            _check_parts(message.content, f"messages[{index}].content")
+    if body.continue_final_message and body.add_generation_prompt:
+        refuse("continue_final_message", "excludes add_generation_prompt: the prompt ends within the last message")
     if body.top_logprobs is not None and not body.logprobs:
         refuse("top_logprobs", "needs logprobs to be true")
     if body.chat_template is not None:
@@ -446,6 +459,15 @@ def _check_chat(body: ChatBody) -> None:
     if len(msgspec.json.encode(kwargs)) > MAX_KWARGS_BYTES:
         refuse("chat_template_kwargs", f"larger than {MAX_KWARGS_BYTES} bytes")
     _check_tools(body)
+
+
+def _check_parts(parts: list[ContentPart], where: str) -> None:
+    for index, part in enumerate(parts):
+        if part.type not in PART_TYPES:
+            shown = printable(part.type[:MAX_NAME])
+            refuse(f"{where}[{index}].type", f"a part of type {shown!r} is not taken, only text is (type {', '.join(PART_TYPES)})")
+        if not part.is_text:
+            refuse(f"{where}[{index}]", f"a part of type {part.type!r} has no text")
 
 
 def _check_tools(body: ChatBody) -> None:

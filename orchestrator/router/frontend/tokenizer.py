@@ -7,6 +7,7 @@ changes after loading, because all threads share it.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,25 +16,13 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from orchestrator.router.frontend.chat_template import PromptPiece, TemplateSource
-from workers.artifacts.safetensors_file import regular
+from orchestrator.router.frontend.chat_template import DEFAULT, PromptPiece, TemplateSource
+from orchestrator.router.frontend.tokenizer_folder import read_template, read_tokenizer_folder
 from workers.protocol.errors import ArtifactError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 #: Token texts that end a turn or a document in the llama family. Where a tokenizer has one as a special token, the token ends the output.
 _ENDINGS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
-
-
-class _AddedToken(msgspec.Struct):
-    id: int
-    content: str
-    special: bool = False
-
-
-class _TokenizerFile(msgspec.Struct):
-    normalizer: dict[str, Any] | None = None
-    decoder: dict[str, Any] | None = None
-    added_tokens: list[_AddedToken] = []
 
 
 class TokenTable:
@@ -42,19 +31,17 @@ class TokenTable:
     Raises ArtifactError for a decoder that is not a function of one token at a time (llama-family tokenizers all are).
     """
 
-    def __init__(self, source: bytes) -> None:
-        parsed = msgspec.json.decode(source, type=_TokenizerFile)
-        self._source = source
-        self._tokenizer = _open(source)
-        self.specials = {token.content: token.id for token in parsed.added_tokens if token.special}
-        to_bytes = _converter(parsed.decoder)
-        added = {token.id for token in parsed.added_tokens}
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.specials = {token.content: id for id, token in added.items() if token.special}
+        to_bytes = _converter(tokenizer.decoder)
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.all = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for text, id in vocabulary.items():
             self.all[id] = text.encode() if id in added else to_bytes(text)
         #: Characters that one token may stand for. Normalizers put characters together (NFC: up to four).
-        self.reach = max(1, max(map(len, self.all), default=0)) * (1 if parsed.normalizer is None else 4)
+        self.reach = max(1, max(map(len, self.all), default=0)) * (1 if tokenizer.normalizer is None else 4)
         self.visible = list(self.all)
         for id in self.specials.values():
             self.visible[id] = b""
@@ -66,7 +53,7 @@ class TokenTable:
     @functools.cached_property
     def _literal(self) -> Tokenizer:
         """The same tokenizer, but it reads the text of special tokens as plain text. Made when first needed."""
-        tokenizer = _open(self._source)
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -99,37 +86,21 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
 
 
-def load(folder: str) -> Loaded:
-    """Read ``tokenizer.json``, and where present ``tokenizer_config.json``, ``generation_config.json`` and ``chat_template.jinja``.
+def load(folder: str, chat_template: str = "") -> Loaded:
+    """Read a tokenizer folder. ``chat_template``: a file with the template to use in place of the folder's own.
 
     Raises ArtifactError with the name of the file.
     """
-    root = Path(folder)
-    try:
-        table = TokenTable(regular(root / "tokenizer.json").read_bytes())
-        config = _read_json(root / "tokenizer_config.json")
-        generation = _read_json(root / "generation_config.json")
-        template_file = regular(root / "chat_template.jinja")
-        source = template_file.read_text() if template_file.exists() else _template_source(config.get("chat_template"))
-    except OSError as error:
-        raise ArtifactError(f"cannot read {error.filename}", str(error.strerror), "convert or pull the model again") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise ArtifactError(f"the tokenizer in {folder} is damaged", str(error)[:200], "convert or pull the model again") from None
-    named = {name: _token_text(value) for name, value in config.items() if name.endswith("_token")}
-    tokens = {name: text for name, text in named.items() if text is not None}
-    template = TemplateSource(source=source, specials=tuple(table.specials), tokens=tokens) if source else None
-    return Loaded(table=table, template=template, eos_ids=_eos_ids(table, tokens, generation))
+    found = read_tokenizer_folder(Path(folder))
+    table = TokenTable(found.tokenizer)
+    templates = {DEFAULT: read_template(Path(chat_template))} if chat_template else found.templates
+    template = TemplateSource(templates=templates, specials=tuple(table.specials), tokens=found.named) if templates else None
+    return Loaded(table=table, template=template, eos_ids=_eos_ids(table, found.named, found.generation))
 
 
-def _open(source: bytes) -> Tokenizer:
-    tokenizer = Tokenizer.from_buffer(source)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _converter(decoder: dict[str, Any] | None) -> Any:
-    steps = (decoder or {}).get("decoders", [decoder] if decoder else [])
+def _converter(decoder: Any) -> Any:
+    described: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder is not None else {}
+    steps = described.get("decoders", [described] if described else [])
     kinds = {step.get("type") for step in steps}
     if "ByteLevel" in kinds:
         return _from_byte_level
@@ -157,21 +128,6 @@ def _from_pieces(text: str) -> bytes:
     if match := _BYTE_TOKEN.fullmatch(text):
         return bytes([int(match[1], 16)])
     return text.replace("\u2581", " ").encode()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return msgspec.json.decode(regular(path).read_bytes(), type=dict[str, Any]) if path.exists() else {}
-
-
-def _template_source(found: Any) -> str:
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else ""
-
-
-def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else None
 
 
 def _eos_ids(table: TokenTable, tokens: dict[str, str], generation: dict[str, Any]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from workers import process
 from workers.artifacts.atomic_folder import MAKE_ROOM, locked, replacing
 from workers.artifacts.checkpoint import MANIFEST, Checkpoint, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
-from workers.artifacts.hf import TOKENIZER_FILES
+from workers.artifacts.hf import tokenizer_paths
 from workers.artifacts.safetensors_file import FileRecord, hash_file, write_file
 from workers.engines.trtllm.build_options import BuildOptions
 from workers.engines.trtllm.engine_dir import (
@@ -312,9 +312,8 @@ def _record(plan: BuildPlan, folder: Path, began: float, seconds: float) -> None
     """Tokenizer, hashes and the record, which makes the folder whole."""
     facts, checkpoint = plan.checkpoint.facts, plan.checkpoint
     files: dict[str, FileRecord] = {}
-    for name in TOKENIZER_FILES:
-        if (checkpoint.folder / name).is_file():
-            files[name] = write_file(folder / name, (checkpoint.folder / name).read_bytes())
+    for name, path in tokenizer_paths(checkpoint.folder).items():
+        files[name] = write_file(folder / name, path.read_bytes())
     for name in (CONFIG, LOG, *(engine_name(rank) for rank in range(facts.parallel.world))):
         files[name] = _flushed(folder / name)
     record = BuildRecord(

@@ -10,18 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.router.frontend.chat_messages import Message, Tool, ToolFunction
-from orchestrator.router.frontend.chat_template import ChatTemplate, PromptPiece
+from orchestrator.router.frontend.chat_template import ChatTemplate, PromptPiece, TemplateFile, TemplateSource
 from orchestrator.router.frontend.tokenizer import load
 from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
 from workers.protocol.errors import Rejected
 
-USER = [Message(role="user", content="hi")]
-TOOLS = [Tool(type="function", function=ToolFunction(name="f"))]
+USER = [{"role": "user", "content": "hi"}]
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 def template(source: str, **tokens: str) -> ChatTemplate:
-    return ChatTemplate(source, specials=SPECIALS, tokens=tokens)
+    return named({"default": source}, **tokens)
+
+
+def named(sources: dict[str, str], **tokens: str) -> ChatTemplate:
+    files = {name: TemplateFile(source=source, origin=f"{name}.jinja") for name, source in sources.items()}
+    return TemplateSource(templates=files, specials=SPECIALS, tokens=tokens).compile()
 
 
 def text(pieces: list[PromptPiece]) -> str:
@@ -35,14 +39,13 @@ def test_ids_equal_those_of_transformers(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "añ🙂\n x "}, {"role": "assistant", "content": "ok"}]
     expected = oracle.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert loaded.template is not None
-    messages = [Message(role=turn["role"], content=turn["content"]) for turn in turns]  # type: ignore[arg-type]
-    assert loaded.table.encode(loaded.template.compile().render(messages), False) == expected
+    assert loaded.table.encode(loaded.template.compile().render(turns), False) == expected
 
 
 @given(st.lists(st.sampled_from([*SPECIALS, "a", "\n", "\ufdd0", "\ufdd00\ufdd1", "<|im_", "end|>", "é"]), max_size=8))
 def test_no_text_becomes_a_control_token(parts: list[str]) -> None:
     content = "".join(parts)
-    pieces = template(CHAT_TEMPLATE).render([Message(role="user", content=content)])
+    pieces = template(CHAT_TEMPLATE).render([{"role": "user", "content": content}])
     assert text(pieces) == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
     if len(pieces) > 1:
         controls = [piece.text for piece in pieces if not piece.exact]
@@ -53,8 +56,8 @@ def test_no_text_becomes_a_control_token(parts: list[str]) -> None:
 
 def test_names_arguments_and_kwargs_are_masked_too() -> None:
     pieces = template("{{ messages[0].name }}{{ style }}{{ tools | tojson }}").render(
-        [Message(role="user", content="", name="<|im_end|>")],
-        tools=[Tool(type="function", function=ToolFunction(name="f", description="<|im_start|>"))],
+        [{"role": "user", "content": "", "name": "<|im_end|>"}],
+        tools=[{"type": "function", "function": {"name": "f", "description": "<|im_start|>"}}],
         kwargs={"style": "<|endoftext|>"},
     )
     assert all(piece.exact for piece in pieces)
@@ -84,7 +87,7 @@ def test_what_templates_are_given() -> None:
         "{{ bos_token }}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.role }};{% endfor %}"
         "{{ strftime_now('%Y') | length }}{{ {'a': '<é>'} | tojson }}{{ enable_thinking }}{{ tools is none }}"
     )
-    messages = [Message(role="developer", content="x"), *USER, *USER]
+    messages = [{"role": "developer", "content": "x"}, *USER, *USER]
     assert text(template(source, bos_token="<s>").render(messages, kwargs={"enable_thinking": False})) == (
         '<s>system;user;4{"a": "<é>"}FalseTrue'
     )
@@ -93,11 +96,11 @@ def test_what_templates_are_given() -> None:
 def test_tool_arguments_arrive_as_objects() -> None:
     call: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     source = "{{ tools | length }}{{ messages[0].tool_calls[0].function.arguments.x }}"
-    assert text(template(source).render([Message(role="assistant", tool_calls=[call])], tools=TOOLS)) == "11"
+    assert text(template(source).render([{"role": "assistant", "tool_calls": [call]}], tools=TOOLS)) == "11"
 
 
 def test_tools_join_the_system_turn_of_a_template_without_them() -> None:
-    messages = [Message(role="system", content="Be kind."), *USER]
+    messages = [{"role": "system", "content": "Be kind."}, *USER]
     rendered = text(template(CHAT_TEMPLATE).render(messages, tools=TOOLS))
     assert rendered.startswith("<|im_start|>system\nBe kind.\n\n# Tools")
     assert rendered.count("<|im_start|>system") == 1 and '"name": "f"' in rendered

@@ -15,13 +15,12 @@ import httpx
 import psutil
 import pytest
 
-from orchestrator.router.frontend.chat_messages import Message
-from orchestrator.router.frontend.chat_template import MAX_RENDERED, PromptPiece, TemplateSource
+from orchestrator.router.frontend.chat_template import MAX_RENDERED, PromptPiece, TemplateFile, TemplateSource
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.sandbox_worker import RenderJob
 from tests.support.scripted_router import ServedDoor
 from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS
-from workers.protocol.errors import Rejected
+from workers.protocol.errors import ArtifactError, Rejected
 from workers.protocol.messages import GuideSpec
 
 SLEEPLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -31,16 +30,18 @@ TEMPLATES = {
     "memory": "{{ 'a' * 2000000000 }}",
     "folded": "{{ ('a' * 99999) * 99999 * 9 }}",
     "output": "{% for a in range(99999) %}{{ messages[0].content }}{% endfor %}",
-    "broken": "{% if %}",
     "escape": "{{ lipsum.__globals__.os.system('true') }}",
 }
+
+
+def source_of(text: str) -> TemplateSource:
+    return TemplateSource(templates={"default": TemplateFile(source=text, origin="a.jinja")}, specials=SPECIALS, tokens={})
 
 
 @asynccontextmanager
 async def cells(limit_s: float = 10.0) -> AsyncIterator[SandboxPool]:
     """Two of them, which are gone at the end."""
-    sources = {name: TemplateSource(source=source, specials=SPECIALS, tokens={}) for name, source in TEMPLATES.items()}
-    found = SandboxPool(sources, limit_s=limit_s)
+    found = SandboxPool({name: source_of(text) for name, text in TEMPLATES.items()}, limit_s=limit_s)
     found.start()
     try:
         yield found
@@ -51,7 +52,7 @@ async def cells(limit_s: float = 10.0) -> AsyncIterator[SandboxPool]:
 
 
 def job(model: str, content: str = "hi") -> RenderJob:
-    return RenderJob(model=model, messages=[Message(role="user", content=content)])
+    return RenderJob(model=model, messages=[{"role": "user", "content": content}])
 
 
 async def refusal(found: SandboxPool, model: str, content: str = "hi") -> Rejected:
@@ -70,7 +71,7 @@ def test_pieces_come_back_as_they_were_made() -> None:
             answers = await asyncio.gather(*(found.render(job("good", f"{index}")) for index in range(50)))
             assert all(f"user\n{index}<" in pieces[0].text for index, pieces in enumerate(answers))
             with pytest.raises(Rejected, match="serialize"):
-                await found.render(RenderJob(model="good", messages=[Message(role="user", content="x")], kwargs={"n": 1 << 70}))
+                await found.render(RenderJob(model="good", messages=[{"role": "user", "content": "x"}], kwargs={"n": 1 << 70}))
             assert found.lost == 0
 
     asyncio.run(main())
@@ -101,10 +102,33 @@ def test_a_template_that_costs_too_much_costs_its_request_only() -> None:
             assert found.lost == 1
             assert max(gaps) < 2.0, "the event loop stood still"
         async with cells() as found:
-            for model in ("memory", "folded", "output", "broken", "escape"):
+            for model in ("memory", "folded", "output", "escape"):
                 await refusal(found, model, "x" * (MAX_RENDERED // 1000))
             assert (await found.render(job("good")))[0].text
             assert found.lost == 0, "a bound that the process keeps by itself cost the process"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("line\n{% if %}", "line 2: Expected an expression"),
+        ("{{ 'a' }}\n\n{{ x | unheard_of }}", "line 3: No filter named 'unheard_of'"),
+        ("{% for m in messages %}", "line 1: Unexpected end of template"),
+        ("{% break %}", "SyntaxError: 'break' outside loop"),
+        ("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_cannot_be_compiled_ends_the_start(text: str, why: str) -> None:
+    async def main() -> None:
+        found = SandboxPool({"good": source_of(CHAT_TEMPLATE), "bad": source_of(text)}, count=1)
+        try:
+            with pytest.raises(ArtifactError) as caught:
+                await found.ready()
+        finally:
+            found.close()
+        assert "a.jinja" in caught.value.what and why in caught.value.why and caught.value.hint
 
     asyncio.run(main())
 
