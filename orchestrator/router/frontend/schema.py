@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 import msgspec
 
 from orchestrator.router.frontend import structured_output
-from orchestrator.router.frontend.chat_messages import PART_TYPES, ContentPart, Message, NamedTool, Tool, ToolFunction, ToolRules
+from orchestrator.router.frontend.chat_messages import PART_TYPES, ContentPart, Message, NamedTool, Tool, ToolRules
 from workers.protocol.errors import Rejected, printable
 from workers.protocol.messages import ApiEndpoint, GuideSpec
 
