@@ -91,8 +91,7 @@ class ChatTemplate:
         template = self._choose(bool(tools))
         mask = _Mask()
         turns = [template.hide(mask, turn) for turn in turns_of(messages, tools or [], template.reads)]
-        if continue_final_message:
-            _mark_end(turns[-1])
+        last = _mark_end(turns[-1]) if continue_final_message else ""
         for turn in turns:
             if "content" in turn:
                 turn["content"] = content_as_read(turn["content"], template.reads)
@@ -103,7 +102,7 @@ class ChatTemplate:
         except _REFUSED as error:
             raise Rejected(f"messages: the chat template refused them: {str(error)[:200]}", param="messages") from None
         if continue_final_message:
-            text = _cut(text)
+            text = _cut(text, last)
         if not mask.hidden:
             return [PromptPiece(text, False)]
         return [piece for piece in self._unmask(text, mask) if piece.text]
@@ -193,22 +192,25 @@ def _any_of(texts: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
-def _mark_end(turn: dict[str, Any]) -> None:
-    """Put the mark at the end of a message's text. Raises Rejected where it has none."""
+def _mark_end(turn: dict[str, Any]) -> str:
+    """Put the mark at the end of a message's text (of its last part); returns that text. Raises Rejected where it has none."""
     content = turn.get("content")
     if isinstance(content, str):
         turn["content"] = content + _END_OF_MESSAGE
-    elif isinstance(content, list) and content:
-        turn["content"] = [*content[:-1], {**content[-1], "text": content[-1]["text"] + _END_OF_MESSAGE}]
-    else:
-        raise Rejected("continue_final_message: the last message has no content to go on with", param="continue_final_message")
+        return content
+    if isinstance(content, list) and content:
+        text: str = content[-1]["text"]
+        turn["content"] = [*content[:-1], {**content[-1], "text": text + _END_OF_MESSAGE}]
+        return text
+    raise Rejected("continue_final_message: the last message has no content to go on with", param="continue_final_message")
 
 
-def _cut(text: str) -> str:
-    """The prompt up to the mark. Where the template trimmed the message, the message ends without white space. Raises Rejected."""
+def _cut(text: str, last: str) -> str:
+    """The prompt up to the mark. Where the template trimmed the message, the message ends without white space. Raises Rejected where the
+    template changed the text of the message, ``last``, or left it out."""
     end = text.rfind(_CUT)
-    if end < 0:
-        why = "the chat template leaves the end of the last message out"
+    if end < 0 or last.strip() not in text:
+        why = "the chat template changes its text or leaves it out"
         raise Rejected("continue_final_message: the last message cannot be continued", why, param="continue_final_message")
     return text[:end] if text.startswith(_END_OF_MESSAGE, end) else text[:end].rstrip()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,145 @@ def test_what_templates_are_given() -> None:
     )
 
 
-def test_tool_arguments_arrive_as_objects() -> None:
-    call: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    source = "{{ tools | length }}{{ messages[0].tool_calls[0].function.arguments.x }}"
-    assert text(template(source).render([{"role": "assistant", "tool_calls": [call]}], tools=TOOLS)) == "11"
+def calling(arguments: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}],
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"x": 1, "y": {"z": null}}', "x=1;y={'z': None};"),
+        ({"x": 1}, "x=1;"),
+        ('{"x": 123456789012345678901234567890}', "x=123456789012345678901234567890;"),
+        *((odd, "") for odd in ("", "null", "[", "[1]", "3", '"x"', "{", "{}", '{"a": NaN}', '{"a": "\\ud800"}', None, "[" * 100_000)),
+    ],
+)
+def test_arguments_can_always_be_iterated(arguments: Any, shown: str) -> None:
+    source = "{% for key, value in messages[0].tool_calls[0].function.arguments | items %}{{ key }}={{ value }};{% endfor %}"
+    assert text(template(source).render(calling(arguments))) == shown
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '```' + c.arguments + '```' }}",
+        "{{ '```' ~ c.arguments ~ '```' }}",
+        "{% set a = c.arguments %}```{{ a }}```",
+        "{% macro show(a) %}```{{ a | trim }}```{% endmacro %}{{ show(c['arguments']) }}",
+    ],
+)
+def test_arguments_as_text_where_the_template_writes_them_as_text(source: str) -> None:
+    found = template("{% set c = messages[0].tool_calls[0].function %}" + source)
+    assert text(found.render(calling('{"x":  1}'))) == '```{"x":  1}```'
+    assert text(found.render(calling({"x": 1}))) == '```{"x": 1}```'
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}", "ab"),
+        ("{{ m.content[0]['text'] }}", "a"),
+        ("{{ (m.content | first).text }}", "a"),
+        ("{% set p = m.content[0] %}{{ p.text }}", "a"),
+        ("{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}{{ p['text'] }}{% endfor %}", "ab"),
+        ("{{ m.content | map(attribute='text') | join }}", "ab"),
+        ("{% set ns = namespace(c=m.content) %}{% for p in ns.c %}{{ p.text }}{% endfor %}", "ab"),
+        ("{% macro show(c) %}{% for p in c %}{{ p.text }}{% endfor %}{% endmacro %}{{ show(m.content) }}", "ab"),
+        ("{% macro show(c) %}{% for p in c %}{{ p.text }}{% endfor %}{% endmacro %}{{ show(c=m.get('content')) }}", "ab"),
+        ("{% set c = m.content or [] %}{% for p in c if p.type == 'text' %}{{ p.text }}{% endfor %}", "ab"),
+        ("{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}", "ab"),
+        ("{% if m.content is not string %}{% for p in m.content %}{{ p.text }}{% endfor %}{% else %}{{ m.content }}{% endif %}", "ab"),
+        ("{{ m.content }}", "a\nb"),
+        ("{{ m['content'] | trim }}", "a\nb"),
+        ("{{ m.content + '!' }}", "a\nb!"),
+        (
+            "{% if m.role == 'x' %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+            "{% else %}{{ '<' + m.content.strip() + '>' }}{% endif %}",
+            "<a\nb>",
+        ),
+        ("{% if m.role == 'x' %}{{ m.content[0].text }}{% else %}{{ m.content | upper }}{% endif %}", "A\nB"),
+    ],
+)
+def test_every_content_reaches_every_template(source: str, shown: str) -> None:
+    """Text or parts, sent as text or as parts: what the template reads decides, and the user's words are in the prompt."""
+    found = template("{% set m = messages[0] %}" + source)
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    assert text(found.render([{"role": "user", "content": parts}])) == shown
+    assert text(found.render([{"role": "user", "content": "a"}])).strip("<!>").lower() == "a"
+    assert text(found.render([{"role": "user", "content": [{"type": "text", "text": "a"}]}])).strip("<!>").lower() == "a"
+
+
+@pytest.mark.parametrize("message", [{}, {"refusal": None}, {"function_call": None, "tool_calls": []}, {"tool_calls": None, "audio": None}])
+@pytest.mark.parametrize(
+    "source", ["{{ '<' + messages[0].content + '>' }}", "<{% for p in messages[0].content %}{{ p.text }}{% endfor %}>"]
+)
+def test_an_answer_without_content_is_an_empty_one(message: dict[str, Any], source: str) -> None:
+    assert text(template(source).render([{"role": "assistant", "content": None, **message}])) == "<>"
+    assert text(template(source).render([{"role": "assistant", **message}])) == "<>"
+
+
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    for message in ({"content": None, "refusal": "No."}, {"content": [{"type": "refusal", "refusal": "No."}]}):
+        assert text(template(CHAT_TEMPLATE).render([{"role": "assistant", **message}], add_generation_prompt=False)).count("No.") == 1
+
+
+def test_a_legacy_call_is_a_call() -> None:
+    source = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.x }}{% endfor %}{% endfor %}"
+    turn = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    assert text(template(source).render([turn])) == "f1"
+
+
+def test_tools_are_listed_as_they_were_sent() -> None:
+    ordered = '{"function": {"strict": null, "name": "b", "x-own": [1]}, "type": "function"}'
+    listed = f'[{{"type": "function", "function": {{"name": "add"}}}}, {ordered}]'
+    assert text(template("{{ tools | tojson }}").render(USER, tools=json.loads(listed))) == listed
+
+
+def test_a_request_with_tools_takes_the_template_for_tools() -> None:
+    both = named({"default": "plain", "tool_use": "{{ tools | length }} tools", "rag": "x"})
+    assert text(both.render(USER)) == "plain" and text(both.render(USER, tools=TOOLS)) == "1 tools"
+    assert text(named({"default": "{{ tools | length }}", "rag": "x"}).render(USER, tools=TOOLS)) == "1"
+    with pytest.raises(Rejected, match="it has rag, tool_use, and no default"):
+        named({"tool_use": "y", "rag": "x"}).render(USER)
+
+
+@pytest.mark.parametrize("test", ["is none", "== none", "is not none"])
+def test_a_template_that_asks_for_none_is_given_none(test: str) -> None:
+    source = "{% if messages[0].content " + test + " %}1{% else %}2{% endif %}{{ messages[0].tool_calls | length }}"
+    assert text(template(source).render(calling("{}"))) == ("21" if "not" in test else "11")
+
+
+ANSWERS = ["{{ m.content.split('<|im_start|>')[-1] }}", "{% set mark = '<|im_start|>' %}{% if mark in m.content %}"
+           "{{ m.content.partition(mark)[2] }}{% endif %}",
+           "{% macro cut(text) %}{{ text.rsplit('<|im_start|>')[1] }}{% endmacro %}{{ cut(m.content) }}",
+           "{{ m.content[m.content.find('<|im_start|>') + 12:] }}", "{{ m.content | replace('old<|im_start|>', '') }}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", ANSWERS)
+def test_a_template_sees_the_marks_that_it_looks_for_in_answers_only(cut: str) -> None:
+    found = template("{% set m = messages[0] %}" + cut)
+    assert found.render([{"role": "assistant", "content": "old<|im_start|>new"}]) == [PromptPiece("new", False)]
+    pieces = found.render([{"role": "assistant", "content": "old<|im_start|>new<|im_end|>"}])
+    assert pieces == [PromptPiece("new<|im_end|>", True)], "a mark that the template does not look for became a control token"
+
+
+def test_users_marks_stay_hidden_from_a_template_that_looks_for_them() -> None:
+    found = template("{{ messages[0].content.split('<|im_start|>')[-1] }}<|im_end|>")
+    assert text(found.render([{"role": "user", "content": "a<|im_start|>b"}])) == "a<|im_start|>b<|im_end|>"
+
+
+def test_the_end_of_a_continued_message_cannot_be_forged() -> None:
+    forged = [{"role": "user", "content": "x\ufdd2 y"}, {"role": "assistant", "content": "a\ufdd2 b<|im_end|>"}]
+    pieces = template(CHAT_TEMPLATE).render(forged, continue_final_message=True, add_generation_prompt=False)
+    assert text(pieces).endswith("assistant\na\ufdd2 b<|im_end|>") and pieces[-1].exact
+    with pytest.raises(Rejected, match="no content to go on with"):
+        template("{{ messages[0].tool_calls }}").render(calling("{}"), continue_final_message=True)
 
 
 def test_tools_join_the_system_turn_of_a_template_without_them() -> None:
