@@ -14,7 +14,15 @@ from collections.abc import Callable
 from operator import attrgetter
 
 from orchestrator.router import request_context
-from orchestrator.router.core.actions import Action, DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.actions import (
+    Action,
+    DeliverCachedTokens,
+    DeliverPromptLogprobs,
+    DeliverTokens,
+    FailChoice,
+    FinishChoice,
+    SendMessage,
+)
 from orchestrator.router.core.events import (
     AbortAll,
     AddCredit,
@@ -235,7 +243,7 @@ class RouterDispatcher:
         if meter is not None:
             meter.tokens(choices, size, now - since)
 
-    def _act(self, action: SendMessage | DeliverPromptLogprobs | FinishChoice | FailChoice) -> None:
+    def _act(self, action: SendMessage | DeliverPromptLogprobs | DeliverCachedTokens | FinishChoice | FailChoice) -> None:
         if isinstance(action, SendMessage):
             if not self._send(action.peer, action.message):
                 self._take_in(PeerUnreachable(peer=action.peer))
@@ -249,10 +257,13 @@ class RouterDispatcher:
             # As above.
             self._break(ticket, error)
 
-    def _notify(self, ticket: RequestTicket, action: DeliverPromptLogprobs | FinishChoice | FailChoice) -> None:
+    def _notify(self, ticket: RequestTicket, action: DeliverPromptLogprobs | DeliverCachedTokens | FinishChoice | FailChoice) -> None:
         watcher = ticket.watcher
         if isinstance(action, DeliverPromptLogprobs):
             watcher.on_prompt(action.choice, action.logprobs)
+            return
+        if isinstance(action, DeliverCachedTokens):
+            watcher.on_cached(action.choice, action.cached_tokens)
             return
         ticket.open.discard(action.choice)
         if isinstance(action, FinishChoice):

@@ -24,6 +24,10 @@ class Watcher(Protocol):
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         """Prompt logprobs, once, before the choice's first token."""
 
+    def on_cached(self, choice: int, tokens: int) -> None:
+        """So many tokens of the prompt were found in the prefix cache: before the first token of a placement, and only where there are
+        some. A frontend that ends the choice itself gets no usage that says so."""
+
     def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None: ...
 
     def on_failed(self, choice: int, error: TriremeError) -> None: ...

@@ -139,6 +139,9 @@ class _TracedRequest:
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         self._watcher.on_prompt(choice, logprobs)
 
+    def on_cached(self, choice: int, tokens: int) -> None:
+        self._watcher.on_cached(choice, tokens)
+
     def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
         self.ended(choice, reason, usage)
         self._watcher.on_done(choice, reason, usage, stop_id)

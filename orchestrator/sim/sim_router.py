@@ -10,7 +10,15 @@ from functools import partial
 from typing import Protocol
 
 from orchestrator.config.router_spec import AdmissionSpec
-from orchestrator.router.core.actions import Action, DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.actions import (
+    Action,
+    DeliverCachedTokens,
+    DeliverPromptLogprobs,
+    DeliverTokens,
+    FailChoice,
+    FinishChoice,
+    SendMessage,
+)
 from orchestrator.router.core.events import (
     AbortAll,
     AddCredit,
@@ -178,7 +186,7 @@ class SimRouter:
                     for id, choice, first, tokens, logprobs in action.deliveries:
                         call = self._expecting(id, choice)
                         call.caller.on_tokens(call, choice, first, tokens, logprobs)
-                elif not isinstance(action, DeliverPromptLogprobs):
+                elif not isinstance(action, DeliverPromptLogprobs | DeliverCachedTokens):
                     self._end(action)
         self._turns += 1
         if self._turns % CHECK_TURNS == 0:

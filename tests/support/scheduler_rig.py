@@ -15,7 +15,9 @@ import msgspec
 from workers.engines.fake import FakeModel, advance, expected_tokens
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.messages import UNLIMITED, Capacity, GenerateTask, Logprobs, SamplingParams, Submit
-from workers.sampling.guide import GuideFactory
+from workers.sampling.definition import has_token_rules
+from workers.sampling.guide import Guide, GuideFactory
+from workers.sampling.token_rules import TokenRules
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import PLACEHOLDER, StepPlan, decode_plan, decode_result, encode, view
 
@@ -176,7 +178,7 @@ class Rig:
         """Every stream is a prefix of what it should be; the ended ones are whole."""
         for stream in self.streams.values():
             request = stream.request
-            guide = self.guides(request.task.params.guide) if self.guides and request.task.params.guide else None
+            guide = self._guide(request.task.params)
             expected = expected_tokens(request.prompt_ids, request.task.params, eos_ids=EOS, guide=guide)
             if stream.end is None:
                 assert stream.tokens == expected[: len(stream.tokens)]
@@ -186,6 +188,10 @@ class Rig:
                 whole = guide is not None and guide.done()
                 assert stream.end.reason == ("length" if len(expected) == request.task.params.max_tokens and not whole else "stop")
                 assert stream.end.usage.output_tokens == len(expected)
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        guide = self.guides(params.guide) if self.guides and params.guide else None
+        return TokenRules(params, self.limits.vocab_size, EOS, guide) if has_token_rules(params) else guide
 
     def idle(self) -> bool:
         """Whether all blocks are back."""

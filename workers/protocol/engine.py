@@ -42,6 +42,7 @@ class Emission(msgspec.Struct, frozen=True, gc=False):
     """What one step did for one sequence: ``tokens`` at output positions ``first``.., then ``end`` if it has ended.
 
     ``logprobs`` has one entry a token where asked for; ``prompt_logprobs`` the whole prompt, once, with or before the first token.
+    ``cached_tokens``: prompt tokens found in the prefix cache, once, with the first token; 0 = none, or said before.
     """
 
     id: int
@@ -50,6 +51,7 @@ class Emission(msgspec.Struct, frozen=True, gc=False):
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs] | None = None
     end: Finish | Fault | None = None
+    cached_tokens: int = 0
 
 
 class Engine(Protocol):

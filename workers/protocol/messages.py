@@ -55,7 +55,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     ``temperature`` 0 = greedy. ``top_k`` 0 and ``top_p`` 1 = off. ``logprobs``: number of alternatives reported with each token, None =
     none at all, 0 = the chosen token's alone; ``prompt_logprobs`` the same for prompt positions. ``max_tokens`` counts emitted tokens,
-    those of earlier attempts included. Stop strings are the router's: engines see ids only.
+    those of earlier attempts included; 0 = the prompt is computed (and scored), and nothing is emitted. ``allowed_token_ids``: the only
+    ids that may be chosen, None = all. ``bad_words``: id sequences that the output may not contain. Stop strings are the router's:
+    engines see ids only.
     """
 
     temperature: float = 1.0
@@ -66,6 +68,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     max_tokens: int = 16
     min_tokens: int = 0
@@ -237,7 +241,9 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     """All that one step emitted for one router, in parallel lists; ``firsts[i]`` is the output position of ``tokens[i][0]``.
 
     ``logprobs[i]`` has one entry a token where the sequence asked for them. ``prompt_logprobs`` holds (stream, whole prompt) pairs, once,
-    with or before the sequence's first token. Router → client only: ``texts`` (safe to show) and ``choices`` (index under n > 1).
+    with or before the sequence's first token. ``cached`` holds (stream, prompt tokens found in the prefix cache) pairs, once, with the
+    first token, for streams that found any: a router that ends a stream by itself gets no Done to read it in. Router → client only:
+    ``texts`` (safe to show) and ``choices`` (index under n > 1).
     """
 
     boot: str
@@ -247,6 +253,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     tokens: list[list[int]]
     logprobs: list[list[Logprobs] | None] | None = None
     prompt_logprobs: list[tuple[int, list[Logprobs]]] | None = None
+    cached: list[tuple[int, int]] | None = None
     texts: list[str] | None = None
     choices: list[int] | None = None
 

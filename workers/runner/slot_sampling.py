@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.models.decoder import DecoderStage
 from workers.protocol.messages import SamplingParams
 from workers.runner.sampler import Sampler, SamplingInput
-from workers.sampling.definition import allowed_ids, has_penalties, stop_set
+from workers.sampling.definition import allowed_ids, has_mask, has_penalties, stop_set
 from workers.scheduler.step_plan import F32, I32, Ints, OpenSlot, StepPlan, StepResult, view
 
 #: Tokens whose logits the prompt logprobs hold at a time: 128 MB for a vocabulary of 128k.
@@ -26,7 +26,7 @@ Indices = npt.NDArray[np.int64]
 
 def is_plain(params: SamplingParams) -> bool:
     """Whether tokens follow from the seed, the temperature and the raw logits alone, and no log-probability is wanted."""
-    adjusted = params.logit_bias or has_penalties(params) or params.min_tokens or params.guide is not None
+    adjusted = params.logit_bias or has_penalties(params) or params.min_tokens or has_mask(params)
     cut = params.top_k or params.top_p < 1.0 or params.min_p > 0.0
     return not (adjusted or cut) and params.logprobs is None and params.prompt_logprobs is None
 

@@ -34,6 +34,8 @@ MIX_B: Final = 0x846CA68B
 MIN_TEMPERATURE: Final = 1e-5
 #: Entries of a request's lists, which every step goes through, and the largest bias.
 MAX_LISTED: Final = 1024
+#: Ids of all bad words together.
+MAX_BAD_IDS: Final = 8192
 MAX_BIAS: Final = 1e4
 _RANGES: Final = {
     "temperature": (0.0, 1e3),
@@ -66,6 +68,16 @@ def has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
+def has_mask(params: SamplingParams) -> bool:
+    """Whether each step of the sequence brings a mask of the ids that may be chosen: for a grammar, or for rules about single ids."""
+    return params.guide is not None or has_token_rules(params)
+
+
+def has_token_rules(params: SamplingParams) -> bool:
+    """Whether the request has rules about single ids (:mod:`workers.sampling.token_rules`)."""
+    return params.allowed_token_ids is not None or bool(params.bad_words)
+
+
 def check(params: SamplingParams, *, vocab_size: int, max_logprobs: int) -> None:
     """Raises Rejected for what the arithmetic here, or a bounded step, cannot take. Routers are stricter, but whatever can be decoded may
     come, and must not cost other requests anything."""
@@ -83,6 +95,12 @@ def check(params: SamplingParams, *, vocab_size: int, max_logprobs: int) -> None
         raise Rejected(f"logit_bias must be at most {MAX_LISTED} known ids and their values", why, param="logit_bias")
     if len(params.stop_ids) > MAX_LISTED:
         raise Rejected(f"{len(params.stop_ids)} stop ids are more than {MAX_LISTED}", param="stop_token_ids")
+    allowed = params.allowed_token_ids
+    if allowed is not None and (not allowed or min(allowed) < 0 or max(allowed) >= vocab_size or len(allowed) > vocab_size):
+        raise Rejected(f"allowed_token_ids must be some of the ids 0 to {vocab_size - 1}", param="allowed_token_ids")
+    words = params.bad_words
+    if sum(map(len, words)) > MAX_BAD_IDS or not all(word and min(word) >= 0 and max(word) < vocab_size for word in words):
+        raise Rejected(f"bad_words must be at most {MAX_BAD_IDS} known ids, none of them empty", param="bad_words")
 
 
 def mix(x: int) -> int:

@@ -15,8 +15,9 @@ from functools import lru_cache
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import EngineFault, Rejected, TooLong, Unsupported
 from workers.protocol.messages import UNLIMITED, Capacity, FinishReason, Logprobs, SamplingParams, Submit, Usage
-from workers.sampling.definition import check, has_penalties, stop_set
+from workers.sampling.definition import check, has_penalties, has_token_rules, stop_set
 from workers.sampling.guide import Guide, GuideFactory
+from workers.sampling.token_rules import TokenRules
 from workers.scheduler.block_pool import BlockPool, prefix_hashes
 from workers.scheduler.step_plan import PLACEHOLDER, OpenSlot, column, view, view_floats
 
@@ -86,6 +87,7 @@ class Sequence:
         scheduled: tokens that are computed or in a step in flight; those of a repeated step only after
             :meth:`~workers.scheduler.in_flight.InFlightStep.apply_deferred`.
         cached_tokens: prompt tokens found in the prefix cache at the first admission; -1 before it.
+        cached_untold: some were found, and no emission has said so yet.
         paused_at: when it was paused, seconds.
     """
 
@@ -112,6 +114,7 @@ class Sequence:
     scheduled: int = 0
     computed: int = 0
     cached_tokens: int = -1
+    cached_untold: bool = False
     preemptions: int = 0
     paused_at: float = 0.0
 
@@ -201,6 +204,7 @@ class Sequence:
         self.prefix.eager_until = self.known
         if self.cached_tokens < 0:
             self.cached_tokens = min(self.computed, self.prompt_len)
+            self.cached_untold = self.cached_tokens > 0
         self._update_plain_until()
 
     def add_block(self, block: int, block_size: int) -> None:
@@ -270,7 +274,8 @@ class Sequence:
             end = self._make_finish("stop")
         elif len(self.tokens) >= self.max_len:
             end = self._make_finish("length")
-        return Emission(self.id, first, [token], None if logprobs is None else [logprobs], self._take_prompt_logprobs(), end)
+        scores, cached = None if logprobs is None else [logprobs], self._take_cached()
+        return Emission(self.id, first, [token], scores, self._take_prompt_logprobs(), end, cached)
 
     def accept_nothing(self) -> Emission:
         """End a sequence that had nothing to emit."""
@@ -308,10 +313,18 @@ class Sequence:
         self._update_plain_until()
         return logprobs
 
+    def _take_cached(self) -> int:
+        """Prompt tokens found in the prefix cache, once; then 0."""
+        if not self.cached_untold:
+            return 0
+        self.cached_untold = False
+        self._update_plain_until()
+        return self.cached_tokens
+
     def _update_plain_until(self) -> None:
-        """Every method calls this that changes what a token may need besides being appended: the end, a guide, prompt logprobs, blocks
-        of the prompt that are still to be published."""
-        plain = not self.finished and self.guide is None and self.prompt_logprobs is None
+        """Every method calls this that changes what a token may need besides being appended: the end, a guide, prompt logprobs, a prefix
+        hit to tell of, blocks of the prompt that are still to be published."""
+        plain = not self.finished and self.guide is None and self.prompt_logprobs is None and not self.cached_untold
         self.plain_until = self.max_len - 1 if plain and self.prefix.publish_at > self.prefix.eager_until else 0
 
 
@@ -400,7 +413,7 @@ def make_sequence(
     check_request(request, limits)
     task, params = request.task, request.task.params
     tokens = request.prompt_ids + task.emitted
-    guide = _make_guide(request, guides)
+    guide = _make_guide(request, guides, limits.vocab_size, eos_ids)
     wants_prompt_logprobs = params.prompt_logprobs is not None and not task.emitted  # emitted tokens came with or after them
     seq = Sequence(
         id=id,
@@ -451,14 +464,18 @@ def _check_size(request: Submit, limits: Capacity) -> None:
         )
 
 
-def _make_guide(request: Submit, guides: GuideFactory | None) -> Guide | None:
-    """The grammar of a request, advanced over its emitted tokens."""
-    spec = request.task.params.guide
-    if spec is None:
+def _make_guide(request: Submit, guides: GuideFactory | None, vocab_size: int, eos_ids: Iterable[int]) -> Guide | None:
+    """The grammar of a request and its rules about single ids, advanced over its emitted tokens."""
+    params = request.task.params
+    guide: Guide | None = None
+    if params.guide is not None:
+        if guides is None:
+            raise Unsupported("guided output is not offered by this engine", param="response_format")
+        guide = guides(params.guide)
+    if has_token_rules(params):
+        guide = TokenRules(params, vocab_size, eos_ids, guide)
+    if guide is None:
         return None
-    if guides is None:
-        raise Unsupported("guided output is not offered by this engine", param="response_format")
-    guide = guides(spec)
     try:
         guide.advance(request.task.emitted)
     except EngineFault as error:

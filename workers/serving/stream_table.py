@@ -80,7 +80,8 @@ class BeginDrain(msgspec.Struct, frozen=True):
 
 class _StreamRecord(msgspec.Struct, kw_only=True):
     """One live sequence. ``tokens``: the journal that came with Submit and what was emitted since; ``logprobs``: those of
-    the last len(``logprobs``) tokens. ``router_boot``: empty while the sequence is an orphan. ``credit``: tokens that may still be sent."""
+    the last len(``logprobs``) tokens. ``router_boot``: empty while the sequence is an orphan. ``credit``: tokens that may still be sent.
+    ``cached_tokens``: prompt tokens found in the prefix cache, as far as the engine has said."""
 
     id: int
     name: tuple[str, str]
@@ -96,14 +97,16 @@ class _StreamRecord(msgspec.Struct, kw_only=True):
     orphaned_until: float = 0.0
     logprobs: list[Logprobs] = []
     prompt_logprobs: list[Logprobs] | None = None
+    cached_tokens: int = 0
 
 
 class _TokensBuilder:
     """Collects the columns of one Tokens message."""
 
-    __slots__ = ("attempts", "firsts", "logprobs", "scored", "streams", "tokens")
+    __slots__ = ("attempts", "cached", "firsts", "logprobs", "scored", "streams", "tokens")
 
     def __init__(self) -> None:
+        self.cached: list[tuple[int, int]] = []
         self.streams: list[int] = []
         self.attempts: list[int] = []
         self.firsts: list[int] = []
@@ -120,8 +123,10 @@ class _TokensBuilder:
         self.scored |= logprobs is not None
 
     def message(self, boot: str) -> Tokens:
-        logprobs = self.logprobs if self.scored else None
-        return Tokens(boot=boot, streams=self.streams, attempts=self.attempts, firsts=self.firsts, tokens=self.tokens, logprobs=logprobs)
+        return Tokens(
+            boot=boot, streams=self.streams, attempts=self.attempts, firsts=self.firsts, tokens=self.tokens,
+            logprobs=self.logprobs if self.scored else None, cached=self.cached or None,
+        )  # fmt: skip
 
 
 class StreamTable:
@@ -276,11 +281,14 @@ class StreamTable:
             record.credit -= len(emission.tokens)
             if emission.logprobs is not None:
                 record.logprobs += emission.logprobs
+            record.cached_tokens = record.cached_tokens or emission.cached_tokens
             if emission.tokens and record.router_boot:
                 builder = builders.get(record.router_boot)
                 if builder is None:
                     builder = builders[record.router_boot] = _TokensBuilder()
                 builder.add(record, emission.first, emission.tokens, emission.logprobs)
+                if emission.cached_tokens:
+                    builder.cached.append((record.stream, emission.cached_tokens))
             if emission.end is not None:
                 ends += self._end(record, emission.end)
         sends = [SendToRouter(router_boot, builder.message(self._boot)) for router_boot, builder in builders.items()]
@@ -336,7 +344,7 @@ class StreamTable:
         params = message.task.params
         if not 0 <= params.seed < 2**63:
             raise Rejected("the seed is outside 0..2**63-1")
-        if not 1 <= params.max_tokens <= UNLIMITED or not 0 <= message.task.credit <= UNLIMITED or message.attempt < 0:
+        if not 0 <= params.max_tokens <= UNLIMITED or not 0 <= message.task.credit <= UNLIMITED or message.attempt < 0:
             raise Rejected("max_tokens, credit or attempt is out of range")
 
     def _stop(self, record: _StreamRecord, error: TriremeError) -> list[Action]:
@@ -360,6 +368,10 @@ class StreamTable:
 
     def _catch_up(self, record: _StreamRecord, have: int) -> list[Action]:
         actions = self._prompt(record) if have == 0 and record.prompt_logprobs is not None else []
+        if record.cached_tokens:
+            told = _TokensBuilder()
+            told.cached.append((record.stream, record.cached_tokens))
+            actions.append(SendToRouter(record.router_boot, told.message(self._boot)))
         scored_from = len(record.tokens) - len(record.logprobs)
         first = have
         while first < len(record.tokens):

@@ -38,6 +38,14 @@ class DeliverPromptLogprobs(msgspec.Struct, frozen=True, gc=False):
     logprobs: list[Logprobs]
 
 
+class DeliverCachedTokens(msgspec.Struct, frozen=True, gc=False):
+    """Prompt tokens that the choice's replica found in its prefix cache, before the attempt's first token; only where it found some."""
+
+    owner: Any
+    choice: int
+    cached_tokens: int
+
+
 class FinishChoice(msgspec.Struct, frozen=True, gc=False):
     """A choice has ended well."""
 
@@ -56,4 +64,4 @@ class FailChoice(msgspec.Struct, frozen=True, gc=False):
     error: TriremeError
 
 
-Action: TypeAlias = SendMessage | DeliverTokens | DeliverPromptLogprobs | FinishChoice | FailChoice
+Action: TypeAlias = SendMessage | DeliverTokens | DeliverPromptLogprobs | DeliverCachedTokens | FinishChoice | FailChoice

@@ -43,6 +43,7 @@ class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ended_short: bool = False
     prompt_logprobs_sent: bool = False
     paused: bool = False
+    cached_tokens: int = 0
 
 
 class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -68,9 +69,9 @@ class ChoiceState:
     """
 
     __slots__ = (
-        "attempt_number", "attempts", "deaths", "emitted", "emitted_at_send", "end", "end_detail", "ended_at", "ended_short", "granted",
-        "id", "index", "owner", "params", "paused", "phase", "prompt_logprobs_sent", "queued_at", "replica", "request", "resumed_from",
-        "sends", "sent_at", "stream",
+        "attempt_number", "attempts", "cached_tokens", "deaths", "emitted", "emitted_at_send", "end", "end_detail", "ended_at",
+        "ended_short", "granted", "id", "index", "owner", "params", "paused", "phase", "prompt_logprobs_sent", "queued_at", "replica",
+        "request", "resumed_from", "sends", "sent_at", "stream",
     )  # fmt: skip
 
     def __init__(self, request: RequestState, id: int, index: int, params: SamplingParams, emitted: list[int]) -> None:
@@ -91,6 +92,8 @@ class ChoiceState:
         #: A Done came before its tokens once.
         self.ended_short = False
         self.prompt_logprobs_sent = False
+        #: Prompt tokens that the replica of its present attempt found in the prefix cache, as far as it has said.
+        self.cached_tokens = 0
         #: It is at a replica and its client takes no tokens now.
         self.paused = False
         self.attempts: list[Attempt] = spec.attempts[index] if index < len(spec.attempts) else []
@@ -128,7 +131,7 @@ class ChoiceState:
             replica=self.replica.name if self.replica is not None else "",
             stream=self.stream, attempt_number=self.attempt_number, sends=self.sends, deaths=self.deaths,
             emitted_at_send=self.emitted_at_send, ended_short=self.ended_short, prompt_logprobs_sent=self.prompt_logprobs_sent,
-            paused=self.paused,
+            paused=self.paused, cached_tokens=self.cached_tokens,
         )  # fmt: skip
 
     @classmethod
@@ -141,6 +144,7 @@ class ChoiceState:
         choice.deaths, choice.emitted_at_send, choice.ended_short = found.deaths, found.emitted_at_send, found.ended_short
         choice.queued_at, choice.sent_at = found.queued_at, found.sent_at
         choice.prompt_logprobs_sent, choice.attempts = found.prompt_logprobs_sent, list(found.attempts)
+        choice.cached_tokens = found.cached_tokens
         return choice
 
 

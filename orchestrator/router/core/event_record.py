@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from orchestrator.router.core.actions import Action, DeliverPromptLogprobs, DeliverTokens, FinishChoice, SendMessage
+from orchestrator.router.core.actions import Action, DeliverCachedTokens, DeliverPromptLogprobs, DeliverTokens, FinishChoice, SendMessage
 from orchestrator.router.core.events import (
     AbortAll,
     AddCredit,
@@ -49,7 +49,8 @@ from workers.protocol.messages import (
 
 
 class TokensRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
-    """A Tokens message. ``counts[i]`` tokens came on ``streams[i]``; ``prompts``: streams whose prompt logprobs came."""
+    """A Tokens message. ``counts[i]`` tokens came on ``streams[i]``; ``prompts``: streams whose prompt logprobs came; ``cached``: as in
+    the message."""
 
     boot: str
     streams: list[int]
@@ -57,6 +58,7 @@ class TokensRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     firsts: list[int]
     counts: list[int]
     prompts: list[int] = []
+    cached: list[tuple[int, int]] = []
 
 
 class MessageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="message"):
@@ -115,6 +117,14 @@ class PromptLogprobsRecord(msgspec.Struct, frozen=True, kw_only=True, tag="promp
     choice: int
 
 
+class CachedTokensRecord(msgspec.Struct, frozen=True, kw_only=True, tag="cached_tokens"):
+    """A ``DeliverCachedTokens``."""
+
+    id: int
+    choice: int
+    cached_tokens: int
+
+
 class FinishRecord(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
     """A ``FinishChoice``."""
 
@@ -135,7 +145,7 @@ class FailRecord(msgspec.Struct, frozen=True, kw_only=True, tag="fail"):
 #: Events that are kept as they are.
 PlainEvent: TypeAlias = CancelRequest | StopChoice | AddCredit | PeerUnreachable | Tick | StopAccepting | AbortAll
 KeptEvent: TypeAlias = SubmitRecord | MessageRecord | PlainEvent
-KeptAction: TypeAlias = SendRecord | DeliverRecord | PromptLogprobsRecord | FinishRecord | FailRecord
+KeptAction: TypeAlias = SendRecord | DeliverRecord | PromptLogprobsRecord | CachedTokensRecord | FinishRecord | FailRecord
 
 
 class EventRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -171,6 +181,7 @@ def _without_content(message: FromReplica) -> Hello | Accepted | Heartbeat | Tok
         return TokensRecord(
             boot=message.boot, streams=message.streams, attempts=message.attempts, firsts=message.firsts,
             counts=list(map(len, message.tokens)), prompts=[stream for stream, _ in message.prompt_logprobs or ()],
+            cached=message.cached or [],
         )  # fmt: skip
     if isinstance(message, Heartbeat):
         return without_prefixes(message)
@@ -204,6 +215,7 @@ def _message_of(record: Hello | Accepted | Heartbeat | TokensRecord | Done | Fai
         return Tokens(
             boot=record.boot, streams=record.streams, attempts=record.attempts, firsts=record.firsts,
             tokens=[[0] * count for count in record.counts], prompt_logprobs=[(stream, []) for stream in record.prompts] or None,
+            cached=record.cached or None,
         )  # fmt: skip
     return record
 
@@ -218,6 +230,8 @@ def record_action(action: Action, id_of: Callable[[Any], int]) -> KeptAction:
         return FinishRecord(id=id_of(action.owner), choice=action.choice, reason=action.reason, usage=action.usage)
     if isinstance(action, DeliverPromptLogprobs):
         return PromptLogprobsRecord(id=id_of(action.owner), choice=action.choice)
+    if isinstance(action, DeliverCachedTokens):
+        return CachedTokensRecord(id=id_of(action.owner), choice=action.choice, cached_tokens=action.cached_tokens)
     return FailRecord(id=id_of(action.owner), choice=action.choice, code=action.error.code)
 
 

@@ -30,7 +30,16 @@ from math import inf
 
 import msgspec
 
-from orchestrator.router.core.actions import Action, DeliverPromptLogprobs, DeliverTokens, Delivery, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.actions import (
+    Action,
+    DeliverCachedTokens,
+    DeliverPromptLogprobs,
+    DeliverTokens,
+    Delivery,
+    FailChoice,
+    FinishChoice,
+    SendMessage,
+)
 from orchestrator.router.core.choice_state import ChoiceState, End, RequestSnapshot, RequestState
 from orchestrator.router.core.events import SubmitRequest
 from orchestrator.router.core.history import RequestHistory, RequestStory
@@ -168,7 +177,7 @@ class RequestTable:
         choice.sends += 1
         choice.attempt_number = spec.client_attempt * ATTEMPTS_PER_CLIENT_ATTEMPT + choice.sends
         choice.phase, choice.replica, choice.sent_at, choice.emitted_at_send = "sent", replica, now, len(choice.emitted)
-        choice.stream = self._next()
+        choice.stream, choice.cached_tokens = self._next(), 0
         self.streams[choice.stream] = choice
         tokens = max(1, choice.known - (cached or 0))
         replica.add_stream(choice.stream, tokens)
@@ -212,6 +221,11 @@ class RequestTable:
             if choice is not None and choice.replica is replica and not choice.prompt_logprobs_sent:
                 choice.prompt_logprobs_sent = True
                 self._actions.append(DeliverPromptLogprobs(choice.owner, choice.index, prompt))
+        for stream, cached in message.cached or ():
+            choice = streams.get(stream)
+            if choice is not None and choice.replica is replica and not choice.cached_tokens:
+                choice.cached_tokens = cached
+                self._actions.append(DeliverCachedTokens(choice.owner, choice.index, cached))
         begun: list[ChoiceState] = []
         deliveries: list[Delivery] = []
         scores: list[Logprobs] | None
@@ -364,7 +378,7 @@ class RequestTable:
     def stop_choice(self, choice: ChoiceState, now: float) -> None:
         """To ended: its frontend has all that it wanted. Nothing where it has ended."""
         if choice.phase != "ended":
-            self.stats[choice.request.spec.model].note_end(choice.attempts, now)
+            self.stats[choice.request.spec.model].note_end(choice.attempts, now, choice.cached_tokens)
             self._release(choice, cancel=True)
             self._end(choice, "cancelled", "the frontend stopped it", now)
 

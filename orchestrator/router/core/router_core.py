@@ -340,9 +340,10 @@ class RouterCore:
         """Choices of the queue to replicas, as many as there is room for."""
         queue = self._table.queues[model]
         while (choice := queue.first()) is not None:
-            if len(choice.emitted) >= choice.params.max_tokens:
-                # All its tokens are here, only its Done was lost.
-                usage = Usage(prompt_tokens=len(choice.request.spec.prompt_ids), output_tokens=len(choice.emitted))
+            if 0 < choice.params.max_tokens <= len(choice.emitted):
+                # All its tokens are here, only its Done was lost. (Of no tokens, a replica is asked to score the prompt.)
+                prompt = len(choice.request.spec.prompt_ids)
+                usage = Usage(prompt_tokens=prompt, output_tokens=len(choice.emitted), cached_tokens=choice.cached_tokens)
                 self._table.finish(choice, "length", usage, None, now)
                 continue
             candidates = [replica for replica in self.registry.trusted(model) if replica.free_places]

@@ -73,14 +73,14 @@ class StopStrings:
 
 
 class _ChoiceText:
-    """Decoding state of one choice. ``count``: output tokens so far. ``pending``: text that may yet become a stop string. ``shown``: all
-    text that was sent, kept only for JSON."""
+    """Decoding state of one choice. ``count``: output tokens so far. ``cached``: prompt tokens found in the prefix cache. ``pending``: text
+    that may yet become a stop string. ``shown``: all text that was sent, kept only for JSON."""
 
-    __slots__ = ("count", "decode", "ended", "pending", "shown")
+    __slots__ = ("cached", "count", "decode", "ended", "pending", "shown")
 
     def __init__(self) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self.count = 0
+        self.count = self.cached = 0
         self.pending = ""
         self.ended = False
         self.shown: list[str] = []
@@ -135,6 +135,9 @@ class Detokenizer:
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         self._sink.on_prompt(choice, logprobs)
 
+    def on_cached(self, choice: int, tokens: int) -> None:
+        self._choices[choice].cached = tokens
+
     def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
         state = self._choices[choice]
         if state.ended:
@@ -157,7 +160,8 @@ class Detokenizer:
         state = self._choices[choice]
         state.ended = True
         self._stop_choice(choice)
-        self._end(choice, "stop", Usage(prompt_tokens=self._prompt_tokens, output_tokens=state.count), stop, "")
+        usage = Usage(prompt_tokens=self._prompt_tokens, output_tokens=state.count, cached_tokens=state.cached)
+        self._end(choice, "stop", usage, stop, "")
 
     def _end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:
         self._meter.ended(reason, usage)

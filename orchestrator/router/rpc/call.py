@@ -208,6 +208,9 @@ class RpcCall:
             self.choices[choice].logprobs += logprobs
         self.out.add(self.stream, self.attempt, choice, first, tokens, None, logprobs)
 
+    def on_cached(self, choice: int, tokens: int) -> None:
+        """Nothing: a call that is the watcher itself has no stop strings, so every end brings its usage."""
+
     def on_done(self, choice: int, reason: FinishReason, usage: Usage, stop_id: int | None) -> None:
         assert self._meter is not None
         self._meter.ended(reason, usage)

@@ -543,3 +543,20 @@ def test_an_idle_scheduler_checks_itself_now_and_then(monkeypatch: pytest.Monkey
         assert rig.scheduler.busy() and not checked(), "not beside a sequence"
         rig.drain()
         assert [checked(), checked()] == [due, False]
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_prefix_hit_is_told_once_with_the_first_token(async_scheduling: bool) -> None:
+    """A router that ends a sequence itself (a stop string) reads no usage of it."""
+    rig = Rig(capacity(), async_scheduling=async_scheduling)
+    prompt = list(range(1, 21))
+    told: list[list[int]] = []
+    for _ in range(2):
+        id = rig.submit(submit(prompt, SamplingParams(max_tokens=6)))
+        found: list[int] = []
+        while rig.streams[id].end is None:
+            while rig.schedule() is not None:
+                pass
+            found += [emission.cached_tokens for emission in rig.update() if emission.tokens]
+        told.append(found)
+    assert told == [[0] * 6, [16, 0, 0, 0, 0, 0]]

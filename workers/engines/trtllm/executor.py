@@ -165,6 +165,7 @@ def request_of(job: Job, vocab_size: int, options: TrtllmOptions) -> trt.Request
         end_id=job.end_id,
         pad_id=job.end_id or 0,
         stop_words=[[stop] for stop in job.further_stops] or None,
+        bad_words=[list(word) for word in params.bad_words] or None,
         embedding_bias=_bias(params.logit_bias, vocab_size) if params.logit_bias else None,
         lora_config=None if options.lora_task_id is None else trt.LoraConfig(task_id=options.lora_task_id),
         client_id=job.id,

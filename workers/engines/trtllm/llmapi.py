@@ -177,6 +177,8 @@ def sampling_of(job: Job) -> tensorrt_llm.SamplingParams:
         raise Unsupported("logprobs is not offered by TensorRT-LLM's LLM API here", "what it returns is not published", param="logprobs")
     if params.logit_bias:
         raise Unsupported("logit_bias is not offered by TensorRT-LLM's LLM API here", param="logit_bias")
+    if params.bad_words:
+        raise Unsupported("bad_words is not offered by TensorRT-LLM's LLM API here", param="bad_words")
     greedy = params.temperature == 0.0
     return tensorrt_llm.SamplingParams(
         max_tokens=job.max_new,

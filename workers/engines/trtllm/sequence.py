@@ -204,6 +204,8 @@ def make_sequence(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSeque
 def _refuse_unsupported(params: SamplingParams, limits: TrtllmLimits) -> None:
     if params.prompt_logprobs is not None:
         raise Unsupported("prompt_logprobs is not offered by the TensorRT-LLM engine", param="prompt_logprobs")
+    if params.allowed_token_ids is not None:
+        raise Unsupported("allowed_token_ids is not offered by the TensorRT-LLM engine", param="allowed_token_ids")
     if params.guide is None:
         return
     if not limits.capacity.guided:

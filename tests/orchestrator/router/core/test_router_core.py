@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
-from orchestrator.router.core.actions import DeliverTokens, FailChoice, FinishChoice, SendMessage
+from orchestrator.router.core.actions import DeliverCachedTokens, DeliverTokens, FailChoice, FinishChoice, SendMessage
 from orchestrator.router.core.policy import Candidate, PlacementQuery
 from orchestrator.router.core.replica_registry import FAULT_LIMIT
 from orchestrator.router.core.stats import PlacementReason
@@ -272,6 +273,38 @@ def test_a_gap_is_asked_for_again_and_a_repeat_dropped() -> None:
     route.hear(b"a", "", tokens("a1", attach, 3, [4, 5, 6]), 0.3)
     assert delivered(route) == [(3, [4, 5, 6])]
     assert (route.counts["gaps"], route.counts["duplicate_tokens"]) == (1, 1)
+
+
+def test_a_prefix_hit_is_told_before_the_first_token_of_each_placement() -> None:
+    route = router()
+    join(route, "a")
+    owner = route.submit(ask(), 0.0)
+    (submit,) = sent(route.take(), Submit)
+    hit = msgspec.structs.replace(tokens("a1", submit, 0, [1]), cached=[(submit.stream, 2), (submit.stream + 1, 9)])
+    route.hear(b"a", "", hit, 0.1)
+    found = [action for action in route.take() if isinstance(action, DeliverCachedTokens | DeliverTokens)]
+    assert found[0] == DeliverCachedTokens(owner, 0, 2) and isinstance(found[1], DeliverTokens) and len(found) == 2
+    route.hear(b"a", "", msgspec.structs.replace(hit, firsts=[1]), 0.2)
+    assert not [action for action in route.take() if isinstance(action, DeliverCachedTokens)], "an attach repeats it"
+    route.unreachable(b"a", 0.3)
+    join(route, "b")
+    (again,) = sent(route.take(), Submit)
+    route.hear(b"b", "", msgspec.structs.replace(tokens("b1", again, 2, [3]), cached=[(again.stream, 1)]), 0.4)
+    assert [action.cached_tokens for action in route.take() if isinstance(action, DeliverCachedTokens)] == [1]
+    route.check()
+
+
+def test_a_prompt_that_is_only_scored_goes_to_a_replica() -> None:
+    """``max_tokens`` 0 is no answer whose end was lost."""
+    route = router()
+    join(route, "a")
+    route.submit(ask(params=SamplingParams(max_tokens=0, prompt_logprobs=1)), 0.0)
+    (submit,) = sent(route.take(), Submit)
+    usage = Usage(prompt_tokens=3, output_tokens=0)
+    route.hear(b"a", "", Done(boot="a1", stream=submit.stream, attempt=1, reason="length", usage=usage), 1.0)
+    (end,) = [action for action in route.take() if isinstance(action, FinishChoice)]
+    assert (end.reason, end.usage) == ("length", usage)
+    route.check()
 
 
 def test_a_done_without_its_tokens_is_not_believed() -> None:

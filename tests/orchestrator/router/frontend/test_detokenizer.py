@@ -269,3 +269,12 @@ def test_unusable_tokenizers_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({**whole, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}))
     with pytest.raises(ArtifactError, match="WordPiece"):
         load(str(tmp_path))
+
+
+def test_an_end_by_a_stop_string_states_the_prefix_hit(model: TextModel) -> None:
+    """The replica reports no usage for a choice that the router ends."""
+    watcher, heard, ticket = watch(model, TextRule(stops=("END",)))
+    watcher.on_cached(0, 4)
+    watcher.on_tokens(0, 0, list(b"One END two"), None)
+    assert ticket.finished == [0] and heard.end is not None
+    assert heard.end[1] == Usage(prompt_tokens=5, output_tokens=7, cached_tokens=4)
