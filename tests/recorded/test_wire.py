@@ -29,8 +29,8 @@ GUIDE = messages.GuideSpec(kind="json_schema", text='{"type": "integer"}', white
 SHORT_PARAMS = messages.SamplingParams()
 PARAMS = messages.SamplingParams(
     temperature=0.5, top_k=5, top_p=0.9, min_p=0.1, presence_penalty=0.25, frequency_penalty=-0.25, repetition_penalty=1.5,
-    logit_bias={65: 2.0, 300: -1.0}, seed=2**62, max_tokens=100, min_tokens=2, stop_ids=(7, 258), ignore_eos=True, logprobs=2,
-    prompt_logprobs=1, guide=GUIDE,
+    logit_bias={65: 2.0, 300: -1.0}, allowed_token_ids=(5, 6), bad_words=((7,), (8, 9)), seed=2**62, max_tokens=100, min_tokens=2,
+    stop_ids=(7, 258), ignore_eos=True, logprobs=2, prompt_logprobs=1, guide=GUIDE,
 )  # fmt: skip
 SHORT_CAPACITY = messages.Capacity(
     block_size=16, num_blocks=64, max_batch_size=8, max_num_tokens=256, max_seq_len=1024, vocab_size=320, tp=1, pp=1
@@ -102,7 +102,7 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
     "tokens": (
         messages.Tokens(
             boot="b2", streams=[3, 4], attempts=[0, 1], firsts=[0, 5], tokens=[[105], [106, 107]], logprobs=[[NEXT], None],
-            prompt_logprobs=[(3, [FIRST, NEXT])], texts=["i", "jk"], choices=[0, 1],
+            prompt_logprobs=[(3, [FIRST, NEXT])], cached=[(9, 16)], texts=["i", "jk"], choices=[0, 1],
         ),
         messages.Tokens(boot="b2", streams=[], attempts=[], firsts=[], tokens=[]),
     ),
