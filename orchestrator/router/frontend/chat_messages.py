@@ -33,11 +33,12 @@ class NamedTool(msgspec.Struct, frozen=True, kw_only=True):
 
 class ToolRules(msgspec.Struct, frozen=True, kw_only=True):
     """How a request lets its output call tools. ``names``: the tools. ``named``: the one function that must be called; then the whole
-    output is its arguments. ``required``: the output must be calls of any of the tools."""
+    output is its arguments. ``required``: the output must be one call of any of the tools. ``parallel``: there may be several calls."""
 
     names: frozenset[str]
     named: str | None = None
     required: bool = False
+    parallel: bool = True
 
 
 class ContentPart(msgspec.Struct, frozen=True, kw_only=True):

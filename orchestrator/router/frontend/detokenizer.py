@@ -19,12 +19,13 @@ from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 
 class TextRule(msgspec.Struct, frozen=True, kw_only=True):
-    """How token ids become the text of a choice. ``json``: the output is one JSON value, so a choice that was cut at its length has stopped
-    by itself if the value is whole."""
+    """How token ids become the text of a choice. ``markers``: special tokens that are shown even where others are not. ``json``: the output
+    is one JSON value, so a choice that was cut at its length has stopped by itself if the value is whole."""
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special: bool = True
+    markers: tuple[str, ...] = ()
     min_tokens: int = 0
     json: bool = False
 
@@ -107,7 +108,7 @@ class Detokenizer:
         emitted: Sequence[Sequence[int]] = (),
     ) -> None:
         self._table = table
-        self._bytes = table.visible if rule.skip_special else table.all
+        self._bytes = table.showing(rule.markers) if rule.skip_special else table.all
         self._rule, self._sink, self._stop_choice, self._meter = rule, sink, stop_choice, meter
         self._stops = StopStrings(rule.stops) if rule.stops else None
         self._prompt_tokens = prompt_tokens

@@ -119,6 +119,7 @@ class Preprocessor:
             stops=body.stops(),
             include_stop=bool(body.include_stop_str_in_output),
             skip_special=body.skip_special_tokens is not False,
+            markers=model.tool_parser.markers if body.tool_rules() is not None else (),
             min_tokens=body.min_tokens or 0,
             json=body.guide is not None and body.guide.kind in ("json", "json_schema"),
         )

@@ -206,7 +206,8 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
             return None
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         names = frozenset(tool.function.name for tool in self.tools)
-        return ToolRules(names=names, named=named, required=self.tool_choice == "required")
+        parallel = self.parallel_tool_calls is not False
+        return ToolRules(names=names, named=named, required=self.tool_choice == "required", parallel=parallel)
 
     def check(self) -> None:
         _check_common(self)

@@ -21,10 +21,10 @@ from workers.protocol.messages import GuideSpec
 MAX_TEXT = 64 << 10
 MAX_CHOICES = 1024
 MAX_WHITESPACE = 256
-#: Keywords that say by themselves which properties an object takes.
+#: Keywords that let properties into an object that declares none.
 _OPENING = frozenset((
     "additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "anyOf", "oneOf", "allOf", "if", "dependentSchemas",
-    "minProperties", "const", "enum",
+    "minProperties", "required", "const", "enum",
 ))  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def choose(
 def arguments_guide(function: ToolFunction) -> GuideSpec:
     """The grammar of the arguments of ``function``. Raises Rejected (``invalid_schema``)."""
     definitions = Definitions("tools")
-    parameters = _declared(function)
+    parameters = _parameters(function)
     return _guide({**directives(parameters), **definitions.complete(definitions.localize(parameters))}, "tools")
 
 
@@ -89,22 +89,17 @@ def call_guide(functions: Sequence[ToolFunction]) -> GuideSpec:
     definitions = Definitions("tools")
     calls = []
     for function in functions:
-        properties = {"name": {"const": function.name}, "arguments": definitions.localize(_declared(function))}
+        properties = {"name": {"const": function.name}, "arguments": definitions.localize(_parameters(function))}
         calls.append({"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False})
     return _guide(definitions.complete({"anyOf": calls}), "tools")
 
 
-def _declared(function: ToolFunction) -> dict[str, Any]:
-    """The schema of a function's arguments: the parameters that it declares and no others, unless its schema lets others in. As in
-    OpenAI's API, a function without parameters has an empty list of them."""
+def _parameters(function: ToolFunction) -> dict[str, Any]:
+    """The schema of a function's arguments. As in OpenAI's API, a function that declares no parameters has an empty list of them."""
     parameters = function.parameters or {}
-    kind, properties = parameters.get("type", "object"), parameters.get("properties", {})
-    required = parameters.get("required", [])
-    if kind != "object" or parameters.keys() & _OPENING or not isinstance(properties, dict) or not isinstance(required, list):
+    if parameters.get("type", "object") != "object" or parameters.get("properties") or parameters.keys() & _OPENING:
         return parameters
-    if any(name not in properties for name in required if isinstance(name, str)):
-        return parameters
-    return {**parameters, "type": "object", "properties": properties, "additionalProperties": False}
+    return {**parameters, "type": "object", "properties": {}, "additionalProperties": False}
 
 
 def _whitespace(newer: StructuredOutputs, older: StructuredOutputs) -> tuple[str, str | None]:

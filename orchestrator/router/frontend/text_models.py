@@ -13,7 +13,7 @@ from typing import TypeVar
 from orchestrator.config.router_spec import ModelCard
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.tokenizer import Loaded, load
-from orchestrator.router.frontend.tool_parsers import TOOL_PARSERS, MakeToolParser
+from orchestrator.router.frontend.tool_parsers import TOOL_PARSERS, ToolParser
 
 #: Prompts up to this many characters are encoded on the event loop: handing them to the pool costs more than encoding them.
 INLINE_CHARS = 1024
@@ -27,7 +27,7 @@ class TextModel:
     """The text side of one served model: card, tokenizer, chat template (None = it has none), end-of-sequence ids, tool parser.
     Immutable."""
 
-    def __init__(self, card: ModelCard, loaded: Loaded, tool_parser: MakeToolParser = TOOL_PARSERS[TOOL_PARSER]) -> None:
+    def __init__(self, card: ModelCard, loaded: Loaded, tool_parser: type[ToolParser] = TOOL_PARSERS[TOOL_PARSER]) -> None:
         self.card, self.name, self.table = card, card.name, loaded.table
         self.template, self.eos_ids = loaded.template, loaded.eos_ids
         self.names = (card.name, *card.aliases)

@@ -65,6 +65,17 @@ class TokenTable:
             ids += tokenizer.encode(piece.text, add_special_tokens=add_special and index == 0).ids
         return ids
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - tables live as long as the process
+    def showing(self, markers: tuple[str, ...]) -> list[bytes]:
+        """``visible`` with the special tokens that are ``markers``."""
+        found = [id for text, id in self.specials.items() if text in markers]
+        if not found:
+            return self.visible
+        table = list(self.visible)
+        for id in found:
+            table[id] = self.all[id]
+        return table
+
     def pick(self, table: list[bytes], ids: Sequence[int]) -> bytes:
         """The bytes of ``ids`` in ``table`` (``all`` or ``visible``). An id beyond the table (in a padded vocabulary) has no bytes."""
         try:

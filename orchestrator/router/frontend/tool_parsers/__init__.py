@@ -1,30 +1,38 @@
-"""Tool parsers: from the text of a choice to the tool calls in it. One module a parser.
+"""Tool parsers: from the text of a choice to the tool calls in it, piece by piece. One module a format.
 
-:data:`TOOL_PARSERS` names them all. No setting chooses one yet: every model gets
-:data:`orchestrator.router.frontend.text_models.TOOL_PARSER`. A second parser needs its line in the table, and a field of the model's card
-that :func:`orchestrator.router.frontend.text_models.load_texts` passes on.
+:data:`TOOL_PARSERS` names them all: a new format is a module and a line there. No setting chooses one yet: every model gets
+:data:`orchestrator.router.frontend.text_models.TOOL_PARSER`. A forced call has the same form for every model (``forced``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
 
 from orchestrator.router.frontend.chat_messages import ToolRules
+from orchestrator.router.frontend.tool_parsers.events import ChoiceParser
+from orchestrator.router.frontend.tool_parsers.forced import NamedCall, OneCall
 from orchestrator.router.frontend.tool_parsers.hermes import HermesToolParser
 
 
-class ToolParser(Protocol):
-    """The parser of one choice: :meth:`feed` for each piece of its text, then :meth:`finish` once. The pieces may be cut anywhere."""
+class ToolParser(ChoiceParser, Protocol):
+    """The parser of a model's own format."""
 
-    def feed(self, text: str) -> str:
-        """The text that is now known to be no part of a call, to be shown at once."""
+    #: Texts that mark calls. They are shown to the parser even where the tokenizer has them as special tokens.
+    markers: ClassVar[tuple[str, ...]]
 
-    def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """(the rest of the text to show, the calls as OpenAI's ``tool_calls``)."""
+    def __init__(self, names: frozenset[str], *, parallel: bool = True) -> None:
+        """``names``: the tools; what calls another one is text. ``parallel``: an answer may have several calls; if not, later ones are left
+        out, and text that is no call never is."""
 
 
-#: Makes the parser of one choice.
-MakeToolParser: TypeAlias = Callable[[ToolRules], ToolParser]
+TOOL_PARSERS: Mapping[str, type[ToolParser]] = {"hermes": HermesToolParser}
 
-TOOL_PARSERS: Mapping[str, MakeToolParser] = {"hermes": HermesToolParser}
+
+def choice_parser(rules: ToolRules, own: type[ToolParser]) -> ChoiceParser:
+    """The parser of one choice; ``own``: that of the model's format."""
+    if rules.named is not None:
+        return NamedCall(rules.named)
+    if rules.required:
+        return OneCall(rules.names, own(rules.names, parallel=rules.parallel))
+    return own(rules.names, parallel=rules.parallel)

@@ -278,3 +278,15 @@ def test_an_end_by_a_stop_string_states_the_prefix_hit(model: TextModel) -> None
     watcher.on_tokens(0, 0, list(b"One END two"), None)
     assert ticket.finished == [0] and heard.end is not None
     assert heard.end[1] == Usage(prompt_tokens=5, output_tokens=7, cached_tokens=4)
+
+
+def test_special_tokens_that_mark_calls_are_shown_to_who_reads_calls(folder: Path) -> None:
+    """As vLLM's Hermes parser asks for: Hermes has its tags as special tokens."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<tool_call>", "</tool_call>"])
+    table = TokenTable(tokenizer.to_str().encode())
+    text = "<|im_start|>a<tool_call>b</tool_call><|im_end|>"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(ids) == 6
+    assert table.pick(table.showing(("<tool_call>", "</tool_call>")), ids) == b"a<tool_call>b</tool_call>"
+    assert table.pick(table.showing(()), ids) == table.join(ids) == b"ab"

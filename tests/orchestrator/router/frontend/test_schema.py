@@ -98,6 +98,12 @@ def test_required_tool_call_is_any_of_the_tools() -> None:
     assert chat(tools=tools, tool_choice="auto").guide is None
 
 
+def test_markers_of_calls_are_shown_where_a_request_has_tools(texts: TextModels) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert ready(texts, chat(tools=tools)).rule.markers == ("<tool_call>", "</tool_call>")
+    assert ready(texts, chat(tools=tools, tool_choice="none")).rule.markers == ready(texts, chat()).rule.markers == ()
+
+
 def test_unknown_fields_are_told() -> None:
     told: list[int] = []
     read("chat", decode_object(b'{"model":"m","messages":[{"role":"user","content":""}],"x":1,"y":2}'), on_unknown=told.append)

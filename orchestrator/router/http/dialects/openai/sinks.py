@@ -10,6 +10,8 @@ from typing import Any
 
 from orchestrator.router.frontend.detokenizer import TextSink
 from orchestrator.router.frontend.schema import Body
+from orchestrator.router.frontend.tool_parsers import choice_parser
+from orchestrator.router.frontend.tool_parsers.events import CallDropped, TextDelta, ToolEvent, whole
 from orchestrator.router.http.dialects.openai.wording import (
     DONE,
     LogprobWriter,
@@ -43,7 +45,9 @@ class EventSink:
         self._with_logprobs = body.num_logprobs is not None
         self._echo = prepared.echoes[index] if prepared.echoes else ""
         rules = body.tool_rules()
-        self._tool_parsers = [None if rules is None else prepared.model.tool_parser(rules) for _ in range(n)]
+        self._tool_parsers = [None if rules is None else choice_parser(rules, prepared.model.tool_parser) for _ in range(n)]
+        #: Indices of each choice's calls.
+        self._calls: list[set[int]] = [set() for _ in range(n)]
         self._plain = not (self._with_logprobs or wording.continuous or rules is not None)
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
@@ -52,13 +56,13 @@ class EventSink:
             if text:
                 self._stream.push(self._openings[choice] + encode(text) + self._closing)
             return
-        parser = self._tool_parsers[choice]
-        if parser is not None:
-            text = parser.feed(text)
         if not self._begun[choice]:
             self._begin(choice)
         shown = self._writers[choice].write(logprobs) if logprobs else None
-        if text or shown:
+        parser = self._tool_parsers[choice]
+        if parser is not None:
+            self._write_events(choice, parser.feed(text), first + len(tokens), shown)
+        elif text or shown:
             self._write(choice, text, first + len(tokens), shown)
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
@@ -75,13 +79,9 @@ class EventSink:
         finish: str = reason
         parser = self._tool_parsers[choice]
         if parser is not None:
-            shown = parser.feed(tail)
-            rest, calls = parser.finish()
-            tail = shown + rest
-            if calls:
-                finish = "tool_calls" if reason == "stop" else reason
-                self._write_calls(choice, calls)
-        if tail:
+            self._write_events(choice, [*parser.feed(tail), *parser.finish(cut=reason == "length")], usage.output_tokens, None)
+            finish = "tool_calls" if reason == "stop" and self._calls[choice] else reason
+        elif tail:
             self._write(choice, tail, usage.output_tokens, None)
         last = self._wording.choice(self._offset + choice, "", first=False, reason=finish)
         last["stop_reason"] = None if stopped_by in self._request.prepared.model.eos_ids else stopped_by
@@ -104,10 +104,22 @@ class EventSink:
         shown = self._wording.choice(self._offset + choice, text, first=False, logprobs=logprobs)
         self._stream.push(self._wording.chunk([shown], self._usage(output_tokens)))
 
-    def _write_calls(self, choice: int, calls: list[dict[str, Any]]) -> None:
-        deltas = [{"index": index, **call} for index, call in enumerate(calls)]
-        shown = {"index": self._offset + choice, "delta": {"tool_calls": deltas}, "logprobs": None, "finish_reason": None}
-        self._stream.push(self._wording.chunk([shown]))
+    def _write_events(self, choice: int, events: Sequence[ToolEvent], output_tokens: int, logprobs: Any) -> None:
+        """A chunk an event; the first has the logprobs, and a chunk without text where there is no event."""
+        for found in events:
+            if isinstance(found, TextDelta):
+                self._write(choice, found.text, output_tokens, logprobs)
+            elif isinstance(found, CallDropped):
+                self._calls[choice].discard(found.index)
+                continue
+            else:
+                self._calls[choice].add(found.index)
+                delta = {"tool_calls": [found.json()]}
+                shown = {"index": self._offset + choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+                self._stream.push(self._wording.chunk([shown], self._usage(output_tokens)))
+            logprobs = None
+        if logprobs is not None:
+            self._write(choice, "", output_tokens, logprobs)
 
     def _usage(self, output_tokens: int) -> dict[str, Any] | None:
         return usage_json(self._prompt_tokens, output_tokens) if self._wording.continuous else None
@@ -159,12 +171,11 @@ class BodySink:
             message: dict[str, Any] = {"role": "assistant", "content": text}
             rules = self._body.tool_rules()
             if rules is not None:
-                parser = self._request.prepared.model.tool_parser(rules)
-                content = parser.feed(text)
-                rest, calls = parser.finish()
-                message["content"] = content + rest
+                parser = choice_parser(rules, self._request.prepared.model.tool_parser)
+                content, calls = whole([*parser.feed(text), *parser.finish(cut=reason == "length")])
+                message["content"] = content
                 if calls:
-                    message |= {"content": (content + rest) or None, "tool_calls": calls}
+                    message |= {"content": content or None, "tool_calls": calls}
                     finish = "tool_calls" if reason == "stop" else reason
             shown: dict[str, Any] = {"message": message}
         else:
