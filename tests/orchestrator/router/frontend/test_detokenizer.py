@@ -284,7 +284,7 @@ def test_special_tokens_that_mark_calls_are_shown_to_who_reads_calls(folder: Pat
     """As vLLM's Hermes parser asks for: Hermes has its tags as special tokens."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<tool_call>", "</tool_call>"])
-    table = TokenTable(tokenizer.to_str().encode())
+    table = TokenTable(tokenizer)
     text = "<|im_start|>a<tool_call>b</tool_call><|im_end|>"
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert len(ids) == 6
