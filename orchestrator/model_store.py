@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from workers.artifacts.artifact import Artifact, open_artifact
+from workers.artifacts.artifact import Artifact, open_artifact, open_source
 from workers.artifacts.atomic_folder import locked, replacing
 from workers.artifacts.convert import Progress, convert, silent
 from workers.artifacts.gguf import GgufFile
@@ -186,6 +186,8 @@ def resolve(
     artifact = open_artifact(path, weights_optional=bare)
     parallel.check(artifact.model)
     if artifact.kind != "gguf" and artifact.runs_on(parallel):
+        if not bare:
+            open_source(artifact)  # refuses now what every rank would refuse later
         return path
     key = f"{path.stem}-{_fingerprint(artifact)[:16]}-tp{parallel.tp}-pp{parallel.pp}-{dtype or artifact.dtype}"
     target = cache / "converted" / key
@@ -194,6 +196,15 @@ def resolve(
             shutil.rmtree(target, ignore_errors=True)
             convert(path, target, parallel=parallel, dtype=dtype, progress=progress)
     return target
+
+
+def no_tokenizer(path: Path) -> ArtifactError:
+    """The error for a model without ``tokenizer.json``."""
+    why, hint = "routers need tokenizer.json to read prompts", "copy the tokenizer's files beside the weights"
+    if (path / "tokenizer.model").is_file():
+        why += ", and there is only tokenizer.model (SentencePiece)"
+        hint = "make it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    return ArtifactError(f"{path} has no tokenizer", why, hint)
 
 
 def _fingerprint(artifact: Artifact) -> str:

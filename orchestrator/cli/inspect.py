@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -33,14 +35,47 @@ def inspect(
     console: Console = context.obj
     asked = Parallel(tp=tp_size or 1, pp=pp_size or 1) if tp_size or pp_size else None
     found = inspect_path(locate_model(model, console, cache_dir), asked, verify_files=verify)
+    refusal = router_refusal(found)
+    if refusal is not None and found.runs:
+        found = msgspec.structs.replace(found, runs=False, reason=f"{refusal.what}: {refusal.why}")
     if form == "json":
         console.out(json.dumps(msgspec.to_builtins(found, enc_hook=str), indent=2))
     else:
         console.out("\n".join(f"{key:<14}{value}" for key, value in describe(found, asked)))
     if not found.runs:
         layout = asked or found.parallel or Parallel()
-        hint = f"trireme convert {model} -tp {layout.tp} -pp {layout.pp} -o DIR" if "convert" in found.reason else ""
+        hint = refusal.hint if refusal is not None else ""
+        if found.parallel is not None and found.rank_bytes and found.parallel != layout:
+            hint = f"trireme convert {model} -tp {layout.tp} -pp {layout.pp} -o DIR"
         raise ArtifactError(f"{model} does not run on tp={layout.tp} pp={layout.pp} as it is", found.reason, hint)
+
+
+def router_refusal(found: Inspection) -> ArtifactError | None:
+    """Why no router could read prompts for the model: its tokenizer is loaded, and its chat template compiled, as a router does it."""
+    import jinja2
+
+    from orchestrator.model_store import no_tokenizer
+    from orchestrator.router.frontend.tokenizer import load
+    from workers.artifacts.gguf import GgufFile
+    from workers.artifacts.gguf_tokenizer import read_vocabulary, tokenizer_files
+
+    try:
+        if found.kind == "gguf":
+            with tempfile.TemporaryDirectory(prefix="trireme-") as folder:
+                for name, data in tokenizer_files(found.path, read_vocabulary(found.path, GgufFile(found.path).metadata)).items():
+                    Path(folder, name).write_bytes(data)
+                loaded = load(folder)
+        elif not found.tokenizer:
+            return no_tokenizer(found.path)
+        else:
+            loaded = load(str(found.path))
+        if loaded.template is not None:
+            loaded.template.compile()
+    except ArtifactError as error:
+        return error
+    except jinja2.TemplateError as error:
+        return ArtifactError(f"{found.path}: the chat template cannot be compiled", str(error), "mend chat_template")
+    return None
 
 
 def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]:

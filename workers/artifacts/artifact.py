@@ -13,7 +13,9 @@ import msgspec
 from workers.artifacts import gguf, hf
 from workers.artifacts.checkpoint import CONFIG, CheckpointSource, read_checkpoint
 from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary
+from workers.artifacts.json_file import decode
 from workers.artifacts.quantize import QuantizedSource
+from workers.artifacts.recognition import what_config, what_folder
 from workers.artifacts.source import Source
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
@@ -41,7 +43,7 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def foreign(self) -> bool:
         """Whether the weights are in a format that only TensorRT-LLM reads."""
-        return self.quant.quant_algo is not None and self.quant.weights is None
+        return self.quant.quant_algo is not None and (self.quant.weights is None or self.kind == "huggingface")
 
     def runs_on(self, parallel: Parallel) -> bool:
         """Whether ranks of the layout ``parallel`` can load the artifact directly: it has that layout, or whole weights that each rank
@@ -61,15 +63,15 @@ def open_artifact(path: str | Path, *, weights_optional: bool = False) -> Artifa
     if path.is_file():
         return _open_gguf(path)
     if not (path / CONFIG).is_file():
-        raise ArtifactError(
-            f"{path} holds no model", f"it has no {CONFIG}", "give a Hugging Face folder, a checkpoint, a GGUF file or a model's name"
-        )
-    keys = hf.decode(path / CONFIG, dict[str, Any])
+        raise what_folder(path)
+    keys = decode(path / CONFIG, dict[str, Any])
     if "pretrained_config" in keys:
         raise ArtifactError(f"{path} holds a TensorRT-LLM engine, not weights", "only the trtllm engine runs it", "use `--engine trtllm`")
+    if "architecture" in keys and "architectures" not in keys:
+        return _open_checkpoint(path)
     if "model_type" in keys:
         return _open_huggingface(path, weights_optional)
-    return _open_checkpoint(path)
+    raise what_config(path / CONFIG, keys)
 
 
 def quant_for(artifact: Artifact, name: QuantName | None) -> Quant:
@@ -101,14 +103,14 @@ def open_source(artifact: Artifact, quant: Quant | None = None) -> Source:
 def _open_stored(artifact: Artifact) -> Source:
     if artifact.kind == "gguf":
         return gguf.GgufSource(gguf.GgufFile(artifact.path), artifact.model)
-    if artifact.kind == "huggingface":
-        return hf.HuggingFaceSource(artifact.path, artifact.model)
     if artifact.foreign:
         raise ArtifactError(
             f"{artifact.path} is quantized with {artifact.quant.quant_algo}",
             "only TensorRT-LLM reads these weights",
-            "convert the unquantized model",
+            "use the unquantized model",
         )
+    if artifact.kind == "huggingface":
+        return hf.HuggingFaceSource(artifact.path, artifact.model)
     return CheckpointSource(read_checkpoint(artifact.path))
 
 
@@ -126,14 +128,16 @@ def _open_gguf(path: Path) -> Artifact:
 
 
 def _open_huggingface(path: Path, weights_optional: bool) -> Artifact:
+    model, quant = hf.read_model(path), hf.read_quant(path)
     return Artifact(
         path=path,
         kind="huggingface",
-        model=hf.read_model(path),
-        dtype="fp32" if weights_optional else hf.stored_dtype(path),
+        model=model if weights_optional else hf.tied(path, model),
+        dtype="fp32" if weights_optional else hf.stored_dtype(path, quant),
         parallel=None,
         tokenizer_dir=_tokenizer_dir(path),
         eos_ids=hf.read_eos(path),
+        quant=quant,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from workers.artifacts.hf import decode
+from workers.artifacts.json_file import decode
 from workers.artifacts.safetensors_file import NAMES, FileRecord, SafetensorsFile, hash_file
 from workers.artifacts.source import Block, cut
 from workers.layout.quant_parts import StoredTensor, stored_tensors

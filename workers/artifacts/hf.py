@@ -6,19 +6,24 @@ nothing is guessed. Never executes code from a folder.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
+import numpy as np
 
-from workers.artifacts.safetensors_file import COPY_AGAIN, NAMES, SUPPORTED_MODELS, SafetensorsFile, regular
-from workers.artifacts.source import Block, cut
-from workers.layout.sharding import HEAD, ModelTensor, Span, whole_tensors
+from workers.artifacts.json_file import decode
+from workers.artifacts.number_formats import Array
+from workers.artifacts.recognition import QUANTIZED_NAMES, what_model_type
+from workers.artifacts.safetensors_file import COPY_AGAIN, NAMES, SUPPORTED_MODELS, SafetensorsFile
+from workers.artifacts.source import CHUNK, Block, cut
+from workers.artifacts.weight_map import WeightMap
+from workers.layout.sharding import EMBEDDING, HEAD, ModelTensor, Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
-from workers.protocol.specs import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec, RopeScaling
+from workers.protocol.specs import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec, Quant, RopeScaling
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 #: The folder with the chat templates that have names (``tool_use.jinja``).
 MORE_TEMPLATES = "additional_chat_templates"
 #: The files of a tokenizer, and its folder of templates; other files of a folder are never copied.
@@ -34,8 +39,11 @@ ROPE_FIELDS = (
     ("original_max_position_embeddings", "original_max_position"),
 )
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-
-T = TypeVar("T")
+#: Files in which tools write how they quantized the weights, where ``config.json`` does not say it: (name, tool, key of the method).
+QUANTIZED_BY = (("quantize_config.json", "GPTQ", "quant_method"), ("quant_config.json", "AWQ", "quant_method"))
+#: What ModelOpt writes. TensorRT-LLM reads such weights.
+MODELOPT = "hf_quant_config.json"
+_BACKBONE = "model."
 
 
 class _Config(msgspec.Struct, kw_only=True):
@@ -62,34 +70,19 @@ class _Config(msgspec.Struct, kw_only=True):
     sliding_window: int | None = None
     use_sliding_window: bool = False
     layer_types: list[str] | None = None
-    quantization_config: dict[str, Any] | None = None
 
 
 class _Eos(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
 
 
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-def decode(path: Path, kind: type[T]) -> T:
-    """A JSON file as ``kind``. Raises :class:`ArtifactError` naming the file."""
-    try:
-        return msgspec.json.decode(regular(path).read_bytes(), type=kind)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read", error.strerror or str(error), COPY_AGAIN) from error
-    except msgspec.MsgspecError as error:
-        raise ArtifactError(f"{path} does not make sense", str(error), COPY_AGAIN) from error
-    except ConfigError as error:
-        raise ArtifactError(f"{path}: {error.what}", error.why, error.hint or COPY_AGAIN) from error
-
-
 def read_model(folder: Path) -> ModelSpec:
     """The model that ``config.json`` describes. Raises :class:`ArtifactError`, naming what is not supported."""
     path = folder / "config.json"
+    raw = decode(path, dict[str, Any])
+    _refuse_kind(path, raw)
     config = decode(path, _Config)
-    _refuse(path, config, decode(path, dict[str, Any]))
+    _refuse(path, config)
     theta, scaling = _rope(path, config)
     position = config.max_position_embeddings
     if config.sliding_window and (config.model_type == "mistral" or config.use_sliding_window):
@@ -117,19 +110,48 @@ def read_model(folder: Path) -> ModelSpec:
         raise ArtifactError(f"{path}: {error.what}", error.why, error.hint) from error
 
 
-def _refuse(path: Path, config: _Config, raw: dict[str, Any]) -> None:
-    known = ", ".join(ARCHITECTURES)
+def _refuse_kind(path: Path, raw: dict[str, Any]) -> None:
+    """Refuse by name what is another kind of model, before the keys of a supported one are looked for."""
     if experts := next((key for key in EXPERT_KEYS if raw.get(key)), None):
         raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}", SUPPORTED_MODELS)
-    if config.model_type not in ARCHITECTURES:
-        raise ArtifactError(f"{path}: model_type {config.model_type!r} is not supported", f"known: {known}", SUPPORTED_MODELS)
+    if raw.get("model_type") not in ARCHITECTURES:
+        raise what_model_type(path, raw, ARCHITECTURES)
+    names = raw.get("architectures") or []
+    if isinstance(names, list) and names and not any(_generates(str(name)) for name in names):
+        why = "it has another head than that of a language model"
+        raise ArtifactError(f"{path}: {names[0]} does not generate text", why, "use the causal language model")
+    method = None
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if raw.get(key):
+            # MLX writes ``quantization`` without a method.
+            method = raw[key].get("quant_method", "MLX" if key == "quantization" else "unnamed") if isinstance(raw[key], dict) else raw[key]
+            break
+    for name, tool, key in QUANTIZED_BY:
+        if method is None and (path.parent / name).is_file():
+            method = decode(path.parent / name, dict[str, Any]).get(key) or tool
+    if method is not None:
+        why = "its weights are read as they are"
+        raise ArtifactError(f"{path}: weights quantized with {method!r} are not supported", why, "use the unquantized model")
+
+
+def _generates(architecture: str) -> bool:
+    """Whether a class of transformers is a causal language model, or the backbone of one."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel")) or (architecture.endswith("Model") and "For" not in architecture)
+
+
+def read_quant(folder: Path) -> Quant:
+    """What ModelOpt says about the weights of a folder. Raises :class:`ArtifactError` for a file that is damaged."""
+    path = folder / MODELOPT
+    if not path.is_file():
+        return Quant()
+    named = decode(path, dict[str, Any]).get("quantization")
+    algo = named.get("quant_algo") if isinstance(named, dict) else None
+    return Quant(quant_algo=algo) if isinstance(algo, str) and algo != "NO_QUANT" else Quant()
+
+
+def _refuse(path: Path, config: _Config) -> None:
     if config.hidden_act != "silu":
         raise ArtifactError(f"{path}: activation {config.hidden_act!r} is not supported", "known: silu", SUPPORTED_MODELS)
-    if config.quantization_config is not None:
-        method = config.quantization_config.get("quant_method", "unnamed")
-        raise ArtifactError(
-            f"{path}: weights quantized with {method!r} are not supported", "its shards are read as they are", "use the unquantized model"
-        )
     for key, value, want in (
         ("attention_bias", config.attention_bias and config.model_type != "qwen2", False),
         ("mlp_bias", config.mlp_bias, False),
@@ -147,7 +169,7 @@ def _rope(path: Path, config: _Config) -> tuple[float, RopeScaling | None]:
     """(theta, scaling). transformers 5 writes both into ``rope_parameters``, older releases write theta beside ``rope_scaling``."""
     rope = {**(config.rope_scaling or {}), **(config.rope_parameters or {})}
     theta = rope.get("rope_theta", config.rope_theta or 10000.0)
-    if not isinstance(theta, int | float) or theta <= 0:
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
         raise ArtifactError(f"{path}: rope_theta {theta!r} does not make sense", "it is a positive number", COPY_AGAIN)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and any(isinstance(value, dict) for value in rope.values()):
@@ -181,57 +203,102 @@ def read_eos(folder: Path) -> tuple[int, ...]:
     return tuple(found)
 
 
+def tied(folder: Path, model: ModelSpec) -> ModelSpec:
+    """``model`` with its head tied to the embedding, or not, as the weights are.
+
+    ``config.json`` may say that they are tied while a head of other values is stored: then that head is the right one, as for
+    transformers. Reads both whole where both are stored.
+    """
+    weights = WeightMap(folder)
+    names = _stored_names(weights, [EMBEDDING, HEAD])
+    if not model.tied_embeddings or not {names[EMBEDDING], names[HEAD]} <= weights.names:
+        return model
+    embedding, head = (weights.file_of(names[name]).view(names[name]) for name in (EMBEDDING, HEAD))
+    if embedding[0].shape == head[0].shape and embedding[1] == head[1] and _equal(embedding[0], head[0]):
+        weights.release()
+        return model
+    return msgspec.structs.replace(model, tied_embeddings=False)
+
+
+def _equal(left: Array, right: Array) -> bool:
+    rows = max(1, CHUNK // left.shape[-1])
+    return all(np.array_equal(left[at : at + rows], right[at : at + rows]) for at in range(0, len(left), rows))
+
+
+def _stored_names(weights: WeightMap, wanted: Iterable[str]) -> dict[str, str]:
+    """The names under which a folder holds the tensors ``wanted``: the backbone's tensors may stand there without their ``model.``, as
+    the backbone alone is saved."""
+    bare = EMBEDDING not in weights.names and EMBEDDING.removeprefix(_BACKBONE) in weights.names
+    names = {name: name.removeprefix(_BACKBONE) if bare else name for name in wanted}
+    if names.get(EMBEDDING) not in weights.names and HEAD in weights.names and HEAD not in names:
+        names[EMBEDDING] = HEAD  # a tied model of which the head was saved, and not the embedding
+    return names
+
+
 class HuggingFaceSource:
     """The safetensors files of a folder, each mapped, and checked against the model before the first read."""
 
     def __init__(self, folder: Path, model: ModelSpec) -> None:
         """Raises :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
-        self._files = [SafetensorsFile(path) for path in weight_files(folder)]
-        self._file_of = {name: file for file in self._files for name in file.entries}
+        self._weights = WeightMap(folder)
         wanted = whole_tensors(model)
+        self._names = _stored_names(self._weights, wanted)
+        # Many folders store a tied head a second time; rotary frequencies follow from the config.
+        known = {*self._names.values(), HEAD}
+        extra = sorted(name for name in self._weights.names - known if not name.endswith("rotary_emb.inv_freq"))
+        self._refuse_other_weights(folder, extra)
         for name, tensor in wanted.items():
-            if name not in self._file_of:
-                raise ArtifactError(f"{folder} lacks the tensor {name}", "config.json means a model that has it", COPY_AGAIN)
-            shape = self._file_of[name].entries[name].shape
+            file = self._file(folder, name, model)
+            shape = file.entries[self._names[name]].shape
             if shape != tensor.shape:
                 raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(tensor.shape)}", COPY_AGAIN)
-            _plain(self._file_of[name], name)
-        # Many folders store a tied head a second time; rotary frequencies follow from the config.
-        extra = [name for name in self._file_of if name not in wanted and name != HEAD and not name.endswith("rotary_emb.inv_freq")]
+            _plain(file, self._names[name])
         if extra:
             raise ArtifactError(
                 f"{folder} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", SUPPORTED_MODELS
             )
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
-        values, form = self._file_of[tensor.name].view(tensor.name)
+        name = self._names[tensor.name]
+        values, form = self._weights.file_of(name).view(name)
         return Block(cut(values, tensor, span), form)
 
     def release(self) -> None:
-        for file in self._files:
-            file.release()
+        self._weights.release()
+
+    @staticmethod
+    def _refuse_other_weights(folder: Path, extra: list[str]) -> None:
+        """Name the weights whose names say what was done to them."""
+        if part := next((name for name in extra if name.endswith(QUANTIZED_NAMES)), None):
+            raise ArtifactError(f"{folder}: its weights are quantized", f"it holds {part}", "use the unquantized model")
+        if part := next((name for name in extra if ".lora_" in name or ".base_layer." in name), None):
+            raise ArtifactError(
+                f"{folder} holds a LoRA adapter that is not merged", f"it holds {part}", "merge it (peft: merge_and_unload)"
+            )
+        if part := next((name for name in extra if name.startswith(("vision", "visual", "model.vision", "multi_modal", "audio"))), None):
+            raise ArtifactError(f"{folder} is a multimodal model, not supported", f"it holds {part}", SUPPORTED_MODELS)
+
+    def _file(self, folder: Path, name: str, model: ModelSpec) -> SafetensorsFile:
+        try:
+            return self._weights.file_of(self._names[name])
+        except KeyError:
+            pass
+        if name == HEAD:
+            backbone = self._names[EMBEDDING] != EMBEDDING
+            what = "is a model without a head, as embedding models are" if backbone else "lacks the model's head"
+            why = f"it has no {HEAD}, and config.json does not tie it to the embedding (tie_word_embeddings)"
+            raise ArtifactError(f"{folder} {what}", why, "use the causal language model: this one cannot generate text")
+        named = f"its tensors are named like {min(self._weights.names)}" if self._weights.names else "it holds no tensor at all"
+        raise ArtifactError(f"{folder} lacks the tensor {name}", f"config.json means a model that has it; {named}", COPY_AGAIN)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, existing or not. Raises :class:`ArtifactError` for pickled weights and for none at all."""
-    if (folder / INDEX).is_file():
-        names = sorted(set(decode(folder / INDEX, _Index).weight_map.values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ArtifactError(f"{folder / INDEX} points outside the folder", outside[0], COPY_AGAIN)
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    pickled = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))), None)
-    if pickled is not None:
-        raise ArtifactError(f"{folder} holds pickled weights ({pickled})", "a pickle can run code", "save the model as safetensors")
-    raise ArtifactError(f"{folder} holds no weights", f"neither {SINGLE} nor {INDEX} is there", COPY_AGAIN)
-
-
-def stored_dtype(folder: Path) -> DType:
-    """Number format of most weights. Raises :class:`ArtifactError` for quantized ones."""
-    file = SafetensorsFile(weight_files(folder)[0])
-    name, _ = max(file.entries.items(), key=lambda item: item[1].data_offsets[1] - item[1].data_offsets[0])
-    return _plain(file, name)
+def stored_dtype(folder: Path, quant: Quant) -> DType:
+    """Number format of most weights; of the embedding where ``quant`` quantizes the others. Raises :class:`ArtifactError` for quantized
+    ones."""
+    weights = WeightMap(folder)
+    if quant.quant_algo is not None and EMBEDDING in weights.names:
+        return _plain(weights.file_of(EMBEDDING), EMBEDDING)
+    return _plain(*weights.largest())
 
 
 def _plain(file: SafetensorsFile, name: str) -> DType:

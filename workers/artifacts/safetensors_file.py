@@ -18,6 +18,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from workers.artifacts.git_lfs import HEAD_BYTES, refuse_pointer
 from workers.artifacts.number_formats import STORAGE, Array
 from workers.layout.quant_parts import Format
 from workers.protocol.errors import ArtifactError
@@ -76,6 +77,11 @@ class SafetensorsFile:
         flat = np.frombuffer(self._map, STORAGE[form], math.prod(entry.shape), self._data + entry.data_offsets[0])
         return flat.reshape(entry.shape), form
 
+    def size_of(self, name: str) -> int:
+        """Bytes of a tensor."""
+        start, stop = self.entries[name].data_offsets
+        return stop - start
+
     def release(self) -> None:
         """Release the pages read so far: they would count as this process's memory."""
         self._map.madvise(mmap.MADV_DONTNEED)
@@ -85,6 +91,8 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Tenso
     prefix = file.read(8)
     if len(prefix) < 8:
         raise ArtifactError(f"{path} is truncated", f"{size} bytes are no safetensors file", COPY_AGAIN)
+    refuse_pointer(path, prefix + file.read(HEAD_BYTES - 8))
+    file.seek(8)
     length = int.from_bytes(prefix, "little")
     if not 2 <= length <= min(MAX_HEADER, size - 8):
         raise ArtifactError(f"{path} is not a safetensors file, or truncated", f"header of {length} bytes in a file of {size}", COPY_AGAIN)
@@ -92,6 +100,8 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Tenso
         raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
         entries = {name: msgspec.json.decode(value, type=TensorEntry) for name, value in raw.items()}
+    except RecursionError as error:
+        raise ArtifactError(f"{path} is not a safetensors file", "its header is nested too deeply", COPY_AGAIN) from error
     except msgspec.MsgspecError as error:
         raise ArtifactError(f"{path} is not a safetensors file", str(error), COPY_AGAIN) from error
     end = 0

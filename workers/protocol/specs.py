@@ -6,6 +6,7 @@ types is proof that it makes sense. Errors are :class:`~workers.protocol.errors.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -48,7 +49,7 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     original_max_position: int = 8192
 
     def __post_init__(self) -> None:
-        _require(self.factor >= 1.0, f"rope scaling factor {self.factor} is below 1")
+        _require(1.0 <= self.factor < math.inf, f"rope scaling factor {self.factor} is not a number of at least 1")
         if self.kind == "llama3":
             _require(self.high_freq_factor > self.low_freq_factor, "rope scaling needs high_freq_factor > low_freq_factor")
 
@@ -84,6 +85,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "max_position",
         ):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            _require(0 <= getattr(self, name) < math.inf, f"{name} must be a number of at least 0, got {getattr(self, name)}")
         # Tables of tensors are made from this number before any weight is looked at.
         _require(self.num_layers <= MAX_LAYERS, f"num_layers {self.num_layers} is more than {MAX_LAYERS}")
         _require(

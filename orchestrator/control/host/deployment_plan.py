@@ -19,12 +19,12 @@ from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.placement import RankShare
 from orchestrator.files import write_private
-from orchestrator.model_store import locate, resolve
+from orchestrator.model_store import locate, no_tokenizer, resolve
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.convert import Progress
 from workers.engines.trtllm.engine_dir import is_engine_dir
 from workers.engines.trtllm.model import open_model
-from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
+from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import TERM_GRACE_S, EngineSpec, Parallel, ReplicaSpec, RouterAddress
 
 
@@ -87,11 +87,7 @@ def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> S
 def _first_tokenizer(artifacts: Sequence[Path]) -> Path:
     tokenizer = next((found for artifact in artifacts if (found := _tokenizer_dir(artifact)) is not None), None)
     if tokenizer is None:
-        raise ArtifactError(
-            f"{artifacts[0]} has no tokenizer",
-            "routers need tokenizer.json to read prompts",
-            "copy the tokenizer's files beside the weights",
-        )
+        raise no_tokenizer(artifacts[0])
     return tokenizer
 
 

@@ -19,6 +19,7 @@ import msgspec
 from tokenizers import AddedToken, Tokenizer
 
 from orchestrator.router.frontend.chat_template import DEFAULT, TemplateFile
+from workers.artifacts.git_lfs import refuse_pointer
 from workers.artifacts.hf import MORE_TEMPLATES
 from workers.artifacts.safetensors_file import regular
 from workers.protocol.errors import ArtifactError
@@ -44,6 +45,7 @@ def read_tokenizer_folder(root: Path) -> TokenizerFolder:
     try:
         config = _read_json(root / "tokenizer_config.json")
         source = regular(root / "tokenizer.json").read_bytes()
+        refuse_pointer(root / "tokenizer.json", source)
         tokenizer, named = _with_special_tokens(root, source, config)
         templates, generation = _templates(root, config), _read_json(root / "generation_config.json")
     except OSError as error:

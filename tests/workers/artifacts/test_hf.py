@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.support.tiny_models import ENDOFTEXT, IM_END, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.hf import read_eos, read_model
+from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import RopeScaling
 
@@ -73,6 +78,14 @@ def test_linear_rope(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "per layer type"),
+        ({"quantization_config": {"quant_method": "fp8"}, "model_type": "qwen3"}, "quantized with 'fp8'"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantized with 'MLX'"),
+        ({"compression_config": {"format": "pack-quantized"}}, "quantized with 'unnamed'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification does not generate text"),
+        ({"architectures": ["Qwen2ForRewardModel"], "model_type": "qwen2"}, "Qwen2ForRewardModel does not generate text"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"rope_theta": math.inf}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "factor"),
         ({"hidden_size": "absent"}, "hidden_size"),
         ({"hidden_size": "48"}, "hidden_size"),
         ({"num_attention_heads": 7}, "7 query heads cannot share 3"),
@@ -81,6 +94,115 @@ def test_linear_rope(tmp_path: Path) -> None:
 def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=named):
         read_model(edit(tiny_model(tmp_path), **changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}, "vision_config": {}}, "its text model is 'llama4_text'"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}, "vision_config": {}}, "its text model is 'mistral'"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "its text model is 'gemma3_text'"),
+        ({"model_type": "qwen2_5_vl", "hidden_size": 8, "vision_config": {}}, "it takes more than text"),
+        ({"model_type": "qwen2_audio", "audio_config": {}}, "it takes more than text"),
+        ({"model_type": "internvl_chat", "llm_config": {"model_type": "qwen2"}, "vision_config": {}}, "its text model is 'qwen2'"),
+    ],
+)
+def test_multimodal_models_are_named(config: dict[str, Any], text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=f"model_type '{config['model_type']}' is a multimodal model") as caught:
+        open_artifact(tmp_path)
+    assert text in caught.value.why and "known: llama" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "method"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "GPTQ"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, "AWQ"),
+        ("quant_config.json", {"quant_method": "awq"}, "awq"),
+    ],
+)
+def test_quantization_that_stands_beside_the_config_is_seen(name: str, content: dict[str, Any], method: str, tmp_path: Path) -> None:
+    (tiny_model(tmp_path) / name).write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=f"quantized with '{method}'"):
+        open_artifact(tmp_path)
+
+
+def test_what_modelopt_quantized_is_left_to_tensorrt_llm(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path) / "hf_quant_config.json"
+    path.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}))
+    artifact = open_artifact(tmp_path)
+    assert artifact.foreign and artifact.quant.quant_algo == "FP8"
+    with pytest.raises(ArtifactError, match="quantized with FP8: only TensorRT-LLM reads these weights"):
+        open_source(artifact)
+    path.write_text(json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
+    open_source(open_artifact(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["qweight", "weight_scale", "weight_packed", "SCB"])
+def test_weights_whose_names_say_that_they_are_quantized(part: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, layers=1)
+    rewrite(folder, lambda weights: weights | {f"model.layers.0.mlp.up_proj.{part}": np.zeros(3, np.int8)})
+    with pytest.raises(ArtifactError, match=f"its weights are quantized: it holds .*{part}"):
+        open_source(open_artifact(folder))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    path = str(folder / "model.safetensors")
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def bare(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix("model."): values for name, values in weights.items() if name != "lm_head.weight"}
+
+
+def head_of_its_own(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    head = weights["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    return weights | {"lm_head.weight": head}
+
+
+def only_the_head(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"lm_head.weight" if "embed_tokens" in name else name: values for name, values in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "change", [bare, head_of_its_own, only_the_head, lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}]
+)
+def test_a_tied_head_is_what_transformers_makes_of_it(change: Callable[[Any], Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = tiny_model(tmp_path, layers=1, tied=True)
+    rewrite(folder, change)
+    oracle = transformers.LlamaForCausalLM.from_pretrained(str(folder), dtype="float32").state_dict()
+    artifact = open_artifact(folder)
+    source = open_source(artifact)
+    for name, tensor in whole_tensors(artifact.model).items():
+        assert np.array_equal(source.read(tensor, Span(0, tensor.shape[tensor.axis])).values, oracle[name].numpy()), name
+    assert artifact.model.tied_embeddings == (change is not head_of_its_own)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (bare, "is a model without a head, as embedding models are"),
+        (lambda weights: {name: values for name, values in weights.items() if name != "lm_head.weight"}, "lacks the model's head"),
+    ],
+)
+def test_a_model_without_a_head_says_so(change: Callable[[Any], Any], what: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, layers=1, tied=False)
+    rewrite(folder, change)
+    with pytest.raises(ArtifactError, match=what) as caught:
+        open_source(open_artifact(folder))
+    assert "cannot generate text" in caught.value.hint
+
+
+def test_nan_and_infinity_are_read_as_pythons_json_reads_them(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    expected = open_artifact(folder)
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace("{", '{"a": NaN, "b": [Infinity, -Infinity], "c": {"d": NaN},', 1))
+    assert open_artifact(folder) == expected
 
 
 def test_sliding_window_bounds_the_context(tmp_path: Path) -> None:
@@ -116,6 +238,8 @@ def test_pickles_and_paths_outside_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="points outside the folder"):
         open_artifact(folder)
     index.unlink()
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(ArtifactError, match=r"pickled weights \(pytorch_model\.bin\)"):
         open_artifact(folder)
@@ -127,8 +251,7 @@ def test_pickles_and_paths_outside_are_refused(tmp_path: Path) -> None:
 def test_no_model_at_all(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="there is no model"):
         open_artifact(tmp_path / "nothing")
-    with pytest.raises(ArtifactError, match=r"has no config\.json"):
-        open_artifact(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ArtifactError, match="does not make sense"):
-        open_artifact(tmp_path)
+    for damaged in ("{", "[" * 100_000, "[]", "version https://git-lfs.github.com/spec/v1\n"):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ArtifactError, match=r"does not make sense|is a Git LFS pointer"):
+            open_artifact(tmp_path)

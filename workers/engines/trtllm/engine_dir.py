@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from workers.artifacts.hf import decode, read_eos
+from workers.artifacts.hf import read_eos
+from workers.artifacts.json_file import decode
 from workers.artifacts.safetensors_file import FileRecord, hash_file
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import Parallel, Quant
