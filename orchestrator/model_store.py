@@ -209,10 +209,14 @@ def no_tokenizer(path: Path) -> ArtifactError:
 
 def _fingerprint(artifact: Artifact) -> str:
     """A hash of everything that a conversion of the artifact reads."""
-    if artifact.kind != "gguf":
+    if artifact.own:
         # A checkpoint's manifest holds the hashes of all its files, so its own hash stands for them.
         return hash_file(artifact.path / "manifest.json").sha256
-    hashes = [hash_file(file).sha256 for file in GgufFile(artifact.path).files]
+    if artifact.kind == "gguf":
+        files = GgufFile(artifact.path).files
+    else:
+        files = sorted(path for path in artifact.path.iterdir() if path.is_file())
+    hashes = [hash_file(file).sha256 for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

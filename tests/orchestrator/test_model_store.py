@@ -15,6 +15,7 @@ import pytest
 
 from orchestrator import model_store
 from orchestrator.model_store import CATALOGUE, DEFAULT_MODEL, NamedModel, pull, resolve
+from tests.support.nvidia_checkpoint import nvidia_checkpoint
 from tests.support.tiny_models import tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.convert import convert
@@ -145,6 +146,21 @@ def test_a_split_gguf_is_converted_anew_when_any_part_changes(tmp_path: Path) ->
     data[-1] ^= 1
     part.write_bytes(data)
     assert resolve(first, parallel=TP2, dtype=None, cache=tmp_path / "cache") != one
+
+
+def test_a_checkpoint_of_tensorrt_llms_converter_is_used_or_converted(tmp_path: Path) -> None:
+    folder = nvidia_checkpoint(tiny_model(tmp_path / "hf", heads=4, kv_heads=2), tmp_path / "trt", tp=2)
+    assert resolve(folder, parallel=TP2, dtype=None, cache=tmp_path / "cache") == folder
+    made = resolve(folder, parallel=Parallel(pp=2), dtype=None, cache=tmp_path / "cache")
+    assert made != folder and open_artifact(made).parallel == Parallel(pp=2)
+
+
+def test_a_folder_that_no_rank_could_load_is_refused_at_once(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "hf", files=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"model-00002-of-00002\.safetensors is missing"):
+        resolve(folder, parallel=TP2, dtype=None, cache=tmp_path / "cache")
+    assert resolve(folder, parallel=TP2, dtype=None, cache=tmp_path / "cache", bare=True) == folder
 
 
 def test_impossible_layouts_are_refused_before_any_work(gguf: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     dequantized).
 
     ``parallel``: layout of a checkpoint; None for whole models. ``tokenizer_dir``: folder with ``tokenizer.json``; None where there is none
-    (a GGUF's tokenizer becomes files when it is converted).
+    (a GGUF's tokenizer becomes files when it is converted). ``own``: a checkpoint of `trireme convert`, which has hashes, and of which
+    each rank's file is what the rank loads.
     """
 
     path: Path
@@ -39,11 +40,12 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_dir: Path | None
     eos_ids: tuple[int, ...]
     quant: Quant = Quant()
+    own: bool = False
 
     @property
     def foreign(self) -> bool:
         """Whether the weights are in a format that only TensorRT-LLM reads."""
-        return self.quant.quant_algo is not None and (self.quant.weights is None or self.kind == "huggingface")
+        return self.quant.quant_algo is not None and (self.quant.weights is None or not self.own)
 
     def runs_on(self, parallel: Parallel) -> bool:
         """Whether ranks of the layout ``parallel`` can load the artifact directly: it has that layout, or whole weights that each rank
@@ -152,6 +154,7 @@ def _open_checkpoint(path: Path) -> Artifact:
         tokenizer_dir=_tokenizer_dir(path),
         eos_ids=checkpoint.facts.eos_ids,
         quant=checkpoint.quant,
+        own=checkpoint.manifest is not None,
     )
 
 

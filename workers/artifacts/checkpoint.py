@@ -1,8 +1,8 @@
 """TensorRT-LLM checkpoints: ``config.json``, ``rank<N>.safetensors``, tokenizer files, and a manifest of hashes and sizes.
 
 Owns the folder's format. ``config.json`` has TensorRT-LLM's own keys; the key ``trireme`` holds what the portable engine needs beside them.
-This reader uses ``trireme``, after checking that the other keys say the same. A folder without a manifest is refused: the manifest is
-written last, so a folder that has one is complete.
+This reader uses ``trireme``, after checking that the other keys say the same. The manifest is written last, so a folder that has one is
+complete. A folder with neither is one that TensorRT-LLM's own converters wrote: it has no hashes, and its embedding may be cut otherwise.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from workers.artifacts.hf import read_eos
 from workers.artifacts.json_file import decode
+from workers.artifacts.nvidia_config import EmbeddingCut, read_config
 from workers.artifacts.safetensors_file import NAMES, FileRecord, SafetensorsFile, hash_file
 from workers.artifacts.source import Block, cut
 from workers.layout.quant_parts import StoredTensor, stored_tensors
-from workers.layout.sharding import ModelTensor, Span, heads_of
+from workers.layout.sharding import EMBEDDING, HEAD, VOCAB_EMBEDDING, ModelTensor, ShardPiece, ShardTensor, Span, deal, heads_of
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
 FORMAT = 1
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
+#: Tensors in files of TensorRT-LLM's converters that follow from the config, or are for a quantized KV cache.
+_NVIDIAS_EXTRAS = ("rotary_inv_freq", "embed_positions", "embed_positions_for_gpt_attention", "kv_cache_scaling_factor")
 #: Hint for a folder that is damaged or incomplete.
 CONVERT_AGAIN = "convert or copy it again (in the cache: delete the folder, and it is made anew)"
 DTYPE_NAMES: dict[DType, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -61,16 +65,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint folder whose config and manifest have been read and agree with each other."""
+    """A checkpoint folder whose config has been read. ``manifest``: agrees with the config; None where TensorRT-LLM's own converter wrote
+    the folder. ``embedding``: how the ranks of the first stage share it."""
 
     folder: Path
     facts: CheckpointFacts
     quant: Quant
-    manifest: Manifest
+    manifest: Manifest | None
+    embedding: EmbeddingCut = "rows"
 
     def stored(self, rank: int) -> tuple[StoredTensor, ...]:
         """The tensors in the file of ``rank``."""
-        return stored(self.facts, self.quant, rank)
+        found = stored(self.facts, self.quant, rank)
+        if self.embedding == "rows":
+            return found
+        cut = ShardTensor(name=VOCAB_EMBEDDING, **self._embedding_of(rank))
+        return tuple(msgspec.structs.replace(each, tensor=cut) if each.tensor.name == VOCAB_EMBEDDING else each for each in found)
+
+    def _embedding_of(self, rank: int) -> dict[str, Any]:
+        model, parallel = self.facts.model, self.facts.parallel
+        columns = self.embedding == "columns"
+        whole = ModelTensor(name=EMBEDDING, shape=(model.vocab_size, model.hidden_size), axis=int(columns))
+        span = deal(model.hidden_size, parallel.tp, parallel.tp_rank(rank)) if columns else Span(0, model.vocab_size)
+        piece = ShardPiece(tensor=whole, span=span)
+        return {"shape": piece.shape, "pieces": (piece,)}
 
 
 class _Config(msgspec.Struct, kw_only=True):
@@ -156,11 +174,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises :class:`ArtifactError` naming the file that is missing, damaged or contradictory.
     """
     if not (folder / MANIFEST).is_file():
-        raise ArtifactError(
-            f"{folder} has no {MANIFEST}",
-            "the conversion did not finish, or another program wrote the folder",
-            "run `trireme convert` again",
-        )
+        return _read_nvidias(folder)
     manifest = decode(folder / MANIFEST, Manifest)
     if CONFIG not in manifest.files:
         raise ArtifactError(f"{folder / MANIFEST} does not list {CONFIG}", "every checkpoint has one", CONVERT_AGAIN)
@@ -193,6 +207,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder, facts=facts, quant=quant, manifest=manifest)
 
 
+def _read_nvidias(folder: Path) -> Checkpoint:
+    raw = decode(folder / CONFIG, dict[str, Any])
+    if raw.get("trireme") is not None:
+        raise ArtifactError(f"{folder} has no {MANIFEST}", "the conversion did not finish", "run `trireme convert` again")
+    config = read_config(folder / CONFIG, raw)
+    for rank in range(config.parallel.world):
+        if not (folder / rank_file(rank)).exists():
+            layout = f"tp={config.parallel.tp} pp={config.parallel.pp}"
+            raise ArtifactError(f"{folder / rank_file(rank)} is missing", f"{layout} needs it", "copy it too, or convert the model again")
+    # A head that is not stored is the embedding's: old converters left it out. One that is stored is used as it is.
+    last = SafetensorsFile(folder / rank_file(config.parallel.world - 1))
+    model = msgspec.structs.replace(config.model, tied_embeddings=HEAD not in last.entries)
+    facts = describe(model, config.parallel, config.dtype, read_eos(folder))
+    return Checkpoint(folder=folder, facts=facts, quant=config.quant, manifest=None, embedding=config.embedding)
+
+
 def check_size(folder: Path, manifest: Manifest, name: str) -> None:
     """Raises :class:`ArtifactError` when a listed file is missing or has another size."""
     try:
@@ -214,21 +244,25 @@ def verify(folder: Path, manifest: Manifest, name: str) -> None:
 
 
 def verify_all(checkpoint: Checkpoint) -> None:
-    """:func:`verify` every file of the manifest."""
-    for name in checkpoint.manifest.files:
-        verify(checkpoint.folder, checkpoint.manifest, name)
+    """:func:`verify` every file of the manifest; without one there is nothing to compare."""
+    if checkpoint.manifest is not None:
+        for name in checkpoint.manifest.files:
+            verify(checkpoint.folder, checkpoint.manifest, name)
 
 
 def open_rank(checkpoint: Checkpoint, rank: int) -> SafetensorsFile:
     """The file of ``rank``. Raises :class:`ArtifactError` when a tensor in it has another name, shape or format than it should."""
     file = SafetensorsFile(checkpoint.folder / rank_file(rank))
+    own = checkpoint.manifest is not None
     wanted = {each.tensor.name: each for each in checkpoint.stored(rank)}
-    if different := sorted(wanted.keys() ^ file.entries.keys()):
+    names = file.entries.keys() if own else {name for name in file.entries if not name.endswith(_NVIDIAS_EXTRAS)}
+    if different := sorted(wanted.keys() ^ names):
         what = "lacks" if different[0] in wanted else "holds an unknown tensor"
         raise ArtifactError(f"{file.path} {what} {different[0]}", f"{len(different)} names differ from its layout", CONVERT_AGAIN)
     for name, each in wanted.items():
         entry = file.entries[name]
-        if entry.shape != each.tensor.shape or entry.dtype != NAMES[each.format]:
+        formats = (NAMES[each.format],) if own else tuple(NAMES[form] for form in DTYPE_NAMES)
+        if entry.shape != each.tensor.shape or entry.dtype not in formats:
             raise ArtifactError(
                 f"{file.path}: {name} is {entry.dtype} {list(entry.shape)}",
                 f"expected {each.format} {list(each.tensor.shape)}",
@@ -251,6 +285,8 @@ class CheckpointSource:
                     self._parts.setdefault(piece.tensor.name, []).append((piece.span, rank, each.tensor.name, place.start))
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
+        if tensor.name == EMBEDDING and self._checkpoint.embedding == "columns":
+            return self._joined_columns(span)
         pieces, at, form = [], span.start, None
         # Copies (key/value heads, tied rows) overlap: in order of their starts, each part adds what the parts before it lack.
         for part, rank, name, local in sorted(self._parts[tensor.name]):
@@ -262,6 +298,11 @@ class CheckpointSource:
                 at = stop
         assert form is not None, f"no shard holds {tensor.name}"
         return Block(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=tensor.axis), form)
+
+    def _joined_columns(self, rows: Span) -> Block:
+        """Rows of an embedding of which each rank has some columns."""
+        found = [self._file(rank).view(name) for _, rank, name, _ in sorted(self._parts[EMBEDDING])]
+        return Block(np.concatenate([values[rows.start : rows.stop] for values, _ in found], axis=1), found[0][1])
 
     def release(self) -> None:
         for file in self._files.values():

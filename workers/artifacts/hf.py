@@ -83,7 +83,8 @@ def read_model(folder: Path) -> ModelSpec:
     _refuse_kind(path, raw)
     config = decode(path, _Config)
     _refuse(path, config)
-    theta, scaling = _rope(path, config)
+    rope = {**(config.rope_scaling or {}), **(config.rope_parameters or {})}
+    theta, scaling = read_rope(path, {"rope_theta": config.rope_theta or 10000.0} | rope)
     position = config.max_position_embeddings
     if config.sliding_window and (config.model_type == "mistral" or config.use_sliding_window):
         # Up to the length of its window a sliding-window model is exactly a full-attention model: serve it that far.
@@ -165,10 +166,10 @@ def _refuse(path: Path, config: _Config) -> None:
         )
 
 
-def _rope(path: Path, config: _Config) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling). transformers 5 writes both into ``rope_parameters``, older releases write theta beside ``rope_scaling``."""
-    rope = {**(config.rope_scaling or {}), **(config.rope_parameters or {})}
-    theta = rope.get("rope_theta", config.rope_theta or 10000.0)
+def read_rope(path: Path, rope: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) of the keys of ``rope_parameters``, into which transformers 5 writes both; older releases write theta beside
+    ``rope_scaling``. ``path`` is for messages. Raises :class:`ArtifactError`."""
+    theta = rope["rope_theta"]
     if not isinstance(theta, int | float) or not 0 < theta < math.inf:
         raise ArtifactError(f"{path}: rope_theta {theta!r} does not make sense", "it is a positive number", COPY_AGAIN)
     kind = rope.get("rope_type", rope.get("type", "default"))

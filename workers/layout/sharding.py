@@ -21,6 +21,8 @@ from workers.protocol.specs import ModelSpec, Parallel
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+#: The embedding's name in a shard.
+VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -201,7 +203,7 @@ def shard_tensors(model: ModelSpec, parallel: Parallel, rank: int, *, own_head: 
     whole = whole_tensors(model)
     found: list[ShardTensor] = []
     if shard.first:
-        found.append(_vocabulary("transformer.vocab_embedding.weight", whole[EMBEDDING], shard))
+        found.append(_vocabulary(VOCAB_EMBEDDING, whole[EMBEDDING], shard))
     for local, layer in enumerate(range(shard.layers.start, shard.layers.stop)):
         found += _layer_shards(model, shard, whole, f"model.layers.{layer}.", f"transformer.layers.{local}.")
     if shard.last:

@@ -38,8 +38,8 @@ def load_shards(
 
     Names, shapes and formats are those of :func:`workers.layout.quant_parts.stored_tensors` in ``dtype``. ``quant``: quantize plain weights
     while they are read; None = as the artifact has them. A checkpoint of this very layout is verified by size and sha256 before the first
-    tensor, unless the caller says that it is ``verified``. Whole weights (tp=1 pp=1, Hugging Face, GGUF) are verified by size and header
-    only, since each rank reads just its slices of them.
+    tensor, unless the caller says that it is ``verified``. Other weights (tp=1 pp=1, Hugging Face, GGUF, checkpoints of TensorRT-LLM's own
+    converters) are verified by size and header only, since each rank reads just its slices of them.
 
     Raises :class:`ArtifactError`: another layout (names both), a file missing, damaged or different from what the manifest says, or
     weights that are quantized otherwise already.
@@ -62,13 +62,13 @@ def load_shards(
 
 def _has_own_file(artifact: Artifact, parallel: Parallel, quant: Quant) -> bool:
     """Whether each rank of this layout has a file of the artifact that it loads whole."""
-    return artifact.parallel == parallel and quant.same_weights(artifact.quant) and not artifact.foreign
+    return artifact.own and artifact.parallel == parallel and quant.same_weights(artifact.quant) and not artifact.foreign
 
 
 def verify_shard(artifact: Artifact, parallel: Parallel, rank: int, quant: Quant) -> None:
     """Compare the file that ``rank`` loads whole, if there is one, with the manifest. Raises :class:`ArtifactError` when they differ."""
-    if _has_own_file(artifact, parallel, quant):
-        verify(artifact.path, read_checkpoint(artifact.path).manifest, rank_file(rank))
+    if _has_own_file(artifact, parallel, quant) and (manifest := read_checkpoint(artifact.path).manifest) is not None:
+        verify(artifact.path, manifest, rank_file(rank))
 
 
 def _from_rank_file(file: SafetensorsFile, wanted: tuple[StoredTensor, ...]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -203,11 +203,14 @@ def test_checkpoints_of_other_converters_and_engines_are_refused(folder: Path) -
     _rewrite_config(folder, {"trireme": None})
     with pytest.raises(ArtifactError, match="another converter wrote it"):
         open_artifact(folder)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
-        open_artifact(folder)
     (folder / "config.json").write_text(json.dumps({"version": "1.2.0", "pretrained_config": {}, "build_config": {}}))
     with pytest.raises(ArtifactError, match="holds a TensorRT-LLM engine"):
+        open_artifact(folder)
+
+
+def test_a_conversion_that_did_not_finish_is_refused(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json: the conversion did not finish"):
         open_artifact(folder)
 
 

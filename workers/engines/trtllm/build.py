@@ -24,7 +24,7 @@ import msgspec
 
 from workers import process
 from workers.artifacts.atomic_folder import MAKE_ROOM, locked, replacing
-from workers.artifacts.checkpoint import MANIFEST, Checkpoint, read_checkpoint, verify_all
+from workers.artifacts.checkpoint import MANIFEST, Checkpoint, rank_file, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
 from workers.artifacts.hf import tokenizer_paths
 from workers.artifacts.safetensors_file import FileRecord, hash_file, write_file
@@ -125,7 +125,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ArtifactError(f"{folder} is an engine already", "it is built from a checkpoint", "trireme engines verify looks at it")
     if not (folder / MANIFEST).is_file():
         hint = f"trireme convert {folder} -tp N -pp M --for-trtllm -o DIR makes one"
-        raise ArtifactError(f"{folder} is not a checkpoint", f"it has no {MANIFEST}", hint)
+        raise ArtifactError(f"{folder} is not a checkpoint of `trireme convert`", f"it has no {MANIFEST}", hint)
     checkpoint = read_checkpoint(folder)
     facts = checkpoint.facts
     if (refusal := trtllm_refusal(facts.model, facts.parallel)) is not None:
@@ -215,7 +215,7 @@ def _built(target: Path, key: str) -> EngineDir | None:
 
 def _refuse_full_disk(plan: BuildPlan, folder: Path) -> None:
     facts = plan.checkpoint.facts
-    need = sum(plan.checkpoint.manifest.files[f"rank{rank}.safetensors"].bytes for rank in range(facts.parallel.world))
+    need = sum((plan.checkpoint.folder / rank_file(rank)).stat().st_size for rank in range(facts.parallel.world))
     free = shutil.disk_usage(folder).free
     if free < need:
         why = f"engines are about as large as the checkpoint, {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
