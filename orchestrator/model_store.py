@@ -21,8 +21,10 @@ import msgspec
 
 from workers.artifacts.artifact import Artifact, open_artifact, open_source
 from workers.artifacts.atomic_folder import locked, replacing
+from workers.artifacts.checkpoint import CONFIG, rank_file
 from workers.artifacts.convert import Progress, convert, silent
 from workers.artifacts.gguf import GgufFile
+from workers.artifacts.hf import tokenizer_paths
 from workers.artifacts.safetensors_file import FileRecord, hash_file
 from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound
 from workers.protocol.specs import DType, Parallel
@@ -215,7 +217,9 @@ def _fingerprint(artifact: Artifact) -> str:
     if artifact.kind == "gguf":
         files = GgufFile(artifact.path).files
     else:
-        files = sorted(path for path in artifact.path.iterdir() if path.is_file())
+        ranks = range(artifact.parallel.world if artifact.parallel else 0)
+        files = [artifact.path / name for name in (CONFIG, *map(rank_file, ranks))]
+        files += tokenizer_paths(artifact.path).values()
     hashes = [hash_file(file).sha256 for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 

@@ -35,8 +35,8 @@ def inspect(
     console: Console = context.obj
     asked = Parallel(tp=tp_size or 1, pp=pp_size or 1) if tp_size or pp_size else None
     found = inspect_path(locate_model(model, console, cache_dir), asked, verify_files=verify)
-    refusal = router_refusal(found)
-    if refusal is not None and found.runs:
+    refusal = router_refusal(found) if found.runs else None
+    if refusal is not None:
         found = msgspec.structs.replace(found, runs=False, reason=f"{refusal.what}: {refusal.why}")
     if form == "json":
         console.out(json.dumps(msgspec.to_builtins(found, enc_hook=str), indent=2))
@@ -45,15 +45,13 @@ def inspect(
     if not found.runs:
         layout = asked or found.parallel or Parallel()
         hint = refusal.hint if refusal is not None else ""
-        if found.parallel is not None and found.rank_bytes and found.parallel != layout:
+        if refusal is None and found.parallel is not None and found.rank_bytes and found.parallel != layout:
             hint = f"trireme convert {model} -tp {layout.tp} -pp {layout.pp} -o DIR"
         raise ArtifactError(f"{model} does not run on tp={layout.tp} pp={layout.pp} as it is", found.reason, hint)
 
 
 def router_refusal(found: Inspection) -> ArtifactError | None:
     """Why no router could read prompts for the model: its tokenizer is loaded, and its chat template compiled, as a router does it."""
-    import jinja2
-
     from orchestrator.model_store import no_tokenizer
     from orchestrator.router.frontend.tokenizer import load
     from workers.artifacts.gguf import GgufFile
@@ -73,8 +71,6 @@ def router_refusal(found: Inspection) -> ArtifactError | None:
             loaded.template.compile()
     except ArtifactError as error:
         return error
-    except jinja2.TemplateError as error:
-        return ArtifactError(f"{found.path}: the chat template cannot be compiled", str(error), "mend chat_template")
     return None
 
 
@@ -82,6 +78,7 @@ def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]
     """The rows of `trireme inspect`."""
     model, layout = found.model, asked or found.parallel or Parallel()
     heads = f"{model.num_heads} query / {model.num_kv_heads} key-value heads of {model.head_dim}"
+    ends = f", ends on {', '.join(map(str, found.eos_ids))}" if found.eos_ids else ""
     tied = ", tied embeddings" if model.tied_embeddings else ""
     rows = [
         ("path", str(found.path)),
@@ -89,7 +86,7 @@ def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]
         ("architecture", f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}, {heads}"),
         ("vocabulary", f"{model.vocab_size} tokens{tied}; context {model.max_position}"),
         ("weights", f"{found.parameters:,} parameters, {formats(found)}"),
-        ("tokenizer", f"yes, ends on {', '.join(map(str, found.eos_ids))}" if found.tokenizer else "none"),
+        ("tokenizer", f"yes{ends}" if found.tokenizer else "none"),
     ]
     if found.rank_bytes:
         rows.append((f"tp={layout.tp} pp={layout.pp}", "a rank: " + ", ".join(map(size, found.rank_bytes))))

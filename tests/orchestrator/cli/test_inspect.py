@@ -54,7 +54,7 @@ def missing_shard(folder: Path) -> None:
     [
         (no_tokenizer, "there is only tokenizer.model (SentencePiece)"),
         (no_decoder, "the tokenizer's decoder"),
-        (broken_template, "the chat template cannot be compiled"),
+        (broken_template, "tokenizer_config.json cannot be compiled: line 1"),
         (damaged_tokenizer, "the tokenizer in"),
         (pointer, "is a Git LFS pointer"),
         (modelopt, "quantized with FP8: only TensorRT-LLM reads these weights"),
