@@ -35,10 +35,10 @@ def submit(id: int, prompt: list[int], output: int) -> Submit:
 
 
 def run_batch(engine: Engine, batch: int, prompt: int, output: int) -> dict[str, float]:
-    """Decode speed of ``batch`` equal rows: the clock runs from the first step in which all rows decode to the last token."""
+    """Decode speed of ``batch`` equal sequences: the clock runs from the first step in which all sequences decode to the last token."""
     vocab = engine.capacity.vocab_size
-    for row in range(batch):
-        engine.submit(row, submit(row, [(7 + 31 * row + 17 * i) % (vocab - 64) + 32 for i in range(prompt)], output))
+    for sequence in range(batch):
+        engine.submit(sequence, submit(sequence, [(7 + 31 * sequence + 17 * i) % (vocab - 64) + 32 for i in range(prompt)], output))
     begun: set[int] = set()
     tokens, start = 0, 0.0
     while engine.busy():

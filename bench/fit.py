@@ -104,13 +104,13 @@ def recorded(*files: str) -> Iterator[Recorded]:
 
 def ratio(run: Recorded, rates: Rates) -> float:
     """The time that ``run`` should have taken over the time that it took."""
-    subject, rows = run.subject, run.requests
+    subject, sequences = run.subject, run.requests
     pipeline = pipeline_of(subject, run.parallel, rates)
     if not run.seconds:
-        step = StepLoad(tokens=rows, rows=rows, context=rows * (run.isl + run.osl / 2))
-        return pipeline.seconds(step, 1) * run.output_tok_s / rows
-    rows = subject.engine.max_batch_size
-    return replay(pipeline, run.load, rows=rows, max_num_tokens=run.max_num_tokens).seconds / run.seconds
+        step = StepLoad(tokens=sequences, sequences=sequences, context=sequences * (run.isl + run.osl / 2))
+        return pipeline.seconds(step, 1) * run.output_tok_s / sequences
+    sequences = subject.engine.max_batch_size
+    return replay(pipeline, run.load, sequences=sequences, max_num_tokens=run.max_num_tokens).seconds / run.seconds
 
 
 def misses(runs: Sequence[Recorded], fit: Fit) -> Vector:

@@ -2,7 +2,7 @@
 
 python -m bench.gpu_mixed [--case 8b] [--case 8b-fp8] [--output FILE]
 
-32 rows decode; every eighth step a prompt joins, 40 of them, for 8 tokens each. One JSON line a prompt length and way, medians of turns.
+32 sequences decode; every eighth step a prompt joins, 40 of them, for 8 tokens each. One JSON line a prompt length and way: medians.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Floor:
     def seconds(self, requests: int, isl: int, osl: int) -> float:
         ranks = self._tp * self._pp
         prefill = requests * isl * self._flop_token / self._multiplied / ranks
-        # A single row passes all stages one after the other; many keep them all busy, and each stage reads its weights once a micro-batch.
+        # One sequence passes the stages one after the other; many keep all busy, and each stage reads its weights once a micro-batch.
         reads = self._weights * min(requests, self._pp) * (self._pp if requests == 1 else 1)
         cached = requests * (isl + osl / 2) * self._kv_token / ranks
         products = requests * self._flop_token / self._multiplied / ranks

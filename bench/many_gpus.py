@@ -218,7 +218,7 @@ class MemoryWatch:
 
 def lost_rank(control: ControlClient, endpoints: list[str]) -> dict[str, Any]:
     """SIGKILL of rank 1 of the first replica under load."""
-    victim = next(row for model in control.status().models for row in model.rows)
+    victim = next(row for model in control.status().models for row in model.replicas)
     pids = {rank: pid for rank, _, pid in victim.pids}
     environment = Path(f"/proc/{pids[0]}/environ").read_bytes().split(b"\0")
     shown = next(each for each in environment if each.startswith(b"CUDA_VISIBLE_DEVICES="))

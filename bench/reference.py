@@ -104,7 +104,7 @@ def main() -> None:
         tokens, seconds = sum(output for _, _, output in requests), time.perf_counter() - start
     else:
         vocab = model.config.vocab_size
-        prompts = [[(7 + 31 * row + 17 * i) % (vocab - 64) + 32 for i in range(args.prompt)] for row in range(args.batch)]
+        prompts = [[(7 + 31 * sequence + 17 * i) % (vocab - 64) + 32 for i in range(args.prompt)] for sequence in range(args.batch)]
         tokens, seconds = decode(model, prompts, args.output)
     print(json.dumps({"tokens": tokens, "seconds": seconds, "tok_s": tokens / seconds}), flush=True)
 

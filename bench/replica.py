@@ -32,7 +32,7 @@ IDLE_S = 10.0
 
 def ranks(status: DeploymentStatus) -> dict[str, int]:
     """Process ids of all ranks by "replica/rank"."""
-    return {f"{row.name}/{rank}": pid for model in status.models for row in model.rows for rank, _, pid in row.pids}
+    return {f"{row.name}/{rank}": pid for model in status.models for row in model.replicas for rank, _, pid in row.pids}
 
 
 @contextmanager
@@ -72,25 +72,27 @@ def standing_claims(cache: Path, runs: int) -> list[Claim]:
 def over_shard(name: str, pid: int, status: DeploymentStatus) -> float:
     """RSS of a rank less its shard file, in MB. The KV pool (2,048 tokens, 94 MB a model) stays in: it is touched in use only."""
     replica, rank = name.split("/")
-    row = next(row for model in status.models for row in model.rows if row.name == replica)
+    row = next(row for model in status.models for row in model.replicas if row.name == replica)
     spec = json.loads(Path(row.log_dir, "spec.json").read_bytes())
     shard = Path(spec["artifact"], f"rank{rank}.safetensors").stat().st_size
     return float(psutil.Process(pid).memory_info().rss - shard) / MB
 
 
-def leader_claims(runs: int, rows: int = 64, tokens: int = 500) -> list[Claim]:
+def leader_claims(runs: int, sequences: int = 64, tokens: int = 500) -> list[Claim]:
     """CPU of the leader process a step: batch core, tables, encoding, sockets, and FakeEngine's own integer model."""
     with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
         replicas = [{"name": "only", "tp_size": 1}]
-        file = write_config(Path(folder), fake_step_ms=0, replicas=replicas, max_batch_size=rows, max_num_tokens=1024, kv_tokens=131072)
+        file = write_config(
+            Path(folder), fake_step_ms=0, replicas=replicas, max_batch_size=sequences, max_num_tokens=1024, kv_tokens=131072
+        )
         with deployed(file) as (_, status):
             pid = ranks(status)["only/0"]
             spent = []
             for _ in range(runs):
                 before = cpu_seconds(pid)
-                asyncio.run(rpc_streams(status, rows, tokens))
+                asyncio.run(rpc_streams(status, sequences, tokens))
                 spent.append((cpu_seconds(pid) - before) / tokens * 1e3)
-    detail = f"{rows} rows, {tokens} steps, CPU of the whole leader process, FakeEngine's model included"
+    detail = f"{sequences} sequences, {tokens} steps, CPU of the whole leader process, FakeEngine's model included"
     return [Claim(name="leader's own share of a step", unit="ms", asked=1.0, sense="<=", runs=spent, detail=detail)]
 
 

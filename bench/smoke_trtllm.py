@@ -155,7 +155,7 @@ def ask(smoke: Smoke, wanted: deployment_file.Config) -> None:
     control = connect(wanted.name, wanted.run_dir)
 
     def rows() -> dict[str, ReplicaRow]:
-        return {row.name: row for model in control.status().models for row in model.rows}
+        return {row.name: row for model in control.status().models for row in model.replicas}
 
     def live() -> int:
         return sum(row.running + row.queue for row in rows().values())

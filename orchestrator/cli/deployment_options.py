@@ -13,7 +13,9 @@ import typer
 Port = Annotated[int | None, typer.Option("--port", help="HTTP port; 0 = any free one.")]
 Routers = Annotated[int | None, typer.Option("--routers", min=1, help="Router processes that share the port.")]
 Launcher = Annotated[str | None, typer.Option("--launcher", metavar="ray|local", help="Through Ray, or directly on this machine.")]
-ApiKeysFile = Annotated[str | None, typer.Option("--api-keys-file", help="Whose keys open the HTTP door; see `trireme keys api`.")]
+ApiKeysFile = Annotated[
+    str | None, typer.Option("--api-keys-file", help="File of the API keys that the HTTP API accepts; see `trireme keys api`.")
+]
 Insecure = Annotated[
     bool | None, typer.Option("--insecure-http-without-keys", help="Let --host be reachable from other machines without API keys.")
 ]

@@ -79,7 +79,7 @@ def describe(engine: EngineDir) -> list[tuple[str, str]]:
     """The rows of `trireme engines show`."""
     record = engine.record
     layout = f"tp={engine.parallel.tp} pp={engine.parallel.pp}: {', '.join(size(engine.engine_bytes(n)) for n in range(engine.world))}"
-    limits = f"{engine.max_batch_size} rows, {engine.max_num_tokens} tokens a step, {engine.max_seq_len} a sequence"
+    limits = f"{engine.max_batch_size} sequences, {engine.max_num_tokens} tokens a step, {engine.max_seq_len} a sequence"
     rows = [
         ("path", str(engine.path)),
         ("layout", layout),

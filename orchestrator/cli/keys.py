@@ -23,7 +23,7 @@ API_KEYS = "api.json"
 FIRST = "local"
 
 keys = typer.Typer(name="keys", cls=CommandGroup, help="Who may use a deployment.", no_args_is_help=True)
-api = typer.Typer(name="api", cls=CommandGroup, help="API keys of the HTTP door.", no_args_is_help=True)
+api = typer.Typer(name="api", cls=CommandGroup, help="API keys of the HTTP API.", no_args_is_help=True)
 keys.add_typer(api)
 
 Deployment = Annotated[

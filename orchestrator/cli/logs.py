@@ -117,7 +117,7 @@ def elsewhere(home: Path, owner: str, rank: int | None) -> list[str]:
     except TriremeError:
         return []
     here, absent = socket.gethostname(), []
-    for row in (row for model in status.models for row in model.rows if owner in ("", row.name)):
+    for row in (row for model in status.models for row in model.replicas if owner in ("", row.name)):
         for number, host, _ in row.pids:
             if host != here and rank in (None, number) and not Path(row.log_dir, f"rank{number}.log").exists():
                 absent.append(f"{row.name} rank {number} runs on {host}; its log is there, {row.log_dir}/rank{number}.log")

@@ -25,7 +25,7 @@ def render(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> str:
     subject = each.subject
     formats = f"{subject.quant.weights} weights, the rest {subject.engine.dtype}" if subject.quant.weights else subject.engine.dtype
     size = f"{parameters(subject.model) / 1e9:.3g} billion parameters"
-    parts = [f"{subject.name}: {size}, {formats}, on {cluster.what}; rows of {load.isl} + {load.osl} tokens"]
+    parts = [f"{subject.name}: {size}, {formats}, on {cluster.what}; sequences of {load.isl} + {load.osl} tokens"]
     rows = marked(each)
     if rows:
         parts.append(_layouts(rows))
@@ -83,8 +83,8 @@ def marked(each: SubjectPlan) -> list[tuple[LayoutPlan, tuple[str, ...]]]:
 
 
 def _layouts(rows: list[tuple[LayoutPlan, tuple[str, ...]]]) -> str:
-    header = ["LAYOUT", "REPLICAS", "WEIGHTS", "CACHE", "KV TOKENS", "ROWS"]
-    header += ["MS/TOKEN 1 ROW", "ALL ROWS", "TOK/S", "TOK/S IN ALL", "+-", ""]
+    header = ["LAYOUT", "REPLICAS", "WEIGHTS", "CACHE", "KV TOKENS", "SEQS"]
+    header += ["MS/TOKEN 1 SEQ", "ALL SEQS", "TOK/S", "TOK/S IN ALL", "+-", ""]
     cells = []
     for made, marks in rows:
         one, full = made.one, made.full
@@ -95,7 +95,7 @@ def _layouts(rows: list[tuple[LayoutPlan, tuple[str, ...]]]) -> str:
                 _gb(max(rank.weights for rank in made.ranks)),
                 _gb(min(rank.cache for rank in made.ranks)),
                 f"{made.kv_tokens:,}",
-                str(made.rows),
+                str(made.sequences),
                 f"{one.token_ms:.2f}" if one else "-",
                 f"{full.token_ms:.2f}" if full else "-",
                 f"{full.output_tok_s:,.0f}" if full else "-",
@@ -108,7 +108,7 @@ def _layouts(rows: list[tuple[LayoutPlan, tuple[str, ...]]]) -> str:
 
 
 def _memory(made: LayoutPlan, load: Workload) -> str:
-    """Ranks that hold alike share a line. A rank's rows are those that its own cache would hold; the replica's are bounded by all."""
+    """Ranks that hold alike share a line. A rank's sequences are those that its own cache would hold; the replica's are bounded by all."""
     rows, first = [], 0
     for rank, alike in groupby(made.ranks):
         count = len(list(alike))
@@ -116,8 +116,8 @@ def _memory(made: LayoutPlan, load: Workload) -> str:
         parts = (rank.weights, rank.step, rank.other, rank.cache, rank.total)
         rows.append([ranks, *map(_gb, parts), f"{rank.kv_tokens:,}", f"{rank.kv_tokens // (load.isl + load.osl):,}"])
         first += count
-    header = ["RANK", "WEIGHTS", "STEP", "CONTEXT AND RESERVE", "CACHE", "OF", "KV TOKENS", "ROWS"]
-    agreed = f"the replica takes the fewest KV tokens: {made.kv_tokens:,}, {made.longest:.1f} of the longest rows"
+    header = ["RANK", "WEIGHTS", "STEP", "CONTEXT AND RESERVE", "CACHE", "OF", "KV TOKENS", "SEQS"]
+    agreed = f"the replica takes the fewest KV tokens: {made.kv_tokens:,}, {made.longest:.1f} of the longest sequences"
     return f"{_name(made)}, memory of each rank; {agreed}\n{table(header, rows)}"
 
 

@@ -21,12 +21,12 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     tp_size: TpSize = 1
     pp_size: PpSize = 1
-    replicas: Annotated[int | None, typer.Option("--replicas", min=1, help="How many gangs.")] = None
+    replicas: Annotated[int | None, typer.Option("--replicas", min=1, help="How many replicas.")] = None
     dtype: Annotated[str, typer.Option("--dtype", help="Number format to compute in: fp32 (default) or bf16.")] = ""
     quant: QuantFlag = ""
     served_model_name: Annotated[str, typer.Option("--served-model-name", help="What clients call it; else its own name.")] = ""
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", "--max-model-len", help="Longest prompt and answer, tokens.")] = None
-    max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Rows in one step.")] = None
+    max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Sequences in one step.")] = None
     max_num_tokens: Annotated[int | None, typer.Option("--max-num-tokens", "--max-num-batched-tokens", help="Tokens in one step.")] = None
     kv_tokens: Annotated[int | None, typer.Option("--kv-tokens", help="Size of the KV cache, tokens.")] = None
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each rank.")] = None

@@ -71,7 +71,7 @@ def render(found: list[DeploymentStatus], form: str) -> str:
 def model_rows(found: DeploymentStatus) -> list[list[str]]:
     return [
         [
-            f"{found.name}/{model.name}", model.state, age(model.age_s), str(model.replicas), str(model.ready), commas(model.tp),
+            f"{found.name}/{model.name}", model.state, age(model.age_s), str(model.wanted), str(model.ready), commas(model.tp),
             commas(model.pp), str(model.queue), f"{model.tok_s:.1f}", str(model.nodes),
         ]
         for model in found.models
@@ -86,7 +86,7 @@ def replica_rows(found: DeploymentStatus) -> list[list[str]]:
             commas(row.hosts), commas(tuple(pid for _, _, pid in row.pids)),
         ]
         for model in found.models
-        for row in model.rows
+        for row in model.replicas
     ]  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def commas(values: tuple[object, ...]) -> str:
 
 def where(found: DeploymentStatus) -> list[str]:
     """Addresses, processes and files of one deployment."""
-    lines = [f"{found.name}: {found.url or 'no HTTP door yet'}, host process {found.pid}, launcher {found.launcher}"]
+    lines = [f"{found.name}: {found.url or 'no HTTP API yet'}, host process {found.pid}, launcher {found.launcher}"]
     lines += [f"  router {name}: process {pid}" for name, pid in found.routers.items()]
     lines += [f"  rpc: {address.endpoint}" for address in found.rpc]
     return [*lines, f"  logs: {found.run_dir}"]

@@ -117,13 +117,13 @@ def top(
 
 def frame(found: list[DeploymentStatus], meter: Meter, ranks: bool | None) -> Frame:
     """Everything that is shown of ``found``."""
-    rows = [(status, row) for status in found for model in status.models for row in model.rows]
+    rows = [(status, row) for status in found for model in status.models for row in model.replicas]
     models = Sheet(
         ("MODEL", "STATE", "READY", "REQ/S", "TOK/S", "RUNNING", "QUEUE", "KV"),
         [
             [
-                f"{status.name}/{model.name}", model.state, f"{model.ready}/{model.replicas}", f"{meter.rate(status, model):.1f}",
-                f"{model.tok_s:.1f}", str(sum(row.running for row in model.rows)), str(model.queue), share(fullness(model)),
+                f"{status.name}/{model.name}", model.state, f"{model.ready}/{model.wanted}", f"{meter.rate(status, model):.1f}",
+                f"{model.tok_s:.1f}", str(sum(row.running for row in model.replicas)), str(model.queue), share(fullness(model)),
             ]
             for status in found for model in status.models
         ],
@@ -154,17 +154,17 @@ def frame(found: list[DeploymentStatus], meter: Meter, ranks: bool | None) -> Fr
 def headline(status: DeploymentStatus, meter: Meter) -> str:
     requests = sum(meter.rate(status, model) for model in status.models)
     tokens, queue = sum(model.tok_s for model in status.models), sum(model.queue for model in status.models)
-    living = sum(len(row.pids) for model in status.models for row in model.rows)
-    ready, replicas = (sum(getattr(model, field) for model in status.models) for field in ("ready", "replicas"))
+    living = sum(len(row.pids) for model in status.models for row in model.replicas)
+    ready, wanted = sum(model.ready for model in status.models), sum(model.wanted for model in status.models)
     return (
-        f"{status.name}: {ready} of {replicas} replicas ready, {living} ranks, {requests:.1f} req/s, {tokens:.1f} tok/s, queue {queue}, "
-        f"up {age(status.age_s)}, {status.url or 'no HTTP door yet'}"
+        f"{status.name}: {ready} of {wanted} replicas ready, {living} ranks, {requests:.1f} req/s, {tokens:.1f} tok/s, queue {queue}, "
+        f"up {age(status.age_s)}, {status.url or 'no HTTP API yet'}"
     )
 
 
 def fullness(model: ModelRow) -> float:
     """Share of the KV blocks of all its replicas that is in use."""
-    sizes = [(row.kv_use, row.capacity.num_blocks) for row in model.rows if row.capacity is not None]
+    sizes = [(row.kv_use, row.capacity.num_blocks) for row in model.replicas if row.capacity is not None]
     blocks = sum(size for _, size in sizes)
     return sum(use * size for use, size in sizes) / blocks if blocks else 0.0
 

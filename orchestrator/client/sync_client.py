@@ -53,7 +53,7 @@ class Client(BaseClient[Call]):
         return msgspec.json.decode(self._answer("models"), type=list[dict[str, Any]])
 
     def status(self) -> dict[str, Any]:
-        """The router's own view: queue, running rows, replicas."""
+        """The router's own view: queue, running choices, replicas."""
         return msgspec.json.decode(self._answer("status"), type=dict[str, Any])
 
     def metrics(self) -> str:

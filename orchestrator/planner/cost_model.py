@@ -51,13 +51,13 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageWork(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank of a stage does: bytes and FLOP for each step, token, sampled row, cached token read, and (query, key) pair."""
+    """What one rank of a stage does: bytes and FLOP for each step, token, sampled sequence, cached token read, and (query, key) pair."""
 
     layers: int
     weights: int
     token_flop: int
-    row_flop: int
-    row_logits: int
+    sequence_flop: int
+    sequence_logits: int
     token_bytes: int
     cached_bytes: int
     pair_flop: int
@@ -69,10 +69,10 @@ class StageWork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """One step: new ``tokens``, of which ``rows`` yield one; ``context`` cached tokens read by decodes; ``pairs`` of prefills."""
+    """One step: new ``tokens``, of which ``sequences`` yield one; ``context`` cached tokens read by decodes; ``pairs`` of prefills."""
 
     tokens: int
-    rows: int
+    sequences: int
     context: float
     pairs: float = 0.0
 
@@ -87,7 +87,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PredictedRun(msgspec.Struct, frozen=True, kw_only=True):
-    """A workload on one replica: seconds from the first step to the last, and ms between two tokens of a row, on average."""
+    """A workload on one replica: seconds from the first step to the last, and ms between two tokens of a sequence, on average."""
 
     seconds: float
     output_tok_s: float
@@ -123,8 +123,8 @@ def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineS
         layers=shard.layers.size,
         weights=weights,
         token_flop=2 * linear,
-        row_flop=2 * shard.vocab_rows * hidden if shard.last else 0,
-        row_logits=shard.vocab_rows if shard.last else 0,
+        sequence_flop=2 * shard.vocab_rows * hidden if shard.last else 0,
+        sequence_logits=shard.vocab_rows if shard.last else 0,
         token_bytes=item * between * shard.layers.size,
         cached_bytes=shard.layers.size * 2 * kv * FORMAT_BYTES[kv_format(engine, quant)],
         pair_flop=4 * query * shard.layers.size,
@@ -139,10 +139,13 @@ def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineS
 def stage_seconds(work: StageWork, rates: Rates, load: StepLoad) -> float:
     """Time that one stage takes for ``load``."""
     reading = work.weights / rates.read
-    products = load.tokens * work.token_flop / (rates.narrow if work.narrow else rates.product) + load.rows * work.row_flop / rates.product
+    products = (
+        load.tokens * work.token_flop / (rates.narrow if work.narrow else rates.product)
+        + load.sequences * work.sequence_flop / rates.product
+    )
     spent = float((reading**BLEND + products**BLEND) ** (1 / BLEND))
     spent += load.context * work.cached_bytes / rates.cached + load.pairs * work.pair_flop / rates.attention
-    spent += load.tokens * work.token_bytes / rates.traffic + load.rows * work.row_logits * rates.choice_s
+    spent += load.tokens * work.token_bytes / rates.traffic + load.sequences * work.sequence_logits * rates.choice_s
     layer_s = rates.alone_s if work.plain and load.tokens == 1 else rates.layer_s
     return spent + work.layers * layer_s + rates.step_s + _sums(work, rates, load)
 
@@ -178,21 +181,21 @@ class Pipeline:
         return max(lanes * max(times.values()), through)
 
 
-def replay(pipeline: Pipeline, workload: Workload, *, rows: int, max_num_tokens: int) -> PredictedRun:
-    """Run ``workload`` as the batch does: decodes first, then prefill in chunks under the token budget, ``rows`` at most at a time.
+def replay(pipeline: Pipeline, workload: Workload, *, sequences: int, max_num_tokens: int) -> PredictedRun:
+    """Run ``workload`` as the batch does: decodes first, then prefill in chunks under the token budget, ``sequences`` at most at a time.
 
-    A pipeline's rows are dealt to as many micro-batches as it has stages; all are alike, so one stands for all.
+    A pipeline's sequences are dealt to as many micro-batches as it has stages; all are alike, so one stands for all.
     """
-    lanes = min(pipeline.depth, workload.requests, rows)
-    lane = _Lane(-(-workload.requests // lanes), max(1, rows // lanes), max_num_tokens, workload)
+    lanes = min(pipeline.depth, workload.requests, sequences)
+    lane = _Lane(-(-workload.requests // lanes), max(1, sequences // lanes), max_num_tokens, workload)
     seconds = decoding = 0.0
     tokens = 0
     while not lane.over:
         load, steps = lane.next()
         spent = steps * pipeline.seconds(load, lanes)
         seconds += spent
-        decoding += spent * load.rows
-        tokens += steps * load.rows
+        decoding += spent * load.sequences
+        tokens += steps * load.sequences
     return PredictedRun(
         seconds=seconds,
         output_tok_s=workload.requests * workload.osl / seconds,
@@ -201,14 +204,14 @@ def replay(pipeline: Pipeline, workload: Workload, *, rows: int, max_num_tokens:
 
 
 class _Lane:
-    """One micro-batch's rows on their way. ``_ends``: (step at which they end, rows) of those that decode."""
+    """One micro-batch's sequences on their way. ``_ends``: (step at which they end, sequences) of those that decode."""
 
     def __init__(self, requests: int, places: int, budget: int, workload: Workload) -> None:
         self._waiting, self._places, self._budget, self._workload = requests, places, budget, workload
         self._ends: deque[tuple[int, int]] = deque()
         self._step = self._decoding = 0
         self._context = 0.0
-        #: Prompt tokens already computed of the row that a chunk has cut.
+        #: Prompt tokens already computed of the sequence that a chunk has cut.
         self._begun = 0
 
     @property
@@ -216,14 +219,14 @@ class _Lane:
         return not self._waiting and not self._ends
 
     def next(self) -> tuple[StepLoad, int]:
-        """The next step, and how many of them follow each other alike: decodes until a row ends."""
+        """The next step, and how many of them follow each other alike: decodes until a sequence ends."""
         room = min(self._places - self._decoding, self._waiting)
         chunk = min(self._budget - self._decoding, room * self._workload.isl - self._begun) if room > 0 else 0
         if chunk > 0:
             return self._prefill(chunk), 1
         steps = self._ends[0][0] - self._step
-        # Each step reads one token more a row; the mean of an even climb is its middle.
-        load = StepLoad(tokens=self._decoding, rows=self._decoding, context=self._context + self._decoding * (steps - 1) / 2)
+        # Each step reads one token more a sequence; the mean of an even climb is its middle.
+        load = StepLoad(tokens=self._decoding, sequences=self._decoding, context=self._context + self._decoding * (steps - 1) / 2)
         self._advance(steps)
         return load, steps
 
@@ -239,7 +242,7 @@ class _Lane:
             self._ends.append((self._step + self._workload.osl - 1, finished))
             self._decoding += finished
             self._context += finished * (isl + 1)
-        return StepLoad(tokens=decoding + chunk, rows=decoding + finished, context=context, pairs=pairs)
+        return StepLoad(tokens=decoding + chunk, sequences=decoding + finished, context=context, pairs=pairs)
 
     def _advance(self, steps: int) -> None:
         self._step += steps

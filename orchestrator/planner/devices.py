@@ -115,9 +115,9 @@ _PCIE_S, _PCIE = 20e-6, 20e9
 #: On a CPU: choosing a token, a logit; a sum or a message between two ranks of a host; bytes a second between hosts (not measured).
 _HOST_CHOICE_S, _HOST_SUM_S, _HOST_WIRE = 2e-9, 150e-6, 1e9
 
-#: The leader's own share of a step and of each of its rows: ``host_us`` of gpu.jsonl without stages (41 to 153 us at 1 row, 160 to 550 at
+#: The leader's own share of a step and of each of its sequences: ``host_us`` of gpu.jsonl without stages (41 to 153 us at 1, 160 to 550 at
 #: 256, 218 to 586 at 512).
-_LEAD_S, _LEAD_ROW_S = 0.1e-3, 0.8e-6
+_LEAD_S, _LEAD_SEQUENCE_S = 0.1e-3, 0.8e-6
 
 #: Bytes that are in use before a rank's weights: the CUDA context and torch (recorded on one GPU); what joining NCCL takes; what groups of
 #: tensor-parallel ranks and of stages take beside it (recorded on two and four).
@@ -133,9 +133,9 @@ def taken(parallel: Parallel) -> int:
     return _CONTEXT + _NCCL + _TENSOR * (parallel.tp > 1) + _PIPELINE * (parallel.pp > 1)
 
 
-def leading_s(rows: int) -> float:
-    """What the leader itself spends on a decode step of ``rows``, seconds, while the device computes."""
-    return _LEAD_S + rows * _LEAD_ROW_S
+def leading_s(sequences: int) -> float:
+    """What the leader itself spends on a decode step of ``sequences``, seconds, while the device computes."""
+    return _LEAD_S + sequences * _LEAD_SEQUENCE_S
 
 
 def gpu_rates(gpu: GpuModel, dtype: DType, fit: Fit = GPU_FIT) -> Rates:

@@ -1,4 +1,4 @@
-"""Does a model fit, on which layouts, how many rows does each hold, and how fast will they be: before anything is started. Pure.
+"""Does a model fit, on which layouts, how many sequences does each hold, and how fast will they be: before anything is started. Pure.
 
 Memory is the engine's own arithmetic (:mod:`workers.layout.memory`); speed is :mod:`orchestrator.planner.cost_model`. A tensor-parallel
 group stays within a node, where the fast links are; stages may cross. Must never look at a machine or a file.
@@ -31,7 +31,7 @@ from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, PortableSpec
 
 #: GPUs of the largest usual node: what is advised before more nodes are.
 FULL_NODE = 8
-#: A workload of many more requests than a replica has rows says nothing about it.
+#: A workload of many more requests than a replica has sequences says nothing about it.
 TURNS = 8
 #: What recorded runs on GPUs were like, with some room: ranks at most, tokens of a step's budget at least, parameters of the model.
 RECORDED_RANKS, RECORDED_TOKENS, RECORDED_PARAMETERS = 4, 4096, (5e9, 100e9)
@@ -63,11 +63,11 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayoutPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One layout: ``replicas`` of it, each with ``ranks`` and the cache that all of them agree on, ``kv_tokens``; at most ``rows`` at a
-    time of the load asked about, ``longest`` of the longest kind.
+    """One layout: ``replicas`` of it, each with ``ranks`` and the cache that all of them agree on, ``kv_tokens``. ``sequences``: how
+    many of the load run at a time at most; ``longest``: how many of the longest kind.
 
-    ``one``: a row alone; ``full``: ``rows`` at once; None where nothing can be said of its speed. ``error``: relative error of both, None
-    where no run like it was recorded. ``node_ranks``: ranks of all gangs on the fullest node.
+    ``one``: a sequence alone; ``full``: ``sequences`` at once; None where nothing can be said of its speed. ``error``: relative error of
+    both, None where no run like it was recorded. ``node_ranks``: ranks of all gangs on the fullest node.
     """
 
     parallel: Parallel
@@ -75,7 +75,7 @@ class LayoutPlan(msgspec.Struct, frozen=True, kw_only=True):
     placement: RankAssignment
     ranks: tuple[RankMemory, ...]
     kv_tokens: int
-    rows: int
+    sequences: int
     longest: float
     one: PredictedRun | None
     full: PredictedRun | None
@@ -103,7 +103,7 @@ class SubjectPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def quickest(self) -> LayoutPlan | None:
-        """The option whose single row gets its tokens soonest."""
+        """The option whose single sequence gets its tokens soonest."""
         timed = [(option.one.token_ms, -option.total_tok_s, index) for index, option in enumerate(self.options) if option.one]
         return self.options[min(timed)[2]] if timed else None
 
@@ -157,32 +157,36 @@ def layout_plan(
     node_ranks = node_ranks or max(placed.ranks)
     ranks = _ranks(subject, parallel, cluster.device, max(placed.ranks), node_ranks)
     kv_tokens = min(rank.kv_tokens for rank in ranks)
-    longest, rows = longest_sequence(subject.model, subject.engine), _rows(subject, kv_tokens, load)
+    longest, sequences = longest_sequence(subject.model, subject.engine), _concurrent(subject, kv_tokens, load)
     notes = []
     if kv_tokens < longest:
-        notes.append(f"rows of more than {kv_tokens} tokens are refused: the cache holds no more")
-    if rows == 0:
-        notes.append(f"no row of {load.isl} + {load.osl} tokens: the longest has {min(kv_tokens, longest)}")
+        notes.append(f"sequences of more than {kv_tokens} tokens are refused: the cache holds no more")
+    if sequences == 0:
+        notes.append(f"no sequence of {load.isl} + {load.osl} tokens: the longest has {min(kv_tokens, longest)}")
     if placed.splits_group:
         notes.append("a tensor-parallel group crosses nodes: its sums would go over the network in every layer; no speed is foretold")
     one = full = None
     error = _error(subject, parallel, cluster.device, placed, node_ranks)
-    if rows and not placed.splits_group:
+    if sequences and not placed.splits_group:
         pipeline = pipeline_of(subject, parallel, rates_of(subject, cluster.device, node_ranks), crossings=placed.crossings)
         one, full = (
-            replay(pipeline, msgspec.structs.replace(load, requests=count), rows=rows, max_num_tokens=subject.engine.max_num_tokens)
-            for count in (1, rows)
+            replay(
+                pipeline, msgspec.structs.replace(load, requests=count), sequences=sequences, max_num_tokens=subject.engine.max_num_tokens
+            )
+            for count in (1, sequences)
         )
-        if isinstance(cluster.device, GpuModel) and _led_late(pipeline, rows, load):
+        if isinstance(cluster.device, GpuModel) and _led_late(pipeline, sequences, load):
             error = None
-            notes.append(f"steps of {rows} rows are nearly as short as the host's own share of them: expect fewer tokens a second")
+            notes.append(
+                f"steps of {sequences} sequences are nearly as short as the host's own share of them: expect fewer tokens a second"
+            )
     return LayoutPlan(
         parallel=parallel,
         replicas=replicas,
         placement=placed,
         ranks=ranks,
         kv_tokens=kv_tokens,
-        rows=rows,
+        sequences=sequences,
         longest=kv_tokens / longest,
         one=one,
         full=full,
@@ -192,16 +196,16 @@ def layout_plan(
     )
 
 
-def _led_late(pipeline: Pipeline, rows: int, load: Workload) -> bool:
+def _led_late(pipeline: Pipeline, sequences: int, load: Workload) -> bool:
     """Whether the leader takes more than half the time of a decode step, so that the device may wait for it."""
-    lanes = min(pipeline.depth, rows)
-    each = rows // lanes
-    step = StepLoad(tokens=each, rows=each, context=each * (load.isl + load.osl / 2))
+    lanes = min(pipeline.depth, sequences)
+    each = sequences // lanes
+    step = StepLoad(tokens=each, sequences=each, context=each * (load.isl + load.osl / 2))
     return pipeline.seconds(step, lanes) / lanes < 2 * leading_s(each)
 
 
-def _rows(subject: Subject, kv_tokens: int, load: Workload) -> int:
-    """Rows of ``load`` that run at a time; 0 where not even one has room, or may be as long."""
+def _concurrent(subject: Subject, kv_tokens: int, load: Workload) -> int:
+    """Sequences of ``load`` that run at a time; 0 where not even one has room, or may be as long."""
     tokens, block = load.isl + load.osl, subject.engine.block_size
     if tokens > longest_sequence(subject.model, subject.engine):
         return 0
@@ -245,9 +249,9 @@ def timed(subject: Subject, made: LayoutPlan, device: GpuModel | HostModel) -> l
     pipeline = pipeline_of(subject, made.parallel, rates_of(subject, device, made.node_ranks), crossings=made.placement.crossings)
     found = []
     for load in WORKLOADS if made.full else ():
-        rows = _rows(subject, made.kv_tokens, load)
-        if load.requests <= TURNS * rows:
-            found.append((load, replay(pipeline, load, rows=rows, max_num_tokens=subject.engine.max_num_tokens)))
+        sequences = _concurrent(subject, made.kv_tokens, load)
+        if load.requests <= TURNS * sequences:
+            found.append((load, replay(pipeline, load, sequences=sequences, max_num_tokens=subject.engine.max_num_tokens)))
     return found
 
 

@@ -21,21 +21,26 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5
 
 #: Per replica: metric name, help, whether it only grows, how its value is read.
 _REPLICA_SERIES: tuple[tuple[str, str, bool, Callable[[ReplicaStatus], float]], ...] = (
-    ("num_requests_running", "Rows in the running batch", False, lambda replica: replica.running),
-    ("num_requests_waiting", "Rows waiting at the replica", False, lambda replica: replica.waiting),
-    ("router_placed_rows", "Rows of this router at the replica", False, lambda replica: replica.rows),
-    ("router_paused_rows", "Those of them whose clients take nothing now", False, lambda replica: replica.paused),
-    ("generation_tokens_per_second", "Output tokens a second, as last reported", False, lambda replica: replica.tok_s),
-    ("step_seconds", "Duration of a step, as last reported", False, lambda replica: replica.step_ms * 0.001),
-    ("step_age_seconds", "Age of the running step, as last reported", False, lambda replica: replica.busy_ms * 0.001),
-    ("replica_signal_age_seconds", "Time since the replica was last heard", False, lambda replica: replica.signal_age_s),
-    ("kv_cache_blocks", "Blocks in the KV pool", False, lambda replica: replica.num_blocks),
-    ("prompt_tokens_waiting", "Prompt tokens still to be computed", False, lambda replica: replica.prefill_tokens),
-    ("replica_prompt_tokens", "Prompt tokens computed", True, lambda replica: replica.prompt_tokens_total),
-    ("replica_generation_tokens", "Output tokens generated", True, lambda replica: replica.output_tokens_total),
-    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", True, lambda replica: replica.prefix_queries_total),
-    ("prefix_cache_hits", "Prompt tokens found in the prefix cache", True, lambda replica: replica.prefix_hits_total),
-    ("num_preemptions", "Rows preempted for want of KV blocks", True, lambda replica: replica.preemptions_total),
+    ("trireme_num_requests_running", "Sequences in the running batch", False, lambda replica: replica.running),
+    ("trireme_num_requests_waiting", "Sequences waiting at the replica", False, lambda replica: replica.waiting),
+    ("trireme_router_placed_choices", "Choices of this router at the replica", False, lambda replica: replica.choices),
+    (
+        "trireme_router_paused_choices",
+        "Choices of this router at the replica whose clients take nothing now",
+        False,
+        lambda replica: replica.paused,
+    ),
+    ("trireme_generation_tokens_per_second", "Output tokens a second, as last reported", False, lambda replica: replica.tok_s),
+    ("trireme_step_seconds", "Duration of a step, as last reported", False, lambda replica: replica.step_ms * 0.001),
+    ("trireme_step_age_seconds", "Age of the running step, as last reported", False, lambda replica: replica.busy_ms * 0.001),
+    ("trireme_replica_signal_age_seconds", "Time since the replica was last heard", False, lambda replica: replica.signal_age_s),
+    ("trireme_kv_cache_blocks", "Blocks in the KV pool", False, lambda replica: replica.num_blocks),
+    ("trireme_prompt_tokens_waiting", "Prompt tokens still to be computed", False, lambda replica: replica.prefill_tokens),
+    ("trireme_replica_prompt_tokens", "Prompt tokens computed", True, lambda replica: replica.prompt_tokens_total),
+    ("trireme_replica_generation_tokens", "Output tokens generated", True, lambda replica: replica.output_tokens_total),
+    ("trireme_prefix_cache_queries", "Prompt tokens looked up in the prefix cache", True, lambda replica: replica.prefix_queries_total),
+    ("trireme_prefix_cache_hits", "Prompt tokens found in the prefix cache", True, lambda replica: replica.prefix_hits_total),
+    ("trireme_num_preemptions", "Sequences preempted for want of KV blocks", True, lambda replica: replica.preemptions_total),
 )
 
 #: Facts of a replica that are labels: name, how it is read.
@@ -54,38 +59,46 @@ _CONFIG_LABELS: tuple[tuple[str, Callable[[ReplicaStatus], object]], ...] = (
 
 #: Per model: metric name, help, which histogram.
 _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelStats], Histogram]], ...] = (
-    ("request_queue_time_seconds", "A row's wait at this router for its first place", lambda stats: stats.queue),
-    ("request_prefill_time_seconds", "From a row's first place to its first token", lambda stats: stats.prefill),
-    ("request_decode_time_seconds", "From a row's first token to its last", lambda stats: stats.decode),
-    ("request_inference_time_seconds", "From a row's first place to its last token", lambda stats: stats.inference),
-    ("request_params_n", "Choices that requests ask for", lambda stats: stats.choices),
-    ("request_params_max_tokens", "Output tokens that requests ask for at most", lambda stats: stats.limits),
-    ("router_expected_wait_seconds", "Expected wait for the first token at the chosen replica", lambda stats: stats.expected_wait),
-    ("router_actual_wait_seconds", "Wait for the first token at the chosen replica, over the same rows", lambda stats: stats.actual_wait),
-    ("router_wait_error_seconds", "Difference of the two, either way, row by row", lambda stats: stats.wait_error),
-    ("router_failover_pause_seconds", "From a row's loss of its place to its next token", lambda stats: stats.pause),
+    ("trireme_request_queue_time_seconds", "From the arrival of a choice until it is first sent to a replica", lambda stats: stats.queue),
+    ("trireme_request_prefill_time_seconds", "From the first sending of a choice to its first token", lambda stats: stats.prefill),
+    ("trireme_request_decode_time_seconds", "From the first token of a choice to its last", lambda stats: stats.decode),
+    ("trireme_request_inference_time_seconds", "From the first sending of a choice to its last token", lambda stats: stats.inference),
+    ("trireme_request_params_n", "Choices that requests ask for", lambda stats: stats.choices),
+    ("trireme_request_params_max_tokens", "Output tokens that requests ask for at most", lambda stats: stats.limits),
+    ("trireme_router_expected_wait_seconds", "Expected wait for the first token at the chosen replica", lambda stats: stats.expected_wait),
+    (
+        "trireme_router_actual_wait_seconds",
+        "Actual wait for the first token at the chosen replica, over the same choices",
+        lambda stats: stats.actual_wait,
+    ),
+    (
+        "trireme_router_wait_error_seconds",
+        "Difference of expected and actual wait, without its sign, of each choice",
+        lambda stats: stats.wait_error,
+    ),
+    ("trireme_router_failover_pause_seconds", "From the loss of the replica of a choice to its next token", lambda stats: stats.pause),
 )
 
 
 def histogram(name: str, text: str, histograms: Mapping[str, Histogram]) -> HistogramMetricFamily:
-    """One family by model."""
-    family = HistogramMetricFamily(f"trireme_{name}", text, labels=["model_name"])
+    """One family by model. ``name``: the whole name of the metric."""
+    family = HistogramMetricFamily(name, text, labels=["model_name"])
     for model, found in histograms.items():
         family.add_metric([model], buckets=found.cumulated(), sum_value=found.total)
     return family
 
 
 def core(status: RouterStatus, by_model: Mapping[str, ModelStats]) -> Iterator[Metric]:
-    """The routing core: lines, decisions, moves, and guesses against what came."""
-    queued = GaugeMetricFamily("trireme_router_queued_requests", "Rows waiting at this router for a replica", labels=["model_name"])
+    """The routing core: queues, decisions, moves, and estimates beside what came."""
+    queued = GaugeMetricFamily("trireme_router_queued_choices", "Choices waiting at this router for a replica", labels=["model_name"])
     decisions = CounterMetricFamily("trireme_router_decisions", "Placements by what decided", labels=["model_name", "reason"])
-    moved = CounterMetricFamily("trireme_router_moved_rows", "Rows that lost their place", labels=["model_name", "cause"])
+    moved = CounterMetricFamily("trireme_router_moved_choices", "Choices that lost their replica", labels=["model_name", "cause"])
     outcomes = CounterMetricFamily(
-        "trireme_router_failovers", "Rows that lost their place, by what became of them", labels=["model_name", "cause", "outcome"]
+        "trireme_router_failovers", "Choices that lost their replica, by what became of them", labels=["model_name", "cause", "outcome"]
     )
     losses = CounterMetricFamily("trireme_router_replica_losses", "Replicas that this router lost", labels=["model_name", "cause"])
     hits = CounterMetricFamily(
-        "trireme_router_prefix_hit_tokens", "Cached prompt tokens of ended rows: as guessed and as found", labels=["model_name", "kind"]
+        "trireme_router_prefix_hit_tokens", "Cached prompt tokens of ended choices, as expected and as found", labels=["model_name", "kind"]
     )
     for model, stats in by_model.items():
         queued.add_metric([model], status.queue.get(model, 0))
@@ -105,7 +118,7 @@ def core(status: RouterStatus, by_model: Mapping[str, ModelStats]) -> Iterator[M
 
 
 def _events(status: RouterStatus) -> Metric:
-    events = CounterMetricFamily("trireme_router_events", "What the routing core counts: rows, tokens and losses", labels=["event"])
+    events = CounterMetricFamily("trireme_router_events", "What the routing core counts: choices, tokens and losses", labels=["event"])
     for event, count in status.counts.items():
         events.add_metric([event], count)
     return events
@@ -132,7 +145,7 @@ def replicas(status: RouterStatus, models: Sequence[str]) -> Iterator[Metric]:
     heard = [replica for replica in status.replicas if replica.reported]
     for name, text, grows, value in _REPLICA_SERIES:
         kind = CounterMetricFamily if grows else GaugeMetricFamily
-        family = kind(f"trireme_{name}", text, labels=["model_name", "replica"])
+        family = kind(name, text, labels=["model_name", "replica"])
         for replica in heard:
             family.add_metric([replica.model, replica.name], float(value(replica)))
         yield family

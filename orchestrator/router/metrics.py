@@ -164,7 +164,7 @@ class Metrics:
     def _counts(self) -> Iterator[Metric]:
         flight = GaugeMetricFamily("trireme_router_inflight_requests", "Requests admitted and not ended", labels=["model_name"])
         prompt = CounterMetricFamily("trireme_prompt_tokens", "Prompt tokens of admitted requests", labels=["model_name"])
-        output = CounterMetricFamily("trireme_generation_tokens", "Output tokens delivered to the doors", labels=["model_name"])
+        output = CounterMetricFamily("trireme_generation_tokens", "Output tokens delivered to clients", labels=["model_name"])
         cached = CounterMetricFamily("trireme_prompt_tokens_cached", "Prompt tokens found in the prefix cache", labels=["model_name"])
         success = CounterMetricFamily("trireme_request_success", "Choices that ended", labels=["model_name", "finished_reason"])
         errors = CounterMetricFamily("trireme_request_error", "Choices that failed after admission", labels=["model_name", "code"])
@@ -181,11 +181,11 @@ class Metrics:
 
     def _histograms(self) -> Iterator[Metric]:
         families: tuple[tuple[str, str, Callable[[ModelMeter], Histogram]], ...] = (
-            ("time_to_first_token_seconds", "From admission to the first token", lambda meter: meter.first_token),
-            ("inter_token_latency_seconds", "Between tokens of one request", lambda meter: meter.inter_token),
-            ("e2e_request_latency_seconds", "From admission to the end", lambda meter: meter.end_to_end),
-            ("request_prompt_tokens", "Prompt tokens of a request", lambda meter: meter.prompt_length),
-            ("request_generation_tokens", "Output tokens of a choice", lambda meter: meter.output_length),
+            ("trireme_time_to_first_token_seconds", "From admission to the first token", lambda meter: meter.first_token),
+            ("trireme_inter_token_latency_seconds", "Between tokens of one request", lambda meter: meter.inter_token),
+            ("trireme_e2e_request_latency_seconds", "From admission to the end", lambda meter: meter.end_to_end),
+            ("trireme_request_prompt_tokens", "Prompt tokens of a request", lambda meter: meter.prompt_length),
+            ("trireme_request_generation_tokens", "Output tokens of a choice", lambda meter: meter.output_length),
         )
         for name, text, pick in families:
             yield metric_families.histogram(name, text, {model: pick(meter) for model, meter in self.models.items()})

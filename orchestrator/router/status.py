@@ -62,7 +62,7 @@ def replica_status(replica: Replica, now: float) -> ReplicaStatus:
         block_size=capacity.block_size,
         num_blocks=capacity.num_blocks,
         free_blocks=capacity.num_blocks,
-        rows=len(replica.streams),
+        choices=len(replica.streams),
         paused=replica.paused,
         signal_age_s=round(now - replica.seen, 3),
         tok_s=round(replica.tok_s, 1),
@@ -96,7 +96,7 @@ def _loss_status(loss: ReplicaLoss, now: float) -> ReplicaLossStatus:
         model=loss.model,
         epoch=loss.epoch,
         reason=loss.reason,
-        rows=loss.choices,
+        choices=loss.choices,
         drained=loss.drained,
         age_s=round(now - loss.at, 3),
     )

@@ -16,11 +16,11 @@ HORIZON_S = 6.0
 
 
 class SimSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """``rows``, ``blocks``, ``tokens``, ``stages``: a replica's limits. ``repeats``: how often a message comes twice, as a share."""
+    """``sequences``, ``blocks``, ``tokens``, ``stages``: a replica's limits. ``repeats``: how often a message comes twice, as a share."""
 
     routers: int
     replicas: int
-    rows: int
+    sequences: int
     blocks: int
     tokens: int
     stages: int
@@ -30,14 +30,14 @@ class SimSetup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Arrive(msgspec.Struct, frozen=True, kw_only=True, tag="arrive"):
-    """A client asks. ``door`` http: its connection ends with the router and it asks anew; rpc: it holds the journal and goes on elsewhere.
+    """A client asks. ``frontend`` http: its connection ends with the router and it asks anew; rpc: it has the journal and continues.
 
     ``credit`` 0 = unlimited, else the window, granted again ``pace_s`` after it was read.
     """
 
     at: float
     id: int
-    door: Literal["http", "rpc"]
+    frontend: Literal["http", "rpc"]
     router: int
     prompt: list[int]
     n: int = 1
@@ -162,7 +162,7 @@ def draw(seed: int) -> Schedule:
     setup = SimSetup(
         routers=chance.choice((1, 2, 2)),
         replicas=chance.choice((1, 2, 2, 3)),
-        rows=chance.choice((2, 3, 4)),
+        sequences=chance.choice((2, 3, 4)),
         blocks=chance.choice((8, 12, 24)),
         tokens=chance.choice((4, 8, 32)),
         stages=chance.choice((1, 1, 1, 2)),
@@ -177,11 +177,11 @@ def draw(seed: int) -> Schedule:
         if chance.random() < 0.15:
             choice = chance.choice((None, 0))
             events.append(Leave(at=_later(chance, arrival.at), id=arrival.id, choice=choice))
-        if arrival.door == "rpc" and setup.routers > 1 and chance.random() < 0.2:
+        if arrival.frontend == "rpc" and setup.routers > 1 and chance.random() < 0.2:
             events.append(Wander(at=_later(chance, arrival.at), id=arrival.id))
     events += [_fault(chance, setup) for _ in range(chance.randint(1, 5))]
     if not windows and chance.random() < 0.4:
-        # No connection loses one message alone, but the core mends it by the next one; a row without credit has no next one.
+        # No connection loses one message alone, but the core mends it by the next one; a choice without credit has no next one.
         events.append(LoseTokens(at=_time(chance), gang=chance.randrange(setup.replicas), router=chance.randrange(setup.routers)))
     return Schedule(setup=setup, events=sorted(events, key=lambda event: event.at))
 
@@ -202,7 +202,7 @@ def _arrive(chance: Random, id: int, setup: SimSetup, *, windows: bool) -> Arriv
     return Arrive(
         at=round(chance.uniform(0.0, HORIZON_S * 0.7), 3),
         id=id,
-        door=chance.choice(("http", "rpc", "rpc")),
+        frontend=chance.choice(("http", "rpc", "rpc")),
         router=chance.randrange(setup.routers),
         prompt=prompt[: setup.blocks * 4],
         n=chance.choice((1, 1, 1, 2)),

@@ -72,7 +72,7 @@ class SimClient:
         if not self._routers[self._router].up:
             self._try_elsewhere()
             return
-        continues = self.asked.door == "rpc" and self.tokens > 0
+        continues = self.asked.frontend == "rpc" and self.tokens > 0
         self._base = list(map(len, self._journal))
         request = RouterRequest(
             client="c", request_id=f"q{self.asked.id}.{self._life}", model="m", prompt_ids=self.asked.prompt, params=self._params,
@@ -91,7 +91,7 @@ class SimClient:
     def _try_elsewhere(self) -> None:
         """HTTP clients share a port, RPC clients hold a list: either way another router may take it."""
         self._router = (self._router + 1) % len(self._routers)
-        self._attempt += self.asked.door == "rpc"
+        self._attempt += self.asked.frontend == "rpc"
         self._timeline.after(RETRY_S, self.ask)
 
     def leave(self, choice: int | None) -> None:
@@ -126,7 +126,7 @@ class SimClient:
         if call is not self._call:
             return
         self._call = None
-        if self.asked.door == "http":
+        if self.asked.frontend == "http":
             self._anew()
         else:
             self._router = (self._router + 1) % len(self._routers)
@@ -171,7 +171,7 @@ class SimClient:
             self.outcome, self._call = "deadline", None
         elif isinstance(error, Overloaded):  # the router stops
             self._call = None
-            if self.asked.door == "http":
+            if self.asked.frontend == "http":
                 self._anew()
             else:
                 self._try_elsewhere()

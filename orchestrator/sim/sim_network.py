@@ -115,7 +115,7 @@ class SimConnection:
         at = self._arrived_at[up] = max(self._arrived_at[up], net.timeline.now + net.delay())
         net.timeline.at(at, partial(self._pass, arrive))
         if again and net.repeats and net.chance.random() < net.repeats:
-            # A stale copy may come to a router at any time; what starts rows is repeated at once or not at all.
+            # A stale copy may come to a router at any time; what starts sequences is repeated at once or not at all.
             net.timeline.at(at + (net.chance.uniform(0.0, 1.0) if up else 0.0), partial(self._pass, arrive))
 
     def _pass(self, arrive: Callable[[], None]) -> None:

@@ -114,7 +114,7 @@ class SimReplica:
         self.index, self.epoch, self._timeline, self.net, self._host = index, epoch, timeline, net, host
         self.name, self.boot = f"r{index}", f"r{index}.{epoch}"
         spec = FakeSpec(
-            block_size=BLOCK_SIZE, max_batch_size=setup.rows, max_num_tokens=setup.tokens, kv_tokens=setup.blocks * BLOCK_SIZE,
+            block_size=BLOCK_SIZE, max_batch_size=setup.sequences, max_num_tokens=setup.tokens, kv_tokens=setup.blocks * BLOCK_SIZE,
             max_seq_len=setup.blocks * BLOCK_SIZE, options=FakeOptions(fake_step_ms=setup.step_ms),
         )  # fmt: skip
         self.engine = FakeEngine(spec, parallel=Parallel(pp=setup.stages), clock=lambda: timeline.now, sleep=lambda seconds: None)
@@ -189,7 +189,7 @@ class SimReplica:
         self._host.ended(self, why)
 
     def _farewell(self, why: str) -> None:
-        """Every row continues elsewhere; then the gang ends in order."""
+        """Every sequence continues elsewhere; then the gang ends in order."""
         self.stream_table.drain(self.now, 0.0)
         self._act(self.stream_table.expire(self.now))
         for port in self.ports:
@@ -310,7 +310,7 @@ class SimReplica:
     def check_idle(self) -> None:
         """Assert that nothing is left of any request."""
         stats = self.engine.stats()
-        assert not len(self.stream_table), f"{self.boot} holds rows of {self.stream_table.live()}"
-        assert stats.running == stats.waiting == 0, f"{self.boot}: {stats.running} rows run and {stats.waiting} wait"
+        assert not len(self.stream_table), f"{self.boot} holds sequences of {self.stream_table.live()}"
+        assert stats.running == stats.waiting == 0, f"{self.boot}: {stats.running} sequences run and {stats.waiting} wait"
         blocks = self.engine.capacity.num_blocks
         assert stats.free_blocks == blocks, f"{self.boot}: {blocks - stats.free_blocks} blocks leaked"

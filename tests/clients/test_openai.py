@@ -110,7 +110,7 @@ def test_stop_string(client: openai.OpenAI, door: ServedDoor) -> None:
     assert (choice.message.content, choice.finish_reason) == ("Hello", "stop")
     assert choice.model_extra == {"stop_reason": ", w"}
     assert answer.usage is not None and answer.usage.completion_tokens == 8, "up to and including the token that completed it"
-    assert door.dispatcher.finished == [(answer.id, 0)], "the row was ended at the replica"
+    assert door.dispatcher.finished == [(answer.id, 0)], "the choice was ended at the replica"
 
 
 def test_forced_tool_call(client: openai.OpenAI, door: ServedDoor) -> None:

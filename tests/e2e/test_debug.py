@@ -50,7 +50,7 @@ async def served(status: DeploymentStatus, kill: bool) -> list[str]:
 
         async def killed() -> None:
             await all_run.wait()
-            _, _, pid = status.models[0].rows[0].pids[0]
+            _, _, pid = status.models[0].replicas[0].pids[0]
             os.kill(pid, signal.SIGKILL)
 
         ids, _ = await asyncio.gather(asyncio.gather(*map(one, range(STREAMS))), killed() if kill else asyncio.sleep(0))

@@ -173,10 +173,10 @@ def restart(front: Front, control: ControlClient, keys: ClientKeys) -> None:
     before = wait_for_state(control, "READY", BOUND_S)
     assert front.end(signal.SIGKILL) == -signal.SIGKILL
     wait_for(lambda: control.status().state == "DEGRADED", BOUND_S, "a job that nobody serves")
-    assert control.status().models[0].rows[0].state == "JOINING"
+    assert control.status().models[0].replicas[0].state == "JOINING"
     front.start()
     after = wait_for_state(control, "READY", BOUND_S)
-    assert [row.epoch for row in after.models[0].rows] == [row.epoch for row in before.models[0].rows], "it was launched again"
+    assert [row.epoch for row in after.models[0].replicas] == [row.epoch for row in before.models[0].replicas], "it was launched again"
     with Client(after.rpc, model=MODEL, keys=keys) as client:
         reply = client.complete("again", max_tokens=60, temperature=0.0, ignore_eos=True).result()
         assert reply.choices[0].text == expected("again")

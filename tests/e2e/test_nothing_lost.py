@@ -157,7 +157,7 @@ async def idle(status: DeploymentStatus) -> dict[str, int]:
             if all(row["running"] == 0 and row["waiting"] == 0 for row in found["replicas"]) and not found["running"]:
                 return dict(found["counts"])
             await asyncio.sleep(0.05)
-    raise AssertionError(f"rows are left: {found}")
+    raise AssertionError(f"sequences are left: {found}")
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def up() -> Iterator[tuple[ControlClient, DeploymentStatus]]:
         pids: set[int] = set()
         with deployed(write_config(Path(folder))) as (control, status):
             yield control, status
-            pids = {pid for model in control.status().models for row in model.rows for _, _, pid in row.pids}
+            pids = {pid for model in control.status().models for row in model.replicas for _, _, pid in row.pids}
         assert pids and not any(psutil.pid_exists(pid) for pid in pids), "ranks outlive their deployment"
 
 
@@ -180,7 +180,7 @@ def test_every_request_is_answered_exactly_once(up: tuple[ControlClient, Deploym
 
 def test_a_killed_rank_is_a_pause_and_not_a_loss(up: tuple[ControlClient, DeploymentStatus]) -> None:
     control, status = up
-    before = {row.name: row for model in status.models for row in model.rows}
+    before = {row.name: row for model in status.models for row in model.replicas}
 
     async def kill_a_rank() -> None:
         async with httpx.AsyncClient(base_url=status.url, trust_env=False) as http:
@@ -197,7 +197,7 @@ def test_a_killed_rank_is_a_pause_and_not_a_loss(up: tuple[ControlClient, Deploy
 
     answers = asyncio.run(run_all(status, seed=2, disturb=kill_a_rank))
     check(answers, seed=2)
-    after = {row.name: row for model in wait_for_state(control, "READY", 60).models for row in model.rows}
+    after = {row.name: row for model in wait_for_state(control, "READY", 60).models for row in model.replicas}
     assert after["left"].epoch > before["left"].epoch, "the gang was not replaced"
     assert after["right"].epoch == before["right"].epoch, "the other gang was touched"
     counts = asyncio.run(idle(status))

@@ -30,7 +30,7 @@ OUTPUT = 300
 BEGUN = 20
 #: Four GPUs like the one that the engine was built on.
 GPUS = msgspec.json.encode([["NVIDIA H100 80GB HBM3", "9.0", 81559, 81000]] * 4).decode()
-#: Twice as many requests as a replica has rows, so both must serve: it queues one ahead.
+#: Twice as many requests as a replica has sequences, so both must serve: it queues one ahead.
 ASKED = 8
 LIMITS: dict[str, object] = {"max_seq_len": 1024, "kv_tokens": 32768, "max_batch_size": 4, "fixed_shape": True}
 
@@ -102,7 +102,7 @@ async def ask_http(status: DeploymentStatus, prompts: list[str]) -> list[str]:
 
 
 def rank_of(status: DeploymentStatus, replica: str, rank: int) -> int:
-    rows = {row.name: row for model in status.models for row in model.rows}
+    rows = {row.name: row for model in status.models for row in model.replicas}
     return next(pid for number, _, pid in rows[replica].pids if number == rank)
 
 
@@ -142,7 +142,7 @@ def test_requests_go_on_between_engine_shards_and_the_portable_engine(monkeypatc
         engine = engine_of(folder, checkpoint, options=BuildOptions(max_batch_size=32, max_num_tokens=512, max_seq_len=1024))
         file = write_config(folder, folder / "hf", engine.path)
         with deployed(file, path=[FAKES], settings={"FAKE_TRTLLM": "step_ms=8", "FAKE_GPUS": GPUS}) as (control, status):
-            capacity = {row.name: row.capacity for model in status.models for row in model.rows}
+            capacity = {row.name: row.capacity for model in status.models for row in model.replicas}
             shards, portable = capacity["shards"], capacity["torch"]
             assert shards is not None and (shards.engine, shards.tp, shards.pp) == ("trtllm", 2, 2)
             assert portable is not None and portable.engine == "portable"

@@ -125,7 +125,7 @@ def register_again(control: ControlClient, before: DeploymentStatus) -> Deployme
         assert reply.choices[0].tokens == oracle(prompt(3, 0))
     again = wait_for_state(control, "READY", 60)
     assert again.routers["router1"] == before.routers["router1"], "the other one was touched"
-    epochs = [{row.name: row.epoch for row in status.models[0].rows} for status in (before, again)]
+    epochs = [{replica.name: replica.epoch for replica in status.models[0].replicas} for status in (before, again)]
     assert epochs[0] == epochs[1], "a replica was launched again"
     return again
 
@@ -142,7 +142,7 @@ async def abandon(status: DeploymentStatus, watcher: Client) -> None:
 
     tasks = [asyncio.create_task(read(index)) for index in range(8)]
     await asyncio.wait_for(begun.wait(), 60)
-    await asyncio.to_thread(wait_for, lambda: rows_left(watcher) == 8, 30, "the rows in the other router's eyes")
+    await asyncio.to_thread(wait_for, lambda: sequences_left(watcher) == 8, 30, "the sequences in the other router's eyes")
     os.kill(status.routers["router1"], signal.SIGKILL)
     for task in tasks:
         task.cancel()
@@ -150,7 +150,7 @@ async def abandon(status: DeploymentStatus, watcher: Client) -> None:
     client.close()
 
 
-def rows_left(client: Client) -> int:
+def sequences_left(client: Client) -> int:
     return sum(row["running"] + row["waiting"] for row in client.status()["replicas"])
 
 
@@ -171,8 +171,8 @@ def test_a_killed_routers_clients_go_on_at_the_other() -> None:
         again = register_again(control, status)
         assert asyncio.run(routers_seen(again.url)) == {"router0", "router1"}
         with Client([again.rpc[0]], model=MODEL, keys=keys_of(again)) as watcher:
-            wait_for(lambda: rows_left(watcher) == 0, 30, "rest")
+            wait_for(lambda: sequences_left(watcher) == 0, 30, "rest")
             asyncio.run(abandon(again, watcher))
             killed = time.monotonic()
-            wait_for(lambda: rows_left(watcher) == 0, 30, "the end of a dead router's rows")
-            say("F09 router's death -> its rows cancelled", time.monotonic() - killed, CANCELLED_S)
+            wait_for(lambda: sequences_left(watcher) == 0, 30, "the end of a dead router's sequences")
+            say("F09 router's death -> its sequences cancelled", time.monotonic() - killed, CANCELLED_S)

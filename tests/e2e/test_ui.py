@@ -119,7 +119,7 @@ def compare(page: Browser, url: str) -> None:
         assert row["kv"] == f"{100 * before['trireme_kv_cache_usage_perc', *labels]:.1f} %"
         assert row["state"] == "● ready"
     assert number(tiles["tokens"]) == sum(before["trireme_generation_tokens_per_second", "fake", name] for name in ("left", "right"))
-    assert number(tiles["running"]) == 0 and number(tiles["queue"]) == before["trireme_router_queued_requests", "fake"] == 0
+    assert number(tiles["running"]) == 0 and number(tiles["queue"]) == before["trireme_router_queued_choices", "fake"] == 0
 
 
 TABLES = {
@@ -165,7 +165,7 @@ def test_what_is_shown_is_what_metrics_say(tmp_path: Path) -> None:
         with Load(status.url, 8) as load:
             page.wait("parseFloat(document.getElementById('tile-tokens').textContent) > 0")
             page.wait("document.querySelectorAll('.trace').length === 6 && document.querySelector('.trace').getAttribute('d').length > 60")
-            right = next(row for row in status.models[0].rows if row.name == "right")
+            right = next(row for row in status.models[0].replicas if row.name == "right")
             # While its host is stopped, nobody launches the gang again: the page has time to tell.
             os.kill(status.pid, signal.SIGSTOP)
             try:

@@ -40,7 +40,7 @@ def change(file: Path, **changes: Any) -> None:
 
 
 def rows(status: DeploymentStatus) -> dict[str, ReplicaRow]:
-    return {row.name: row for model in status.models for row in model.rows}
+    return {row.name: row for model in status.models for row in model.replicas}
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def daemon(program: str, argument: str = "") -> Daemon:
 
 
 def rows(status: DeploymentStatus) -> dict[str, ReplicaRow]:
-    return {row.name: row for model in status.models for row in model.rows}
+    return {row.name: row for model in status.models for row in model.replicas}
 
 
 def epochs(status: DeploymentStatus) -> dict[str, int]:

@@ -56,7 +56,7 @@ class Disk:
 
 
 def replica(status: DeploymentStatus, name: str) -> ReplicaRow:
-    return next(row for model in status.models for row in model.rows if row.name == name)
+    return next(row for model in status.models for row in model.replicas if row.name == name)
 
 
 def ask(control: ControlClient, prompt: str) -> None:

@@ -1,7 +1,7 @@
 """``python -m workers`` with ranks that fail on request. For tests only; nothing in the product knows of it.
 
     SIGUSR1         the rank falls into a loop that never lets go of the interpreter
-    seed NAN + n    the row's logits are NaN from its eleventh token on, on every rank that holds them
+    seed NAN + n    the sequence's logits are NaN from its eleventh token on, on every rank that holds them
     seed OOM        rank 1 is killed as the kernel kills what has no memory left
     seed HUNGRY     rank 1 allocates beyond its address-space limit
 
@@ -25,7 +25,7 @@ from workers.protocol.specs import ReplicaSpec
 
 COMMAND = (sys.executable, "-m", "tests.faults.saboteur")
 NAN, OOM, HUNGRY = 2_000_000, 3_000_000, 4_000_000
-#: Tokens that a NAN row gives before, and what HUNGRY has and asks for, bytes.
+#: Tokens that a NAN sequence gives before, and what HUNGRY has and asks for, bytes.
 NAN_FROM, APPETITE = 10, 1 << 34
 
 

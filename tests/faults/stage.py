@@ -91,7 +91,7 @@ class Stage:
         return self.status
 
     def row(self, replica: str) -> ReplicaRow:
-        return next(row for model in self.control.status().models for row in model.rows if row.name == replica)
+        return next(row for model in self.control.status().models for row in model.replicas if row.name == replica)
 
     def pid(self, replica: str, rank: int) -> int:
         return next(pid for number, _, pid in self.row(replica).pids if number == rank)
@@ -174,7 +174,7 @@ def staged(*, deployment: dict[str, object] | None = None, saboteurs: bool = Fal
             stage = Stage(control, status, folder)
             try:
                 yield stage
-                pids = {pid for row in (row for model in control.status().models for row in model.rows) for pid in stage.gang(row.name)}
+                pids = {pid for row in (row for model in control.status().models for row in model.replicas) for pid in stage.gang(row.name)}
             finally:
                 stage.close()
         wait_for(lambda: not any(map(alive, pids)), 5.0, "the end of every rank")

@@ -201,4 +201,4 @@ async def counts(status: DeploymentStatus) -> dict[str, int]:
             if idle and not found["running"]:
                 return dict(found["counts"])
             await asyncio.sleep(0.05)
-    raise AssertionError(f"rows are left: {found}")
+    raise AssertionError(f"sequences are left: {found}")

@@ -34,7 +34,7 @@ async def ask(stage: Stage, disturb: bool) -> tuple[list[int], list[float], Arri
         healing: asyncio.Future[Healed] | None = None
 
         def strike() -> Healed:
-            name = next(row["name"] for row in stage.router()["replicas"] if row["rows"])
+            name = next(row["name"] for row in stage.router()["replicas"] if row["choices"])
             return stage.heal(stage.strike(name, stage.pid(name, 0)))
 
         async for piece in call.stream():

@@ -1,6 +1,6 @@
-"""F22: more rows than the K/V pool can hold are preempted and computed again, exactly; what can never fit is refused at the door.
+"""F22: more sequences than the K/V pool can hold are preempted and computed again, exactly; what can never fit is refused before admission.
 
-One rank of the portable engine in fixed shapes, so that a row alone and a row that was preempted among others have the same bits.
+One rank of the portable engine in fixed shapes, so that a sequence alone and a sequence that was preempted among others have the same bits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.support.tiny_models import tiny_model
 from workers.protocol.specs import PortableSpec
 
 pytestmark = pytest.mark.mpi
-POOL, OUTPUT, ROWS = 256, 90, 6
+POOL, OUTPUT, SEQUENCES = 256, 90, 6
 ENGINE = PortableSpec(fixed_shape=True, kv_tokens=POOL, max_seq_len=512, max_batch_size=16, max_num_tokens=64, prefix_cache=False)
 
 
 async def ask(client: AsyncClient, index: int) -> tuple[list[int], int]:
-    """(tokens, preemptions) of one row."""
+    """(tokens, preemptions) of one sequence."""
     call = client.complete(
         f"row {index:2} of many.", max_tokens=OUTPUT, temperature=index % 2 * 0.8, seed=index, ignore_eos=True, texts=False
     )
@@ -44,8 +44,8 @@ def test_an_exhausted_pool_costs_time_and_no_token() -> None:
 
         async def scene() -> tuple[list[tuple[list[int], int]], list[tuple[list[int], int]]]:
             async with AsyncClient([router.spec.rpc], model="m") as client:
-                together = await asyncio.gather(*(ask(client, index) for index in range(ROWS)))
-                alone = [await ask(client, index) for index in range(ROWS)]
+                together = await asyncio.gather(*(ask(client, index) for index in range(SEQUENCES)))
+                alone = [await ask(client, index) for index in range(SEQUENCES)]
             return list(together), alone
 
         together, alone = asyncio.run(asyncio.wait_for(scene(), 240))

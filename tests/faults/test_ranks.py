@@ -1,6 +1,6 @@
 """F01 to F06, F25, F26 and F30 on the portable engine: two replicas of two ranks and one of two stages, fixed shapes, answers bit by bit.
 
-The oracle is the same deployment undisturbed. What takes one layout for granted would show: a row may go on at another depth of pipeline.
+The oracle is the same deployment undisturbed. What takes one layout for granted shows: a request may go on at another depth of pipeline.
 """
 
 from __future__ import annotations

@@ -140,11 +140,11 @@ def test_a_killed_routers_requests_move_or_are_cancelled() -> None:
                 a.kill()
                 killed = time.monotonic()
 
-                def rows() -> int:
+                def sequences() -> int:
                     return int(watch.status()["replicas"][0]["running"])
 
-                await asyncio.to_thread(until, lambda: rows() <= 2 * EACH, 10.0)
-                figure("F09 router killed -> its abandoned rows cancelled", time.monotonic() - killed, 2.0)
+                await asyncio.to_thread(until, lambda: sequences() <= 2 * EACH, 10.0)
+                figure("F09 router killed -> its abandoned sequences cancelled", time.monotonic() - killed, 2.0)
             for i, task in enumerate(lost):
                 text, reset, errors = task.result()
                 assert reset and not errors and text == bytes(oracle(f"left {i}", len(text))).decode()

@@ -1,4 +1,4 @@
-"""The portable engine on one GPU: the CPU's tokens by the margin rule, whatever way a row takes, and nothing left behind.
+"""The portable engine on one GPU: the CPU's tokens by the margin rule, whatever way a sequence takes, and nothing left behind.
 
 Needs a GPU. The default model is tested where it is in the cache.
 """

@@ -39,10 +39,10 @@ from workers.protocol.specs import FakeOptions, RouterAddress
 from workers.protocol.status import EngineStats
 from workers.serving.router_io import KeyPair, RouterIo
 
-#: As many tokens as a reader asks for, and rows that run at once.
-WANTED, ROWS = 5000, 64
+#: As many tokens as a reader asks for, and choices that run at once.
+WANTED, CHOICES = 5000, 64
 ENGINE = msgspec.structs.replace(
-    FAKE, options=FakeOptions(fake_step_ms=5.0), max_seq_len=2 * WANTED, max_batch_size=ROWS, max_num_tokens=512, kv_tokens=2**20
+    FAKE, options=FakeOptions(fake_step_ms=5.0), max_seq_len=2 * WANTED, max_batch_size=CHOICES, max_num_tokens=512, kv_tokens=2**20
 )
 
 
@@ -169,7 +169,7 @@ def test_readers_of_a_byte_a_second(cut: bool) -> None:
         finally:
             for reader in readers:
                 reader.close()
-        wait_for(lambda: not status(url)["running"], what="the end of the readers' rows")
+        wait_for(lambda: not status(url)["running"], what="the end of the readers' choices")
         assert status(url)["counts"]["failed"] == 0
 
 
@@ -214,7 +214,7 @@ with Client([sys.argv[1]], model="m") as client:
 
 
 def test_a_stopped_client() -> None:
-    """F17: SIGSTOP with 20 streams: what it costs the router, when its rows are given up, and that it goes on where it was."""
+    """F17: SIGSTOP with 20 streams: what it costs the router, when its choices are given up, and that it goes on where it was."""
     with served() as (router, _, url):
         client = subprocess.Popen([sys.executable, "-c", CLIENT, router.spec.rpc], stdout=subprocess.PIPE, text=True)
         try:
@@ -224,7 +224,7 @@ def test_a_stopped_client() -> None:
             os.kill(client.pid, signal.SIGSTOP)
             stopped = time.monotonic()
             while status(url)["running"]:
-                assert time.monotonic() - stopped < 30, "rows of a stopped client go on"
+                assert time.monotonic() - stopped < 30, "choices of a stopped client go on"
                 peak = max(peak, rss_mb(router.process.pid) - memory)
                 time.sleep(0.02)
             gone = time.monotonic() - stopped
@@ -234,7 +234,7 @@ def test_a_stopped_client() -> None:
             client.kill()
             client.wait()
         figure("F17 router memory for a stopped client", max(0.0, peak), 20.0, "MB")
-        figure("F17 its rows are given up after heartbeat loss (2 s) and a wait", gone, 4.0)
+        figure("F17 its choices are given up after heartbeat loss (2 s) and a wait", gone, 4.0)
         for index, tokens in enumerate(answer):
             assert tokens == expected_tokens([index + 1], SamplingParams(temperature=0.0, max_tokens=1500))
         deadline = time.monotonic() + 5.0

@@ -283,18 +283,18 @@ TASK = messages.GenerateTask(params=messages.SamplingParams())
 NONE = Submit(boot="", stream=1, attempt=1, client="", request_id="", model="", prompt_ids=[], task=TASK)
 
 
-def a_reply(mutator: Mutator, rows: list[Submit]) -> bytes:
-    """One mutated message of the replica about rows that it really holds."""
+def a_reply(mutator: Mutator, submits: list[Submit]) -> bytes:
+    """One mutated message of the replica about submits that it really holds."""
     pick = mutator.random
-    row = pick.choice(rows)
-    about = {"boot": "mad", "stream": row.stream, "attempt": row.attempt}
+    submit = pick.choice(submits)
+    about = {"boot": "mad", "stream": submit.stream, "attempt": submit.attempt}
     usage = Usage(prompt_tokens=3, output_tokens=pick.randrange(3))
     scores = [[messages.Logprobs(65, -0.5, [65, 66], [-0.5, -1.0])]]
     failed = Failed(**about, code=pick.choice(("replica_lost", "engine_fault", "x")), message="m")
     message = pick.choice((
         HELLO, BEAT, Accepted(**about, seed=1, prompt_tokens=3), failed,
-        Tokens(boot="mad", streams=[row.stream], attempts=[row.attempt], firsts=[0], tokens=[[65]], logprobs=scores),
-        Tokens(boot="mad", streams=[row.stream] * 2, attempts=[row.attempt] * 2, firsts=[0, 1], tokens=[[65], [66]]),
+        Tokens(boot="mad", streams=[submit.stream], attempts=[submit.attempt], firsts=[0], tokens=[[65]], logprobs=scores),
+        Tokens(boot="mad", streams=[submit.stream] * 2, attempts=[submit.attempt] * 2, firsts=[0, 1], tokens=[[65], [66]]),
         Done(**about, reason="stop", usage=usage), messages.Bye(boot="mad", reason="drained"),
     ))  # fmt: skip
     return messages.encode(message) if pick.random() < 0.2 else _spoilt(mutator, message)
@@ -325,13 +325,13 @@ def test_mutated_frames_of_a_replica(count: int) -> None:
             for thread in clients:
                 thread.start()
             with Health(url) as health:
-                rows = [NONE]
+                submits = [NONE]
                 for number in range(count):
-                    mad.send(a_reply(mutator, rows))
+                    mad.send(a_reply(mutator, submits))
                     while mad.poll(0 if number % 100 else 20):
                         message = messages.decode_to_replica(mad.recv())
                         if isinstance(message, Submit):
-                            rows = [*rows[-7:], message]
+                            submits = [*submits[-7:], message]
         finally:
             stop.set()
             for thread in clients:

@@ -212,7 +212,7 @@ def test_request_ids_are_returned_only_when_harmless(world: World) -> None:
 @pytest.mark.parametrize("moment", ["before the first token", "in the middle", "in the queue"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_is_cancelled_and_no_error(world: World, moment: str, stream: bool) -> None:
-    """Within a second the row is gone, at the replica too, its blocks are free, and nothing counts as an error."""
+    """Within a second the sequence is gone, at the replica too, its blocks are free, and nothing counts as an error."""
     world.idle()
     before = world.status()["counts"]
     crowd = 12 if moment == "in the queue" else 1
@@ -223,11 +223,11 @@ def test_who_leaves_is_cancelled_and_no_error(world: World, moment: str, stream:
     if moment == "before the first token":
         wait_for(lambda: world.status()["counts"]["accepted"] > before["accepted"], what="the request")
     else:
-        wait_for(lambda: world.status()["replicas"][0]["running"] == 8, what="the rows")
+        wait_for(lambda: world.status()["replicas"][0]["running"] == 8, what="the sequences")
         assert moment == "in the middle" or world.status()["queue"][MODEL]
     for peer in peers:
         peer.close()
-    figure(f"left {moment}: rows gone", wait_for(lambda: _settled(world), what="the end of the rows"), 1.0)
+    figure(f"left {moment}: sequences gone", wait_for(lambda: _settled(world), what="the end of the sequences"), 1.0)
     wait_for(lambda: world.status()["replicas"][0]["free_blocks"] == world.status()["replicas"][0]["num_blocks"], what="free blocks")
     after = world.status()["counts"]
     assert after["failed"] == before["failed"] and after["cancelled"] > before["cancelled"]

@@ -206,7 +206,7 @@ def test_only_a_replicas_key_speaks_for_a_replica_and_for_its_own_name(world: Wo
         assert impostor.hear(Bye).reason == "denied"
         impostor.hello("b", model="another")
         assert impostor.hear(Bye).reason == "model"
-        # Not greeted, so not believed: tokens for rows of others are dropped.
+        # Not greeted, so not believed: tokens for sequences of others are dropped.
         impostor.tell(Tokens(boot="impostor", streams=[1], attempts=[1], firsts=[0], tokens=[[66]]))
     with dealer(world.back.endpoint, world.server_key, b.public, b.secret, routing_id=b"\x01same") as first:
         Impostor(first, "first").hello("b")

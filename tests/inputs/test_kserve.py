@@ -206,7 +206,7 @@ def test_programs_need_no_type_and_pages_do(world: World) -> None:
     assert "binary" in refused(world.post(INFER, content=b"{}xx", headers={"inference-header-content-length": "2"}), 400)
 
 
-def test_a_reader_that_leaves_frees_its_row(world: World) -> None:
+def test_a_reader_that_leaves_frees_its_sequence(world: World) -> None:
     before = world.status()["counts"]["cancelled"]
     with world.http.stream("POST", STREAM, json={"text_input": "abc", "max_tokens": 900, **GREEDY}) as answer:
         next(answer.iter_lines())
@@ -226,7 +226,7 @@ def test_a_dead_gang_is_a_pause() -> None:
         }
 
         def busy() -> list[str]:
-            return [row["name"] for row in httpx.get(url + "/status", trust_env=False).json()["replicas"] if row["rows"]]
+            return [row["name"] for row in httpx.get(url + "/status", trust_env=False).json()["replicas"] if row["choices"]]
 
         wait_for(lambda: len(httpx.get(url + "/status", trust_env=False).json()["replicas"]) == 2, what="both gangs")
         body = {"text_input": "abc", "max_tokens": 400, **GREEDY}

@@ -168,7 +168,7 @@ def test_a_request_that_cannot_be(world: World, peer: Peer, number: str, fields:
 
 @pytest.mark.parametrize("deadline_ms", [100 * 365 * 86_400_000, 2**64 - 1])
 def test_deadlines_are_cut_to_the_routers_own(peer: Peer, deadline_ms: int) -> None:
-    """R17: a hundred years are as long as the router's patience. Without credit the row would wait for ever."""
+    """R17: a hundred years are as long as the router's patience. Without credit the sequence would wait for ever."""
     started = time.monotonic()
     peer.tell(peer.generate(1, secrets.token_hex(4), credit=1, deadline_ms=deadline_ms))
     end = peer.until_end(1)[1]
@@ -190,7 +190,7 @@ def test_credit_for_what_is_over_or_another_s_is_ignored(world: World, peer: Pee
     peer.answers()
 
 
-def test_a_row_without_credit_waits_for_it(peer: Peer) -> None:
+def test_a_sequence_without_credit_waits_for_it(peer: Peer) -> None:
     peer.tell(peer.generate(1, "paused", credit=2))
     got: list[int] = []
     while len(got) < 2:

@@ -125,17 +125,17 @@ async def share_rpc(status: DeploymentStatus) -> tuple[Counter[str], float]:
 
 
 def rpc(report: Report, folder: Path) -> None:
-    rows = CLIENTS * PER_CLIENT
-    deployment: dict[str, object] = {"rpc": {"host": "127.0.0.1", "port": free_ports(1)}, "admission": {"max_queue": rows}}
+    sequences = CLIENTS * PER_CLIENT
+    deployment: dict[str, object] = {"rpc": {"host": "127.0.0.1", "port": free_ports(1)}, "admission": {"max_queue": sequences}}
     file = write_config(
-        folder, deployment=deployment, replicas=ONE, fake_step_ms=RPC_STEP_MS, max_batch_size=rows, max_num_tokens=2 * rows,
-        kv_tokens=2 * rows * RPC_TOKENS,
+        folder, deployment=deployment, replicas=ONE, fake_step_ms=RPC_STEP_MS, max_batch_size=sequences, max_num_tokens=2 * sequences,
+        kv_tokens=2 * sequences * RPC_TOKENS,
     )  # fmt: skip
     with deployed(file) as (_, status):
         total, seconds = asyncio.run(share_rpc(status))
     name = f"{CLIENTS} RPC clients x {PER_CLIENT} streams with CURVE"
     report.at_most(f"{name}: errors", total["errors"], 0)
-    report.at_least(f"{name}: tokens", total["tokens"], rows * RPC_TOKENS)
+    report.at_least(f"{name}: tokens", total["tokens"], sequences * RPC_TOKENS)
     # Both ends and the replica share the cores with the router here, so this figure is told and not held.
     say(f"{name}: {total['tokens'] / seconds:.0f} tok/s over the whole run, connections and start of clients included")
 

@@ -38,7 +38,7 @@ class Growth:
         self._samples: dict[int, Sample] = {}
 
     def look(self, status: DeploymentStatus) -> None:
-        ranks = {pid: f"{row.name} rank {rank}" for model in status.models for row in model.rows for rank, _, pid in row.pids}
+        ranks = {pid: f"{row.name} rank {rank}" for model in status.models for row in model.replicas for rank, _, pid in row.pids}
         names = {status.pid: "host", **{pid: name for name, pid in status.routers.items()}, **ranks}
         now = time.time()
         for pid, name in names.items():

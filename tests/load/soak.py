@@ -178,12 +178,12 @@ class Load:
 
 
 def _rank(control: ControlClient, replica: str, rank: int, number: signal.Signals) -> None:
-    rows = {row.name: row for model in control.status().models for row in model.rows}
+    rows = {row.name: row for model in control.status().models for row in model.replicas}
     os.kill(next(pid for number_, _, pid in rows[replica].pids if number_ == rank), number)
 
 
 def _mpiexec(control: ControlClient, replica: str) -> None:
-    rows = {row.name: row for model in control.status().models for row in model.rows}
+    rows = {row.name: row for model in control.status().models for row in model.replicas}
     parents = psutil.Process(rows[replica].pids[0][2]).parents()
     launcher = next(process for process in parents if "mpiexec" in process.name())
     os.kill(launcher.pid, signal.SIGKILL)
@@ -231,7 +231,7 @@ def changed(control: ControlClient, before: DeploymentStatus) -> None:
     """Wait until the fault has been answered: another epoch or another router."""
 
     def lives(status: DeploymentStatus) -> tuple[Any, ...]:
-        return tuple((row.name, row.epoch) for model in status.models for row in model.rows), status.routers
+        return tuple((row.name, row.epoch) for model in status.models for row in model.replicas), status.routers
 
     deadline = time.monotonic() + RECOVERY_S
     while lives(control.status()) == lives(before):
@@ -243,7 +243,7 @@ def changed(control: ControlClient, before: DeploymentStatus) -> None:
 
 
 def settle(status: DeploymentStatus) -> int:
-    """Rows and blocks that are still held when all clients are gone, in the end."""
+    """Sequences and blocks that are still held when all clients are gone, in the end."""
     left = -1
     for _ in range(100):
         found = httpx.get(f"{status.url}/status", trust_env=False).json()
@@ -288,7 +288,7 @@ def main() -> int:
     for line in [*load.wrong[:10], *remains[:10]]:
         say(line)
     report.at_most("requests lost or wrong", len(load.wrong), 0)
-    report.at_most("rows and blocks held at the end", left, 0)
+    report.at_most("sequences and blocks held at the end", left, 0)
     report.at_most("processes, shared memory segments and sockets left behind", len(remains), 0)
     report.at_most("longest pause of a stream", max(load.gaps, default=0.0), LONGEST_GAP_S, "s", slack=3.0)
     report.at_most("recovery, median", percentile(recoveries, 0.5), 10.0, "s", slack=3.0)

@@ -22,7 +22,7 @@ class Traces:
         self._segments: set[str] = set()
 
     def look(self, status: DeploymentStatus) -> None:
-        rows = [row for model in status.models for row in model.rows]
+        rows = [row for model in status.models for row in model.replicas]
         self._gangs |= {f"{status.name}/{row.name}/{row.epoch}" for row in rows}
         for pid in (status.pid, *status.routers.values(), *(pid for row in rows for _, _, pid in row.pids)):
             with contextlib.suppress(psutil.NoSuchProcess, OSError):

@@ -69,11 +69,15 @@ def test_cancel_credit_deadline_attach_and_malformed_frames(folder: Path, end: R
         for frame in (b"", b"\xc1", b"\x81\xa4type\xa4nope", os.urandom(200)):
             end.send_raw(frame)
         end.send_raw(b"two", b"frames")
-        row = end.submit(1, [5], LONG)
-        end.until(lambda: len(row.tokens) >= 5)
+        sequence = end.submit(1, [5], LONG)
+        end.until(lambda: len(sequence.tokens) >= 5)
         end.send(Cancel(boot=end.boot, stream=1, attempt=0))
-        end.until(lambda: row.end)
-        assert isinstance(row.end, Done) and row.end.reason == "cancelled" and row.end.usage.output_tokens == len(row.tokens)
+        end.until(lambda: sequence.end)
+        assert (
+            isinstance(sequence.end, Done)
+            and sequence.end.reason == "cancelled"
+            and sequence.end.usage.output_tokens == len(sequence.tokens)
+        )
 
         slow = end.submit(2, [6], greedy(20), credit=3)
         end.until(lambda: len(slow.tokens) == 3)
@@ -88,7 +92,7 @@ def test_cancel_credit_deadline_attach_and_malformed_frames(folder: Path, end: R
         assert end.until(lambda: late.end) < 5
         assert isinstance(late.end, Failed) and late.end.code == "deadline_exceeded"
 
-        # Another stream takes over a live row; then a newer attempt with the journal replaces it.
+        # Another stream takes over a live sequence; then a newer attempt with the journal replaces it.
         old = end.submit(4, [8], greedy(600), request="moving")
         end.until(lambda: len(old.tokens) >= 20)
         moved = end.watch(5, 1, have=7)
@@ -127,15 +131,15 @@ def test_a_drain_refuses_the_new_finishes_what_it_can_and_fails_the_rest(folder:
 def test_a_second_sigterm_is_immediate(folder: Path, end: RouterEnd, target: str) -> None:
     with Gang(folder, [end.endpoint], engine=SLOW) as gang:
         end.ready()
-        row = end.submit(1, [1], LONG)
-        end.until(lambda: row.tokens)
+        sequence = end.submit(1, [1], LONG)
+        end.until(lambda: sequence.tokens)
         pid = gang.mpiexec.pid if target == "mpiexec" else gang.pid(0)
         os.kill(pid, signal.SIGTERM)
         end.until(lambda: end.beats[-1].draining)
-        assert row.end is None
+        assert sequence.end is None
         os.kill(pid, signal.SIGTERM)
-        end.until(lambda: row.end)
-        assert isinstance(row.end, Failed) and row.end.code == "replica_lost"
+        end.until(lambda: sequence.end)
+        assert isinstance(sequence.end, Failed) and sequence.end.code == "replica_lost"
         gang.wait_gone()
         assert gang.wait_exit() == 0 and gang.state.phase == "stopped"
 
@@ -144,8 +148,8 @@ def test_a_second_sigterm_is_immediate(folder: Path, end: RouterEnd, target: str
 def test_the_death_of_any_process_ends_the_whole_gang(folder: Path, end: RouterEnd, victim: str) -> None:
     with Gang(folder, [end.endpoint], tp=3, engine=SLOW) as gang:
         end.ready()
-        row = end.submit(1, [1], LONG)
-        end.until(lambda: row.tokens)
+        sequence = end.submit(1, [1], LONG)
+        end.until(lambda: sequence.tokens)
         os.kill({"rank": gang.pid(1), "leader": gang.pid(0), "mpiexec": gang.mpiexec.pid}[victim], signal.SIGKILL)
         print(f"{victim}: gone after {gang.wait_gone():.3f} s")
         assert gang.wait_exit() != 0
@@ -180,8 +184,8 @@ def test_a_stale_gang_ends_and_says_why(folder: Path, end: RouterEnd) -> None:
 def test_a_stopped_rank_stalls_the_step_and_the_leader_ends_the_gang(folder: Path, end: RouterEnd) -> None:
     with Gang(folder, [end.endpoint], hang_floor_s=1.0) as gang:
         end.ready()
-        row = end.submit(1, [1], LONG)
-        end.until(lambda: row.tokens)
+        sequence = end.submit(1, [1], LONG)
+        end.until(lambda: sequence.tokens)
         os.kill(gang.pid(1), signal.SIGSTOP)
         end.until(lambda: end.beats[-1].busy_ms > 300)  # heartbeats go on inside the hanging step
         end.until(lambda: end.byes)
@@ -190,7 +194,7 @@ def test_a_stopped_rank_stalls_the_step_and_the_leader_ends_the_gang(folder: Pat
         assert gang.state.phase == "failed" and error is not None and error.code == "engine_fault" and "no progress" in error.what
 
 
-def test_a_dead_routers_rows_are_cancelled_unless_another_attaches(folder: Path, end: RouterEnd) -> None:
+def test_a_dead_routers_sequences_are_cancelled_unless_another_attaches(folder: Path, end: RouterEnd) -> None:
     with RouterEnd(f"ipc://{folder}/b", name="b", boot="router-b") as other, Gang(folder, [end.endpoint, other.endpoint], engine=SLOW):
         end.ready()
         other.ready()
@@ -222,8 +226,8 @@ def test_a_silent_router_is_lost_and_a_new_one_is_learned_from_peers(folder: Pat
         while not end.replicas:  # the other router's heartbeats name this one
             end.turn()
             other.turn()
-        row = end.submit(1, [1], LONG)
-        while not row.tokens:
+        sequence = end.submit(1, [1], LONG)
+        while not sequence.tokens:
             end.turn()
             other.turn()
         other.until(lambda: other.beats[-1].stats.running == 1)
@@ -236,8 +240,8 @@ def test_a_silent_router_is_lost_and_a_new_one_is_learned_from_peers(folder: Pat
 def test_idle_ranks_leave_the_cores_alone(folder: Path, end: RouterEnd) -> None:
     with Gang(folder, [end.endpoint], tp=3) as gang:
         end.ready()
-        row = end.submit(1, [1], greedy(5))
-        end.until(lambda: row.end)
+        sequence = end.submit(1, [1], greedy(5))
+        end.until(lambda: sequence.end)
         pids = [pid for _, _, pid in gang.state.pids]
         before, begin = [cpu_seconds(pid) for pid in pids], time.monotonic()
         beats = len(end.beats)
@@ -264,13 +268,15 @@ def test_the_portable_engine_serves_drains_and_dies_like_the_fake_one(folder: Pa
         end.ready()
         assert end.hellos[0].capacity.engine == "portable" and end.hellos[0].capacity.vocab_size == 320
         together = [end.submit(i, prompt, params) for i, prompt in enumerate(prompts)]
-        end.until(lambda: all(row.end for row in together))
+        end.until(lambda: all(sequence.end for sequence in together))
         alone = []
         for i, prompt in enumerate(prompts):
-            row = end.submit(10 + i, prompt, params, request=f"alone{i}")
-            end.until(lambda row=row: row.end)  # type: ignore[misc]
-            alone.append(row)
-        assert [row.tokens for row in together] == [row.tokens for row in alone] and len({tuple(row.tokens) for row in alone}) > 1
+            sequence = end.submit(10 + i, prompt, params, request=f"alone{i}")
+            end.until(lambda sequence=sequence: sequence.end)  # type: ignore[misc]
+            alone.append(sequence)
+        assert [sequence.tokens for sequence in together] == [sequence.tokens for sequence in alone] and len(
+            {tuple(sequence.tokens) for sequence in alone}
+        ) > 1
         # A journal continues the same stream.
         rest = end.submit(20, prompts[0], params, request="rest", emitted=alone[0].tokens[:5])
         end.until(lambda: rest.end)
@@ -285,8 +291,8 @@ def test_a_portable_gang_ends_whole_when_a_rank_dies_in_a_step(folder: Path, end
     engine = PortableSpec(max_batch_size=8, max_num_tokens=64, kv_tokens=1024)
     with Gang(folder, [end.endpoint], engine=engine, artifact=str(model)) as gang:
         end.ready()
-        row = end.submit(1, [1, 2], SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True))
-        end.until(lambda: row.tokens)
+        sequence = end.submit(1, [1, 2], SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True))
+        end.until(lambda: sequence.tokens)
         os.kill(gang.pid(1), signal.SIGKILL)
         print(f"portable: gone after {gang.wait_gone():.3f} s")
 

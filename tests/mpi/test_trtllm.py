@@ -209,10 +209,10 @@ def test_what_cannot_fit_is_refused_before_the_library_starts(folder: Path, end:
 def test_a_rank_lost_in_generation_ends_the_gang(folder: Path, end: RouterEnd, modes: str, words: str) -> None:
     with start(folder, end, engine_folder(folder), modes, hang_floor_s=2.0) as gang:
         end.ready()
-        row = end.submit(1, [1], params(1000))
-        end.until(lambda: len(row.tokens) > 5)
+        sequence = end.submit(1, [1], params(1000))
+        end.until(lambda: len(sequence.tokens) > 5)
         gang.wait_gone(END_S)
-        assert row.tokens == expected_tokens([1], params(1000))[: len(row.tokens)]
+        assert sequence.tokens == expected_tokens([1], params(1000))[: len(sequence.tokens)]
         assert words in gang.terminal()
 
 

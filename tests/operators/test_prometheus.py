@@ -85,7 +85,7 @@ def panels() -> list[tuple[str, str]]:
 
 
 def kill_a_rank(status: DeploymentStatus) -> None:
-    row = next(row for model in status.models for row in model.rows if row.name == "left")
+    row = next(row for model in status.models for row in model.replicas if row.name == "left")
     os.kill(next(pid for rank, _, pid in row.pids if rank == 1), signal.SIGKILL)
 
 
@@ -122,7 +122,7 @@ def test_no_panel_is_empty_and_no_number_differs(tmp_path: Path) -> None:
         load = Load(status.url)
         with load.running():
             wait_for(lambda: load.answers > CLIENTS, 60.0, "answers")
-            wait_for(lambda: prometheus.one("sum(vllm:num_requests_running)") > 0, 30.0, "rows in Prometheus")
+            wait_for(lambda: prometheus.one("sum(vllm:num_requests_running)") > 0, 30.0, "sequences in Prometheus")
             kill_a_rank(status)
             resumed = 'sum(trireme_router_failovers_total{outcome="resumed"})'
             wait_for(lambda: prometheus.one(resumed) > 0, 60.0, "a failover in Prometheus")

@@ -1,4 +1,4 @@
-"""Whatever can be decoded may be submitted: it runs or is refused, and costs the row beside it nothing."""
+"""Whatever can be decoded may be submitted: it runs or is refused, and costs the sequence beside it nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workers.sampling.grammar_checker import compiler
 
 VOCAB = 321
 LIMITS = {"kv_tokens": 4096, "max_batch_size": 8, "max_num_tokens": 64, "max_seq_len": 256}
-#: Steps within which an odd row and its mate must be done, whatever was asked.
+#: Steps within which an odd sequence and its mate must be done, whatever was asked.
 STEPS = 400
 GOOD = request([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
 

@@ -40,7 +40,7 @@ from workers.protocol.messages import (
 )
 from workers.protocol.status import EngineStats
 
-ROWS = 3
+SEQUENCES = 3
 
 
 def token(seed: int, prompt: list[int], position: int) -> int:
@@ -51,19 +51,19 @@ def stream_of(seed: int, prompt: list[int], count: int) -> list[int]:
     return [token(seed, prompt, position) for position in range(count)]
 
 
-def capacity(rows: int = ROWS) -> Capacity:
+def capacity(sequences: int = SEQUENCES) -> Capacity:
     return Capacity(
-        block_size=8, num_blocks=64, max_batch_size=rows, max_num_tokens=32, max_seq_len=512, vocab_size=997, tp=1, pp=1
+        block_size=8, num_blocks=64, max_batch_size=sequences, max_num_tokens=32, max_seq_len=512, vocab_size=997, tp=1, pp=1
     )  # fmt: skip
 
 
 class Leader:
-    """A replica's leader in one process life: keeps rows by name, emits what :func:`stream_of` says."""
+    """A replica's leader in one process life: keeps sequences by name, emits what :func:`stream_of` says."""
 
     def __init__(self, name: str, epoch: int) -> None:
         self.name, self.epoch, self.boot = name, epoch, f"{name}-{epoch}"
         self.connection = 0
-        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.sequences: dict[tuple[str, str], dict[str, Any]] = {}
         self.draining = False
         self.inbox: deque[Any] = deque()
         self.outbox: deque[Any] = deque([self.hello()])
@@ -81,7 +81,7 @@ class Leader:
         self.outbox.append(
             Heartbeat(
                 boot=self.boot, step=1, busy_ms=0, predicted_ms=1, draining=self.draining,
-                stats=EngineStats(running=len(self.rows), free_blocks=1, step_ms=1.0),
+                stats=EngineStats(running=len(self.sequences), free_blocks=1, step_ms=1.0),
             )
         )  # fmt: skip
 
@@ -92,48 +92,48 @@ class Leader:
         message = self.inbox.popleft()
         if isinstance(message, Submit):
             name = (message.client, message.request_id)
-            old = self.rows.get(name)
+            old = self.sequences.get(name)
             if self.draining or (old is not None and message.attempt < old["attempt"]):
                 self.fail(message, "overloaded" if self.draining else "cancelled")
                 return
-            self.rows[name] = {
+            self.sequences[name] = {
                 "stream": message.stream, "attempt": message.attempt, "have": len(message.task.emitted), "submit": message,
                 "tokens": list(message.task.emitted), "credit": message.task.credit,
             }  # fmt: skip
             self.outbox.append(Accepted(boot=self.boot, stream=message.stream, attempt=message.attempt))
         elif isinstance(message, Attach):
-            row = self.rows.get((message.client, message.request_id))
-            if row is None or row["attempt"] != message.attempt or message.have > len(row["tokens"]):
+            sequence = self.sequences.get((message.client, message.request_id))
+            if sequence is None or sequence["attempt"] != message.attempt or message.have > len(sequence["tokens"]):
                 self.fail(message, "not_found")
                 return
-            row["stream"] = message.stream
+            sequence["stream"] = message.stream
             self.outbox.append(Accepted(boot=self.boot, stream=message.stream, attempt=message.attempt))
-            self.say(row, message.have, row["tokens"][message.have :])
+            self.say(sequence, message.have, sequence["tokens"][message.have :])
         elif isinstance(message, Cancel):
-            self.rows = {name: row for name, row in self.rows.items() if row["stream"] != message.stream}
+            self.sequences = {name: sequence for name, sequence in self.sequences.items() if sequence["stream"] != message.stream}
         elif isinstance(message, Credit):
-            for row in self.rows.values():
-                if row["stream"] in message.streams:
-                    row["credit"] += message.tokens[0]
+            for sequence in self.sequences.values():
+                if sequence["stream"] in message.streams:
+                    sequence["credit"] += message.tokens[0]
 
-    def say(self, row: dict[str, Any], first: int, tokens: list[int]) -> None:
+    def say(self, sequence: dict[str, Any], first: int, tokens: list[int]) -> None:
         if tokens:
             self.outbox.append(
-                Tokens(boot=self.boot, streams=[row["stream"]], attempts=[row["attempt"]], firsts=[first], tokens=[tokens])
+                Tokens(boot=self.boot, streams=[sequence["stream"]], attempts=[sequence["attempt"]], firsts=[first], tokens=[tokens])
             )  # fmt: skip
 
     def step(self, burst: int) -> None:
-        for name, row in list(self.rows.items()):
-            submit, tokens = row["submit"], row["tokens"]
-            count = min(burst, row["credit"], submit.task.params.max_tokens - len(tokens))
+        for name, sequence in list(self.sequences.items()):
+            submit, tokens = sequence["submit"], sequence["tokens"]
+            count = min(burst, sequence["credit"], submit.task.params.max_tokens - len(tokens))
             new = [token(submit.task.params.seed, submit.prompt_ids, len(tokens) + i) for i in range(count)]
-            self.say(row, len(tokens), new)
+            self.say(sequence, len(tokens), new)
             tokens += new
-            row["credit"] -= count
+            sequence["credit"] -= count
             if len(tokens) == submit.task.params.max_tokens:
-                del self.rows[name]
+                del self.sequences[name]
                 usage = Usage(prompt_tokens=len(submit.prompt_ids), output_tokens=len(tokens))
-                where = {"boot": self.boot, "stream": row["stream"], "attempt": row["attempt"]}
+                where = {"boot": self.boot, "stream": sequence["stream"], "attempt": sequence["attempt"]}
                 self.outbox.append(Done(**where, reason="length", usage=usage))
 
 
@@ -268,7 +268,7 @@ class Routing(RuleBasedStateMachine):
 
     @rule(data=st.data(), place=st.integers(0, 3))
     def lose_one(self, data: st.DataObject, place: int) -> None:
-        """One message to the router vanishes. Tokens only: what ends a row is lost with its connection, or not at all."""
+        """One message to the router vanishes. Tokens only: what ends a sequence is lost with its connection, or not at all."""
         leader = self.draw_leader(data)
         if place < len(leader.outbox) and isinstance(leader.outbox[place], Tokens):
             del leader.outbox[place]

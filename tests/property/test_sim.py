@@ -138,11 +138,11 @@ def test_a_fault_of_the_core_is_found_again_by_its_dump(
 
 
 def _keep_orphans(self: StreamTable, router_boot: str, now: float) -> None:
-    """Rows of a lost router run on for nobody."""
+    """Choices of a lost router run on for nobody."""
 
 
 def _believe_the_dead(self: ReplicaRegistry, replica: Any, reason: str, now: float) -> bool:
-    """Rows of a lost replica wait for it."""
+    """Choices of a lost replica wait for it."""
     return False
 
 
@@ -154,7 +154,7 @@ MISTAKES: dict[str, tuple[type, str, Any]] = {
     "orphans are kept": (StreamTable, "router_lost", _keep_orphans),
     "a lost replica is waited for": (ReplicaRegistry, "lose", _believe_the_dead),
     "credit counts twice": (StreamTable, "credit", _credit_twice(StreamTable.credit)),
-    "a row that moves gets all its credit again": (ChoiceState, "credit", property(lambda self: self.granted)),
+    "a choice that moves gets all its credit again": (ChoiceState, "credit", property(lambda self: self.granted)),
     "blocks are not given back": (BlockPool, "release", lambda self, blocks: None),
 }
 

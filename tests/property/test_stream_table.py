@@ -148,7 +148,7 @@ class SessionsMachine(RuleBasedStateMachine):
         self.sessions.check()
         assert len(self.sessions) == len(self.engine) <= 4 + 1
         assert sorted(name for _, name in self.sessions.live()) == sorted(name for name, _ in self.engine.values())
-        assert sum(not reader.ended for reader in self.readers.values()) <= len(self.engine), "a stream without a row hangs for ever"
+        assert sum(not reader.ended for reader in self.readers.values()) <= len(self.engine), "a stream without a sequence hangs for ever"
 
 
 TestSessions = SessionsMachine.TestCase

@@ -28,7 +28,7 @@ EPOCH = 7
 
 
 class Line(NamedTuple):
-    """What the replica says for one row: ``pieces``, a message each, then how it ends. ``ends`` False: the router ends it by itself."""
+    """What the replica says for one choice: ``pieces``, a message each, then how it ends. ``ends`` False: the router ends it by itself."""
 
     pieces: tuple[str | bytes, ...]
     reason: Any = "stop"
@@ -96,30 +96,30 @@ class Stage:
             tell(Accepted(boot=boot, stream=submit.stream, attempt=submit.attempt))
         sent = [0] * len(lines)
         for position in range(max((len(line.pieces) for line in lines), default=0) + 1):
-            rows = [index for index, line in enumerate(lines) if position < len(line.pieces)]
-            if rows:
-                tell(self._step(submits, lines, rows, position, sent))
+            choices = [index for index, line in enumerate(lines) if position < len(line.pieces)]
+            if choices:
+                tell(self._step(submits, lines, choices, position, sent))
             for index, line in enumerate(lines):
                 if position == len(line.pieces):
                     self._end(submits[index], line, sent[index])
 
-    def _step(self, submits: Sequence[Submit], lines: Sequence[Line], rows: Sequence[int], position: int, sent: list[int]) -> Tokens:
-        pieces = [lines[index].pieces[position] for index in rows]
+    def _step(self, submits: Sequence[Submit], lines: Sequence[Line], choices: Sequence[int], position: int, sent: list[int]) -> Tokens:
+        pieces = [lines[index].pieces[position] for index in choices]
         ids = [list(piece.encode() if isinstance(piece, str) else piece) for piece in pieces]
-        firsts = [sent[index] for index in rows]
-        for index, tokens in zip(rows, ids, strict=True):
+        firsts = [sent[index] for index in choices]
+        for index, tokens in zip(choices, ids, strict=True):
             sent[index] += len(tokens)
-        wanted = [submits[index].task.params.logprobs for index in rows]
+        wanted = [submits[index].task.params.logprobs for index in choices]
         logprobs = [None if count is None else score(tokens, count) for count, tokens in zip(wanted, ids, strict=True)]
         prompts = [
             (submits[index].stream, [Logprobs(submits[index].prompt_ids[0], None, [], []), *score(submits[index].prompt_ids[1:], count)])
-            for index in rows
+            for index in choices
             if position == 0 and (count := submits[index].task.params.prompt_logprobs) is not None
         ]
         return Tokens(
             boot=self.replica.boot,
-            streams=[submits[index].stream for index in rows],
-            attempts=[submits[index].attempt for index in rows],
+            streams=[submits[index].stream for index in choices],
+            attempts=[submits[index].attempt for index in choices],
             firsts=firsts,
             tokens=ids,
             logprobs=logprobs if any(logprobs) else None,

@@ -57,8 +57,8 @@ def status(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
     ready = sum(row["state"] == "READY" for row in rows)
     state = "READY" if ready == len(rows) else "DEGRADED"
     model = {
-        "name": "tiny", "state": state, "age_s": 200.0, "replicas": len(rows), "ready": ready, "tp": [2], "pp": [1], "queue": 4,
-        "tok_s": 12.5, "nodes": 1, "rows": rows, "admitted": 90,
+        "name": "tiny", "state": state, "age_s": 200.0, "wanted": len(rows), "ready": ready, "tp": [2], "pp": [1], "queue": 4,
+        "tok_s": 12.5, "nodes": 1, "replicas": rows, "admitted": 90,
     }  # fmt: skip
     return {
         "name": "small", "state": state, "age_s": 200.0, "pid": NOBODY, "launcher": "local", "url": "http://127.0.0.1:8000",

@@ -226,12 +226,12 @@ def long_answer(url: str) -> str:
 
 def running(found: Endpoint) -> int:
     status = connect(found.deployment, Path(found.folder).parent).status()
-    return sum(row.running for model in status.models for row in model.rows)
+    return sum(row.running for model in status.models for row in model.replicas)
 
 
 def epochs(found: Endpoint) -> dict[str, int]:
     status = connect(found.deployment, Path(found.folder).parent).status()
-    return {row.name: row.epoch for model in status.models for row in model.rows}
+    return {row.name: row.epoch for model in status.models for row in model.replicas}
 
 
 def requeue(site: Site) -> None:

@@ -125,9 +125,9 @@ def beat(**change: Any) -> Heartbeat:
     return msgspec.structs.replace(base, **change)
 
 
-def hello_of(name: str, *, epoch: int = 1, rows: int = 4, **change: Any) -> Hello:
+def hello_of(name: str, *, epoch: int = 1, max_batch_size: int = 4, **change: Any) -> Hello:
     """The Hello of replica ``name``, of a process with the nonce ``name`` + ``epoch``; ``change``: of its capacity."""
-    capacity = msgspec.structs.replace(CAPACITY, max_batch_size=rows, num_blocks=1000, **change)
+    capacity = msgspec.structs.replace(CAPACITY, max_batch_size=max_batch_size, num_blocks=1000, **change)
     return msgspec.structs.replace(HELLO, replica=name, boot=f"{name}{epoch}", epoch=epoch, capacity=capacity)
 
 

@@ -111,7 +111,7 @@ def test_traceparent_of_a_body_counts_where_the_door_brought_none() -> None:
     assert asyncio.run(main()) == [("", ""), ("r", trace), ("r", trace), ("r", ""), ("r", ""), ("r", "")]
 
 
-def test_a_leader_can_tell_whose_row_failed() -> None:
+def test_a_leader_can_tell_whose_sequence_failed() -> None:
     sessions = StreamTable(boot="b", model="m")
     submit = Submit(
         boot="r", stream=1, attempt=1, client="c", request_id="q/0", model="m", prompt_ids=[1],

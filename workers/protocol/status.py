@@ -80,7 +80,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One replica as one router knows it: its state, the facts of its Hello, and the counts of its last heartbeat.
 
-    ``age_s``: seconds in this state; ``signal_age_s``: seconds since its last message. ``rows``: this router's sequences there; ``paused``:
+    ``age_s``: seconds in this state; ``signal_age_s``: seconds since its last message. ``choices``: this router's own there; ``paused``:
     those of them whose clients take nothing now. ``reported`` False: no heartbeat counts for it, and everything after ``tok_s`` is 0.
     """
 
@@ -102,7 +102,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
-    rows: int = 0
+    choices: int = 0
     paused: int = 0
     signal_age_s: float = 0.0
     reported: bool = False
@@ -123,14 +123,14 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaLossStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica that a router lost ``age_s`` seconds ago. ``rows``: the router's sequences that ran there; ``drained``: it left on
+    """A replica that a router lost ``age_s`` seconds ago. ``choices``: the router's choices that ran there; ``drained``: it left on
     purpose."""
 
     replica: str
     model: str
     epoch: int
     reason: str
-    rows: int
+    choices: int
     drained: bool
     age_s: float
 

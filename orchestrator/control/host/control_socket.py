@@ -57,20 +57,21 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: NAME STATE AGE REPLICAS READY TP PP QUEUE TOK/S NODES. ``tp`` and ``pp``: every layout in use; ``admitted``: requests
+    """One model: NAME STATE AGE REPLICAS READY TP PP QUEUE TOK/S NODES. ``wanted``: replicas that there should be; where
+    others launch them, those that are not lost. ``tp`` and ``pp``: every layout in use; ``admitted``: requests
     since the living routers' start."""
 
     name: str
     state: DeploymentState
     age_s: float
-    replicas: int
+    wanted: int
     ready: int
     tp: tuple[int, ...]
     pp: tuple[int, ...]
     queue: int
     tok_s: float
     nodes: int
-    rows: tuple[ReplicaRow, ...]
+    replicas: tuple[ReplicaRow, ...]
     admitted: int = 0
 
 

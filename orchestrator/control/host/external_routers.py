@@ -42,7 +42,9 @@ def read_join(path: Path) -> JoinFile:
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path} is no join file", str(error), "trireme router writes it") from None
     if not file.routers or not file.rpc:
-        raise ConfigError(f"{path} names no routers", "it needs back sockets (routers) and client doors (rpc)", "trireme router writes it")
+        raise ConfigError(
+            f"{path} names no routers", "it needs back sockets (routers) and client sockets (rpc)", "trireme router writes it"
+        )
     return file
 
 

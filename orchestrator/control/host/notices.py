@@ -42,7 +42,7 @@ class ReplicaNotices:
         self._said: set[tuple[str, int, str]] = set()
 
     def follow(self, status: DeploymentStatus) -> None:
-        for row in (row for model in status.models for row in model.rows):
+        for row in (row for model in status.models for row in model.replicas):
             key = (row.name, row.epoch, row.state)
             if key in self._said:
                 continue

@@ -143,7 +143,7 @@ class OwnReplicas:
         return describe(config, self.views(), routers, facts)
 
     def settled(self, status: DeploymentStatus) -> bool:
-        states = [row.state for model in status.models for row in model.rows]
+        states = [row.state for model in status.models for row in model.replicas]
         failed = [view for view in self.views() if view.phase == "failed"]
         if not failed or not set(states) <= {"READY", "FAILED"}:
             return False

@@ -41,7 +41,7 @@ def describe(config: Config, views: Sequence[ReplicaView], routers: RouterSource
     serving = routers is not None and routers.ready()
     state = _overall({model.state for model in models}, facts, complete=serving)
     errors = [f"{view.name}: {view.cause}" for view in views if view.cause and view.phase not in ("ready", "draining")]
-    errors += [f"{row.name}: {row.cause}" for model in models for row in model.rows if row.state == "JOINING"]
+    errors += [f"{row.name}: {row.cause}" for model in models for row in model.replicas if row.state == "JOINING"]
     return _status(config, routers, state, models, facts, launcher=config.launcher, error="; ".join(errors))
 
 
@@ -110,7 +110,7 @@ def _model(
         name=model.name,
         state=_overall({row.state for row in rows}, facts),
         age_s=now - facts.started_at,
-        replicas=len(rows),
+        wanted=len(rows),
         ready=sum(row.state == "READY" for row in rows),
         tp=tuple(sorted({parallel.tp for _, parallel in gangs})),
         pp=tuple(sorted({parallel.pp for _, parallel in gangs})),
@@ -118,7 +118,7 @@ def _model(
         admitted=sum(report.admitted.get(model.name, 0) for report in reports),
         tok_s=sum(row.tok_s for row in rows),
         nodes=len({host for row in rows for host in row.hosts}),
-        rows=rows,
+        replicas=rows,
     )
 
 
@@ -141,14 +141,14 @@ def _joined_model(model: ModelConfig, reports: Sequence[RouterStatus], state: De
         name=model.name,
         state="DEGRADED" if state == "READY" and not ready else state,
         age_s=age_s,
-        replicas=len(living),
+        wanted=len(living),
         ready=ready,
         tp=tuple(sorted({row.tp for row in living})),
         pp=tuple(sorted({row.pp for row in living})),
         queue=sum(report.queue.get(model.name, 0) for report in reports),
         tok_s=sum(row.tok_s for row in rows),
         nodes=0,
-        rows=rows,
+        replicas=rows,
     )
 
 

@@ -57,7 +57,7 @@ class ModelFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 class ReplicaFigures(msgspec.Struct, frozen=True, kw_only=True):
     """One replica as this router knows it. ``epoch``: text, since it has more digits than JavaScript's numbers; ``launched``: the Unix
-    time in it, 0 where it holds none; ``age_s``: in this state; ``rows``: this router's own there."""
+    time in it, 0 where it holds none; ``age_s``: in this state; ``choices``: this router's own there."""
 
     name: str
     model: str
@@ -74,20 +74,20 @@ class ReplicaFigures(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = 0
     running: int = 0
     waiting: int = 0
-    rows: int = 0
+    choices: int = 0
     tok_s: float = 0.0
     num_blocks: int = 0
     free_blocks: int = 0
 
 
 class LossFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica that was lost ``age_s`` ago with ``rows`` of this router's on it; ``drained``: it left on purpose."""
+    """A replica that was lost ``age_s`` ago with ``choices`` of this router's on it; ``drained``: it left on purpose."""
 
     replica: str
     model: str
     epoch: str
     reason: str
-    rows: int
+    choices: int
     drained: bool
     age_s: float
 
@@ -223,7 +223,7 @@ def _replica(replica: ReplicaStatus) -> ReplicaFigures:
         max_batch_size=replica.max_batch_size,
         running=replica.running,
         waiting=replica.waiting,
-        rows=replica.rows,
+        choices=replica.choices,
         tok_s=replica.tok_s,
         num_blocks=replica.num_blocks,
         free_blocks=replica.free_blocks,
@@ -236,7 +236,7 @@ def _loss(loss: ReplicaLossStatus) -> LossFigures:
         model=loss.model,
         epoch=str(loss.epoch),
         reason=loss.reason,
-        rows=loss.rows,
+        choices=loss.choices,
         drained=loss.drained,
         age_s=loss.age_s,
     )

@@ -27,7 +27,7 @@ class Outgoing:
     """What is sent to one client next: one message with the tokens of all its streams, then terminal messages. ``wake(self)`` is called
     when the first part of the next message has been added."""
 
-    __slots__ = ("_ends", "_has_logprobs", "_has_texts", "_nonempty", "_prompts", "_rows", "_wake", "peer")
+    __slots__ = ("_deltas", "_ends", "_has_logprobs", "_has_texts", "_nonempty", "_prompts", "_wake", "peer")
 
     def __init__(self, peer: bytes, wake: Callable[[Outgoing], None]) -> None:
         self.peer, self._wake, self._nonempty = peer, wake, False
@@ -36,7 +36,7 @@ class Outgoing:
 
     def _clear(self) -> None:
         #: (stream, attempt, first, tokens, choice, text, logprobs): one tuple a choice; :meth:`take` makes columns of them.
-        self._rows: list[tuple[int, int, int, list[int], int, str, list[Logprobs] | None]] = []
+        self._deltas: list[tuple[int, int, int, list[int], int, str, list[Logprobs] | None]] = []
         self._prompts: list[tuple[int, list[Logprobs]]] = []
         self._has_logprobs = self._has_texts = False
 
@@ -45,7 +45,7 @@ class Outgoing:
     ) -> None:
         if not self._nonempty:
             self._mark()
-        self._rows.append((stream, attempt, first, tokens, choice, text or "", logprobs))
+        self._deltas.append((stream, attempt, first, tokens, choice, text or "", logprobs))
         if text is not None:
             self._has_texts = True
         if logprobs is not None:
@@ -68,8 +68,8 @@ class Outgoing:
         """The messages in order; afterwards there are none."""
         self._nonempty = False
         messages: list[Tokens | Done | Failed] = []
-        if self._rows or self._prompts:
-            columns = [list(column) for column in zip(*self._rows, strict=True)] or [[] for _ in range(7)]
+        if self._deltas or self._prompts:
+            columns = [list(column) for column in zip(*self._deltas, strict=True)] or [[] for _ in range(7)]
             streams, attempts, firsts, tokens, choices, texts, logprobs = columns
             messages.append(
                 Tokens(

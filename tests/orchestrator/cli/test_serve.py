@@ -48,7 +48,7 @@ def test_serve_ask_and_end(run_dir: str, tmp_path: Path) -> None:
     shown = trireme("status", "--json", run_dir=run_dir)
     assert shown.code == 0, shown.err
     status = json.loads(shown.out)[0]
-    ranks = [pid for _, _, pid in status["models"][0]["rows"][0]["pids"]]
+    ranks = [pid for _, _, pid in status["models"][0]["replicas"][0]["pids"]]
     assert (status["state"], len(ranks)) == ("READY", 2)
     processes = [status["pid"], *status["routers"].values(), *ranks]
     assert all(map(alive, processes))
@@ -92,8 +92,8 @@ def one(state: str) -> DeploymentStatus:
         name="a-0", model="a", state=state, age_s=200, tp=2, pp=1, hosts=("h",), pids=((0, "h", 7), (1, "h", 8)), capacity=CAPACITY
     )
     model = ModelRow(
-        name="a", state="READY" if state == "READY" else "DEGRADED", age_s=200, replicas=1, ready=int(state == "READY"), tp=(2,), pp=(1,),
-        queue=3, tok_s=12.34, nodes=1, rows=(row,),
+        name="a", state="READY" if state == "READY" else "DEGRADED", age_s=200, wanted=1, ready=int(state == "READY"), tp=(2,), pp=(1,),
+        queue=3, tok_s=12.34, nodes=1, replicas=(row,),
     )  # fmt: skip
     return DeploymentStatus(
         name="d", state=model.state,

@@ -31,7 +31,7 @@ def status(admitted: int = 0, *, state: str = "READY") -> DeploymentStatus:
         name="right", model="m", state="BACKOFF", age_s=3, tp=2, pp=1, restarts=2, cause="rank 1 (pid 7) was killed by SIGKILL"
     )
     model = ModelRow(
-        name="m", state="DEGRADED", age_s=200, replicas=2, ready=1, tp=(2,), pp=(1,), queue=5, tok_s=40.0, nodes=1, rows=(left, right),
+        name="m", state="DEGRADED", age_s=200, wanted=2, ready=1, tp=(2,), pp=(1,), queue=5, tok_s=40.0, nodes=1, replicas=(left, right),
         admitted=admitted,
     )  # fmt: skip
     return DeploymentStatus(

@@ -103,7 +103,7 @@ def test_errors_by_kind(door: ServedDoor) -> None:
 def test_an_answer_that_never_ends_is_a_failure_of_its_own(door: ServedDoor) -> None:
     door.dispatcher.script = lambda ask, choice: Play(hang=True)
     assert over_http(door.url, plan(3), timeout_s=0.3).errors["timeout"].count == 3
-    wait_for(lambda: all(ticket.cancelled for ticket in door.dispatcher.tickets), what="cancelled rows")
+    wait_for(lambda: all(ticket.cancelled for ticket in door.dispatcher.tickets), what="cancelled choices")
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ COUNTING = Rates(
     sum_s=0.0, member_s=0.0, link=1.0, hop_s=0.0, wire=1.0,
 )  # fmt: skip
 NOTHING = StageWork(
-    layers=1, weights=0, token_flop=0, row_flop=0, row_logits=0, token_bytes=0, cached_bytes=0, pair_flop=0, hidden_bytes=0, tp=1,
+    layers=1, weights=0, token_flop=0, sequence_flop=0, sequence_logits=0, token_bytes=0, cached_bytes=0, pair_flop=0, hidden_bytes=0, tp=1,
     narrow=False, plain=False, first=True,
 )  # fmt: skip
 
@@ -69,10 +69,10 @@ class Counted(Pipeline):
         return 1.0
 
 
-def steps_of_the_batch(workload: Workload, rows: int, tokens: int) -> int:
-    """Steps that the real batch takes for the same load, with room for every row's cache."""
+def steps_of_the_batch(workload: Workload, sequences: int, tokens: int) -> int:
+    """Steps that the real batch takes for the same load, with room for every sequence's cache."""
     spec = FakeSpec(
-        max_batch_size=rows, max_num_tokens=tokens, kv_tokens=1 << 20, prefix_cache=False, options=FakeOptions(fake_step_ms=0.0)
+        max_batch_size=sequences, max_num_tokens=tokens, kv_tokens=1 << 20, prefix_cache=False, options=FakeOptions(fake_step_ms=0.0)
     )
     engine = FakeEngine(spec, parallel=Parallel(), sleep=lambda seconds: None)
     for index in range(workload.requests):
@@ -93,22 +93,24 @@ def steps_of_the_batch(workload: Workload, rows: int, tokens: int) -> int:
 
 
 @settings(max_examples=40, deadline=None)
-@given(requests=st.integers(1, 24), isl=st.integers(1, 60), osl=st.integers(1, 12), rows=st.integers(1, 16), spare=st.integers(0, 80))
-def test_a_replay_takes_the_steps_of_the_real_batch(requests: int, isl: int, osl: int, rows: int, spare: int) -> None:
+@given(requests=st.integers(1, 24), isl=st.integers(1, 60), osl=st.integers(1, 12), sequences=st.integers(1, 16), spare=st.integers(0, 80))
+def test_a_replay_takes_the_steps_of_the_real_batch(requests: int, isl: int, osl: int, sequences: int, spare: int) -> None:
     workload = Workload(name="w", requests=requests, isl=isl, osl=osl)
-    tokens = rows + spare
-    counted = replay(Counted(), workload, rows=rows, max_num_tokens=tokens)
-    assert abs(counted.seconds - steps_of_the_batch(workload, rows, tokens)) <= max(1, 0.02 * counted.seconds)
+    tokens = sequences + spare
+    counted = replay(Counted(), workload, sequences=sequences, max_num_tokens=tokens)
+    assert abs(counted.seconds - steps_of_the_batch(workload, sequences, tokens)) <= max(1, 0.02 * counted.seconds)
 
 
 @settings(max_examples=100, deadline=None)
-@given(requests=st.integers(1, 300), isl=st.integers(1, 500), osl=st.integers(1, 60), rows=st.integers(1, 64), spare=st.integers(1, 900))
-def test_a_replay_loses_no_token(requests: int, isl: int, osl: int, rows: int, spare: int) -> None:
+@given(
+    requests=st.integers(1, 300), isl=st.integers(1, 500), osl=st.integers(1, 60), sequences=st.integers(1, 64), spare=st.integers(1, 900)
+)
+def test_a_replay_loses_no_token(requests: int, isl: int, osl: int, sequences: int, spare: int) -> None:
     """Every prompt token is computed once, every pair counted, every output token but the first costs a place in a step."""
     pipeline = Counted()
-    budget = rows + spare
-    found = replay(pipeline, Workload(name="w", requests=requests, isl=isl, osl=osl), rows=rows, max_num_tokens=budget)
-    assert all(0 < load.tokens <= budget and load.rows <= rows for load in pipeline.loads)
+    budget = sequences + spare
+    found = replay(pipeline, Workload(name="w", requests=requests, isl=isl, osl=osl), sequences=sequences, max_num_tokens=budget)
+    assert all(0 < load.tokens <= budget and load.sequences <= sequences for load in pipeline.loads)
     assert sum(load.pairs for load in pipeline.loads) == pytest.approx(requests * isl**2 / 2)
     assert found.output_tok_s * found.seconds == pytest.approx(requests * osl)
 
@@ -117,14 +119,14 @@ def test_each_term_adds_what_it_says() -> None:
     quiet = {name: getattr(COUNTING, name) for name in COUNTING.__struct_fields__} | {"step_s": 0.0}
     rates = Rates(**quiet | {"layer_s": 0.5, "sum_s": 0.25, "member_s": 0.125, "link": 64.0})
     work = {name: getattr(NOTHING, name) for name in NOTHING.__struct_fields__}
-    load = StepLoad(tokens=4, rows=2, context=10.0, pairs=3.0)
+    load = StepLoad(tokens=4, sequences=2, context=10.0, pairs=3.0)
     assert stage_seconds(StageWork(**work), rates, load) == 0.5
     assert stage_seconds(StageWork(**work | {"cached_bytes": 7}), rates, load) == 70.5
     assert stage_seconds(StageWork(**work | {"pair_flop": 7}), rates, load) == 21.5
     assert stage_seconds(StageWork(**work | {"weights": 9}), rates, load) == pytest.approx(9.5)
     assert stage_seconds(StageWork(**work | {"token_flop": 9}), rates, load) == pytest.approx(36.5)
     # One token's products with plain weights begin to read before their turn.
-    one = StepLoad(tokens=1, rows=1, context=0.0)
+    one = StepLoad(tokens=1, sequences=1, context=0.0)
     assert stage_seconds(StageWork(**work), rates, one) == 0.5 and stage_seconds(StageWork(**work | {"plain": True}), rates, one) == 0.0
     # Two sums a layer and one of the embedding, each 0.25 + 2 x 0.125 s and 4 tokens x 16 bytes over the link.
     assert stage_seconds(StageWork(**work | {"tp": 2, "hidden_bytes": 16}), rates, load) == pytest.approx(0.5 + 3 * (0.5 + 1.0))
@@ -133,6 +135,6 @@ def test_each_term_adds_what_it_says() -> None:
 def test_a_full_pipeline_is_as_fast_as_its_slowest_stage() -> None:
     slow = StageWork(**{name: getattr(NOTHING, name) for name in NOTHING.__struct_fields__} | {"weights": 3})
     pipeline = Pipeline([NOTHING, slow], COUNTING)
-    load = StepLoad(tokens=1, rows=1, context=0.0)
-    assert pipeline.seconds(load, 1) == 1 + 4, "one row passes both"
+    load = StepLoad(tokens=1, sequences=1, context=0.0)
+    assert pipeline.seconds(load, 1) == 1 + 4, "one sequence passes both"
     assert pipeline.seconds(load, 2) == 2 * 4, "two micro-batches wait for the slower one"

@@ -187,9 +187,9 @@ def test_a_cache_that_is_asked_for_must_fit() -> None:
 
 def test_short_caches_are_noted() -> None:
     (found,) = plan([subject("llama-3.1-8b", engine=msgspec.structs.replace(GPU, kv_tokens=512))], H100, LOAD)
-    assert found.own[0].rows == 0 and found.own[0].full is None and len(found.own[0].notes) == 2
+    assert found.own[0].sequences == 0 and found.own[0].full is None and len(found.own[0].notes) == 2
     (found,) = plan([subject("llama-3.1-8b", engine=msgspec.structs.replace(GPU, kv_tokens=2048))], H100, LOAD)
-    assert found.own[0].rows == 2 and "more than 2048 tokens" in found.own[0].notes[0]
+    assert found.own[0].sequences == 2 and "more than 2048 tokens" in found.own[0].notes[0]
 
 
 def test_a_host_is_shared_by_all_its_ranks() -> None:

@@ -34,7 +34,7 @@ def test_every_series_is_there_at_the_start_and_zero() -> None:
     for suffix in (
         "prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_error_total",
         "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_sum",
-        "router_refused_requests_total", "router_queued_requests", "replicas", "router_decisions_total", "router_failovers_total",
+        "router_refused_requests_total", "router_queued_choices", "replicas", "router_decisions_total", "router_failovers_total",
         "request_queue_time_seconds_bucket", "router_actual_wait_seconds_bucket", "router_loop_lag_seconds_bucket",
     ):  # fmt: skip
         assert f"trireme_{suffix}" in names

@@ -156,7 +156,7 @@ def test_limits_come_from_the_spec() -> None:
         engine.submit(0, submit([65] * 60, SamplingParams(max_tokens=20)))
 
 
-def test_a_disturbance_hits_one_row_only() -> None:
+def test_a_disturbance_hits_one_sequence_only() -> None:
     def poison(plan: StepPlan, result: StepResult) -> StepResult:
         tokens = view(result.tokens).tolist()
         if plan.step == 3:

@@ -33,7 +33,7 @@ def tables(count: int = 32) -> np.ndarray:
 
 
 def run(stage: DecoderStage, cache: KvCache, ids: torch.Tensor, chunks: list[int], *, grouped: bool = True) -> torch.Tensor:
-    """Logits of one row computed in ``chunks``."""
+    """Logits of one sequence computed in ``chunks``."""
     found, start = [], 0
     with torch.inference_mode():
         for size in chunks:

@@ -172,7 +172,7 @@ def test_check_catches_corruption(corrupt: object) -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(1, 5)), max_size=60))
 def test_any_use_keeps_the_invariants(actions: list[tuple[int, int, int]]) -> None:
-    """Rows come with one of a few prompts, publish what they computed, and leave in any order."""
+    """Sequences come with one of a few prompts, publish what they computed, and leave in any order."""
     pool = BlockPool(12, 8)
     tables: list[list[int]] = []
     for action, which, length in actions:

@@ -81,17 +81,17 @@ def at(end: RouterEnd) -> RouterAddress:
     return RouterAddress(endpoint=end.endpoint)
 
 
-def test_an_engine_that_fails_a_step_fails_every_row_as_replica_lost(end: RouterEnd) -> None:
+def test_an_engine_that_fails_a_step_fails_every_sequence_as_replica_lost(end: RouterEnd) -> None:
     with Running(at(end)) as running:
-        rows = [end.ready().submit(i, [i], LONG) for i in range(3)]
-        end.until(lambda: all(row.tokens for row in rows))
+        sequences = [end.ready().submit(i, [i], LONG) for i in range(3)]
+        end.until(lambda: all(sequence.tokens for sequence in sequences))
 
         def fail() -> None:
             raise EngineFault("a GPU fell off the bus")
 
         running.engine.fault = fail
-        end.until(lambda: all(row.end for row in rows) and end.byes == ["lost"])
-        assert {row.end.code for row in rows if isinstance(row.end, Failed)} == {"replica_lost"}
+        end.until(lambda: all(sequence.end for sequence in sequences) and end.byes == ["lost"])
+        assert {sequence.end.code for sequence in sequences if isinstance(sequence.end, Failed)} == {"replica_lost"}
         running.thread.join(5)
         assert isinstance(running.error, EngineFault)
 
@@ -100,8 +100,8 @@ def test_an_engine_proves_itself_after_its_tokens_are_out_and_ends_the_replica_i
     with Running(at(end)) as running:
         rested: list[float] = []
         running.engine.unsound = lambda: rested.append(time.monotonic())
-        row = end.ready().submit(1, [1], SHORT)
-        end.until(lambda: row.end)
+        sequence = end.ready().submit(1, [1], SHORT)
+        end.until(lambda: sequence.end)
         out = time.monotonic()
         end.until(lambda: any(at > out for at in rested))
 
@@ -117,10 +117,15 @@ def test_an_engine_proves_itself_after_its_tokens_are_out_and_ends_the_replica_i
 def test_what_the_engine_refuses_fails_without_accepted(end: RouterEnd) -> None:
     with Running(at(end)):
         end.ready()
-        row = end.submit(1, [1, 2, 99_999], SHORT)
+        sequence = end.submit(1, [1, 2, 99_999], SHORT)
         other = end.submit(2, [1] * 70_000, SHORT)
-        end.until(lambda: row.end and other.end)
-        assert isinstance(row.end, Failed) and row.end.code == "invalid_request" and row.end.param == "prompt" and not row.accepted
+        end.until(lambda: sequence.end and other.end)
+        assert (
+            isinstance(sequence.end, Failed)
+            and sequence.end.code == "invalid_request"
+            and sequence.end.param == "prompt"
+            and not sequence.accepted
+        )
         assert isinstance(other.end, Failed) and other.end.code == "context_length_exceeded"
         good = end.submit(3, [1], SHORT)
         end.until(lambda: good.end)
@@ -153,8 +158,8 @@ def test_a_stale_epoch_ends_the_leader_and_another_bye_only_its_link(end: Router
 
 def test_a_changed_nonce_on_a_living_connection_means_hello_again_and_orphans(end: RouterEnd) -> None:
     with Running(at(end)):
-        row = end.ready().submit(1, [1], LONG)
-        end.until(lambda: row.tokens)
+        sequence = end.ready().submit(1, [1], LONG)
+        end.until(lambda: sequence.tokens)
         end.boot = "router-2"
         end.send(RouterHeartbeat(boot=end.boot, router="r"))
         end.until(lambda: len(end.hellos) == 2 and end.beats[-1].stats.running == 0)
@@ -174,9 +179,9 @@ def test_a_send_that_would_block_means_a_lost_router(end: RouterEnd, monkeypatch
         end.ready()
         hog = stuck.submit(1, [1], SamplingParams(temperature=0.0, max_tokens=30_000, logprobs=20))
         stuck.until(lambda: hog.tokens)
-        row = end.submit(2, [2], params)
-        end.until(lambda: row.end)
-        assert row.tokens == expected_tokens([2], params)
+        sequence = end.submit(2, [2], params)
+        end.until(lambda: sequence.end)
+        assert sequence.tokens == expected_tokens([2], params)
         end.until(lambda: end.beats[-1].stats.running == 0)
         hellos = len(stuck.hellos)
         stuck.until(lambda: len(stuck.hellos) > hellos)
@@ -215,17 +220,17 @@ def test_an_idle_leader_hears_at_once(end: RouterEnd) -> None:
         end.ready()
         took = []
         for i in range(20):
-            row = end.submit(i, [i], SamplingParams(temperature=0.0, max_tokens=1))
-            took.append(end.until(lambda row=row: row.end))  # type: ignore[misc]
+            sequence = end.submit(i, [i], SamplingParams(temperature=0.0, max_tokens=1))
+            took.append(end.until(lambda sequence=sequence: sequence.end))  # type: ignore[misc]
         print(f"submit to last token, one step of 2 ms: median {sorted(took)[10] * 1000:.1f} ms")
         assert sorted(took)[10] < 0.1
 
 
 def test_the_leaders_own_share_of_a_step(end: RouterEnd) -> None:
-    """Everything between an engine's step and the next one, 64 rows: sessions, messages, queue."""
+    """Everything between an engine's step and the next one, 64 sequences: sessions, messages, queue."""
     with Running(at(end)) as running:
-        rows = [end.ready().submit(i, [i], LONG) for i in range(64)]
-        end.until(lambda: all(len(row.tokens) > 5 for row in rows))
+        sequences = [end.ready().submit(i, [i], LONG) for i in range(64)]
+        end.until(lambda: all(len(sequence.tokens) > 5 for sequence in sequences))
         inside, first, begin = [0.0], end.beats[-1].step, time.monotonic()
         step = FakeEngine.step
         engine = running.engine
@@ -240,7 +245,7 @@ def test_the_leaders_own_share_of_a_step(end: RouterEnd) -> None:
         end.until(lambda: end.beats[-1].step > first + 100)
         steps = end.beats[-1].step - first
         share = (time.monotonic() - begin - inside[0]) / steps
-        print(f"leader's share with 64 rows: {share * 1e6:.0f} us a step, router end in the same process included")
+        print(f"leader's share with 64 sequences: {share * 1e6:.0f} us a step, router end in the same process included")
         assert share < 0.01
 
 
@@ -253,9 +258,9 @@ def test_addresses_that_would_be_unsafe_are_refused() -> None:
 def test_no_event_is_lost_when_more_come_than_a_turn_takes(end: RouterEnd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.serving.leader.TURN_EVENTS", 2)
     with Running(at(end)):
-        rows = [end.ready().submit(i, [i], SHORT) for i in range(25)]
-        end.until(lambda: all(row.end for row in rows))
-        assert [row.tokens for row in rows] == [expected_tokens([i], SHORT) for i in range(25)]
+        sequences = [end.ready().submit(i, [i], SHORT) for i in range(25)]
+        end.until(lambda: all(sequence.end for sequence in sequences))
+        assert [sequence.tokens for sequence in sequences] == [expected_tokens([i], SHORT) for i in range(25)]
 
 
 def test_mutated_frames_hurt_nobody(end: RouterEnd) -> None:
@@ -288,6 +293,6 @@ def test_mutated_frames_hurt_nobody(end: RouterEnd) -> None:
             if n % 10 == 0:
                 end.turn()
         end.until(lambda: end.beats[-1].stats.running == 0)  # the leader has seen all of it, deadlines and orphans included
-        row = end.submit(1, [7], SHORT)
-        end.until(lambda: row.end)
-        assert row.tokens == expected_tokens([7], SHORT)
+        sequence = end.submit(1, [7], SHORT)
+        end.until(lambda: sequence.end)
+        assert sequence.tokens == expected_tokens([7], SHORT)

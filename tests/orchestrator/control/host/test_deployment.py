@@ -114,7 +114,7 @@ def running(home: Path) -> Iterator[tuple[ControlClient, list[Notice]]]:
 
 
 def everything(status: DeploymentStatus) -> list[int]:
-    return [status.pid, *status.routers.values(), *(pid for model in status.models for row in model.rows for _, _, pid in row.pids)]
+    return [status.pid, *status.routers.values(), *(pid for model in status.models for row in model.replicas for _, _, pid in row.pids)]
 
 
 def test_up_faults_drain_down(running: tuple[ControlClient, list[Notice]]) -> None:
@@ -124,30 +124,32 @@ def test_up_faults_drain_down(running: tuple[ControlClient, list[Notice]]) -> No
     assert [notice.kind for notice in notices].count("replica") == 2 and notices[-1].kind == "ready"
     assert all(notice.capacity is not None for notice in notices if notice.kind == "replica")
     (model,) = status.models
-    assert (model.replicas, model.ready, model.tp, model.pp, model.nodes) == (2, 2, (2,), (1,), 1)
+    assert (model.wanted, model.ready, model.tp, model.pp, model.nodes) == (2, 2, (2,), (1,), 1)
 
-    first = model.rows[0]
+    first = model.replicas[0]
     os.kill(first.pids[1][2], signal.SIGKILL)
-    lost = until(control, lambda s: s.models[0].rows[0].cause != "" or s.models[0].rows[0].epoch != first.epoch).models[0].rows[0]
+    lost = (
+        until(control, lambda s: s.models[0].replicas[0].cause != "" or s.models[0].replicas[0].epoch != first.epoch).models[0].replicas[0]
+    )
     assert f"rank 1 (pid {first.pids[1][2]})" in lost.cause
-    healed = until(control, lambda s: s.state == "READY" and s.models[0].rows[0].epoch > first.epoch)
-    assert not any(alive(pid) for _, _, pid in first.pids) and healed.models[0].rows[1].epoch == model.rows[1].epoch
+    healed = until(control, lambda s: s.state == "READY" and s.models[0].replicas[0].epoch > first.epoch)
+    assert not any(alive(pid) for _, _, pid in first.pids) and healed.models[0].replicas[1].epoch == model.replicas[1].epoch
 
     (router,) = healed.routers.values()
     os.kill(router, signal.SIGKILL)
     until(control, lambda s: s.state == "READY" and set(s.routers.values()) != {router})
 
-    second = healed.models[0].rows[1]
+    second = healed.models[0].replicas[1]
     control.drain(second.name)
-    replaced = until(control, lambda s: s.state == "READY" and s.models[0].rows[1].epoch > second.epoch)
-    assert replaced.models[0].rows[1].restarts == 0
+    replaced = until(control, lambda s: s.state == "READY" and s.models[0].replicas[1].epoch > second.epoch)
+    assert replaced.models[0].replicas[1].restarts == 0
     with pytest.raises(NotFound):
         control.drain("nobody")
 
     last = control.status()
     control.down()
     assert not any(map(alive, everything(last)))
-    for row in last.models[0].rows:
+    for row in last.models[0].replicas:
         assert tagged(f"t/{row.name}/{row.epoch}") == []
     with pytest.raises(NotFound, match="does not run"):
         control.status()
@@ -167,10 +169,10 @@ def test_a_second_up_names_the_holder_and_harms_nothing(running: tuple[ControlCl
 def test_a_stopped_rank_is_found_by_the_routers_and_replaced(home: Path, start: Callable[[Config], ControlClient]) -> None:
     control = start(config(home, hang_floor_s=1.0, replica_timeout_s=1.0))
     try:
-        first = control.status().models[0].rows[0]
+        first = control.status().models[0].replicas[0]
         os.kill(first.pids[0][2], signal.SIGSTOP)
-        status = until(control, lambda s: s.state == "READY" and s.models[0].rows[0].epoch > first.epoch)
-        assert "hung" in status.models[0].rows[0].cause
+        status = until(control, lambda s: s.state == "READY" and s.models[0].replicas[0].epoch > first.epoch)
+        assert "hung" in status.models[0].replicas[0].cause
         assert not any(alive(pid) for _, _, pid in first.pids)
     finally:
         control.down(now=True)
@@ -192,7 +194,7 @@ def test_sigkill_of_the_host_leaves_nothing_and_the_next_up_takes_over(home: Pat
 def test_a_second_signal_does_not_wait_for_what_hangs(home: Path, start: Callable[[Config], ControlClient]) -> None:
     control = start(config(home, drain_grace_s=60, hang_floor_s=120, replica_timeout_s=120))
     last = control.status()
-    os.kill(last.models[0].rows[0].pids[0][2], signal.SIGSTOP)
+    os.kill(last.models[0].replicas[0].pids[0][2], signal.SIGSTOP)
     os.kill(last.pid, signal.SIGTERM)
     until(control, lambda s: s.state == "DRAINING")
     os.kill(last.pid, signal.SIGTERM)

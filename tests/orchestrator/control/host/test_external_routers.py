@@ -250,7 +250,7 @@ def test_ready_means_accepted_by_every_router_that_answers(tmp_path: Path, repor
     view = ReplicaView(name="m-0", phase="ready", epoch=7, since=gang.since, failures=0, due=0.0, cause="", hint="", gang=gang)
     host = HostFacts(started_at=time.time(), stopping=False, was_ready=False)
     found = describe(job(tmp_path), [view], Told(*reports), host)
-    assert found.models[0].rows[0].state == state
+    assert found.models[0].replicas[0].state == state
     assert found.state == ("READY" if state == "READY" else "STARTING")
     assert bool(found.error) == (state == "JOINING")
 
@@ -261,11 +261,11 @@ def test_standing_routers_show_who_joined() -> None:
     other = report(row("slurm/a/m-0"), row("slurm/b/m-0", "draining", epoch=6))
     found = describe_routers_only(standing_config(), Told(one, other), host)
     (model,) = found.models
-    assert (found.state, model.state, model.replicas, model.ready) == ("READY", "READY", 2, 2)
-    assert [(row.name, row.state) for row in model.rows] == [("slurm/a/m-0", "READY"), ("slurm/b/m-0", "READY")]
+    assert (found.state, model.state, model.wanted, model.ready) == ("READY", "READY", 2, 2)
+    assert [(row.name, row.state) for row in model.replicas] == [("slurm/a/m-0", "READY"), ("slurm/b/m-0", "READY")]
     gone = describe_routers_only(standing_config(), Told(report(row("slurm/a/m-0", "lost", reason="silent"))), host)
-    assert (gone.state, gone.models[0].state, gone.models[0].replicas) == ("READY", "DEGRADED", 0)
-    assert gone.models[0].rows[0].cause == "silent"
+    assert (gone.state, gone.models[0].state, gone.models[0].wanted) == ("READY", "DEGRADED", 0)
+    assert gone.models[0].replicas[0].cause == "silent"
 
 
 def test_a_router_believes_a_pass_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ def test_an_index_is_bounded_and_drops_leaves_first() -> None:
 def both() -> CoreDriver:
     route = router(max_queue=50)
     for name in ("a", "b"):
-        join(route, name, rows=16)
+        join(route, name, max_batch_size=16)
     route.take()
     return route
 

@@ -59,7 +59,7 @@ def test_a_replay_goes_on_from_requests_at_work() -> None:
     """Queued, sent, running, paused, moved: the snapshot is taken with all of them."""
     route = router(max_queue=50)
     for name in ("a", "b"):
-        join(route, name, rows=2)
+        join(route, name, max_batch_size=2)
     for index in range(9):
         route.submit(ask([index] * 40, credit=3 if index == 1 else 100, n=1 + (index == 2), affinity=f"s{index % 2}"), 0.0)
     submits = sent(route.take(), Submit)
@@ -73,7 +73,7 @@ def test_a_replay_goes_on_from_requests_at_work() -> None:
     snapshot = read_dump(dump_lines(recorder.dump(0.0))).snapshot.table
     assert {choice.phase for request in snapshot.requests for choice in request.choices} >= {"queued", "sent"}
     assert any(snapshot.returned.values()) and any(choice.paused for request in snapshot.requests for choice in request.choices)
-    join(route, "c", rows=4, now=0.7)
+    join(route, "c", max_batch_size=4, now=0.7)
     route.hear(b"b", "", beat(boot="b1", step_ms=9.0), 0.8)
     route.credit(2, 5, 0.9)
     route.tick(9.0)

@@ -101,14 +101,14 @@ def test_lost_by_silence_and_back_by_a_heartbeat() -> None:
     assert replica.state == "draining" and replica.free_places == 0
 
 
-def test_rows_of_other_routers_count() -> None:
+def test_choices_of_other_routers_count() -> None:
     table, replica = registry()
-    assert replica.free_places == 5, "the batch and one row of lookahead"
+    assert replica.free_places == 5, "the batch and one choice of lookahead"
     replica.add_stream(1, 10)
     replica.add_stream(2, 20)
     replica.heartbeat(beat(running=3, waiting=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
     assert replica.others == 3 and replica.occupancy == 5 and replica.free_places == 0
     assert replica.queued_tokens == 30 + 15
     replica.heartbeat(beat(running=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
-    assert replica.queued_tokens == 30, "without others it is this router's own row, told of late"
+    assert replica.queued_tokens == 30, "without others it is this router's own choice, told of late"
     table.check()

@@ -19,7 +19,7 @@ from workers.protocol.messages import Accepted, Attach, Bye, Cancel, Credit, Don
 
 
 def burst(route: CoreDriver, count: int) -> list[bytes]:
-    """Where ``count`` rows go that have no prefix in common."""
+    """Where ``count`` choices go that have no prefix in common."""
     places = []
     for index in range(count):
         route.submit(ask([index * 7 + 1] * 20), 0.0)
@@ -46,8 +46,8 @@ def test_unknown_model_full_queue_and_closing_are_refused() -> None:
 
 def test_retry_after_follows_the_measured_rate() -> None:
     route = router(max_queue=4)
-    join(route, "a", rows=1)
-    for second in range(20):  # one row ends every 4 s
+    join(route, "a", max_batch_size=1)
+    for second in range(20):  # one choice ends every 4 s
         route.submit(ask(), second * 4.0)
         (submit,) = sent(route.take(), Submit)
         route.hear(b"a", "", beat(boot="a1"), second * 4.0)
@@ -71,19 +71,19 @@ def test_choices_get_their_own_seed_and_name() -> None:
 
 def test_a_freed_place_is_filled_at_once_in_order() -> None:
     route = router(max_queue=10)
-    join(route, "a", rows=2)
+    join(route, "a", max_batch_size=2)
     for index in range(6):
         route.submit(ask([index + 1]), 0.0)
     submits = sent(route.take(), Submit)
-    assert [submit.prompt_ids for submit in submits] == [[1], [2], [3]], "two rows and one of lookahead"
+    assert [submit.prompt_ids for submit in submits] == [[1], [2], [3]], "two choices and one of lookahead"
     usage = Usage(prompt_tokens=1, output_tokens=0)
     route.hear(b"a", "", Done(boot="a1", stream=submits[1].stream, attempt=1, reason="stop", usage=usage), 1.0)
     assert [submit.prompt_ids for submit in sent(route.take(), Submit)] == [[4]]
 
 
-def test_a_lost_replicas_rows_go_on_elsewhere_before_all_others() -> None:
+def test_a_lost_replicas_choices_go_on_elsewhere_before_all_others() -> None:
     route = router(max_queue=10)
-    join(route, "a", rows=2)
+    join(route, "a", max_batch_size=2)
     for index in range(5):
         route.submit(ask([index + 1]), 0.0)
     submits = sent(route.take(), Submit)
@@ -91,7 +91,7 @@ def test_a_lost_replicas_rows_go_on_elsewhere_before_all_others() -> None:
     assert delivered(route) == [(0, [10, 11])]
     route.tick(3.0)
     route.take()
-    join(route, "b", rows=4, now=3.0)
+    join(route, "b", max_batch_size=4, now=3.0)
     moved = sent(route.take(), Submit)
     assert [submit.prompt_ids for submit in moved] == [[1], [2], [3], [4], [5]]
     assert moved[0].task.emitted == [10, 11] and moved[0].attempt == 2 and moved[0].task.params.max_tokens == 8
@@ -129,7 +129,7 @@ def lose_with(route: CoreDriver, name: str, now: float) -> list[Submit]:
     return sent(route.take(), Submit)
 
 
-def test_a_row_that_got_on_is_not_what_ended_its_replicas() -> None:
+def test_a_choice_that_got_on_is_not_what_ended_its_replicas() -> None:
     route = router(replica_limit=2)
     join(route, "a")
     route.submit(ask(params=SamplingParams(seed=7, max_tokens=100)), 0.0)
@@ -195,7 +195,7 @@ def test_admission_counts_no_places_of_a_quarantined_replica() -> None:
         route.submit(ask(), 0.0)
         (submit,) = sent(route.take(), Submit)
         route.hear(b"a", "", Failed(boot="a1", stream=submit.stream, attempt=1, code="nan_logits", message=""), 0.0)
-    join(route, "b", rows=1)
+    join(route, "b", max_batch_size=1)
     assert route.registry.replicas["a"].quarantined and route.registry.replicas["a"].free_places > 2
     route.submit(ask(n=2), 1.0)
     assert where(route.take()) == [b"b", b"b"], "one place and one of lookahead"
@@ -241,7 +241,7 @@ def test_logits_that_are_not_finite_cost_a_replica_the_choice_for_a_while() -> N
     route.check()
 
 
-def test_drained_rows_move_without_blame() -> None:
+def test_drained_choices_move_without_blame() -> None:
     route = router(replica_limit=1)
     join(route, "a")
     join(route, "b")
@@ -321,7 +321,7 @@ def test_a_done_without_its_tokens_is_not_believed() -> None:
     route.check()
 
 
-def test_a_silent_reconnect_asks_for_every_row_again() -> None:
+def test_a_silent_reconnect_asks_for_every_choice_again() -> None:
     route = router()
     join(route, "a")
     route.submit(ask(n=2), 0.0)
@@ -337,11 +337,11 @@ def test_a_silent_reconnect_asks_for_every_row_again() -> None:
     attach = attaches[1].message
     route.hear(b"another address", "", Failed(boot="a1", stream=attach.stream, attempt=1, code="not_found", message=""), 0.3)
     (again,) = sent(route.take(), Submit)
-    assert (again.request_id, again.attempt) == ("q/1", 2), "a row that is not there is placed anew"
+    assert (again.request_id, again.attempt) == ("q/1", 2), "a choice that is not there is placed anew"
     route.check()
 
 
-def test_leaving_frees_the_rows_at_the_replica() -> None:
+def test_leaving_frees_the_choices_at_the_replica() -> None:
     route = router()
     join(route, "a")
     id = route.submit(ask(n=2), 0.0)
@@ -373,7 +373,7 @@ def test_deadlines_hold_in_the_queue_and_at_a_replica() -> None:
     assert len(sent(route.take(), Cancel)) == 1 and route.live == 0
 
 
-def test_a_row_that_lost_its_replica_waits_no_longer_than_a_new_one() -> None:
+def test_a_choice_that_lost_its_replica_waits_no_longer_than_a_new_one() -> None:
     route = router(request_timeout_s=0.0)
     join(route, "a")
     route.submit(ask(), 0.0)
@@ -429,9 +429,9 @@ def test_a_clients_new_attempt_outranks_every_placement_before() -> None:
 
 def test_prefixes_attract_until_the_wait_is_longer() -> None:
     route = router(max_queue=100)
-    rows = {b"a": 0, b"b": 0}
-    for peer in rows:
-        join(route, peer.decode(), rows=32)
+    choices = {b"a": 0, b"b": 0}
+    for peer in choices:
+        join(route, peer.decode(), max_batch_size=32)
     route.take()
     shared = list(range(1, 321))
     places = []
@@ -440,10 +440,10 @@ def test_prefixes_attract_until_the_wait_is_longer() -> None:
         actions = route.take()
         (place,), (submit,) = where(actions), sent(actions, Submit)
         places.append(place)
-        rows[place] += 1
+        choices[place] += 1
         boot = f"{place.decode()}1"
         route.hear(place, "", Accepted(boot=boot, stream=submit.stream, attempt=1), 0.0)
-        for peer, running in rows.items():  # the prefill is over by the next request
+        for peer, running in choices.items():  # the prefill is over by the next request
             route.hear(peer, "", beat(boot=f"{peer.decode()}1", step_ms=10.0, running=running), 0.0)
     assert places[0] == places[1] == places[2], "a cached prefix attracts"
     assert 10 <= places.count(b"a") <= 30, "and does not make a hot spot"
@@ -452,7 +452,7 @@ def test_prefixes_attract_until_the_wait_is_longer() -> None:
 def test_without_a_cache_no_prefix_attracts() -> None:
     route = router(max_queue=100)
     for name in ("a", "b"):
-        join(route, name, rows=32, prefix_cache=False)
+        join(route, name, max_batch_size=32, prefix_cache=False)
     route.take()
     shared = list(range(1, 321))
     places = []
@@ -462,10 +462,10 @@ def test_without_a_cache_no_prefix_attracts() -> None:
     assert places.count(b"a") == places.count(b"b") == 10
 
 
-def test_without_a_shared_prefix_rows_spread_evenly() -> None:
+def test_without_a_shared_prefix_choices_spread_evenly() -> None:
     route = router(max_queue=100)
     for name in ("a", "b"):
-        join(route, name, rows=32)
+        join(route, name, max_batch_size=32)
     route.take()
     places = burst(route, 20)
     assert places.count(b"a") == places.count(b"b") == 10
@@ -475,16 +475,16 @@ def test_a_burst_spreads_evenly_whatever_the_last_steps_of_equals_were() -> None
     """At a burst's begin one replica's heartbeat tells of a prefill, another's still of single tokens: twenty times apart."""
     route = router(max_queue=400)
     for name, step_ms in (("a", 180.0), ("b", 9.0), ("c", 8.0)):
-        join(route, name, rows=128)
+        join(route, name, max_batch_size=128)
         route.hear(name.encode(), "", beat(boot=f"{name}1", step_ms=step_ms), 0.0)
     route.take()
     places = burst(route, 300)
     assert {name: places.count(name) for name in (b"a", b"b", b"c")} == {b"a": 100, b"b": 100, b"c": 100}
 
 
-def test_a_row_counts_as_waiting_until_its_first_token_whatever_a_heartbeat_says() -> None:
+def test_a_choice_counts_as_waiting_until_its_first_token_whatever_a_heartbeat_says() -> None:
     route = router(max_queue=100)
-    join(route, "a", rows=32)
+    join(route, "a", max_batch_size=32)
     route.submit(ask(list(range(1, 41))), 0.0)
     (submit,) = sent(route.take(), Submit)
     replica = route.registry.replicas["a"]
@@ -503,7 +503,7 @@ def test_a_row_counts_as_waiting_until_its_first_token_whatever_a_heartbeat_says
 def test_replicas_of_another_kind_are_chosen_by_their_pace() -> None:
     route = router(max_queue=400)
     for name, step_ms, tp in (("a", 10.0, 2), ("b", 20.0, 1)):
-        join(route, name, rows=128, max_num_tokens=2048, tp=tp)
+        join(route, name, max_batch_size=128, max_num_tokens=2048, tp=tp)
         route.hear(name.encode(), "", beat(boot=f"{name}1", step_ms=step_ms), 0.0)
     route.take()
     places = burst(route, 120)
@@ -521,10 +521,10 @@ def test_expected_wait_counts_prefill_neighbours_and_a_full_batch() -> None:
     assert expected_wait_ms(**base | {"occupancy": 8}) == pytest.approx(10.0 * (200 / 92 + 50 * 8 / 100) + 100.0)
 
 
-def test_a_row_whose_client_takes_nothing_holds_no_place() -> None:
-    """Slow readers must not keep others out: a row without credit leaves its place to the next, up to a multiple of the batch."""
+def test_a_choice_whose_client_takes_nothing_holds_no_place() -> None:
+    """Slow readers must not keep others out: a choice without credit leaves its place to the next, up to a multiple of the batch."""
     route = router(max_queue=100)
-    join(route, "a", rows=2)
+    join(route, "a", max_batch_size=2)
     slow = [route.submit(ask([index + 1], credit=2), 0.0) for index in range(3)]
     held = sent(route.take(), Submit)
     assert len(held) == 3, "two run, one is the lookahead"
@@ -547,7 +547,7 @@ def test_a_row_whose_client_takes_nothing_holds_no_place() -> None:
     route.check()
     route.unreachable(b"a", 1.0)
     route.check()
-    join(route, "b", rows=2)
+    join(route, "b", max_batch_size=2)
     route.check()
     assert route.placed == 8 * 2
 

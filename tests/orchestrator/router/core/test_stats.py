@@ -1,4 +1,4 @@
-"""What the routing core measures: waits, guesses, decisions, and what became of rows that had to move."""
+"""What the routing core measures: waits, guesses, decisions, and what became of choices that had to move."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_stop_string_ends_the_measures_too() -> None:
 def test_decisions_have_reasons() -> None:
     route = router(max_queue=50)
     for name in ("a", "b"):
-        join(route, name, rows=16)
+        join(route, name, max_batch_size=16)
     prompt = list(range(1, 65))
     for index, (ids, affinity) in enumerate(((prompt, ""), (prompt, "s"), (prompt, "s"), ([900, 901], ""))):
         route.submit(ask(ids, affinity=affinity), float(index))
@@ -83,7 +83,7 @@ def test_decisions_have_reasons() -> None:
 def test_guessed_prefixes_are_held_against_those_found() -> None:
     route = router(max_queue=50)
     for name in ("a", "b"):
-        join(route, name, rows=16)
+        join(route, name, max_batch_size=16)
     prompt = list(range(1, 65))
     route.submit(ask(prompt), 0.0)
     (first,) = sent(route.take(), Submit)
@@ -96,7 +96,7 @@ def test_guessed_prefixes_are_held_against_those_found() -> None:
     assert (tally.expected_hits, tally.actual_hits) == (64, 48)
 
 
-def test_rows_that_move_are_counted_by_cause_and_outcome() -> None:
+def test_choices_that_move_are_counted_by_cause_and_outcome() -> None:
     route = router(max_queue=50, replica_limit=2, queue_timeout_s=5.0)
     join(route, "a")
     route.submit(ask([1]), 0.0)

@@ -64,7 +64,7 @@ def test_what_the_dispatcher_refuses_is_not_in_flight(door: ServedDoor, error: E
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("text", ["", "some"])
-def test_a_client_that_leaves_frees_its_rows(door: ServedDoor, stream: bool, text: str) -> None:
+def test_a_client_that_leaves_frees_its_choices(door: ServedDoor, stream: bool, text: str) -> None:
     door.dispatcher.script = lambda ask, choice: Play(text=text, hang=True)
     body = json.dumps(chat(stream=stream, n=2)).encode()
     head = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(body))

@@ -154,7 +154,7 @@ def test_its_numbers_are_those_of_metrics(door: ServedDoor) -> None:
     (model,) = data.models
     assert model.success["stop"] == series["trireme_request_success_total", "stop", "tiny"] == 3
     assert model.generation_tokens == series["trireme_generation_tokens_total", "tiny"] > 0
-    assert model.queue == series["trireme_router_queued_requests", "tiny"]
+    assert model.queue == series["trireme_router_queued_choices", "tiny"]
     for latency, name in ((model.first_token, "time_to_first_token"), (model.inter_token, "inter_token_latency")):
         edges = [*map(str, data.bounds), "+Inf"]
         assert list(latency.counts) == [series[f"trireme_{name}_seconds_bucket", edge, "tiny"] for edge in edges]
@@ -189,7 +189,7 @@ def model(ready: int) -> ModelFigures:
 )
 def test_the_verdict_names_what_is_wrong(replicas: list[ReplicaFigures], drained: bool, state: str, told: str) -> None:
     models = (model(sum(replica.state == "ready" for replica in replicas)),)
-    losses = [LossFigures(replica="right", model="m", epoch="1", reason="r", rows=1, drained=drained, age_s=1.0)]
+    losses = [LossFigures(replica="right", model="m", epoch="1", reason="r", choices=1, drained=drained, age_s=1.0)]
     verdict = judge(False, models, replicas, losses)
     assert verdict.state == state and told in "; ".join(verdict.why)
     assert judge(True, models, replicas, losses).state == "DRAINING"

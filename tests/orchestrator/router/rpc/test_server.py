@@ -143,7 +143,7 @@ def _cancel_and_deadline(client: Client) -> None:
     with pytest.raises(Cancelled) as caught:
         call.result()
     assert caught.value.request == call.request
-    wait_for(lambda: client.status()["running"] == 0, what="the cancelled row's end")
+    wait_for(lambda: client.status()["running"] == 0, what="the cancelled choice's end")
     with pytest.raises(DeadlineExceeded):
         client.complete([1], texts=False, max_tokens=5000, ignore_eos=True, deadline_s=0.3).result()
 

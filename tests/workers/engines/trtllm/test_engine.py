@@ -160,7 +160,7 @@ def test_the_end_waits_behind_tokens_without_credit(bench: Bench) -> None:
     assert last.tokens == [51, 52] and isinstance(last.end, Finish)
 
 
-def test_logprobs_come_one_a_token_or_the_row_fails(bench: Bench) -> None:
+def test_logprobs_come_one_a_token_or_the_sequence_fails(bench: Bench) -> None:
     bench.submit(logprobs=0)
     (emission,) = bench.step(Delta(1, [50, 51], [-0.5, -0.25]))
     assert emission.logprobs is not None and [(e.token, e.logprob, e.top_ids) for e in emission.logprobs] == [
@@ -171,7 +171,7 @@ def test_logprobs_come_one_a_token_or_the_row_fails(bench: Bench) -> None:
     assert isinstance(failed.end, Fault) and not failed.tokens
 
 
-def test_errors_end_one_row_only(bench: Bench) -> None:
+def test_errors_end_one_sequence_only(bench: Bench) -> None:
     bench.submit(1)
     bench.submit(2)
     found = {e.id: e for e in bench.step(Delta(1, [], error="bad words", final=True), Delta(2, [50]))}

@@ -78,7 +78,7 @@ CASES: dict[str, Case] = {
         lambda e: all_of(msgspec.structs.replace(e, parallel=Parallel(tp=4)), facts()),
         3, "it was built for tp=4 pp=1, the replica has tp=2 pp=2", "set tp_size: 4 and pp_size: 1",
     ),
-    "too many rows": (lambda e: all_of(e, facts(), max_batch_size=33), 3, "max_batch_size: 33 is more than", "set max_batch_size: 32"),
+    "too many sequences": (lambda e: all_of(e, facts(), max_batch_size=33), 3, "max_batch_size: 33 is more than", "set max_batch_size: 32"),
     "too many tokens": (lambda e: all_of(e, facts(), max_num_tokens=513), 3, "max_num_tokens: 513", "set max_num_tokens: 512"),
     "too long": (lambda e: all_of(e, facts(), max_seq_len=513), 3, "max_seq_len: 513", "set max_seq_len: 512"),
     "no paged KV": (
