@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
-from orchestrator.router.core.replica_registry import KEPT_LOST_S, HelloAccepted, HelloRefused, Replica, ReplicaRegistry
-from tests.support.router_core import HELLO, beat
-from workers.protocol.messages import PROTOCOL, Hello
+from orchestrator.router.core.actions import FailChoice
+from orchestrator.router.core.replica_registry import FAULT_LIMIT, KEPT_LOST_S, HelloAccepted, HelloRefused, Replica, ReplicaRegistry
+from tests.support.router_core import HELLO, accept, ask, beat, join, router, sent, tokens, where
+from workers.protocol.errors import Overloaded
+from workers.protocol.messages import (
+    PROTOCOL,
+    Bye,
+    Failed,
+    Hello,
+    RouterHeartbeat,
+    Submit,
+)
 
 
 def hello(**change: Any) -> Hello:
@@ -112,3 +122,87 @@ def test_choices_of_other_routers_count() -> None:
     replica.heartbeat(beat(running=1, prefill_tokens=25), accepted=1, waiting=[1], now=1.0)
     assert replica.queued_tokens == 30, "without others it is this router's own choice, told of late"
     table.check()
+
+
+def test_stale_hellos_are_told_to_leave_and_strangers_to_greet() -> None:
+    route = router()
+    join(route, "a", epoch=2)
+    route.take()
+    join(route, "a", epoch=1)
+    (bye,) = sent(route.take(), Bye)
+    assert bye.reason == "stale"
+    route.hear(b"x", "", beat(boot="unknown"), 0.0)
+    (peers,) = sent(route.take(), RouterHeartbeat)
+    assert peers.boot == "R"
+
+
+def test_a_choice_counts_as_waiting_until_its_first_token_whatever_a_heartbeat_says() -> None:
+    route = router(max_queue=100)
+    join(route, "a", max_batch_size=32)
+    route.submit(ask(list(range(1, 41))), 0.0)
+    (submit,) = sent(route.take(), Submit)
+    replica = route.registry.replicas["a"]
+    accept(route, submit, place="a")
+    route.hear(b"a", "", beat(boot="a1", step=1, running=0, prefill_tokens=0), 0.1)  # as of the step before it
+    assert replica.queued_tokens == 40
+    route.hear(b"a", "", beat(boot="a1", step=1, running=1, prefill_tokens=10), 0.1)  # the first chunk of it is computed
+    assert replica.queued_tokens == 10
+    route.hear(b"a", "", tokens("a1", submit, 0, [65]), 0.2)
+    assert replica.queued_tokens == 0
+    route.hear(b"a", "", beat(boot="a1", step=1, running=1, prefill_tokens=40), 0.3)  # nor is it counted twice
+    assert replica.queued_tokens == 0
+    route.check()
+
+
+def test_logits_that_are_not_finite_cost_a_replica_the_choice_for_a_while() -> None:
+    route = router(max_queue=8)
+    join(route, "a")
+    join(route, "b")
+
+    def places(count: int, now: float) -> set[bytes]:
+        for _ in range(count):
+            route.submit(ask(), now)
+        actions = route.take()
+        for submit, place in zip(sent(actions, Submit), where(actions), strict=True):
+            code = "nan_logits" if place == b"a" and now < 50 else "engine_fault"
+            end = Failed(boot=f"{place.decode()}1", stream=submit.stream, attempt=1, code=code, message="")
+            route.hear(place, "", end, now)
+        assert [type(action) for action in route.take()] == [FailChoice] * count
+        return set(where(actions))
+
+    def live(now: float) -> None:
+        for name in "ab":
+            route.hear(name.encode(), "", beat(boot=f"{name}1"), now)
+        route.tick(now)
+        route.take()
+
+    for second in range(3):
+        live(float(second))
+        places(2, float(second))
+    assert route.counts["quarantines"] == 1 and route.registry.replicas["a"].quarantined
+    assert places(4, 50.0) == {b"b"}
+    route.unreachable(b"b", 51.0)
+    route.submit(ask(), 51.0)
+    assert where(route.take()) == [b"a"], "it is the last one"
+    live(62.5)
+    assert not route.registry.replicas["a"].quarantined
+    route.check()
+
+
+def test_admission_counts_no_places_of_a_quarantined_replica() -> None:
+    """A choice is not sent there while another replica is ready, so it would wait in the queue above its bound."""
+    route = router(max_queue=2)
+    join(route, "a")
+    for _ in range(FAULT_LIMIT):
+        route.submit(ask(), 0.0)
+        (submit,) = sent(route.take(), Submit)
+        route.hear(b"a", "", Failed(boot="a1", stream=submit.stream, attempt=1, code="nan_logits", message=""), 0.0)
+    join(route, "b", max_batch_size=1)
+    assert route.registry.replicas["a"].quarantined and route.registry.replicas["a"].free_places > 2
+    route.submit(ask(n=2), 1.0)
+    assert where(route.take()) == [b"b", b"b"], "one place and one of lookahead"
+    with pytest.raises(Overloaded):
+        route.submit(ask(n=3), 1.0)
+    route.submit(ask(n=2), 1.0)
+    assert where(route.take()) == [] and route.core.waiting("m") == 2
+    route.check()
