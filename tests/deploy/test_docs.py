@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -95,3 +96,48 @@ def test_the_readme_links_every_page() -> None:
 )
 def test_what_does_not_exist_is_named(text: str, found: list[str]) -> None:
     assert unknown_names(text) == found
+
+
+#: A row of the table of faults: its number, and the tests that prove it.
+FAULT = re.compile(r"^\| (F\d\d) \|.*\| ([^|]+) \|$", re.MULTILINE)
+
+
+def fault_test(name: str) -> Path:
+    """The file of a test as the table of faults names it: from the root, from `tests`, or a module of `tests/faults`."""
+    name = name.strip("`")
+    return ROOT / name if name.startswith("tests/") else ROOT / "tests" / (f"{name}.py" if "/" in name else f"faults/{name}.py")
+
+
+def is_long(tree: ast.Module) -> bool:
+    """Whether every test of a module has the marker `long`, so that `make test` runs none of them."""
+    marks = [ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"]
+    tests = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")]
+    return any("mark.long" in mark for mark in marks) or all(
+        any(ast.unparse(decorator) == "pytest.mark.long" for decorator in test.decorator_list) for test in tests
+    )
+
+
+def test_a_fault_has_a_star_where_make_test_runs_its_test() -> None:
+    rows = FAULT.findall((ROOT / "docs" / "reliability.md").read_text())
+    assert len(rows) > 20, "the table of faults has another form"
+    wrong = []
+    for fault, cell in rows:
+        for item in cell.split(", "):
+            name, _, star = item.partition(" ")
+            if is_long(ast.parse(fault_test(name).read_text())) == (star == "*"):
+                wrong.append(f"{fault}: {item}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("pytestmark = pytest.mark.mpi\ndef test_a(): ...", False),
+        ("pytestmark = [pytest.mark.mpi, pytest.mark.long]\ndef test_a(): ...", True),
+        ("@pytest.mark.long\ndef test_a(): ...\ndef test_b(): ...", False),
+        ("@pytest.mark.long\ndef test_a(): ...", True),
+        ("@pytest.mark.parametrize('x', [pytest.param(1, marks=pytest.mark.long), 2])\ndef test_a(x): ...", False),
+    ],
+)
+def test_a_module_is_long_where_all_its_tests_are(text: str, found: bool) -> None:
+    assert is_long(ast.parse(text)) is found
