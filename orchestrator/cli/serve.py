@@ -25,6 +25,9 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[str, typer.Option("--dtype", help="Number format to compute in: fp32 (default) or bf16.")] = ""
     quant: QuantFlag = ""
     served_model_name: Annotated[str, typer.Option("--served-model-name", help="What clients call it; else its own name.")] = ""
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja template to use in place of the model's own.")
+    ] = None
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", "--max-model-len", help="Longest prompt and answer, tokens.")] = None
     max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Sequences in one step.")] = None
     max_num_tokens: Annotated[int | None, typer.Option("--max-num-tokens", "--max-num-batched-tokens", help="Tokens in one step.")] = None

@@ -87,7 +87,8 @@ class EngineSettings(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``.
+    """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``. ``chat_template``: a file with
+    the template to use in place of the model's own.
 
     ``replicas``: how many of ``tp_size`` x ``pp_size``, or a list that says it for each. ``spread``: a node of its own for each pipeline
     stage. ``engine``: what computes, by ``settings``.
@@ -95,6 +96,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     name: str
     path: str = ""
+    chat_template: str = ""
     aliases: tuple[str, ...] = ()
     replicas: int | tuple[ReplicaConfig, ...] = 1
     tp_size: int = 1

@@ -17,11 +17,12 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model that routers serve. ``tokenizer``: folder with ``tokenizer.json`` and ``tokenizer_config.json`` (chat template, eos).
 
-    ``max_seq_len`` 0 = learn it from the replicas' Hello.
+    ``chat_template``: a file with the template to use in place of the folder's. ``max_seq_len`` 0 = learn it from the replicas' Hello.
     """
 
     name: str
     tokenizer: str
+    chat_template: str = ""
     aliases: tuple[str, ...] = ()
     max_seq_len: int = 0
     created: int = 0

@@ -55,6 +55,7 @@ PLAIN = {
     "version": Row("GET", "/version"),
     "tokenize": Row("POST", "/tokenize", {"model": "m", "prompt": "hi"}),
     "tokenize a chat": Row("POST", "/tokenize", chat()),
+    "tokenize a chat to go on with": Row("POST", "/tokenize", chat(continue_final_message=True)),
     "detokenize": Row("POST", "/detokenize", {"model": "m", "tokens": [104, 105, 258]}),
     "server": Row("GET", "/v2"),
     "live": Row("GET", "/v2/health/live"),

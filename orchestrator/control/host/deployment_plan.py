@@ -38,11 +38,13 @@ class GangArtifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model with its files on this host. ``source``: what the configuration named; ``tokenizer``: folder for the routers."""
+    """A model with its files on this host. ``source``: what the configuration named; ``tokenizer``: folder for the routers;
+    ``chat_template``: path of the file that replaces the folder's template."""
 
     config: ModelConfig
     source: str
     tokenizer: str
+    chat_template: str = ""
     gangs: tuple[GangArtifact, ...]
 
 
@@ -65,6 +67,7 @@ class RouterEndpoints(msgspec.Struct, frozen=True, kw_only=True):
 
 def resolve_model(config: ModelConfig, cache: Path, progress: Progress) -> ServedModel:
     """Fetch and convert what the replicas need. Raises ConfigError for an impossible layout, and what ``models.resolve`` raises."""
+    chat_template = _chat_template(config)
     gangs = []
     for (name, parallel), member in zip(config.gangs(), config.members(), strict=True):
         try:
@@ -73,15 +76,25 @@ def resolve_model(config: ModelConfig, cache: Path, progress: Progress) -> Serve
             raise ConfigError(f"replica {name}: {error.what}", error.why, error.hint) from None
         gangs.append(GangArtifact(name=name, parallel=parallel, artifact=str(artifact), engine=member.engine_spec()))
     tokenizer = _first_tokenizer([Path(gang.artifact) for gang in gangs])
-    return ServedModel(config=config, source=_source(config), tokenizer=str(tokenizer), gangs=tuple(gangs))
+    return ServedModel(config=config, source=_source(config), tokenizer=str(tokenizer), chat_template=chat_template, gangs=tuple(gangs))
 
 
 def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> ServedModel:
     """The model as routers alone need it, without gangs. Only a GGUF is converted for it, once. Raises as :func:`resolve_model`."""
+    chat_template = _chat_template(config)
     path = locate(_source(config), cache, progress)
     if path.is_file():
         path = resolve(path, parallel=Parallel(), dtype=config.settings.dtype, cache=cache, progress=progress)
-    return ServedModel(config=config, source=_source(config), tokenizer=str(_first_tokenizer([path])), gangs=())
+    tokenizer = _first_tokenizer([path])
+    return ServedModel(config=config, source=_source(config), tokenizer=str(tokenizer), chat_template=chat_template, gangs=())
+
+
+def _chat_template(config: ModelConfig) -> str:
+    """The absolute path of the template that the configuration names, empty for none. Raises ConfigError."""
+    path = Path(config.chat_template).expanduser()
+    if config.chat_template and not path.is_file():
+        raise ConfigError(f"chat_template of {config.name}: {path} is no file", "it names a file with a Jinja template", "correct the path")
+    return str(path.absolute()) if config.chat_template else ""
 
 
 def _first_tokenizer(artifacts: Sequence[Path]) -> Path:
@@ -147,6 +160,7 @@ def model_cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
         ModelCard(
             name=model.config.name,
             tokenizer=model.tokenizer,
+            chat_template=model.chat_template,
             aliases=model.config.aliases,
             max_seq_len=model.config.settings.max_seq_len,
             created=int(time.time()),

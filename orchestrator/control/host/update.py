@@ -57,7 +57,7 @@ def _settings(config: Config) -> dict[str, object]:
 
 
 def _changed_models(current: Sequence[ModelConfig], wanted: Sequence[ModelConfig]) -> Iterator[str]:
-    """What routers know of the models and is wanted otherwise: which there are, their aliases and their context."""
+    """What routers know of the models and is wanted otherwise: which there are, their aliases, context and chat templates."""
     running = {model.name: model for model in current}
     if running.keys() != {model.name for model in wanted}:
         yield f"models ({', '.join(running)} run, {', '.join(model.name for model in wanted)} are wanted)"
@@ -68,6 +68,8 @@ def _changed_models(current: Sequence[ModelConfig], wanted: Sequence[ModelConfig
             yield f"aliases of {new.name} ({old.aliases} runs, {new.aliases} is wanted)"
         if (limit := old.settings.max_seq_len) != new.settings.max_seq_len:
             yield f"max_seq_len of {new.name} ({limit} runs, {new.settings.max_seq_len} is wanted)"
+        if _absolute(old.chat_template) != _absolute(new.chat_template):
+            yield f"chat_template of {new.name} ({old.chat_template or 'its own'} runs, {new.chat_template or 'its own'} is wanted)"
 
 
 def prepare(config: Config, progress: Progress) -> Config:
@@ -87,7 +89,9 @@ def _rooted(model: ModelConfig) -> ModelConfig:
     rows = model.replicas
     if not isinstance(rows, int):
         rows = tuple(msgspec.structs.replace(row, path=_absolute(row.path)) for row in rows)
-    return msgspec.structs.replace(model, path=_absolute(model.path or model.name), replicas=rows)
+    return msgspec.structs.replace(
+        model, path=_absolute(model.path or model.name), chat_template=_absolute(model.chat_template), replicas=rows
+    )
 
 
 def _absolute(source: str) -> str:

@@ -62,4 +62,4 @@ class TextModels:
 
 def load_texts(cards: Iterable[ModelCard]) -> TextModels:
     """Read every model's tokenizer folder. Raises ArtifactError with the file's name."""
-    return TextModels(TextModel(card, load(card.tokenizer)) for card in cards)
+    return TextModels(TextModel(card, load(card.tokenizer, card.chat_template)) for card in cards)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from orchestrator.cli.hosting import cache_size, curl
@@ -74,6 +75,24 @@ def test_serve_ask_and_end(run_dir: str, tmp_path: Path) -> None:
     assert not any(map(alive, processes))
     gone = trireme("status", run_dir=run_dir)
     assert gone.code == 2 and "error: no deployment runs" in gone.err
+
+
+@pytest.mark.mpi
+def test_a_chat_template_of_ones_own(run_dir: str, tmp_path: Path) -> None:
+    """It replaces the model's, and one that cannot be compiled ends the start, with file and line."""
+    model, own = tiny_model(tmp_path / "tiny"), tmp_path / "own.jinja"
+    serve = ("serve", str(model), "--engine", "fake", "--launcher", "local", "--port", "0", "--chat-template", str(own), "--detach")
+    none = trireme(*serve, run_dir=run_dir)
+    assert none.code == 3 and f"chat_template of tiny: {own} is no file" in none.err
+    own.write_text("first line\n{{ messages | no_such_filter }}")
+    broken = trireme(*serve, run_dir=run_dir)
+    assert broken.code == 3 and f"the chat template in {own} cannot be compiled" in broken.err
+    assert "why: line 2: No filter named 'no_such_filter'" in broken.err
+    own.write_text("<{{ messages[0].content }}>")
+    assert trireme(*serve, run_dir=run_dir).code == 0
+    url = json.loads(trireme("status", "--json", run_dir=run_dir).out)[0]["url"]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    assert httpx.post(f"{url}/tokenize", json=body, trust_env=False).json()["tokens"] == list(b"<hi>")
 
 
 def test_a_deployment_that_cannot_start_says_why(run_dir: str, tmp_path: Path) -> None:

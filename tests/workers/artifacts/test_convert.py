@@ -61,6 +61,25 @@ def test_every_family(architecture: str, tied: bool, tmp_path: Path) -> None:
     assert weights(there) == weights(source)
 
 
+def test_every_file_of_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "hf")
+    extra = ["chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json", "generation_config.json"]
+    extra += ["additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"]
+    (source / "additional_chat_templates").mkdir()
+    for name in [*extra, "additional_chat_templates/notes.txt", "README.md"]:
+        (source / name).write_text("{}" if name.endswith(".json") else name)
+    there = convert(source, tmp_path / "there", parallel=Parallel(tp=2))
+    for name in [*extra, "tokenizer.json", "tokenizer_config.json"]:
+        assert (there / name).read_bytes() == (source / name).read_bytes()
+    assert not (there / "README.md").exists() and not (there / "additional_chat_templates/notes.txt").exists()
+    assert inspect_path(there, verify_files=True).verified
+    back = convert(there, tmp_path / "back", parallel=Parallel())
+    assert (back / extra[-1]).read_text() == extra[-1]
+    (back / extra[-1]).write_text("another")
+    with pytest.raises(ArtifactError, match=r"rag\.jinja"):
+        inspect_path(back, verify_files=True)
+
+
 def test_gguf_becomes_a_checkpoint_with_a_tokenizer(tmp_path: Path) -> None:
     source = tiny_gguf(tiny_model(tmp_path / "hf"), tmp_path / "tiny.gguf")
     target = convert(source, tmp_path / "ck", parallel=Parallel(tp=2))

@@ -45,6 +45,7 @@ def test_models_change_and_the_rest_stays() -> None:
         ({"admission": {"max_queue": 7}}, "admission.max_queue (512 runs, 7 is wanted)"),
         ({"launcher": "local"}, "launcher (ray runs, local is wanted)"),
         ({"models": [model(aliases=["new"])]}, "aliases of m (('old',) runs, ('new',) is wanted)"),
+        ({"models": [model(chat_template="b.jinja")]}, "chat_template of m (its own runs, b.jinja is wanted)"),
         ({"models": [model(max_seq_len=64)]}, "max_seq_len of m (0 runs, 64 is wanted)"),
         ({"models": [model(), {"name": "n", "engine": "fake"}]}, "models (m run, m, n are wanted)"),
     ],

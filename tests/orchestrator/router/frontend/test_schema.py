@@ -164,3 +164,60 @@ def test_what_the_model_decides(texts: TextModels) -> None:
     unseen.model = lambda name: None  # type: ignore[method-assign, assignment, return-value]
     with pytest.raises(Unavailable):
         LOOP.run(Preprocessor(texts, unseen, AdmissionSpec(), SALTING).prepare(chat(), CALLER))
+
+
+def prompt_of(texts: TextModels, **fields: Any) -> str:
+    [request] = ready(texts, chat(**fields)).requests
+    return texts.models[0].decode(request.prompt_ids, skip_special=False)
+
+
+def turns(*messages: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "q"}, *messages]}
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_image", "input_audio", "video_url", "file", "image_embeds", "thing"])
+@pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
+def test_a_part_that_is_no_text_is_refused_by_its_name(kind: str, role: str) -> None:
+    part = {"type": kind, kind: {"url": "data:,x"}}
+    with pytest.raises(Rejected, match=f"a part of type '{kind}' is not taken, only text is") as caught:
+        chat(**turns({"role": role, "content": [{"type": "text", "text": "a"}, part]}))
+    assert caught.value.param == "messages[1].content[1].type"
+
+
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}, {"type": "refusal", "text": "x"}])
+def test_a_part_without_its_text_is_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(Rejected, match="has no text"):
+        chat(**turns({"role": "user", "content": [part]}))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": None, "refusal": "No."},
+        {"content": None, "refusal": None, "tool_calls": [], "function_call": None},
+        {"content": None, "function_call": {"name": "f", "arguments": ""}},
+        {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "["}}]},
+        {"content": [{"type": "refusal", "refusal": "No."}], "annotations": [], "audio": None},
+        {"tool_calls": None},
+    ],
+)
+def test_an_assistants_turn_as_apis_return_it_is_taken(texts: TextModels, answer: dict[str, Any]) -> None:
+    assert prompt_of(texts, **turns({"role": "assistant", **answer}, {"role": "user", "content": "again"})).count("<|im_start|>user\n") == 2
+
+
+def test_messages_and_tools_reach_the_template_as_they_were_sent() -> None:
+    sent = {"role": "user", "sent": 1, "content": [{"type": "text", "text": "x", "cache_control": {}}], "own": [None]}
+    tool = {"function": {"x": None, "name": "f"}, "type": "function", "sent": {}}
+    found = chat(messages=[sent], tools=[tool])
+    assert found.messages[0].sent == sent and found.tools is not None and json.dumps(found.tools[0].sent) == json.dumps(tool)
+
+
+def test_the_last_message_is_continued(texts: TextModels) -> None:
+    given = turns({"role": "assistant", "content": "The answer"})
+    assert prompt_of(texts, **given).endswith("assistant\nThe answer<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt_of(texts, **given, continue_final_message=True).endswith("assistant\nThe answer")
+    assert prompt_of(texts, **given, continue_final_message=True, add_generation_prompt=False).endswith("assistant\nThe answer")
+    assert prompt_of(texts, **given, continue_final_message=False).endswith("<|im_start|>assistant\n")
+    with pytest.raises(Rejected, match="excludes add_generation_prompt") as caught:
+        chat(**given, continue_final_message=True, add_generation_prompt=True)
+    assert caught.value.param == "continue_final_message"
