@@ -194,9 +194,11 @@ def _config(vocabulary: Vocabulary, *, add_bos: bool) -> dict[str, Any]:
         "add_eos_token": vocabulary.add_eos_token,
         "clean_up_tokenization_spaces": False,
     }
+    types = dict(vocabulary.typed())
     for kind, name in (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
         token = vocabulary.named(kind)
-        if token is not None:
+        # A token with a name is special: an ordinary one that a file gives as its padding ("!") would vanish from every text.
+        if token is not None and (kind in ("bos", "eos") or types[token] in (CONTROL, UNKNOWN)):
             config[name] = token
     templates = vocabulary.chat_templates
     if templates.keys() == {"default"}:

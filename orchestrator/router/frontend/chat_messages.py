@@ -69,9 +69,9 @@ class LegacyCall(msgspec.Struct, frozen=True, kw_only=True):
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """One turn of a chat, as it is checked. ``sent``: the message as the client sent it, which is what a chat template is given, because
-    templates read keys that only their model has."""
+    templates read keys that only their model has. The role ``function`` is that of ``tool`` in the form before tools."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None

@@ -79,6 +79,8 @@ def _turn(message: dict[str, Any], reads: TemplateReads) -> dict[str, Any]:
         turn["content"] = text_parts(turn["content"])
     if turn["role"] == "developer" and not reads.developer:
         turn["role"] = "system"
+    if turn["role"] == "function":
+        turn["role"] = "tool"
     if turn["role"] == "assistant":
         turn = _assistant(turn, reads)
     reasoning = next((turn[key] for key in REASONING_KEYS if key in turn), None)

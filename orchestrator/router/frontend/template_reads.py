@@ -156,17 +156,29 @@ def _read_as_object(tree: nodes.Template, value: _Value) -> bool:
 
 def _searched(tree: nodes.Template, tokens: Mapping[str, str]) -> set[str]:
     bound: dict[str, set[str]] = {name: {text} for name, text in tokens.items()}
-    for target, value in _assignments(tree):
-        if isinstance(value, nodes.Const) and isinstance(value.value, str):
-            bound.setdefault(_target_name(target), set()).add(value.value)
-    found: set[str] = set()
-    for place in _places_of_searches(tree):
-        for node in (place, *place.find_all((nodes.Const, nodes.Name, nodes.Getattr))):
-            if isinstance(node, nodes.Const) and isinstance(node.value, str):
-                found.add(node.value)
-            elif isinstance(node, nodes.Name | nodes.Getattr):
-                found |= bound.get(node.name if isinstance(node, nodes.Name) else node.attr, set())
-    return found
+    known = -1
+    while known != (known := sum(map(len, bound.values()))):
+        for target, value in (*_assignments(tree), *_elements(tree)):
+            if isinstance(value, nodes.Const | nodes.List | nodes.Tuple | nodes.Name | nodes.Getattr):
+                bound.setdefault(_target_name(target), set()).update(_texts(value, bound))
+    return {text for place in _places_of_searches(tree) for text in _texts(place, bound)}
+
+
+def _elements(tree: nodes.Template) -> Iterator[tuple[nodes.Name, nodes.Node]]:
+    """(variable, what it runs over) of every loop."""
+    return ((node.target, node.iter) for node in tree.find_all(nodes.For) if isinstance(node.target, nodes.Name))
+
+
+def _texts(expression: nodes.Node, bound: Mapping[str, set[str]]) -> Iterator[str]:
+    """The texts in an expression. ``bound``: those of variables and attributes."""
+    for node in (expression, *expression.find_all((nodes.Const, nodes.Name, nodes.Getattr))):
+        match node:
+            case nodes.Const(value=str(text)):
+                yield text
+            case nodes.Name():
+                yield from list(bound.get(node.name, ()))
+            case nodes.Getattr():
+                yield from list(bound.get(node.attr, ()))
 
 
 def _places_of_searches(tree: nodes.Template) -> Iterator[nodes.Node]:

@@ -241,6 +241,12 @@ def test_tokens_that_end_a_text_are_control_tokens_even_where_the_file_says_othe
     assert Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a<|im_end|>").ids == [ord("a"), IM_END]
 
 
+def test_an_ordinary_token_is_no_special_one_for_its_role(path: Path) -> None:
+    odd = changed(path, {"tokenizer.ggml.padding_token_id": ord("!"), "tokenizer.ggml.unknown_token_id": ENDOFTEXT})
+    config = json.loads(tokenizer_files(path, read_vocabulary(path, odd))["tokenizer_config.json"])
+    assert "pad_token" not in config and config["unk_token"] == "<|endoftext|>"
+
+
 def test_named_chat_templates_are_kept(path: Path) -> None:
     named = changed(path, {"tokenizer.chat_template.tool_use": "with tools"})
     config = json.loads(tokenizer_files(path, read_vocabulary(path, named))["tokenizer_config.json"])

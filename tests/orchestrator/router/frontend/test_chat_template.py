@@ -185,7 +185,8 @@ def test_a_refusal_is_what_the_assistant_said() -> None:
 def test_a_legacy_call_is_a_call() -> None:
     source = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.x }}{% endfor %}{% endfor %}"
     turn = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
-    assert text(template(source).render([turn])) == "f1"
+    result = {"role": "function", "name": "f", "content": "2"}
+    assert text(template(source + "{{ messages[-1].role }}").render([turn, result])) == "f1tool"
 
 
 def test_tools_are_listed_as_they_were_sent() -> None:
@@ -208,10 +209,16 @@ def test_a_template_that_asks_for_none_is_given_none(test: str) -> None:
     assert text(template(source).render(calling("{}"))) == ("21" if "not" in test else "11")
 
 
-ANSWERS = ["{{ m.content.split('<|im_start|>')[-1] }}", "{% set mark = '<|im_start|>' %}{% if mark in m.content %}"
-           "{{ m.content.partition(mark)[2] }}{% endif %}",
-           "{% macro cut(text) %}{{ text.rsplit('<|im_start|>')[1] }}{% endmacro %}{{ cut(m.content) }}",
-           "{{ m.content[m.content.find('<|im_start|>') + 12:] }}", "{{ m.content | replace('old<|im_start|>', '') }}"]  # fmt: skip
+ANSWERS = [
+    "{{ m.content.split('<|im_start|>')[-1] }}",
+    "{% set mark = '<|im_start|>' %}{% if mark in m.content %}{{ m.content.partition(mark)[2] }}{% endif %}",
+    "{% macro cut(text) %}{{ text.rsplit('<|im_start|>')[1] }}{% endmacro %}{{ cut(m.content) }}",
+    "{{ m.content[m.content.find('<|im_start|>') + 12:] }}",
+    "{{ m.content | replace('old<|im_start|>', '') }}",
+    "{% for mark in ['<x>', '<|im_start|>'] %}{% if mark in m.content %}{{ m.content.split(mark)[1] }}{% endif %}{% endfor %}",
+    "{% set marks = ('<|im_start|>',) %}{% for mark in marks %}{{ m.content.split(mark)[1] }}{% endfor %}",
+    "{% set ns = namespace(mark='<|im_start|>') %}{% set mark = ns.mark %}{{ m.content.split(mark)[1] }}",
+]
 
 
 @pytest.mark.parametrize("cut", ANSWERS)
