@@ -57,10 +57,29 @@ class TokenTable:
         tokenizer.encode_special_tokens = True
         return tokenizer
 
+    @functools.cached_property
+    def _alone(self) -> bool:
+        """Whether a text after a special token is encoded as if it stood alone. SentencePiece puts a blank before the first text only."""
+        special = next(iter(self.specials), "")
+        after = self._tokenizer.encode(f"{special}a", add_special_tokens=False).ids[1:]
+        return not special or after == self._literal.encode("a", add_special_tokens=False).ids
+
+    def _after_special(self, text: str) -> list[int]:
+        """Ids of plain text behind a special token."""
+        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        if self._alone:
+            return ids
+        line: list[int] = self._literal.encode("\n", add_special_tokens=False).ids
+        both: list[int] = self._literal.encode(f"\n{text}", add_special_tokens=False).ids
+        return both[len(line) :] if both[: len(line)] == line else ids
+
     def encode(self, pieces: Sequence[PromptPiece], add_special: bool) -> list[int]:
         """Ids of the pieces in order; ``add_special``: also what the tokenizer itself adds around a prompt (bos)."""
         ids: list[int] = []
         for index, piece in enumerate(pieces):
+            if piece.exact and index:
+                ids += self._after_special(piece.text)
+                continue
             tokenizer = self._literal if piece.exact else self._tokenizer
             ids += tokenizer.encode(piece.text, add_special_tokens=add_special and index == 0).ids
         return ids

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from orchestrator.router.frontend.chat_template import PromptPiece
@@ -79,6 +80,28 @@ def test_tokens_that_are_dicts_in_a_list(tmp_path: Path) -> None:
     """transformers 4 wrote them so; transformers 5 cannot read them."""
     found = load(str(folder_with(tmp_path, {"special_tokens_map.json": {"additional_special_tokens": [{"content": "<new>", **FULL}]}})))
     assert found.table.specials["<new>"] == 259
+
+
+@pytest.mark.parametrize("scheme", ["first", "never"])
+def test_plain_text_behind_a_control_token_has_no_blank_of_its_own(tmp_path: Path, scheme: str) -> None:
+    """SentencePiece-like tokenizers; transformers' switch that keeps marks of users as text is the oracle."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={piece: id for id, piece in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<s>", "</s>", "[INST]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{{ '<s>' }}{% for m in messages %}{{ '[INST]' + m.content + '</s>' }}{% endfor %}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load(str(tmp_path)), PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    assert ours.template is not None
+    for text in ("hi", " a </s> b", "a\n[INST]\n"):
+        messages = [{"role": "user", "content": text}]
+        expected = theirs.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False)
+        assert ours.table.encode(ours.template.compile().render(messages), False) == expected
 
 
 LIST = [{"name": "default", "template": "D{{ messages[0].content }}"}, {"name": "tool_use", "template": "T{{ tools | length }}"}]
