@@ -6,6 +6,7 @@ Owns the two forms. Never decides what is logged, nor where it goes.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Literal
 
 import msgspec
@@ -13,6 +14,11 @@ import msgspec
 LogFormat = Literal["text", "json"]
 #: What a line may say besides its message, in this order, where its record has it.
 MARKS = ("replica", "rank", "request_id", "trace_id")
+
+
+def stamp(seconds: float) -> str:
+    """A time (Unix seconds) as the text form of a log line begins with it: ``2026-11-22 10:00:00,123``, local time."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))},{int(seconds * 1000) % 1000:03d}"
 
 
 class JsonLines(logging.Formatter):

@@ -47,6 +47,8 @@ REQUESTS = 100
 #: Tokens kept free of a prompt in words: words may be more tokens than they are, and a chat template stands around them.
 SLACK_TOKENS = 64
 TICK_S = 0.25
+#: Signals that end a run early; its report is printed all the same.
+ENDING = (signal.SIGINT, signal.SIGTERM)
 LOST = 5
 
 InputLen = Annotated[
@@ -168,7 +170,7 @@ def target_of(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: s
 
 
 def run(console: Console, settings: LoadSettings, make: MakeTarget, form: str, out: Path | None) -> None:
-    """Send the load and print the report. Exit code 5 when nothing was answered, 130 after Ctrl-C."""
+    """Send the load and print the report. Exit code 5 when nothing was answered, 130 after Ctrl-C or SIGTERM."""
     import asyncio
 
     import uvloop
@@ -195,7 +197,7 @@ def run(console: Console, settings: LoadSettings, make: MakeTarget, form: str, o
 async def _measure(
     console: Console, settings: LoadSettings, make: MakeTarget, context_limit: ContextLimit, lines: Iterator[bytes]
 ) -> tuple[Summary, bool]:
-    """(the summary, whether Ctrl-C ended the run)."""
+    """(the summary, whether a signal ended the run)."""
     from orchestrator.loadgen.runner import LoadRun, RunOptions, clock
     from orchestrator.loadgen.settings import plan, warmup
     from orchestrator.loadgen.stats import RunStats
@@ -223,7 +225,7 @@ async def _measure(
 
 
 async def _until_end(console: Console, phase: str, load: LoadRun, total: int, *, timed: bool) -> bool:
-    """Run a load with its progress: requests that are over, or seconds where only these are known. True: Ctrl-C ended it."""
+    """Run a load with its progress: requests that are over, or seconds where only these are known. True: Ctrl-C or SIGTERM ended it."""
     import asyncio
 
     interrupted = False
@@ -234,7 +236,8 @@ async def _until_end(console: Console, phase: str, load: LoadRun, total: int, *,
         load.stop()
 
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, interrupt)
+    for number in ENDING:
+        loop.add_signal_handler(number, interrupt)
     running = asyncio.create_task(load.run())
     try:
         with console.progress(lambda count: f"{count} s" if timed else f"{count} requests") as progress:
@@ -244,7 +247,8 @@ async def _until_end(console: Console, phase: str, load: LoadRun, total: int, *,
                 progress(phase, min(int(load.elapsed), total) if timed else load.stats.over, total)
         await running
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        for number in ENDING:
+            loop.remove_signal_handler(number)
     return interrupted
 
 

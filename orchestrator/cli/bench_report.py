@@ -27,7 +27,7 @@ class PromptCuts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
-    """``date``: the start, UTC. ``interrupted``: Ctrl-C ended the run."""
+    """``date``: the start, UTC. ``interrupted``: Ctrl-C or SIGTERM ended the run."""
 
     date: str
     version: str

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn, cast
 
 import typer
 
 from orchestrator.cli.console import Console
+from workers.logs import stamp
 from workers.protocol.errors import TriremeError
 
 if TYPE_CHECKING:
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 #: Files in the deployment's run folder: the host's log, and the output of a detached host.
 HOST_LOG, DAEMON_LOG = "host.log", "up.log"
 POLL_S = 0.2
+#: What :class:`TimedLines` puts before a line.
+_TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 
 
 def host_or_detach(console: Console, config: Config, detach: bool, *, routers_only: bool = False) -> None:
@@ -130,6 +136,7 @@ def become_daemon(console: Console, config: Config, log_fd: int, ready_write: in
         os.setsid()
         for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log_fd), (2, log_fd)):
             os.dup2(source, target)
+        console = Console(console.settings, stdout=sys.stdout, stderr=cast("IO[str]", TimedLines(sys.stderr)))
         try:
             code = host(console, config, lambda: os.write(ready_write, b"1"), routers_only)
         except TriremeError as error:
@@ -138,16 +145,46 @@ def become_daemon(console: Console, config: Config, log_fd: int, ready_write: in
         os._exit(code)
 
 
+class TimedLines:
+    """What a daemon says, each line of text with its time before it, for `trireme logs`. Lines of JSON have a time of their own."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """``text``: whole lines."""
+        now = stamp(time.time())
+        self._stream.write("".join(line if line.startswith("{") else f"{now} {line}" for line in text.splitlines(keepends=True)))
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+
+class UntimedLines:
+    """The same lines as a person reads them who waits: without the times."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream, self._rest = stream, ""
+
+    def write(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        self._stream.write("".join(f"{_TIME.sub('', line)}\n" for line in lines))
+        self._stream.flush()
+
+
 def follow_until_ready(console: Console, log: Path, child: int, ready_read: int) -> int:
     """Print the daemon's output until it is ready (return 0) or has ended (return its exit code)."""
+    shown = UntimedLines(console.stderr)
     with log.open() as lines, open(ready_read, "rb", buffering=0) as ready:
         ended = False
         while not ended:
             ended = bool(select.select([ready], [], [], POLL_S)[0])
-            console.stderr.write(lines.read())
-            console.stderr.flush()
+            shown.write(lines.read())
         if ready.read(1):
             return 0
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        console.stderr.write(lines.read())
+        shown.write(lines.read())
     return code

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+import msgspec
+
 from orchestrator.control.launch.launcher import GangSpec, Launcher
 from orchestrator.control.reconciler import DrainGang, KillGang, LaunchGang, Reconciler, ReplicaView, RestartPolicy, WantedReplica
 
@@ -52,9 +54,9 @@ class Controller:
 
     def _act(self, action: LaunchGang | DrainGang | KillGang) -> None:
         match action:
-            case LaunchGang(name):
+            case LaunchGang(name, restarts):
                 log.info("replica %s: launching", name)
-                self._launcher.start(self._specs[name])
+                self._launcher.start(msgspec.structs.replace(self._specs[name], restarts=restarts))
             case DrainGang(name, epoch):
                 log.info("replica %s epoch %d: draining", name, epoch)
                 self._launcher.drain(name, epoch)

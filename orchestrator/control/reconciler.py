@@ -21,7 +21,7 @@ class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One gang as its launcher sees it. ``since``: Unix seconds at which ``phase`` began; ``pids``: (rank, host, pid).
 
     ``permanent``: the failure will repeat on every launch (a wrong configuration or a broken artifact); ``exit_code``: its class, as
-    :mod:`workers.protocol.errors` numbers them, 0 = not known.
+    :mod:`workers.protocol.errors` numbers them, 0 = not known. ``restarts``: as its :class:`LaunchGang` had it.
     """
 
     name: str
@@ -37,6 +37,7 @@ class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
     permanent: bool = False
     exit_code: int = 0
     log_dir: str = ""
+    restarts: int = 0
 
 
 class WantedReplica(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +48,11 @@ class WantedReplica(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LaunchGang(msgspec.Struct, frozen=True):
+    """``restarts``: how many gangs of this replica and revision were launched before because another had failed, this one included. The
+    gang carries it, so that a controller that takes over knows it."""
+
     name: str
+    restarts: int = 0
 
 
 class DrainGang(msgspec.Struct, frozen=True):
@@ -78,13 +83,15 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica for a status table. ``due``: when it is launched again, 0 = not waiting."""
+    """One replica for a status table. ``failures``: in a row; ``restarts``: launches after a failure, all of them; ``due``: when it is
+    launched again, 0 = not waiting."""
 
     name: str
     phase: ReplicaPhase
     since: float
     epoch: int = 0
     failures: int = 0
+    restarts: int = 0
     due: float = 0.0
     cause: str = ""
     hint: str = ""
@@ -96,6 +103,8 @@ class _Replica(msgspec.Struct, kw_only=True):
     revision: str
     since: float
     failures: int = 0
+    restarts: int = 0
+    lost: bool = False  # by a failure, and not launched again yet
     due: float = 0.0
     dead: bool = False
     cause: str = ""
@@ -158,9 +167,13 @@ class Reconciler:
         if gang is None:
             if replica.dead or now < replica.due:
                 return []
-            return [LaunchGang(want.name)]
+            replica.restarts += replica.lost
+            replica.lost = False
+            return [LaunchGang(want.name, replica.restarts)]
         if gang.epoch != replica.epoch:
             replica.epoch, replica.begun, replica.ready_since = gang.epoch, now, 0.0
+        if gang.revision == want.revision:
+            replica.restarts = max(replica.restarts, gang.restarts)  # larger where an earlier controller launched it
         if gang.phase == "placing":
             replica.begun = now  # waiting for room is no part of a start: a cluster may take an hour to grow
         if gang.revision != want.revision:
@@ -192,7 +205,7 @@ class Reconciler:
         """Count the end of one gang, once, however long its removal takes."""
         if replica.killing == replica.epoch:
             return
-        replica.killing = replica.epoch
+        replica.killing, replica.lost = replica.epoch, True
         was_ready = replica.ready_since > 0
         if was_ready and now - replica.ready_since >= self.policy.stable_s:
             replica.failures = 0
@@ -244,6 +257,7 @@ class Reconciler:
             since=since,
             epoch=replica.epoch,
             failures=replica.failures,
+            restarts=replica.restarts,
             due=due,
             cause=replica.cause,
             hint=replica.hint,

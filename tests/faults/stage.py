@@ -73,7 +73,7 @@ class Healed(msgspec.Struct, frozen=True):
 
 def back_off_s(row: ReplicaRow) -> float:
     """Seconds that the controller waits before it launches the replica again, should it fail now."""
-    return Reconciler(RestartPolicy()).delay(row.restarts + 1, was_ready=True)
+    return Reconciler(RestartPolicy()).delay(row.failures + 1, was_ready=True)
 
 
 class Stage:

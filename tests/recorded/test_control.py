@@ -38,12 +38,12 @@ CAPACITY = {
 }  # fmt: skip
 READY_ROW = {
     "name": "tiny-0", "model": "tiny", "state": "READY", "age_s": 200.0, "tp": 2, "pp": 1, "queue": 1, "running": 3, "tok_s": 12.5,
-    "kv_use": 0.25, "nodes": 1, "hosts": ["here"], "epoch": 7, "restarts": 0, "retry_in_s": 0.0, "cause": "", "hint": "",
+    "kv_use": 0.25, "nodes": 1, "hosts": ["here"], "epoch": 7, "restarts": 3, "failures": 0, "retry_in_s": 0.0, "cause": "", "hint": "",
     "pids": [[0, "here", 101], [1, "here", 102]], "capacity": CAPACITY, "log_dir": "/run/small/tiny-0",
 }  # fmt: skip
 LOST_ROW = {
     "name": "tiny-1", "model": "tiny", "state": "BACKOFF", "age_s": 30.0, "tp": 2, "pp": 1, "queue": 0, "running": 0, "tok_s": 0.0,
-    "kv_use": 0.0, "nodes": 0, "hosts": [], "epoch": 8, "restarts": 2, "retry_in_s": 4.0, "cause": "rank 1 was killed",
+    "kv_use": 0.0, "nodes": 0, "hosts": [], "epoch": 8, "restarts": 5, "failures": 2, "retry_in_s": 4.0, "cause": "rank 1 was killed",
     "hint": "look at its log", "pids": [], "capacity": None, "log_dir": "/run/small/tiny-1",
 }  # fmt: skip
 UPDATE = {

@@ -32,7 +32,8 @@ _PATIENCE_S = 10.0
 
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     """One replica of a status table. ``age_s``: in this state; ``queue``: sequences that wait in the replica; ``kv_use``: share of KV
-    blocks in use, 0 to 1; ``restarts``: failures in a row."""
+    blocks in use, 0 to 1; ``restarts``: launches after a failure, all since it was given this configuration; ``failures``: in a row, by
+    which the wait before the next launch grows."""
 
     name: str
     model: str
@@ -48,6 +49,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()
     epoch: int = 0
     restarts: int = 0
+    failures: int = 0
     retry_in_s: float = 0.0
     cause: str = ""
     hint: str = ""

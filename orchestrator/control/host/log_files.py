@@ -22,6 +22,8 @@ from workers.epoch import started_at
 from workers.protocol.errors import NotFound, printable
 
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (?:rank \d+ )?([A-Z]+) ([\w.]+): (.*)", re.DOTALL)
+#: A time before a line that no logger wrote: of `up.log` and `mpiexec.log`, or within brackets as Ray's C++ side writes it.
+_TIMED = re.compile(r"(\[?)(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)[,.](\d{3})\d*(?:\s(.*)|$)", re.DOTALL)
 _RANK = re.compile(r"rank(\d+)")
 #: Longest part of a line that is shown, characters.
 _WIDEST = 8192
@@ -145,10 +147,15 @@ def _has_times(stream: IO[bytes]) -> bool:
 
 
 def _read_text(line: str) -> tuple[float, str, str, str]:
-    match = _STAMPED.fullmatch(line.rstrip("\n"))
-    if match is None:
+    line = line.rstrip("\n")
+    level = logger = ""
+    if match := _STAMPED.fullmatch(line):
+        stamp, thousandths, level, logger, text = match.groups()
+    elif match := _TIMED.fullmatch(line):
+        bracket, stamp, thousandths, text = match.groups()
+        text = line if bracket else text or ""
+    else:
         return 0.0, "", "", line
-    stamp, thousandths, level, logger, text = match.groups()
     try:
         return datetime.fromisoformat(f"{stamp}.{thousandths}").timestamp(), level, logger, text
     except ValueError:

@@ -24,7 +24,7 @@ class GangSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One replica to launch. ``run_dir``: folder for gangs on every node; ``replica.epoch`` and ``.run_dir`` are filled in at launch.
 
     ``key``: the replica's CURVE key pair as JSON, written beside the spec on rank 0's node; empty on ``ipc://``. ``spread``: a node for
-    each stage.
+    each stage. ``restarts``: as :class:`LaunchGang` has it, filled in at launch.
     """
 
     deployment: str
@@ -33,13 +33,14 @@ class GangSpec(msgspec.Struct, frozen=True, kw_only=True):
     share: RankShare = RankShare()
     spread: bool = False
     key: str = ""
+    restarts: int = 0
     command: tuple[str, ...] = (sys.executable, "-m", "workers")
 
     @property
     def revision(self) -> str:
-        """Names what is launched: gangs of one revision are equal. Of the key pair only the public key counts."""
+        """Names what is launched: gangs of one revision are equal. Of the key pair only the public key counts, and no restart does."""
         public = msgspec.json.decode(self.key, type=KeyPair).public if self.key else ""
-        return hashlib.blake2b(msgspec.json.encode(msgspec.structs.replace(self, key=public)), digest_size=8).hexdigest()
+        return hashlib.blake2b(msgspec.json.encode(msgspec.structs.replace(self, key=public, restarts=0)), digest_size=8).hexdigest()
 
     def tag(self, epoch: int) -> str:
         """Name of one gang on every host that it touches."""

@@ -66,10 +66,13 @@ def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: 
     try:
         with _stderr_to(home / "ray.log"), _own_signals():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises Exception itself where its processes are slow to start, and others by whom it meets
         what = f"cannot join Ray at {address}" if address else "cannot start Ray"
-        hint = "start it, or name another one (RAY_ADDRESS, ray.address); without an address Ray is started here" if address else _HINT
-        raise EnvironmentFault(what, str(error).splitlines()[0][:200], hint) from None
+        hint = "start it, or name another one (RAY_ADDRESS, ray.address); without an address Ray is started here"
+        if not address:
+            hint = f"try again when this machine has less to do, or use --launcher local; Ray's own words are in {home / 'ray.log'}"
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise EnvironmentFault(what, why[:200], hint) from None
     nodes = tuple(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
     return RayCluster(here=ray.util.get_node_ip_address(), addresses=nodes, started=not address)
 

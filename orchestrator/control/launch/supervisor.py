@@ -38,6 +38,7 @@ from orchestrator.control.launch import mpiexec as mpi_calls
 from orchestrator.control.launch.launcher import GangSpec, prepare
 from orchestrator.control.launch.subprocesses import TAG, ChildProcess, death_signal, kill_tagged, tagged
 from orchestrator.control.reconciler import ENDED, GangStatus
+from workers.logs import stamp
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.specs import TrtllmSpec
 from workers.protocol.status import GangPhase
@@ -151,7 +152,7 @@ class GangSupervisor:
         self._child: ChildProcess | None = None
         self._watch: RankWatch | None = None
         self._fault: TriremeError | None = None
-        self._output: deque[str] = deque(maxlen=_OUTPUT_LINES)
+        self._output: deque[tuple[float, str]] = deque(maxlen=_OUTPUT_LINES)
         self._failure_logged = False
         #: Taken while mpiexec is started: a gang that was killed during its pre-flight must not start any more.
         self._starting = threading.Lock()
@@ -193,7 +194,7 @@ class GangSupervisor:
     def _on_output(self, line: str, env: Mapping[str, str]) -> None:
         proxy = mpi_calls.proxy_line(line, [node.address for node in self._nodes])
         if proxy is None:
-            self._output.append(line)
+            self._output.append((time.time(), line))
             return
         index, command = proxy
         try:
@@ -203,8 +204,9 @@ class GangSupervisor:
 
     def _on_exit(self, code: int) -> None:
         self._ended_at = time.time()
+        lines = [*self._output, (self._ended_at, f"mpiexec returned {code}")]
         try:
-            (self._folder / "mpiexec.log").write_text("\n".join([*self._output, f"mpiexec returned {code}"]) + "\n")
+            (self._folder / "mpiexec.log").write_text("".join(f"{stamp(at)} {line}\n" for at, line in lines))
         except OSError as error:
             log.warning("gang %s: cannot keep mpiexec's output: %s", self.tag, error.strerror)
 
@@ -232,6 +234,7 @@ class GangSupervisor:
             permanent=exit_code == ConfigError.exit_code,
             exit_code=exit_code,
             log_dir=str(self._folder),
+            restarts=self.spec.restarts,
         )
 
     def _state(self) -> ReplicaState | None:
@@ -273,7 +276,7 @@ class GangSupervisor:
 
     def _with_own_error(self, what: str, hint: str) -> tuple[str, str]:
         """(cause, hint): the error that a rank printed, then ``what`` was seen of its end; else ``what`` and a line of MPI or Python."""
-        lines = [line.strip() for line in self._output]
+        lines = [line.strip() for _, line in self._output]
         own = {name: text for name, colon, text in (line.partition(": ") for line in lines) if colon and name in ("error", "why", "hint")}
         if "error" in own:
             return ": ".join(filter(None, (own["error"], own.get("why")))) + f" ({what})", own.get("hint", hint)

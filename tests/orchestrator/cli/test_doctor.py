@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,26 @@ def test_what_hangs_is_given_up() -> None:
     tried = doctor_checks.attempt([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
     assert tried.code is None and "no answer" in tried.output
     assert doctor_checks.attempt(["/no/such/program"]).code is None
+
+
+def test_the_time_of_a_name_is_that_of_its_lookup() -> None:
+    found = doctor_checks.hostname()
+    assert found.state == "ok" or "does not resolve" in found.found or float(found.found.split()[-2]) > doctor_checks.SLOW_NAME_S
+    assert doctor_checks.attempt([sys.executable, "-c", doctor_checks._LOOK_UP, "localhost"]).output.startswith("127.0.0.1 ")
+
+
+def test_the_report_keeps_its_order_and_takes_as_long_as_its_longest_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(3)
+
+    def check(name: str) -> Callable[..., doctor_checks.Finding]:
+        def meet(*_: object) -> doctor_checks.Finding:
+            together.wait(20.0)
+            return doctor_checks.Finding(name, "ok", "", "a hint for what is well")
+
+        return meet
+
+    for name in ("torch", "mpi_run", "ray"):
+        monkeypatch.setattr(doctor_checks, name, check(name))
+    found = doctor_checks.examine(8000, tmp_path)
+    assert [finding.name for finding in found][:5] == ["python", "torch", "mpi packages", "mpi_run", "ray"]
+    assert not any(finding.hint for finding in found if finding.state == "ok")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
+from typing import IO, cast
 
 import pytest
 
+from orchestrator.cli.console import Console, ConsoleSettings
+from orchestrator.cli.hosting import TimedLines, UntimedLines
 from orchestrator.cli.logs import begin
 from orchestrator.cli.main import run
 from orchestrator.control.host import log_files
@@ -79,6 +84,38 @@ def test_lines_of_all_processes_stand_in_the_order_of_their_times(run_dir: Path,
     ], "a stack stays together"  # fmt: skip
     assert "mpiexec returned 0" in shown[-1] and "10:00:20" in shown[-1], "a file without times stands where it was written"
     assert not any("the old one" in row for row in shown)
+
+
+def test_what_the_daemon_printed_stands_where_it_was_printed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`up.log`: lines that no logger wrote, each with its time before it; a stack trace has the time of the line before. So `mpiexec.log`,
+    and Ray's own lines in `ray.log`. The times of the files say nothing."""
+    home = run_dir / "chat"
+    trace = "A stack:\n  File y\n"
+    (home / "up.log").write_text(f"{stamp(2.5)} replica left: ready\n{stamp(6)} \n{trace}{stamp(7)} left is lost\n")
+    (home / "ray.log").write_text(f"[{stamp(2.7)} E 12 34] (raylet) slow\n")
+    (home / "replicas" / "left" / str(NEW) / "mpiexec.log").write_text(f"{stamp(8)} no slot\n{stamp(9.5)} mpiexec returned 1\n")
+    shown = told(run_dir, capsys)
+    words = ["second", "left: ready", "slow", "third", "A stack", "File y", "left is lost", "no slot", ": last", "returned 1"]
+    order = [next(i for i, row in enumerate(shown) if word in row) for word in words]
+    assert order == sorted(order), shown
+    assert shown[order[1]] == f"{stamp(2.5).replace(',', '.')} host             replica left: ready"
+    late = told(run_dir, capsys, "--since", "2026-11-22 10:00:06.5")
+    assert any("left is lost" in row for row in late) and not any("left: ready" in row or "File y" in row for row in late)
+
+
+def test_a_daemon_writes_times_that_a_person_who_waits_does_not_see() -> None:
+    file, terminal = io.StringIO(), io.StringIO()
+    console = Console(ConsoleSettings(), stderr=cast("IO[str]", TimedLines(file)))
+    console.say("first\n  and below")
+    console.fail(Rejected("no", "because"))
+    Console(ConsoleSettings(log_format="json"), stderr=cast("IO[str]", TimedLines(file))).say("last")
+    rows = [log_files._read_json(row) if row.startswith("{") else log_files._read_text(row) for row in file.getvalue().splitlines()]
+    assert [row[3] for row in rows] == ["first", "  and below", "error: no", "why: because", "last"]
+    assert all(abs(row[0] - time.time()) < 60 for row in rows)
+    shown = UntimedLines(terminal)
+    for letter in file.getvalue():
+        shown.write(letter)
+    assert terminal.getvalue().startswith("first\n  and below\nerror: no\nwhy: because\n{")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -41,9 +42,9 @@ class World:
         actions = self.reconciler.step(self.now, self.wanted, list(self.gangs.values()), hung)
         for action in actions:
             match action:
-                case LaunchGang(name):
+                case LaunchGang(name, restarts):
                     want = next(want for want in self.wanted if want.name == name)
-                    self.add(name, "starting", want.revision)
+                    self.add(name, "starting", want.revision, restarts)
                     self.launches.append(self.now)
                 case KillGang(name, epoch, _):
                     del self.gangs[name, epoch]
@@ -51,16 +52,14 @@ class World:
                     self.phase(name, epoch, "draining")
         return actions
 
-    def add(self, name: str, phase: GangPhase, revision: str = "1") -> int:
+    def add(self, name: str, phase: GangPhase, revision: str = "1", restarts: int = 0) -> int:
         epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        self.gangs[name, epoch] = GangStatus(name=name, epoch=epoch, revision=revision, phase=phase, since=self.now)
+        self.gangs[name, epoch] = GangStatus(name=name, epoch=epoch, revision=revision, phase=phase, since=self.now, restarts=restarts)
         return epoch
 
     def phase(self, name: str, epoch: int, phase: GangPhase, *, cause: str = "", permanent: bool = False) -> None:
         old = self.gangs[name, epoch]
-        self.gangs[name, epoch] = GangStatus(
-            name=name, epoch=epoch, revision=old.revision, phase=phase, since=self.now, cause=cause, permanent=permanent
-        )
+        self.gangs[name, epoch] = msgspec.structs.replace(old, phase=phase, since=self.now, cause=cause, permanent=permanent)
 
     def all(self, phase: GangPhase, **more: bool) -> None:
         for name, epoch in list(self.gangs):
@@ -78,6 +77,40 @@ def test_a_served_gang_is_replaced_at_once() -> None:
     world.all("failed")
     assert [type(action) for action in world.step()] == [KillGang]
     assert [type(action) for action in world.step()] == [LaunchGang]
+
+
+def test_restarts_are_a_total_and_failures_a_row() -> None:
+    """As kubectl's RESTARTS: they stay when the replica has long been well, and when another controller takes over. A drain is none."""
+    world = World()
+
+    def counts() -> tuple[int, int]:
+        return world.view().restarts, world.view().failures
+
+    for round_ in range(1, 4):
+        world.step()
+        world.all("ready")
+        world.step()
+        world.now += POLICY.stable_s + 1
+        world.step()
+        assert counts() == (round_ - 1, 0)
+        world.all("failed")
+        world.step()
+        assert counts() == (round_ - 1, 1), "it has not started again yet"
+        world.step()
+        assert counts() == (round_, 1)
+    world.all("ready")
+    world.reconciler = Reconciler(POLICY)
+    world.step()
+    assert counts() == (3, 0)
+    assert world.reconciler.drain("a")
+    world.step()
+    world.all("stopped")
+    world.step()
+    world.step()
+    assert counts() == (3, 0)
+    world.wanted = [WantedReplica(name="a", revision="2")]
+    world.step()
+    assert counts() == (0, 0), "another configuration is another replica"
 
 
 def test_back_off_doubles_and_ends_in_failed() -> None:
@@ -117,7 +150,7 @@ def test_hung_and_slow_gangs_are_killed() -> None:
     world.all("ready")
     (action,) = world.step(frozenset({("a", 1)}))
     assert isinstance(action, KillGang) and "hung" in action.reason
-    assert world.step() == [LaunchGang("a")]
+    assert world.step() == [LaunchGang("a", restarts=1)]
     world.step()
     world.now += POLICY.start_timeout_s + 1
     (action,) = world.step()

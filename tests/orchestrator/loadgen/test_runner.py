@@ -313,12 +313,13 @@ def test_nothing_answered_is_an_exit_code(door: ServedDoor, capsys: pytest.Captu
     assert code == 5 and "failed with overloaded: 2, the first: the queue is full" in out
 
 
-def test_ctrl_c_ends_a_run_with_its_report(door: ServedDoor, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_its_report(door: ServedDoor, capsys: pytest.CaptureFixture[str], number: signal.Signals) -> None:
     door.dispatcher.script = lambda ask, choice: Play(hang=True)
 
     def interrupt() -> None:
         wait_for(lambda: len(door.dispatcher.asks) == 2, what="requests that hang")
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
