@@ -98,7 +98,7 @@ def test_what_the_daemon_printed_stands_where_it_was_printed(run_dir: Path, caps
     words = ["second", "left: ready", "slow", "third", "A stack", "File y", "left is lost", "no slot", ": last", "returned 1"]
     order = [next(i for i, row in enumerate(shown) if word in row) for word in words]
     assert order == sorted(order), shown
-    assert shown[order[1]] == f"{stamp(2.5).replace(',', '.')} host             replica left: ready"
+    assert shown[order[1]] == f"{stamp(2.5).replace(',', '.')} host         replica left: ready"
     late = told(run_dir, capsys, "--since", "2026-11-22 10:00:06.5")
     assert any("left is lost" in row for row in late) and not any("left: ready" in row or "File y" in row for row in late)
 
