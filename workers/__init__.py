@@ -3,4 +3,4 @@
 This package is complete alone (``mpiexec -n 4 python -m workers ...`` speaks the wire) and never imports ``orchestrator``.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -21,9 +21,9 @@ COPY pyproject.toml README.md LICENSE ./
 COPY workers workers
 COPY orchestrator orchestrator
 COPY trireme trireme
-# Templates in the packages are links to it.
+# A link in the packages points to it.
 COPY deploy deploy
-RUN pip install ".[torch,${EXTRAS}]"
+RUN pip install ".[server,torch,${EXTRAS}]"
 
 FROM python:${PYTHON}-slim
 ARG VARIANT=cpu

@@ -14,9 +14,9 @@ COPY pyproject.toml README.md LICENSE ./
 COPY workers workers
 COPY orchestrator orchestrator
 COPY trireme trireme
-# Templates in the packages are links to it.
+# A link in the packages points to it.
 COPY deploy deploy
-RUN pip install .
+RUN pip install ".[server]"
 
 FROM python:${PYTHON}-slim
 RUN apt-get update \

@@ -18,10 +18,10 @@ COPY trireme trireme
 COPY bench bench
 COPY tests/support/trtllm_contract.py tests/support/
 COPY tests/contracts tests/contracts
-# Templates in the packages are links to it.
+# A link in the packages points to it.
 COPY deploy deploy
 RUN python3 -m pip freeze --exclude-editable | grep -v ' @ ' > /tmp/there.txt \
- && python3 -m pip install --no-cache-dir --constraint /tmp/there.txt --editable '.[ray,guided]' \
+ && python3 -m pip install --no-cache-dir --constraint /tmp/there.txt --editable '.[server,ray,guided]' \
  && rm /tmp/there.txt
 
 # Open MPI refuses to run as root, which a container usually is; the launcher sets the same for the ranks.

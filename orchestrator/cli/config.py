@@ -1,9 +1,10 @@
-"""`trireme config show`: what a deployment file means. Changes nothing."""
+"""`trireme config`: what a deployment file means, and the shipped ones. Changes no deployment."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,11 @@ import typer
 
 from orchestrator.cli.command_group import CommandGroup
 from orchestrator.cli.console import Console, table
+from workers.protocol.errors import EnvironmentFault, Rejected
 
-config = typer.Typer(name="config", cls=CommandGroup, help="What a deployment file means.", no_args_is_help=True)
+config = typer.Typer(
+    name="config", cls=CommandGroup, help="Deployment files: what one means, and the shipped examples.", no_args_is_help=True
+)
 
 
 @config.command("show")
@@ -33,3 +37,21 @@ def config_show(
         console.out(table(["KEY", "VALUE", "SOURCE"], rows))
     else:
         console.out(yaml.safe_dump(deployment_file.as_tree(found.config), sort_keys=False), end="")
+
+
+@config.command("examples")
+def config_examples(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Where to; the present folder when not given.")] = Path(),
+) -> None:
+    """Write what is shipped beside the code to FOLDER/deploy: example deployment files, Slurm scripts, manifests, units, dashboards."""
+    from orchestrator.files import SHIPPED
+
+    target = folder.expanduser() / "deploy"
+    try:
+        shutil.copytree(SHIPPED, target)
+    except FileExistsError:
+        raise Rejected(f"{target} is there already", hint="trireme config examples ANOTHER_FOLDER") from None
+    except OSError as error:
+        raise EnvironmentFault(f"{target} cannot be written", error.strerror or str(error), "name another folder") from None
+    context.obj.out("\n".join(str(path) for path in sorted((target / "examples").iterdir())))

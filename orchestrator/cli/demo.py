@@ -22,14 +22,14 @@ import typer
 from orchestrator.cli.console import Console
 from orchestrator.cli.generate_request import open_backend
 from orchestrator.cli.temporary_deployment import COMMAND, temporary_deployment
+from orchestrator.files import SHIPPED
 from workers.protocol.errors import ReplicaLost
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
 
 QUESTION = "What is the capital of France?"
-#: deploy/examples/local.yaml, packaged with this module.
-EXAMPLE = Path(__file__).with_name("templates") / "local.yaml"
+EXAMPLE = SHIPPED / "examples" / "local.yaml"
 POLL_S = 0.2
 GONE_S = 10.0
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1

@@ -16,6 +16,7 @@ import typer
 
 from orchestrator.cli import console
 from orchestrator.cli.command_group import CommandGroup, first_paragraph
+from orchestrator.cli.extras import missing_package
 from workers.protocol.errors import Rejected, TriremeError
 
 #: Short forms that other servers taught people; one dash and two letters are not a shape that the parser knows.
@@ -157,6 +158,8 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, UsageError):
             return usage(error, terminal)
+        if isinstance(error, ModuleNotFoundError) and (missing := missing_package(error)) is not None:
+            return terminal.fail(missing)
         what = f"unexpected {type(error).__name__}: {error}"
         fault = TriremeError(what, hint="" if terminal.settings.debug else "run again with --debug and report the stack trace")
         fault.__cause__ = error
@@ -172,8 +175,3 @@ def usage(error: Exception, terminal: console.Console) -> int:
         return 2
     path = context.command_path if context is not None else "trireme"
     return terminal.fail(Rejected(message.rstrip("."), hint=f"{path} --help"))
-
-
-def main() -> None:
-    """Entry point of the distribution."""
-    sys.exit(run(sys.argv[1:]))

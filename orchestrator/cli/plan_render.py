@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import yaml
 
+from orchestrator.files import SHIPPED
 from orchestrator.planner.cluster import PlannedCluster
 from orchestrator.planner.planner import Subject, occupied
 from workers.protocol.errors import ConfigError
@@ -20,11 +21,11 @@ from workers.protocol.errors import ConfigError
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
 
-#: Files of `deploy/` that are packaged with this module.
-TEMPLATES = Path(__file__).with_name("templates")
 #: CPUs of a node beside its ranks': routers, controller, agents.
 SPARE_CPUS = 2
 GPU = "nvidia.com/gpu"
+#: Where the files are that a job is put beside.
+WRITES = "# trireme config examples writes deploy/ where there is no repository.\n"
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +59,7 @@ def _slurm(file: Path, settings: Config, sizes: Sizes) -> str:
 
 def _ray(file: Path, settings: Config, sizes: Sizes) -> str:
     """A ConfigMap with the file, and `deploy/ray/kuberay/rayjob.yaml` with as many workers as there are nodes."""
-    wanted = _manifest("rayjob.yaml")
+    wanted = _manifest("ray/kuberay/rayjob.yaml")
     group = wanted["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     group |= {"replicas": sizes.nodes, "maxReplicas": sizes.nodes}
     resources = group["template"]["spec"]["containers"][0]["resources"]
@@ -66,6 +67,7 @@ def _ray(file: Path, settings: Config, sizes: Sizes) -> str:
     data = {"deployment.yaml": file.read_text()}
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "trireme-ray"}, "data": data}
     head = f"# trireme plan {file} --render ray | kubectl apply -f -, after service.yaml and network.yaml of deploy/ray/kuberay.\n"
+    head += WRITES
     return head + _dump(config, wanted)
 
 
@@ -75,7 +77,7 @@ def _kubernetes(file: Path, settings: Config, sizes: Sizes) -> str:
         raise ConfigError(
             f"{file} needs {sizes.nodes} nodes", "a pod of deploy/kubernetes is a whole deployment on one node", "use --render ray"
         )
-    template = _manifest("statefulset-gpu.yaml" if sizes.gpus else "statefulset.yaml")["spec"]["template"]["spec"]
+    template = _manifest(f"kubernetes/{'overlays/gpu' if sizes.gpus else 'base'}/statefulset.yaml")["spec"]["template"]["spec"]
     container = next(each for each in template["containers"] if each["name"] == "trireme")
     patch = {
         "apiVersion": "apps/v1",
@@ -91,7 +93,7 @@ def _kubernetes(file: Path, settings: Config, sizes: Sizes) -> str:
         "patches": [{"patch": yaml.safe_dump(patch, sort_keys=False)}],
     }
     folder = f"deploy/kubernetes/overlays/{settings.name}"
-    return f"# To be {folder}/kustomization.yaml, with {file.name} beside it; then kubectl apply -k {folder}.\n{_dump(wanted)}"
+    return f"# To be {folder}/kustomization.yaml, with {file.name} beside it; then kubectl apply -k {folder}.\n{WRITES}{_dump(wanted)}"
 
 
 #: Words of ``--render``.
@@ -107,7 +109,7 @@ def _resources(given: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
 
 
 def _manifest(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((TEMPLATES / name).read_text())
+    found: dict[str, Any] = yaml.safe_load((SHIPPED / name).read_text())
     return found
 
 

@@ -21,7 +21,9 @@ submit = typer.Typer(name="submit", cls=CommandGroup, help="Deployments as jobs 
 @submit.command("slurm")
 def slurm(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A deployment file, such as deploy/examples/local.yaml.")],
+    file: Annotated[
+        Path, typer.Argument(help="A deployment file, such as deploy/examples/local.yaml, which `trireme config examples` writes.")
+    ],
     account: Annotated[str, typer.Option("--account", "-A", help="Whose hours are used.")] = "",
     partition: Annotated[str, typer.Option("--partition", "-p", help="Which nodes; the site's default when not given.")] = "",
     time: Annotated[str, typer.Option("--time", "-t", metavar="LIMIT", help="Minutes, HH:MM:SS or D-HH:MM:SS.")] = "",

@@ -17,7 +17,9 @@ from orchestrator.cli.option_structs import with_option_structs
 @with_option_structs
 def up(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A deployment file, such as deploy/examples/local.yaml.")],
+    file: Annotated[
+        Path, typer.Argument(help="A deployment file, such as deploy/examples/local.yaml, which `trireme config examples` writes.")
+    ],
     *,
     frontend: FrontendOptions,
     launcher: Launcher = None,

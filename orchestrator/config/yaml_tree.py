@@ -8,7 +8,7 @@ from typing import Any
 
 from workers.protocol.errors import ConfigError
 
-EXAMPLE = "deploy/examples/local.yaml is a whole one"
+EXAMPLE = "deploy/examples/local.yaml is a whole one (trireme config examples writes it)"
 
 
 def read(path: Path) -> dict[str, Any]:

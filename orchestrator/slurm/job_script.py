@@ -14,11 +14,10 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.files import write_private
+from orchestrator.files import SHIPPED, write_private
 from workers.protocol.errors import EnvironmentFault, Rejected
 
-#: Lies in `deploy/slurm`, and is packaged with this module.
-TEMPLATE = Path(__file__).with_name("serve.sbatch")
+TEMPLATE = SHIPPED / "slurm" / "serve.sbatch"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,26}[a-z0-9])?")
 _WORD = re.compile(r"[A-Za-z0-9_.,:+/@=*%-]+")
 _BLANK = re.compile(r"\{\{(\w+)\}\}")

@@ -12,10 +12,12 @@ import pytest
 import typer
 
 from orchestrator.cli import main
+from orchestrator.cli.extras import missing_package
 from orchestrator.cli.main import COMMANDS, HIDDEN, app, normalise, run, settings
 from orchestrator.cli.model_options import dtype_of
+from orchestrator.files import SHIPPED
 from tests.support.tiny_models import tiny_model
-from workers.protocol.errors import Rejected
+from workers.protocol.errors import EnvironmentFault, Rejected
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,39 @@ def test_each_command_is_in_the_module_of_its_name() -> None:
     assert list(commands) == list(COMMANDS)
     assert {name: command.name for name, command in commands.items()} == {name: name for name in COMMANDS}
     assert [name for name, command in commands.items() if command.hidden] == list(HIDDEN)
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """None in sys.modules: Python then says that the module cannot be found."""
+    for package, extra in (("yaml", "server"), ("opentelemetry.sdk", "otel"), ("ray", "ray")):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, package, None)
+            patched.setattr("orchestrator.model_store.pull", lambda *_, package=package: __import__(package))
+            assert run(["pull"]) == EnvironmentFault.exit_code
+        told = capsys.readouterr().err.splitlines()
+        assert told[0] == f"error: {package.partition('.')[0]} is not installed" and told[-1] == f"hint: pip install 'trireme-llm[{extra}]'"
+    assert missing_package(ModuleNotFoundError("x", name="orchestrator.nothing")) is None, "a defect of ours is not dressed up"
+
+
+def test_where_the_client_alone_is_installed_the_command_says_what_to_install() -> None:
+    script = "import sys; sys.modules['typer'] = None; from orchestrator.cli.entry import main; main()"
+    ran = subprocess.run([sys.executable, "-c", script, "status"], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout) == (EnvironmentFault.exit_code, "")
+    assert ran.stderr.splitlines()[0] == "error: typer is not installed" and "pip install 'trireme-llm[server]'" in ran.stderr
+
+
+def test_the_shipped_files_can_be_had_without_a_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "examples", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out.split()
+    assert str(tmp_path / "deploy" / "examples" / "local.yaml") in listed
+    for file in listed:
+        assert run(["config", "show", file]) == 0
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")) == sorted(
+        path.relative_to(SHIPPED.resolve().parent) for path in SHIPPED.resolve().rglob("*.*")
+    )
+    capsys.readouterr()
+    assert run(["config", "examples", str(tmp_path)]) == 2
+    assert "deploy is there already" in capsys.readouterr().err
 
 
 def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
