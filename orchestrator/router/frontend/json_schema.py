@@ -33,6 +33,11 @@ _DEFINITIONS = ("$defs", "definitions")
 _NAMES = frozenset(("$id", "$anchor", "$schema", *_DEFINITIONS))
 #: Keywords that restrict nothing.
 _NOTES = frozenset(("title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment"))
+#: The formats that JSON schema defines; others (`password`, ...) are notes by its rules. The compiler refuses those that it cannot follow.
+_FORMATS = frozenset((
+    "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri", "uri-reference",
+    "iri", "iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer", "regex",
+))  # fmt: skip
 #: Keywords by which the compiler is told how to read the whole schema.
 _DIRECTIVES = ("$schema", "x-guidance")
 _CONTAINERS = frozenset(("object", "array"))
@@ -95,7 +100,7 @@ class Definitions:
                 found[key] = {name: self._rewrite(item, base, document, depth + 1) for name, item in value.items()}
             elif key in ("$dynamicRef", "$recursiveRef"):
                 raise invalid(self._param, f"{key} is not followed; use $ref")
-            elif key not in _NAMES:
+            elif key not in _NAMES and not (key == "format" and isinstance(value, str) and value not in _FORMATS):
                 found[key] = value
         if "$ref" in found and found.keys() - {"$ref"} <= _NOTES:
             # A recursive reference must stand alone for the compiler.

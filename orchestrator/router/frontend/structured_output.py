@@ -21,6 +21,9 @@ from workers.protocol.messages import GuideSpec
 MAX_TEXT = 64 << 10
 MAX_CHOICES = 1024
 MAX_WHITESPACE = 256
+#: The schema of the arguments of a function without parameters, and their one text.
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+EMPTY_OBJECT = GuideSpec(kind="choice", text='["{}"]')
 #: Keywords that let properties into an object that declares none.
 _OPENING = frozenset((
     "additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "anyOf", "oneOf", "allOf", "if", "dependentSchemas",
@@ -70,7 +73,7 @@ def choose(
         raise Rejected("structured output was asked for in more than one way", param="response_format")
     guide = found[0] if found else call
     param, whitespace = _whitespace(newer, older)
-    if whitespace is None:
+    if whitespace is None or guide is EMPTY_OBJECT:
         return guide
     if guide is None or guide.kind not in ("json", "json_schema"):
         raise Rejected(f"{param}: needs an output format that is JSON", param=param)
@@ -79,8 +82,10 @@ def choose(
 
 def arguments_guide(function: ToolFunction) -> GuideSpec:
     """The grammar of the arguments of ``function``. Raises Rejected (``invalid_schema``)."""
-    definitions = Definitions("tools")
     parameters = _parameters(function)
+    if parameters == NO_PARAMETERS:
+        return EMPTY_OBJECT
+    definitions = Definitions("tools")
     return _guide({**directives(parameters), **definitions.complete(definitions.localize(parameters))}, "tools")
 
 
@@ -99,7 +104,7 @@ def _parameters(function: ToolFunction) -> dict[str, Any]:
     parameters = function.parameters or {}
     if parameters.get("type", "object") != "object" or parameters.get("properties") or parameters.keys() & _OPENING:
         return parameters
-    return {**parameters, "type": "object", "properties": {}, "additionalProperties": False}
+    return NO_PARAMETERS
 
 
 def _whitespace(newer: StructuredOutputs, older: StructuredOutputs) -> tuple[str, str | None]:
