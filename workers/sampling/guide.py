@@ -19,7 +19,8 @@ class Guide(Protocol):
         """Packed bitmask of the allowed next ids: bit ``i % 32`` of little-endian uint32 word ``i // 32``; ceil(vocab / 32) words."""
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Consume tokens; raises :class:`~workers.protocol.errors.EngineFault` if the grammar does not allow them."""
+        """Consume tokens, also the one that ends the output. Raises :class:`~workers.protocol.errors.EngineFault` if the grammar does not
+        allow them, or can be followed no further."""
 
     def done(self) -> bool:
         """Whether the output is whole and nothing but an end-of-sequence token could follow."""

@@ -31,7 +31,8 @@ class LlGuide:
         self._matcher, self._words = matcher, words
 
     def mask(self) -> bytes:
-        """See :class:`workers.sampling.guide.Guide`; ids that the tokenizer lacks are never allowed."""
+        """See :class:`workers.sampling.guide.Guide`; ids that the tokenizer lacks are never allowed. Of a grammar that has become too large
+        to follow, only the end is left, which :meth:`advance` then refuses."""
         found: bytes = self._matcher.compute_bitmask()
         return found[: 4 * self._words].ljust(4 * self._words, b"\0")
 
@@ -96,6 +97,9 @@ def guide_factory(tokenizer_file: Path, vocab_size: int, eos_ids: Sequence[int])
         if len(spec.text) > MAX_TEXT:
             raise _invalid(spec, f"it has {len(spec.text)} characters; {MAX_TEXT} are the limit")
         matcher = llguidance.LLMatcher(tokenizer, _grammar(spec), log_level=0)
+        # The automaton is built while it is followed: the first mask shows whether it is too large from the start.
+        if not matcher.is_error():
+            matcher.compute_bitmask()
         if matcher.is_error():
             raise _invalid(spec, matcher.get_error())
         return LlGuide(matcher, words)

@@ -284,16 +284,17 @@ class Sequence:
         return Emission(self.id, self.output_len, [], None, self._take_prompt_logprobs(), end)
 
     def _check_and_advance(self, token: int, first: int) -> Finish | Fault | None:
-        """Advance the guide by ``token``, at output position ``first``, if it is to be emitted. Else return why the sequence ends."""
+        """Advance the guide by ``token``, at output position ``first``. Return why the sequence ends, if the token is not to be emitted."""
         if token < 0:
             return Fault("nan_logits", f"logits were not finite at output position {first}")
-        if token in self.special_tokens and first >= self.params.min_tokens:
-            return self._make_finish("stop", token)
         if self.guide is not None:
+            # By the token that ends the output too: a grammar that can be followed no further may let nothing but the end through.
             try:
                 self.guide.advance((token,))
             except EngineFault as error:
                 return Fault(error.code, str(error))
+        if token in self.special_tokens and first >= self.params.min_tokens:
+            return self._make_finish("stop", token)
         return None
 
     def _make_finish(self, reason: FinishReason, stop_id: int | None = None) -> Finish:

@@ -89,6 +89,30 @@ def test_classes_of_a_regex_are_of_ascii_as_in_a_pattern(factory: GuideFactory, 
     assert [fits(factory(GuideSpec(kind="json_schema", text=pattern)), text) for text in quoted] == [True, False]
 
 
+def test_a_grammar_that_is_too_large_to_follow_is_no_whole_answer(tmp_path: Path) -> None:
+    """The automaton is built while a mask is made; with long tokens a mask looks far ahead. Then only the end is left."""
+    file = tiny_tokenizer(tmp_path) / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"] |= {"a" * length: IM_END + length for length in range(2, 60)}
+    file.write_text(json.dumps(tokenizer))
+    factory = guide_factory(file, VOCAB, (IM_END,))
+    with pytest.raises(Rejected, match="cannot be followed"):
+        factory(GuideSpec(kind="regex", text="((a{1,60}){1,60}){1,60}"))
+    guide = factory(GuideSpec(kind="regex", text="b((a{1,60}){1,60}){1,60}"))
+    guide.advance([ord("b")])
+    assert allowed(guide) == [IM_END]
+    with pytest.raises(EngineFault, match="too many expressions"):
+        guide.advance([IM_END])
+
+
+def test_the_end_is_a_token_of_the_grammar(factory: GuideFactory) -> None:
+    guide = factory(GuideSpec(kind="regex", text="a+"))
+    guide.advance([ord("a")])
+    guide.advance([IM_END])
+    with pytest.raises(EngineFault):
+        factory(GuideSpec(kind="regex", text="a+")).advance([IM_END])
+
+
 @pytest.mark.parametrize(
     "spec",
     [

@@ -452,10 +452,12 @@ def test_a_guide_is_rebuilt_from_what_was_emitted() -> None:
     assert all(stream.end.reason == "stop" for stream in rig.streams.values())
 
 
-def test_a_token_against_the_grammar_is_the_fault_of_its_sequence() -> None:
-    scheduler = Scheduler(capacity(), guides=table_guides)
+@pytest.mark.parametrize("token", [ord("n"), 300])
+def test_a_token_against_the_grammar_is_the_fault_of_its_sequence(token: int) -> None:
+    """The end of the output too: an answer that is not whole must not look as if it were."""
+    scheduler = Scheduler(capacity(), eos_ids=(300,), guides=table_guides)
     scheduler.submit(0, submit([65], choice("yes")))
-    (emission,) = scheduler.update_from_output(StepResult(step=scheduler.schedule().step, tokens=column([ord("n")])))
+    (emission,) = scheduler.update_from_output(StepResult(step=scheduler.schedule().step, tokens=column([token])))
     assert isinstance(emission.end, Fault) and emission.end.code == "engine_fault" and emission.tokens == []
     scheduler.check()
 
