@@ -23,6 +23,15 @@ JoinFile = Annotated[str | None, typer.Option("--join-file", help="Have the repl
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; `trireme down` ends it.")]
 
 
+Origins = Annotated[
+    str | None, typer.Option("--allowed-origins", help="Web pages whose scripts may use the HTTP API, with commas between; * = all.")
+]
+GenerationConfigFlag = Annotated[
+    str | None,
+    typer.Option("--generation-config", metavar="auto|none", help="Defaults of requests: the model's generation_config.json, or none."),
+]
+
+
 class FrontendOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The HTTP API and the routers behind it."""
 
@@ -30,6 +39,8 @@ class FrontendOptions(msgspec.Struct, frozen=True, kw_only=True):
     api_keys_file: ApiKeysFile = None
     insecure_http_without_keys: Insecure = None
     routers: Routers = None
+    allowed_origins: Origins = None
+    generation_config: GenerationConfigFlag = None
 
 
 class LocationOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from orchestrator.config import yaml_tree
-from orchestrator.config.router_spec import AdmissionSpec, BackSpec, HttpConfig, JoinSpec, MetricsSpec, TracingSpec
+from orchestrator.config.router_spec import AdmissionSpec, BackSpec, GenerationConfig, HttpConfig, JoinSpec, MetricsSpec, TracingSpec
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import (
     CommonEngineSpec,
@@ -91,7 +91,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     the template to use in place of the model's own.
 
     ``replicas``: how many of ``tp_size`` x ``pp_size``, or a list that says it for each. ``spread``: a node of its own for each pipeline
-    stage. ``engine``: what computes, by ``settings``.
+    stage. ``engine``: what computes, by ``settings``. ``generation_config``: whether the model's ``generation_config.json`` gives the
+    defaults of requests (auto) or not (none).
     """
 
     name: str
@@ -104,6 +105,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     spread: bool = False
     cpus_per_rank: float = 1.0
     engine: EngineKind = "portable"
+    generation_config: GenerationConfig = "auto"
     settings: EngineSettings = EngineSettings()
 
     def engine_spec(self) -> EngineSpec:
@@ -330,7 +332,7 @@ def environment() -> MutableMapping[str, str]:
 
 def settings() -> dict[str, str]:
     """Every flag name (underscores) -> its path; those of a model apply to all models: ``tp_size`` -> ``models[].tp_size``."""
-    table = {"host": "http.host", "port": "http.port", "api_keys_file": "http.api_keys_file"}
+    table = {"host": "http.host", "port": "http.port", "api_keys_file": "http.api_keys_file", "allowed_origins": "http.allowed_origins"}
     for path, kind in _leaves(_FileConfig, ""):
         if path.startswith("models[].trtllm."):  # a table of its own, of which flags would be hundreds
             continue
@@ -456,11 +458,23 @@ def _put(tree: dict[str, Any], sources: dict[str, str], path: str, value: object
 
 def _put_leaf(node: dict[str, Any], key: str, struct: Any, value: object, path: str, sources: dict[str, str], source: str) -> None:
     kind = {field.name: field.type for field in msgspec.structs.fields(struct)}[key]
+    if kind == tuple[str, ...] and isinstance(value, str):
+        value = _words(value)
     try:
         node[key] = msgspec.convert(value, int if key == "replicas" else kind, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}", f"from {source}", _allowed(path)) from None
     sources[path] = source
+
+
+def _words(text: str) -> list[str]:
+    """The list in a flag or a variable: with commas between, or as JSON (vLLM's flags have it so)."""
+    if text.lstrip().startswith("["):
+        try:
+            return msgspec.json.decode(text, type=list[str])
+        except msgspec.DecodeError:
+            pass  # the value is then refused as the text that it is
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _rows(value: Any, path: str, sources: Mapping[str, str]) -> Iterator[ResolvedSetting]:

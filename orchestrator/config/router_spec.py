@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import msgspec
@@ -11,13 +12,19 @@ from workers.protocol.specs import RouterAddress
 
 #: Addresses that mean every interface of this host: fit to listen on, useless to connect to.
 WILDCARDS = ("0.0.0.0", "::", "*")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+#: Where the defaults of requests come from: a model's ``generation_config.json``, or the API alone.
+GenerationConfig = Literal["auto", "none"]
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model that routers serve. ``tokenizer``: folder with ``tokenizer.json`` and ``tokenizer_config.json`` (chat template, eos).
 
     ``chat_template``: a file with the template to use in place of the folder's. ``max_seq_len`` 0 = learn it from the replicas' Hello.
+    ``generation_config``: whether ``generation_config.json`` of that folder gives the defaults of requests.
     """
 
     name: str
@@ -26,16 +33,27 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     aliases: tuple[str, ...] = ()
     max_seq_len: int = 0
     created: int = 0
+    generation_config: GenerationConfig = "auto"
 
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP server of every router; ``port`` 0 = any free one, printed and put into the state file. ``api_keys_file``: the keys that it
-    accepts (`trireme keys api`); without one it is open to all, and stays on loopback."""
+    accepts (`trireme keys api`); without one it is open to all, and stays on loopback. ``allowed_origins``: the web pages whose scripts
+    may use it (CORS), such as ``https://chat.example.org``; ``*`` = all, empty = none."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 4 << 20
     api_keys_file: str = ""
+    allowed_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"http.allowed_origins: {origin!r} is no origin", "an origin is a scheme, a host and a port, without a path",
+                    "such as https://chat.example.org or http://localhost:3000; '*' = all",
+                )  # fmt: skip
 
     @property
     def exposed(self) -> bool:

@@ -81,7 +81,7 @@ ROWS = [
     Row(GENERATE, ask(stop_words=["x"] * 100), "stop_words: 100 stop strings are more than 16"),
     Row(GENERATE, ask(stop_words=["x" * 300]), "stop_words: a stop string has 1 to 256"),
     Row(GENERATE, ask(stop_words=[3]), "stop_words: must be a text or a list"),
-    Row(GENERATE, ask(bad_words=["x"]), "bad_words: not offered"),
+    Row(GENERATE, ask(lora_task_id=7), "lora_task_id: not offered"),
     Row(GENERATE, ask(end_id=VOCAB), "token ids must be between 0"),
     Row(GENERATE, ask(beam_width=2), "beam_width: answers come one a prompt"),
     Row(GENERATE, ask(return_context_logits=True), "return_context_logits: not offered"),
@@ -110,14 +110,14 @@ ROWS = [
     Row(INFER, infer(tensor("max_tokens", "INT32", [[[[2]]]], shape=[1, 1])), "max_tokens: holds data that is not INT32"),
     Row(INFER, infer(tensor("temperature", "FP32", "hot")), "temperature: holds data that is not FP32"),
     Row(INFER, infer(tensor("stream", "BOOL", True)), "stream: infer answers once"),
-    Row(INFER, infer(tensor("bad_words", "BYTES", "x")), "bad_words: not offered"),
+    Row(INFER, infer(tensor("lora_task_id", "UINT64", 7)), "lora_task_id: not offered"),
     Row(INFER, infer(outputs=[{"name": "logits"}]), "no output is named 'logits'"),
     Row(INFER, infer(*[tensor(f"t{index}", "INT32", 1) for index in range(100)]), "more than 64"),
     Row("/v2/models/ghost/generate", ask(), "does not exist", 404),
     Row("/v2/models/..%2f..%2fetc%2fpasswd/infer", infer(), "does not exist", 404),
     Row(f"/v2/models/{MODEL}/versions/2/generate", ask(), "no version 2", 404),
     Row(f"/v2/models/{MODEL}/nothing", ask(), "does not take that method", 405),
-    Row("/v2/nothing", ask(), "no such path", 404),
+    Row("/v2/nothing", ask(), "there is no path /v2/nothing", 404),
 ]  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def text(**fields: Any) -> dict[str, Any]:
 
 
 PLAIN = {
+    "root": Row("GET", "/"),
     "health": Row("GET", "/health"),
     "ping": Row("POST", "/ping"),
     "ready": Row("GET", "/ready"),
@@ -67,6 +68,7 @@ PLAIN = {
 }
 ERRORS = {
     "no such path": Row("GET", "/nothing"),
+    "path nearly right": Row("POST", "/v1/chat/completion", chat()),
     "slash at the end": Row("GET", "/health/"),
     "wrong method": Row("GET", CHAT),
     "wrong method, other way": Row("DELETE", "/health"),

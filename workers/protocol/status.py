@@ -145,8 +145,9 @@ class RpcStatus(msgspec.Struct, frozen=True, kw_only=True):
 class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One router now. By model: ``queue``, choices that wait for a replica; ``admitted``, requests since the router's start.
 
-    ``running``: choices at replicas. ``counts``: what the routing core counted since its start, by event. ``rpc``: only in the answer to an
-    RPC client.
+    ``running``: choices at replicas. ``counts``: what the routing core counted since its start, by event. ``default_sampling_params``: the
+    models' own defaults of requests, by model; only in answers of the HTTP API and the RPC server. ``rpc``: only in the answer to an RPC
+    client.
     """
 
     router: str
@@ -157,6 +158,7 @@ class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
     counts: dict[str, int] = {}
     replicas: tuple[ReplicaStatus, ...] = ()
     losses: tuple[ReplicaLossStatus, ...] = ()
+    default_sampling_params: dict[str, dict[str, float]] | msgspec.UnsetType = msgspec.UNSET
     rpc: RpcStatus | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -164,6 +164,7 @@ def model_cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
             aliases=model.config.aliases,
             max_seq_len=model.config.settings.max_seq_len,
             created=int(time.time()),
+            generation_config=model.config.generation_config,
         )
         for model in models
     )

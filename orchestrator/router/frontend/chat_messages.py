@@ -80,3 +80,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     refusal: str | None = None
     function_call: LegacyCall | None = None
     sent: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The text of the content; that of its parts, joined by newlines."""
+        if isinstance(self.content, list):
+            return "\n".join((part.text or part.refusal or "") for part in self.content)
+        return self.content or ""

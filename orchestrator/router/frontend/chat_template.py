@@ -81,14 +81,20 @@ class ChatTemplate:
         documents: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        reasoning_effort: str | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[PromptPiece]:
         """The prompt as pieces in order: one piece, unless the request's text contains the text of a special token. Raises Rejected.
 
         ``messages`` and ``tools`` are checked, and otherwise as the client sent them. ``continue_final_message``: the prompt ends within
-        the last message.
+        the last message. ``reasoning_effort``: for the template's variable of this name, refused where it reads none.
         """
         template = self._choose(bool(tools))
+        if reasoning_effort is not None:
+            if not template.reads.reasoning_effort:
+                what = "reasoning_effort: the model's chat template does not read it"
+                raise Rejected(what, hint="leave it out", code="unsupported", param="reasoning_effort")
+            kwargs = {**(kwargs or {}), "reasoning_effort": reasoning_effort}
         mask = _Mask()
         turns = [template.hide(mask, turn) for turn in turns_of(messages, tools or [], template.reads)]
         last = _mark_end(turns[-1]) if continue_final_message else ""

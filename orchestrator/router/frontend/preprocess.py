@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,14 +19,18 @@ from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.chat_template import PromptPiece
 from orchestrator.router.frontend.detokenizer import TextRule
+from orchestrator.router.frontend.sampling_defaults import SamplingDefaults
 from orchestrator.router.frontend.sandbox_worker import RenderJob
 from orchestrator.router.frontend.schema import Body, ChatBody, refuse
 from orchestrator.router.frontend.text_models import TextModel, TextModels
+from orchestrator.router.frontend.tokenizer import TokenTable
 from orchestrator.router.interfaces import Dispatcher
 from workers.protocol.errors import NotFound, TooLong, Unavailable
 from workers.protocol.messages import UNLIMITED, Journal, SamplingParams
 from workers.protocol.status import ModelStatus
 from workers.sampling.definition import MIN_TEMPERATURE, choice_seed
+
+_N = TypeVar("_N", int, float)
 
 #: Choices that all prompts of one request may ask for together.
 MAX_CHOICES = 128
@@ -72,6 +76,10 @@ class Preprocessor:
         """The models that a tenant may use."""
         return [model for model in self._texts.models if tenant.may_use(model.names)]
 
+    def defaults(self) -> dict[str, dict[str, float]]:
+        """What requests to each model take where they say nothing else: the model's own defaults, by the names of fields."""
+        return {model.name: msgspec.to_builtins(model.defaults) for model in self._texts.models}
+
     def resolve(self, name: str, tenant: Tenant) -> TextModel:
         """The model that a name or an alias means. Raises NotFound (``model_not_found``), with the same text for a model that the tenant
         may not use. The error shows the name cut and escaped, because the name came from outside."""
@@ -85,9 +93,10 @@ class Preprocessor:
         """Tokens that prompt and output may have together; 0 while neither a replica nor the model's card has said it."""
         return _context(model, self._dispatcher.model(model.name))
 
-    def encoder(self, model: TextModel) -> ModelEncoder:
-        """The encoder of prompts of any length."""
-        return ModelEncoder(model, self._texts)
+    def encoder(self, model: TextModel, body: Body | None = None) -> ModelEncoder:
+        """The encoder of prompts of any length; of ``body``'s it keeps as many tokens as that asks for."""
+        context = self.context(model)
+        return ModelEncoder(model, self._texts, keep=_kept_tokens(body, context) if body is not None and context else None)
 
     async def prepare(self, body: Body, caller: CallerContext) -> PreparedRequest:
         """Raises NotFound, TooLong, other Rejected, and Unavailable while no replica has reported how long its context is."""
@@ -107,11 +116,12 @@ class Preprocessor:
         if body.guide is not None:
             await self._texts.sandbox.check(body.guide)
         echoes: tuple[str, ...] = ()
+        keep = _kept_tokens(body, context)
         if caller.journal is not None:
             # The client has the beginning of the answer already.
             prompts = [_journal_prompt(caller.journal, vocab)]
         else:
-            prompts = await body.encode(ModelEncoder(model, self._texts, context=context, vocab=vocab))
+            prompts = await body.encode(ModelEncoder(model, self._texts, context=context, vocab=vocab, keep=keep))
             echoes = body.echoes(prompts, model.decode)
         if len(prompts) * n > MAX_CHOICES:
             refuse("prompt", f"{len(prompts)} prompts of {n} choices are more than {MAX_CHOICES} choices")
@@ -133,7 +143,7 @@ class Preprocessor:
         emitted = caller.journal.emitted if caller.journal is not None else []
         requests = []
         for index, ids in enumerate(prompts):
-            max_tokens = _max_tokens(body, len(ids), context)
+            max_tokens = _max_tokens(body, len(ids), context, model.defaults)
             if any(len(tokens) > max_tokens for tokens in emitted):
                 refuse("journal", f"holds more than the {max_tokens} tokens that were asked for")
             requests.append(
@@ -142,10 +152,10 @@ class Preprocessor:
                     request_id=f"{caller.request_id}-{index}" if index else caller.request_id,
                     model=model.name,
                     prompt_ids=ids,
-                    params=_params(body, model.eos_ids, max_tokens, _seed(body, caller)),
+                    params=_params(body, model, max_tokens, _seed(body, caller)),
                     n=body.n or 1,
                     salt=salt,
-                    affinity=caller.affinity or body.user or "",
+                    affinity=caller.affinity or body.session,
                     credit=caller.credit,
                     deadline_s=caller.deadline_s,
                     emitted=emitted,
@@ -159,21 +169,25 @@ class ModelEncoder:
     """Encodes prompts for one model: a :class:`~orchestrator.router.frontend.schema.PromptEncoder`.
 
     ``context``: a prompt that cannot fit into so many tokens raises TooLong before it is encoded (0 = any length). ``vocab``: size of the
-    vocabulary that a request's token ids must be in (None = no check, and a prompt may have no tokens).
+    vocabulary that a request's token ids must be in (None = no check, and a prompt may have no tokens). ``keep``: tokens to keep of a
+    longer prompt, its last ones (None = all).
     """
 
-    def __init__(self, model: TextModel, texts: TextModels, *, context: int = 0, vocab: int | None = None) -> None:
-        self._model, self._texts, self._context, self._vocab = model, texts, context, vocab
+    def __init__(
+        self, model: TextModel, texts: TextModels, *, context: int = 0, vocab: int | None = None, keep: int | None = None
+    ) -> None:  # fmt: skip
+        self._model, self._texts, self._vocab, self._keep = model, texts, vocab, keep
+        self._context = 0 if keep is not None else context
 
     async def prompt(self, prompt: str | list[int], *, add_special: bool) -> list[int]:
         """Ids of a raw prompt. Special tokens in its text are read as such, as callers of a raw endpoint expect."""
         if isinstance(prompt, list):
             if self._vocab is not None:
                 check_ids(prompt, self._vocab, "prompt")
-            return prompt
+            return prompt if self._keep is None else prompt[-self._keep :]
         self._check_length(len(prompt), "prompt")
         table = self._model.table
-        ids = await self._texts.run(len(prompt), lambda: table.encode([PromptPiece(prompt, False)], add_special))
+        ids = await self._texts.run(len(prompt), lambda: table.encode([PromptPiece(prompt, False)], add_special, self._keep))
         if not ids and self._vocab is not None:
             refuse("prompt", "encodes to no token at all")
         return ids
@@ -189,12 +203,13 @@ class ModelEncoder:
             documents=body.documents,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
+            reasoning_effort=body.reasoning_effort,
             kwargs=body.chat_template_kwargs,
         )
         pieces = await self._texts.sandbox.render(job)
         size = sum(len(piece.text) for piece in pieces)
         self._check_length(size, "messages")
-        return await self._texts.run(size, lambda: self._model.table.encode(pieces, bool(body.add_special_tokens)))
+        return await self._texts.run(size, lambda: self._model.table.encode(pieces, bool(body.add_special_tokens), self._keep))
 
     def _check_length(self, characters: int, field: str) -> None:
         """Raises TooLong without encoding what cannot fit: a megabyte of text takes a second."""
@@ -214,6 +229,8 @@ def _check_body_ids(body: Body, vocab: int) -> None:
         check_ids(body.stop_token_ids, vocab, "stop_token_ids")
     if body.logit_bias:
         check_ids([int(key) for key in body.logit_bias], vocab, "logit_bias")
+    if body.allowed_token_ids:
+        check_ids(body.allowed_token_ids, vocab, "allowed_token_ids")
 
 
 def _journal_prompt(journal: Journal, vocab: int) -> list[int]:
@@ -234,13 +251,24 @@ def _seed(body: Body, caller: CallerContext) -> int:
     return choice_seed(body.seed, 0) if body.seed is not None else secrets.randbits(63)
 
 
-def _max_tokens(body: Body, prompt: int, context: int) -> int:
+def _kept_tokens(body: Body, context: int) -> int | None:
+    """Tokens to keep of a prompt; None = all. -1 asks for as many as leave room for the answer."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return None
+    if keep > context:
+        refuse("truncate_prompt_tokens", f"{keep} is more than the model's maximum context length of {context} tokens")
+    asked = body.max_output
+    return keep if keep > 0 else max(1, context - (body.default_max_output(1) if asked is None else asked))
+
+
+def _max_tokens(body: Body, prompt: int, context: int, defaults: SamplingDefaults) -> int:
     wanted, room, field = body.max_output, context - prompt, body.prompt_field
-    if room < max(1, wanted or 1):
+    if room < (1 if wanted is None else wanted):
         parts = f"{prompt} in the {field}, {wanted} in the completion"
         asked = f"{prompt + wanted} tokens ({parts})" if wanted else f"{prompt} tokens in the {field}"
         raise _too_long(context, asked, field)
-    return wanted or body.default_max_output(room)
+    return body.default_max_output(room, defaults.max_tokens) if wanted is None else wanted
 
 
 def _too_long(context: int, asked: str, field: str) -> TooLong:
@@ -249,23 +277,22 @@ def _too_long(context: int, asked: str, field: str) -> TooLong:
     )
 
 
-def _temperature(asked: float | None) -> float:
-    """A temperature that is too small to divide by means greedy decoding."""
-    return 1.0 if asked is None else asked if asked >= MIN_TEMPERATURE else 0.0
-
-
-def _params(body: Body, eos_ids: Sequence[int], max_tokens: int, seed: int) -> SamplingParams:
-    own = body.stop_token_ids or []
-    stop_ids = own if body.ignore_eos else [*own, *eos_ids]
+def _params(body: Body, model: TextModel, max_tokens: int, seed: int) -> SamplingParams:
+    own, defaults = body.stop_token_ids or [], model.defaults
+    stop_ids = own if body.ignore_eos else [*own, *model.eos_ids]
+    temperature = _given(body.temperature, defaults.temperature, 1.0)
     return SamplingParams(
-        temperature=_temperature(body.temperature),
-        top_k=max(0, body.top_k or 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
+        # A temperature that is too small to divide by means greedy decoding.
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        top_k=max(0, _given(body.top_k, defaults.top_k, 0)),
+        top_p=_given(body.top_p, defaults.top_p, 1.0),
+        min_p=_given(body.min_p, defaults.min_p, 0.0),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty, 1.0),
         logit_bias={int(key): value for key, value in body.logit_bias.items()} if body.logit_bias else None,
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(sorted(set(body.allowed_token_ids))),
+        bad_words=_bad_words(body.bad_words or [], model.table),
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=min(body.min_tokens or 0, max_tokens),
@@ -275,3 +302,19 @@ def _params(body: Body, eos_ids: Sequence[int], max_tokens: int, seed: int) -> S
         prompt_logprobs=body.num_prompt_logprobs,
         guide=body.guide,
     )
+
+
+def _given(asked: _N | None, default: _N | None, otherwise: _N) -> _N:
+    return asked if asked is not None else default if default is not None else otherwise
+
+
+def _bad_words(words: Sequence[str], table: TokenTable) -> tuple[tuple[int, ...], ...]:
+    """The ids of each word as it begins a text, and, where they are as many, those of the word after a blank: vLLM's rule."""
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        first, later = (tuple(table.encode([PromptPiece(before + word.lstrip(), False)], False)) for before in ("", " "))
+        if first:
+            found.append(first)
+        if later and (not first or (later[0] != first[0] and len(later) == len(first))):
+            found.append(later)
+    return tuple(dict.fromkeys(found))

@@ -40,6 +40,7 @@ class RenderJob(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    reasoning_effort: str | None = None
     kwargs: dict[str, Any] | None = None
 
 
@@ -94,6 +95,7 @@ class SandboxWorker:
             documents=job.documents,
             add_generation_prompt=job.add_generation_prompt,
             continue_final_message=job.continue_final_message,
+            reasoning_effort=job.reasoning_effort,
             kwargs=job.kwargs,
         )
         return Rendered(pieces=pieces)

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
 import msgspec
 
-from orchestrator.router.frontend import structured_output
-from orchestrator.router.frontend.chat_messages import PART_TYPES, ContentPart, Message, NamedTool, Tool, ToolRules
+from orchestrator.router.frontend import known_fields, structured_output
+from orchestrator.router.frontend.chat_messages import PART_TYPES, ContentPart, Message, NamedTool, Tool, ToolFunction, ToolName, ToolRules
 from workers.protocol.errors import Rejected, printable
 from workers.protocol.messages import ApiEndpoint, GuideSpec
 
@@ -31,6 +31,7 @@ MAX_NAME = 256
 MAX_STOPS, MAX_STOP_CHARS = 16, 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
+MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 256, 256
 MAX_LOGPROBS = 20
 MAX_TOOLS = 128
 DEFAULT_COMPLETION_TOKENS = 16
@@ -54,9 +55,10 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "repetition_penalty": (0.0, 10.0),
     "top_k": (-1, INT32_MAX),
     "seed": (-(2**63), 2**63 - 1),
-    "max_tokens": (1, INT32_MAX),
+    "max_tokens": (0, INT32_MAX),
     "max_completion_tokens": (1, INT32_MAX),
     "min_tokens": (0, INT32_MAX),
+    "truncate_prompt_tokens": (-1, INT32_MAX),
     "n": (1, INT32_MAX),
     "best_of": (1, INT32_MAX),
     "prompt_logprobs": (0, MAX_LOGPROBS),
@@ -65,12 +67,16 @@ _RANGES: dict[str, tuple[float, float | None]] = {
 _OPEN_BELOW = frozenset(("top_p", "repetition_penalty"))
 #: Fields whose items are kept as they were sent, beside their checked form.
 _SENT = frozenset(("messages", "tools"))
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """``include_obfuscation``: accepted; the chunks are not padded."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class PromptEncoder(Protocol):
@@ -109,7 +115,12 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     spaces_between_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: structured_output.ResponseFormat | None = None
@@ -120,6 +131,8 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     guided_choice: list[str] | None = None
     guided_whitespace_pattern: str | None = None
     user: str | None = None
+    prompt_cache_key: str | None = None
+    request_id: str | None = None
     metadata: dict[str, Any] | None = None
     cache_salt: str | None = None
 
@@ -130,6 +143,11 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def max_output(self) -> int | None:
         """The limit on output tokens that was asked for."""
         return self.max_tokens
+
+    @property
+    def session(self) -> str:
+        """The session that the body names, or an empty text."""
+        return self.prompt_cache_key or self.user or ""
 
     @functools.cached_property
     def guide(self) -> GuideSpec | None:
@@ -164,11 +182,15 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
 
     messages: list[Message]
     max_completion_tokens: int | None = None
+    echo: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[ToolFunction] | None = None
+    function_call: Literal["none", "auto"] | ToolName | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -190,12 +212,14 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
         return self.prompt_logprobs
 
     def echoes(self, prompts: list[list[int]], decode: Callable[[list[int]], str]) -> tuple[str, ...]:
-        """The texts of the prompts that the answer begins with; empty where the prompts are not repeated."""
-        return ()
+        """The texts that the answers begin with; empty where nothing is repeated. A chat repeats the message that it goes on with."""
+        last = self.messages[-1]
+        return (last.text,) if self.echo and last.role == "assistant" else ()
 
-    def default_max_output(self, room: int) -> int:
-        """Output tokens where no limit was asked for; ``room``: tokens of the context that the prompt leaves."""
-        return room
+    def default_max_output(self, room: int, model_default: int | None = None) -> int:
+        """Output tokens where no limit was asked for; ``room``: tokens of the context that the prompt leaves; ``model_default``: what the
+        model's own files say."""
+        return room if model_default is None else min(room, model_default)
 
     async def encode(self, encoder: PromptEncoder) -> list[list[int]]:
         """Token ids of each prompt."""
@@ -246,10 +270,11 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True):
     def echoes(self, prompts: list[list[int]], decode: Callable[[list[int]], str]) -> tuple[str, ...]:
         if not self.echo:
             return ()
-        return tuple(given if isinstance(given, str) else decode(ids) for given, ids in zip(self.prompts, prompts, strict=True))
+        whole = self.truncate_prompt_tokens is None
+        return tuple(given if isinstance(given, str) and whole else decode(ids) for given, ids in zip(self.prompts, prompts, strict=True))
 
-    def default_max_output(self, room: int) -> int:
-        return min(room, DEFAULT_COMPLETION_TOKENS)
+    def default_max_output(self, room: int, model_default: int | None = None) -> int:
+        return min(room, DEFAULT_COMPLETION_TOKENS)  # OpenAI's API has a default of its own here
 
     async def encode(self, encoder: PromptEncoder) -> list[list[int]]:
         return [await encoder.prompt(prompt, add_special=self.add_special_tokens is not False) for prompt in self.prompts]
@@ -258,6 +283,8 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True):
         _check_common(self)
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             refuse("logprobs", f"must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            refuse("max_tokens", "must be at least 1, got 0; 0 is for echo and prompt_logprobs")
         if self.suffix:
             refuse("suffix", "filling in the middle is not offered")
         _ = self.prompts, self.guide
@@ -290,19 +317,19 @@ def refuse(param: str | None, why: str, code: str | None = None) -> NoReturn:
     raise Rejected(printable(f"{param}: {why}" if param else why), code=code, param=printable(param) if param else None)
 
 
-def read(endpoint: ApiEndpoint, fields: dict[str, Any], *, on_unknown: Callable[[int], None] | None = None) -> Body:
-    """The checked body of a request to ``endpoint``. ``on_unknown`` is called with the number of ignored unknown fields. Raises
-    Rejected."""
-    kind = _BODIES[endpoint]
-    unknown = fields.keys() - kind.__struct_fields__
-    if unknown and on_unknown is not None:
-        on_unknown(len(unknown))
-    return check(fields, kind)
+def read(endpoint: ApiEndpoint, fields: dict[str, Any], *, on_unknown: Callable[[list[str]], None] | None = None) -> Body:
+    """The checked body of a request to ``endpoint``; see :func:`check`. Raises Rejected."""
+    return check(fields, _BODIES[endpoint], on_unknown=on_unknown)
 
 
-def check(fields: dict[str, Any], kind: type[_B]) -> _B:
-    """``fields`` as a body within every limit. Raises Rejected."""
-    body = convert(fields, kind)
+def check(fields: dict[str, Any], kind: type[_B], *, on_unknown: Callable[[list[str]], None] | None = None) -> _B:
+    """``fields`` as a body within every limit. ``on_unknown`` is called with the names of the fields that are ignored, where there are
+    some. Raises Rejected."""
+    if on_unknown is not None and (unknown := known_fields.unknown_fields(fields, kind)):
+        on_unknown(unknown)
+    if (refused := known_fields.refused_field(fields)) is not None:
+        refuse(*refused, code="unsupported")
+    body = convert(_with_tools(fields), kind)
     body.check()
     return body
 
@@ -345,6 +372,19 @@ def _with_sent(items: Any) -> Any:
     return [{**item, "sent": item} if isinstance(item, dict) else item for item in items] if isinstance(items, list) else items
 
 
+def _with_tools(fields: dict[str, Any]) -> dict[str, Any]:
+    """``fields`` of which the older ``functions`` and ``function_call`` are given as tools too: one call at most, as it was with them."""
+    functions, call = fields.get("functions"), fields.get("function_call")
+    if functions is None and call is None:
+        return fields
+    if fields.get("tools") is not None or fields.get("tool_choice") is not None:
+        refuse("functions" if functions is not None else "function_call", "excludes tools and tool_choice, which have replaced it")
+    tools = [{"type": "function", "function": function} for function in functions] if isinstance(functions, list) else None
+    choice = {"type": "function", "function": call} if isinstance(call, dict) else call
+    # At the end, so that a mistake is reported under the name that the client used.
+    return {**fields, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > MAX_KEYS:
         refuse(None, f"an object has {len(pairs)} keys, more than {MAX_KEYS}")
@@ -377,12 +417,10 @@ _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 def _check_common(body: GenerateBody) -> None:
     check_model_name(body.model)
-    for name, (low, high) in _RANGES.items():
+    for name in _RANGES:
         value = getattr(body, name, None)
-        if value is None:
-            continue
-        if not (value > low if name in _OPEN_BELOW else value >= low) or (high is not None and not value <= high):
-            refuse(name, f"must be {'above' if name in _OPEN_BELOW else 'at least'} {low:g} and at most {high:g}, got {_short(value)}")
+        if value is not None and (fault := range_fault(name, value)) is not None:
+            refuse(name, fault)
     if body.best_of is not None and body.best_of != (body.n or 1):
         refuse("best_of", "choosing among more candidates than n is not offered; leave it out or set it to n")
     if body.stream_options is not None and not body.stream:
@@ -392,9 +430,20 @@ def _check_common(body: GenerateBody) -> None:
         refuse("min_tokens", f"{body.min_tokens} is more than max_tokens ({limit})")
     if body.prompt_logprobs is not None and body.stream:
         refuse("prompt_logprobs", "not available in a stream")
+    if body.truncate_prompt_tokens == 0:
+        refuse("truncate_prompt_tokens", "keeps at least one token; -1 keeps what fits")
     _check_stops(body)
     _check_bias(body.logit_bias)
+    _check_words(body)
     _check_labels(body)
+
+
+def range_fault(name: str, value: float) -> str | None:
+    """What is wrong with a number of the field ``name``; None = it is within its limits. NaN never is."""
+    low, high = _RANGES[name]
+    if (value > low if name in _OPEN_BELOW else value >= low) and (high is None or value <= high):
+        return None
+    return f"must be {'above' if name in _OPEN_BELOW else 'at least'} {low:g} and at most {high:g}, got {_short(value)}"
 
 
 def check_model_name(name: str) -> None:
@@ -424,9 +473,23 @@ def _check_bias(bias: dict[str, float] | None) -> None:
             refuse("logit_bias", f"{_short(value)} is not between -100 and 100")
 
 
+def _check_words(body: GenerateBody) -> None:
+    if body.allowed_token_ids is not None and not body.allowed_token_ids:
+        refuse("allowed_token_ids", "no id at all is allowed; leave it out to allow all")
+    words = body.bad_words or []
+    if len(words) > MAX_BAD_WORDS:
+        refuse("bad_words", f"{len(words)} words are more than {MAX_BAD_WORDS}")
+    if any(not word.strip() or len(word) > MAX_BAD_WORD_CHARS for word in words):
+        refuse("bad_words", f"a word has 1 to {MAX_BAD_WORD_CHARS} characters, not all of them blank")
+
+
 def _check_labels(body: GenerateBody) -> None:
     if body.user is not None and len(body.user) > MAX_USER:
         refuse("user", f"longer than {MAX_USER} characters")
+    if body.prompt_cache_key is not None and len(body.prompt_cache_key) > MAX_USER:
+        refuse("prompt_cache_key", f"longer than {MAX_USER} characters")
+    if body.request_id is not None and not _REQUEST_ID.fullmatch(body.request_id):
+        refuse("request_id", "an id has 1 to 128 letters, digits or characters of ._:/+=@-")
     if body.metadata is not None and len(msgspec.json.encode(body.metadata)) > MAX_METADATA_BYTES:
         refuse("metadata", f"larger than {MAX_METADATA_BYTES} bytes")
     salt = body.cache_salt
@@ -450,6 +513,8 @@ def _check_chat(body: ChatBody) -> None:
             _check_parts(message.content, f"messages[{index}].content")
     if body.continue_final_message and body.add_generation_prompt:
         refuse("continue_final_message", "excludes add_generation_prompt: the prompt ends within the last message")
+    if body.max_output == 0:
+        refuse("max_completion_tokens" if body.max_completion_tokens == 0 else "max_tokens", "must be at least 1, got 0")
     if body.top_logprobs is not None and not body.logprobs:
         refuse("top_logprobs", "needs logprobs to be true")
     if body.chat_template is not None:
@@ -472,15 +537,17 @@ def _check_parts(parts: list[ContentPart], where: str) -> None:
 
 
 def _check_tools(body: ChatBody) -> None:
+    older = body.functions is not None or body.function_call is not None
+    tools, tool_choice = ("functions", "function_call") if older else ("tools", "tool_choice")
     names = [tool.function.name for tool in body.tools or ()]
     if len(names) > MAX_TOOLS:
-        refuse("tools", f"{len(names)} tools are more than {MAX_TOOLS}")
+        refuse(tools, f"{len(names)} tools are more than {MAX_TOOLS}")
     if len(set(names)) != len(names):
-        refuse("tools", "two tools have the same name")
+        refuse(tools, "two tools have the same name")
     if any(not _TOOL_NAME.fullmatch(name) for name in names):
-        refuse("tools", "a tool name has 1 to 64 letters, digits, dots, dashes or underscores")
+        refuse(tools, "a tool name has 1 to 64 letters, digits, dots, dashes or underscores")
     choice = body.tool_choice
     if isinstance(choice, NamedTool) and choice.function.name not in names:
-        refuse("tool_choice", f"no tool is named {choice.function.name[:64]!r}")
-    if choice == "required" and not names:
-        refuse("tool_choice", "needs tools")
+        refuse(tool_choice, f"no tool is named {choice.function.name[:64]!r}")
+    if choice is not None and not names and (older or choice == "required"):
+        refuse(tool_choice, f"needs {tools}")

@@ -39,8 +39,11 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
-    type: Literal["text", "json_object", "json_schema"]
+    """``schema``: of a ``json_object``, where servers before ``json_schema`` took it."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    schema: dict[str, Any] | None = None
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,10 +131,18 @@ def _whitespace(newer: StructuredOutputs, older: StructuredOutputs) -> tuple[str
 
 
 def _from_format(form: ResponseFormat | None) -> Iterator[GuideSpec]:
-    if form is None or form.type == "text":
+    if form is None:
         return
+    if form.schema is not None and form.type != "json_object":
+        param = "response_format.schema"
+        raise Rejected(f"{param}: belongs to json_object; a json_schema has its schema in json_schema.schema", param=param)
+    if form.type == "text":
+        return
+    if form.type == "structural_tag":
+        param = "response_format.type"
+        raise Rejected(f"{param}: structural tags are not offered; use tools, or a grammar", code="unsupported", param=param)
     if form.type == "json_object":
-        yield GuideSpec(kind="json")
+        yield GuideSpec(kind="json") if form.schema is None else _schema_guide(form.schema, "response_format")
         return
     if form.json_schema is None or form.json_schema.schema is None:
         raise Rejected("response_format.json_schema: json_schema needs a schema", param="response_format.json_schema")

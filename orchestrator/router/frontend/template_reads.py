@@ -23,7 +23,8 @@ _OBJECT_FILTERS = frozenset(("tojson", "items", "dictsort", "list"))
 class TemplateReads(msgspec.Struct, frozen=True, kw_only=True):
     """``tools``: it lists the tools; ``tool_calls``: it writes earlier calls. ``parts``: it reads a content as a list of parts;
     ``shape``: it asks whether a content is a string or a list; ``null``: it asks whether a content is none. ``arguments_as_text``: it
-    reads the arguments of a call as text. ``developer``: it knows this role. ``searched``: the texts that it looks for in others."""
+    reads the arguments of a call as text. ``developer``: it knows this role. ``reasoning_effort``: it reads this variable. ``searched``:
+    the texts that it looks for in others."""
 
     tools: bool
     tool_calls: bool
@@ -32,6 +33,7 @@ class TemplateReads(msgspec.Struct, frozen=True, kw_only=True):
     null: bool
     arguments_as_text: bool
     developer: bool
+    reasoning_effort: bool
     searched: tuple[str, ...]
 
 
@@ -40,14 +42,16 @@ def what_it_reads(tree: nodes.Template, tokens: Mapping[str, str]) -> TemplateRe
     content, arguments = _Value(tree, "content"), _Value(tree, "arguments")
     texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     keys = {node.attr for node in tree.find_all(nodes.Getattr)}
+    names = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
     return TemplateReads(
-        tools=any(node.name == "tools" and node.ctx == "load" for node in tree.find_all(nodes.Name)),
+        tools="tools" in names,
         tool_calls="tool_calls" in texts | keys,
         parts=_read_as_parts(tree, content),
         shape=any(node.name in _SHAPE_TESTS and content.is_in(node.node) for node in tree.find_all(nodes.Test)),
         null=_compared_with_none(tree, content),
         arguments_as_text=_read_as_text(tree, arguments) and not _read_as_object(tree, arguments),
         developer="developer" in texts,
+        reasoning_effort="reasoning_effort" in names,
         searched=tuple(sorted(_searched(tree, tokens))),
     )
 

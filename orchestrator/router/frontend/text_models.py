@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from orchestrator.config.router_spec import ModelCard
+from orchestrator.router.frontend.sampling_defaults import SamplingDefaults, read_defaults
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.tokenizer import Loaded, load
 from orchestrator.router.frontend.tool_parsers import TOOL_PARSERS, ToolParser
@@ -24,12 +25,13 @@ T = TypeVar("T")
 
 
 class TextModel:
-    """The text side of one served model: card, tokenizer, chat template (None = it has none), end-of-sequence ids, tool parser.
-    Immutable."""
+    """The text side of one served model: card, tokenizer, chat template (None = it has none), end-of-sequence ids, defaults of requests,
+    tool parser. Immutable. Raises ArtifactError for a default that no request could have."""
 
     def __init__(self, card: ModelCard, loaded: Loaded, tool_parser: type[ToolParser] = TOOL_PARSERS[TOOL_PARSER]) -> None:
         self.card, self.name, self.table = card, card.name, loaded.table
         self.template, self.eos_ids = loaded.template, loaded.eos_ids
+        self.defaults = read_defaults(loaded.generation, card.tokenizer) if card.generation_config == "auto" else SamplingDefaults()
         self.names = (card.name, *card.aliases)
         self.tool_parser = tool_parser
 

@@ -73,8 +73,9 @@ class TokenTable:
         both: list[int] = self._literal.encode(f"\n{text}", add_special_tokens=False).ids
         return both[len(line) :] if both[: len(line)] == line else ids
 
-    def encode(self, pieces: Sequence[PromptPiece], add_special: bool) -> list[int]:
-        """Ids of the pieces in order; ``add_special``: also what the tokenizer itself adds around a prompt (bos)."""
+    def encode(self, pieces: Sequence[PromptPiece], add_special: bool, keep: int | None = None) -> list[int]:
+        """Ids of the pieces in order; ``add_special``: also what the tokenizer itself adds around a prompt (bos). ``keep``: of more ids, so
+        many at the end; what the tokenizer adds counts and stays."""
         ids: list[int] = []
         for index, piece in enumerate(pieces):
             if piece.exact and index:
@@ -82,7 +83,16 @@ class TokenTable:
                 continue
             tokenizer = self._literal if piece.exact else self._tokenizer
             ids += tokenizer.encode(piece.text, add_special_tokens=add_special and index == 0).ids
-        return ids
+        if keep is None or len(ids) <= keep:
+            return ids
+        before = self._added_before if add_special else 0
+        return ids[:before] + ids[before + len(ids) - keep :] if before < keep else ids[-keep:]
+
+    @functools.cached_property
+    def _added_before(self) -> int:
+        """How many ids the tokenizer itself puts before a prompt."""
+        mask = self._tokenizer.encode("a").special_tokens_mask
+        return next((index for index, added in enumerate(mask) if not added), 0)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - tables live as long as the process
     def showing(self, markers: tuple[str, ...]) -> list[bytes]:
@@ -109,11 +119,13 @@ class TokenTable:
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
-    """The contents of a model's tokenizer folder. ``eos_ids`` end the output unless the request ignores them."""
+    """The contents of a model's tokenizer folder. ``eos_ids`` end the output unless the request ignores them. ``generation``: the object in
+    generation_config.json."""
 
     table: TokenTable
     template: TemplateSource | None
     eos_ids: tuple[int, ...]
+    generation: dict[str, Any]
 
 
 def load(folder: str, chat_template: str = "") -> Loaded:
@@ -125,7 +137,7 @@ def load(folder: str, chat_template: str = "") -> Loaded:
     table = TokenTable(found.tokenizer)
     templates = {DEFAULT: read_template(Path(chat_template))} if chat_template else found.templates
     template = TemplateSource(templates=templates, specials=tuple(table.specials), tokens=found.named) if templates else None
-    return Loaded(table=table, template=template, eos_ids=_eos_ids(table, found.named, found.generation))
+    return Loaded(table=table, template=template, eos_ids=_eos_ids(table, found.named, found.generation), generation=found.generation)
 
 
 def _converter(decoder: Any) -> Any:

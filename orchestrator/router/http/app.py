@@ -5,11 +5,14 @@ Owns the table of routes and how errors become responses. Each dialect words the
 
 from __future__ import annotations
 
+import difflib
+from functools import partial
+
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -21,13 +24,18 @@ from orchestrator.router.http.authentication import ApiKeyMiddleware, tenant_of
 from orchestrator.router.http.dialect import Dialect, HttpFrontend
 from orchestrator.router.http.dialects import DIALECTS
 from orchestrator.router.http.event_stream import encode
-from orchestrator.router.http.middleware import RequestContextMiddleware, request_id
+from orchestrator.router.http.middleware import RequestContextMiddleware, answer_headers, cross_origin
 from orchestrator.router.http.response import json_response
 from orchestrator.router.http.status_page import StatusPage
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import CONTENT_TYPE, Metrics
 from workers import __version__
 from workers.protocol.errors import NotFound, Overloaded, TriremeError, Unavailable
+
+#: Paths whose answers name all models: for callers who may see them all.
+_OPERATORS = frozenset(("/metrics", "/status", "/ui/data"))
+#: Characters of a path that an error shows.
+_MAX_SHOWN = 128
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +61,7 @@ class HttpApi:
     def routes(self) -> list[Route]:
         return [
             *self._default.routes(),
+            Route("/", self.root, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/ping", self.health, methods=["GET", "POST"]),
             Route("/ready", self.ready, methods=["GET"]),
@@ -66,6 +75,9 @@ class HttpApi:
             *(route for dialect in self._others for route in dialect.routes()),
         ]
 
+    async def root(self, http: Request) -> Response:
+        return RedirectResponse("/ui", 302, answer_headers(http.scope))
+
     async def health(self, http: Request) -> Response:
         return json_response(http, {"status": "ok"})
 
@@ -76,14 +88,15 @@ class HttpApi:
 
     async def metrics(self, http: Request) -> Response:
         _check_sees_all(http)
-        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE, "x-request-id": request_id(http.scope)})
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE} | answer_headers(http.scope))
 
     async def status(self, http: Request) -> Response:
         _check_sees_all(http)
-        return json_response(http, self._dispatcher.status())
+        status = self._dispatcher.status()
+        return json_response(http, msgspec.structs.replace(status, default_sampling_params=self._preprocessor.defaults()))
 
     async def page(self, http: Request) -> Response:
-        return Response(self._page.html, headers=self._page.headers | {"x-request-id": request_id(http.scope)})
+        return Response(self._page.html, headers=self._page.headers | answer_headers(http.scope))
 
     async def page_data(self, http: Request) -> Response:
         _check_sees_all(http)
@@ -97,9 +110,9 @@ class HttpApi:
     async def tokenize(self, http: Request) -> Response:
         fields = await self._frontend.read(http)
         if "messages" in fields:
-            chat = schema.check(fields, schema.ChatBody)
+            chat = schema.check(fields, schema.ChatBody, on_unknown=partial(self._frontend.ignored, http))
             model = self._frontend.resolve(http, chat.model)
-            ids = await self._preprocessor.encoder(model).chat(chat)
+            ids = await self._preprocessor.encoder(model, chat).chat(chat)
         else:
             body = schema.convert(fields, TokenizeBody)
             model = self._frontend.resolve(http, body.model)
@@ -115,9 +128,9 @@ class HttpApi:
 
     async def on_error(self, http: Request, error: Exception) -> Response:
         """The response to a refused or failed request, in the wording of the path's dialect."""
-        found = error if isinstance(error, TriremeError) else _unexpected(error)
+        found = error if isinstance(error, TriremeError) else _unexpected(http, error)
         self._metrics.refused(found.code)
-        headers = {"x-request-id": request_id(http.scope)}
+        headers = answer_headers(http.scope)
         if isinstance(error, HTTPException):
             headers |= dict(error.headers or {})
         if isinstance(found, Overloaded):
@@ -143,21 +156,39 @@ def build_app(
     handlers = dict.fromkeys((TriremeError, HTTPException, ClientDisconnect, Exception), api.on_error)
     app = Starlette(routes=api.routes(), exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return RequestContextMiddleware(app if keys is None else ApiKeyMiddleware(app, keys, api.on_error))
+    guarded = RequestContextMiddleware(app if keys is None else ApiKeyMiddleware(app, keys, api.on_error))
+    origins = (spec.http or HttpSpec()).allowed_origins
+    return cross_origin(guarded, origins) if origins else guarded
 
 
 def _check_sees_all(http: Request) -> None:
     """Raises NotFound for a tenant that may use some models only: the answer would name the models of others."""
     if tenant_of(http).models is not None:
-        raise NotFound("no such path")
+        raise _no_such_path(http)
 
 
-def _unexpected(error: Exception) -> TriremeError:
+def _unexpected(http: Request, error: Exception) -> TriremeError:
     if isinstance(error, HTTPException) and error.status_code == 404:
-        return NotFound("no such path")
+        return _no_such_path(http)
     if isinstance(error, HTTPException) and error.status_code == 405:
-        return _MethodNotAllowed("this path does not take that method")
+        taken = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+        return _MethodNotAllowed(f"{_shown_path(http)} does not take {http.method}", f"it takes {taken}")
     return TriremeError("the router failed to handle the request")
+
+
+def _no_such_path(http: Request) -> NotFound:
+    """Names the path, and the one that was probably meant; where none is close, all paths without a model's name in them."""
+    own = tenant_of(http).models is None
+    paths = [route.path for route in http.app.routes if isinstance(route, Route) and (own or route.path not in _OPERATORS)]
+    close = difflib.get_close_matches(http.scope["path"], paths, n=1, cutoff=0.75)
+    there = ", ".join(sorted(path for path in paths if "{" not in path))
+    return NotFound(f"there is no path {_shown_path(http)}", f"did you mean {close[0]}?" if close else f"there are {there}")
+
+
+def _shown_path(http: Request) -> str:
+    """The path, cut and escaped, because it came from outside."""
+    path = ascii(http.scope["path"])[1:-1]
+    return path if len(path) <= _MAX_SHOWN else f"{path[:_MAX_SHOWN]}..."
 
 
 class _MethodNotAllowed(NotFound):

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from orchestrator.auth.api_keys import EVERYONE, ApiKeys, Tenant
 from workers.protocol.errors import Unauthorized
 
-#: Probes, and the status page, which is the same in every deployment and contains nothing of this one.
-OPEN = frozenset(("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/ui"))
+#: Probes, and the status page, which is the same in every deployment and contains nothing of this one; `/` leads to it.
+OPEN = frozenset(("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/", "/ui"))
 #: Paths that are open to callers on this host.
 LOCAL = frozenset(("/metrics", "/ui/data"))
 _TENANT = "trireme.tenant"

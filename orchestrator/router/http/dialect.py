@@ -15,7 +15,7 @@ from orchestrator.router.frontend.schema import Body
 from orchestrator.router.frontend.text_models import TextModel
 from orchestrator.router.http.authentication import tenant_of
 from orchestrator.router.http.in_flight import InFlightRequest
-from orchestrator.router.http.middleware import affinity, read_body
+from orchestrator.router.http.middleware import affinity, note_ignored, read_body
 from orchestrator.router.http.response import GenerateResponse, ResponseBuilder
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
@@ -47,6 +47,11 @@ class HttpFrontend:
     async def read(self, http: Request) -> dict[str, Any]:
         """The JSON object in the body. Raises TooLarge, Unsupported, Rejected."""
         return await self.preprocessor.decode(await self.read_bytes(http))
+
+    def ignored(self, http: Request, fields: list[str]) -> None:
+        """Count fields that nobody here knows, and name them in a header of the answer."""
+        self.metrics.ignored_fields(len(fields))
+        note_ignored(http.scope, fields)
 
     def resolve(self, http: Request, name: str) -> TextModel:
         """The model that the caller means. Raises NotFound."""

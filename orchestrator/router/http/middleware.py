@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,6 +20,9 @@ from workers.protocol.errors import TooLarge, Unsupported
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 #: Characters.
 _MAX_AFFINITY = 128
+#: Ignored fields that an answer names: their number, their length together, and what of a name is not shown.
+_MAX_IGNORED, _MAX_IGNORED_CHARS = 32, 1024
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 #: A browser sends one of these headers with every request that a page of another origin causes.
 _BROWSER_HEADERS = ("origin", "sec-fetch-site")
 
@@ -31,6 +36,27 @@ def request_id(scope: Scope) -> str:
     return str(state["request_id"])
 
 
+def note_ignored(scope: Scope, fields: Sequence[str]) -> None:
+    """Have the answer name ``fields`` of the body as ignored."""
+    names: list[str] = []
+    size = 0
+    for field in fields[:_MAX_IGNORED]:
+        name = _UNSAFE.sub("?", field[:_MAX_AFFINITY])
+        size += len(name) + 2
+        if size > _MAX_IGNORED_CHARS:
+            break
+        names.append(name)
+    more = len(fields) - len(names)
+    scope.setdefault("state", {})["ignored"] = ", ".join([*names, f"... ({more} more)"] if more else names)
+
+
+def answer_headers(scope: Scope) -> dict[str, str]:
+    """The headers of every answer: the request's id, and the fields of its body that were ignored, where there are some."""
+    headers = {"x-request-id": request_id(scope)}
+    ignored = scope["state"].get("ignored")
+    return headers if ignored is None else headers | {"x-trireme-ignored": ignored}
+
+
 class RequestContextMiddleware:
     """ASGI middleware: sets the request context, which log lines and traces carry."""
 
@@ -42,6 +68,13 @@ class RequestContextMiddleware:
         # W3C Trace Context: a header that was sent twice counts as missing.
         request_context.enter(request_id(scope), given[0].decode("latin-1") if len(given) == 1 else "")
         await self._app(scope, receive, send)
+
+
+def cross_origin(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """``app`` for the web pages of ``origins`` too (``*``: of all). A browser asks before it sends their requests, without a key, so this
+    stands before the authentication."""
+    shown = ("x-request-id", "x-trireme-ignored", "retry-after")
+    return CORSMiddleware(app, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=shown)
 
 
 def affinity(http: Request) -> str:

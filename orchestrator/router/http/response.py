@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from orchestrator.router.frontend.detokenizer import TextSink
 from orchestrator.router.http.event_stream import EventStream, StreamEnding, encode
 from orchestrator.router.http.in_flight import InFlightRequest
-from orchestrator.router.http.middleware import request_id
+from orchestrator.router.http.middleware import answer_headers
 from orchestrator.router.http.protocol import ABORT
 from orchestrator.router.metrics import Metrics
 
@@ -57,7 +57,7 @@ class GenerateResponse:
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
-            (b"x-request-id", request_id(scope).encode()),
+            *((name.encode(), value.encode()) for name, value in answer_headers(scope).items()),
         ]
         await stream.run(send, headers)
 
@@ -70,7 +70,7 @@ class GenerateResponse:
             raise self._request.failed
         if self._request.cancelled:
             return
-        await Response(body(), 200, {"x-request-id": request_id(scope)}, "application/json")(scope, receive, send)
+        await Response(body(), 200, answer_headers(scope), "application/json")(scope, receive, send)
 
     async def _listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -81,4 +81,4 @@ class GenerateResponse:
 
 
 def json_response(http: Request, content: object) -> Response:
-    return Response(encode(content), 200, {"x-request-id": request_id(http.scope)}, "application/json")
+    return Response(encode(content), 200, answer_headers(http.scope), "application/json")

@@ -148,7 +148,7 @@ class RpcServer:
 
     async def _prepare_and_submit(self, call: RpcCall, message: Generate) -> None:
         fields = await self._preprocessor.decode(message.body)
-        body = schema.read(message.endpoint, fields, on_unknown=self._metrics.ignored_fields)
+        body = schema.read(message.endpoint, fields, on_unknown=lambda names: self._metrics.ignored_fields(len(names)))
         deadline = None if message.deadline_ms is None else min(message.deadline_ms, UNLIMITED) / 1000.0
         caller = CallerContext(
             client=call.name[0], request_id=call.name[1], tenant=self._tenant(call.name[0]), credit=message.credit, deadline_s=deadline,
@@ -220,7 +220,9 @@ class RpcServer:
             )
         else:
             rpc = RpcStatus(live=len(self._live), malformed=self.malformed)
-            body = msgspec.json.encode(msgspec.structs.replace(self._dispatcher.status(), rpc=rpc))
+            defaults = self._preprocessor.defaults()
+            status = msgspec.structs.replace(self._dispatcher.status(), default_sampling_params=defaults, rpc=rpc)
+            body = msgspec.json.encode(status)
         self._give(peer, Report(boot=self._boot, stream=message.stream, body=body))
 
     async def _dump(self, peer: bytes, message: Query) -> None:

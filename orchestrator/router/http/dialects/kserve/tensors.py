@@ -81,7 +81,7 @@ OUTPUTS: Mapping[str, tuple[str, list[int]]] = {
 }
 #: Inputs of TensorRT-LLM's backend that are refused here, because ignoring them would change the answer.
 _NOT_OFFERED = frozenset((
-    "bad_words", "return_context_logits", "return_generation_logits", "decoder_text_input", "image_input", "image_bytes_input",
+    "return_context_logits", "return_generation_logits", "decoder_text_input", "image_input", "image_bytes_input",
     "image_url_input", "video_bytes_input", "prompt_embedding_table", "prompt_vocab_size", "embedding_bias_words",
     "embedding_bias_weights", "num_draft_tokens", "use_draft_logits", "draft_input_ids", "lora_task_id", "lora_weights", "lora_config",
 ))  # fmt: skip
@@ -275,10 +275,10 @@ def _put_special(named: Mapping[str, Any], put: Callable[[str, str, Any], None])
     for name in ("beam_width", "num_return_sequences"):
         if named.get(name, 1) != 1:
             refuse(name, "answers come one a prompt")
-    words = named.get("stop_words", [])
-    stops = [word for word in ([words] if isinstance(words, str) else words) if word]
-    if stops:
-        put("stop_words", "stop", stops)
+    for name, field in (("stop_words", "stop"), ("bad_words", "bad_words")):
+        words = named.get(name, [])
+        if given := [word for word in ([words] if isinstance(words, str) else words) if word]:
+            put(name, field, given)
     for name in ("random_seed", "seed"):
         if name in named:
             seed = named[name]

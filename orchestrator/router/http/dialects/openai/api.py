@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from functools import partial
 from typing import Any, ClassVar
 
 from starlette.requests import Request
@@ -53,19 +54,21 @@ class OpenAiDialect:
         return await self._generate(http, "completions")
 
     async def _generate(self, http: Request, endpoint: ApiEndpoint) -> ASGIApp:
-        body = schema.read(endpoint, await self._frontend.read(http), on_unknown=self._frontend.metrics.ignored_fields)
+        body = schema.read(endpoint, await self._frontend.read(http), on_unknown=partial(self._frontend.ignored, http))
         options = body.stream_options or schema.StreamOptions()
         chat = endpoint == "chat"
+        kind, id = "chatcmpl" if chat else "cmpl", uuid.uuid4().hex
         words = wording.Wording(
-            id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            id=f"{kind}-{body.request_id or id}",
             created=int(time.time()),
             model=body.model,
             chat=chat,
             usage=bool(options.include_usage),
             continuous=bool(options.include_usage and options.continuous_usage_stats),
+            functions=isinstance(body, schema.ChatBody) and body.functions is not None,
         )
         credit = event_stream.window(body) if body.stream else UNLIMITED
-        return await self._frontend.generate(http, words.id, body, OpenAiResponse(body, words), credit=credit)
+        return await self._frontend.generate(http, f"{kind}-{id}", body, OpenAiResponse(body, words), credit=credit)
 
     async def models(self, http: Request) -> Response:
         models = self._frontend.preprocessor.models(tenant_of(http))
@@ -84,4 +87,5 @@ class OpenAiDialect:
             "root": model.name,
             "parent": None,
             "max_model_len": self._frontend.preprocessor.context(model) or None,
+            "default_sampling_params": self._frontend.preprocessor.defaults()[model.name],
         }

@@ -37,18 +37,21 @@ class EventSink:
         prompt = prepared.requests[index]
         n = prompt.n
         self._offset = index * n
+        self._prompt_ids = prompt.prompt_ids
         self._prompt_tokens = len(prompt.prompt_ids)
+        self._with_ids = bool(body.return_token_ids)
         self._openings = [wording.opening(self._offset + choice) for choice in range(n)]
         self._closing = wording.closing()
         self._begun = [False] * n
-        self._writers = [LogprobWriter(prepared.model, wording.chat) for _ in range(n)]
+        as_ids = bool(body.return_tokens_as_token_ids)
+        self._writers = [LogprobWriter(prepared.model, wording.chat, as_ids=as_ids) for _ in range(n)]
         self._with_logprobs = body.num_logprobs is not None
         self._echo = prepared.echoes[index] if prepared.echoes else ""
         rules = body.tool_rules()
         self._tool_parsers = [None if rules is None else choice_parser(rules, prepared.model.tool_parser) for _ in range(n)]
         #: Indices of each choice's calls.
         self._calls: list[set[int]] = [set() for _ in range(n)]
-        self._plain = not (self._with_logprobs or wording.continuous or rules is not None)
+        self._plain = not (self._with_logprobs or self._with_ids or wording.continuous or rules is not None)
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
         self._stream.received(self._index, first + len(tokens))
@@ -61,9 +64,9 @@ class EventSink:
         shown = self._writers[choice].write(logprobs) if logprobs else None
         parser = self._tool_parsers[choice]
         if parser is not None:
-            self._write_events(choice, parser.feed(text), first + len(tokens), shown)
-        elif text or shown:
-            self._write(choice, text, first + len(tokens), shown)
+            self._write_events(choice, parser.feed(text), first + len(tokens), shown, tokens)
+        elif text or shown or self._with_ids:
+            self._write(choice, text, first + len(tokens), shown, tokens)
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         if self._echo and self._with_logprobs:
@@ -80,7 +83,7 @@ class EventSink:
         parser = self._tool_parsers[choice]
         if parser is not None:
             self._write_events(choice, [*parser.feed(tail), *parser.finish(cut=reason == "length")], usage.output_tokens, None)
-            finish = "tool_calls" if reason == "stop" and self._calls[choice] else reason
+            finish = self._wording.finish(reason, called=bool(self._calls[choice]))
         elif tail:
             self._write(choice, tail, usage.output_tokens, None)
         last = self._wording.choice(self._offset + choice, "", first=False, reason=finish)
@@ -92,34 +95,47 @@ class EventSink:
         self._request.fail(error)
 
     def _begin(self, choice: int) -> None:
-        """A chat begins with its role, an echoing completion with its prompt."""
+        """A chat begins with its role; what an answer repeats comes before its own text."""
         self._begun[choice] = True
         if self._wording.chat:
-            self._stream.push(self._wording.chunk([self._wording.choice(self._offset + choice, "", first=True)], self._usage(0)))
-        elif self._echo:
+            more = {"prompt_token_ids": self._prompt_ids} if self._with_ids else {}
+            role = self._wording.choice(self._offset + choice, "", first=True)
+            self._stream.push(self._wording.chunk([role], self._usage(0), **more))
+        elif self._with_ids and not self._echo:
+            self._write(choice, "", 0, None)
+        if self._echo:
             self._write(choice, self._echo, 0, None)
             self._writers[choice].skip(self._echo)
 
-    def _write(self, choice: int, text: str, output_tokens: int, logprobs: Any) -> None:
+    def _write(self, choice: int, text: str, output_tokens: int, logprobs: Any, tokens: list[int] | None = None) -> None:
+        """``tokens``: the output tokens that the chunk stands for."""
         shown = self._wording.choice(self._offset + choice, text, first=False, logprobs=logprobs)
+        if self._with_ids:
+            shown["token_ids"] = tokens or []
+            if not self._wording.chat and output_tokens == 0:
+                shown["prompt_token_ids"] = self._prompt_ids
         self._stream.push(self._wording.chunk([shown], self._usage(output_tokens)))
 
-    def _write_events(self, choice: int, events: Sequence[ToolEvent], output_tokens: int, logprobs: Any) -> None:
-        """A chunk an event; the first has the logprobs, and a chunk without text where there is no event."""
+    def _write_events(
+        self, choice: int, events: Sequence[ToolEvent], output_tokens: int, logprobs: Any, tokens: list[int] | None = None
+    ) -> None:  # fmt: skip
+        """A chunk an event; the first has the logprobs and the token ids, and a chunk without text where there is no event."""
         for found in events:
             if isinstance(found, TextDelta):
-                self._write(choice, found.text, output_tokens, logprobs)
+                self._write(choice, found.text, output_tokens, logprobs, tokens)
             elif isinstance(found, CallDropped):
                 self._calls[choice].discard(found.index)
                 continue
             else:
                 self._calls[choice].add(found.index)
-                delta = {"tool_calls": [found.json()]}
-                shown = {"index": self._offset + choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+                delta = self._wording.call_delta(found)
+                shown: dict[str, Any] = {"index": self._offset + choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+                if self._with_ids:
+                    shown["token_ids"] = tokens or []
                 self._stream.push(self._wording.chunk([shown], self._usage(output_tokens)))
-            logprobs = None
-        if logprobs is not None:
-            self._write(choice, "", output_tokens, logprobs)
+            logprobs = tokens = None
+        if logprobs is not None or (tokens and self._with_ids):
+            self._write(choice, "", output_tokens, logprobs, tokens)
 
     def _usage(self, output_tokens: int) -> dict[str, Any] | None:
         return usage_json(self._prompt_tokens, output_tokens) if self._wording.continuous else None
@@ -133,19 +149,23 @@ class BodySink:
         prepared = request.prepared
         self._n = n = prepared.requests[index].n
         self._texts: list[list[str]] = [[] for _ in range(n)]
+        self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
-        self._writers = [LogprobWriter(prepared.model, wording.chat) for _ in range(n)]
+        as_ids = bool(body.return_tokens_as_token_ids)
+        self._writers = [LogprobWriter(prepared.model, wording.chat, as_ids=as_ids) for _ in range(n)]
         self._ends: dict[int, tuple[FinishReason, str | int | None]] = {}
         self._prompt: dict[int, list[Logprobs]] = {}
         self._echo = prepared.echoes[index] if prepared.echoes else ""
 
     def on_prompt(self, choice: int, logprobs: list[Logprobs]) -> None:
         self._prompt[choice] = logprobs
-        if self._echo and self._body.num_logprobs is not None:
+        if self._echo and self._body.num_logprobs is not None and not self._wording.chat:
             self._logprobs[choice].append(self._writers[choice].write(logprobs))
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None:
         self._texts[choice].append(text)
+        if self._body.return_token_ids:
+            self._tokens[choice] += tokens
         if logprobs:
             self._logprobs[choice].append(self._writers[choice].write(logprobs))
 
@@ -174,9 +194,12 @@ class BodySink:
                 parser = choice_parser(rules, self._request.prepared.model.tool_parser)
                 content, calls = whole([*parser.feed(text), *parser.finish(cut=reason == "length")])
                 message["content"] = content
+                finish = self._wording.finish(reason, called=bool(calls))
                 if calls:
-                    message |= {"content": content or None, "tool_calls": calls}
-                    finish = "tool_calls" if reason == "stop" else reason
+                    written = {"function_call": calls[0]["function"]} if self._wording.functions else {"tool_calls": calls}
+                    message |= {"content": content or None, **written}
+            if self._echo:
+                message["content"] = self._echo + (message["content"] or "")
             shown: dict[str, Any] = {"message": message}
         else:
             shown = {"text": self._echo + text}
@@ -189,6 +212,10 @@ class BodySink:
         }
         if self._body.prompt_logprobs is not None:
             found["prompt_logprobs"] = prompt_logprobs_json(self._request.prepared.model, self._prompt.get(choice, []))
+        if self._body.return_token_ids:
+            found["token_ids"] = self._tokens[choice]
+            if not self._wording.chat:
+                found["prompt_token_ids"] = self._request.prepared.requests[self._index].prompt_ids
         return found
 
     def _stop_reason(self, stopped_by: str | int | None) -> str | int | None:
@@ -217,6 +244,9 @@ class OpenAiResponse:
         sinks = [BodySink(request, index, self._body, self._wording) for index in range(len(request.prepared.requests))]
 
         def body() -> bytes:
-            return self._wording.answer([choice for sink in sinks for choice in sink.choices()], total_usage(request.usages))
+            choices = [choice for sink in sinks for choice in sink.choices()]
+            with_prompt = self._wording.chat and self._body.return_token_ids
+            more = {"prompt_token_ids": request.prepared.requests[0].prompt_ids} if with_prompt else {}
+            return self._wording.answer(choices, total_usage(request.usages), **more)
 
         return sinks, body

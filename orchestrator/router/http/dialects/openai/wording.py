@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 
 from orchestrator.router.frontend.text_models import TextModel
+from orchestrator.router.frontend.tool_parsers.events import CallDelta
 from orchestrator.router.http.event_stream import encode, event
 from workers.protocol.errors import Rejected, TriremeError, Unauthorized, printable
-from workers.protocol.messages import Logprobs, Usage
+from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 DONE = b"data: [DONE]\n\n"
 #: JSON has no minus infinity; vLLM's stand-in.
@@ -23,7 +24,8 @@ NO_CHANCE = -9999.0
 
 
 class Wording(msgspec.Struct, frozen=True, kw_only=True):
-    """One request's constants. ``model`` is the name that the client used; ``created`` Unix seconds."""
+    """One request's constants. ``model`` is the name that the client used; ``created`` Unix seconds. ``functions``: calls are written in
+    the form before tools."""
 
     id: str
     created: int
@@ -31,6 +33,7 @@ class Wording(msgspec.Struct, frozen=True, kw_only=True):
     chat: bool
     usage: bool = False
     continuous: bool = False
+    functions: bool = False
 
     def opening(self, index: int) -> bytes:
         """A plain text chunk up to its text."""
@@ -45,14 +48,26 @@ class Wording(msgspec.Struct, frozen=True, kw_only=True):
         end = b',"usage":null}\n\n' if self.usage else b"}\n\n"
         return (b"}" if self.chat else b"") + b',"logprobs":null,"finish_reason":null}]' + end
 
-    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        body: dict[str, Any] = self._body("chat.completion.chunk", choices)
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None, **more: Any) -> bytes:
+        """``more``: further fields of the chunk."""
+        body: dict[str, Any] = {**self._body("chat.completion.chunk", choices), **more}
         if self.usage:
             body["usage"] = usage
         return event(body)
 
-    def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
-        return encode({**self._body("chat.completion", choices), "usage": usage})
+    def answer(self, choices: list[dict[str, Any]], usage: dict[str, Any], **more: Any) -> bytes:
+        """``more``: further fields of the answer."""
+        return encode({**self._body("chat.completion", choices), "usage": usage, **more})
+
+    def call_delta(self, piece: CallDelta) -> dict[str, Any]:
+        """The ``delta`` that a piece of a call makes."""
+        return {"function_call": piece.json()["function"]} if self.functions else {"tool_calls": [piece.json()]}
+
+    def finish(self, reason: FinishReason, *, called: bool) -> str:
+        """``finish_reason``; ``called``: the choice holds calls."""
+        if not called or reason != "stop":
+            return reason
+        return "function_call" if self.functions else "tool_calls"
 
     def choice(self, index: int, text: str, *, first: bool, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         """One streamed choice; ``first``: a chat's first delta names the role."""
@@ -92,10 +107,15 @@ def error_body(error: TriremeError) -> dict[str, Any]:
 
 
 class LogprobWriter:
-    """Writes the logprobs of one choice in the form of its endpoint. Keeps the text offset that the form of completions needs."""
+    """Writes the logprobs of one choice in the form of its endpoint. Keeps the text offset that the form of completions needs.
 
-    def __init__(self, model: TextModel, chat: bool) -> None:
-        self._model, self._chat = model, chat
+    ``as_ids``: tokens are written as ``token_id:N``. Otherwise the form of completions, in which a token's text is a key, writes a token
+    that is no text of its own (a part of a character) as OpenAI's API does, ``bytes:\\xe6\\x97``; and where another token of the same
+    position has the same text already, as ``token_id:N``. So no two tokens of a position become one entry.
+    """
+
+    def __init__(self, model: TextModel, chat: bool, *, as_ids: bool = False) -> None:
+        self._model, self._chat, self._as_ids = model, chat, as_ids
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._offset = 0
 
@@ -112,28 +132,44 @@ class LogprobWriter:
 
     def _named(self, id: int, logprob: float | None) -> dict[str, Any]:
         raw = self._model.table.join((id,), skip_special=False)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": clamp(logprob), "bytes": list(raw)}
+        token = token_id(id) if self._as_ids else raw.decode("utf-8", "replace")
+        return {"token": token, "logprob": clamp(logprob), "bytes": list(raw)}
 
     def _completion(self, entries: Sequence[Logprobs]) -> dict[str, Any]:
         tokens, values, tops, offsets = [], [], [], []
         for entry in entries:
-            text = self._model.decode((entry.token,), skip_special=False)
-            tokens.append(text)
+            names: dict[int, str] = {}
+            for id in (*entry.top_ids, entry.token):
+                if id not in names:
+                    name = token_id(id) if self._as_ids else self._key(id)
+                    names[id] = name if name not in names.values() else token_id(id)
+            tokens.append(names[entry.token])
             values.append(clamp(entry.logprob))
-            tops.append(self._top(text, entry))
+            tops.append(_top(names, entry))
             offsets.append(self._offset)
             self._offset += len(self._decode(self._model.table.join((entry.token,))))
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
-    def _top(self, text: str, entry: Logprobs) -> dict[str, float] | None:
-        if entry.logprob is None:
-            return None
-        found: dict[str, float] = {}
-        for id, value in zip(entry.top_ids, entry.top_logprobs, strict=True):
-            # Different tokens may look alike (bytes of unfinished characters); the likeliest keeps the name.
-            found.setdefault(self._model.decode((id,), skip_special=False), max(value, NO_CHANCE))
-        found.setdefault(text, max(entry.logprob, NO_CHANCE))
-        return found
+    def _key(self, id: int) -> str:
+        raw = self._model.table.join((id,), skip_special=False)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}" for byte in raw)
+
+
+def _top(names: dict[int, str], entry: Logprobs) -> dict[str, float] | None:
+    """The alternatives of one position, and its own token."""
+    if entry.logprob is None:
+        return None
+    found = {names[id]: max(value, NO_CHANCE) for id, value in zip(entry.top_ids, entry.top_logprobs, strict=True)}
+    found.setdefault(names[entry.token], max(entry.logprob, NO_CHANCE))
+    return found
+
+
+def token_id(id: int) -> str:
+    """A token by its number, in vLLM's spelling."""
+    return f"token_id:{id}"
 
 
 def clamp(logprob: float | None) -> float | None:
