@@ -6,6 +6,7 @@ Owns one server thread with its event loop. Tokens come one a loop turn and obey
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
-from tests.support.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
 from workers.protocol.status import ModelStatus, ReplicaStatus, RouterStatus
@@ -151,20 +152,26 @@ class ScriptedDispatcher:
         self.__init__()  # type: ignore[misc]
 
 
-def tiny_texts(folder: Path) -> TextModels:
+def tiny_texts(folder: Path, chat_template: str = CHAT_TEMPLATE, generation: dict[str, Any] | None = None) -> TextModels:
+    """``generation``: what is in generation_config.json; None = there is none."""
     tokenizer = tiny_tokenizer(folder)
+    (tokenizer / "chat_template.jinja").write_text(chat_template)
+    if generation is not None:
+        (tokenizer / "generation_config.json").write_text(json.dumps(generation))
     return load_texts([ModelCard(name="tiny", tokenizer=str(tokenizer), aliases=("tiny-alias",), created=1)])
 
 
 class ServedDoor:
     """The door on a loopback port, in a thread of its own, and a client for it; a context manager."""
 
-    def __init__(self, folder: Path, keys: ApiKeys | None = None) -> None:
+    def __init__(
+        self, folder: Path, keys: ApiKeys | None = None, *, texts: TextModels | None = None, allowed_origins: tuple[str, ...] = ()
+    ) -> None:  # fmt: skip
         self.keys, self.salting = keys, Salting(b"salt")
         self.dispatcher = ScriptedDispatcher()
-        self.texts = tiny_texts(folder)
+        self.texts = texts or tiny_texts(folder)
         self.metrics = Metrics(["tiny"], self.dispatcher.status)
-        http = HttpSpec(port=0, max_body_bytes=1 << 20)
+        http = HttpSpec(port=0, max_body_bytes=1 << 20, allowed_origins=allowed_origins)
         self.spec = RouterSpec(name="test", back="", rpc="", models=(self.texts.models[0].card,), http=http, admission=AdmissionSpec())
         self.preprocessor = Preprocessor(self.texts, self.dispatcher, self.spec.admission, self.salting)
         self._listener = bind(http)
