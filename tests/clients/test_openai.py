@@ -22,7 +22,7 @@ def client(door: ServedDoor) -> openai.OpenAI:
 def test_models(client: openai.OpenAI) -> None:
     listed = client.models.list().data
     assert [model.id for model in listed] == ["tiny"]
-    assert listed[0].model_extra == {"root": "tiny", "parent": None, "max_model_len": CONTEXT}
+    assert listed[0].model_extra == {"root": "tiny", "parent": None, "max_model_len": CONTEXT, "default_sampling_params": {}}
     assert client.models.retrieve("tiny-alias").id == "tiny-alias"
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("nothing")

@@ -116,7 +116,7 @@ ROWS = [
     Row("/v2/models/ghost/generate", ask(), "does not exist", 404),
     Row("/v2/models/..%2f..%2fetc%2fpasswd/infer", infer(), "does not exist", 404),
     Row(f"/v2/models/{MODEL}/versions/2/generate", ask(), "no version 2", 404),
-    Row(f"/v2/models/{MODEL}/nothing", ask(), "does not take that method", 405),
+    Row(f"/v2/models/{MODEL}/nothing", ask(), "does not take POST: it takes", 405),
     Row("/v2/nothing", ask(), "there is no path /v2/nothing", 404),
 ]  # fmt: skip
 

@@ -38,8 +38,8 @@ def read_defaults(generation: Mapping[str, Any], folder: str) -> SamplingDefault
         value, field = generation.get(key), _FIELDS.get(key, key)
         if value is None:
             continue
-        wanted = int if field in _WHOLE else int | float
-        fault = "is not a number" if isinstance(value, bool) or not isinstance(value, wanted) else range_fault(field, value)
+        kind, wanted = ("a whole number", int) if field in _WHOLE else ("a number", int | float)
+        fault = range_fault(field, value) if isinstance(value, wanted) and not isinstance(value, bool) else f"must be {kind}"
         if fault is None and field == "max_tokens" and value < 1:
             fault = f"must be at least 1, got {value}"
         if fault is not None:

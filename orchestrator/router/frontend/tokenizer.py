@@ -86,7 +86,7 @@ class TokenTable:
         if keep is None or len(ids) <= keep:
             return ids
         before = self._added_before if add_special else 0
-        return ids[:before] + ids[before + len(ids) - keep :] if before < keep else ids[-keep:]
+        return ids[:before] + ids[before + len(ids) - keep :] if before <= keep else ids[-keep:]
 
     @functools.cached_property
     def _added_before(self) -> int:

@@ -27,8 +27,8 @@ MINTED = {
 KEYS = {name: key for name, (key, _) in MINTED.items()}
 ROUTES = [
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/status"),
-    ("GET", "/version"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/"), ("GET", "/admin"), ("PUT", "/v1/models"),
-    ("GET", "/health/"), ("GET", "//health"), ("GET", "/metrics/"),
+    ("GET", "/version"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/admin"), ("PUT", "/v1/models"),
+    ("GET", "/health/"), ("GET", "/%2Fhealth"), ("GET", "/metrics/"),
 ]  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def test_every_route_but_the_probes_needs_a_key(door: ServedDoor) -> None:
     assert door.http.get("/v1/models").json()["error"]["code"] == "authentication_error"
     for path in ("/health", "/ready", "/ping", "/metrics"):
         assert door.http.get(path).status_code == 200
+    assert door.http.get("/").headers["location"] == "/ui", "the page is open too, and has no numbers without a key"
     assert door.http.get("/v1/models", headers=bearer("alice")).status_code == 200
     assert door.http.get("/admin", headers=bearer("alice")).status_code == 404
     assert 'trireme_router_refused_requests_total{code="authentication_error"}' in door.http.get("/metrics").text

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from orchestrator.config.deployment_file import load, settings
+from orchestrator.control.host.deployment_plan import ServedModel, model_cards
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import CommonEngineSpec, FakeOptions, FakeSpec, Parallel, PortableOptions, PortableSpec, TrtllmSpec
 from workers.protocol.trtllm_options import TrtllmOptions
@@ -103,6 +104,24 @@ def test_every_flag_reaches_a_value() -> None:
         table
     )
     assert table["name"] == "name" and table["tp_size"] == "models[].tp_size"
+
+
+@pytest.mark.parametrize("text", ["https://a.org,http://localhost:3000", '["https://a.org", "http://localhost:3000"]'])
+def test_a_flag_and_a_variable_hold_a_list(text: str) -> None:
+    wanted = ("https://a.org", "http://localhost:3000")
+    assert load({"models": [MODEL]}, flags={"allowed_origins": text}).config.http.allowed_origins == wanted
+    assert load({"models": [MODEL]}, env={"TRIREME_ALLOWED_ORIGINS": text}).config.http.allowed_origins == wanted
+    assert load({"models": [MODEL], "http": {"allowed_origins": list(wanted)}}).config.http.allowed_origins == wanted
+
+
+def test_where_defaults_of_requests_come_from_reaches_the_routers() -> None:
+    config = load({"models": [MODEL, {"name": "n", "generation_config": "none"}]}).config
+    assert [model.generation_config for model in config.models] == ["auto", "none"]
+    served = [ServedModel(config=model, source="s", tokenizer="t", gangs=()) for model in config.models]
+    assert [card.generation_config for card in model_cards(served)] == ["auto", "none"]
+    every = load({"models": [MODEL, {"name": "n"}]}, flags={"generation_config": "none"}).config
+    assert {model.generation_config for model in every.models} == {"none"}
+    assert "auto, none" in refused({"models": [{"name": "m", "generation_config": "vllm"}]}).hint
 
 
 DOCUMENTED = (Path(__file__).resolve().parents[3] / "docs" / "configuration.md").read_text()
