@@ -16,6 +16,7 @@ from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary
 from workers.artifacts.json_file import decode
 from workers.artifacts.quantize import QuantizedSource
 from workers.artifacts.recognition import what_config, what_folder
+from workers.artifacts.safetensors_file import COPY_AGAIN
 from workers.artifacts.source import Source
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
@@ -118,14 +119,18 @@ def _open_stored(artifact: Artifact) -> Source:
 
 def _open_gguf(path: Path) -> Artifact:
     file = gguf.GgufFile(path)
+    model, vocabulary = gguf.read_model(file), read_vocabulary(path, file.metadata)
+    if len(vocabulary.tokens) > model.vocab_size:
+        why = f"the tokenizer has {len(vocabulary.tokens)} tokens, the embedding {model.vocab_size} rows"
+        raise ArtifactError(f"{path} does not make sense", why, COPY_AGAIN)
     return Artifact(
         path=path,
         kind="gguf",
-        model=gguf.read_model(file),
+        model=model,
         dtype="fp32",
         parallel=None,
         tokenizer_dir=None,
-        eos_ids=end_ids(read_vocabulary(path, file.metadata)),
+        eos_ids=end_ids(vocabulary),
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from workers.artifacts.git_lfs import HEAD_BYTES, refuse_pointer
 from workers.artifacts.number_formats import Array
+from workers.artifacts.recognition import what_file
 from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS, regular
 from workers.artifacts.source import CHUNK, Block
 from workers.layout.sharding import EMBEDDING, FINAL_NORM, HEAD, ModelTensor, Span, whole_tensors
@@ -191,9 +192,7 @@ class _MappedFile:
     def _header(self) -> tuple[dict[str, Any], dict[str, Info]]:
         if self._map[:4] != MAGIC:
             refuse_pointer(self.path, self._map[:HEAD_BYTES])
-            raise ArtifactError(
-                f"{self.path} is not a GGUF file", "its first bytes are not GGUF", "give a GGUF, a folder or a model's name"
-            )
+            raise what_file(self.path)
         self._at = 4
         version = self._scalar("<I")
         if version >= 1 << 16:
@@ -319,6 +318,8 @@ def _refuse(path: Path, file: GgufFile) -> None:
         raise ArtifactError(
             f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}", SUPPORTED_MODELS
         )
+    if data.get(f"{family}.attention.causal", True) is False:
+        raise ArtifactError(f"{path} is a model that makes embeddings", "its attention is not causal", "give one that generates text")
     if "rope_freqs.weight" in file.tensors:
         raise ArtifactError(f"{path} carries its own rotary frequencies", "Llama 3.1 scaling is not in the metadata", "use the safetensors")
 

@@ -39,10 +39,12 @@ ROPE_FIELDS = (
     ("original_max_position_embeddings", "original_max_position"),
 )
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-#: Files in which tools write how they quantized the weights, where ``config.json`` does not say it: (name, tool, key of the method).
-QUANTIZED_BY = (("quantize_config.json", "GPTQ", "quant_method"), ("quant_config.json", "AWQ", "quant_method"))
-#: What ModelOpt writes. TensorRT-LLM reads such weights.
-MODELOPT = "hf_quant_config.json"
+#: Files in which tools write how they quantized the weights, where ``config.json`` does not say it: (name, tool).
+QUANTIZED_BY = (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"))
+#: What ModelOpt writes, beside ``config.json`` or in it. TensorRT-LLM reads such weights.
+MODELOPT, MODELOPT_METHOD = "hf_quant_config.json", "modelopt"
+#: Tensors that follow from the config, or that are scales of a quantized KV cache: nobody reads them.
+UNREAD_NAMES = ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
 _BACKBONE = "model."
 
 
@@ -121,18 +123,22 @@ def _refuse_kind(path: Path, raw: dict[str, Any]) -> None:
     if isinstance(names, list) and names and not any(_generates(str(name)) for name in names):
         why = "it has another head than that of a language model"
         raise ArtifactError(f"{path}: {names[0]} does not generate text", why, "use the causal language model")
-    method = None
+    if (method := _quantized_by(path.parent, raw)) not in (None, MODELOPT_METHOD):
+        why = "its weights are read as they are"
+        raise ArtifactError(f"{path}: weights quantized with {method!r} are not supported", why, "use the unquantized model")
+
+
+def _quantized_by(folder: Path, raw: dict[str, Any]) -> str | None:
+    """The tool or method that quantized the weights, by ``config.json`` or by the file that a tool left beside it."""
     for key in ("quantization_config", "quantization", "compression_config"):
         if raw.get(key):
             # MLX writes ``quantization`` without a method.
-            method = raw[key].get("quant_method", "MLX" if key == "quantization" else "unnamed") if isinstance(raw[key], dict) else raw[key]
-            break
-    for name, tool, key in QUANTIZED_BY:
-        if method is None and (path.parent / name).is_file():
-            method = decode(path.parent / name, dict[str, Any]).get(key) or tool
-    if method is not None:
-        why = "its weights are read as they are"
-        raise ArtifactError(f"{path}: weights quantized with {method!r} are not supported", why, "use the unquantized model")
+            unnamed = "MLX" if key == "quantization" else "unnamed"
+            return str(raw[key].get("quant_method", unnamed) if isinstance(raw[key], dict) else raw[key])
+    for name, tool in QUANTIZED_BY:
+        if (folder / name).is_file():
+            return str(decode(folder / name, dict[str, Any]).get("quant_method") or tool)
+    return None
 
 
 def _generates(architecture: str) -> bool:
@@ -142,11 +148,14 @@ def _generates(architecture: str) -> bool:
 
 def read_quant(folder: Path) -> Quant:
     """What ModelOpt says about the weights of a folder. Raises :class:`ArtifactError` for a file that is damaged."""
-    path = folder / MODELOPT
-    if not path.is_file():
-        return Quant()
-    named = decode(path, dict[str, Any]).get("quantization")
-    algo = named.get("quant_algo") if isinstance(named, dict) else None
+    keys = decode(folder / "config.json", dict[str, Any])
+    if _quantized_by(folder, keys) == MODELOPT_METHOD:
+        found = keys.get("quantization_config")
+    elif (folder / MODELOPT).is_file():
+        found = decode(folder / MODELOPT, dict[str, Any]).get("quantization")
+    else:
+        found = None
+    algo = found.get("quant_algo") if isinstance(found, dict) else None
     return Quant(quant_algo=algo) if isinstance(algo, str) and algo != "NO_QUANT" else Quant()
 
 
@@ -244,9 +253,9 @@ class HuggingFaceSource:
         self._weights = WeightMap(folder)
         wanted = whole_tensors(model)
         self._names = _stored_names(self._weights, wanted)
-        # Many folders store a tied head a second time; rotary frequencies follow from the config.
+        # Many folders store a tied head a second time.
         known = {*self._names.values(), HEAD}
-        extra = sorted(name for name in self._weights.names - known if not name.endswith("rotary_emb.inv_freq"))
+        extra = sorted(name for name in self._weights.names - known if not name.endswith(UNREAD_NAMES))
         self._refuse_other_weights(folder, extra)
         for name, tensor in wanted.items():
             file = self._file(folder, name, model)

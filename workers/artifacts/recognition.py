@@ -30,12 +30,12 @@ OTHER_FORMS = (
     ("*.msgpack", "Flax weights"),
 )
 #: Keys of ``config.json`` that hold the text model, or another part, of a multimodal model.
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 OTHER_CONFIGS = ("vision_config", "audio_config", "vision_encoder", "audio_encoder", "visual", "speech_config", "image_token_id")
 #: Ends of tensor names that only quantized weights have: GPTQ, AWQ, FP8, NVFP4, compressed-tensors, bitsandbytes, MLX.
 QUANTIZED_NAMES = (
     ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale", ".weight_packed",
-    ".weight_shape", ".weight_zero_point", ".absmax", ".quant_map", ".SCB", ".weight_format", ".biases", ".k_scale", ".v_scale",
+    ".weight_shape", ".weight_zero_point", ".absmax", ".quant_map", ".SCB", ".weight_format", ".biases",
 )  # fmt: skip
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 
@@ -72,6 +72,19 @@ def _without_config(folder: Path) -> tuple[str, str, str]:
     if (folder / "tokenizer.json").is_file():
         return "holds a tokenizer without a model", no_config, GIVE_A_MODEL
     return "holds no model", no_config, GIVE_A_MODEL
+
+
+def what_file(path: Path) -> ArtifactError:
+    """The error for a file that is no GGUF."""
+    pickled = any(path.match(pattern) for pattern in PICKLES)
+    form = next((form for pattern, form in OTHER_FORMS if path.match(pattern)), None)
+    if path.suffix in (".safetensors", ".json", ".jinja", ".model"):
+        return ArtifactError(f"{path} is one file of a model", "a model of this kind is opened by its folder", f"give {path.parent}")
+    if pickled or form is not None:
+        what = form or "pickled weights"
+        why = "a pickle can run code" if pickled else "such files are not read"
+        return ArtifactError(f"{path} holds {what}", why, "give the model as a Hugging Face folder or a GGUF file")
+    return ArtifactError(f"{path} is not a GGUF file", "its first bytes are not GGUF", "give a GGUF, a folder or a model's name")
 
 
 def what_config(path: Path, keys: dict[str, Any]) -> ArtifactError:
@@ -148,7 +161,7 @@ def _models_inside(folder: Path) -> list[Path]:
 def _models(ggufs: Iterable[Path]) -> list[Path]:
     """The files by which models are opened: whole ones, and of split ones the first part that is there."""
     found: dict[str, Path] = {}
-    for path in sorted(ggufs):
+    for path in sorted(path for path in ggufs if not path.name.startswith("mmproj")):
         found.setdefault(_PART.sub("", path.name), path)
     return list(found.values())
 

@@ -41,6 +41,8 @@ class WeightMap:
             for name in file.entries:
                 self._holders[name].append(file)
         self.names = frozenset(self._holders)
+        if not self.names:
+            raise ArtifactError(f"{paths[0]} holds no tensors", "it is a safetensors file of none", COPY_AGAIN)
 
     def file_of(self, name: str) -> SafetensorsFile:
         """The file that holds the tensor ``name``. Raises :class:`ArtifactError` when there is none, or nothing says which."""

@@ -11,7 +11,6 @@ nothing.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 from orchestrator.router.frontend.chat_template import DEFAULT, TemplateFile
 from workers.artifacts.git_lfs import refuse_pointer
 from workers.artifacts.hf import MORE_TEMPLATES
+from workers.artifacts.json_file import decode
 from workers.artifacts.safetensors_file import regular
 from workers.protocol.errors import ArtifactError
 
@@ -66,13 +66,8 @@ def read_template(path: Path) -> TemplateFile:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, none if it is not there. Python's json, because such files may hold NaN."""
-    if not path.exists():
-        return {}
-    found = json.loads(regular(path).read_bytes())
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return found
+    """The object in a file, none if it is not there."""
+    return decode(path, dict[str, Any]) if path.exists() else {}
 
 
 def _with_special_tokens(root: Path, source: bytes, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, str]]:

@@ -37,6 +37,14 @@ def pointer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
 
 
+def deep_config(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"a": ' * 100_000)
+
+
+def pointer_config(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
 def modelopt(folder: Path) -> None:
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
 
@@ -57,6 +65,8 @@ def missing_shard(folder: Path) -> None:
         (broken_template, "tokenizer_config.json cannot be compiled: line 1"),
         (damaged_tokenizer, "the tokenizer in"),
         (pointer, "is a Git LFS pointer"),
+        (deep_config, "tokenizer_config.json does not make sense"),
+        (pointer_config, "tokenizer_config.json is a Git LFS pointer"),
         (modelopt, "quantized with FP8: only TensorRT-LLM reads these weights"),
         (awq, "weights quantized with 'AWQ' are not supported"),
         (missing_shard, "model-00002-of-00002.safetensors is missing"),

@@ -284,6 +284,7 @@ def test_rope_scaling_is_what_llama_cpp_makes_of_the_keys(keys: dict[str, object
         ({"llama.rope.dimension_count": 8}, "partial rotary embedding"),
         ({"llama.attention.value_length": 8}, "values of another length"),
         ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv differs from layer to layer"),
+        ({"llama.attention.causal": False}, "makes embeddings"),
         ({"general.type": "adapter"}, "is a LoRA adapter, not a model"),
         ({"general.architecture": "clip"}, "is an image encoder"),
         ({"llama.context_length": None}, r"lacks llama\.context_length"),

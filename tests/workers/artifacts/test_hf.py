@@ -136,7 +136,11 @@ def test_what_modelopt_quantized_is_left_to_tensorrt_llm(tmp_path: Path) -> None
     with pytest.raises(ArtifactError, match="quantized with FP8: only TensorRT-LLM reads these weights"):
         open_source(artifact)
     path.write_text(json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
+    rewrite(tmp_path, lambda weights: weights | {"model.layers.0.self_attn.k_proj.k_scale": np.ones(1, np.float32)})
     open_source(open_artifact(tmp_path))
+    path.unlink()
+    edit(tmp_path, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    assert open_artifact(tmp_path).quant.quant_algo == "NVFP4"
 
 
 @pytest.mark.parametrize("part", ["qweight", "weight_scale", "weight_packed", "SCB"])

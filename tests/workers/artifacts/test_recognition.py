@@ -32,6 +32,7 @@ def lay(root: Path, *names: str) -> Path:
         (("snapshots/abc/config.json", "blobs/x", "refs/main"), CACHE, "{root}/snapshots/abc"),
         (("a.Q8_0.gguf", "b.Q4_1.gguf"), "is a folder of GGUF files", "give {root}/a.Q8_0.gguf or {root}/b.Q4_1.gguf"),
         (("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"), "is a folder of GGUF files", "give {root}/a-00001-of-00002.gguf"),
+        (("a.gguf", "mmproj-a.gguf"), "is a folder of GGUF files", "give {root}/a.gguf"),
         (("rank0.engine", "rank1.engine"), "holds TensorRT engines", "give the model"),
         (("model.onnx",), "holds an ONNX model", "give the model"),
         (("openvino_model.xml", "openvino_model.bin"), "holds an OpenVINO model", "give the model"),
@@ -92,6 +93,29 @@ def test_an_adapter_that_is_not_merged_is_named(tmp_path: Path) -> None:
     save_file(load_file(path) | {"model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((4, 48), np.float32)}, path)
     with pytest.raises(ArtifactError, match="holds a LoRA adapter that is not merged"):
         open_source(open_artifact(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.safetensors", "is one file of a model"),
+        ("config.json", "is one file of a model"),
+        ("pytorch_model.bin", "holds pickled weights"),
+        ("rank0.engine", "holds TensorRT engines"),
+        ("model.onnx", "holds an ONNX model"),
+        ("notes.txt", "is not a GGUF file"),
+    ],
+)
+def test_a_file_that_is_no_gguf_is_named(name: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("something of no use")
+    with pytest.raises(ArtifactError, match=what):
+        open_artifact(tmp_path / name)
+
+
+def test_a_file_of_no_tensors_is_named(tmp_path: Path) -> None:
+    (tiny_model(tmp_path, layers=1) / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ArtifactError, match=r"model\.safetensors holds no tensors"):
+        open_artifact(tmp_path)
 
 
 def test_an_incomplete_download_is_named(tmp_path: Path) -> None:
