@@ -41,7 +41,10 @@ def inspect(
     if form == "json":
         console.out(json.dumps(msgspec.to_builtins(found, enc_hook=str), indent=2))
     else:
-        console.out("\n".join(f"{key:<14}{value}" for key, value in describe(found, asked)))
+        rows = describe(found, asked)
+        if verify:
+            rows.append(("verified", "every file" if found.verified else "every header: these files bring no hashes"))
+        console.out("\n".join(f"{key:<14}{value}" for key, value in rows))
     if not found.runs:
         layout = asked or found.parallel or Parallel()
         hint = refusal.hint if refusal is not None else ""
@@ -92,6 +95,4 @@ def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]
         rows.append((f"tp={layout.tp} pp={layout.pp}", "a rank: " + ", ".join(map(size, found.rank_bytes))))
     rows.append(("portable", "runs" if found.runs else found.reason))
     rows.append(("TensorRT-LLM", found.trtllm or ("layout accepted" if found.rank_bytes else found.reason)))
-    if found.verified:
-        rows.append(("verified", "every file"))
     return rows

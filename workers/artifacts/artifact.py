@@ -18,6 +18,7 @@ from workers.artifacts.quantize import QuantizedSource
 from workers.artifacts.recognition import what_config, what_folder
 from workers.artifacts.safetensors_file import COPY_AGAIN
 from workers.artifacts.source import Source
+from workers.artifacts.weight_map import WeightMap
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
 
@@ -136,11 +137,12 @@ def _open_gguf(path: Path) -> Artifact:
 
 def _open_huggingface(path: Path, weights_optional: bool) -> Artifact:
     model, quant = hf.read_model(path), hf.read_quant(path)
+    weights = None if weights_optional else WeightMap(path)
     return Artifact(
         path=path,
         kind="huggingface",
-        model=model if weights_optional else hf.tied(path, model),
-        dtype="fp32" if weights_optional else hf.stored_dtype(path, quant),
+        model=model if weights is None else hf.tied(weights, model),
+        dtype="fp32" if weights is None else hf.stored_dtype(weights, quant),
         parallel=None,
         tokenizer_dir=_tokenizer_dir(path),
         eos_ids=hf.read_eos(path),

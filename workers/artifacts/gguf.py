@@ -34,8 +34,12 @@ SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-#: Common tensor types that are not supported, by their usual names.
-REFUSED = {2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 30: "BF16"}
+#: Tensor types that are not supported, by their names in the format.
+REFUSED = {
+    2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
+    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
+    27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
 #: ``general.architecture`` values whose q and k rows are stored permuted.
 PERMUTED = ("llama",)
 LAYER_NAMES = {
@@ -198,7 +202,7 @@ class _MappedFile:
         if version >= 1 << 16:
             raise ArtifactError(f"{self.path} is a big-endian GGUF", "only little-endian files are read", "use the little-endian file")
         if version not in (2, 3):
-            raise ArtifactError(f"{self.path} is GGUF version {version}", "versions 2 and 3 are known", COPY_AGAIN)
+            raise ArtifactError(f"{self.path} is GGUF version {version}", "versions 2 and 3 are known", "convert the model again")
         tensors, pairs = self._count(), self._count()
         metadata = {}
         for _ in range(pairs):

@@ -213,13 +213,12 @@ def read_eos(folder: Path) -> tuple[int, ...]:
     return tuple(found)
 
 
-def tied(folder: Path, model: ModelSpec) -> ModelSpec:
+def tied(weights: WeightMap, model: ModelSpec) -> ModelSpec:
     """``model`` with its head tied to the embedding, or not, as the weights are.
 
     ``config.json`` may say that they are tied while a head of other values is stored: then that head is the right one, as for
     transformers. Reads both whole where both are stored.
     """
-    weights = WeightMap(folder)
     names = _stored_names(weights, [EMBEDDING, HEAD])
     if not model.tied_embeddings or not {names[EMBEDDING], names[HEAD]} <= weights.names:
         return model
@@ -302,10 +301,9 @@ class HuggingFaceSource:
         raise ArtifactError(f"{folder} lacks the tensor {name}", f"config.json means a model that has it; {named}", COPY_AGAIN)
 
 
-def stored_dtype(folder: Path, quant: Quant) -> DType:
+def stored_dtype(weights: WeightMap, quant: Quant) -> DType:
     """Number format of most weights; of the embedding where ``quant`` quantizes the others. Raises :class:`ArtifactError` for quantized
     ones."""
-    weights = WeightMap(folder)
     if quant.quant_algo is not None and EMBEDDING in weights.names:
         return _plain(weights.file_of(EMBEDDING), EMBEDDING)
     return _plain(*weights.largest())

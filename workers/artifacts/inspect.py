@@ -70,7 +70,7 @@ def inspect_path(path: str | Path, parallel: Parallel | None = None, *, verify_f
         runs=not reason,
         reason=reason,
         trtllm="" if impossible else _why_not_trtllm(artifact, layout),
-        verified=verify_files,
+        verified=verify_files and artifact.own,
     )
 
 

@@ -70,7 +70,10 @@ class WeightMap:
 
 def missing(path: Path, why: str) -> ArtifactError:
     """The error for a file of weights that is not there."""
-    return ArtifactError(f"{path} is missing", why, "copy or download that file too")
+    hint = "copy or download that file too"
+    if any((path.parent / ".cache/huggingface/download").glob("*.incomplete")):
+        hint = "its download did not finish: start it again"
+    return ArtifactError(f"{path} is missing", why, hint)
 
 
 def _index(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from tests.support.tiny_models import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
-from workers.artifacts.gguf import GgufFile, GgufSource, read_model, stored_name
+from workers.artifacts.gguf import FORMATS, REFUSED, GgufFile, GgufSource, read_model, stored_name
 from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary, tokenizer_files
 from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError
@@ -393,6 +393,12 @@ def test_unknown_tensor_types_and_families_are_named(folder: Path, path: Path, t
     file.metadata["llama.expert_count"] = 8
     with pytest.raises(ArtifactError, match="mixture of experts"):
         read_model(file)
+
+
+def test_tensor_types_have_the_names_of_the_format() -> None:
+    known = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    assert {kind: known[kind] for kind in REFUSED} == REFUSED
+    assert not REFUSED.keys() & FORMATS.keys()
 
 
 def test_missing_and_unknown_tensors_are_named(path: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_index_wins_over_stale_copies(name: str, folder: Path, expected: dic
         if shard.name != right:
             add(shard, **{name: np.full_like(expected[name], 9.0)})
     assert same(weights_of(folder), expected)
-    assert inspect_path(folder, verify_files=True).verified
+    assert inspect_path(folder, verify_files=True).runs
 
 
 def test_entries_that_nobody_asks_for_may_be_stale(folder: Path, expected: dict[str, np.ndarray]) -> None:
@@ -108,6 +108,15 @@ def test_a_missing_shard_is_named(indexed: bool, how: str, folder: Path) -> None
     named = "is a Git LFS pointer" if how == "pointer" else "is missing|cannot be read"
     with pytest.raises(ArtifactError, match=rf"model-00002-of-00003\.safetensors ({named})"):
         inspect_path(folder)
+
+
+def test_a_download_that_did_not_finish_is_named(folder: Path) -> None:
+    (folder / ".cache/huggingface/download").mkdir(parents=True)
+    (folder / ".cache/huggingface/download/x.incomplete").write_bytes(b"")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="is missing") as caught:
+        inspect_path(folder)
+    assert "did not finish" in caught.value.hint
 
 
 def test_two_files_with_one_tensor_and_no_index_are_refused(folder: Path) -> None:
