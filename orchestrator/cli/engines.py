@@ -1,6 +1,6 @@
 """`trireme engines`: the TensorRT-LLM engines that were built here.
 
-Owns the tables. The catalogue belongs to `workers.engines.trtllm`.
+Owns how engines are shown. :mod:`workers.engines.trtllm.engine_catalogue` owns the catalogue itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def engines_list(context: typer.Context, form: Form = "text", cache_dir: CacheDi
 
 
 def row(engine: EngineDir) -> list[str]:
-    """An engine's facts in the order of the list's columns, the first and the last of them left out."""
+    """The columns MODEL to AGE of one engine."""
     record, layout = engine.record, f"tp={engine.parallel.tp} pp={engine.parallel.pp}"
     total = size(sum(engine.engine_bytes(rank) for rank in range(engine.world)))
     weights = engine.quant.quant_algo or engine.dtype
@@ -123,7 +123,7 @@ def engines_verify(context: typer.Context, engine: EngineName, cache_dir: CacheD
 
 
 def tell_node(console: Console, engine: EngineDir, facts: NodeFacts) -> None:
-    """What is right about this machine, a line each."""
+    """Print one line for each fact about this machine that suits the engine."""
     good = console.paint("ok", "good")
     if facts.installed == engine.version:
         console.out(f"{good}    tensorrt_llm {facts.installed} built it and is installed")

@@ -54,10 +54,10 @@ def host(console: Console, config: Config, on_ready: Callable[[], object], route
     """
     import logging
 
-    from orchestrator.cli.systemd import ServiceManager
+    from orchestrator.cli.systemd import SystemdNotifier
     from orchestrator.control.host import deployment
 
-    manager = ServiceManager(os.environ)
+    manager = SystemdNotifier(os.environ)
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(filename=config.home / HOST_LOG, filemode="w", level=logging.INFO, format=form)
 

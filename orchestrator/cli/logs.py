@@ -80,7 +80,10 @@ def begin(since: str, now: float) -> float:
 
 
 def pick(names: list[str], run_dir: Path) -> tuple[Path, str]:
-    """(run folder, owner) that are meant; a single word may be either, and DEPLOYMENT/REPLICA is both."""
+    """The deployment's folder and the replica or router that ``names`` ask for; an empty owner means all.
+
+    One word names a deployment if there is one of that name, else an owner. DEPLOYMENT/REPLICA names both.
+    """
     from orchestrator.control.host import log_files
 
     known = log_files.deployments(run_dir)
@@ -97,7 +100,7 @@ def pick(names: list[str], run_dir: Path) -> tuple[Path, str]:
 
 
 def only(known: list[str], run_dir: Path) -> str:
-    """The deployment that needs no name: the only one, or the only one that runs."""
+    """The deployment that is meant when none is named: the only one that left logs, or the only one that runs."""
     from orchestrator.cli.running_deployments import find_running
 
     if not known:
@@ -109,7 +112,7 @@ def only(known: list[str], run_dir: Path) -> str:
 
 
 def elsewhere(home: Path, owner: str, rank: int | None) -> list[str]:
-    """What cannot be shown here: ranks whose files lie on other machines, while the deployment runs and answers."""
+    """A line for each rank whose log file is on another machine. Empty when the deployment does not answer."""
     from orchestrator.control.host import control_socket
 
     try:

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 _PATIENCE_S = 1.0
 
 
-class ServiceManager:
-    """The service manager behind ``NOTIFY_SOCKET``, if there is one. ``ready``, ``stopping`` and ``beat`` report to it."""
+class SystemdNotifier:
+    """Sends the state of the host to the service manager behind ``NOTIFY_SOCKET``, if there is one."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         address = env.get("NOTIFY_SOCKET", "")

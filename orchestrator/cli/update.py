@@ -1,4 +1,5 @@
-"""`trireme update`: brings a running deployment to a changed file. Owns only what people see of it."""
+"""`trireme update`: changes a running deployment to what a file says. Owns the command's output only; the host makes
+the update (:mod:`orchestrator.control.host.update`)."""
 
 from __future__ import annotations
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.client.base_client import TICK_S, BaseCall, BaseClient
 from orchestrator.client.protocol import SILENCE_S, ClientExchange, What
 from orchestrator.client.results import Piece, Reply
+from orchestrator.client.rpc_client import TICK_S, LiveCall, RpcClient
 from orchestrator.client.sockets import ClientKeys
 from workers.protocol.specs import RouterAddress
 
 
-class AsyncCall(BaseCall["AsyncClient"]):
+class AsyncCall(LiveCall["AsyncClient"]):
     """A live request, as :class:`orchestrator.client.sync_client.Call`."""
 
     async def stream(self) -> AsyncIterator[Piece]:
@@ -42,7 +42,7 @@ class AsyncCall(BaseCall["AsyncClient"]):
         return self._exchange.reply()
 
 
-class AsyncClient(BaseClient[AsyncCall]):
+class AsyncClient(RpcClient[AsyncCall]):
     """The asyncio client of one or several routers; make it inside the loop that uses it."""
 
     def __init__(
@@ -78,13 +78,15 @@ class AsyncClient(BaseClient[AsyncCall]):
         self._wake()
 
     async def models(self) -> list[dict[str, Any]]:
-        """As :meth:`orchestrator.client.sync_client.Client.models`; so with the two below."""
+        """As :meth:`orchestrator.client.sync_client.Client.models`."""
         return msgspec.json.decode(await self._answer("models"), type=list[dict[str, Any]])
 
     async def status(self) -> dict[str, Any]:
+        """As :meth:`orchestrator.client.sync_client.Client.status`."""
         return msgspec.json.decode(await self._answer("status"), type=dict[str, Any])
 
     async def metrics(self) -> str:
+        """As :meth:`orchestrator.client.sync_client.Client.metrics`."""
         return (await self._answer("metrics")).decode()
 
     async def _answer(self, what: What) -> bytes:
@@ -113,7 +115,7 @@ class AsyncClient(BaseClient[AsyncCall]):
         self._loop.add_reader(self._sockets.sockets[router].fileno(), self._drain)
 
     def _drain(self) -> None:
-        """Read until nothing is left: the descriptors tell of changes only."""
+        """Read every frame that has arrived. A descriptor becomes readable only once for several frames, so none may be left."""
         self._drain_is_due = False
         if self._closed:
             return

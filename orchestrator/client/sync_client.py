@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 import zmq
 
-from orchestrator.client.base_client import TICK_S, BaseCall, BaseClient
 from orchestrator.client.protocol import ClientExchange, What
 from orchestrator.client.results import Piece, Reply
+from orchestrator.client.rpc_client import TICK_S, LiveCall, RpcClient
 
 
-class Call(BaseCall["Client"]):
+class Call(LiveCall["Client"]):
     """A live request. Iterate :meth:`stream`, or wait for the whole with :meth:`result`; either may be called at any time."""
 
     def stream(self) -> Iterator[Piece]:
@@ -39,7 +39,7 @@ class Call(BaseCall["Client"]):
         return self._exchange.reply()
 
 
-class Client(BaseClient[Call]):
+class Client(RpcClient[Call]):
     """The blocking client of one or several routers."""
 
     def __enter__(self) -> Client:

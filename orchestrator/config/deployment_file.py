@@ -1,6 +1,6 @@
-"""Deployment YAML, flags and environment -> frozen structs, with the source of every value.
+"""Makes frozen structs of a deployment file, flags and the environment, and keeps the source of every value.
 
-Owns what a deployment file may say, and the process's environment: nothing below layer 5 but this module reads it. Keys are the long flags
+Owns the keys that a deployment file may have. Below layer 5, no other module reads the environment. Keys are the long flags
 with underscores. Precedence: flag > environment (``TRIREME_*``) > file > default. Must never start anything or look at a model.
 """
 
@@ -67,7 +67,7 @@ class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class EngineSettings(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The settings of a model for every engine that its replicas may run on. A file has these keys among the model's own."""
+    """The engine settings of a model: the common ones, and those of each engine. A file writes them beside the model's own keys."""
 
     # Common keys (max_batch_size, max_seq_len, kv_tokens, dtype ...) are declared in workers.protocol.specs.CommonEngineSpec.
     portable: PortableOptions = PortableOptions()
@@ -90,9 +90,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``. ``chat_template``: a file with
     the template to use in place of the model's own.
 
-    ``replicas``: how many of ``tp_size`` x ``pp_size``, or a list that says it for each. ``spread``: a node of its own for each pipeline
-    stage. ``engine``: what computes, by ``settings``. ``generation_config``: whether the model's ``generation_config.json`` gives the
-    defaults of requests (auto) or not (none).
+    ``replicas``: their number, each of ``tp_size`` x ``pp_size`` ranks; or a list with the layout of each. ``spread``: each pipeline stage
+    gets a node of its own. ``engine``: the engine that computes, with its ``settings``. ``generation_config``: whether the model's
+    ``generation_config.json`` gives the defaults of requests (auto) or not (none).
     """
 
     name: str
@@ -274,7 +274,8 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _file_struct(struct: type[msgspec.Struct], **changed: Any) -> type[msgspec.Struct]:
-    """``struct`` as a file spells it: the fields of structs in ``_INLINE`` stand among its own. ``changed``: fields of another type."""
+    """A copy of ``struct`` for decoding a file: a field whose type is in ``_INLINE`` is replaced by the fields of that type. ``changed``:
+    other types for the named fields."""
     fields: list[Any] = []
     for field in msgspec.structs.fields(struct):
         if field.type in _INLINE:
@@ -286,7 +287,7 @@ def _file_struct(struct: type[msgspec.Struct], **changed: Any) -> type[msgspec.S
     return msgspec.defstruct(struct.__name__, fields, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
-#: Structs whose fields a file has among those of the struct around them.
+#: Structs that have no key of their own in a file: it writes their fields beside those of the struct that holds them.
 _INLINE: tuple[Any, ...] = (EngineSettings, PortableOptions, FakeOptions)
 _FileModel: Any = _file_struct(ModelConfig)
 _FileConfig: Any = _file_struct(Config, models=tuple[_FileModel, ...])

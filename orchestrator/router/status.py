@@ -42,7 +42,7 @@ def model_status(core: RouterCore, name: str) -> ModelStatus | None:
 
 def replica_status(replica: Replica, now: float) -> ReplicaStatus:
     """Without a heartbeat that counts, all blocks pass for free and every other number of a heartbeat for 0."""
-    capacity, heartbeat = replica.capacity, replica.load
+    capacity, heartbeat = replica.capacity, replica.last_heartbeat
     status = ReplicaStatus(
         name=replica.name,
         model=replica.model,

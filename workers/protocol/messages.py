@@ -25,6 +25,8 @@ from workers.protocol.errors import Rejected
 from workers.protocol.specs import Quant, ResumeClass, RouterAddress
 from workers.protocol.status import EngineStats
 
+#: Version of the messages between replicas, routers and clients. Raise it when a field is renamed, removed or changes its meaning. A new
+#: field with a default needs no new version: the other side ignores fields that it does not know. A Hello of another version is refused.
 PROTOCOL = 2
 #: Largest frame that either side accepts, bytes (ZMQ_MAXMSGSIZE).
 MAX_FRAME = 8 << 20

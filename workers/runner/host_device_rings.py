@@ -1,8 +1,8 @@
-"""How a host and its device exchange steps: two rings in host memory that both see, without a call of the driver.
+"""Exchanges steps between a host and its device through two rings in host memory, without a call of the driver.
 
-Owns the layout of a submission, the rule when its memory may be written again, and how a completion is read. The device takes submissions
-in the order in which its programs run, by a count of its own, and writes the number of the last one that it has read. The completion word
-of a sequence carries the number of its step, so its token is there when that number is: there is neither a copy nor an event to wait for.
+Owns the layout of a submission, the rule when its memory may be written again, and how a completion is read. The device counts submissions
+and takes them in the order in which its programs run; it writes the number of the last one that it has read. A completion word holds a
+token and the number of its step. The host reads that word until the number is the one that it waits for, so it needs no copy and no event.
 Must never know of plans.
 """
 
@@ -27,7 +27,7 @@ class _PollCounter:
         self._device, self._failed = device, 0
 
     def failed_poll(self) -> bool:
-        """Count a failed poll; every 256th asks the device for a pending error. Returns False, so that it can end a condition."""
+        """Count a failed poll; every 256th asks the device for a pending error. Always returns False, for use in a waiting condition."""
         self._failed += 1
         if self._failed % _POLLS_PER_CHECK == 0:
             self._device.check()

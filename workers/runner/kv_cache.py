@@ -1,6 +1,7 @@
 """Paged keys and values of one rank.
 
-Owns the cache's memory and how many blocks it has. Must never know which sequence holds a block: block ids come with the plan. The cache
+Owns the cache's memory and how many blocks it has. Must never know which sequence holds a block: block ids come with the plan. The leader
+alone allocates and frees blocks: :class:`workers.scheduler.block_pool.BlockPool`, called by :mod:`workers.scheduler.scheduler`. The cache
 has one block more than the leader may hand out, :attr:`KvCache.padding_block`: it stays zero, and padding reads it.
 """
 

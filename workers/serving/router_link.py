@@ -55,7 +55,7 @@ class RouterLink:
 
     @property
     def up(self) -> bool:
-        """Whether anything may be sent: Hello went out first on this connection."""
+        """Whether messages may be sent: Hello must be the first one on a connection, and it has been sent."""
         return self.state in ("greeted", "live")
 
     def connected(self, now: float) -> list[LinkAction]:

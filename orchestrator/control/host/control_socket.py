@@ -78,8 +78,8 @@ class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
-    """An update: its ``moves`` as they were planned, ``steps`` that are over with their seconds, the one under way, how many are ``left``.
-    ``error``: why it was or is being taken back."""
+    """The state of an update. ``moves``: all steps, as planned; ``steps``: those that are done, with their seconds; ``doing``: the one
+    that runs; ``left``: how many are not done. ``error``: why the update is rolled back, or was."""
 
     phase: UpdatePhase
     moves: tuple[str, ...]
@@ -109,7 +109,8 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The configuration that is wanted; ``said``: the paths of what it says itself. ``dry_run``: only plan."""
+    """An order to change the deployment to ``config``. ``said``: paths of the keys that the file or a flag set, the others being defaults.
+    ``dry_run``: answer with the plan and change nothing."""
 
     config: Config
     said: tuple[str, ...] = ()
@@ -126,7 +127,7 @@ class ControlCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
-    """``update``: the plan of the one that was ordered."""
+    """The answer to a command: the ``status``, or the plan of the ordered ``update``, or an error (``code``, ``message``, ``hint``)."""
 
     status: DeploymentStatus | None = None
     update: UpdateReport | None = None

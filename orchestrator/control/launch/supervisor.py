@@ -33,8 +33,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.control.launch import gang_preflight
-from orchestrator.control.launch import mpiexec as mpi_calls
+from orchestrator.control.launch import gang_preflight, mpiexec
 from orchestrator.control.launch.launcher import GangSpec, prepare
 from orchestrator.control.launch.subprocesses import TAG, ChildProcess, death_signal, kill_tagged, tagged
 from orchestrator.control.reconciler import ENDED, GangStatus
@@ -134,7 +133,7 @@ class RankWatch:
         if number is None:
             return f"rank {rank} (pid {pid}) ended"
         suspicion = " (out of memory?)" if number == signal.SIGKILL else ""
-        return f"rank {rank} (pid {pid}) was killed by {mpi_calls.signal_name(number)}{suspicion}"
+        return f"rank {rank} (pid {pid}) was killed by {mpiexec.signal_name(number)}{suspicion}"
 
 
 class GangSupervisor:
@@ -143,7 +142,7 @@ class GangSupervisor:
     Methods may be called from any thread. States: starting → loading → ready → draining → stopped | failed.
     """
 
-    def __init__(self, spec: GangSpec, epoch: int, nodes: Sequence[GangNode], *, mpi: mpi_calls.MpiInstall, env: Mapping[str, str]) -> None:
+    def __init__(self, spec: GangSpec, epoch: int, nodes: Sequence[GangNode], *, mpi: mpiexec.MpiInstall, env: Mapping[str, str]) -> None:
         self.spec, self.epoch, self._nodes, self._mpi, self._env = spec, epoch, list(nodes), mpi, env
         self.tag = spec.tag(epoch)
         self._started_at = time.time()
@@ -178,21 +177,21 @@ class GangSupervisor:
             self._fault, self._ended_at = fault, time.time()
 
     def _launch(self) -> ChildProcess:
-        hosts = [mpi_calls.MpiHost(address=node.address, ranks=node.ranks) for node in self._nodes]
+        hosts = [mpiexec.MpiHost(address=node.address, ranks=node.ranks) for node in self._nodes]
         command = [*self.spec.command, "--spec", str(self._folder / "spec.json")]
         if isinstance(self.spec.replica.engine, TrtllmSpec):
             command.append("--mpi-multiple")  # every rank must know it before rank 0 sends it the spec
-        argv = mpi_calls.argv(self._mpi, hosts, command, control=self._nodes[0].address)
-        env = mpi_calls.environment(self._mpi, self._env, cuda=self.spec.replica.engine.device == "cuda")
+        argv = mpiexec.argv(self._mpi, hosts, command, control=self._nodes[0].address)
+        env = mpiexec.environment(self._mpi, self._env, cuda=self.spec.replica.engine.device == "cuda")
         if len(hosts) == 1:
-            env |= {name: self._env[name] for name in mpi_calls.NODE_NAMES if name in self._env}
+            env |= {name: self._env[name] for name in mpiexec.NODE_NAMES if name in self._env}
             env |= self._nodes[0].own if isinstance(self._nodes[0], LocalNode) else {}
         return ChildProcess(
             argv, env={**env, TAG: self.tag}, cwd="/", on_line=lambda line: self._on_output(line, env), on_exit=self._on_exit
         )
 
     def _on_output(self, line: str, env: Mapping[str, str]) -> None:
-        proxy = mpi_calls.proxy_line(line, [node.address for node in self._nodes])
+        proxy = mpiexec.proxy_line(line, [node.address for node in self._nodes])
         if proxy is None:
             self._output.append((time.time(), line))
             return
@@ -267,12 +266,12 @@ class GangSupervisor:
     def _death_cause(self, code: int) -> str:
         assert self._child is not None
         if code < 0:
-            return f"mpiexec (pid {self._child.pid}) was killed by {mpi_calls.signal_name(-code)}"
+            return f"mpiexec (pid {self._child.pid}) was killed by {mpiexec.signal_name(-code)}"
         seen = self._watch.cause(4 * TOGETHER_S) if self._watch is not None else ""
         if seen:
             return seen
-        number = mpi_calls.exit_signal(self._mpi, code)
-        return f"a rank was killed by {mpi_calls.signal_name(number)}" if number else f"a rank exited with code {code}"
+        number = mpiexec.exit_signal(self._mpi, code)
+        return f"a rank was killed by {mpiexec.signal_name(number)}" if number else f"a rank exited with code {code}"
 
     def _with_own_error(self, what: str, hint: str) -> tuple[str, str]:
         """(cause, hint): the error that a rank printed, then ``what`` was seen of its end; else ``what`` and a line of MPI or Python."""

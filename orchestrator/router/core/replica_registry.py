@@ -54,7 +54,7 @@ class ReplicaSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     since: float
     seen: float
     reason: str = ""
-    load: Heartbeat | None = None
+    last_heartbeat: Heartbeat | None = None
     streams: dict[int, int] = {}
     paused: int = 0
     others: int = 0
@@ -86,8 +86,8 @@ class Replica:
         "faults",
         "hello",
         "kind",
+        "last_heartbeat",
         "last_sent",
-        "load",
         "model",
         "name",
         "other_tokens",
@@ -114,7 +114,7 @@ class Replica:
         self.state: RoutingState = "ready"
         self.reason = ""
         self.since = self.seen = now
-        self.load: Heartbeat | None = None
+        self.last_heartbeat: Heartbeat | None = None
         self.streams: dict[int, int] = {}
         #: Streams whose clients take nothing now: their K/V is given up, so they use no place in the batch.
         self.paused = 0
@@ -188,7 +188,7 @@ class Replica:
         """Enter ``state``. What was reported of the load means nothing once the replica is lost."""
         self.state, self.reason, self.since = state, reason, now
         if state == "lost":
-            self.load = None
+            self.last_heartbeat = None
             self.others = self.other_tokens = 0
             self.tok_s = 0.0
 
@@ -244,11 +244,11 @@ class Replica:
         """Take in a heartbeat. ``accepted``: this router's choices that the heartbeat can have counted; ``waiting``: the streams of those
         without a first token, oldest first."""
         stats = heartbeat.stats
-        if stats.step_ms and (self.load is None or heartbeat.step != self.load.step):
+        if stats.step_ms and (self.last_heartbeat is None or heartbeat.step != self.last_heartbeat.step):
             self._step_samples.append(stats.step_ms)
             self.step_ms = median(self._step_samples)
         # The hashes are for the prefix index, which has them by now.
-        self.load = without_prefixes(heartbeat)
+        self.last_heartbeat = without_prefixes(heartbeat)
         self.others = max(0, stats.running + stats.waiting - accepted)
         computed = sum(self.streams[stream] for stream in waiting) - stats.prefill_tokens
         self.other_tokens = max(0, -computed) if self.others else 0
@@ -271,16 +271,17 @@ class Replica:
     def snapshot(self) -> ReplicaSnapshot:
         return ReplicaSnapshot(
             hello=self.hello, user=self.user, peer=self.peer, state=self.state, since=self.since, seen=self.seen, reason=self.reason,
-            load=self.load, streams=dict(self.streams), paused=self.paused, others=self.others, other_tokens=self.other_tokens,
-            choice_ms=self.choice_ms, last_sent=self.last_sent, refusing=self.refusing, step_samples=list(self._step_samples),
-            faults=list(self.faults), quarantined=self.quarantined, rate_mark=self._rate_mark, tok_s=self.tok_s,
+            last_heartbeat=self.last_heartbeat, streams=dict(self.streams), paused=self.paused, others=self.others,
+            other_tokens=self.other_tokens, choice_ms=self.choice_ms, last_sent=self.last_sent, refusing=self.refusing,
+            step_samples=list(self._step_samples), faults=list(self.faults), quarantined=self.quarantined, rate_mark=self._rate_mark, tok_s=self.tok_s,
         )  # fmt: skip
 
     @classmethod
     def restored(cls, found: ReplicaSnapshot) -> Replica:
         """The replica that ``found`` was taken of."""
         replica = cls(found.peer, found.user, found.hello, found.since)
-        replica.state, replica.reason, replica.seen, replica.load = found.state, found.reason, found.seen, found.load
+        replica.state, replica.reason, replica.seen = found.state, found.reason, found.seen
+        replica.last_heartbeat = found.last_heartbeat
         replica.others, replica.other_tokens = found.others, found.other_tokens
         replica.streams, replica.own_tokens, replica.paused = dict(found.streams), sum(found.streams.values()), found.paused
         replica.choice_ms, replica.last_sent, replica.refusing = found.choice_ms, found.last_sent, found.refusing

@@ -40,7 +40,7 @@ class TokenTable:
         self.all = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for text, id in vocabulary.items():
             self.all[id] = text.encode() if id in added else to_bytes(text)
-        #: Characters that one token may stand for. Normalizers put characters together (NFC: up to four).
+        #: The most characters of a text that become one token. A normalizer may join characters first (NFC: up to four).
         self.reach = max(1, max(map(len, self.all), default=0)) * (1 if tokenizer.normalizer is None else 4)
         self.visible = list(self.all)
         for id in self.specials.values():
@@ -52,7 +52,7 @@ class TokenTable:
 
     @functools.cached_property
     def _literal(self) -> Tokenizer:
-        """The same tokenizer, but it reads the text of special tokens as plain text. Made when first needed."""
+        """A copy of the tokenizer that encodes the text of special tokens as plain text. It is made when it is first used."""
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.encode_special_tokens = True
         return tokenizer

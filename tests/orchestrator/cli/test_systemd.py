@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.cli.console import Console, ConsoleSettings
 from orchestrator.cli.hosting import host
-from orchestrator.cli.systemd import ServiceManager
+from orchestrator.cli.systemd import SystemdNotifier
 from orchestrator.config.deployment_file import load
 from orchestrator.control.host.notices import Notice
 from tests.support.gang import short_folder
@@ -38,7 +38,7 @@ def heard(manager: socket.socket) -> list[str]:
 
 
 def test_states_are_told(manager: socket.socket) -> None:
-    told = ServiceManager({"NOTIFY_SOCKET": manager.getsockname()})
+    told = SystemdNotifier({"NOTIFY_SOCKET": manager.getsockname()})
     told.ready("serving at http://127.0.0.1:8000")
     told.beat()
     told.stopping()
@@ -49,13 +49,13 @@ def test_the_abstract_namespace() -> None:
     name = f"trireme-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
         end.bind(f"\0{name}")
-        ServiceManager({"NOTIFY_SOCKET": f"@{name}"}).stopping()
+        SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).stopping()
         assert heard(end) == ["STOPPING=1\nSTATUS=draining"]
 
 
 def test_a_watchdog_is_fed_at_half_its_time(manager: socket.socket) -> None:
     env = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "200000", "WATCHDOG_PID": str(os.getpid())}
-    told = ServiceManager(env)
+    told = SystemdNotifier(env)
     begun = time.monotonic()
     while (took := time.monotonic() - begun) < 0.5:
         told.beat()
@@ -66,13 +66,13 @@ def test_a_watchdog_is_fed_at_half_its_time(manager: socket.socket) -> None:
 def test_another_process_is_watched_or_nobody(manager: socket.socket) -> None:
     address = {"NOTIFY_SOCKET": manager.getsockname()}
     for env in (address, address | {"WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}, address | {"WATCHDOG_USEC": ""}, {"WATCHDOG_USEC": "1"}):
-        ServiceManager(env).beat()
+        SystemdNotifier(env).beat()
     assert heard(manager) == []
 
 
 @pytest.mark.parametrize("address", ["", "/nowhere/notify"])
 def test_without_a_manager_nothing_happens(address: str) -> None:
-    ServiceManager({"NOTIFY_SOCKET": address}).ready("x")
+    SystemdNotifier({"NOTIFY_SOCKET": address}).ready("x")
 
 
 def test_the_host_tells_what_becomes_of_it(manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ def test_prefixes_that_a_replica_reports_count_as_cached_whoever_sent_them() -> 
     route = both()
     route.hear(b"b", "", beat(boot="b1", prefixes=prefix_hashes(PROMPT, 16, "")[:2]), 1.0)
     route.hear(b"b", "", beat(boot="b1"), 2.0)
-    load = route.registry.replicas["b"].load
-    assert load is not None and not load.stats.prefixes, "hashes are kept in one place"
+    heartbeat = route.registry.replicas["b"].last_heartbeat
+    assert heartbeat is not None and not heartbeat.stats.prefixes, "hashes are kept in one place"
     assert expected_cached(route) == 32
     assert where(route.take()) == [b"b"]
 

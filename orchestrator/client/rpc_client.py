@@ -24,8 +24,9 @@ QUERY_S = 10.0
 CallT = TypeVar("CallT")
 
 
-class BaseClient(ABC, Generic[CallT]):
-    """``routers``: endpoints (``ipc://``), or addresses with the router's key (``tcp://``). ``model``: default for calls that name none."""
+class RpcClient(ABC, Generic[CallT]):
+    """A client of one or several routers. ``routers``: endpoints (``ipc://``), or addresses with the router's key (``tcp://``). ``model``:
+    for requests that name none. ``silence_s``: a router that owes an answer and says nothing for so long is given up."""
 
     def __init__(
         self,
@@ -119,10 +120,10 @@ class BaseClient(ABC, Generic[CallT]):
         self._sockets.reset(router)
 
 
-ClientT = TypeVar("ClientT", bound=BaseClient[Any])
+ClientT = TypeVar("ClientT", bound=RpcClient[Any])
 
 
-class BaseCall(Generic[ClientT]):
+class LiveCall(Generic[ClientT]):
     """A live request of a client."""
 
     def __init__(self, client: ClientT, exchange: ClientExchange) -> None:
