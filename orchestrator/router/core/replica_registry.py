@@ -273,7 +273,8 @@ class Replica:
             hello=self.hello, user=self.user, peer=self.peer, state=self.state, since=self.since, seen=self.seen, reason=self.reason,
             last_heartbeat=self.last_heartbeat, streams=dict(self.streams), paused=self.paused, others=self.others,
             other_tokens=self.other_tokens, choice_ms=self.choice_ms, last_sent=self.last_sent, refusing=self.refusing,
-            step_samples=list(self._step_samples), faults=list(self.faults), quarantined=self.quarantined, rate_mark=self._rate_mark, tok_s=self.tok_s,
+            step_samples=list(self._step_samples), faults=list(self.faults), quarantined=self.quarantined, rate_mark=self._rate_mark,
+            tok_s=self.tok_s,
         )  # fmt: skip
 
     @classmethod
