@@ -1,6 +1,7 @@
 """The layer law: which module may import which, checked on every module's syntax tree and then in real interpreters.
 
-Beside it two laws of names: a class name stands in one module only, and test modules do not import from each other.
+Beside it two laws of names: a class name stands in one module only and says what the class does, and test modules do not import
+from each other.
 
 Owns the table; a new module gets its row here before it gets a line of code. The table is `docs/design.md`, "Layers".
 """
@@ -144,6 +145,7 @@ def test_no_two_modules_define_a_class_of_the_same_name() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name)
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+    assert [name for name in homes if name.startswith("Base") or name.endswith(("Base", "Manager"))] == [], "say what it does"
 
 
 def test_no_test_module_imports_another() -> None:

@@ -1,4 +1,7 @@
-"""Where the ranks of a gang go on nodes: one rule for the planner and for the Ray launcher. Pure.
+"""How the ranks of a gang are put on nodes: one rule for the planner and for the Ray launcher. Pure.
+
+The planner uses the whole answer of :func:`place_gang`. The Ray launcher uses its ``unit`` and ``spread`` alone, as a placement group
+(:func:`placement_request`): Ray chooses the nodes, since it knows which are busy.
 
 A tensor-parallel group communicates in every layer, so it stays on one node wherever it fits; pipeline stages communicate once a
 micro-batch, so they may be on several nodes. Ranks are dealt in order, stage after stage, so consecutive stages share a node.

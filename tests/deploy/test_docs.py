@@ -141,3 +141,22 @@ def test_a_fault_has_a_star_where_make_test_runs_its_test() -> None:
 )
 def test_a_module_is_long_where_all_its_tests_are(text: str, found: bool) -> None:
     assert is_long(ast.parse(text)) is found
+
+
+def calls_mpi(tree: ast.Module) -> bool:
+    """Whether a module calls an operation of a communicator (their names begin with a capital), of MPI itself, or mpi4py's executor."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr[0].isupper():
+            owner = ast.unparse(node.func.value).rpartition(".")[2]
+            if owner.endswith("comm") or owner == "MPI":
+                return True
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "MPICommExecutor":
+            return True
+    return False
+
+
+def test_the_list_of_who_may_call_mpi_is_whole() -> None:
+    page = (ROOT / "docs" / "internals.md").read_text()
+    listed = re.findall(r"`(workers/[\w/]+\.py)`", page.partition("### Who may call MPI")[2].partition("\n##")[0])
+    calling = [str(path.relative_to(ROOT)) for path in (ROOT / "workers").rglob("*.py") if calls_mpi(ast.parse(path.read_text()))]
+    assert sorted(listed) == sorted(calling)
