@@ -60,16 +60,16 @@ async def rpc_streams(status: DeploymentStatus, streams: int, tokens: int) -> in
         return sum(await asyncio.gather(*(one(index) for index in range(streams))))
 
 
-def spent_by(pid: int, door: str, status: DeploymentStatus, streams: int, tokens: int) -> float:
+def spent_by(pid: int, api: str, status: DeploymentStatus, streams: int, tokens: int) -> float:
     """CPU seconds of process ``pid`` while ``streams`` answers of ``tokens`` tokens are read."""
     before = cpu_seconds(pid)
-    arrived = asyncio.run(DOORS[door](status, streams, tokens))
+    arrived = asyncio.run(APIS[api](status, streams, tokens))
     if arrived < streams * tokens:
-        raise SystemExit(f"{door}: {arrived} tokens arrived of {streams * tokens}")
+        raise SystemExit(f"{api}: {arrived} tokens arrived of {streams * tokens}")
     return cpu_seconds(pid) - before
 
 
-DOORS = {"HTTP": http_streams, "RPC": rpc_streams}
+APIS = {"HTTP": http_streams, "RPC": rpc_streams}
 ASKED = {"HTTP": 50.0, "RPC": 10.0}
 TOKENS = 200
 
@@ -79,25 +79,25 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--streams", type=int, default=128)
     args = parser.parse_args()
-    whole: dict[str, list[float]] = {door: [] for door in DOORS}
-    alone: dict[str, list[float]] = {door: [] for door in DOORS}
+    whole: dict[str, list[float]] = {api: [] for api in APIS}
+    alone: dict[str, list[float]] = {api: [] for api in APIS}
     with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
         replicas = [{"name": "only", "tp_size": 1}]
         file = write_config(Path(folder), replicas=replicas, max_batch_size=args.streams, max_num_tokens=2048, kv_tokens=131072)
         with deployed(file) as (_, status):
             pid = next(iter(status.routers.values()))
             for _ in range(args.runs):
-                for door in DOORS:
-                    once, twice = (spent_by(pid, door, status, args.streams, TOKENS * times) for times in (1, 2))
-                    whole[door].append(once / (args.streams * TOKENS) * 1e6)
-                    alone[door].append((twice - once) / (args.streams * TOKENS) * 1e6)
-                    say(f"bench.router: {door} {whole[door][-1]:.1f} us a token, {alone[door][-1]:.1f} without admission")
-    publish([claim(door, args.streams, whole[door], alone[door]) for door in DOORS])
+                for api in APIS:
+                    once, twice = (spent_by(pid, api, status, args.streams, TOKENS * times) for times in (1, 2))
+                    whole[api].append(once / (args.streams * TOKENS) * 1e6)
+                    alone[api].append((twice - once) / (args.streams * TOKENS) * 1e6)
+                    say(f"bench.router: {api} {whole[api][-1]:.1f} us a token, {alone[api][-1]:.1f} without admission")
+    publish([claim(api, args.streams, whole[api], alone[api]) for api in APIS])
 
 
-def claim(door: str, streams: int, whole: list[float], alone: list[float]) -> Claim:
+def claim(api: str, streams: int, whole: list[float], alone: list[float]) -> Claim:
     detail = f"{streams} streams, requests of {TOKENS} tokens, admission included; a token alone {median(alone):.1f} us"
-    return Claim(name=f"router, {door}", unit="us/token", asked=ASKED[door], sense="<=", runs=whole, detail=detail)
+    return Claim(name=f"router, {api}", unit="us/token", asked=ASKED[api], sense="<=", runs=whole, detail=detail)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ async def measure(folder: Path, texts: bool, steps: int) -> float:
     spec = AdmissionSpec(max_queue=1000)
     core = RouterCore(RouterHeartbeat(boot="R", router="r"), ["m"], spec, ReplicaRegistry(60.0, 60.0))
     dispatch = RouterDispatcher(core, name="r", send=to_replica, clock=time.monotonic)
-    door = RpcServer(
+    server = RpcServer(
         boot="R", dispatcher=dispatch, preprocessor=Preprocessor(loaded, dispatch, spec, Salting(b"salt")), metrics=Metrics(["m"]),
         acl=CurveAcl({}), send=to_client, clock=time.monotonic, diagnostics=Diagnostics("r", dispatch, None),
     )  # fmt: skip
@@ -72,7 +72,7 @@ async def measure(folder: Path, texts: bool, steps: int) -> float:
     for stream in range(STREAMS):
         client = f"c{stream % CLIENTS}"
         generate = Generate(boot=client, stream=stream, request_id=f"q{stream}", endpoint="completions", body=body, texts=texts)
-        door.on_frame(client.encode(), "", messages.encode(generate))
+        server.on_frame(client.encode(), "", messages.encode(generate))
     await _turns(lambda: len(submits) == STREAMS)
     streams, attempts = [submit.stream for submit in submits], [submit.attempt for submit in submits]
     messages_in = [
@@ -84,7 +84,7 @@ async def measure(folder: Path, texts: bool, steps: int) -> float:
     begin = time.process_time()
     for message in messages_in:
         dispatch.hear(b"a", "", messages.decode_from_replica(message), message)
-        door._flush()
+        server._flush()
     spent = time.process_time() - begin
     assert len(frames) == steps * CLIENTS, "one message a client and step"
     last = messages.decode_to_client(frames[-1])

@@ -109,7 +109,7 @@ def answer(console: Console, config: Config, url: str, title: str, *, rpc: bool)
         if not first:
             raise ReplicaLost(f"no answer came over {title}", hint="this is a bug: please report it")
         total = time.monotonic() - started
-        console.say(f"  first piece after {1000 * first:.0f} ms, all after {total:.2f} s", door=title, first_s=round(first, 3))
+        console.say(f"  first piece after {1000 * first:.0f} ms, all after {total:.2f} s", api=title, first_s=round(first, 3))
 
 
 def survivors() -> list[str]:

@@ -120,7 +120,7 @@ def test_a_fault_of_one_rank_is_a_pause(
 
 
 def test_logits_that_are_not_numbers_end_one_request(stage: Stage, undisturbed: list[list[Choice]]) -> None:
-    """F21: its mates are exact, both doors say ``nan_logits``; the third within a minute has the replica spared until it is alone."""
+    """F21: its mates are exact, HTTP and RPC say ``nan_logits``; the third within a minute has the replica spared until it is alone."""
     status = stage.ready()
 
     def spoil() -> TriremeError:
