@@ -19,11 +19,12 @@ from tests.support.source_tree import PACKAGES, ROOT, UNSAFE, imports, modules, 
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
 LAYERS = {
-    "workers.protocol": 0, "orchestrator.config.router_spec": 0,
+    "workers.protocol": 0, "orchestrator.config.engine_settings": 0,
+    "orchestrator.config.router_spec": 0,
     "workers.scheduler": 1, "workers.layout": 1, "workers.sampling.definition": 1, "workers.sampling.guide": 1,
     "workers.sampling.token_rules": 1,
     "workers.serving.router_link": 1, "workers.serving.stream_table": 1,
-    "orchestrator.router.core": 1, "orchestrator.control.placement": 1, "orchestrator.control.reconciler": 1,
+    "orchestrator.router.core": 1, "orchestrator.control.reconciler": 1,
     "orchestrator.control.rollout": 1, "orchestrator.planner": 1,
     "orchestrator.loadgen.prompts": 1, "orchestrator.loadgen.schedule": 1, "orchestrator.loadgen.settings": 1,
     "orchestrator.loadgen.stats": 1,

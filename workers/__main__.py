@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> Briefing:
     parser.add_argument("--tp-size", dest="tp", help="ranks that share each layer")
     parser.add_argument("--pp-size", dest="pp", help="stages that share the layers")
     parser.add_argument("--router", action="append", metavar="ENDPOINT[,KEY]", help="a router's back socket and its CURVE key; repeatable")
-    for name in ("name", "epoch", "run-dir", "key-file", "heartbeat-s", "hang-floor-s"):
+    for name in ("name", "tokenizer", "epoch", "run-dir", "key-file", "heartbeat-s", "hang-floor-s"):
         parser.add_argument(f"--{name}")
     for name in (*CommonEngineSpec.__struct_fields__, *(name for names in OPTIONS.values() for name in names)):
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=argparse.SUPPRESS)
@@ -243,7 +243,10 @@ class Rank:
             known = error.error if isinstance(error, process.Alone) else error
             if not isinstance(known, TriremeError) or known is not error:
                 log.exception("rank %d ends", self._rank)
-            if not isinstance(known, TriremeError):
+            if isinstance(known, ImportError):  # another launch would fail in the same way
+                hint = "install trireme-llm with what its engine needs into the Python of the ranks"
+                known = ConfigError(f"rank {self._rank} cannot load the engine", f"{type(known).__name__}: {known}", hint)
+            elif not isinstance(known, TriremeError):
                 known = EngineFault(f"rank {self._rank} failed", f"{type(error).__name__}: {error}", "the rank's log has the stack trace")
             self._report(known, alone=True)
             time.sleep(TOLD_S)

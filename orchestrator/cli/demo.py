@@ -58,14 +58,17 @@ def demo(
 def prepare(console: Console, file: Path) -> Config:
     """Fetch and convert what the file's replicas need, so that the second half needs no network."""
     from orchestrator.config import deployment_file
-    from orchestrator.control.host.deployment_plan import resolve_model
+    from orchestrator.control.host.deployment_plan import prepare_models
+    from orchestrator.control.launch import node_hardware
+    from orchestrator.planner.automatic import ClusterHardware
 
     found = deployment_file.load(file, env=os.environ).config
-    for model in found.models:
-        started = time.monotonic()
-        with console.progress() as progress:
-            served = resolve_model(model, found.cache, progress)
-        console.say(f"{model.name}: {time.monotonic() - started:.1f} s")
+    hardware = ClusterHardware(nodes=(node_hardware.look(os.environ, gpus=True),))
+    started = time.monotonic()
+    with console.progress() as progress:
+        models = prepare_models(found.models, hardware, found.cache, progress)
+    for served in models:
+        console.say(f"{served.config.name}: {time.monotonic() - started:.1f} s")
         for gang in served.gangs:
             console.say(f"  {gang.name}, tp={gang.parallel.tp} pp={gang.parallel.pp}: {gang.artifact}")
     return found

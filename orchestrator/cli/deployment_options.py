@@ -12,7 +12,10 @@ import typer
 
 Port = Annotated[int | None, typer.Option("--port", help="HTTP port; 0 = any free one.")]
 Routers = Annotated[int | None, typer.Option("--routers", min=1, help="Router processes that share the port.")]
-Launcher = Annotated[str | None, typer.Option("--launcher", metavar="ray|local", help="Through Ray, or directly on this machine.")]
+Launcher = Annotated[
+    str | None,
+    typer.Option("--launcher", metavar="auto|ray|local", help="Through Ray, or directly on this machine; auto: Ray where one runs."),
+]
 ApiKeysFile = Annotated[
     str | None, typer.Option("--api-keys-file", help="File of the API keys that the HTTP API accepts; see `trireme keys api`.")
 ]

@@ -7,6 +7,7 @@ needs when it runs. `trireme --help` imports all modules of commands, and so the
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, MutableMapping, Sequence
 from importlib import import_module
@@ -17,10 +18,12 @@ import typer
 from orchestrator.cli import console
 from orchestrator.cli.command_group import CommandGroup, first_paragraph
 from orchestrator.cli.extras import missing_package
+from orchestrator.cli.other_servers import COMMANDS as COMMANDS_ELSEWHERE
+from orchestrator.cli.other_servers import FLAGS, SPELLINGS
 from workers.protocol.errors import Rejected, TriremeError
 
 #: Short forms that other servers taught people; one dash and two letters are not a shape that the parser knows.
-SHORT = {"-tp": "--tp-size", "-pp": "--pp-size"}
+SHORT = {"-tp": "--tp-size", "-pp": "--pp-size", "-dp": "--replicas"}
 #: Flags that mean the same wherever they stand on the line, and whether a value follows.
 GLOBAL = {"--quiet": False, "--debug": False, "--log-format": True}
 #: `typer` keeps its parser to itself; every complaint about the line is a kind of this.
@@ -97,17 +100,26 @@ app = typer.Typer(
 )
 
 
+def print_version(context: typer.Context, asked: bool) -> None:
+    """``trireme --version``, which ends the line."""
+    if asked:
+        definition("version")(context)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     quiet: Annotated[bool, typer.Option("--quiet", help="Results and errors only.")] = False,
     log_format: Annotated[str, typer.Option("--log-format", metavar="text|json", help="How progress and errors are told.")] = "text",
     debug: Annotated[bool, typer.Option("--debug", help="Show stack traces.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """The global flags, for the parser and its help; :func:`settings` has read them before."""
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """One spelling: dashes within long flags, long forms of ``-tp`` and ``-pp``, global flags first. What follows ``--`` is left alone."""
+    """One spelling: dashes within long flags, our names for those of other servers, long forms of ``-tp`` and ``-pp``, global flags first.
+    What follows ``--`` is left alone."""
     front: list[str] = []
     rest: list[str] = []
     words = iter(argv)
@@ -119,6 +131,7 @@ def normalise(argv: Sequence[str]) -> list[str]:
         flag = SHORT.get(flag, flag)
         if flag.startswith("--"):
             flag = flag.replace("_", "-")
+            flag = SPELLINGS.get(flag, flag)
         target = front if flag in GLOBAL else rest
         target.append(flag + equals + value)
         if GLOBAL.get(flag) and not equals and (following := next(words, None)) is not None:
@@ -169,9 +182,19 @@ def run(argv: Sequence[str]) -> int:
 def usage(error: Exception, terminal: console.Console) -> int:
     """Print what is wrong with the line and the command that prints its help."""
     context = getattr(error, "ctx", None)
+    if hint := known_elsewhere(error):
+        return terminal.fail(Rejected(getattr(error, "format_message", lambda: str(error))().rstrip("."), hint=hint))
     message = getattr(error, "format_message", lambda: str(error))()
     if message.startswith("Usage: "):  # a group without a command: its help is the answer
         terminal.out(message)
         return 2
     path = context.command_path if context is not None else "trireme"
     return terminal.fail(Rejected(message.rstrip("."), hint=f"{path} --help"))
+
+
+def known_elsewhere(error: Exception) -> str:
+    """What to write instead of a flag or a command that people know from another server; empty for one that nobody knows."""
+    if flag := getattr(error, "option_name", ""):
+        return FLAGS.get(flag.replace("_", "-"), "")
+    word = re.fullmatch(r"No such command '(.+)'\.?", str(getattr(error, "message", "")).partition(" Did you")[0].strip())
+    return COMMANDS_ELSEWHERE.get(word[1], "") if word else ""

@@ -20,9 +20,10 @@ from workers.protocol.errors import ArtifactError, ConfigError, Rejected
 
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
+    from orchestrator.planner.automatic import ClusterHardware, ModelDescription
     from orchestrator.planner.cluster import PlannedCluster
     from orchestrator.planner.planner import Subject, SubjectPlan
-    from workers.protocol.specs import ModelSpec, Quant, QuantName
+    from workers.protocol.specs import QuantName
 
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -54,9 +55,9 @@ def plan(
     settings = deployment_file.load(file, env=os.environ).config
     load = Workload(name="asked", requests=1, isl=isl, osl=osl)
     plans: list[tuple[SubjectPlan, PlannedCluster]] = []
-    groups = _by_device(subjects(settings, model))
+    groups = _by_device(subjects(settings, _hardware(gpus), model))
     if gpus and groups and "cuda" not in groups:
-        raise ConfigError(f"--gpus {gpus} says nothing about {file}", "its models run on CPUs", "set device: cuda and dtype: bf16 in it")
+        raise ConfigError(f"--gpus {gpus} says nothing about {file}", "its models run on CPUs", "leave device out of it, or say cuda")
     for device, some in groups.items():
         cluster = gpu_cluster(gpus, settings) if device == "cuda" else host_cluster(cpus, some)
         plans += ((each, cluster) for each in planner.plan(some, cluster, load))
@@ -78,31 +79,51 @@ def plan(
         raise refusal
 
 
-def subjects(settings: Config, stand_in: str = "") -> list[Subject]:
-    """What a deployment asks for; gangs of one model that run alike together. ``stand_in``: the model to think of instead of each path.
+def _hardware(gpus: str) -> ClusterHardware:
+    """What automatic settings are decided for: the GPUs of the flag; without it, this host's CPUs."""
+    from orchestrator.control.launch import node_hardware
+    from orchestrator.planner.automatic import ClusterHardware, GpuHardware, NodeHardware
+    from workers.protocol.specs import GPU_MIN_CAPABILITY
+
+    if not gpus:
+        # GPUs that nobody has named may be anywhere: a file that asks for them is not refused for this host's sake.
+        return ClusterHardware(nodes=(node_hardware.look(os.environ, gpus=False),), grows=True)
+    cluster = parse_gpus(gpus)
+    gpu = GpuHardware(name=cluster.device.name, memory=cluster.device.memory, capability=GPU_MIN_CAPABILITY)
+    return ClusterHardware(nodes=(NodeHardware(gpus=(gpu,) * cluster.slots),) * cluster.nodes)
+
+
+def subjects(settings: Config, hardware: ClusterHardware, stand_in: str = "") -> list[Subject]:
+    """What a deployment asks for on ``hardware``; gangs of one model that run alike together. ``stand_in``: the model to think of instead
+    of each path.
 
     Raises what reading a model's description raises.
     """
+    from orchestrator.planner.automatic import engine_for, smallest_layout
     from orchestrator.planner.planner import Subject
 
     found: list[Subject] = []
     for model in settings.models:
         groups: dict[tuple[str, bytes], list[int]] = {}
-        members, gangs = model.members(), model.gangs()
-        for index, member in enumerate(members):
-            groups.setdefault((member.path or member.name, msgspec.msgpack.encode(member.engine_spec())), []).append(index)
+        gangs = model.gangs()
+        for index, gang in enumerate(gangs):
+            alike = msgspec.structs.replace(gang, name="", tp_size=1, pp_size=1)
+            groups.setdefault((gang.path, msgspec.msgpack.encode(alike)), []).append(index)
         for indices in groups.values():
-            member = members[indices[0]]
-            if member.engine == "fake":
+            first = gangs[indices[0]]
+            if first.engine == "fake":
                 continue
-            shape, quant = _description(stand_in or member.path or member.name, member.settings.portable.quant)
+            described = _description(stand_in or first.path, first.settings.portable.quant)
+            assert described.shape is not None
+            engine = engine_for(first, described, hardware)
+            layouts = (gangs[index].layout or smallest_layout(gangs[index], described, hardware) for index in indices)
             found.append(
                 Subject(
-                    name=model.name if len(groups) == 1 else f"{model.name} ({gangs[indices[0]][0]})",
-                    model=shape,
-                    quant=quant,
-                    engine=member.engine_spec(),
-                    gangs=tuple(gangs[index] for index in indices),
+                    name=model.name if len(groups) == 1 else f"{model.name} ({first.name})",
+                    model=described.shape,
+                    quant=described.quant,
+                    engine=engine,
+                    gangs=tuple((gangs[index].name, layout) for index, layout in zip(indices, layouts, strict=True)),
                     cpus_per_rank=model.cpus_per_rank,
                     spread=model.spread,
                 )
@@ -110,8 +131,9 @@ def subjects(settings: Config, stand_in: str = "") -> list[Subject]:
     return found
 
 
-def _description(name: str, form: QuantName | None) -> tuple[ModelSpec, Quant]:
-    """(shape, weight formats) of a model with weights in ``form``: read from its folder, or known by name."""
+def _description(name: str, form: QuantName | None) -> ModelDescription:
+    """A model with weights in ``form``: read from its folder, or known by name."""
+    from orchestrator.planner.automatic import ModelDescription
     from orchestrator.planner.known_models import SHAPES
     from workers.artifacts.artifact import open_artifact, quant_for
     from workers.engines.trtllm.engine_dir import is_engine_dir
@@ -122,11 +144,11 @@ def _description(name: str, form: QuantName | None) -> tuple[ModelSpec, Quant]:
         if is_engine_dir(path):
             raise ArtifactError(f"{path} is a built engine", "its layout and limits are settled", "give its checkpoint with --model")
         artifact = open_artifact(path, weights_optional=True)
-        return artifact.model, quant_for(artifact, form)
+        return ModelDescription(shape=artifact.model, quant=quant_for(artifact, form), dtype=artifact.dtype)
     if name.lower() not in SHAPES:
         why = f"no file or folder is there, and shapes known by name are: {', '.join(SHAPES)}"
         raise ArtifactError(f"there is no model at {name}", why, "give one of them, or a folder with a config.json, with --model")
-    return SHAPES[name.lower()], PLAIN if form is None else quant_of(form)
+    return ModelDescription(shape=SHAPES[name.lower()], quant=PLAIN if form is None else quant_of(form), dtype="bf16")
 
 
 def _by_device(some: Sequence[Subject]) -> dict[str, list[Subject]]:
@@ -137,12 +159,17 @@ def _by_device(some: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 
 def gpu_cluster(text: str, settings: Config) -> PlannedCluster:
-    """``8xH100,nodes=2``. Raises :class:`Rejected` for what that cannot mean, :class:`ConfigError` where nothing is said."""
+    """The GPUs of the flag. Raises as :func:`parse_gpus`, and :class:`ConfigError` where nothing is said."""
+    if not text:
+        raise ConfigError(f"{settings.name} runs on GPUs", "which ones is not said", "add --gpus, such as --gpus 8xH100,nodes=2")
+    return parse_gpus(text)
+
+
+def parse_gpus(text: str) -> PlannedCluster:
+    """``8xH100,nodes=2``. Raises :class:`Rejected` for what that cannot mean."""
     from orchestrator.planner.cluster import PlannedCluster
     from orchestrator.planner.devices import GPUS
 
-    if not text:
-        raise ConfigError(f"{settings.name} runs on GPUs", "which ones is not said", "add --gpus, such as --gpus 8xH100,nodes=2")
     first, options = _words("--gpus", text, {"nodes"})
     count, cross, kind = first.partition("x")
     known = {name.lower(): gpu for name, gpu in GPUS.items()}

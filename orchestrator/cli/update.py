@@ -42,9 +42,9 @@ def update(
     flags = asdict(location) | {"port": port, "routers": routers, "launcher": launcher}
     resolved = configs.load(file, flags=flags, env=os.environ)
     control = control_socket.connect(resolved.config.name, resolved.config.run_dir)
-    control.status()  # before anything is fetched: it must run
+    hardware = control.hardware()  # before anything is fetched: it must run
     with console.progress() as progress:
-        wanted = updates.prepare(resolved.config, progress)
+        wanted = updates.prepare(resolved.config, hardware, progress)
     report = control.update(wanted, list(resolved.sources), dry_run=dry_run)
     if not report.moves:
         console.say(f"{wanted.name} runs this already")

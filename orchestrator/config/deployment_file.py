@@ -16,21 +16,10 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from orchestrator.config import yaml_tree
+from orchestrator.config.engine_settings import AUTO, Auto, DeviceSetting, EngineSettings, GangRequest
 from orchestrator.config.router_spec import AdmissionSpec, BackSpec, GenerationConfig, HttpConfig, JoinSpec, MetricsSpec, TracingSpec
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import (
-    CommonEngineSpec,
-    Device,
-    EngineKind,
-    EngineSpec,
-    FakeOptions,
-    FakeSpec,
-    Parallel,
-    PortableOptions,
-    PortableSpec,
-    TrtllmSpec,
-)
-from workers.protocol.trtllm_options import TrtllmOptions
+from workers.protocol.specs import EngineKind, FakeOptions, PortableOptions
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,38}[a-z0-9])?")
 _NAMING = "a name is 1 to 40 of a-z, 0-9, '.' and '-'"
@@ -46,8 +35,8 @@ class RpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``address`` of a cluster to join (``RAY_ADDRESS`` counts too); empty = start one here that ends with us, with ``num_cpus`` CPU shares
-    (0 = one a rank and one for the controller) and ``num_gpus`` GPUs (-1 = those that Ray finds)."""
+    """``address`` of a cluster to join (``RAY_ADDRESS`` counts too); empty = with ``launcher: ray``, start one here that ends with us, with
+    ``num_cpus`` CPU shares (0 = one a rank and one for the controller) and ``num_gpus`` GPUs (-1 = those that Ray finds)."""
 
     address: str = ""
     num_cpus: int = 0
@@ -63,32 +52,13 @@ class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     pp_size: int = 0
     engine: EngineKind | None = None
     path: str = ""
-    device: Device | None = None
-
-
-class EngineSettings(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The engine settings of a model: the common ones, and those of each engine. A file writes them beside the model's own keys."""
-
-    # Common keys (max_batch_size, max_seq_len, kv_tokens, dtype ...) are declared in workers.protocol.specs.CommonEngineSpec.
-    portable: PortableOptions = PortableOptions()
-    fake: FakeOptions = FakeOptions()
-    trtllm: TrtllmOptions = TrtllmOptions()
-
-    def spec(self, kind: EngineKind) -> EngineSpec:
-        """The settings of one engine."""
-        common = {name: getattr(self, name) for name in CommonEngineSpec.__struct_fields__}
-        match kind:
-            case "portable":
-                return PortableSpec(**common, options=self.portable)
-            case "fake":
-                return FakeSpec(**common, options=self.fake)
-            case "trtllm":
-                return TrtllmSpec(**common, options=self.trtllm)
+    device: DeviceSetting | None = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``. ``chat_template``: a file with
-    the template to use in place of the model's own.
+    """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``. ``tokenizer``: a folder with
+    another tokenizer than the model's own; ``chat_template``: a file with the template to use in place of the model's own. ``tp_size``
+    ``auto``: as many ranks as the weights need.
 
     ``replicas``: their number, each of ``tp_size`` x ``pp_size`` ranks; or a list with the layout of each. ``spread``: each pipeline stage
     gets a node of its own. ``engine``: the engine that computes, with its ``settings``. ``generation_config``: whether the model's
@@ -98,9 +68,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     name: str
     path: str = ""
     chat_template: str = ""
+    tokenizer: str = ""
     aliases: tuple[str, ...] = ()
     replicas: int | tuple[ReplicaConfig, ...] = 1
-    tp_size: int = 1
+    tp_size: int | Auto = AUTO
     pp_size: int = 1
     spread: bool = False
     cpus_per_rank: float = 1.0
@@ -108,27 +79,22 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     generation_config: GenerationConfig = "auto"
     settings: EngineSettings = EngineSettings()
 
-    def engine_spec(self) -> EngineSpec:
-        return self.settings.spec(self.engine)
-
-    def gangs(self) -> list[tuple[str, Parallel]]:
-        """(replica name, layout), in file order; replicas without a name are numbered."""
+    def gangs(self) -> list[GangRequest]:
+        """What each replica is asked to be, in file order; replicas without a name are numbered."""
         base = re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")[:32]
         return [
-            (row.name or f"{base}-{index}", Parallel(tp=row.tp_size or self.tp_size, pp=row.pp_size or self.pp_size))
-            for index, row in enumerate(self._replicas())
-        ]
-
-    def members(self) -> list[ModelConfig]:
-        """This model as each of its gangs runs it, in the same order."""
-        return [
-            msgspec.structs.replace(
-                self,
+            GangRequest(
+                name=row.name or f"{base}-{index}",
+                model=self.name,
+                path=row.path or self.path or self.name,
                 engine=row.engine or self.engine,
-                path=row.path or self.path,
+                tp_size=row.tp_size or self.tp_size,
+                pp_size=row.pp_size or self.pp_size,
                 settings=msgspec.structs.replace(self.settings, device=row.device or self.settings.device),
+                cpus_per_rank=self.cpus_per_rank,
+                spread=self.spread,
             )
-            for row in self._replicas()
+            for index, row in enumerate(self._replicas())
         ]
 
     def _replicas(self) -> tuple[ReplicaConfig, ...]:
@@ -146,7 +112,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     back: BackSpec = BackSpec()
     join: JoinSpec = JoinSpec()
     routers: int = 1
-    launcher: Literal["ray", "local"] = "ray"
+    launcher: Literal["auto", "ray", "local"] = AUTO
     ray: RayConfig = RayConfig()
     admission: AdmissionSpec = AdmissionSpec()
     heartbeat_s: float = 0.2
@@ -229,7 +195,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 gangs = model.gangs()
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error.what}", error.why, error.hint) from None
-            for name, _ in gangs:
+            for name in (gang.name for gang in gangs):
                 _check(
                     _NAME.fullmatch(name) is not None, f"{where}.replicas: the name {name!r} is not usable", _NAMING, "choose another name"
                 )
@@ -435,7 +401,9 @@ def _nearest(key: str, names: Mapping[str, Any]) -> str:
 def _allowed(path: str) -> str:
     """What a setting may be: the hint beside a value that it cannot be."""
     kind = dict(_leaves(_FileConfig, "")).get(re.sub(r"\[\d+\]", "[]", path))
-    return f"one of: {', '.join(choices)}" if (choices := _choices(kind)) else yaml_tree.EXAMPLE
+    if not (choices := _choices(kind)):
+        return yaml_tree.EXAMPLE
+    return f"a number, or {' or '.join(choices)}" if int in get_args(kind) else f"one of: {', '.join(choices)}"
 
 
 def _put(tree: dict[str, Any], sources: dict[str, str], path: str, value: object, source: str) -> None:

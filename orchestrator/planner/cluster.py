@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from orchestrator.control.placement import RankAssignment, place_gang
 from orchestrator.planner.devices import GpuModel, HostModel
+from orchestrator.planner.placement import RankAssignment, place_gang
 from workers.protocol.specs import ModelSpec, Parallel
 
 #: Most stages that are tried for a model.

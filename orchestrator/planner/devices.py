@@ -16,13 +16,18 @@ from workers.protocol.specs import DType, Parallel
 Link = Literal["NVLink", "PCIe", "memory"]
 
 
-class GpuModel(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of GPU. ``memory``: bytes in all. ``copied``: bytes a second that a copy reads and writes; ``product``: bf16 FLOP a second
-    of a large product; ``narrow``: the same in FP8, 0 where there is none; ``single``: in fp32 without TF32, as the engine computes it.
-    ``recorded``: whether runs on it were recorded."""
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU as far as its memory goes. ``memory``: bytes that can be used."""
 
     name: str
     memory: int
+
+
+class GpuModel(Gpu, frozen=True, kw_only=True):
+    """One kind of GPU, with its speeds. ``copied``: bytes a second that a copy reads and writes; ``product``: bf16 FLOP a second
+    of a large product; ``narrow``: the same in FP8, 0 where there is none; ``single``: in fp32 without TF32, as the engine computes it.
+    ``recorded``: whether runs on it were recorded."""
+
     copied: float
     product: float
     narrow: float

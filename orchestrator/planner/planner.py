@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from orchestrator.control.placement import RankAssignment, place_gang
 from orchestrator.planner.cluster import PlannedCluster, layouts, rooms, take_place
 from orchestrator.planner.cost_model import WORKLOADS, Pipeline, PredictedRun, Rates, StageWork, StepLoad, Workload, replay, stage_work
-from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, GpuModel, HostModel, gpu_rates, host_rates, leading_s, taken
+from orchestrator.planner.devices import GPU_FIT, HOST_FIT, HOST_RANK, Gpu, GpuModel, HostModel, gpu_rates, host_rates, leading_s, taken
+from orchestrator.planner.placement import RankAssignment, place_gang
 from workers.layout.memory import (
     GPU_RESERVE,
     block_bytes,
     blocks_that_fit,
     cache_budget,
+    cache_room,
     frozen_bytes,
     kv_format,
     longest_sequence,
@@ -109,7 +110,7 @@ class SubjectPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rank_memory(
-    subject: Subject, parallel: Parallel, rank: int, device: GpuModel | HostModel, *, gang_ranks: int = 1, node_ranks: int = 1
+    subject: Subject, parallel: Parallel, rank: int, device: Gpu | HostModel, *, gang_ranks: int = 1, node_ranks: int = 1
 ) -> RankMemory:
     """``gang_ranks``: ranks of this gang on the node; ``node_ranks``: ranks of all gangs there.
 
@@ -118,15 +119,14 @@ def rank_memory(
     model, engine, quant = subject.model, subject.engine, subject.quant
     shard = shard_of(model, parallel, rank, unit=unit_of(quant))
     weights = frozen_bytes(model, parallel, rank, engine, quant)
-    if isinstance(device, GpuModel):
+    if isinstance(device, Gpu):
         total, step = device.memory, step_bytes(model, shard, engine)
         other = taken(parallel) + GPU_RESERVE
         free = total - taken(parallel) - weights
-        cache = cache_budget(model, shard, engine, free=free, host_ranks=gang_ranks)
     else:
         total, step, other = device.memory // node_ranks, 0, HOST_RANK
         free = device.memory - node_ranks * (other + weights)
-        cache = cache_budget(model, shard, engine, free=max(0, free), host_ranks=gang_ranks)
+    cache = cache_budget(engine, cache_room(model, shard, engine, free=free, total=total, host_ranks=gang_ranks), gang_ranks)
     form = kv_format(engine, quant)
     if weights + step + other > total:
         raise ConfigError(
@@ -140,6 +140,7 @@ def rank_memory(
         raise ConfigError(
             f"{subject.name}: rank {rank} of tp={parallel.tp} pp={parallel.pp} has no room for its cache on {_a(device)}",
             f"{blocks * engine.block_size} tokens take {_gb(wanted)}; {_gb(room)} are left beside the weights' {_gb(weights)}",
+            "lower kv_tokens (or kv_bytes), or use more ranks",
         )
     return RankMemory(total=total, weights=weights, step=step, other=other, cache=wanted, kv_tokens=blocks * engine.block_size)
 
@@ -155,7 +156,7 @@ def layout_plan(
     parallel.check(subject.model)
     _possible(subject, parallel, cluster.device)
     node_ranks = node_ranks or max(placed.ranks)
-    ranks = _ranks(subject, parallel, cluster.device, max(placed.ranks), node_ranks)
+    ranks = ranks_memory(subject, parallel, cluster.device, gang_ranks=max(placed.ranks), node_ranks=node_ranks)
     kv_tokens = min(rank.kv_tokens for rank in ranks)
     longest, sequences = longest_sequence(subject.model, subject.engine), _concurrent(subject, kv_tokens, load)
     notes = []
@@ -212,7 +213,9 @@ def _concurrent(subject: Subject, kv_tokens: int, load: Workload) -> int:
     return min(subject.engine.max_batch_size, kv_tokens // block // -(-tokens // block))
 
 
-def _ranks(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, gang_ranks: int, node_ranks: int) -> tuple[RankMemory, ...]:
+def ranks_memory(
+    subject: Subject, parallel: Parallel, device: Gpu | HostModel, *, gang_ranks: int, node_ranks: int
+) -> tuple[RankMemory, ...]:
     """All ranks' memory; ranks of equal shards are counted once."""
     known: dict[tuple[object, ...], RankMemory] = {}
     found = []
@@ -387,10 +390,10 @@ def _error(subject: Subject, parallel: Parallel, device: GpuModel | HostModel, p
     return GPU_FIT.error if like and size and subject.engine.max_num_tokens >= RECORDED_TOKENS else None
 
 
-def _a(device: GpuModel | HostModel) -> str:
+def _a(device: Gpu | HostModel) -> str:
     if isinstance(device, HostModel):
         return "its share of the host"
-    return f"an {device.name}" if device.name[0] in "AHL" else f"a {device.name}"
+    return f"an {device.name}" if device.name[0] in "AHLNR" else f"a {device.name}"
 
 
 def _gb(count: int) -> str:

@@ -18,6 +18,7 @@ import msgspec
 import psutil
 
 from orchestrator.config import deployment_file as configs
+from orchestrator.config.engine_settings import AUTO
 from orchestrator.control.host.control_socket import connect
 from orchestrator.control.host.deployment import INTERRUPTED
 from orchestrator.control.launch.subprocesses import ChildProcess, adopt_orphans
@@ -66,6 +67,8 @@ def run(spec: JobSpec, place: JobPosition, env: Mapping[str, str]) -> int:
         hint = "--job-dir must be on a file system that all nodes share"
         raise EnvironmentFault(f"node {place.node} does not see {start / _TOKEN}", error.strerror or "", hint) from None
     config = configs.load(Path(spec.file), env=env).config
+    if config.launcher == AUTO:
+        config = msgspec.structs.replace(config, launcher="ray" if place.nodes > 1 else "local")
     if config.launcher == "local" and place.nodes > 1:
         hint = "launcher: ray, or submit with --nodes 1"
         raise ConfigError(f"launcher: local on {place.nodes} nodes", "without Ray the other nodes would idle", hint)
@@ -219,7 +222,7 @@ class FirstNode:
             if not (self._start / f"node-{index}.json").exists() else facts
             for index, facts in enumerate(others, 1)
         ]  # fmt: skip
-        wants_gpus = any(member.settings.device == "cuda" for model in self._config.models for member in model.members())
+        wants_gpus = any(gang.settings.device == "cuda" for model in self._config.models for gang in model.gangs())
         wants_ray = self._config.launcher == "ray"
         verdicts = job_preflight.judge([own, *unseen], offered=self._spec.offered, wants_gpus=wants_gpus, wants_ray=wants_ray)
         write_private(self._start / "preflight.json", msgspec.json.format(msgspec.json.encode(verdicts)) + b"\n")
@@ -244,6 +247,7 @@ class FirstNode:
     def _host(self, roll: RollCall, ray: RayNode | None) -> int:
         """`trireme up` from its start to its end, watched. ``ray`` None: the file's launcher is this node's own."""
         argv = [sys.executable, "-m", "trireme", "up", self._spec.file, "--name", self._name, "--run-dir", self._spec.jobs]
+        argv += ["--launcher", self._config.launcher]
         host = ChildProcess(argv, env=self._env, on_line=say)
         try:
             while host.wait(_POLL_S) is None:

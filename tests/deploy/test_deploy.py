@@ -25,7 +25,7 @@ import yaml
 
 from orchestrator.cli.main import app
 from orchestrator.config.deployment_file import Config, load
-from orchestrator.control.placement import NodeResources, RankShare, placement_request
+from orchestrator.planner.placement import NodeResources, RankShare, placement_request
 from workers.protocol.specs import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,9 +144,9 @@ def test_a_pod_serves_drains_and_ends_in_time(folder: str, tmp_path: Path) -> No
     selecting += [document["spec"]["podSelector"]["matchLabels"] for document in found if document["kind"] == "NetworkPolicy"]
     assert all(selector.items() <= labels for selector in selecting)
     assert workload["spec"]["serviceName"] == "trireme-pods"
-    world = sum(parallel.world for model in config.models for _, parallel in model.gangs())
+    world = sum(gang.layout.world for model in config.models for gang in model.gangs() if gang.layout)
     limits = container["resources"]["limits"]
-    assert config.models[0].settings.device == "cpu" or limits["nvidia.com/gpu"] == world
+    assert config.models[0].settings.device != "cuda" or limits["nvidia.com/gpu"] == world
     shm = next(volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm")
     assert shm["medium"] == "Memory" and container["resources"]["requests"]["memory"]
 
@@ -211,7 +211,7 @@ def test_the_gangs_fit_on_the_workers_of_a_ray_cluster(name: str) -> None:
     nodes = [NodeResources(address=f"10.0.0.{i}", cpus=cpus, gpus=gpus) for i in range(group["replicas"])]
     (model,) = config.models
     share = RankShare(cpus=model.cpus_per_rank, gpus=1.0)
-    (layout,) = {parallel for _, parallel in model.gangs()}
+    (layout,) = {gang.layout for gang in model.gangs()}
     assert layout == Parallel(tp=2, pp=2)
     placed = placement_request("r", layout, share, nodes, spread=model.spread)
     assert placed.strategy == "STRICT_SPREAD" and len(placed.ranks) * len(model.gangs()) == len(nodes)

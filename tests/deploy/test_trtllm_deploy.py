@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from orchestrator.config import deployment_file
-from orchestrator.control.placement import NodeResources, RankShare, placement_request
+from orchestrator.planner.placement import NodeResources, RankShare, placement_request
+from tests.support.hardware import decided
 from workers.protocol.specs import Parallel, TrtllmSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,11 +16,11 @@ IMAGE = ROOT / "deploy" / "docker" / "tensorrt-llm.Dockerfile"
 
 def test_the_example_puts_each_stage_on_a_node_of_its_own() -> None:
     model = deployment_file.load(ROOT / "deploy" / "examples" / "tensorrt-llm.yaml").config.models[0]
-    assert (model.engine, model.settings.device) == ("trtllm", "cuda") and isinstance(model.engine_spec(), TrtllmSpec)
-    [(name, parallel)] = model.gangs()
-    assert parallel == Parallel(tp=4, pp=2)
+    assert (model.engine, model.settings.device) == ("trtllm", "cuda") and isinstance(decided(model)[0].engine, TrtllmSpec)
+    [gang] = model.gangs()
+    assert gang.layout == Parallel(tp=4, pp=2)
     nodes = [NodeResources(address=f"10.0.0.{index}", cpus=32, gpus=4) for index in (1, 2)]
-    placement = placement_request(name, parallel, RankShare(cpus=model.cpus_per_rank, gpus=1.0), nodes, spread=model.spread)
+    placement = placement_request(gang.name, gang.layout, RankShare(cpus=model.cpus_per_rank, gpus=1.0), nodes, spread=model.spread)
     assert placement.ranks == (4, 4) and placement.strategy == "STRICT_SPREAD"
 
 

@@ -72,6 +72,7 @@ ILL = status([READY_ROW, LOST_ROW], error="tiny-1: rank 1 was killed", update=RO
 UPDATED = status([READY_ROW], update=UPDATE)
 FILE = "name: small\nmodels:\n  - name: tiny\n    path: tiny\n    engine: fake\n    tp_size: 2\n    replicas: 2\n"
 REFUSED = {"code": "not_found", "message": "no replica tiny-9", "hint": "there is tiny-0"}
+HARDWARE = {"nodes": [{"gpus": [], "memory": 16 << 30, "cores": 2}]}
 #: (what is typed, what the socket answers to ``status``, and to anything else).
 COMMANDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("status", WELL, {}),
@@ -83,8 +84,8 @@ COMMANDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("drain tiny-0", WELL, {}),
     ("drain small/tiny-0", WELL, {}),
     ("drain tiny-9", WELL, REFUSED),
-    ("update small.yaml --dry-run", WELL, {"update": ROLLING}),
-    ("update small.yaml", UPDATED, {"update": ROLLING}),
+    ("update small.yaml --dry-run", WELL, {"update": ROLLING, "hardware": HARDWARE}),
+    ("update small.yaml", UPDATED, {"update": ROLLING, "hardware": HARDWARE}),
     ("down", WELL, {}),
     ("down small --now", WELL, {}),
 ]

@@ -104,15 +104,20 @@ def open_source(artifact: Artifact, quant: Quant | None = None) -> Source:
     return QuantizedSource(source, artifact.model, quant)
 
 
-def _open_stored(artifact: Artifact) -> Source:
-    if artifact.kind == "gguf":
-        return gguf.GgufSource(gguf.GgufFile(artifact.path), artifact.model)
+def refuse_foreign(artifact: Artifact) -> None:
+    """Raises :class:`ArtifactError` for weights in a format that only TensorRT-LLM reads."""
     if artifact.foreign:
         raise ArtifactError(
             f"{artifact.path} is quantized with {artifact.quant.quant_algo}",
             "only TensorRT-LLM reads these weights",
             "use the unquantized model",
         )
+
+
+def _open_stored(artifact: Artifact) -> Source:
+    if artifact.kind == "gguf":
+        return gguf.GgufSource(gguf.GgufFile(artifact.path), artifact.model)
+    refuse_foreign(artifact)
     if artifact.kind == "huggingface":
         return hf.HuggingFaceSource(artifact.path, artifact.model)
     return CheckpointSource(read_checkpoint(artifact.path))

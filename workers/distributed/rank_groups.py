@@ -14,15 +14,12 @@ import torch
 from workers.distributed.agreement import all_or_none
 from workers.distributed.group import Group, Solo
 from workers.protocol.errors import ConfigError, EnvironmentFault
-from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import GPU_MIN_CAPABILITY, EngineSpec, Parallel, ReplicaSpec
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
     from workers.distributed.nccl_group import NcclWorld
-
-#: Compute capability from which the kernels run: bf16 on tensor cores.
-MIN_CAPABILITY = (8, 0)
 
 
 class RankGroups(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,20 +100,21 @@ def choose_gpu(engine: EngineSpec, host_rank: int, host_ranks: int) -> torch.dev
     torch.cuda.set_device(host_rank)
     device = torch.device("cuda", host_rank)
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    if capability < GPU_MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"{name} is too old", f"compute capability {capability[0]}.{capability[1]}, 8.0 is needed", "use --device cpu")
     return device
 
 
 def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.Comm, ordered: bool) -> RankContext:
-    from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
-
     parallel, rank, host_rank, count = spec.parallel, comm.Get_rank(), host.Get_rank(), host.Get_size()
     with all_or_none(comm):
         device = choose_gpu(spec.engine, host_rank, count)
         # Memory that all members map needs direct access between their GPUs.
         direct = all(torch.cuda.can_device_access_peer(host_rank, other) for other in range(count) if other != host_rank)
+    # Triton is imported only once there is a GPU for every rank: without one there may be no Triton either.
+    from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
+
     all_direct = int(world.all_gather(torch.tensor([direct and count == comm.Get_size()], dtype=torch.int64)).min())
     with all_or_none(comm):
         nccl = NcclWorld.join(comm, device, one_host=count == comm.Get_size())

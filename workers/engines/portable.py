@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -198,7 +199,8 @@ def build(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> PortableEngine | Por
         followers: MpiFollowers | None = MpiFollowers(plans, results, world=world, tp=tp)
     else:
         followers = None
-    artifact, folder = built.artifact, built.artifact.tokenizer_dir
+    artifact = built.artifact
+    folder = Path(spec.tokenizer) if spec.tokenizer else artifact.tokenizer_dir
     guides = None if folder is None else compiler(folder / "tokenizer.json", artifact.model.vocab_size, artifact.eos_ids)
     capacity = msgspec.structs.replace(built.capacity, guided=guides is not None)
     scheduler = Scheduler(

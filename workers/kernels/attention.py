@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import early, enter
-from workers.kernels.step_layout import HEAD_DIMS, PART_WORDS, TILE_ROWS, TILE_WORDS, DeviceLayout
+from workers.kernels.step_layout import PART_WORDS, TILE_ROWS, TILE_WORDS, DeviceLayout
+from workers.protocol.specs import GPU_HEAD_DIMS
 
 #: exp(x) = exp2(LOG2E * x).
 _LOG2E = 1.4426950408889634
@@ -220,8 +221,8 @@ def paged_attention(
     """
     tokens, heads, dim = query.shape
     block, kv = cache.shape[1], cache.shape[2] // 2
-    if dim not in HEAD_DIMS:
-        raise ValueError(f"head dimension {dim} is not one of {HEAD_DIMS}")
+    if dim not in GPU_HEAD_DIMS:
+        raise ValueError(f"head dimension {dim} is not one of {GPU_HEAD_DIMS}")
     out = torch.empty(tokens, heads * dim, dtype=query.dtype, device=query.device)
     tables = layout.paging.tables
     parts, tiles = len(layout.parts), len(layout.tiles)

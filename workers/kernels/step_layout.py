@@ -23,8 +23,6 @@ from torch import Tensor
 
 from workers.kernels.reference import Ints, token_positions
 
-#: Head dimensions that the kernels support.
-HEAD_DIMS = (16, 32, 64, 128, 256)
 #: Rows of the product of one tile: query tokens times the query heads that share a key/value head.
 TILE_ROWS = 128
 #: Programs over which decodes are spread when there are too few sequences to fill the GPU: four on each of an H100's 132 multiprocessors.

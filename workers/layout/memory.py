@@ -9,7 +9,7 @@ from __future__ import annotations
 from workers.layout.quant_parts import FORMAT_BYTES, Format, quantized, stored_tensors
 from workers.layout.sharding import Shard, shares_embedding
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
+from workers.protocol.specs import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, PortableSpec, Quant
 
 #: Default share of a host's free memory for the caches of all its ranks together; and its upper limit, bytes.
 FREE_SHARE = 0.25
@@ -40,8 +40,15 @@ def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: Engine
 
 
 def longest_sequence(model: ModelSpec, engine: EngineSpec) -> int:
-    """Tokens of the longest sequence that a replica takes."""
-    return min(engine.max_seq_len or model.max_position, model.max_position)
+    """Tokens of the longest sequence that a replica takes. Raises :class:`ConfigError` where more are asked for than the model has
+    positions: it was never trained on those."""
+    if engine.max_seq_len > model.max_position:
+        raise ConfigError(
+            f"max_seq_len: {engine.max_seq_len} is more than the model's context",
+            f"the model has {model.max_position} positions",
+            f"use {model.max_position} or less, or leave it out",
+        )
+    return engine.max_seq_len or model.max_position
 
 
 def kv_format(engine: EngineSpec, quant: Quant) -> Format:
@@ -64,29 +71,54 @@ def step_bytes(model: ModelSpec, shard: Shard, engine: EngineSpec) -> int:
     return token * engine.max_num_tokens + logits
 
 
-def cache_budget(model: ModelSpec, shard: Shard, engine: EngineSpec, *, free: int, host_ranks: int) -> int:
-    """Bytes that the cache of this rank may take of ``free`` bytes, counted with the weights in place.
+def cache_room(model: ModelSpec, shard: Shard, engine: EngineSpec, *, free: int, total: int, host_ranks: int) -> int:
+    """Most bytes that a cache of this rank can have of ``free`` bytes, counted with the weights in place. ``total``: of the device.
 
-    On a GPU: all but a step's tensors and ``GPU_RESERVE``. On a CPU: the default share of the host, divided by its ``host_ranks``.
+    On a GPU: all but a step's tensors and ``GPU_RESERVE``, or what ``gpu_memory_utilization`` leaves unused where that is more. On a CPU:
+    the rank's share of what is free, of ``host_ranks``.
     """
     if engine.device == "cuda":
-        return max(0, free - step_bytes(model, shard, engine) - GPU_RESERVE)
-    return int(min(free * FREE_SHARE, HOST_CAP)) // host_ranks
+        unused = int(total * (1.0 - engine.options.gpu_memory_utilization)) if isinstance(engine, PortableSpec) else 0
+        return max(0, free - step_bytes(model, shard, engine) - max(GPU_RESERVE, unused))
+    return max(0, free) // host_ranks
+
+
+def cache_budget(engine: EngineSpec, room: int, host_ranks: int) -> int:
+    """Bytes that the cache of this rank takes where nothing is said: on a GPU all of its ``room``; on a CPU the default share of the
+    host, divided by its ``host_ranks``."""
+    return room if engine.device == "cuda" else min(int(room * FREE_SHARE), HOST_CAP // host_ranks)
 
 
 def blocks_that_fit(model: ModelSpec, shard: Shard, engine: EngineSpec, form: Format, budget: int) -> int:
     """Blocks that this rank can hold: as many as ``kv_tokens`` or ``kv_bytes`` (of this rank) say, else as fit ``budget`` bytes.
 
-    Raises :class:`ConfigError` if not even one block fits.
+    Raises :class:`ConfigError` if not even one block fits, or if what is asked for cannot hold one request of the longest kind.
     """
-    each = block_bytes(model, shard, engine, form)
-    if engine.kv_tokens:
-        return -(-engine.kv_tokens // engine.block_size)
-    budget = engine.kv_bytes or budget
+    each, size = block_bytes(model, shard, engine, form), engine.block_size
+    blocks = -(-engine.kv_tokens // size) if engine.kv_tokens else engine.kv_bytes // each
+    if (engine.kv_tokens or engine.kv_bytes) and blocks * size < (longest := longest_sequence(model, engine)):
+        asked = f"kv_tokens: {engine.kv_tokens}" if engine.kv_tokens else f"kv_bytes: {engine.kv_bytes}"
+        raise ConfigError(
+            f"{asked} cannot hold one request",
+            f"that is {blocks * size} tokens; a request may have {longest}",
+            f"raise it ({longest} tokens are {-(-longest // size) * each} bytes of a rank), or set a smaller max_seq_len",
+        )
+    if blocks:
+        return blocks
     if budget < each:
         raise ConfigError(
             f"{budget} bytes of KV cache hold no block of {each} bytes",
-            "too little free memory or kv_bytes too small",
-            "raise kv_bytes, or lower block_size",
+            "too little memory is free",
+            "free some, use more ranks, or lower block_size",
         )
     return budget // each
+
+
+def check_room(blocks: int, each: int, room: int) -> None:
+    """Raises :class:`ConfigError` for a cache of ``blocks`` of ``each`` bytes on a rank that has ``room`` bytes for it."""
+    if blocks * each > room:
+        raise ConfigError(
+            f"a KV cache of {blocks * each / 1e9:.1f} GB does not fit",
+            f"{room / 1e9:.1f} GB are left for it on this rank, beside the weights",
+            "lower kv_tokens (or kv_bytes), or use more ranks",
+        )

@@ -30,6 +30,9 @@ TERM_GRACE_S = 20.0
 DTYPE_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 #: The same formats as TensorRT-LLM's ``QuantAlgo`` names them.
 QUANT_ALGOS: dict[QuantName, str] = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8_PER_CHANNEL_PER_TOKEN"}
+#: What the kernels of the portable engine run on: sizes of an attention head, and the least compute capability (bf16 on tensor cores).
+GPU_HEAD_DIMS = (16, 32, 64, 128, 256)
+GPU_MIN_CAPABILITY = (8, 0)
 #: Weights along the input axis that share a scale, where an output row has several.
 GROUP_SIZES = (32, 64, 128)
 
@@ -182,16 +185,13 @@ def quant_of(name: QuantName, group_size: int | None = None) -> Quant:
     )
 
 
-class CommonEngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of every engine: how one replica runs a model. Sizes: tokens, sequences, bytes.
+class EngineBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of every engine whose defaults suit every device. Sizes: tokens, bytes.
 
     ``kv_tokens`` = 0 means: as many as ``kv_bytes`` holds; ``kv_bytes`` = 0 too means the engine's default share of free memory.
     ``max_seq_len`` = 0 means the model's own context.
     """
 
-    dtype: DType = "fp32"
-    max_batch_size: int = 64
-    max_num_tokens: int = 256
     max_seq_len: int = 0
     kv_tokens: int = 0
     kv_bytes: int = 0
@@ -201,28 +201,50 @@ class CommonEngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     fixed_shape: bool = False
     wait: WaitPolicy = "hybrid"
     threads: int = 1
-    device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        _require(1 <= self.max_batch_size <= 4096, f"max_batch_size must be in 1..4096, got {self.max_batch_size}")
-        _require(
-            self.max_num_tokens >= self.max_batch_size,
-            f"max_num_tokens ({self.max_num_tokens}) is below max_batch_size ({self.max_batch_size})",
-            "one step must be able to hold one token of every sequence",
-            "raise max_num_tokens or lower max_batch_size",
-        )
         _require(self.block_size in (8, 16, 32, 64, 128), f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}")
         for name in ("max_seq_len", "kv_tokens", "kv_bytes"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative")
         _require(self.threads >= 1, "threads must be at least 1")
 
 
+def check_step_limits(max_batch_size: int, max_num_tokens: int) -> None:
+    """Raises :class:`ConfigError` for limits of a step that cannot be. ``max_batch_size``: sequences; ``max_num_tokens``: tokens."""
+    _require(1 <= max_batch_size <= 4096, f"max_batch_size must be in 1..4096, got {max_batch_size}")
+    _require(
+        max_num_tokens >= max_batch_size,
+        f"max_num_tokens ({max_num_tokens}) is below max_batch_size ({max_batch_size})",
+        "one step must be able to hold one token of every sequence",
+        "raise max_num_tokens or lower max_batch_size",
+    )
+
+
+class CommonEngineSpec(EngineBase, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of every engine: how one replica runs a model. Sizes: tokens, sequences, bytes."""
+
+    dtype: DType = "fp32"
+    max_batch_size: int = 64
+    max_num_tokens: int = 256
+    device: Device = "cpu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_step_limits(self.max_batch_size, self.max_num_tokens)
+
+
 class PortableOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of the portable engine alone. ``load_format`` ``dummy``: random weights for the artifact's shape, which then needs no files
-    of weights. ``quant``: quantize plain weights while loading them; None = as the artifact has them."""
+    of weights. ``quant``: quantize plain weights while loading them; None = as the artifact has them. ``gpu_memory_utilization``: the share
+    of a GPU's whole memory that may be in use, by whomever; a reserve stays free in any case (:mod:`workers.layout.memory`)."""
 
     load_format: Literal["auto", "dummy"] = "auto"
     quant: QuantName | None = None
+    gpu_memory_utilization: float = 1.0
+
+    def __post_init__(self) -> None:
+        share = self.gpu_memory_utilization
+        _require(0.0 < share <= 1.0, f"gpu_memory_utilization must be above 0 and at most 1, got {share}", "it is a share", "0.9 is usual")
 
 
 class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -265,6 +287,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """All that rank 0 needs to run one replica; the launcher writes it as JSON (mode 0600), other ranks get it over MPI.
 
     ``epoch`` = launch time in ms * 2**16 + 16 random bits, made by the launcher (:mod:`workers.epoch`): larger = newer.
+    ``tokenizer``: a folder with ``tokenizer.json``; empty = the artifact's own.
     ``run_dir``: where rank 0 writes ``state.json`` and each rank its ``rank<N>.log``; empty = log to stderr, no state file.
     ``key_file``: this replica's CURVE key pair (JSON: public, secret), needed for ``tcp://`` routers only.
     ``drain_grace_s``: how long sequences may go on after SIGTERM; the rest continues elsewhere. ``announced``: its name towards routers
@@ -274,6 +297,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     name: str
     model: str
     artifact: str
+    tokenizer: str = ""
     epoch: int = 0
     parallel: Parallel = Parallel()
     engine: EngineSpec = PortableSpec()

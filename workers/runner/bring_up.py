@@ -18,18 +18,17 @@ from workers.artifacts.artifact import Artifact, open_artifact, quant_for
 from workers.distributed.agreement import all_or_none
 from workers.distributed.group import Waiter
 from workers.distributed.rank_groups import RankContext
-from workers.kernels.step_layout import HEAD_DIMS
-from workers.layout.memory import blocks_that_fit, cache_budget, kv_format, longest_sequence
+from workers.layout.memory import block_bytes, blocks_that_fit, cache_budget, cache_room, check_room, kv_format, longest_sequence
 from workers.layout.quant_parts import unit_of
 from workers.layout.sharding import Shard, shard_of
 from workers.models.decoder import DecoderStage
 from workers.models.layers import TORCH
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import Capacity, SamplingParams
-from workers.protocol.specs import EngineSpec, ModelSpec, Quant, ReplicaSpec
+from workers.protocol.specs import GPU_HEAD_DIMS, EngineSpec, ModelSpec, Quant, ReplicaSpec
 from workers.runner.cpu_runner import CpuRunner
 from workers.runner.device import CudaDevice, pin_numerics
-from workers.runner.kv_cache import KvCache, fewest_blocks, free_bytes
+from workers.runner.kv_cache import KvCache, device_memory, fewest_blocks
 from workers.runner.step_results import PlanRunner
 from workers.runner.weights import fill, fill_dummy, load_shards, verify_shard
 from workers.scheduler.step_plan import OpenSlot, StepPlan, column
@@ -64,8 +63,8 @@ def compute_dtype(engine: EngineSpec, model: ModelSpec) -> torch.dtype:
         ConfigError: this machine cannot compute the model in it. Another launch would fail in the same way.
     """
     if engine.device == "cuda":
-        if model.head_dim not in HEAD_DIMS:
-            known = ", ".join(map(str, HEAD_DIMS))
+        if model.head_dim not in GPU_HEAD_DIMS:
+            known = ", ".join(map(str, GPU_HEAD_DIMS))
             raise ConfigError(f"head_dim {model.head_dim} is not possible on a GPU", f"its kernels take {known}", "use --device cpu")
         return _DTYPES[engine.dtype]
     if engine.dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -98,10 +97,12 @@ def bring_up(spec: ReplicaSpec, context: RankContext) -> BuiltRank:
             stage = _load(spec, context, artifact, shard, dtype, quant)
         max_seq_len, form = longest_sequence(artifact.model, engine), kv_format(engine, quant)
         with all_or_none(context.comm):
-            free = free_bytes(context.device)
-            budget = cache_budget(artifact.model, shard, engine, free=free, host_ranks=context.host_ranks)
+            free, total = device_memory(context.device)
+            room = cache_room(artifact.model, shard, engine, free=free, total=total, host_ranks=context.host_ranks)
+            budget = cache_budget(engine, room, context.host_ranks)
             log.info("memory: %.2f GB free with the weights in place, at most %.2f GB of it for the cache", free / 1e9, budget / 1e9)
             fitting = blocks_that_fit(artifact.model, shard, engine, form, budget)
+            check_room(fitting, block_bytes(artifact.model, shard, engine, form), room)
         blocks = fewest_blocks(world, fitting)
         with all_or_none(context.comm):
             cache = KvCache(artifact.model, shard, blocks=blocks, block_size=engine.block_size, dtype=TORCH[form], device=stage.device)

@@ -17,12 +17,13 @@ from workers.layout.sharding import Shard
 from workers.protocol.specs import ModelSpec
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are free now on ``device``, or on this host where the device is the CPU."""
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes that are free now, bytes in all) on ``device``, or on this host where the device is the CPU."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        memory = psutil.virtual_memory()
+        return int(memory.available), int(memory.total)
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info(device)
 
 
 def fewest_blocks(group: Group, blocks: int) -> int:

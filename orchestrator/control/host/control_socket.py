@@ -20,6 +20,7 @@ import msgspec
 
 from orchestrator.config.deployment_file import DEFAULT_RUN_DIR, Config
 from orchestrator.control.launch.subprocesses import alive
+from orchestrator.planner.automatic import ClusterHardware
 from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, TriremeError, from_code
 from workers.protocol.messages import Capacity
 from workers.protocol.specs import RouterAddress
@@ -118,9 +119,10 @@ class UpdateCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ControlCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A request. ``drain``: replace the replica ``name`` gracefully; ``down``: stop everything, ``now`` without a grace."""
+    """A request. ``drain``: replace the replica ``name`` gracefully; ``down``: stop everything, ``now`` without a grace; ``hardware``: what
+    the replicas run on, from which automatic settings are decided."""
 
-    do: Literal["status", "drain", "down", "update"]
+    do: Literal["status", "drain", "down", "update", "hardware"]
     name: str = ""
     now: bool = False
     update: UpdateCommand | None = None
@@ -131,6 +133,7 @@ class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
 
     status: DeploymentStatus | None = None
     update: UpdateReport | None = None
+    hardware: ClusterHardware | None = None
     code: str = ""
     message: str = ""
     hint: str = ""
@@ -224,6 +227,12 @@ class ControlClient:
         answer = self._ask(ControlCommand(do="status"))
         assert answer.status is not None
         return answer.status
+
+    def hardware(self) -> ClusterHardware:
+        """What the replicas run on. Raises :class:`Rejected` before that is known."""
+        answer = self._ask(ControlCommand(do="hardware"))
+        assert answer.hardware is not None
+        return answer.hardware
 
     def drain(self, replica: str) -> None:
         """Have one replica finish, leave, and be launched anew. Raises :class:`NotFound` for one that does not run."""

@@ -10,10 +10,13 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import msgspec
 
 from orchestrator.auth.keyring import KeyRing
-from orchestrator.config.deployment_file import Config, environment
+from orchestrator.config.deployment_file import Config, RayConfig, environment
+from orchestrator.config.engine_settings import AUTO
 from orchestrator.control.controller import TICK_S
 from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import (
@@ -33,6 +36,7 @@ from orchestrator.control.host.own_routers import OwnRouters
 from orchestrator.control.host.replica_source import FAREWELL_S, ExternalReplicas, OwnReplicas, ReplicaSource
 from orchestrator.control.host.router_source import RouterSource
 from orchestrator.control.host.status_table import HostFacts
+from orchestrator.control.launch import ray_cluster
 from orchestrator.files import make_private
 from workers.artifacts.convert import Progress, silent
 from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, TriremeError
@@ -60,6 +64,8 @@ class Deployment:
         self, config: Config, *, replicas: ReplicaSource | None = None, notify: Notify = log_notice, progress: Progress = silent,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        if replicas is None:
+            config = choose_launcher(config, environment(), notify)
         self._config, self._notify, self._progress, self._on_turn = config, notify, progress, on_turn
         self._run_folder = config.home
         self._started_at = time.time()
@@ -119,7 +125,7 @@ class Deployment:
             check_port(config.http)
             self._check_api_keys()
         keys = KeyRing(self._run_folder / "keys")
-        models = [self._replicas.resolve(model, self._follow_progress) for model in config.models]
+        models = self._replicas.resolve(config.models, self._follow_progress)
         for model in models:
             self._notify(Notice(kind="model", subject=model.config.name, text=str(model.source)))
         if external is not None:
@@ -129,7 +135,8 @@ class Deployment:
         self._check_stop()
         endpoints = external.endpoints if external is not None else deployment_plan.own_endpoints(config, keys, reachable_at)
         plan = deployment_plan.plan(config, models, keys, endpoints)
-        self._desired = DesiredState(config, plan.gangs, deployment_plan.model_cards(models), endpoints, keys)
+        cards = deployment_plan.model_cards(models)
+        self._desired = DesiredState(config, plan.gangs, cards, endpoints, keys, self._replicas.hardware)
         self._routers = external or OwnRouters(plan.routers, make_private(self._run_folder / "routers"), env=environment(), keys=keys)
         self._routers.start()
         self._replicas.apply(plan.gangs)
@@ -243,6 +250,10 @@ class Deployment:
                 self.stop(now=command.now)
             case "update":
                 return ControlReply(update=self._begin_update(command.update))
+            case "hardware":
+                if self._desired is None:
+                    raise Rejected(f"{self.config.name} is {self.status().state}", "what it runs on is not known yet", "wait")
+                return ControlReply(hardware=self._desired.hardware)
         return ControlReply(status=self.status())
 
     def _begin_update(self, command: UpdateCommand | None) -> UpdateReport:
@@ -266,7 +277,7 @@ def up(
 
     Must run in the main thread. Raises ConfigError, ArtifactError or EnvironmentFault when it cannot start; then nothing is left running.
     """
-    replicas = ExternalReplicas(config) if routers_only else OwnReplicas(config, notify)
+    replicas = ExternalReplicas(config) if routers_only else None
     deployment = Deployment(config, replicas=replicas, notify=notify, progress=progress, on_turn=on_turn)
     before = {number: signal.signal(number, lambda *_: deployment.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -274,3 +285,20 @@ def up(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def choose_launcher(config: Config, env: Mapping[str, str], notify: Notify) -> Config:
+    """The launcher of a configuration that leaves it open: Ray where a cluster is to be joined or one of our own is described, else this
+    host. ``notify`` is told which, and why."""
+    if config.launcher != AUTO:
+        return config
+    if address := ray_cluster.running(config.ray, env):
+        text, ray = f"launcher ray (a cluster is at {address})", msgspec.structs.replace(config.ray, address=address)
+        config = msgspec.structs.replace(config, launcher="ray", ray=ray)
+    elif config.ray != RayConfig():
+        text, config = "launcher ray (the file describes one)", msgspec.structs.replace(config, launcher="ray")
+    else:
+        why = "RAY_ADDRESS is not set, and no Ray was started on this host"
+        text, config = f"launcher local ({why})", msgspec.structs.replace(config, launcher="local")
+    notify(Notice(kind="settings", subject=config.name, text=text))
+    return config

@@ -15,14 +15,16 @@ import msgspec
 from orchestrator.auth.curve_acl import Role
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig
+from orchestrator.config.engine_settings import GangRequest, StepLimits
 from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
 from orchestrator.control.launch.launcher import GangSpec
-from orchestrator.control.placement import RankShare
 from orchestrator.files import write_private
 from orchestrator.model_store import locate, no_tokenizer, resolve
-from workers.artifacts.artifact import open_artifact
+from orchestrator.planner.automatic import ClusterHardware, GangDecision, ModelDescription, decide
+from orchestrator.planner.placement import RankShare
+from workers.artifacts.artifact import open_artifact, quant_for, refuse_foreign
 from workers.artifacts.convert import Progress
-from workers.engines.trtllm.engine_dir import is_engine_dir
+from workers.engines.trtllm.engine_dir import EngineDir, is_engine_dir
 from workers.engines.trtllm.model import open_model
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import TERM_GRACE_S, EngineSpec, Parallel, ReplicaSpec, RouterAddress
@@ -65,28 +67,75 @@ class RouterEndpoints(msgspec.Struct, frozen=True, kw_only=True):
     key: str = ""
 
 
-def resolve_model(config: ModelConfig, cache: Path, progress: Progress) -> ServedModel:
-    """Fetch and convert what the replicas need. Raises ConfigError for an impossible layout, and what ``models.resolve`` raises."""
+def decide_settings(models: Sequence[ModelConfig], hardware: ClusterHardware, cache: Path, progress: Progress) -> list[GangDecision]:
+    """Fetch the models and decide all automatic settings of their replicas, in the file's order. Raises as
+    :func:`orchestrator.planner.automatic.decide` and :func:`orchestrator.model_store.locate` do."""
+    requests = [request for model in models for request in model.gangs()]
+    return decide([(request, _describe(request, cache, progress)) for request in requests], hardware)
+
+
+def _describe(request: GangRequest, cache: Path, progress: Progress) -> ModelDescription:
+    """What the files of a replica's model say, without a look at its weights."""
+    if request.engine == "fake":
+        return ModelDescription()
+    path = locate(_source(request.path), cache, progress)
+    model = open_model(path) if request.engine == "trtllm" else open_artifact(path, weights_optional=_bare(request))
+    if isinstance(model, EngineDir):
+        built = StepLimits(max_batch_size=model.max_batch_size, max_num_tokens=model.max_num_tokens)
+        return ModelDescription(built=built, layout=model.parallel)
+    if request.engine == "portable":
+        refuse_foreign(model)
+    quant = quant_for(model, request.settings.portable.quant)
+    return ModelDescription(shape=model.model, quant=quant, dtype=model.dtype)
+
+
+def prepare_models(models: Sequence[ModelConfig], hardware: ClusterHardware, cache: Path, progress: Progress) -> list[ServedModel]:
+    """Fetch, decide and convert: :func:`decide_settings`, then :func:`resolve_models`."""
+    return resolve_models(models, decide_settings(models, hardware, cache, progress), cache, progress)
+
+
+def resolve_models(models: Sequence[ModelConfig], decisions: Sequence[GangDecision], cache: Path, progress: Progress) -> list[ServedModel]:
+    """Convert what the replicas need. ``decisions``: of :func:`decide_settings` for the same models. Raises ConfigError for an impossible
+    layout, and what ``models.resolve`` raises."""
+    return [_resolve(model, [each for each in decisions if each.request.model == model.name], cache, progress) for model in models]
+
+
+def _resolve(config: ModelConfig, decisions: Sequence[GangDecision], cache: Path, progress: Progress) -> ServedModel:
     chat_template = _chat_template(config)
+    tokenizer = _own_tokenizer(config, cache, progress)
     gangs = []
-    for (name, parallel), member in zip(config.gangs(), config.members(), strict=True):
+    for each in decisions:
         try:
-            artifact = _artifact(member, parallel, cache, progress)
+            artifact = _artifact(each, cache, progress)
         except ConfigError as error:
-            raise ConfigError(f"replica {name}: {error.what}", error.why, error.hint) from None
-        gangs.append(GangArtifact(name=name, parallel=parallel, artifact=str(artifact), engine=member.engine_spec()))
-    tokenizer = _first_tokenizer([Path(gang.artifact) for gang in gangs])
-    return ServedModel(config=config, source=_source(config), tokenizer=str(tokenizer), chat_template=chat_template, gangs=tuple(gangs))
+            raise ConfigError(f"replica {each.request.name}: {error.what}", error.why, error.hint) from None
+        gangs.append(GangArtifact(name=each.request.name, parallel=each.parallel, artifact=str(artifact), engine=each.engine))
+    if tokenizer is None:
+        tokenizer = _first_tokenizer([Path(gang.artifact) for gang in gangs])
+    source = _source(config.path or config.name)
+    return ServedModel(config=config, source=source, tokenizer=str(tokenizer), chat_template=chat_template, gangs=tuple(gangs))
 
 
 def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> ServedModel:
-    """The model as routers alone need it, without gangs. Only a GGUF is converted for it, once. Raises as :func:`resolve_model`."""
-    chat_template = _chat_template(config)
-    path = locate(_source(config), cache, progress)
-    if path.is_file():
-        path = resolve(path, parallel=Parallel(), dtype=config.settings.dtype, cache=cache, progress=progress)
-    tokenizer = _first_tokenizer([path])
-    return ServedModel(config=config, source=_source(config), tokenizer=str(tokenizer), chat_template=chat_template, gangs=())
+    """The model as routers alone need it, without gangs. Only a GGUF is converted for it, once. Raises as :func:`resolve_models`."""
+    chat_template, source = _chat_template(config), _source(config.path or config.name)
+    tokenizer = _own_tokenizer(config, cache, progress)
+    if tokenizer is None:
+        path = locate(source, cache, progress)
+        if path.is_file():
+            path = resolve(path, parallel=Parallel(), dtype=None, cache=cache, progress=progress)
+        tokenizer = _first_tokenizer([path])
+    return ServedModel(config=config, source=source, tokenizer=str(tokenizer), chat_template=chat_template, gangs=())
+
+
+def _own_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> Path | None:
+    """The folder that the configuration names for the tokenizer; None where it names none. Raises :class:`ArtifactError`."""
+    if not config.tokenizer:
+        return None
+    path = locate(_source(config.tokenizer), cache, progress)
+    if not (path / "tokenizer.json").is_file():
+        raise no_tokenizer(path)
+    return path
 
 
 def _chat_template(config: ModelConfig) -> str:
@@ -104,23 +153,27 @@ def _first_tokenizer(artifacts: Sequence[Path]) -> Path:
     return tokenizer
 
 
-def _source(config: ModelConfig) -> str:
+def _source(name: str) -> str:
     """What the configuration names: a model's name, or an absolute path."""
-    path = Path(config.path or config.name).expanduser()
-    return str(path.absolute()) if path.exists() else config.path or config.name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
-def _artifact(config: ModelConfig, parallel: Parallel, cache: Path, progress: Progress) -> Path:
-    """What the ranks of one gang load; ``config``: the model as this gang runs it."""
-    source = _source(config)
-    if config.engine == "trtllm":  # an engine folder, or weights that TensorRT-LLM splits by itself
+def _bare(request: GangRequest) -> bool:
+    """Whether the weights are not read."""
+    return request.settings.portable.load_format == "dummy"
+
+
+def _artifact(gang: GangDecision, cache: Path, progress: Progress) -> Path:
+    """What the ranks of one gang load."""
+    source, engine = _source(gang.request.path), gang.request.engine
+    if engine == "trtllm":  # an engine folder, or weights that TensorRT-LLM splits by itself
         return open_model(locate(source, cache, progress)).path
-    if config.engine == "fake" and _tokens_only(Path(source)):
+    if engine == "fake" and _tokens_only(Path(source)):
         return Path(source)
     # The fake engine has no weights to split: any layout of any model will do.
-    layout = Parallel() if config.engine == "fake" else parallel
-    bare = config.settings.portable.load_format == "dummy"
-    return resolve(source, parallel=layout, dtype=config.settings.dtype, cache=cache, bare=bare, progress=progress)
+    layout = Parallel() if engine == "fake" else gang.parallel
+    return resolve(source, parallel=layout, dtype=gang.engine.dtype, cache=cache, bare=_bare(gang.request), progress=progress)
 
 
 def _tokens_only(path: Path) -> bool:
@@ -234,6 +287,7 @@ def _gang(config: Config, model: ServedModel, gang: GangArtifact, endpoints: Rou
         name=gang.name,
         model=model.config.name,
         artifact=gang.artifact,
+        tokenizer=model.tokenizer if model.config.tokenizer else "",
         parallel=gang.parallel,
         engine=gang.engine,
         routers=endpoints.addresses,

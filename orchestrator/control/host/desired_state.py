@@ -15,6 +15,7 @@ from orchestrator.control.host.deployment_plan import RouterEndpoints, admit
 from orchestrator.control.host.update import Update
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.reconciler import ReplicaView
+from orchestrator.planner.automatic import ClusterHardware
 from workers.artifacts.convert import silent
 from workers.protocol.errors import Rejected
 
@@ -23,13 +24,16 @@ class DesiredState:
     """``config`` and ``gangs`` are in force: during an update the new configuration, and every gang that may have processes; the old
     ones again when the update is taken back.
 
-    ``model_cards``: what the routers know of the models; ``endpoints``: how replicas reach the routers.
+    ``model_cards``: what the routers know of the models; ``endpoints``: how replicas reach the routers; ``hardware``: what replicas run on,
+    as it was before the first one took some of it.
     """
 
     def __init__(
-        self, config: Config, gangs: list[GangSpec], model_cards: Sequence[ModelCard], endpoints: RouterEndpoints, keys: KeyRing
-    ) -> None:
+        self, config: Config, gangs: list[GangSpec], model_cards: Sequence[ModelCard], endpoints: RouterEndpoints, keys: KeyRing,
+        hardware: ClusterHardware,
+    ) -> None:  # fmt: skip
         self.config, self.gangs, self.model_cards, self.endpoints = config, gangs, tuple(model_cards), endpoints
+        self.hardware = hardware
         self._keys = keys
         self._update: Update | None = None
         # Whether the controller has the gangs that the update wants now.
@@ -41,8 +45,9 @@ class DesiredState:
         if self._update is not None and self._updating:
             raise Rejected("an update is under way", self._update.report().doing, "trireme status tells how far it is")
         update = Update(
-            self.config, order, self.gangs, self.model_cards, views, endpoints=self.endpoints, keys=self._keys, now=now, progress=silent
-        )
+            self.config, order, self.gangs, self.model_cards, views, endpoints=self.endpoints, keys=self._keys, hardware=self.hardware,
+            now=now, progress=silent,
+        )  # fmt: skip
         if not order.dry_run:
             admit(self._keys, update.all_gangs, self.endpoints)  # the keys of new replicas
             self._update = update

@@ -19,7 +19,7 @@ log = logging.getLogger("trireme.deployment")
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened. ``seconds``: how long it took."""
 
-    kind: Literal["model", "ray", "router", "replica", "join", "ready", "update", "warning", "stopping", "stopped"]
+    kind: Literal["settings", "model", "ray", "router", "replica", "join", "ready", "update", "warning", "stopping", "stopped"]
     subject: str
     text: str
     seconds: float = 0.0

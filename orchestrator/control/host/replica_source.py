@@ -9,22 +9,28 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from orchestrator.config.deployment_file import Config, ModelConfig, environment
+from orchestrator.config.engine_settings import GangRequest
 from orchestrator.control.controller import TICK_S, Controller, Hung
-from orchestrator.control.host import join_file
+from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import DeploymentStatus
-from orchestrator.control.host.deployment_plan import ServedModel, resolve_model, resolve_tokenizer
+from orchestrator.control.host.deployment_plan import ServedModel
 from orchestrator.control.host.notices import Notice, Notify
 from orchestrator.control.host.router_source import RouterSource
 from orchestrator.control.host.status_table import HostFacts, describe, describe_routers_only
+from orchestrator.control.launch import node_hardware, ray_cluster
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.launch.mpiexec import MpiInstall, find_mpi
 from orchestrator.control.launch.supervisor import sweep
 from orchestrator.control.reconciler import ReplicaView, RestartPolicy
 from orchestrator.files import make_private
+from orchestrator.planner.automatic import ClusterHardware, GangDecision, NodeHardware
 from workers.artifacts.convert import Progress
 from workers.protocol.errors import ConfigError, EnvironmentFault, Rejected, ReplicaLost
+from workers.protocol.specs import Parallel
 
 #: After the grace: time for the last messages, kills and the proof that nothing is left, seconds.
 FAREWELL_S = 15.0
@@ -48,8 +54,13 @@ class ReplicaSource(Protocol):
     def check(self) -> None:
         """Raises :class:`ConfigError` or :class:`EnvironmentFault` for what can never work on this host."""
 
-    def resolve(self, model: ModelConfig, progress: Progress) -> ServedModel:
-        """The files of a model that this host needs. Raises what :mod:`orchestrator.model_store` raises."""
+    def resolve(self, models: Sequence[ModelConfig], progress: Progress) -> list[ServedModel]:
+        """The files of the models that this host needs, with all settings of their replicas decided. Raises what
+        :mod:`orchestrator.model_store` and :mod:`orchestrator.planner.automatic` raise."""
+
+    @property
+    def hardware(self) -> ClusterHardware:
+        """Where replicas run, as it was before they were started. Known once the models are resolved."""
 
     def start(self, models: Sequence[ServedModel]) -> str:
         """Get ready to launch; the address at which gangs on other nodes reach this host, empty where there are none."""
@@ -88,34 +99,64 @@ class OwnReplicas:
     def __init__(self, config: Config, notify: Notify) -> None:
         self._config, self._notify = config, notify
         self._mpi: MpiInstall | None = None
+        self._hardware: ClusterHardware | None = None
+        self._layouts: dict[str, Parallel] = {}
+        self._ray: ray_cluster.RayCluster | None = None
         self._controller: ReplicaController | None = None
         self._leave_ray: Callable[[], None] | None = None
 
     def check(self) -> None:
         self._mpi = find_mpi(environment().get("PATH", ""))
 
-    def resolve(self, model: ModelConfig, progress: Progress) -> ServedModel:
-        return resolve_model(model, self._config.cache, progress)
+    def resolve(self, models: Sequence[ModelConfig], progress: Progress) -> list[ServedModel]:
+        config = self._config
+        requests = [request for model in models for request in model.gangs()]
+        # A cluster that is there is joined first, since its nodes say what they have. One of our own is started when all else is right.
+        if config.launcher == "ray" and ray_cluster.configured(config.ray, environment()):
+            self._join_ray(cpus=0)
+        self._hardware = self._look(requests)
+        decisions = deployment_plan.decide_settings(models, self._hardware, config.cache, progress)
+        for text, names in _summaries(decisions).items():
+            self._notify(Notice(kind="settings", subject=", ".join(names), text=text))
+        return deployment_plan.resolve_models(models, decisions, config.cache, progress)
+
+    def _look(self, requests: Sequence[GangRequest]) -> ClusterHardware:
+        """What the replicas will run on. Nothing is looked for that no replica could use."""
+        joined = self._ray is not None
+        if all(request.engine == "fake" for request in requests):
+            return ClusterHardware(nodes=(NodeHardware(),), grows=joined)
+        gpus = any(request.engine != "fake" and request.settings.device != "cpu" for request in requests)
+        if joined:
+            return ray_cluster.look(gpus=gpus)
+        here = node_hardware.look(environment(), gpus=gpus)
+        if self._config.launcher == "ray" and self._config.ray.num_gpus >= 0:
+            here = msgspec.structs.replace(here, gpus=here.gpus[: self._config.ray.num_gpus])
+        return ClusterHardware(nodes=(here,))
+
+    @property
+    def hardware(self) -> ClusterHardware:
+        assert self._hardware is not None
+        return self._hardware
 
     def start(self, models: Sequence[ServedModel]) -> str:
         policy = RestartPolicy(start_timeout_s=self._config.start_timeout_s, drain_grace_s=self._config.drain_grace_s)
         if self._config.launcher == "ray":
             shares = sum(gang.parallel.world * model.config.cpus_per_rank for model in models for gang in model.gangs)
-            return self._join_ray(policy, shares)
-        assert self._mpi is not None
+            joined = self._ray or self._join_ray(cpus=self._config.ray.num_cpus or int(shares + 0.999) + 1)
+            from orchestrator.control.ray_controller import RemoteController
+
+            self._controller = RemoteController(self._config.name, self._config.home / "target.json", policy)
+            return "" if joined.started else joined.here  # a cluster that is one node now may grow
+        assert self._config.launcher == "local" and self._mpi is not None
         self._controller = Controller(LocalLauncher(self._mpi, environment()), policy)
         return ""
 
-    def _join_ray(self, policy: RestartPolicy, shares: float) -> str:
-        """``shares``: CPU shares of all gangs, for a Ray that is started here."""
-        from orchestrator.control.launch import ray_cluster
-        from orchestrator.control.ray_controller import RemoteController
-
+    def _join_ray(self, *, cpus: int) -> ray_cluster.RayCluster:
+        """``cpus``: CPU shares of a Ray that is started here."""
         config, begun = self._config, time.time()
         make_private(config.home / "keys")
-        joined = ray_cluster.join(config.ray, config.home, environment(), cpus=config.ray.num_cpus or int(shares + 0.999) + 1)
+        joined = self._ray = ray_cluster.join(config.ray, config.home, environment(), cpus=cpus)
         self._leave_ray = ray_cluster.leave
-        self._controller = RemoteController(config.name, config.home / "target.json", policy)
         what = "started" if joined.started else "joined"
         text = f"{what}, {len(joined.addresses)} node{'s' if len(joined.addresses) > 1 else ''}"
         self._notify(Notice(kind="ray", subject=joined.here, text=text, seconds=time.time() - begun))
@@ -123,10 +164,11 @@ class OwnReplicas:
         if wait is not None and wait < need:
             text = f"it is killed {wait:g} s after it was told to stop, and draining may take {need:g} s: set RAY_JOB_STOP_WAIT_TIME_S"
             self._notify(Notice(kind="warning", subject="Ray job", text=text))
-        return "" if joined.started else joined.here  # a cluster that is one node now may grow
+        return joined
 
     def apply(self, gangs: list[GangSpec]) -> None:
         assert self._controller is not None
+        self._layouts |= {gang.replica.name: gang.replica.parallel for gang in gangs}
         self._controller.apply(gangs)
 
     def drain(self, replica: str) -> bool:
@@ -140,7 +182,7 @@ class OwnReplicas:
         return self._controller.views() if self._controller is not None else []
 
     def describe(self, config: Config, routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
-        return describe(config, self.views(), routers, facts)
+        return describe(config, self.views(), self._layouts, routers, facts)
 
     def settled(self, status: DeploymentStatus) -> bool:
         states = [row.state for model in status.models for row in model.replicas]
@@ -186,6 +228,16 @@ class OwnReplicas:
         controller.close()
 
 
+def _summaries(decisions: Sequence[GangDecision]) -> dict[str, list[str]]:
+    """What was decided, in one line -> the replicas for which it was decided so. Nothing where all was asked for."""
+    found: dict[str, list[str]] = {}
+    for each in decisions:
+        if each.chosen:
+            cache = f"; about {each.cache:,} tokens of KV cache" if each.cache and each.engine.device == "cuda" else ""
+            found.setdefault(", ".join(each.chosen) + cache, []).append(each.request.name)
+    return found
+
+
 class ExternalReplicas:
     """Replicas of other deployments, which join the routers of this one. This host launches none."""
 
@@ -195,8 +247,12 @@ class ExternalReplicas:
     def check(self) -> None:
         join_file.check(self._config)
 
-    def resolve(self, model: ModelConfig, progress: Progress) -> ServedModel:
-        return resolve_tokenizer(model, self._config.cache, progress)
+    def resolve(self, models: Sequence[ModelConfig], progress: Progress) -> list[ServedModel]:
+        return [deployment_plan.resolve_tokenizer(model, self._config.cache, progress) for model in models]
+
+    @property
+    def hardware(self) -> ClusterHardware:
+        return ClusterHardware(nodes=())
 
     def start(self, models: Sequence[ServedModel]) -> str:
         return ""

@@ -32,12 +32,15 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     update: UpdateReport | None = None
 
 
-def describe(config: Config, views: Sequence[ReplicaView], routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
-    """READY needs every replica and every router; at routers of others, every replica and its acceptance by each of them that answers."""
+def describe(
+    config: Config, views: Sequence[ReplicaView], layouts: Mapping[str, Parallel], routers: RouterSource | None, facts: HostFacts
+) -> DeploymentStatus:
+    """``layouts``: of the replicas whose layout is decided, by name. READY needs every replica and every router;
+    at routers of others, every replica and its acceptance by each of them that answers."""
     now = time.time()
     reports = routers.reports() if routers is not None else []
     by_name = {view.name: view for view in views}
-    models = tuple(_model(model, config, by_name, reports, facts, now) for model in config.models)
+    models = tuple(_model(model, config, by_name, layouts, reports, facts, now) for model in config.models)
     serving = routers is not None and routers.ready()
     state = _overall({model.state for model in models}, facts, complete=serving)
     errors = [f"{view.name}: {view.cause}" for view in views if view.cause and view.phase not in ("ready", "draining")]
@@ -96,9 +99,10 @@ def _status(
 
 
 def _model(
-    model: ModelConfig, config: Config, views: Mapping[str, ReplicaView], reports: Sequence[RouterStatus], facts: HostFacts, now: float
-) -> ModelRow:
-    gangs = model.gangs()
+    model: ModelConfig, config: Config, views: Mapping[str, ReplicaView], layouts: Mapping[str, Parallel], reports: Sequence[RouterStatus],
+    facts: HostFacts, now: float,
+) -> ModelRow:  # fmt: skip
+    gangs = [(gang.name, layouts.get(gang.name) or gang.layout or Parallel(pp=gang.pp_size)) for gang in model.gangs()]
     joins = bool(config.join.file)
     rows = tuple(
         _replica(model.name, parallel, view, reports, now, joins=joins)

@@ -15,12 +15,14 @@ import psutil
 
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig, Resolved
+from orchestrator.config.engine_settings import AUTO
 from orchestrator.config.router_spec import JoinSpec, ModelCard
 from orchestrator.control.host import deployment_plan
 from orchestrator.control.host.control_socket import UpdateCommand, UpdateReport
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.reconciler import ReplicaView
 from orchestrator.control.rollout import Rollout, RolloutBounds, RolloutTarget, plan
+from orchestrator.planner.automatic import ClusterHardware
 from workers.artifacts.convert import Progress
 from workers.artifacts.hf import tokenizer_paths
 from workers.protocol.errors import ConfigError
@@ -41,13 +43,13 @@ def merge(current: Config, order: UpdateCommand) -> Config:
 
 
 def _changed_settings(current: Config, order: UpdateCommand) -> Iterator[str]:
-    """Settings outside of the models that the order gives and wants otherwise than they run."""
+    """Settings outside of the models that the order gives and wants otherwise than they run; what runs suits an automatic one."""
     before, after = _settings(current), _settings(order.config)
     # An order's paths are absolute, since the command and the host work in different folders.
     before |= {"run_dir": str(current.home.parent), "http.api_keys_file": str(current.api_keys_file or "")}
     before |= {"join.file": _absolute(current.join.file), "join.key_file": _absolute(current.join.key_file)}
     for path in before:
-        if path in order.said and before[path] != after[path]:
+        if path in order.said and after[path] not in (before[path], AUTO):
             yield f"{path} ({before[path]} runs, {after[path]} is wanted)"
 
 
@@ -72,10 +74,10 @@ def _changed_models(current: Sequence[ModelConfig], wanted: Sequence[ModelConfig
             yield f"chat_template of {new.name} ({old.chat_template or 'its own'} runs, {new.chat_template or 'its own'} is wanted)"
 
 
-def prepare(config: Config, progress: Progress) -> Config:
-    """Fetch and convert all that the new replicas load, and name it by absolute paths. Raises what ``wanted.resolve_model`` raises."""
-    for model in config.models:
-        deployment_plan.resolve_model(model, config.cache, progress)
+def prepare(config: Config, hardware: ClusterHardware, progress: Progress) -> Config:
+    """Fetch and convert all that the new replicas load, and name it by absolute paths. Raises what
+    :func:`orchestrator.control.host.deployment_plan.prepare_models` raises."""
+    deployment_plan.prepare_models(config.models, hardware, config.cache, progress)
     return msgspec.structs.replace(
         config,
         models=tuple(map(_rooted, config.models)),
@@ -89,9 +91,8 @@ def _rooted(model: ModelConfig) -> ModelConfig:
     rows = model.replicas
     if not isinstance(rows, int):
         rows = tuple(msgspec.structs.replace(row, path=_absolute(row.path)) for row in rows)
-    return msgspec.structs.replace(
-        model, path=_absolute(model.path or model.name), chat_template=_absolute(model.chat_template), replicas=rows
-    )
+    paths = {"path": model.path or model.name, "tokenizer": model.tokenizer, "chat_template": model.chat_template}
+    return msgspec.structs.replace(model, replicas=rows, **{key: _absolute(path) for key, path in paths.items()})
 
 
 def _absolute(source: str) -> str:
@@ -109,10 +110,10 @@ class Update:
 
     def __init__(
         self, current: Config, order: UpdateCommand, gangs: Sequence[GangSpec], cards: Sequence[ModelCard], views: Sequence[ReplicaView],
-        *, endpoints: deployment_plan.RouterEndpoints, keys: KeyRing, now: float, progress: Progress,
+        *, endpoints: deployment_plan.RouterEndpoints, keys: KeyRing, hardware: ClusterHardware, now: float, progress: Progress,
     ) -> None:  # fmt: skip
         self._old, self._new = current, merge(current, order)
-        models = [deployment_plan.resolve_model(model, self._new.cache, progress) for model in self._new.models]
+        models = deployment_plan.prepare_models(self._new.models, hardware, self._new.cache, progress)
         for model in models:
             _check_tokenizer(model, cards)
         self._keys, self._endpoints = keys, endpoints

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import msgspec
 
-from orchestrator.control.placement import RankShare
 from orchestrator.control.reconciler import GangStatus
 from orchestrator.files import make_private, write_private
+from orchestrator.planner.placement import RankShare
 from workers.protocol.specs import ReplicaSpec
 from workers.serving.router_io import KeyPair
 

@@ -19,8 +19,11 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.config.deployment_file import RayConfig
+from orchestrator.config.deployment_file import RayConfig, environment
+from orchestrator.control.launch import node_hardware
+from orchestrator.control.launch.gpu_ledger import VISIBLE
 from orchestrator.files import write_private
+from orchestrator.planner.automatic import ClusterHardware, NodeHardware
 from workers.protocol.errors import EnvironmentFault
 
 NAMESPACE = "trireme"
@@ -30,6 +33,9 @@ _OBJECT_STORE_BYTES = 80 << 20
 _JOB_STOP_WAIT_S = 3.0
 #: Longest wait for a connection to Ray and for its first byte.
 _CONNECT_S = 5.0
+#: Longest wait for the nodes of a cluster to look at themselves: a worker's start, and a child with torch.
+_LOOK_S = 180.0
+log = logging.getLogger("trireme.launch")
 #: The opening of an HTTP/2 connection and an empty SETTINGS frame, RFC 9113 section 3.4.
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
@@ -42,10 +48,70 @@ class RayCluster(msgspec.Struct, frozen=True, kw_only=True):
     started: bool
 
 
+def configured(config: RayConfig, env: Mapping[str, str]) -> str:
+    """The address of the cluster to join that the configuration or the environment names; empty = start one here."""
+    return config.address or env.get("RAY_ADDRESS", "")
+
+
+def running(config: RayConfig, env: Mapping[str, str]) -> str:
+    """The address of the cluster that a deployment of this host would join: the configured one, RAY_ADDRESS, or that of the Ray which
+    somebody started here with ``ray start``; empty where there is none.
+
+    Ray notes its address in a file of a folder that everybody may write, so only a note of this user or of root counts, and only one
+    at whose address a process answers.
+    """
+    if address := configured(config, env):
+        return address
+    note = Path(env.get("RAY_TMPDIR") or env.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    try:
+        if note.lstat().st_uid not in (0, os.getuid()):
+            return ""
+        address = note.read_text().strip()
+        _reach(address)
+    except (OSError, EnvironmentFault):
+        return ""
+    return address
+
+
+def _look_from_task(gpus: bool) -> bytes:
+    """In a worker of the node that is looked at. Ray hides all GPUs from a task that asks for none, and this one takes none away."""
+    shown = {name: value for name, value in environment().items() if name != VISIBLE}
+    return msgspec.json.encode(node_hardware.look(shown, gpus=gpus))
+
+
+def look(*, gpus: bool) -> ClusterHardware:
+    """What the nodes of the cluster that was joined compute with: those with GPUs where there are some, else all. Each is looked at by a
+    task of its own there. Raises :class:`EnvironmentFault` where none answers."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    with_gpus = [node for node in nodes if node["Resources"].get("GPU", 0.0) >= 1.0]
+    task = ray.remote(_look_from_task)
+    asked = {
+        task.options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            gpus
+        ): int(node["Resources"].get("GPU", 0.0))
+        for node in with_gpus or nodes
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK_S)
+    found = []
+    for answer in answered:
+        try:
+            seen = msgspec.json.decode(ray.get(answer), type=NodeHardware)
+        except ray.exceptions.RayError as error:
+            log.warning("a node does not look at itself: %s", error)
+            continue
+        found.append(msgspec.structs.replace(seen, gpus=seen.gpus[: asked[answer]]))
+    if not found:
+        raise EnvironmentFault(f"no node of the Ray cluster answered within {_LOOK_S:.0f} s", "its workers do not start", "ray status")
+    return ClusterHardware(nodes=tuple(found), grows=True)
+
+
 def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: int) -> RayCluster:
     """Join ``config.address`` or RAY_ADDRESS; without either, start Ray here with ``cpus`` CPU shares. Raises EnvironmentFault."""
     env["RAY_USAGE_STATS_ENABLED"] = "0"
-    address = config.address or env.get("RAY_ADDRESS", "")
+    address = configured(config, env)
     if not address and "RAY_AUTH_TOKEN" not in env and "RAY_AUTH_TOKEN_PATH" not in env:
         token = home / "keys" / "ray_token"
         if not token.exists():

@@ -23,8 +23,8 @@ from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.subprocesses import exit_with, kill_tagged
 from orchestrator.control.launch.supervisor import GangNode, GangSupervisor, LocalNode
-from orchestrator.control.placement import NodeResources, PlacementRequest, placement_request, scale_up_request
 from orchestrator.control.reconciler import GangStatus
+from orchestrator.planner.placement import NodeResources, PlacementRequest, placement_request, scale_up_request
 from workers.epoch import make_epoch
 from workers.protocol.errors import ConfigError, EnvironmentFault
 

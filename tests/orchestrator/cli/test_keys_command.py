@@ -72,11 +72,11 @@ def test_other_hosts_need_keys_or_one_explicit_word(tmp_path: Path) -> None:
     assert "http.host" in caught.value.what and "keys api add" in caught.value.hint
     load(MODELS, flags=outside, env={"TRIREME_INSECURE_HTTP_WITHOUT_KEYS": "true"})
     notices: list[Notice] = []
-    open_to_all = load(MODELS, flags=outside | {"insecure_http_without_keys": True, "run_dir": str(tmp_path)}).config
+    open_to_all = load(MODELS, flags=outside | {"insecure_http_without_keys": True, "run_dir": str(tmp_path), "launcher": "local"}).config
     for _ in range(2):
         Deployment(open_to_all, notify=notices.append)._check_api_keys()
     assert [notice.kind for notice in notices] == ["warning", "warning"]
-    keyed = load(MODELS, flags=outside | {"api_keys_file": str(tmp_path / "none.json")}).config
+    keyed = load(MODELS, flags=outside | {"launcher": "local", "api_keys_file": str(tmp_path / "none.json")}).config
     with pytest.raises(ConfigError, match=r"cannot read the key file .*none\.json"):
         Deployment(keyed, notify=notices.append)._check_api_keys()
     ApiKeyRing(tmp_path / "none.json").add("alice", [])

@@ -49,7 +49,7 @@ def test_json_is_whole_and_the_tables_numbers(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_what_does_not_fit_ends_with_3_and_says_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write(tmp_path, MODEL)
+    file = write(tmp_path, MODEL | {"tp_size": 1})
     assert run(["plan", file, "--gpus", "8xH100"]) == 3
     told = capsys.readouterr()
     assert "error: llama-3.1-70b: rank 0 of tp=1 pp=1 does not fit on an H100" in told.err
@@ -57,6 +57,16 @@ def test_what_does_not_fit_ends_with_3_and_says_what_would(tmp_path: Path, capsy
     assert run(["plan", file, "--gpus", "1xH100", "-o", "json"]) == 3
     told = capsys.readouterr()
     assert json.loads(told.out)["models"][0]["fits"] is False and "hint: use 2 x H100 with tp_size: 2" in told.err
+
+
+def test_what_is_left_open_is_planned_for_the_named_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that names a model alone: bf16 on as few H100s as hold it, with the steps of a large GPU."""
+    assert run(["plan", write(tmp_path, {"name": "llama-3.1-70b", "max_seq_len": 8192}), "--gpus", "8xH100", "-o", "json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["cluster"]["device"]["name"] == "H100" and model["layouts"][0]["parallel"] == {"tp": 2, "pp": 1}
+    assert run(["plan", write(tmp_path, {"name": "smollm2-135m-instruct"}), "--gpus", "1xH100", "-o", "json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["layouts"][0]["parallel"] == {"tp": 1, "pp": 1}
 
 
 def test_a_folder_with_a_config_alone_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +92,7 @@ def test_gangs_that_run_differently_are_told_apart(tmp_path: Path, capsys: pytes
     assert run(["plan", write(tmp_path, MODEL | {"replicas": replicas}), "--gpus", "8xH100", "-o", "json"]) == 0
     (model,) = json.loads(capsys.readouterr().out)["models"]
     assert [row["parallel"] for row in model["layouts"][:2]] == [{"tp": 4, "pp": 1}, {"tp": 2, "pp": 2}]
-    mixed = {"name": "smollm2-135m-instruct", "replicas": [{"name": "a"}, {"name": "b", "device": "cuda"}]}
+    mixed = {"name": "smollm2-135m-instruct", "replicas": [{"name": "a", "device": "cpu"}, {"name": "b"}]}
     assert run(["plan", write(tmp_path, mixed), "--gpus", "1xH100", "--cpus", "2", "-o", "json"]) == 0
     models = json.loads(capsys.readouterr().out)["models"]
     assert [model["name"] for model in models] == ["smollm2-135m-instruct (a)", "smollm2-135m-instruct (b)"]
@@ -111,9 +121,9 @@ def test_devices_are_spelt_one_way(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ({"name": "no-such-model"}, [], "shapes known by name are: smollm2-135m-instruct, qwen3-8b"),
         ({"name": "f", "engine": "fake"}, [], "only fake engines"),
-        ({"name": "smollm2-135m-instruct"}, ["--gpus", "8xH100"], "hint: set device: cuda"),
+        ({"name": "smollm2-135m-instruct", "device": "cpu"}, ["--gpus", "8xH100"], "hint: leave device out of it"),
         ({"name": "smollm2-135m-instruct"}, ["--cpus", "2,memory=much"], "write 16GB or 16GiB"),
-        ({"name": "smollm2-135m-instruct"}, ["--cpus", "2,memory=1GB"], "its share of the host"),
+        ({"name": "smollm2-135m-instruct", "dtype": "fp32"}, ["--cpus", "2,memory=1GB"], "its share of the host"),
     ],
 )
 def test_what_cannot_be_planned_is_named(
@@ -180,7 +190,7 @@ def test_the_kustomization_builds_on_the_manifests(tmp_path: Path, capsys: pytes
     ("model", "flags", "told"),
     [
         (MODEL | {"tp_size": 4, "pp_size": 3}, ["--render", "kubernetes"], "hint: use --render ray"),
-        (MODEL, ["--render", "slurm"], "does not fit on an H100"),
+        (MODEL | {"tp_size": 1}, ["--render", "slurm"], "does not fit on an H100"),
         (MODEL | {"tp_size": 4}, ["--render", "nomad"], "hint: use slurm, ray, kubernetes"),
     ],
 )

@@ -14,11 +14,13 @@ import httpx
 import pytest
 
 from orchestrator.cli.hosting import cache_size, curl
+from orchestrator.cli.main import run
 from orchestrator.cli.serve import label
 from orchestrator.cli.status import render
 from orchestrator.control.host.control_socket import DeploymentStatus, ModelRow, ReplicaRow
 from orchestrator.control.launch.subprocesses import alive
-from tests.support.tiny_models import tiny_model
+from tests.support.gang import short_folder
+from tests.support.tiny_models import tiny_gguf, tiny_model
 from workers.protocol.messages import Capacity
 
 BOUND_S = 120.0
@@ -101,6 +103,33 @@ def test_a_deployment_that_cannot_start_says_why(run_dir: str, tmp_path: Path) -
         up = trireme("serve", str(model), "--launcher", "local", "--port", "0", "-tp", "7", *detach, run_dir=run_dir)
         assert up.code == 3
         assert "tp=7 is more than the model's 6 query heads" in up.err and "hint: use --tp-size 6 or less" in up.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (("--device", "cuda"), 4, "device cuda, and there is no GPU to use"),
+        (("--dtype", "fp16"), 3, "fp16 is not computed on a CPU"),
+        (("--max-model-len", "100000"), 3, "max_seq_len: 100000 is more than the model's context"),
+        (("--kv-tokens", "100"), 3, "kv_tokens: 100 cannot hold one request"),
+        (("--kv-tokens", "1000000000000"), 3, "no room for its cache"),
+        (("--tokenizer", "/"), 3, "/ has no tokenizer"),
+    ],
+)
+def test_what_can_never_run_ends_before_anything_is_converted_or_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], code: int, told: str
+) -> None:
+    """Neither a GGUF's conversion nor Ray: one line, and the exit code of its class."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    gguf = tiny_gguf(tiny_model(tmp_path / "tiny"), tmp_path / "tiny.gguf")
+    with short_folder() as folder:
+        where = ("--run-dir", str(folder), "--cache-dir", str(tmp_path / "cache"), "--port", "0", "--launcher", "ray")
+        assert run(["serve", str(gguf), *flags, *where]) == code
+    error = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("error: ") for line in error) == 1 and told in "\n".join(error)
+    assert not (tmp_path / "cache" / "converted").exists()
+    assert not any(line.startswith("ray ") for line in error)
 
 
 CAPACITY = Capacity(block_size=16, num_blocks=1024, max_batch_size=16, max_num_tokens=256, max_seq_len=8192, vocab_size=320, tp=2, pp=1)

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.config.deployment_file import load, settings
 from orchestrator.control.host.deployment_plan import ServedModel, model_cards
+from tests.support.hardware import EIGHT_LARGE, decided
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import CommonEngineSpec, FakeOptions, FakeSpec, Parallel, PortableOptions, PortableSpec, TrtllmSpec
 from workers.protocol.trtllm_options import TrtllmOptions
@@ -28,9 +29,9 @@ def test_the_examples_say_what_the_demo_needs() -> None:
     config = load(EXAMPLES / "local.yaml").config
     assert (config.launcher, config.http.host, config.http.port) == ("ray", "127.0.0.1", 8000)
     assert config.models[0].name == "smollm2-135m-instruct"
-    assert config.models[0].gangs() == [("tp2", Parallel(tp=2)), ("pp2", Parallel(pp=2))]
+    assert [(gang.name, gang.tp_size, gang.pp_size) for gang in config.models[0].gangs()] == [("tp2", 2, 1), ("pp2", "auto", 2)]
     fake = load(EXAMPLES / "fake.yaml").config
-    assert fake.launcher == "local" and isinstance(fake.models[0].engine_spec(), FakeSpec)
+    assert fake.launcher == "local" and isinstance(decided(fake.models[0])[0].engine, FakeSpec)
 
 
 def test_precedence_and_sources(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_precedence_and_sources(tmp_path: Path) -> None:
     assert rows["models[0].tp_size"] == (4, "flag --tp-size")
     assert rows["models[0].dtype"] == ("bf16", f"file {file}")
     assert rows["heartbeat_s"] == (0.2, "default")
-    assert resolved.config.models[0].gangs() == [("m-0", Parallel(tp=4))]
+    assert [(gang.name, gang.layout) for gang in resolved.config.models[0].gangs()] == [("m-0", Parallel(tp=4))]
 
 
 def test_unknown_keys_are_refused_with_the_nearest_name() -> None:
@@ -61,7 +62,9 @@ def test_unknown_keys_are_refused_with_the_nearest_name() -> None:
     ("tree", "named"),
     [
         ({"models": [MODEL | {"threads": "two"}]}, "models[0].threads"),
-        ({"models": [MODEL | {"max_batch_size": 512}]}, "models[0]: max_num_tokens"),
+        ({"models": [MODEL | {"max_batch_size": 512, "max_num_tokens": 256}]}, "models[0]: max_num_tokens"),
+        ({"models": [MODEL | {"max_num_tokens": "many"}]}, "models[0].max_num_tokens"),
+        ({"models": [MODEL | {"gpu_memory_utilization": 90}]}, "models[0]: gpu_memory_utilization"),
         ({"models": [MODEL], "http": {"host": "0.0.0.0"}}, "http.host"),
         ({"models": [MODEL], "http": {"port": True}}, "http.port"),
         ({"models": [MODEL], "http": {"port": 0}, "routers": 2}, "http.port"),
@@ -141,6 +144,8 @@ def another(key: str, default: object) -> object:
     other = {"dtype": "bf16", "wait": "spin", "device": "cuda", "load_format": "dummy", "quant": "int8", "block_size": 32}
     if key in other:
         return other[key]
+    if isinstance(default, float):
+        return default / 2
     return not default if isinstance(default, bool) else default + 1  # type: ignore[operator]
 
 
@@ -148,7 +153,8 @@ def another(key: str, default: object) -> object:
 def test_every_setting_of_an_engine_is_configurable_shown_and_documented(kind: str, key: str, default: object) -> None:
     value = another(key, default)
     resolved = load({"models": [MODEL | {"engine": kind, key: value, "max_num_tokens": 512} | {key: value}]})
-    spec = resolved.config.models[0].engine_spec()
+    (gang,) = decided(resolved.config.models[0], EIGHT_LARGE)
+    spec = gang.engine
     assert type(spec) is ENGINES[kind]
     assert getattr(spec if hasattr(spec, key) else spec.options, key) == value
     assert [row.value for row in resolved.rows() if row.path == f"models[0].{key}"] == [value]
@@ -159,7 +165,7 @@ def test_every_setting_of_an_engine_is_configurable_shown_and_documented(kind: s
 def test_the_settings_of_an_engine_reach_it_under_every_replica() -> None:
     replicas = [{"name": "a"}, {"name": "b", "engine": "fake"}, {"name": "c", "engine": "trtllm", "device": "cuda"}]
     given = {"quant": "int8", "fake_step_ms": 3.0, "trtllm": {"poll_ms": 5}, "threads": 2, "replicas": replicas}
-    a, b, c = (member.engine_spec() for member in load({"models": [MODEL | given]}).config.models[0].members())
+    a, b, c = (gang.engine for gang in decided(load({"models": [MODEL | given]}).config.models[0]))
     assert a == PortableSpec(threads=2, options=PortableOptions(quant="int8"))
     assert b == FakeSpec(threads=2, options=FakeOptions(fake_step_ms=3.0))
-    assert c == TrtllmSpec(threads=2, device="cuda", options=TrtllmOptions(poll_ms=5))
+    assert c == TrtllmSpec(threads=2, device="cuda", dtype="bf16", options=TrtllmOptions(poll_ms=5))

@@ -11,12 +11,12 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 
 from bench.fit import FITTED, HELD_OUT, model_of, recorded
-from orchestrator.control.placement import RankAssignment
 from orchestrator.planner.cluster import PlannedCluster, layouts, take_place
 from orchestrator.planner.cost_model import Workload
-from orchestrator.planner.devices import GPU_FIT, GPUS, HOST_RANK, HostModel, taken
+from orchestrator.planner.devices import GPU_FIT, GPUS, HOST_RANK, Gpu, HostModel, taken
 from orchestrator.planner.known_models import SHAPES
-from orchestrator.planner.planner import LayoutPlan, Subject, plan, rank_memory, settings
+from orchestrator.planner.placement import RankAssignment
+from orchestrator.planner.planner import LayoutPlan, Subject, plan, rank_memory, ranks_memory, settings
 from tests.support import figures
 from workers.layout.memory import frozen_bytes
 from workers.layout.sharding import parameters
@@ -186,10 +186,19 @@ def test_a_cache_that_is_asked_for_must_fit() -> None:
 
 
 def test_short_caches_are_noted() -> None:
+    """A cache that is sized automatically may be shorter than the context; one that is asked for may not."""
+    small = Gpu(name="small", memory=24 << 30)
+    engine = PortableSpec(device="cuda", dtype="bf16", max_num_tokens=512)
+    (memory,) = ranks_memory(subject("llama-3.1-8b", engine=engine), Parallel(), small, gang_ranks=1, node_ranks=1)
+    assert 0 < memory.kv_tokens < 131072
+    (found,) = plan(
+        [subject("llama-3.1-8b", engine=msgspec.structs.replace(engine, max_batch_size=4))],
+        msgspec.structs.replace(H100, device=msgspec.structs.replace(GPUS["H100"], memory=24 << 30)),
+        LOAD,
+    )
+    assert "tokens are refused: the cache holds no more" in found.own[0].notes[0]
     (found,) = plan([subject("llama-3.1-8b", engine=msgspec.structs.replace(GPU, kv_tokens=512))], H100, LOAD)
-    assert found.own[0].sequences == 0 and found.own[0].full is None and len(found.own[0].notes) == 2
-    (found,) = plan([subject("llama-3.1-8b", engine=msgspec.structs.replace(GPU, kv_tokens=2048))], H100, LOAD)
-    assert found.own[0].sequences == 2 and "more than 2048 tokens" in found.own[0].notes[0]
+    assert found.refusal is not None and "cannot hold one request" in found.refusal.what
 
 
 def test_a_host_is_shared_by_all_its_ranks() -> None:

@@ -128,8 +128,12 @@ def test_what_cannot_be_built_is_said_clearly(folder: Path, tmp_path: Path) -> N
         engine_of(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="fp16"):
         engine_of(folder, dtype="fp16")
-    with pytest.raises(ConfigError, match="hold no block"):
+    with pytest.raises(ConfigError, match="kv_bytes: 10 cannot hold one request"):
         engine_of(folder, kv_tokens=0, kv_bytes=10)
+    with pytest.raises(ConfigError, match="more than the model's context"):
+        engine_of(folder, max_seq_len=100_000)
+    with pytest.raises(ConfigError, match=r"KV cache of .* GB does not fit"):
+        engine_of(folder, kv_tokens=1 << 40)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tests/gpu asks what it refuses")

@@ -6,10 +6,21 @@ import msgspec
 import pytest
 
 from tests.reference.shards import weight_bytes
-from workers.layout.memory import GPU_RESERVE, HOST_CAP, blocks_that_fit, cache_budget, frozen_bytes, kv_format, step_bytes
+from workers.layout.memory import (
+    GPU_RESERVE,
+    HOST_CAP,
+    blocks_that_fit,
+    cache_budget,
+    cache_room,
+    check_room,
+    frozen_bytes,
+    kv_format,
+    longest_sequence,
+    step_bytes,
+)  # fmt: skip
 from workers.layout.sharding import parameters, shard_of
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import PLAIN, ModelSpec, Parallel, PortableSpec, Quant, quant_of
+from workers.protocol.specs import PLAIN, ModelSpec, Parallel, PortableOptions, PortableSpec, Quant, quant_of
 
 MODEL = ModelSpec(
     architecture="llama",
@@ -28,25 +39,64 @@ BLOCK = 2 * 16 * 2 * 2 * 8 * 4
 
 
 def test_blocks_as_asked_for_or_as_many_as_fit() -> None:
-    assert blocks_that_fit(MODEL, SHARD, PortableSpec(kv_tokens=33), "fp32", 0) == 3
-    assert blocks_that_fit(MODEL, SHARD, PortableSpec(kv_bytes=10 * BLOCK + 1), "fp32", 0) == 10
+    assert blocks_that_fit(MODEL, SHARD, PortableSpec(kv_tokens=513), "fp32", 0) == 33
+    assert blocks_that_fit(MODEL, SHARD, PortableSpec(kv_bytes=40 * BLOCK + 1), "fp32", 0) == 40
     assert blocks_that_fit(MODEL, SHARD, PortableSpec(), "fp32", 7 * BLOCK) == 7
     assert blocks_that_fit(MODEL, SHARD, PortableSpec(), "fp8", 7 * BLOCK) == 28
     with pytest.raises(ConfigError, match="hold no block"):
         blocks_that_fit(MODEL, SHARD, PortableSpec(), "fp32", BLOCK - 1)
 
 
+@pytest.mark.parametrize(("kv_tokens", "kv_bytes", "max_seq_len"), [(100, 0, 0), (511 - 16, 0, 512), (0, 31 * BLOCK, 0), (16, 0, 17)])
+def test_a_cache_that_cannot_hold_one_request_is_refused(kv_tokens: int, kv_bytes: int, max_seq_len: int) -> None:
+    with pytest.raises(ConfigError, match="cannot hold one request") as caught:
+        engine = PortableSpec(kv_tokens=kv_tokens, kv_bytes=kv_bytes, max_seq_len=max_seq_len)
+        blocks_that_fit(MODEL, SHARD, engine, "fp32", 1 << 30)
+    assert f"a request may have {max_seq_len or 512}" in caught.value.why
+    assert blocks_that_fit(MODEL, SHARD, PortableSpec(kv_tokens=16, max_seq_len=16), "fp32", 0) == 1
+
+
+@pytest.mark.parametrize(("asked", "longest"), [(0, 512), (1, 1), (512, 512), (513, None), (100_000, None)])
+def test_a_sequence_is_never_longer_than_the_model_and_never_cut_in_silence(asked: int, longest: int | None) -> None:
+    if longest is None:
+        with pytest.raises(ConfigError, match="more than the model's context"):
+            longest_sequence(MODEL, PortableSpec(max_seq_len=asked))
+    else:
+        assert longest_sequence(MODEL, PortableSpec(max_seq_len=asked)) == longest
+
+
+def test_a_cache_has_to_fit_what_is_free() -> None:
+    check_room(10, BLOCK, 10 * BLOCK)
+    with pytest.raises(ConfigError, match="does not fit"):
+        check_room(11, BLOCK, 11 * BLOCK - 1)
+
+
+def room(engine: PortableSpec, *, free: int, total: int = 80 << 30, host_ranks: int) -> int:
+    return cache_room(MODEL, SHARD, engine, free=free, total=total, host_ranks=host_ranks)
+
+
 def test_budget_of_a_host_is_shared_and_capped() -> None:
-    assert cache_budget(MODEL, SHARD, PortableSpec(), free=160 * BLOCK, host_ranks=4) == 10 * BLOCK
-    assert cache_budget(MODEL, SHARD, PortableSpec(), free=1 << 40, host_ranks=4) == HOST_CAP // 4
+    assert room(PortableSpec(), free=160 * BLOCK, host_ranks=4) == 40 * BLOCK
+    assert cache_budget(PortableSpec(), 40 * BLOCK, 4) == 10 * BLOCK
+    assert cache_budget(PortableSpec(), 1 << 38, 4) == HOST_CAP // 4
 
 
 def test_budget_of_a_gpu_leaves_room_for_a_step() -> None:
     gpu = PortableSpec(device="cuda", dtype="bf16")
     wide = msgspec.structs.replace(gpu, max_num_tokens=512)
     assert 0 < step_bytes(MODEL, SHARD, gpu) < step_bytes(MODEL, SHARD, wide)
-    assert cache_budget(MODEL, SHARD, gpu, free=80 << 30, host_ranks=8) == (78 << 30) - step_bytes(MODEL, SHARD, gpu)
-    assert cache_budget(MODEL, SHARD, gpu, free=GPU_RESERVE, host_ranks=8) == 0
+    assert room(gpu, free=80 << 30, host_ranks=8) == (78 << 30) - step_bytes(MODEL, SHARD, gpu)
+    assert room(gpu, free=GPU_RESERVE, host_ranks=8) == 0
+    assert cache_budget(gpu, 5 << 30, 8) == 5 << 30
+
+
+def test_a_share_of_a_gpu_leaves_the_rest_unused() -> None:
+    """What is in use and what the cache may take make the share together; a share that leaves less than the reserve changes nothing."""
+    half = PortableSpec(device="cuda", dtype="bf16", options=PortableOptions(gpu_memory_utilization=0.5))
+    used = 20 << 30
+    assert room(half, free=(80 << 30) - used, host_ranks=1) + used + step_bytes(MODEL, SHARD, half) == 40 << 30
+    nearly = msgspec.structs.replace(half, options=PortableOptions(gpu_memory_utilization=0.99))
+    assert room(nearly, free=60 << 30, host_ranks=1) == room(PortableSpec(device="cuda", dtype="bf16"), free=60 << 30, host_ranks=1)
 
 
 def test_weights_of_all_ranks_are_the_model() -> None:

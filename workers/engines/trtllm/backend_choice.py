@@ -11,7 +11,10 @@ from __future__ import annotations
 import importlib
 import time
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from workers.artifacts.artifact import Artifact
 from workers.distributed.agreement import all_or_none
@@ -76,6 +79,8 @@ def build(spec: ReplicaSpec, comm: Any) -> TrtllmEngine | Follower:
     deadline = time.monotonic() + spec.trtllm.options.start_timeout_s
     with all_or_none(comm):
         model = open_model(spec.artifact)
+        if spec.tokenizer:
+            model = msgspec.structs.replace(model, tokenizer_dir=Path(spec.tokenizer))
         choose(spec, model)
         if isinstance(model, EngineDir):
             check_rank(model, spec, installed=installed())

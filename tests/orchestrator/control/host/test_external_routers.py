@@ -25,7 +25,7 @@ from tests.support.router_process import RouterRun
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import ConfigError, EnvironmentFault, NotFound, Rejected
 from workers.protocol.messages import PROTOCOL, Bye, RouterHeartbeat
-from workers.protocol.specs import RouterAddress
+from workers.protocol.specs import PortableSpec, RouterAddress
 from workers.protocol.status import ReplicaStatus, RouterStatus, RoutingState
 
 KEY = "a" * 40
@@ -101,11 +101,7 @@ def test_names_are_the_run_folders_own(tmp_path: Path) -> None:
         config=job(tmp_path).models[0],
         source="m",
         tokenizer="",
-        gangs=(
-            deployment_plan.GangArtifact(
-                name="m-0", parallel=deployment_plan.Parallel(), artifact="", engine=job(tmp_path).models[0].engine_spec()
-            ),
-        ),
+        gangs=(deployment_plan.GangArtifact(name="m-0", parallel=deployment_plan.Parallel(), artifact="", engine=PortableSpec()),),
     )
     plan = deployment_plan.plan(job(tmp_path), [model], keys, first.endpoints)
     assert plan.routers == [] and not keys.allowed_file.exists()
@@ -249,7 +245,7 @@ def test_ready_means_accepted_by_every_router_that_answers(tmp_path: Path, repor
     gang = GangStatus(name="m-0", epoch=7, revision="", phase="ready", since=time.time())
     view = ReplicaView(name="m-0", phase="ready", epoch=7, since=gang.since, failures=0, due=0.0, cause="", hint="", gang=gang)
     host = HostFacts(started_at=time.time(), stopping=False, was_ready=False)
-    found = describe(job(tmp_path), [view], Told(*reports), host)
+    found = describe(job(tmp_path), [view], {}, Told(*reports), host)
     assert found.models[0].replicas[0].state == state
     assert found.state == ("READY" if state == "READY" else "STARTING")
     assert bool(found.error) == (state == "JOINING")

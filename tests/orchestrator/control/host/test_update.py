@@ -10,6 +10,7 @@ import pytest
 from orchestrator.config.deployment_file import Resolved, load
 from orchestrator.control.host.control_socket import UpdateCommand
 from orchestrator.control.host.update import merge, prepare
+from tests.support.hardware import NO_GPU
 from tests.support.tiny_models import tiny_tokenizer
 from workers.artifacts.convert import silent
 from workers.protocol.errors import ConfigError
@@ -43,7 +44,7 @@ def test_models_change_and_the_rest_stays() -> None:
         ({"http": {"port": 8124}}, "http.port (8123 runs, 8124 is wanted)"),
         ({"routers": 2}, "routers (1 runs, 2 is wanted)"),
         ({"admission": {"max_queue": 7}}, "admission.max_queue (512 runs, 7 is wanted)"),
-        ({"launcher": "local"}, "launcher (ray runs, local is wanted)"),
+        ({"launcher": "local"}, "launcher (auto runs, local is wanted)"),
         ({"models": [model(aliases=["new"])]}, "aliases of m (('old',) runs, ('new',) is wanted)"),
         ({"models": [model(chat_template="b.jinja")]}, "chat_template of m (its own runs, b.jinja is wanted)"),
         ({"models": [model(max_seq_len=64)]}, "max_seq_len of m (0 runs, 64 is wanted)"),
@@ -66,6 +67,6 @@ def test_paths_mean_the_same_in_another_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     rows = [{"name": "a"}, {"name": "b", "path": "tokenizer"}]
     relative = resolved(run_dir="run", models=[model(path="tokenizer", replicas=rows)]).config
-    rooted = prepare(relative, silent)
+    rooted = prepare(relative, NO_GPU, silent)
     assert rooted.run_dir == str(tmp_path / "run")
-    assert {member.path for member in rooted.models[0].members()} == {str(tmp_path / "tokenizer")}
+    assert {member.path for member in rooted.models[0].gangs()} == {str(tmp_path / "tokenizer")}

@@ -9,7 +9,7 @@ from orchestrator.control.launch import mpiexec as mpi
 from orchestrator.control.launch.gpu_ledger import GpuLedger, visible_gpus
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.local_launcher import LocalLauncher
-from orchestrator.control.placement import RankShare
+from orchestrator.planner.placement import RankShare
 from tests.support.gang import wait_for
 from workers.protocol.specs import Parallel, ReplicaSpec
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.deployment_file import load
+from tests.support.hardware import decided
 from tests.support.tiny_models import tiny_gguf
 from tests.support.trtllm_host import FAKES, checkpoint_of
 from workers.__main__ import parse
@@ -162,7 +163,7 @@ def deployment(trtllm: dict[str, object]) -> dict[str, object]:
 
 def test_a_deployment_passes_options_through_and_names_the_nearest_of_an_unknown_one() -> None:
     given = {"kv_cache": {"free_gpu_memory_fraction": 0.8, "max_attention_window": [256]}, "peft_cache": {"max_adapter_size": 8}}
-    spec = load(deployment({"start_timeout_s": 5, **given})).config.models[0].engine_spec()
+    spec = decided(load(deployment({"start_timeout_s": 5, **given})).config.models[0])[0].engine
     assert spec.options.kv_cache.max_attention_window == (256,) and spec.options.start_timeout_s == 5
     for path, wrong, nearest in (
         ("kv_cache", {"free_gpu_memory_fracton": 0.8}, "free_gpu_memory_fraction"),

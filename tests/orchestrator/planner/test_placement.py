@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.control.placement import (
+from orchestrator.planner.cluster import take_place
+from orchestrator.planner.placement import (
     NodeResources,
     RankAssignment,
     RankShare,
@@ -15,7 +16,6 @@ from orchestrator.control.placement import (
     placement_request,
     scale_up_request,
 )
-from orchestrator.planner.cluster import take_place
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import Parallel
 

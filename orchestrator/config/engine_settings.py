@@ -1,0 +1,101 @@
+"""What a deployment file says about the engine of a model, where a setting may be left to Trireme: ``auto``.
+
+Pure values. The rule that turns ``auto`` into a value is :mod:`orchestrator.planner.automatic`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from workers.protocol.specs import (
+    Device,
+    DType,
+    EngineBase,
+    EngineKind,
+    EngineSpec,
+    FakeOptions,
+    FakeSpec,
+    Parallel,
+    PortableOptions,
+    PortableSpec,
+    TrtllmSpec,
+    check_step_limits,
+)
+from workers.protocol.trtllm_options import TrtllmOptions
+
+Auto: TypeAlias = Literal["auto"]
+AUTO: Auto = "auto"
+DeviceSetting = Literal["auto", "cpu", "cuda"]
+DTypeSetting = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """The most that one step holds: sequences, tokens."""
+
+    max_batch_size: int
+    max_num_tokens: int
+
+
+class EngineSettings(EngineBase, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of a model for every engine that its replicas may run on. A file has these keys among the model's own.
+
+    ``auto`` is decided when the deployment starts, by the device and the model.
+    """
+
+    device: DeviceSetting = AUTO
+    dtype: DTypeSetting = AUTO
+    max_batch_size: int | Auto = AUTO
+    max_num_tokens: int | Auto = AUTO
+    portable: PortableOptions = PortableOptions()
+    fake: FakeOptions = FakeOptions()
+    trtllm: TrtllmOptions = TrtllmOptions()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        batch = 1 if self.max_batch_size == AUTO else self.max_batch_size
+        check_step_limits(batch, batch if self.max_num_tokens == AUTO else self.max_num_tokens)
+
+    def limits(self, usual: StepLimits) -> StepLimits:
+        """The limits of a step: as given, and where one is ``auto``, as in ``usual`` or as the other one needs it."""
+        given, tokens = self.max_batch_size, self.max_num_tokens
+        if isinstance(given, int):
+            batch = given
+        else:
+            batch = min(usual.max_batch_size, tokens) if isinstance(tokens, int) else usual.max_batch_size
+        return StepLimits(max_batch_size=batch, max_num_tokens=tokens if isinstance(tokens, int) else max(usual.max_num_tokens, batch))
+
+    def spec(self, kind: EngineKind, *, device: Device, dtype: DType, limits: StepLimits) -> EngineSpec:
+        """The settings of one engine, with what was decided for those that are ``auto``."""
+        common = {name: getattr(self, name) for name in EngineBase.__struct_fields__}
+        common |= {"device": device, "dtype": dtype} | msgspec.structs.asdict(limits)
+        match kind:
+            case "portable":
+                return PortableSpec(**common, options=self.portable)
+            case "fake":
+                return FakeSpec(**common, options=self.fake)
+            case "trtllm":
+                return TrtllmSpec(**common, options=self.trtllm)
+
+
+class GangRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica as a deployment file asks for it. ``path``: catalogue name, folder or file of its model."""
+
+    name: str
+    model: str
+    path: str
+    engine: EngineKind
+    tp_size: int | Auto
+    pp_size: int
+    settings: EngineSettings
+    cpus_per_rank: float = 1.0
+    spread: bool = False
+
+    def __post_init__(self) -> None:
+        Parallel(tp=1 if self.tp_size == AUTO else self.tp_size, pp=self.pp_size)
+
+    @property
+    def layout(self) -> Parallel | None:
+        """The layout that is asked for; None where ``tp_size`` is ``auto``."""
+        return None if self.tp_size == AUTO else Parallel(tp=self.tp_size, pp=self.pp_size)
