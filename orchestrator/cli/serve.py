@@ -12,8 +12,9 @@ from msgspec.structs import asdict
 
 from orchestrator.cli.deployment_options import Detach, FrontendOptions, Launcher, LocationOptions
 from orchestrator.cli.hosting import host_or_detach
-from orchestrator.cli.model_options import PpSize, dtype_of, quant_name
+from orchestrator.cli.model_options import PpSize, Revision, dtype_of, quant_name
 from orchestrator.cli.option_structs import with_option_structs
+from orchestrator.hub.reference import at_revision, parse
 
 
 class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +35,7 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: Annotated[
         str | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja template to use in place of the model's own.")
     ] = None
+    revision: Revision = ""
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", "--max-model-len", help="Longest prompt and answer, tokens.")] = None
     max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Sequences in one step.")] = None
     max_num_tokens: Annotated[int | None, typer.Option("--max-num-tokens", "--max-num-batched-tokens", help="Tokens in one step.")] = None
@@ -54,7 +56,7 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
 @with_option_structs
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model's name, a Hugging Face folder, a GGUF or a checkpoint.")],
+    model: Annotated[str, typer.Argument(help="A name, a hub id, a Hugging Face folder, a GGUF or a checkpoint.")],
     *,
     replicas: ReplicaOptions,
     frontend: FrontendOptions,
@@ -66,12 +68,14 @@ def serve(
     from orchestrator.config import deployment_file
 
     flags = asdict(replicas) | asdict(frontend) | asdict(location) | {"launcher": launcher}
-    tree = {"models": [{"name": flags.pop("served_model_name") or label(model), "path": model}]}
+    tree = {"models": [{"name": flags.pop("served_model_name") or label(model), "path": at_revision(model, flags.pop("revision"))}]}
     flags |= {"dtype": "auto" if replicas.dtype == "auto" else dtype_of(replicas.dtype), "quant": quant_name(replicas.quant)}
     host_or_detach(context.obj, deployment_file.load(tree, flags=flags, env=os.environ).config, detach)
 
 
 def label(model: str) -> str:
-    """The name of a model that was given as a path: the last part of the path, without `.gguf`."""
+    """The name of a model: a hub id's ORG/NAME, or the last part of a path, without `.gguf`."""
     path = Path(model)
+    if not path.exists() and (reference := parse(model)):
+        return reference.repo
     return path.stem if path.suffix == ".gguf" else path.name or model

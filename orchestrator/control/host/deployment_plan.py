@@ -121,7 +121,7 @@ def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> S
     chat_template, source = _chat_template(config), _source(config.path or config.name)
     tokenizer = _own_tokenizer(config, cache, progress)
     if tokenizer is None:
-        path = locate(source, cache, progress)
+        path = locate(source, cache, progress, weights=False)
         if path.is_file():
             path = resolve(path, parallel=Parallel(), dtype=None, cache=cache, progress=progress)
         tokenizer = _first_tokenizer([path])
@@ -132,7 +132,7 @@ def _own_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> Path
     """The folder that the configuration names for the tokenizer; None where it names none. Raises :class:`ArtifactError`."""
     if not config.tokenizer:
         return None
-    path = locate(_source(config.tokenizer), cache, progress)
+    path = locate(_source(config.tokenizer), cache, progress, weights=False)
     if not (path / "tokenizer.json").is_file():
         raise no_tokenizer(path)
     return path

@@ -176,7 +176,15 @@ def test_the_curl_line_is_whole_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [("smollm2-135m-instruct", "smollm2-135m-instruct"), ("/models/a/", "a"), ("x/Small.Q4_1.gguf", "Small.Q4_1")]
+    ("model", "name"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("/models/a/", "a"),
+        ("x/Small.Q4_1.gguf", "Small.Q4_1"),
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B-GGUF:Q8_0@main", "Qwen/Qwen3-8B-GGUF"),
+        ("tests/support", "support"),
+    ],
 )
 def test_a_models_own_name(model: str, name: str) -> None:
     assert label(model) == name
