@@ -33,6 +33,7 @@ from workers.protocol.messages import (
     Tokens,
     Usage,
 )
+from workers.protocol.running_clock import RunningClock
 
 What = Literal["status", "models", "metrics"]
 
@@ -79,7 +80,7 @@ class ClientExchange:
         self.asked = 0
         #: Routers that had no room for it.
         self.refused = 0
-        #: When its router last sent something about it.
+        #: When its router last sent something about it, by the protocol's clock.
         self.last_message_at = 0.0
 
     @property
@@ -119,6 +120,8 @@ class ClientProtocol:
     def __init__(self, boot: str, routers: int, *, silence_s: float = SILENCE_S) -> None:
         self._boot, self._routers, self._silence_s = boot, routers, silence_s
         self._live: dict[int, ClientExchange] = {}
+        #: Routers are judged by it; only differences of its times mean anything.
+        self._clock = RunningClock(0.0)
         self._next_stream = 0
         self._preferred = 0
         self.outbox: deque[tuple[int, bytes]] = deque()
@@ -162,7 +165,7 @@ class ClientProtocol:
         exchange = self._live.get(message.stream)
         if exchange is None or exchange.router != router:
             return
-        exchange.last_message_at = now
+        exchange.last_message_at = self._clock.at(now)
         if isinstance(message, Report):
             exchange.report = message.body
         elif isinstance(message, Accepted):
@@ -181,12 +184,13 @@ class ClientProtocol:
             self._leave(exchange, "it cannot be reached", now)
 
     def tick(self, now: float) -> None:
-        """Act on the time that has passed."""
+        """Act on the time that has passed, by deadlines, or by silence while this client ran."""
+        self._clock.turn(now)
         for exchange in list(self._live.values()):
             if exchange.deadline is not None and now >= exchange.deadline:
                 self._post(exchange, Cancel(boot=self._boot, stream=exchange.stream))
                 self._end(exchange, DeadlineExceeded("the request's deadline passed"))
-            elif now - exchange.last_message_at > self._silence_s:
+            elif self._clock.at(now) - exchange.last_message_at > self._silence_s:
                 self._leave(exchange, f"silent for {self._silence_s:.1f} s", now)
 
     def _tokens(self, router: int, message: Tokens, now: float) -> None:
@@ -201,7 +205,7 @@ class ClientProtocol:
             index = message.choices[i] if message.choices is not None else 0
             if exchange is None or exchange.router != router or message.attempts[i] != exchange.attempt or index >= len(exchange.choices):
                 continue
-            exchange.last_message_at = now
+            exchange.last_message_at = self._clock.at(now)
             choice, tokens, first = exchange.choices[index], message.tokens[i], message.firsts[i]
             # Routers send in order and a journal names a message's end, so anything else belongs to a stream that was left.
             if not tokens or first != len(choice.tokens) or choice.finish is not None:
@@ -267,7 +271,7 @@ class ClientProtocol:
 
     def _send(self, exchange: ClientExchange, now: float) -> None:
         self._next_stream += 1
-        exchange.stream, exchange.last_message_at = self._next_stream, now
+        exchange.stream, exchange.last_message_at = self._next_stream, self._clock.at(now)
         exchange.asked += 1
         exchange.bases, exchange.renewed = [len(choice.tokens) for choice in exchange.choices], 0
         self._live[exchange.stream] = exchange

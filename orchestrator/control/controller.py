@@ -15,9 +15,12 @@ import msgspec
 
 from orchestrator.control.launch.launcher import GangSpec, Launcher
 from orchestrator.control.reconciler import DrainGang, KillGang, LaunchGang, Reconciler, ReplicaView, RestartPolicy, WantedReplica
+from workers.protocol.running_clock import RunningClock
 
 log = logging.getLogger("trireme.controller")
 TICK_S = 0.2
+#: A round of a loop that removes gangs may take so long, seconds; one that takes longer was frozen meanwhile.
+LONGEST_ROUND_S = 5.0
 
 #: (replica, epoch) of gangs that the routers lost although they look alive.
 Hung: TypeAlias = Iterable[tuple[str, int]]
@@ -32,6 +35,7 @@ class Controller:
         self._specs: dict[str, GangSpec] = {}
         self._lock = threading.Lock()
         self._views: list[ReplicaView] = []
+        self._clock = RunningClock(time.monotonic(), LONGEST_ROUND_S)
 
     def apply(self, gangs: Sequence[GangSpec]) -> None:
         """What is wanted from now on; an empty sequence drains everything."""
@@ -46,6 +50,7 @@ class Controller:
     def tick(self, hung: Hung = ()) -> None:
         """Observe, reconcile, act: milliseconds, but for the removal of a gang, which is bounded by seconds."""
         with self._lock:
+            self._reconciler.postpone(self._clock.turn(time.monotonic()))
             wanted = [WantedReplica(name=name, revision=spec.revision) for name, spec in self._specs.items()]
             actions = self._reconciler.step(time.time(), wanted, self._launcher.poll(), frozenset(hung))
             self._views = self._reconciler.views()

@@ -134,6 +134,12 @@ class Reconciler:
         self._drain_asked.add((name, gang.epoch))
         return True
 
+    def postpone(self, seconds: float) -> None:
+        """The controller did not run for ``seconds``: they count neither as a gang's start nor as its drain."""
+        for replica in self._replicas.values():
+            replica.begun += seconds
+        self._draining = {key: at + seconds for key, at in self._draining.items()}
+
     def step(
         self, now: float, wanted: Sequence[WantedReplica], gangs: Iterable[GangStatus], hung: frozenset[tuple[str, int]]
     ) -> list[Action]:

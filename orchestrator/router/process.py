@@ -44,6 +44,7 @@ from orchestrator.router.signals import STOP
 from workers.files import replace_file
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import RouterHeartbeat, ToReplica
+from workers.protocol.running_clock import LONGEST_TURN_S, RunningClock
 from workers.protocol.status import RouterPhase, RouterState
 from workers.serving.router_io import KeyPair
 
@@ -89,18 +90,20 @@ class RouterProcess:
         self._scrape = bind(scrape) if spec.metrics.port else None
         self._zap = ZapHandler(self._context, self._acl)
         models = [card.name for card in spec.models]
+        # Replicas, requests and clients are judged by it. A gap counts less than the time by which a heartbeat may be late.
+        self._clock = RunningClock(time.monotonic(), min(LONGEST_TURN_S, spec.heartbeat_s))
         core = RouterCore(greeting, models, spec.admission, ReplicaRegistry(spec.replica_timeout_s, spec.hang_floor_s))
-        self._dispatcher = RouterDispatcher(core, name=spec.name, send=self._send_to_replica, clock=time.monotonic)
+        self._dispatcher = RouterDispatcher(core, name=spec.name, send=self._send_to_replica, clock=self._now)
         self._link = ReplicaLink(self._context, spec.back, keys=keys, acl=self._acl, greeting=greeting, events=self._dispatcher)
         self._traces = _traces(spec)
         #: The dispatcher as the frontends see it.
-        self._traced: Dispatcher = self._traces.around(self._dispatcher) if self._traces is not None else self._dispatcher
+        self._traced: Dispatcher = self._traces.around(self._dispatcher, self._now) if self._traces is not None else self._dispatcher
         self._metrics = Metrics(models, self._dispatcher.status, core.stats)
         self._preprocessor = Preprocessor(texts, self._traced, spec.admission, Salting(salt_key))
         dump_file = Path(spec.state_file).with_name(f"{spec.name}.dump") if spec.state_file else None
         self._rpc = RpcServer(
             boot=boot, dispatcher=self._traced, preprocessor=self._preprocessor, metrics=self._metrics, acl=self._acl,
-            send=self._send_to_client, clock=time.monotonic, diagnostics=Diagnostics(spec.name, self._dispatcher, dump_file),
+            send=self._send_to_client, clock=self._now, diagnostics=Diagnostics(spec.name, self._dispatcher, dump_file),
         )  # fmt: skip
         self._rpc_socket = RouterSocket(
             self._context, spec.rpc, "client", keys=keys, acl=self._acl, on_frame=self._rpc.on_frame, on_malformed=self._rpc.on_malformed
@@ -192,6 +195,7 @@ class RouterProcess:
         beat_at = reload_at = 0.0
         while True:
             now = time.monotonic()
+            self._clock.turn(now)
             if now >= beat_at:
                 beat_at = now + self._spec.heartbeat_s
                 self._link.pulse()
@@ -206,6 +210,10 @@ class RouterProcess:
             due = time.monotonic() + pause
             await asyncio.sleep(pause)
             self._metrics.lag.observe(max(0.0, time.monotonic() - due))
+
+    def _now(self) -> float:
+        """Seconds in which this process ran."""
+        return self._clock.at(time.monotonic())
 
     def _reload(self) -> None:
         grants = self._load_grants()

@@ -57,9 +57,9 @@ class Traces:
             BatchSpanProcessor(exporter, max_queue_size=MAX_WAITING, max_export_batch_size=BATCH, schedule_delay_millis=every_ms)
         )
 
-    def around(self, inner: Dispatcher) -> TracedDispatcher:
-        """The dispatcher that the frontends use in place of ``inner``."""
-        return TracedDispatcher(inner, self._provider.get_tracer("trireme", __version__))
+    def around(self, inner: Dispatcher, clock: Callable[[], float]) -> TracedDispatcher:
+        """The dispatcher that the frontends use in place of ``inner``, which counts time by ``clock``."""
+        return TracedDispatcher(inner, self._provider.get_tracer("trireme", __version__), clock=clock)
 
     def close(self) -> None:
         """Send the remaining spans within :data:`CLOSE_S`, so that an unreachable collector does not keep the router from ending."""
@@ -100,6 +100,7 @@ class _TracedRequest:
         "_ends",
         "_offset",
         "_open",
+        "_received",
         "_span",
         "_submitted",
         "_tracer",
@@ -121,12 +122,14 @@ class _TracedRequest:
         self._open = set(range(ask.n))
         self._ends: dict[int, tuple[float, str, Usage | None]] = {}
         self._context = context = request_context.current()
+        #: When it arrived, by the core's clock: the request context counts by another one.
+        self._received = self._submitted - (time.monotonic() - context.received) if context is not None else self._submitted
         operation = span_names.CHAT if context is not None and context.chat else span_names.TEXT
         self._span = tracer.start_span(
             f"{operation} {ask.model}",
             context=_parent(context),
             kind=SpanKind.SERVER,
-            start_time=self._ns(context.received if context is not None else self._submitted),
+            start_time=self._ns(self._received),
             attributes={span_names.OPERATION: operation, span_names.PROVIDER: span_names.PROVIDED_BY, span_names.REQUEST_MODEL: ask.model},
         )
 
@@ -192,7 +195,7 @@ class _TracedRequest:
         }
         if self._context is not None:
             facts[span_names.REQUEST_ID] = self._context.request_id
-            self._child(root, span_names.PREPARE, self._context.received, self._submitted)
+            self._child(root, span_names.PREPARE, self._received, self._submitted)
         root.set_attributes(facts)
         for choice, (over, _, _) in sorted(self._ends.items()):
             self._choice(choice, self.attempts[choice], over)

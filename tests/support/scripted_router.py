@@ -188,6 +188,11 @@ class ServedDoor:
         assert self._up.wait(10)
         return self
 
+    def freeze(self, seconds: float) -> None:
+        """The server's event loop stands still for so long, from now on."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(time.sleep, seconds)
+
     def __exit__(self, *exception: Any) -> None:
         self.http.close()
         assert self._loop is not None and self._stop is not None

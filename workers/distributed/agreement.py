@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from workers.protocol.errors import EngineFault, ErrorReport, TriremeError
+from workers.protocol.running_clock import RunningClock
 
 #: Longest that a rank waits for the others here, seconds. Meanwhile they may read weights: one host from its page cache, another over a
 #: network.
@@ -31,8 +32,11 @@ def complete(request: Any, bound_s: float | None = MEET_S) -> None:
     Raises :class:`EngineFault` after ``bound_s`` seconds.
     """
     begin, pause = time.monotonic(), _PAUSE_MIN_S
+    clock = RunningClock(begin)
     while not request.Test():
-        if bound_s is not None and time.monotonic() - begin > bound_s:
+        now = time.monotonic()
+        clock.turn(now)
+        if bound_s is not None and clock.at(now) - begin > bound_s:
             raise EngineFault(f"a rank did not answer within {bound_s:g} s", "it hangs or is gone", "see the ranks' logs")
         time.sleep(pause)
         pause = min(2 * pause, _PAUSE_MAX_S)

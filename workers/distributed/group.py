@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from workers.protocol.errors import EngineFault
+from workers.protocol.running_clock import RunningClock
 from workers.protocol.specs import WaitPolicy
 
 if TYPE_CHECKING:
@@ -51,9 +52,12 @@ class Waiter:
         if ready():
             return
         begin = time.monotonic()
+        clock = RunningClock(begin)
         pause = _SLEEP_S
         while not ready():
-            waited = time.monotonic() - begin
+            now = time.monotonic()
+            clock.turn(now)
+            waited = clock.at(now) - begin
             if bound_s is not None and waited > bound_s:
                 raise EngineFault(f"a peer rank did not answer within {bound_s:g} s", "it hangs or is gone", "the replica must be replaced")
             if self._spin:

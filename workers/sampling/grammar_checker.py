@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ import msgspec
 from workers.process import die_with_parent
 from workers.protocol.errors import Overloaded, Rejected, Unsupported
 from workers.protocol.messages import GuideSpec
+from workers.protocol.running_clock import LONGEST_TURN_S, RunningClock
 from workers.sampling.guide import Guide, GuideFactory
 
 #: Processor time that compiling a grammar and its first mask may take, seconds.
@@ -111,9 +113,13 @@ class GrammarChecker:
     def _receive(self, child: subprocess.Popen[bytes], bound_s: float) -> bool:
         """True = the child is well; False = it ended. Raises :class:`Overloaded` after ``bound_s`` seconds."""
         assert child.stdout is not None
-        if not select.select([child.stdout], [], [], bound_s)[0]:
-            _end(child)
-            raise _no_answer(f"no answer within {bound_s:g} s")
+        begin = time.monotonic()
+        clock = RunningClock(begin)
+        while not select.select([child.stdout], [], [], LONGEST_TURN_S / 2)[0]:
+            clock.turn(time.monotonic())
+            if clock.at(time.monotonic()) - begin > bound_s:
+                _end(child)
+                raise _no_answer(f"no answer within {bound_s:g} s")
         if child.stdout.read(1) == _READY:
             return True
         _end(child)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import time
 from collections.abc import Callable
 from typing import TypeAlias, assert_never
 
@@ -36,7 +35,7 @@ log = logging.getLogger("trireme.leader")
 
 
 class StepProgress(msgspec.Struct, frozen=True):
-    """What the engine thread is doing: ``step`` number, since when (0 = not in a step), and how long it should take."""
+    """What the engine thread is doing: ``step`` number, since when (:attr:`RouterIo.now`; 0 = not in one), and how long it should take."""
 
     step: int = 0
     since: float = 0.0
@@ -95,7 +94,7 @@ class Leader:
 
     def drain(self, grace_s: float) -> None:
         """Begin to drain; safe to call from a signal handler and from any thread."""
-        self._inbox.put((time.monotonic(), BeginDrain(max(0.0, grace_s))))
+        self._inbox.put((self._routers.now, BeginDrain(max(0.0, grace_s))))
 
     def run(self) -> None:
         """Serve until drained. Raises :class:`ReplicaLost` when a newer epoch lives, and what the engine's ``step`` raises."""
@@ -105,7 +104,7 @@ class Leader:
         try:
             while not (self._streams.draining and not len(self._streams)):
                 self._take_events()
-                now = time.monotonic()
+                now = self._routers.now
                 self._act(self._streams.expire(now))
                 if self._engine.busy():
                     self._step(now)
@@ -115,8 +114,8 @@ class Leader:
         finally:
             # Also after an error: a router that waits for a sequence here must hear that it continues elsewhere.
             self._progress = StepProgress(self._progress.step)
-            self._streams.drain(time.monotonic(), 0.0)
-            for action in self._streams.expire(time.monotonic()):
+            self._streams.drain(self._routers.now, 0.0)
+            for action in self._streams.expire(self._routers.now):
                 if isinstance(action, SendToRouter):
                     self._routers.post(action.router_boot, action.message)
             self._routers.close(bye_reason)
@@ -136,7 +135,7 @@ class Leader:
 
     def _sleep_bound_s(self) -> float:
         due = self._streams.next_due()
-        return IDLE_S if due is None else min(IDLE_S, max(0.0, due - time.monotonic()))
+        return IDLE_S if due is None else min(IDLE_S, max(0.0, due - self._routers.now))
 
     def _handle(self, received: float, event: Event | BeginDrain) -> None:
         match event:
@@ -189,7 +188,7 @@ class Leader:
 
     def _step(self, now: float) -> None:
         number = self._progress.step + 1
-        self._progress = StepProgress(number, time.monotonic(), self._engine.predicted_ms())
+        self._progress = StepProgress(number, self._routers.now, self._engine.predicted_ms())
         emissions = self._engine.step()
         self._progress = StepProgress(number)
         self._act(self._streams.emitted(emissions))
@@ -208,7 +207,7 @@ class Leader:
     def heartbeat(self) -> Heartbeat:
         """The heartbeat of now. Raises :class:`EngineFault` when the running step makes no progress."""
         progress, stats = self._progress, self._stats
-        busy_s = time.monotonic() - progress.since if progress.since else 0.0
+        busy_s = self._routers.now - progress.since if progress.since else 0.0
         self._check_progress(progress, busy_s)
         return Heartbeat(
             boot=self._boot,

@@ -22,6 +22,7 @@ from workers import zmq_options
 from workers.protocol import messages
 from workers.protocol.errors import ConfigError
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, FromReplica, Heartbeat, Hello, RouterHeartbeat, Submit
+from workers.protocol.running_clock import RunningClock
 from workers.protocol.specs import RouterAddress
 from workers.serving.router_link import CloseSocket, LinkAction, OpenSocket, RouterLink, RouterLost, SendHello
 
@@ -131,12 +132,18 @@ class RouterIo:
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._bye_reason: str | None = None
         self._next_heartbeat = 0.0
+        self._clock = RunningClock(time.monotonic())
         self._thread = threading.Thread(target=self._run, name="routers", daemon=True)
         #: Frames refused since the start.
         self.malformed = 0
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def now(self) -> float:
+        """Seconds of the clock by which this process judges others; it stands still while the process does."""
+        return self._clock.at(time.monotonic())
 
     def post(self, router_boot: str, message: FromReplica) -> None:
         """Send ``message`` to the router with this boot nonce; it is dropped when that router is lost."""
@@ -174,7 +181,8 @@ class RouterIo:
         self._context.term()
 
     def _turn(self) -> None:
-        now = time.monotonic()
+        self._clock.turn(time.monotonic())
+        now = self.now
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + self._heartbeat_s
             message = self._leader.heartbeat()
@@ -219,7 +227,7 @@ class RouterIo:
         try:
             port.socket.send(messages.encode(message), zmq.DONTWAIT)
         except zmq.Again:
-            self._carry_out(port, port.link.broken(time.monotonic()))
+            self._carry_out(port, port.link.broken(self.now))
 
     def _carry_out(self, port: _RouterPort, actions: list[LinkAction]) -> None:
         for action in actions:
@@ -230,7 +238,7 @@ class RouterIo:
                     if self._by_boot.get(boot) is port:
                         del self._by_boot[boot]
                         self._warn(port, "the router is lost")
-                        self._leader.deliver(time.monotonic(), RouterGone(boot))
+                        self._leader.deliver(self.now, RouterGone(boot))
                 case CloseSocket():
                     self._drop_socket(port, linger_ms=0)
                 case OpenSocket():
@@ -255,7 +263,7 @@ class RouterIo:
     def _take_monitor(self, port: _RouterPort) -> None:
         while port.monitor is not None and port.monitor.poll(0):
             event = monitor.recv_monitor_message(port.monitor)["event"]
-            now = time.monotonic()
+            now = self.now
             if event == zmq.EVENT_DISCONNECTED:
                 self._carry_out(port, port.link.broken(now))
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and port.socket is not None:
@@ -270,7 +278,7 @@ class RouterIo:
                 parts = port.socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            now = time.monotonic()
+            now = self.now
             try:
                 if len(parts) != 1:
                     raise messages.Malformed(f"a message of {len(parts)} frames")

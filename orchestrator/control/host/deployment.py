@@ -17,7 +17,7 @@ import msgspec
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, RayConfig, environment
 from orchestrator.config.engine_settings import AUTO
-from orchestrator.control.controller import TICK_S
+from orchestrator.control.controller import LONGEST_ROUND_S, TICK_S
 from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import (
     ControlCommand,
@@ -40,6 +40,7 @@ from orchestrator.control.launch import ray_cluster
 from orchestrator.files import make_private
 from workers.artifacts.convert import Progress, silent
 from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, TriremeError
+from workers.protocol.running_clock import RunningClock
 
 log = logging.getLogger("trireme.deployment")
 #: Exit code of a start that somebody ended, as shells have it for Ctrl-C.
@@ -71,6 +72,8 @@ class Deployment:
         self._started_at = time.time()
         # 0 = run, 1 = drain, 2 = at once. A plain number, because a signal handler may set it in the middle of anything.
         self._stops = 0
+        #: The moves of an update are judged by it.
+        self._clock = RunningClock(time.monotonic(), LONGEST_ROUND_S)
         self._was_ready = False
         self._replicas: ReplicaSource = OwnReplicas(config, notify) if replicas is None else replicas
         self._replica_notices = ReplicaNotices(notify)
@@ -165,6 +168,7 @@ class Deployment:
         """The host's loop: a tick every 0.2 s until :meth:`stop`."""
         assert self._routers is not None
         while not self._stops:
+            self._clock.turn(time.monotonic())
             self._routers.tick()
             ready = [(view.name, view.epoch) for view in self._replicas.views() if view.phase == "ready"]
             self._replicas.tick(self._routers.hung(ready))
@@ -177,7 +181,7 @@ class Deployment:
         """The next move of an update, when it is time for it."""
         assert self._desired is not None
         try:
-            report = self._desired.step(time.monotonic(), self._replicas.views(), self._replicas.apply)
+            report = self._desired.step(self._clock.at(time.monotonic()), self._replicas.views(), self._replicas.apply)
         except TriremeError as error:  # a control plane that is down for a while ends nothing that serves
             log.warning("update: %s", error)
             return
@@ -264,7 +268,7 @@ class Deployment:
         state = self.status().state
         if self._desired is None or state not in ("READY", "DEGRADED"):
             raise Rejected(f"{self.config.name} is {state}", "an update goes from one serving configuration to another", "wait")
-        return self._desired.begin_update(command, self._replicas.views(), time.monotonic())
+        return self._desired.begin_update(command, self._replicas.views(), self._clock.at(time.monotonic()))
 
 
 def up(

@@ -13,7 +13,7 @@ import msgspec
 
 from orchestrator.config.deployment_file import Config, ModelConfig, environment
 from orchestrator.config.engine_settings import GangRequest
-from orchestrator.control.controller import TICK_S, Controller, Hung
+from orchestrator.control.controller import LONGEST_ROUND_S, TICK_S, Controller, Hung
 from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import DeploymentStatus
 from orchestrator.control.host.deployment_plan import ServedModel
@@ -30,6 +30,7 @@ from orchestrator.files import make_private
 from orchestrator.planner.automatic import ClusterHardware, GangDecision, NodeHardware
 from workers.artifacts.convert import Progress
 from workers.protocol.errors import ConfigError, EnvironmentFault, Rejected, ReplicaLost
+from workers.protocol.running_clock import RunningClock
 from workers.protocol.specs import Parallel
 
 #: After the grace: time for the last messages, kills and the proof that nothing is left, seconds.
@@ -217,11 +218,13 @@ class OwnReplicas:
 
     @staticmethod
     def _drain_all(controller: ReplicaController, grace_s: float, hurry: Callable[[], bool]) -> None:
+        clock = RunningClock(time.monotonic(), LONGEST_ROUND_S)
         deadline = time.monotonic() + grace_s + FAREWELL_S
         controller.apply([])
         controller.tick()
-        while controller.views() and time.monotonic() < deadline and not hurry():
+        while controller.views() and clock.at(time.monotonic()) < deadline and not hurry():
             time.sleep(TICK_S / 4)
+            clock.turn(time.monotonic())
             controller.tick()
         if controller.views() or hurry():
             controller.abort()

@@ -18,6 +18,7 @@ import zmq
 from workers import zmq_options
 from workers.protocol.errors import ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.messages import Failed, Query, Report, decode_to_client, encode
+from workers.protocol.running_clock import RunningClock
 from workers.protocol.specs import RouterAddress
 from workers.protocol.status import RouterStatus
 from workers.serving.router_io import KeyPair
@@ -28,6 +29,9 @@ _ANSWER_MS = 1000
 _HINT = "trireme keys, at the routers, makes one"
 #: Longer than a leader needs to find a new router.
 _UNHEARD_S = 10.0
+#: A replica that was lost so long ago does not come back: longer than the pause of a leader before it connects again. A router that was
+#: frozen finds the old connections dead when it goes on, and its leaders alive.
+_RETURN_S = 1.5
 
 
 class RouterPoller:
@@ -37,6 +41,7 @@ class RouterPoller:
         self._targets, self._key, self._prefix = targets, key, prefix
         self._latest: dict[str, tuple[float, RouterStatus]] = {}
         self._unheard: dict[tuple[str, int], float] = {}
+        self._clock = RunningClock(time.monotonic(), _ASK_EVERY_S)
         self._closing = threading.Event()
         self._asking = threading.Thread(target=self._ask_all, name="router reports", daemon=True)
 
@@ -58,19 +63,17 @@ class RouterPoller:
         return [report for at, report in list(self._latest.values()) if at >= horizon]
 
     def hung(self, ready: Iterable[tuple[str, int]], *, routers: int) -> frozenset[tuple[str, int]]:
-        """Those of the ``ready`` gangs, (replica, epoch), that no router can use: every router that knows the gang has lost it, or all
-        ``routers`` answer and none of them has known it for 10 s."""
+        """Those of the ``ready`` gangs, (replica, epoch), that no router can use: :func:`given_up`, or all ``routers`` answer and none of
+        them has known it for 10 s."""
         reports = self.fresh()
-        states: dict[tuple[str, int], set[str]] = {}
-        for report in reports:
-            for replica in report.replicas:
-                states.setdefault((replica.name, replica.epoch), set()).add(replica.state)
-        now = time.monotonic()
+        known = {(replica.name, replica.epoch) for report in reports for replica in report.replicas}
+        self._clock.turn(time.monotonic())
+        now = self._clock.at(time.monotonic())
         # A gang may stop before its Hello: no router can lose what it never had.
         all_answer = len(reports) == routers
-        self._unheard = {key: self._unheard.get(key, now) for key in ready if all_answer and key not in states}
+        self._unheard = {key: self._unheard.get(key, now) for key in ready if all_answer and key not in known}
         silent = {key for key, since in self._unheard.items() if now - since > _UNHEARD_S}
-        return frozenset(silent | {key for key, seen in states.items() if seen == {"lost"}})
+        return frozenset(silent) | given_up(reports)
 
     def _ask_all(self) -> None:
         context: zmq.Context[Any] = zmq.Context()
@@ -96,6 +99,16 @@ class RouterPoller:
             if replica.name.startswith(self._prefix)
         )
         return msgspec.structs.replace(report, replicas=replicas)
+
+
+def given_up(reports: Iterable[RouterStatus]) -> frozenset[tuple[str, int]]:
+    """The gangs, (replica, epoch), that every router that knows them lost more than :data:`_RETURN_S` ago."""
+    lost: dict[tuple[str, int], bool] = {}
+    for report in reports:
+        for replica in report.replicas:
+            key = replica.name, replica.epoch
+            lost[key] = lost.get(key, True) and replica.state == "lost" and replica.age_s > _RETURN_S
+    return frozenset(key for key, is_lost in lost.items() if is_lost)
 
 
 def ask(context: zmq.Context[Any], address: RouterAddress, key: KeyPair) -> RouterStatus | None:

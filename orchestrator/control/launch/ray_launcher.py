@@ -27,6 +27,7 @@ from orchestrator.control.reconciler import GangStatus
 from orchestrator.planner.placement import NodeResources, PlacementRequest, placement_request, scale_up_request
 from workers.epoch import make_epoch
 from workers.protocol.errors import ConfigError, EnvironmentFault
+from workers.protocol.running_clock import RunningClock
 
 log = logging.getLogger("trireme.launch")
 #: Bounds on actors, seconds: an answer to a question, the start of all node agents, silence that counts as death.
@@ -172,6 +173,7 @@ class RayLauncher:
     def __init__(self, deployment: str) -> None:
         self._prefix = f"trireme/{deployment}/"
         self._records: dict[tuple[str, int], _Record] = {}
+        self._clock = RunningClock(time.monotonic(), _ANSWER_S / 2)
         self._adopt()
 
     def _adopt(self) -> None:
@@ -193,6 +195,11 @@ class RayLauncher:
             key = self._parse(row["name"])
             if key is not None and key not in self._records and row["state"] != "REMOVED":
                 self._remove_group(row["name"])
+
+    @property
+    def _now(self) -> float:
+        """Seconds in which this launcher's loop ran."""
+        return self._clock.at(time.monotonic())
 
     def _parse(self, name: str) -> tuple[str, int] | None:
         replica, _, epoch = name.removeprefix(self._prefix).partition("/")
@@ -234,6 +241,7 @@ class RayLauncher:
         record.placement = placement
 
     def poll(self) -> list[GangStatus]:
+        self._clock.turn(time.monotonic())
         for key, record in list(self._records.items()):
             if record.killing is not None:
                 self._finish_kill(key, record)
@@ -263,11 +271,11 @@ class RayLauncher:
         )
         record.status = msgspec.structs.replace(record.status, phase="starting", since=time.time(), cause="", hint="")
         # Agents and MPI are started in its constructor, so its first answer may take that long.
-        record.asked = time.monotonic() + _AGENTS_S
+        record.asked = self._now + _AGENTS_S
 
     def _ask(self, record: _Record) -> None:
         """Take the answer to the last question, if it is there, and ask the next one."""
-        now = time.monotonic()
+        now = self._now
         if record.failed:
             return
         if record.question is None:
@@ -307,17 +315,17 @@ class RayLauncher:
             self._remove((name, epoch), record)
             return
         record.killing = record.supervisor.kill.remote()
-        record.asked = time.monotonic()
+        record.asked = self._now
 
     def _finish_kill(self, key: tuple[str, int], record: _Record) -> None:
         ready, _ = ray.wait([record.killing], timeout=0)
-        if not ready and time.monotonic() - record.asked < _SILENCE_S:
+        if not ready and self._now - record.asked < _SILENCE_S:
             return
         if ready:
             try:
                 if left := ray.get(record.killing):
                     log.error("%s: processes %s do not die", self._name(key), left)
-                    record.killing, record.asked = record.supervisor.kill.remote(), time.monotonic()
+                    record.killing, record.asked = record.supervisor.kill.remote(), self._now
                     return
             except ray.exceptions.RayError as error:
                 log.warning("%s: %s while it was killed", self._name(key), type(error).__name__)

@@ -15,7 +15,9 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -32,6 +34,7 @@ from orchestrator.router.frontend.sandbox_worker import (
 )
 from workers.protocol.errors import ArtifactError, EnvironmentFault, Overloaded, Rejected
 from workers.protocol.messages import GuideSpec
+from workers.protocol.running_clock import LONGEST_TURN_S, RunningClock
 
 #: Seconds that one job may take, that a job may wait for a free process, and that a new process may take to be ready.
 LIMIT_S, WAIT_S, START_S = 2.0, 5.0, 30.0
@@ -44,6 +47,7 @@ MAX_ANSWER = 8 * MAX_RENDERED
 ANY_JSON = GuideSpec(kind="json")
 
 log = logging.getLogger("trireme.sandbox")
+T = TypeVar("T")
 
 
 class _Gone(Exception):
@@ -182,8 +186,7 @@ class SandboxPool:
             raise Overloaded("too many templates and grammars at a time", retry_after=1.0) from None
         answered = False
         try:
-            async with asyncio.timeout(self._limit_s):
-                answer = await process.ask(frame)
+            answer = await _within(self._limit_s, process.ask(frame))
             answered = True
         finally:
             if answered:
@@ -216,8 +219,7 @@ class SandboxPool:
                 continue
             self._living.add(process)
             try:
-                async with asyncio.timeout(START_S):
-                    answer = await process.ask(self._setup)
+                answer = await _within(START_S, process.ask(self._setup))
             except (TimeoutError, _Gone):
                 log.error("a process for templates did not start")
                 self._discard(process)
@@ -234,3 +236,20 @@ class SandboxPool:
     def _keep(self, task: asyncio.Task[None] | asyncio.Future[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _within(bound_s: float, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``; raises TimeoutError when it takes longer than ``bound_s`` seconds in which this process runs."""
+    task = asyncio.get_running_loop().create_task(work)
+    begin = time.monotonic()
+    clock = RunningClock(begin)
+    try:
+        while (left := begin + bound_s - clock.at(time.monotonic())) > 0:
+            await asyncio.wait((task,), timeout=min(left, LONGEST_TURN_S / 2))
+            clock.turn(time.monotonic())
+            if task.done():
+                return task.result()
+        raise TimeoutError
+    finally:
+        if task.cancel():
+            await asyncio.wait((task,))

@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from workers.protocol.running_clock import LONGEST_TURN_S
+
 MAX_URL = 8 << 10
 MAX_HEADER_BYTES = 32 << 10
 MAX_HEADERS = 100
@@ -118,9 +120,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def _expect(self, seconds: float | None) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = self.loop.call_later(seconds, self._late) if seconds is not None else None
+        self._deadline = self.loop.call_later(seconds, self._late, self.loop.time() + seconds, seconds) if seconds is not None else None
 
-    def _late(self) -> None:
+    def _late(self, due: float, seconds: float) -> None:
+        """``seconds`` passed without what was expected, until ``due`` by the loop's clock."""
+        if self.loop.time() - due > LONGEST_TURN_S:
+            # This process did not run, so nothing could arrive.
+            self._expect(seconds)
+            return
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.abort()
         else:

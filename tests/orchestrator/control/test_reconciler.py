@@ -157,6 +157,25 @@ def test_hung_and_slow_gangs_are_killed() -> None:
     assert isinstance(action, KillGang) and "not ready" in action.reason
 
 
+def test_time_in_which_the_controller_did_not_run_is_no_part_of_a_start_or_a_drain() -> None:
+    world = World()
+    epoch = world.add("a", "loading")
+    world.step()
+    for _ in range(3):
+        world.now += POLICY.start_timeout_s + 1
+        world.reconciler.postpone(POLICY.start_timeout_s)
+        assert world.step() == []
+    world.phase("a", epoch, "ready")
+    world.wanted = []
+    assert world.step() == [DrainGang("a", epoch)]
+    world.now += 60.0
+    world.reconciler.postpone(59.8)
+    assert world.step() == []
+    world.now += POLICY.drain_grace_s + 1.1
+    (action,) = world.step()
+    assert isinstance(action, KillGang) and "still running" in action.reason
+
+
 def test_waiting_for_room_is_no_part_of_a_start() -> None:
     world = World()
     epoch = world.add("a", "placing")

@@ -28,7 +28,7 @@ def test_hub_ids_are_read_and_written(text: str, parts: tuple[str, str, str]) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["gpt2", "./org/name", "/org/name", "~/name", "a/b/c", "../name", "org/", "org/name@", "org/name:", "a b/c"]
+    "text", ["gpt2", "./org/name", "/org/name", "~/name", "a/b/c", "../name", "org/", "org/name@", "org/name:", "a b/c", "a/b.gguf"]
 )
 def test_other_forms_are_no_hub_ids(text: str) -> None:
     assert parse(text) is None

@@ -246,7 +246,7 @@ def test_a_collector_that_never_answers_keeps_nobody(monkeypatch: pytest.MonkeyP
             hole.bind(("127.0.0.1", 0))
             hole.listen()
             traces = Traces(TracingSpec(endpoint=f"http://127.0.0.1:{hole.getsockname()[1]}/v1/traces"), "r")
-            stage.traced = traces.around(stage.dispatch)
+            stage.traced = traces.around(stage.dispatch, time.monotonic)
             stage.submit(ask()).cancel()
             begun = time.monotonic()
             traces.close()

@@ -19,6 +19,7 @@ from workers.engines.trtllm.sequence import Delta, Job, TrtllmLimits, TrtllmSequ
 from workers.protocol.engine import CLOSE_S, PAUSE_S, STATS_AGE_S, Emission
 from workers.protocol.errors import EngineFault, TriremeError
 from workers.protocol.messages import UNLIMITED, Capacity, SamplingParams, Submit
+from workers.protocol.running_clock import RunningClock
 from workers.protocol.specs import ResumeClass
 from workers.protocol.status import EngineStats
 
@@ -56,6 +57,10 @@ class Runtime(Protocol):
 
     def close(self, bound_s: float) -> None:
         """End it on every rank. Raises :class:`EngineFault` after ``bound_s``."""
+
+
+#: One turn of the engine may take so long, seconds; one that takes longer was frozen meanwhile.
+_LONGEST_STEP_S = 1.0
 
 
 def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> RuntimeStats:
@@ -112,6 +117,7 @@ class TrtllmEngine:
         self._paused: dict[int, TrtllmSequence] = {}
         self._stats = RuntimeStats(num_blocks=limits.capacity.num_blocks, free_blocks=limits.capacity.num_blocks)
         self._stats_at = 0.0
+        self._running = RunningClock(clock(), _LONGEST_STEP_S)
         self._progress_at = 0.0
         self._prompt_tokens = self._output_tokens = self._preemptions = 0
 
@@ -207,7 +213,7 @@ class TrtllmEngine:
     def _start(self, seq: TrtllmSequence) -> None:
         self._prefixes.expect(seq.prompt_ids + seq.tokens, seq.salt)
         if not self._jobs:
-            self._progress_at = self._clock()
+            self._progress_at = self._running.at(self._clock())
         seq.known_at_start = len(seq.tokens)
         seq.handle = self._runtime.start(seq.job())
         self._jobs[seq.handle] = seq
@@ -258,6 +264,8 @@ class TrtllmEngine:
         now, before = self._clock(), self._stats.iteration
         if now - self._stats_at > STATS_AGE_S:
             self._refresh()
+        self._running.turn(now)
+        now = self._running.at(now)
         if answered or self._stats.iteration != before or not self._jobs:
             self._progress_at = now
         elif now - self._progress_at > self._hang_s:

@@ -77,6 +77,25 @@ def test_pieces_come_back_as_they_were_made() -> None:
     asyncio.run(main())
 
 
+def test_a_pool_that_was_frozen_with_its_processes_blames_no_template() -> None:
+    async def main() -> None:
+        async with cells(0.5) as found:
+            await found.render(job("good"))
+            pids = found.pids
+
+            def freeze() -> None:
+                time.sleep(1.5)
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            asyncio.get_running_loop().call_later(0.1, freeze)
+            assert await found.render(job("good")) and found.lost == 0
+
+    asyncio.run(main())
+
+
 def test_a_template_that_costs_too_much_costs_its_request_only() -> None:
     """A bomb of time, of memory (also while it is compiled) and of output; the loop and the good requests go on meanwhile."""
 
