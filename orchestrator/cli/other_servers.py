@@ -25,8 +25,7 @@ SPELLINGS = {
 }
 #: Flag (long form) -> what to do instead.
 FLAGS = {
-    "--allow-credentials": "http in a deployment file has what browsers may ask for (docs/api.md)",
-    "--allowed-origins": "http in a deployment file has what browsers may ask for (docs/api.md)",
+    "--allow-credentials": "keys are sent as Authorization, never as cookies; --allowed-origins says which pages may ask",
     "--api-key": _KEY,
     "--async-scheduling": _AUTOMATIC,
     "--backend": "use --engine portable or trtllm",

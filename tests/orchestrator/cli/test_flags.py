@@ -90,7 +90,8 @@ TYPED: dict[str, tuple[str, object]] = {
     "engine": ("fake", "fake"), "host": ("::1", "::1"), "port": ("8123", 8123), "api_keys_file": ("/k.json", "/k.json"),
     "insecure_http_without_keys": ("", True), "routers": ("3", 3), "launcher": ("ray", "ray"), "name": ("other", "other"),
     "run_dir": ("/run/x", "/run/x"), "cache_dir": ("/cache/x", "/cache/x"), "join_file": ("/j.json", "/j.json"),
-    "join_key_file": ("/p.json", "/p.json"),
+    "join_key_file": ("/p.json", "/p.json"), "chat_template": ("/t.jinja", "/t.jinja"), "generation_config": ("none", "none"),
+    "allowed_origins": ("https://a.b", ("https://a.b",)),
 }  # fmt: skip
 #: Options of these commands that are no setting: of the model's name, and of how the command itself behaves.
 NO_SETTINGS = {"served_model_name", "detach", "help"}
@@ -109,6 +110,7 @@ def test_every_flag_of_a_deployment_reaches_its_configuration(
     hosted: list[Config] = []
     module = importlib.import_module(f"orchestrator.cli.{command}")
     monkeypatch.setattr(module, "host_or_detach", lambda console, config, *_, **__: hosted.append(config))
+    assert setting in TYPED, f"--{setting} is new: say in TYPED what the configuration makes of it"
     typed, value = TYPED[setting]
     flag = f"--{setting.replace('_', '-')}"
     file = tmp_path / "d.yaml"
