@@ -190,13 +190,12 @@ def _check_tokenizer(model: deployment_plan.ServedModel, cards: Sequence[ModelCa
     """Routers turn text into ids with the files that they were started with. Raises :class:`ConfigError` where the new ones differ."""
     card = next(card for card in cards if card.name == model.config.name)
     old, new = tokenizer_paths(Path(card.tokenizer)), tokenizer_paths(Path(model.tokenizer))
-    for name in sorted(old.keys() | new.keys()):
-        if _content(old.get(name)) != _content(new.get(name)):
-            raise ConfigError(
-                f"this cannot be changed in place: path of {model.config.name} (its {name} is another one)",
-                "the routers were started with the old one",
-                _HINT,
-            )
+    if other := [name for name in sorted(old.keys() | new.keys()) if _content(old.get(name)) != _content(new.get(name))]:
+        raise ConfigError(
+            f"this cannot be changed in place: path of {model.config.name} (others than before: {', '.join(other)})",
+            "the routers were started with the old ones",
+            _HINT,
+        )
 
 
 def _content(path: Path | None) -> bytes:
