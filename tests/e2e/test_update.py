@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -126,6 +127,7 @@ def test_what_cannot_change_in_place_is_named(up: tuple[ControlClient, Deploymen
     finally:
         file.write_text(kept)
     other = write_config(tmp_path, deployment={"run_dir": str(file.parent / "run")})
+    shutil.copytree(file.parent / "tokenizer", tmp_path / "tokenizer", dirs_exist_ok=True)  # it differs in what follows alone
     tokenizer = tmp_path / "tokenizer" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
     refused = run("update", str(other))
