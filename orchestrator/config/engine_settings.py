@@ -11,8 +11,8 @@ import msgspec
 
 from workers.protocol.specs import (
     Device,
+    DeviceIndependentSettings,
     DType,
-    EngineBase,
     EngineKind,
     EngineSpec,
     FakeOptions,
@@ -38,8 +38,8 @@ class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_num_tokens: int
 
 
-class EngineSettings(EngineBase, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The settings of a model for every engine that its replicas may run on. A file has these keys among the model's own.
+class EngineSettings(DeviceIndependentSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The engine settings of a model: the common ones, and those of each engine. A file writes them beside the model's own keys.
 
     ``auto`` is decided when the deployment starts, by the device and the model.
     """
@@ -68,7 +68,7 @@ class EngineSettings(EngineBase, frozen=True, kw_only=True, forbid_unknown_field
 
     def spec(self, kind: EngineKind, *, device: Device, dtype: DType, limits: StepLimits) -> EngineSpec:
         """The settings of one engine, with what was decided for those that are ``auto``."""
-        common = {name: getattr(self, name) for name in EngineBase.__struct_fields__}
+        common = {name: getattr(self, name) for name in DeviceIndependentSettings.__struct_fields__}
         common |= {"device": device, "dtype": dtype} | msgspec.structs.asdict(limits)
         match kind:
             case "portable":

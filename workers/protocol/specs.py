@@ -185,7 +185,7 @@ def quant_of(name: QuantName, group_size: int | None = None) -> Quant:
     )
 
 
-class EngineBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DeviceIndependentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of every engine whose defaults suit every device. Sizes: tokens, bytes.
 
     ``kv_tokens`` = 0 means: as many as ``kv_bytes`` holds; ``kv_bytes`` = 0 too means the engine's default share of free memory.
@@ -220,7 +220,7 @@ def check_step_limits(max_batch_size: int, max_num_tokens: int) -> None:
     )
 
 
-class CommonEngineSpec(EngineBase, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CommonEngineSpec(DeviceIndependentSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of every engine: how one replica runs a model. Sizes: tokens, sequences, bytes."""
 
     dtype: DType = "fp32"
