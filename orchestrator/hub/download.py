@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO
 from urllib.parse import urlsplit
 
 import msgspec
@@ -51,6 +53,8 @@ _CHUNK = 1 << 20
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 18
 #: What a hub sends and becomes part of a path must look so.
 _HEX, _PLAIN = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?"), re.compile(r"[\w-]+")
+#: Connections that bring nothing before a download is given up, and the pause before the next one, seconds.
+_TRIES, _PAUSE_S = 3, 1.0
 _AGAIN = "nothing of it was kept: pull again, or from another hub (HF_ENDPOINT)"
 
 
@@ -165,12 +169,12 @@ class _Repository:
     def verify(self, files: list[HubFile], progress: Progress) -> None:
         """Hash files that are there. Raises :class:`ArtifactError` for another hash than the hub names."""
         meter = _Meter()
-        _each(files, lambda file: self._check(file, self.pointer(file), meter.add), VERIFY, progress, meter)
+        _each(files, lambda file: self._check(file, self.pointer(file), partial(meter.add, file)), VERIFY, progress, meter)
 
     def fetch(self, files: list[HubFile], progress: Progress) -> None:
         """Download files, from where an earlier download ended. Raises :class:`ArtifactError` for another hash than the hub names."""
         meter = _Meter()
-        _each(files, lambda file: self._fetch(file, meter.bar()), DOWNLOAD, progress, meter)
+        _each(files, lambda file: self._fetch(file, meter.bar(file)), DOWNLOAD, progress, meter)
 
     def _fetch(self, file: HubFile, bar: type[tqdm]) -> None:
         url, headers = hf_hub_url(self.repo, file.name, revision=self.commit), build_hf_headers()
@@ -179,17 +183,17 @@ class _Repository:
             headers.pop("authorization", None)  # the token is for the hub, not for the store behind it
         blobs = self.folder / "blobs"
         blobs.mkdir(parents=True, exist_ok=True)
-        partial = blobs / f"{file.digest}.partial"
-        with partial.open("ab") as target:
+        unfinished = blobs / f"{file.digest}.partial"
+        with unfinished.open("ab") as target:
             if target.tell() > file.size:
                 target.seek(0)
                 target.truncate()
-            http_get(facts.location, target, resume_size=target.tell(), headers=headers, expected_size=file.size or None, tqdm_class=bar)
+            _get(facts.location, target, headers, file.size, bar)
             target.flush()
             os.fsync(target.fileno())
-        self._check(file, partial)
+        self._check(file, unfinished)
         # The client names a blob by its ETag. When it finds the blob it only links it into the snapshot.
-        partial.replace(blobs / (facts.etag if _PLAIN.fullmatch(facts.etag or "") else file.digest))
+        unfinished.replace(blobs / (facts.etag if _PLAIN.fullmatch(facts.etag or "") else file.digest))
         hf_hub_download(self.repo, file.name, revision=self.commit)
 
     def _check(self, file: HubFile, path: Path, count: Callable[[int], None] = lambda size: None) -> None:
@@ -201,6 +205,24 @@ class _Repository:
             path.unlink(missing_ok=True)
             why = f"expected {kind} {file.digest} ({file.size} bytes), got {got}"
             raise ArtifactError(f"{self.repo}: {file.name} is not what it should be", why, _AGAIN)
+
+
+def _get(url: str, target: IO[bytes], headers: dict[str, str], size: int, bar: type[tqdm]) -> None:
+    """Append the rest of a file of ``size`` bytes. A connection that breaks is made again, as long as each brings something."""
+    tries = _TRIES
+    while True:
+        begin = target.tell()
+        try:
+            http_get(url, target, resume_size=begin, headers=headers, expected_size=size or None, tqdm_class=bar)
+        except HfHubHTTPError:
+            raise
+        except HTTPError:
+            tries = tries - 1 if target.tell() == begin else _TRIES
+            if not tries:
+                raise
+            time.sleep(_PAUSE_S)
+        else:
+            return
 
 
 def _digest(path: Path, file: HubFile, count: Callable[[int], None]) -> str:
@@ -220,24 +242,26 @@ class _Meter:
     """Counts the bytes of several files; each is worked on by a thread of its own."""
 
     def __init__(self) -> None:
-        self.done = 0
-        self._lock = threading.Lock()
+        self._done: dict[str, int] = {}
 
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.done += count
+    @property
+    def done(self) -> int:
+        return sum(list(self._done.values()))
 
-    def bar(self) -> type[tqdm]:
-        """A class of bars, as the hub's client wants it, that draw nothing and count here."""
-        add = self.add
+    def add(self, file: HubFile, count: int) -> None:
+        self._done[file.name] = self._done.get(file.name, 0) + count
+
+    def bar(self, file: HubFile) -> type[tqdm]:
+        """A class of bars, as the hub's client wants it, that draw nothing and count here; each connection has one."""
+        done = self._done
 
         class Bar(tqdm):  # type: ignore[misc]
             def __init__(self, *_: object, initial: int = 0, total: int | None = None, **__: object) -> None:
                 super().__init__(total=total, disable=True)
-                add(initial)
+                done[file.name] = initial
 
             def update(self, n: float | None = 1) -> None:
-                add(int(n or 0))
+                done[file.name] += int(n or 0)
 
         return Bar
 
