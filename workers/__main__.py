@@ -201,10 +201,25 @@ def start_mpi(argv: list[str]) -> Any:
     return MPI.COMM_WORLD
 
 
+def world(argv: list[str]) -> tuple[Any, Briefing]:
+    """The world's communicator, and what to do. None = a world of one rank, which needs no MPI where none is installed.
+
+    Raises :class:`EnvironmentFault` where MPI is missing and needed.
+    """
+    try:
+        comm = start_mpi(argv)
+    except EnvironmentFault:
+        told = brief(None, argv)
+        if told.spec is not None and told.spec.needs_mpi:
+            raise
+        return None, told
+    return comm, brief(comm, argv)
+
+
 def brief(comm: Any, argv: list[str]) -> Briefing:
     """Rank 0's reading of ``argv``, on every rank."""
     told = Briefing()
-    if comm.Get_rank() == 0:
+    if comm is None or comm.Get_rank() == 0:
         try:
             told = parse(argv)
         except TriremeError as error:
@@ -219,7 +234,7 @@ class Rank:
 
     def __init__(self, comm: Any, spec: ReplicaSpec, *, debug: bool) -> None:
         self._comm, self._spec, self._debug = comm, spec, debug
-        self._rank: int = comm.Get_rank()
+        self._rank: int = 0 if comm is None else comm.Get_rank()
         self._terminal = 2
         self._state = StateFile(spec.run_dir, name=spec.name, epoch=spec.epoch, pids=[])
         self._keys: KeyPair | None = None
@@ -238,7 +253,7 @@ class Rank:
         except SystemExit:
             log.info("told to stop at once")
             self._state.enter("stopped")
-            self._comm.Abort(0)
+            self._abort(0)
         except Exception as error:
             known = error.error if isinstance(error, process.Alone) else error
             if not isinstance(known, TriremeError) or known is not error:
@@ -250,12 +265,18 @@ class Rank:
                 known = EngineFault(f"rank {self._rank} failed", f"{type(error).__name__}: {error}", "the rank's log has the stack trace")
             self._report(known, alone=True)
             time.sleep(TOLD_S)
-            self._comm.Abort(known.exit_code)
+            self._abort(known.exit_code)
+
+    def _abort(self, code: int) -> NoReturn:
+        """End all ranks at once."""
+        if self._comm is None:
+            os._exit(code)
+        self._comm.Abort(code)
         raise AssertionError("MPI_Abort returned")
 
     def _load(self) -> Engine | Follower:
         """This rank's part of the engine. A TriremeError from here was raised on every rank."""
-        spec, world = self._spec, self._comm.Get_size()
+        spec, world = self._spec, 1 if self._comm is None else self._comm.Get_size()
         failure: TriremeError | None = None
         try:
             level = logging.DEBUG if self._debug else logging.INFO
@@ -344,18 +365,19 @@ class Rank:
 def main(argv: list[str]) -> int:
     try:
         process.die_with_parent()
-        comm = start_mpi(argv)
+        comm, told = world(argv)
     except TriremeError as error:
         print(error.lines(), file=sys.stderr)
         return error.exit_code
-    told = brief(comm, argv)
     code = 0
     if told.error is not None:
         code = told.error.exit_code
-        if comm.Get_rank() == 0:
+        if comm is None or comm.Get_rank() == 0:
             print(told.error.error().lines(), file=sys.stderr)
     elif told.spec is not None:
         code = Rank(comm, told.spec, debug=told.debug).run()
+    if comm is None:
+        return code
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(FINALIZE_S)  # MPI_Finalize is a collective: a rank that never gets there must not keep this one
     from mpi4py import MPI

@@ -110,9 +110,13 @@ def test_exit_codes_and_error_lines(tmp_path: Path) -> None:
 
 def test_without_mpi_the_environment_is_at_fault(tmp_path: Path) -> None:
     (tmp_path / "mpi4py.py").write_text("raise ImportError('no MPI library was found')")
-    ran = run("--engine", "fake", PYTHONPATH=str(tmp_path))
+    """Of a replica of several ranks; one of one rank starts (`test_a_gang_of_one_rank_needs_no_mpi`), or fails for a reason of its own."""
+    ran = run("--engine", "fake", "--tp-size", "2", PYTHONPATH=str(tmp_path))
     assert ran.returncode == 4
     assert ran.stderr.splitlines()[:2] == ["error: MPI is not available", "why: no MPI library was found"]
+    ran = run("--engine", "portable", "--model", str(tmp_path / "nothing"), PYTHONPATH=str(tmp_path))
+    assert ran.returncode == 3 and "MPI" not in ran.stderr
+    assert run("--help", PYTHONPATH=str(tmp_path)).returncode == 0
 
 
 def test_a_rank_dies_with_its_parent(tmp_path: Path) -> None:

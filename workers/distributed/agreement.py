@@ -44,6 +44,8 @@ def complete(request: Any, bound_s: float | None = MEET_S) -> None:
 
 def broadcast(comm: Any, data: bytes) -> bytes:
     """Rank 0's ``data`` on every rank."""
+    if comm is None:
+        return data
     size = array("q", [len(data)])
     complete(comm.Ibcast(size, root=0))
     buffer = bytearray(data) if comm.Get_rank() == 0 else bytearray(size[0])
@@ -53,6 +55,8 @@ def broadcast(comm: Any, data: bytes) -> bytes:
 
 def gather(comm: Any, data: bytes) -> list[bytes]:
     """Every rank's ``data``, in rank order, on every rank."""
+    if comm is None:
+        return [data]
     sizes = array("q", bytes(8 * comm.Get_size()))
     complete(comm.Iallgather(array("q", [len(data)]), sizes))
     width = max(sizes)
@@ -63,7 +67,7 @@ def gather(comm: Any, data: bytes) -> list[bytes]:
 
 def agree(comm: Any, error: TriremeError | None) -> None:
     """Raise on every rank when any rank has an error: its own, else that of the lowest rank that has one, whose number is named."""
-    reports = [] if comm is None else gather(comm, b"" if error is None else msgspec.json.encode(ErrorReport.of(error)))
+    reports = gather(comm, b"" if error is None else msgspec.json.encode(ErrorReport.of(error)))
     if error is not None:
         raise error
     for rank, data in enumerate(reports):

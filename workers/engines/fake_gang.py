@@ -26,6 +26,8 @@ class Meeting:
     def vote(self, go_on: bool, bound_s: float | None = None) -> bool:
         """Meet the other ranks; True when all vote to go on. Raises :class:`~workers.protocol.errors.EngineFault` after ``bound_s``
         seconds."""
+        if self._comm is None:
+            return go_on
         from mpi4py import MPI
 
         verdict = array("i", [go_on])
@@ -68,8 +70,8 @@ class FakeFollower:
 
 
 def build(spec: ReplicaSpec, comm: Any) -> FakeLeader | FakeFollower:
-    """This rank's part. Raises the same TriremeError on every rank."""
+    """This rank's part. ``comm`` None = a world of one. Raises the same TriremeError on every rank."""
     meeting = Meeting(comm)
     with all_or_none(comm):
-        part = FakeLeader(spec, meeting) if comm.Get_rank() == 0 else FakeFollower(meeting)
+        part = FakeLeader(spec, meeting) if comm is None or comm.Get_rank() == 0 else FakeFollower(meeting)
     return part

@@ -314,6 +314,11 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _require(bool(self.name) and self.name.isprintable() and "/" not in self.name, f"replica name {self.name!r} is not usable")
 
     @property
+    def needs_mpi(self) -> bool:
+        """Several ranks meet over MPI, and TensorRT-LLM calls it also for one."""
+        return self.parallel.world > 1 or isinstance(self.engine, TrtllmSpec)
+
+    @property
     def portable(self) -> PortableSpec:
         """The engine of a replica that is known to run the portable one; so with the two below."""
         assert isinstance(self.engine, PortableSpec)

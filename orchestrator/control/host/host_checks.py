@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -10,10 +12,29 @@ import psutil
 from orchestrator.auth.api_keys import parse_api_keys
 from orchestrator.config.deployment_file import Config
 from orchestrator.config.router_spec import HttpConfig
+from orchestrator.control.launch.mpiexec import MpiInstall, none_found
 from orchestrator.files import read_private
 from workers.protocol.errors import EnvironmentFault
+from workers.protocol.specs import EngineKind, Parallel
 
 _LONGEST_SOCKET_PATH = 100
+
+
+def check_installed(config: Config) -> None:
+    """Raises :class:`EnvironmentFault` naming a package that replicas which are launched from here need and this environment lacks."""
+    if config.launcher == "ray" and find_spec("ray") is None:
+        raise EnvironmentFault("Ray is not installed", "launcher: ray", "pip install 'trireme-llm[ray]', or use --launcher local")
+    engines = {request.engine for model in config.models for request in model.gangs()}
+    if config.launcher == "local" and "portable" in engines and find_spec("torch") is None:
+        raise EnvironmentFault("torch is not installed", "the portable engine computes with it", "pip install 'trireme-llm[torch]'")
+
+
+def check_mpi(launcher: str, replicas: Iterable[tuple[EngineKind, Parallel | None]], mpi: MpiInstall | None) -> None:
+    """Raises :class:`EnvironmentFault` where replicas need MPI and none was found: those of TensorRT-LLM, those of several ranks but fake
+    ones, and all on Ray, which deals ranks to nodes that nobody has looked at yet. A layout of None is not decided yet."""
+    needed = [kind == "trtllm" or (kind == "portable" and layout is not None and layout.world > 1) for kind, layout in replicas]
+    if mpi is None and (any(needed) or launcher == "ray"):
+        raise none_found()
 
 
 def check_socket_path(home: Path) -> None:

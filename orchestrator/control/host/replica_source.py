@@ -17,13 +17,14 @@ from orchestrator.control.controller import LONGEST_ROUND_S, TICK_S, Controller,
 from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import DeploymentStatus
 from orchestrator.control.host.deployment_plan import ServedModel
+from orchestrator.control.host.host_checks import check_installed, check_mpi
 from orchestrator.control.host.notices import Notice, Notify
 from orchestrator.control.host.router_source import RouterSource
 from orchestrator.control.host.status_table import HostFacts, describe, describe_routers_only
 from orchestrator.control.launch import node_hardware, ray_cluster
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.control.launch.local_launcher import LocalLauncher
-from orchestrator.control.launch.mpiexec import MpiInstall, find_mpi
+from orchestrator.control.launch.mpiexec import MpiInstall, look_for_mpi
 from orchestrator.control.launch.supervisor import sweep
 from orchestrator.control.reconciler import ReplicaView, RestartPolicy
 from orchestrator.files import make_private
@@ -107,7 +108,9 @@ class OwnReplicas:
         self._leave_ray: Callable[[], None] | None = None
 
     def check(self) -> None:
-        self._mpi = find_mpi(environment().get("PATH", ""))
+        self._mpi = look_for_mpi(environment().get("PATH", ""))
+        check_installed(self._config)
+        check_mpi(self._config.launcher, [(each.engine, each.layout) for model in self._config.models for each in model.gangs()], self._mpi)
 
     def resolve(self, models: Sequence[ModelConfig], progress: Progress) -> list[ServedModel]:
         config = self._config
@@ -117,6 +120,7 @@ class OwnReplicas:
             self._join_ray(cpus=0)
         self._hardware = self._look(requests)
         decisions = deployment_plan.decide_settings(models, self._hardware, config.cache, progress)
+        check_mpi(config.launcher, [(each.request.engine, each.parallel) for each in decisions], self._mpi)
         for text, names in _summaries(decisions).items():
             self._notify(Notice(kind="settings", subject=", ".join(names), text=text))
         return deployment_plan.resolve_models(models, decisions, config.cache, progress)
@@ -148,7 +152,7 @@ class OwnReplicas:
 
             self._controller = RemoteController(self._config.name, self._config.home / "target.json", policy)
             return "" if joined.started else joined.here  # a cluster that is one node now may grow
-        assert self._config.launcher == "local" and self._mpi is not None
+        assert self._config.launcher == "local"
         self._controller = Controller(LocalLauncher(self._mpi, environment()), policy)
         return ""
 

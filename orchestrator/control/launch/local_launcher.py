@@ -16,9 +16,10 @@ log = logging.getLogger("trireme.launch")
 
 
 class LocalLauncher:
-    """Launcher of one host. Called from one thread. ``env``: the environment that ranks start from."""
+    """Launcher of one host. Called from one thread. ``mpi`` None: none is installed, and only gangs of one rank start. ``env``: the
+    environment that ranks start from."""
 
-    def __init__(self, mpi: MpiInstall, env: Mapping[str, str]) -> None:
+    def __init__(self, mpi: MpiInstall | None, env: Mapping[str, str]) -> None:
         self._mpi, self._env = mpi, dict(env)
         self._gangs: dict[tuple[str, int], GangSupervisor] = {}
         self._gpus = GpuLedger(visible_gpus(self._env))

@@ -75,15 +75,29 @@ def refuse_both(look: Callable[[str], str | None] = version) -> None:
 
 
 def find_mpi(path: str) -> MpiInstall:
-    """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value).
+    """As :func:`look_for_mpi`. Raises :class:`EnvironmentFault` also when there is none."""
+    found = look_for_mpi(path)
+    if found is None:
+        raise none_found()
+    return found
 
-    Raises :class:`EnvironmentFault` when there is none, when there are two, or when it is of an unknown family.
+
+def none_found() -> EnvironmentFault:
+    """The error where MPI is needed and :func:`look_for_mpi` finds none."""
+    return EnvironmentFault("no MPI found", "there is no mpiexec beside this Python or on PATH", _HINT)
+
+
+def look_for_mpi(path: str) -> MpiInstall | None:
+    """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value), else None: a replica of one rank runs
+    without.
+
+    Raises :class:`EnvironmentFault` when there are two, or when it is of an unknown family.
     """
     refuse_both()
     beside = Path(sys.executable).with_name("mpiexec")
     program = str(beside) if beside.exists() else shutil.which("mpiexec", path=path)
     if program is None:
-        raise EnvironmentFault("no MPI found", "there is no mpiexec beside this Python or on PATH", _HINT)
+        return None
     try:
         done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -120,10 +134,10 @@ def argv(mpi: MpiInstall, hosts: Sequence[MpiHost], command: Sequence[str], *, c
     return [mpi.mpiexec, "-launcher", "manual", "-localhost", control, "-hosts", places, "-n", str(world), *command]
 
 
-def environment(mpi: MpiInstall, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
-    """``base`` without what belongs to one node or to another MPI world, and with what ``mpi`` needs."""
+def environment(mpi: MpiInstall | None, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
+    """``base`` without what belongs to one node or to another MPI world, and with what ``mpi`` needs; None = a rank that starts without."""
     kept = {name: value for name, value in base.items() if name not in NODE_NAMES and not name.startswith(_WORLD_PREFIXES)}
-    if mpi.family == "openmpi":
+    if mpi is not None and mpi.family == "openmpi":
         kept |= _OPENMPI_ENV | ({} if cuda else _OPENMPI_CPU_ENV)
     return kept
 

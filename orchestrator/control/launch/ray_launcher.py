@@ -119,7 +119,7 @@ class SupervisorActor:
             if index > 0
         ]
         nodes = self._nodes(ranks, env)
-        self._gang = GangSupervisor(gang, epoch, nodes, mpi=mpiexec.find_mpi(env.get("PATH", "")), env=env)
+        self._gang = GangSupervisor(gang, epoch, nodes, mpi=mpiexec.look_for_mpi(env.get("PATH", "")), env=env)
         self._gang.start()
 
     def _nodes(self, ranks: list[int], env: Mapping[str, str]) -> list[GangNode]:

@@ -137,13 +137,17 @@ class RankWatch:
 
 
 class GangSupervisor:
-    """One launch of one replica. ``nodes``: in rank order; the first one is this host and holds rank 0.
+    """One launch of one replica. ``nodes``: in rank order; the first one is this host and holds rank 0. ``mpi`` None: there is none here,
+    and the only rank is started by itself.
 
     Methods may be called from any thread. States: starting → loading → ready → draining → stopped | failed.
     """
 
-    def __init__(self, spec: GangSpec, epoch: int, nodes: Sequence[GangNode], *, mpi: mpiexec.MpiInstall, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, spec: GangSpec, epoch: int, nodes: Sequence[GangNode], *, mpi: mpiexec.MpiInstall | None, env: Mapping[str, str]
+    ) -> None:
         self.spec, self.epoch, self._nodes, self._mpi, self._env = spec, epoch, list(nodes), mpi, env
+        self._program = "rank 0" if mpi is None else "mpiexec"
         self.tag = spec.tag(epoch)
         self._started_at = time.time()
         self._ended_at = 0.0
@@ -168,7 +172,9 @@ class GangSupervisor:
     def _start(self) -> None:
         try:
             self._folder = prepare(self.spec, self.epoch)
-            if gang_preflight.needed(self.spec):
+            if self._mpi is None and self.spec.replica.needs_mpi:
+                raise mpiexec.none_found()
+            if self._mpi is not None and gang_preflight.needed(self.spec):
                 gang_preflight.inspect(self.spec, self._nodes, family=self._mpi.family, tag=self.tag, env=self._env)
             with self._starting:
                 if not self._killed:
@@ -181,7 +187,7 @@ class GangSupervisor:
         command = [*self.spec.command, "--spec", str(self._folder / "spec.json")]
         if isinstance(self.spec.replica.engine, TrtllmSpec):
             command.append("--mpi-multiple")  # every rank must know it before rank 0 sends it the spec
-        argv = mpiexec.argv(self._mpi, hosts, command, control=self._nodes[0].address)
+        argv = command if self._mpi is None else mpiexec.argv(self._mpi, hosts, command, control=self._nodes[0].address)
         env = mpiexec.environment(self._mpi, self._env, cuda=self.spec.replica.engine.device == "cuda")
         if len(hosts) == 1:
             env |= {name: self._env[name] for name in mpiexec.NODE_NAMES if name in self._env}
@@ -203,7 +209,7 @@ class GangSupervisor:
 
     def _on_exit(self, code: int) -> None:
         self._ended_at = time.time()
-        lines = [*self._output, (self._ended_at, f"mpiexec returned {code}")]
+        lines = [*self._output, (self._ended_at, f"{self._program} returned {code}")]
         try:
             (self._folder / "mpiexec.log").write_text("".join(f"{stamp(at)} {line}\n" for at, line in lines))
         except OSError as error:
@@ -266,11 +272,11 @@ class GangSupervisor:
     def _death_cause(self, code: int) -> str:
         assert self._child is not None
         if code < 0:
-            return f"mpiexec (pid {self._child.pid}) was killed by {mpiexec.signal_name(-code)}"
+            return f"{self._program} (pid {self._child.pid}) was killed by {mpiexec.signal_name(-code)}"
         seen = self._watch.cause(4 * TOGETHER_S) if self._watch is not None else ""
         if seen:
             return seen
-        number = mpiexec.exit_signal(self._mpi, code)
+        number = None if self._mpi is None else mpiexec.exit_signal(self._mpi, code)
         return f"a rank was killed by {mpiexec.signal_name(number)}" if number else f"a rank exited with code {code}"
 
     def _with_own_error(self, what: str, hint: str) -> tuple[str, str]:

