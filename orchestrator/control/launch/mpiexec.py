@@ -88,7 +88,7 @@ def none_found() -> EnvironmentFault:
 
 
 def look_for_mpi(path: str) -> MpiInstall | None:
-    """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value), else None: a replica of one rank runs
+    """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value), else None: some replicas run
     without.
 
     Raises :class:`EnvironmentFault` when there are two, or when it is of an unknown family.

@@ -138,7 +138,7 @@ class RankWatch:
 
 class GangSupervisor:
     """One launch of one replica. ``nodes``: in rank order; the first one is this host and holds rank 0. ``mpi`` None: there is none here,
-    and the only rank is started by itself.
+    and rank 0 is started by itself, for a replica that needs no MPI.
 
     Methods may be called from any thread. States: starting → loading → ready → draining → stopped | failed.
     """
