@@ -190,6 +190,7 @@ def test_what_is_shown_is_what_metrics_say(tmp_path: Path) -> None:
         assert int(moved) > 0, "the gang that died ran nothing"
         page.wait("document.querySelector('[data-name=right] [data-field=cause] .value').textContent.length > 3")
         compare(page, status.url)
+        long_names(page)
         hostile_names(page)
         assert page.complaints == []
 
@@ -205,12 +206,36 @@ def pictures(page: Browser) -> None:
         page.wait(f"document.body.dataset.time > {at}")
         size = page.shoot(PICTURES / f"status-page-{name}.png")
         assert size < LARGEST, f"{name}: {size} bytes"
-        assert page.value("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than its window"
+        assert fits(page), f"{name} is wider than its window"
     page.look(1280, 900)
+    assert page.value("document.querySelectorAll('.cards').length") == 0, "usual names stand in tables on a laptop"
     page.press("Tab")
     assert page.value("document.activeElement.getAttribute('href')") == "#replicas", "the first stop leads past the tiles"
     unnamed = ":is([role=img], [role=group], table, section):not([aria-label], [aria-labelledby])"
     assert page.value(f'document.querySelectorAll("{unnamed}").length') == 0, "a screen reader has nothing to say"
+
+
+def fits(page: Browser) -> bool:
+    """Whether neither the page nor a table in it has to be scrolled sideways."""
+    wide = "[document.documentElement, ...document.querySelectorAll('.sheet')].filter(box => box.scrollWidth > box.clientWidth).length"
+    return bool(page.value(wide) == 0)
+
+
+def long_names(page: Browser) -> None:
+    """Names, causes and counts of a large deployment, on each window."""
+    planted = """(() => { const data = structuredClone(shown[shown.length - 1].data);
+        const name = 'nvidia/Llama-3_1-Nemotron-Ultra-253B-v1-FP8-long-context-experiment';
+        data.models[0].name = name; data.models[0].generation_tokens = 123456789012; data.models[0].queue = 1234567;
+        for (const one of data.replicas) {
+            one.name = `${name.toLowerCase()}-${one.name}`; one.tok_s = 123456.7; one.reason = name.repeat(3);
+        }
+        for (const one of data.losses) { one.replica = name; one.reason = name.repeat(3); }
+        show(data); })()"""
+    for width, height in ((1280, 720), (1920, 1080), (820, 1100), (390, 844)):
+        page.look(width, height)
+        page.value(planted)
+        assert fits(page), f"{width} px"
+        page.shoot(PICTURES / f"status-page-long-{width}.png")
 
 
 def hostile_names(page: Browser) -> None:
@@ -236,7 +261,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab() -> None:
                 # As a proxy on this host brings the request of somebody far away.
                 page.call("Network.setExtraHTTPHeaders", headers=ELSEWHERE)
                 page.open(f"{url}/ui")
-                page.wait("!document.getElementById('door').hidden && document.activeElement.id === 'key'")
+                page.wait("!document.getElementById('sign-in').hidden && document.activeElement.id === 'key'")
                 assert page.value("document.getElementById('main').hidden && document.getElementById('refusal').textContent === ''")
                 for key, why in (("trireme-000000000000-wrong", "does not open"), (bound, "bound to some models")):
                     page.type(key)
@@ -246,12 +271,12 @@ def test_a_key_is_asked_for_and_stays_in_the_tab() -> None:
                 page.type(admin)
                 page.press("Enter")
                 page.wait("!document.getElementById('main').hidden && document.getElementById('badge').textContent === '◌ STARTING'")
-                assert page.value("document.getElementById('door').hidden && document.getElementById('key').value === ''")
+                assert page.value("document.getElementById('sign-in').hidden && document.getElementById('key').value === ''")
                 page.open(f"{url}/ui")
                 page.wait("!document.getElementById('main').hidden")
                 assert page.value("document.cookie + localStorage.length + location.href") == f"0{url}/ui", "the key is nowhere else"
                 page.value("document.getElementById('forget').click()")
-                page.wait("!document.getElementById('door').hidden && sessionStorage.length === 0")
+                page.wait("!document.getElementById('sign-in').hidden && sessionStorage.length === 0")
                 assert all(re.search(r"40[14]|ERR_", complaint) for complaint in page.complaints), page.complaints
 
 
