@@ -26,6 +26,8 @@ PROMETHEUS := build/prometheus
 MERMAID := 11.17.2
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
+# Tests start hundreds of processes. On all cores, which pip would not use; files for another Python, which some packages bring, stay as they are.
+COMPILE   := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib orchestrator workers trireme || true
 INSTALL   := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --quiet $(PIP)
 
 # One line a phase: $(call phase,what is done,command). The command's output goes to the log, and to the terminal when it fails.
@@ -140,4 +142,5 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 
 $(DEVELOPED): $(INSTALLED)
 	$(call phase,installing what checks and tests need,$(INSTALL) -e '.[dev]')
+	$(call phase,compiling it to bytecode,$(COMPILE))
 	@touch $@
