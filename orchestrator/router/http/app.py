@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp
 from orchestrator.auth.api_keys import ApiKeys
 from orchestrator.config.router_spec import HttpSpec, RouterSpec
 from orchestrator.router.frontend import schema
+from orchestrator.router.frontend.known_fields import unknown_fields
 from orchestrator.router.frontend.preprocess import Preprocessor, check_ids
 from orchestrator.router.http.authentication import ApiKeyMiddleware, tenant_of
 from orchestrator.router.http.dialect import Dialect, HttpFrontend
@@ -32,6 +34,7 @@ from orchestrator.router.metrics import CONTENT_TYPE, Metrics
 from workers import __version__
 from workers.protocol.errors import NotFound, Overloaded, TriremeError, Unavailable
 
+_T = TypeVar("_T", bound=msgspec.Struct)
 #: Paths whose answers name all models: for callers who may see them all.
 _OPERATORS = frozenset(("/metrics", "/status", "/ui/data"))
 #: Characters of a path that an error shows.
@@ -114,17 +117,23 @@ class HttpApi:
             model = self._frontend.resolve(http, chat.model)
             ids = await self._preprocessor.encoder(model, chat).chat(chat)
         else:
-            body = schema.convert(fields, TokenizeBody)
+            body = self._convert(http, fields, TokenizeBody)
             model = self._frontend.resolve(http, body.model)
             ids = await self._preprocessor.encoder(model).prompt(body.prompt, add_special=body.add_special_tokens)
         return json_response(http, {"count": len(ids), "max_model_len": self._preprocessor.context(model) or None, "tokens": ids})
 
     async def detokenize(self, http: Request) -> Response:
-        body = schema.convert(await self._frontend.read(http), DetokenizeBody)
+        body = self._convert(http, await self._frontend.read(http), DetokenizeBody)
         model = self._frontend.resolve(http, body.model)
         if body.tokens:
             check_ids(body.tokens, model.table.size, "tokens")
         return json_response(http, {"prompt": model.decode(body.tokens, skip_special=False)})
+
+    def _convert(self, http: Request, fields: dict[str, Any], kind: type[_T]) -> _T:
+        """``fields`` as a body of the router's own endpoints. Raises Rejected."""
+        if unknown := unknown_fields(fields, kind):
+            self._frontend.ignored(http, unknown)
+        return schema.convert(fields, kind)
 
     async def on_error(self, http: Request, error: Exception) -> Response:
         """The response to a refused or failed request, in the wording of the path's dialect."""

@@ -292,6 +292,13 @@ def test_the_header_is_bounded_and_safe_and_errors_have_it_too(door: ServedDoor)
     assert header.startswith("a??set-cookie??b, ??, xxx") and header.endswith(" more)") and len(header) <= 1100 and header.isascii()
     refused = door.http.post(PATHS["chat"], json={"model": "tiny", "mesages": []})
     assert refused.status_code == 400 and refused.headers["x-trireme-ignored"] == "mesages"
+    for path, body in (
+        ("/tokenize", {"prompt": "hi"}),
+        ("/detokenize", {"tokens": [1]}),
+        ("/v2/models/tiny/generate", {"text_input": "hi"}),
+    ):
+        answer = door.http.post(path, json={"model": "tiny", **body, "temprature": 0})
+        assert answer.status_code == 200 and answer.headers["x-trireme-ignored"].split(", ")[-1] == "temprature"
     tokenized = door.http.post("/tokenize", json={**BASE["chat"], "temprature": 0})
     assert tokenized.status_code == 200 and tokenized.headers["x-trireme-ignored"] == "temprature"
 

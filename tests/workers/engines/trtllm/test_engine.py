@@ -186,6 +186,7 @@ def test_errors_end_one_sequence_only(bench: Bench) -> None:
     ("params", "error", "word"),
     [
         ({"prompt_logprobs": 0}, Unsupported, "prompt_logprobs"),
+        ({"allowed_token_ids": (1,)}, Unsupported, "allowed_token_ids"),
         ({"logprobs": 1}, Rejected, "logprobs"),
         ({"guide": GuideSpec(kind="json")}, Unsupported, "guided"),
         ({"max_tokens": 2000}, TooLong, "context"),

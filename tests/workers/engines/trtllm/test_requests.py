@@ -19,7 +19,7 @@ from workers.engines.trtllm.engine_dir import EngineDir
 from workers.engines.trtllm.model import open_model
 from workers.engines.trtllm.sequence import Job
 from workers.protocol import trtllm_options
-from workers.protocol.errors import ArtifactError, ConfigError
+from workers.protocol.errors import ArtifactError, ConfigError, Unsupported
 from workers.protocol.messages import GuideSpec, SamplingParams
 from workers.protocol.specs import Parallel, Quant, TrtllmSpec
 from workers.protocol.trtllm_options import TrtllmOptions
@@ -124,6 +124,10 @@ def test_stop_ids_salts_biases_and_guides(trt: Any) -> None:
     assert free.end_id is None and free.stop_words is None
     salts = {executor.salt_id(salt) for salt in ("", "a", "b", "a")}
     assert len(salts) == 3 and None in salts and all(0 <= salt < 2**63 for salt in salts if salt is not None)
+    assert free.bad_words is None
+    assert executor.request_of(job(bad_words=((7,), (8, 9))), 320, TrtllmOptions()).bad_words == [[7], [8, 9]]
+    with pytest.raises(Unsupported, match="bad_words"):
+        llmapi.sampling_of(job(bad_words=((7,),)))
     bias = executor.request_of(job(logit_bias={7: -3.0}), 320, TrtllmOptions()).embedding_bias
     assert bias.shape == (320,) and bias[7] == -3.0 and bias.sum() == -3.0
     kinds = trt.GuidedDecodingParams.GuideType

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from starlette.requests import Request
@@ -134,13 +135,13 @@ class KServeDialect:
         asked = tensors.read_generate(*await self._read(http))
         return await self._answer(http, asked, "event" if asked.stream is False else "events")
 
-    async def _read(self, http: Request) -> tuple[dict[str, Any], str, Callable[[int], None]]:
-        """(the body, the name of the model, the function that counts unknown fields)."""
+    async def _read(self, http: Request) -> tuple[dict[str, Any], str, Callable[[list[str]], None]]:
+        """(the body, the name of the model, the function that takes the names of unknown fields)."""
         _check_version(http)
         body = await self._frontend.read_bytes(http, any_type=True)
         if "inference-header-content-length" in http.headers:
             raise Rejected("binary tensors are not taken", "", "send their data as JSON (binary_data=False)")
-        return await self._frontend.preprocessor.decode(body), http.path_params["name"], self._frontend.metrics.ignored_fields
+        return await self._frontend.preprocessor.decode(body), http.path_params["name"], partial(self._frontend.ignored, http)
 
     async def _answer(self, http: Request, asked: TensorRequest, form: Form) -> GenerateResponse:
         try:

@@ -136,7 +136,7 @@ class _GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     parameters: dict[str, Any] = {}
 
 
-def read_generate(fields: dict[str, Any], model: str, on_unknown: Callable[[int], None]) -> TensorRequest:
+def read_generate(fields: dict[str, Any], model: str, on_unknown: Callable[[list[str]], None]) -> TensorRequest:
     """A body of ``generate`` or ``generate_stream``; parameters may also stand beside ``text_input``. Raises Rejected."""
     body = convert(fields, _GenerateBody)
     beside = {name: value for name, value in fields.items() if name not in ("text_input", "id", "parameters")}
@@ -148,7 +148,7 @@ def read_generate(fields: dict[str, Any], model: str, on_unknown: Callable[[int]
     return _ask({"text_input": body.text_input, **named}, model, body.id, ())
 
 
-def read_infer(fields: dict[str, Any], model: str, on_unknown: Callable[[int], None]) -> TensorRequest:
+def read_infer(fields: dict[str, Any], model: str, on_unknown: Callable[[list[str]], None]) -> TensorRequest:
     """A body of ``infer``: JSON tensors, the rows of ``text_input`` being one prompt each. Raises Rejected."""
     body = convert(fields, _InferBody)
     if len(body.inputs) > _MAX_TENSORS:
@@ -172,10 +172,10 @@ def read_infer(fields: dict[str, Any], model: str, on_unknown: Callable[[int], N
     return _ask({"text_input": prompts, **named}, model, body.id, wanted)
 
 
-def _merged(parts: Iterable[Mapping[str, Any]], on_unknown: Callable[[int], None]) -> dict[str, Any]:
+def _merged(parts: Iterable[Mapping[str, Any]], on_unknown: Callable[[list[str]], None]) -> dict[str, Any]:
     """The known names of all parts. Raises Rejected for a name in two of them."""
     found: dict[str, Any] = {}
-    unknown = 0
+    unknown: list[str] = []
     for part in parts:
         for name, value in part.items():
             if name in found:
@@ -183,7 +183,7 @@ def _merged(parts: Iterable[Mapping[str, Any]], on_unknown: Callable[[int], None
             if name in INPUTS or name in _NOT_OFFERED:
                 found[name] = value
             elif name not in _PROTOCOL:
-                unknown += 1
+                unknown.append(name)
     if unknown:
         on_unknown(unknown)
     return found
