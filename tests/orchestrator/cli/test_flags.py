@@ -94,7 +94,7 @@ TYPED: dict[str, tuple[str, object]] = {
     "allowed_origins": ("https://a.b", ("https://a.b",)),
 }  # fmt: skip
 #: Options of these commands that are no setting: of the model's name, and of how the command itself behaves.
-NO_SETTINGS = {"served_model_name", "detach", "help"}
+NO_SETTINGS = {"served_model_name", "revision", "detach", "help"}
 DEPLOYMENT_COMMANDS = ("serve", "up", "router")
 
 
@@ -119,6 +119,13 @@ def test_every_flag_of_a_deployment_reaches_its_configuration(
     (config,) = hosted
     path = settings()[setting].replace("models[]", "models[0]")
     assert [row.value for row in Resolved(config=config, sources={}).rows() if row.path == path] == [value]
+
+
+def test_a_name_and_a_revision_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted: list[Config] = []
+    monkeypatch.setattr("orchestrator.cli.serve.host_or_detach", lambda console, config, *_, **__: hosted.append(config))
+    invoke(("serve",), ["org/model", "--revision", "v1", "--served-model-name", "other"])
+    assert (hosted[0].models[0].path, hosted[0].models[0].name) == ("org/model@v1", "other")
 
 
 @pytest.mark.parametrize("other", other_servers.SPELLINGS)

@@ -37,6 +37,7 @@ def resolved(
     tree = {"launcher": "local", "run_dir": str(folder / "run"), "cache_dir": str(folder / "cache"), "models": list(models), **deployment}
     config = load(tree).config
     source = OwnReplicas(config, said.append)
+    source.check()
     found = source.resolve(config.models, silent)
     assert source.hardware.nodes
     assert looks == [any(gang.settings.device != "cpu" for each in config.models for gang in each.gangs())]
