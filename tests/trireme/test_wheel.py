@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[2]
 PIP = ("-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet", *shlex.split(os.environ.get("PIP", "")))
 BOUND_S = 600.0
