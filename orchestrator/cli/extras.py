@@ -11,7 +11,7 @@ EXTRAS = {
         "uvicorn", "uvloop", "yaml",
     ),
     "torch": ("torch",), "tensorrt-llm": ("tensorrt_llm",), "mpich": ("mpi4py",), "ray": ("ray",), "guided": ("llguidance",),
-    "gpu": ("pynvml",), "hub": ("huggingface_hub",), "otel": ("opentelemetry",), "convert": ("transformers",), "hub": ("huggingface_hub",),
+    "gpu": ("pynvml",), "hub": ("huggingface_hub",), "otel": ("opentelemetry",), "convert": ("transformers",),
 }  # fmt: skip
 
 
