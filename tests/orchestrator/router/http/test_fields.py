@@ -146,7 +146,7 @@ DONE: dict[str, Done] = {
         [{"name": "add"}], lambda seen: b"[add]" in seen.prompt and seen.choice["message"].get("function_call", {}).get("name") == "add"
         and seen.choice["finish_reason"] == "function_call", {"user": "calls"},
     ),
-    "function_call": Done({"name": "add"}, lambda seen: seen.guided == "json_schema", {"functions": [{"name": "add"}]}),
+    "function_call": Done({"name": "add"}, lambda seen: bool(seen.guided), {"functions": [{"name": "add"}]}),
     "reasoning_effort": Done("high", lambda seen: b"[high]" in seen.prompt),
     "add_generation_prompt": Done(False, lambda seen: b"assistant" not in seen.prompt),
     "continue_final_message": Done(True, lambda seen: seen.prompt.endswith(b"assistant\nWell, "), {"messages": GOES_ON}),
