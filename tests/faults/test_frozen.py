@@ -104,7 +104,7 @@ def test_what_runs_goes_on_exactly(stage: Stage, seconds: float) -> None:
     check_nothing_is_lost(stage, before)
 
 
-@pytest.mark.parametrize("judges", [routers, host])
+@pytest.mark.parametrize("judges", [routers, pytest.param(host, marks=pytest.mark.long)])
 def test_a_judge_that_was_frozen_alone_judges_its_peers_right(stage: Stage, judges: object) -> None:
     status = stage.ready()
     assert callable(judges)
@@ -114,6 +114,7 @@ def test_a_judge_that_was_frozen_alone_judges_its_peers_right(stage: Stage, judg
     check_nothing_is_lost(stage, before)
 
 
+@pytest.mark.long
 def test_after_a_freeze_a_hung_rank_is_found_as_before(stage: Stage) -> None:
     status = stage.ready()
     freeze(everything(), BRIEF_S)

@@ -226,6 +226,18 @@ def test_a_runtime_without_iterations_ends_the_replica(bench: Bench) -> None:
             bench.step()
 
 
+def test_a_freeze_of_the_replica_is_not_a_hang(bench: Bench) -> None:
+    bench.submit()
+    bench.step()
+    for _ in range(3):
+        bench.time += 60.0
+        assert bench.step() == []
+    with pytest.raises(EngineFault, match="no iteration"):
+        for _ in range(100):
+            bench.time += 0.5
+            bench.step()
+
+
 def test_idleness_is_not_a_hang(bench: Bench) -> None:
     bench.time += 1000.0
     assert not bench.engine.busy()
