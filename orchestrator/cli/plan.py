@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from orchestrator.cli.console import Console
+from orchestrator.cli.console import Console, Progress
 from workers.protocol.errors import ArtifactError, ConfigError, Rejected
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def plan(
     cpus: Annotated[
         str, typer.Option("--cpus", metavar="2[,nodes=1][,memory=16GB]", help="CPUs on each node; this host's if not given.")
     ] = "",
-    model: Annotated[str, typer.Option("--model", help="A folder or known shape to stand in for the file's paths.")] = "",
+    model: Annotated[str, typer.Option("--model", help="A folder, known shape or hub id to stand in for the file's paths.")] = "",
     isl: Annotated[int, typer.Option("--isl", min=1, help="Prompt tokens of a request.")] = 512,
     osl: Annotated[int, typer.Option("--osl", min=1, help="Output tokens of a request.")] = 256,
     form: Annotated[str, typer.Option("--output", "-o", metavar="table|json")] = "table",
@@ -55,7 +55,8 @@ def plan(
     settings = deployment_file.load(file, env=os.environ).config
     load = Workload(name="asked", requests=1, isl=isl, osl=osl)
     plans: list[tuple[SubjectPlan, PlannedCluster]] = []
-    groups = _by_device(subjects(settings, _hardware(gpus), model))
+    with console.progress() as progress:
+        groups = _by_device(subjects(settings, _hardware(gpus), model, progress))
     if gpus and groups and "cuda" not in groups:
         raise ConfigError(f"--gpus {gpus} says nothing about {file}", "its models run on CPUs", "leave device out of it, or say cuda")
     for device, some in groups.items():
@@ -93,9 +94,11 @@ def _hardware(gpus: str) -> ClusterHardware:
     return ClusterHardware(nodes=(NodeHardware(gpus=(gpu,) * cluster.slots),) * cluster.nodes)
 
 
-def subjects(settings: Config, hardware: ClusterHardware, stand_in: str = "") -> list[Subject]:
+def subjects(
+    settings: Config, hardware: ClusterHardware, stand_in: str = "", progress: Progress = lambda phase, done, total: None
+) -> list[Subject]:
     """What a deployment asks for on ``hardware``; gangs of one model that run alike together. ``stand_in``: the model to think of instead
-    of each path.
+    of each path. Of a hub's model the description is fetched, without weights, but for a GGUF.
 
     Raises what reading a model's description raises.
     """
@@ -113,7 +116,7 @@ def subjects(settings: Config, hardware: ClusterHardware, stand_in: str = "") ->
             first = gangs[indices[0]]
             if first.engine == "fake":
                 continue
-            described = _description(stand_in or first.path, first.settings.portable.quant)
+            described = _description(stand_in or first.path, first.settings.portable.quant, settings.cache, progress)
             assert described.shape is not None
             engine = engine_for(first, described, hardware)
             layouts = (gangs[index].layout or smallest_layout(gangs[index], described, hardware) for index in indices)
@@ -131,8 +134,10 @@ def subjects(settings: Config, hardware: ClusterHardware, stand_in: str = "") ->
     return found
 
 
-def _description(name: str, form: QuantName | None) -> ModelDescription:
-    """A model with weights in ``form``: read from its folder, or known by name."""
+def _description(name: str, form: QuantName | None, cache: Path, progress: Progress) -> ModelDescription:
+    """A model with weights in ``form``: read from its folder, known by name, or read from a hub."""
+    from orchestrator.hub.reference import parse
+    from orchestrator.model_store import locate
     from orchestrator.planner.automatic import ModelDescription
     from orchestrator.planner.known_models import SHAPES
     from workers.artifacts.artifact import open_artifact, quant_for
@@ -140,6 +145,8 @@ def _description(name: str, form: QuantName | None) -> ModelDescription:
     from workers.protocol.specs import PLAIN, quant_of
 
     path = Path(name).expanduser()
+    if not path.exists() and name.lower() not in SHAPES and parse(name):
+        path = locate(name, cache, progress, weights=False)
     if path.exists():
         if is_engine_dir(path):
             raise ArtifactError(f"{path} is a built engine", "its layout and limits are settled", "give its checkpoint with --model")
@@ -147,7 +154,7 @@ def _description(name: str, form: QuantName | None) -> ModelDescription:
         return ModelDescription(shape=artifact.model, quant=quant_for(artifact, form), dtype=artifact.dtype)
     if name.lower() not in SHAPES:
         why = f"no file or folder is there, and shapes known by name are: {', '.join(SHAPES)}"
-        raise ArtifactError(f"there is no model at {name}", why, "give one of them, or a folder with a config.json, with --model")
+        raise ArtifactError(f"there is no model at {name}", why, "give one of them, a folder with a config.json, or a hub id, with --model")
     return ModelDescription(shape=SHAPES[name.lower()], quant=PLAIN if form is None else quant_of(form), dtype="bf16")
 
 

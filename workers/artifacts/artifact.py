@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from workers.artifacts import gguf, hf
-from workers.artifacts.checkpoint import CONFIG, CheckpointSource, read_checkpoint
+from workers.artifacts.checkpoint import CONFIG, DTYPE_NAMES, CheckpointSource, read_checkpoint
 from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary
 from workers.artifacts.json_file import decode
 from workers.artifacts.quantize import QuantizedSource
@@ -23,6 +23,7 @@ from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
 
 Kind = Literal["checkpoint", "huggingface", "gguf"]
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +58,7 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
 
 def open_artifact(path: str | Path, *, weights_optional: bool = False) -> Artifact:
     """Find out what ``path`` holds, without reading weights. ``weights_optional``: a Hugging Face folder need not have any; its dtype is
-    meaningless then.
+    then the one that its ``config.json`` names, else fp32.
 
     Raises :class:`ArtifactError` naming the file at fault.
     """
@@ -147,7 +148,7 @@ def _open_huggingface(path: Path, weights_optional: bool) -> Artifact:
         path=path,
         kind="huggingface",
         model=model if weights is None else hf.tied(weights, model),
-        dtype="fp32" if weights is None else hf.stored_dtype(weights, quant),
+        dtype=_DTYPES.get(hf.declared_dtype(path), "fp32") if weights is None else hf.stored_dtype(weights, quant),
         parallel=None,
         tokenizer_dir=_tokenizer_dir(path),
         eos_ids=hf.read_eos(path),

@@ -74,6 +74,13 @@ class _Config(msgspec.Struct, kw_only=True):
     layer_types: list[str] | None = None
 
 
+class _Stored(msgspec.Struct):
+    """What ``config.json`` says of the weights' number format; ``torch_dtype`` in files of transformers 4."""
+
+    dtype: str | None = None
+    torch_dtype: str | None = None
+
+
 class _Eos(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
 
@@ -201,6 +208,12 @@ def tokenizer_paths(folder: Path) -> dict[str, Path]:
     """The files of a folder's tokenizer, by their name in it (``additional_chat_templates/rag.jinja``)."""
     paths = [*(folder / name for name in _TOKENIZER_FILES), *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
     return {str(path.relative_to(folder)): path for path in paths if path.is_file()}
+
+
+def declared_dtype(folder: Path) -> str:
+    """The number format (``bfloat16``) that ``config.json`` names; empty where it names none."""
+    stored = decode(folder / "config.json", _Stored)
+    return stored.dtype or stored.torch_dtype or ""
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:

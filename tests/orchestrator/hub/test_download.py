@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.plan import subjects
+from orchestrator.config.deployment_file import load
 from orchestrator.hub.fetch import FetchOrder, fetch
 from orchestrator.hub.reference import HubReference
 from orchestrator.model_store import locate, resolve
+from orchestrator.planner.automatic import ClusterHardware, NodeHardware
 from tests.support.hub_server import COMMIT, Hub, HubRepo, running_hub
 from tests.support.tiny_models import tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact
@@ -226,6 +229,12 @@ def test_errors_of_the_process_are_the_same_errors(hub: Hub, tmp_path: Path) -> 
     with pytest.raises(NotFound, match="there is no model at org/none") as caught:
         resolve("org/none@v1", parallel=Parallel(), dtype=None, cache=tmp_path)
     assert "HF_TOKEN" in caught.value.hint
+
+
+def test_a_plan_needs_no_weights(hub: Hub) -> None:
+    cpus = ClusterHardware(nodes=(NodeHardware(),))
+    (subject,) = subjects(load({"models": [{"name": ID, "replicas": 1}]}, flags={}, env={}).config, cpus)
+    assert subject.model.hidden_size == 48 and not [each for each in hub.downloads() if WEIGHTS in each.path]
 
 
 def test_a_path_that_exists_wins_and_what_is_neither_gets_a_hint(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,3 +259,16 @@ def test_no_model_at_all(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(ArtifactError, match=r"does not make sense|is a Git LFS pointer"):
             open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [({"torch_dtype": "bfloat16"}, "bf16"), ({"dtype": "float16"}, "fp16"), ({}, "fp32"), ({"dtype": "float8_e4m3fn"}, "fp32")],
+)
+def test_without_weights_the_number_format_is_the_one_that_is_declared(keys: dict[str, str], dtype: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")} | keys
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    assert open_artifact(folder, weights_optional=True).dtype == dtype
