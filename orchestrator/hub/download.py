@@ -42,6 +42,8 @@ from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound, T
 
 #: Files that come at the same time.
 PARALLEL = 4
+#: Names of the threads that read and check files begin with this.
+THREADS = "hub-file"
 #: How often progress is told, seconds.
 TELL_S = 0.2
 DOWNLOAD, VERIFY, WAIT = "download", "verify", "wait for another process"
@@ -174,7 +176,12 @@ class _Repository:
     def fetch(self, files: list[HubFile], progress: Progress) -> None:
         """Download files, from where an earlier download ended. Raises :class:`ArtifactError` for another hash than the hub names."""
         meter = _Meter()
-        _each(files, lambda file: self._fetch(file, meter.bar(file)), DOWNLOAD, progress, meter)
+        # Files of equal content are one blob: the first of them is fetched, and the others are links to it.
+        blobs = {file.digest: file for file in reversed(files)}
+        _each(list(blobs.values()), lambda file: self._fetch(file, meter.bar(file)), DOWNLOAD, progress, meter)
+        for file in files:
+            if file is not blobs[file.digest]:
+                hf_hub_download(self.repo, file.name, revision=self.commit)
 
     def _fetch(self, file: HubFile, bar: type[tqdm]) -> None:
         url, headers = hf_hub_url(self.repo, file.name, revision=self.commit), build_hf_headers()
@@ -267,16 +274,19 @@ class _Meter:
 
 
 def _each(files: list[HubFile], work: Callable[[HubFile], None], phase: str, progress: Progress, meter: _Meter) -> None:
-    """Run ``work`` for all files, some at a time, telling how much is done. Raises the first error, and leaves the others running: the
-    process ends then."""
+    """Run ``work`` for all files, some at a time, telling how much is done. Raises the first error; no other file begins then, and those at
+    work, in threads named :data:`THREADS`, are not waited for: the process ends."""
     total = sum(file.size for file in files)
-    pool = ThreadPoolExecutor(PARALLEL)
-    pending = {pool.submit(work, file) for file in files}
-    while pending:
-        ended, pending = wait(pending, TELL_S, FIRST_COMPLETED)
-        for future in ended:
-            future.result()
-        progress(phase, min(meter.done, total) if pending else total, total)
+    pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix=THREADS)
+    try:
+        pending = {pool.submit(work, file) for file in files}
+        while pending:
+            ended, pending = wait(pending, TELL_S, FIRST_COMPLETED)
+            for future in ended:
+                future.result()
+            progress(phase, min(meter.done, total) if pending else total, total)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

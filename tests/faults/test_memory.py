@@ -20,7 +20,7 @@ from workers.protocol.specs import PortableSpec
 
 pytestmark = pytest.mark.mpi
 POOL, OUTPUT, SEQUENCES = 256, 90, 6
-ENGINE = PortableSpec(fixed_shape=True, kv_tokens=POOL, max_seq_len=512, max_batch_size=16, max_num_tokens=64, prefix_cache=False)
+ENGINE = PortableSpec(fixed_shape=True, kv_tokens=POOL, max_seq_len=POOL, max_batch_size=16, max_num_tokens=64, prefix_cache=False)
 
 
 async def ask(client: AsyncClient, index: int) -> tuple[list[int], int]:

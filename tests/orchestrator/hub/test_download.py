@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound, T
 from workers.protocol.specs import Parallel
 
 pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
+
+from orchestrator.hub.download import THREADS
 
 ID = "org/tiny"
 ORDER = FetchOrder(reference=HubReference(repo=ID))
@@ -69,6 +72,9 @@ def refused(kind: type[TriremeError], order: FetchOrder = ORDER) -> str:
     """The three lines of the error in which the download ends."""
     with pytest.raises(kind) as caught:
         fetched(order)
+    for thread in threading.enumerate():
+        if thread.name.startswith(THREADS):
+            thread.join(30)  # in the product their process has ended
     error = caught.value
     assert all(text and "\n" not in text for text in (error.what, error.why, error.hint)), error.lines()
     return error.lines()
@@ -134,6 +140,15 @@ def test_a_wrong_hash_keeps_nothing(name: str, hub: Hub, tmp_path: Path) -> None
     assert f"{name} is not what it should be" in lines and "expected" in lines
     hub.repos[ID].wrong = ()
     assert fetched().joinpath(name).read_bytes() == hub.repos[ID].files[name] and not partials(tmp_path)
+
+
+def test_files_of_equal_content_are_fetched_once(hub: Hub, tmp_path: Path) -> None:
+    hub.repos[ID].files |= dict.fromkeys(("added_tokens.json", "special_tokens_map.json"), b'{"a": 1}')
+    folder = fetched()
+    assert folder.joinpath("added_tokens.json").read_bytes() == folder.joinpath("special_tokens_map.json").read_bytes() == b'{"a": 1}'
+    assert sum(each.path.endswith(("added_tokens.json", "special_tokens_map.json")) for each in hub.downloads()) == 1 and not partials(
+        tmp_path
+    )
 
 
 def test_pull_finds_a_damaged_cache(hub: Hub) -> None:

@@ -18,7 +18,7 @@ import pytest
 from orchestrator.router.frontend.chat_template import MAX_RENDERED, PromptPiece, TemplateFile, TemplateSource
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.sandbox_worker import RenderJob
-from tests.support.scripted_router import ServedDoor
+from tests.support.scripted_router import ServedDoor, tiny_texts
 from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS
 from workers.protocol.errors import ArtifactError, Rejected
 from workers.protocol.messages import GuideSpec
@@ -184,8 +184,7 @@ def test_a_grammar_is_tried_before_a_replica_sees_it() -> None:
 
 def test_a_bomb_at_the_door_delays_nobody(tmp_path: Path) -> None:
     """Over HTTP: the bomb is a 400 after the bound, good requests and probes are answered meanwhile, a bad grammar reaches no replica."""
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["loop"])
-    with ServedDoor(tmp_path) as door, ThreadPoolExecutor(1) as pool:
+    with ServedDoor(tmp_path, texts=tiny_texts(tmp_path, TEMPLATES["loop"])) as door, ThreadPoolExecutor(1) as pool:
 
         def ask(content: str, **fields: object) -> httpx.Response:
             body = {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
