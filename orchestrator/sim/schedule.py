@@ -13,6 +13,8 @@ import msgspec
 
 #: Requests and faults come within this time, seconds; afterwards all is left to heal.
 HORIZON_S = 6.0
+LieKind: TypeAlias = Literal["swallow", "no_end", "ids", "more", "few"]
+LIES: tuple[LieKind, ...] = ("swallow", "no_end", "ids", "more", "few")
 
 
 class SimSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +114,15 @@ class LoseTokens(msgspec.Struct, frozen=True, kw_only=True, tag="lose"):
     router: int
 
 
+class Lie(msgspec.Struct, frozen=True, kw_only=True, tag="lie"):
+    """A gang does once what no gang may: it forgets a sequence that it accepted (``swallow``), keeps an end to itself (``no_end``), sends
+    ids that no model has (``ids``), more tokens than were asked for (``more``), or an end that counts too few (``few``)."""
+
+    at: float
+    gang: int
+    kind: LieKind
+
+
 class DrainReplica(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
     """A gang is told to finish, leaves, and is launched again."""
 
@@ -145,7 +156,20 @@ class StopRouter(msgspec.Struct, frozen=True, kw_only=True, tag="close"):
 
 
 Event: TypeAlias = (
-    Arrive | Leave | Wander | KillReplica | Freeze | Hang | Slow | CutConnection | LoseTokens | DrainReplica | Usurp | Crash | StopRouter
+    Arrive
+    | Leave
+    | Wander
+    | KillReplica
+    | Freeze
+    | Hang
+    | Slow
+    | CutConnection
+    | LoseTokens
+    | Lie
+    | DrainReplica
+    | Usurp
+    | Crash
+    | StopRouter
 )
 
 
@@ -183,6 +207,8 @@ def draw(seed: int) -> Schedule:
     if not windows and chance.random() < 0.4:
         # No connection loses one message alone, but the core mends it by the next one; a choice without credit has no next one.
         events.append(LoseTokens(at=_time(chance), gang=chance.randrange(setup.replicas), router=chance.randrange(setup.routers)))
+    for _ in range(chance.choice((0, 0, 1, 2))):
+        events.append(Lie(at=_time(chance), gang=chance.randrange(setup.replicas), kind=chance.choice(LIES)))
     return Schedule(setup=setup, events=sorted(events, key=lambda event: event.at))
 
 

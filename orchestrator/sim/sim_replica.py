@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
+import msgspec
+
 from orchestrator.sim.schedule import SimSetup
 from orchestrator.sim.sim_network import PULSE_S, SimConnection, SimNetwork, SimRouterEnd
 from orchestrator.sim.timeline import Timeline
@@ -132,6 +134,8 @@ class SimReplica:
         self._steps = 0
         self._extra_s = 0.0
         self._hangs = False
+        #: What it lies about next.
+        self._lies: list[str] = []
         self._woken_at = -1.0
 
     @property
@@ -174,6 +178,16 @@ class SimReplica:
 
     def slow(self, seconds: float) -> None:
         self._extra_s += seconds
+
+    def lie(self, kind: str) -> None:
+        self._lies.append(kind)
+
+    def _lies_now(self, kind: str) -> bool:
+        """Whether this is the time for a lie of this kind, which is told once."""
+        if kind in self._lies:
+            self._lies.remove(kind)
+            return True
+        return False
 
     def drain(self, grace_s: float) -> None:
         self.deliver(BeginDrain(grace_s))
@@ -273,7 +287,8 @@ class SimReplica:
                     self._post(router_boot, message)
                 case StartSequence(id=id, submit=submit):
                     try:
-                        self.engine.submit(id, submit)
+                        if not self._lies_now("swallow"):
+                            self.engine.submit(id, submit)
                     except TriremeError as error:
                         self._act(self.stream_table.refused(id, error))
                     else:
@@ -285,8 +300,23 @@ class SimReplica:
 
     def _post(self, router_boot: str, message: Accepted | Tokens | Done | Failed) -> None:
         port = self.routes.get(router_boot)
+        if isinstance(message, Tokens) and any(message.tokens):
+            message = self._distort(message)
+        elif isinstance(message, Done) and self._lies_now("no_end"):
+            return
+        elif isinstance(message, Done) and message.usage.output_tokens and self._lies_now("few"):
+            message = msgspec.structs.replace(message, usage=msgspec.structs.replace(message.usage, output_tokens=0))
         if port is not None:
             port.send(message)
+
+    def _distort(self, message: Tokens) -> Tokens:
+        vocab = self.engine.capacity.vocab_size
+        tokens = message.tokens
+        if self._lies_now("ids"):
+            tokens = [[*ids[:-1], vocab] for ids in tokens]
+        if self._lies_now("more"):
+            tokens = [ids + [0] * 100 for ids in tokens]
+        return message if tokens is message.tokens else msgspec.structs.replace(message, tokens=tokens, logprobs=None)
 
     def _step(self) -> None:
         self._steps += 1

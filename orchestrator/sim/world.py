@@ -22,6 +22,7 @@ from orchestrator.sim.schedule import (
     Hang,
     KillReplica,
     Leave,
+    Lie,
     LoseTokens,
     Schedule,
     Slow,
@@ -151,7 +152,7 @@ class World:
 
         self._timeline.after(seconds, start)
 
-    def _disturb(self, gang: SimReplica, event: KillReplica | Freeze | Hang | Slow | DrainReplica | Usurp) -> None:
+    def _disturb(self, gang: SimReplica, event: KillReplica | Freeze | Hang | Slow | Lie | DrainReplica | Usurp) -> None:
         match event:
             case KillReplica():
                 gang.die("killed", flush=self._chance.random() < 0.5)
@@ -161,6 +162,8 @@ class World:
                 gang.hang()
             case Slow(seconds=seconds):
                 gang.slow(seconds)
+            case Lie(kind=kind):
+                gang.lie(kind)
             case DrainReplica(grace_s=grace_s):
                 gang.drain(grace_s)
             case Usurp():

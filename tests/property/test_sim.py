@@ -32,11 +32,23 @@ def test_random_schedules_keep_every_promise() -> None:
     tally = run_jobs(100_000, SCHEDULES, jobs=2)
     assert tally.runs == SCHEDULES and not tally.failures
     # What never happened was not tested.
-    assert {"arrive", "leave", "wander", "kill", "freeze", "hang", "slow", "cut", "lose", "drain", "usurp", "crash", "close"} == set(
+    assert {"arrive", "leave", "wander", "kill", "freeze", "hang", "slow", "cut", "lose", "lie", "drain", "usurp", "crash", "close"} == set(
         tally.events
     )
     assert {"finished", "left", "deadline"} == set(tally.ends)
-    for count in ("resubmitted", "attached", "stale_tokens", "duplicate_tokens", "gaps", "replicas_lost", "refused_hellos", "overloaded"):
+    for count in (
+        "resubmitted",
+        "attached",
+        "stale_tokens",
+        "duplicate_tokens",
+        "gaps",
+        "replicas_lost",
+        "invalid",
+        "stalled",
+        "quarantines",
+        "refused_hellos",
+        "overloaded",
+    ):
         assert tally.counts.get(count, 0) > 0, count
 
 

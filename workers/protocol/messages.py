@@ -17,9 +17,10 @@ One ZeroMQ message = one frame of payload (after the routing id where the socket
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
 from workers.protocol.errors import Rejected
 from workers.protocol.specs import Quant, ResumeClass, RouterAddress
@@ -37,6 +38,7 @@ STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8
 #: Credit that means "do not count".
 UNLIMITED = 2**31 - 1
 
+TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=UNLIMITED)]
 FinishReason = Literal["stop", "length", "cancelled"]
 #: The generating endpoints of the API, by the last words of their paths.
 ApiEndpoint = Literal["chat", "completions"]
@@ -252,7 +254,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     streams: list[int]
     attempts: list[int]
     firsts: list[int]
-    tokens: list[list[int]]
+    tokens: list[list[TokenId]]
     logprobs: list[list[Logprobs] | None] | None = None
     prompt_logprobs: list[tuple[int, list[Logprobs]]] | None = None
     cached: list[tuple[int, int]] | None = None

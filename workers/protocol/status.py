@@ -78,7 +78,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica as one router knows it: its state, the facts of its Hello, and the counts of its last heartbeat.
+    """One replica as one router knows it: its state, the facts of its Hello, and the counts of its last heartbeat. ``reason``: why it is
+    lost, or in quarantine.
 
     ``age_s``: seconds in this state; ``signal_age_s``: seconds since its last message. ``choices``: this router's own there; ``paused``:
     those of them whose clients take nothing now. ``reported`` False: no heartbeat counts for it, and everything after ``tok_s`` is 0.

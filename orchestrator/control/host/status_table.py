@@ -189,8 +189,9 @@ def _replica(model: str, parallel: Parallel, view: ReplicaView, reports: Sequenc
 
 def _row_state(view: ReplicaView, seen: Sequence[ReplicaStatus], *, accepted: bool) -> tuple[ReplicaRowState, str, str]:
     """(state, cause, hint). ``seen``: the gang as each router sees it; ``accepted``: it need not wait for any router."""
-    if view.phase == "ready" and any(replica.quarantined for replica in seen):
-        return "QUARANTINED", "requests ended here by logits that are not finite", f"trireme drain {view.name} replaces it"
+    quarantined = next((replica for replica in seen if replica.quarantined), None)
+    if view.phase == "ready" and quarantined is not None:
+        return "QUARANTINED", quarantined.reason, f"trireme drain {view.name} replaces it"
     if view.phase == "ready" and not accepted:
         return "JOINING", "the routers have not accepted it", "is its pass still on their list? trireme keys show, there"
     # A living gang knows best what ails it, or what it waits for.

@@ -33,6 +33,9 @@ class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     granted: int
     queued_at: float
     sent_at: float
+    answer_by: float
+    seen: int
+    seen_at: float
     attempts: list[Attempt]
     replica: str = ""
     stream: int = 0
@@ -44,6 +47,8 @@ class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs_sent: bool = False
     paused: bool = False
     cached_tokens: int = 0
+    gap: int = -1
+    questioned: bool = False
 
 
 class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -69,15 +74,15 @@ class ChoiceState:
     """
 
     __slots__ = (
-        "attempt_number", "attempts", "cached_tokens", "deaths", "emitted", "emitted_at_send", "end", "end_detail", "ended_at",
-        "ended_short", "granted", "id", "index", "owner", "params", "paused", "phase", "prompt_logprobs_sent", "queued_at", "replica",
-        "request", "resumed_from", "sends", "sent_at", "stream",
+        "answer_by", "attempt_number", "attempts", "cached_tokens", "deaths", "emitted", "emitted_at_send", "end", "end_detail", "ended_at",
+        "ended_short", "gap", "granted", "id", "index", "limit", "owner", "params", "paused", "phase", "prompt_logprobs_sent", "questioned",
+        "queued_at", "replica", "request", "resumed_from", "seen", "seen_at", "sends", "sent_at", "stream",
     )  # fmt: skip
 
     def __init__(self, request: RequestState, id: int, index: int, params: SamplingParams, emitted: list[int]) -> None:
         spec = request.spec
         self.request, self.id, self.index, self.params, self.emitted = request, id, index, params, emitted
-        self.owner = request.owner
+        self.owner, self.limit = request.owner, params.max_tokens
         self.resumed_from = len(emitted)
         self.granted = spec.credit
         self.phase: Phase = "queued"
@@ -87,8 +92,12 @@ class ChoiceState:
         self.attempt_number = self.sends = 0
         #: Replicas lost one after the other while this choice was there and did not get on; tokens that were here at the last send.
         self.deaths = self.emitted_at_send = 0
-        #: When it entered the queue, and when the last Submit or Attach went out.
-        self.queued_at, self.sent_at = request.arrived, 0.0
+        #: When it entered the queue, when the last Submit or Attach went out, and until when that must be acknowledged.
+        self.queued_at, self.sent_at, self.answer_by = request.arrived, 0.0, 0.0
+        #: Its tokens when it was last seen to get on, when that was, and whether its replica was asked for it since.
+        self.seen, self.seen_at, self.questioned = 0, 0.0, False
+        #: The number of its tokens when the replica was last asked for those that were missing; -1 = not in this attempt.
+        self.gap = -1
         #: A Done came before its tokens once.
         self.ended_short = False
         self.prompt_logprobs_sent = False
@@ -127,11 +136,12 @@ class ChoiceState:
         attempts = self.attempts
         return ChoiceSnapshot(
             id=self.id, phase=self.phase, emitted=len(self.emitted), resumed_from=self.resumed_from, granted=self.granted,
-            queued_at=self.queued_at, sent_at=self.sent_at, attempts=attempts if len(attempts) <= 3 else [attempts[0], *attempts[-2:]],
+            queued_at=self.queued_at, sent_at=self.sent_at, answer_by=self.answer_by, seen=self.seen, seen_at=self.seen_at,
+            attempts=attempts if len(attempts) <= 3 else [attempts[0], *attempts[-2:]],
             replica=self.replica.name if self.replica is not None else "",
             stream=self.stream, attempt_number=self.attempt_number, sends=self.sends, deaths=self.deaths,
             emitted_at_send=self.emitted_at_send, ended_short=self.ended_short, prompt_logprobs_sent=self.prompt_logprobs_sent,
-            paused=self.paused, cached_tokens=self.cached_tokens,
+            paused=self.paused, cached_tokens=self.cached_tokens, gap=self.gap, questioned=self.questioned,
         )  # fmt: skip
 
     @classmethod
@@ -142,7 +152,8 @@ class ChoiceState:
         choice.replica = registry.replicas[found.replica] if found.replica else None
         choice.stream, choice.attempt_number, choice.sends, choice.paused = found.stream, found.attempt_number, found.sends, found.paused
         choice.deaths, choice.emitted_at_send, choice.ended_short = found.deaths, found.emitted_at_send, found.ended_short
-        choice.queued_at, choice.sent_at = found.queued_at, found.sent_at
+        choice.queued_at, choice.sent_at, choice.answer_by = found.queued_at, found.sent_at, found.answer_by
+        choice.seen, choice.seen_at, choice.questioned, choice.gap = found.seen, found.seen_at, found.questioned, found.gap
         choice.prompt_logprobs_sent, choice.attempts = found.prompt_logprobs_sent, list(found.attempts)
         choice.cached_tokens = found.cached_tokens
         return choice

@@ -39,6 +39,7 @@ from workers.protocol.messages import (
     FromReplica,
     Heartbeat,
     Hello,
+    Logprobs,
     RouterHeartbeat,
     SamplingParams,
     Submit,
@@ -50,7 +51,7 @@ from workers.protocol.messages import (
 
 class TokensRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
     """A Tokens message. ``counts[i]`` tokens came on ``streams[i]``; ``prompts``: streams whose prompt logprobs came; ``cached``: as in
-    the message."""
+    the message. ``invalid``, ``invalid_prompts``: indexes of the lists and of the prompts that held what no model gives."""
 
     boot: str
     streams: list[int]
@@ -59,6 +60,8 @@ class TokensRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     counts: list[int]
     prompts: list[int] = []
     cached: list[tuple[int, int]] = []
+    invalid: list[int] = []
+    invalid_prompts: list[int] = []
 
 
 class MessageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="message"):
@@ -142,6 +145,8 @@ class FailRecord(msgspec.Struct, frozen=True, kw_only=True, tag="fail"):
     code: str
 
 
+#: Stands for logprobs that were refused.
+_INVALID = Logprobs(-1, None, [], [])
 #: Events that are kept as they are.
 PlainEvent: TypeAlias = CancelRequest | StopChoice | AddCredit | PeerUnreachable | Tick | StopAccepting | AbortAll
 KeptEvent: TypeAlias = SubmitRecord | MessageRecord | PlainEvent
@@ -159,9 +164,12 @@ class EventRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     refused: str = ""
 
 
-def record_message(peer: bytes, user: str, message: FromReplica) -> MessageRecord:
-    """What is kept of a ``ReplicaMessage``; ``user``: a digest."""
-    return MessageRecord(peer=peer, user=user, message=_without_content(message))
+def record_message(peer: bytes, user: str, message: FromReplica, invalid: list[int], invalid_prompts: list[int]) -> MessageRecord:
+    """What is kept of a ``ReplicaMessage``; ``user``: a digest; ``invalid`` and ``invalid_prompts``: as in :class:`TokensRecord`."""
+    kept = _without_content(message)
+    if isinstance(kept, TokensRecord) and (invalid or invalid_prompts):
+        kept = msgspec.structs.replace(kept, invalid=invalid, invalid_prompts=invalid_prompts)
+    return MessageRecord(peer=peer, user=user, message=kept)
 
 
 def record_event(event: SubmitRequest | PlainEvent) -> KeptEvent:
@@ -212,9 +220,12 @@ def event_of(record: KeptEvent) -> RouterEvent:
 
 def _message_of(record: Hello | Accepted | Heartbeat | TokensRecord | Done | Failed | Bye) -> FromReplica:
     if isinstance(record, TokensRecord):
+        bad = record.invalid_prompts
+        prompts = [(stream, [_INVALID] if i in bad else []) for i, stream in enumerate(record.prompts)]
         return Tokens(
             boot=record.boot, streams=record.streams, attempts=record.attempts, firsts=record.firsts,
-            tokens=[[0] * count for count in record.counts], prompt_logprobs=[(stream, []) for stream in record.prompts] or None,
+            tokens=[[UNLIMITED if i in record.invalid else 0] * count for i, count in enumerate(record.counts)],
+            prompt_logprobs=prompts or None,
             cached=record.cached or None,
         )  # fmt: skip
     return record

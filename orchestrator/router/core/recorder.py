@@ -22,6 +22,7 @@ from orchestrator.router.core.events import ReplicaMessage, RouterEvent, Tick
 from orchestrator.router.core.router_core import CoreSettings, CoreSnapshot, RouterCore
 from workers.protocol import messages
 from workers.protocol.errors import TriremeError
+from workers.protocol.messages import Tokens
 
 #: Events that are surely kept while they fit, and the bytes that all segments may take.
 WINDOW_EVENTS, WINDOW_BYTES = 10_000, 64 << 20
@@ -49,10 +50,12 @@ class DumpHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeptOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the core did with a replica's message; the fields are those of an ``EventRecord``."""
+    """What the core did with a replica's message; the fields are those of an ``EventRecord``, and of a ``TokensRecord``."""
 
     cached: list[list[int]] = []
     actions: list[KeptAction] = []
+    invalid: list[int] = []
+    invalid_prompts: list[int] = []
 
 
 class KeptMessage(msgspec.Struct, frozen=True, gc=False):
@@ -70,7 +73,8 @@ class KeptMessage(msgspec.Struct, frozen=True, gc=False):
 
     def record(self) -> EventRecord:
         found = _outcomes.decode(self.outcome)
-        event = record_message(self.peer, self.user, messages.decode_from_replica(self.frame))
+        message = messages.decode_from_replica(self.frame)
+        event = record_message(self.peer, self.user, message, found.invalid, found.invalid_prompts)
         return EventRecord(at=self.at, event=event, cached=found.cached, actions=found.actions)
 
 
@@ -137,9 +141,9 @@ class EventRecorder:
         cached = self._core.prefix_answers
         if isinstance(event, ReplicaMessage):
             frame = event.frame or messages.encode(event.message)
-            return KeptMessage(
-                now, event.peer, self._digest_of(event.user), frame, _encoder.encode(KeptOutcome(cached=cached, actions=actions))
-            )
+            invalid, prompts = self._core.invalid if isinstance(event.message, Tokens) else ([], [])
+            outcome = KeptOutcome(cached=cached, actions=actions, invalid=invalid, invalid_prompts=prompts)
+            return KeptMessage(now, event.peer, self._digest_of(event.user), frame, _encoder.encode(outcome))
         record = EventRecord(at=now, event=record_event(event), cached=cached, actions=actions, refused=refused)
         return _encoder.encode(record)
 

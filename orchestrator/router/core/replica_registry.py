@@ -64,7 +64,8 @@ class ReplicaSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     refusing: bool = False
     step_samples: list[float] = []
     faults: list[float] = []
-    quarantined: bool = False
+    quarantined: str = ""
+    explained_at: float = 0.0
     rate_mark: tuple[float, int] | None = None
     tok_s: float = 0.0
 
@@ -83,6 +84,7 @@ class Replica:
         "capacity",
         "choice_ms",
         "epoch",
+        "explained_at",
         "faults",
         "hello",
         "kind",
@@ -138,9 +140,12 @@ class Replica:
         #: Usual length of a step of late, ms; 0 before the first step was reported.
         self.step_ms = 0.0
         self._step_samples: deque[float] = deque(maxlen=STEP_SAMPLES)
-        #: When requests ended here by logits that are not finite; with enough of them it runs only what no other replica can.
+        #: When requests ended here by logits that are not finite, or it was found out in something that cannot be true.
         self.faults: deque[float] = deque(maxlen=FAULT_LIMIT)
-        self.quarantined = False
+        #: Why it runs only what no other replica can; empty = it is trusted.
+        self.quarantined = ""
+        #: When a heartbeat last said why choices here may have to wait: others are before them, or a step still runs.
+        self.explained_at = 0.0
         #: Output tokens a second, all routers together.
         self.tok_s = 0.0
         self._rate_mark: tuple[float, int] | None = None
@@ -197,11 +202,18 @@ class Replica:
         self.faults.append(now)
         if self.quarantined or len(self.faults) < FAULT_LIMIT or now - self.faults[0] > FAULT_WINDOW_S:
             return False
-        self.quarantined = True
+        self.quarantined = "requests ended there by logits that are not finite"
         return True
 
+    def distrust(self, why: str, now: float) -> bool:
+        """It was found out: a request cannot cause that, so once is enough. Returns whether this begins a quarantine."""
+        self.faults.append(now)
+        begins = not self.quarantined
+        self.quarantined = why[:MAX_REASON]
+        return begins
+
     def end_quarantine(self) -> None:
-        self.quarantined = False
+        self.quarantined = ""
         self.faults.clear()
 
     # --- its streams, which the request table changes
@@ -243,8 +255,14 @@ class Replica:
     def heartbeat(self, heartbeat: Heartbeat, accepted: int, waiting: list[int], now: float) -> None:
         """Take in a heartbeat. ``accepted``: this router's choices that the heartbeat can have counted; ``waiting``: the streams of those
         without a first token, oldest first."""
-        stats = heartbeat.stats
-        if stats.step_ms and (self.last_heartbeat is None or heartbeat.step != self.last_heartbeat.step):
+        stats, last = heartbeat.stats, self.last_heartbeat
+        if last is not None and heartbeat.step == last.step:
+            explains = heartbeat.busy_ms > last.busy_ms  # the bound of a step is judged apart
+        else:
+            explains = stats.running > 0 and stats.waiting + stats.prefill_tokens > 0 and stats.running + stats.waiting >= accepted
+        if explains:
+            self.explained_at = now
+        if stats.step_ms and (last is None or heartbeat.step != last.step):
             self._step_samples.append(stats.step_ms)
             self.step_ms = median(self._step_samples)
         # The hashes are for the prefix index, which has them by now.
@@ -273,8 +291,8 @@ class Replica:
             hello=self.hello, user=self.user, peer=self.peer, state=self.state, since=self.since, seen=self.seen, reason=self.reason,
             last_heartbeat=self.last_heartbeat, streams=dict(self.streams), paused=self.paused, others=self.others,
             other_tokens=self.other_tokens, choice_ms=self.choice_ms, last_sent=self.last_sent, refusing=self.refusing,
-            step_samples=list(self._step_samples), faults=list(self.faults), quarantined=self.quarantined, rate_mark=self._rate_mark,
-            tok_s=self.tok_s,
+            step_samples=list(self._step_samples), faults=list(self.faults), quarantined=self.quarantined, explained_at=self.explained_at,
+            rate_mark=self._rate_mark, tok_s=self.tok_s,
         )  # fmt: skip
 
     @classmethod
@@ -289,7 +307,8 @@ class Replica:
         replica._step_samples.extend(found.step_samples)
         replica.step_ms = median(found.step_samples) if found.step_samples else 0.0
         replica.faults.extend(found.faults)
-        replica.quarantined, replica._rate_mark, replica.tok_s = found.quarantined, found.rate_mark, found.tok_s
+        replica.quarantined, replica.explained_at = found.quarantined, found.explained_at
+        replica._rate_mark, replica.tok_s = found.rate_mark, found.tok_s
         return replica
 
 
@@ -396,6 +415,11 @@ class ReplicaRegistry:
         if replica.state != wanted:
             replica.enter(wanted, "", now)
         return ""
+
+    def progress_bound_s(self, replica: Replica) -> float:
+        """Seconds in which a choice that waits for nothing gets on at ``replica``: as long as a step may take."""
+        last = replica.last_heartbeat
+        return hang_bound_ms(self.hang_floor_s, last.predicted_ms if last is not None else 0.0) / 1000.0
 
     def lose(self, replica: Replica, why: str, now: float) -> bool:
         """Mark as lost; False where it was lost already."""

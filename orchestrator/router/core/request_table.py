@@ -12,8 +12,9 @@ makes a dead replica a pause and not a loss.
                                                 on_tokens           Tokens                                        running
     accepted   waits for its first token        on_tokens           Tokens                                        running
     running    tokens come                      reattach            a gap in its tokens                           sent
-    sent, accepted, running                     reattach            its replica's connection was replaced         sent
-                                                requeue             replica lost | refused | no answer | short    queued
+    sent, accepted, running                     reattach            its connection was replaced | no progress     sent
+                                                requeue             replica lost | refused | no answer | short |  queued
+                                                                    invalid | stalled
     any but ended                               finish              Done; all tokens are here already             ended
                                                 fail                Failed | deadline | queue timeout | abort     ended
                                                 cancel, stop_choice CancelRequest, StopChoice                     ended
@@ -26,6 +27,7 @@ attempt. A live choice is either in its model's queue or on one stream at one re
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from math import inf
 
 import msgspec
@@ -70,6 +72,15 @@ ATTEMPTS_PER_CLIENT_ATTEMPT = 1024
 KEPT_ATTEMPTS = 64
 #: A choice that produced more tokens than this since it was sent is not blamed for the loss before.
 PROGRESS_TOKENS = 4
+#: An Attach is answered between two steps: so many seconds, and the time of so many usual steps. A gap in a stream costs no more than this.
+ATTACH_S, ATTACH_STEPS = 1.0, 2
+
+
+class Breach(msgspec.Struct, frozen=True, gc=False):
+    """What a replica sent about a choice cannot be true."""
+
+    choice: ChoiceState
+    why: str
 
 
 class RequestTableSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,12 +110,16 @@ class RequestTable:
         self.counts: dict[str, int] = dict.fromkeys(
             (
                 "accepted", "finished", "failed", "cancelled", "resubmitted", "attached", "stale_tokens", "duplicate_tokens", "gaps",
-                "replicas_lost", "quarantines", "refused_hellos", "unknown_speakers", "overloaded",
+                "replicas_lost", "quarantines", "invalid", "stalled", "refused_hellos", "unknown_speakers", "overloaded",
             ),
             0,
         )  # fmt: skip
         self.history = RequestHistory()
         self._actions: list[Action] = []
+        self._breaches: list[Breach] = []
+        #: Of the last Tokens message, the indexes of the token lists, and of the prompts' logprobs, that were refused.
+        self.invalid_tokens: list[int] = []
+        self.invalid_prompts: list[int] = []
         self._serial = 0
         #: No request's deadline, and no answer that a replica owes, is due before these: most ticks look at no choice at all.
         self._next_deadline = self._next_answer = inf
@@ -177,7 +192,9 @@ class RequestTable:
         choice.sends += 1
         choice.attempt_number = spec.client_attempt * ATTEMPTS_PER_CLIENT_ATTEMPT + choice.sends
         choice.phase, choice.replica, choice.sent_at, choice.emitted_at_send = "sent", replica, now, len(choice.emitted)
-        choice.stream, choice.cached_tokens = self._next(), 0
+        choice.stream, choice.cached_tokens, choice.gap = self._next(), 0, -1
+        choice.answer_by = now + self._accept_s
+        choice.seen, choice.seen_at, choice.questioned = len(choice.emitted), now, False
         self.streams[choice.stream] = choice
         tokens = max(1, choice.known - (cached or 0))
         replica.add_stream(choice.stream, tokens)
@@ -191,7 +208,7 @@ class RequestTable:
         )  # fmt: skip
         self.stats[spec.model].note_sent(choice.attempts)
         self._settle_credit(choice)
-        self._next_answer = min(self._next_answer, now + self._accept_s)
+        self._next_answer = min(self._next_answer, choice.answer_by)
         left = request.deadline - now
         self.tell(
             replica.peer,
@@ -213,25 +230,34 @@ class RequestTable:
     def on_tokens(self, replica: Replica, message: Tokens, now: float) -> list[ChoiceState]:
         """Take in what one step emitted; to running where a choice was not. Returns the choices that have their first token only now.
 
-        Deliveries leave in one action without a gap or a repeat. Tokens of an attempt that is over are dropped.
+        Deliveries leave in one action without a gap or a repeat. Tokens of an attempt that is over are dropped. A replica is not believed:
+        of a choice for which the message cannot be true nothing is delivered, and it is among :meth:`take_breaches` afterwards.
         """
-        streams, attempts, firsts, logprobs = self.streams, message.attempts, message.firsts, message.logprobs
-        for stream, prompt in message.prompt_logprobs or ():
+        streams, logprobs = self.streams, message.logprobs
+        vocab = replica.capacity.vocab_size
+        invalid = _invalid_lists(message, vocab)
+        self.invalid_tokens, self.invalid_prompts = invalid, []
+        for index, (stream, prompt) in enumerate(message.prompt_logprobs or ()):
             choice = streams.get(stream)
             if choice is not None and choice.replica is replica and not choice.prompt_logprobs_sent:
+                if not _fits_prompt(prompt, len(choice.request.spec.prompt_ids), vocab):
+                    self.invalid_prompts.append(index)
+                    self._breaches.append(Breach(choice, "logprobs that are not those of the prompt"))
+                    continue
                 choice.prompt_logprobs_sent = True
                 self._actions.append(DeliverPromptLogprobs(choice.owner, choice.index, prompt))
         for stream, cached in message.cached or ():
             choice = streams.get(stream)
-            if choice is not None and choice.replica is replica and not choice.cached_tokens:
+            if choice is not None and choice.replica is replica and not choice.cached_tokens and 0 < cached <= choice.known:
                 choice.cached_tokens = cached
                 self._actions.append(DeliverCachedTokens(choice.owner, choice.index, cached))
         begun: list[ChoiceState] = []
         deliveries: list[Delivery] = []
         scores: list[Logprobs] | None
-        for i, (stream, tokens) in enumerate(zip(message.streams, message.tokens, strict=True)):
+        columns = zip(message.streams, message.attempts, message.firsts, message.tokens, strict=True)
+        for i, (stream, attempt, first, tokens) in enumerate(columns):
             choice = streams.get(stream)
-            if choice is None or choice.attempt_number != attempts[i] or choice.replica is not replica:
+            if choice is None or choice.attempt_number != attempt or choice.replica is not replica:
                 self._drop_stale(replica, stream, len(tokens), choice)
                 continue
             if choice.phase != "running" and self._start_running(choice, now):
@@ -239,22 +265,38 @@ class RequestTable:
             scores = logprobs[i] if logprobs is not None else None
             emitted = choice.emitted
             position = len(emitted)
-            skip = position - firsts[i]
+            skip = position - first
             if skip:
                 if skip < 0:
                     self.counts["gaps"] += 1
-                    self.reattach(choice, now)
+                    if choice.gap == position:
+                        self._breaches.append(Breach(choice, f"a gap after {position} tokens, again"))
+                    else:
+                        choice.gap = position
+                        self.reattach(choice, now)
                     continue
                 self.counts["duplicate_tokens"] += min(skip, len(tokens))
                 tokens, scores = tokens[skip:], scores and scores[skip:]
             if tokens:
+                if invalid and i in invalid:
+                    self._breaches.append(Breach(choice, f"a token or a logprob that is none of {vocab} ids"))
+                    continue
+                length = position + len(tokens)
+                if length > choice.limit:
+                    self._breaches.append(Breach(choice, f"more than {choice.limit} tokens"))
+                    continue
                 emitted += tokens
-                if choice.granted <= len(emitted) - choice.resumed_from:
+                if choice.granted <= length - choice.resumed_from:
                     self._settle_credit(choice)
                 deliveries.append((choice.owner, choice.index, position, tokens, scores))
         if deliveries:
             self._actions.append(DeliverTokens(deliveries))
         return begun
+
+    def take_breaches(self) -> list[Breach]:
+        """Hand over what :meth:`on_tokens` refused, one entry a choice."""
+        breaches, self._breaches = self._breaches, []
+        return list({breach.choice.id: breach for breach in breaches}.values())
 
     def _start_running(self, choice: ChoiceState, now: float) -> bool:
         """sent or accepted to running. Returns whether this is the attempt's first token, which is here once, however often the choice was
@@ -311,7 +353,8 @@ class RequestTable:
         replica.move_stream(old, choice.stream)
         choice.phase, choice.sent_at = "sent", now
         choice.attempts[-1].reattached += 1
-        self._next_answer = min(self._next_answer, now + self._accept_s)
+        choice.answer_by = now + min(self._accept_s, ATTACH_S + ATTACH_STEPS * replica.step_ms / 1000.0)
+        self._next_answer = min(self._next_answer, choice.answer_by)
         self.counts["attached"] += 1
         self.tell(
             replica.peer,
@@ -330,6 +373,11 @@ class RequestTable:
         self.queues[choice.request.spec.model].push_returned(choice)
         self.counts["resubmitted"] += 1
 
+    def question(self, choice: ChoiceState, now: float) -> None:
+        """:meth:`reattach` a choice that does not get on: a replica that lost it says so, and it goes on elsewhere."""
+        choice.questioned = True
+        self.reattach(choice, now)
+
     def requeue_short(self, choice: ChoiceState, now: float) -> bool:
         """:meth:`requeue` a choice whose Done came before its last token. Once only; returns False where it has happened before."""
         self.counts["gaps"] += 1
@@ -347,9 +395,14 @@ class RequestTable:
         """
         accepted = [choice for choice in choices if choice.phase != "sent"]
         for choice in accepted:
-            choice.deaths = 1 if len(choice.emitted) - choice.emitted_at_send > PROGRESS_TOKENS else choice.deaths + 1
+            self.count_death(choice)
         suspects = [choice for choice in accepted if choice.deaths >= limit]
         return [choice for choice in suspects if len(choice.emitted) == choice.resumed_from] or suspects
+
+    def count_death(self, choice: ChoiceState) -> int:
+        """Count the end of an attempt that the choice may have caused; returns how many there were one after the other."""
+        choice.deaths = 1 if len(choice.emitted) - choice.emitted_at_send > PROGRESS_TOKENS else choice.deaths + 1
+        return choice.deaths
 
     # --- transitions: out
 
@@ -429,9 +482,17 @@ class RequestTable:
             return
         sent = [choice for choice in self.streams.values() if choice.phase == "sent"]
         for choice in sent:
-            if now >= choice.sent_at + self._accept_s:
+            if now >= choice.answer_by:
                 self.requeue(choice, "unanswered", now, cancel=True)
-        self._next_answer = min((choice.sent_at + self._accept_s for choice in sent if choice.phase == "sent"), default=inf)
+        self._next_answer = min((choice.answer_by for choice in sent if choice.phase == "sent"), default=inf)
+
+    def note_progress(self, now: float) -> None:
+        """Look which choices got on since the last call: they have more tokens, or owe none now."""
+        for choice in self.streams.values():
+            if choice.paused or len(choice.emitted) != choice.seen:
+                choice.seen, choice.seen_at, choice.questioned = len(choice.emitted), now, False
+            elif choice.phase == "sent" and not choice.questioned:
+                choice.seen_at = now
 
     # --- what happened, and snapshots
 
@@ -483,7 +544,7 @@ class RequestTable:
                 queue.push(choices[id])
         placed = [choice for choice in choices.values() if choice.replica is not None]
         self.streams = {choice.stream: choice for choice in sorted(placed, key=lambda choice: choice.stream)}
-        self._next_answer = min((choice.sent_at + self._accept_s for choice in placed), default=inf)
+        self._next_answer = min((choice.answer_by for choice in placed), default=inf)
 
     def _next(self) -> int:
         """A number that was never given before: ids of choices and streams."""
@@ -517,3 +578,27 @@ class RequestTable:
         for model, stats in self.stats.items():
             for cause, moved in stats.moved.items():
                 assert stats.resumed[cause] + stats.failed[cause] <= moved, f"{model}: more came of choices that moved ({cause}) than did"
+
+
+def _invalid_lists(message: Tokens, vocab: int) -> list[int]:
+    """Indexes of the token lists with an id, or with logprobs, that no model with ``vocab`` ids gives. (No negative id is decoded.)"""
+    invalid: list[int] = []
+    if max(chain.from_iterable(message.tokens), default=0) >= vocab:
+        invalid += [i for i, tokens in enumerate(message.tokens) if max(tokens, default=0) >= vocab]
+    for i, scores in enumerate(message.logprobs or ()):
+        if scores is not None and ([score.token for score in scores] != message.tokens[i] or not _fit_vocab(scores, vocab)):
+            invalid.append(i)
+    return invalid
+
+
+def _fits_prompt(scores: list[Logprobs], length: int, vocab: int) -> bool:
+    return not scores or (len(scores) == length and _fit_vocab(scores, vocab))
+
+
+def _fit_vocab(scores: list[Logprobs], vocab: int) -> bool:
+    return all(
+        0 <= score.token < vocab
+        and len(score.top_ids) == len(score.top_logprobs)
+        and (not score.top_ids or (min(score.top_ids) >= 0 and max(score.top_ids) < vocab))
+        for score in scores
+    )

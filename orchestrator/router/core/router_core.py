@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import inf
-from typing import assert_never
+from typing import Literal, assert_never
 
 import msgspec
 
@@ -49,8 +49,10 @@ from workers.protocol.messages import Accepted, Bye, Done, Failed, Heartbeat, He
 
 #: Codes with which a replica hands a choice back unharmed: another one may take it.
 REFUSALS = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})
-#: A Submit or Attach that was not answered for this long (seconds) is taken as lost, though the replica lives.
+#: A Submit that was not answered for this long (seconds) is taken as lost, though the replica lives.
 ACCEPT_S = 5.0
+#: Seconds between two looks at which choices get on.
+PROGRESS_S = 0.5
 
 
 class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +76,7 @@ class CoreSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     table: RequestTableSnapshot
     sessions: dict[str, str]
     rates: dict[str, ServiceRateSnapshot]
+    progress_due: float
 
 
 class RouterCore:
@@ -92,6 +95,7 @@ class RouterCore:
         self._sessions = SessionTable()
         self._rates = {model: ServiceRate() for model in self._table.queues}
         self.closing = False
+        self._progress_due = 0.0
         self.counts, self.stats = self._table.counts, self._table.stats
         #: What the prefix lookup answered during the last event: one list a placement that was tried with several replicas known.
         self.prefix_answers: list[list[int]] = []
@@ -203,6 +207,8 @@ class RouterCore:
             case Tokens():
                 for choice in self._table.on_tokens(replica, message, now):
                     self._policy.on_first_token(replica.name, now - choice.attempts[-1].sent_at)
+                for breach in self._table.take_breaches():
+                    self._distrust(replica, breach.choice, "invalid", f"it sent {breach.why}", now)
             case Heartbeat():
                 self._on_heartbeat(replica, message, now)
             case Accepted():
@@ -254,12 +260,20 @@ class RouterCore:
                 error = EngineFault("a replica ended the request before its last token", why, "retry")
                 self._table.fail(choice, error, now, cancel=False)
             return
+        if done.usage.output_tokens < emitted or done.reason == "cancelled":
+            why = f"an end ({done.reason}) after {done.usage.output_tokens} of {emitted} tokens that nobody asked for"
+            self._distrust(replica, choice, "invalid", f"it sent {why}", now)
+            return
         self._rates[replica.model].note_end(emitted, now)
         self._policy.on_end(replica.name, emitted)
         replica.note_end(now - choice.sent_at)
         if not self._alone:
             self._prefixes.note_end(choice, replica)
-        self._table.finish(choice, done.reason, done.usage, done.stop_id, now)
+        cached = min(done.usage.cached_tokens, choice.known)
+        # What a request is charged for is counted here.
+        prompt = len(choice.request.spec.prompt_ids)
+        usage = Usage(prompt_tokens=prompt, output_tokens=emitted, cached_tokens=cached, preemptions=done.usage.preemptions)
+        self._table.finish(choice, done.reason, usage, done.stop_id, now)
 
     def _on_failed(self, replica: Replica, failed: Failed, now: float) -> None:
         choice = self._table.find(replica, failed.stream, failed.attempt)
@@ -273,6 +287,34 @@ class RouterCore:
         if failed.code == "nan_logits" and replica.add_fault(now):
             self._table.count("quarantines")
         self._table.fail(choice, from_code(failed.code, failed.message, retry_after=failed.retry_after), now, cancel=False)
+
+    def _distrust(self, replica: Replica, choice: ChoiceState, cause: Literal["invalid", "stalled"], why: str, now: float) -> None:
+        """``choice`` goes on elsewhere, and ``replica`` into quarantine: it was found out in something that no request causes. Where one
+        choice meets that again and again, the choice is failed."""
+        self._table.count(cause)
+        if replica.distrust(why, now):
+            self._table.count("quarantines")
+        if self._table.count_death(choice) >= self._admission.replica_limit:
+            error = EngineFault(f"{choice.deaths} attempts of this request ended by a fault of a replica", why, "retry")
+            self._table.fail(choice, error, now, cause=cause)
+        else:
+            self._table.requeue(choice, cause, now, cancel=True)
+
+    def _check_progress(self, now: float) -> None:
+        """Question the replicas of choices that do not get on, and take the choices away from those that were questioned in vain."""
+        if now < self._progress_due:
+            return
+        self._progress_due = now + PROGRESS_S
+        self._table.note_progress(now)
+        for replica in self.registry.replicas.values():
+            bound_s = self.registry.progress_bound_s(replica)
+            for choice in self._table.at(replica):
+                stalled_s = now - max(choice.seen_at, replica.explained_at)
+                if stalled_s > bound_s:
+                    why = f"it did not get on with a request for {stalled_s:.1f} s, though nothing was before it"
+                    self._distrust(replica, choice, "stalled", why, now)
+                elif stalled_s > bound_s / 2 and not choice.questioned:
+                    self._table.question(choice, now)
 
     def _lose(self, replica: Replica, loss: LossKind, why: str, now: float) -> None:
         """Its choices go back into the queue: before all new choices, behind those that returned earlier. Unless the replica ``left`` by
@@ -312,6 +354,7 @@ class RouterCore:
         self.registry.forget(now)
         self._table.expire_deadlines(now)
         self._table.requeue_unanswered(now)
+        self._check_progress(now)
         for model, queue in self._table.queues.items():
             self._place_waiting(model, now)
             if queue and self._admission.queue_timeout_s:
@@ -384,6 +427,11 @@ class RouterCore:
 
     # --- what is known
 
+    @property
+    def invalid(self) -> tuple[list[int], list[int]]:
+        """Of the last Tokens message, the indexes of the token lists, and of the prompts' logprobs, that were refused."""
+        return self._table.invalid_tokens, self._table.invalid_prompts
+
     def waiting(self, model: str) -> int:
         """Choices in the model's queue."""
         return len(self._table.queues[model])
@@ -426,6 +474,7 @@ class RouterCore:
             table=self._table.snapshot(),
             sessions=self._sessions.snapshot(),
             rates={model: rate.snapshot() for model, rate in self._rates.items()},
+            progress_due=self._progress_due,
         )
 
     @classmethod
@@ -436,7 +485,7 @@ class RouterCore:
             RouterHeartbeat(boot=settings.boot, router=settings.router), settings.models, settings.admission, registry,
             accept_s=settings.accept_s, policy=POLICIES[settings.policy](), prefixes=prefixes,
         )  # fmt: skip
-        core.closing = found.closing
+        core.closing, core._progress_due = found.closing, found.progress_due
         core._table.restore(found.table, registry)
         core._sessions = SessionTable(found.sessions)
         core._rates = {model: ServiceRate(rate.ends, rate.output_tokens) for model, rate in found.rates.items()}

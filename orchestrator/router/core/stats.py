@@ -26,9 +26,10 @@ PLACEMENT_REASONS: tuple[PlacementReason, ...] = ("only", "session", "prefix", "
 #: How a replica was lost.
 LossKind = Literal["silent", "hung", "unreachable", "left", "replaced"]
 LOSS_KINDS: tuple[LossKind, ...] = ("silent", "hung", "unreachable", "left", "replaced")
-#: Why a choice had to move: its replica was lost, refused it, did not acknowledge it in time, or ended it before its last token.
-Cause = Literal["silent", "hung", "unreachable", "left", "replaced", "refused", "unanswered", "short"]
-CAUSES: tuple[Cause, ...] = (*LOSS_KINDS, "refused", "unanswered", "short")
+#: Why a choice had to move: its replica was lost, refused it, did not acknowledge it in time, ended it before its last token, sent what
+#: cannot be true of it, or did not get on with it.
+Cause = Literal["silent", "hung", "unreachable", "left", "replaced", "refused", "unanswered", "short", "invalid", "stalled"]
+CAUSES: tuple[Cause, ...] = (*LOSS_KINDS, "refused", "unanswered", "short", "invalid", "stalled")
 
 
 class Histogram:

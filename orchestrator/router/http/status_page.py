@@ -161,7 +161,7 @@ def _trouble(replica: ReplicaFigures, losses: Sequence[LossFigures]) -> str:
         return "" if last is not None and last.drained else f"{replica.name} is lost: {replica.reason}"
     if replica.state == "draining":
         return f"{replica.name} drains"
-    return f"{replica.name} is in quarantine: requests ended there by logits that are not finite" if replica.quarantined else ""
+    return f"{replica.name} is in quarantine: {replica.reason}" if replica.quarantined else ""
 
 
 def headers(page: bytes) -> dict[str, str]:

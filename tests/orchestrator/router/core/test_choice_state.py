@@ -61,6 +61,7 @@ def test_a_restored_choice_is_the_one_that_the_snapshot_was_taken_of() -> None:
     taken = ChoiceSnapshot(
         id=70, phase="running", emitted=4, resumed_from=1, granted=9, queued_at=3.0, sent_at=4.0, attempts=[attempt], replica="a", stream=9,
         attempt_number=2, sends=2, deaths=1, emitted_at_send=2, ended_short=True, prompt_logprobs_sent=True, paused=True, cached_tokens=1,
+        answer_by=5.0, seen=3, seen_at=4.5, gap=2, questioned=True,
     )  # fmt: skip
     new = choice_of(request(), []).snapshot()
     assert [name for name in taken.__struct_fields__ if getattr(new, name) == getattr(taken, name)] == ["id"]

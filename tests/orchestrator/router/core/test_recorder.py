@@ -93,14 +93,14 @@ def test_a_dump_holds_no_prompt_no_token_no_text_and_no_secret() -> None:
     route = router(max_queue=50)
     recorder = route.record()
     for name in ("a", "b"):
-        route.hear(name.encode(), "PUBLICKEY", hello_of(name), 0.0)
+        route.hear(name.encode(), "PUBLICKEY", hello_of(name, vocab_size=100_000), 0.0)
     body = ask([77001, 77002, 77003], client="CLIENTKEY", salt="SALT", affinity="AFFINITY", emitted=[[77004]])
     route.submit(body, 0.0)
     (submit,) = sent(route.take(), Submit)
     place = "a" if submit.stream in route.registry.replicas["a"].streams else "b"
     scores = Logprobs(token=77005, logprob=-0.5, top_ids=[77006], top_logprobs=[-0.5])
     message = msgspec.structs.replace(
-        tokens(f"{place}1", submit, 1, [77005]), logprobs=[[scores]], prompt_logprobs=[(submit.stream, [scores])]
+        tokens(f"{place}1", submit, 1, [77005]), logprobs=[[scores]], prompt_logprobs=[(submit.stream, [scores] * 3)]
     )
     route.hear(place.encode(), "PUBLICKEY", message, 0.1)
     route.hear(place.encode(), "PUBLICKEY", beat(boot=f"{place}1", prefixes=[77007]), 0.2)
