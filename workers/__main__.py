@@ -33,7 +33,7 @@ from workers.protocol.engine import Engine, Follower
 from workers.protocol.errors import ConfigError, EngineFault, EnvironmentFault, ErrorReport, TriremeError
 from workers.protocol.specs import CommonEngineSpec, FakeOptions, PortableOptions, ReplicaSpec, TrtllmSpec
 from workers.serving.router_io import KeyPair, check_address
-from workers.serving.state_file import StateFile
+from workers.serving.state_file import StateFile, read_state
 
 #: Longest that a rank waits for the others at MPI's end, seconds.
 FINALIZE_S = 5
@@ -146,7 +146,16 @@ def _convert(data: Any, source: str) -> ReplicaSpec:
         raise ConfigError(f"{source} cannot be a replica's spec", str(error), _nearest(str(error))) from None
     if spec.epoch:
         return spec
-    return msgspec.structs.replace(spec, epoch=make_epoch())
+    return msgspec.structs.replace(spec, epoch=make_epoch(_last_epoch(spec.run_dir)))
+
+
+def _last_epoch(run_dir: str) -> int:
+    """The epoch of the process that wrote the state file there before; 0 = none did."""
+    try:
+        before = read_state(run_dir) if run_dir else None
+    except EnvironmentFault:
+        return 0  # this process writes it anew
+    return before.epoch if before is not None else 0
 
 
 def _nearest(complaint: str) -> str:

@@ -1,6 +1,8 @@
-"""Epochs: the number of one launch of a replica. The larger number is the newer launch, also across hosts whose clocks agree.
+"""Epochs: the number of one launch of a replica. The larger number is the newer launch.
 
-epoch = Unix time of the launch in ms * 2**16 + 16 random bits
+epoch = Unix time of the launch in ms * 2**16 + 16 random bits, or one more than the last one known, if that is larger
+
+Whoever launches knows the last one from the gangs that it sees, from their folders, and from the routers: a wall clock may be set back.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import time
 _RANDOM_BITS = 16
 
 
-def make_epoch() -> int:
-    """The epoch of a launch that happens now."""
-    return (time.time_ns() // 1_000_000) << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
+def make_epoch(last: int = 0) -> int:
+    """The epoch of a launch that happens now; ``last``: the largest that is known of this replica, 0 = none."""
+    return max(last + 1, (time.time_ns() // 1_000_000) << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS))
 
 
 def started_at(epoch: int) -> float:
-    """Unix seconds of the launch; 0 for a small number that somebody chose by hand."""
+    """Unix seconds of the launch, where the clock was not set back before it; 0 for a small number that somebody chose by hand."""
     return (epoch >> _RANDOM_BITS) / 1000

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
 
-from orchestrator.control.launch.launcher import GangSpec, Launcher
+from orchestrator.control.launch.launcher import GangSpec, Launcher, last_epoch
 from orchestrator.control.reconciler import DrainGang, KillGang, LaunchGang, Reconciler, ReplicaView, RestartPolicy, WantedReplica
 from workers.protocol.running_clock import RunningClock
 
@@ -24,6 +24,9 @@ LONGEST_ROUND_S = 5.0
 
 #: (replica, epoch) of gangs that the routers lost although they look alive.
 Hung: TypeAlias = Iterable[tuple[str, int]]
+#: The largest epoch of each replica that a router knows.
+Epochs: TypeAlias = Mapping[str, int]
+NO_EPOCHS: Epochs = {}
 
 
 class Controller:
@@ -36,6 +39,10 @@ class Controller:
         self._lock = threading.Lock()
         self._views: list[ReplicaView] = []
         self._clock = RunningClock(time.monotonic(), LONGEST_ROUND_S)
+        #: Added to monotonic seconds, it gives the time of the start and on: a wall clock that is set back must not stretch a back-off.
+        self._since_1970 = time.time() - time.monotonic()
+        #: The largest epoch of each replica that was ever seen here or at a router.
+        self._last_epochs: dict[str, int] = {}
 
     def apply(self, gangs: Sequence[GangSpec]) -> None:
         """What is wanted from now on; an empty sequence drains everything."""
@@ -47,12 +54,16 @@ class Controller:
         with self._lock:
             return self._reconciler.drain(replica)
 
-    def tick(self, hung: Hung = ()) -> None:
-        """Observe, reconcile, act: milliseconds, but for the removal of a gang, which is bounded by seconds."""
+    def tick(self, hung: Hung = (), epochs: Epochs = NO_EPOCHS) -> None:
+        """Observe, reconcile, act: milliseconds, but for the removal of a gang, which is bounded by seconds. ``epochs``: what routers know;
+        the next launch of a replica is newer than that."""
         with self._lock:
             self._reconciler.postpone(self._clock.turn(time.monotonic()))
             wanted = [WantedReplica(name=name, revision=spec.revision) for name, spec in self._specs.items()]
-            actions = self._reconciler.step(time.time(), wanted, self._launcher.poll(), frozenset(hung))
+            gangs = self._launcher.poll()
+            for name, epoch in (*epochs.items(), *((gang.name, gang.epoch) for gang in gangs)):
+                self._last_epochs[name] = max(epoch, self._last_epochs.get(name, 0))
+            actions = self._reconciler.step(self._now(), wanted, gangs, frozenset(hung))
             self._views = self._reconciler.views()
             for action in actions:
                 self._act(action)
@@ -61,7 +72,9 @@ class Controller:
         match action:
             case LaunchGang(name, restarts):
                 log.info("replica %s: launching", name)
-                self._launcher.start(msgspec.structs.replace(self._specs[name], restarts=restarts))
+                spec = self._specs[name]
+                last = max(self._last_epochs.get(name, 0), last_epoch(spec))
+                self._launcher.start(msgspec.structs.replace(spec, restarts=restarts, last_epoch=last))
             case DrainGang(name, epoch):
                 log.info("replica %s epoch %d: draining", name, epoch)
                 self._launcher.drain(name, epoch)
@@ -78,8 +91,12 @@ class Controller:
                 for gang in gangs:
                     self._launcher.kill(gang.name, gang.epoch)
                 time.sleep(TICK_S / 4)
-            self._reconciler.step(time.time(), [], gangs, frozenset())
+            self._reconciler.step(self._now(), [], gangs, frozenset())
             self._views = self._reconciler.views()
+
+    def _now(self) -> float:
+        """Unix seconds by a clock that is never set."""
+        return self._since_1970 + time.monotonic()
 
     def views(self) -> list[ReplicaView]:
         """The table of the last round."""

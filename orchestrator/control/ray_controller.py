@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.control.controller import TICK_S, Controller, Hung
+from orchestrator.control.controller import NO_EPOCHS, TICK_S, Controller, Epochs, Hung
 from orchestrator.control.launch.launcher import GangSpec, Launcher
 from orchestrator.control.reconciler import ReplicaView, RestartPolicy
 from orchestrator.files import write_private
@@ -41,13 +41,14 @@ class ControllerActor:
         self._target, self._end = Path(target), end
         self._controller = Controller(make_launcher(), msgspec.json.decode(policy, type=RestartPolicy))
         self._hung: frozenset[tuple[str, int]] = frozenset()
+        self._epochs: Epochs = NO_EPOCHS
         self.apply()
         threading.Thread(target=self._loop, name="control loop", daemon=True).start()
 
     def apply(self) -> bytes:
         """Read the wanted gangs again; returns the table after one round with them."""
         self._controller.apply(msgspec.json.decode(self._target.read_bytes(), type=list[GangSpec]))
-        self._controller.tick(self._hung)
+        self._controller.tick(self._hung, self._epochs)
         return msgspec.json.encode(self._controller.views())
 
     def drain(self, replica: str) -> bool:
@@ -71,15 +72,16 @@ class ControllerActor:
                 return
             time.sleep(TICK_S)
 
-    def report(self, hung: list[tuple[str, int]]) -> bytes:
-        """``hung``: gangs that the routers lost. Returns the table of replicas as JSON."""
+    def report(self, hung: list[tuple[str, int]], epochs: dict[str, int]) -> bytes:
+        """``hung``: gangs that the routers lost; ``epochs``: what they know. Returns the table of replicas as JSON."""
+        self._epochs = epochs
         self._hung = frozenset((name, epoch) for name, epoch in hung)
         return msgspec.json.encode(self._controller.views())
 
     def _loop(self) -> None:
         while True:
             try:
-                self._controller.tick(self._hung)
+                self._controller.tick(self._hung, self._epochs)
             except TriremeError as error:
                 log.error("control loop: %s", error)
             except Exception:
@@ -170,10 +172,10 @@ class RemoteController:
             except self._ray.exceptions.RayError as error:
                 raise EnvironmentFault("the controller does not answer", str(error).splitlines()[0][:200], _LOOK) from None
 
-    def tick(self, hung: Hung = ()) -> None:
-        """Report what the routers lost and take the table; never waits for the actor."""
+    def tick(self, hung: Hung = (), epochs: Epochs = NO_EPOCHS) -> None:
+        """Report what the routers lost and know, and take the table; never waits for the actor."""
         if self._question is None:
-            self._question = self._actor.report.remote(sorted(hung))
+            self._question = self._actor.report.remote(sorted(hung), dict(epochs))
             self._silent_since = time.monotonic()
         ready, _ = self._ray.wait([self._question], timeout=0)
         if not ready:

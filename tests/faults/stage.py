@@ -165,11 +165,11 @@ class Stage:
 
 
 @contextmanager
-def staged(*, deployment: dict[str, object] | None = None, saboteurs: bool = False, **changes: object) -> Iterator[Stage]:
-    """A deployment with the settings of the fault tests; afterwards neither a process nor a socket of it is left."""
+def staged(*, deployment: dict[str, object] | None = None, module: str = "trireme", **changes: object) -> Iterator[Stage]:
+    """A deployment with the settings of the fault tests; afterwards neither a process nor a socket of it is left. ``module``: what stands
+    for the command."""
     with short_folder() as folder:
         file = write_config(folder, deployment=SETTINGS | (deployment or {}), **changes)
-        module = "tests.faults.host" if saboteurs else "trireme"
         with deployed(file, module=module) as (control, status):
             stage = Stage(control, status, folder)
             try:

@@ -53,7 +53,7 @@ def stage() -> Iterator[Stage]:
         model = tiny_model(Path(folder) / "tiny", max_position=1024)
         with staged(
             path=str(model), engine="portable", fixed_shape=True, max_seq_len=1024, kv_tokens=16384, max_num_tokens=64, max_batch_size=32,
-            replicas=replicas, deployment={"cache_dir": f"{folder}/cache"}, saboteurs=True,
+            replicas=replicas, deployment={"cache_dir": f"{folder}/cache"}, module="tests.faults.host",
         ) as stage:  # fmt: skip
             yield stage
 

@@ -49,7 +49,7 @@ def stage() -> Iterator[Stage]:
         model = tiny_model(Path(folder) / "tiny", max_position=512)
         with staged(
             path=str(model), engine="portable", fixed_shape=True, max_seq_len=512, kv_tokens=8192, max_num_tokens=64, max_batch_size=32,
-            deployment={"cache_dir": f"{folder}/cache", "admission": {}}, saboteurs=True,
+            deployment={"cache_dir": f"{folder}/cache", "admission": {}}, module="tests.faults.host",
         ) as stage:  # fmt: skip
             yield stage
 

@@ -20,5 +20,12 @@ def test_a_later_launch_has_the_larger_epoch() -> None:
     assert make_epoch() > first
 
 
+def test_an_epoch_is_above_the_last_one_whatever_the_clock_says() -> None:
+    ahead = make_epoch() + (3_600_000 << 16)
+    again = make_epoch(ahead)
+    assert again > ahead and make_epoch(again) > again
+    assert make_epoch(7) > 1 << 50, "a clock that is right is followed"
+
+
 def test_a_number_that_somebody_chose_holds_no_time() -> None:
     assert started_at(7) == 0.0

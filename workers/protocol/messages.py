@@ -35,6 +35,8 @@ MAX_FRAME = 8 << 20
 HIGH_WATER = 10_000
 #: Upper bounds, tokens, by which steps are counted.
 STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+#: Largest epoch that is believed: there are more above it than a replica can be launched times.
+MAX_EPOCH = 2**62
 #: Credit that means "do not count".
 UNLIMITED = 2**31 - 1
 
@@ -210,7 +212,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     protocol: int
     replica: str
     model: str
-    epoch: int
+    epoch: Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
     resume: ResumeClass
     capacity: Capacity
 

@@ -34,6 +34,7 @@ from orchestrator.control.host.lock import HostLock
 from orchestrator.control.host.notices import Notice, Notify, ReplicaNotices, log_notice
 from orchestrator.control.host.own_routers import OwnRouters
 from orchestrator.control.host.replica_source import FAREWELL_S, ExternalReplicas, OwnReplicas, ReplicaSource
+from orchestrator.control.host.router_poller import newest_epochs
 from orchestrator.control.host.router_source import RouterSource
 from orchestrator.control.host.status_table import HostFacts
 from orchestrator.control.launch import ray_cluster
@@ -171,7 +172,7 @@ class Deployment:
             self._clock.turn(time.monotonic())
             self._routers.tick()
             ready = [(view.name, view.epoch) for view in self._replicas.views() if view.phase == "ready"]
-            self._replicas.tick(self._routers.hung(ready))
+            self._replicas.tick(self._routers.hung(ready), newest_epochs(self._routers.reports()))
             self._announce(self._routers)
             self._follow_update()
             self._on_turn()

@@ -13,7 +13,7 @@ import msgspec
 
 from orchestrator.config.deployment_file import Config, ModelConfig, environment
 from orchestrator.config.engine_settings import GangRequest
-from orchestrator.control.controller import LONGEST_ROUND_S, TICK_S, Controller, Hung
+from orchestrator.control.controller import LONGEST_ROUND_S, NO_EPOCHS, TICK_S, Controller, Epochs, Hung
 from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import DeploymentStatus
 from orchestrator.control.host.deployment_plan import ServedModel
@@ -43,7 +43,7 @@ class ReplicaController(Protocol):
 
     def apply(self, gangs: list[GangSpec]) -> None: ...
     def drain(self, replica: str) -> bool: ...
-    def tick(self, hung: Hung = ()) -> None: ...
+    def tick(self, hung: Hung = (), epochs: Epochs = NO_EPOCHS) -> None: ...
     def views(self) -> list[ReplicaView]: ...
     def end_with_host(self) -> None: ...
     def abort(self) -> None: ...
@@ -73,8 +73,8 @@ class ReplicaSource(Protocol):
     def drain(self, replica: str) -> bool:
         """Replace one replica gracefully; False when it does not run."""
 
-    def tick(self, hung: Hung = ()) -> None:
-        """One turn of the host's loop. ``hung``: ready gangs, (replica, epoch), that the routers lost."""
+    def tick(self, hung: Hung = (), epochs: Epochs = NO_EPOCHS) -> None:
+        """One turn of the host's loop. ``hung``: ready gangs, (replica, epoch), that the routers lost; ``epochs``: the newest they know."""
 
     def views(self) -> list[ReplicaView]:
         """What the controller last saw of each replica."""
@@ -179,9 +179,9 @@ class OwnReplicas:
     def drain(self, replica: str) -> bool:
         return self._controller is not None and self._controller.drain(replica)
 
-    def tick(self, hung: Hung = ()) -> None:
+    def tick(self, hung: Hung = (), epochs: Epochs = NO_EPOCHS) -> None:
         assert self._controller is not None
-        self._controller.tick(hung)
+        self._controller.tick(hung, epochs)
 
     def views(self) -> list[ReplicaView]:
         return self._controller.views() if self._controller is not None else []
@@ -270,7 +270,7 @@ class ExternalReplicas:
     def drain(self, replica: str) -> bool:
         return False
 
-    def tick(self, hung: Hung = ()) -> None: ...
+    def tick(self, hung: Hung = (), epochs: Epochs = NO_EPOCHS) -> None: ...
 
     def views(self) -> list[ReplicaView]:
         return []

@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -99,6 +100,14 @@ class RouterPoller:
             if replica.name.startswith(self._prefix)
         )
         return msgspec.structs.replace(report, replicas=replicas)
+
+
+def newest_epochs(reports: Iterable[RouterStatus]) -> dict[str, int]:
+    """The largest epoch of each replica that a router knows."""
+    newest: dict[str, int] = {}
+    for replica in chain.from_iterable(report.replicas for report in reports):
+        newest[replica.name] = max(replica.epoch, newest.get(replica.name, 0))
+    return newest
 
 
 def given_up(reports: Iterable[RouterStatus]) -> frozenset[tuple[str, int]]:

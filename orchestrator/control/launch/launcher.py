@@ -24,7 +24,7 @@ class GangSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One replica to launch. ``run_dir``: folder for gangs on every node; ``replica.epoch`` and ``.run_dir`` are filled in at launch.
 
     ``key``: the replica's CURVE key pair as JSON, written beside the spec on rank 0's node; empty on ``ipc://``. ``spread``: a node for
-    each stage. ``restarts``: as :class:`LaunchGang` has it, filled in at launch.
+    each stage. ``restarts``, as :class:`LaunchGang` has it, and ``last_epoch``, the largest known of the replica, are filled in at launch.
     """
 
     deployment: str
@@ -34,13 +34,15 @@ class GangSpec(msgspec.Struct, frozen=True, kw_only=True):
     spread: bool = False
     key: str = ""
     restarts: int = 0
+    last_epoch: int = 0
     command: tuple[str, ...] = (sys.executable, "-m", "workers")
 
     @property
     def revision(self) -> str:
-        """Names what is launched: gangs of one revision are equal. Of the key pair only the public key counts, and no restart does."""
+        """Names what is launched: gangs of one revision are equal. Of the key pair only the public key counts, no earlier launch."""
         public = msgspec.json.decode(self.key, type=KeyPair).public if self.key else ""
-        return hashlib.blake2b(msgspec.json.encode(msgspec.structs.replace(self, key=public, restarts=0)), digest_size=8).hexdigest()
+        same = msgspec.structs.replace(self, key=public, restarts=0, last_epoch=0)
+        return hashlib.blake2b(msgspec.json.encode(same), digest_size=8).hexdigest()
 
     def tag(self, epoch: int) -> str:
         """Name of one gang on every host that it touches."""
@@ -62,6 +64,12 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """Let go of what is not a gang."""
+
+
+def last_epoch(spec: GangSpec) -> int:
+    """The largest epoch of the replica whose folder is on this node; 0 = there is none."""
+    home = Path(spec.run_dir, spec.replica.name)
+    return max((int(entry.name) for entry in home.iterdir() if entry.name.isdigit()), default=0) if home.is_dir() else 0
 
 
 def prepare(spec: GangSpec, epoch: int) -> Path:

@@ -25,7 +25,7 @@ class LocalLauncher:
         self._gpus = GpuLedger(visible_gpus(self._env))
 
     def start(self, spec: GangSpec) -> None:
-        epoch, world = make_epoch(), spec.replica.parallel.world
+        epoch, world = make_epoch(spec.last_epoch), spec.replica.parallel.world
         own = self._gpus.take((spec.replica.name, epoch), world) if spec.share.gpus else {}
         gang = GangSupervisor(spec, epoch, [LocalNode(world, own=own)], mpi=self._mpi, env=self._env)
         self._gangs[spec.replica.name, epoch] = gang

@@ -209,7 +209,7 @@ class RayLauncher:
         return f"{self._prefix}{key[0]}/{key[1]}"
 
     def start(self, spec: GangSpec) -> None:
-        key = (spec.replica.name, make_epoch())
+        key = (spec.replica.name, make_epoch(spec.last_epoch))
         self._records[key] = _Record(spec=spec, status=_status(key, "placing", spec.revision))
         self._reserve(key, self._records[key])
 
