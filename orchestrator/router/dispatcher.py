@@ -44,7 +44,7 @@ from orchestrator.router.interfaces import Watcher
 from orchestrator.router.metrics import RequestMeter
 from orchestrator.router.status import model_status, router_status
 from workers.protocol.errors import EngineFault, ReplicaLost, printable
-from workers.protocol.messages import FromReplica, ToReplica
+from workers.protocol.messages import FromReplica, ToReplica, error_text
 from workers.protocol.status import ModelStatus, RouterStatus
 
 log = logging.getLogger("trireme.dispatch")
@@ -273,7 +273,7 @@ class RouterDispatcher:
                 log.warning(
                     "a request failed: %s: %s",
                     action.error.code,
-                    printable(str(action.error)),
+                    printable(error_text(action.error)),
                     extra=request_context.fields(ticket.context),
                 )
             watcher.on_failed(action.choice, action.error)

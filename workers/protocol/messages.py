@@ -17,6 +17,7 @@ One ZeroMQ message = one frame of payload (after the routing id where the socket
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -24,23 +25,34 @@ from msgspec import Meta
 
 from workers.protocol.errors import Rejected
 from workers.protocol.specs import Quant, ResumeClass, RouterAddress
-from workers.protocol.status import EngineStats
+from workers.protocol.status import Count, EngineStats, Milliseconds
 
 #: Version of the messages between replicas, routers and clients. Raise it when a field is renamed, removed or changes its meaning. A new
 #: field with a default needs no new version: the other side ignores fields that it does not know. A Hello of another version is refused.
 PROTOCOL = 2
 #: Largest frame that either side accepts, bytes (ZMQ_MAXMSGSIZE).
 MAX_FRAME = 8 << 20
+#: Bytes above which a frame is decoded without the garbage collector.
+LARGE_FRAME = 256 << 10
 #: High-water mark of every socket, messages.
 HIGH_WATER = 10_000
 #: Upper bounds, tokens, by which steps are counted.
 STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+#: A frame may have 8 MB, and a million small objects hold an event loop for seconds. Longest error text that is sent, and longest text of
+#: one field that is accepted, characters.
+MAX_ERROR_TEXT, MAX_TEXT = 2000, 16_384
+#: Most streams in a message, choices of a journal, ids of a prompt, tokens of one stream, and alternatives of a token.
+MAX_STREAMS, MAX_CHOICES, MAX_IDS, MAX_DELTA, MAX_TOP = 65_536, 128, 1 << 20, 4096, 4096
+#: Longest prompt whose logprobs are sent, tokens.
+MAX_SCORED = 65_536
 #: Largest epoch that is believed: there are more above it than a replica can be launched times.
 MAX_EPOCH = 2**62
 #: Credit that means "do not count".
 UNLIMITED = 2**31 - 1
 
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=UNLIMITED)]
+Text: TypeAlias = Annotated[str, Meta(max_length=MAX_TEXT)]
+StreamNumbers: TypeAlias = Annotated[list[int], Meta(max_length=MAX_STREAMS)]
 FinishReason = Literal["stop", "length", "cancelled"]
 #: The generating endpoints of the API, by the last words of their paths.
 ApiEndpoint = Literal["chat", "completions"]
@@ -86,7 +98,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     guide: GuideSpec | None = None
 
 
-class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+class Logprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Natural-log probabilities at one position: the token's own, and the best alternatives in falling order.
 
     ``logprob`` is None only at prompt position 0, which nothing predicts.
@@ -94,8 +106,8 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 
     token: int
     logprob: float | None
-    top_ids: list[int]
-    top_logprobs: list[float]
+    top_ids: Annotated[list[int], Meta(max_length=MAX_TOP)]
+    top_logprobs: Annotated[list[float], Meta(max_length=MAX_TOP)]
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,10 +140,10 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Token counts of one sequence. ``cached_tokens``: prompt tokens found in the prefix cache at the last placement."""
 
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: int = 0
-    preemptions: int = 0
+    prompt_tokens: Count
+    output_tokens: Count
+    cached_tokens: Count = 0
+    preemptions: Count = 0
 
 
 # router → replica
@@ -188,9 +200,9 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
 class Credit(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
     """Grant ``tokens[i]`` more tokens to ``streams[i]``."""
 
-    boot: str
-    streams: list[int]
-    tokens: list[int]
+    boot: Text
+    streams: StreamNumbers
+    tokens: StreamNumbers
 
 
 class RouterHeartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="router_heartbeat"):
@@ -208,10 +220,10 @@ class RouterHeartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="router_hea
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """First message of a leader on each connection. A smaller epoch than the largest seen for ``replica`` is answered by Bye."""
 
-    boot: str
+    boot: Text
     protocol: int
-    replica: str
-    model: str
+    replica: Text
+    model: Text
     epoch: Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
     resume: ResumeClass
     capacity: Capacity
@@ -236,9 +248,9 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """
 
     boot: str
-    step: int
-    busy_ms: float
-    predicted_ms: float
+    step: Count
+    busy_ms: Milliseconds
+    predicted_ms: Milliseconds
     stats: EngineStats
     draining: bool = False
 
@@ -253,13 +265,15 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     """
 
     boot: str
-    streams: list[int]
-    attempts: list[int]
-    firsts: list[int]
-    tokens: list[list[TokenId]]
-    logprobs: list[list[Logprobs] | None] | None = None
-    prompt_logprobs: list[tuple[int, list[Logprobs]]] | None = None
-    cached: list[tuple[int, int]] | None = None
+    streams: StreamNumbers
+    attempts: StreamNumbers
+    firsts: StreamNumbers
+    tokens: Annotated[list[Annotated[list[TokenId], Meta(max_length=MAX_DELTA)]], Meta(max_length=MAX_STREAMS)]
+    logprobs: Annotated[list[Annotated[list[Logprobs], Meta(max_length=MAX_DELTA)] | None], Meta(max_length=MAX_STREAMS)] | None = None
+    prompt_logprobs: (
+        Annotated[list[tuple[int, Annotated[list[Logprobs], Meta(max_length=MAX_SCORED)]]], Meta(max_length=MAX_STREAMS)] | None
+    ) = None
+    cached: Annotated[list[tuple[int, int]], Meta(max_length=MAX_STREAMS)] | None = None
     texts: list[str] | None = None
     choices: list[int] | None = None
 
@@ -286,21 +300,21 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="d
 class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="failed"):
     """A sequence's (or, with ``choice`` 0 and no Accepted, a request's) terminal error; ``code`` as in :mod:`workers.protocol.errors`."""
 
-    boot: str
+    boot: Text
     stream: int
     attempt: int
-    code: str
-    message: str
+    code: Text
+    message: Text
     retry_after: float | None = None
-    param: str | None = None
+    param: Text | None = None
     choice: int = 0
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye"):
     """The sender ends this connection for good. From a router: ``stale`` tells a leader that a newer epoch lives and it must exit."""
 
-    boot: str
-    reason: str
+    boot: Text
+    reason: Text
 
 
 # client → router, router → client
@@ -309,9 +323,9 @@ class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye"):
 class Journal(msgspec.Struct, frozen=True, kw_only=True):
     """What a client already holds of one request, so that another router continues it: one ``emitted`` list a choice."""
 
-    prompt_ids: list[int]
+    prompt_ids: Annotated[list[int], Meta(max_length=MAX_IDS)]
     seed: int
-    emitted: list[list[int]]
+    emitted: Annotated[list[Annotated[list[int], Meta(max_length=MAX_IDS)]], Meta(max_length=MAX_CHOICES)]
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
@@ -369,15 +383,27 @@ class Malformed(Rejected):
     code = "malformed"
 
 
+def error_text(error: Exception) -> str:
+    """The text of an error as it is sent; a long one is cut."""
+    return str(error)[:MAX_ERROR_TEXT]
+
+
 def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes | memoryview):  # type: ignore[no-untyped-def]
+    # The collector would look at all objects of a large message again and again while it grows.
+    large = len(frame) > LARGE_FRAME and gc.isenabled()
+    if large:
+        gc.disable()
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:  # ValidationError is a DecodeError
         raise Malformed("malformed message", str(error)[:200]) from None
+    finally:
+        if large:
+            gc.enable()
 
 
 def decode_to_replica(frame: bytes | memoryview) -> ToReplica:

@@ -19,9 +19,10 @@ Each kind of state has one set of words, and one process that writes it:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
 from workers.protocol.specs import ResumeClass
 
@@ -53,6 +54,11 @@ ROW_STATES: Mapping[ReplicaPhase | RoutingState, ReplicaRowState] = {
 }
 
 
+#: What is counted, and what is measured: never negative, never without a bound, and no NaN.
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+Milliseconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e9)]
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine counts: sequences, blocks and prompt tokens now, and totals since the start of the process (``*_total``).
 
@@ -62,19 +68,19 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     surely in the cache, parents first, from an engine whose cache the router cannot guess.
     """
 
-    running: int = 0
-    waiting: int = 0
-    free_blocks: int = 0
-    prefill_tokens: int = 0
-    step_ms: float = 0.0
-    prompt_tokens_total: int = 0
-    output_tokens_total: int = 0
-    prefix_queries_total: int = 0
-    prefix_hits_total: int = 0
-    preemptions_total: int = 0
-    step_tokens: list[int] = []
-    step_tokens_total: int = 0
-    prefixes: list[int] = []
+    running: Count = 0
+    waiting: Count = 0
+    free_blocks: Count = 0
+    prefill_tokens: Count = 0
+    step_ms: Milliseconds = 0.0
+    prompt_tokens_total: Count = 0
+    output_tokens_total: Count = 0
+    prefix_queries_total: Count = 0
+    prefix_hits_total: Count = 0
+    preemptions_total: Count = 0
+    step_tokens: Annotated[list[Count], Meta(max_length=64)] = []
+    step_tokens_total: Count = 0
+    prefixes: Annotated[list[int], Meta(max_length=4096)] = []
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):

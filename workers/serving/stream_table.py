@@ -25,7 +25,22 @@ import msgspec
 
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import NotFound, Overloaded, Rejected, TriremeError
-from workers.protocol.messages import MAX_FRAME, UNLIMITED, Accepted, Attach, Cancel, Credit, Done, Failed, Logprobs, Submit, Tokens, Usage
+from workers.protocol.messages import (
+    MAX_FRAME,
+    MAX_SCORED,
+    UNLIMITED,
+    Accepted,
+    Attach,
+    Cancel,
+    Credit,
+    Done,
+    Failed,
+    Logprobs,
+    Submit,
+    Tokens,
+    Usage,
+    error_text,
+)
 
 #: Most tokens in one message while an attached stream catches up.
 CATCH_UP_TOKENS = 1024
@@ -271,8 +286,8 @@ class StreamTable:
                 ends += self._stop(record, TriremeError(why, code="engine_fault"))
                 continue
             if emission.prompt_logprobs is not None:
-                if _prompt_bytes(emission.prompt_logprobs) > MAX_FRAME:
-                    why = "the prompt's logprobs do not fit one message: ask for fewer alternatives"
+                if len(emission.prompt_logprobs) > MAX_SCORED or _prompt_bytes(emission.prompt_logprobs) > MAX_FRAME:
+                    why = "the prompt's logprobs do not fit one message: send a shorter prompt, or ask for fewer alternatives"
                     ends += self._stop(record, TriremeError(why, code="invalid_request"))
                     continue
                 record.prompt_logprobs = emission.prompt_logprobs
@@ -415,7 +430,7 @@ class StreamTable:
             stream=to.stream,
             attempt=to.attempt,
             code=error.code,
-            message=str(error),
+            message=error_text(error),
             retry_after=error.retry_after,
             param=error.param,
         )

@@ -23,8 +23,8 @@ from workers import zmq_options
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.serving.router_io import KeyPair
 
-#: Frames read in one turn of the event loop, before other callbacks get theirs.
-TURN_FRAMES = 64
+#: Frames, and bytes, read in one turn of the event loop, before other callbacks get theirs. The last frame may go beyond the bytes.
+TURN_FRAMES, TURN_BYTES = 64, 256 << 10
 # Plain numbers: pyzmq's enumerations cost as much as a send each time they are combined or looked up.
 _NOW, _NOW_MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 _EVENTS, _READABLE, _MORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
@@ -120,21 +120,24 @@ class RouterSocket:
         socket = self._socket
         if socket.closed:
             return
+        left = TURN_BYTES
         for _ in range(TURN_FRAMES):
             # This is asked first because an exception for "nothing to read" costs more than a message.
             if not int(socket.get(_EVENTS)) & _READABLE:
                 return
             try:
-                self._take(socket)
+                left -= self._take(socket)
             except Exception:
                 # The edge of a frame: after an error the next frame is read.
                 self.faults += 1
                 if self.faults == 1 or self.faults % 1000 == 0:
                     log.exception("%d frames of a %s could not be handled so far", self.faults, self._role)
+            if left <= 0:
+                break
         self._arm()
 
-    def _take(self, socket: zmq.Socket[bytes]) -> None:
-        """Read one whole message. A ROUTER socket puts the peer's routing id before the frames that the peer sent."""
+    def _take(self, socket: zmq.Socket[bytes]) -> int:
+        """Read one whole message; returns its bytes. A ROUTER socket puts the peer's routing id before the frames that the peer sent."""
         peer = socket.recv(_NOW)
         user = ""
         content: bytes | memoryview
@@ -153,6 +156,7 @@ class RouterSocket:
             self._on_frame(peer, user, content)
         else:
             self._on_malformed(peer)
+        return len(content)
 
 
 def reclaim(path: str) -> None:

@@ -17,7 +17,7 @@ import msgspec
 from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import RequestMeter
 from workers.protocol.errors import TriremeError, printable
-from workers.protocol.messages import Accepted, Done, Failed, FinishReason, Logprobs, Tokens, Usage
+from workers.protocol.messages import Accepted, Done, Failed, FinishReason, Logprobs, Tokens, Usage, error_text
 
 #: (client key, the client's own request id): the lasting name of a request.
 Name: TypeAlias = tuple[str, str]
@@ -248,7 +248,7 @@ class RpcCall:
             stream=0,
             attempt=0,
             code=error.code,
-            message=printable(str(error)),
+            message=printable(error_text(error)),
             retry_after=error.retry_after,
             param=error.param,
             choice=choice,

@@ -271,7 +271,7 @@ class RpcServer:
         self._give(
             peer,
             Failed(
-                boot=self._boot, stream=stream, attempt=attempt, code=error.code, message=printable(str(error)),
+                boot=self._boot, stream=stream, attempt=attempt, code=error.code, message=printable(messages.error_text(error)),
                 retry_after=error.retry_after, param=error.param,
             ),
         )  # fmt: skip
@@ -341,6 +341,8 @@ def _check_generate(message: Generate) -> None:
         raise Rejected(f"a nonce has at most {MAX_REQUEST_ID} characters", param="boot")
     if not 1 <= message.credit <= UNLIMITED:
         raise Rejected(f"credit is between 1 and {UNLIMITED}", param="credit")
+    if message.journal is not None and len(message.journal.prompt_ids) + sum(map(len, message.journal.emitted)) > messages.MAX_IDS:
+        raise Rejected(f"a journal holds at most {messages.MAX_IDS} token ids", param="journal")
     if not 0 <= message.attempt <= MAX_ATTEMPT:
         raise Rejected(f"an attempt is between 0 and {MAX_ATTEMPT}", param="attempt")
     if message.deadline_ms is not None and message.deadline_ms <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +85,39 @@ def test_the_entry_names_what_is_wrong(folder: Path, capsys: pytest.CaptureFixtu
     keys.chmod(0o644)
     with pytest.raises(ConfigError, match=r"keys\.json is readable by others"):
         entry.read_keys(str(keys))
+
+
+def test_large_frames_of_one_peer_let_other_callbacks_pass(folder: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """A turn of the event loop ends at 64 frames or 256 KiB: after a frame of a megabyte others have their turn."""
+    count, size = 12, 1 << 20
+    turns: list[int] = []
+    seen = 0
+
+    def on_frame(peer: bytes, user: str, frame: bytes | memoryview) -> None:
+        nonlocal seen
+        seen += 1
+        turns.append(turn)
+
+    socket = RouterSocket(
+        context, f"ipc://{folder}/x", "client", keys=None, acl=CurveAcl({}), on_frame=on_frame, on_malformed=lambda _: None
+    )
+    client = context.socket(zmq.DEALER)
+    client.connect(socket.endpoint)
+    for _ in range(count):
+        client.send(bytes(size))
+    turn = 0
+
+    async def serve() -> None:
+        nonlocal turn
+        socket.start()
+        deadline = asyncio.get_running_loop().time() + 20
+        while seen < count and asyncio.get_running_loop().time() < deadline:
+            turn += 1
+            await asyncio.sleep(0)
+        socket.close(0)
+
+    asyncio.run(serve())
+    client.close(0)
+    assert seen == count
+    # The reader's callback and the one that looks again may come in one turn.
+    assert max(turns.count(each) for each in turns) <= 2, "many large frames in one turn"
