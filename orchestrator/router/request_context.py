@@ -28,12 +28,13 @@ class Trace(msgspec.Struct, frozen=True):
 
 
 class RequestContext(msgspec.Struct, frozen=True):
-    """``request_id``: the id that the caller sees. ``received``: when the request arrived, by :func:`time.monotonic`. ``chat``: it is for
-    the chat endpoint."""
+    """``request_id``: the id that the caller sees. ``received``: when the request arrived, by :func:`time.monotonic`. ``caller``: with
+    whom it shares turns at the pools, its tenant or its address. ``chat``: it is for the chat endpoint."""
 
     request_id: str
     trace: Trace | None
     received: float
+    caller: str = ""
     chat: bool = False
 
 
@@ -51,9 +52,16 @@ def parse_traceparent(text: str) -> Trace | None:
     return Trace(trace, span, bool(int(flags, 16) & 1))
 
 
-def enter(request_id: str, traceparent: str) -> None:
+def enter(request_id: str, traceparent: str, caller: str = "") -> None:
     """The current task works for this request from now on. ``traceparent``: empty = none."""
-    _current.set(RequestContext(request_id, parse_traceparent(traceparent) if traceparent else None, time.monotonic()))
+    _current.set(RequestContext(request_id, parse_traceparent(traceparent) if traceparent else None, time.monotonic(), caller))
+
+
+def identify(caller: str) -> None:
+    """Who asks is known now."""
+    context = _current.get()
+    if context is not None:
+        _current.set(msgspec.structs.replace(context, caller=caller))
 
 
 def learn(metadata: dict[str, Any] | None, *, chat: bool) -> None:
@@ -65,11 +73,17 @@ def learn(metadata: dict[str, Any] | None, *, chat: bool) -> None:
     if metadata and trace is None and isinstance(found := metadata.get("traceparent"), str):
         trace = parse_traceparent(found)
     if chat or trace is not context.trace:
-        _current.set(RequestContext(context.request_id, trace, context.received, chat))
+        _current.set(msgspec.structs.replace(context, trace=trace, chat=chat))
 
 
 def current() -> RequestContext | None:
     return _current.get()
+
+
+def caller() -> str:
+    """Who asks; empty where nobody does."""
+    context = _current.get()
+    return context.caller if context is not None else ""
 
 
 def marks() -> tuple[str, str]:

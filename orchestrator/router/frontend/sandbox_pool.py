@@ -17,11 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Coroutine, Mapping
+from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 import msgspec
 
+from orchestrator.router import request_context
 from orchestrator.router.frontend.chat_template import MAX_RENDERED, PromptPiece, TemplateSource
+from orchestrator.router.frontend.fair_turns import FairTurns
 from orchestrator.router.frontend.sandbox_worker import (
     HEADER_BYTES,
     Answer,
@@ -107,6 +110,7 @@ class SandboxPool:
         self._count, self._limit_s = count, limit_s
         self._living: set[_Process] = set()
         self._free: asyncio.Queue[_Process] = asyncio.Queue()
+        self._turns = FairTurns(count)
         self._tasks: set[asyncio.Task[None] | asyncio.Future[None]] = set()
         self._started = self._closed = False
         self._settled = asyncio.Event()
@@ -179,11 +183,16 @@ class SandboxPool:
     async def _try(self, frame: bytes) -> Answer:
         """Raises TimeoutError and :class:`_Gone`. After these, and after a cancellation, the process is replaced."""
         self.start()
-        try:
-            async with asyncio.timeout(WAIT_S):
-                process = await self._free.get()
-        except TimeoutError:
-            raise Overloaded("too many templates and grammars at a time", retry_after=1.0) from None
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    await stack.enter_async_context(self._turns.turn(request_context.caller()))
+                    process = await self._free.get()
+            except TimeoutError:
+                raise Overloaded("too many templates and grammars at a time", retry_after=1.0) from None
+            return await self._run(process, frame)
+
+    async def _run(self, process: _Process, frame: bytes) -> Answer:
         answered = False
         try:
             answer = await _within(self._limit_s, process.ask(frame))

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from orchestrator.config.router_spec import ModelCard
+from orchestrator.router import request_context
+from orchestrator.router.frontend.fair_turns import FairTurns
 from orchestrator.router.frontend.sampling_defaults import SamplingDefaults, read_defaults
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.tokenizer import Loaded, load
@@ -45,6 +47,7 @@ class TextModels:
     def __init__(self, models: Iterable[TextModel], *, threads: int = 2) -> None:
         self.models = tuple(models)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._turns = FairTurns(threads)
         self.sandbox = SandboxPool({model.name: model.template for model in self.models if model.template is not None})
         self._by_name = {name: model for model in self.models for name in model.names}
 
@@ -52,10 +55,11 @@ class TextModels:
         return self._by_name.get(name)
 
     async def run(self, size: int, work: Callable[[], T], *, inline: int = INLINE_CHARS) -> T:
-        """``work()``, in the pool if its ``size`` is above ``inline``."""
+        """``work()``, in the pool if its ``size`` is above ``inline``. Callers share the pool fairly."""
         if size <= inline:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        async with self._turns.turn(request_context.caller()):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -66,11 +66,10 @@ class TokenTable:
 
     def _after_special(self, text: str) -> list[int]:
         """Ids of plain text behind a special token."""
-        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        ids = _encode(self._literal, text)
         if self._alone:
             return ids
-        line: list[int] = self._literal.encode("\n", add_special_tokens=False).ids
-        both: list[int] = self._literal.encode(f"\n{text}", add_special_tokens=False).ids
+        line, both = _encode(self._literal, "\n"), _encode(self._literal, f"\n{text}")
         return both[len(line) :] if both[: len(line)] == line else ids
 
     def encode(self, pieces: Sequence[PromptPiece], add_special: bool, keep: int | None = None) -> list[int]:
@@ -82,7 +81,7 @@ class TokenTable:
                 ids += self._after_special(piece.text)
                 continue
             tokenizer = self._literal if piece.exact else self._tokenizer
-            ids += tokenizer.encode(piece.text, add_special_tokens=add_special and index == 0).ids
+            ids += _encode(tokenizer, piece.text, add_special=add_special and index == 0)
         if keep is None or len(ids) <= keep:
             return ids
         before = self._added_before if add_special else 0
@@ -116,6 +115,12 @@ class TokenTable:
 
     def join(self, ids: Sequence[int], skip_special: bool = True) -> bytes:
         return self.pick(self.visible if skip_special else self.all, ids)
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, add_special: bool = False) -> list[int]:
+    """The ids of ``text``. Other threads run meanwhile: ``Tokenizer.encode`` would hold the interpreter's lock for as long as it works."""
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
+    return ids
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.auth.api_keys import EVERYONE, ApiKeys, Tenant
+from orchestrator.router import request_context
 from workers.protocol.errors import Unauthorized
 
 #: Probes, and the status page, which is the same in every deployment and contains nothing of this one; `/` leads to it.
@@ -40,6 +41,7 @@ class ApiKeyMiddleware:
             await (await self._refuse(Request(scope), error))(scope, receive, send)
             return
         scope.setdefault("state", {})[_TENANT] = tenant
+        request_context.identify(tenant.name)
         await self._app(scope, receive, send)
 
 

@@ -66,7 +66,9 @@ class RequestContextMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = [value for name, value in scope["headers"] if name == b"traceparent"]
         # W3C Trace Context: a header that was sent twice counts as missing.
-        request_context.enter(request_id(scope), given[0].decode("latin-1") if len(given) == 1 else "")
+        client = scope.get("client")
+        traceparent = given[0].decode("latin-1") if len(given) == 1 else ""
+        request_context.enter(request_id(scope), traceparent, client[0] if client is not None else "")
         await self._app(scope, receive, send)
 
 

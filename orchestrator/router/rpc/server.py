@@ -136,7 +136,7 @@ class RpcServer:
 
     async def _begin(self, call: RpcCall, message: Generate) -> None:
         """The edge of one request: an error in it ends this request only."""
-        request_context.enter(call.name[1], "")
+        request_context.enter(call.name[1], "", self._tenant(call.name[0]).name or call.name[0])
         try:
             await self._prepare_and_submit(call, message)
         except TriremeError as error:
