@@ -14,6 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tests.support.gguf_blocks import random_blocks
+
 #: Ids of the special tokens; ids 0..255 are the bytes themselves.
 ENDOFTEXT, IM_START, IM_END = 256, 257, 258
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -163,8 +165,8 @@ def _save(folder: Path, weights: dict[str, np.ndarray], files: int) -> None:
 def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",), split: int = 0) -> Path:
     """Write a folder of :func:`tiny_model` as a GGUF file with the format's own package, q and k rows permuted as llama.cpp does.
 
-    ``kinds``: tensor types dealt to the matrices in turn (rows must be multiples of 32 for Q8_0 and Q4_1); vectors are F32. ``split``:
-    tensors a file; returns the first file then.
+    ``kinds``: tensor types dealt to the matrices in turn (rows must be whole blocks); vectors are F32. Of a type that the package cannot
+    write, the values are random ones instead of the folder's. ``split``: tensors a file; returns the first file then.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, TokenType
     from gguf.quants import quantize
@@ -203,7 +205,11 @@ def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",), spl
         if values.ndim == 2:
             kind = GGMLQuantizationType[kinds[matrices % len(kinds)]]
             matrices += 1
-        writer.add_tensor(_gguf_name(name), quantize(values, kind), raw_dtype=kind)
+        try:
+            stored = quantize(values, kind)
+        except NotImplementedError:
+            stored = random_blocks(kind.name, *values.shape, spread=1 / np.sqrt(values.shape[1]), seed=matrices)
+        writer.add_tensor(_gguf_name(name), stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,8 +1,8 @@
 """GGUF files: header, metadata as a ModelSpec, and dequantized weights as a Source.
 
-Reads F32, F16, Q8_0 and Q4_1 by blocks with numpy; only the rows or blocks of a slice are touched. Undoes the row permutation that
-llama-family GGUFs apply to q and k for interleaved rotary embedding. Sizes and counts of the header are bounded by the file before use.
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Reads tensors by blocks (:mod:`workers.artifacts.gguf_quants`); only the rows or blocks of a slice are touched. Undoes the row permutation
+that llama-family GGUFs apply to q and k for interleaved rotary embedding. Sizes and counts of the header are bounded by the file
+before use. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -12,34 +12,30 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
+from workers.artifacts.gguf_quants import GGUF_TYPES, REFUSED_TYPES, GgufType
 from workers.artifacts.git_lfs import HEAD_BYTES, refuse_pointer
 from workers.artifacts.number_formats import Array
 from workers.artifacts.recognition import what_file
 from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS, regular
-from workers.artifacts.source import CHUNK, Block
+from workers.artifacts.source import Block
 from workers.layout.sharding import EMBEDDING, FINAL_NORM, HEAD, ModelTensor, Span, whole_tensors
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import ModelSpec
 
 MAGIC = b"GGUF"
+#: Values that are dequantized at a time: their temporaries stay in a core's second-level cache.
+_CHUNK = 1 << 16
 #: Keys of a split model, and how the names of its files end.
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-#: Tensor types that are not supported, by their names in the format.
-REFUSED = {
-    2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
-    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
-    27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-}  # fmt: skip
 #: ``general.architecture`` values whose q and k rows are stored permuted.
 PERMUTED = ("llama",)
 LAYER_NAMES = {
@@ -57,43 +53,11 @@ LAYER_NAMES = {
 }
 
 
-class Format(NamedTuple):
-    """A tensor type: values a block, bytes a block, and the dequantizer of [blocks, bytes] uint8 into [blocks, values] fp32."""
-
-    name: str
-    values: int
-    bytes: int
-    decode: Callable[[Array], Array]
-
-
-def _plain(dtype: str) -> Callable[[Array], Array]:
-    return lambda blocks: blocks.view(dtype).astype(np.float32)
-
-
-def _q8_0(blocks: Array) -> Array:
-    return blocks[:, :2].copy().view("<f2").astype(np.float32) * blocks[:, 2:].view(np.int8).astype(np.float32)
-
-
-def _q4_1(blocks: Array) -> Array:
-    scale, low = (blocks[:, at : at + 2].copy().view("<f2").astype(np.float32) for at in (0, 2))
-    nibbles = blocks[:, 4:]
-    # The low nibbles are the block's first half, the high ones its second.
-    return np.concatenate([nibbles & 15, nibbles >> 4], axis=1).astype(np.float32) * scale + low
-
-
-FORMATS = {
-    0: Format("F32", 1, 4, _plain("<f4")),
-    1: Format("F16", 1, 2, _plain("<f2")),
-    3: Format("Q4_1", 32, 20, _q4_1),
-    8: Format("Q8_0", 32, 34, _q8_0),
-}
-
-
 class Info(NamedTuple):
     """A tensor: numpy shape (rows first), format, offset from the start of its file, bytes, and the index of its file among the parts."""
 
     shape: tuple[int, ...]
-    format: Format
+    format: GgufType
     offset: int
     size: int
     part: int = 0
@@ -216,11 +180,11 @@ class _MappedFile:
         return metadata, {name: self._info(name, shape, kind, base + offset) for name, shape, kind, offset in raw}
 
     def _info(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Info:
-        if kind not in FORMATS:
-            known = ", ".join(f.name for f in FORMATS.values())
-            found = REFUSED.get(kind, f"tensor type {kind}")
-            raise ArtifactError(f"{self.path}: {name} is {found}", f"known: {known}", "use a file of one of these types, such as Q8_0")
-        form = FORMATS[kind]
+        if kind not in GGUF_TYPES:
+            known = ", ".join(each.name for each in GGUF_TYPES.values())
+            found = REFUSED_TYPES.get(kind, f"tensor type {kind}")
+            raise ArtifactError(f"{self.path}: {name} is {found}", f"known: {known}", "use a file of these types, such as Q8_0 or Q4_K_M")
+        form = GGUF_TYPES[kind]
         size = math.prod(shape) // form.values * form.bytes
         if not shape or min(shape) < 1 or shape[-1] % form.values or offset + size > self.size:
             raise ArtifactError(
@@ -410,12 +374,12 @@ class GgufSource:
         self._file.release()
 
 
-def _dequantize(raw: Array, form: Format) -> Array:
+def _dequantize(raw: Array, form: GgufType) -> Array:
     """[rows, values] fp32 of ``raw`` [rows, blocks, bytes], some rows at a time: a dequantizer's temporaries are several times its
     result."""
     rows, blocks, width = raw.shape
     result = np.empty((rows, blocks * form.values), np.float32)
-    step = max(1, CHUNK // (blocks * form.values))
+    step = max(1, _CHUNK // (blocks * form.values))
     for start in range(0, rows, step):
         part = np.ascontiguousarray(raw[start : start + step]).reshape(-1, width)
         result[start : start + step] = form.decode(part).reshape(-1, blocks * form.values)
