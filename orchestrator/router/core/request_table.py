@@ -237,20 +237,8 @@ class RequestTable:
         vocab = replica.capacity.vocab_size
         invalid = _invalid_lists(message, vocab)
         self.invalid_tokens, self.invalid_prompts = invalid, []
-        for index, (stream, prompt) in enumerate(message.prompt_logprobs or ()):
-            choice = streams.get(stream)
-            if choice is not None and choice.replica is replica and not choice.prompt_logprobs_sent:
-                if not _fits_prompt(prompt, len(choice.request.spec.prompt_ids), vocab):
-                    self.invalid_prompts.append(index)
-                    self._breaches.append(Breach(choice, "logprobs that are not those of the prompt"))
-                    continue
-                choice.prompt_logprobs_sent = True
-                self._actions.append(DeliverPromptLogprobs(choice.owner, choice.index, prompt))
-        for stream, cached in message.cached or ():
-            choice = streams.get(stream)
-            if choice is not None and choice.replica is replica and not choice.cached_tokens and 0 < cached <= choice.known:
-                choice.cached_tokens = cached
-                self._actions.append(DeliverCachedTokens(choice.owner, choice.index, cached))
+        if message.prompt_logprobs or message.cached:
+            self._on_prompt_facts(replica, message)
         begun: list[ChoiceState] = []
         deliveries: list[Delivery] = []
         scores: list[Logprobs] | None
@@ -292,6 +280,23 @@ class RequestTable:
         if deliveries:
             self._actions.append(DeliverTokens(deliveries))
         return begun
+
+    def _on_prompt_facts(self, replica: Replica, message: Tokens) -> None:
+        """Deliver what comes once a choice, with its first tokens: the prompt's logprobs, and how much of the prompt was cached."""
+        for index, (stream, prompt) in enumerate(message.prompt_logprobs or ()):
+            choice = self.streams.get(stream)
+            if choice is not None and choice.replica is replica and not choice.prompt_logprobs_sent:
+                if not _fits_prompt(prompt, len(choice.request.spec.prompt_ids), replica.capacity.vocab_size):
+                    self.invalid_prompts.append(index)
+                    self._breaches.append(Breach(choice, "logprobs that are not those of the prompt"))
+                    continue
+                choice.prompt_logprobs_sent = True
+                self._actions.append(DeliverPromptLogprobs(choice.owner, choice.index, prompt))
+        for stream, cached in message.cached or ():
+            choice = self.streams.get(stream)
+            if choice is not None and choice.replica is replica and not choice.cached_tokens and 0 < cached <= choice.known:
+                choice.cached_tokens = cached
+                self._actions.append(DeliverCachedTokens(choice.owner, choice.index, cached))
 
     def take_breaches(self) -> list[Breach]:
         """Hand over what :meth:`on_tokens` refused, one entry a choice."""
