@@ -45,10 +45,10 @@ def stage() -> Iterator[Path]:
             shutil.copytree(model, folder / copy)
             config = json.loads((model / "config.json").read_text()) | change
             (folder / copy / "config.json").write_text(json.dumps(config))
-        gguf = tiny_gguf(model, folder / "q4k.gguf")
+        gguf = tiny_gguf(model, folder / "ternary.gguf")
         data = gguf.read_bytes()
         at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 2 * 8
-        gguf.write_bytes(data[:at] + (12).to_bytes(4, "little") + data[at + 4 :])
+        gguf.write_bytes(data[:at] + (34).to_bytes(4, "little") + data[at + 4 :])
         (folder / "text.gguf").write_text("no model")
         (folder / "empty").mkdir()
         (folder / "file").write_text("not a folder")
@@ -106,7 +106,7 @@ LINES: list[tuple[str, int, tuple[str, str, str]]] = [
     ("convert {stage}/corrupt -o {stage}/out", 3, ("corrupt/rank1.safetensors is damaged", "expected sha256", "again")),
     ("convert {stage}/tiny -o {stage}/tiny", 3, ("exists and is not a checkpoint", "overwritten", "another folder")),
     ("convert {stage}/tiny -o {stage}/file/x", 4, ("cannot be written", "File exists", "another folder")),
-    ("convert {stage}/q4k.gguf -o {stage}/out", 3, ("token_embd.weight is Q4_K", "known: F32, F16, Q4_1, Q8_0", "Q8_0")),
+    ("convert {stage}/ternary.gguf -o {stage}/out", 3, ("token_embd.weight is TQ1_0", "known: F32, F16", "such as Q8_0 or Q4_K_M")),
     ("inspect {stage}/text.gguf", 3, ("is not a GGUF file", "first bytes", "give")),
     ("serve {stage}/tiny --run-dir {stage}/file", 4, ("cannot make", "Not a directory", "--run-dir")),
     ("status --run-dir {stage}", 2, ("no deployment runs", "nothing answers", "trireme up FILE")),
