@@ -119,7 +119,7 @@ class Floor:
         tensors = stored_tensors(model, parallel, parallel.world - 1, dtype=spec.engine.dtype, quant=quant)
         self._weights = sum(each.nbytes for each in tensors if "vocab_embedding" not in each.tensor.name)
         layer = model.hidden_size * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-        layer += 3 * model.hidden_size * model.intermediate_size
+        layer += 3 * model.hidden_size * model.widest_mlp
         self._flop_token = 2 * model.num_layers * layer
         self._kv_token = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 2
         # FP8 products run at twice the rate.

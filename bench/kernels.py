@@ -31,7 +31,7 @@ from workers.kernels.step_ends import best_candidates, choose_tokens
 from workers.kernels.step_layout import DeviceLayout, Heads, Paging, Rings, SlotState, fill_layout, step_shape, view_layout
 from workers.layout.sharding import shard_of
 from workers.models.decoder import DecoderStage
-from workers.protocol.specs import ModelSpec, Parallel
+from workers.protocol.specs import Parallel, uniform_decoder
 from workers.runner.device import CudaDevice
 
 DEVICE = torch.device("cuda")
@@ -243,7 +243,7 @@ def product_cases() -> Iterator[Case]:
 def layer_cases() -> Iterator[Case]:
     """Whole decoder layers of the 8B shape, as a decode step runs them: what is left between the kernels shows here."""
     count = 4
-    model = ModelSpec(
+    model = uniform_decoder(
         architecture="llama", hidden_size=4096, intermediate_size=14336, num_layers=count, num_heads=32, num_kv_heads=8, head_dim=DIM,
         vocab_size=256, max_position=4096, tied_embeddings=True,
     )  # fmt: skip

@@ -25,14 +25,14 @@ def load(checkpoint: Path, dtype: str) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
+        intermediate_size=spec.widest_mlp,
         num_hidden_layers=spec.num_layers,
         num_attention_heads=spec.num_heads,
         num_key_value_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         max_position_embeddings=spec.max_position,
         rms_norm_eps=spec.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": spec.ropes[0].theta},
         tie_word_embeddings=spec.tied_embeddings,
     )
     config._attn_implementation = "sdpa"

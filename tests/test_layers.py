@@ -28,6 +28,7 @@ LAYERS = {
     "orchestrator.control.rollout": 1, "orchestrator.planner": 1,
     "orchestrator.loadgen.prompts": 1, "orchestrator.loadgen.schedule": 1, "orchestrator.loadgen.settings": 1,
     "orchestrator.loadgen.stats": 1,
+    "workers.models.families": 1, "workers.models.registry": 1,
     "workers.engines.fake": 2, "workers.engines.scheduled": 2, "orchestrator.sim": 2,
     "workers.artifacts": 3, "workers.distributed": 3, "workers.files": 3, "workers.kernels": 3, "workers.models": 3, "workers.runner": 3,
     "workers.sampling": 3,

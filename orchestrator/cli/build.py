@@ -102,9 +102,9 @@ def warn_unproven(console: Console, plan: Any) -> None:
         what
         for what, there in (
             ("quantized weights", plan.checkpoint.quant.quant_algo is not None),
-            ("rope scaling", model.rope_scaling is not None),
-            ("q/k/v biases", model.qkv_bias),
-            ("q/k norms", model.qk_norm),
+            ("rope scaling", any(rope.scaling is not None for rope in model.ropes)),
+            ("q/k/v biases", any(kind.attention.qkv_bias for kind in model.kinds)),
+            ("q/k norms", any(kind.attention.qk_norm for kind in model.kinds)),
         )
         if there
     ]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from workers.layout.declaration import VOCAB_EMBEDDING
 from workers.layout.memory import kv_format
 from workers.layout.quant_parts import FORMAT_BYTES, quantized, stored_tensors, unit_of
 from workers.layout.sharding import heads_of, shard_of, shares_embedding
@@ -112,20 +113,21 @@ def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineS
     for each in stored_tensors(model, parallel, rank, dtype=engine.dtype, quant=quant):
         name = each.tensor.name
         # Rows of the embedding are looked up; its table is read whole only where it is the head too.
-        if "vocab_embedding" not in name or shares_embedding(model, parallel):
+        if name != VOCAB_EMBEDDING or shares_embedding(model, parallel):
             weights += each.nbytes
         if quantized(name, each.tensor.shape) and name.endswith(".weight"):
             linear += each.tensor.elements * (2 if each.format == "uint8" else 1)
     query, kv = shard.heads.size * model.head_dim, shard.kv_heads.size * model.head_dim
     # Written and read between the products of a layer: two sums with their norms, queries with keys and values, what the MLP multiplies.
-    between = 8 * hidden + 2 * (query + 2 * kv) + 3 * query + 3 * shard.ffn.size
+    between = 8 * hidden + 2 * (query + 2 * kv) + 3 * query
+    mlps = sum(3 * shard.columns(model.layer(layer).mlp.size).size for layer in range(shard.layers.start, shard.layers.stop))
     return StageWork(
         layers=shard.layers.size,
         weights=weights,
         token_flop=2 * linear,
         sequence_flop=2 * shard.vocab_rows * hidden if shard.last else 0,
         sequence_logits=shard.vocab_rows if shard.last else 0,
-        token_bytes=item * between * shard.layers.size,
+        token_bytes=item * (between * shard.layers.size + mlps),
         cached_bytes=shard.layers.size * 2 * kv * FORMAT_BYTES[kv_format(engine, quant)],
         pair_flop=4 * query * shard.layers.size,
         hidden_bytes=item * hidden,

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from workers.protocol.specs import ModelSpec, RopeScaling
+from workers.protocol.specs import Llama3Scaling, ModelSpec, uniform_decoder
 
-_ROPE = RopeScaling(kind="llama3", factor=8.0)
+_ROPE = Llama3Scaling(factor=8.0)
 
 
 def _llama_31(hidden: int, ffn: int, layers: int, heads: int) -> ModelSpec:
-    return ModelSpec(
+    return uniform_decoder(
         architecture="llama", hidden_size=hidden, intermediate_size=ffn, num_layers=layers, num_heads=heads, num_kv_heads=8,
         head_dim=128, vocab_size=128256, max_position=131072, rope_theta=500000.0, rope_scaling=_ROPE,
     )  # fmt: skip
 
 
 def _qwen3(hidden: int, ffn: int, layers: int, heads: int) -> ModelSpec:
-    return ModelSpec(
+    return uniform_decoder(
         architecture="qwen3", hidden_size=hidden, intermediate_size=ffn, num_layers=layers, num_heads=heads, num_kv_heads=8,
-        head_dim=128, vocab_size=151936, max_position=40960, rms_norm_eps=1e-6, rope_theta=1e6, qk_norm=True,
+        head_dim=128, vocab_size=151936, max_position=40960, rms_norm_eps=1e-6, rope_theta=1e6, qk_norm="head",
     )  # fmt: skip
 
 
 #: By the name that a deployment file gives as ``path`` or ``name``. Sizes as in each model's published ``config.json``.
 SHAPES = {
-    "smollm2-135m-instruct": ModelSpec(
+    "smollm2-135m-instruct": uniform_decoder(
         architecture="llama", hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
         head_dim=64, vocab_size=49152, max_position=8192, rope_theta=100000.0, tied_embeddings=True,
     ),

@@ -221,7 +221,9 @@ def ranks_memory(
     found = []
     for rank in range(parallel.world):
         shard = shard_of(subject.model, parallel, rank, unit=unit_of(subject.quant))
-        shape = (shard.first, shard.last, *(span.size for span in (shard.layers, shard.heads, shard.kv_heads, shard.ffn)))
+        layers = subject.model.layers[shard.layers.start : shard.layers.stop]
+        columns = (shard.columns(kind.mlp.size).size for kind in subject.model.kinds)
+        shape = (shard.first, shard.last, layers, shard.heads.size, shard.kv_heads.size, *columns)
         if shape not in known:
             known[shape] = rank_memory(subject, parallel, rank, device, gang_ranks=gang_ranks, node_ranks=node_ranks)
         found.append(known[shape])
@@ -240,7 +242,8 @@ def pipeline_of(subject: Subject, parallel: Parallel, rates: Rates, *, crossings
     known: dict[tuple[object, ...], StageWork] = {}
     stages = []
     for stage in range(parallel.pp):
-        shape = (deal(subject.model.num_layers, parallel.pp, stage).size, stage == 0, stage == parallel.pp - 1)
+        held = deal(subject.model.num_layers, parallel.pp, stage)
+        shape = (subject.model.layers[held.start : held.stop], stage == 0, stage == parallel.pp - 1)
         if shape not in known:
             known[shape] = stage_work(subject.model, parallel, stage, subject.engine, subject.quant)
         stages.append(known[shape])

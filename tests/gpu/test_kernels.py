@@ -30,7 +30,7 @@ from workers.kernels.step_layout import (
     view_layout,
 )
 from workers.protocol.messages import SamplingParams
-from workers.protocol.specs import ModelSpec
+from workers.protocol.specs import uniform_decoder
 from workers.runner.device import CudaDevice
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.kv_cache import KvCache
@@ -329,9 +329,9 @@ def test_one_graph_serves_every_context() -> None:
 
 
 def test_a_stage_computes_what_the_reference_kernels_do() -> None:
-    model = ModelSpec(
+    model = uniform_decoder(
         architecture="qwen3", hidden_size=64, intermediate_size=80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=16, vocab_size=97,
-        max_position=128, tied_embeddings=False, qk_norm=True, qkv_bias=True,
+        max_position=128, tied_embeddings=False, qk_norm="head", qkv_bias=True,
     )  # fmt: skip
     weights = random_weights(model)
     heads, tables = Heads(6, 2), np.arange(8, dtype=np.int32).reshape(2, 4)

@@ -37,8 +37,8 @@ def integer_products_are_exact(model: ModelSpec, parallel: Parallel, rank: int, 
     for local, number in enumerate(range(shard.layers.start, shard.layers.stop)):
         layer, prefix = stage.layers[local], f"model.layers.{number}."
         for linear, name, span in (
-            (layer.dense, "self_attn.o_proj", shard.heads.scaled(model.head_dim)),
-            (layer.down, "mlp.down_proj", shard.ffn),
+            (layer.attention.dense, "self_attn.o_proj", shard.heads.scaled(model.head_dim)),
+            (layer.mlp.down, "mlp.down_proj", shard.columns(model.widest_mlp)),
         ):
             whole = weights[f"{prefix}{name}.weight"]
             x = torch.randint(-4, 5, (9, whole.shape[1]), generator=generator).float()
@@ -47,11 +47,17 @@ def integer_products_are_exact(model: ModelSpec, parallel: Parallel, rank: int, 
             rows = span.scaled(model.head_dim)
             whole = hidden @ weights[f"{prefix}self_attn.{name}_proj.weight"].T
             start = {"q": 0, "k": shard.heads.size, "v": shard.heads.size + shard.kv_heads.size}[name] * model.head_dim
-            assert torch.equal(layer.qkv(hidden)[:, start : start + rows.size], whole[:, rows.start : rows.stop])
+            assert torch.equal(layer.attention.qkv(hidden)[:, start : start + rows.size], whole[:, rows.start : rows.stop])
         both = torch.cat(
-            [(hidden @ weights[f"{prefix}mlp.{n}_proj.weight"].T)[:, shard.ffn.start : shard.ffn.stop] for n in ("gate", "up")], 1
+            [
+                (hidden @ weights[f"{prefix}mlp.{n}_proj.weight"].T)[
+                    :, shard.columns(model.widest_mlp).start : shard.columns(model.widest_mlp).stop
+                ]
+                for n in ("gate", "up")
+            ],
+            1,
         )
-        assert torch.equal(layer.gate_up(hidden), both)
+        assert torch.equal(layer.mlp.gate_up(hidden), both)
 
 
 def patiently(comm: MPI.Intracomm) -> None:

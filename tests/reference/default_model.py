@@ -37,7 +37,7 @@ def transformers_model(dtype: torch.dtype = torch.float32) -> Any:
     weights = load_file(folder / "rank0.safetensors")
     config = LlamaConfig(
         hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
+        intermediate_size=model.widest_mlp,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_kv_heads,
@@ -45,7 +45,7 @@ def transformers_model(dtype: torch.dtype = torch.float32) -> Any:
         vocab_size=model.vocab_size,
         max_position_embeddings=model.max_position,
         rms_norm_eps=model.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": model.ropes[0].theta},
         tie_word_embeddings=True,
     )
     state = {

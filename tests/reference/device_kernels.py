@@ -39,12 +39,13 @@ def rope_rows(table: Tensor, layout: DeviceLayout) -> Tensor:
     return table[:, layout.positions.clamp_min(0).long()].unsqueeze(2)
 
 
-def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: DeviceLayout, norm: Tensor | None, eps: float) -> None:
+def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor | None, layout: DeviceLayout, norm: Tensor | None, eps: float) -> None:
     kv = cache.shape[2] // 2
     rotated = qkv[:, : qkv.shape[1] - kv]
     if norm is not None:
         rotated.copy_(rms_norm(rotated, torch.ones(qkv.shape[2]), eps).mul_(norm))
-    rotate(rotated, rope[0], rope[1])
+    if rope is not None:
+        rotate(rotated[..., : rope.shape[-1]], rope[0], rope[1])
     size = cache.shape[1]
     for token, (position, slot) in enumerate(zip(layout.positions.tolist(), layout.slots.tolist(), strict=True)):
         if position >= 0:
@@ -52,7 +53,7 @@ def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: DeviceLayout, n
             cache[block, position % size] = qkv[token, qkv.shape[1] - 2 * kv :]
 
 
-def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout) -> Tensor:
+def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout, *, scale: float | None = None) -> Tensor:
     total, heads, dim = query.shape
     kv, size = cache.shape[2] // 2, cache.shape[1]
     out = torch.zeros(total, heads * dim, dtype=query.dtype)
@@ -61,7 +62,7 @@ def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout) -> Tenso
             continue
         blocks = layout.paging.tables[slot, : position // size + 1].long()
         read = cache[blocks].reshape(-1, 2 * kv, dim)[: position + 1].transpose(0, 1)
-        answer = functional.scaled_dot_product_attention(query[token].view(kv, heads // kv, dim), read[:kv], read[kv:])
+        answer = functional.scaled_dot_product_attention(query[token].view(kv, heads // kv, dim), read[:kv], read[kv:], scale=scale)
         out[token] = answer.reshape(-1)
     return out
 

@@ -18,12 +18,14 @@ from workers.artifacts.json_file import decode
 from workers.artifacts.nvidia_config import EmbeddingCut, read_config
 from workers.artifacts.safetensors_file import NAMES, FileRecord, SafetensorsFile, hash_file
 from workers.artifacts.source import Block, cut
+from workers.layout.declaration import EMBEDDING, HEAD, VOCAB_EMBEDDING
 from workers.layout.quant_parts import StoredTensor, stored_tensors
-from workers.layout.sharding import EMBEDDING, HEAD, VOCAB_EMBEDDING, ModelTensor, ShardPiece, ShardTensor, Span, deal, heads_of
-from workers.protocol.errors import ArtifactError
-from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
+from workers.layout.sharding import ModelTensor, ShardPiece, ShardTensor, Span, deal, heads_of
+from workers.models.registry import FAMILIES, trtllm_gap
+from workers.protocol.errors import ArtifactError, ConfigError
+from workers.protocol.specs import DType, LinearScaling, Llama3Scaling, ModelSpec, Parallel, Quant
 
-FORMAT = 1
+FORMAT = 2
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
 #: Tensors in files of TensorRT-LLM's converters that follow from the config, or are for a quantized KV cache.
@@ -31,12 +33,6 @@ _NVIDIAS_EXTRAS = ("rotary_inv_freq", "embed_positions", "embed_positions_for_gp
 #: Hint for a folder that is damaged or incomplete.
 CONVERT_AGAIN = "convert or copy it again (in the cache: delete the folder, and it is made anew)"
 DTYPE_NAMES: dict[DType, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-ARCHITECTURE_NAMES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 class CheckpointFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,14 +88,18 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Config(msgspec.Struct, kw_only=True):
-    trireme: CheckpointFacts | None = None
+    trireme: CheckpointFacts
     quantization: Quant | None = None
 
 
 def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[int, ...], *, for_trtllm: bool = False) -> CheckpointFacts:
     """The facts of a checkpoint to be written. Raises :class:`~workers.protocol.errors.ConfigError` when the model cannot be split this
-    way."""
+    way, or the format cannot describe it."""
     parallel.check(model)
+    if gap := trtllm_gap(model):
+        raise ConfigError(
+            "this model cannot become a TensorRT-LLM checkpoint", gap, "serve its folder or file directly: the portable engine reads it"
+        )
     heads = tuple(heads_of(model, parallel.tp, tp_rank) for tp_rank in range(parallel.tp))
     facts = {"model": model, "parallel": parallel, "dtype": dtype, "eos_ids": eos_ids, "heads": heads}
     return CheckpointFacts(format=FORMAT, own_head=for_trtllm and model.tied_embeddings, **facts)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def config_of(facts: CheckpointFacts, quant: Quant) -> dict[str, Any]:
     """``config.json``, without the key ``trireme``: what TensorRT-LLM 1.2 reads, every default that matters written out."""
     model, parallel = facts.model, facts.parallel
     config: dict[str, Any] = {
-        "architecture": ARCHITECTURE_NAMES[model.architecture],
+        "architecture": FAMILIES[model.architecture].trtllm,
         "dtype": DTYPE_NAMES[facts.dtype],
         "logits_dtype": "float32",
         "vocab_size": model.vocab_size,
@@ -125,12 +125,12 @@ def config_of(facts: CheckpointFacts, quant: Quant) -> dict[str, Any]:
         "num_key_value_heads": model.num_kv_heads,
         "head_size": model.head_dim,
         "hidden_act": "silu",
-        "intermediate_size": model.intermediate_size,
+        "intermediate_size": model.widest_mlp,
         "norm_epsilon": model.rms_norm_eps,
         "position_embedding_type": "rope_gpt_neox",
-        "rotary_base": model.rope_theta,
+        "rotary_base": model.ropes[0].theta,
         "rotary_scaling": _rotary_scaling(model),
-        "attn_bias": model.qkv_bias,
+        "attn_bias": model.kinds[0].attention.qkv_bias,
         "tie_word_embeddings": model.tied_embeddings,
         "use_parallel_embedding": parallel.tp > 1,
         "embedding_sharding_dim": 0,
@@ -150,18 +150,18 @@ def _quantization(quant: Quant) -> dict[str, Any]:
 
 
 def _rotary_scaling(model: ModelSpec) -> dict[str, Any] | None:
-    scaling = model.rope_scaling
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"type": "linear", "factor": scaling.factor}
-    return {
-        "type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-    }
+    match scaling := model.ropes[0].scaling:
+        case LinearScaling():
+            return {"type": "linear", "factor": scaling.factor}
+        case Llama3Scaling():
+            return {
+                "type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position,
+            }
+    return None
 
 
 def rank_file(rank: int) -> str:
@@ -179,14 +179,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if CONFIG not in manifest.files:
         raise ArtifactError(f"{folder / MANIFEST} does not list {CONFIG}", "every checkpoint has one", CONVERT_AGAIN)
     verify(folder, manifest, CONFIG)
-    config, raw = decode(folder / CONFIG, _Config), decode(folder / CONFIG, dict[str, Any])
-    facts = config.trireme
-    if facts is None:
+    raw = decode(folder / CONFIG, dict[str, Any])
+    own = raw.get("trireme")
+    if own is None:
         raise ArtifactError(
             f"{folder / CONFIG} has no key 'trireme'", "another converter wrote it", "run `trireme convert` on the original"
         )
-    if facts.format != FORMAT or manifest.format != FORMAT:
-        raise ArtifactError(f"{folder} has format {facts.format}, this version reads {FORMAT}", "", "run `trireme convert` again")
+    # The format is read alone: facts of another one have other keys.
+    if (stored := own.get("format") if isinstance(own, dict) else None) != FORMAT or manifest.format != FORMAT:
+        raise ArtifactError(f"{folder} has format {stored}, this version reads {FORMAT}", "", "run `trireme convert` again")
+    config = decode(folder / CONFIG, _Config)
+    facts = config.trireme
     if facts != describe(facts.model, facts.parallel, facts.dtype, facts.eos_ids, for_trtllm=facts.own_head):
         raise ArtifactError(
             f"{folder / CONFIG} contradicts itself", f"heads are {facts.heads}, its model and layout mean others", CONVERT_AGAIN

@@ -24,9 +24,10 @@ from workers.artifacts.number_formats import Array
 from workers.artifacts.recognition import what_file
 from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS, regular
 from workers.artifacts.source import Block
-from workers.layout.sharding import EMBEDDING, FINAL_NORM, HEAD, ModelTensor, Span, whole_tensors
+from workers.layout.sharding import ModelTensor, Span, gguf_names, whole_tensors
+from workers.models.registry import gguf_families
 from workers.protocol.errors import ArtifactError, ConfigError
-from workers.protocol.specs import ModelSpec
+from workers.protocol.specs import LinearScaling, ModelSpec, RopeScaling, uniform_decoder
 
 MAGIC = b"GGUF"
 #: Values that are dequantized at a time: their temporaries stay in a core's second-level cache.
@@ -36,21 +37,6 @@ SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-#: ``general.architecture`` values whose q and k rows are stored permuted.
-PERMUTED = ("llama",)
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 class Info(NamedTuple):
@@ -249,7 +235,7 @@ def read_model(file: GgufFile) -> ModelSpec:
                     f"{path}: {what} is not supported", f"{family}.{key} is {size}, heads have {head_dim}", SUPPORTED_MODELS
                 )
         facts = {
-            "architecture": family,
+            "architecture": gguf_families()[str(family)].model_type,
             "hidden_size": hidden,
             "intermediate_size": keys.number("feed_forward_length"),
             "num_layers": keys.number("block_count"),
@@ -263,9 +249,11 @@ def read_model(file: GgufFile) -> ModelSpec:
             "rope_scaling": _scaling(keys),
             "tied_embeddings": "output.weight" not in file.tensors,
             "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
-            "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+            "qk_norm": "head" if "blk.0.attn_q_norm.weight" in file.tensors else None,
         }
-        return msgspec.convert(facts, ModelSpec)
+        for key in ("num_layers", "intermediate_size", "head_dim"):
+            msgspec.convert(facts[key], int)
+        return msgspec.convert(msgspec.to_builtins(uniform_decoder(**facts)), ModelSpec)
     except KeyError as error:
         raise ArtifactError(f"{path} lacks {error.args[0]}", "the model cannot be told without it", COPY_AGAIN) from error
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -280,8 +268,8 @@ def _refuse(path: Path, file: GgufFile) -> None:
             "mmproj" if family == "clip" else str(kind), str(kind)
         )
         raise ArtifactError(f"{path} is {what}, not a model", f"general.type is {kind!r}", "give the GGUF of the language model itself")
-    if family not in ("llama", "qwen2", "qwen3"):
-        raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", "known: llama, qwen2, qwen3", SUPPORTED_MODELS)
+    if family not in (known := gguf_families()):
+        raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", f"known: {', '.join(known)}", SUPPORTED_MODELS)
     if data.get(f"{family}.expert_count"):
         raise ArtifactError(
             f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}", SUPPORTED_MODELS
@@ -315,7 +303,7 @@ class _Keys(NamedTuple):
         return value
 
 
-def _scaling(keys: _Keys) -> dict[str, Any] | None:
+def _scaling(keys: _Keys) -> RopeScaling | None:
     """llama.cpp's rule: the type is linear where none is named; an old file names its factor ``scale_linear``; 0 and 1 scale nothing."""
     kind = keys.data.get(f"{keys.family}.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
@@ -323,17 +311,7 @@ def _scaling(keys: _Keys) -> dict[str, Any] | None:
     factor = _short(keys.number("rope.scaling.factor", keys.data.get(f"{keys.family}.rope.scale_linear", 0.0)))
     if kind == "none" or factor in (0.0, 1.0):
         return None
-    return {"kind": "linear", "factor": factor}
-
-
-def stored_name(tensor: str) -> str:
-    """The GGUF name of the whole tensor whose Hugging Face name is ``tensor``."""
-    fixed = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
-    if tensor in fixed:
-        return fixed[tensor]
-    layer, rest = tensor.removeprefix("model.layers.").split(".", 1)
-    stem, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{LAYER_NAMES[stem]}.{kind}"
+    return LinearScaling(factor=factor)
 
 
 class GgufSource:
@@ -342,8 +320,10 @@ class GgufSource:
     def __init__(self, file: GgufFile, model: ModelSpec) -> None:
         """Raises :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
         self._file, self._head_dim = file, model.head_dim
-        self._permuted = file.metadata["general.architecture"] in PERMUTED
-        wanted = {stored_name(name): tensor for name, tensor in whole_tensors(model).items()}
+        form = gguf_families()[file.metadata["general.architecture"]].gguf
+        self._permuted = form is not None and form.permuted
+        self._names = gguf_names(model)
+        wanted = {self._names[name]: tensor for name, tensor in whole_tensors(model).items()}
         for name, tensor in wanted.items():
             if name not in file.tensors:
                 raise ArtifactError(f"{file.path} lacks the tensor {name}", "its metadata means a model that has it", COPY_AGAIN)
@@ -357,7 +337,7 @@ class GgufSource:
             )
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
-        info = self._file.tensors[stored_name(tensor.name)]
+        info = self._file.tensors[self._names[tensor.name]]
         raw, unit = self._file.block_bytes(info), info.format.values
         if tensor.axis == 1 or len(info.shape) == 1:
             # Read the whole blocks around the span: a slice may start inside a block.

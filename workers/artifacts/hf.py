@@ -6,7 +6,6 @@ nothing is guessed. Never executes code from a folder.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from workers.artifacts.recognition import QUANTIZED_NAMES, what_model_type
 from workers.artifacts.safetensors_file import COPY_AGAIN, NAMES, SUPPORTED_MODELS, SafetensorsFile
 from workers.artifacts.source import CHUNK, Block, cut
 from workers.artifacts.weight_map import WeightMap
-from workers.layout.sharding import EMBEDDING, HEAD, ModelTensor, Span, whole_tensors
+from workers.layout.declaration import EMBEDDING, HEAD
+from workers.layout.sharding import ModelTensor, Span
+from workers.models.registry import FAMILIES, file_places, file_shapes
 from workers.protocol.errors import ArtifactError, ConfigError
-from workers.protocol.specs import ARCHITECTURES, DTYPE_BYTES, DType, ModelSpec, Quant, RopeScaling
+from workers.protocol.specs import DTYPE_BYTES, DType, ModelSpec, Quant
 
 #: The folder with the chat templates that have names (``tool_use.jinja``).
 MORE_TEMPLATES = "additional_chat_templates"
@@ -31,13 +32,6 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
-#: (key in ``config.json``, field of RopeScaling).
-ROPE_FIELDS = (
-    ("factor", "factor"),
-    ("low_freq_factor", "low_freq_factor"),
-    ("high_freq_factor", "high_freq_factor"),
-    ("original_max_position_embeddings", "original_max_position"),
-)
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 #: Files in which tools write how they quantized the weights, where ``config.json`` does not say it: (name, tool).
 QUANTIZED_BY = (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"))
@@ -46,32 +40,6 @@ MODELOPT, MODELOPT_METHOD = "hf_quant_config.json", "modelopt"
 #: Tensors that follow from the config, or that are scales of a quantized KV cache: nobody reads them.
 UNREAD_NAMES = ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
 _BACKBONE = "model."
-
-
-class _Config(msgspec.Struct, kw_only=True):
-    """The keys of ``config.json`` that matter here; defaults are those of transformers' own classes."""
-
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    rope_theta: float | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    partial_rotary_factor: float = 1.0
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    sliding_window: int | None = None
-    use_sliding_window: bool = False
-    layer_types: list[str] | None = None
 
 
 class _Stored(msgspec.Struct):
@@ -90,42 +58,19 @@ def read_model(folder: Path) -> ModelSpec:
     path = folder / "config.json"
     raw = decode(path, dict[str, Any])
     _refuse_kind(path, raw)
-    config = decode(path, _Config)
-    _refuse(path, config)
-    rope = {**(config.rope_scaling or {}), **(config.rope_parameters or {})}
-    theta, scaling = read_rope(path, {"rope_theta": config.rope_theta or 10000.0} | rope)
-    position = config.max_position_embeddings
-    if config.sliding_window and (config.model_type == "mistral" or config.use_sliding_window):
-        # Up to the length of its window a sliding-window model is exactly a full-attention model: serve it that far.
-        position = min(position, config.sliding_window)
+    family = FAMILIES[raw["model_type"]]
     try:
-        return ModelSpec(
-            architecture=config.model_type,  # type: ignore[arg-type]  # checked by _refuse
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=config.head_dim or config.hidden_size // max(1, config.num_attention_heads),
-            vocab_size=config.vocab_size,
-            max_position=position,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tied_embeddings=config.tie_word_embeddings,
-            qkv_bias=config.model_type == "qwen2",
-            qk_norm=config.model_type == "qwen3",
-        )
+        return family.read(decode(path, family.config))
     except ConfigError as error:
-        raise ArtifactError(f"{path}: {error.what}", error.why, error.hint) from error
+        raise ArtifactError(f"{path}: {error.what}", error.why, error.hint or SUPPORTED_MODELS) from error
 
 
 def _refuse_kind(path: Path, raw: dict[str, Any]) -> None:
     """Refuse by name what is another kind of model, before the keys of a supported one are looked for."""
     if experts := next((key for key in EXPERT_KEYS if raw.get(key)), None):
         raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}", SUPPORTED_MODELS)
-    if raw.get("model_type") not in ARCHITECTURES:
-        raise what_model_type(path, raw, ARCHITECTURES)
+    if raw.get("model_type") not in FAMILIES:
+        raise what_model_type(path, raw, FAMILIES)
     names = raw.get("architectures") or []
     if isinstance(names, list) and names and not any(_generates(str(name)) for name in names):
         why = "it has another head than that of a language model"
@@ -164,44 +109,6 @@ def read_quant(folder: Path) -> Quant:
         found = None
     algo = found.get("quant_algo") if isinstance(found, dict) else None
     return Quant(quant_algo=algo) if isinstance(algo, str) and algo != "NO_QUANT" else Quant()
-
-
-def _refuse(path: Path, config: _Config) -> None:
-    if config.hidden_act != "silu":
-        raise ArtifactError(f"{path}: activation {config.hidden_act!r} is not supported", "known: silu", SUPPORTED_MODELS)
-    for key, value, want in (
-        ("attention_bias", config.attention_bias and config.model_type != "qwen2", False),
-        ("mlp_bias", config.mlp_bias, False),
-        ("partial_rotary_factor", config.partial_rotary_factor, 1.0),
-    ):
-        if value != want:
-            raise ArtifactError(f"{path}: {key}={value} is not supported", f"known: {want}", SUPPORTED_MODELS)
-    if other := set(config.layer_types or ()) - {"full_attention", "sliding_attention"}:
-        raise ArtifactError(
-            f"{path}: layer type {min(other)!r} is not supported", "known: full_attention, sliding_attention", SUPPORTED_MODELS
-        )
-
-
-def read_rope(path: Path, rope: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) of the keys of ``rope_parameters``, into which transformers 5 writes both; older releases write theta beside
-    ``rope_scaling``. ``path`` is for messages. Raises :class:`ArtifactError`."""
-    theta = rope["rope_theta"]
-    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
-        raise ArtifactError(f"{path}: rope_theta {theta!r} does not make sense", "it is a positive number", COPY_AGAIN)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default" and any(isinstance(value, dict) for value in rope.values()):
-        raise ArtifactError(f"{path}: rotary parameters per layer type are not supported", "all layers share one table", SUPPORTED_MODELS)
-    if kind == "default":
-        return float(theta), None
-    if kind not in ("linear", "llama3"):
-        raise ArtifactError(f"{path}: rope scaling {kind!r} is not supported", "known: default, linear, llama3", SUPPORTED_MODELS)
-    wanted = ROPE_FIELDS if kind == "llama3" else ROPE_FIELDS[:1]
-    if missing := [key for key, _ in wanted if key not in rope]:
-        raise ArtifactError(f"{path}: rope scaling {kind!r} lacks {missing[0]}", "the scaling cannot be computed without it", COPY_AGAIN)
-    try:
-        return float(theta), msgspec.convert({"kind": kind} | {field: rope[key] for key, field in wanted}, RopeScaling)
-    except (msgspec.ValidationError, ConfigError) as error:
-        raise ArtifactError(f"{path}: rope scaling does not make sense", str(error), COPY_AGAIN) from error
 
 
 def tokenizer_paths(folder: Path) -> dict[str, Path]:
@@ -263,17 +170,18 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, model: ModelSpec) -> None:
         """Raises :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
         self._weights = WeightMap(folder)
-        wanted = whole_tensors(model)
+        self._places = file_places(model)
+        wanted = file_shapes(model)
         self._names = _stored_names(self._weights, wanted)
         # Many folders store a tied head a second time.
         known = {*self._names.values(), HEAD}
         extra = sorted(name for name in self._weights.names - known if not name.endswith(UNREAD_NAMES))
         self._refuse_other_weights(folder, extra)
-        for name, tensor in wanted.items():
-            file = self._file(folder, name, model)
+        for name, expected in wanted.items():
+            file = self._file(folder, name)
             shape = file.entries[self._names[name]].shape
-            if shape != tensor.shape:
-                raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(tensor.shape)}", COPY_AGAIN)
+            if shape != expected:
+                raise ArtifactError(f"{folder}: {name} has shape {list(shape)}", f"config.json means {list(expected)}", COPY_AGAIN)
             _plain(file, self._names[name])
         if extra:
             raise ArtifactError(
@@ -281,9 +189,9 @@ class HuggingFaceSource:
             )
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
-        name = self._names[tensor.name]
-        values, form = self._weights.file_of(name).view(name)
-        return Block(cut(values, tensor, span), form)
+        held, first = self._places[tensor.name]
+        values, form = self._weights.file_of(self._names[held]).view(self._names[held])
+        return Block(cut(values[first : first + tensor.shape[0]], tensor, span), form)
 
     def release(self) -> None:
         self._weights.release()
@@ -300,7 +208,7 @@ class HuggingFaceSource:
         if part := next((name for name in extra if name.startswith(("vision", "visual", "model.vision", "multi_modal", "audio"))), None):
             raise ArtifactError(f"{folder} is a multimodal model, not supported", f"it holds {part}", SUPPORTED_MODELS)
 
-    def _file(self, folder: Path, name: str, model: ModelSpec) -> SafetensorsFile:
+    def _file(self, folder: Path, name: str) -> SafetensorsFile:
         try:
             return self._weights.file_of(self._names[name])
         except KeyError:

@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from workers.artifacts.hf import read_rope
 from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS
+from workers.models.families.family import read_rope
+from workers.models.registry import trtllm_families
 from workers.protocol.errors import ArtifactError, ConfigError
-from workers.protocol.specs import ARCHITECTURES, DType, ModelSpec, Parallel, Quant
+from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, uniform_decoder
 
 #: How ranks of a first stage share the embedding: by rows, by columns, or each has it whole.
 EmbeddingCut: TypeAlias = Literal["rows", "columns", "whole"]
@@ -100,10 +101,12 @@ def read_config(path: Path, raw: dict[str, Any]) -> NvidiaConfig:
         scaling = config.rotary_scaling or {}
         if "llama3" in (scaling.get("rope_type"), scaling.get("type")):
             scaling = _LLAMA3 | scaling
-        theta, rope = read_rope(path, {"rope_theta": config.rotary_base} | scaling)
+        if (scaled := scaling.get("rope_type", scaling.get("type", "default"))) not in ("default", "linear", "llama3"):
+            raise ConfigError(f"rope scaling {scaled!r} is not supported", "known: linear, llama3", SUPPORTED_MODELS)
+        rope = read_rope({"rope_theta": config.rotary_base} | scaling, _head_size(config), config.max_position_embeddings)
         algo = config.quantization.quant_algo if config.quantization else None
-        model = ModelSpec(
-            architecture=family,  # type: ignore[arg-type]  # checked by _family
+        model = uniform_decoder(
+            architecture=family,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size or 4 * config.hidden_size,
             num_layers=config.num_hidden_layers,
@@ -113,10 +116,10 @@ def read_config(path: Path, raw: dict[str, Any]) -> NvidiaConfig:
             vocab_size=config.vocab_size,
             max_position=config.max_position_embeddings,
             rms_norm_eps=config.norm_epsilon,
-            rope_theta=theta,
-            rope_scaling=rope,
+            rope_theta=rope.theta,
+            rope_scaling=rope.scaling,
             qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qk_norm="head" if family == "qwen3" else None,
         )
         return NvidiaConfig(
             model=model,
@@ -133,8 +136,8 @@ def _family(path: Path, config: _Config) -> str:
     """The model family; Qwen's architecture names do not always say which."""
     named = config.architecture.lower().removesuffix("forcausallm")
     family = (config.qwen_type if named.startswith("qwen") else None) or named
-    if family not in ARCHITECTURES or not config.architecture.endswith("ForCausalLM"):
-        known = ", ".join(ARCHITECTURES)
+    if family not in (families := trtllm_families()) or not config.architecture.endswith("ForCausalLM"):
+        known = ", ".join(families)
         raise ArtifactError(f"{path}: architecture {config.architecture!r} is not supported", f"known: {known}", SUPPORTED_MODELS)
     return family
 

@@ -26,8 +26,9 @@ class Kernels(Protocol[Layout]):
         """Write to ``out`` [T, hidden] the embeddings of ``tokens`` [T]. Rows [0, count) of ``weight`` [rows, hidden] embed the ids [start,
         start + count). Tokens outside that range give zeros; the all-reduce adds the rows of the other ranks."""
 
-    def rope_table(self, angles: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rotary table in the form that this device reads, from ``angles`` [positions, dim / 2] fp32, radians."""
+    def rope_table(self, angles: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+        """The rotary table in the form that this device reads, from ``angles`` [positions, rotated / 2] fp32, radians. Cosines and sines
+        are multiplied by ``factor``."""
 
     def rope_rows(self, table: Tensor, layout: Layout) -> Tensor:
         """The part of ``table`` that :meth:`rope_store` reads in one step; made once for all layers."""
@@ -38,16 +39,16 @@ class Kernels(Protocol[Layout]):
     def add_rms_norm_fp8(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
         """:meth:`add_rms_norm` in FP8, for an FP8 product."""
 
-    def rope_store(self, qkv: Tensor, cache: Tensor, rope: Tensor, layout: Layout, norm: Tensor | None, eps: float) -> None:
-        """Norm each head of queries and keys by ``norm`` [heads + kv_heads, dim] if given, rotate them, and write keys and values to
-        ``cache``.
+    def rope_store(self, qkv: Tensor, cache: Tensor, rope: Tensor | None, layout: Layout, norm: Tensor | None, eps: float) -> None:
+        """Norm each head of queries and keys by ``norm`` [heads + kv_heads, dim] if given, rotate as many components of them as ``rope``
+        has (None = none), and write keys and values to ``cache``. Component i is paired with component i + rotated / 2.
 
         ``qkv`` [T, heads + 2 * kv_heads, dim] holds the rotated queries afterwards; its keys and values are invalid then.
         """
 
-    def paged_attention(self, query: Tensor, cache: Tensor, layout: Layout) -> Tensor:
-        """[T, heads * dim]: causal softmax attention of ``query`` [T, heads, dim] over ``cache``, which holds this step's tokens
-        already."""
+    def paged_attention(self, query: Tensor, cache: Tensor, layout: Layout, *, scale: float | None = None) -> Tensor:
+        """[T, heads * dim]: causal softmax attention of ``query`` [T, heads, dim] over ``cache``, which holds this step's tokens already.
+        ``scale``: of the scores; None = dim ** -0.5."""
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[T, columns]: SiLU(first half) * second half of ``gate_up`` [T, 2 * columns]."""

@@ -213,10 +213,17 @@ def _product_kind(query: Tensor, cache: Tensor) -> tl.dtype:
 
 
 def paged_attention(
-    query: Tensor, cache: Tensor, layout: DeviceLayout, *, decode: AttentionTuning | None = None, tile: AttentionTuning | None = None
+    query: Tensor,
+    cache: Tensor,
+    layout: DeviceLayout,
+    *,
+    scale: float | None = None,
+    decode: AttentionTuning | None = None,
+    tile: AttentionTuning | None = None,
 ) -> Tensor:
     """Causal softmax attention of ``query`` [T, heads, dim] (heads contiguous) over ``cache``; [T, heads * dim].
 
+    ``scale``: of the scores; None = dim ** -0.5.
     ``decode``, ``tile``: other tunings than the default ones of this device. Raises ValueError for a head dimension that is not supported.
     """
     tokens, heads, dim = query.shape
@@ -227,7 +234,7 @@ def paged_attention(
     tables = layout.paging.tables
     parts, tiles = len(layout.parts), len(layout.tiles)
     shared = {"KV": kv, "GROUP": heads // kv, "DIM": dim, "BLOCK": block, "KIND": _product_kind(query, cache), **early()}
-    scale = dim**-0.5 * _LOG2E
+    scale = (dim**-0.5 if scale is None else scale) * _LOG2E
     if parts:
         tuning = decode or decode_tuning(cache)
         paired = triton.next_power_of_2(heads // kv)

@@ -175,9 +175,9 @@ def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
     return found
 
 
-def rope_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """[positions, dim] fp32, for every ``dtype``: cosines, then sines, of ``angles`` [positions, dim / 2]."""
-    return torch.cat((angles.cos(), angles.sin()), -1)
+def rope_table(angles: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """[positions, n] fp32, for every ``dtype``: cosines, then sines, of ``angles`` [positions, n / 2], each times ``factor``."""
+    return torch.cat((angles.cos() * factor, angles.sin() * factor), -1)
 
 
 def rope_rows(table: Tensor, layout: DeviceLayout) -> Tensor:
@@ -189,50 +189,60 @@ def rope_rows(table: Tensor, layout: DeviceLayout) -> Tensor:
 def _rope_store(
     qkv, cache, table, norm, positions, slots, tables, width, eps,
     QUERIES: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, NORMS: tl.constexpr,
-    FP8: tl.constexpr, EARLY: tl.constexpr,
+    FP8: tl.constexpr, ROTATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token: queries are written back in place, keys and values to the cache. FP8: the cache is in that format. Grid:
-    (tokens, spans of HEADS heads)."""
+    """HEADS heads of one token: queries are written back in place, keys and values to the cache. FP8: the cache is in that format. The
+    first ROTATED components of a head are rotated. Grid: (tokens, spans of HEADS heads)."""
     token = tl.program_id(0).to(tl.int64)
     position, slot = tl.load(positions + token), tl.load(slots + token)
     known, half = tl.maximum(position, 0), tl.arange(0, DIM // 2)
     block = tl.load(tables + slot * width + known // BLOCK).to(tl.int64)
-    cosine = tl.load(table + known.to(tl.int64) * DIM + half)[None, :]
-    sine = tl.load(table + known.to(tl.int64) * DIM + DIM // 2 + half)[None, :]
+    # A lane holds two components of each head: a pair that is rotated, or two of those that are not.
+    if ROTATED == DIM:
+        first, second = half, half + DIM // 2
+        cosine = tl.load(table + known.to(tl.int64) * DIM + half)[None, :]
+        sine = tl.load(table + known.to(tl.int64) * DIM + DIM // 2 + half)[None, :]
+    else:
+        turns = half < ROTATED // 2
+        first = tl.where(turns, half, half + ROTATED // 2)
+        second = tl.where(turns, half + ROTATED // 2, half + DIM // 2)
+        cosine = tl.load(table + known.to(tl.int64) * ROTATED + half, mask=turns, other=1.0)[None, :]
+        sine = tl.load(table + known.to(tl.int64) * ROTATED + ROTATED // 2 + half, mask=turns, other=0.0)[None, :]
     enter(EARLY)
     if position < 0:
         return
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    offsets = ((token * (QUERIES + 2 * KV) + heads) * DIM)[:, None] + half[None, :]
+    offsets = ((token * (QUERIES + 2 * KV) + heads) * DIM)[:, None]
     mask = (heads < QUERIES + 2 * KV)[:, None]
     rotated = (heads < QUERIES + KV)[:, None]
-    low = tl.load(qkv + offsets, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(qkv + offsets + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    low = tl.load(qkv + offsets + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(qkv + offsets + second[None, :], mask=mask, other=0.0).to(tl.float32)
     if NORMS:
         rate = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)[:, None]
-        weights = norm + heads[:, None] * DIM + half[None, :]
-        low = tl.where(rotated, low * rate * tl.load(weights, mask=rotated, other=0.0).to(tl.float32), low)
-        high = tl.where(rotated, high * rate * tl.load(weights + DIM // 2, mask=rotated, other=0.0).to(tl.float32), high)
+        weights = norm + heads[:, None] * DIM
+        low = tl.where(rotated, low * rate * tl.load(weights + first[None, :], mask=rotated, other=0.0).to(tl.float32), low)
+        high = tl.where(rotated, high * rate * tl.load(weights + second[None, :], mask=rotated, other=0.0).to(tl.float32), high)
     new_low = tl.where(rotated, low * cosine - high * sine, low)
     new_high = tl.where(rotated, high * cosine + low * sine, high)
     is_query = (heads < QUERIES)[:, None]
-    tl.store(qkv + offsets, new_low, mask=is_query)
-    tl.store(qkv + offsets + DIM // 2, new_high, mask=is_query)
+    tl.store(qkv + offsets + first[None, :], new_low, mask=is_query)
+    tl.store(qkv + offsets + second[None, :], new_high, mask=is_query)
     if FP8:
         new_low, new_high = _clamp_to_fp8(new_low), _clamp_to_fp8(new_high)
-    targets = (((block * BLOCK + known % BLOCK) * (2 * KV) + heads - QUERIES) * DIM)[:, None] + half[None, :]
+    targets = (((block * BLOCK + known % BLOCK) * (2 * KV) + heads - QUERIES) * DIM)[:, None]
     is_kv = mask & (heads >= QUERIES)[:, None]
-    tl.store(cache + targets, new_low.to(cache.dtype.element_ty), mask=is_kv)
-    tl.store(cache + targets + DIM // 2, new_high.to(cache.dtype.element_ty), mask=is_kv)
+    tl.store(cache + targets + first[None, :], new_low.to(cache.dtype.element_ty), mask=is_kv)
+    tl.store(cache + targets + second[None, :], new_high.to(cache.dtype.element_ty), mask=is_kv)
 
 
-def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: DeviceLayout, norm: Tensor | None, eps: float) -> None:
+def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor | None, layout: DeviceLayout, norm: Tensor | None, eps: float) -> None:
     """Norm and rotate the queries of ``qkv`` [T, heads + 2 * kv_heads, dim] in place; write keys, normed and rotated, and values to
     ``cache``."""
     tokens, heads, dim = qkv.shape
     kv, tables = cache.shape[2] // 2, layout.paging.tables
     _rope_store[(tokens, triton.cdiv(heads, _HEADS))](
-        qkv, cache, rope, qkv if norm is None else norm, layout.positions, layout.slots, tables, tables.stride(0), eps,
+        qkv, cache, qkv if rope is None else rope, qkv if norm is None else norm,
+        layout.positions, layout.slots, tables, tables.stride(0), eps,
         QUERIES=heads - 2 * kv, KV=kv, DIM=dim, BLOCK=cache.shape[1], HEADS=_HEADS, NORMS=norm is not None,
-        FP8=cache.dtype == torch.float8_e4m3fn, **early(), num_warps=4,
+        FP8=cache.dtype == torch.float8_e4m3fn, ROTATED=0 if rope is None else rope.shape[1], **early(), num_warps=4,
     )  # fmt: skip

@@ -140,10 +140,10 @@ def _group(contexts: Ints, tokens: npt.NDArray[np.int64] | None, tables: Ints, w
     )
 
 
-def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout) -> Tensor:
+def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout, *, scale: float | None = None) -> Tensor:
     """[T, heads * dim]: softmax attention of ``query`` [T, heads, dim] over the cached keys and values.
 
-    ``cache`` [blocks, block_size, 2 * kv_heads, dim] already holds this step's keys and values.
+    ``cache`` [blocks, block_size, 2 * kv_heads, dim] already holds this step's keys and values. ``scale``: None = dim ** -0.5.
     """
     total, heads, dim = query.shape
     kv = cache.shape[2] // 2
@@ -155,7 +155,7 @@ def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout) -> Te
         read = cache.index_select(0, group.blocks).view(group.count, -1, 2 * kv, dim).transpose(1, 2)
         # Each sequence has one query token: the query heads of a key/value head stand where query positions would, so nothing is repeated.
         result = functional.scaled_dot_product_attention(
-            chosen.view(group.count, kv, heads // kv, dim), read[:, :kv], read[:, kv:], attn_mask=group.mask
+            chosen.view(group.count, kv, heads // kv, dim), read[:, :kv], read[:, kv:], attn_mask=group.mask, scale=scale
         ).reshape(group.count, heads * dim)
         if out is None:
             return result
@@ -170,21 +170,22 @@ def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout) -> Te
             read[kv:].unsqueeze(0),
             attn_mask=chunk.mask,
             is_causal=chunk.mask is None,
+            scale=scale,
             enable_gqa=True,
         )
         out[chunk.start : chunk.stop] = result.squeeze(0).transpose(0, 1).reshape(chunk.stop - chunk.start, heads * dim)
     return out
 
 
-def rope_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """[2, positions, dim] of ``angles`` [positions, dim / 2]: cosine and signed sine, so that ``x * cosine + roll(x, dim / 2) * sine``
-    rotates ``x``."""
-    cosine, sine = angles.cos(), angles.sin()
+def rope_table(angles: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """[2, positions, n] of ``angles`` [positions, n / 2]: cosine and signed sine, each times ``factor``, so that ``x * cosine + roll(x,
+    n / 2) * sine`` rotates the n components ``x``."""
+    cosine, sine = angles.cos() * factor, angles.sin() * factor
     return torch.stack((torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))).to(dtype)
 
 
 def rope_rows(table: Tensor, layout: AttentionLayout) -> Tensor:
-    """[2, T, 1, dim]: the entries of ``table`` for the step's positions."""
+    """[2, T, 1, n]: the entries of ``table`` for the step's positions."""
     return table[:, layout.positions].unsqueeze(2)
 
 
@@ -197,13 +198,14 @@ def embed(tokens: Tensor, weight: Tensor, start: int, count: int, out: Tensor) -
     out.mul_(mine.unsqueeze(1))
 
 
-def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor, layout: AttentionLayout, norm: Tensor | None, eps: float) -> None:
+def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor | None, layout: AttentionLayout, norm: Tensor | None, eps: float) -> None:
     """Norm and rotate the queries and keys of ``qkv`` [T, heads + 2 * kv_heads, dim] in place; write keys and values to the cache."""
     kv = cache.shape[2] // 2
     rotated = qkv[:, : qkv.shape[1] - kv]
     if norm is not None:
         rotated.copy_(functional.rms_norm(rotated, (qkv.shape[2],), None, eps).mul_(norm))
-    rotate(rotated, rope[0], rope[1])
+    if rope is not None:
+        rotate(rotated[..., : rope.shape[-1]], rope[0], rope[1])
     cache.view(-1, *cache.shape[2:]).index_copy_(0, layout.cache_indices, qkv[:, qkv.shape[1] - 2 * kv :])
 
 

@@ -6,6 +6,7 @@ never look at a device.
 
 from __future__ import annotations
 
+from workers.layout.declaration import VOCAB_EMBEDDING
 from workers.layout.quant_parts import FORMAT_BYTES, Format, quantized, stored_tensors
 from workers.layout.sharding import Shard, shares_embedding
 from workers.protocol.errors import ConfigError
@@ -34,7 +35,7 @@ def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: Engine
             total += 2 * each.nbytes
         else:
             total += each.nbytes
-        if cpu and each.tensor.name == "transformer.vocab_embedding.weight" and shares_embedding(model, parallel):
+        if cpu and each.tensor.name == VOCAB_EMBEDDING and shares_embedding(model, parallel):
             total += each.nbytes
     return total
 
@@ -66,7 +67,7 @@ def step_bytes(model: ModelSpec, shard: Shard, engine: EngineSpec) -> int:
     """Most bytes that the tensors of one step take on this rank: those of the widest moment of a layer, and the logits of all sequences."""
     item = DTYPE_BYTES[engine.dtype]
     qkv = (shard.heads.size + 2 * shard.kv_heads.size) * model.head_dim
-    token = item * (4 * model.hidden_size + max(3 * shard.ffn.size, 2 * qkv) + 2 * qkv)
+    token = item * (4 * model.hidden_size + max(3 * shard.columns(model.widest_mlp).size, 2 * qkv) + 2 * qkv)
     logits = 2 * item * shard.vocab_rows * engine.max_batch_size if shard.last else 0
     return token * engine.max_num_tokens + logits
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from workers.layout.declaration import PREFIXES
 from workers.layout.sharding import ModelTensor, ShardPiece, ShardTensor, Span, shard_tensors, whole_tensors
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
@@ -23,7 +24,6 @@ FORMAT_BYTES: dict[Format, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "
 
 #: The FP8 matrix instructions take inner dimensions that are multiples of this.
 FP8_UNIT = 16
-_LAYER = "model.layers."
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +73,7 @@ def unit_of(quant: Quant) -> int:
 def quantized(name: str, shape: tuple[int, ...]) -> bool:
     """Whether the formats of :class:`~workers.protocol.specs.Quant` apply to a whole or stored tensor: to linear layers, not to the
     embedding or the head."""
-    return "layers." in name and len(shape) == 2
+    return name.startswith((PREFIXES.name, PREFIXES.checkpoint)) and len(shape) == 2
 
 
 def part_of(tensor: ModelTensor, part: Part) -> ModelTensor:

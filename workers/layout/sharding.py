@@ -12,17 +12,23 @@ padding are -inf). The first ``layers mod pp`` stages hold one layer more.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import msgspec
 
+from workers.layout.declaration import (
+    PREFIXES,
+    DeclaredTensor,
+    embedding,
+    final_norm,
+    head,
+    layer_tensors,
+)
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import ModelSpec, Parallel
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-FINAL_NORM = "model.norm.weight"
-#: The embedding's name in a shard.
-VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
+#: (whole tensor's number of the layer, None outside layers; the tensor).
+_Placed: TypeAlias = tuple[int | None, DeclaredTensor]
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -43,12 +49,14 @@ class Span(msgspec.Struct, frozen=True, array_like=True, order=True):
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank holds, in global indices.
 
-    ``layers`` of its stage; ``heads``, ``kv_heads``, ``ffn`` of its tp rank; ``kv_heads`` may overlap with those of a neighbour (a copy).
+    ``layers`` of its stage; ``heads``, ``kv_heads`` of its tp rank; ``kv_heads`` may overlap with those of a neighbour (a copy).
+    ``unit``: columns of an MLP that stay together.
     ``vocab``: real rows; ``vocab_rows``: rows of the stored shard, equal on every rank; the rows past ``vocab`` are padding (zeros).
     ``first``, ``last``: whether the stage embeds tokens, and whether it makes logits.
     """
 
     rank: int
+    tp: int
     tp_rank: int
     pp_rank: int
     first: bool
@@ -56,9 +64,14 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     layers: Span
     heads: Span
     kv_heads: Span
-    ffn: Span
+    unit: int
     vocab: Span
     vocab_rows: int
+
+    def columns(self, size: int) -> Span:
+        """This rank's columns of an MLP of ``size`` columns, dealt in whole units."""
+        span = deal(-(-size // self.unit), self.tp, self.tp_rank).scaled(self.unit)
+        return Span(span.start, min(span.stop, size))
 
 
 class ModelTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +139,11 @@ def heads_of(model: ModelSpec, tp: int, tp_rank: int) -> tuple[Span, Span]:
     return Span(head * group + share.start, head * group + share.stop), Span(head, head + 1)
 
 
+def kv_copies(model: ModelSpec, shard: Shard) -> int:
+    """How many ranks hold the key/value heads of this one."""
+    return sum(heads_of(model, shard.tp, other)[1].start == shard.kv_heads.start for other in range(shard.tp))
+
+
 def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) -> Shard:
     """What ``rank`` holds. FFN columns are dealt in whole groups of ``unit`` columns (:func:`workers.layout.quant_parts.unit_of`).
 
@@ -134,15 +152,15 @@ def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) 
     parallel.check(model)
     if not 0 <= rank < parallel.world:
         raise ConfigError(f"rank {rank} is outside a world of {parallel.world}", f"tp={parallel.tp} pp={parallel.pp}")
-    units = -(-model.intermediate_size // unit)
+    units = -(-min(kind.mlp.size for kind in model.kinds) // unit)
     if parallel.tp > units or parallel.tp > model.vocab_size:
         raise ConfigError(f"tp={parallel.tp} is more than the model's FFN or vocabulary can be dealt to", f"the FFN has {units} x {unit}")
     tp_rank, pp_rank = parallel.tp_rank(rank), parallel.pp_rank(rank)
     heads, kv_heads = heads_of(model, parallel.tp, tp_rank)
     rows = -(-model.vocab_size // parallel.tp)
-    ffn = deal(units, parallel.tp, tp_rank).scaled(unit)
     return Shard(
         rank=rank,
+        tp=parallel.tp,
         tp_rank=tp_rank,
         pp_rank=pp_rank,
         first=pp_rank == 0,
@@ -150,7 +168,7 @@ def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) 
         layers=deal(model.num_layers, parallel.pp, pp_rank),
         heads=heads,
         kv_heads=kv_heads,
-        ffn=Span(ffn.start, min(ffn.stop, model.intermediate_size)),
+        unit=unit,
         vocab=Span(min(tp_rank * rows, model.vocab_size), min((tp_rank + 1) * rows, model.vocab_size)),
         vocab_rows=rows,
     )
@@ -162,35 +180,28 @@ def shares_embedding(model: ModelSpec, parallel: Parallel) -> bool:
 
 
 def whole_tensors(model: ModelSpec) -> dict[str, ModelTensor]:
-    """Every tensor of the unsharded model by its Hugging Face name, in the order of the forward pass."""
-    vocab = (model.vocab_size, model.hidden_size)
-    found = [ModelTensor(name=EMBEDDING, shape=vocab)]
+    """Every tensor of the unsharded model by its name, in the order of the forward pass."""
+    found = [_whole(None, embedding(model))]
     for layer in range(model.num_layers):
-        found += _layer_tensors(model, f"model.layers.{layer}.")
-    found.append(ModelTensor(name=FINAL_NORM, shape=(model.hidden_size,)))
+        found += [_whole(layer, tensor) for tensor in layer_tensors(model, model.layer(layer))]
+    found.append(_whole(None, final_norm(model)))
     if not model.tied_embeddings:
-        found.append(ModelTensor(name=HEAD, shape=vocab))
+        found.append(_whole(None, head(model)))
     return {tensor.name: tensor for tensor in found}
 
 
-def _layer_tensors(model: ModelSpec, prefix: str) -> list[ModelTensor]:
-    hidden, ffn = model.hidden_size, model.intermediate_size
-    rows = {"q": model.num_heads * model.head_dim, "k": model.num_kv_heads * model.head_dim, "v": model.num_kv_heads * model.head_dim}
-    attention = prefix + "self_attn."
-    found = [ModelTensor(name=prefix + "input_layernorm.weight", shape=(hidden,))]
-    found += [ModelTensor(name=f"{attention}{x}_proj.weight", shape=(rows[x], hidden)) for x in "qkv"]
-    if model.qkv_bias:
-        found += [ModelTensor(name=f"{attention}{x}_proj.bias", shape=(rows[x],)) for x in "qkv"]
-    if model.qk_norm:
-        found += [ModelTensor(name=f"{attention}{x}_norm.weight", shape=(model.head_dim,)) for x in "qk"]
-    return [
-        *found,
-        ModelTensor(name=attention + "o_proj.weight", shape=(hidden, rows["q"]), axis=1),
-        ModelTensor(name=prefix + "post_attention_layernorm.weight", shape=(hidden,)),
-        ModelTensor(name=prefix + "mlp.gate_proj.weight", shape=(ffn, hidden)),
-        ModelTensor(name=prefix + "mlp.up_proj.weight", shape=(ffn, hidden)),
-        ModelTensor(name=prefix + "mlp.down_proj.weight", shape=(hidden, ffn), axis=1),
-    ]
+def gguf_names(model: ModelSpec) -> dict[str, str]:
+    """llama.cpp's name of every whole tensor, by the tensor's own name."""
+    found = {each.name: each.gguf for each in (embedding(model), final_norm(model), head(model))}
+    for layer in range(model.num_layers):
+        tensors = layer_tensors(model, model.layer(layer))
+        found |= {f"{PREFIXES.name}{layer}.{each.name}": f"{PREFIXES.gguf}{layer}.{each.gguf}" for each in tensors}
+    return found
+
+
+def _whole(layer: int | None, tensor: DeclaredTensor) -> ModelTensor:
+    prefix = "" if layer is None else f"{PREFIXES.name}{layer}."
+    return ModelTensor(name=prefix + tensor.name, shape=tensor.shape, axis=tensor.axis)
 
 
 def shard_tensors(model: ModelSpec, parallel: Parallel, rank: int, *, own_head: bool = False, unit: int = 1) -> tuple[ShardTensor, ...]:
@@ -199,60 +210,52 @@ def shard_tensors(model: ModelSpec, parallel: Parallel, rank: int, *, own_head: 
     ``own_head``: the last stage stores ``lm_head.weight`` even where it shares the embedding's rows (TensorRT-LLM wants it so).
     ``unit``: as for :func:`shard_of`.
     """
-    shard = shard_of(model, parallel, rank, unit=unit)
-    whole = whole_tensors(model)
+    return tensors_of(model, parallel, shard_of(model, parallel, rank, unit=unit), own_head=own_head)
+
+
+def tensors_of(model: ModelSpec, parallel: Parallel, shard: Shard, *, own_head: bool = False) -> tuple[ShardTensor, ...]:
+    """:func:`shard_tensors` of a rank whose ``shard`` is known."""
     found: list[ShardTensor] = []
     if shard.first:
-        found.append(_vocabulary(VOCAB_EMBEDDING, whole[EMBEDDING], shard))
+        found.append(_stack(model, shard, embedding(model).checkpoint, [(None, embedding(model))]))
     for local, layer in enumerate(range(shard.layers.start, shard.layers.stop)):
-        found += _layer_shards(model, shard, whole, f"model.layers.{layer}.", f"transformer.layers.{local}.")
+        stacks: dict[str, list[_Placed]] = {}
+        for tensor in layer_tensors(model, model.layer(layer)):
+            stacks.setdefault(f"{PREFIXES.checkpoint}{local}.{tensor.checkpoint}", []).append((layer, tensor))
+        found += [_stack(model, shard, name, stack) for name, stack in stacks.items()]
     if shard.last:
-        found.append(_replicated("transformer.ln_f.weight", whole[FINAL_NORM]))
+        found.append(_stack(model, shard, final_norm(model).checkpoint, [(None, final_norm(model))]))
         if own_head or not shares_embedding(model, parallel):
-            found.append(_vocabulary(HEAD, whole[EMBEDDING if model.tied_embeddings else HEAD], shard))
+            found.append(_stack(model, shard, head(model).checkpoint, [(None, embedding(model) if model.tied_embeddings else head(model))]))
     return tuple(found)
 
 
-def _layer_shards(model: ModelSpec, shard: Shard, whole: dict[str, ModelTensor], source: str, target: str) -> list[ShardTensor]:
-    attention, to_attention = source + "self_attn.", target + "attention."
-    q, kv = shard.heads.scaled(model.head_dim), shard.kv_heads.scaled(model.head_dim)
-
-    def stacked(kind: str) -> ShardTensor:
-        spans = {"q": q, "k": kv, "v": kv}
-        return _stack(f"{to_attention}qkv.{kind}", *(ShardPiece(tensor=whole[f"{attention}{x}_proj.{kind}"], span=spans[x]) for x in "qkv"))
-
-    def cut(name: str, tensor: str, span: Span) -> ShardTensor:
-        return _stack(name, ShardPiece(tensor=whole[tensor], span=span))
-
-    found = [_replicated(target + "input_layernorm.weight", whole[source + "input_layernorm.weight"]), stacked("weight")]
-    if model.qkv_bias:
-        found.append(stacked("bias"))
-    if model.qk_norm:
-        found += [_replicated(f"{to_attention}{x}_layernorm.weight", whole[f"{attention}{x}_norm.weight"]) for x in "qk"]
-    return [
-        *found,
-        cut(to_attention + "dense.weight", attention + "o_proj.weight", q),
-        _replicated(target + "post_layernorm.weight", whole[source + "post_attention_layernorm.weight"]),
-        # TensorRT-LLM's names: fc is the projection under the activation (gate_proj), gate is the plain one (up_proj).
-        cut(target + "mlp.fc.weight", source + "mlp.gate_proj.weight", shard.ffn),
-        cut(target + "mlp.gate.weight", source + "mlp.up_proj.weight", shard.ffn),
-        cut(target + "mlp.proj.weight", source + "mlp.down_proj.weight", shard.ffn),
-    ]
-
-
-def _stack(name: str, *pieces: ShardPiece) -> ShardTensor:
-    shape = list(pieces[0].tensor.shape)
-    shape[pieces[0].tensor.axis] = sum(piece.span.size for piece in pieces)
+def _stack(model: ModelSpec, shard: Shard, name: str, stack: list[_Placed]) -> ShardTensor:
+    pieces = tuple(ShardPiece(tensor=_whole(layer, tensor), span=_span(model, shard, tensor)) for layer, tensor in stack)
+    shape, axis = list(stack[0][1].shape), stack[0][1].axis
+    if stack[0][1].cut == "vocabulary":
+        shape[axis] = shard.vocab_rows
+    elif stack[0][1].cut != "first rank":
+        shape[axis] = sum(piece.span.size for piece in pieces)
     return ShardTensor(name=name, shape=tuple(shape), pieces=pieces)
 
 
-def _replicated(name: str, tensor: ModelTensor) -> ShardTensor:
-    return _stack(name, ShardPiece(tensor=tensor, span=Span(0, tensor.shape[tensor.axis])))
-
-
-def _vocabulary(name: str, tensor: ModelTensor, shard: Shard) -> ShardTensor:
-    shape = (shard.vocab_rows, tensor.shape[1])
-    return ShardTensor(name=name, shape=shape, pieces=(ShardPiece(tensor=tensor, span=shard.vocab),))
+def _span(model: ModelSpec, shard: Shard, tensor: DeclaredTensor) -> Span:
+    """What the rank holds of a tensor, along the tensor's axis."""
+    size = tensor.shape[tensor.axis]
+    match tensor.cut:
+        case "whole":
+            return Span(0, size)
+        case "heads":
+            return shard.heads.scaled(model.head_dim)
+        case "kv heads":
+            return shard.kv_heads.scaled(model.head_dim)
+        case "mlp":
+            return shard.columns(size)
+        case "vocabulary":
+            return shard.vocab
+        case "first rank":
+            return Span(0, size if shard.tp_rank == 0 else 0)
 
 
 def parameters(model: ModelSpec) -> int:
@@ -263,15 +266,19 @@ def parameters(model: ModelSpec) -> int:
 def trtllm_refusal(model: ModelSpec, parallel: Parallel) -> tuple[str, str] | None:
     """(what, hint) when TensorRT-LLM would refuse this split of the model, though the portable engine runs it; None when it would not."""
     tp, heads, kv = parallel.tp, model.num_heads, model.num_kv_heads
-    even = [n for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0) and model.intermediate_size % n == 0]
+    even = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and (kv % n == 0 or n % kv == 0) and all(kind.mlp.size % n == 0 for kind in model.kinds)
+    ]
     hint = f"use --tp-size {', '.join(map(str, even[:-1]))} or {even[-1]}" if len(even) > 1 else "use --tp-size 1"
     hint += ", or the portable engine"
     if kv % tp and tp % kv:
         what = f"{kv} KV heads"
     elif heads % tp:
         what = f"{heads} query heads"
-    elif model.intermediate_size % tp:
-        what = f"an FFN of {model.intermediate_size}"
+    elif ffn := next((kind.mlp.size for kind in model.kinds if kind.mlp.size % tp), 0):
+        what = f"an FFN of {ffn}"
     else:
         return None
     return f"TensorRT-LLM needs tp to divide {what}, got tp={tp}", hint

@@ -1,4 +1,4 @@
-"""One pipeline stage of a llama-family decoder: llama, mistral, qwen2 (q/k/v biases), qwen3 (q/k norms).
+"""One pipeline stage of a decoder, whatever its family: layers of the kinds that the model's spec names.
 
 Owns the parameters of its shard. Only the residual stream leaves a stage, so pipelines are bitwise equal to one stage. Must never know of
 requests, slots or sampling; the KV cache that it writes belongs to the runner.
@@ -6,94 +6,79 @@ requests, slots or sampling; the KV cache that it writes belongs to the runner.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.distributed.group import FusedAllReduceNorm, Group
+from workers.distributed.group import Group
 from workers.kernels import Kernels, kernels_for
 from workers.kernels.linear import Fp8Rows
 from workers.kernels.reference import AttentionLayout
 from workers.kernels.step_layout import DeviceLayout
-from workers.layout.sharding import Shard, shares_embedding
+from workers.layout.declaration import HEAD, LAST_NORM, PREFIXES, VOCAB_EMBEDDING
+from workers.layout.sharding import Shard, shares_embedding, tensors_of
+from workers.models.attention import Attention
+from workers.models.context import BlockParts, ForwardContext
 from workers.models.layers import Linear, VocabHead
-from workers.models.rope import rope_angles
-from workers.protocol.specs import PLAIN, ModelSpec, Parallel, Quant
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardContext:
-    """What all layers share in one forward pass."""
-
-    kernels: Kernels[Any]
-    layout: AttentionLayout | DeviceLayout
-    rope: Tensor
-    group: Group
-    allreduce_norm: FusedAllReduceNorm | None
-
-    def norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, fp8: bool) -> Tensor | Fp8Rows:
-        """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm times ``weight``, in FP8 if ``fp8``."""
-        if branch is not None:
-            if self.allreduce_norm is not None and self.allreduce_norm.supports(branch):
-                return self.allreduce_norm(residual, branch, weight, eps, fp8=fp8)
-            branch = self.group.all_reduce(branch)
-        norm = self.kernels.add_rms_norm_fp8 if fp8 else self.kernels.add_rms_norm
-        return norm(residual, branch, weight, eps)
+from workers.models.mlp import Mlp
+from workers.models.rope import attention_factor, rope_angles
+from workers.protocol.specs import PLAIN, LayerSpec, ModelSpec, Parallel, Quant
 
 
 class DecoderLayer:
-    """Attention and MLP of one layer: this tp rank's heads and FFN columns."""
+    """Attention and MLP of one layer, with the norms around them."""
 
-    def __init__(self, model: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device, quant: Quant) -> None:
-        self._heads, self._kv, self._dim, self._eps = shard.heads.size, shard.kv_heads.size, model.head_dim, model.rms_norm_eps
+    def __init__(self, model: ModelSpec, spec: LayerSpec, shard: Shard, parts: BlockParts) -> None:
+        self._eps, self._multiplier = model.rms_norm_eps, model.residual_multiplier
+        self.attention, self.mlp = Attention(model, spec.attention, shard, parts), Mlp(parts)
+        self._norms: dict[str, Tensor] = {}
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._after: tuple[Tensor, Tensor] | None = None
+        if spec.pre_norm:
+            self._before = self._make(parts, "input_layernorm"), self._make(parts, "post_layernorm")
+        if spec.post_norm:
+            self._after = self._make(parts, "post_self_attn_layernorm"), self._make(parts, "post_mlp_layernorm")
 
-        def linear(out_features: int, in_features: int, bias: bool = False) -> Linear:
-            return Linear(out_features, in_features, bias=bias, dtype=dtype, device=device, quant=quant)
-
-        def norm(size: int) -> Tensor:
-            return torch.empty(size, dtype=dtype, device=device)
-
-        self.input_norm, self.post_norm = norm(model.hidden_size), norm(model.hidden_size)
-        self.qkv = linear((self._heads + 2 * self._kv) * self._dim, model.hidden_size, model.qkv_bias)
-        self.dense = linear(model.hidden_size, self._heads * self._dim)
-        self.gate_up = linear(2 * shard.ffn.size, model.hidden_size)
-        self.down = linear(model.hidden_size, shard.ffn.size)
-        # One weight row for each head, the query heads' rows first, so that both norms are one operation.
-        self.qk_norm = torch.empty(self._heads + self._kv, self._dim, dtype=dtype, device=device) if model.qk_norm else None
-        self.q_norm = norm(self._dim) if model.qk_norm else None
-        self.k_norm = norm(self._dim) if model.qk_norm else None
+    def _make(self, parts: BlockParts, name: str) -> Tensor:
+        return self._norms.setdefault(f"{name}.weight", parts.vector(name))
 
     def parameters(self) -> dict[str, Tensor]:
-        """Parameters by their checkpoint names within the layer. TensorRT-LLM calls the input of the activation ``mlp.fc``."""
-        found = {"input_layernorm.weight": self.input_norm, "post_layernorm.weight": self.post_norm}
-        for name, linear in (("attention.qkv", self.qkv), ("attention.dense", self.dense), ("mlp.proj", self.down)):
-            found |= {f"{name}.{suffix}": part for suffix, part in linear.parts().items()}
-        for suffix, part in self.gate_up.parts().items():
-            found[f"mlp.fc.{suffix}"], found[f"mlp.gate.{suffix}"] = part.chunk(2)
-        if self.q_norm is not None and self.k_norm is not None:
-            found |= {"attention.q_layernorm.weight": self.q_norm, "attention.k_layernorm.weight": self.k_norm}
-        return found
+        """Parameters by their checkpoint names within the layer."""
+        return self._norms | self.attention.parameters() | self.mlp.parameters()
 
     def freeze(self, *, fixed_rows: bool) -> None:
         """See :meth:`DecoderStage.freeze`."""
-        for linear in (self.qkv, self.dense, self.gate_up, self.down):
-            linear.freeze(fixed_rows=fixed_rows)
-        if self.qk_norm is not None and self.q_norm is not None and self.k_norm is not None:
-            self.qk_norm[: self._heads], self.qk_norm[self._heads :] = self.q_norm, self.k_norm
+        self.attention.freeze(fixed_rows=fixed_rows)
+        self.mlp.freeze(fixed_rows=fixed_rows)
 
-    def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: ForwardContext) -> Tensor:
+    def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: ForwardContext) -> Tensor | None:
         """Add to ``residual`` [T, hidden], in place, the sum of all ranks' ``branch`` and this layer's attention. Returns this rank's part
-        of the MLP's output [T, hidden], neither summed over ranks nor added."""
-        kernels = step.kernels
-        normed = step.norm(residual, branch, self.input_norm, self._eps, fp8=self.qkv.takes_fp8)
-        qkv = self.qkv(normed).view(-1, self._heads + 2 * self._kv, self._dim)
-        kernels.rope_store(qkv, cache, step.rope, step.layout, self.qk_norm, self._eps)
-        attended = self.dense(kernels.paged_attention(qkv[:, : self._heads], cache, step.layout))
-        gate_up = self.gate_up(step.norm(residual, attended, self.post_norm, self._eps, fp8=self.gate_up.takes_fp8))
-        mixed = kernels.silu_mul_fp8(gate_up) if self.down.takes_fp8 else kernels.silu_mul(gate_up)
-        return self.down(mixed)
+        of the MLP's output [T, hidden], neither summed over ranks nor added; None where it is added already."""
+        before, after = self._before or (None, None), self._after or (None, None)
+        attended = self.attention(self._enter(residual, branch, before[0], step, fp8=self.attention.qkv.takes_fp8), cache, step)
+        branch = self._leave(residual, attended, after[0], step)
+        mixed = self.mlp(self._enter(residual, branch, before[1], step, fp8=self.mlp.gate_up.takes_fp8), step)
+        return self._leave(residual, mixed, after[1], step)
+
+    def _enter(
+        self, residual: Tensor, branch: Tensor | None, weight: Tensor | None, step: ForwardContext, *, fp8: bool
+    ) -> Tensor | Fp8Rows:
+        """What a block reads, with ``branch`` added to ``residual``."""
+        if weight is not None:
+            return step.norm(residual, branch, weight, self._eps, fp8=fp8)
+        return residual if branch is None else residual.add_(step.group.all_reduce(branch))
+
+    def _leave(self, residual: Tensor, branch: Tensor, weight: Tensor | None, step: ForwardContext) -> Tensor | None:
+        """What is still to be added of a block's output."""
+        if weight is not None:
+            branch = step.kernels.add_rms_norm(step.group.all_reduce(branch), None, weight, self._eps)
+        if self._multiplier != 1.0:
+            branch.mul_(self._multiplier)
+        if weight is None:
+            return branch
+        residual.add_(branch)
+        return None
 
 
 class DecoderStage:
@@ -118,10 +103,12 @@ class DecoderStage:
     ) -> None:
         self.model, self.shard, self._group = model, shard, group
         self.dtype, self.device = dtype, device
-        self.layers = [DecoderLayer(model, shard, dtype, device, quant) for _ in range(shard.layers.size)]
+        self.layers = self._make_layers(parallel, quant)
         self._kernels = kernels or kernels_for(device)
         self._allreduce_norm = group.allreduce_norm(model.hidden_size)
-        self._rope = self._kernels.rope_table(rope_angles(model, positions), dtype).to(device)
+        self._ropes = tuple(
+            self._kernels.rope_table(rope_angles(rope, positions), dtype, attention_factor(rope)).to(device) for rope in model.ropes
+        )
         self._tied = shares_embedding(model, parallel)
         self._embedding: Tensor | None = None
         self._head: VocabHead | None = None
@@ -132,17 +119,30 @@ class DecoderStage:
             rows = 0 if self._tied else shard.vocab_rows
             self._head = VocabHead(shard.vocab.size, Linear(rows, model.hidden_size, bias=False, dtype=dtype, device=device))
 
+    def _make_layers(self, parallel: Parallel, quant: Quant) -> list[DecoderLayer]:
+        shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+        for tensor in tensors_of(self.model, parallel, self.shard):
+            if tensor.name.startswith(PREFIXES.checkpoint):
+                number, name = tensor.name.removeprefix(PREFIXES.checkpoint).split(".", 1)
+                shapes.setdefault(int(number), {})[name] = tensor.shape
+        return [
+            DecoderLayer(
+                self.model, self.model.layer(self.shard.layers.start + local), self.shard, BlockParts(each, self.dtype, self.device, quant)
+            )
+            for local, each in shapes.items()
+        ]
+
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter of this rank by its checkpoint name, for the loader to fill in place."""
         found: dict[str, Tensor] = {}
         if self._embedding is not None:
-            found["transformer.vocab_embedding.weight"] = self._embedding
+            found[VOCAB_EMBEDDING] = self._embedding
         for index, layer in enumerate(self.layers):
-            found |= {f"transformer.layers.{index}.{name}": tensor for name, tensor in layer.parameters().items()}
+            found |= {f"{PREFIXES.checkpoint}{index}.{name}": tensor for name, tensor in layer.parameters().items()}
         if self._head is not None:
-            found["transformer.ln_f.weight"] = self._norm
+            found[LAST_NORM] = self._norm
             if not self._tied:
-                found["lm_head.weight"] = self._head.linear.parts()["weight"]
+                found[HEAD] = self._head.linear.parts()["weight"]
         return found
 
     def freeze(self, *, fixed_rows: bool = False) -> None:
@@ -164,7 +164,9 @@ class DecoderStage:
         if out is None:
             out = torch.empty(len(tokens), self.model.hidden_size, dtype=self.dtype, device=self.device)
         self._kernels.embed(tokens, self._embedding, vocab.start, vocab.size, out)
-        return out if self._group.size == 1 else out.copy_(self._group.all_reduce(out))
+        if self._group.size > 1:
+            out.copy_(self._group.all_reduce(out))
+        return out if self.model.embedding_multiplier == 1.0 else out.mul_(self.model.embedding_multiplier)
 
     def forward(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
         """Run ``hidden`` [T, hidden] through the layers in place and return it. ``layout``: of this device's kind; ``cache``: one tensor a
@@ -175,7 +177,8 @@ class DecoderStage:
 
     def _layers(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> tuple[ForwardContext, Tensor | None]:
         """Run the layers; returns (context, the last branch), which is still to be summed over ranks and added to ``hidden``."""
-        step = ForwardContext(self._kernels, layout, self._kernels.rope_rows(self._rope, layout), self._group, self._allreduce_norm)
+        ropes = tuple(self._kernels.rope_rows(table, layout) for table in self._ropes)
+        step = ForwardContext(self._kernels, layout, ropes, self._group, self._allreduce_norm)
         branch: Tensor | None = None
         for layer, blocks in zip(self.layers, cache, strict=False):
             branch = layer(hidden, branch, blocks, step)
@@ -195,7 +198,8 @@ class DecoderStage:
     def _logits(self, normed: Tensor) -> Tensor:
         if self._head is None:
             raise ValueError("only the last stage makes logits")
-        return self._head(normed)
+        logits = self._head(normed)
+        return logits if self.model.logits_divisor == 1.0 else logits.div_(self.model.logits_divisor)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """:meth:`head` in fp32."""

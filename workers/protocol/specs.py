@@ -7,7 +7,8 @@ types is proof that it makes sense. Errors are :class:`~workers.protocol.errors.
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -22,7 +23,6 @@ Device = Literal["cpu", "cuda"]
 #: Weight formats that the portable engine computes with, beside plain ones.
 QuantName = Literal["int8", "int4", "fp8"]
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 MAX_LAYERS = 4096
 #: Longest that sequences should go on after SIGTERM, seconds: batch systems kill 30 s after it.
 TERM_GRACE_S = 20.0
@@ -42,54 +42,150 @@ def _require(ok: bool, what: str, why: str = "", hint: str = "") -> None:
         raise ConfigError(what, why, hint)
 
 
-class RopeScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rotary-frequency scaling. ``linear`` divides all frequencies by ``factor``; ``llama3`` is Llama 3.1's banded rule."""
+class LinearScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="linear"):
+    """All rotary frequencies are divided by ``factor``."""
 
-    kind: Literal["linear", "llama3"]
+    factor: float
+
+    def __post_init__(self) -> None:
+        _require_factor(self.factor)
+
+
+class Llama3Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="llama3"):
+    """Llama 3.1's banded rule: low frequencies are divided by ``factor``, high ones kept, those between blended."""
+
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
 
     def __post_init__(self) -> None:
-        _require(1.0 <= self.factor < math.inf, f"rope scaling factor {self.factor} is not a number of at least 1")
-        if self.kind == "llama3":
-            _require(self.high_freq_factor > self.low_freq_factor, "rope scaling needs high_freq_factor > low_freq_factor")
+        _require_factor(self.factor)
+        _require(self.high_freq_factor > self.low_freq_factor, "rope scaling needs high_freq_factor > low_freq_factor")
+
+
+class YarnScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="yarn"):
+    """YaRN: frequencies that turn less than ``beta_slow`` times within the original context are divided by ``factor``, those that turn more
+    than ``beta_fast`` times kept, those between blended. ``truncate``: the two bounds are rounded to whole components.
+    ``attention_factor``: cosines and sines are multiplied by it."""
+
+    factor: float
+    attention_factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _require_factor(self.factor)
+        _require(0.0 < self.attention_factor < math.inf, f"rope attention_factor {self.attention_factor} is not a positive number")
+        _require(self.original_max_position > 0, "rope scaling needs a positive original_max_position_embeddings")
+        _require(0.0 < self.beta_slow <= self.beta_fast < math.inf, "rope scaling needs 0 < beta_slow <= beta_fast")
+
+
+class LongRopeScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="longrope"):
+    """LongRoPE: each frequency has a divisor of its own, from ``short`` where no sequence is longer than the original context, else from
+    ``long``. ``attention_factor``: cosines and sines are multiplied by it, with either."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    attention_factor: float
+    original_max_position: int
+
+    def __post_init__(self) -> None:
+        _require(0.0 < self.attention_factor < math.inf, f"rope attention_factor {self.attention_factor} is not a positive number")
+        _require(all(0.0 < each < math.inf for each in self.short + self.long), "a longrope factor is not a positive number")
+        _require(self.original_max_position > 0, "rope scaling needs a positive original_max_position_embeddings")
+
+
+#: How rotary frequencies are stretched over a longer context. Decoded by ``kind``.
+RopeScaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+
+def _require_factor(factor: float) -> None:
+    _require(1.0 <= factor < math.inf, f"rope scaling factor {factor} is not a number of at least 1")
+
+
+class RopeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rotary embedding of the first ``dim`` components of each query and key head; component i is paired with i + dim / 2."""
+
+    dim: int
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.dim > 0 and self.dim % 2 == 0, f"{self.dim} rotated components are no pairs", "rotary embedding turns pairs")
+        _require(0 < self.theta < math.inf, f"rope_theta must be a positive number, got {self.theta}")
+        if isinstance(self.scaling, LongRopeScaling):
+            wanted = self.dim // 2
+            for name, factors in (("short_factor", self.scaling.short), ("long_factor", self.scaling.long)):
+                _require(len(factors) == wanted, f"longrope {name} has {len(factors)} values, not {wanted}", "one for each pair")
+
+
+class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What attention layers differ in. ``rope`` None: positions are not encoded. ``qkv_bias``, ``out_bias``: the products add a bias.
+    ``qk_norm``: queries and keys are normed, each head alone or over the whole width of all heads. ``scale``: of the scores; None =
+    head_dim ** -0.5."""
+
+    rope: RopeSpec | None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["head", "width"] | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.scale is None or 0.0 < self.scale < math.inf, f"the scale of attention scores must be positive, got {self.scale}")
+
+
+class MlpSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A dense MLP: down(SiLU(gate(x)) * up(x)), with ``size`` columns between."""
+
+    size: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.size > 0, f"intermediate_size must be positive, got {self.size}")
+
+
+class LayerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One decoder layer. ``pre_norm``: attention and MLP read the normed residual stream, else the stream itself; ``post_norm``: what each
+    gives is normed before it is added."""
+
+    attention: AttentionSpec
+    mlp: MlpSpec
+    pre_norm: bool = True
+    post_norm: bool = False
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shape of a llama-family decoder: pre-norm, RMSNorm, rotary half-rotation, SiLU-gated MLP, grouped-query attention."""
+    """Shape of a decoder: RMSNorm, grouped-query attention, and layers of the ``kinds``, of which layer i is ``kinds[layers[i]]``.
 
-    architecture: Literal["llama", "mistral", "qwen2", "qwen3"]
+    Facts of attention that shape the K/V cache are the model's, since all layers share its blocks: ``num_heads``, ``num_kv_heads``,
+    ``head_dim``. ``architecture``: the family's name, as Hugging Face's ``model_type``. ``embedding_multiplier``,
+    ``residual_multiplier``: of embeddings, and of what attention and MLP give; ``logits_divisor``: of the logits.
+    """
+
+    architecture: str
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     max_position: int
+    kinds: tuple[LayerSpec, ...]
+    layers: tuple[int, ...]
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "vocab_size",
-            "max_position",
-        ):
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_position"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            _require(0 <= getattr(self, name) < math.inf, f"{name} must be a number of at least 0, got {getattr(self, name)}")
+        _require(0 <= self.rms_norm_eps < math.inf, f"rms_norm_eps must be a number of at least 0, got {self.rms_norm_eps}")
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+            _require(0 < abs(getattr(self, name)) < math.inf, f"{name} must be a number other than 0, got {getattr(self, name)}")
         # Tables of tensors are made from this number before any weight is looked at.
         _require(self.num_layers <= MAX_LAYERS, f"num_layers {self.num_layers} is more than {MAX_LAYERS}")
         _require(
@@ -98,6 +194,53 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "grouped-query attention needs a whole number of query heads per key/value head",
         )
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd", "rotary embedding turns pairs")
+        _require(sorted(set(self.layers)) == list(range(len(self.kinds))), "layers and kinds of layers do not belong together")
+        for rope in self.ropes:
+            _require(rope.dim <= self.head_dim, f"{rope.dim} rotated components are more than head_dim {self.head_dim}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The different rotary embeddings of the layers."""
+        return tuple(dict.fromkeys(kind.attention.rope for kind in self.kinds if kind.attention.rope is not None))
+
+    @property
+    def widest_mlp(self) -> int:
+        """Columns of the widest MLP."""
+        return max(kind.mlp.size for kind in self.kinds)
+
+    def layer(self, index: int) -> LayerSpec:
+        return self.kinds[self.layers[index]]
+
+
+def model_spec(layers: Sequence[LayerSpec], **facts: Any) -> ModelSpec:
+    """The model of ``layers``; equal ones become one kind. ``facts``: the other fields of :class:`ModelSpec`. Raises ConfigError."""
+    _require(0 < len(layers) <= MAX_LAYERS, f"num_layers {len(layers)} is not in 1..{MAX_LAYERS}")
+    kinds = {kind: index for index, kind in enumerate(dict.fromkeys(layers))}
+    return ModelSpec(kinds=tuple(kinds), layers=tuple(kinds[layer] for layer in layers), **facts)
+
+
+def uniform_decoder(
+    *,
+    num_layers: int,
+    intermediate_size: int,
+    head_dim: int,
+    rope_theta: float = 10000.0,
+    rope_scaling: RopeScaling | None = None,
+    qkv_bias: bool = False,
+    qk_norm: Literal["head"] | None = None,
+    **facts: Any,
+) -> ModelSpec:
+    """A model whose layers are all alike, as Llama's, Qwen 2's and Qwen 3's are: pre-norm, no other biases, heads rotated whole."""
+    rope = RopeSpec(dim=head_dim, theta=rope_theta, scaling=rope_scaling)
+    attention = AttentionSpec(rope=rope, qkv_bias=qkv_bias, qk_norm=qk_norm)
+    layer = LayerSpec(attention=attention, mlp=MlpSpec(size=intermediate_size))
+    # The number is checked before a list of that length is made.
+    _require(0 < num_layers <= MAX_LAYERS, f"num_layers {num_layers} is not in 1..{MAX_LAYERS}")
+    return model_spec([layer] * num_layers, head_dim=head_dim, **facts)
 
 
 class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

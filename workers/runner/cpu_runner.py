@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.distributed.group import Group
 from workers.kernels.reference import TABLE_STEP, attention_layout
-from workers.models.decoder import DecoderStage
+from workers.models.stage import Stage
 from workers.runner.kv_cache import KvCache
 from workers.runner.sampler import Sampler
 from workers.runner.slot_sampling import SlotSampling
@@ -33,7 +33,7 @@ class CpuRunner:
 
     def __init__(
         self,
-        stage: DecoderStage,
+        stage: Stage,
         cache: KvCache,
         *,
         pipeline: Group,

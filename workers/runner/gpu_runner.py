@@ -21,7 +21,7 @@ from torch import Tensor
 from workers.distributed.group import Waiter
 from workers.distributed.rank_groups import RankGroups
 from workers.kernels.step_layout import HEADER_WORDS, Heads, LayoutShape, Paging, Rings, SlotState, mixed_shape, step_shape
-from workers.models.decoder import DecoderStage
+from workers.models.stage import Stage
 from workers.runner.device import DECODE_GRAPH_SIZES, MIXED_GRAPH_SIZES, Device, DeviceEvent, GraphProgram, Graphs, Staging, graph_sizes
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.kv_cache import KvCache
@@ -76,7 +76,7 @@ class GpuRunner:
 
     def __init__(
         self,
-        stage: DecoderStage,
+        stage: Stage,
         cache: KvCache,
         device: Device,
         step_ends: StepEnds,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.models.decoder import DecoderStage
+from workers.models.stage import Stage
 from workers.protocol.messages import SamplingParams
 from workers.runner.sampler import Sampler, SamplingInput
 from workers.sampling.definition import allowed_ids, has_mask, has_penalties, stop_set
@@ -56,7 +56,7 @@ class SampledTokens:
 class SlotSampling:
     """Turns hidden states of the last stage into tokens and prompt logprobs, for the slots that were opened here."""
 
-    def __init__(self, stage: DecoderStage, sampler: Sampler, eos_ids: tuple[int, ...]) -> None:
+    def __init__(self, stage: Stage, sampler: Sampler, eos_ids: tuple[int, ...]) -> None:
         self._stage, self._sampler, self._eos_ids = stage, sampler, eos_ids
         self._slots: dict[int, _SamplingSlot] = {}
 

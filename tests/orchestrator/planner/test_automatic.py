@@ -154,9 +154,9 @@ def test_half_given_limits_always_make_a_step(batch: int | None, tokens: int | N
 
 def test_fixed_shape_and_odd_heads_stay_on_the_cpu() -> None:
     assert decide_one(SMALL, EIGHT_LARGE, fixed_shape=True).chosen[0] == "device cpu (fixed_shape is for CPUs)"
-    odd = msgspec.structs.replace(SHAPES[SMALL], head_dim=48)
+    odd = msgspec.structs.replace(SHAPES[SMALL], head_dim=80)
     (found,) = decided(load({"models": [{"name": SMALL}]}).config.models[0], EIGHT_LARGE, ModelDescription(shape=odd))
-    assert found.engine.device == "cpu" and "heads of 48" in found.chosen[0]
+    assert found.engine.device == "cpu" and "heads of 80" in found.chosen[0]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_spread_gives_each_stage_a_node_where_there_are_as_many() -> None:
 
 def test_a_small_models_steps_wait_for_the_leader_and_no_error_is_claimed() -> None:
     """Where contexts are short and layers few: else the device takes its time."""
-    shallow = msgspec.structs.replace(SHAPES["smollm2-135m-instruct"], num_layers=4)
+    shallow = msgspec.structs.replace(SHAPES["smollm2-135m-instruct"], layers=(0,) * 4)
     (found,) = plan([subject("smollm2-135m-instruct", model=shallow)], H100, Workload(name="asked", requests=1, isl=64, osl=32))
     assert found.own[0].error is None and "host's own share" in found.own[0].notes[0]
     (found,) = plan([subject("smollm2-135m-instruct")], H100, LOAD)

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 from tests.support.gguf_blocks import FACTORS
 from tests.support.tiny_models import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
-from workers.artifacts.gguf import GgufFile, GgufSource, read_model, stored_name
+from workers.artifacts.gguf import GgufFile, GgufSource, read_model
 from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary, tokenizer_files
-from workers.layout.sharding import Span, whole_tensors
+from workers.layout.sharding import Span, gguf_names, whole_tensors
 from workers.protocol.errors import ArtifactError
-from workers.protocol.specs import RopeScaling
+from workers.protocol.specs import LinearScaling
 
 gguf = pytest.importorskip("gguf")
 
@@ -71,7 +71,8 @@ def test_quantized_weights_equal_the_packages_own_dequantization(blocks: Path) -
     for name, info in file.tensors.items():
         kinds.add(info.format.name)
         source = GgufSource(file, read_model(file))
-        tensor = next(t for n, t in whole_tensors(read_model(file)).items() if stored_name(n) == name)
+        model = read_model(file)
+        tensor = next(t for n, t in whole_tensors(model).items() if gguf_names(model)[n] == name)
         assert np.array_equal(source.read(tensor, Span(0, tensor.shape[tensor.axis])).values, oracle[name]), name
     assert kinds == {"F32", *FACTORS}
 
@@ -282,7 +283,7 @@ def test_rope_scaling_is_what_llama_cpp_makes_of_the_keys(keys: dict[str, object
     """llama.cpp's load_hparams: type ``linear`` by default; the factor, else the old key; a factor of 0 is 1; ``none`` never scales."""
     file = GgufFile(path)
     file.metadata |= {f"llama.rope.{key}": value for key, value in keys.items()}
-    assert read_model(file).rope_scaling == (None if factor is None else RopeScaling(kind="linear", factor=factor))
+    assert read_model(file).ropes[0].scaling == (None if factor is None else LinearScaling(factor=factor))
 
 
 @pytest.mark.parametrize(

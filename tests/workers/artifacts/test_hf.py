@@ -17,7 +17,7 @@ from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.hf import read_eos, read_model
 from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError
-from workers.protocol.specs import RopeScaling
+from workers.protocol.specs import LinearScaling, Llama3Scaling
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 
@@ -34,7 +34,10 @@ def edit(folder: Path, **changes: Any) -> Path:
 def test_families(architecture: str, tied: bool, tmp_path: Path) -> None:
     model = read_model(tiny_model(tmp_path, architecture=architecture, tied=tied))
     assert (model.architecture, model.tied_embeddings) == (architecture, tied)
-    assert (model.qkv_bias, model.qk_norm) == (architecture == "qwen2", architecture == "qwen3")
+    assert (model.kinds[0].attention.qkv_bias, model.kinds[0].attention.qk_norm) == (
+        architecture == "qwen2",
+        "head" if architecture == "qwen3" else None,
+    )
     assert (model.num_heads, model.num_kv_heads, model.head_dim, model.rms_norm_eps) == (6, 3, 8, 1e-5)
 
 
@@ -46,10 +49,8 @@ def test_llama3_rope_in_every_spelling(spelling: str, tmp_path: Path) -> None:
     else:
         edit(folder, rope_theta=5e5, rope_scaling={"rope_type" if spelling == "old" else "type": "llama3", **LLAMA3})
     model = read_model(folder)
-    assert model.rope_theta == 5e5
-    assert model.rope_scaling == RopeScaling(
-        kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=256
-    )
+    assert model.ropes[0].theta == 5e5
+    assert model.ropes[0].scaling == Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=256)
 
 
 def test_what_transformers_itself_saves_means_the_same(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_what_transformers_itself_saves_means_the_same(tmp_path: Path) -> None:
 
 def test_linear_rope(tmp_path: Path) -> None:
     folder = edit(tiny_model(tmp_path), rope_scaling={"type": "linear", "factor": 2.0})
-    assert read_model(folder).rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    assert read_model(folder).ropes[0].scaling == LinearScaling(factor=2.0)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,8 @@ def test_linear_rope(tmp_path: Path) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer type 'linear_attention'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "rope scaling 'spiral'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "per layer type"),
         ({"quantization_config": {"quant_method": "fp8"}, "model_type": "qwen3"}, "quantized with 'fp8'"),

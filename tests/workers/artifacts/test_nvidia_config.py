@@ -15,9 +15,10 @@ from tests.support.tiny_models import ENDOFTEXT, IM_END, tiny_model, tiny_tokeni
 from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.convert import convert
 from workers.artifacts.inspect import inspect_path
-from workers.layout.sharding import EMBEDDING, HEAD, Span, whole_tensors
+from workers.layout.declaration import EMBEDDING, HEAD
+from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError
-from workers.protocol.specs import Parallel, RopeScaling
+from workers.protocol.specs import Llama3Scaling, Parallel
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 
@@ -40,7 +41,7 @@ def test_weights_are_those_of_the_original(architecture: str, tp: int, pp: int, 
     folder = nvidia_checkpoint(original, tmp_path / "trt", tp=tp, pp=pp, embedding=embedding)
     artifact, expected = open_artifact(folder), open_artifact(original).model
     assert (artifact.kind, artifact.parallel, artifact.dtype, artifact.own) == ("checkpoint", Parallel(tp=tp, pp=pp), "fp32", False)
-    assert artifact.model.rope_scaling == expected.rope_scaling
+    assert artifact.model.ropes[0].scaling == expected.ropes[0].scaling
     assert {field for field in expected.__struct_fields__ if getattr(expected, field) != getattr(artifact.model, field)} <= {
         "tied_embeddings"
     }
@@ -112,7 +113,7 @@ def test_absent_keys_mean_what_tensorrt_llm_makes_of_them(tmp_path: Path) -> Non
     config = {key: config[key] for key in (*needed, "max_position_embeddings", "position_embedding_type")}
     path.write_text(json.dumps(config | {"rotary_scaling": {"type": "llama3"}}))
     check_weights(folder, original)
-    assert open_artifact(folder).model.rope_scaling == RopeScaling(kind="llama3", factor=8.0)
+    assert open_artifact(folder).model.ropes[0].scaling == Llama3Scaling(factor=8.0)
 
 
 @pytest.mark.parametrize("algo", ["FP8", "W8A16", "W4A16_AWQ", "FP8_PER_CHANNEL_PER_TOKEN"])

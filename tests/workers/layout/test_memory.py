@@ -20,9 +20,9 @@ from workers.layout.memory import (
 )  # fmt: skip
 from workers.layout.sharding import parameters, shard_of
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import PLAIN, ModelSpec, Parallel, PortableOptions, PortableSpec, Quant, quant_of
+from workers.protocol.specs import PLAIN, Parallel, PortableOptions, PortableSpec, Quant, quant_of, uniform_decoder
 
-MODEL = ModelSpec(
+MODEL = uniform_decoder(
     architecture="llama",
     hidden_size=64,
     intermediate_size=128,

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers.layout.declaration import EMBEDDING, HEAD
 from workers.layout.sharding import (
-    EMBEDDING,
-    HEAD,
     Span,
     deal,
     heads_of,
@@ -21,7 +20,7 @@ from workers.layout.sharding import (
     whole_tensors,
 )
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import ModelSpec, Parallel
+from workers.protocol.specs import ModelSpec, Parallel, uniform_decoder
 
 
 def model(**changes: object) -> ModelSpec:
@@ -29,7 +28,7 @@ def model(**changes: object) -> ModelSpec:
         "architecture": "llama", "hidden_size": 24, "intermediate_size": 40, "num_layers": 5, "num_heads": 6, "num_kv_heads": 3,
         "head_dim": 4, "vocab_size": 50, "max_position": 64, "tied_embeddings": True,
     }  # fmt: skip
-    return ModelSpec(**(shape | changes))  # type: ignore[arg-type]
+    return uniform_decoder(**(shape | changes))  # type: ignore[arg-type]
 
 
 SMOLLM2 = model(
@@ -48,7 +47,7 @@ def layouts(draw: st.DrawFn) -> tuple[ModelSpec, Parallel]:
         vocab_size=draw(st.integers(30, 70)),
         tied_embeddings=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        qk_norm=draw(st.sampled_from([None, "head"])),
     )
     return spec, Parallel(tp=draw(st.integers(1, kv * group)), pp=draw(st.integers(1, spec.num_layers)))
 
@@ -116,7 +115,7 @@ def test_names_restart_in_each_stage_and_shapes_match_the_shard(layout: tuple[Mo
         assert ("lm_head.weight" in tensors) == (shard.last and not shares_embedding(spec, parallel))
         rows = (shard.heads.size + 2 * shard.kv_heads.size) * spec.head_dim
         assert tensors["transformer.layers.0.attention.qkv.weight"].shape == (rows, spec.hidden_size)
-        assert tensors["transformer.layers.0.mlp.proj.weight"].shape == (spec.hidden_size, shard.ffn.size)
+        assert tensors["transformer.layers.0.mlp.proj.weight"].shape == (spec.hidden_size, shard.columns(spec.kinds[0].mlp.size).size)
         assert shard.vocab.size <= shard.vocab_rows == -(-spec.vocab_size // parallel.tp)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from workers.protocol import messages
 from workers.protocol.errors import EngineFault, NotFound, TriremeError, from_code
-from workers.protocol.specs import ConfigError, ModelSpec, Parallel, PortableSpec, ReplicaSpec
+from workers.protocol.specs import ConfigError, Parallel, PortableSpec, ReplicaSpec, uniform_decoder
 
 SUBMIT = messages.Submit(
     boot="b",
@@ -96,8 +96,8 @@ def test_error_codes_come_back_as_their_class() -> None:
 def test_specs_refuse_what_cannot_mean_anything() -> None:
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 2, "num_heads": 3, "num_kv_heads": 2, "head_dim": 4, "vocab_size": 8}
     with pytest.raises(ConfigError, match="cannot share"):
-        ModelSpec(architecture="llama", max_position=8, **shape)
-    good = ModelSpec(architecture="llama", max_position=8, **(shape | {"num_kv_heads": 3}))
+        uniform_decoder(architecture="llama", max_position=8, **shape)
+    good = uniform_decoder(architecture="llama", max_position=8, **(shape | {"num_kv_heads": 3}))
     Parallel(tp=3, pp=2).check(good)
     with pytest.raises(ConfigError, match="query heads"):
         Parallel(tp=4).check(good)

@@ -15,13 +15,13 @@ from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group
 from workers.protocol.messages import SamplingParams
-from workers.protocol.specs import ModelSpec, Parallel
+from workers.protocol.specs import Parallel, uniform_decoder
 from workers.runner.cpu_runner import CpuRunner
 from workers.sampling.definition import choose
 from workers.scheduler.step_plan import OpenSlot, StepPlan, StepResult, column, view, view_floats
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=2)
-MODEL = ModelSpec(
+MODEL = uniform_decoder(
     architecture="qwen3",
     hidden_size=40,
     intermediate_size=50,
@@ -32,7 +32,7 @@ MODEL = ModelSpec(
     vocab_size=97,
     max_position=256,
     tied_embeddings=False,
-    qk_norm=True,
+    qk_norm="head",
     qkv_bias=True,
 )
 

@@ -1,0 +1,130 @@
+"""The tensors of a decoder's blocks: each is declared here once, with its names, its shape and how ranks cut it.
+
+Converter, loader, model, planner, quantizer, inspection and the GGUF reader all read this declaration. A whole tensor has the name that
+Llama's has in Hugging Face's files; :mod:`workers.models.registry` knows where a family's files name it otherwise or join several.
+Tensors with one checkpoint name are stacked there in the order of their declaration. Must never read a file or know a number format.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from workers.protocol.specs import AttentionSpec, LayerSpec, MlpSpec, ModelSpec
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+#: The embedding's and the last norm's names in a checkpoint.
+VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
+LAST_NORM = "transformer.ln_f.weight"
+
+#: Which part of a tensor a tp rank holds: all of it, the rows or columns of its query heads, of its key/value heads, of its columns of the
+#: MLP, or of its part of the vocabulary. ``first rank``: the first rank holds all, the others zeros, since the sum over ranks adds it once.
+Cut: TypeAlias = Literal["whole", "heads", "kv heads", "mlp", "vocabulary", "first rank"]
+
+
+class DeclaredTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """One whole tensor. ``name``: of Hugging Face's; ``checkpoint``: of TensorRT-LLM's; ``gguf``: of llama.cpp's; ``shape`` (out, in);
+    ``axis``: the one that ranks cut. Names of a layer's tensors lack the layer's prefix."""
+
+    name: str
+    checkpoint: str
+    gguf: str
+    shape: tuple[int, ...]
+    cut: Cut = "whole"
+    axis: int = 0
+
+
+class Prefixes(msgspec.Struct, frozen=True, kw_only=True):
+    """What stands before the names of a layer's tensors, up to the layer's number."""
+
+    name: str = "model.layers."
+    checkpoint: str = "transformer.layers."
+    gguf: str = "blk."
+
+
+PREFIXES = Prefixes()
+
+
+def embedding(model: ModelSpec) -> DeclaredTensor:
+    return DeclaredTensor(
+        name=EMBEDDING, checkpoint=VOCAB_EMBEDDING, gguf="token_embd.weight", shape=(model.vocab_size, model.hidden_size), cut="vocabulary"
+    )
+
+
+def final_norm(model: ModelSpec) -> DeclaredTensor:
+    return DeclaredTensor(name=FINAL_NORM, checkpoint=LAST_NORM, gguf="output_norm.weight", shape=(model.hidden_size,))
+
+
+def head(model: ModelSpec) -> DeclaredTensor:
+    return DeclaredTensor(name=HEAD, checkpoint=HEAD, gguf="output.weight", shape=(model.vocab_size, model.hidden_size), cut="vocabulary")
+
+
+def layer_tensors(model: ModelSpec, layer: LayerSpec) -> tuple[DeclaredTensor, ...]:
+    """The tensors of one layer, in the order of the forward pass."""
+    hidden = (model.hidden_size,)
+    before: list[DeclaredTensor] = []
+    middle: list[DeclaredTensor] = []
+    after: list[DeclaredTensor] = []
+    if layer.post_norm:
+        middle.append(_norm("post_self_attn_layernorm", "post_self_attn_layernorm", "post_attention_norm", hidden))
+        after.append(_norm("post_mlp_layernorm", "post_mlp_layernorm", "post_ffw_norm", hidden))
+    if layer.pre_norm:
+        before.append(_norm("input_layernorm", "input_layernorm", "attn_norm", hidden))
+        middle.append(_norm("post_attention_layernorm", "post_layernorm", "ffn_norm", hidden))
+    return (*before, *attention_tensors(model, layer.attention), *middle, *mlp_tensors(model, layer.mlp), *after)
+
+
+def _norm(name: str, checkpoint: str, gguf: str, shape: tuple[int, ...], cut: Cut = "whole") -> DeclaredTensor:
+    return DeclaredTensor(name=f"{name}.weight", checkpoint=f"{checkpoint}.weight", gguf=f"{gguf}.weight", shape=shape, cut=cut)
+
+
+def attention_tensors(model: ModelSpec, spec: AttentionSpec) -> tuple[DeclaredTensor, ...]:
+    """Queries, keys and values are stacked in a checkpoint."""
+    hidden, dim = model.hidden_size, model.head_dim
+    rows: dict[str, int] = {"q": model.num_heads * dim, "k": model.num_kv_heads * dim, "v": model.num_kv_heads * dim}
+    cuts: dict[str, Cut] = {"q": "heads", "k": "kv heads", "v": "kv heads"}
+
+    def inner(x: str, kind: str, shape: tuple[int, ...]) -> DeclaredTensor:
+        return DeclaredTensor(
+            name=f"self_attn.{x}_proj.{kind}", checkpoint=f"attention.qkv.{kind}", gguf=f"attn_{x}.{kind}", shape=shape, cut=cuts[x]
+        )
+
+    found = [inner(x, "weight", (rows[x], hidden)) for x in "qkv"]
+    if spec.qkv_bias:
+        found += [inner(x, "bias", (rows[x],)) for x in "qkv"]
+    if spec.qk_norm is not None:
+        found += [
+            _norm(
+                f"self_attn.{x}_norm",
+                f"attention.{x}_layernorm",
+                f"attn_{x}_norm",
+                *((dim,), "whole") if spec.qk_norm == "head" else ((rows[x],), cuts[x]),
+            )
+            for x in "qk"
+        ]
+    return (*found, *_projection("self_attn.o_proj", "attention.dense", "attn_output", (hidden, rows["q"]), "heads", spec.out_bias))
+
+
+def mlp_tensors(model: ModelSpec, spec: MlpSpec) -> tuple[DeclaredTensor, ...]:
+    """TensorRT-LLM calls the projection under the activation (gate_proj) fc, and the plain one (up_proj) gate."""
+    found: list[DeclaredTensor] = []
+    for name, checkpoint, gguf in (("gate_proj", "fc", "ffn_gate"), ("up_proj", "gate", "ffn_up")):
+        for kind, shape in (("weight", (spec.size, model.hidden_size)), ("bias", (spec.size,)))[: 1 + spec.bias]:
+            found.append(
+                DeclaredTensor(
+                    name=f"mlp.{name}.{kind}", checkpoint=f"mlp.{checkpoint}.{kind}", gguf=f"{gguf}.{kind}", shape=shape, cut="mlp"
+                )
+            )
+    return (*found, *_projection("mlp.down_proj", "mlp.proj", "ffn_down", (model.hidden_size, spec.size), "mlp", spec.bias))
+
+
+def _projection(name: str, checkpoint: str, gguf: str, shape: tuple[int, int], cut: Cut, bias: bool) -> tuple[DeclaredTensor, ...]:
+    """A product whose inputs are cut among ranks, so that ranks have to sum what it gives."""
+    weight = DeclaredTensor(name=f"{name}.weight", checkpoint=f"{checkpoint}.weight", gguf=f"{gguf}.weight", shape=shape, cut=cut, axis=1)
+    if not bias:
+        return (weight,)
+    once = DeclaredTensor(name=f"{name}.bias", checkpoint=f"{checkpoint}.bias", gguf=f"{gguf}.bias", shape=shape[:1], cut="first rank")
+    return (weight, once)
