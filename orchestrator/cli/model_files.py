@@ -25,6 +25,7 @@ def formats(found: Inspection) -> str:
     quant = found.quant
     cache = f"; KV cache {quant.kv_cache_quant_algo}" if quant.kv_cache_quant_algo else ""
     if quant.quant_algo is None:
-        return found.dtype + cache
+        source = f", dequantized from {found.dequantized} while loading" if found.dequantized else ""
+        return found.dtype + source + cache
     groups = f" in groups of {quant.group_size}" if quant.group_size else ""
     return f"{quant.weights or 'quantized'} ({quant.quant_algo}){groups}, the rest {found.dtype}{cache}"

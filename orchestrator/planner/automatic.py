@@ -16,8 +16,10 @@ from orchestrator.planner.cluster import layouts
 from orchestrator.planner.devices import Gpu, HostModel
 from orchestrator.planner.planner import FULL_NODE, RankMemory, Subject, ranks_memory
 from workers.layout.memory import longest_sequence
+from workers.layout.sharding import parameters
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import (
+    DTYPE_BYTES,
     GPU_HEAD_DIMS,
     GPU_MIN_CAPABILITY,
     PLAIN,
@@ -95,7 +97,8 @@ class ClusterHardware(msgspec.Struct, frozen=True, kw_only=True):
 class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What a model's files say. ``shape`` None: nothing is known of it (the fake engine needs nothing); ``dtype``: of its plain weights.
 
-    ``built``: the limits of an engine that TensorRT-LLM built, ``layout``: the layout that it was built for.
+    ``built``: the limits of an engine that TensorRT-LLM built, ``layout``: the layout that it was built for. ``dequantized``: the form of
+    which plain weights are made while loading, in words (empty where none are), and ``stored_bytes``, the size of all tensors in it.
     """
 
     shape: ModelSpec | None = None
@@ -103,6 +106,8 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DType = "fp32"
     built: StepLimits | None = None
     layout: Parallel | None = None
+    dequantized: str = ""
+    stored_bytes: int = 0
 
 
 class GangDecision(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,6 +248,9 @@ def _decide(
     else:
         parallel, engine, memory, refusal = _fit_gpus(request, model, specs, hardware, on_gpus)
     chosen += _steps(request, engine)
+    if model.dequantized and request.settings.portable.quant is None:
+        times = parameters(model.shape) * DTYPE_BYTES[dtype] / max(1, model.stored_bytes)
+        chosen.append(f"weights dequantized from {model.dequantized} to {dtype} ({times:.1f} times their size in the file)")
     if request.layout is None and parallel.tp > 1:
         chosen.append(f"tp_size {parallel.tp} ({refusal})")
     return GangDecision(

@@ -41,7 +41,7 @@ def stage() -> Iterator[Path]:
         shard = (folder / "tp2" / "rank1.safetensors").read_bytes()
         (folder / "short" / "rank1.safetensors").write_bytes(shard[:-1])
         (folder / "corrupt" / "rank1.safetensors").write_bytes(shard[:-1] + bytes([shard[-1] ^ 1]))
-        for copy, change in (("family", {"model_type": "gpt_neox"}), ("quantized", {"quantization_config": {"quant_method": "awq"}})):
+        for copy, change in (("family", {"model_type": "gpt_neox"}), ("quantized", {"quantization_config": {"quant_method": "aqlm"}})):
             shutil.copytree(model, folder / copy)
             config = json.loads((model / "config.json").read_text()) | change
             (folder / copy / "config.json").write_text(json.dumps(config))
@@ -101,7 +101,7 @@ LINES: list[tuple[str, int, tuple[str, str, str]]] = [
     ("serve {stage}/missing -tp 2", 3, ("missing/rank1.safetensors is missing", "No such file", "convert or copy it again")),
     ("serve {stage}/short -tp 2", 3, ("short/rank1.safetensors has another size", "expected", "convert or copy it again")),
     ("serve {stage}/family", 3, ("model_type 'gpt_neox' is not supported", "known: llama", "use a plain llama")),
-    ("serve {stage}/quantized", 3, ("quantized with 'awq'", "as they are", "unquantized")),
+    ("serve {stage}/quantized", 3, ("quantized with 'aqlm'", "known: awq, compressed-tensors", "unquantized")),
     ("inspect {stage}/corrupt --verify", 3, ("corrupt/rank1.safetensors is damaged", "expected sha256", "again")),
     ("convert {stage}/corrupt -o {stage}/out", 3, ("corrupt/rank1.safetensors is damaged", "expected sha256", "again")),
     ("convert {stage}/tiny -o {stage}/tiny", 3, ("exists and is not a checkpoint", "overwritten", "another folder")),

@@ -13,6 +13,7 @@ import msgspec
 from workers.artifacts import gguf, hf
 from workers.artifacts.checkpoint import CONFIG, DTYPE_NAMES, CheckpointSource, read_checkpoint
 from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary
+from workers.artifacts.hf_quantization import Scheme
 from workers.artifacts.json_file import decode
 from workers.artifacts.quantize import QuantizedSource
 from workers.artifacts.recognition import what_config, what_folder
@@ -20,7 +21,7 @@ from workers.artifacts.safetensors_file import COPY_AGAIN
 from workers.artifacts.source import Source
 from workers.artifacts.weight_map import WeightMap
 from workers.protocol.errors import ArtifactError
-from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, QuantName, quant_of
+from workers.protocol.specs import PLAIN, DType, ModelSpec, Parallel, Quant, QuantName, quant_of
 
 Kind = Literal["checkpoint", "huggingface", "gguf"]
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -32,7 +33,9 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
 
     ``parallel``: layout of a checkpoint; None for whole models. ``tokenizer_dir``: folder with ``tokenizer.json``; None where there is none
     (a GGUF's tokenizer becomes files when it is converted). ``own``: a checkpoint of `trireme convert`, which has hashes, and of which
-    each rank's file is what the rank loads.
+    each rank's file is what the rank loads. ``scheme``: how another tool quantized the weights; ``quant`` is then the format in which they
+    are read. ``dequantized``: the form of which plain weights are made while loading, in words; empty where none are. ``stored_bytes``:
+    bytes of the tensors in a GGUF or a Hugging Face folder.
     """
 
     path: Path
@@ -44,11 +47,15 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     quant: Quant = Quant()
     own: bool = False
+    scheme: Scheme | None = None
+    dequantized: str = ""
+    stored_bytes: int = 0
 
     @property
     def foreign(self) -> bool:
         """Whether the weights are in a format that only TensorRT-LLM reads."""
-        return self.quant.quant_algo is not None and (self.quant.weights is None or not self.own)
+        own = self.own or self.scheme is not None
+        return self.quant.quant_algo is not None and (self.quant.weights is None or not own)
 
     def runs_on(self, parallel: Parallel) -> bool:
         """Whether ranks of the layout ``parallel`` can load the artifact directly: it has that layout, or whole weights that each rank
@@ -120,7 +127,7 @@ def _open_stored(artifact: Artifact) -> Source:
         return gguf.GgufSource(gguf.GgufFile(artifact.path), artifact.model)
     refuse_foreign(artifact)
     if artifact.kind == "huggingface":
-        return hf.HuggingFaceSource(artifact.path, artifact.model)
+        return hf.HuggingFaceSource(artifact.path, artifact.model, artifact.scheme, artifact.quant)
     return CheckpointSource(read_checkpoint(artifact.path))
 
 
@@ -138,21 +145,34 @@ def _open_gguf(path: Path) -> Artifact:
         parallel=None,
         tokenizer_dir=None,
         eos_ids=end_ids(vocabulary),
+        dequantized=f"GGUF ({', '.join(file.quantized_types)})" if file.quantized_types else "",
+        stored_bytes=sum(info.size for info in file.tensors.values()),
     )
 
 
 def _open_huggingface(path: Path, weights_optional: bool) -> Artifact:
-    model, quant = hf.read_model(path), hf.read_quant(path)
+    model, (scheme, named) = hf.read_model(path), hf.read_quantization(path)
     weights = None if weights_optional else WeightMap(path)
+    if weights is not None:
+        model = hf.tied(weights, model)
+    quant = named if scheme is None else hf.computed_quant(weights, scheme, model)
+    dtype = (
+        _DTYPES.get(hf.declared_dtype(path), "fp32")
+        if weights is None
+        else hf.stored_dtype(weights, is_quantized=scheme is not None or named.quant_algo is not None)
+    )
     return Artifact(
         path=path,
         kind="huggingface",
-        model=model if weights is None else hf.tied(weights, model),
-        dtype=_DTYPES.get(hf.declared_dtype(path), "fp32") if weights is None else hf.stored_dtype(weights, quant),
+        model=model,
+        dtype=dtype,
         parallel=None,
         tokenizer_dir=_tokenizer_dir(path),
         eos_ids=hf.read_eos(path),
         quant=quant,
+        scheme=scheme,
+        dequantized=scheme.words if scheme is not None and quant == PLAIN else "",
+        stored_bytes=0 if weights is None else weights.nbytes,
     )
 
 

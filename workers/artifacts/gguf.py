@@ -78,6 +78,15 @@ class GgufFile:
         """All files of the model, the first one first."""
         return [part.path for part in self._parts]
 
+    @property
+    def quantized_types(self) -> list[str]:
+        """Names of the quantized tensor types in the file, the one with most values first."""
+        counts: dict[str, int] = {}
+        for info in self.tensors.values():
+            if info.format.values > 1:
+                counts[info.format.name] = counts.get(info.format.name, 0) + math.prod(info.shape)
+        return sorted(counts, key=lambda name: -counts[name])
+
     def block_bytes(self, info: Info) -> Array:
         """[rows, blocks a row, bytes a block] uint8 view of a tensor."""
         blocks = info.shape[-1] // info.format.values

@@ -13,17 +13,20 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from workers.artifacts.hf_quantization import Scheme, modelopt_algorithm, read_scheme
 from workers.artifacts.json_file import decode
 from workers.artifacts.number_formats import Array
 from workers.artifacts.recognition import QUANTIZED_NAMES, what_model_type
 from workers.artifacts.safetensors_file import COPY_AGAIN, NAMES, SUPPORTED_MODELS, SafetensorsFile
 from workers.artifacts.source import CHUNK, Block, cut
+from workers.artifacts.stored_forms import Parts, Scaled, StoredForm, Transposed
 from workers.artifacts.weight_map import WeightMap
 from workers.layout.declaration import EMBEDDING, HEAD
-from workers.layout.sharding import ModelTensor, Span
+from workers.layout.quant_parts import Part, quantized, whole_parts
+from workers.layout.sharding import ModelTensor, Span, whole_tensors
 from workers.models.registry import FAMILIES, file_places, file_shapes
 from workers.protocol.errors import ArtifactError, ConfigError
-from workers.protocol.specs import DTYPE_BYTES, DType, ModelSpec, Quant
+from workers.protocol.specs import DTYPE_BYTES, PLAIN, DType, ModelSpec, Quant, quant_of
 
 #: The folder with the chat templates that have names (``tool_use.jinja``).
 MORE_TEMPLATES = "additional_chat_templates"
@@ -33,13 +36,11 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )  # fmt: skip
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-#: Files in which tools write how they quantized the weights, where ``config.json`` does not say it: (name, tool).
-QUANTIZED_BY = (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"))
-#: What ModelOpt writes, beside ``config.json`` or in it. TensorRT-LLM reads such weights.
-MODELOPT, MODELOPT_METHOD = "hf_quant_config.json", "modelopt"
-#: Tensors that follow from the config, or that are scales of a quantized KV cache: nobody reads them.
-UNREAD_NAMES = ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
+#: Tensors that follow from the config, or that are scales of a quantized KV cache or of inputs, which engines make themselves.
+UNREAD_NAMES = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".input_scale", ".weight_shape")
 _BACKBONE = "model."
+#: How a file calls the plain number formats.
+_PLAIN_NAMES: dict[str, DType] = {NAMES[dtype]: dtype for dtype in DTYPE_BYTES}
 
 
 class _Stored(msgspec.Struct):
@@ -75,22 +76,6 @@ def _refuse_kind(path: Path, raw: dict[str, Any]) -> None:
     if isinstance(names, list) and names and not any(_generates(str(name)) for name in names):
         why = "it has another head than that of a language model"
         raise ArtifactError(f"{path}: {names[0]} does not generate text", why, "use the causal language model")
-    if (method := _quantized_by(path.parent, raw)) not in (None, MODELOPT_METHOD):
-        why = "its weights are read as they are"
-        raise ArtifactError(f"{path}: weights quantized with {method!r} are not supported", why, "use the unquantized model")
-
-
-def _quantized_by(folder: Path, raw: dict[str, Any]) -> str | None:
-    """The tool or method that quantized the weights, by ``config.json`` or by the file that a tool left beside it."""
-    for key in ("quantization_config", "quantization", "compression_config"):
-        if raw.get(key):
-            # MLX writes ``quantization`` without a method.
-            unnamed = "MLX" if key == "quantization" else "unnamed"
-            return str(raw[key].get("quant_method", unnamed) if isinstance(raw[key], dict) else raw[key])
-    for name, tool in QUANTIZED_BY:
-        if (folder / name).is_file():
-            return str(decode(folder / name, dict[str, Any]).get("quant_method") or tool)
-    return None
 
 
 def _generates(architecture: str) -> bool:
@@ -98,17 +83,11 @@ def _generates(architecture: str) -> bool:
     return architecture.endswith(("ForCausalLM", "LMHeadModel")) or (architecture.endswith("Model") and "For" not in architecture)
 
 
-def read_quant(folder: Path) -> Quant:
-    """What ModelOpt says about the weights of a folder. Raises :class:`ArtifactError` for a file that is damaged."""
+def read_quantization(folder: Path) -> tuple[Scheme | None, Quant]:
+    """(how a tool quantized the weights, the formats that ModelOpt names for TensorRT-LLM). Raises :class:`ArtifactError` for a form that
+    is not read, and for a file that is damaged."""
     keys = decode(folder / "config.json", dict[str, Any])
-    if _quantized_by(folder, keys) == MODELOPT_METHOD:
-        found = keys.get("quantization_config")
-    elif (folder / MODELOPT).is_file():
-        found = decode(folder / MODELOPT, dict[str, Any]).get("quantization")
-    else:
-        found = None
-    algo = found.get("quant_algo") if isinstance(found, dict) else None
-    return Quant(quant_algo=algo) if isinstance(algo, str) and algo != "NO_QUANT" else Quant()
+    return read_scheme(folder, keys), Quant(quant_algo=modelopt_algorithm(folder, keys))
 
 
 def tokenizer_paths(folder: Path) -> dict[str, Path]:
@@ -164,20 +143,54 @@ def _stored_names(weights: WeightMap, wanted: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def stored_form(weights: WeightMap, scheme: Scheme | None, name: str) -> StoredForm | None:
+    """The form in which a tool stored the tensor that a plain folder calls ``name`` (``<layer>.weight``); None: it is plain. The files
+    decide: a quantized tensor has other parts than a weight, or a weight that is no plain number."""
+    layer = name.removesuffix(".weight")
+    form = scheme.form_of(layer) if scheme is not None and layer != name else None
+    if form is None or any(f"{layer}.{suffix}" in weights.names for suffix in form.suffixes if suffix != "weight"):
+        return form
+    packed = name in weights.names and weights.file_of(name).entries[name].dtype not in _PLAIN_NAMES
+    return form if packed else None
+
+
+def computed_quant(weights: WeightMap | None, scheme: Scheme, model: ModelSpec) -> Quant:
+    """The format in which engines compute with the linear layers that a tool stored by ``scheme``: the stored one where each layer's
+    values are the same in it, else plain. ``weights`` None: they are not there, and all layers count as quantized."""
+    stored = {name: place[0] for name, place in file_places(model).items() if quantized(name, whole_tensors(model)[name].shape)}
+    names = stored if weights is None else _stored_names(weights, [*stored.values(), EMBEDDING])
+    forms = {
+        scheme.form_of(place.removesuffix(".weight")) if weights is None else stored_form(weights, scheme, names[place])
+        for place in set(stored.values())
+    }
+    native = {None if form is None else form.native for form in forms}
+    name = native.pop() if len(native) == 1 else None
+    return PLAIN if name is None else quant_of(name)
+
+
 class HuggingFaceSource:
     """The safetensors files of a folder, each mapped, and checked against the model before the first read."""
 
-    def __init__(self, folder: Path, model: ModelSpec) -> None:
-        """Raises :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
-        self._weights = WeightMap(folder)
+    def __init__(self, folder: Path, model: ModelSpec, scheme: Scheme | None = None, quant: Quant = PLAIN) -> None:
+        """``scheme``: how a tool quantized the weights; ``quant``: how they read, as :func:`computed_quant` says. Raises
+        :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
+        self._folder, self._weights = folder, WeightMap(folder)
         self._places = file_places(model)
+        self._parts = whole_parts(model, quant, "fp32")
         wanted = file_shapes(model)
         self._names = _stored_names(self._weights, wanted)
+        forms = {name: stored_form(self._weights, scheme, stored) for name, stored in self._names.items()}
+        self._forms = {name: form for name, form in forms.items() if form is not None}
         # Many folders store a tied head a second time.
         known = {*self._names.values(), HEAD}
+        for name, form in self._forms.items():
+            known |= {f"{self._layer(name)}.{suffix}" for suffix in (*form.suffixes, "g_idx")}
         extra = sorted(name for name in self._weights.names - known if not name.endswith(UNREAD_NAMES))
         self._refuse_other_weights(folder, extra)
         for name, expected in wanted.items():
+            if name in self._forms:
+                self._check_form(name, *expected)
+                continue
             file = self._file(folder, name)
             shape = file.entries[self._names[name]].shape
             if shape != expected:
@@ -189,9 +202,57 @@ class HuggingFaceSource:
             )
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
+        if tensor.name in self._parts:
+            return self._read_part(*self._parts[tensor.name], span)
         held, first = self._places[tensor.name]
-        values, form = self._weights.file_of(self._names[held]).view(self._names[held])
-        return Block(cut(values[first : first + tensor.shape[0]], tensor, span), form)
+        rows, columns = _area(tensor, span, first)
+        if form := self._forms.get(held):
+            return Block(form.values(self._stored_parts(held), rows, columns), "fp32")
+        values, form_name = self._weights.file_of(self._names[held]).view(self._names[held])
+        return Block(cut(values[first : first + tensor.shape[0]], tensor, span), form_name)
+
+    def _read_part(self, whole: ModelTensor, part: Part, span: Span) -> Block:
+        """``span`` of a part of the quantized tensor ``whole``, which is stored in the very format of the part."""
+        held, first = self._places[whole.name]
+        form = self._forms[held]
+        assert isinstance(form, Scaled)
+        parts = self._stored_parts(held)
+        if part.suffix == "weight":
+            values, stored = parts("weight")
+            return Block(cut(values[first : first + whole.shape[0]], whole, span), stored)
+        return Block(form.row_scales(parts, Span(first + span.start, first + span.stop)), part.format)
+
+    def _stored_parts(self, held: str) -> Parts:
+        layer = self._layer(held)
+        return lambda suffix: self._weights.file_of(f"{layer}.{suffix}").view(f"{layer}.{suffix}")
+
+    def _layer(self, name: str) -> str:
+        return self._names[name].removesuffix(".weight")
+
+    def _check_form(self, name: str, out: int, inputs: int) -> None:
+        """Raises :class:`ArtifactError` for a part of a quantized tensor that is missing or misshapen."""
+        form, layer = self._forms[name], self._layer(name)
+        try:
+            shapes = form.shapes(out, inputs)
+        except ValueError as error:
+            why = f"{layer} has {out} outputs and {inputs} inputs: {error}"
+            raise ArtifactError(f"{self._folder}: {layer} does not fit its form ({form.words})", why, COPY_AGAIN) from error
+        for suffix, expected in shapes.items():
+            part = f"{layer}.{suffix}"
+            try:
+                entry = self._weights.file_of(part).entries[part]
+            except KeyError:
+                raise ArtifactError(f"{self._folder} lacks the tensor {part}", f"the form is {form.words}", COPY_AGAIN) from None
+            if entry.shape not in expected:
+                wanted = " or ".join(str(list(shape)) for shape in expected)
+                raise ArtifactError(f"{self._folder}: {part} has shape {list(entry.shape)}", f"the form means {wanted}", COPY_AGAIN)
+            if entry.dtype not in (kinds := form.kinds(suffix)):
+                raise ArtifactError(f"{self._folder}: {part} is {entry.dtype}", f"the form means {' or '.join(kinds)}", COPY_AGAIN)
+        if isinstance(form, Transposed) and f"{layer}.g_idx" in self._weights.names:
+            groups, _ = self._stored_parts(name)("g_idx")
+            if not np.array_equal(groups, np.arange(inputs) // (form.group or inputs)):
+                why = "its groups are scattered over the inputs, so that ranks cannot share them"
+                raise ArtifactError(f"{self._folder}: GPTQ weights with desc_act are not supported", why, "use the unquantized model")
 
     def release(self) -> None:
         self._weights.release()
@@ -222,17 +283,24 @@ class HuggingFaceSource:
         raise ArtifactError(f"{folder} lacks the tensor {name}", f"config.json means a model that has it; {named}", COPY_AGAIN)
 
 
-def stored_dtype(weights: WeightMap, quant: Quant) -> DType:
-    """Number format of most weights; of the embedding where ``quant`` quantizes the others. Raises :class:`ArtifactError` for quantized
-    ones."""
-    if quant.quant_algo is not None and EMBEDDING in weights.names:
-        return _plain(weights.file_of(EMBEDDING), EMBEDDING)
+def _area(tensor: ModelTensor, span: Span, first: int) -> tuple[Span, Span]:
+    """(rows, columns) of ``span`` of ``tensor``, whose rows begin at ``first`` in what the file holds."""
+    rows = span if tensor.axis == 0 else Span(0, tensor.shape[0])
+    columns = span if tensor.axis == 1 else Span(0, tensor.shape[-1])
+    return Span(first + rows.start, first + rows.stop), columns
+
+
+def stored_dtype(weights: WeightMap, *, is_quantized: bool) -> DType:
+    """Number format of most weights; of the embedding where others are quantized. Raises :class:`ArtifactError` for quantized ones."""
+    name = _stored_names(weights, [EMBEDDING])[EMBEDDING]
+    if is_quantized and name in weights.names:
+        return _plain(weights.file_of(name), name)
     return _plain(*weights.largest())
 
 
 def _plain(file: SafetensorsFile, name: str) -> DType:
     """Format of a tensor that is not quantized. Raises :class:`ArtifactError` for one that is."""
-    entry, plain = file.entries[name], {NAMES[dtype]: dtype for dtype in DTYPE_BYTES}
-    if entry.dtype not in plain:
-        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(plain)}", SUPPORTED_MODELS)
-    return plain[entry.dtype]
+    entry = file.entries[name]
+    if entry.dtype not in _PLAIN_NAMES:
+        raise ArtifactError(f"{file.path}: {name} is {entry.dtype}", f"weights can be read as {', '.join(_PLAIN_NAMES)}", SUPPORTED_MODELS)
+    return _PLAIN_NAMES[entry.dtype]

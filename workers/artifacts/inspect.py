@@ -12,6 +12,7 @@ import msgspec
 from workers.artifacts.artifact import Artifact, Kind, open_artifact, open_source
 from workers.artifacts.checkpoint import open_rank, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
+from workers.artifacts.hf_quantization import MODELOPT_METHOD
 from workers.layout.quant_parts import stored_tensors
 from workers.layout.sharding import parameters, trtllm_refusal
 from workers.protocol.errors import ConfigError
@@ -20,8 +21,8 @@ from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     """What a model file holds. ``parallel``: layout of a checkpoint, None for whole models. ``quant``: format of linear layers' weights;
-    ``dtype``: format of the others. ``rank_bytes``: bytes of each rank's weights in these formats, for the layout asked about (by default
-    the stored one, else one rank).
+    ``dtype``: format of the others; ``dequantized``: the form of another tool from which both are made while loading, else empty.
+    ``rank_bytes``: bytes of each rank's weights in these formats, for the layout asked about (by default the stored one, else one rank).
 
     ``runs``: whether ranks of that layout can load it as it is; ``reason``: why not, and what to do. ``trtllm``: why TensorRT-LLM would
     refuse the layout, empty when it would not. ``verified``: whether every file's hash was compared.
@@ -33,6 +34,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
     dtype: DType
     quant: Quant
+    dequantized: str
     parallel: Parallel | None
     rank_bytes: tuple[int, ...]
     eos_ids: tuple[int, ...]
@@ -63,6 +65,7 @@ def inspect_path(path: str | Path, parallel: Parallel | None = None, *, verify_f
         parameters=parameters(artifact.model),
         dtype=artifact.dtype,
         quant=artifact.quant,
+        dequantized=artifact.dequantized,
         parallel=artifact.parallel,
         rank_bytes=() if impossible else _rank_bytes(artifact, layout),
         eos_ids=artifact.eos_ids,
@@ -95,6 +98,8 @@ def _why_not_trtllm(artifact: Artifact, layout: Parallel) -> str:
         refuse_format(artifact.quant, for_trtllm=True)
     except ConfigError as error:
         return error.why
+    if artifact.scheme is not None and artifact.scheme.method != MODELOPT_METHOD:
+        return f"does not get weights of {artifact.scheme.method}"
     return ""
 
 

@@ -23,6 +23,7 @@ STORAGE: dict[Format, np.dtype[Any]] = {
     "int8": np.dtype("i1"),
     "uint8": np.dtype("u1"),
     "fp8": np.dtype("u1"),
+    "int32": np.dtype("<i4"),
 }
 #: Largest finite fp8 (e4m3).
 FP8_MAX = 448.0
@@ -71,3 +72,21 @@ def to_fp8(values: Array) -> Array:
     small = np.rint(np.abs(values) * np.float32(512)).astype(np.uint32)
     rounded: Array = np.where(magnitude < 0x3C800000, small, normal) | (bits >> 24 & np.uint32(0x80))
     return rounded.astype(np.uint8)
+
+
+def _fp8_values() -> Array:
+    """[256] fp32: the value of every e4m3; there are no infinities, and two NaNs."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, (bits & 7).astype(np.float32)
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    size[bits & 127 == 127] = np.nan
+    return np.where(bits & 128, -size, size).astype(np.float32)
+
+
+_FP8_VALUES = _fp8_values()
+
+
+def from_fp8(bits: Array) -> Array:
+    """The fp32 values of e4m3 ``bits``."""
+    found: Array = _FP8_VALUES[bits]
+    return found

@@ -28,7 +28,7 @@ COPY_AGAIN = "copy or download it again"
 SUPPORTED_MODELS = "use a plain llama, mistral, qwen2 or qwen3 model in fp32, bf16 or fp16"
 #: Largest header that the format allows, bytes.
 MAX_HEADER = 100_000_000
-NAMES: dict[Format, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "uint8": "U8", "fp8": "F8_E4M3"}
+NAMES: dict[Format, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "uint8": "U8", "fp8": "F8_E4M3", "int32": "I32"}
 FORMATS: dict[str, Format] = {name: form for form, name in NAMES.items()}
 
 

@@ -63,6 +63,11 @@ class WeightMap:
         _, name, file = max(sizes, key=lambda each: each[0])
         return file, name
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(file.size_of(name) for file in self._files for name in file.entries)
+
     def release(self) -> None:
         for file in self._files:
             file.release()

@@ -18,9 +18,10 @@ from workers.layout.sharding import ModelTensor, ShardPiece, ShardTensor, Span, 
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
-#: How one element lies in a file. ``uint8`` holds two 4-bit integers; ``fp8`` is e4m3 without infinities.
-Format = Literal["fp32", "bf16", "fp16", "int8", "uint8", "fp8"]
-FORMAT_BYTES: dict[Format, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "uint8": 1, "fp8": 1}
+#: How one element lies in a file. ``uint8`` holds two 4-bit integers; ``fp8`` is e4m3 without infinities; ``int32`` are words in which
+#: other tools pack smaller integers.
+Format = Literal["fp32", "bf16", "fp16", "int8", "uint8", "fp8", "int32"]
+FORMAT_BYTES: dict[Format, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "uint8": 1, "fp8": 1, "int32": 4}
 
 #: The FP8 matrix instructions take inner dimensions that are multiples of this.
 FP8_UNIT = 16

@@ -86,7 +86,9 @@ def _describe(request: GangRequest, cache: Path, progress: Progress) -> ModelDes
     if request.engine == "portable":
         refuse_foreign(model)
     quant = quant_for(model, request.settings.portable.quant)
-    return ModelDescription(shape=model.model, quant=quant, dtype=model.dtype)
+    return ModelDescription(
+        shape=model.model, quant=quant, dtype=model.dtype, dequantized=model.dequantized, stored_bytes=model.stored_bytes
+    )
 
 
 def prepare_models(models: Sequence[ModelConfig], hardware: ClusterHardware, cache: Path, progress: Progress) -> list[ServedModel]:

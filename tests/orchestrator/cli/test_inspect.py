@@ -46,11 +46,11 @@ def pointer_config(folder: Path) -> None:
 
 
 def modelopt(folder: Path) -> None:
-    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
 
 
-def awq(folder: Path) -> None:
-    (folder / "quant_config.json").write_text(json.dumps({"w_bit": 4, "version": "GEMM"}))
+def marlin(folder: Path) -> None:
+    (folder / "quant_config.json").write_text(json.dumps({"w_bit": 4, "version": "marlin"}))
 
 
 def missing_shard(folder: Path) -> None:
@@ -67,8 +67,8 @@ def missing_shard(folder: Path) -> None:
         (pointer, "is a Git LFS pointer"),
         (deep_config, "tokenizer_config.json does not make sense"),
         (pointer_config, "tokenizer_config.json is a Git LFS pointer"),
-        (modelopt, "quantized with FP8: only TensorRT-LLM reads these weights"),
-        (awq, "weights quantized with 'AWQ' are not supported"),
+        (modelopt, "quantized with NVFP4: only TensorRT-LLM reads these weights"),
+        (marlin, "awq weights with version 'marlin' are not supported"),
         (missing_shard, "model-00002-of-00002.safetensors is missing"),
     ],
 )

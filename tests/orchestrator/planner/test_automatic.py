@@ -23,6 +23,7 @@ from orchestrator.planner.automatic import (
 from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.planner import Subject, ranks_memory
 from tests.support.hardware import EIGHT_LARGE, GIB, NO_GPU, ONE_SMALL, decided, gpu, host
+from workers.layout.sharding import parameters
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.specs import DTYPE_BYTES, PLAIN, Parallel, quant_of
 
@@ -244,3 +245,9 @@ def test_the_fake_engine_runs_anywhere_and_needs_no_word() -> None:
     model = load({"models": [{"name": "f", "engine": "fake", "tp_size": 4}]}).config.models[0]
     (found,) = decided(model, EIGHT_LARGE)
     assert (found.engine.device, found.parallel, limits(found), found.chosen) == ("cpu", Parallel(tp=4), CPU_LIMITS, ())
+
+
+def test_weights_that_are_dequantized_are_named_with_their_price() -> None:
+    stored = described(SMALL, dequantized="awq (4 bits, groups of 128)", stored_bytes=parameters(SHAPES[SMALL]) // 2)
+    (found,) = decided(load({"models": [{"name": SMALL}]}).config.models[0], EIGHT_LARGE, stored)
+    assert "weights dequantized from awq (4 bits, groups of 128) to bf16 (4.0 times their size in the file)" in found.chosen

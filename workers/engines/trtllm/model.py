@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from workers.artifacts.artifact import Artifact, open_artifact
+from workers.artifacts.hf_quantization import MODELOPT_METHOD
 from workers.engines.trtllm.engine_dir import EngineDir, is_engine_dir, read_engine_dir
 from workers.protocol.errors import ArtifactError
 
@@ -19,4 +20,7 @@ def open_model(path: str | Path) -> EngineDir | Artifact:
     if artifact.kind == "gguf":
         hint = f"trireme convert {path}, then trireme build; or use --engine portable"
         raise ArtifactError(f"{path} is a GGUF file", "TensorRT-LLM does not read it", hint)
+    if artifact.scheme is not None and artifact.scheme.method != MODELOPT_METHOD:
+        why = f"its weights are quantized with {artifact.scheme.words}, TensorRT-LLM is given those of ModelOpt"
+        raise ArtifactError(f"{path} is not served by TensorRT-LLM", why, "use --engine portable, or the unquantized model")
     return artifact
