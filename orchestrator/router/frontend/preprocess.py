@@ -149,6 +149,7 @@ class Preprocessor:
             requests.append(
                 RouterRequest(
                     client=caller.client,
+                    tenant=request_context.caller(),
                     request_id=f"{caller.request_id}-{index}" if index else caller.request_id,
                     model=model.name,
                     prompt_ids=ids,

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orchestrator.auth.api_keys import Salting
 from orchestrator.config.router_spec import AdmissionSpec, ModelCard
+from orchestrator.router import request_context
 from orchestrator.router.frontend.preprocess import CallerContext, Preprocessor
 from orchestrator.router.frontend.sampling_defaults import SamplingDefaults, read_defaults
 from orchestrator.router.frontend.schema import read
@@ -102,6 +103,16 @@ def test_a_prompt_is_cut_to_what_leaves_room_for_the_answer(prepared: Prepared) 
 def test_an_echo_is_what_is_left_of_the_prompt(prepared: Prepared) -> None:
     body = read("completions", {"model": "bpe", "prompt": TEXT, "echo": True, "truncate_prompt_tokens": 3})
     assert prepared.loop.run(prepared.preprocessor.prepare(body, CALLER)).echoes == (" now no",)
+
+
+def test_a_request_is_its_callers(prepared: Prepared) -> None:
+    body = read("completions", {"model": "bpe", "prompt": TEXT})
+
+    async def prepare() -> str:
+        request_context.enter("q", "", "192.0.2.7")
+        return (await prepared.preprocessor.prepare(body, CALLER)).requests[0].tenant
+
+    assert prepared.loop.run(prepare()) == "192.0.2.7"
 
 
 def vllm_bad_words(tokenizer: PreTrainedTokenizerFast, words: list[str]) -> list[list[int]]:
