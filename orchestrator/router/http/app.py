@@ -146,9 +146,8 @@ class HttpApi:
             headers["retry-after"] = str(max(1, round(found.retry_after or 1.0)))
         if found.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if found.status in (401, 413, 415, 500):
-            # The rest of the body was not read, or the server closes after a fault: the client must not send another request here.
-            headers["connection"] = "close"
+        if not isinstance(error, TriremeError | HTTPException):
+            headers["connection"] = "close"  # the server ends the connection after a fault of its own
         body = self._dialect_of(http.scope["path"]).error_body(found)
         return Response(encode(body), found.status, headers, "application/json")
 

@@ -1,7 +1,12 @@
-"""uvicorn's httptools protocol with the bounds that it lacks: URL, header bytes and count, and deadlines for header and body.
+"""uvicorn's httptools protocol with what it lacks: bounds (URL, header bytes and count, deadlines for header and body), and the parts of
+HTTP that uvicorn leaves out.
 
 Owns the counters of one connection's current request. Where a bound is exceeded it answers in place of the application and closes the
 connection. It never reads a body; the application does, under its own limit.
+
+A wish for another protocol (``Upgrade``) is ignored (RFC 9110, 7.8). HTTP/1.0 gets no chunks and no 100 Continue (RFC 9112, 7.1;
+RFC 9110, 10.1.1). After an answer that came before the end of a request's body, a short rest of the body is read and the connection goes
+on; otherwise the connection ends so that the client still reads the answer (RFC 9112, 9.6).
 
     waiting (keep-alive) --first byte--> header (HEADER_DEADLINE_S) --headers complete--> body (BODY_DEADLINE_S) --complete--> answering
     header, body --a bound is exceeded--> refused: answer, end of sending, LINGER_S, closed
@@ -13,10 +18,13 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Iterable
 from typing import Any
 
+import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from workers.protocol.running_clock import LONGEST_TURN_S
 
@@ -30,15 +38,55 @@ BODY_DEADLINE_S = 30.0
 LINGER_S = 2.0
 #: Bytes that may wait in this process for the socket of a slow reader; then the stream is paused.
 WRITE_BUFFER = 16 << 10
+#: Largest body whose rest is read after an early answer; for a larger one, or one of unknown length, the connection ends.
+MAX_DISCARDED = 256 << 10
+VERSIONS = ("1.0", "1.1")
 #: Key in the state of an ASGI scope: a function that drops the connection together with its unsent bytes.
 ABORT = "trireme.abort"
 
-_REASONS = {400: "Bad Request", 408: "Request Timeout", 414: "URI Too Long", 431: "Request Header Fields Too Large"}
+_REASONS = {
+    400: "Bad Request", 408: "Request Timeout", 414: "URI Too Long", 431: "Request Header Fields Too Large", 501: "Not Implemented",
+    505: "HTTP Version Not Supported",
+}  # fmt: skip
 _TOO_MUCH = f"more than {MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them"
 
 
 class _BoundPassed(Exception):
     """Stops the parser inside a callback; httptools raises it again as its own error."""
+
+
+class _Answer:
+    """The answer to a request of HTTP/1.0, or to one whose body has not come whole when the application starts: ASGI ``send``."""
+
+    def __init__(self, protocol: BoundedProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol, self._cycle = protocol, cycle
+        self._unsized = self._early = False
+
+    async def send(self, message: Message) -> None:
+        cycle = self._cycle
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            if cycle.scope["http_version"] == "1.0" and not any(name.lower() == b"content-length" for name, _ in headers):
+                # The end of the connection is the end of the answer.
+                self._unsized, cycle.chunked_encoding = True, False
+            self._early = cycle.more_body and (cycle.waiting_for_100_continue or not _is_short(cycle.scope["headers"]))
+            if self._early:
+                message = {**message, "headers": [*headers, (b"connection", b"close")]}
+        else:
+            if self._unsized:
+                cycle.expected_content_length = len(message.get("body", b""))
+            if self._early and not message.get("more_body", False):
+                cycle.keep_alive = True  # uvicorn would close at once, and the client would lose the answer
+                await cycle.send(message)  # type: ignore[arg-type]
+                self._protocol.end_sending()
+                return
+        await cycle.send(message)  # type: ignore[arg-type]
+
+
+def _is_short(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether the body of a request with these headers is known to be so short that its rest may be read for nothing."""
+    declared = next((value for name, value in headers if name == b"content-length"), None)
+    return declared is not None and int(declared) <= MAX_DISCARDED
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -49,6 +97,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = self._header_bytes = 0
         self._in_head = True
         self._refused = False
+        #: The head of a request that asks for another protocol, without that wish; empty for other requests.
+        self._plain_head = b""
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -63,11 +113,29 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            if not self._refused:
+                self._answer(400, "the request is not valid HTTP/1.1")
         # The parser keeps an unfinished header, so the bytes that went into it are counted, not only the headers that came out.
         self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
         if self._head_bytes > MAX_URL + MAX_HEADER_BYTES and not self._refused:
             self._answer(431, _TOO_MUCH)
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. It stops after a head with ``Upgrade`` and would take the body for another protocol, so a new one gets the head
+        without it. Raises HttpParserError."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as stopped:
+                data = self._plain_head + data[stopped.args[0] :]
+                self._plain_head = b""
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -86,12 +154,32 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(431, _TOO_MUCH)
 
     def on_headers_complete(self) -> None:
+        version, method = self.parser.get_http_version(), self.parser.get_method()
+        if version not in VERSIONS:
+            self._refuse(505, f"HTTP/{version} is not spoken here; it is HTTP/1.1")
+        if method == b"CONNECT":
+            self._refuse(501, "this server is no proxy")
+        if self.parser.should_upgrade():
+            lines = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self._plain_head = b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version.encode()), *lines, b"", b""])
+            return
+        if version == "1.0":
+            self.expect_100_continue = False
         self.scope["state"][ABORT] = self.abort
         self._in_head = False
         self._expect(BODY_DEADLINE_S)
         super().on_headers_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+            special = cycle.more_body or scope["http_version"] == "1.0"
+            await app(scope, receive, _Answer(self, cycle).send if special else send)
+
+        super()._start_asgi_task(cycle, answered)  # type: ignore[arg-type]
+
     def on_message_complete(self) -> None:
+        if self._plain_head:
+            return
         self._expect(None)
         super().on_message_complete()
 
@@ -112,10 +200,6 @@ class BoundedProtocol(HttpToolsProtocol):
         with contextlib.suppress(OSError):
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
-
-    def send_400_response(self, msg: str) -> None:
-        if not self._refused:
-            self._answer(400, "the request is not valid HTTP/1.1")
 
     def _expect(self, seconds: float | None) -> None:
         if self._deadline is not None:
@@ -141,7 +225,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._refused = True
-        self._expect(None)
         self.pipeline.clear()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
@@ -158,6 +241,15 @@ class BoundedProtocol(HttpToolsProtocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        # Closing with unread bytes would reset the connection and lose the answer, so end only the sending side and read on for a while.
+        self.end_sending()
+
+    def end_sending(self) -> None:
+        """End the connection after what was written. Closing with unread bytes would reset it and lose the answer, so only the sending side
+        ends, and what the peer still sends is read for a while and ignored."""
+        self._refused = True
+        self._expect(None)
+        if not self.transport.can_write_eof():
+            self.transport.close()  # TLS: it reads on until the peer has ended too
+            return
         self.transport.write_eof()
         self._deadline = self.loop.call_later(LINGER_S, self.transport.close)
