@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from orchestrator.config import yaml_tree
+from orchestrator.config import bounds, yaml_tree
 from orchestrator.config.engine_settings import AUTO, Auto, DeviceSetting, EngineSettings, GangRequest
 from orchestrator.config.router_spec import AdmissionSpec, BackSpec, GenerationConfig, HttpConfig, JoinSpec, MetricsSpec, TracingSpec
 from workers.protocol.errors import ConfigError
@@ -136,18 +136,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "name one: models: [{name: smollm2-135m-instruct}]",
         )
         _check(
-            1 <= self.routers <= 64,
-            f"routers: {self.routers} are not possible",
-            "1 to 64 router processes share the port",
-            "routers: 1 is right for one machine",
-        )
-        _check(
-            0 <= self.http.port < 65536,
-            f"http.port: {self.http.port} is no port",
-            "ports are 1 to 65535",
-            "choose another; 0 = any free one",
-        )
-        _check(
             not self.http.exposed or bool(self.http.api_keys_file) or self.insecure_http_without_keys,
             f"http.host: {self.http.host} is not a loopback address",
             "without API keys, whoever reaches the port could use the models",
@@ -159,12 +147,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "they share one port, so it must be known",
             "name one, such as 8000",
         )
-        for name in ("heartbeat_s", "replica_timeout_s", "hang_floor_s", "start_timeout_s"):
+        ports = (
+            ("rpc", self.rpc.port if self.rpc.host else 0),
+            ("back", self.back.port if self.back.host else 0),
+            ("metrics", self.metrics.port),
+        )
+        for name, port in ports:
             _check(
-                getattr(self, name) > 0,
-                f"{name}: {getattr(self, name)} is not possible",
-                "it is a time in seconds above 0",
-                "leave it out for the default",
+                port + self.routers - 1 < 65536,
+                f"{name}.port: {port} is too high for {self.routers} routers",
+                f"router i listens on port + i, and the last would be {port + self.routers - 1}",
+                f"{65536 - self.routers} or less",
             )
         _check(
             self.replica_timeout_s > 2 * self.heartbeat_s,
@@ -336,6 +329,7 @@ def load(
         if name not in table:
             raise ConfigError(f"unknown flag --{name.replace('_', '-')}", "no setting has this name", _nearest(name, table))
         _put(tree, sources, table[name], given, f"flag --{name.replace('_', '-')}")
+    bounds.check(tree, lambda path: sources.get(path, origin))
     try:
         return Resolved(config=_config(msgspec.convert(tree, _FileConfig)), sources=sources)
     except msgspec.ValidationError as error:

@@ -80,8 +80,6 @@ class BackSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     advertise: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 < self.port < 65536:
-            raise ConfigError(f"back.port: {self.port} is no port", "ports are 1 to 65535", "choose another")
         if self.host in WILDCARDS and not self.advertise:
             raise ConfigError("back.advertise: is missing", f"nobody can connect to {self.host}", "name an address that replicas reach")
 
@@ -123,10 +121,6 @@ class MetricsSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host: str = "127.0.0.1"
     port: int = 0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"metrics.port: {self.port} is no port", "ports are 1 to 65535", "choose another; 0 = none")
-
 
 class TracingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Traces by OTLP over HTTP. ``endpoint``: a collector's URL, such as ``http://127.0.0.1:4318/v1/traces``; empty = none are made.
@@ -138,8 +132,6 @@ class TracingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
             raise ConfigError("tracing.endpoint: is no URL", self.endpoint, "such as http://127.0.0.1:4318/v1/traces")
-        if not 0.0 <= self.sample <= 1.0:
-            raise ConfigError(f"tracing.sample: {self.sample} is not possible", "it is a share", "0 to 1")
 
 
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -27,6 +27,16 @@ def read(path: Path) -> dict[str, Any]:
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+        def construct_number(self, node: yaml.ScalarNode) -> Any:
+            if ":" in node.value:
+                problem = f"YAML takes {node.value[:40]} for a number to the base 60"
+                raise yaml.constructor.ConstructorError(None, None, f"{problem}: write seconds, or quote it", node.start_mark)
+            whole = node.tag.endswith(":int")
+            return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+    for tag in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{tag}", Loader.construct_number)
+
     try:
         tree = yaml.load(path.read_bytes().decode(), Loader=Loader)  # noqa: S506 - derived from SafeLoader
     except OSError as error:

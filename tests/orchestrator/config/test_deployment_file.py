@@ -64,7 +64,7 @@ def test_unknown_keys_are_refused_with_the_nearest_name() -> None:
         ({"models": [MODEL | {"threads": "two"}]}, "models[0].threads"),
         ({"models": [MODEL | {"max_batch_size": 512, "max_num_tokens": 256}]}, "models[0]: max_num_tokens"),
         ({"models": [MODEL | {"max_num_tokens": "many"}]}, "models[0].max_num_tokens"),
-        ({"models": [MODEL | {"gpu_memory_utilization": 90}]}, "models[0]: gpu_memory_utilization"),
+        ({"models": [MODEL | {"gpu_memory_utilization": 90}]}, "models[0].gpu_memory_utilization"),
         ({"models": [MODEL], "http": {"host": "0.0.0.0"}}, "http.host"),
         ({"models": [MODEL], "http": {"port": True}}, "http.port"),
         ({"models": [MODEL], "http": {"port": 0}, "routers": 2}, "http.port"),
