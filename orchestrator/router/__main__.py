@@ -22,6 +22,7 @@ from orchestrator.auth.keyring import read_salt
 from orchestrator.config.router_spec import RouterSpec
 from orchestrator.files import read_private
 from orchestrator.router.frontend.text_models import load_texts
+from orchestrator.router.http.connections import raise_descriptor_limit
 from orchestrator.router.process import RouterProcess
 from orchestrator.router.request_context import RequestContextFilter
 from workers.logs import JsonLines, LogFormat
@@ -99,6 +100,7 @@ def set_up_logging(form: LogFormat) -> None:
 
 def run(spec: RouterSpec) -> None:
     """Run a router until a signal stops it. Raises every :class:`TriremeError` that keeps it from serving."""
+    raise_descriptor_limit()
     api_keys_file = spec.http.api_keys_file if spec.http is not None else ""
     process = RouterProcess(
         spec,

@@ -26,6 +26,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from orchestrator.router.http.connections import Connections
 from workers.protocol.running_clock import LONGEST_TURN_S
 
 MAX_URL = 8 << 10
@@ -45,8 +46,8 @@ VERSIONS = ("1.0", "1.1")
 ABORT = "trireme.abort"
 
 _REASONS = {
-    400: "Bad Request", 408: "Request Timeout", 414: "URI Too Long", 431: "Request Header Fields Too Large", 501: "Not Implemented",
-    505: "HTTP Version Not Supported",
+    400: "Bad Request", 408: "Request Timeout", 414: "URI Too Long", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    501: "Not Implemented", 505: "HTTP Version Not Supported",
 }  # fmt: skip
 _TOO_MUCH = f"more than {MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them"
 
@@ -92,8 +93,9 @@ def _is_short(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. Refusals are JSON as everywhere, then the connection closes."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._counted = connections
         self._head_bytes = self._header_bytes = 0
         self._in_head = True
         self._refused = False
@@ -105,9 +107,17 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
         self._expect(self.timeout_keep_alive)
+        if why := self._counted.enter(self._address):
+            self._answer(429, why, "rate_limit_error", "overloaded")
+            transport.close()  # at once, for what is short is descriptors
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client is not None else ""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
+        self._counted.leave(self._address)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -221,7 +231,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answer(status, message)
         raise _BoundPassed
 
-    def _answer(self, status: int, message: str) -> None:
+    def _answer(self, status: int, message: str, kind: str = "invalid_request_error", code: str = "invalid_request") -> None:
         if self.transport.is_closing():
             return
         self._refused = True
@@ -234,7 +244,7 @@ class BoundedProtocol(HttpToolsProtocol):
             # The application's own answer is discarded.
             cycle.disconnected, cycle.waiting_for_100_continue = True, False
             cycle.message_event.set()
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+        error = {"message": message, "type": kind, "param": None, "code": code}
         body = msgspec.json.encode({"error": error})
         head = (
             f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"

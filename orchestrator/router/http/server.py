@@ -11,11 +11,13 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from orchestrator.config.router_spec import HttpSpec
+from orchestrator.router.http.connections import Connections
 from orchestrator.router.http.protocol import BoundedProtocol
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
@@ -66,7 +68,7 @@ async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, g
     """Serve until ``stop`` is set; then accept nothing new, let requests finish for ``grace_s``, and cancel the rest."""
     config = uvicorn.Config(
         app,
-        http=BoundedProtocol,
+        http=partial(BoundedProtocol, Connections.of_this_process()),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
