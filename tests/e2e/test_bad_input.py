@@ -72,7 +72,7 @@ FILES: list[tuple[str, Any, tuple[str, str, str]]] = [
     ("unknown engine", {"models": [{"name": "m", "engine": "vllm"}]}, ("models[0].engine", "file ", "portable, fake, trtllm")),
     ("unknown launcher", {"models": [{"name": "m"}], "launcher": "ssh"}, ("launcher", "file ", "one of: auto, ray, local")),
     ("wrong type", {"models": [{"name": "m", "tp_size": "two"}]}, ("models[0].tp_size: ", "file ", "a number, or auto")),
-    ("no port", {"models": [{"name": "m"}], "http": {"port": 70000}}, ("http.port: 70000", "65535", "any free one")),
+    ("no port", {"models": [{"name": "m"}], "http": {"port": 70000}}, ("http.port: 70000", "file ", "0 to 65535")),
     ("broken YAML", "models: [\n", ("is not YAML", "line 2, column 1", "mend it")),
     ("a tab", "models:\n\t- name: m\n", ("is not YAML", "line 2, column 1", "tabs do not")),
     ("a key that is a list", "? [a]\n: b\n", ("is not YAML", "unhashable", "mend it")),

@@ -250,7 +250,7 @@ async def _fuzz_http(address: tuple[str, int], count: int) -> tuple[Counter[str]
             answer = await _send(address, request)
             found = _STATUS.match(answer)
             statuses[found[1].decode() if found else "none" if not answer else "junk"] += 1
-            if (found and found[1] >= b"500" and found[1] not in (b"501", b"503")) or (answer and not found):
+            if (found and found[1] >= b"500" and found[1] not in (b"501", b"503", b"505")) or (answer and not found):
                 wrong.append((request, answer[:300]))
 
     await asyncio.gather(*(worker() for _ in range(32)))

@@ -258,6 +258,8 @@ class BoundedProtocol(HttpToolsProtocol):
         ends, and what the peer still sends is read for a while and ignored."""
         self._refused = True
         self._expect(None)
+        if self.transport.is_closing():
+            return  # the client has gone before
         if not self.transport.can_write_eof():
             self.transport.close()  # TLS: it reads on until the peer has ended too
             return

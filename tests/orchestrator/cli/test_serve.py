@@ -112,7 +112,7 @@ def test_a_deployment_that_cannot_start_says_why(run_dir: str, tmp_path: Path) -
         (("--dtype", "fp16"), 3, "fp16 is not computed on a CPU"),
         (("--max-model-len", "100000"), 3, "max_seq_len: 100000 is more than the model's context"),
         (("--kv-tokens", "100"), 3, "kv_tokens: 100 cannot hold one request"),
-        (("--kv-tokens", "1000000000000"), 3, "no room for its cache"),
+        (("--kv-tokens", "2000000000"), 3, "no room for its cache"),
         (("--tokenizer", "/"), 3, "/ has no tokenizer"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 
@@ -158,6 +159,19 @@ def test_a_refusal_before_a_long_body_arrives_and_ends_the_connection(door: Serv
         assert (response.status, response.getheader("connection")) == (415 if more else 413, "close")
         assert json.loads(body)["error"]["message"]
         assert connection.recv(1) == b""
+
+
+def test_a_client_that_leaves_inside_its_body_makes_no_trace(door: ServedDoor, caplog: pytest.LogCaptureFixture) -> None:
+    """With a body whose rest would be read, and with one that ends the connection; by an end and by a reset."""
+    with caplog.at_level(logging.WARNING):
+        for length in (64, 400 << 10):
+            for linger in (b"\0" * 8, struct.pack("ii", 1, 0)):
+                with connect(door) as connection:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    connection.sendall(head(CHAT, length) + b" " * 32)
+                    assert httpx.get(f"{door.url}/health").status_code == 200  # the head has been read
+        assert httpx.get(f"{door.url}/health").status_code == 200
+    assert caplog.text == ""
 
 
 def test_no_input_makes_a_trace(door: ServedDoor, caplog: pytest.LogCaptureFixture) -> None:
