@@ -162,11 +162,12 @@ def _save(folder: Path, weights: dict[str, np.ndarray], files: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",), split: int = 0) -> Path:
+def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",), split: int = 0, **vectors: np.ndarray) -> Path:
     """Write a folder of :func:`tiny_model` as a GGUF file with the format's own package, q and k rows permuted as llama.cpp does.
 
     ``kinds``: tensor types dealt to the matrices in turn (rows must be whole blocks); vectors are F32. Of a type that the package cannot
-    write, the values are random ones instead of the folder's. ``split``: tensors a file; returns the first file then.
+    write, the values are random ones instead of the folder's. ``split``: tensors a file; returns the first file then. ``vectors``: more
+    tensors, by name without ``.weight``.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, TokenType
     from gguf.quants import quantize
@@ -210,6 +211,8 @@ def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",), spl
         except NotImplementedError:
             stored = random_blocks(kind.name, *values.shape, spread=1 / np.sqrt(values.shape[1]), seed=matrices)
         writer.add_tensor(_gguf_name(name), stored, raw_dtype=kind)
+    for name, values in vectors.items():
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

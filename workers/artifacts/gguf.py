@@ -27,7 +27,15 @@ from workers.artifacts.source import Block
 from workers.layout.sharding import ModelTensor, Span, gguf_names, whole_tensors
 from workers.models.registry import gguf_families
 from workers.protocol.errors import ArtifactError, ConfigError
-from workers.protocol.specs import LinearScaling, ModelSpec, RopeScaling, uniform_decoder
+from workers.protocol.specs import (
+    DivisorScaling,
+    LinearScaling,
+    LongRopeScaling,
+    ModelSpec,
+    RopeScaling,
+    YarnScaling,
+    uniform_decoder,
+)
 
 MAGIC = b"GGUF"
 #: Values that are dequantized at a time: their temporaries stay in a core's second-level cache.
@@ -37,6 +45,8 @@ SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+#: Tensors that are rotary parameters, not weights: the divisor of each frequency, and LongRoPE's for short and long contexts.
+ROPE_DIVISORS, LONG_ROPE = "rope_freqs.weight", ("rope_factors_short.weight", "rope_factors_long.weight")
 
 
 class Info(NamedTuple):
@@ -92,6 +102,11 @@ class GgufFile:
         blocks = info.shape[-1] // info.format.values
         rows = math.prod(info.shape[:-1])
         return self._parts[info.part].view(info).reshape(rows, blocks, info.format.bytes)
+
+    def vector(self, name: str) -> tuple[float, ...]:
+        """The values of a tensor of one row. Raises KeyError where there is none."""
+        info = self.tensors[name]
+        return tuple(info.format.decode(self.block_bytes(info).reshape(-1, info.format.bytes)).reshape(-1).tolist())
 
     def release(self) -> None:
         for part in self._parts:
@@ -255,7 +270,7 @@ def read_model(file: GgufFile) -> ModelSpec:
             "max_position": keys.number("context_length"),
             "rms_norm_eps": _short(keys.number("attention.layer_norm_rms_epsilon")),
             "rope_theta": _short(keys.number("rope.freq_base", 10000.0)),
-            "rope_scaling": _scaling(keys),
+            "rope_scaling": _scaling(keys, file),
             "tied_embeddings": "output.weight" not in file.tensors,
             "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
             "qk_norm": "head" if "blk.0.attn_q_norm.weight" in file.tensors else None,
@@ -285,8 +300,6 @@ def _refuse(path: Path, file: GgufFile) -> None:
         )
     if data.get(f"{family}.attention.causal", True) is False:
         raise ArtifactError(f"{path} is a model that makes embeddings", "its attention is not causal", "give one that generates text")
-    if "rope_freqs.weight" in file.tensors:
-        raise ArtifactError(f"{path} carries its own rotary frequencies", "Llama 3.1 scaling is not in the metadata", "use the safetensors")
 
 
 class _Keys(NamedTuple):
@@ -312,15 +325,31 @@ class _Keys(NamedTuple):
         return value
 
 
-def _scaling(keys: _Keys) -> RopeScaling | None:
-    """llama.cpp's rule: the type is linear where none is named; an old file names its factor ``scale_linear``; 0 and 1 scale nothing."""
+def _scaling(keys: _Keys, file: GgufFile) -> RopeScaling | None:
+    """llama.cpp's rule: divisors in a tensor hold whatever the keys say; the type is linear where none is named; an old file names its
+    factor ``scale_linear``; 0 and 1 scale nothing."""
     kind = keys.data.get(f"{keys.family}.rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise ArtifactError(f"{keys.path}: rope scaling {kind!r} is not supported", "known: none, linear", SUPPORTED_MODELS)
     factor = _short(keys.number("rope.scaling.factor", keys.data.get(f"{keys.family}.rope.scale_linear", 0.0)))
+    attention = _short(keys.number("rope.scaling.attn_factor", 1.0))
+    original = keys.number("rope.scaling.original_context_length", keys.number("context_length"))
+    if ROPE_DIVISORS in file.tensors:
+        return DivisorScaling(divisors=file.vector(ROPE_DIVISORS))
+    if kind == "longrope":
+        short, long = (file.vector(name) for name in LONG_ROPE)
+        return LongRopeScaling(short=short, long=long, attention_factor=attention, original_max_position=original)
+    if kind not in ("none", "linear", "yarn"):
+        raise ArtifactError(f"{keys.path}: rope scaling {kind!r} is not supported", "known: none, linear, yarn, longrope", SUPPORTED_MODELS)
     if kind == "none" or factor in (0.0, 1.0):
         return None
-    return LinearScaling(factor=factor)
+    if kind == "linear":
+        return LinearScaling(factor=factor)
+    return YarnScaling(
+        factor=factor,
+        attention_factor=attention * (1.0 + 0.1 * math.log(factor)),
+        original_max_position=original,
+        beta_fast=_short(keys.number("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=_short(keys.number("rope.scaling.yarn_beta_slow", 1.0)),
+    )
 
 
 class GgufSource:
@@ -340,7 +369,7 @@ class GgufSource:
                 raise ArtifactError(
                     f"{file.path}: {name} has shape {list(file.tensors[name].shape)}", f"expected {list(tensor.shape)}", COPY_AGAIN
                 )
-        if extra := [name for name in file.tensors if name not in wanted]:
+        if extra := [name for name in file.tensors if name not in wanted and name not in (ROPE_DIVISORS, *LONG_ROPE)]:
             raise ArtifactError(
                 f"{file.path} holds a tensor that the model does not have: {extra[0]}", f"{len(extra)} such tensors", SUPPORTED_MODELS
             )

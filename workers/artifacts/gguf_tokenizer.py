@@ -1,6 +1,7 @@
 """The tokenizer inside a GGUF file as a tokenizer folder: ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json``.
 
-Owns the mapping from GGUF's names of pre-tokenizers to rules. Only byte-level BPE (``gpt2``) is supported; other kinds are refused by name.
+Owns the mapping from GGUF's names of pre-tokenizers to rules. Byte-level BPE (``gpt2``) and SentencePiece's BPE (``llama``) are supported;
+other kinds are refused by name.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from workers.artifacts.safetensors_file import COPY_AGAIN
+from workers.artifacts.sentencepiece_bpe import sentencepiece_tokenizer
 from workers.protocol.errors import ArtifactError
 
 #: ``tokenizer.ggml.token_type`` values.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+#: What a SentencePiece file means whose keys say nothing: the ids of its special tokens, as llama.cpp takes them.
+_SENTENCEPIECE = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 #: Tokens that end a turn or a text, whatever the metadata says about them. A file that does not mark one as a control token is mistaken.
 END_TOKENS = (
     "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>",
@@ -66,6 +70,7 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     pre: str | None = None
     tokens: list[str] = []
     token_type: list[int] = []
+    scores: list[float] = []
     merges: list[str] = []
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -75,6 +80,7 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     padding_token_id: int | None = None
     add_bos_token: bool | None = None
     add_eos_token: bool = False
+    add_space_prefix: bool = True
     chat_templates: dict[str, str] = {}
 
     def named(self, kind: str) -> str | None:
@@ -97,6 +103,8 @@ def read_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
         for key, value in metadata.items()
         if key == template or key.startswith(template + ".")
     }
+    if words.get("model") == "llama":
+        words = _SENTENCEPIECE | words
     try:
         found = msgspec.convert(words, Vocabulary)
     except msgspec.ValidationError as error:
@@ -118,22 +126,20 @@ def end_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
 
 
 def tokenizer_files(path: Path, vocabulary: Vocabulary) -> dict[str, bytes]:
-    """The folder's files by name. ``path`` is for messages. Raises :class:`ArtifactError` for a tokenizer that is not byte-level BPE."""
-    rules = _rules(path, vocabulary)
+    """The folder's files by name. ``path`` is for messages. Raises :class:`ArtifactError` for a tokenizer that is no BPE."""
     ids = {token or f"[EMPTY_{id}]": id for id, token in enumerate(vocabulary.tokens)}
     if len(ids) < len(vocabulary.tokens):
         why = f"{len(vocabulary.tokens)} tokens have {len(ids)} different texts"
         raise ArtifactError(f"{path}: the tokenizer has a token twice", why, COPY_AGAIN)
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=_merges(path, vocabulary, ids), ignore_merges=rules.ignore_merges))
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rules.patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    if vocabulary.pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
+    if vocabulary.model == "llama":
+        tokenizer, adds_bos = _sentencepiece(path, vocabulary, ids), True
+    else:
+        rules = _rules(path, vocabulary)
+        tokenizer, adds_bos = _byte_level(path, vocabulary, ids, rules), rules.add_bos
     for token, kind in vocabulary.typed():
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=kind != USER_DEFINED, normalized=False)])
-    before, after = _added(path, vocabulary, rules)
+    before, after = _added(path, vocabulary, adds_bos=adds_bos)
     if before or after:
         around = [(token, ids[token]) for token in dict.fromkeys(before + after)]
         tokenizer.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=around)
@@ -144,17 +150,43 @@ def tokenizer_files(path: Path, vocabulary: Vocabulary) -> dict[str, bytes]:
     }
 
 
+def _byte_level(path: Path, vocabulary: Vocabulary, ids: dict[str, int], rules: PreTokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=_merges(path, vocabulary, ids), ignore_merges=rules.ignore_merges))
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rules.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    if vocabulary.pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _sentencepiece(path: Path, vocabulary: Vocabulary, ids: dict[str, int]) -> Tokenizer:
+    """As llama.cpp reads it: a blank is put before every text, behind a special token too."""
+    if len(vocabulary.scores) < len(vocabulary.tokens):
+        why = (
+            f"{len(vocabulary.scores)} scores for {len(vocabulary.tokens)} tokens: without them nothing says which pieces are joined first"
+        )
+        raise ArtifactError(f"{path}: the tokenizer does not make sense", why, COPY_AGAIN)
+    scores = {
+        token: score
+        for (token, kind), score in zip(vocabulary.typed(), vocabulary.scores, strict=False)
+        if kind in (NORMAL, USER_DEFINED) and token
+    }
+    return sentencepiece_tokenizer(ids, scores, unknown=vocabulary.named("unknown"), prefix=vocabulary.add_space_prefix)
+
+
 def _rules(path: Path, vocabulary: Vocabulary) -> PreTokenizer:
     if vocabulary.model != "gpt2":
         kinds = {
-            "llama": "SentencePiece",
             "t5": "SentencePiece (Unigram)",
             "bert": "WordPiece",
             "no_vocab": "no tokenizer",
             "": "no tokenizer",
         }
         what = f"tokenizer {vocabulary.model!r} ({kinds.get(vocabulary.model, 'another kind')})"
-        raise ArtifactError(f"{path}: {what} is not supported", "only byte-level BPE (gpt2) is", "use the safetensors model")
+        raise ArtifactError(
+            f"{path}: {what} is not supported", "known: gpt2 (byte-level BPE), llama (SentencePiece BPE)", "use the safetensors model"
+        )
     if not vocabulary.pre:
         why = "without it the text cannot be cut as the model learned it"
         hint = "convert the model again with a llama.cpp of May 2024 or later, or use the safetensors model"
@@ -174,9 +206,9 @@ def _merges(path: Path, vocabulary: Vocabulary, ids: dict[str, int]) -> list[tup
     return merges
 
 
-def _added(path: Path, vocabulary: Vocabulary, rules: PreTokenizer) -> tuple[list[str], list[str]]:
-    """The tokens that are put before and after a prompt."""
-    add_bos = rules.add_bos if vocabulary.add_bos_token is None else vocabulary.add_bos_token
+def _added(path: Path, vocabulary: Vocabulary, *, adds_bos: bool) -> tuple[list[str], list[str]]:
+    """The tokens that are put before and after a prompt. ``adds_bos``: what holds where the file does not say it."""
+    add_bos = adds_bos if vocabulary.add_bos_token is None else vocabulary.add_bos_token
     found = []
     for kind, wanted in (("bos", add_bos), ("eos", vocabulary.add_eos_token)):
         token = vocabulary.named(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from workers.layout.sharding import whole_tensors
 from workers.models.families import llama, mistral, qwen2, qwen3
 from workers.models.families.family import Family
-from workers.protocol.specs import LongRopeScaling, ModelSpec, YarnScaling
+from workers.protocol.specs import DivisorScaling, LongRopeScaling, ModelSpec, YarnScaling
 
 #: By ``model_type``.
 FAMILIES: dict[str, Family] = {
@@ -34,8 +34,8 @@ def trtllm_gap(model: ModelSpec) -> str:
     kinds = [kind.attention for kind in model.kinds]
     if model.architecture not in trtllm_families():
         return f"the format does not name the family {model.architecture!r}"
-    if any(isinstance(rope.scaling, YarnScaling | LongRopeScaling) for rope in model.ropes):
-        return "the format's keys for a YaRN or LongRoPE scaling are not written here"
+    if any(isinstance(rope.scaling, YarnScaling | LongRopeScaling | DivisorScaling) for rope in model.ropes):
+        return "the format's keys for a scaling by YaRN, LongRoPE or stored divisors are not written here"
     if len(model.kinds) > 1 or any(kind.out_bias or kind.scale is not None for kind in kinds) or model.kinds[0].mlp.bias:
         return "it has biases or scales for which this architecture has no key in the format"
     if model.architecture == "llama" and kinds[0].qkv_bias:

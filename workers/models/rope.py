@@ -1,6 +1,6 @@
 """Rotary embedding: the angle by which each pair of components is rotated at every position.
 
-Owns the frequency rules (plain, linear, llama3, yarn, longrope). Must never depend on a request.
+Owns the frequency rules (plain, linear, llama3, yarn, longrope, divisors). Must never depend on a request.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from workers.protocol.specs import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
+from workers.protocol.specs import DivisorScaling, LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 
 
 def inverse_frequencies(rope: RopeSpec, positions: int) -> Tensor:
@@ -36,6 +36,8 @@ def inverse_frequencies(rope: RopeSpec, positions: int) -> Tensor:
         case LongRopeScaling():
             factors = scaling.long if positions > scaling.original_max_position else scaling.short
             return frequencies / torch.tensor(factors)
+        case DivisorScaling():
+            return frequencies / torch.tensor(scaling.divisors)
 
 
 def _yarn(rope: RopeSpec, scaling: YarnScaling, frequencies: Tensor) -> Tensor:

@@ -98,8 +98,17 @@ class LongRopeScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         _require(self.original_max_position > 0, "rope scaling needs a positive original_max_position_embeddings")
 
 
+class DivisorScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="divisors"):
+    """Each frequency is divided by its own of ``divisors``: how llama.cpp's files store Llama 3.1's rule, worked out."""
+
+    divisors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require(all(0.0 < each < math.inf for each in self.divisors), "a rope divisor is not a positive number")
+
+
 #: How rotary frequencies are stretched over a longer context. Decoded by ``kind``.
-RopeScaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+RopeScaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | DivisorScaling
 
 
 def _require_factor(factor: float) -> None:
@@ -116,10 +125,13 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         _require(self.dim > 0 and self.dim % 2 == 0, f"{self.dim} rotated components are no pairs", "rotary embedding turns pairs")
         _require(0 < self.theta < math.inf, f"rope_theta must be a positive number, got {self.theta}")
+        named: tuple[tuple[str, tuple[float, ...]], ...] = ()
         if isinstance(self.scaling, LongRopeScaling):
-            wanted = self.dim // 2
-            for name, factors in (("short_factor", self.scaling.short), ("long_factor", self.scaling.long)):
-                _require(len(factors) == wanted, f"longrope {name} has {len(factors)} values, not {wanted}", "one for each pair")
+            named = (("longrope short_factor", self.scaling.short), ("longrope long_factor", self.scaling.long))
+        elif isinstance(self.scaling, DivisorScaling):
+            named = (("rope divisors", self.scaling.divisors),)
+        for name, factors in named:
+            _require(len(factors) == self.dim // 2, f"{name}: {len(factors)} values, not {self.dim // 2}", "one for each pair")
 
 
 class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

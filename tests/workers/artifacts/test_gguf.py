@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -21,8 +23,9 @@ from workers.artifacts.artifact import open_artifact, open_source
 from workers.artifacts.gguf import GgufFile, GgufSource, read_model
 from workers.artifacts.gguf_tokenizer import end_ids, read_vocabulary, tokenizer_files
 from workers.layout.sharding import Span, gguf_names, whole_tensors
+from workers.models.rope import inverse_frequencies
 from workers.protocol.errors import ArtifactError
-from workers.protocol.specs import LinearScaling
+from workers.protocol.specs import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 
 gguf = pytest.importorskip("gguf")
 
@@ -129,7 +132,7 @@ def test_tokenizer_files(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, r"tokenizer 'llama' \(SentencePiece\)"),
+        ({"tokenizer.ggml.model": "t5"}, r"tokenizer 't5' \(SentencePiece \(Unigram\)\)"),
         ({"tokenizer.ggml.model": "bert"}, r"tokenizer 'bert' \(WordPiece\)"),
         ({"tokenizer.ggml.pre": "gpt-4o"}, "pre-tokenizer 'gpt-4o' is not supported"),
         ({"tokenizer.ggml.pre": None}, r"does not name its pre-tokenizer \(tokenizer\.ggml\.pre\)"),
@@ -289,7 +292,7 @@ def test_rope_scaling_is_what_llama_cpp_makes_of_the_keys(keys: dict[str, object
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"llama.rope.scaling.type": "su"}, "rope scaling 'su'"),
         ({"llama.rope.dimension_count": 8}, "partial rotary embedding"),
         ({"llama.attention.value_length": 8}, "values of another length"),
         ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv differs from layer to layer"),
@@ -304,6 +307,42 @@ def test_models_that_are_not_computed_are_refused_by_name(change: dict[str, obje
     file.metadata = changed(path, change)
     with pytest.raises(ArtifactError, match=message):
         read_model(file)
+
+
+def test_rotary_divisors_are_llama_3s_rule_worked_out(folder: Path, tmp_path: Path) -> None:
+    """The loop by which llama.cpp's converter writes ``rope_freqs.weight``."""
+    low, high, factor, original = 1.0, 4.0, 8.0, 64
+    divisors = []
+    for frequency in 1.0 / 10000.0 ** (np.arange(0, 16, 2) / 16):
+        wavelength = 2 * np.pi / frequency
+        smooth = (original / wavelength - low) / (high - low)
+        kept, divided = wavelength < original / high, wavelength > original / low
+        divisors.append(1.0 if kept else factor if divided else 1 / ((1 - smooth) / factor + smooth))
+    file = GgufFile(tiny_gguf(folder, tmp_path / "own.gguf", rope_freqs=np.array(divisors)))
+    (rope,) = read_model(file).ropes
+    rule = RopeSpec(
+        dim=16, scaling=Llama3Scaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position=original)
+    )
+    torch.testing.assert_close(inverse_frequencies(rope, 512), inverse_frequencies(rule, 512), rtol=1e-6, atol=0)
+    GgufSource(file, read_model(file))
+
+
+def test_yarn_is_what_llama_cpp_computes(path: Path) -> None:
+    """ggml's rope_yarn: cosines and sines times attn_factor * (1 + 0.1 ln factor)."""
+    file = GgufFile(path)
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 128, "attn_factor": 0.5, "yarn_beta_fast": 16.0}
+    file.metadata |= {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    expected = YarnScaling(factor=4.0, attention_factor=0.5 * (1 + 0.1 * math.log(4.0)), original_max_position=128, beta_fast=16.0)
+    assert read_model(file).ropes[0].scaling == expected
+
+
+def test_longrope_divisors_lie_in_two_tensors(folder: Path, tmp_path: Path) -> None:
+    short, long = np.arange(1.0, 9.0), np.arange(2.0, 10.0)
+    file = GgufFile(tiny_gguf(folder, tmp_path / "long.gguf", rope_factors_short=short, rope_factors_long=long))
+    file.metadata |= {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.original_context_length": 64}
+    file.metadata["llama.rope.scaling.attn_factor"] = 1.25
+    expected = LongRopeScaling(short=tuple(short), long=tuple(long), attention_factor=1.25, original_max_position=64)
+    assert read_model(file).ropes[0].scaling == expected
 
 
 def test_values_may_be_stored_once_a_layer(path: Path) -> None:
