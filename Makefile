@@ -46,13 +46,13 @@ help: ## this list
 setup: $(DEVELOPED) ## .venv with everything that checks and tests need, and the default model
 	@$(BIN)/trireme --quiet pull
 
-check: $(DEVELOPED) ## format, lint, types, unused code, layers
+check: $(DEVELOPED) ## format, lint, types, unused code, layers, words
 	@$(BIN)/ruff format --check --quiet . || { echo 'hint: $(BIN)/ruff format .' >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/vulture
-	@$(BIN)/python -m pytest -q tests/test_layers.py
-	@echo 'format, lint, types, unused code, layers: all good'
+	@$(BIN)/python -m pytest -q tests/test_layers.py tests/test_words.py
+	@echo 'format, lint, types, unused code, layers, words: all good'
 
 # Clusters alone: Ray gives a node 30 s to start, which one beside other tests on two cores may not keep. Real processes meet real clocks here:
 # what fails beside other tests is named, run once more alone, where it has to pass, and counted at the end.

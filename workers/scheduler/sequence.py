@@ -402,7 +402,8 @@ def append_tokens(histories: list[list[int]], tokens: list[int]) -> None:
 
 @lru_cache(256)
 def _shared(special_tokens: frozenset[int]) -> frozenset[int]:
-    """One object for all equal sets: a step looks into that of every sequence, mostly in vain, and each would have to come from memory."""
+    """One object for all equal sets: a step searches the set of every sequence, and separate objects would each be read from main
+    memory."""
     return special_tokens
 
 

@@ -137,10 +137,10 @@ class Replica:
             capacity.engine, capacity.tp, capacity.pp, capacity.dtype, capacity.quant.quant_algo, capacity.max_batch_size,
             capacity.max_num_tokens,
         )  # fmt: skip
-        #: Usual length of a step of late, ms; 0 before the first step was reported.
+        #: Usual length of a recent step, ms; 0 before the first step was reported.
         self.step_ms = 0.0
         self._step_samples: deque[float] = deque(maxlen=STEP_SAMPLES)
-        #: When requests ended here by logits that are not finite, or it was found out in something that cannot be true.
+        #: When requests ended here by logits that are not finite, or when the replica sent an invalid message.
         self.faults: deque[float] = deque(maxlen=FAULT_LIMIT)
         #: Why it runs only what no other replica can; empty = it is trusted.
         self.quarantined = ""

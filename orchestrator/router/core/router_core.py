@@ -301,7 +301,7 @@ class RouterCore:
             self._table.requeue(choice, cause, now, cancel=True)
 
     def _check_progress(self, now: float) -> None:
-        """Question the replicas of choices that do not get on, and take the choices away from those that were questioned in vain."""
+        """Send Attach to the replicas of choices without progress; move a choice if its replica was asked before and made no progress."""
         if now < self._progress_due:
             return
         self._progress_due = now + PROGRESS_S
