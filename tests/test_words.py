@@ -74,7 +74,7 @@ def files() -> list[Path]:
 
 
 def test_sentences_say_it_plainly() -> None:
-    found = []
+    found: list[str] = []
     for path in files():
         name = path.relative_to(ROOT).as_posix()
         found += complaints(path.read_text(), name, strings=name.startswith(SPOKEN))
