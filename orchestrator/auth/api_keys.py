@@ -21,11 +21,14 @@ _ID_BYTES, _SECRET_BYTES, _SALT_BYTES = 6, 32, 16
 
 class Tenant(msgspec.Struct, frozen=True):
     """Whose request it is. ``models``: names or aliases that it may use and see; None = all. ``watches``: it may ask for the state of the
-    whole deployment although it is bound to models; who is not may always."""
+    whole deployment although it is bound to models; who is not may always. ``weight``: its share of the service beside those that weigh 1.
+    ``most_urgent``: the smallest priority that its requests may have; smaller ones count as it."""
 
     name: str = ""
     models: tuple[str, ...] | None = None
     watches: bool = False
+    weight: float = 1.0
+    most_urgent: int = 0
 
     @property
     def sees_all(self) -> bool:
@@ -38,7 +41,7 @@ class Tenant(msgspec.Struct, frozen=True):
 
 
 #: Where there are no keys, everyone is one tenant that may use all.
-EVERYONE = Tenant()
+EVERYONE = Tenant(most_urgent=-9)
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

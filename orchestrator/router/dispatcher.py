@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 
 from orchestrator.router import request_context
@@ -36,7 +38,7 @@ from orchestrator.router.core.events import (
     Tick,
 )
 from orchestrator.router.core.history import RequestStory
-from orchestrator.router.core.recorder import DumpPart, EventRecorder
+from orchestrator.router.core.recorder import DumpPart, EventRecorder, user_digest
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.core.session_table import session_key
@@ -85,7 +87,7 @@ class RouterDispatcher:
 
     def __init__(self, core: RouterCore, *, name: str, send: SendToReplica, clock: Callable[[], float]) -> None:
         self._core, self._name, self._send, self._clock = core, name, send, clock
-        self._recorder = EventRecorder(core, id_of=attrgetter("id"))
+        self._recorder = EventRecorder(core, id_of=attrgetter("id"), digest=partial(user_digest, key=secrets.token_bytes(16)))
         self._actions: list[Action] = []
         #: Credit by request: it reaches the core once a turn of the loop, so that a replica gets one message.
         self._credit: dict[int, int] = {}

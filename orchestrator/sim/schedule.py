@@ -18,7 +18,8 @@ LIES: tuple[LieKind, ...] = ("swallow", "no_end", "ids", "more", "few")
 
 
 class SimSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """``sequences``, ``blocks``, ``tokens``, ``stages``: a replica's limits. ``repeats``: how often a message comes twice, as a share."""
+    """``sequences``, ``blocks``, ``tokens``, ``stages``: a replica's limits. ``repeats``: how often a message comes twice, as a share.
+    ``max_queue``: choices that wait at a router at most."""
 
     routers: int
     replicas: int
@@ -29,6 +30,7 @@ class SimSetup(msgspec.Struct, frozen=True, kw_only=True):
     step_ms: float
     repeats: float
     noise: int
+    max_queue: int = 4
 
 
 class Arrive(msgspec.Struct, frozen=True, kw_only=True, tag="arrive"):
@@ -50,6 +52,8 @@ class Arrive(msgspec.Struct, frozen=True, kw_only=True, tag="arrive"):
     credit: int = 0
     pace_s: float = 0.0
     deadline_s: float | None = None
+    tenant: str = ""
+    priority: int = 0
 
 
 class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
@@ -209,7 +213,18 @@ def draw(seed: int) -> Schedule:
         events.append(LoseTokens(at=_time(chance), gang=chance.randrange(setup.replicas), router=chance.randrange(setup.routers)))
     for _ in range(chance.choice((0, 0, 1, 2))):
         events.append(Lie(at=_time(chance), gang=chance.randrange(setup.replicas), kind=chance.choice(LIES)))
-    return Schedule(setup=setup, events=sorted(events, key=lambda event: event.at))
+    return Schedule(setup=setup, events=sorted(_with_tenants(seed, events), key=lambda event: event.at))
+
+
+def _with_tenants(seed: int, events: list[Event]) -> list[Event]:
+    """The requests dealt to three tenants, some with a priority. A chance of its own keeps the rest of every seed's schedule as it was."""
+    chance = Random(seed)
+    return [
+        msgspec.structs.replace(event, tenant=chance.choice("abc"), priority=chance.choice((0, 0, 0, -1, 2)))
+        if isinstance(event, Arrive)
+        else event
+        for event in events
+    ]
 
 
 def _time(chance: Random) -> float:

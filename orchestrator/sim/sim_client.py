@@ -46,6 +46,9 @@ class SimClient:
         #: Choices that the client ended itself.
         self._left: set[int] = set()
         self.outcome = ""
+        #: When its first token came and when it ended, seconds.
+        self.first_at: float | None = None
+        self.ended_at = 0.0
         self._forget()
 
     @property
@@ -78,6 +81,7 @@ class SimClient:
             client="c", request_id=f"q{self.asked.id}.{self._life}", model="m", prompt_ids=self.asked.prompt, params=self._params,
             n=self.asked.n, credit=self.asked.credit or UNLIMITED,
             deadline_s=None if self._due is None else self._due - self._timeline.now,
+            tenant=self.asked.tenant, priority=self.asked.priority,
             emitted=[list(tokens) for tokens in self._journal] if continues else [], client_attempt=self._attempt,
         )  # fmt: skip
         try:
@@ -146,6 +150,8 @@ class SimClient:
         got = self._journal[choice]
         assert first == len(got), f"{name}: token {first} after {len(got)}"
         got += tokens
+        if self.first_at is None:
+            self.first_at = self._timeline.now
         assert got == self._expected[choice][: len(got)], f"{name}: wrong tokens"
         assert len(got) - self._base[choice] <= call.granted, f"{name}: more tokens than granted"
         asked = self.asked.logprobs is not None
@@ -184,3 +190,4 @@ class SimClient:
         assert call is not None
         if call.over >= set(range(self.asked.n)):
             self.outcome, self._call = "finished", None
+            self.ended_at = self._timeline.now

@@ -93,8 +93,9 @@ class SimRouter:
     """``up`` while it lives, which may be several times. ``counts``: of all its lives. ``window_events``: events that are recorded of each
     life, 0 = none; ``dumps``: what was recorded of the lives that are over."""
 
-    def __init__(self, index: int, timeline: Timeline, window_events: int = 0) -> None:
+    def __init__(self, index: int, timeline: Timeline, max_queue: int, window_events: int = 0) -> None:
         self.index, self._timeline, self._window_events = index, timeline, window_events
+        self._max_queue = max_queue
         self.dumps: list[list[DumpPart]] = []
         self.up = False
         self.life = 0
@@ -109,7 +110,7 @@ class SimRouter:
         self.up = True
         self._greeting = RouterHeartbeat(boot=f"router{self.index}.{self.life}", router=f"router{self.index}")
         # What a client may lose to a bound (a queue's, a request's deaths) is for other tests: here everything must end well.
-        admission = AdmissionSpec(max_queue=4, queue_timeout_s=0.0, request_timeout_s=0.0, replica_limit=1000)
+        admission = AdmissionSpec(max_queue=self._max_queue, queue_timeout_s=0.0, request_timeout_s=0.0, replica_limit=1000)
         self.core = RouterCore(self._greeting, ["m"], admission, ReplicaRegistry(REPLICA_TIMEOUT_S, HANG_FLOOR_S), accept_s=ACCEPT_S)
         self._recorder = EventRecorder(self.core, window_events=self._window_events) if self._window_events else None
         self._actions = []

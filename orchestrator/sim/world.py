@@ -60,8 +60,8 @@ class World:
         setup = schedule.setup
         self._timeline, self._chance = Timeline(), Random(setup.noise)
         self._net = SimNetwork(self._timeline, self._chance, setup.repeats)
-        self.routers = [SimRouter(index, self._timeline, window_events) for index in range(setup.routers)]
-        self._clients: dict[int, SimClient] = {}
+        self.routers = [SimRouter(index, self._timeline, setup.max_queue, window_events) for index in range(setup.routers)]
+        self.clients: dict[int, SimClient] = {}
         self._gangs: list[SimReplica] = []
         self._epoch = 0
 
@@ -74,8 +74,8 @@ class World:
         for event in self._schedule.events:
             timeline.at(event.at, partial(self._apply, event))
         last = max((event.at for event in self._schedule.events), default=0.0)
-        while timeline.now < max(last, HORIZON_S) or not all(client.over for client in self._clients.values()):
-            assert timeline.now < LIMIT_S, f"not ended: requests {[id for id, client in self._clients.items() if not client.over]}"
+        while timeline.now < max(last, HORIZON_S) or not all(client.over for client in self.clients.values()):
+            assert timeline.now < LIMIT_S, f"not ended: requests {[id for id, client in self.clients.items() if not client.over]}"
             self._look(timeline.now + LOOK_S)
         ended = timeline.now
         while timeline.now < ended + SETTLE_S:
@@ -90,8 +90,8 @@ class World:
         for router in self.routers:
             counts.update(router.counts)
         return Outcome(
-            ends=dict(Counter(client.outcome for client in self._clients.values())), counts=dict(counts),
-            tokens=sum(client.tokens for client in self._clients.values()), gangs=self._epoch, seconds=ended,
+            ends=dict(Counter(client.outcome for client in self.clients.values())), counts=dict(counts),
+            tokens=sum(client.tokens for client in self.clients.values()), gangs=self._epoch, seconds=ended,
         )  # fmt: skip
 
     def _look(self, until: float) -> None:
@@ -124,14 +124,14 @@ class World:
     def _apply(self, event: Event) -> None:
         match event:
             case Arrive():
-                self._clients[event.id] = client = SimClient(event, self._timeline, self.routers)
+                self.clients[event.id] = client = SimClient(event, self._timeline, self.routers)
                 client.ask()
             case Leave(id=id, choice=choice):
-                if id in self._clients:
-                    self._clients[id].leave(choice)
+                if id in self.clients:
+                    self.clients[id].leave(choice)
             case Wander(id=id):
-                if id in self._clients:
-                    self._clients[id].wander()
+                if id in self.clients:
+                    self.clients[id].wander()
             case CutConnection(gang=gang, router=router, seconds=seconds):
                 self._net.cut((gang, router), seconds)
             case LoseTokens(gang=gang, router=router):

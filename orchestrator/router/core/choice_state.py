@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from orchestrator.router.core.events import SubmitRequest
+from orchestrator.router.core.fair_order import TenantAccount
 from orchestrator.router.core.history import ChoiceStory, RequestStory
 from orchestrator.router.core.replica_registry import Replica, ReplicaRegistry
 from orchestrator.router.core.stats import Attempt
@@ -64,6 +65,8 @@ class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     deadline: float | None = None
     session: str = ""
     client_attempt: int = 0
+    tenant: str = ""
+    priority: int = 0
 
 
 class ChoiceState:
@@ -161,14 +164,14 @@ class ChoiceState:
 
 class RequestState:
     """A live request. ``owner`` comes back in every delivery; the core never looks into it. ``deadline`` is absolute, inf = none. ``live``:
-    choices that have not ended."""
+    choices that have not ended. ``account``: its tenant's, in the order of the model's queue."""
 
-    __slots__ = ("_prompt_hashes", "arrived", "choices", "deadline", "id", "live", "owner", "session", "spec")
+    __slots__ = ("_prompt_hashes", "account", "arrived", "choices", "deadline", "id", "live", "owner", "session", "spec")
 
-    def __init__(self, submitted: SubmitRequest, now: float, deadline: float) -> None:
+    def __init__(self, submitted: SubmitRequest, account: TenantAccount, now: float, deadline: float) -> None:
         self.id, self.spec, self.session = submitted.id, submitted.request, submitted.session
         self.owner: Any = submitted.id if submitted.owner is None else submitted.owner
-        self.arrived, self.deadline = now, deadline
+        self.account, self.arrived, self.deadline = account, now, deadline
         self.choices: list[ChoiceState] = []
         self.live = 0
         self._prompt_hashes: dict[int, list[int]] = {}
@@ -200,4 +203,5 @@ class RequestState:
             id=self.id, request_id=spec.request_id, model=spec.model, arrived=self.arrived, prompt_tokens=len(spec.prompt_ids),
             max_tokens=spec.params.max_tokens, choices=[choice.snapshot() for choice in self.choices],
             deadline=self.deadline if self.deadline < inf else None, session=self.session, client_attempt=spec.client_attempt,
+            tenant=spec.tenant, priority=spec.priority,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """What is kept of an event and of the actions that it led to: numbers, times and names, enough to run the event again.
 
 Owns the format. A record holds no prompt, no token, no text, no key, no salt and no error text: a prompt and a message's tokens are kept
-as their lengths, and what the core read of the prefix index as the numbers that it read. A user is kept as a digest.
+as their lengths, and what the core read of the prefix index as the numbers that it read. A user and a tenant are kept as digests.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class MessageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class SubmitRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
-    """A ``SubmitRequest``. ``emitted``: how many tokens the client had of each choice; ``client_attempt``: the client's own."""
+    """A ``SubmitRequest``. ``emitted``: how many tokens the client had of each choice; ``client_attempt``: the client's own.
+    ``tenant``: a digest."""
 
     id: int
     request_id: str
@@ -86,6 +87,9 @@ class SubmitRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     deadline_s: float | None = None
     emitted: list[int] = []
     client_attempt: int = 0
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
 
 
 class PlacedRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
@@ -172,14 +176,15 @@ def record_message(peer: bytes, user: str, message: FromReplica, invalid: list[i
     return MessageRecord(peer=peer, user=user, message=kept)
 
 
-def record_event(event: SubmitRequest | PlainEvent) -> KeptEvent:
-    """What is kept of any other event."""
+def record_event(event: SubmitRequest | PlainEvent, digest: Callable[[str], str]) -> KeptEvent:
+    """What is kept of any other event; ``digest`` gives what stands for a tenant."""
     if isinstance(event, SubmitRequest):
         request = event.request
         return SubmitRecord(
             id=event.id, request_id=request.request_id, model=request.model, prompt_tokens=len(request.prompt_ids),
             max_tokens=request.params.max_tokens, n=request.n, session=event.session, credit=request.credit, deadline_s=request.deadline_s,
-            emitted=[len(tokens) for tokens in request.emitted], client_attempt=request.client_attempt,
+            emitted=[len(tokens) for tokens in request.emitted], client_attempt=request.client_attempt, tenant=digest(request.tenant),
+            weight=request.weight, priority=request.priority,
         )  # fmt: skip
     return event
 
@@ -212,7 +217,8 @@ def event_of(record: KeptEvent) -> RouterEvent:
         request = RouterRequest(
             client="", request_id=record.request_id, model=record.model, prompt_ids=[0] * record.prompt_tokens,
             params=SamplingParams(max_tokens=record.max_tokens), n=record.n, credit=record.credit, deadline_s=record.deadline_s,
-            emitted=[[0] * count for count in record.emitted], client_attempt=record.client_attempt,
+            emitted=[[0] * count for count in record.emitted], client_attempt=record.client_attempt, tenant=record.tenant,
+            weight=record.weight, priority=record.priority,
         )  # fmt: skip
         return SubmitRequest(id=record.id, request=request, session=record.session)
     return record

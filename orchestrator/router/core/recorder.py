@@ -19,6 +19,7 @@ import msgspec
 from orchestrator.router.core.actions import Action
 from orchestrator.router.core.event_record import EventRecord, KeptAction, record_action, record_event, record_message
 from orchestrator.router.core.events import ReplicaMessage, RouterEvent, Tick
+from orchestrator.router.core.fair_order import FairOrderSnapshot
 from orchestrator.router.core.router_core import CoreSettings, CoreSnapshot, RouterCore
 from workers.protocol import messages
 from workers.protocol.errors import TriremeError
@@ -100,7 +101,7 @@ class _Segment:
 
 class EventRecorder:
     """Give events to the core through :meth:`handle`. ``id_of``: the id of the request that an owner stands for; by default the owner is
-    that id. ``digest``: what is kept of an authenticated user."""
+    that id. ``digest``: what is kept of an authenticated user, and of a tenant."""
 
     def __init__(
         self, core: RouterCore, *, id_of: Callable[[Any], int] = int, digest: Callable[[str], str] | None = None,
@@ -144,7 +145,7 @@ class EventRecorder:
             invalid, prompts = self._core.invalid if isinstance(event.message, Tokens) else ([], [])
             outcome = KeptOutcome(cached=cached, actions=actions, invalid=invalid, invalid_prompts=prompts)
             return KeptMessage(now, event.peer, self._digest_of(event.user), frame, _encoder.encode(outcome))
-        record = EventRecord(at=now, event=record_event(event), cached=cached, actions=actions, refused=refused)
+        record = EventRecord(at=now, event=record_event(event, self._digest_of), cached=cached, actions=actions, refused=refused)
         return _encoder.encode(record)
 
     def dump(self, unix_offset_s: float) -> list[DumpPart]:
@@ -173,7 +174,15 @@ class EventRecorder:
     def _snapshot(self) -> bytes:
         found = self._core.snapshot()
         replicas = [msgspec.structs.replace(replica, user=self._digest_of(replica.user)) for replica in found.replicas]
-        return _encoder.encode(msgspec.structs.replace(found, replicas=replicas))
+        table = found.table
+        requests = [msgspec.structs.replace(one, tenant=self._digest_of(one.tenant)) for one in table.requests]
+        fair = {model: self._without_names(order) for model, order in table.fair.items()}
+        table = msgspec.structs.replace(table, requests=requests, fair=fair)
+        return _encoder.encode(msgspec.structs.replace(found, replicas=replicas, table=table))
+
+    def _without_names(self, order: FairOrderSnapshot) -> FairOrderSnapshot:
+        accounts = [msgspec.structs.replace(one, tenant=self._digest_of(one.tenant)) for one in order.accounts]
+        return msgspec.structs.replace(order, accounts=accounts, idle=[self._digest_of(tenant) for tenant in order.idle])
 
     def _digest_of(self, user: str) -> str:
         known = self._digests.get(user)
@@ -184,9 +193,9 @@ class EventRecorder:
         return known
 
 
-def user_digest(user: str) -> str:
-    """What stands for an authenticated user in a dump."""
-    return blake2b(user.encode(), digest_size=6).hexdigest()
+def user_digest(user: str, key: bytes = b"") -> str:
+    """What stands for an authenticated user, or a tenant, in a dump. ``key``: a secret, without which an address could be guessed."""
+    return blake2b(user.encode(errors="surrogatepass"), digest_size=6, key=key).hexdigest()
 
 
 def dump_lines(dump: Sequence[DumpPart]) -> list[bytes]:

@@ -44,6 +44,7 @@ from orchestrator.router.core.actions import (
 )
 from orchestrator.router.core.choice_state import ChoiceState, End, RequestSnapshot, RequestState
 from orchestrator.router.core.events import SubmitRequest
+from orchestrator.router.core.fair_order import FairOrderSnapshot, TenantAccount
 from orchestrator.router.core.history import RequestHistory, RequestStory
 from orchestrator.router.core.replica_registry import Replica, ReplicaRegistry
 from orchestrator.router.core.request import RouterRequest
@@ -84,12 +85,14 @@ class Breach(msgspec.Struct, frozen=True, gc=False):
 
 
 class RequestTableSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole state of a :class:`RequestTable` but its measures. ``returned``, ``fresh``: ids of queued choices, in order, by model."""
+    """The whole state of a :class:`RequestTable` but its measures. By model, ``returned`` and ``fresh``: ids of queued choices,
+    in order; ``fair``: whose turn it is."""
 
     serial: int
     requests: list[RequestSnapshot]
     returned: dict[str, list[int]]
     fresh: dict[str, list[int]]
+    fair: dict[str, FairOrderSnapshot]
     counts: dict[str, int]
 
 
@@ -166,9 +169,9 @@ class RequestTable:
 
     def admit(self, submitted: SubmitRequest, now: float, deadline: float) -> RequestState:
         """(new) to queued, every choice."""
-        request = RequestState(submitted, now, deadline)
         spec = submitted.request
         queue = self.queues[spec.model]
+        request = RequestState(submitted, queue.order.open(spec.tenant, spec.weight, spec.n), now, deadline)
         for index in range(spec.n):
             seed = choice_seed(spec.params.seed, index)
             params = spec.params if seed == spec.params.seed else msgspec.structs.replace(spec.params, seed=seed)
@@ -188,7 +191,7 @@ class RequestTable:
         """queued to sent: a new attempt on a new stream at ``replica``. ``cached`` and ``expected_s``: as :class:`Attempt` has them."""
         request = choice.request
         spec = request.spec
-        self.queues[spec.model].remove(choice)
+        self.queues[spec.model].send(choice, now)
         choice.sends += 1
         choice.attempt_number = spec.client_attempt * ATTEMPTS_PER_CLIENT_ATTEMPT + choice.sends
         choice.phase, choice.replica, choice.sent_at, choice.emitted_at_send = "sent", replica, now, len(choice.emitted)
@@ -241,6 +244,9 @@ class RequestTable:
             self._on_prompt_facts(replica, message)
         begun: list[ChoiceState] = []
         deliveries: list[Delivery] = []
+        # Choices of one tenant mostly come together: its counter is added to once a run of them.
+        account: TenantAccount | None = None
+        output = 0
         scores: list[Logprobs] | None
         columns = zip(message.streams, message.attempts, message.firsts, message.tokens, strict=True)
         for i, (stream, attempt, first, tokens) in enumerate(columns):
@@ -274,9 +280,16 @@ class RequestTable:
                     self._breaches.append(Breach(choice, f"more than {choice.limit} tokens"))
                     continue
                 emitted += tokens
+                if choice.request.account is not account:
+                    if account is not None:
+                        account.charge_output(output)
+                    account, output = choice.request.account, 0
+                output += len(tokens)
                 if choice.granted <= length - choice.resumed_from:
                     self._settle_credit(choice)
                 deliveries.append((choice.owner, choice.index, position, tokens, scores))
+        if account is not None:
+            account.charge_output(output)
         if deliveries:
             self._actions.append(DeliverTokens(deliveries))
         return begun
@@ -296,6 +309,8 @@ class RequestTable:
             choice = self.streams.get(stream)
             if choice is not None and choice.replica is replica and not choice.cached_tokens and 0 < cached <= choice.known:
                 choice.cached_tokens = cached
+                if choice.sends == 1:
+                    choice.request.account.find_cached(cached)
                 self._actions.append(DeliverCachedTokens(choice.owner, choice.index, cached))
 
     def take_breaches(self) -> list[Breach]:
@@ -462,6 +477,7 @@ class RequestTable:
         request = choice.request
         choice.phase, choice.end, choice.end_detail, choice.ended_at = "ended", end, detail, now
         self.counts[end] += 1
+        self.queues[request.spec.model].order.close(request.account)
         request.live -= 1
         if not request.live:
             del self.requests[request.id]
@@ -515,6 +531,7 @@ class RequestTable:
             requests=[request.snapshot() for request in self.requests.values()],
             returned={model: returned for model, (returned, _) in ids.items()},
             fresh={model: fresh for model, (_, fresh) in ids.items()},
+            fair={model: queue.order.snapshot() for model, queue in self.queues.items()},
             counts=dict(self.counts),
         )
 
@@ -524,17 +541,20 @@ class RequestTable:
         assert not self.requests and not self._serial
         self._serial = found.serial
         self.counts.update(found.counts)
+        self.queues = {model: WaitingQueue(found.fair[model]) for model in self.queues}
         choices: dict[int, ChoiceState] = {}
         for one in found.requests:
             params = SamplingParams(max_tokens=one.max_tokens)
             spec = RouterRequest(
                 client="", request_id=one.request_id, model=one.model, prompt_ids=[0] * one.prompt_tokens, params=params,
-                n=len(one.choices), client_attempt=one.client_attempt,
+                n=len(one.choices), client_attempt=one.client_attempt, tenant=one.tenant, priority=one.priority,
             )  # fmt: skip
             deadline = one.deadline if one.deadline is not None else inf
-            request = RequestState(SubmitRequest(id=one.id, request=spec, session=one.session), one.arrived, deadline)
+            live = sum(choice.phase != "ended" for choice in one.choices)
+            account = self.queues[one.model].order.restore(one.tenant, live)
+            request = RequestState(SubmitRequest(id=one.id, request=spec, session=one.session), account, one.arrived, deadline)
             request.choices = [ChoiceState.restored(request, index, choice, registry) for index, choice in enumerate(one.choices)]
-            request.live = sum(choice.phase != "ended" for choice in request.choices)
+            request.live = live
             self.requests[one.id] = request
             self._next_deadline = min(self._next_deadline, deadline)
             choices.update((choice.id, choice) for choice in request.choices)
@@ -546,7 +566,7 @@ class RequestTable:
             for id in found.returned[model]:
                 queue.push_returned(choices[id])
             for id in found.fresh[model]:
-                queue.push(choices[id])
+                queue.push_again(choices[id])
         placed = [choice for choice in choices.values() if choice.replica is not None]
         self.streams = {choice.stream: choice for choice in sorted(placed, key=lambda choice: choice.stream)}
         self._next_answer = min((choice.answer_by for choice in placed), default=inf)
@@ -559,6 +579,8 @@ class RequestTable:
     def check(self, registry: ReplicaRegistry) -> None:
         """Assert that every live choice is in exactly one place and that every index and sum agrees."""
         registry.check()
+        for queue in self.queues.values():
+            queue.check()
         live_choices = 0
         for request in self.requests.values():
             live = [choice for choice in request.choices if choice.phase != "ended"]

@@ -382,7 +382,10 @@ class RouterCore:
     def _place_waiting(self, model: str, now: float) -> None:
         """Choices of the queue to replicas, as many as there is room for."""
         queue = self._table.queues[model]
-        while (choice := queue.first()) is not None:
+        while (choice := queue.first(now)) is not None:
+            if now >= choice.request.deadline:
+                self._table.expire_deadlines(now)  # nothing is computed for a client that waits no longer
+                continue
             if 0 < choice.params.max_tokens <= len(choice.emitted):
                 # All its tokens are here, only its Done was lost. (Of no tokens, a replica is asked to score the prompt.)
                 prompt = len(choice.request.spec.prompt_ids)

@@ -6,16 +6,19 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from orchestrator.router.core.choice_state import ChoiceState
+from orchestrator.router.core.fair_order import FairOrder, FairOrderSnapshot
 
 
 class WaitingQueue:
-    """One model's queue. Choices that lost their place go before new ones; each group is in the order of its times."""
+    """One model's queue. Choices that lost their place go first, in the order of their times. New ones take turns by tenant and priority,
+    as ``order`` says; those of one tenant and priority in the order of their arrival."""
 
-    __slots__ = ("_fresh", "_returned")
+    __slots__ = ("_fresh", "_returned", "order")
 
-    def __init__(self) -> None:
+    def __init__(self, found: FairOrderSnapshot | None = None) -> None:
         self._returned: OrderedDict[int, ChoiceState] = OrderedDict()
         self._fresh: OrderedDict[int, ChoiceState] = OrderedDict()
+        self.order = FairOrder(found)
 
     def __len__(self) -> int:
         return len(self._returned) + len(self._fresh)
@@ -25,19 +28,35 @@ class WaitingQueue:
 
     def push(self, choice: ChoiceState) -> None:
         self._fresh[choice.id] = choice
+        self.order.push(choice.request.account, choice.id, choice.request.spec.priority)
+
+    def push_again(self, choice: ChoiceState) -> None:
+        """:meth:`push` for a choice of a snapshot."""
+        self._fresh[choice.id] = choice
+        self.order.push_again(choice.request.account, choice.id, choice.request.spec.priority)
 
     def push_returned(self, choice: ChoiceState) -> None:
         self._returned[choice.id] = choice
 
-    def first(self) -> ChoiceState | None:
-        for choices in (self._returned, self._fresh):
-            for choice in choices.values():
-                return choice
-        return None
+    def first(self, now: float) -> ChoiceState | None:
+        """The choice whose turn it is."""
+        for choice in self._returned.values():
+            return choice
+        id = self.order.first(now)
+        return self._fresh[id] if id is not None else None
+
+    def send(self, choice: ChoiceState, now: float) -> None:
+        """The :meth:`first` choice leaves for a replica. A choice that lost its place has had its turn: its tenant paid for it then."""
+        fresh = choice.id in self._fresh
+        self.remove(choice)
+        if fresh:
+            self.order.note_sent(choice.request.account, choice.request.spec.priority, choice.known, now)
 
     def remove(self, choice: ChoiceState) -> None:
         if self._fresh.pop(choice.id, None) is None:
             del self._returned[choice.id]
+        else:
+            self.order.remove(choice.request.account, choice.id, choice.request.spec.priority)
 
     def since(self, moment: float) -> list[ChoiceState]:
         """Choices that wait since ``moment`` or before; the later ones are not looked at."""
@@ -50,5 +69,9 @@ class WaitingQueue:
         return found
 
     def ids(self) -> tuple[list[int], list[int]]:
-        """Ids of the choices that lost their place, and of the new ones."""
+        """Ids of the choices that lost their place, and of the new ones, each in the order of their times."""
         return list(self._returned), list(self._fresh)
+
+    def check(self) -> None:
+        """Assert that exactly the new choices wait for their turn."""
+        self.order.check(len(self._fresh))

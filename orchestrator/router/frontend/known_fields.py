@@ -30,7 +30,6 @@ REFUSED: Mapping[str, RefusedField] = {
     "kv_transfer_params": RefusedField(why="prefill and decode are not done by different replicas", neutral=({},)),
     "logits_processors": RefusedField(why="a request cannot bring code; use logit_bias, bad_words or a grammar", neutral=([],)),
     "modalities": RefusedField(why="only text is generated", neutral=(["text"], [])),
-    "priority": RefusedField(why="requests are served in the order of their arrival", neutral=(0,)),
     "prompt_embeds": RefusedField(why="a prompt is text or token ids", neutral=([],)),
     "structural_tag": RefusedField(why="structural tags are not offered; use tools, or a grammar"),
     "truncation_side": RefusedField(why="truncate_prompt_tokens keeps the end of the prompt", neutral=("left",)),

@@ -15,6 +15,7 @@ import msgspec
 from orchestrator.auth.api_keys import EVERYONE, Salting, Tenant
 from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router import request_context
+from orchestrator.router.core.fair_order import LEAST_URGENT
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.chat_template import PromptPiece
@@ -150,6 +151,8 @@ class Preprocessor:
                 RouterRequest(
                     client=caller.client,
                     tenant=request_context.caller(),
+                    weight=caller.tenant.weight,
+                    priority=min(max(body.priority or 0, caller.tenant.most_urgent), LEAST_URGENT),
                     request_id=f"{caller.request_id}-{index}" if index else caller.request_id,
                     model=model.name,
                     prompt_ids=ids,

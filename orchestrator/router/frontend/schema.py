@@ -135,6 +135,7 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     request_id: str | None = None
     metadata: dict[str, Any] | None = None
     cache_salt: str | None = None
+    priority: int | None = None
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.router.core.choice_state import ChoiceSnapshot, ChoiceState, RequestState
 from orchestrator.router.core.events import SubmitRequest
+from orchestrator.router.core.fair_order import TenantAccount
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.stats import Attempt
 from tests.support.router_core import HELLO, ask
@@ -18,7 +19,7 @@ from workers.scheduler.block_pool import prefix_hashes
 
 def request(**change: Any) -> RequestState:
     """A live request of the prompt 1, 2, 3, with changes."""
-    return RequestState(SubmitRequest(id=7, request=ask(**change), session=""), 1.0, inf)
+    return RequestState(SubmitRequest(id=7, request=ask(**change), session=""), TenantAccount("t", 1), 1.0, inf)
 
 
 def choice_of(owner: RequestState, emitted: list[int], index: int = 0) -> ChoiceState:

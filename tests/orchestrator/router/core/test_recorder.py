@@ -94,7 +94,7 @@ def test_a_dump_holds_no_prompt_no_token_no_text_and_no_secret() -> None:
     recorder = route.record()
     for name in ("a", "b"):
         route.hear(name.encode(), "PUBLICKEY", hello_of(name, vocab_size=100_000), 0.0)
-    body = ask([77001, 77002, 77003], client="CLIENTKEY", salt="SALT", affinity="AFFINITY", emitted=[[77004]])
+    body = ask([77001, 77002, 77003], client="CLIENTKEY", tenant="TENANTKEY", salt="SALT", affinity="AFFINITY", emitted=[[77004]])
     route.submit(body, 0.0)
     (submit,) = sent(route.take(), Submit)
     place = "a" if submit.stream in route.registry.replicas["a"].streams else "b"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.router.core.choice_state import ChoiceState, RequestState
+from orchestrator.router.core.fair_order import TenantAccount
 from orchestrator.router.core.replica_registry import Replica
 from orchestrator.router.core.stats import Attempt
 
@@ -22,6 +23,7 @@ CHANGES = {"append", "add", "clear", "extend", "insert", "pop", "popitem", "popl
 OWNED = {
     "request_table.py": {*ChoiceState.__slots__, *RequestState.__slots__, *Attempt.__struct_fields__},
     "replica_registry.py": set(Replica.__slots__),
+    "fair_order.py": set(TenantAccount.__slots__),
 }
 #: The one method that fills a new record of a class of another module.
 RESTORED = (CORE / "choice_state.py", "restored")

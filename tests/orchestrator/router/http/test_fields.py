@@ -157,6 +157,7 @@ DONE: dict[str, Done] = {
     "prompt_cache_key": Done("key", lambda seen: seen.request.affinity == "key", {"user": "me"}),
     "metadata": Done({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}, lambda seen: "a" * 32 in seen.request.marks),
     "request_id": Done("mine", lambda seen: seen.answer["id"].endswith("-mine")),
+    "priority": Done(3, lambda seen: seen.request.priority == 3),
 }  # fmt: skip
 #: Where an endpoint has another form of a field, or another way to show what it does.
 SPECIAL: dict[tuple[str, str], Done] = {
@@ -171,7 +172,7 @@ ELSEWHERE = {("completions", "add_special_tokens"), ("chat", "add_special_tokens
 ASKS_FOR_IT: dict[str, Any] = {
     "best_of": 2, "structural_tag": "{}", "include_reasoning": False, "verbosity": "low", "chat_template": "{{ messages }}",
     "suffix": "end", "prompt_embeds": ["AAAA"], "use_beam_search": True, "logits_processors": ["x"], "modalities": ["text", "audio"],
-    "audio": {"voice": "x", "format": "wav"}, "web_search_options": {}, "truncation_side": "right", "priority": 1,
+    "audio": {"voice": "x", "format": "wav"}, "web_search_options": {}, "truncation_side": "right",
     "kv_transfer_params": {"a": 1}, "vllm_xargs": {"a": 1},
 }  # fmt: skip
 HARMLESS_VALUES: dict[str, Any] = {
