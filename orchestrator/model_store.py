@@ -21,6 +21,7 @@ import msgspec
 
 from orchestrator.hub import reference as hub_reference
 from orchestrator.hub.fetch import FetchOrder, fetch
+from orchestrator.tokenizer_build.build import build, sources
 from workers.artifacts.artifact import Artifact, open_artifact, open_source
 from workers.artifacts.atomic_folder import locked, replacing
 from workers.artifacts.checkpoint import CONFIG, rank_file
@@ -210,17 +211,25 @@ def resolve(
     with locked(cache / "converted" / f"{key}.lock", on_wait=lambda: progress(WAIT, 0, 0)):
         if not _whole(target):
             shutil.rmtree(target, ignore_errors=True)
-            convert(path, target, parallel=parallel, dtype=dtype, progress=progress)
+            convert(path, target, parallel=parallel, dtype=dtype, tokenizer=built_tokenizer(path, cache, progress), progress=progress)
     return target
 
 
-def no_tokenizer(path: Path) -> ArtifactError:
-    """The error for a model without ``tokenizer.json``."""
-    why, hint = "routers need tokenizer.json to read prompts", "copy the tokenizer's files beside the weights"
-    if (path / "tokenizer.model").is_file():
-        why += ", and there is only tokenizer.model (SentencePiece)"
-        hint = "make it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-    return ArtifactError(f"{path} has no tokenizer", why, hint)
+def tokenizer_folder(path: Path, cache: Path, progress: Progress = silent) -> Path:
+    """The folder with the ``tokenizer.json`` of the folder ``path``: itself, or one in the cache that is built from another form of its
+    tokenizer. Raises :class:`ArtifactError` where it has none, and what :func:`orchestrator.tokenizer_build.build.build` raises."""
+    if (path / "tokenizer.json").is_file():
+        return path
+    if not sources(path):
+        why, hint = "routers need tokenizer.json to read prompts", "copy the tokenizer's files beside the weights"
+        raise ArtifactError(f"{path} has no tokenizer", why, hint)
+    return build(path, cache, progress)
+
+
+def built_tokenizer(path: Path, cache: Path, progress: Progress = silent) -> Path | None:
+    """The tokenizer folder that is built for the model at ``path``; None where nothing has to be, or can be, built. Raises as
+    :func:`tokenizer_folder`."""
+    return build(path, cache, progress) if path.is_dir() and sources(path) else None
 
 
 def _fingerprint(artifact: Artifact) -> str:

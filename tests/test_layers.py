@@ -35,7 +35,7 @@ LAYERS = {
     "workers.engines": 4, "workers.epoch": 4, "workers.logs": 4, "workers.process": 4, "workers.rank": 4,
     "workers.sampling.grammar_checker": 4, "workers.serving": 4, "workers.zmq_options": 4,
     "orchestrator.auth": 4, "orchestrator.client": 4, "orchestrator.config": 4, "orchestrator.control": 4, "orchestrator.files": 4,
-    "orchestrator.hub": 4,
+    "orchestrator.hub": 4, "orchestrator.tokenizer_build": 4,
     "orchestrator.loadgen": 4, "orchestrator.model_store": 4, "orchestrator.router": 4, "orchestrator.slurm": 4,
     "orchestrator.cli": 5, "trireme": 5,
 }  # fmt: skip

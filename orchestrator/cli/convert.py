@@ -10,7 +10,7 @@ import typer
 
 from orchestrator.cli.console import Console, size
 from orchestrator.cli.model_files import formats, locate_model
-from orchestrator.cli.model_options import CacheDir, DTypeName, PpSize, QuantFlag, TpSize, dtype_of, quant_from
+from orchestrator.cli.model_options import CacheDir, DTypeName, PpSize, QuantFlag, TpSize, cache_folder, dtype_of, quant_from
 from workers.protocol.specs import Parallel
 
 
@@ -28,6 +28,7 @@ def convert(
     cache_dir: CacheDir = None,
 ) -> None:
     """Write a model as a TensorRT-LLM checkpoint for tp x pp ranks: config.json, rank<N>.safetensors, tokenizer, manifest."""
+    from orchestrator.model_store import built_tokenizer
     from workers.artifacts import convert as conversion
     from workers.artifacts.inspect import inspect_path
 
@@ -37,8 +38,17 @@ def convert(
     started = time.monotonic()
     path = locate_model(model, console, cache_dir)
     with console.progress() as progress:
+        tokenizer = built_tokenizer(path, cache_folder(cache_dir), progress)
         conversion.convert(
-            path, output, parallel=parallel, dtype=form, quant=chosen, fp8_kv_cache=fp8_kv_cache, for_trtllm=trtllm, progress=progress
+            path,
+            output,
+            parallel=parallel,
+            dtype=form,
+            quant=chosen,
+            fp8_kv_cache=fp8_kv_cache,
+            for_trtllm=trtllm,
+            tokenizer=tokenizer,
+            progress=progress,
         )
     made = inspect_path(output, parallel)
     seconds = time.monotonic() - started

@@ -12,8 +12,8 @@ import typer
 
 from orchestrator.cli.console import Console, size
 from orchestrator.cli.model_files import formats, locate_model
-from orchestrator.cli.model_options import CacheDir
-from workers.protocol.errors import ArtifactError
+from orchestrator.cli.model_options import CacheDir, cache_folder
+from workers.protocol.errors import ArtifactError, TriremeError
 from workers.protocol.specs import Parallel
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ def inspect(
     console: Console = context.obj
     asked = Parallel(tp=tp_size or 1, pp=pp_size or 1) if tp_size or pp_size else None
     found = inspect_path(locate_model(model, console, cache_dir), asked, verify_files=verify)
-    refusal = router_refusal(found) if found.runs else None
+    refusal = router_refusal(found, cache_folder(cache_dir)) if found.runs else None
     if refusal is not None:
         found = msgspec.structs.replace(found, runs=False, reason=f"{refusal.what}: {refusal.why}")
     if form == "json":
         console.out(json.dumps(msgspec.to_builtins(found, enc_hook=str), indent=2))
     else:
-        rows = describe(found, asked)
+        rows = describe(found, asked, _tokenizer_words(found))
         if verify:
             rows.append(("verified", "every file" if found.verified else "every header: these files bring no hashes"))
         console.out("\n".join(f"{key:<14}{value}" for key, value in rows))
@@ -53,9 +53,9 @@ def inspect(
         raise ArtifactError(f"{model} does not run on tp={layout.tp} pp={layout.pp} as it is", found.reason, hint)
 
 
-def router_refusal(found: Inspection) -> ArtifactError | None:
+def router_refusal(found: Inspection, cache: Path) -> TriremeError | None:
     """Why no router could read prompts for the model: its tokenizer is loaded, and its chat template compiled, as a router does it."""
-    from orchestrator.model_store import no_tokenizer
+    from orchestrator.model_store import tokenizer_folder
     from orchestrator.router.frontend.tokenizer import load
     from workers.artifacts.gguf import GgufFile
     from workers.artifacts.gguf_tokenizer import read_vocabulary, tokenizer_files
@@ -66,22 +66,29 @@ def router_refusal(found: Inspection) -> ArtifactError | None:
                 for name, data in tokenizer_files(found.path, read_vocabulary(found.path, GgufFile(found.path).metadata)).items():
                     Path(folder, name).write_bytes(data)
                 loaded = load(folder)
-        elif not found.tokenizer:
-            return no_tokenizer(found.path)
         else:
-            loaded = load(str(found.path))
+            loaded = load(str(tokenizer_folder(found.path, cache)))
         if loaded.template is not None:
             loaded.template.compile()
-    except ArtifactError as error:
+    except TriremeError as error:
         return error
     return None
 
 
-def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]:
-    """The rows of `trireme inspect`."""
+def _tokenizer_words(found: Inspection) -> str:
+    from orchestrator.tokenizer_build.build import sources
+
+    ends = f", ends on {', '.join(map(str, found.eos_ids))}" if found.eos_ids else ""
+    if found.tokenizer:
+        return f"yes{ends}"
+    built = sources(found.path) if found.path.is_dir() else []
+    return f"built from {', '.join(path.name for path in built)}{ends}" if built else "none"
+
+
+def describe(found: Inspection, asked: Parallel | None, tokenizer: str) -> list[tuple[str, str]]:
+    """The rows of `trireme inspect`. ``tokenizer``: what is said of it."""
     model, layout = found.model, asked or found.parallel or Parallel()
     heads = f"{model.num_heads} query / {model.num_kv_heads} key-value heads of {model.head_dim}"
-    ends = f", ends on {', '.join(map(str, found.eos_ids))}" if found.eos_ids else ""
     tied = ", tied embeddings" if model.tied_embeddings else ""
     rows = [
         ("path", str(found.path)),
@@ -89,7 +96,7 @@ def describe(found: Inspection, asked: Parallel | None) -> list[tuple[str, str]]
         ("architecture", f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}, {heads}"),
         ("vocabulary", f"{model.vocab_size} tokens{tied}; context {model.max_position}"),
         ("weights", f"{found.parameters:,} parameters, {formats(found)}"),
-        ("tokenizer", f"yes{ends}" if found.tokenizer else "none"),
+        ("tokenizer", tokenizer),
     ]
     if found.rank_bytes:
         rows.append((f"tp={layout.tp} pp={layout.pp}", "a rank: " + ", ".join(map(size, found.rank_bytes))))

@@ -54,12 +54,14 @@ def convert(
     quant: Quant | None = None,
     fp8_kv_cache: bool = False,
     for_trtllm: bool = False,
+    tokenizer: Path | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Write ``source`` (checkpoint of any layout, Hugging Face folder, GGUF) as a checkpoint for ``parallel``; returns ``target``.
 
     ``dtype``, ``quant`` None keep the source's. ``fp8_kv_cache``: replicas on a GPU keep keys and values in FP8. ``for_trtllm``: only
-    layouts and formats that TensorRT-LLM accepts, and everything that its builder needs. A checkpoint at ``target`` is replaced at the
+    layouts and formats that TensorRT-LLM accepts, and everything that its builder needs. ``tokenizer``: a folder with the tokenizer's
+    files; None = they are the source's. A checkpoint at ``target`` is replaced at the
     end; a folder that is no checkpoint is refused.
 
     Raises:
@@ -77,7 +79,7 @@ def convert(
     facts = describe(artifact.model, parallel, dtype or artifact.dtype, artifact.eos_ids, for_trtllm=for_trtllm)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise ArtifactError(f"{target} exists and is not a checkpoint", "nothing there is overwritten", "choose another folder")
-    tokenizer = _tokenizer(artifact)
+    files_of_tokenizer = _tokenizer(artifact) if tokenizer is None else _read_all(tokenizer)
     if artifact.kind == "checkpoint":
         # The new manifest gets hashes of what is read here: a damaged shard must not get a valid hash.
         verify_all(read_checkpoint(artifact.path))
@@ -87,7 +89,7 @@ def convert(
         if free < total:
             raise EnvironmentFault(f"not enough room for {target}", f"needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", MAKE_ROOM)
         files = _write_ranks(open_source(artifact, quant), facts, quant, aside, total, progress)
-        files |= {name: write_file(aside / name, data) for name, data in tokenizer.items()}
+        files |= {name: write_file(aside / name, data) for name, data in files_of_tokenizer.items()}
         config = config_of(facts, quant) | {"trireme": msgspec.to_builtins(facts)}
         files[CONFIG] = write_file(aside / CONFIG, json.dumps(config, indent=2).encode())
         manifest = msgspec.json.format(msgspec.json.encode(Manifest(format=FORMAT, files=files)), indent=2)
@@ -140,4 +142,8 @@ def _write_ranks(
 def _tokenizer(artifact: Artifact) -> dict[str, bytes]:
     if artifact.kind == "gguf":
         return tokenizer_files(artifact.path, read_vocabulary(artifact.path, GgufFile(artifact.path).metadata))
-    return {name: path.read_bytes() for name, path in tokenizer_paths(artifact.path).items()}
+    return _read_all(artifact.path)
+
+
+def _read_all(folder: Path) -> dict[str, bytes]:
+    return {name: path.read_bytes() for name, path in tokenizer_paths(folder).items()}

@@ -19,7 +19,7 @@ from orchestrator.config.engine_settings import GangRequest, StepLimits
 from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.files import write_private
-from orchestrator.model_store import locate, no_tokenizer, resolve
+from orchestrator.model_store import locate, resolve, tokenizer_folder
 from orchestrator.planner.automatic import ClusterHardware, GangDecision, ModelDescription, decide
 from orchestrator.planner.placement import RankShare
 from workers.artifacts.artifact import open_artifact, quant_for, refuse_foreign
@@ -113,7 +113,7 @@ def _resolve(config: ModelConfig, decisions: Sequence[GangDecision], cache: Path
             raise ConfigError(f"replica {each.request.name}: {error.what}", error.why, error.hint) from None
         gangs.append(GangArtifact(name=each.request.name, parallel=each.parallel, artifact=str(artifact), engine=each.engine))
     if tokenizer is None:
-        tokenizer = _first_tokenizer([Path(gang.artifact) for gang in gangs])
+        tokenizer = _first_tokenizer([Path(gang.artifact) for gang in gangs], cache, progress)
     source = _source(config.path or config.name)
     return ServedModel(config=config, source=source, tokenizer=str(tokenizer), chat_template=chat_template, gangs=tuple(gangs))
 
@@ -126,7 +126,7 @@ def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> S
         path = locate(source, cache, progress, weights=False)
         if path.is_file():
             path = resolve(path, parallel=Parallel(), dtype=None, cache=cache, progress=progress)
-        tokenizer = _first_tokenizer([path])
+        tokenizer = _first_tokenizer([path], cache, progress)
     return ServedModel(config=config, source=source, tokenizer=str(tokenizer), chat_template=chat_template, gangs=())
 
 
@@ -134,10 +134,7 @@ def _own_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> Path
     """The folder that the configuration names for the tokenizer; None where it names none. Raises :class:`ArtifactError`."""
     if not config.tokenizer:
         return None
-    path = locate(_source(config.tokenizer), cache, progress, weights=False)
-    if not (path / "tokenizer.json").is_file():
-        raise no_tokenizer(path)
-    return path
+    return tokenizer_folder(locate(_source(config.tokenizer), cache, progress, weights=False), cache, progress)
 
 
 def _chat_template(config: ModelConfig) -> str:
@@ -148,11 +145,9 @@ def _chat_template(config: ModelConfig) -> str:
     return str(path.absolute()) if config.chat_template else ""
 
 
-def _first_tokenizer(artifacts: Sequence[Path]) -> Path:
+def _first_tokenizer(artifacts: Sequence[Path], cache: Path, progress: Progress) -> Path:
     tokenizer = next((found for artifact in artifacts if (found := _tokenizer_dir(artifact)) is not None), None)
-    if tokenizer is None:
-        raise no_tokenizer(artifacts[0])
-    return tokenizer
+    return tokenizer or tokenizer_folder(artifacts[0], cache, progress)
 
 
 def _source(name: str) -> str:
@@ -289,7 +284,7 @@ def _gang(config: Config, model: ServedModel, gang: GangArtifact, endpoints: Rou
         name=gang.name,
         model=model.config.name,
         artifact=gang.artifact,
-        tokenizer=model.tokenizer if model.config.tokenizer else "",
+        tokenizer=model.tokenizer if not (Path(gang.artifact) / "tokenizer.json").is_file() or model.config.tokenizer else "",
         parallel=gang.parallel,
         engine=gang.engine,
         routers=endpoints.addresses,

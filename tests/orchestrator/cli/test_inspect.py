@@ -18,7 +18,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def no_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    (folder / "tokenizer.json").unlink()
 
 
 def no_decoder(folder: Path) -> None:
@@ -60,7 +60,7 @@ def missing_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (no_tokenizer, "there is only tokenizer.model (SentencePiece)"),
+        (no_tokenizer, "has no tokenizer: routers need tokenizer.json"),
         (no_decoder, "the tokenizer's decoder"),
         (broken_template, "tokenizer_config.json cannot be compiled: line 1"),
         (damaged_tokenizer, "the tokenizer in"),
