@@ -56,7 +56,8 @@ SendToReplica = Callable[[bytes, ToReplica], bool]
 
 
 class RequestTicket:
-    """The :class:`~orchestrator.router.interfaces.Ticket`. ``open``: the choices for which the watcher still expects something."""
+    """The :class:`~orchestrator.router.interfaces.Ticket`. ``open``: a bit for each choice for which the watcher still expects something
+    (a set would be two more objects to touch for every token)."""
 
     __slots__ = ("_dispatcher", "context", "id", "last", "meter", "open", "watcher")
 
@@ -66,17 +67,21 @@ class RequestTicket:
         self.context = request_context.current()
         #: When its last tokens were delivered; None = none were.
         self.last: float | None = None
-        self.open = set(range(choices))
+        self.open = (1 << choices) - 1
 
     def cancel(self) -> None:
         if not self.open:
             return  # every frontend cancels at the end, and the core is to hear only of what still runs
-        self.open.clear()
+        self.open = 0
         self._dispatcher.handle(CancelRequest(id=self.id))
 
     def stop_choice(self, choice: int) -> None:
-        self.open.discard(choice)
+        self.close(choice)
         self._dispatcher.handle(StopChoice(id=self.id, choice=choice))
+
+    def close(self, choice: int) -> None:
+        """Nothing more is expected for ``choice``."""
+        self.open &= ~(1 << choice)
 
     def credit(self, tokens: int) -> None:
         self._dispatcher.credit(self.id, tokens)
@@ -92,6 +97,8 @@ class RouterDispatcher:
         #: Credit by request: it reaches the core once a turn of the loop, so that a replica gets one message.
         self._credit: dict[int, int] = {}
         self._pumping = self._pump_due = False
+        #: The time of the last event: what it brought is delivered in the same turn.
+        self._handled_at = 0.0
         self._requests = 0
         #: Losses of replicas that the log has.
         self._logged = 0
@@ -189,7 +196,8 @@ class RouterDispatcher:
         self._pump_soon()
 
     def _take_in(self, event: RouterEvent) -> None:
-        self._actions += self._recorder.handle(event, self._clock())
+        self._handled_at = now = self._clock()
+        self._actions += self._recorder.handle(event, now)
 
     def _pump_soon(self) -> None:
         if not self._pump_due and not self._pumping:
@@ -216,14 +224,14 @@ class RouterDispatcher:
             self._pumping = False
 
     def _deliver(self, action: DeliverTokens) -> None:
-        now = self._clock()
+        now = self._handled_at
         # Choices that come together mostly came together the last time too, so one call of the meter counts a run of choices with equal
         # intervals and sizes. Tickets of one delivery share the very object ``now`` as their ``last``, so ``is`` finds the equal ones.
         # A first token has no interval: it ends the run, and the -1.0 object, which is no ticket's ``last``, lets the next one begin anew.
         meter: RequestMeter | None = None
         since, size, choices = -1.0, 0, 0
         for ticket, choice, first, tokens, logprobs in action.deliveries:
-            if choice not in ticket.open:
+            if not ticket.open >> choice & 1:
                 continue
             last = ticket.last
             if last is not since or len(tokens) != size:
@@ -251,7 +259,7 @@ class RouterDispatcher:
                 self._take_in(PeerUnreachable(peer=action.peer))
             return
         ticket: RequestTicket = action.owner
-        if action.choice not in ticket.open:
+        if not ticket.open >> action.choice & 1:
             return
         try:
             self._notify(ticket, action)
@@ -267,7 +275,7 @@ class RouterDispatcher:
         if isinstance(action, DeliverCachedTokens):
             watcher.on_cached(action.choice, action.cached_tokens)
             return
-        ticket.open.discard(action.choice)
+        ticket.close(action.choice)
         if isinstance(action, FinishChoice):
             watcher.on_done(action.choice, action.reason, action.usage, action.stop_id)
         else:
@@ -282,7 +290,7 @@ class RouterDispatcher:
 
     def _break(self, ticket: RequestTicket, error: Exception) -> None:
         log.error("request %d: its frontend failed", ticket.id, exc_info=error, extra=request_context.fields(ticket.context))
-        choices = sorted(ticket.open)
+        choices = [choice for choice in range(ticket.open.bit_length()) if ticket.open >> choice & 1]
         ticket.cancel()
         for choice in choices:
             try:

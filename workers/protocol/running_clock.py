@@ -29,7 +29,10 @@ class RunningClock:
     def at(self, now: float) -> float:
         """The time of this clock: not later than ``longest_s`` after the last turn."""
         turned, ran = self._mark
-        return ran + min(max(0.0, now - turned), self._longest_s)
+        gap = now - turned
+        if gap <= 0.0:
+            return ran
+        return ran + (gap if gap < self._longest_s else self._longest_s)
 
     def turn(self, now: float) -> float:
         """The judge runs now. Returns the seconds since its last turn that do not count."""

@@ -77,17 +77,19 @@ class ChoiceState:
     """
 
     __slots__ = (
-        "answer_by", "attempt_number", "attempts", "cached_tokens", "deaths", "emitted", "emitted_at_send", "end", "end_detail", "ended_at",
+        "account", "answer_by", "attempt_number", "attempts", "cached_tokens", "deaths", "emitted", "emitted_at_send", "end", "end_detail", "ended_at",
         "ended_short", "gap", "granted", "id", "index", "limit", "owner", "params", "paused", "phase", "prompt_logprobs_sent", "questioned",
-        "queued_at", "replica", "request", "resumed_from", "seen", "seen_at", "sends", "sent_at", "stream",
+        "queued_at", "replica", "request", "resumed_from", "seen", "seen_at", "sends", "sent_at", "stream", "watch_at",
     )  # fmt: skip
 
     def __init__(self, request: RequestState, id: int, index: int, params: SamplingParams, emitted: list[int]) -> None:
         spec = request.spec
         self.request, self.id, self.index, self.params, self.emitted = request, id, index, params, emitted
-        self.owner, self.limit = request.owner, params.max_tokens
+        self.owner, self.limit, self.account = request.owner, params.max_tokens, request.account
         self.resumed_from = len(emitted)
         self.granted = spec.credit
+        #: From this number of tokens on, its credit has ended or it has more than its limit: below it, one comparison accepts a token.
+        self.watch_at = self.bound
         self.phase: Phase = "queued"
         self.replica: Replica | None = None
         self.stream = 0
@@ -118,6 +120,11 @@ class ChoiceState:
     def credit(self) -> int:
         """Tokens that the client will still take."""
         return UNLIMITED if self.granted >= UNLIMITED else self.granted - (len(self.emitted) - self.resumed_from)
+
+    @property
+    def bound(self) -> int:
+        """What ``watch_at`` is to be with the present credit."""
+        return min(self.limit + 1, self.resumed_from + self.granted)
 
     @property
     def known(self) -> int:
@@ -157,6 +164,7 @@ class ChoiceState:
         choice.deaths, choice.emitted_at_send, choice.ended_short = found.deaths, found.emitted_at_send, found.ended_short
         choice.queued_at, choice.sent_at, choice.answer_by = found.queued_at, found.sent_at, found.answer_by
         choice.seen, choice.seen_at, choice.questioned, choice.gap = found.seen, found.seen_at, found.questioned, found.gap
+        choice.watch_at = choice.bound
         choice.prompt_logprobs_sent, choice.attempts = found.prompt_logprobs_sent, list(found.attempts)
         choice.cached_tokens = found.cached_tokens
         return choice

@@ -9,6 +9,7 @@ came, because that costs nothing on the way of a token. What a dump may not hold
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -16,9 +17,17 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
-from orchestrator.router.core.actions import Action
-from orchestrator.router.core.event_record import EventRecord, KeptAction, record_action, record_event, record_message
-from orchestrator.router.core.events import ReplicaMessage, RouterEvent, Tick
+from orchestrator.router.core.actions import Action, DeliverTokens
+from orchestrator.router.core.event_record import (
+    DeliverRecord,
+    EventRecord,
+    KeptAction,
+    PlainEvent,
+    record_action,
+    record_event,
+    record_message,
+)
+from orchestrator.router.core.events import ReplicaMessage, RouterEvent, SubmitRequest, Tick
 from orchestrator.router.core.fair_order import FairOrderSnapshot
 from orchestrator.router.core.router_core import CoreSettings, CoreSnapshot, RouterCore
 from workers.protocol import messages
@@ -80,6 +89,15 @@ class KeptMessage(msgspec.Struct, frozen=True, gc=False):
 
 
 _outcomes = msgspec.msgpack.Decoder(KeptOutcome)
+_NOTHING = _encoder.encode(KeptOutcome())
+
+
+@functools.lru_cache(maxsize=512)
+def _delivered(choices: int) -> bytes:
+    """The outcome of a message whose tokens were delivered to so many choices, encoded."""
+    return _encoder.encode(KeptOutcome(actions=[DeliverRecord(choices=choices)]))
+
+
 #: A line of a dump before it is written: encoded, or a message as it came.
 DumpPart: TypeAlias = bytes | KeptMessage
 
@@ -110,6 +128,8 @@ class EventRecorder:
         self._core, self._id_of = core, id_of
         self._digest = digest if digest is not None else user_digest
         self._window_events, self._window_bytes = window_events, window_bytes
+        #: Events and bytes of a segment that is full.
+        self._full_events, self._full_bytes = (window_events + 1) // 2, (window_bytes + 3) // 4
         self._digests: dict[str, str] = {"": ""}
         self._segments: deque[_Segment] = deque()
         self._events = self._bytes = self._dropped = 0
@@ -118,8 +138,7 @@ class EventRecorder:
     def handle(self, event: RouterEvent, now: float) -> list[Action]:
         """:meth:`RouterCore.handle`, recorded also where it raises."""
         segment = self._segments[-1]
-        full = len(segment.events) * 2 >= self._window_events and isinstance(event, Tick) and self._core.live <= SNAPSHOT_REQUESTS
-        if full or segment.size * 4 >= self._window_bytes:
+        if segment.size >= self._full_bytes or (len(segment.events) >= self._full_events and self._may_snapshot(event)):
             self._start_segment()
             segment = self._segments[-1]
         actions: list[Action] = []
@@ -130,22 +149,38 @@ class EventRecorder:
             refused = error.code
             raise
         finally:
-            kept = self._keep(event, now, [record_action(action, self._id_of) for action in actions], refused)
-            segment.events.append(kept)
+            kept: DumpPart
+            if isinstance(event, ReplicaMessage):
+                frame = event.frame or messages.encode(event.message)
+                kept = KeptMessage(now, event.peer, self._digest_of(event.user), frame, self._outcome(event, actions))
+            else:
+                kept = self._encode(event, now, actions, refused)
             size = len(kept) + OVERHEAD_BYTES
+            segment.events.append(kept)
             segment.size += size
             self._bytes += size
             self._events += 1
         return actions
 
-    def _keep(self, event: RouterEvent, now: float, actions: list[KeptAction], refused: str) -> DumpPart:
-        cached = self._core.prefix_answers
-        if isinstance(event, ReplicaMessage):
-            frame = event.frame or messages.encode(event.message)
-            invalid, prompts = self._core.invalid if isinstance(event.message, Tokens) else ([], [])
-            outcome = KeptOutcome(cached=cached, actions=actions, invalid=invalid, invalid_prompts=prompts)
-            return KeptMessage(now, event.peer, self._digest_of(event.user), frame, _encoder.encode(outcome))
-        record = EventRecord(at=now, event=record_event(event, self._digest_of), cached=cached, actions=actions, refused=refused)
+    def _may_snapshot(self, event: RouterEvent) -> bool:
+        return isinstance(event, Tick) and self._core.live <= SNAPSHOT_REQUESTS
+
+    def _outcome(self, event: ReplicaMessage, actions: list[Action]) -> bytes:
+        """What the core did with the message, encoded. For most messages it is one delivery, or nothing: this is made once."""
+        core = self._core
+        invalid, prompts = core.invalid if isinstance(event.message, Tokens) else ((), ())
+        if len(actions) <= 1 and not core.prefix_answers and not invalid and not prompts:
+            if not actions:
+                return _NOTHING
+            action = actions[0]
+            if isinstance(action, DeliverTokens):
+                return _delivered(len(action.deliveries))
+        kept = [record_action(action, self._id_of) for action in actions]
+        return _encoder.encode(KeptOutcome(cached=core.prefix_answers, actions=kept, invalid=list(invalid), invalid_prompts=list(prompts)))
+
+    def _encode(self, event: SubmitRequest | PlainEvent, now: float, actions: list[Action], refused: str) -> bytes:
+        kept = [record_action(action, self._id_of) for action in actions]
+        record = EventRecord(at=now, event=record_event(event, self._digest_of), cached=self._core.prefix_answers, actions=kept, refused=refused)
         return _encoder.encode(record)
 
     def dump(self, unix_offset_s: float) -> list[DumpPart]:

@@ -27,7 +27,7 @@ attempt. A live choice is either in its model's queue or on one stream at one re
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, count
 from math import inf
 
 import msgspec
@@ -248,8 +248,8 @@ class RequestTable:
         account: TenantAccount | None = None
         output = 0
         scores: list[Logprobs] | None
-        columns = zip(message.streams, message.attempts, message.firsts, message.tokens, strict=True)
-        for i, (stream, attempt, first, tokens) in enumerate(columns):
+        columns = zip(count(), message.streams, message.attempts, message.firsts, message.tokens)
+        for i, stream, attempt, first, tokens in columns:
             choice = streams.get(stream)
             if choice is None or choice.attempt_number != attempt or choice.replica is not replica:
                 self._drop_stale(replica, stream, len(tokens), choice)
@@ -259,8 +259,8 @@ class RequestTable:
             scores = logprobs[i] if logprobs is not None else None
             emitted = choice.emitted
             position = len(emitted)
-            skip = position - first
-            if skip:
+            if position != first:
+                skip = position - first
                 if skip < 0:
                     self.counts["gaps"] += 1
                     if choice.gap == position:
@@ -276,17 +276,19 @@ class RequestTable:
                     self._breaches.append(Breach(choice, f"a token or a logprob that is none of {vocab} ids"))
                     continue
                 length = position + len(tokens)
-                if length > choice.limit:
+                if length < choice.watch_at:
+                    emitted += tokens
+                elif length > choice.limit:
                     self._breaches.append(Breach(choice, f"more than {choice.limit} tokens"))
                     continue
-                emitted += tokens
-                if choice.request.account is not account:
+                else:
+                    emitted += tokens
+                    self._settle_credit(choice)
+                if choice.account is not account:
                     if account is not None:
                         account.charge_output(output)
-                    account, output = choice.request.account, 0
+                    account, output = choice.account, 0
                 output += len(tokens)
-                if choice.granted <= length - choice.resumed_from:
-                    self._settle_credit(choice)
                 deliveries.append((choice.owner, choice.index, position, tokens, scores))
         if account is not None:
             account.charge_output(output)
@@ -315,6 +317,8 @@ class RequestTable:
 
     def take_breaches(self) -> list[Breach]:
         """Hand over what :meth:`on_tokens` refused, one entry a choice."""
+        if not self._breaches:
+            return []
         breaches, self._breaches = self._breaches, []
         return list({breach.choice.id: breach for breach in breaches}.values())
 
@@ -356,6 +360,7 @@ class RequestTable:
 
     def _settle_credit(self, choice: ChoiceState) -> None:
         """Note whether the client of a placed choice takes anything now; due whenever its credit may have ended or come again."""
+        choice.watch_at = choice.bound
         paused = choice.credit <= 0
         if choice.replica is not None and paused != choice.paused:
             choice.paused = paused
@@ -595,6 +600,7 @@ class RequestTable:
                         f"choice {choice.id}: stream"
                     )
                     assert choice.paused == (choice.credit <= 0), f"choice {choice.id}: paused or not"
+                    assert choice.watch_at == choice.bound, f"choice {choice.id}: where to look at it"
                     assert choice.replica.state != "lost" and registry.replicas.get(choice.replica.name) is choice.replica
         replicas = registry.replicas.values()
         assert live_choices == len(self.streams) + sum(map(len, self.queues.values())), "a choice is in no place or in two"

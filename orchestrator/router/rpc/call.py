@@ -10,7 +10,7 @@ the next message to each client will hold. No sockets: :mod:`orchestrator.router
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -23,11 +23,15 @@ from workers.protocol.messages import Accepted, Done, Failed, FinishReason, Logp
 Name: TypeAlias = tuple[str, str]
 
 
+#: What one step brings a choice: (stream, attempt, first, tokens, choice, text, logprobs). :meth:`Outgoing.take` makes columns of them.
+Delta: TypeAlias = tuple[int, int, int, list[int], int, str | None, list[Logprobs] | None]
+
+
 class Outgoing:
     """What is sent to one client next: one message with the tokens of all its streams, then terminal messages. ``wake(self)`` is called
     when the first part of the next message has been added."""
 
-    __slots__ = ("_deltas", "_ends", "_has_logprobs", "_has_texts", "_nonempty", "_prompts", "_wake", "peer")
+    __slots__ = ("_deltas", "_ends", "_nonempty", "_prompts", "_wake", "peer")
 
     def __init__(self, peer: bytes, wake: Callable[[Outgoing], None]) -> None:
         self.peer, self._wake, self._nonempty = peer, wake, False
@@ -35,21 +39,13 @@ class Outgoing:
         self._clear()
 
     def _clear(self) -> None:
-        #: (stream, attempt, first, tokens, choice, text, logprobs): one tuple a choice; :meth:`take` makes columns of them.
-        self._deltas: list[tuple[int, int, int, list[int], int, str, list[Logprobs] | None]] = []
+        self._deltas: list[Delta] = []
         self._prompts: list[tuple[int, list[Logprobs]]] = []
-        self._has_logprobs = self._has_texts = False
 
-    def add(
-        self, stream: int, attempt: int, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None
-    ) -> None:
+    def add(self, delta: Delta) -> None:
         if not self._nonempty:
             self._mark()
-        self._deltas.append((stream, attempt, first, tokens, choice, text or "", logprobs))
-        if text is not None:
-            self._has_texts = True
-        if logprobs is not None:
-            self._has_logprobs = True
+        self._deltas.append(delta)
 
     def add_prompt(self, stream: int, logprobs: list[Logprobs]) -> None:
         self._mark()
@@ -69,7 +65,7 @@ class Outgoing:
         self._nonempty = False
         messages: list[Tokens | Done | Failed] = []
         if self._deltas or self._prompts:
-            columns = [list(column) for column in zip(*self._deltas, strict=True)] or [[] for _ in range(7)]
+            columns: list[list[Any]] = [list(column) for column in zip(*self._deltas, strict=True)] or [[] for _ in range(7)]
             streams, attempts, firsts, tokens, choices, texts, logprobs = columns
             messages.append(
                 Tokens(
@@ -78,9 +74,9 @@ class Outgoing:
                     attempts=attempts,
                     firsts=firsts,
                     tokens=tokens,
-                    logprobs=logprobs if self._has_logprobs else None,
+                    logprobs=logprobs if _any_given(logprobs) else None,
                     prompt_logprobs=self._prompts or None,
-                    texts=texts if self._has_texts else None,
+                    texts=[text or "" for text in texts] if _any_given(texts) else None,
                     choices=choices if any(choices) else None,
                 )
             )
@@ -206,7 +202,7 @@ class RpcCall:
     def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
         if logprobs is not None:
             self.choices[choice].logprobs += logprobs
-        self.out.add(self.stream, self.attempt, choice, first, tokens, None, logprobs)
+        self.out.add((self.stream, self.attempt, first, tokens, choice, None, logprobs))
 
     def on_cached(self, choice: int, tokens: int) -> None:
         """Nothing: a call that is the watcher itself has no stop strings, so every end brings its usage."""
@@ -256,7 +252,7 @@ class RpcCall:
         self._finish(choice, failed)
 
     def _add(self, choice: int, first: int, tokens: list[int], text: str | None, logprobs: list[Logprobs] | None) -> None:
-        self.out.add(self.stream, self.attempt, choice, first, tokens, text, logprobs)
+        self.out.add((self.stream, self.attempt, first, tokens, choice, text, logprobs))
 
     def _finish(self, choice: int, end: Done | Failed) -> None:
         self.choices[choice].end = end
@@ -267,6 +263,10 @@ class RpcCall:
 
     def _addressed(self, end: Done | Failed) -> Done | Failed:
         return msgspec.structs.replace(end, stream=self.stream, attempt=self.attempt)
+
+
+def _any_given(column: list[Any]) -> bool:
+    return column.count(None) < len(column)
 
 
 def _count(have: list[int], index: int) -> int:
