@@ -14,6 +14,7 @@ from orchestrator.router.frontend.preprocess import CallerContext, Preprocessor
 from orchestrator.router.frontend.schema import Body
 from orchestrator.router.frontend.text_models import TextModel
 from orchestrator.router.http.authentication import tenant_of
+from orchestrator.router.http.event_stream import StreamWrites
 from orchestrator.router.http.in_flight import InFlightRequest
 from orchestrator.router.http.middleware import affinity, note_ignored, read_body
 from orchestrator.router.http.response import GenerateResponse, ResponseBuilder
@@ -39,6 +40,7 @@ class HttpFrontend:
 
     def __init__(self, preprocessor: Preprocessor, dispatcher: Dispatcher, metrics: Metrics, max_body_bytes: int) -> None:
         self.preprocessor, self.dispatcher, self.metrics, self._max_body_bytes = preprocessor, dispatcher, metrics, max_body_bytes
+        self._writes = StreamWrites()
 
     async def read_bytes(self, http: Request, *, any_type: bool = False) -> bytes:
         """The body within the size limit; ``any_type`` as in read_body. Raises TooLarge, Unsupported."""
@@ -61,4 +63,4 @@ class HttpFrontend:
         """The response to a generating request; ``id`` is unique, ``credit`` as in CallerContext. Raises what prepare raises."""
         caller = CallerContext(client="http", request_id=id, tenant=tenant_of(http), affinity=affinity(http), credit=credit)
         prepared = await self.preprocessor.prepare(body, caller)
-        return GenerateResponse(InFlightRequest(prepared, self.dispatcher, self.metrics), builder, self.metrics)
+        return GenerateResponse(InFlightRequest(prepared, self.dispatcher, self.metrics), builder, self.metrics, self._writes)

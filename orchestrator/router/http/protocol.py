@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httptools
@@ -42,8 +42,8 @@ WRITE_BUFFER = 16 << 10
 #: Largest body whose rest is read after an early answer; for a larger one, or one of unknown length, the connection ends.
 MAX_DISCARDED = 256 << 10
 VERSIONS = ("1.0", "1.1")
-#: Key in the state of an ASGI scope: a function that drops the connection together with its unsent bytes.
-ABORT = "trireme.abort"
+#: Key in the state of an ASGI scope: the :class:`AnswerConnection` of the request.
+CONNECTION = "trireme.connection"
 
 _REASONS = {
     400: "Bad Request", 408: "Request Timeout", 414: "URI Too Long", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
@@ -54,6 +54,42 @@ _TOO_MUCH = f"more than {MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of the
 
 class _BoundPassed(Exception):
     """Stops the parser inside a callback; httptools raises it again as its own error."""
+
+
+class AnswerConnection:
+    """What ASGI does not offer to the answer of a request: parts of its body are written at once, without a task's turn for each, and the
+    loss of the connection is told. The answer sets ``on_writable`` and ``on_lost``."""
+
+    __slots__ = ("_cycle", "_protocol", "on_lost", "on_writable")
+
+    def __init__(self, protocol: BoundedProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol, self._cycle = protocol, cycle
+        self.on_lost: Callable[[], None] | None = None
+        self.on_writable: Callable[[], None] | None = None
+
+    @property
+    def lost(self) -> bool:
+        return self._cycle.disconnected
+
+    @property
+    def paused(self) -> bool:
+        """The reader is slow: as many bytes wait for it as may."""
+        return self._protocol.flow.write_paused
+
+    def write(self, part: bytes) -> None:
+        """Write a part of the body, after ASGI has sent the head and before it sends the last part. Not while it is ``paused``."""
+        if not self._cycle.disconnected:
+            self._protocol.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if self._cycle.chunked_encoding else part)
+
+    def abort(self) -> None:
+        """Drop the connection together with its unsent bytes."""
+        self._protocol.abort()
+
+    def lose(self) -> None:
+        """The peer takes nothing more of this answer."""
+        self._cycle.disconnected = True
+        if self.on_lost is not None:
+            self.on_lost()
 
 
 class _Answer:
@@ -102,6 +138,8 @@ class BoundedProtocol(HttpToolsProtocol):
         #: The head of a request that asks for another protocol, without that wish; empty for other requests.
         self._plain_head = b""
         self._deadline: asyncio.TimerHandle | None = None
+        #: That of the request that is being answered, or was answered last.
+        self._answering: AnswerConnection | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -119,6 +157,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._expect(None)
         self._counted.leave(self._address)
         super().connection_lost(exc)
+        if self._answering is not None:
+            self._answering.lose()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -175,7 +215,6 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if version == "1.0":
             self.expect_100_continue = False
-        self.scope["state"][ABORT] = self.abort
         self._in_head = False
         self._expect(BODY_DEADLINE_S)
         super().on_headers_complete()
@@ -185,6 +224,7 @@ class BoundedProtocol(HttpToolsProtocol):
             special = cycle.more_body or scope["http_version"] == "1.0"
             await app(scope, receive, _Answer(self, cycle).send if special else send)
 
+        self._answering = cycle.scope["state"][CONNECTION] = AnswerConnection(self, cycle)
         super()._start_asgi_task(cycle, answered)  # type: ignore[arg-type]
 
     def on_message_complete(self) -> None:
@@ -198,6 +238,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():  # it closes when the waiting bytes are sent, which must not take for ever
             self._expect(None)
             self._deadline = self.loop.call_later(BODY_DEADLINE_S, self.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._answering is not None and self._answering.on_writable is not None:
+            self._answering.on_writable()
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():
@@ -244,6 +289,8 @@ class BoundedProtocol(HttpToolsProtocol):
             # The application's own answer is discarded.
             cycle.disconnected, cycle.waiting_for_100_continue = True, False
             cycle.message_event.set()
+            if self._answering is not None:
+                self._answering.lose()
         error = {"message": message, "type": kind, "param": None, "code": code}
         body = msgspec.json.encode({"error": error})
         head = (

@@ -5,7 +5,6 @@ Owns the request in flight from the first byte of the answer to the last. A :cla
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -14,10 +13,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.router.frontend.detokenizer import TextSink
-from orchestrator.router.http.event_stream import EventStream, StreamEnding, encode
+from orchestrator.router.http.event_stream import EventStream, StreamEnding, StreamWrites, encode
 from orchestrator.router.http.in_flight import InFlightRequest
 from orchestrator.router.http.middleware import answer_headers
-from orchestrator.router.http.protocol import ABORT
+from orchestrator.router.http.protocol import CONNECTION, AnswerConnection
 from orchestrator.router.metrics import Metrics
 
 
@@ -36,22 +35,26 @@ class ResponseBuilder(StreamEnding, Protocol):
 class GenerateResponse:
     """An ASGI application for one prepared request."""
 
-    def __init__(self, request: InFlightRequest, builder: ResponseBuilder, metrics: Metrics) -> None:
-        self._request, self._builder, self._metrics = request, builder, metrics
+    def __init__(self, request: InFlightRequest, builder: ResponseBuilder, metrics: Metrics, writes: StreamWrites) -> None:
+        self._request, self._builder, self._metrics, self._writes = request, builder, metrics, writes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        listening = asyncio.create_task(self._listen(receive))
+        connection: AnswerConnection = scope["state"][CONNECTION]
+        if connection.lost:
+            self._metrics.disconnected()
+            return
+        connection.on_lost = self._on_lost
         try:
             if self._builder.streamed:
-                await self._stream(scope, send)
+                await self._stream(scope, send, connection)
             else:
                 await self._whole(scope, receive, send)
         finally:
-            listening.cancel()
+            connection.on_lost = None
             self._request.cancel()
 
-    async def _stream(self, scope: Scope, send: Send) -> None:
-        stream = EventStream(self._request, self._builder, scope.get("state", {}).get(ABORT, self._request.cancel))
+    async def _stream(self, scope: Scope, send: Send, connection: AnswerConnection) -> None:
+        stream = EventStream(self._request, self._builder, connection, self._writes)
         self._request.submit(self._builder.stream_sinks(self._request, stream))
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -72,9 +75,7 @@ class GenerateResponse:
             return
         await Response(body(), 200, answer_headers(scope), "application/json")(scope, receive, send)
 
-    async def _listen(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    def _on_lost(self) -> None:
         if not self._request.over:
             self._metrics.disconnected()
             self._request.cancel()
