@@ -152,7 +152,7 @@ class EventRecorder:
             kept: DumpPart
             if isinstance(event, ReplicaMessage):
                 frame = event.frame or messages.encode(event.message)
-                kept = KeptMessage(now, event.peer, self._digest_of(event.user), frame, self._outcome(event, actions))
+                kept = KeptMessage(now, event.peer, self._digest_of(event.user) if event.user else "", frame, self._outcome(event, actions))
             else:
                 kept = self._encode(event, now, actions, refused)
             size = len(kept) + OVERHEAD_BYTES

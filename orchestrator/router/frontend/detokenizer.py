@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 
@@ -73,14 +73,18 @@ class StopStrings:
         return 0
 
 
+_Utf8 = cast("type[codecs.BufferedIncrementalDecoder]", codecs.getincrementaldecoder("utf-8"))
+
+
 class _ChoiceText:
     """Decoding state of one choice. ``count``: output tokens so far. ``cached``: prompt tokens found in the prefix cache. ``pending``: text
     that may yet become a stop string. ``shown``: all text that was sent, kept only for JSON."""
 
-    __slots__ = ("cached", "count", "decode", "ended", "pending", "shown")
+    __slots__ = ("cached", "count", "decode", "decoder", "ended", "pending", "shown")
 
     def __init__(self) -> None:
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.decoder = _Utf8("replace")
+        self.decode = self.decoder.decode
         self.count = self.cached = 0
         self.pending = ""
         self.ended = False
@@ -111,6 +115,8 @@ class Detokenizer:
         self._bytes = table.showing(rule.markers) if rule.skip_special else table.all
         self._rule, self._sink, self._stop_choice, self._meter = rule, sink, stop_choice, meter
         self._stops = StopStrings(rule.stops) if rule.stops else None
+        #: All text is shown as it comes, and nothing is read in it.
+        self._plain = self._stops is None and not rule.json
         self._prompt_tokens = prompt_tokens
         self._choices = [_ChoiceText() for _ in range(choices)]
         self._stopped = [self._read(text, list(ids))[2] for text, ids in zip(self._choices, emitted, strict=False)]
@@ -124,6 +130,13 @@ class Detokenizer:
     def on_tokens(self, choice: int, first: int, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
         state = self._choices[choice]
         if state.ended:
+            return
+        if self._plain:
+            raw = self._table.pick(self._bytes, tokens)
+            # Most tokens are whole characters of one byte: these need no decoder, unless it holds the begin of a character.
+            text = raw.decode() if raw.isascii() and not state.decoder.buffer else state.decode(raw)
+            state.count = first + len(tokens)
+            self._sink.on_text(choice, first, tokens, text, logprobs)
             return
         state.count = first
         text, used, stop = self._read(state, tokens)
