@@ -77,9 +77,9 @@ class ChoiceState:
     """
 
     __slots__ = (
-        "account", "answer_by", "attempt_number", "attempts", "cached_tokens", "deaths", "emitted", "emitted_at_send", "end", "end_detail", "ended_at",
-        "ended_short", "gap", "granted", "id", "index", "limit", "owner", "params", "paused", "phase", "prompt_logprobs_sent", "questioned",
-        "queued_at", "replica", "request", "resumed_from", "seen", "seen_at", "sends", "sent_at", "stream", "watch_at",
+        "account", "answer_by", "attempt_number", "attempts", "cached_tokens", "deaths", "emitted", "emitted_at_send", "end", "end_detail",
+        "ended_at", "ended_short", "gap", "granted", "id", "index", "limit", "owner", "params", "paused", "phase", "prompt_logprobs_sent",
+        "questioned", "queued_at", "replica", "request", "resumed_from", "seen", "seen_at", "sends", "sent_at", "stream", "watch_at",
     )  # fmt: skip
 
     def __init__(self, request: RequestState, id: int, index: int, params: SamplingParams, emitted: list[int]) -> None:

@@ -180,7 +180,9 @@ class EventRecorder:
 
     def _encode(self, event: SubmitRequest | PlainEvent, now: float, actions: list[Action], refused: str) -> bytes:
         kept = [record_action(action, self._id_of) for action in actions]
-        record = EventRecord(at=now, event=record_event(event, self._digest_of), cached=self._core.prefix_answers, actions=kept, refused=refused)
+        record = EventRecord(
+            at=now, event=record_event(event, self._digest_of), cached=self._core.prefix_answers, actions=kept, refused=refused
+        )
         return _encoder.encode(record)
 
     def dump(self, unix_offset_s: float) -> list[DumpPart]:
