@@ -27,6 +27,7 @@ from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
+from orchestrator.router.tenant_caps import TenantCaps
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
@@ -104,7 +105,13 @@ def run_server(report: Connection, folder: str, streams: int, step_s: float) -> 
         listener = bind(http)
         texts = texts_of(folder)
         spec = RouterSpec(name="bench", back="", rpc="", models=(), http=http)
-        app = build_app(spec, dispatcher, Preprocessor(texts, dispatcher, spec.admission, Salting(b"salt")), Metrics(["tiny"]))
+        app = build_app(
+            spec,
+            dispatcher,
+            Preprocessor(texts, dispatcher, spec.admission, Salting(b"salt")),
+            Metrics(["tiny"]),
+            TenantCaps(spec.admission),
+        )
         stop = asyncio.Event()
         serving = asyncio.create_task(serve(app, listener, stop, grace_s=2))
         report.send(listener.getsockname()[1])

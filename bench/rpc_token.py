@@ -26,6 +26,7 @@ from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import load_texts
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.rpc.server import RpcServer
+from orchestrator.router.tenant_caps import TenantCaps
 from tests.support.tiny_models import tiny_tokenizer
 from workers.protocol import messages
 from workers.protocol.messages import PROTOCOL, Capacity, Generate, Hello, RouterHeartbeat, Submit, Tokens
@@ -61,7 +62,7 @@ async def measure(folder: Path, texts: bool, steps: int) -> float:
     dispatch = RouterDispatcher(core, name="r", send=to_replica, clock=time.monotonic)
     server = RpcServer(
         boot="R", dispatcher=dispatch, preprocessor=Preprocessor(loaded, dispatch, spec, Salting(b"salt")), metrics=Metrics(["m"]),
-        acl=CurveAcl({}), send=to_client, clock=time.monotonic, diagnostics=Diagnostics("r", dispatch, None),
+        acl=CurveAcl({}), caps=TenantCaps(spec), send=to_client, clock=time.monotonic, diagnostics=Diagnostics("r", dispatch, None),
     )  # fmt: skip
     capacity = Capacity(
         block_size=16, num_blocks=9999, max_batch_size=STREAMS, max_num_tokens=512, max_seq_len=4096, vocab_size=320, tp=1, pp=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Literal
 
@@ -39,15 +40,23 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP server of every router; ``port`` 0 = any free one, printed and put into the state file. ``api_keys_file``: the keys that it
     accepts (`trireme keys api`); without one it is open to all, and stays on loopback. ``allowed_origins``: the web pages whose scripts
-    may use it (CORS), such as ``https://chat.example.org``; ``*`` = all, empty = none."""
+    may use it (CORS), such as ``https://chat.example.org``; ``*`` = all, empty = none. ``trusted_proxies``: addresses and networks of
+    reverse proxies, which are believed when they name the client's address (``Forwarded``, ``X-Forwarded-For``)."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 4 << 20
     api_keys_file: str = ""
     allowed_origins: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                why = str(error)
+                raise ConfigError(f"http.trusted_proxies: {proxy!r} is no address", why, "such as 10.0.0.7 or 10.0.0.0/8") from None
         for origin in self.allowed_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
@@ -105,13 +114,24 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds of admission: choices waiting for a replica (a request has ``n`` of them), seconds they may wait, seconds a whole request may
-    take (0 = no limit)."""
+    take (0 = no limit).
+
+    ``max_requests``, ``max_bytes``: requests of a router that have not ended, and the bytes of their bodies. ``tenant_share``: how much of
+    both one tenant may take.
+    """
 
     max_queue: int = 512
     queue_timeout_s: float = 60.0
     request_timeout_s: float = 600.0
     max_n: int = 8
     replica_limit: int = 2
+    max_requests: int = 32768
+    max_bytes: int = 512 << 20
+    tenant_share: float = 0.25
+
+    def share_of(self, total: int) -> int:
+        """What one tenant may take of ``total``."""
+        return int(total * self.tenant_share)
 
 
 class MetricsSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

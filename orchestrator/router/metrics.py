@@ -25,8 +25,8 @@ REASONS = ("stop", "length", "cancelled")
 #: Error codes with a series of their own; every other code is counted as ``other``.
 CODES = (
     "invalid_request", "invalid_schema", "context_length_exceeded", "model_not_found", "not_found", "method_not_allowed", "body_too_large",
-    "unsupported", "authentication_error", "overloaded", "unavailable", "deadline_exceeded", "cancelled", "replica_lost", "engine_fault",
-    "nan_logits", "internal_error", "other",
+    "unsupported", "authentication_error", "overloaded", "tenant_limit", "unavailable", "deadline_exceeded", "cancelled", "replica_lost",
+    "engine_fault", "nan_logits", "internal_error", "other",
 )  # fmt: skip
 
 

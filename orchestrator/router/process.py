@@ -41,6 +41,7 @@ from orchestrator.router.net.replica_link import ReplicaLink
 from orchestrator.router.net.router_socket import RouterSocket
 from orchestrator.router.rpc.server import RpcServer
 from orchestrator.router.signals import STOP
+from orchestrator.router.tenant_caps import TenantCaps
 from workers.files import replace_file
 from workers.protocol.errors import ConfigError, EnvironmentFault
 from workers.protocol.messages import RouterHeartbeat, ToReplica
@@ -100,9 +101,10 @@ class RouterProcess:
         self._traced: Dispatcher = self._traces.around(self._dispatcher, self._now) if self._traces is not None else self._dispatcher
         self._metrics = Metrics(models, self._dispatcher.status, core.stats)
         self._preprocessor = Preprocessor(texts, self._traced, spec.admission, Salting(salt_key))
+        self._caps = TenantCaps(spec.admission)
         dump_file = Path(spec.state_file).with_name(f"{spec.name}.dump") if spec.state_file else None
         self._rpc = RpcServer(
-            boot=boot, dispatcher=self._traced, preprocessor=self._preprocessor, metrics=self._metrics, acl=self._acl,
+            boot=boot, dispatcher=self._traced, preprocessor=self._preprocessor, metrics=self._metrics, acl=self._acl, caps=self._caps,
             send=self._send_to_client, clock=self._now, diagnostics=Diagnostics(spec.name, self._dispatcher, dump_file),
         )  # fmt: skip
         self._rpc_socket = RouterSocket(
@@ -182,10 +184,11 @@ class RouterProcess:
         if self._listener is None:
             await stop.wait()
             return
-        app = build_app(self._spec, self._traced, self._preprocessor, self._metrics, self._api_keys)
-        if self._api_keys is None and self._spec.http is not None and self._spec.http.insecure_without_keys:
+        app = build_app(self._spec, self._traced, self._preprocessor, self._metrics, self._caps, self._api_keys)
+        http = self._spec.http or HttpSpec()
+        if self._api_keys is None and http.insecure_without_keys:
             log.warning("%s is open to everyone who reaches it: no API keys, by insecure_http_without_keys", self.http)
-        await serve(app, self._listener, stop, grace_s=self._spec.drain_grace_s)
+        await serve(app, self._listener, stop, trusted_proxies=http.trusted_proxies, grace_s=self._spec.drain_grace_s)
 
     async def _serve_scrape(self, closing: asyncio.Event) -> None:
         if self._scrape is not None:

@@ -120,7 +120,7 @@ def routes() -> str:
     with short_folder() as folder:
         made = ServedDoor(folder)  # its parts alone: it is not entered, so it serves nothing
         apps = {
-            "router": build_app(made.spec, made.dispatcher, made.preprocessor, made.metrics),
+            "router": build_app(made.spec, made.dispatcher, made.preprocessor, made.metrics, made.caps),
             "scrape": build_scrape_app(made.metrics),
         }
         made.http.close()
@@ -134,9 +134,9 @@ def routes() -> str:
 
 
 def starlette_of(app: Any) -> Starlette:
-    """The application inside of its middlewares, whatever they call it."""
+    """The application inside of its middlewares."""
     while not isinstance(app, Starlette):
-        (app,) = (inner for inner in vars(app).values() if callable(inner))
+        app = app.app if hasattr(app, "app") else app._app
     return app
 
 

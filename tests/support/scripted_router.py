@@ -26,6 +26,7 @@ from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.interfaces import Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
+from orchestrator.router.tenant_caps import TenantCaps
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import FinishReason, Logprobs, Usage
@@ -165,15 +166,19 @@ class ServedDoor:
     """The door on a loopback port, in a thread of its own, and a client for it; a context manager."""
 
     def __init__(
-        self, folder: Path, keys: ApiKeys | None = None, *, texts: TextModels | None = None, allowed_origins: tuple[str, ...] = ()
+        self, folder: Path, keys: ApiKeys | None = None, *, texts: TextModels | None = None, allowed_origins: tuple[str, ...] = (),
+        trusted_proxies: tuple[str, ...] = (), admission: AdmissionSpec | None = None,
     ) -> None:  # fmt: skip
         self.keys, self.salting = keys, Salting(b"salt")
         self.dispatcher = ScriptedDispatcher()
         self.texts = texts or tiny_texts(folder)
         self.metrics = Metrics(["tiny"], self.dispatcher.status)
-        http = HttpSpec(port=0, max_body_bytes=1 << 20, allowed_origins=allowed_origins)
-        self.spec = RouterSpec(name="test", back="", rpc="", models=(self.texts.models[0].card,), http=http, admission=AdmissionSpec())
+        http = HttpSpec(port=0, max_body_bytes=1 << 20, allowed_origins=allowed_origins, trusted_proxies=trusted_proxies)
+        self.spec = RouterSpec(
+            name="test", back="", rpc="", models=(self.texts.models[0].card,), http=http, admission=admission or AdmissionSpec()
+        )
         self.preprocessor = Preprocessor(self.texts, self.dispatcher, self.spec.admission, self.salting)
+        self.caps = TenantCaps(self.spec.admission)
         self._listener = bind(http)
         self.port = int(self._listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
@@ -204,9 +209,9 @@ class ServedDoor:
     def _run(self) -> None:
         async def main() -> None:
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            app = build_app(self.spec, self.dispatcher, self.preprocessor, self.metrics, self.keys)
+            app = build_app(self.spec, self.dispatcher, self.preprocessor, self.metrics, self.caps, self.keys)
             self._up.set()
-            await serve(app, self._listener, self._stop, grace_s=1)
+            await serve(app, self._listener, self._stop, trusted_proxies=(self.spec.http or HttpSpec()).trusted_proxies, grace_s=1)
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main())

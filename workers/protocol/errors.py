@@ -8,6 +8,7 @@
     │   ├── Unsupported     a media type or feature that is not offered           HTTP 415
     │   └── Unauthorized    missing or wrong credentials                          HTTP 401
     ├── Overloaded          retry later or elsewhere                              HTTP 429
+    │   ├── TenantLimit     the caller's tenant holds its share; others go on     HTTP 429
     │   └── Unavailable     no replica is ready                                   HTTP 503
     ├── DeadlineExceeded    the request's own deadline passed                     HTTP 504
     ├── Cancelled           the caller left or cancelled                          HTTP 499
@@ -98,6 +99,10 @@ class Overloaded(TriremeError):
     code, status, exit_code = "overloaded", 429, 5
 
 
+class TenantLimit(Overloaded):
+    code = "tenant_limit"
+
+
 class Unavailable(Overloaded):
     code, status = "unavailable", 503
 
@@ -136,7 +141,7 @@ def printable(text: str) -> str:
 
 
 _CLASSES = (
-    NotFound, TooLong, TooLarge, Unsupported, Unauthorized, Overloaded, Unavailable, DeadlineExceeded,
+    NotFound, TooLong, TooLarge, Unsupported, Unauthorized, Overloaded, TenantLimit, Unavailable, DeadlineExceeded,
     Cancelled, ReplicaLost, EngineFault, ConfigError, ArtifactError, EnvironmentFault, Rejected,
 )  # fmt: skip
 _BY_CODE: Mapping[str, type[TriremeError]] = {c.code: c for c in _CLASSES} | {

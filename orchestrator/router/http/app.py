@@ -23,14 +23,16 @@ from orchestrator.router.frontend import schema
 from orchestrator.router.frontend.known_fields import unknown_fields
 from orchestrator.router.frontend.preprocess import Preprocessor, check_ids
 from orchestrator.router.http.authentication import ApiKeyMiddleware, tenant_of
+from orchestrator.router.http.client_address import ClientAddressMiddleware, networks
 from orchestrator.router.http.dialect import Dialect, HttpFrontend
 from orchestrator.router.http.dialects import DIALECTS
 from orchestrator.router.http.event_stream import encode
-from orchestrator.router.http.middleware import RequestContextMiddleware, answer_headers, cross_origin
+from orchestrator.router.http.middleware import RequestContextMiddleware, TenantCapMiddleware, answer_headers, cross_origin
 from orchestrator.router.http.response import json_response
 from orchestrator.router.http.status_page import StatusPage
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import CONTENT_TYPE, Metrics
+from orchestrator.router.tenant_caps import TenantCaps
 from workers import __version__
 from workers.protocol.errors import NotFound, Overloaded, TriremeError, Unavailable
 
@@ -157,16 +159,18 @@ class HttpApi:
 
 
 def build_app(
-    spec: RouterSpec, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, keys: ApiKeys | None = None
+    spec: RouterSpec, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, caps: TenantCaps, keys: ApiKeys | None = None
 ) -> ASGIApp:
     """The HTTP API as an ASGI application; run it with :func:`orchestrator.router.http.server.serve`. ``keys`` None: open to all."""
     api = HttpApi(spec, dispatcher, preprocessor, metrics)
     handlers = dict.fromkeys((TriremeError, HTTPException, ClientDisconnect, Exception), api.on_error)
     app = Starlette(routes=api.routes(), exception_handlers=handlers)
     app.router.redirect_slashes = False
-    guarded = RequestContextMiddleware(app if keys is None else ApiKeyMiddleware(app, keys, api.on_error))
-    origins = (spec.http or HttpSpec()).allowed_origins
-    return cross_origin(guarded, origins) if origins else guarded
+    http = spec.http or HttpSpec()
+    capped = TenantCapMiddleware(app, caps, api.on_error)
+    guarded = RequestContextMiddleware(capped if keys is None else ApiKeyMiddleware(capped, keys, api.on_error))
+    placed = ClientAddressMiddleware(guarded, networks(http.trusted_proxies)) if http.trusted_proxies else guarded
+    return cross_origin(placed, http.allowed_origins) if http.allowed_origins else placed
 
 
 def _check_sees_all(http: Request) -> None:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.auth.api_keys import EVERYONE, ApiKeys, Tenant
 from orchestrator.router import request_context
+from orchestrator.router.http.client_address import forwarded
 from workers.protocol.errors import Unauthorized
 
 #: Probes, and the status page, which is the same in every deployment and contains nothing of this one; `/` leads to it.
@@ -52,8 +53,9 @@ def tenant_of(http: Request) -> Tenant:
 
 
 def _is_local(scope: Scope) -> bool:
+    """Whether the caller is on this host; what comes by way of a proxy is not, whoever the proxy is."""
     client = scope.get("client")
     try:
-        return client is not None and ipaddress.ip_address(client[0]).is_loopback
+        return client is not None and not forwarded(scope["headers"]) and ipaddress.ip_address(client[0]).is_loopback
     except ValueError:
         return False

@@ -6,10 +6,11 @@ must never take them all.
 
 from __future__ import annotations
 
-import ipaddress
 import resource
 from collections import Counter
+from collections.abc import Sequence
 
+from orchestrator.router.http.client_address import Network, address_of, is_trusted, tenant_address
 from workers.protocol.errors import EnvironmentFault
 
 #: Fewest descriptors that a router can work with, and the most that it reckons with: each connection costs memory too.
@@ -29,41 +30,32 @@ def raise_descriptor_limit() -> int:
 
 
 class Connections:
-    """``most``: in all. ``most_of_one``: of one address; of IPv6 the first 64 bits count, for a host may use all addresses below them."""
+    """``most``: in all. ``most_of_one``: of one address (of IPv6, of one network of 64 bits); not of ``trusted`` proxies, which bring the
+    requests of many."""
 
-    def __init__(self, most: int, most_of_one: int) -> None:
-        self.most, self.most_of_one = most, most_of_one
+    def __init__(self, most: int, most_of_one: int, trusted: Sequence[Network] = ()) -> None:
+        self.most, self.most_of_one, self._trusted = most, most_of_one, trusted
         self._open: Counter[str] = Counter()
 
     @classmethod
-    def of_this_process(cls) -> Connections:
+    def of_this_process(cls, trusted: Sequence[Network] = ()) -> Connections:
         """Half of the descriptors in all, a quarter for one address; the rest is for replicas, RPC clients and files."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         descriptors = MOST if soft == resource.RLIM_INFINITY else min(soft, MOST)
-        return cls(descriptors // 2, descriptors // 4)
+        return cls(descriptors // 2, descriptors // 4, trusted)
 
     def enter(self, address: str) -> str:
         """Count a connection. Returns why it must be refused; empty: it may stay. :meth:`leave` is due either way."""
-        key = _host(address)
+        key = tenant_address(address)
         self._open[key] += 1
         if self._open.total() > self.most:
             return f"{self.most} connections are open here"
-        if self._open[key] > self.most_of_one:
+        if self._open[key] > self.most_of_one and not is_trusted(address_of(address), self._trusted):
             return f"{self.most_of_one} connections of this address are open here"
         return ""
 
     def leave(self, address: str) -> None:
-        key = _host(address)
+        key = tenant_address(address)
         self._open[key] -= 1
         if not self._open[key]:
             del self._open[key]
-
-
-def _host(address: str) -> str:
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(found, ipaddress.IPv6Address):
-        return str(found.ipv4_mapped or ipaddress.ip_network((int(found) >> 64 << 64, 64)))
-    return str(found)

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.router import request_context
-from workers.protocol.errors import TooLarge, Unsupported
+from orchestrator.router.http.client_address import tenant_address
+from orchestrator.router.tenant_caps import Place, TenantCaps
+from workers.protocol.errors import Overloaded, TooLarge, Unsupported
 
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 #: Characters.
@@ -25,6 +28,7 @@ _MAX_IGNORED, _MAX_IGNORED_CHARS = 32, 1024
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 #: A browser sends one of these headers with every request that a page of another origin causes.
 _BROWSER_HEADERS = ("origin", "sec-fetch-site")
+_PLACE = "trireme.place"
 
 
 def request_id(scope: Scope) -> str:
@@ -68,8 +72,31 @@ class RequestContextMiddleware:
         # W3C Trace Context: a header that was sent twice counts as missing.
         client = scope.get("client")
         traceparent = given[0].decode("latin-1") if len(given) == 1 else ""
-        request_context.enter(request_id(scope), traceparent, client[0] if client is not None else "")
+        request_context.enter(request_id(scope), traceparent, tenant_address(client[0]) if client is not None else "")
         await self._app(scope, receive, send)
+
+
+class TenantCapMiddleware:
+    """ASGI middleware: a request with a body counts as its tenant's until it is answered. ``refuse`` makes the response where the tenant
+    has too many. It stands behind the authentication, which says who the tenant is."""
+
+    def __init__(self, app: ASGIApp, caps: TenantCaps, refuse: Callable[[Request, Exception], Awaitable[Response]]) -> None:
+        self._app, self._caps, self._refuse = app, caps, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            place = self._caps.enter(request_context.caller())
+        except Overloaded as error:
+            await (await self._refuse(Request(scope), error))(scope, receive, send)
+            return
+        scope.setdefault("state", {})[_PLACE] = place
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            place.leave()
 
 
 def cross_origin(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
@@ -91,7 +118,7 @@ async def read_body(http: Request, limit: int, *, any_type: bool = False) -> byt
     Its content type must be JSON, because a web page can make a browser send other types to this router. ``any_type``: only requests of
     browsers must say JSON.
 
-    Raises TooLarge, Unsupported.
+    Raises TooLarge, Unsupported, TenantLimit, Overloaded.
     """
     declared = http.headers.get("content-length")
     if declared is not None and int(declared) > limit:
@@ -102,10 +129,12 @@ async def read_body(http: Request, limit: int, *, any_type: bool = False) -> byt
     typed = not any_type or any(name in http.headers for name in _BROWSER_HEADERS)
     if sent and typed and http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Unsupported("the body must be sent as Content-Type: application/json")
+    place: Place = http.scope["state"][_PLACE]
     parts, size = [], 0
     async for part in http.stream():
         size += len(part)
         if size > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
+        place.add(len(part))
         parts.append(part)
     return b"".join(parts)

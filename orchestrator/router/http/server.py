@@ -10,13 +10,14 @@ import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from orchestrator.config.router_spec import HttpSpec
+from orchestrator.router.http.client_address import networks
 from orchestrator.router.http.connections import Connections
 from orchestrator.router.http.protocol import BoundedProtocol
 from workers.protocol.errors import ConfigError, EnvironmentFault
@@ -64,11 +65,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, grace_s: float = 30.0) -> None:
+async def serve(
+    app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, trusted_proxies: Sequence[str] = (), grace_s: float = 30.0
+) -> None:
     """Serve until ``stop`` is set; then accept nothing new, let requests finish for ``grace_s``, and cancel the rest."""
     config = uvicorn.Config(
         app,
-        http=partial(BoundedProtocol, Connections.of_this_process()),  # type: ignore[arg-type]
+        http=partial(BoundedProtocol, Connections.of_this_process(networks(trusted_proxies))),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -76,8 +79,7 @@ async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, g
         log_level="error",
         access_log=False,
         server_header=False,
-        # Forwarding headers are believed only from a proxy on this host.
-        forwarded_allow_ips="127.0.0.1,::1",
+        proxy_headers=False,  # the application reads them, from trusted proxies alone
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(grace_s)),
         backlog=BACKLOG,

@@ -16,6 +16,7 @@ import msgspec
 
 from orchestrator.router.interfaces import Ticket
 from orchestrator.router.metrics import RequestMeter
+from orchestrator.router.tenant_caps import Place
 from workers.protocol.errors import TriremeError, printable
 from workers.protocol.messages import Accepted, Done, Failed, FinishReason, Logprobs, Tokens, Usage, error_text
 
@@ -110,7 +111,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
 
 class RpcCall:
     """A client's request, and the sink of its output. ``stream`` and ``attempt`` are those of the client's last Generate; ``out`` leads to
-    the connection that it came from. ``texts``: the client wants text.
+    the connection that it came from. ``texts``: the client wants text. ``place``: what it counts for among the requests of its ``tenant``.
 
     Where the client wants no text (``open`` with a meter), the call itself is the dispatcher's watcher, which saves a call per token, and
     its choices share the dispatcher's token lists.
@@ -118,13 +119,15 @@ class RpcCall:
 
     __slots__ = (
         "_boot", "_ended", "_meter", "_open", "attempt", "cancelled", "choices", "client_boot", "granted", "lost_at", "name", "out",
-        "prompt", "stream", "submission", "texts",
+        "place", "prompt", "stream", "submission", "tenant", "texts",
     )  # fmt: skip
 
     def __init__(
-        self, name: Name, boot: str, texts: bool, out: Outgoing, ended: Callable[[RpcCall], None], *, granted: int = 0
+        self, name: Name, boot: str, texts: bool, out: Outgoing, ended: Callable[[RpcCall], None], *, tenant: str, place: Place,
+        granted: int = 0,
     ) -> None:  # fmt: skip
         self.name, self._boot, self.texts, self.out, self._ended = name, boot, texts, out, ended
+        self.tenant, self.place = tenant, place
         self.client_boot, self.stream, self.attempt = "", 0, 0
         self.submission: Submission | None = None
         self._meter: RequestMeter | None = None

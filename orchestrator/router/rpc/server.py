@@ -5,8 +5,8 @@ event loop. Bodies pass the same checks as HTTP's. A request from ids to ids nev
 request runs.
 
 A call lives until its last terminal message. A client that cannot be reached has :data:`GONE_S` to come back and repeat its Generate,
-which attaches it to the live call; then its calls are cancelled. Bounds: :data:`MAX_CALLS` live calls, :data:`MAX_ENDED` ended calls with
-:data:`MAX_ENDED_TOKENS` tokens.
+which attaches it to the live call; then its calls are cancelled. Bounds: of live calls and their bodies those of
+:mod:`orchestrator.router.tenant_caps`; :data:`MAX_ENDED` ended calls with :data:`MAX_ENDED_TOKENS` tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from orchestrator.router.frontend.preprocess import CallerContext, PreparedReque
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.rpc.call import Outgoing, RpcCall, Submission
+from orchestrator.router.tenant_caps import TenantCaps
 from workers.protocol import messages
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, Rejected, TriremeError, printable
 from workers.protocol.messages import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
@@ -37,8 +38,8 @@ from workers.protocol.status import RpcStatus
 
 #: Seconds that a lost client has to come back to its calls; with the time between two heartbeats, they are given up within 2 s.
 GONE_S = 1.5
-#: Live calls of one router; ended calls that can still be repeated, and the tokens of all of these.
-MAX_CALLS, MAX_ENDED, MAX_ENDED_TOKENS = 8192, 512, 500_000
+#: Ended calls that can still be repeated, and the tokens of all of these.
+MAX_ENDED, MAX_ENDED_TOKENS = 512, 500_000
 #: Longest request id and nonce of a client, characters; the largest attempt (the attempts at replicas are counted from a multiple of it).
 MAX_REQUEST_ID, MAX_ATTEMPT = 128, 2**31 - 1
 #: The name of every client on an ``ipc://`` socket: its folder is open to this user only.
@@ -48,15 +49,15 @@ log = logging.getLogger("trireme.rpc")
 
 
 class RpcServer:
-    """``acl`` knows the tenants of the clients. ``send(peer, frame)`` gives a frame to a client's connection; False = it is gone.
-    ``clock``: monotonic seconds."""
+    """``acl`` knows the tenants of the clients, ``caps`` counts what they have under way. ``send(peer, frame)`` gives a frame to a client's
+    connection; False = it is gone. ``clock``: monotonic seconds."""
 
     def __init__(
-        self, *, boot: str, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, acl: CurveAcl,
+        self, *, boot: str, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, acl: CurveAcl, caps: TenantCaps,
         send: Callable[[bytes, bytes], bool], clock: Callable[[], float], diagnostics: Diagnostics,
     ) -> None:  # fmt: skip
         self._boot, self._dispatcher, self._preprocessor, self._metrics = boot, dispatcher, preprocessor, metrics
-        self._acl, self._send, self._clock, self._diagnostics = acl, send, clock, diagnostics
+        self._acl, self._caps, self._send, self._clock, self._diagnostics = acl, caps, send, clock, diagnostics
         self._live: dict[tuple[str, str], RpcCall] = {}
         self._streams: dict[tuple[str, str, int], RpcCall] = {}
         self._ended: OrderedDict[tuple[str, str], RpcCall] = OrderedDict()
@@ -82,7 +83,7 @@ class RpcServer:
         client = user or LOCAL
         try:
             if isinstance(message, Generate):
-                self._generate(peer, client, message)
+                self._generate(peer, client, message, len(frame))
             elif isinstance(message, Cancel):
                 self._cancel(client, message)
             elif isinstance(message, Credit):
@@ -90,6 +91,8 @@ class RpcServer:
             else:
                 self._query(peer, client, message)
         except TriremeError as error:
+            if isinstance(message, Generate):
+                self._metrics.refused(error.code)
             stream = message.streams[0] if isinstance(message, Credit) and message.streams else getattr(message, "stream", 0)
             self._refuse(peer, stream, getattr(message, "attempt", 0), error)
 
@@ -97,7 +100,7 @@ class RpcServer:
         self.malformed += 1
         self._refuse(peer, 0, 0, Malformed("malformed message", why))
 
-    def _generate(self, peer: bytes, client: str, message: Generate) -> None:
+    def _generate(self, peer: bytes, client: str, message: Generate, size: int) -> None:
         _check_generate(message)
         name = (client, message.request_id)
         have = [len(ids) for ids in message.journal.emitted] if message.journal is not None else []
@@ -108,10 +111,15 @@ class RpcServer:
         if known is not None:
             # The client continued at another router meanwhile: the journal that it sends now is the truth.
             self._discard(known)
-        if len(self._live) >= MAX_CALLS:
-            raise Overloaded(f"{MAX_CALLS} requests are live here", retry_after=1.0)
+        tenant = self._tenant(client).name or (client if client != LOCAL else f"{LOCAL}/{peer.hex()}")
+        place = self._caps.enter(tenant)
+        try:
+            place.add(size)
+        except Overloaded:
+            place.leave()
+            raise
         out = self._outgoing_of(peer)
-        call = RpcCall(name, self._boot, message.texts, out, self._on_ended, granted=message.credit)
+        call = RpcCall(name, self._boot, message.texts, out, self._on_ended, tenant=tenant, place=place, granted=message.credit)
         self._live[name] = call
         call.attach(out, message.boot, message.stream, message.attempt)
         self._streams[client, message.boot, message.stream] = call
@@ -136,7 +144,7 @@ class RpcServer:
 
     async def _begin(self, call: RpcCall, message: Generate) -> None:
         """The edge of one request: an error in it ends this request only."""
-        request_context.enter(call.name[1], "", self._tenant(call.name[0]).name or call.name[0])
+        request_context.enter(call.name[1], "", call.tenant)
         try:
             await self._prepare_and_submit(call, message)
         except TriremeError as error:
@@ -319,6 +327,7 @@ class RpcServer:
             self._ended_tokens -= call.size
 
     def _forget(self, call: RpcCall) -> None:
+        call.place.leave()
         self._live.pop(call.name, None)
         self._streams.pop((call.name[0], call.client_boot, call.stream), None)
 

@@ -8,7 +8,9 @@ import pytest
 
 from orchestrator.client import requests
 from orchestrator.client.protocol import ROUNDS, WINDOW, ClientExchange, ClientProtocol
+from orchestrator.config.router_spec import AdmissionSpec
 from orchestrator.router.rpc.call import Outgoing, RpcCall
+from orchestrator.router.tenant_caps import TenantCaps
 from workers.protocol import messages as wire
 from workers.protocol.errors import Cancelled, DeadlineExceeded, Overloaded, Rejected, Unavailable
 from workers.protocol.messages import Accepted, Cancel, Credit, Done, Failed, Generate, Journal, Query, Report, ToClient, Tokens, Usage
@@ -206,7 +208,7 @@ def test_queries_are_answered_by_report() -> None:
 def test_a_router_goes_on_from_its_own_record_only_where_that_joins_the_journal() -> None:
     """A client may return with more than this router sent, or with deliveries cut elsewhere: then its journal is what counts."""
     outgoing = Outgoing(b"p", lambda out: None)
-    call = RpcCall(("c", "q"), "R", True, outgoing, lambda call: None)
+    call = RpcCall(("c", "q"), "R", True, outgoing, lambda call: None, tenant="c", place=TenantCaps(AdmissionSpec()).enter("c"))
     assert call.continues([]) and not call.continues([3]), "nothing was prepared yet"
     call.open([[95, 96]])
     call.attach(outgoing, "boot", 1, 0)
@@ -221,7 +223,7 @@ def test_a_router_goes_on_from_its_own_record_only_where_that_joins_the_journal(
 
 def test_a_client_that_comes_back_gets_its_window_whatever_grant_was_lost() -> None:
     outgoing = Outgoing(b"p", lambda out: None)
-    call = RpcCall(("c", "q"), "R", False, outgoing, lambda call: None)
+    call = RpcCall(("c", "q"), "R", False, outgoing, lambda call: None, tenant="c", place=TenantCaps(AdmissionSpec()).enter("c"))
     call.granted = 10
     call.open([[1, 2], []])
     assert call.lacking([2, 0], 10) == 0

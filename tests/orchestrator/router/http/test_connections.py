@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.router.http.client_address import networks
 from orchestrator.router.http.connections import Connections
 from tests.support.scripted_router import ServedDoor
 
@@ -28,8 +29,13 @@ def test_counts_by_host_and_in_all() -> None:
     assert connections.enter("192.0.2.9") == ""
 
 
+def test_a_trusted_proxy_brings_connections_of_many() -> None:
+    connections = Connections(3, 1, networks(("10.0.0.0/8",)))
+    assert [connections.enter("10.0.0.1") for _ in range(4)] == ["", "", "", "3 connections are open here"]
+
+
 def test_one_address_cannot_take_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Connections, "of_this_process", classmethod(lambda cls: cls(40, 20)))
+    monkeypatch.setattr(Connections, "of_this_process", classmethod(lambda cls, trusted: cls(40, 20, trusted)))
     with ServedDoor(tmp_path) as door, ExitStack() as held:
         for _ in range(20):
             held.enter_context(socket.create_connection(("127.0.0.1", door.port), timeout=10))
