@@ -18,6 +18,7 @@ from orchestrator.model_store import CATALOGUE, DEFAULT_MODEL, NamedModel, pull,
 from tests.support.nvidia_checkpoint import nvidia_checkpoint
 from tests.support.tiny_models import tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
+from workers.artifacts.checkpoint import FORMAT
 from workers.artifacts.convert import convert
 from workers.artifacts.safetensors_file import FileRecord, hash_file
 from workers.layout.sharding import Span, whole_tensors
@@ -173,6 +174,28 @@ def test_a_damaged_conversion_is_made_again(gguf: Path, tmp_path: Path) -> None:
     target = resolve(gguf, parallel=TP2, dtype=None, cache=tmp_path)
     (target / "rank1.safetensors").unlink()
     (target / "manifest.json").unlink()
+    assert resolve(gguf, parallel=TP2, dtype=None, cache=tmp_path) == target
+    assert open_artifact(target).parallel == TP2
+
+
+def _age(checkpoint: Path) -> None:
+    """Rewrite a checkpoint as the version before this one wrote it: format 1, whose facts are other keys, with hashes that agree."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    model = config["trireme"]["model"]
+    config["trireme"] |= {"format": FORMAT - 1, "model": {key: model[key] for key in ("architecture", "hidden_size", "vocab_size")}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["format"] = FORMAT - 1
+    manifest["files"]["config.json"] = msgspec.to_builtins(hash_file(checkpoint / "config.json"))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_conversion_of_an_older_version_is_made_again_and_a_checkpoint_of_it_is_refused(gguf: Path, tmp_path: Path) -> None:
+    target = resolve(gguf, parallel=TP2, dtype=None, cache=tmp_path)
+    _age(target)
+    with pytest.raises(ArtifactError, match=f"format {FORMAT - 1}, this version reads {FORMAT}") as refused:
+        resolve(target, parallel=TP2, dtype=None, cache=tmp_path / "other")
+    assert "trireme convert" in refused.value.hint
     assert resolve(gguf, parallel=TP2, dtype=None, cache=tmp_path) == target
     assert open_artifact(target).parallel == TP2
 

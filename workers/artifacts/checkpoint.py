@@ -187,7 +187,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     # The format is read alone: facts of another one have other keys.
     if (stored := own.get("format") if isinstance(own, dict) else None) != FORMAT or manifest.format != FORMAT:
-        raise ArtifactError(f"{folder} has format {stored}, this version reads {FORMAT}", "", "run `trireme convert` again")
+        why = "another version of trireme wrote it"
+        raise ArtifactError(f"{folder} has format {stored}, this version reads {FORMAT}", why, "run `trireme convert` on the original model")
     config = decode(folder / CONFIG, _Config)
     facts = config.trireme
     if facts != describe(facts.model, facts.parallel, facts.dtype, facts.eos_ids, for_trtllm=facts.own_head):
