@@ -198,7 +198,7 @@ def fused_cases() -> Iterator[Case]:
         norms: list[Call] = [lambda p=p: gpu.add_rms_norm(p[0], p[1], weight, 1e-5) for p in pairs]  # type: ignore[misc]
         yield Case(f"add + norm, {tokens} x {hidden}", norms, "TB/s", tokens * hidden * 8)
         wide = [torch.randn(tokens, 2 * columns, device=DEVICE, dtype=BF16) for _ in range(copies(tokens * columns * 4))]
-        mixed: list[Call] = [lambda w=w: gpu.silu_mul(w) for w in wide]  # type: ignore[misc]
+        mixed: list[Call] = [lambda w=w: gpu.activate(w) for w in wide]  # type: ignore[misc]
         yield Case(f"SiLU * mul, {tokens} x {columns}", mixed, "TB/s", tokens * columns * 6)
         rows = [1] * tokens if tokens <= 256 else [2048] * 4
         plan = make_layout(heads, [0 if n > 1 else 500 for n in rows], rows)

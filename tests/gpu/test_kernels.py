@@ -188,7 +188,7 @@ def test_fp8_rows_are_those_of_the_definition(columns: int) -> None:
     residual, weight, both = (draw(*shape, dtype=torch.float16, seed=columns) for shape in ((5, columns), (columns,), (5, 2 * columns)))
     for found, plain in (
         (gpu.add_rms_norm_fp8(residual, None, weight, 1e-5), gpu.add_rms_norm(residual, None, weight, 1e-5)),
-        (gpu.silu_mul_fp8(both), gpu.silu_mul(both)),
+        (gpu.activate_fp8(both), gpu.activate(both)),
     ):
         expected = to_fp8(plain)
         torch.testing.assert_close(found.scales, expected.scales, rtol=1e-6, atol=0)
@@ -200,10 +200,10 @@ def test_fp8_rows_are_those_of_the_definition(columns: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1536), (4, 33), (3, 1024)])
-def test_silu_mul(rows: int, columns: int, dtype: torch.dtype) -> None:
+def test_activate(rows: int, columns: int, dtype: torch.dtype) -> None:
     both = draw(rows, 2 * columns, dtype=dtype) * 4
     gate, up = both.double().chunk(2, -1)
-    assert error(gpu.silu_mul(both), gate / (1 + (-gate).exp()) * up) <= BOUNDS[dtype]
+    assert error(gpu.activate(both), gate / (1 + (-gate).exp()) * up) <= BOUNDS[dtype]
 
 
 def make_rings(words: int, sequences: int, taken: int = 0, step: int = 0) -> tuple[Rings, Submissions, Completions]:

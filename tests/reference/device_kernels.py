@@ -10,14 +10,15 @@ from itertools import accumulate
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from workers.kernels import reference
-from workers.kernels.reference import add_rms_norm, embed, rms_norm, rotate, silu_mul
+from workers.kernels.reference import activate, add_layer_norm, add_rms_norm, embed, rms_norm, rotate
 from workers.kernels.step_layout import HEADER_WORDS, NUMBER_MASK, DeviceLayout, Rings, SlotState, aligned
 from workers.sampling.definition import MASK32, gumbel, mix
 
 __all__ = [
+    "activate",
+    "add_layer_norm",
     "add_rms_norm",
     "best_candidates",
     "choose_tokens",
@@ -28,7 +29,6 @@ __all__ = [
     "rope_rows",
     "rope_store",
     "rope_table",
-    "silu_mul",
     "take_submission",
 ]
 
@@ -53,7 +53,15 @@ def rope_store(qkv: Tensor, cache: Tensor, rope: Tensor | None, layout: DeviceLa
             cache[block, position % size] = qkv[token, qkv.shape[1] - 2 * kv :]
 
 
-def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout, *, scale: float | None = None) -> Tensor:
+def paged_attention(
+    query: Tensor,
+    cache: Tensor,
+    layout: DeviceLayout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     total, heads, dim = query.shape
     kv, size = cache.shape[2] // 2, cache.shape[1]
     out = torch.zeros(total, heads * dim, dtype=query.dtype)
@@ -61,9 +69,12 @@ def paged_attention(query: Tensor, cache: Tensor, layout: DeviceLayout, *, scale
         if position < 0:
             continue
         blocks = layout.paging.tables[slot, : position // size + 1].long()
-        read = cache[blocks].reshape(-1, 2 * kv, dim)[: position + 1].transpose(0, 1)
-        answer = functional.scaled_dot_product_attention(query[token].view(kv, heads // kv, dim), read[:kv], read[kv:], scale=scale)
-        out[token] = answer.reshape(-1)
+        first = 0 if window is None else max(0, position + 1 - window)
+        read = cache[blocks].reshape(-1, 2 * kv, dim)[first : position + 1].transpose(0, 1)
+        scores = query[token].view(kv, heads // kv, dim) @ read[:kv].transpose(1, 2) * (dim**-0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        out[token] = (scores.softmax(-1) @ read[kv:]).reshape(-1)
     return out
 
 

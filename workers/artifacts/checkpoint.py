@@ -21,7 +21,7 @@ from workers.artifacts.source import Block, cut
 from workers.layout.declaration import EMBEDDING, HEAD, VOCAB_EMBEDDING
 from workers.layout.quant_parts import StoredTensor, stored_tensors
 from workers.layout.sharding import ModelTensor, ShardPiece, ShardTensor, Span, deal, heads_of
-from workers.models.registry import FAMILIES, trtllm_gap
+from workers.models.registry import FAMILIES, trtllm_gap, trtllm_model
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import DType, LinearScaling, Llama3Scaling, ModelSpec, Parallel, Quant
 
@@ -93,9 +93,12 @@ class _Config(msgspec.Struct, kw_only=True):
 
 
 def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[int, ...], *, for_trtllm: bool = False) -> CheckpointFacts:
-    """The facts of a checkpoint to be written. Raises :class:`~workers.protocol.errors.ConfigError` when the model cannot be split this
-    way, or the format cannot describe it."""
+    """The facts of a checkpoint to be written; a model that slides becomes one of the length of its window.
+
+    Raises :class:`~workers.protocol.errors.ConfigError` when the model cannot be split this way, or the format cannot describe it.
+    """
     parallel.check(model)
+    model = trtllm_model(model)
     if gap := trtllm_gap(model):
         raise ConfigError(
             "this model cannot become a TensorRT-LLM checkpoint", gap, "serve its folder or file directly: the portable engine reads it"
@@ -188,7 +191,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     # The format is read alone: facts of another one have other keys.
     if (stored := own.get("format") if isinstance(own, dict) else None) != FORMAT or manifest.format != FORMAT:
         why = "another version of trireme wrote it"
-        raise ArtifactError(f"{folder} has format {stored}, this version reads {FORMAT}", why, "run `trireme convert` on the original model")
+        raise ArtifactError(
+            f"{folder} has format {stored}, this version reads {FORMAT}", why, "run `trireme convert` on the original model"
+        )
     config = decode(folder / CONFIG, _Config)
     facts = config.trireme
     if facts != describe(facts.model, facts.parallel, facts.dtype, facts.eos_ids, for_trtllm=facts.own_head):

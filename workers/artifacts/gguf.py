@@ -23,9 +23,9 @@ from workers.artifacts.git_lfs import HEAD_BYTES, refuse_pointer
 from workers.artifacts.number_formats import Array
 from workers.artifacts.recognition import what_file
 from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS, regular
-from workers.artifacts.source import Block
+from workers.artifacts.source import Block, rotary_halves
 from workers.layout.sharding import ModelTensor, Span, gguf_names, whole_tensors
-from workers.models.registry import gguf_families
+from workers.models.registry import gguf_families, rotated_rows
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import (
     DivisorScaling,
@@ -359,7 +359,7 @@ class GgufSource:
         """Raises :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
         self._file, self._head_dim = file, model.head_dim
         form = gguf_families()[file.metadata["general.architecture"]].gguf
-        self._permuted = form is not None and form.permuted
+        self._interleaved = rotated_rows(model) if form is not None and form.permuted else {}
         self._names = gguf_names(model)
         wanted = {self._names[name]: tensor for name, tensor in whole_tensors(model).items()}
         for name, tensor in wanted.items():
@@ -384,8 +384,8 @@ class GgufSource:
             values = values if tensor.axis == 1 else values.reshape(-1)
         else:
             values = _dequantize(raw[span.start : span.stop], info.format)
-        if self._permuted and (".q_proj." in tensor.name or ".k_proj." in tensor.name):
-            values = _unpermute(values, self._head_dim)
+        if rotated := self._interleaved.get(tensor.name):
+            values = rotary_halves(values, self._head_dim, rotated)
         return Block(values, "fp32")
 
     def release(self) -> None:
@@ -402,9 +402,3 @@ def _dequantize(raw: Array, form: GgufType) -> Array:
         part = np.ascontiguousarray(raw[start : start + step]).reshape(-1, width)
         result[start : start + step] = form.decode(part).reshape(-1, blocks * form.values)
     return result
-
-
-def _unpermute(values: Array, head_dim: int) -> Array:
-    """Reorder rows of whole heads from interleaved rotary order (pairs side by side) to halves (component i paired with i + dim / 2)."""
-    paired = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)

@@ -18,13 +18,13 @@ from workers.artifacts.json_file import decode
 from workers.artifacts.number_formats import Array
 from workers.artifacts.recognition import QUANTIZED_NAMES, what_model_type
 from workers.artifacts.safetensors_file import COPY_AGAIN, NAMES, SUPPORTED_MODELS, SafetensorsFile
-from workers.artifacts.source import CHUNK, Block, cut
+from workers.artifacts.source import CHUNK, Block, cut, rotary_halves
 from workers.artifacts.stored_forms import Parts, Scaled, StoredForm, Transposed
 from workers.artifacts.weight_map import WeightMap
 from workers.layout.declaration import EMBEDDING, HEAD
 from workers.layout.quant_parts import Part, quantized, whole_parts
 from workers.layout.sharding import ModelTensor, Span, whole_tensors
-from workers.models.registry import FAMILIES, file_places, file_shapes
+from workers.models.registry import FAMILIES, file_places, file_shapes, rotated_rows
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import DTYPE_BYTES, PLAIN, DType, ModelSpec, Quant, quant_of
 
@@ -175,7 +175,8 @@ class HuggingFaceSource:
         """``scheme``: how a tool quantized the weights; ``quant``: how they read, as :func:`computed_quant` says. Raises
         :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
         self._folder, self._weights = folder, WeightMap(folder)
-        self._places = file_places(model)
+        self._places, self._head_dim = file_places(model), model.head_dim
+        self._interleaved = rotated_rows(model) if FAMILIES[model.architecture].interleaved else {}
         self._parts = whole_parts(model, quant, "fp32")
         wanted = file_shapes(model)
         self._names = _stored_names(self._weights, wanted)
@@ -203,13 +204,19 @@ class HuggingFaceSource:
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
         if tensor.name in self._parts:
-            return self._read_part(*self._parts[tensor.name], span)
+            whole, part = self._parts[tensor.name]
+            return self._in_halves(whole.name, self._read_part(whole, part, span))
         held, first = self._places[tensor.name]
         rows, columns = _area(tensor, span, first)
         if form := self._forms.get(held):
-            return Block(form.values(self._stored_parts(held), rows, columns), "fp32")
+            return self._in_halves(tensor.name, Block(form.values(self._stored_parts(held), rows, columns), "fp32"))
         values, form_name = self._weights.file_of(self._names[held]).view(self._names[held])
-        return Block(cut(values[first : first + tensor.shape[0]], tensor, span), form_name)
+        return self._in_halves(tensor.name, Block(cut(values[first : first + tensor.shape[0]], tensor, span), form_name))
+
+    def _in_halves(self, name: str, block: Block) -> Block:
+        """``block`` of the whole tensor ``name``, heads in the order that the model computes with."""
+        rotated = self._interleaved.get(name)
+        return Block(rotary_halves(block.values, self._head_dim, rotated), block.format) if rotated else block
 
     def _read_part(self, whole: ModelTensor, part: Part, span: Span) -> Block:
         """``span`` of a part of the quantized tensor ``whole``, which is stored in the very format of the part."""

@@ -58,3 +58,12 @@ def convert_into(target: Array, block: Block, form: Format) -> None:
 def cut(values: Array, tensor: ModelTensor, span: Span) -> Array:
     """View of ``span`` of a whole tensor along its axis."""
     return values[span.start : span.stop] if tensor.axis == 0 else values[:, span.start : span.stop]
+
+
+def rotary_halves(values: Array, head_dim: int, rotated: int) -> Array:
+    """``values``, whose rows are whole heads, with the first ``rotated`` rows of each brought from interleaved rotary order (pairs side by
+    side) to halves (component i paired with i + rotated / 2)."""
+    heads = values.reshape(-1, head_dim, *values.shape[1:])
+    paired = heads[:, :rotated].reshape(len(heads), rotated // 2, 2, *values.shape[1:])
+    halves = paired.swapaxes(1, 2).reshape(len(heads), rotated, *values.shape[1:])
+    return np.concatenate((halves, heads[:, rotated:]), axis=1).reshape(values.shape)

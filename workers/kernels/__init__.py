@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.kernels import linear, reference
 from workers.kernels.linear import Fp8Rows, Parts, Product
-from workers.protocol.specs import QuantName
+from workers.protocol.specs import Activation, QuantName
 
 Layout = TypeVar("Layout", contravariant=True)
 
@@ -39,6 +39,9 @@ class Kernels(Protocol[Layout]):
     def add_rms_norm_fp8(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
         """:meth:`add_rms_norm` in FP8, for an FP8 product."""
 
+    def add_layer_norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """As :meth:`add_rms_norm`, with a LayerNorm: the mean is subtracted first, and ``bias`` [hidden] is added if given."""
+
     def rope_store(self, qkv: Tensor, cache: Tensor, rope: Tensor | None, layout: Layout, norm: Tensor | None, eps: float) -> None:
         """Norm each head of queries and keys by ``norm`` [heads + kv_heads, dim] if given, rotate as many components of them as ``rope``
         has (None = none), and write keys and values to ``cache``. Component i is paired with component i + rotated / 2.
@@ -46,15 +49,25 @@ class Kernels(Protocol[Layout]):
         ``qkv`` [T, heads + 2 * kv_heads, dim] holds the rotated queries afterwards; its keys and values are invalid then.
         """
 
-    def paged_attention(self, query: Tensor, cache: Tensor, layout: Layout, *, scale: float | None = None) -> Tensor:
+    def paged_attention(
+        self,
+        query: Tensor,
+        cache: Tensor,
+        layout: Layout,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """[T, heads * dim]: causal softmax attention of ``query`` [T, heads, dim] over ``cache``, which holds this step's tokens already.
-        ``scale``: of the scores; None = dim ** -0.5."""
+        ``scale``: of the scores; None = dim ** -0.5. ``window``: each token attends to so many tokens, itself included; None = all.
+        ``softcap``: scaled scores s become cap * tanh(s / cap)."""
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """[T, columns]: SiLU(first half) * second half of ``gate_up`` [T, 2 * columns]."""
+    def activate(self, x: Tensor, kind: Activation = "silu", *, gated: bool = True) -> Tensor:
+        """Activation of ``x`` [T, columns]; ``gated``: [T, columns], activation(first half) * second half of ``x`` [T, 2 * columns]."""
 
-    def silu_mul_fp8(self, gate_up: Tensor) -> Fp8Rows:
-        """:meth:`silu_mul` in FP8, for an FP8 product."""
+    def activate_fp8(self, x: Tensor, kind: Activation = "silu", *, gated: bool = True) -> Fp8Rows:
+        """:meth:`activate` in FP8, for an FP8 product."""
 
 
 def kernels_for(device: torch.device) -> Kernels[Any]:

@@ -54,14 +54,20 @@ def tile_tuning(cache: Tensor) -> AttentionTuning:
 
 
 @triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
 def _fold(
-    query, cache, table, head, begin, end, last, peak, norm, mixed, scale,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, KV: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    query, cache, table, head, begin, end, last, peak, norm, mixed, scale, cap,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, KV: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold keys ``begin``..``end`` into the running softmax of ``query`` [M, DIM]: its ``peak`` and ``norm`` [M] and ``mixed`` [M, DIM].
 
-    ``last`` [M]: the last key that each row of the query attends to. Without MASKED, ``end`` must be a multiple of KEYS after ``begin``,
-    and every row must attend to all keys.
+    ``last`` [M]: the last key that each row of the query attends to; with WINDOW it attends to so many. Without MASKED, ``end`` must be a
+    multiple of KEYS after ``begin``, and every row must attend to all keys. CAPPED: scores become ``cap`` * tanh(``scale`` * score).
     """
     dims = tl.arange(0, DIM)
     for start in tl.range(begin, end, KEYS, num_stages=STAGES):
@@ -82,11 +88,20 @@ def _fold(
             keys = tl.load(cache + offsets[:, None] + dims[None, :])
             values = tl.load(cache + KV * DIM + offsets[:, None] + dims[None, :])
         scores = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
+        factor = scale
+        if CAPPED:
+            scores, factor = cap * _tanh(scores * scale), 1.0
         if MASKED:
             scores = tl.where(positions[None, :] <= last[:, None], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - higher[:, None])
-        decay = tl.exp2(peak - higher)
+        if WINDOW:
+            scores = tl.where(positions[None, :] > last[:, None] - WINDOW, scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1) * factor)
+        finite = higher
+        if WINDOW:
+            # A row whose window begins after these keys has seen none yet: -inf - -inf is NaN.
+            finite = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores * factor - finite[:, None])
+        decay = tl.exp2(peak - finite)
         norm = norm * decay + tl.sum(weights, 1)
         mixed = tl.dot(weights.to(query.dtype), values.to(query.dtype), mixed * decay[:, None], input_precision="ieee")
         peak = higher
@@ -126,10 +141,10 @@ def _merge(
 
 @triton.jit(do_not_specialize=["width"])
 def _decode(
-    out, mixes, peaks, norms, query, cache, layout_parts, positions, tables, arrived, scale, token_stride, width,
+    out, mixes, peaks, norms, query, cache, layout_parts, positions, tables, arrived, scale, cap, token_stride, width,
     KV: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     WORDS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, AT_ONCE: tl.constexpr,
-    EARLY: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of one sequence for one key/value head; the last part to finish merges them all. ROWS: GROUP padded to what a product takes.
     Grid: (key/value heads, parts)."""
@@ -137,7 +152,11 @@ def _decode(
     words = layout_parts + part * WORDS
     sequence, slot, begin, bound = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
     first, parts = tl.load(words + 4), tl.load(words + 5)
-    end = tl.minimum(bound, tl.load(positions + tl.maximum(sequence, 0)) + 1)
+    context = tl.load(positions + tl.maximum(sequence, 0)) + 1
+    end = tl.minimum(bound, context)
+    if WINDOW:
+        # Whole iterations before the window are left out; a part may have nothing to read then.
+        begin = tl.maximum(begin, tl.maximum(context - WINDOW, 0) // KEYS * KEYS)
     enter(EARLY)
     if sequence < 0:
         return
@@ -149,9 +168,10 @@ def _decode(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, DIM], tl.float32)
-    last = tl.zeros([ROWS], tl.int32) + (end - 1)
+    last = tl.zeros([ROWS], tl.int32) + (context - 1)
     peak, norm, mixed = _fold(
-        queries, cache, table, head, begin, end, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, True, STAGES
+        queries, cache, table, head, begin, end, last, peak, norm, mixed, scale, cap,
+        BLOCK, KEYS, DIM, KV, True, WINDOW, CAPPED, STAGES,
     )  # fmt: skip
     if parts == 1:
         tl.store(out + sequence * (KV * GROUP * DIM) + offsets, mixed / tl.where(norm > 0.0, norm, 1.0)[:, None], mask=mask)
@@ -170,9 +190,9 @@ def _decode(
 
 @triton.jit(do_not_specialize=["width"])
 def _tile(
-    out, query, cache, layout_tiles, tables, scale, token_stride, width,
+    out, query, cache, layout_tiles, tables, scale, cap, token_stride, width,
     KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, EARLY: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Query tokens of one tile for one key/value head: rows of the product are (token, query head of the group). Grid: (key/value heads,
     tiles)."""
@@ -193,13 +213,20 @@ def _tile(
     norm = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, DIM], tl.float32)
     last = start + tokens
-    # Keys that every row attends to need no mask, as far as they fill whole iterations.
-    seen = (start + 1) // KEYS * KEYS
+    seen = 0
+    if WINDOW:
+        # Iterations before the window of the first token are left out; the others have rows that attend to some of their keys only.
+        seen = tl.maximum(start + 1 - WINDOW, 0) // KEYS * KEYS
+    else:
+        # Keys that every row attends to need no mask, as far as they fill whole iterations.
+        seen = (start + 1) // KEYS * KEYS
+        peak, norm, mixed = _fold(
+            queries, cache, table, head, 0, seen, last, peak, norm, mixed, scale, cap,
+            BLOCK, KEYS, DIM, KV, False, 0, CAPPED, STAGES,
+        )  # fmt: skip
     peak, norm, mixed = _fold(
-        queries, cache, table, head, 0, seen, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, False, STAGES
-    )  # fmt: skip
-    peak, norm, mixed = _fold(
-        queries, cache, table, head, seen, start + count, last, peak, norm, mixed, scale, BLOCK, KEYS, DIM, KV, True, STAGES
+        queries, cache, table, head, seen, start + count, last, peak, norm, mixed, scale, cap,
+        BLOCK, KEYS, DIM, KV, True, WINDOW, CAPPED, STAGES,
     )  # fmt: skip
     tl.store(out + (step_tokens * (KV * GROUP * DIM) + members)[:, None] + dims[None, :], mixed / norm[:, None], mask=mask)
 
@@ -218,12 +245,14 @@ def paged_attention(
     layout: DeviceLayout,
     *,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     decode: AttentionTuning | None = None,
     tile: AttentionTuning | None = None,
 ) -> Tensor:
     """Causal softmax attention of ``query`` [T, heads, dim] (heads contiguous) over ``cache``; [T, heads * dim].
 
-    ``scale``: of the scores; None = dim ** -0.5.
+    ``scale``: of the scores; None = dim ** -0.5. ``window``, ``softcap``: as :class:`workers.kernels.Kernels` says.
     ``decode``, ``tile``: other tunings than the default ones of this device. Raises ValueError for a head dimension that is not supported.
     """
     tokens, heads, dim = query.shape
@@ -234,21 +263,24 @@ def paged_attention(
     tables = layout.paging.tables
     parts, tiles = len(layout.parts), len(layout.tiles)
     shared = {"KV": kv, "GROUP": heads // kv, "DIM": dim, "BLOCK": block, "KIND": _product_kind(query, cache), **early()}
-    scale = (dim**-0.5 if scale is None else scale) * _LOG2E
+    shared |= {"WINDOW": window or 0, "CAPPED": softcap is not None}
+    scale = dim**-0.5 if scale is None else scale
+    # Scores are powers of two; under a cap its tangent needs them as they are, and the cap is scaled instead.
+    scale, cap = (scale * _LOG2E, 1.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
     if parts:
         tuning = decode or decode_tuning(cache)
         paired = triton.next_power_of_2(heads // kv)
         mixes = torch.empty(parts, heads, dim, dtype=torch.float32, device=query.device)
         peaks, norms = (torch.empty(parts, heads, dtype=torch.float32, device=query.device) for _ in range(2))
         _decode[(kv, parts)](
-            out, mixes, peaks, norms, query, cache, layout.parts, layout.positions, tables, layout.paging.arrived, scale,
+            out, mixes, peaks, norms, query, cache, layout.parts, layout.positions, tables, layout.paging.arrived, scale, cap,
             query.stride(0), tables.stride(0), **shared, PAIRED=paired, ROWS=max(16, paired), WORDS=PART_WORDS,
             AT_ONCE=max(1, _MERGE_VALUES // (paired * dim)), **tuning.options(),
         )  # fmt: skip
     if tiles:
         tuning = tile or tile_tuning(cache)
         _tile[(kv, tiles)](
-            out, query, cache, layout.tiles, tables, scale, query.stride(0), tables.stride(0),
+            out, query, cache, layout.tiles, tables, scale, cap, query.stride(0), tables.stride(0),
             **shared, ROWS=TILE_ROWS, WORDS=TILE_WORDS, **tuning.options(),
         )  # fmt: skip
     return out

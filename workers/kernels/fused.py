@@ -11,10 +11,11 @@ from torch import Tensor
 from workers.kernels.launch import early, enter
 from workers.kernels.linear import FP8_MAX, Fp8Rows
 from workers.kernels.step_layout import DeviceLayout
+from workers.protocol.specs import Activation
 
 #: Heads that one program of :func:`rope_store` rotates.
 _HEADS = 8
-#: Columns that one program of :func:`embed` or :func:`silu_mul` computes.
+#: Columns that one program of :func:`embed` or :func:`activate` computes.
 _COLUMNS = 1024
 _FP8_MAX = tl.constexpr(FP8_MAX)
 
@@ -141,38 +142,95 @@ def to_fp8(x: Tensor) -> Fp8Rows:
 
 
 @triton.jit
-def _silu_mul(out, scales, gate_up, width, FP8: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr):
-    """Grid: (rows, spans of SPAN columns); with FP8 one span holds all columns."""
+def _activated(x, KIND: tl.constexpr):
+    """fp32 ``x`` under the activation KIND: a member of :data:`workers.protocol.specs.Activation`."""
+    if KIND == "silu":
+        return x / (1.0 + tl.exp(-x))
+    if KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if KIND == "gelu_tanh":
+        # (1 + tanh(y)) / 2 is the logistic function of 2 y.
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    tl.static_assert(KIND == "relu2")
+    found = tl.maximum(x, 0.0)
+    return found * found
+
+
+@triton.jit
+def _activate(
+    out, scales, x, width, KIND: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    """Grid: (rows, spans of SPAN columns); with FP8 one span holds all columns. GATED: a row has ``width`` columns to activate, then as
+    many to multiply by."""
     enter(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     mask = columns < width
-    both = gate_up + row * (2 * width) + columns
-    gate = tl.load(both, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(both + width, mask=mask, other=0.0)
-    found = (gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)).to(up.dtype)
+    given = x + row * (2 * width if GATED else width) + columns
+    loaded = tl.load(given, mask=mask, other=0.0)
+    exact = _activated(loaded.to(tl.float32), KIND)
+    if GATED:
+        exact = exact * tl.load(given + width, mask=mask, other=0.0).to(tl.float32)
+    found = exact.to(loaded.dtype)
     if FP8:
         _store_fp8_row(out, scales, row, row * width + columns, found.to(tl.float32), mask)
     else:
         tl.store(out + row * width + columns, found, mask=mask)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[T, columns]: SiLU(first half) * second half of ``gate_up`` [T, 2 * columns]."""
-    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, columns, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(rows, triton.cdiv(columns, _COLUMNS))](out, out, gate_up, columns, FP8=False, SPAN=_COLUMNS, **early(), num_warps=4)
+def activate(x: Tensor, kind: Activation = "silu", *, gated: bool = True) -> Tensor:
+    """Activation of ``x`` [T, columns]; ``gated``: [T, columns], activation(first half) * second half of ``x`` [T, 2 * columns]."""
+    rows, columns = x.shape[0], x.shape[1] // (2 if gated else 1)
+    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    _activate[(rows, triton.cdiv(columns, _COLUMNS))](
+        out, out, x, columns, KIND=kind, GATED=gated, FP8=False, SPAN=_COLUMNS, **early(), num_warps=4
+    )  # fmt: skip
     return out
 
 
-def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
-    """As :func:`silu_mul`, in FP8: one program computes a whole row, whose scale needs all of it."""
-    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
-    found, span = empty_fp8_rows(rows, columns, gate_up.device), triton.next_power_of_2(columns)
-    _silu_mul[(rows, 1)](
-        found.values, found.scales, gate_up, columns, FP8=True, SPAN=span, **early(), num_warps=min(max(span // 512, 1), 16)
+def activate_fp8(x: Tensor, kind: Activation = "silu", *, gated: bool = True) -> Fp8Rows:
+    """As :func:`activate`, in FP8: one program computes a whole row, whose scale needs all of it."""
+    rows, columns = x.shape[0], x.shape[1] // (2 if gated else 1)
+    found, span = empty_fp8_rows(rows, columns, x.device), triton.next_power_of_2(columns)
+    _activate[(rows, 1)](
+        found.values, found.scales, x, columns, KIND=kind, GATED=gated, FP8=True, SPAN=span, **early(),
+        num_warps=min(max(span // 512, 1), 16),
     )  # fmt: skip
     return found
+
+
+@triton.jit
+def _add_layer_norm(
+    normed, residual, branch, weight, bias, hidden, eps,
+    ADDS: tl.constexpr, BIASED: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Grid: one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, SPAN)
+    mask = columns < hidden
+    weights = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    biases = tl.load(bias + columns, mask=mask & BIASED, other=0.0).to(tl.float32)
+    enter(EARLY)
+    offsets = row * hidden + columns
+    x = tl.load(residual + offsets, mask=mask, other=0.0)
+    if ADDS:
+        x = (x.to(tl.float32) + tl.load(branch + offsets, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(residual + offsets, x, mask=mask)
+    exact = x.to(tl.float32)
+    centred = tl.where(mask, exact - tl.sum(exact, 0) / hidden, 0.0)
+    rate = tl.rsqrt(tl.sum(centred * centred, 0) / hidden + eps)
+    tl.store(normed + offsets, (centred * rate * weights + biases).to(x.dtype), mask=mask)
+
+
+def add_layer_norm(residual: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """As :func:`add_rms_norm`, with a LayerNorm of the sum."""
+    normed, (rows, hidden) = torch.empty_like(residual), residual.shape
+    span = triton.next_power_of_2(hidden)
+    _add_layer_norm[(rows,)](
+        normed, residual, residual if branch is None else branch, weight, weight if bias is None else bias, hidden, eps,
+        ADDS=branch is not None, BIASED=bias is not None, SPAN=span, **early(), num_warps=min(max(span // 512, 1), 16),
+    )  # fmt: skip
+    return normed
 
 
 def rope_table(angles: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:

@@ -2,17 +2,21 @@
 
 from workers.kernels.attention import paged_attention
 from workers.kernels.fused import (
+    activate,
+    activate_fp8,
+    add_layer_norm,
     add_rms_norm,
     add_rms_norm_fp8,
     embed,
     rope_rows,
     rope_store,
     rope_table,
-    silu_mul,
-    silu_mul_fp8,
 )
 
 __all__ = [
+    "activate",
+    "activate_fp8",
+    "add_layer_norm",
     "add_rms_norm",
     "add_rms_norm_fp8",
     "embed",
@@ -20,6 +24,4 @@ __all__ = [
     "rope_rows",
     "rope_store",
     "rope_table",
-    "silu_mul",
-    "silu_mul_fp8",
 ]

@@ -6,7 +6,9 @@ heads. Must never know about requests: it knows a step only as an :class:`Attent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.kernels.linear import Fp8Rows, to_fp8
+from workers.protocol.specs import Activation
 
 Ints = npt.NDArray[np.int32]
 
@@ -52,13 +55,21 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextReads:
+    """What a step reads of the cache in layers of one window."""
+
+    groups: tuple[DecodeGroup, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """Where the T tokens of a step write (``cache_indices`` [T]: block * block_size + offset) and what they read."""
+    """Where the T tokens of a step write (``cache_indices`` [T]: block * block_size + offset) and what they read, by the layers' window
+    (None = the whole context)."""
 
     positions: Tensor
     cache_indices: Tensor
-    groups: tuple[DecodeGroup, ...]
-    chunks: tuple[Chunk, ...]
+    reads: dict[int | None, ContextReads]
 
 
 def token_positions(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
@@ -68,42 +79,66 @@ def token_positions(starts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
     return sequences, np.arange(len(sequences), dtype=np.int32) - first[sequences] + starts[sequences]
 
 
-def attention_layout(starts: Ints, lengths: Ints, tables: Ints, block_size: int, *, grouped: bool = True) -> AttentionLayout:
+def attention_layout(
+    starts: Ints, lengths: Ints, tables: Ints, block_size: int, *, grouped: bool = True, windows: tuple[int | None, ...] = (None,)
+) -> AttentionLayout:
     """Layout of a step over R sequences. ``starts``, ``lengths`` [R] as in a StepPlan; ``tables`` [R, max blocks] block ids, wide
-    enough for a multiple of ``TABLE_STEP`` tokens and filled up with a block of zeros.
+    enough for a multiple of ``TABLE_STEP`` tokens and filled up with a block of zeros. ``windows``: of the model's layers.
 
     ``grouped`` False (fixed-shape mode) computes every query token like a sequence of its own, whose padded context depends on its position
     alone, so that the arithmetic of a token doesn't depend on what else is in the step.
     """
     sequences, positions = token_positions(starts, lengths)
     cache_indices = tables[sequences, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    chunks: list[Chunk] = []
-    if grouped:
-        ends = np.cumsum(lengths)
-        single = lengths == 1
-        decoding, decode_tokens = np.flatnonzero(single), ends[single] - 1
-        for i in np.flatnonzero(~single):
-            chunks.append(_chunk(int(ends[i] - lengths[i]), int(starts[i]), int(lengths[i]), tables[i], block_size))
-        groups = _decode_groups(starts[decoding] + 1, decode_tokens, tables[decoding], block_size, len(sequences))
-    else:
-        groups = _fixed_groups(positions + 1, tables, sequences, block_size)
-    return AttentionLayout(torch.from_numpy(positions).long(), torch.from_numpy(cache_indices), groups, tuple(chunks))
+    reads: dict[int | None, ContextReads] = {}
+    for window in windows:
+        chunks: list[Chunk] = []
+        if grouped:
+            ends = np.cumsum(lengths)
+            single = lengths == 1
+            decoding, decode_tokens = np.flatnonzero(single), ends[single] - 1
+            for i in np.flatnonzero(~single):
+                chunks.append(_chunk(int(ends[i] - lengths[i]), int(starts[i]), int(lengths[i]), tables[i], block_size, window))
+            contexts, visible = _in_window(starts[decoding] + 1, tables[decoding], block_size, window)
+            groups = _decode_groups(contexts, decode_tokens, visible, block_size, len(sequences), window)
+        else:
+            contexts, visible = _in_window(positions + 1, tables[sequences], block_size, window)
+            groups = _fixed_groups(contexts, visible, block_size, window)
+        reads[window] = ContextReads(groups, tuple(chunks))
+    return AttentionLayout(torch.from_numpy(positions).long(), torch.from_numpy(cache_indices), reads)
 
 
-def _chunk(first: int, start: int, length: int, table: Ints, block_size: int) -> Chunk:
+def _in_window(contexts: Ints, tables: Ints, block_size: int, window: int | None) -> tuple[Ints, Ints]:
+    """(contexts, tables) without the whole blocks that lie before the ``window`` of each context's last token."""
+    if window is None:
+        return contexts, tables
+    skipped = np.maximum(contexts - window, 0) // block_size
+    columns = np.minimum(np.arange(tables.shape[1], dtype=np.int32) + skipped[:, None], tables.shape[1] - 1)
+    return contexts - skipped * block_size, np.take_along_axis(tables, columns, 1)
+
+
+def _chunk(first: int, start: int, length: int, table: Ints, block_size: int, window: int | None) -> Chunk:
+    skipped = 0 if window is None else max(0, start + 1 - window) // block_size
+    start -= skipped * block_size
     context = start + length
-    blocks = torch.from_numpy(table[: -(-context // block_size)].astype(np.int64))
-    mask = None if start == 0 else torch.ones(length, context, dtype=torch.bool).tril_(start)
+    blocks = torch.from_numpy(table[skipped : skipped + -(-context // block_size)].astype(np.int64))
+    if start == 0 and (window is None or length <= window):
+        return Chunk(first, first + length, context, blocks, None)
+    mask = torch.ones(length, context, dtype=torch.bool).tril_(start)
+    if window is not None:
+        mask.triu_(start - window + 1)
     return Chunk(first, first + length, context, blocks, mask)
 
 
-def _decode_groups(contexts: Ints, tokens: npt.NDArray[np.int64], tables: Ints, block_size: int, total: int) -> tuple[DecodeGroup, ...]:
+def _decode_groups(
+    contexts: Ints, tokens: npt.NDArray[np.int64], tables: Ints, block_size: int, total: int, window: int | None
+) -> tuple[DecodeGroup, ...]:
     if not len(contexts):
         return ()
     longest, shortest = int(contexts.max()), int(contexts.min())
     if longest <= _SMALL or shortest >= _SHARE * longest:
         whole = len(contexts) == total
-        return (_group(contexts, None if whole else tokens, tables, longest, block_size),)
+        return (_group(contexts, None if whole else tokens, tables, longest, block_size, window),)
     order = np.argsort(contexts, kind="stable")[::-1]
     groups: list[DecodeGroup] = []
     begin = 0
@@ -112,26 +147,32 @@ def _decode_groups(contexts: Ints, tokens: npt.NDArray[np.int64], tables: Ints, 
         bound = 0 if longest <= _SMALL else _SHARE * longest
         count = int(np.count_nonzero(contexts[order[begin:]] >= bound))
         members = order[begin : begin + count]
-        groups.append(_group(contexts[members], tokens[members], tables[members], longest, block_size))
+        groups.append(_group(contexts[members], tokens[members], tables[members], longest, block_size, window))
         begin += count
     return tuple(groups)
 
 
-def _fixed_groups(contexts: Ints, tables: Ints, sequences: Ints, block_size: int) -> tuple[DecodeGroup, ...]:
+def _fixed_groups(contexts: Ints, tables: Ints, block_size: int, window: int | None) -> tuple[DecodeGroup, ...]:
+    """``contexts`` [T] and ``tables`` [T, blocks]: of each query token."""
     padded = -(-contexts // TABLE_STEP) * TABLE_STEP
     groups: list[DecodeGroup] = []
     for width in np.unique(padded):
         members = np.flatnonzero(padded == width)
         for begin in range(0, len(members), _FIXED_QUERIES):
             part = members[begin : begin + _FIXED_QUERIES]
-            groups.append(_group(contexts[part], part, tables[sequences[part]], int(width), block_size))
+            groups.append(_group(contexts[part], part, tables[part], int(width), block_size, window))
     return tuple(groups)
 
 
-def _group(contexts: Ints, tokens: npt.NDArray[np.int64] | None, tables: Ints, width: int, block_size: int) -> DecodeGroup:
+def _group(
+    contexts: Ints, tokens: npt.NDArray[np.int64] | None, tables: Ints, width: int, block_size: int, window: int | None
+) -> DecodeGroup:
     count = -(-width // block_size)
     blocks = tables[:, :count]
-    mask = np.arange(count * block_size, dtype=np.int32)[None, :] < contexts[:, None]
+    places = np.arange(count * block_size, dtype=np.int32)[None, :]
+    mask = places < contexts[:, None]
+    if window is not None:
+        mask &= places >= contexts[:, None] - window
     return DecodeGroup(
         len(contexts),
         None if tokens is None else torch.from_numpy(tokens),
@@ -140,41 +181,61 @@ def _group(contexts: Ints, tokens: npt.NDArray[np.int64] | None, tables: Ints, w
     )
 
 
-def paged_attention(query: Tensor, cache: Tensor, layout: AttentionLayout, *, scale: float | None = None) -> Tensor:
+def paged_attention(
+    query: Tensor,
+    cache: Tensor,
+    layout: AttentionLayout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """[T, heads * dim]: softmax attention of ``query`` [T, heads, dim] over the cached keys and values.
 
     ``cache`` [blocks, block_size, 2 * kv_heads, dim] already holds this step's keys and values. ``scale``: None = dim ** -0.5.
+    ``window``: one of those that the layout was made for.
     """
     total, heads, dim = query.shape
-    kv = cache.shape[2] // 2
+    kv, reads = cache.shape[2] // 2, layout.reads[window]
+    scale = dim**-0.5 if scale is None else scale
     out: Tensor | None = None
-    if len(layout.groups) != 1 or layout.groups[0].tokens is not None:
+    if len(reads.groups) != 1 or reads.groups[0].tokens is not None:
         out = query.new_empty(total, heads * dim)
-    for group in layout.groups:
+    for group in reads.groups:
         chosen = query if group.tokens is None else query.index_select(0, group.tokens)
         read = cache.index_select(0, group.blocks).view(group.count, -1, 2 * kv, dim).transpose(1, 2)
         # Each sequence has one query token: the query heads of a key/value head stand where query positions would, so nothing is repeated.
-        result = functional.scaled_dot_product_attention(
-            chosen.view(group.count, kv, heads // kv, dim), read[:, :kv], read[:, kv:], attn_mask=group.mask, scale=scale
-        ).reshape(group.count, heads * dim)
+        asked = chosen.view(group.count, kv, heads // kv, dim)
+        result = _attend(asked, read[:, :kv], read[:, kv:], group.mask, scale, softcap).reshape(group.count, heads * dim)
         if out is None:
             return result
         assert group.tokens is not None
         out.index_copy_(0, group.tokens, result)
     assert out is not None
-    for chunk in layout.chunks:
+    for chunk in reads.chunks:
         read = cache.index_select(0, chunk.blocks).view(-1, 2 * kv, dim)[: chunk.context].transpose(0, 1)
-        result = functional.scaled_dot_product_attention(
-            query[chunk.start : chunk.stop].transpose(0, 1).unsqueeze(0),
-            read[:kv].unsqueeze(0),
-            read[kv:].unsqueeze(0),
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
-            scale=scale,
-            enable_gqa=True,
-        )
+        asked = query[chunk.start : chunk.stop].transpose(0, 1).unsqueeze(0)
+        result = _attend(asked, read[:kv].unsqueeze(0), read[kv:].unsqueeze(0), chunk.mask, scale, softcap)
         out[chunk.start : chunk.stop] = result.squeeze(0).transpose(0, 1).reshape(chunk.stop - chunk.start, heads * dim)
     return out
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Attention of ``query`` [n, heads, q, dim] over ``keys`` and ``values`` [n, kv heads, c, dim]. ``mask``: True = visible; None = plain
+    causal."""
+    if softcap is None:
+        grouped = query.shape[1] != keys.shape[1]
+        return functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+    kv = keys.shape[1]
+    asked = query.view(query.shape[0], kv, -1, *query.shape[2:])  # [n, kv, heads of one, q, dim]
+    scores = torch.matmul(asked, keys.unsqueeze(2).transpose(-1, -2)).float().mul_(scale / softcap).tanh_().mul_(softcap)
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril_() if mask is None else mask
+    if visible.dim() == 4:
+        visible = visible.unsqueeze(2)
+    weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1).to(values.dtype)
+    return torch.matmul(weights, values.unsqueeze(2)).flatten(1, 2)
 
 
 def rope_table(angles: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
@@ -217,6 +278,8 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in fp32."""
+    if weight.dtype != x.dtype:
+        return functional.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
     return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -227,10 +290,27 @@ def add_rms_norm(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: f
     return rms_norm(residual, weight, eps)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """SiLU(first half) * second half of the last dimension."""
-    half = gate_up.shape[-1] // 2
-    return functional.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
+def add_layer_norm(residual: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Add ``branch`` to ``residual`` in place; returns the LayerNorm of the sum, computed in fp32."""
+    if branch is not None:
+        residual += branch
+    exact = functional.layer_norm(residual.float(), weight.shape, weight.float(), None if bias is None else bias.float(), eps)
+    return exact.to(residual.dtype)
+
+
+def activate(x: Tensor, kind: Activation = "silu", *, gated: bool = True) -> Tensor:
+    """Activation of ``x``, or with ``gated`` of the first half of its last dimension, times the second half."""
+    half = x.shape[-1] // 2
+    found = _ACTIVATIONS[kind](x[..., :half] if gated else x)
+    return found.mul_(x[..., half:]) if gated else found
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu2": lambda x: functional.relu(x).square_(),
+}
 
 
 def add_rms_norm_fp8(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Fp8Rows:
@@ -238,6 +318,6 @@ def add_rms_norm_fp8(residual: Tensor, branch: Tensor | None, weight: Tensor, ep
     return to_fp8(add_rms_norm(residual, branch, weight, eps))
 
 
-def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
-    """:func:`silu_mul` in FP8."""
-    return to_fp8(silu_mul(gate_up))
+def activate_fp8(x: Tensor, kind: Activation = "silu", *, gated: bool = True) -> Fp8Rows:
+    """:func:`activate` in FP8."""
+    return to_fp8(activate(x, kind, gated=gated))

@@ -15,10 +15,9 @@ from workers.protocol.specs import AttentionSpec, LayerSpec, MlpSpec, ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-FINAL_NORM = "model.norm.weight"
 #: The embedding's and the last norm's names in a checkpoint.
 VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
-LAST_NORM = "transformer.ln_f.weight"
+LAST_NORM = "transformer.ln_f"
 
 #: Which part of a tensor a tp rank holds: all of it, the rows or columns of its query heads, of its key/value heads, of its columns of the
 #: MLP, or of its part of the vocabulary. ``first rank``: the first rank holds all, the others zeros, since the sum over ranks adds it once.
@@ -54,8 +53,8 @@ def embedding(model: ModelSpec) -> DeclaredTensor:
     )
 
 
-def final_norm(model: ModelSpec) -> DeclaredTensor:
-    return DeclaredTensor(name=FINAL_NORM, checkpoint=LAST_NORM, gguf="output_norm.weight", shape=(model.hidden_size,))
+def final_norm(model: ModelSpec) -> tuple[DeclaredTensor, ...]:
+    return _norm(model, "model.norm", "transformer.ln_f", "output_norm")
 
 
 def head(model: ModelSpec) -> DeclaredTensor:
@@ -64,21 +63,26 @@ def head(model: ModelSpec) -> DeclaredTensor:
 
 def layer_tensors(model: ModelSpec, layer: LayerSpec) -> tuple[DeclaredTensor, ...]:
     """The tensors of one layer, in the order of the forward pass."""
-    hidden = (model.hidden_size,)
     before: list[DeclaredTensor] = []
     middle: list[DeclaredTensor] = []
     after: list[DeclaredTensor] = []
     if layer.post_norm:
-        middle.append(_norm("post_self_attn_layernorm", "post_self_attn_layernorm", "post_attention_norm", hidden))
-        after.append(_norm("post_mlp_layernorm", "post_mlp_layernorm", "post_ffw_norm", hidden))
+        middle += _norm(model, "post_self_attn_layernorm", "post_self_attn_layernorm", "post_attention_norm")
+        after += _norm(model, "post_mlp_layernorm", "post_mlp_layernorm", "post_ffw_norm")
     if layer.pre_norm:
-        before.append(_norm("input_layernorm", "input_layernorm", "attn_norm", hidden))
-        middle.append(_norm("post_attention_layernorm", "post_layernorm", "ffn_norm", hidden))
+        before += _norm(model, "input_layernorm", "input_layernorm", "attn_norm")
+    if layer.pre_norm and not layer.parallel:
+        middle += _norm(model, "post_attention_layernorm", "post_layernorm", "ffn_norm")
     return (*before, *attention_tensors(model, layer.attention), *middle, *mlp_tensors(model, layer.mlp), *after)
 
 
-def _norm(name: str, checkpoint: str, gguf: str, shape: tuple[int, ...], cut: Cut = "whole") -> DeclaredTensor:
-    return DeclaredTensor(name=f"{name}.weight", checkpoint=f"{checkpoint}.weight", gguf=f"{gguf}.weight", shape=shape, cut=cut)
+def _norm(model: ModelSpec, name: str, checkpoint: str, gguf: str) -> tuple[DeclaredTensor, ...]:
+    """A norm of the residual stream: its weight, its bias, or nothing."""
+    kinds = ("weight",) * model.norm.weight + ("bias",) * model.norm.bias
+    shape = (model.hidden_size,)
+    return tuple(
+        DeclaredTensor(name=f"{name}.{kind}", checkpoint=f"{checkpoint}.{kind}", gguf=f"{gguf}.{kind}", shape=shape) for kind in kinds
+    )
 
 
 def attention_tensors(model: ModelSpec, spec: AttentionSpec) -> tuple[DeclaredTensor, ...]:
@@ -97,11 +101,12 @@ def attention_tensors(model: ModelSpec, spec: AttentionSpec) -> tuple[DeclaredTe
         found += [inner(x, "bias", (rows[x],)) for x in "qkv"]
     if spec.qk_norm is not None:
         found += [
-            _norm(
-                f"self_attn.{x}_norm",
-                f"attention.{x}_layernorm",
-                f"attn_{x}_norm",
-                *((dim,), "whole") if spec.qk_norm == "head" else ((rows[x],), cuts[x]),
+            DeclaredTensor(
+                name=f"self_attn.{x}_norm.weight",
+                checkpoint=f"attention.{x}_layernorm.weight",
+                gguf=f"attn_{x}_norm.weight",
+                shape=(dim,) if spec.qk_norm == "head" else (rows[x],),
+                cut="whole" if spec.qk_norm == "head" else cuts[x],
             )
             for x in "qk"
         ]
@@ -109,9 +114,10 @@ def attention_tensors(model: ModelSpec, spec: AttentionSpec) -> tuple[DeclaredTe
 
 
 def mlp_tensors(model: ModelSpec, spec: MlpSpec) -> tuple[DeclaredTensor, ...]:
-    """TensorRT-LLM calls the projection under the activation (gate_proj) fc, and the plain one (up_proj) gate."""
+    """TensorRT-LLM calls the projection under the activation fc: gate_proj where there is one, else up_proj; and the plain one gate."""
     found: list[DeclaredTensor] = []
-    for name, checkpoint, gguf in (("gate_proj", "fc", "ffn_gate"), ("up_proj", "gate", "ffn_up")):
+    gated = (("gate_proj", "fc", "ffn_gate"), ("up_proj", "gate", "ffn_up"))
+    for name, checkpoint, gguf in gated if spec.gated else (("up_proj", "fc", "ffn_up"),):
         for kind, shape in (("weight", (spec.size, model.hidden_size)), ("bias", (spec.size,)))[: 1 + spec.bias]:
             found.append(
                 DeclaredTensor(

@@ -184,7 +184,7 @@ def whole_tensors(model: ModelSpec) -> dict[str, ModelTensor]:
     found = [_whole(None, embedding(model))]
     for layer in range(model.num_layers):
         found += [_whole(layer, tensor) for tensor in layer_tensors(model, model.layer(layer))]
-    found.append(_whole(None, final_norm(model)))
+    found += [_whole(None, tensor) for tensor in final_norm(model)]
     if not model.tied_embeddings:
         found.append(_whole(None, head(model)))
     return {tensor.name: tensor for tensor in found}
@@ -192,7 +192,7 @@ def whole_tensors(model: ModelSpec) -> dict[str, ModelTensor]:
 
 def gguf_names(model: ModelSpec) -> dict[str, str]:
     """llama.cpp's name of every whole tensor, by the tensor's own name."""
-    found = {each.name: each.gguf for each in (embedding(model), final_norm(model), head(model))}
+    found = {each.name: each.gguf for each in (embedding(model), *final_norm(model), head(model))}
     for layer in range(model.num_layers):
         tensors = layer_tensors(model, model.layer(layer))
         found |= {f"{PREFIXES.name}{layer}.{each.name}": f"{PREFIXES.gguf}{layer}.{each.gguf}" for each in tensors}
@@ -224,7 +224,7 @@ def tensors_of(model: ModelSpec, parallel: Parallel, shard: Shard, *, own_head: 
             stacks.setdefault(f"{PREFIXES.checkpoint}{local}.{tensor.checkpoint}", []).append((layer, tensor))
         found += [_stack(model, shard, name, stack) for name, stack in stacks.items()]
     if shard.last:
-        found.append(_stack(model, shard, final_norm(model).checkpoint, [(None, final_norm(model))]))
+        found += [_stack(model, shard, tensor.checkpoint, [(None, tensor)]) for tensor in final_norm(model)]
         if own_head or not shares_embedding(model, parallel):
             found.append(_stack(model, shard, head(model).checkpoint, [(None, embedding(model) if model.tied_embeddings else head(model))]))
     return tuple(found)

@@ -11,6 +11,7 @@ from torch import Tensor
 from workers.kernels.linear import Fp8Rows
 from workers.layout.sharding import Shard, kv_copies
 from workers.models.context import BlockParts, ForwardContext
+from workers.models.norm import norm_weight
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
 
@@ -19,13 +20,14 @@ class Attention:
 
     def __init__(self, model: ModelSpec, spec: AttentionSpec, shard: Shard, parts: BlockParts) -> None:
         self._heads, self._kv, self._dim, self._eps = shard.heads.size, shard.kv_heads.size, model.head_dim, model.rms_norm_eps
-        self._scale, self._table = spec.scale, None if spec.rope is None else model.ropes.index(spec.rope)
+        self._spec, self._plus_one = spec, model.norm.plus_one
+        self._table = None if spec.rope is None else model.ropes.index(spec.rope)
         self.qkv, self.dense = parts.linear("attention.qkv"), parts.linear("attention.dense")
         normed = spec.qk_norm is not None
-        self._q_norm = parts.vector("attention.q_layernorm") if normed else None
-        self._k_norm = parts.vector("attention.k_layernorm") if normed else None
+        self._q_norm = norm_weight(model.norm, parts, "attention.q_layernorm") if normed else None
+        self._k_norm = norm_weight(model.norm, parts, "attention.k_layernorm") if normed else None
         # One weight row for each head, the query heads' rows first, so that both norms are one operation.
-        self._norm = parts.empty(self._heads + self._kv, self._dim) if normed else None
+        self._norm = parts.empty(self._heads + self._kv, self._dim, exact=model.norm.plus_one) if normed else None
         self._width_norm = WidthNorm(model, shard) if spec.qk_norm == "width" else None
 
     def parameters(self) -> dict[str, Tensor]:
@@ -44,6 +46,8 @@ class Attention:
             # A norm of each head has one row of weights for all heads, a norm of the whole width a row for each.
             self._norm[: self._heads] = self._q_norm.view(-1, self._dim)
             self._norm[self._heads :] = self._k_norm.view(-1, self._dim)
+            if self._plus_one:
+                self._norm += 1.0
 
     def __call__(self, normed: Tensor | Fp8Rows, cache: Tensor, step: ForwardContext) -> Tensor:
         """This rank's part of the output [T, hidden]."""
@@ -53,7 +57,10 @@ class Attention:
             norm = None
         rope = None if self._table is None else step.ropes[self._table]
         step.kernels.rope_store(qkv, cache, rope, step.layout, norm, self._eps)
-        return self.dense(step.kernels.paged_attention(qkv[:, : self._heads], cache, step.layout, scale=self._scale))
+        attended = step.kernels.paged_attention(
+            qkv[:, : self._heads], cache, step.layout, scale=self._spec.scale, window=self._spec.window, softcap=self._spec.softcap
+        )
+        return self.dense(attended)
 
 
 class WidthNorm:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from workers.distributed.group import FusedAllReduceNorm, Group
 from workers.kernels import Kernels
-from workers.kernels.linear import Fp8Rows
 from workers.kernels.reference import AttentionLayout
 from workers.kernels.step_layout import DeviceLayout
 from workers.models.layers import Linear
@@ -26,15 +25,6 @@ class ForwardContext:
     ropes: tuple[Tensor, ...]
     group: Group
     allreduce_norm: FusedAllReduceNorm | None
-
-    def norm(self, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, fp8: bool) -> Tensor | Fp8Rows:
-        """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm times ``weight``, in FP8 if ``fp8``."""
-        if branch is not None:
-            if self.allreduce_norm is not None and self.allreduce_norm.supports(branch):
-                return self.allreduce_norm(residual, branch, weight, eps, fp8=fp8)
-            branch = self.group.all_reduce(branch)
-        norm = self.kernels.add_rms_norm_fp8 if fp8 else self.kernels.add_rms_norm
-        return norm(residual, branch, weight, eps)
 
 
 class BlockParts:
@@ -53,9 +43,14 @@ class BlockParts:
         columns = self._shapes[f"{names[0]}.weight"][1]
         return Linear(rows, columns, bias=bias, dtype=self._dtype, device=self._device, quant=self._quant)
 
-    def vector(self, name: str) -> Tensor:
-        return torch.empty(self._shapes[f"{name}.weight"], dtype=self._dtype, device=self._device)
+    def vector(self, name: str, *, exact: bool = False) -> Tensor:
+        """The tensor ``name``, in the dtype that is computed in; ``exact``: in fp32."""
+        return torch.empty(self._shapes[name], dtype=torch.float32 if exact else self._dtype, device=self._device)
 
-    def empty(self, *shape: int) -> Tensor:
-        """An uninitialized tensor that no file holds."""
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+    def empty(self, *shape: int, exact: bool = False) -> Tensor:
+        """An uninitialized tensor that no file holds; ``exact``: in fp32."""
+        return torch.empty(shape, dtype=torch.float32 if exact else self._dtype, device=self._device)
+
+    def ones(self, *shape: int) -> Tensor:
+        """Ones, which no file holds."""
+        return torch.ones(shape, dtype=self._dtype, device=self._device)

@@ -6,6 +6,7 @@ requests, slots or sampling; the KV cache that it writes belongs to the runner.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from workers.models.attention import Attention
 from workers.models.context import BlockParts, ForwardContext
 from workers.models.layers import Linear, VocabHead
 from workers.models.mlp import Mlp
+from workers.models.norm import ResidualNorm
 from workers.models.rope import attention_factor, rope_angles
 from workers.protocol.specs import PLAIN, LayerSpec, ModelSpec, Parallel, Quant
 
@@ -30,52 +32,59 @@ class DecoderLayer:
     """Attention and MLP of one layer, with the norms around them."""
 
     def __init__(self, model: ModelSpec, spec: LayerSpec, shard: Shard, parts: BlockParts) -> None:
-        self._eps, self._multiplier = model.rms_norm_eps, model.residual_multiplier
-        self.attention, self.mlp = Attention(model, spec.attention, shard, parts), Mlp(parts)
-        self._norms: dict[str, Tensor] = {}
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._after: tuple[Tensor, Tensor] | None = None
-        if spec.pre_norm:
-            self._before = self._make(parts, "input_layernorm"), self._make(parts, "post_layernorm")
-        if spec.post_norm:
-            self._after = self._make(parts, "post_self_attn_layernorm"), self._make(parts, "post_mlp_layernorm")
+        self._multiplier, self._parallel = model.residual_multiplier, spec.parallel
+        self.attention, self.mlp = Attention(model, spec.attention, shard, parts), Mlp(spec.mlp, parts)
+        self._norms: list[ResidualNorm] = []
+        norm = partial(self._norm, model, parts)
+        self._before_attention = norm("input_layernorm") if spec.pre_norm else None
+        self._before_mlp = norm("post_layernorm") if spec.pre_norm and not spec.parallel else None
+        self._after_attention = norm("post_self_attn_layernorm") if spec.post_norm else None
+        self._after_mlp = norm("post_mlp_layernorm") if spec.post_norm else None
 
-    def _make(self, parts: BlockParts, name: str) -> Tensor:
-        return self._norms.setdefault(f"{name}.weight", parts.vector(name))
+    def _norm(self, model: ModelSpec, parts: BlockParts, name: str) -> ResidualNorm:
+        self._norms.append(ResidualNorm(model, parts, name))
+        return self._norms[-1]
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by their checkpoint names within the layer."""
-        return self._norms | self.attention.parameters() | self.mlp.parameters()
+        found = self.attention.parameters() | self.mlp.parameters()
+        for norm in self._norms:
+            found |= norm.parameters()
+        return found
 
     def freeze(self, *, fixed_rows: bool) -> None:
         """See :meth:`DecoderStage.freeze`."""
         self.attention.freeze(fixed_rows=fixed_rows)
         self.mlp.freeze(fixed_rows=fixed_rows)
+        for norm in self._norms:
+            norm.freeze()
 
     def __call__(self, residual: Tensor, branch: Tensor | None, cache: Tensor, step: ForwardContext) -> Tensor | None:
         """Add to ``residual`` [T, hidden], in place, the sum of all ranks' ``branch`` and this layer's attention. Returns this rank's part
         of the MLP's output [T, hidden], neither summed over ranks nor added; None where it is added already."""
-        before, after = self._before or (None, None), self._after or (None, None)
-        attended = self.attention(self._enter(residual, branch, before[0], step, fp8=self.attention.qkv.takes_fp8), cache, step)
-        branch = self._leave(residual, attended, after[0], step)
-        mixed = self.mlp(self._enter(residual, branch, before[1], step, fp8=self.mlp.gate_up.takes_fp8), step)
-        return self._leave(residual, mixed, after[1], step)
+        entered = self._enter(residual, branch, self._before_attention, step, fp8=self.attention.qkv.takes_fp8)
+        attended = self.attention(entered, cache, step)
+        if self._parallel:
+            return self._leave(residual, attended.add_(self.mlp(entered, step)), None, step)
+        branch = self._leave(residual, attended, self._after_attention, step)
+        mixed = self.mlp(self._enter(residual, branch, self._before_mlp, step, fp8=self.mlp.gate_up.takes_fp8), step)
+        return self._leave(residual, mixed, self._after_mlp, step)
 
     def _enter(
-        self, residual: Tensor, branch: Tensor | None, weight: Tensor | None, step: ForwardContext, *, fp8: bool
+        self, residual: Tensor, branch: Tensor | None, norm: ResidualNorm | None, step: ForwardContext, *, fp8: bool
     ) -> Tensor | Fp8Rows:
         """What a block reads, with ``branch`` added to ``residual``."""
-        if weight is not None:
-            return step.norm(residual, branch, weight, self._eps, fp8=fp8)
+        if norm is not None:
+            return norm(residual, branch, step, fp8=fp8)
         return residual if branch is None else residual.add_(step.group.all_reduce(branch))
 
-    def _leave(self, residual: Tensor, branch: Tensor, weight: Tensor | None, step: ForwardContext) -> Tensor | None:
+    def _leave(self, residual: Tensor, branch: Tensor, norm: ResidualNorm | None, step: ForwardContext) -> Tensor | None:
         """What is still to be added of a block's output."""
-        if weight is not None:
-            branch = step.kernels.add_rms_norm(step.group.all_reduce(branch), None, weight, self._eps)
+        if norm is not None:
+            branch = norm.of(step.group.all_reduce(branch), step.kernels)
         if self._multiplier != 1.0:
             branch.mul_(self._multiplier)
-        if weight is None:
+        if norm is None:
             return branch
         residual.add_(branch)
         return None
@@ -112,10 +121,12 @@ class DecoderStage:
         self._tied = shares_embedding(model, parallel)
         self._embedding: Tensor | None = None
         self._head: VocabHead | None = None
-        self._norm = torch.empty(model.hidden_size, dtype=dtype, device=device)
+        self._norm: ResidualNorm | None = None
         if shard.first:
             self._embedding = torch.empty(shard.vocab_rows, model.hidden_size, dtype=dtype, device=device)
         if shard.last:
+            shapes = {tensor.name: tensor.shape for tensor in tensors_of(model, parallel, shard)}
+            self._norm = ResidualNorm(model, BlockParts(shapes, dtype, device, PLAIN), LAST_NORM)
             rows = 0 if self._tied else shard.vocab_rows
             self._head = VocabHead(shard.vocab.size, Linear(rows, model.hidden_size, bias=False, dtype=dtype, device=device))
 
@@ -139,8 +150,8 @@ class DecoderStage:
             found[VOCAB_EMBEDDING] = self._embedding
         for index, layer in enumerate(self.layers):
             found |= {f"{PREFIXES.checkpoint}{index}.{name}": tensor for name, tensor in layer.parameters().items()}
-        if self._head is not None:
-            found[LAST_NORM] = self._norm
+        if self._head is not None and self._norm is not None:
+            found |= self._norm.parameters()
             if not self._tied:
                 found[HEAD] = self._head.linear.parts()["weight"]
         return found
@@ -150,7 +161,8 @@ class DecoderStage:
         ``fixed_rows``: compute every product in tiles of a fixed number of rows."""
         for layer in self.layers:
             layer.freeze(fixed_rows=fixed_rows)
-        if self._head is not None:
+        if self._head is not None and self._norm is not None:
+            self._norm.freeze()
             if self._tied and self._embedding is not None:
                 # A CPU repacks the head, so tied weights are in memory twice: as a table for the embedding, and packed for the product.
                 self._head.linear.share(self._embedding)
@@ -166,7 +178,10 @@ class DecoderStage:
         self._kernels.embed(tokens, self._embedding, vocab.start, vocab.size, out)
         if self._group.size > 1:
             out.copy_(self._group.all_reduce(out))
-        return out if self.model.embedding_multiplier == 1.0 else out.mul_(self.model.embedding_multiplier)
+        if self.model.embedding_multiplier != 1.0:
+            # Rounded to the dtype first, as the models were trained with it.
+            out.mul_(torch.tensor(self.model.embedding_multiplier, dtype=self.dtype).item())
+        return out
 
     def forward(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
         """Run ``hidden`` [T, hidden] through the layers in place and return it. ``layout``: of this device's kind; ``cache``: one tensor a
@@ -187,19 +202,23 @@ class DecoderStage:
     def decode(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> Tensor:
         """:meth:`forward` and then :meth:`head` of every token, with the same bits in fewer kernels; last stage only."""
         step, branch = self._layers(hidden, layout, cache)
-        normed = step.norm(hidden, branch, self._norm, self.model.rms_norm_eps, fp8=False)
+        head, norm = self._last()
+        normed = norm(hidden, branch, step)
         assert isinstance(normed, Tensor)
-        return self._logits(normed)
+        return self._logits(head, normed)
 
     def head(self, hidden: Tensor) -> Tensor:
         """[S, vocabulary rows of this rank]: logits of ``hidden`` [S, hidden] in the model's dtype; last stage only."""
-        return self._logits(self._kernels.add_rms_norm(hidden, None, self._norm, self.model.rms_norm_eps))
+        head, norm = self._last()
+        return self._logits(head, norm.of(hidden, self._kernels))
 
-    def _logits(self, normed: Tensor) -> Tensor:
-        if self._head is None:
+    def _last(self) -> tuple[VocabHead, ResidualNorm]:
+        if self._head is None or self._norm is None:
             raise ValueError("only the last stage makes logits")
-        logits = self._head(normed)
-        return logits if self.model.logits_divisor == 1.0 else logits.div_(self.model.logits_divisor)
+        return self._head, self._norm
+
+    def _logits(self, head: VocabHead, normed: Tensor) -> Tensor:
+        return head(normed, divisor=self.model.logits_divisor, softcap=self.model.logits_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """:meth:`head` in fp32."""

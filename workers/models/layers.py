@@ -75,8 +75,12 @@ class VocabHead:
     def __init__(self, real: int, linear: Linear) -> None:
         self._real, self.linear = real, linear
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[S, rows] logits of ``hidden`` [S, hidden_size] in its dtype."""
+    def __call__(self, hidden: Tensor, *, divisor: float = 1.0, softcap: float | None = None) -> Tensor:
+        """[S, rows] logits of ``hidden`` [S, hidden_size] in its dtype: divided by ``divisor``, then bounded to ``softcap``."""
         logits = self.linear(hidden)
+        if divisor != 1.0:
+            logits.div_(divisor)
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
         logits[:, self._real :] = -torch.inf
         return logits

@@ -6,19 +6,26 @@ from torch import Tensor
 
 from workers.kernels.linear import Fp8Rows
 from workers.models.context import BlockParts, ForwardContext
+from workers.protocol.specs import MlpSpec
 
 
 class Mlp:
-    """down(SiLU(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
 
-    def __init__(self, parts: BlockParts) -> None:
-        self.gate_up, self.down = parts.linear("mlp.fc", "mlp.gate"), parts.linear("mlp.proj")
+    def __init__(self, spec: MlpSpec, parts: BlockParts) -> None:
+        self._spec = spec
+        #: The product of what is activated, and after it of what it is multiplied by.
+        self.gate_up = parts.linear("mlp.fc", "mlp.gate") if spec.gated else parts.linear("mlp.fc")
+        self.down = parts.linear("mlp.proj")
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by their checkpoint names within the layer. TensorRT-LLM calls the input of the activation ``mlp.fc``."""
         found = {f"mlp.proj.{suffix}": part for suffix, part in self.down.parts().items()}
         for suffix, part in self.gate_up.parts().items():
-            found[f"mlp.fc.{suffix}"], found[f"mlp.gate.{suffix}"] = part.chunk(2)
+            if self._spec.gated:
+                found[f"mlp.fc.{suffix}"], found[f"mlp.gate.{suffix}"] = part.chunk(2)
+            else:
+                found[f"mlp.fc.{suffix}"] = part
         return found
 
     def freeze(self, *, fixed_rows: bool) -> None:
@@ -28,5 +35,5 @@ class Mlp:
 
     def __call__(self, normed: Tensor | Fp8Rows, step: ForwardContext) -> Tensor:
         """This rank's part of the output [T, hidden]."""
-        gate_up = self.gate_up(normed)
-        return self.down(step.kernels.silu_mul_fp8(gate_up) if self.down.takes_fp8 else step.kernels.silu_mul(gate_up))
+        activate = step.kernels.activate_fp8 if self.down.takes_fp8 else step.kernels.activate
+        return self.down(activate(self.gate_up(normed), self._spec.activation, gated=self._spec.gated))

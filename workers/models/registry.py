@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
+from workers.layout.declaration import PREFIXES
 from workers.layout.sharding import whole_tensors
-from workers.models.families import llama, mistral, qwen2, qwen3
+from workers.models.families import granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
 from workers.models.families.family import Family
-from workers.protocol.specs import DivisorScaling, LongRopeScaling, ModelSpec, YarnScaling
+from workers.protocol.specs import DivisorScaling, LongRopeScaling, ModelSpec, YarnScaling, model_spec, uniform_decoder
 
 #: By ``model_type``.
 FAMILIES: dict[str, Family] = {
@@ -15,6 +18,10 @@ FAMILIES: dict[str, Family] = {
         mistral.FAMILY,
         qwen2.FAMILY,
         qwen3.FAMILY,
+        granite.FAMILY,
+        smollm3.FAMILY,
+        olmo2.FAMILY,
+        phi3.FAMILY,
     )
 }
 
@@ -31,16 +38,39 @@ def trtllm_families() -> dict[str, Family]:
 
 def trtllm_gap(model: ModelSpec) -> str:
     """What of the model TensorRT-LLM's checkpoint format has no key for; empty where it says all."""
-    kinds = [kind.attention for kind in model.kinds]
-    if model.architecture not in trtllm_families():
-        return f"the format does not name the family {model.architecture!r}"
+    family, attention = model.architecture, model.kinds[0].attention
+    if family not in trtllm_families():
+        return f"the format does not name the family {family!r}"
     if any(isinstance(rope.scaling, YarnScaling | LongRopeScaling | DivisorScaling) for rope in model.ropes):
         return "the format's keys for a scaling by YaRN, LongRoPE or stored divisors are not written here"
-    if len(model.kinds) > 1 or any(kind.out_bias or kind.scale is not None for kind in kinds) or model.kinds[0].mlp.bias:
-        return "it has biases or scales for which this architecture has no key in the format"
-    if model.architecture == "llama" and kinds[0].qkv_bias:
-        return "it has biases for which this architecture has no key in the format"
-    return ""
+    plain = uniform_decoder(
+        num_layers=model.num_layers,
+        intermediate_size=model.widest_mlp,
+        rope_theta=attention.rope.theta if attention.rope is not None else 1.0,
+        rope_scaling=attention.rope.scaling if attention.rope is not None else None,
+        qkv_bias=family == "qwen2",
+        qk_norm="head" if family == "qwen3" else None,
+        **{name: getattr(model, name) for name in _SHAPE},
+    )
+    return "" if model == plain else "it has biases, windows, norms or scales for which this architecture has no key in the format"
+
+
+#: What the format says of a model beside its layers.
+_SHAPE = (
+    "architecture", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_position", "rms_norm_eps", "tied_embeddings",
+)  # fmt: skip
+
+
+def trtllm_model(model: ModelSpec) -> ModelSpec:
+    """``model`` as TensorRT-LLM's checkpoints describe it: they have no key for a sliding window, and up to its length a model that slides
+    is exactly one that attends to all."""
+    windows = [window for window in model.windows if window is not None]
+    if not windows:
+        return model
+    layers = [model.layer(index) for index in range(model.num_layers)]
+    full = [replace(layer, attention=replace(layer.attention, window=None)) for layer in layers]
+    facts = {name: getattr(model, name) for name in model.__struct_fields__ if name not in ("kinds", "layers", "max_position")}
+    return model_spec(full, max_position=min(model.max_position, *windows), **facts)
 
 
 def file_places(model: ModelSpec) -> dict[str, tuple[str, int]]:
@@ -58,6 +88,20 @@ def file_places(model: ModelSpec) -> dict[str, tuple[str, int]]:
     return found
 
 
+def rotated_rows(model: ModelSpec) -> dict[str, int]:
+    """How many components of each head are rotated, by the name of each whole tensor whose rows are heads of queries or keys."""
+    found: dict[str, int] = {}
+    for name in whole_tensors(model):
+        prefix, stem, _ = _parts(name)
+        if stem in _ROTATED:
+            rope = model.layer(int(prefix.removeprefix(PREFIXES.name)[:-1])).attention.rope
+            found[name] = 0 if rope is None else rope.dim
+    return found
+
+
+_ROTATED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "self_attn.k_norm")
+
+
 def file_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in Hugging Face's files, by its name there."""
     whole, found = whole_tensors(model), dict[str, tuple[int, ...]]()
@@ -70,7 +114,7 @@ def file_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
 def _parts(name: str) -> tuple[str, str, str]:
     """(prefix, stem, kind) of a whole tensor's name: ``model.layers.3.``, ``self_attn.q_proj``, ``weight``."""
     stem, kind = name.rsplit(".", 1)
-    if not stem.startswith("model.layers."):
+    if not stem.startswith(PREFIXES.name):
         return "", stem, kind
-    number, inner = stem.removeprefix("model.layers.").split(".", 1)
-    return f"model.layers.{number}.", inner, kind
+    number, inner = stem.removeprefix(PREFIXES.name).split(".", 1)
+    return f"{PREFIXES.name}{number}.", inner, kind

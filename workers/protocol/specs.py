@@ -137,44 +137,79 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What attention layers differ in. ``rope`` None: positions are not encoded. ``qkv_bias``, ``out_bias``: the products add a bias.
     ``qk_norm``: queries and keys are normed, each head alone or over the whole width of all heads. ``scale``: of the scores; None =
-    head_dim ** -0.5."""
+    head_dim ** -0.5. ``window``: a token attends to so many tokens, itself included; None = to all before it. ``softcap``: scores s become
+    cap * tanh(s / cap)."""
 
     rope: RopeSpec | None
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: Literal["head", "width"] | None = None
     scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         _require(self.scale is None or 0.0 < self.scale < math.inf, f"the scale of attention scores must be positive, got {self.scale}")
+        _require(self.window is None or self.window > 0, f"sliding_window must be positive, got {self.window}")
+        _require_cap(self.softcap)
+
+
+def _require_cap(cap: float | None) -> None:
+    _require(cap is None or 0.0 < cap < math.inf, f"a soft cap must be a positive number, got {cap}")
+
+
+#: What an MLP computes of each column: SiLU, GELU by the error function or by tanh, or the square of ReLU.
+Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 
 
 class MlpSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A dense MLP: down(SiLU(gate(x)) * up(x)), with ``size`` columns between."""
+    """A dense MLP with ``size`` columns between: down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
 
     size: int
     bias: bool = False
+    activation: Activation = "silu"
+    gated: bool = True
 
     def __post_init__(self) -> None:
         _require(self.size > 0, f"intermediate_size must be positive, got {self.size}")
 
 
+class NormSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the model norms. ``centred``: LayerNorm, which subtracts the mean first; else the root-mean-square norm. ``plus_one``: the stored
+    weights lack 1. ``weight``, ``bias``: what the norms of the residual stream have; those of queries and keys have weights alone."""
+
+    centred: bool = False
+    plus_one: bool = False
+    weight: bool = True
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.centred or not self.bias, "a root-mean-square norm has no bias")
+        _require(self.weight or not (self.plus_one or self.bias), "a norm without weights has no bias either")
+
+
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One decoder layer. ``pre_norm``: attention and MLP read the normed residual stream, else the stream itself; ``post_norm``: what each
-    gives is normed before it is added."""
+    gives is normed before it is added. ``parallel``: the MLP reads what attention reads, through the same norm, not what it gives."""
 
     attention: AttentionSpec
     mlp: MlpSpec
     pre_norm: bool = True
     post_norm: bool = False
+    parallel: bool = False
+
+    def __post_init__(self) -> None:
+        _require(not self.parallel or (self.pre_norm and not self.post_norm), "parallel attention and MLP have one norm, before both")
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shape of a decoder: RMSNorm, grouped-query attention, and layers of the ``kinds``, of which layer i is ``kinds[layers[i]]``.
+    """Shape of a decoder: grouped-query attention, norms of one form, and layers of the ``kinds``, of which layer i is
+    ``kinds[layers[i]]``.
 
     Facts of attention that shape the K/V cache are the model's, since all layers share its blocks: ``num_heads``, ``num_kv_heads``,
     ``head_dim``. ``architecture``: the family's name, as Hugging Face's ``model_type``. ``embedding_multiplier``,
-    ``residual_multiplier``: of embeddings, and of what attention and MLP give; ``logits_divisor``: of the logits.
+    ``residual_multiplier``: of embeddings, and of what attention and MLP give; ``logits_divisor``: of the logits. ``logits_softcap``:
+    logits l become cap * tanh(l / cap). ``rms_norm_eps``: of every norm.
     """
 
     architecture: str
@@ -191,6 +226,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    logits_softcap: float | None = None
+    norm: NormSpec = NormSpec()
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_position"):
@@ -207,6 +244,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd", "rotary embedding turns pairs")
         _require(sorted(set(self.layers)) == list(range(len(self.kinds))), "layers and kinds of layers do not belong together")
+        _require_cap(self.logits_softcap)
+        normed = any(kind.attention.qk_norm is not None for kind in self.kinds)
+        _require(not (normed and self.norm.centred), "a LayerNorm of queries and keys is not computed")
         for rope in self.ropes:
             _require(rope.dim <= self.head_dim, f"{rope.dim} rotated components are more than head_dim {self.head_dim}")
 
@@ -218,6 +258,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The different rotary embeddings of the layers."""
         return tuple(dict.fromkeys(kind.attention.rope for kind in self.kinds if kind.attention.rope is not None))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different windows of the layers' attention; None = the whole context."""
+        return tuple(dict.fromkeys(kind.attention.window for kind in self.kinds))
 
     @property
     def widest_mlp(self) -> int:

@@ -105,7 +105,9 @@ class CpuRunner:
     def _forward(self, plan: StepPlan) -> Tensor:
         stage, slots = self.stage, view(plan.slots)
         starts, lengths, tokens = view(plan.starts), view(plan.lengths), view(plan.tokens)
-        layout = attention_layout(starts, lengths, self._tables[slots], self._cache.block_size, grouped=not self._fixed_shape)
+        layout = attention_layout(
+            starts, lengths, self._tables[slots], self._cache.block_size, grouped=not self._fixed_shape, windows=stage.model.windows
+        )
         if stage.shard.first:
             hidden = stage.embed(torch.from_numpy(tokens.astype(np.int64)).to(stage.device))
         else:

@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from tests.support.tiny_models import ENDOFTEXT, IM_END, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
+from workers.artifacts.convert import convert
 from workers.artifacts.hf import read_eos, read_model
 from workers.layout.sharding import Span, whole_tensors
 from workers.protocol.errors import ArtifactError
-from workers.protocol.specs import LinearScaling, Llama3Scaling
+from workers.protocol.specs import LinearScaling, Llama3Scaling, Parallel
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 
@@ -70,16 +71,18 @@ def test_linear_rope(tmp_path: Path) -> None:
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts.*num_local_experts is 8"),
-        ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "xielu"}, "activation 'xielu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer type 'linear_attention'"),
         ({"quantization_config": {"quant_method": "aqlm"}}, "quantized with 'aqlm'"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "rope scaling 'spiral'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "per layer type"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor 0.5"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4}}, "lacks long_factor"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0]}}, "long_factor: 1 values, not 4"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 1.0}}}, "lack full_attention"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers has 1 values"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types has 1 values"),
         ({"quantization_config": {"quant_method": "quark"}, "model_type": "qwen3"}, "quantized with 'quark'"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "quantized with 'MLX'"),
         ({"quantization_config": {"bits": 4}}, "quantized with 'unnamed'"),
@@ -210,13 +213,40 @@ def test_nan_and_infinity_are_read_as_pythons_json_reads_them(tmp_path: Path) ->
     assert open_artifact(folder) == expected
 
 
-def test_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+def test_windows_of_layers(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path, architecture="mistral", max_position=512)
-    assert read_model(folder).max_position == 512
-    assert read_model(edit(folder, sliding_window=128)).max_position == 128
+    assert read_model(edit(folder, sliding_window=128)).windows == (128,)
+    for unbounded in (None, 512):
+        assert read_model(edit(folder, sliding_window=unbounded)).windows == (None,)
+    assert read_model(edit(folder, sliding_window=128)).max_position == 512
     qwen = tiny_model(tmp_path / "q", architecture="qwen2", max_position=512)
-    assert read_model(edit(qwen, sliding_window=128)).max_position == 512
-    assert read_model(edit(qwen, sliding_window=128, use_sliding_window=True)).max_position == 128
+    assert read_model(edit(qwen, sliding_window=128, max_window_layers=1)).windows == (None,), "the switch is off"
+    sliding = read_model(edit(qwen, sliding_window=128, max_window_layers=1, use_sliding_window=True))
+    assert [sliding.layer(layer).attention.window for layer in range(4)] == [None, 128, 128, 128]
+
+
+def test_a_checkpoint_of_a_sliding_model_has_the_length_of_its_window(tmp_path: Path) -> None:
+    folder = edit(tiny_model(tmp_path / "m", architecture="mistral", max_position=512), sliding_window=128)
+    convert(folder, tmp_path / "checkpoint", parallel=Parallel())
+    found = open_artifact(tmp_path / "checkpoint").model
+    assert (found.max_position, found.windows) == (128, (None,))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0}, 2048),
+        ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 64}, 512),
+        ({"rope_type": "dynamic", "factor": 4.0}, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 512),
+    ],
+)
+def test_positions_under_a_scaling(scaling: dict[str, Any], positions: int, tmp_path: Path) -> None:
+    """YaRN stretches its original context. Dynamic scaling begins beyond the model's positions, so that it is none up to there."""
+    model = read_model(edit(tiny_model(tmp_path, max_position=512), rope_scaling=scaling))
+    assert model.max_position == positions
+    assert (model.ropes[0].scaling is None) == (scaling["rope_type"] == "dynamic")
 
 
 def test_eos_ids_of_both_files(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import (
+    Activation,
     AttentionSpec,
     LayerSpec,
     LinearScaling,
@@ -45,15 +46,29 @@ class GgufForm(msgspec.Struct, frozen=True, kw_only=True):
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
     """One ``model_type``. ``config``: its keys; ``read``: the model that they describe. ``tensors``: those with other names than declared.
-    ``trtllm``: the architecture's name in TensorRT-LLM checkpoints; None = its format does not name the family. ``gguf``: None = GGUFs of
-    it are not read, or llama.cpp writes it as another family."""
+    ``interleaved``: its files pair component 2i of a rotated head with 2i + 1, not i with i + rotated / 2. ``trtllm``: the architecture's
+    name in TensorRT-LLM checkpoints; None = its format does not name the family. ``gguf``: None = GGUFs of it are not read, or llama.cpp
+    writes it as another family."""
 
     model_type: str
     config: type[DecoderConfig]
     read: Callable[[Any], ModelSpec]
     tensors: tuple[FileTensor, ...] = ()
+    interleaved: bool = False
     trtllm: str | None = None
     gguf: GgufForm | None = None
+
+
+#: Activations by their names in configs; two names may mean one function.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class DecoderConfig(msgspec.Struct, kw_only=True):
@@ -83,45 +98,87 @@ class DecoderConfig(msgspec.Struct, kw_only=True):
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // max(1, self.num_attention_heads)
 
-    def rope(self, *, theta: float = 10000.0, partial: bool = False) -> RopeSpec:
-        """The rotary embedding. ``theta``: the class's default; ``partial``: whether the family heeds ``partial_rotary_factor``.
+    def rope(self, *, theta: float = 10000.0, partial: float | None = None, layer_type: str = FULL) -> RopeSpec:
+        """The rotary embedding of layers of ``layer_type``. ``theta``: the class's default; ``partial``: the default of
+        ``partial_rotary_factor``, None = the family has no such key.
 
-        transformers 5 writes all its keys into ``rope_parameters``; older releases write theta beside ``rope_scaling``.
+        transformers 5 writes all its keys into ``rope_parameters``, once or for each layer type; older releases write theta beside
+        ``rope_scaling``.
         """
-        keys = {"rope_theta": self.rope_theta or theta} | (self.rope_scaling or {}) | (self.rope_parameters or {})
+        given = (self.rope_scaling or {}) | (self.rope_parameters or {})
+        if nested := [key for key, value in given.items() if isinstance(value, dict)]:
+            if layer_type not in nested:
+                raise ConfigError(f"rope_parameters lack {layer_type}", f"they have {', '.join(nested)}", "each layer type needs its own")
+            given = given[layer_type]
+        keys = {"rope_theta": self.rope_theta or theta} | given
         if self.original_max_position_embeddings is not None:
-            keys.setdefault("original_max_position_embeddings", self.original_max_position_embeddings)
-        share = self.partial_rotary_factor or keys.get("partial_rotary_factor") or 1.0
-        if share != 1.0 and not partial:
+            keys["original_max_position_embeddings"] = self.original_max_position_embeddings
+        share = keys.get("partial_rotary_factor") or self.partial_rotary_factor or partial or 1.0
+        if share != 1.0 and partial is None:
             raise ConfigError(f"partial_rotary_factor={share} is not supported", "known: 1.0")
         return read_rope(keys, int(self.head_size * share), self.max_position_embeddings)
 
-    def model(self, layers: Sequence[LayerSpec], *, window: int | None = None, **facts: Any) -> ModelSpec:
-        """The model of ``layers``. ``window``: of sliding attention. Up to the length of its window a sliding-window model is exactly a
-        full-attention model: it is served that far."""
-        if self.hidden_act != "silu":
-            raise ConfigError(f"activation {self.hidden_act!r} is not supported", "known: silu")
-        if other := set(self.layer_types or ()) - {"full_attention", "sliding_attention"}:
-            raise ConfigError(f"layer type {min(other)!r} is not supported", "known: full_attention, sliding_attention")
-        position = self.max_position_embeddings
-        return model_spec(
-            layers,
-            architecture=self.model_type,
-            hidden_size=self.hidden_size,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_size,
-            vocab_size=self.vocab_size,
-            max_position=min(position, window) if window else position,
-            rms_norm_eps=self.rms_norm_eps,
-            tied_embeddings=self.tie_word_embeddings,
-            **facts,
-        )
+    def windows(self, slides: Callable[[int], bool] = lambda layer: True) -> list[int | None]:
+        """The window of each layer's attention, None = the whole context. ``slides``: which layers slide where ``layer_types`` is
+        absent."""
+        types = self.layer_types or [SLIDING if slides(layer) else FULL for layer in range(self.num_hidden_layers)]
+        if len(types) != self.num_hidden_layers:
+            raise ConfigError(f"layer_types has {len(types)} values", f"the model has {self.num_hidden_layers} layers")
+        return [self.sliding_window if kind == SLIDING else None for kind in types]
 
-    def uniform(self, attention: AttentionSpec, *, mlp_bias: bool = False, window: int | None = None, **facts: Any) -> ModelSpec:
-        """The model whose layers are all alike: pre-norm, with ``attention``."""
-        layer = LayerSpec(attention=attention, mlp=MlpSpec(size=self.intermediate_size, bias=mlp_bias))
-        return self.model([layer] * self.num_hidden_layers, window=window, **facts)
+    def activation(self) -> Activation:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(f"activation {self.hidden_act!r} is not supported", f"known: {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[self.hidden_act]
+
+    def mlp(self, *, bias: bool = False, gated: bool = True) -> MlpSpec:
+        return MlpSpec(size=self.intermediate_size, bias=bias, activation=self.activation(), gated=gated)
+
+    def model(self, layers: Sequence[LayerSpec], **facts: Any) -> ModelSpec:
+        """The model of ``layers``; ``facts``: other fields of :class:`ModelSpec`, instead of those that follow from the config."""
+        if other := set(self.layer_types or ()) - {FULL, SLIDING}:
+            raise ConfigError(f"layer type {min(other)!r} is not supported", f"known: {FULL}, {SLIDING}")
+        common = {
+            "architecture": self.model_type,
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_attention_heads,
+            "num_kv_heads": self.num_key_value_heads or self.num_attention_heads,
+            "head_dim": self.head_size,
+            "vocab_size": self.vocab_size,
+            "max_position": self._longest(layers),
+            "rms_norm_eps": self.rms_norm_eps,
+            "tied_embeddings": self.tie_word_embeddings,
+        }
+        return model_spec([self._without_idle_window(layer) for layer in layers], **common | facts)
+
+    def uniform(
+        self, attention: AttentionSpec, mlp: MlpSpec | None = None, *, windows: Sequence[int | None] | None = None, **facts: Any
+    ) -> ModelSpec:
+        """The pre-norm model whose layers have all ``attention`` and ``mlp`` (default: the config's, without biases), each with its window
+        of ``windows``."""
+        mlp = mlp or self.mlp()
+        every = windows if windows is not None else [None] * self.num_hidden_layers
+        return self.model([LayerSpec(attention=msgspec.structs.replace(attention, window=window), mlp=mlp) for window in every], **facts)
+
+    def _longest(self, layers: Sequence[LayerSpec]) -> int:
+        """Positions of the model. YaRN stretches the original context by its factor, even where the config keeps the original length."""
+        scalings = [layer.attention.rope.scaling for layer in layers if layer.attention.rope is not None]
+        stretched = [int(each.original_max_position * each.factor) for each in scalings if isinstance(each, YarnScaling)]
+        return max(self.max_position_embeddings, *stretched) if stretched else self.max_position_embeddings
+
+    def _without_idle_window(self, layer: LayerSpec) -> LayerSpec:
+        """A window that no sequence is longer than is none, so that equal layers are one kind."""
+        window = layer.attention.window
+        if window is None or window < self._longest([layer]):
+            return layer
+        return msgspec.structs.replace(layer, attention=msgspec.structs.replace(layer.attention, window=None))
+
+
+def refuse(**keys: Any) -> None:
+    """Raises ConfigError for the first of ``keys`` that is set: it would change the model, and is not computed."""
+    for key, value in keys.items():
+        if value:
+            raise ConfigError(f"{key}={value} is not supported", "known: False")
 
 
 def read_rope(keys: dict[str, Any], dim: int, max_position: int) -> RopeSpec:
@@ -130,18 +187,11 @@ def read_rope(keys: dict[str, Any], dim: int, max_position: int) -> RopeSpec:
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
         raise ConfigError(f"rope_theta {theta!r} does not make sense", "it is a positive number")
     kind = keys.get("rope_type", keys.get("type", "default"))
-    if kind == "default" and any(isinstance(value, dict) for value in keys.values()):
-        raise ConfigError("rotary parameters per layer type are not supported", "all layers share one table")
-    if kind == "default":
+    # Dynamic scaling begins beyond max_position_embeddings, as far as which the model is served: up to there it scales nothing.
+    if kind in ("default", "dynamic"):
         return RopeSpec(dim=dim, theta=float(theta))
-    if kind == "dynamic":
-        raise ConfigError(
-            "rope scaling 'dynamic' is not supported",
-            "its frequencies change with the length of a sequence, so that cached keys would become wrong",
-            "replace it by yarn or linear, or remove it and stay within the original context",
-        )
     if kind not in _SCALINGS:
-        raise ConfigError(f"rope scaling {kind!r} is not supported", f"known: default, {', '.join(_SCALINGS)}")
+        raise ConfigError(f"rope scaling {kind!r} is not supported", f"known: default, dynamic, {', '.join(_SCALINGS)}")
     try:
         return RopeSpec(dim=dim, theta=float(theta), scaling=_SCALINGS[kind](_Scaling(kind, keys, max_position)))
     except (TypeError, ValueError, ZeroDivisionError, msgspec.ValidationError) as error:
@@ -188,13 +238,14 @@ def _llama3(keys: _Scaling) -> RopeScaling:
         factor=keys.number("factor"),
         low_freq_factor=keys.number("low_freq_factor"),
         high_freq_factor=keys.number("high_freq_factor"),
-        original_max_position=int(keys.number("original_max_position_embeddings")),
+        original_max_position=keys.original,
     )
 
 
 def _yarn(keys: _Scaling) -> RopeScaling:
     """Absent factors are what transformers makes of them: https://arxiv.org/abs/2309.00071, section 3.4; ``mscale`` is DeepSeek's."""
-    factor = keys.number("factor")
+    # DeepSeek's configs leave the factor out: it is the ratio of the two lengths then.
+    factor = keys.number("factor", keys.max_position / keys.original)
     attention, mscale, of_all = keys.optional("attention_factor"), keys.optional("mscale"), keys.optional("mscale_all_dim")
     if attention is None:
         attention = _mscale(factor, mscale) / _mscale(factor, of_all) if mscale and of_all else _mscale(factor, 1.0)

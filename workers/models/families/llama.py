@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from workers.models.families.family import DecoderConfig, Family, GgufForm
-from workers.protocol.errors import ConfigError
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
 
@@ -13,10 +12,8 @@ class LlamaConfig(DecoderConfig, kw_only=True):
 
 
 def read(config: LlamaConfig) -> ModelSpec:
-    for key, value in (("attention_bias", config.attention_bias), ("mlp_bias", config.mlp_bias)):
-        if value:
-            raise ConfigError(f"{key}={value} is not supported", "known: False")
-    return config.uniform(AttentionSpec(rope=config.rope()))
+    attention = AttentionSpec(rope=config.rope(), qkv_bias=config.attention_bias, out_bias=config.attention_bias)
+    return config.uniform(attention, config.mlp(bias=config.mlp_bias))
 
 
 FAMILY = Family(

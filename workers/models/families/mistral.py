@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo and Small (text). llama.cpp writes them as Llama."""
+"""Mistral 7B, Nemo and Small (text); all layers slide where there is a window. llama.cpp writes them as Llama."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from workers.models.families.family import DecoderConfig, Family
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
 
-def read(config: DecoderConfig) -> ModelSpec:
-    return config.uniform(AttentionSpec(rope=config.rope()), window=config.sliding_window)
+class MistralConfig(DecoderConfig, kw_only=True):
+    sliding_window: int | None = 4096
 
 
-FAMILY = Family(model_type="mistral", config=DecoderConfig, read=read, trtllm="MistralForCausalLM")
+def read(config: MistralConfig) -> ModelSpec:
+    return config.uniform(AttentionSpec(rope=config.rope()), windows=[config.sliding_window] * config.num_hidden_layers)
+
+
+FAMILY = Family(model_type="mistral", config=MistralConfig, read=read, trtllm="MistralForCausalLM")
