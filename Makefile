@@ -38,7 +38,7 @@ else echo failed; tail -n 20 $(LOG) >&2; echo 'hint: the whole output is in $(LO
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test fast docs test-faults test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators test-wheel
+.PHONY: help setup check test fast docs test-faults test-families test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators test-wheel
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target what; do printf '  make %-13s %s\n' "$$target" "$$what"; done

@@ -72,9 +72,34 @@ CASES = (
         "phi3-longrope", "phi3", partial_rotary_factor=0.75, rope_parameters=_longrope(3, 8) | {"partial_rotary_factor": 0.75},
         original_max_position_embeddings=8,
     ),
+    _case("ministral", layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24),
+    _case("gemma", tie_word_embeddings=True),
+    _case("gemma2", sliding_window=21, query_pre_attn_scalar=12, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
+    _case(
+        "gemma3", "gemma3_text", sliding_window=19, sliding_window_pattern=3, query_pre_attn_scalar=12,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    _case("glm"),
+    _case("glm4"),
+    _case("cohere", logit_scale=0.25, attention_bias=True),
+    _case("cohere2", logit_scale=0.5, sliding_window=26, sliding_window_pattern=2),
+    _case("olmo"),
+    _case("olmo3", sliding_window=22, layer_types=["sliding_attention", "full_attention"] * 2, rope_scaling=_yarn()),
+    _case("starcoder2", sliding_window=33),
+    _case("stablelm", partial_rotary_factor=0.5, use_qkv_bias=True),
+    _case("stablelm-parallel", "stablelm", partial_rotary_factor=0.25, use_parallel_residual=True),
+    _case("seed_oss", attention_out_bias=True, mlp_bias=True),
+    _case("exaone4", sliding_window=18, layer_types=["sliding_attention", "full_attention"] * 2),
+    _case("exaone4-global", "exaone4", sliding_window=None, layer_types=["full_attention"] * 4),
+    _case("ernie4_5", use_bias=True),
+    _case("arcee", mlp_bias=True, attention_bias=True),
+    _case("nemotron", mlp_bias=True, attention_bias=True),
 )  # fmt: skip
 #: Those of which `make test` plays one layout: each block and each way of naming tensors once.
-REPRESENTATIVE = ("llama-biases", "granite", "smollm3-window", "olmo2", "phi3-longrope")
+REPRESENTATIVE = ("llama-biases", "granite", "smollm3-window", "olmo2", "phi3-longrope", "gemma2", "gemma3", "glm4", "cohere2", "nemotron")
 
 
 def case_named(name: str) -> FamilyCase:

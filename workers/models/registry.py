@@ -6,7 +6,33 @@ from msgspec.structs import replace
 
 from workers.layout.declaration import PREFIXES
 from workers.layout.sharding import whole_tensors
-from workers.models.families import granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
+from workers.models.families import (
+    arcee,
+    cohere,
+    cohere2,
+    ernie4_5,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    nemotron,
+    olmo,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from workers.models.families.family import Family
 from workers.protocol.specs import DivisorScaling, LongRopeScaling, ModelSpec, YarnScaling, model_spec, uniform_decoder
 
@@ -22,6 +48,23 @@ FAMILIES: dict[str, Family] = {
         smollm3.FAMILY,
         olmo2.FAMILY,
         phi3.FAMILY,
+        ministral.FAMILY,
+        gemma.FAMILY,
+        gemma2.FAMILY,
+        gemma3.FAMILY,
+        glm.FAMILY,
+        glm4.FAMILY,
+        cohere.FAMILY,
+        cohere2.FAMILY,
+        olmo.FAMILY,
+        olmo3.FAMILY,
+        starcoder2.FAMILY,
+        stablelm.FAMILY,
+        seed_oss.FAMILY,
+        exaone4.FAMILY,
+        ernie4_5.FAMILY,
+        arcee.FAMILY,
+        nemotron.FAMILY,
     )
 }
 
@@ -68,7 +111,7 @@ def trtllm_model(model: ModelSpec) -> ModelSpec:
     if not windows:
         return model
     layers = [model.layer(index) for index in range(model.num_layers)]
-    full = [replace(layer, attention=replace(layer.attention, window=None)) for layer in layers]
+    full = [replace(layer, attention=layer.attention.sliding(None)) for layer in layers]
     facts = {name: getattr(model, name) for name in model.__struct_fields__ if name not in ("kinds", "layers", "max_position")}
     return model_spec(full, max_position=min(model.max_position, *windows), **facts)
 

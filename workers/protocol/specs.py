@@ -153,6 +153,10 @@ class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         _require(self.window is None or self.window > 0, f"sliding_window must be positive, got {self.window}")
         _require_cap(self.softcap)
 
+    def sliding(self, window: int | None) -> AttentionSpec:
+        """The same with another window."""
+        return msgspec.structs.replace(self, window=window)
+
 
 def _require_cap(cap: float | None) -> None:
     _require(cap is None or 0.0 < cap < math.inf, f"a soft cap must be a positive number, got {cap}")

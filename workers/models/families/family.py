@@ -158,7 +158,7 @@ class DecoderConfig(msgspec.Struct, kw_only=True):
         of ``windows``."""
         mlp = mlp or self.mlp()
         every = windows if windows is not None else [None] * self.num_hidden_layers
-        return self.model([LayerSpec(attention=msgspec.structs.replace(attention, window=window), mlp=mlp) for window in every], **facts)
+        return self.model([LayerSpec(attention=attention.sliding(window), mlp=mlp) for window in every], **facts)
 
     def _longest(self, layers: Sequence[LayerSpec]) -> int:
         """Positions of the model. YaRN stretches the original context by its factor, even where the config keeps the original length."""
@@ -171,7 +171,7 @@ class DecoderConfig(msgspec.Struct, kw_only=True):
         window = layer.attention.window
         if window is None or window < self._longest([layer]):
             return layer
-        return msgspec.structs.replace(layer, attention=msgspec.structs.replace(layer.attention, window=None))
+        return msgspec.structs.replace(layer, attention=layer.attention.sliding(None))
 
 
 def refuse(**keys: Any) -> None:

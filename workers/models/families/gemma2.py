@@ -1,0 +1,37 @@
+"""Gemma 2: every other layer slides; norms before and after attention and MLP, soft caps of scores and logits."""
+
+from __future__ import annotations
+
+from workers.models.families.family import Family, FileTensor
+from workers.models.families.gemma import NORM, GemmaConfig
+from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec
+
+#: The four norms of a layer by their names in Gemma's files.
+NORMS = (
+    FileTensor(stem="post_attention_layernorm", holds=("post_self_attn_layernorm",)),
+    FileTensor(stem="pre_feedforward_layernorm", holds=("post_attention_layernorm",)),
+    FileTensor(stem="post_feedforward_layernorm", holds=("post_mlp_layernorm",)),
+)
+
+
+class Gemma2Config(GemmaConfig, kw_only=True):
+    query_pre_attn_scalar: float = 256
+    sliding_window: int | None = 4096
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
+
+
+def read(config: Gemma2Config) -> ModelSpec:
+    windows = config.windows(lambda layer: (layer + 1) % 2 != 0)
+    attention = AttentionSpec(
+        rope=config.rope(),
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        scale=config.query_pre_attn_scalar**-0.5,
+        softcap=config.attn_logit_softcapping,
+    )
+    layers = [LayerSpec(attention=attention.sliding(window), mlp=config.mlp(), post_norm=True) for window in windows]
+    return config.model(layers, norm=NORM, embedding_multiplier=config.hidden_size**0.5, logits_softcap=config.final_logit_softcapping)
+
+
+FAMILY = Family(model_type="gemma2", config=Gemma2Config, read=read, tensors=NORMS)
