@@ -1,4 +1,4 @@
-"""What all tests share: the marker `process`; at the end of a run the measured figures and the tests that needed a second run.
+"""What all tests share: the marker `process`, the rules of a second run, and the measured figures at the end of a run.
 
 With several pytest processes, each hands its figures to the first.
 """
@@ -13,6 +13,8 @@ import pytest
 
 from tests.support import figures
 
+pytest_plugins = ["tests.support.second_run"]
+
 #: A test module that uses one of these starts processes: all its tests are marked `process`.
 STARTERS = ("subprocess", "multiprocessing", "signal", "tests.support.gang", "tests.support.router_process", "tests.support.deployment",
             "tests.support.browser", "tests.inputs.world", "tests.recorded.lines", "orchestrator.cli.doctor_checks")  # fmt: skip
@@ -25,10 +27,6 @@ def starts_processes(module: ModuleType) -> bool:
         (value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")) in STARTERS
         for value in vars(module).values()
     )
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--second-run", action="store_true", help="With --last-failed: list the tests that pass now. `make test` sets it.")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
@@ -53,6 +51,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured / bound")
         for line in figures.lines:
             terminalreporter.write_line(line)
-    passed = [report.nodeid for report in terminalreporter.stats.get("passed", [])]
-    if passed and terminalreporter.config.getoption("second_run"):
-        terminalreporter.write_line(f"{len(passed)} tests passed only when run again alone: {', '.join(passed)}", yellow=True)
