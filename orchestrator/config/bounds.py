@@ -38,6 +38,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "admission.replica_limit": (1, 1_000_000),
     "admission.max_requests": (1, 1_000_000),
     "admission.max_bytes": (1024, 1 << 40),
+    "admission.max_queued_tokens": (1, _TOKENS),
     "admission.tenant_share": (0.001, 1),
     "heartbeat_s": (0.01, 3600),
     "replica_timeout_s": (0.02, _DAY),

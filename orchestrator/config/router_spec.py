@@ -116,8 +116,8 @@ class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Bounds of admission: choices waiting for a replica (a request has ``n`` of them), seconds they may wait, seconds a whole request may
     take (0 = no limit).
 
-    ``max_requests``, ``max_bytes``: requests of a router that have not ended, and the bytes of their bodies. ``tenant_share``: how much of
-    both one tenant may take.
+    ``max_requests``, ``max_bytes``: requests of a router that have not ended, and the bytes of their bodies. ``max_queued_tokens``: prompt
+    tokens of the choices that wait for a replica. ``tenant_share``: how much of each bound one tenant may take.
     """
 
     max_queue: int = 512
@@ -127,6 +127,7 @@ class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     replica_limit: int = 2
     max_requests: int = 32768
     max_bytes: int = 512 << 20
+    max_queued_tokens: int = 4 << 20
     tenant_share: float = 0.25
 
     def share_of(self, total: int) -> int:

@@ -27,7 +27,7 @@ from workers.serving.stream_table import Action, BeginDrain, GrantCredit, LogFau
 #: Longest sleep of an idle engine thread, seconds.
 IDLE_S = 0.5
 #: Most live sequences: so many for each place in a batch, and at least the second number.
-SEQUENCES_PER_SLOT, MIN_SEQUENCES = 8, 1024
+SEQUENCES_PER_SLOT, MIN_SEQUENCES = 32, 1024
 #: Events handled between two steps.
 TURN_EVENTS = 1024
 

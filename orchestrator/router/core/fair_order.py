@@ -36,7 +36,7 @@ _SPARE = 64
 
 
 class AccountSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """The whole state of a :class:`TenantAccount` but who waits. ``credit``: what the next charges are reduced by."""
+    """The whole state of a :class:`TenantAccount` but who waits or is paused. ``credit``: what the next charges are reduced by."""
 
     tenant: str
     serial: int
@@ -44,6 +44,7 @@ class AccountSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     credit: float = 0.0
     turn: int = 0
     weight: float = 1.0
+    held: bool = False
 
 
 class FairOrderSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,15 +61,21 @@ class FairOrderSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 class TenantAccount:
     """What one tenant got of one model. ``service``: its counter. ``turn``: the number of its last choice that was sent; the greater, the
-    later its turn among equals. ``open_choices``: its choices that have not ended. Written by its own methods and by :class:`FairOrder`."""
+    later its turn among equals. ``open_choices``: its choices that have not ended; of these, ``waiting`` are in the queue with prompts of
+    ``waiting_tokens`` together, and the clients of ``paused`` at replicas take no tokens now. ``held``: its new choices have no turn.
+    Written by its own methods and by :class:`FairOrder`."""
 
-    __slots__ = ("credit", "lanes", "open_choices", "serial", "service", "tenant", "turn", "weight")
+    __slots__ = (
+        "credit", "held", "lanes", "open_choices", "paused", "serial", "service", "tenant", "turn", "waiting", "waiting_tokens", "weight",
+    )  # fmt: skip
 
     def __init__(self, tenant: str, serial: int) -> None:
         self.tenant, self.serial = tenant, serial
         self.service = self.credit = 0.0
         self.turn = self.open_choices = 0
         self.weight = 1.0
+        self.waiting = self.waiting_tokens = self.paused = 0
+        self.held = False
         #: Who waits, by band.
         self.lanes: dict[int, _Lane] = {}
 
@@ -89,19 +96,35 @@ class TenantAccount:
         """So many tokens of a prompt that was charged whole were in a prefix cache. A counter never falls: the next charges are reduced."""
         self.credit += (PROMPT_PRICE - CACHED_PRICE) * tokens / self.weight
 
+    def wait(self, prompt_tokens: int) -> None:
+        """A choice of it has entered the queue."""
+        self.waiting += 1
+        self.waiting_tokens += prompt_tokens
+
+    def stop_waiting(self, prompt_tokens: int) -> None:
+        """A choice of it has left the queue."""
+        self.waiting -= 1
+        self.waiting_tokens -= prompt_tokens
+
+    def pause(self, paused: bool) -> None:
+        """The client of one of its choices at a replica takes nothing more for now (True), or takes tokens again or is gone (False)."""
+        self.paused += 1 if paused else -1
+
     def waits(self) -> bool:
         return any(lane.ids for lane in self.lanes.values())
 
     def snapshot(self) -> AccountSnapshot:
         return AccountSnapshot(
-            tenant=self.tenant, serial=self.serial, service=self.service, credit=self.credit, turn=self.turn, weight=self.weight
-        )
+            tenant=self.tenant, serial=self.serial, service=self.service, credit=self.credit, turn=self.turn, weight=self.weight,
+            held=self.held,
+        )  # fmt: skip
 
     @classmethod
     def restored(cls, found: AccountSnapshot) -> TenantAccount:
         """The account that ``found`` was taken of; nobody waits yet."""
         account = cls(found.tenant, found.serial)
         account.service, account.credit, account.turn, account.weight = found.service, found.credit, found.turn, found.weight
+        account.held = found.held
         return account
 
 
@@ -141,12 +164,12 @@ class _Band:
         heappush(self.heap, (account.service, account.turn, account.serial, account))
 
     def first(self) -> TenantAccount | None:
-        """The tenant whose turn it is."""
+        """The tenant whose turn it is. None: all that wait here are held."""
         heap = self.heap
         while heap:
             service, turn, _, account = heap[0]
             lane = account.lanes[self.priority]
-            if not lane.ids:
+            if not lane.ids or account.held:
                 lane.entered = False
                 heappop(heap)
             elif service != account.service or turn != account.turn:
@@ -177,9 +200,11 @@ class FairOrder:
         self._floor = 0.0
         self._turns = self._serial = 0
         self._restored_passes: dict[int, float] = {}
+        self._held: list[TenantAccount] = []
         if found is not None:
             self._accounts = {one.tenant: TenantAccount.restored(one) for one in found.accounts}
             self._idle = OrderedDict.fromkeys(found.idle)
+            self._held = [account for account in self._accounts.values() if account.held]
             self._floor, self._turns, self._serial = found.floor, found.turns, found.serial
             self._restored_passes = dict(found.passed)
 
@@ -203,13 +228,46 @@ class FairOrder:
         account.open_choices += choices
         return account
 
+    def find(self, tenant: str) -> TenantAccount | None:
+        """The tenant's account; None where it has none yet."""
+        return self._accounts.get(tenant)
+
+    def has_others(self, tenant: str) -> bool:
+        """Whether another tenant has choices that have not ended."""
+        account = self._accounts.get(tenant)
+        return len(self._accounts) - len(self._idle) > (account is not None and account.open_choices > 0)
+
     def close(self, account: TenantAccount) -> None:
         """One of its choices has ended."""
         account.open_choices -= 1
         if not account.open_choices:
             self._idle[account.tenant] = None
+            self.release(account)
             if len(self._idle) > MAX_IDLE:
                 del self._accounts[self._idle.popitem(last=False)[0]]
+
+    # --- who has no turn
+
+    def hold(self, account: TenantAccount) -> None:
+        """Its choices that wait have no turn until :meth:`release`; those of others have."""
+        account.held = True
+        self._held.append(account)
+
+    def release(self, account: TenantAccount) -> None:
+        """Its choices have turns again, as those of a tenant that comes back. Nothing where it is not held."""
+        if not account.held:
+            return
+        account.held = False
+        self._held.remove(account)
+        for priority, lane in account.lanes.items():
+            if lane.ids:
+                band = self._band(priority)
+                self._lift(account, band)
+                band.enter(account, lane)
+
+    @property
+    def held(self) -> list[TenantAccount]:
+        return self._held
 
     # --- who waits
 
@@ -221,11 +279,15 @@ class FairOrder:
             lane = account.lanes[band.priority] = _Lane()
         if not lane.ids:
             if not account.waits():
-                least = band.first()
-                account.service = max(account.service, self._floor if least is None else least.service)
+                self._lift(account, band)
             band.lanes += 1
         lane.ids[id] = None
         band.enter(account, lane)
+
+    def _lift(self, account: TenantAccount, band: _Band) -> None:
+        """A tenant that comes back did not save service up."""
+        least = band.first()
+        account.service = max(account.service, self._floor if least is None else least.service)
 
     def push_again(self, account: TenantAccount, id: int, priority: int) -> None:
         """:meth:`push` for a choice of a snapshot: its tenant was lifted before."""
@@ -237,13 +299,15 @@ class FairOrder:
         band.enter(account, lane)
 
     def first(self, now: float) -> int | None:
-        """The choice whose turn it is."""
+        """The choice whose turn it is. None: nobody waits who is not held."""
         if not self._bands:
             return None
-        band = self._due(now)
-        account = band.first()
-        assert account is not None, "a band without a choice is dropped"
-        return next(iter(account.lanes[band.priority].ids))
+        due = self._due(now)
+        for band in (due, *self._bands):
+            account = band.first()
+            if account is not None:
+                return next(iter(account.lanes[band.priority].ids))
+        return None
 
     def remove(self, account: TenantAccount, id: int, priority: int) -> None:
         """A choice waits no longer. Raises KeyError where it did not."""
@@ -314,8 +378,11 @@ class FairOrder:
         for band in self._bands:
             heap = [account for _, _, _, account in band.heap]
             assert len(set(map(id, heap))) == len(heap), "a tenant stands twice in a heap"
-            assert {id(account) for account, priority, _ in lanes if priority == band.priority} <= set(map(id, heap)), "not in a heap"
+            in_turn = {id(account) for account, priority, _ in lanes if priority == band.priority and not account.held}
+            assert in_turn <= set(map(id, heap)), "not in a heap"
+        assert self._held == [account for account in self._held if account.held], "held or not"
         for account in self._accounts.values():
+            assert account.held == (account in self._held)
             assert (account.tenant in self._idle) == (not account.open_choices), f"{account.tenant}: idle or not"
 
 

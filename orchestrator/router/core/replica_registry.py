@@ -174,10 +174,18 @@ class Replica:
     @property
     def free_places(self) -> int:
         """How many more choices may be sent now."""
+        return self._free_places(MAX_PLACED)
+
+    @property
+    def reserved_places(self) -> int:
+        """How many more choices may be sent now of tenants that have few paused ones."""
+        return self._free_places(2 * MAX_PLACED)
+
+    def _free_places(self, most_placed: int) -> int:
         if self.state != "ready" or self.refusing:
             return 0
         size = self.capacity.max_batch_size
-        return max(0, min(size + self.lookahead - self.occupancy, MAX_PLACED * size - len(self.streams)))
+        return max(0, min(size + self.lookahead - self.occupancy, most_placed * size - len(self.streams)))
 
     # --- its connection and state, which the registry changes
 

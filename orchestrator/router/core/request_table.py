@@ -365,6 +365,7 @@ class RequestTable:
         if choice.replica is not None and paused != choice.paused:
             choice.paused = paused
             choice.replica.pause_stream(paused)
+            choice.request.account.pause(paused)
 
     # --- transitions: again
 
@@ -473,6 +474,8 @@ class RequestTable:
             return
         del self.streams[choice.stream]
         replica.remove_stream(choice.stream, paused=choice.paused)
+        if choice.paused:
+            choice.request.account.pause(False)
         choice.replica, choice.paused = None, False
         if cancel:
             self.tell(replica.peer, Cancel(boot=self._boot, stream=choice.stream, attempt=choice.attempt_number))
@@ -573,6 +576,9 @@ class RequestTable:
             for id in found.fresh[model]:
                 queue.push_again(choices[id])
         placed = [choice for choice in choices.values() if choice.replica is not None]
+        for choice in placed:
+            if choice.paused:
+                choice.request.account.pause(True)
         self.streams = {choice.stream: choice for choice in sorted(placed, key=lambda choice: choice.stream)}
         self._next_answer = min((choice.answer_by for choice in placed), default=inf)
 
@@ -606,6 +612,8 @@ class RequestTable:
         assert live_choices == len(self.streams) + sum(map(len, self.queues.values())), "a choice is in no place or in two"
         assert len(self.streams) == sum(len(replica.streams) for replica in replicas), "streams differ"
         assert sum(choice.paused for choice in self.streams.values()) == sum(replica.paused for replica in replicas), "paused"
+        for queue in self.queues.values():
+            queue.check()
         ended = self.counts["finished"] + self.counts["failed"] + self.counts["cancelled"]
         assert self.counts["accepted"] == ended + live_choices, "a choice ended twice or never"
         for model, stats in self.stats.items():

@@ -38,13 +38,15 @@ from orchestrator.router.core.events import (
 from orchestrator.router.core.history import RequestStory
 from orchestrator.router.core.policy import DEFAULT_POLICY, POLICIES, PlacementQuery, RoutingPolicy
 from orchestrator.router.core.prefix_index import PrefixIndexes, PrefixLookup
-from orchestrator.router.core.replica_registry import HelloRefused, Replica, ReplicaRegistry, ReplicaSnapshot
+from orchestrator.router.core.replica_registry import MAX_PLACED, HelloRefused, Replica, ReplicaRegistry, ReplicaSnapshot
+from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.request_table import RequestTable, RequestTableSnapshot
 from orchestrator.router.core.service_rate import ServiceRate, ServiceRateSnapshot
 from orchestrator.router.core.session_table import SessionTable
 from orchestrator.router.core.stats import LossKind
 from orchestrator.router.core.wait_estimate import predicted_first_token_s
-from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, Unavailable, from_code
+from orchestrator.router.core.waiting_queue import WaitingQueue
+from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, TenantLimit, Unavailable, from_code
 from workers.protocol.messages import Accepted, Bye, Done, Failed, Heartbeat, Hello, RouterHeartbeat, Tokens, Usage
 
 #: Codes with which a replica hands a choice back unharmed: another one may take it.
@@ -143,20 +145,45 @@ class RouterCore:
             raise Unavailable("the router is shutting down", "", "ask another router", retry_after=1.0)
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceeded("the request's deadline has passed", "it arrived with no time left")
-        # Free places count for an empty queue only: where choices wait, the policy has left those places free, or there are none. They are
-        # those of the replicas that :meth:`_place_waiting` sends to.
-        free = 0 if queue else sum(replica.free_places for replica in self.registry.trusted(model))
-        if len(queue) + request.n > self._admission.max_queue + free:
-            self._table.count("overloaded")
-            raise Overloaded(
-                f"{len(queue)} choices wait for {model!r} already",
-                "the queue is full",
-                "retry later",
-                retry_after=self._rates[model].retry_after(len(queue), now),
-            )
+        self._check_room(request, queue, now)
         limit = self._admission.request_timeout_s or inf
         self._table.admit(event, now, now + min(limit, request.deadline_s if request.deadline_s is not None else inf))
         self._place_waiting(model, now)
+
+    def _check_room(self, request: RouterRequest, queue: WaitingQueue, now: float) -> None:
+        """Raises Overloaded if ``request`` has no room in ``queue``, and TenantLimit if only its tenant has none.
+
+        A tenant may fill the queue while nobody else needs it. Above its bounds only tenants within their share are let in, up to twice
+        the bounds: so a full queue of one tenant refuses nobody else, and nobody is dropped for them.
+        """
+        spec, model = self._admission, request.model
+        account = queue.order.find(request.tenant)
+        waiting, waiting_tokens = (account.waiting, account.waiting_tokens) if account is not None else (0, 0)
+        # Free places count for an empty queue only: where choices wait, the policy has left those places free, or there are none. They are
+        # those of the replicas that :meth:`_place_waiting` sends to.
+        free = 0 if queue else sum(replica.free_places for replica in self.registry.trusted(model))
+        tokens, share = request.n * len(request.prompt_ids), max(1, spec.share_of(spec.max_queue))
+        token_share = spec.share_of(spec.max_queued_tokens)
+        within = waiting + request.n <= share and waiting_tokens + tokens <= token_share
+        factor = 2 if within else 1
+        fits = len(queue) + request.n <= factor * spec.max_queue + free
+        if fits and (not queue or queue.tokens + tokens <= factor * spec.max_queued_tokens):
+            return
+        self._table.count("overloaded")
+        retry_after = self._rates[model].retry_after(len(queue), now)
+        if not within and waiting and queue.order.has_others(request.tenant):
+            what = f"{waiting} choices of this tenant wait for {model!r}, with {waiting_tokens} prompt tokens"
+            why = f"the queue is full, and one tenant's share of it is {share} choices and {token_share} tokens"
+            raise TenantLimit(what, why, "retry later", retry_after=retry_after)
+        why = "their prompts are too long together" if fits else "the queue is full"
+        raise Overloaded(f"{len(queue)} choices wait for {model!r} already", why, "retry later", retry_after=retry_after)
+
+    def _is_paused_out(self, paused: int, model: str) -> bool:
+        """Whether a tenant with so many paused choices at replicas gets none of the places that are reserved for others."""
+        if not paused:
+            return False
+        places = sum(MAX_PLACED * replica.capacity.max_batch_size for replica in self.registry.serving(model))
+        return paused >= max(1, self._admission.share_of(places))
 
     def _on_cancel(self, event: CancelRequest, now: float) -> None:
         request = self._table.requests.get(event.id)
@@ -382,6 +409,10 @@ class RouterCore:
     def _place_waiting(self, model: str, now: float) -> None:
         """Choices of the queue to replicas, as many as there is room for."""
         queue = self._table.queues[model]
+        if queue.order.held:
+            room = any(replica.free_places for replica in self.registry.trusted(model))
+            for account in [one for one in queue.order.held if room or not self._is_paused_out(one.paused, model)]:
+                queue.order.release(account)
         while (choice := queue.first(now)) is not None:
             if now >= choice.request.deadline:
                 self._table.expire_deadlines(now)  # nothing is computed for a client that waits no longer
@@ -392,7 +423,11 @@ class RouterCore:
                 usage = Usage(prompt_tokens=prompt, output_tokens=len(choice.emitted), cached_tokens=choice.cached_tokens)
                 self._table.finish(choice, "length", usage, None, now)
                 continue
-            candidates = [replica for replica in self.registry.trusted(model) if replica.free_places]
+            paused_out = self._is_paused_out(choice.request.account.paused, model)
+            trusted = self.registry.trusted(model)
+            candidates = [replica for replica in trusted if (replica.free_places if paused_out else replica.reserved_places)]
+            if not candidates and paused_out and any(replica.reserved_places for replica in trusted) and queue.hold(choice):
+                continue  # the next tenant may have a place
             if not candidates or not self._place(choice, candidates, now):
                 return
 
