@@ -10,11 +10,11 @@ import zipfile
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 
 from orchestrator import model_store
 from orchestrator.model_store import CATALOGUE, DEFAULT_MODEL, NamedModel, pull, resolve
+from tests.reference import default_model_weights
 from tests.support.nvidia_checkpoint import nvidia_checkpoint
 from tests.support.tiny_models import tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
@@ -223,26 +223,22 @@ def test_many_processes_convert_once(gguf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_the_default_model_equals_transformers_own_load(tmp_path: Path) -> None:
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    try:
-        path = pull(DEFAULT_MODEL, Path(os.environ.get("TRIREME_TEST_CACHE", Path.home() / ".cache" / "trireme")))
-    except EnvironmentFault as error:
-        pytest.skip(f"no default model: {error}")
-    config = transformers.LlamaConfig(**load_gguf_checkpoint(str(path))["config"])
-    with torch.device("meta"):
-        empty = transformers.LlamaForCausalLM(config)
-    oracle = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)["tensors"]
-    artifact = open_artifact(convert(path, tmp_path / "ck", parallel=Parallel(tp=2, pp=2)))
+def test_the_default_models_weights_are_those_of_transformers(tmp_path: Path) -> None:
+    """As recorded: the long run compares the record with transformers itself."""
+    expected = default_model_weights.recorded()
+    artifact = open_artifact(convert(default_model_weights.default_model(), tmp_path / "ck", parallel=Parallel(tp=2, pp=2)))
     assert artifact.eos_ids == (2, 0)
     source = open_source(artifact)
     wanted = whole_tensors(artifact.model)
     assert len(wanted) == 272
     for name, tensor in wanted.items():
-        ours = source.read(tensor, Span(0, tensor.shape[tensor.axis])).values
-        assert np.array_equal(ours, oracle[name].numpy()), name
+        assert default_model_weights.digest(source.read(tensor, Span(0, tensor.shape[tensor.axis])).values) == expected[name], name
         source.release()
     config = json.loads((artifact.path / "tokenizer_config.json").read_text())
     assert "You are a helpful AI assistant named SmolLM" in config["chat_template"]
+
+
+@pytest.mark.model
+@pytest.mark.long
+def test_the_record_of_the_default_models_weights_is_what_transformers_loads() -> None:
+    assert default_model_weights.of_transformers(default_model_weights.default_model()) == default_model_weights.recorded()

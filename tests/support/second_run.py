@@ -24,4 +24,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     passed = [report.nodeid for report in terminalreporter.stats.get("passed", [])]
     if passed and terminalreporter.config.getoption("second_run"):
-        terminalreporter.write_line(f"{len(passed)} of at most {MOST} tests passed only when run again alone: {', '.join(passed)}", yellow=True)
+        terminalreporter.write_line(
+            f"{len(passed)} of at most {MOST} tests passed only when run again alone: {', '.join(passed)}", yellow=True
+        )
