@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from orchestrator.cli.console import Console
@@ -85,7 +88,8 @@ def run_inside(console: Console, file: Path) -> None:
     from orchestrator.config import deployment_file
     from orchestrator.control.launch.subprocesses import adopt_orphans
 
-    config = deployment_file.load(file, env=os.environ).config
+    run_dir = tempfile.mkdtemp(prefix="trireme-demo-")  # it stays when the demo fails, for its logs
+    config = msgspec.structs.replace(deployment_file.load(file, env=os.environ).config, run_dir=run_dir)
     adopt_orphans()  # so none can hide from `survivors`
     raise_loopback()
     with temporary_deployment(console, config, file) as url:
@@ -96,6 +100,7 @@ def run_inside(console: Console, file: Path) -> None:
         console.say("")
     if left := survivors():
         raise ReplicaLost(f"{len(left)} processes outlived the deployment", "; ".join(left), "this is a bug: please report it")
+    shutil.rmtree(run_dir, ignore_errors=True)
     console.say("everything is shut down; no process is left")
 
 

@@ -39,9 +39,12 @@ def host_or_detach(console: Console, config: Config, detach: bool, *, routers_on
 
     ``routers_only``: start no replicas. Raises :class:`typer.Exit` with the host's exit code when that is not 0.
     """
+    from orchestrator.control.host.lock import HostLock
     from orchestrator.files import make_private
 
     make_private(config.home)
+    # Opening the logs empties them, so a deployment that already runs is found first.
+    HostLock(config.home, config.name).release()
     code = host_in_daemon(console, config, routers_only) if detach else host(console, config, lambda: None, routers_only)
     if code:
         raise typer.Exit(code)

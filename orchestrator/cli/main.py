@@ -34,7 +34,6 @@ COMMANDS = (
     "serve", "up", "router", "status", "drain", "down", "top", "logs", "update", "chat", "generate", "bench", "pull", "convert", "inspect",
     "build", "verify", "doctor", "version", "plan", "demo", "keys", "engines", "config", "submit", "debug",
 )  # fmt: skip
-HIDDEN = ("demo",)
 
 
 def definition(name: str) -> Any:
@@ -55,7 +54,7 @@ class CommandTable(MutableMapping[str, Any]):
                 alone.add_typer(part)
                 self._made[name] = typer.main.get_group(alone).commands[name]
             else:
-                alone.command(name, hidden=name in HIDDEN)(part)
+                alone.command(name)(part)
                 self._made[name] = typer.main.get_command(alone)
         return self._made[name]
 
@@ -84,9 +83,8 @@ class Program(CommandGroup):
     def summaries(self) -> Iterator[tuple[str, str]]:
         """The texts alone: the flags of commands that are only listed are not read."""
         for name in COMMANDS:
-            if name not in HIDDEN:
-                part = definition(name)
-                yield name, first_paragraph(part.info.help if isinstance(part, typer.Typer) else inspect.getdoc(part))
+            part = definition(name)
+            yield name, first_paragraph(part.info.help if isinstance(part, typer.Typer) else inspect.getdoc(part))
 
 
 app = typer.Typer(

@@ -27,10 +27,11 @@ POLL_S = 0.2
 def temporary_deployment(console: Console, config: Config, file: Path, *, ready_s: float = READY_S) -> Iterator[str]:
     """Run `trireme up FILE` and give the URL when the deployment is ready; on exit run `trireme down` and wait until its host is gone.
 
-    Raises :class:`EnvironmentFault` when either fails.
+    ``config``: what the file says, with a ``run_dir`` of the caller's own. A deployment of the user may have the same name, and this one
+    must neither find its port taken nor ask it, nor end it. Raises :class:`EnvironmentFault` when either fails.
     """
     flags = ["--quiet"] if console.settings.quiet else []
-    child = subprocess.Popen([*COMMAND, *flags, "up", str(file)])
+    child = subprocess.Popen([*COMMAND, *flags, "up", str(file), "--run-dir", config.run_dir, "--port", "0"])
     try:
         yield wait_ready(child, config, ready_s)
         subprocess.run([*COMMAND, *flags, "down", config.name, "--run-dir", config.run_dir], check=True)

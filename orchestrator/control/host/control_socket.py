@@ -212,7 +212,9 @@ class ControlClient:
                 connection.sendall(msgspec.json.encode(command) + b"\n")
                 answer = msgspec.json.decode(_receive(connection), type=ControlReply)
         except (FileNotFoundError, ConnectionRefusedError):
-            raise NotFound(f"the deployment {self.name} does not run", f"nobody listens on {self._path}", "trireme up FILE") from None
+            raise NotFound(
+                f"the deployment {self.name} does not run", f"nobody listens on {self._path}", "`trireme status` shows what runs"
+            ) from None
         except (OSError, msgspec.DecodeError) as error:
             raise EnvironmentFault(
                 f"the deployment {self.name} does not answer", str(error), f"ask again; its log is {self._path.parent / 'host.log'}"

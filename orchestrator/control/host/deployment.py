@@ -98,7 +98,7 @@ class Deployment:
         make_private(self._run_folder)
         socket_path = self._run_folder / "control.sock"
         check_socket_path(self._run_folder)
-        lock = HostLock(self._run_folder / "lock", self.config.name)
+        lock = HostLock(self._run_folder, self.config.name)
         control = ControlServer(socket_path, self._handle_command)
         try:
             try:

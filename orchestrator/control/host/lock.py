@@ -12,8 +12,9 @@ from workers.protocol.errors import EnvironmentFault
 class HostLock:
     """One host process a deployment; the kernel lets go of it however the process ends."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        """Raises :class:`EnvironmentFault` when another process holds it, and where it cannot be written."""
+    def __init__(self, home: Path, name: str) -> None:
+        """``home``: the deployment's folder. Raises :class:`EnvironmentFault` when another process holds the lock, or at an OSError."""
+        path = home / "lock"
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -23,7 +24,8 @@ class HostLock:
         except BlockingIOError:
             holder = os.pread(self._file, 32, 0).decode() or "unknown"
             os.close(self._file)
-            raise EnvironmentFault(f"the deployment {name} already runs", f"pid {holder} holds {path}", f"trireme down {name}") from None
+            hint = f"end it with `trireme down {name}`, or give this one another --name"
+            raise EnvironmentFault(f"the deployment {name} already runs", f"pid {holder} holds {path}", hint) from None
         try:
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, str(os.getpid()).encode(), 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.running import seeming_deployment
 from tests.support.tiny_models import tiny_model
 
 DEPLOYMENT = """
@@ -48,12 +49,14 @@ def test_a_daemon_does_not_escape() -> None:
 
 @pytest.mark.mpi
 def test_the_whole_demo(tmp_path: Path) -> None:
+    """Beside a deployment of the same name, which has to stay."""
     file = tmp_path / "deployment.yaml"
     file.write_text(DEPLOYMENT.format(model=tiny_model(tmp_path / "tiny")))
     command = [sys.executable, "-m", "trireme", "demo", str(file), "--no-isolate"]
     with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:  # short: Unix socket paths end at 107 bytes
         env = {**os.environ, "TRIREME_RUN_DIR": folder}
-        ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL)
+        with seeming_deployment(Path(folder), "demo"):
+            ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
     http, rpc, *status = ran.stdout.splitlines()
     assert http == rpc and len(http) == 32

@@ -68,8 +68,10 @@ def test_serve_ask_and_end(run_dir: str, tmp_path: Path) -> None:
     assert over_http.code == over_rpc.code == 0, over_http.err + over_rpc.err
     assert over_http.out == over_rpc.out and len(over_http.out.strip("\n")) >= 10
 
+    logs = {file: file.read_text() for file in (Path(run_dir, "local", name) for name in ("host.log", "up.log"))}
     again = trireme(*serve, run_dir=run_dir)
     assert again.code == 4
+    assert all(file.read_text().startswith(text) and text for file, text in logs.items())  # those of the one that runs
     assert "error: the deployment local already runs" in again.err and str(status["pid"]) in again.err
 
     down = trireme("down", run_dir=run_dir)
