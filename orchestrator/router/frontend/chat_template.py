@@ -8,6 +8,7 @@ template is rendered and becomes plain text again afterwards. It never reads a f
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from orchestrator.router.frontend.chat_turns import REASONING_KEYS, content_as_read, to_json, turns_of
+from orchestrator.router.frontend.chat_turns import REASONING_KEYS, ContentForm, content_in, to_json, turns_of
 from orchestrator.router.frontend.template_reads import TemplateReads, what_it_reads
 from workers.protocol.errors import ArtifactError, Rejected
 
@@ -32,7 +33,8 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 _OPEN, _CLOSE, _CUT = "\ufdd0", "\ufdd1", "\ufdd2"
 #: Marks the end of the message to continue. Its blank shows whether the template keeps the white space there.
 _END_OF_MESSAGE = f"{_CUT} "
-_REFUSED = (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError)
+_REFUSED = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+_TRIAL = [("system", "Trial one."), ("user", "Trial two."), ("assistant", "Trial three."), ("user", "Trial four.")]
 
 
 class PromptPiece(msgspec.Struct, frozen=True):
@@ -100,7 +102,7 @@ class ChatTemplate:
         last = _mark_end(turns[-1]) if continue_final_message else ""
         for turn in turns:
             if "content" in turn:
-                turn["content"] = content_as_read(turn["content"], template.reads)
+                turn["content"] = content_in(template.form, turn["content"], shape=template.reads.shape)
         given = mask.hide({"tools": tools or None, "documents": documents, **(kwargs or {})}, template.hidden)
         given = {"add_generation_prompt": add_generation_prompt, **self._tokens, **given, "messages": turns}
         try:
@@ -138,6 +140,7 @@ class _Compiled:
 
     def __init__(self, file: TemplateFile, specials: list[str], tokens: Mapping[str, str]) -> None:
         environment = _environment()
+        self._tokens = tokens
         try:
             tree = environment.parse(file.source)
             self.reads: TemplateReads = what_it_reads(tree, tokens)
@@ -149,6 +152,30 @@ class _Compiled:
         self.hidden = re.compile(_any_of([*specials, _OPEN, _CUT]))
         kept = [text for text in self.reads.searched if any(special in text for special in specials)]
         self._hidden_in_answers = re.compile(f"(?P<kept>{_any_of(kept)})|{self.hidden.pattern}")
+
+    @functools.cached_property
+    def form(self) -> ContentForm:
+        """The form in which contents are given: the one that the syntax tree suggests, unless a trial shows more texts in another one.
+
+        A template has more ways to a value than the tree shows (``message.items()``, a variable as key, a range of indices), and a text
+        that is given in the wrong form is left out of the prompt without an error.
+        """
+        suggested: ContentForm = "either" if self.reads.parts else "text"
+        forms: tuple[ContentForm, ...] = (suggested, "text", "either", "parts")
+        return max(dict.fromkeys(forms), key=self._texts_shown)  # of equal ones the first
+
+    def _texts_shown(self, form: ContentForm) -> int:
+        """How many texts of two trial conversations the prompts show; none of one that is refused, or that shows a part as a whole."""
+        shown = 0
+        for trial in (_TRIAL, _TRIAL[1:2]):
+            turns = [{"role": role, "content": content_in(form, text, shape=self.reads.shape)} for role, text in trial]
+            try:
+                prompt = _bounded(self.compiled.generate({"add_generation_prompt": True, **self._tokens, "messages": turns}))
+            except (*_REFUSED, Rejected):
+                continue
+            if "'type'" not in prompt:
+                shown += sum(text in prompt for _, text in trial)
+        return shown
 
     def hide(self, mask: _Mask, turn: dict[str, Any]) -> dict[str, Any]:
         own = frozenset(("content", *REASONING_KEYS)) if turn["role"] == "assistant" else frozenset[str]()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,6 +23,10 @@ _TOOLS_TAIL = (
 )
 #: The keys that carry a turn's reasoning; the first is what templates read. transformers' names.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+#: How a template is given contents: as texts, as :class:`TextOrParts`, or as lists of parts.
+ContentForm = Literal["text", "either", "parts"]
 
 
 class TextOrParts(str):
@@ -53,14 +57,15 @@ def text_parts(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"type": "text", "text": part["refusal"] if part["type"] == "refusal" else part["text"]} for part in content]
 
 
-def content_as_read(content: Any, reads: TemplateReads) -> Any:
-    """A content (text or text parts) in the form that the template reads."""
+def content_in(form: ContentForm, content: Any, *, shape: bool) -> Any:
+    """A content (text or text parts) in ``form``. ``shape``: the template asks whether a content is a string or a list."""
     if isinstance(content, list):
-        if reads.parts:
-            return content if reads.shape else TextOrParts(content)
-        return join(content)
-    if isinstance(content, str) and reads.parts:
-        return TextOrParts([{"type": "text", "text": content}])
+        if form == "text":
+            return join(content)
+        return content if shape or form == "parts" else TextOrParts(content)
+    if isinstance(content, str) and form != "text":
+        parts = [{"type": "text", "text": content}]
+        return parts if form == "parts" else TextOrParts(parts)
     return content
 
 

@@ -157,6 +157,17 @@ def test_arguments_as_text_where_the_template_writes_them_as_text(source: str) -
             "<a\nb>",
         ),
         ("{% if m.role == 'x' %}{{ m.content[0].text }}{% else %}{{ m.content | upper }}{% endif %}", "A\nB"),
+        # Ways to the parts that the syntax tree does not show.
+        ("{% for k, v in m.items() %}{% if k == 'content' %}{% for p in v %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}", "ab"),
+        ("{% for i in range(m.content | length) %}{{ m.content[i].text }}{% endfor %}", "ab"),
+        ("{% set key = 'content' %}{% for p in m[key] %}{{ p.text }}{% endfor %}", "ab"),
+        ("{% with c = m.content %}{% for p in c %}{{ p.text }}{% endfor %}{% endwith %}", "ab"),
+        ("{% set r, c = m.role, m.content %}{% for p in c %}{{ p.text }}{% endfor %}", "ab"),
+        ("{% for p in m.content[0:] %}{{ p.text }}{% endfor %}", "ab"),
+        ("{{ m.content | join('', attribute='text') }}", "ab"),
+        ("{{ m.content[-1].text if m.content | length == 1 else m.content[-2].text }}", "a"),
+        ("{% for p in m.content + [] %}{{ p.text }}{% endfor %}", "ab"),
+        ("{% for p in m.content | reverse %}{{ p.text }}{% endfor %}", "ba"),
     ],
 )
 def test_every_content_reaches_every_template(source: str, shown: str) -> None:
