@@ -54,8 +54,10 @@ def inspect(
 
 
 def router_refusal(found: Inspection, cache: Path) -> TriremeError | None:
-    """Why no router could read prompts for the model: its tokenizer is loaded, and its chat template compiled, as a router does it."""
+    """Why no router could read prompts for the model: its tokenizer and its defaults of requests are loaded, and its chat template is
+    compiled, as a router does it."""
     from orchestrator.model_store import tokenizer_folder
+    from orchestrator.router.frontend.sampling_defaults import read_defaults
     from orchestrator.router.frontend.tokenizer import load
     from workers.artifacts.gguf import GgufFile
     from workers.artifacts.gguf_tokenizer import read_vocabulary, tokenizer_files
@@ -68,6 +70,7 @@ def router_refusal(found: Inspection, cache: Path) -> TriremeError | None:
                 loaded = load(folder)
         else:
             loaded = load(str(tokenizer_folder(found.path, cache)))
+            read_defaults(loaded.generation, str(found.path))
         if loaded.template is not None:
             loaded.template.compile()
     except TriremeError as error:

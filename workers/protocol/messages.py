@@ -67,6 +67,11 @@ class GuideSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str = ""
     whitespace: str | None = None
 
+    @property
+    def noun(self) -> str:
+        """What a user calls the text of this grammar, for errors."""
+        return {"json": "JSON", "json_schema": "schema", "regex": "pattern", "grammar": "grammar", "choice": "list of choices"}[self.kind]
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen and when a sequence ends; already validated at the edge.

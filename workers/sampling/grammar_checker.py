@@ -72,7 +72,7 @@ class GrammarChecker:
                 self._verdicts.popitem(last=False)
         if not harmless:
             raise Rejected(
-                f"the {spec.kind} grammar cannot be followed", "compiling it takes too much time or memory", "ask for less",
+                f"the {spec.noun} cannot be followed", "compiling it takes too much time or memory", "ask for less",
                 code="invalid_schema", param="guide",
             )  # fmt: skip
 

@@ -73,9 +73,10 @@ def _json_grammar(schema: str, whitespace: str | None) -> str:
 
 
 def _invalid(spec: GuideSpec, why: str) -> Rejected:
-    return Rejected(
-        f"the {spec.kind} grammar cannot be followed", why.strip()[:300], "correct it or ask for less", code="invalid_schema", param="guide"
-    )
+    """``why``: the compiler's words. The other lines of them show where in its own form of the grammar the mistake stands."""
+    lines = why.strip().splitlines() or [""]
+    line = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    return Rejected(f"the {spec.noun} cannot be followed", line[:300], "correct it or ask for less", code="invalid_schema", param="guide")
 
 
 def check_grammar(spec: GuideSpec) -> None:

@@ -158,7 +158,7 @@ class Detokenizer:
             return
         state.ended = True
         tail = state.pending + state.decode(b"", True)
-        if self._rule.json and reason == "length" and _is_json("".join(state.shown) + tail):
+        if self._rule.json and reason == "length" and _is_whole_json("".join(state.shown) + tail):
             reason = "stop"
         self._end(choice, reason, usage, stop_id, tail)
 
@@ -211,9 +211,10 @@ class Detokenizer:
         return "".join(shown), len(tokens), None
 
 
-def _is_json(text: str) -> bool:
+def _is_whole_json(text: str) -> bool:
+    """Whether ``text`` is JSON to which no token could have been added. A number could have had more digits."""
     try:
-        msgspec.json.decode(text)
+        found = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return False
-    return True
+    return isinstance(found, bool) or not isinstance(found, int | float)

@@ -113,9 +113,9 @@ class Preprocessor:
             refuse("n", f"{n} choices are more than {self._admission.max_n}")
         _check_body_ids(body, vocab)
         if body.guide is not None and status is not None and not status.guided:
-            refuse("response_format", "the model's engine offers no structured output", "unsupported")
+            refuse(body.guide_field, "the model's engine offers no structured output", "unsupported")
         if body.guide is not None:
-            await self._texts.sandbox.check(body.guide)
+            await self._texts.sandbox.check(body.guide, body.guide_field)
         echoes: tuple[str, ...] = ()
         keep = _kept_tokens(body, context)
         if caller.journal is not None:

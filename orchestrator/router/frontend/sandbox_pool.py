@@ -157,10 +157,11 @@ class SandboxPool:
         assert isinstance(answer, Rendered)
         return answer.pieces
 
-    async def check(self, guide: GuideSpec) -> None:
-        """Raises Rejected (``invalid_schema``) for a grammar that does not compile within the time limit, and Overloaded."""
+    async def check(self, guide: GuideSpec, param: str) -> None:
+        """Raises Rejected (``invalid_schema``, with the field ``param``) for a grammar that does not compile within the time limit, and
+        Overloaded."""
         if guide != ANY_JSON:
-            await self._ask(GrammarJob(guide=guide), "response_format", "invalid_schema", "the grammar")
+            await self._ask(GrammarJob(guide=guide), param, "invalid_schema", "the grammar")
 
     async def _ask(self, job: Job, param: str, code: str, subject: str) -> Answer:
         try:
@@ -176,7 +177,8 @@ class SandboxPool:
             except _Gone:
                 continue
             if isinstance(answer, JobRefused):
-                raise Rejected(answer.what, answer.why, code=answer.code, param=answer.param or param)
+                what = answer.what if answer.param else f"{param}: {answer.what}"
+                raise Rejected(what, answer.why, code=answer.code, param=answer.param or param)
             return answer
         raise Rejected(f"{param}: {subject} ended the process that worked on it", code=code, param=param)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
 import msgspec
@@ -161,6 +161,14 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             whitespace_pattern=self.guided_whitespace_pattern,
         )
         return structured_output.choose(self.response_format, self.structured_outputs, older, self._forced_call())
+
+    @property
+    def guide_field(self) -> str:
+        """The field that asked for :attr:`guide`."""
+        if self.response_format is not None and self.response_format.type != "text":
+            return "response_format"
+        fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs")
+        return next((field for field in fields if getattr(self, field) is not None), "tools")
 
     def tool_rules(self) -> ToolRules | None:
         """How the output may call tools; None = it may not."""
@@ -363,9 +371,37 @@ def convert(fields: dict[str, Any], kind: type[_T]) -> _T:
     try:
         return msgspec.convert({name: _with_sent(value) if name in _SENT else value for name, value in fields.items()}, kind)
     except msgspec.ValidationError as error:
-        what = str(error)
-        where = re.search(r"at `\$\.([^`]+)`", what) or re.search(r"required field `([^`]+)`", what)
-        refuse(where[1][:MAX_NAME] if where else None, what[:300])
+        what, _, path = str(error).partition(" - at `$")
+        path = path.strip("`").lstrip(".")
+        if missing := re.fullmatch(r"Object missing required field `([^`]+)`", what):
+            refuse(".".join(filter(None, (path, missing[1])))[:MAX_NAME], "this field is required")
+        if wrong := re.fullmatch(r"Invalid enum value (.*)", what, re.DOTALL):
+            what = f"must be {' or '.join(map(repr, _values(msgspec.inspect.type_info(kind), path)))}, got {wrong[1][:80]}"
+        refuse(path[:MAX_NAME] or None, what[:300])
+
+
+def _values(kind: msgspec.inspect.Type, path: str) -> list[Any]:
+    """The values of an enumeration at ``path`` of a type, as msgspec spells it: ``messages[0].role``, ``[...]`` for any key."""
+    kinds = [kind]
+    for name, index in re.findall(r"(\w+)|\[(\d+|\.\.\.)\]", path):
+        kinds = [inner for outer in _alternatives(kinds) for inner in _inner(outer, name, index)]
+    return [value for found in _alternatives(kinds) if isinstance(found, msgspec.inspect.LiteralType) for value in found.values]
+
+
+def _alternatives(kinds: list[msgspec.inspect.Type]) -> list[msgspec.inspect.Type]:
+    return [each for kind in kinds for each in (kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,))]
+
+
+def _inner(kind: msgspec.inspect.Type, name: str, index: str) -> list[msgspec.inspect.Type]:
+    """The types of a field, an item or a value of ``kind``."""
+    match kind:
+        case msgspec.inspect.StructType() if name:
+            return [field.type for field in kind.fields if field.encode_name == name]
+        case msgspec.inspect.ListType() if index:
+            return [kind.item_type]
+        case msgspec.inspect.DictType() if index:
+            return [kind.value_type]
+    return []
 
 
 def _with_sent(items: Any) -> Any:
@@ -444,7 +480,11 @@ def range_fault(name: str, value: float) -> str | None:
     low, high = _RANGES[name]
     if (value > low if name in _OPEN_BELOW else value >= low) and (high is None or value <= high):
         return None
-    return f"must be {'above' if name in _OPEN_BELOW else 'at least'} {low:g} and at most {high:g}, got {_short(value)}"
+    return f"must be {'above' if name in _OPEN_BELOW else 'at least'} {_exact(low)} and at most {_exact(high)}, got {_short(value)}"
+
+
+def _exact(bound: float | None) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def check_model_name(name: str) -> None:
@@ -512,6 +552,7 @@ def _check_chat(body: ChatBody) -> None:
             refuse(f"messages[{index}].content", f"a {message.role} message needs content")
         if isinstance(message.content, list):
             _check_parts(message.content, f"messages[{index}].content")
+        _check_calls(message.tool_calls or (), f"messages[{index}].tool_calls")
     if body.continue_final_message and body.add_generation_prompt:
         refuse("continue_final_message", "excludes add_generation_prompt: the prompt ends within the last message")
     if body.max_output == 0:
@@ -526,6 +567,16 @@ def _check_chat(body: ChatBody) -> None:
     if len(msgspec.json.encode(kwargs)) > MAX_KWARGS_BYTES:
         refuse("chat_template_kwargs", f"larger than {MAX_KWARGS_BYTES} bytes")
     _check_tools(body)
+
+
+def _check_calls(calls: Sequence[dict[str, Any]], where: str) -> None:
+    """A call without a function would leave the prompt without a word."""
+    for index, call in enumerate(calls):
+        kind, function = call.get("type", "function"), call.get("function")
+        if kind != "function":
+            refuse(f"{where}[{index}].type", f"a call of type {_short(kind)} is not taken, only function is")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            refuse(f"{where}[{index}].function", "a call has the name and the arguments of a function")
 
 
 def _check_parts(parts: list[ContentPart], where: str) -> None:

@@ -24,11 +24,11 @@ MAX_WHITESPACE = 256
 #: The schema of the arguments of a function without parameters, and their one text.
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 EMPTY_OBJECT = GuideSpec(kind="choice", text='["{}"]')
-#: Keywords that let properties into an object that declares none.
+#: Keywords that let properties into an object that declares none: where they say something, and where they do not say false.
 _OPENING = frozenset((
-    "additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "anyOf", "oneOf", "allOf", "if", "dependentSchemas",
-    "minProperties", "required", "const", "enum",
+    "patternProperties", "$ref", "anyOf", "oneOf", "allOf", "if", "dependentSchemas", "minProperties", "required", "const", "enum",
 ))  # fmt: skip
+_OPENING_UNLESS_FALSE = ("additionalProperties", "unevaluatedProperties")
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +105,8 @@ def call_guide(functions: Sequence[ToolFunction]) -> GuideSpec:
 def _parameters(function: ToolFunction) -> dict[str, Any]:
     """The schema of a function's arguments. As in OpenAI's API, a function that declares no parameters has an empty list of them."""
     parameters = function.parameters or {}
-    if parameters.get("type", "object") != "object" or parameters.get("properties") or parameters.keys() & _OPENING:
+    opened = any(parameters.get(key) for key in _OPENING) or any(parameters.get(key, False) is not False for key in _OPENING_UNLESS_FALSE)
+    if parameters.get("type", "object") != "object" or parameters.get("properties") or opened:
         return parameters
     return NO_PARAMETERS
 

@@ -53,6 +53,10 @@ def marlin(folder: Path) -> None:
     (folder / "quant_config.json").write_text(json.dumps({"w_bit": 4, "version": "marlin"}))
 
 
+def hot(folder: Path) -> None:
+    edit(folder / "generation_config.json", temperature="hot")
+
+
 def missing_shard(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
 
@@ -69,6 +73,7 @@ def missing_shard(folder: Path) -> None:
         (pointer_config, "tokenizer_config.json is a Git LFS pointer"),
         (modelopt, "quantized with NVFP4: only TensorRT-LLM reads these weights"),
         (marlin, "awq weights with version 'marlin' are not supported"),
+        (hot, "generation_config.json: temperature must be a number"),
         (missing_shard, "model-00002-of-00002.safetensors is missing"),
     ],
 )

@@ -199,7 +199,10 @@ def test_exactly_one_end(model: TextModel) -> None:
 
 
 def test_whole_json_has_stopped_whatever_cut_it(model: TextModel) -> None:
-    for text, reason in (('{"a": [1]}', "stop"), ('{"a": [1]', "length")):
+    """A number is never whole: the next token could have been a digit."""
+    whole = ('{"a": [1]}', '"1"', "true", "null", "[]")
+    cut = ('{"a": [1]', '"1', "tru", "12", "-0.5", "1e9")
+    for text, reason in [*((text, "stop") for text in whole), *((text, "length") for text in cut)]:
         watcher, heard, _ = watch(model, TextRule(json=True))
         play(watcher, list(text.encode()), [3])
         assert heard.end is not None and heard.end[0] == reason

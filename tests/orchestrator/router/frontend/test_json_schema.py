@@ -145,7 +145,23 @@ def test_additional_properties_can_be_left_out(factory: GuideFactory) -> None:
 
 @pytest.mark.parametrize(
     "parameters",
-    [None, {}, {"type": "object"}, {"properties": {}}, {"type": "object", "properties": {}}, {"title": "Nothing"}],
+    [
+        None,
+        {},
+        {"type": "object"},
+        {"properties": {}},
+        {"type": "object", "properties": {}},
+        {"title": "Nothing"},
+        {"type": "object", "properties": {}, "required": []},
+        {
+            "type": "object",
+            "properties": {},
+            "required": [],
+            "additionalProperties": False,
+            "$schema": "http://json-schema.org/draft-07/schema#",
+        },
+        {"type": "object", "minProperties": 0, "patternProperties": {}, "unevaluatedProperties": False},
+    ],
 )
 def test_a_function_without_parameters_is_called_with_none(factory: GuideFactory, parameters: dict[str, Any] | None) -> None:
     arguments = structured_output.arguments_guide(tool(parameters))
@@ -161,6 +177,7 @@ def test_a_function_without_parameters_is_called_with_none(factory: GuideFactory
     [
         {"type": "object", "properties": {"x": {"type": "integer"}}},
         {"type": "object", "additionalProperties": True},
+        {"type": "object", "properties": {}, "required": [], "additionalProperties": {}},
         {"type": "object", "additionalProperties": {"type": "integer"}},
         {"type": "object", "patternProperties": {"^[xy]$": {}}},
         {"allOf": [{"properties": {"x": {}}}]},

@@ -173,10 +173,10 @@ def test_a_grammar_is_tried_before_a_replica_sees_it() -> None:
     async def main() -> None:
         async with cells() as found:
             for kind, text in (("regex", "[a-z]+"), ("json_schema", '{"type":"object"}'), ("choice", '["a"]'), ("json", "")):
-                await found.check(GuideSpec(kind=kind, text=text))  # type: ignore[arg-type]
+                await found.check(GuideSpec(kind=kind, text=text), "guide")  # type: ignore[arg-type]
             for kind, text in (("regex", "("), ("json_schema", '{"type":"king"}'), ("grammar", "start: missing")):
                 with pytest.raises(Rejected) as caught:
-                    await found.check(GuideSpec(kind=kind, text=text))  # type: ignore[arg-type]
+                    await found.check(GuideSpec(kind=kind, text=text), "guide")  # type: ignore[arg-type]
                 assert caught.value.code == "invalid_schema" and caught.value.why
 
     asyncio.run(main())

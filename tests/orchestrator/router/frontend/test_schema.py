@@ -184,6 +184,50 @@ def test_a_part_that_is_no_text_is_refused_by_its_name(kind: str, role: str) -> 
     assert caught.value.param == "messages[1].content[1].type"
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"messages": [{"role": "usr", "content": "x"}]}, "messages[0].role: must be 'assistant' or 'developer' or 'function' or"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role: this field is required"),
+        ({"messages": "x"}, "messages: Expected `array`, got `str`"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type: must be 'function', got 'custom'"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name: this field is required"),
+        ({"tool_choice": "any"}, "tool_choice: must be 'auto' or 'none' or 'required', got 'any'"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type: must be 'function', got 'allowed_tools'"),
+        ({"response_format": {"type": "json"}}, "response_format.type: must be 'json_object' or 'json_schema' or"),
+        ({"seed": 2**63}, "seed: must be at least -9223372036854775808 and at most 9223372036854775807, got 9223372036854775808"),
+        (turns({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}),
+         "messages[1].tool_calls[0].type: a call of type custom is not taken"),
+        (turns({"role": "assistant", "tool_calls": [{"id": "1"}]}), "messages[1].tool_calls[0].function: a call has the name and"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_what_would_be_right(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        chat(**fields)
+    assert caught.value.what.startswith(said) and caught.value.param == said.partition(":")[0] and "`$" not in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"guided_regex": "("}, "guided_regex: the pattern cannot be followed"),
+        ({"guided_grammar": 'start: "a'}, "guided_grammar: the grammar cannot be followed"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs: the pattern cannot be followed"),
+        ({"guided_json": {"type": "strng"}}, "guided_json: the schema cannot be followed"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}},
+         "response_format: the schema cannot be followed"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "strng"}}}], "tool_choice": "required"},
+         "tools: the schema cannot be followed"),
+    ],
+)  # fmt: skip
+def test_a_grammar_that_does_not_compile_is_refused_by_its_field(texts: TextModels, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        ready(texts, chat(**fields))
+    error = caught.value
+    assert (error.code, error.param) == ("invalid_schema", said.partition(":")[0])
+    assert error.what == said and error.why and "\n" not in error.why
+
+
 @pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}, {"type": "refusal", "text": "x"}])
 def test_a_part_without_its_text_is_refused(part: dict[str, Any]) -> None:
     with pytest.raises(Rejected, match="has no text"):
