@@ -1,11 +1,11 @@
-"""How long a sum over all ranks takes by its size, on every way that NVIDIA GPUs of one host offer, alone and with the norm after it: one
-JSON line a size.
+"""Times of a sum over all ranks by its size, with every method that NVIDIA GPUs of one host offer, alone and with the following norm: one
+JSON line per size.
 
 python -m bench.collectives [--ranks 2] [--output FILE]
 
-Times are of one sum inside a captured graph of twenty, which is how the engine runs them. The sizes from which another way is quicker are
-what ``ONE_SHOT_BYTES`` and ``TWO_SHOT_BYTES`` of :mod:`workers.distributed.nccl_group` and ``WORD_BYTES`` of
-:mod:`workers.distributed.allreduce_norm` should be on this kind of host.
+Times are of one sum inside a captured graph of twenty, which is how the engine runs them. The sizes from which another method is faster are
+the values that ``ONE_SHOT_BYTES`` and ``TWO_SHOT_BYTES`` of :mod:`workers.distributed.nccl_group` and ``WORD_BYTES`` of
+:mod:`workers.distributed.allreduce_norm` should have on this kind of host.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from workers.__main__ import GPU_ENVIRONMENT
 SIZES = [1 << power for power in range(12, 27)]
 #: Largest sums, bytes, that our own kernel is tried with.
 ONE_SHOT_LIMIT = 4 << 20
-#: Rows and their lengths of sums that are added and normed.
+#: Rows and row lengths of the sums that are added to the residual and normalized.
 ROWS, HIDDEN = (1, 16, 32, 64, 128, 256, 512, 2048, 8192), (4096, 8192)
 #: Sums in one graph, and replays of it.
 REPEATS, REPLAYS = 20, 15
@@ -37,7 +37,7 @@ BOUND_S = 120.0
 
 
 def run(ranks: int) -> list[dict[str, Any]]:
-    """The lines of ``ranks`` ranks; none where they fail, which is said."""
+    """The lines of ``ranks`` ranks; none if they fail, which is reported."""
     environment = os.environ | GPU_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     argv = [*launched(ranks), "bench.collectives", "--rank"]
     try:
@@ -51,7 +51,7 @@ def run(ranks: int) -> list[dict[str, Any]]:
 
 
 def switches(lines: list[dict[str, Any]]) -> dict[str, int]:
-    """The largest sizes, bytes, up to which one shot, and then two shots, are quicker than the other ways; and with the norm, words."""
+    """The largest sizes, bytes, up to which one shot, and then two shots, are faster than the other methods; and with the norm, words."""
 
     def largest(way: str, *others: str) -> int:
         fair = [line for line in lines if way in line]
@@ -77,7 +77,7 @@ def timed(program: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     dist.barrier()
     graph = torch.cuda.CUDAGraph()
-    # Other threads of this process (NCCL's watchdog) may ask the driver questions meanwhile.
+    # Other threads of this process (NCCL's watchdog) may call the driver meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(REPEATS):
             program()

@@ -2,8 +2,8 @@
 
 python -m bench.cpu_runs [--output FILE] [--repeats 2]
 
-All requests are submitted at once to the real engine, prefix cache off. CPU seconds count, so that what else the machine does matters
-little; of each workload's repeats the quickest is taken.
+All requests are submitted at once to the real engine, prefix cache off. CPU seconds are measured, so other work on the machine has little
+influence; the fastest repeat of each workload counts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def started(folder: Path) -> PortableEngine:
 
 
 def cpu_seconds(engine: PortableEngine, requests: int, isl: int, osl: int) -> float:
-    """What serving all of them costs this process."""
+    """The cost of serving all of them in this process."""
     draw = random.Random(requests)
     for index in range(requests):
         engine.submit(index, submit(index, [draw.randrange(engine.capacity.vocab_size) for _ in range(isl)], osl))

@@ -1,4 +1,4 @@
-"""Drive the portable engine in this process (or, under mpiexec, in this world) with a fixed load and print what it did as JSON.
+"""Drive the portable engine in this process (or, under mpiexec, in this world) with a fixed load and print the results as JSON.
 
     python -m bench.drive --artifact DIR --batch 1 --prompt 32 --output 64
     mpiexec -n 2 python -m bench.drive --artifact DIR --tp 2 ...
@@ -52,7 +52,7 @@ def run_batch(engine: Engine, batch: int, prompt: int, output: int) -> dict[str,
 
 
 def run_arrivals(engine: Engine, arrivals: list[tuple[float, list[int], int]]) -> dict[str, float]:
-    """Output tokens over the makespan (first arrival to last token) of requests that come at their own times."""
+    """Output tokens over the makespan (first arrival to last token) of requests that arrive at given times."""
     start = time.perf_counter()
     waiting = list(enumerate(arrivals))
     tokens = done = 0

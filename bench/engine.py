@@ -1,4 +1,5 @@
-"""The portable engine on the CPU beside transformers, and tp=2 beside tp=1: pairs alternate in one run, medians are held to the claims.
+"""Compares the portable engine on the CPU with transformers, and tp=2 with tp=1: pairs alternate in one run, medians are compared with the
+claims.
 
 python -m bench.engine [--runs 5] [--artifact DIR] [--only decode|mixed|tp]
 """

@@ -2,9 +2,9 @@
 
 python -m bench.fit [--device gpu|cpu]
 
-GPUs: the runs of one and two GPUs are fitted to, those of four are held out. CPU: the runs of one thread are fitted to, the figures of a
-quiet machine with two threads and two ranks (docs/performance.md) are held out. What comes out is copied to
-:mod:`orchestrator.planner.devices` by hand, with the spread; a test holds the two together.
+GPUs: the fit uses the runs on one and two GPUs; those on four are held out. CPU: the fit uses the runs with one thread; the figures of a
+quiet machine with two threads and two ranks (docs/performance.md) are held out. The result is copied by hand to
+:mod:`orchestrator.planner.devices`, with the spread; a test compares the two.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FREE = {"gpu": ("read", "product", "narrow", "layer_s", "step_s"), "cpu": ("read
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
-    """One run as a bench wrote it down. ``gpu`` empty: on CPU ``threads`` a rank. ``seconds`` 0: only its decodes were timed."""
+    """One recorded run. ``gpu`` empty: on CPUs with ``threads`` per rank. ``seconds`` 0: only its decodes were timed."""
 
     file: str
     shape: str
@@ -91,9 +91,9 @@ def model_of(shape: str) -> ModelSpec:
 
 
 def recorded(*files: str) -> Iterator[Recorded]:
-    """Every run in these files that a roofline can say something about.
+    """Every run in these files that a roofline can describe.
 
-    The 135M shape on a GPU is left out: its steps are bound by the host (docs/performance.md), which no roofline of a device knows.
+    The 135M shape on a GPU is left out: its steps are bound by the host (docs/performance.md), which a roofline of a device does not model.
     """
     for file in files:
         for line in (RESULTS / file).read_text().splitlines():
@@ -124,7 +124,7 @@ def rates_of(run: Recorded, fit: Fit) -> Rates:
 
 
 def fitted(runs: Sequence[Recorded], start: Fit, free: Sequence[str], turns: int = 12) -> Fit:
-    """Least squares over relative misses (Levenberg and Marquardt), every coefficient moved by factors."""
+    """Least squares over relative errors (Levenberg and Marquardt); coefficients are changed by factors."""
 
     def moved(steps: Vector) -> Fit:
         return msgspec.structs.replace(

@@ -3,7 +3,7 @@
 python -m bench.gpu [--case 8b --case 8b-tp2 ...] [--workload latency-b1 ...] [--output FILE] [--profile DIR]
 
 All requests are submitted at once to the real engine (leader and ranks, under mpiexec where there are several), prefix cache off. Without
---case: all that the visible GPUs can run. ``floor_share``: the hardware's own time, from rates measured here, over the measured time.
+--case: all cases that the visible GPUs can run. ``floor_share``: the hardware's own time, from rates measured here, over the measured time.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ WORKLOADS = {load.name: (load.requests, load.isl, load.osl) for load in cost_mod
 
 
 class Case(msgspec.Struct, frozen=True):
-    """One engine, started once; ``workloads``: those that run on it unless others are named."""
+    """One engine, started once; ``workloads``: the default workloads for it."""
 
     shape: str
     parallel: Parallel
@@ -113,7 +113,7 @@ def spec_of(case: Case, artifact: Path, *, load_format: str = "dummy") -> Replic
 
 
 def launched(ranks: int) -> list[str]:
-    """How a module is run on ``ranks`` ranks."""
+    """The command that runs a module on ``ranks`` ranks."""
     beside = Path(sys.executable).parent / "mpiexec"
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if ranks > 1 and mpiexec is None:
@@ -122,7 +122,7 @@ def launched(ranks: int) -> list[str]:
 
 
 def run(spec: ReplicaSpec, arguments: dict[str, Any], bound_s: float = BOUND_S) -> Iterator[dict[str, Any]]:
-    """The lines that rank 0 prints, as they come: those before a failure, which is said, are good ones."""
+    """Yield the lines that rank 0 prints; after a failure, which is reported, the earlier lines stay valid."""
     told = {"spec": msgspec.to_builtins(spec), "started": time.time(), **arguments}
     environment = os.environ | GPU_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     argv = [*launched(spec.parallel.world), "bench.gpu_rank", json.dumps(told)]
@@ -136,7 +136,7 @@ def run(spec: ReplicaSpec, arguments: dict[str, Any], bound_s: float = BOUND_S) 
                     yield json.loads(line)
         finally:
             clock.cancel()
-            if sys.exc_info()[0] is not None:  # told to end: ranks would hold their GPUs until they are done
+            if sys.exc_info()[0] is not None:  # interrupted: without this, ranks would hold their GPUs until they are done
                 os.killpg(process.pid, 9)
     if process.returncode:
         say(f"the ranks ended with {process.returncode}")

@@ -1,8 +1,8 @@
-"""Prompts that come in between decodes on one GPU: time to the first token and step times, with captured steps and without, in turns.
+"""Prompts that arrive during decoding on one GPU: time to the first token and step times, with captured steps and without, alternating.
 
 python -m bench.gpu_mixed [--case 8b] [--case 8b-fp8] [--output FILE]
 
-32 sequences decode; every eighth step a prompt joins, 40 of them, for 8 tokens each. One JSON line a prompt length and way: medians.
+32 sequences decode; every eighth step a prompt joins, 40 of them, for 8 tokens each. One JSON line per prompt length and mode: medians.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROMPTS = (100, 400)
 
 
 def played(engine: PortableEngine, vocab: int, prompt: int, seed: int) -> dict[str, float]:
-    """One turn: seconds in all, milliseconds to the first token of a joiner (median) and of a step (median and 99th percentile)."""
+    """One run: seconds in all, milliseconds to the first token of a new prompt (median) and of a step (median and 99th percentile)."""
     for i, submit in enumerate(submits(ROWS, 64, 360, vocab, seed)):
         engine.submit(i, submit)
     joiners = submits(JOINERS, prompt, 8, vocab, seed + 1)

@@ -38,7 +38,7 @@ _SIDE = 8192
 
 
 class Patience:
-    """How long this process waited for the device, by standing in front of :meth:`Waiter.until`."""
+    """Measures how long this process waits for the device, by wrapping :meth:`Waiter.until`."""
 
     def __init__(self) -> None:
         self.waited = 0.0
@@ -55,7 +55,8 @@ class Patience:
 
 
 class Gaps:
-    """How long the device stands between two graphs of decode steps, by events around :meth:`Graphs.replay` while :meth:`seen` runs."""
+    """Measures how long the device is idle between two graphs of decode steps, with events around :meth:`Graphs.replay` while :meth:`seen`
+    runs."""
 
     def __init__(self) -> None:
         self._watching, self._replays = False, list[tuple[torch.cuda.Event, torch.cuda.Event]]()
@@ -74,7 +75,7 @@ class Gaps:
         Graphs.replay = replay  # type: ignore[method-assign]
 
     def seen(self, run: Callable[[], object]) -> int:
-        """Microseconds: the median of ``run``'s steps. What lies between them is a launch, what ranks send each other, and any waiting."""
+        """Microseconds: the median over ``run``'s steps. The gap contains a launch, messages between ranks, and any waiting."""
         self._watching = True
         run()
         torch.cuda.synchronize()
@@ -111,8 +112,8 @@ def rates() -> tuple[float, float]:
 
 
 class Floor:
-    """The least time that a workload can take: products at the measured rate or, where that takes longer, every weight read once a decode
-    step; and all cached keys and values read once a step."""
+    """The minimum time of a workload: products at the measured rate or, if that takes longer, one read of every weight per decode step;
+    plus one read of all cached keys and values per step."""
 
     def __init__(self, spec: ReplicaSpec, model: ModelSpec, quant: Any, copied: float, multiplied: float) -> None:
         parallel = spec.parallel
@@ -129,7 +130,8 @@ class Floor:
     def seconds(self, requests: int, isl: int, osl: int) -> float:
         ranks = self._tp * self._pp
         prefill = requests * isl * self._flop_token / self._multiplied / ranks
-        # One sequence passes the stages one after the other; many keep all busy, and each stage reads its weights once a micro-batch.
+        # One sequence passes through the stages one after the other; many sequences keep all stages busy, and each stage reads its weights
+        # once per micro-batch.
         reads = self._weights * min(requests, self._pp) * (self._pp if requests == 1 else 1)
         cached = requests * (isl + osl / 2) * self._kv_token / ranks
         products = requests * self._flop_token / self._multiplied / ranks
@@ -154,7 +156,8 @@ def submits(requests: int, isl: int, osl: int, vocab: int, seed: int) -> list[Su
 
 
 def serve(engine: PortableEngine, requests: list[Submit], patience: Patience) -> dict[str, Any]:
-    """All at once to the end. ``host_us``: the median of what a full decode step costs this process beside waiting."""
+    """Run all requests, submitted at once, to the end. ``host_us``: the median cost of a full decode step in this process, without
+    waiting."""
     for i, submit in enumerate(requests):
         engine.submit(i, submit)
     output, ends, host = 0, 0, []

@@ -1,4 +1,4 @@
-"""How soon a replica is ready on a GPU: 16 GB of random weights as a checkpoint, written here and read once, then two starts.
+"""Time until a replica is ready on a GPU: writes 16 GB of random weights as a checkpoint, reads it once, then starts a replica twice.
 
 python -m bench.gpu_start [--folder DIR] [--shape 8b] [--output FILE]
 

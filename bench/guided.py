@@ -1,8 +1,8 @@
-"""Answers that follow a schema and do not end: ``python -m bench.guided URL [--seeds 10] [--streams 16] [--unbounded]``.
+"""Counts answers that follow a schema but do not end: ``python -m bench.guided URL [--seeds 10] [--streams 16] [--unbounded]``.
 
 Asks a running deployment for 20 schemas × seeds at temperature 1, with at most 400 tokens, and checks each answer against its schema with
 jsonschema. Prints how many fit, how many were cut at their length, and the longest run of white space outside of strings. With
-``--unbounded`` white space may be of any length, as it is where nothing bounds it; exits 1 when an answer is cut (without that flag).
+``--unbounded``, white space may have any length; without this flag, the exit code is 1 if an answer is cut.
 """
 
 from __future__ import annotations

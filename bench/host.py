@@ -1,10 +1,10 @@
-"""What a decode step costs the host of a GPU: schedule, submission and results of 256 sequences, over a device that does nothing.
+"""Cost of a decode step on a GPU's host: schedule, submission and results of 256 sequences, with a device that does nothing.
 
 python -m bench.host [--runs 5] [--pause MS]
 
-CPU seconds of the thread that drives the engine, without the graph's launch; `bench.gpu` says what it is with it (``host_us``). Also for
-one sequence, and where a sequence ends and another begins in about every step. With ``--pause`` it waits between steps, as for a device,
-without sleeping: what the step needs is no longer in the processor's caches.
+CPU seconds of the thread that drives the engine, without the graph's launch; `bench.gpu` measures it with the launch (``host_us``). Also
+for one sequence, and for a load in which a sequence ends and another begins in about every step. With ``--pause`` it waits between steps
+without sleeping, like for a device, so that the data of the step is no longer in the processor's caches.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def engine_of(folder: Path) -> PortableEngine:
 
 
 def request(i: int, first: int, tokens: int) -> Submit:
-    """Request ``i``, whose prompt begins with ``first``. Prompts differ in length, so blocks fill up in turns."""
+    """Request ``i``, whose prompt begins with ``first``. Prompts differ in length, so their blocks fill up in different steps."""
     params = SamplingParams(temperature=1.0, seed=i, max_tokens=tokens, ignore_eos=True)
     prompt = [first, *((7 * i + 3 * j) % 300 for j in range(15 + i % 16))]
     task = GenerateTask(params=params)
@@ -95,7 +95,7 @@ def request(i: int, first: int, tokens: int) -> Submit:
 
 
 def step(engine: PortableEngine, pause_s: float) -> tuple[list[Emission], float]:
-    """What a step emits, ``pause_s`` from now, and its microseconds."""
+    """Wait ``pause_s``, then run a step; returns its emissions and its microseconds."""
     resume = time.monotonic() + pause_s
     while time.monotonic() < resume:
         pass
@@ -105,8 +105,8 @@ def step(engine: PortableEngine, pause_s: float) -> tuple[list[Emission], float]
 
 
 def steady_us(engine: PortableEngine, sequences: int, run: int, pause_s: float) -> float:
-    """Median of the steps in which each of ``sequences`` sequences yields a token. Prompts differ from ``run`` to run, so whole blocks are
-    made findable."""
+    """Median of the steps in which each of ``sequences`` sequences yields a token. Prompts differ from ``run`` to run, so full blocks are
+    published."""
     for i in range(sequences):
         engine.submit(i, request(i, run, TOKENS))
     spent = []
@@ -118,7 +118,7 @@ def steady_us(engine: PortableEngine, sequences: int, run: int, pause_s: float) 
 
 
 def changing_us(engine: PortableEngine, run: int, pause_s: float) -> float:
-    """Mean of steps of ``SEQUENCES`` sequences, of which one ends in each step on average; another comes at once."""
+    """Mean of steps with ``SEQUENCES`` sequences, of which on average one ends per step and is replaced at once."""
     draw, ids = random.Random(run), count()
 
     def arrive() -> None:

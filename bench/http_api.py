@@ -83,7 +83,7 @@ class Stepping:
 
 
 class Nothing:
-    """A sink that drops all."""
+    """A sink that discards everything."""
 
     def on_text(self, choice: int, first: int, tokens: list[int], text: str, logprobs: list[Logprobs] | None) -> None: ...
 

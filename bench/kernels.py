@@ -1,4 +1,4 @@
-"""Each GPU kernel alone at serving shapes: its rate, its share of this GPU's measured limit, and FA3's figure for the same shape.
+"""Measures each GPU kernel alone at serving shapes: its rate, its share of this GPU's measured limit, and FA3's figure for the same shape.
 
 python -m bench.kernels [attention] [fused] [choose] [product] [layer] [tune] [--output FILE]
 
@@ -157,7 +157,7 @@ def attention_cases(
 
 
 def tuned_cases() -> Iterator[Case]:
-    """Every tuning that could be sensible; compiled first, on all cores."""
+    """Every reasonable tuning; compiled first, on all cores."""
     decodes = [AttentionTuning(k, w, s) for k, w in ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8)) for s in (3, 5, 7)]
     decodes += [AttentionTuning(128, w, s) for w in (4, 8) for s in (3, 5)]
     tiles = (
@@ -182,7 +182,7 @@ def measure(case: Case) -> Line:
     line: Line = {"kernel": case.name, "unit": case.unit, "anchor": case.anchor, "tuning": case.tuning}
     try:
         seconds = timed(case.calls)
-    except Exception as error:  # the compiler's own types: what is measured here is whether a variant runs
+    except Exception as error:  # exceptions of the compiler: the question is only whether a variant runs
         torch.cuda.empty_cache()
         return {**line, "failed": f"{type(error).__name__}: {error}"[:160]}
     return {**line, "us": round(seconds * 1e6, 2), "rate": round(case.amount / seconds / 1e12, 3)}
@@ -225,7 +225,7 @@ def choose_cases() -> Iterator[Case]:
 
 
 def product_cases() -> Iterator[Case]:
-    """torch's own products with the 8B shape's weights: what bounds a decode step."""
+    """torch's own products with the 8B shape's weights: they bound a decode step."""
     for name, outputs, inputs in (
         ("qkv", 6144, 4096),
         ("o", 4096, 4096),
@@ -241,7 +241,7 @@ def product_cases() -> Iterator[Case]:
 
 
 def layer_cases() -> Iterator[Case]:
-    """Whole decoder layers of the 8B shape, as a decode step runs them: what is left between the kernels shows here."""
+    """Whole decoder layers of the 8B shape, as a decode step runs them: this shows the gaps between the kernels."""
     count = 4
     model = uniform_decoder(
         architecture="llama", hidden_size=4096, intermediate_size=14336, num_layers=count, num_heads=32, num_kv_heads=8, head_dim=DIM,
@@ -274,7 +274,7 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all but the last if none is named")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all except the last if none is named")
     parser.add_argument("--splits", type=int, default=step_layout.SPLIT_PROGRAMS, help="programs over which decodes are spread")
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     parser.add_argument("--commit", default=commit())

@@ -1,8 +1,8 @@
-"""Four or eight GPUs of one host in ten minutes: layouts that agree, the 70B shape, several replicas behind one router, a lost rank.
+"""Four or eight GPUs of one host in ten minutes: agreement of layouts, the 70B shape, several replicas behind one router, a lost rank.
 
 python -m bench.many_gpus [--only layouts --only sums ...] [--output FILE]
 
-One JSON line a result. The parts are independent and bounded: one that fails is said and the next one runs.
+One JSON line per result. The parts are independent and bounded: if one fails, this is reported and the next one runs.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from workers.protocol.specs import Parallel
 Lines = Iterator[dict[str, Any]]
 #: tp x pp that use every GPU; the first and the last also carry the 70B shape.
 LAYOUTS = {4: [(4, 1), (1, 4), (2, 2)], 8: [(8, 1), (2, 4), (4, 2)]}
-#: Requests, prompt and output tokens of each, that every replica gets.
+#: Number of requests per replica, and prompt and output tokens of each.
 REQUESTS, ISL, OSL = WORKLOADS["balanced"]
 READY_S = 75.0
 #: Longest that a layout of the 70B shape and one load may take, seconds.
 SPEED_S, LOAD_S = 95.0, 60.0
-#: Prompts are made of the ids below it.
+#: Prompts consist of smaller ids.
 PROMPT_IDS = 128_000
 
 
 def layouts(count: int, folder: Path) -> Lines:
-    """Numerics rules 1 to 3 on a small model that no count of ranks shares evenly."""
+    """Numerics rules 1 to 3 on a small model that no number of ranks divides evenly."""
     model = tiny_model(folder, heads=18, kv_heads=3, hidden=288, ffn=520, vocab=331, layers=9, head_dim=32)
     report = folder / "report.json"
     told = json.dumps({"model": str(model), "layouts": LAYOUTS[count], "report": str(report)})
@@ -98,8 +98,8 @@ def replicas(folder: Path, count: int, tp: int) -> Iterator[tuple[ControlClient,
 
 
 async def load(endpoints: list[str], requests: int, disturb: Callable[[], None] | None = None) -> int:
-    """Stream ``requests`` answers at once; the tokens that came. ``disturb`` when a quarter of them are there. Raises on any error, and
-    where a token is missing or comes twice."""
+    """Stream ``requests`` answers at once; the tokens that came. ``disturb`` is called when a quarter of them have arrived. Raises on any
+    error, and if a token is missing or arrives twice."""
     arrived, quarter = 0, asyncio.Event()
 
     async def one(client: AsyncClient, index: int) -> None:
@@ -127,7 +127,8 @@ async def load(endpoints: list[str], requests: int, disturb: Callable[[], None] 
 
 
 def client(endpoints: list[str]) -> None:
-    """One client process: says that it is up, is told on its input when to begin, prints its tokens and when it had them all."""
+    """One client process: it reports that it is ready, waits for a line on its input, then prints its tokens and the time of the last
+    one."""
     print(flush=True)
     at = float(sys.stdin.readline())
     time.sleep(at - time.monotonic())
@@ -136,7 +137,7 @@ def client(endpoints: list[str]) -> None:
 
 
 def clients(endpoints: list[str], count: int) -> tuple[int, float]:
-    """``count`` client processes at once, so that none of them bounds what the replicas give; (tokens, seconds)."""
+    """``count`` client processes at once, so that no client limits the replicas; (tokens, seconds)."""
     argv = [sys.executable, "-m", "bench.many_gpus", "--client", json.dumps(endpoints)]
     running = [subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
@@ -164,7 +165,8 @@ def served(status: DeploymentStatus) -> list[int]:
 
 
 def together(tp: int, count: int, folder: Path) -> Lines:
-    """Several replicas behind one router against as many times one alone; with two of them, what a rank's death costs while they serve."""
+    """Compares several replicas behind one router with the same number of single replicas; with two replicas, also measures the effect of a
+    rank's death under load."""
     with replicas(folder, 1, tp) as (_, status):
         endpoints = [address.endpoint for address in status.rpc]
         asyncio.run(load(endpoints, 64))
@@ -283,7 +285,7 @@ def main() -> None:
             try:
                 for line in PARTS[name](count, Path(folder)):
                     record(facts(args.commit) | line, args.output)
-            except Exception as error:  # one part's edge: the others are worth their minutes
+            except Exception as error:  # a failed part must not stop the others
                 failed += 1
                 say(f"bench.many_gpus: {name} failed: {type(error).__name__}: {error}")
         say(f"bench.many_gpus: {name} took {time.monotonic() - begin:.0f} s")

@@ -1,9 +1,9 @@
-"""What the backends use of TensorRT-LLM against an installed one: every name, keyword, attribute, method and enum member.
+"""Compares the backends' use of TensorRT-LLM with an installed package: every name, keyword, attribute, method and enum member.
 
 python -m bench.probe_trtllm
 
-The uses come from the backends' source, as in the contract test. Prints a line for each that is missing or cannot be told from outside, and
-a summary as JSON; exit code 1 when one is missing, 4 when there is no TensorRT-LLM.
+The uses come from the backends' source, as in the contract test. Prints a line for each one that is missing or cannot be checked from
+outside, and a summary as JSON; exit code 1 if one is missing, 4 if there is no TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ Verdict = Literal["there", "missing", "untold"]
 
 
 def uses() -> list[str]:
-    """``a.b.Class``, ``a.b.Class.member``, ``a.b.call(keyword=)``: all that the backends' source names, as far as it can be typed."""
+    """``a.b.Class``, ``a.b.Class.member``, ``a.b.call(keyword=)``: everything that the backends' source uses, as far as its type is
+    known."""
     folder = Path(workers.engines.trtllm.__file__).parent
     seen = set().union(*(Reader((folder / name).read_text()).seen for name in BACKENDS))
     return sorted(importable(use) for use in seen if re.fullmatch(r"[\w.]+(\(\w+=\))?", use))
 
 
 def importable(use: str) -> str:
-    """A use by the module that its class is imported from, where that is not the one that defines it."""
+    """The same use, with the module from which the class is imported, if another module defines it."""
     for name, entry in PYTHON.items():
         if "import_from" in entry and re.match(rf"{re.escape(name)}(?!\w)", use):
             return f"{entry['import_from']}.{name.rpartition('.')[2]}{use.removeprefix(name)}"
@@ -41,7 +42,7 @@ def importable(use: str) -> str:
 
 
 def find(name: str) -> tuple[Any, list[str]]:
-    """(the object that the longest possible beginning of a dotted name leads to, the parts that are left)."""
+    """(the object for the longest importable prefix of a dotted name, the remaining parts)."""
     parts = name.split(".")
     for cut in range(len(parts), 0, -1):
         try:
@@ -55,7 +56,7 @@ def find(name: str) -> tuple[Any, list[str]]:
 
 
 def keywords(thing: Any) -> set[str] | None:
-    """The keywords that a callable takes; None where it does not tell."""
+    """The keywords that a callable accepts; None if it has no signature."""
     for table in ("model_fields", "__dataclass_fields__"):
         if hasattr(thing, table):
             return set(getattr(thing, table))

@@ -1,4 +1,4 @@
-"""Products with weights in every format on a GPU at the 8B shape: microseconds, share of the limit, and every tuning if asked.
+"""Products with weights in every format on a GPU at the 8B shape: microseconds, share of the limit, and with ``tune`` every tuning.
 
 python -m bench.quant_gemm [products] [tune] [--output FILE]
 
@@ -39,7 +39,7 @@ QUANTS: dict[str, Quant] = {
     "int4 g128": quant_of("int4", 128),
     "fp8": quant_of("fp8"),
 }
-#: Of these each tuning is tried: few and many outputs, and a long sum.
+#: Layers with which each tuning is measured: few and many outputs, and a long sum.
 TUNE_SHAPES = ("o", "gate-up", "down")
 Call = Callable[[], object]
 
@@ -82,7 +82,7 @@ def line(name: str, shape: str, rows: int, calls: list[Call], read: float, **mor
     found: dict[str, Any] = {"product": name, "shape": shape, "rows": rows, **more}
     try:
         seconds = timed(calls)
-    except Exception as error:  # the compiler's own types: what is measured here is whether a variant runs
+    except Exception as error:  # exceptions of the compiler: the question is only whether a variant runs
         torch.cuda.empty_cache()
         return {**found, "failed": f"{type(error).__name__}: {error}"[:160]}
     work = 2.0 * rows * outs * ins
@@ -122,7 +122,7 @@ def many_lines(shape: str, x: Tensor, outs: int, ins: int) -> Iterator[dict[str,
 
 
 def variants(rows: int) -> list[GemmTuning]:
-    """What could be sensible for a tile of so many rows, and fits a multiprocessor's shared memory."""
+    """Reasonable tunings for a tile of this many rows that fit a multiprocessor's shared memory."""
     if rows <= 16:
         tiles = itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8), (3, 5, 7))
     else:
@@ -132,7 +132,7 @@ def variants(rows: int) -> list[GemmTuning]:
 
 
 def tuned_lines() -> Iterator[dict[str, Any]]:
-    """Every tuning that could be sensible, by rows; compiled first, on all cores."""
+    """Every reasonable tuning, by rows; compiled first, on all cores."""
     cases = [("int8", 1), ("int8", 64), ("int8", 256), ("fp8", 1)]
     jobs = [(name, shape, rows, tuning) for name, rows in cases for shape in ("o", "down") for tuning in variants(rows)]
     with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:

@@ -1,4 +1,4 @@
-"""Drive Hugging Face transformers with the same loads as :mod:`bench.drive`, from the same weights, and print what it did as JSON.
+"""Drive Hugging Face transformers with the same loads as :mod:`bench.drive`, from the same weights, and print the results as JSON.
 
 One request at a time, as plain ``transformers`` serves: prefill, then a cached greedy loop over ``model.forward``, which is faster than
 ``generate()`` and so the harder bar.

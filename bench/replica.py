@@ -1,4 +1,4 @@
-"""What a replica costs beside its arithmetic: idle CPU, the leader's share of a step, memory of a rank, memory of conversion.
+"""Cost of a replica apart from its arithmetic: idle CPU, the leader's share of a step, memory of a rank, memory of a conversion.
 
 python -m bench.replica [--runs 5]
 """
@@ -70,7 +70,8 @@ def standing_claims(cache: Path, runs: int) -> list[Claim]:
 
 
 def over_shard(name: str, pid: int, status: DeploymentStatus) -> float:
-    """RSS of a rank less its shard file, in MB. The KV pool (2,048 tokens, 94 MB a model) stays in: it is touched in use only."""
+    """RSS of a rank less its shard file, in MB. The KV pool (2,048 tokens, 94 MB per model) is included: its pages are used only when
+    requests run."""
     replica, rank = name.split("/")
     row = next(row for model in status.models for row in model.replicas if row.name == replica)
     spec = json.loads(Path(row.log_dir, "spec.json").read_bytes())
@@ -79,7 +80,7 @@ def over_shard(name: str, pid: int, status: DeploymentStatus) -> float:
 
 
 def leader_claims(runs: int, sequences: int = 64, tokens: int = 500) -> list[Claim]:
-    """CPU of the leader process a step: batch core, tables, encoding, sockets, and FakeEngine's own integer model."""
+    """CPU of the leader process per step: scheduler, tables, encoding, sockets, and FakeEngine's integer model."""
     with tempfile.TemporaryDirectory(prefix="tri", dir="/tmp") as folder:
         replicas = [{"name": "only", "tp_size": 1}]
         file = write_config(

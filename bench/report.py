@@ -1,4 +1,4 @@
-"""One measured claim as a value, and how it is printed. Shared by every bench; owns no measurement."""
+"""One measured claim as a value, and its output. Shared by every bench; owns no measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """``runs``: the figure of each alternating run; the claim is held by their median. ``asked`` is a lower or upper bound."""
+    """``runs``: the figure of each alternating run; the median is compared with the claim. ``asked`` is a lower or upper bound."""
 
     name: str
     unit: str
@@ -36,18 +36,18 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def publish(claims: Sequence[Claim]) -> None:
-    """A JSON line a claim on stdout; what is read by a person goes to stderr."""
+    """One JSON line per claim on stdout; text for the user goes to stderr."""
     for claim in claims:
         print(json.dumps({**msgspec.structs.asdict(claim), "measured": claim.measured, "held": claim.held}), flush=True)
 
 
 def facts(tree: str) -> dict[str, str]:
-    """When, and of which ``tree``, a line is."""
+    """Date and ``tree`` of a line."""
     return {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": tree}
 
 
 def record(line: dict[str, Any], output: Path | None) -> None:
-    """``line`` as JSON on stdout, and behind what ``output`` holds."""
+    """Print ``line`` as JSON on stdout, and append it to ``output``."""
     text = json.dumps(line)
     print(text, flush=True)
     if output is not None:
@@ -57,7 +57,7 @@ def record(line: dict[str, Any], output: Path | None) -> None:
 
 
 def commit() -> str:
-    """The tree that was measured; "unknown" where it is a copy without its history."""
+    """The measured commit; "unknown" for a copy without a git history."""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 

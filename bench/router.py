@@ -1,10 +1,10 @@
-"""What the router costs a token: CPU seconds of its process, with FakeEngine behind it and 128 streams before it.
+"""CPU time of the router per token: CPU seconds of its process, with FakeEngine behind it and 128 client streams.
 
     python -m bench.router [--runs 5] [--streams 128]
 
-Each run reads answers of 200 tokens: their cost, admission included (validation, template, tokenizing, placing), is the figure. It then
-reads answers of twice that length: the difference is what tokens alone cost. CPU seconds, not wall time: the client, the replica and
-whatever else runs share the cores.
+Each run reads answers of 200 tokens: their cost, including admission (validation, template, tokenizing, placing), is the figure. It then
+reads answers of twice that length: the difference is the cost of tokens alone. CPU seconds and not wall time are measured, because the
+client, the replica and other processes share the cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BODY = {"temperature": 0.0, "ignore_eos": True}
 
 def cpu_seconds(pid: int) -> float:
     """CPU seconds of a process and its threads, in nanosecond steps: /proc/PID/stat counts in ticks of 10 ms, a step of 0.4 us a token."""
-    process_cpu_clock = (~pid << 3) | 2  # what clock_getcpuclockid(3) makes of a pid on Linux
+    process_cpu_clock = (~pid << 3) | 2  # the clock id that clock_getcpuclockid(3) computes from a pid on Linux
     return time.clock_gettime(process_cpu_clock)
 
 

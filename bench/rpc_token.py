@@ -1,7 +1,8 @@
 """CPU that a router spends on one token of an RPC stream: ``python -m bench.rpc_token [--steps 200]``.
 
-Prints microseconds a token between the replica's socket and the client's, with text and without: decode, route, watch, encode; not the two
-socket calls a message. About 2 where steps follow each other as here; docs/performance.md says why a real stream costs more.
+Prints microseconds a token between the replica's socket and the client's, with text and without: decode, route, watch, encode; without the
+two socket calls per message. About 2 if steps follow each other without pauses, as here; docs/performance.md says why a real stream costs
+more.
 """
 
 from __future__ import annotations

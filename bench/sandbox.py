@@ -1,4 +1,4 @@
-"""What rendering a chat in a sandbox process adds to a request: ``python -m bench.sandbox [--count 2000]``.
+"""Cost that rendering a chat in a sandbox process adds to a request: ``python -m bench.sandbox [--count 2000]``.
 
 Prints the median and the 99th percentile of one render, in this process and in a sandbox process, and the router's own CPU for each.
 """

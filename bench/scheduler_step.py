@@ -18,7 +18,7 @@ from workers.scheduler.step_plan import StepResult, column, encode, view
 
 
 def measure(sequences: int, steps: int) -> float:
-    """Median microseconds of processor time a step; the first steps, which compute the prompts, included."""
+    """Median microseconds of processor time a step; including the first steps, which compute the prompts."""
     scheduler = Scheduler(capacity(num_blocks=64 * sequences, slots=sequences, tokens=8192, context=4096, block_size=16))
     params = SamplingParams(temperature=0.0, max_tokens=4000)
     for index in range(sequences):

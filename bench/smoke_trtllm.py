@@ -2,8 +2,8 @@
 
 python -m bench.smoke_trtllm [--model NAME] [--output DIR]
 
-Prints a line a check: PASS, FAIL with the reason, or SKIP with what is missing. Exit codes: 0 all passed, 1 a check failed, 4 this host has
-no TensorRT-LLM, no GPU or no builder, so that nothing was tried. The logs of all commands stay in DIR.
+Prints one line per check: PASS, FAIL with the reason, or SKIP with what is missing. Exit codes: 0 all passed, 1 a check failed, 4 this host
+has no TensorRT-LLM, no GPU or no builder, and nothing was tested. The logs of all commands stay in DIR.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STREAMS, TOKENS = 8, 160
 
 
 class Smoke:
-    """The checks of one run and how they went."""
+    """The checks of one run and their results."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self.folder, self.model = folder, model
@@ -48,7 +48,7 @@ class Smoke:
 
     @contextmanager
     def check(self, name: str) -> Iterator[None]:
-        """One line: the block passed, or why not. The next check goes on."""
+        """Print one line: the block passed, or why not. The next check runs in both cases."""
         began = time.monotonic()
         try:
             yield
@@ -59,7 +59,7 @@ class Smoke:
             print(f"PASS  {name} ({time.monotonic() - began:.1f} s)", flush=True)
 
     def run(self, name: str, *words: str) -> str:
-        """A command's stdout; its whole output is kept. Raises AssertionError with what it says is wrong when it fails."""
+        """A command's stdout; its whole output is logged. Raises AssertionError with the command's error if it fails."""
         log = self.folder / f"{name}.log"
         with log.open("w") as file:
             ran = subprocess.run(words, stdout=subprocess.PIPE, stderr=file, text=True, timeout=STEP_S, check=False)
@@ -75,7 +75,7 @@ class Smoke:
 
 
 def host() -> node_probe.NodeFacts:
-    """What this host has. Raises :class:`EnvironmentFault` where nothing can be tried."""
+    """The facts of this host. Raises :class:`EnvironmentFault` if nothing can be tested."""
     path = os.environ.get("PATH", os.defpath)
     facts = node_probe.probe(path, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not facts.installed:
@@ -90,7 +90,7 @@ def host() -> node_probe.NodeFacts:
 
 
 def installed_interface(smoke: Smoke) -> None:
-    """What the backends use against the installed package, and the builder's options against its own help."""
+    """Compare the names that the backends use with the installed package, and the builder's options with its help."""
     with smoke.check("the installed package has every name that the backends use"):
         smoke.run("probe", sys.executable, "-m", "bench.probe_trtllm")
     with smoke.check("trtllm-build has every option that may be passed"):

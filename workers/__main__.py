@@ -37,18 +37,18 @@ from workers.serving.state_file import StateFile, read_state
 
 #: Longest that a rank waits for the others at MPI's end, seconds.
 FINALIZE_S = 5
-#: NVLink multicast stays off: a program that dies in it can put a host's GPUs out of service. Workspaces of a fixed size keep products
-#: the same from launch to launch.
+#: NVLink multicast stays off: a program that dies while it uses multicast can make a host's GPUs unusable. With workspaces of a fixed size,
+#: products are the same in every launch.
 GPU_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-#: Seconds between a rank's last words and its world's end: mpiexec drops what it has not read by then.
+#: Seconds between a rank's last output and the end of its world: mpiexec drops output that it has not read by then.
 TOLD_S = 0.3
-#: What a start that is bounded from inside is given above its bound, seconds.
+#: Additional time after the engine's own bound of its start, seconds.
 GRACE_S = 2.0
 #: See :func:`start_mpi`.
 MPI_MULTIPLE = "--mpi-multiple"
 
 log = logging.getLogger("trireme.main")
-#: Flags that only one kind of engine knows. TensorRT-LLM's options are one flag, in JSON.
+#: Flags of one kind of engine. TensorRT-LLM's options are one flag, in JSON.
 OPTIONS = {
     "portable": set(PortableOptions.__struct_fields__),
     "fake": set(FakeOptions.__struct_fields__),
@@ -57,7 +57,7 @@ OPTIONS = {
 
 
 class Briefing(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 tells the others first: a spec, or why there is none. Neither: there is nothing to do (``--help``)."""
+    """Rank 0's first message to the others: a spec, or the error. Neither: there is nothing to do (``--help``)."""
 
     spec: ReplicaSpec | None = None
     error: ErrorReport | None = None
@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> Briefing:
     parser.add_argument("--debug", action="store_true", help="verbose log, and stack traces with errors")
     given = {key: value for key, value in vars(parser.parse_args([_dashes(word) for word in argv])).items() if value is not None}
     debug = given.pop("debug")
-    del given["mpi_multiple"]  # acted on before anybody could tell this rank its spec
+    del given["mpi_multiple"]  # needed before this rank gets its spec
     if "spec" not in given:
         return Briefing(spec=_from_flags(given), debug=debug)
     if len(given) > 1:
@@ -150,16 +150,16 @@ def _convert(data: Any, source: str) -> ReplicaSpec:
 
 
 def _last_epoch(run_dir: str) -> int:
-    """The epoch of the process that wrote the state file there before; 0 = none did."""
+    """The epoch in the state file of an earlier process; 0 = no such file."""
     try:
         before = read_state(run_dir) if run_dir else None
     except EnvironmentFault:
-        return 0  # this process writes it anew
+        return 0  # this process replaces the file
     return before.epoch if before is not None else 0
 
 
 def _nearest(complaint: str) -> str:
-    """What may have been meant by a field that msgspec does not know; empty for any other complaint."""
+    """The field that may have been meant, if msgspec does not know a field; empty for any other error."""
     unknown = re.search(r"unknown field `(\w+)`", complaint)
     if unknown is None:
         return ""
@@ -168,7 +168,7 @@ def _nearest(complaint: str) -> str:
 
 
 def _field_names(struct: Any) -> set[str]:
-    """Of a struct and all structs inside it."""
+    """The fields of a struct and of all structs inside it."""
     names = set()
     for field in msgspec.structs.fields(struct):
         names.add(field.name)
@@ -193,10 +193,10 @@ def read_keys(path: str) -> KeyPair | None:
 
 
 def start_mpi(argv: list[str]) -> Any:
-    """The world's communicator. Raises :class:`EnvironmentFault` where MPI is missing.
+    """The world's communicator. Raises :class:`EnvironmentFault` if MPI is missing.
 
-    The portable engine makes every MPI call from one thread. TensorRT-LLM has threads of its own that call it, and which engine runs only
-    rank 0 will know: so the arguments that all ranks share say it.
+    The portable engine makes every MPI call from one thread. TensorRT-LLM has its own threads that call MPI. At this point only rank 0
+    knows which engine runs, so a command-line argument, which all ranks have, selects the thread level.
     """
     multiple = any(word in (MPI_MULTIPLE, "--engine=trtllm") for word in map(_dashes, argv)) or "trtllm" in argv
     try:
@@ -211,10 +211,10 @@ def start_mpi(argv: list[str]) -> Any:
 
 
 def world(argv: list[str]) -> tuple[Any, Briefing]:
-    """The world's communicator, and what to do. None = this rank alone, which is enough for some replicas (`needs_mpi`) where no MPI is
+    """The world's communicator, and the briefing. None = only this rank, which is enough for some replicas (`needs_mpi`) if no MPI is
     installed.
 
-    Raises :class:`EnvironmentFault` where MPI is missing and needed.
+    Raises :class:`EnvironmentFault` if MPI is missing and needed.
     """
     try:
         comm = start_mpi(argv)
@@ -227,7 +227,7 @@ def world(argv: list[str]) -> tuple[Any, Briefing]:
 
 
 def brief(comm: Any, argv: list[str]) -> Briefing:
-    """Rank 0's reading of ``argv``, on every rank."""
+    """The briefing that rank 0 reads from ``argv``, on every rank."""
     told = Briefing()
     if comm is None or comm.Get_rank() == 0:
         try:
@@ -251,7 +251,8 @@ class Rank:
         self._signals = rank.Signals(self._rank)
 
     def run(self) -> int:
-        """The exit code. An error that all ranks raise ends each of them in order; one that only this rank knows of aborts the world."""
+        """The exit code. After an error that all ranks raise, each rank ends normally; after one that only this rank knows of, it aborts
+        the world."""
         try:
             try:
                 part = self._load()
@@ -305,7 +306,7 @@ class Rank:
         if self._rank == 0 and failure is None:
             failure = self._prepare(pids)
         agree(self._comm, failure)
-        # A rank computes with its share of the cores; spinning threads of several ranks would starve each other.
+        # A rank uses only its share of the cores, because spinning threads of several ranks would slow each other down.
         os.environ["OMP_NUM_THREADS"] = str(spec.engine.threads)
         os.environ["OMP_WAIT_POLICY"] = "passive"
         if isinstance(spec.engine, TrtllmSpec):
@@ -319,9 +320,10 @@ class Rank:
 
     @contextmanager
     def _deadline(self, bound_s: float) -> Iterator[None]:
-        """End this process when what is inside takes longer: a constructor in C++ that waits for another rank cannot be interrupted.
+        """End this process if the block takes longer: a C++ constructor that waits for another rank cannot be interrupted.
 
-        Rank 0 first, for it can say so in the state file. The second clock is one of C, for code that holds the interpreter all the time.
+        Rank 0 ends first, because it can write the error to the state file. The second timer runs in C, for code that holds the
+        interpreter's lock all the time.
         """
 
         def expire() -> None:
@@ -341,7 +343,7 @@ class Rank:
             faulthandler.cancel_dump_traceback_later()
 
     def _prepare(self, pids: list[tuple[int, str, int]]) -> TriremeError | None:
-        """What only rank 0 checks and writes before loading; answers the error instead of raising it, for the ranks to agree on."""
+        """Checks and writes of rank 0 before loading; returns the error instead of raising it, so that the ranks can agree on it."""
         spec = self._spec
         try:
             state = StateFile(spec.run_dir, name=spec.name, epoch=spec.epoch, pids=pids)
@@ -364,7 +366,8 @@ class Rank:
         self._state.enter("stopped")
 
     def _report(self, error: TriremeError, *, alone: bool = False) -> None:
-        """Into the log, from rank 0 also to the state file, and to the terminal by one rank: rank 0, or the one that ``alone`` knows."""
+        """Write the error to the log, on rank 0 also to the state file, and on one rank to the terminal: rank 0, or with ``alone`` the only
+        rank that knows the error."""
         log.error("%s", error, exc_info=error if self._debug else None)
         if self._rank == 0:
             self._state.enter("failed", error=error)
@@ -389,7 +392,7 @@ def main(argv: list[str]) -> int:
     if comm is None:
         return code
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(FINALIZE_S)  # MPI_Finalize is a collective: a rank that never gets there must not keep this one
+    signal.alarm(FINALIZE_S)  # MPI_Finalize is a collective: a rank that never reaches it must not block this one
     from mpi4py import MPI
 
     MPI.Finalize()

@@ -2,7 +2,8 @@
 
 epoch = Unix time of the launch in ms * 2**16 + 16 random bits, or one more than the last one known, if that is larger
 
-Whoever launches knows the last one from the gangs that it sees, from their folders, and from the routers: a wall clock may be set back.
+The launcher knows the last epoch from the gangs that it sees, from their folders, and from the routers. It needs the last one, because a
+wall clock may be set back.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ _RANDOM_BITS = 16
 
 
 def make_epoch(last: int = 0) -> int:
-    """The epoch of a launch that happens now; ``last``: the largest that is known of this replica, 0 = none."""
+    """The epoch of a launch that happens now; ``last``: the largest known epoch of this replica, 0 = none."""
     return max(last + 1, (time.time_ns() // 1_000_000) << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS))
 
 
 def started_at(epoch: int) -> float:
-    """Unix seconds of the launch, where the clock was not set back before it; 0 for a small number that somebody chose by hand."""
+    """Unix seconds of the launch, unless the clock was set back before it; 0 for a small number that was chosen by hand."""
     return (epoch >> _RANDOM_BITS) / 1000

@@ -1,6 +1,6 @@
-"""Log lines, as text or as JSON objects, for routers and ranks alike.
+"""Log lines, as text or as JSON objects, for routers and ranks.
 
-Owns the two forms. Never decides what is logged, nor where it goes.
+Owns the two formats. Never decides what is logged, nor where.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 LogFormat = Literal["text", "json"]
-#: What a line may say besides its message, in this order, where its record has it.
+#: Optional fields of a line in addition to its message, in this order.
 MARKS = ("replica", "rank", "request_id", "trace_id")
 
 
@@ -22,7 +22,7 @@ def stamp(seconds: float) -> str:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line; line breaks in messages cannot forge another. ``marks``: what every line says."""
+    """One JSON object per line; a line break in a message cannot forge another line. ``marks``: fields of every line."""
 
     def __init__(self, **marks: str | int) -> None:
         super().__init__()

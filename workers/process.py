@@ -1,6 +1,6 @@
-"""One rank as a Unix process: it dies with its parent, and writes to a log file of its own.
+"""One rank as a Unix process: it dies with its parent, and writes to its own log file.
 
-Owns nothing that lives. Must never import torch.
+Owns no state. Must never import torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Alone(Exception):
-    """An error that only this rank knows of: the others cannot be told but by the end of their world."""
+    """An error that only this rank knows of: the others learn of it only by the end of their world."""
 
     def __init__(self, error: TriremeError) -> None:
         super().__init__(str(error))
@@ -30,7 +30,8 @@ class Alone(Exception):
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, also by SIGKILL. The first act of a rank: MPI launchers may leave orphans."""
+    """Have the kernel kill this process when its parent ends, also by SIGKILL. A rank calls this first, because MPI launchers may leave
+    orphans."""
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
@@ -40,22 +41,23 @@ def die_with_parent() -> None:
 
 
 def settle_heap() -> None:
-    """What start-up made stays: collections from here on need not walk it (torch and its kernels are 200,000 objects, 100 ms). A step makes
-    hundreds of lists that live for microseconds, and few cycles: at the default threshold the collector takes a tenth of the token path."""
+    """Tune the garbage collector for serving. Objects of the start-up stay, so collections need not visit them (torch and its kernels are
+    200,000 objects, 100 ms). A step makes hundreds of short-lived lists and few cycles: at the default threshold the collector takes a
+    tenth of the time per token."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 
 
 def unlink_shared_memory() -> None:
-    """Take the names off the shared memory that MPI has mapped by now: it lasts as long as its ranks, and a killed gang leaves none behind.
+    """Unlink the shared memory that MPI has mapped: it then lasts only as long as its ranks, so a killed gang leaves none.
 
-    Every rank must have mapped it, so a collective of all ranks comes first.
+    Every rank must have mapped it, so call this after a collective of all ranks.
     """
     with open("/proc/self/maps") as maps:
         names = {path for line in maps if (path := line.rstrip("\n").partition("/dev/shm/")[2]) and not path.endswith(" (deleted)")}
     for name in names:
-        with contextlib.suppress(FileNotFoundError):  # another rank of this host was first
+        with contextlib.suppress(FileNotFoundError):  # another rank of this host has unlinked it already
             os.unlink(f"/dev/shm/{name}")
 
 
@@ -83,7 +85,7 @@ def open_log(run_dir: str, rank: int, level: int = logging.INFO, form: LogFormat
 
 
 def tell(terminal: int, text: str) -> None:
-    """Write a few lines to the old stderr; one that is gone is no reason to fail."""
+    """Write a few lines to the old stderr; does not fail if it is closed."""
     try:
         os.write(terminal, (text + "\n").encode())
     except OSError:

@@ -1,7 +1,7 @@
-"""What a rank does between the agreed spec and the end: build its part of the engine, then lead or follow.
+"""The life of a rank after the spec is agreed: build its part of the engine, then lead or follow.
 
-Owns the choice of the engine and the reaction to signals. Must never import an engine that the spec does not name (torch costs 240 MB), and
-never leave the other ranks in a collective: an error while building is raised on all ranks.
+Owns the choice of the engine and the signal handlers. Must never import an engine that the spec does not name (torch costs 240 MB), and
+never leave the other ranks in a collective: an error during the build is raised on all ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from workers.serving.state_file import StateFile
 
 def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
     """This rank's part of the engine: an Engine on rank 0, a Follower elsewhere. Raises the same TriremeError on every rank, or
-    :class:`~workers.process.Alone` where the others cannot know."""
+    :class:`~workers.process.Alone` if the others cannot know the error."""
     match spec.engine:
         case FakeSpec():
             from workers.engines import fake_gang
@@ -42,8 +42,8 @@ def build(spec: ReplicaSpec, comm: Any) -> Engine | Follower:
 
 
 class Signals:
-    """SIGTERM and SIGINT. Rank 0: the first one drains a serving leader, any other ends the rank by SystemExit. Others ignore them: a
-    launcher passes its own on to every rank, and the leader ends the others when it has drained."""
+    """Handlers of SIGTERM and SIGINT. On rank 0 the first signal drains a serving leader, any other ends the rank by SystemExit. Other
+    ranks ignore both signals: a launcher forwards its own signals to every rank, and the leader ends the others after the drain."""
 
     def __init__(self, rank: int) -> None:
         self.leader: Leader | None = None
@@ -65,7 +65,7 @@ def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: Stat
     """
 
     def abort(error: TriremeError) -> None:
-        # The engine thread may hang inside MPI: only the end of the process helps, and the launcher then ends the other ranks.
+        # The engine thread may hang inside MPI: then only the end of the process helps, after which the launcher ends the other ranks.
         state.enter("failed", error=error)
         process.tell(terminal, error.lines())
         os._exit(error.exit_code)
@@ -73,7 +73,7 @@ def lead(spec: ReplicaSpec, engine: Engine, *, keys: KeyPair | None, state: Stat
     def enter(phase: RankPhase) -> None:
         state.enter(phase, capacity=engine.capacity)
 
-    # A waiting I/O thread gets its turn after 0.5 ms of pure Python instead of 5 ms: tokens leave while the next step is planned.
+    # The I/O thread waits at most 0.5 ms for the interpreter's lock instead of 5 ms, so tokens are sent while the next step is planned.
     sys.setswitchinterval(0.0005)
     leader = Leader(spec, engine, boot=uuid.uuid4().hex, keys=keys, enter=enter, abort=abort)
     signals.leader, signals.grace_s = leader, spec.drain_grace_s

@@ -1,4 +1,4 @@
-"""Who asks, and what that one may ask for: API keys of HTTP clients, tenants, and the salt that keeps their prefixes apart.
+"""Identities and their rights: API keys of HTTP clients, tenants, and the salt that separates the tenants' prefix caches.
 
 Owns the table of API keys in force, which holds hashes only. Never reads files (its caller does, and replaces the table when the file
 changes), and never keeps, logs or returns a key that a client sent.
@@ -20,9 +20,9 @@ _ID_BYTES, _SECRET_BYTES, _SALT_BYTES = 6, 32, 16
 
 
 class Tenant(msgspec.Struct, frozen=True):
-    """Whose request it is. ``models``: names or aliases that it may use and see; None = all. ``watches``: it may ask for the state of the
-    whole deployment although it is bound to models; who is not may always. ``weight``: its share of the service beside those that weigh 1.
-    ``most_urgent``: the smallest priority that its requests may have; smaller ones count as it."""
+    """The tenant of a request. ``models``: names or aliases that it may use and see; None = all. ``watches``: it may read the status of the
+    whole deployment although it is restricted to some models; a tenant without such a restriction always may. ``weight``: its share of the
+    service beside those that weigh 1. ``most_urgent``: the smallest priority that its requests may have; smaller ones count as it."""
 
     name: str = ""
     models: tuple[str, ...] | None = None
@@ -40,14 +40,15 @@ class Tenant(msgspec.Struct, frozen=True):
         return self.models is None or any(name in self.models for name in names)
 
 
-#: Where there are no keys, everyone is one tenant that may use all.
+#: Without keys, all clients are one tenant that may use every model.
 EVERYONE = Tenant(most_urgent=-9)
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is kept of a key. ``hash``: SHA-256 over ``salt`` and the whole key, both in hex; ``id`` is a part of the key that is no secret.
+    """The stored part of a key. ``hash``: SHA-256 over ``salt`` and the whole key, both in hex; ``id`` is a part of the key that is not
+    secret.
 
-    A key has 256 random bits, so nothing slower than SHA-256 is needed to keep it from being guessed.
+    A key has 256 random bits, so it cannot be guessed even with a hash as fast as SHA-256.
     """
 
     id: str
@@ -65,7 +66,7 @@ class ApiKeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def mint(tenant: str, models: tuple[str, ...] | None, created: int) -> tuple[str, ApiKey]:
-    """(a new key, what to keep of it)."""
+    """(a new key, its stored part)."""
     id = secrets.token_hex(_ID_BYTES)
     key = f"{_PREFIX}{id}-{secrets.token_hex(_SECRET_BYTES)}"
     salt = secrets.token_hex(_SALT_BYTES)
@@ -87,7 +88,7 @@ def _hash(salt: str, key: str) -> str:
 class ApiKeys:
     """The table in force."""
 
-    #: Stands in for a key that is not there, so that an unknown id takes as long as a wrong secret.
+    #: Compared in place of a key that does not exist, so that an unknown id takes as long as a wrong secret.
     _NOBODY = ApiKey(id="", tenant="", salt="0" * 2 * _SALT_BYTES, hash="0" * 64)
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
@@ -111,7 +112,7 @@ class ApiKeys:
 class Salting:
     """Makes the salt of the prefix cache: HMAC over tenant and the client's own salt with the deployment's key, the same at every router.
 
-    Replicas and the routing core know a prefix by this alone, so no tenant finds, or counts as cached, what another one computed.
+    Replicas and the routing core identify a prefix by this salt, so a tenant never hits blocks that another tenant computed.
     """
 
     def __init__(self, key: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Who may speak on a ``tcp://`` socket: the table of public keys and the roles that they were given.
+"""Access lists of ``tcp://`` sockets: the table of public keys and their roles.
 
 Owns the table in force. Never reads files (its caller does, and replaces the table when the file changes) and never sees a secret key.
 The file is JSON: ``{"<public key in z85>": {"role": "replica", "name": "r0"}, ...}``; roles are ``replica``, ``client`` and ``router``.
@@ -15,14 +15,14 @@ from orchestrator.auth.api_keys import Tenant
 from workers.protocol.errors import ConfigError
 
 Role = Literal["replica", "client", "router"]
-#: How the name of a grant ends that holds for a family of names; a name of one process has no slash of its own.
+#: Ending of a grant's name that allows all names with this prefix; the name of a single process contains no slash.
 FAMILY = "/*"
 
 
 class CurveGrant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one key may be. ``name``: the only replica name that it may say Hello as (empty = any; ``a/*`` = all that begin with ``a/``); of
-    a client, its tenant. ``models``: those that the replica may serve; of a client, as of :class:`~orchestrator.auth.api_keys.Tenant`,
-    and so is ``watches``."""
+    """The rights of one key. ``name``: for a replica, the only name that it may send in Hello (empty = any; ``a/*`` = all that begin with
+    ``a/``); for a client, its tenant. ``models``: for a replica, the models that it may serve; for a client, as in
+    :class:`~orchestrator.auth.api_keys.Tenant`, like ``watches``."""
 
     role: Role
     name: str = ""
@@ -48,8 +48,8 @@ def parse_grants(data: bytes) -> dict[str, CurveGrant]:
 
 
 class CurveAcl:
-    """The table in force. ``admits`` is asked once a connection by ZAP and once a message by the sockets, so a key that was removed is out
-    at its next message."""
+    """The table in force. ZAP calls ``admits`` once per connection and the sockets once per message, so a removed key is refused at its
+    next message."""
 
     def __init__(self, grants: Mapping[str, CurveGrant]) -> None:
         self._grants = dict(grants)
@@ -62,12 +62,12 @@ class CurveAcl:
         return grant is not None and grant.role == role
 
     def tenant(self, user: str) -> Tenant:
-        """The tenant of client ``user``; a tenant that may use nothing where its key was just removed."""
+        """The tenant of client ``user``; a tenant without rights if its key was just removed."""
         grant = self._grants.get(user)
         return Tenant(grant.name, grant.models, grant.watches) if grant is not None else Tenant(models=())
 
     def may_be(self, user: str, replica: str, model: str) -> bool:
-        """Whether the key ``user`` may speak for the replica of this name, and serve this model as it."""
+        """Whether the key ``user`` may send messages as the replica of this name, and serve this model."""
         grant = self._grants.get(user)
         if grant is None or grant.role != "replica":
             return False

@@ -1,7 +1,8 @@
 """The secrets of one deployment: CURVE key pairs, who is allowed to use them, API keys, and the salt of the prefix cache.
 
-Owns the ``keys`` folder (0700, files 0600) and API-keys files wherever they lie. A secret never leaves these but for the one replica it
-belongs to; none is logged or put into argv or the environment. Keys outlive restarts, so that what still runs finds its routers again.
+Owns the ``keys`` folder (0700, files 0600) and API-keys files wherever they are. A secret leaves these files only for the replica that it
+belongs to; none is logged or put into argv or the environment. Keys survive restarts, so that running replicas can reconnect to their
+routers.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def read_salt(path: Path) -> bytes:
 
 
 class JoinPass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a deployment needs to have its replicas join routers that are not its own (JSON, mode 0600). ``replica``: the key pair of all
-    its replicas, which announce themselves below ``name``; ``client``: the one with which it asks how they are. ``models``: None = all.
-    ``server``: the public key of the routers that it is for, so that no false address leads elsewhere."""
+    """A pass: what a deployment needs so that its replicas can join routers of another deployment (JSON, mode 0600). ``replica``: the key
+    pair of all its replicas, whose names begin with ``name``; ``client``: the key pair with which the deployment asks for their status.
+    ``models``: None = all. ``server``: the public key of the routers, so that a wrong address is detected."""
 
     name: str
     server: str
@@ -61,7 +62,7 @@ def read_pass(path: Path) -> JoinPass:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One writer of a folder's files at a time; two commands at once must not lose each other's key."""
+    """Lock the folder for one writer, so that two commands at the same time do not lose each other's key."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -81,22 +82,22 @@ def _new_pair() -> KeyPair:
 
 
 def _lasting(grant: CurveGrant) -> bool:
-    """Whether people gave it, by name, and only people take it back."""
+    """Whether a user granted it by name; only a user revokes such a grant."""
     return grant.name.endswith(FAMILY) or (grant.role == "client" and bool(grant.name))
 
 
 class ApiKeyRing:
-    """An API-keys file. Routers that read it take a change over within two seconds."""
+    """An API-keys file. Routers that read it apply a change within two seconds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> tuple[ApiKey, ...]:
-        """What is kept of each key; nothing where there is no file. Raises :class:`ConfigError`."""
+        """The stored part of each key; empty if there is no file. Raises :class:`ConfigError`."""
         return parse_api_keys(read_private(self.path)) if self.path.exists() else ()
 
     def add(self, tenant: str, models: Sequence[str]) -> str:
-        """A new key of the tenant, bound to ``models`` unless there are none. It is not kept: this is the only time that it is seen."""
+        """Make a key for the tenant, restricted to ``models`` unless these are empty. Only this call returns it; the file keeps a hash."""
         _check_name(tenant)
         key, row = mint(tenant, tuple(models) or None, int(time.time()))
         if not self.path.parent.exists():
@@ -137,7 +138,7 @@ class KeyRing:
         return self.folder / f"{role}-{name}.json"
 
     def pair(self, role: Role, name: str) -> KeyPair:
-        """The key pair of one process, made when it is first asked for. Raises :class:`ConfigError` on a file that is not one."""
+        """The key pair of one process, made at the first call. Raises :class:`ConfigError` on a file that is not one."""
         path = self.path(role, name)
         if path.exists():
             try:
@@ -150,7 +151,7 @@ class KeyRing:
 
     def allow(self, members: Sequence[tuple[Role, str]], models: Mapping[str, str] | None = None) -> None:
         """Write the allowed-keys file for exactly these (role, name), the clients that were admitted by name, and the passes. A replica's
-        key may speak for its own name only, and serve that one of the ``models`` that stands under it (any, where none does)."""
+        key allows only its own name, and only the model that ``models`` gives for this name (any model without an entry)."""
         grants: dict[str, CurveGrant] = {}
         for role, name in members:
             own, served = (name, (models or {}).get(name)) if role == "replica" else ("", None)
@@ -163,7 +164,8 @@ class KeyRing:
         return parse_grants(read_private(self.allowed_file)) if self.allowed_file.exists() else {}
 
     def admit_client(self, name: str, models: Sequence[str]) -> Path:
-        """Let a client of this name (which is its tenant) in, bound to ``models`` unless there are none; returns its key-pair file."""
+        """Authorize a client of this name (which is its tenant), restricted to ``models`` unless these are empty; returns its key-pair
+        file."""
         self._check_client(name)
         pair = self.pair("client", name)
         with _alone(self.folder):
@@ -182,8 +184,8 @@ class KeyRing:
         self.path("client", name).unlink(missing_ok=True)
 
     def admit_replicas(self, name: str, models: Sequence[str]) -> Path:
-        """Let replicas of another deployment in, to serve ``models`` (all where there are none), and return the pass to give to it. One
-        that exists keeps its keys; its models become these."""
+        """Authorize replicas of another deployment to serve ``models`` (empty = all), and return the pass for that deployment. An existing
+        pass keeps its keys and gets these models."""
         _check_name(name)
         path = self.path("pass", name)
         bound = tuple(models) or None

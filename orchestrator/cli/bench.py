@@ -1,6 +1,6 @@
 """`trireme bench`: puts load on an OpenAI endpoint or on the RPC servers of a deployment, and measures it.
 
-Owns the flags, the process's timers and signals, and the progress. What is sent and counted is :mod:`orchestrator.loadgen`'s.
+Owns the flags, the process's timers and signals, and the progress. :mod:`orchestrator.loadgen` decides what is sent and counted.
 """
 
 from __future__ import annotations
@@ -40,23 +40,21 @@ if TYPE_CHECKING:
     from orchestrator.loadgen.stats import Summary
     from orchestrator.loadgen.target import LoadTarget
 
-#: Requests in flight without --concurrency: always so many in a closed loop, at most so many in an open one.
+#: Requests in flight without --concurrency: exactly this number in a closed loop, at most this number in an open one.
 CLOSED, OPEN = 8, 1024
 #: Requests of a run without --requests, --duration and --trace.
 REQUESTS = 100
-#: Tokens kept free of a prompt in words: words may be more tokens than they are, and a chat template stands around them.
+#: Tokens of the context kept free for a prompt of words: a word may be several tokens, and a chat template adds some.
 SLACK_TOKENS = 64
 TICK_S = 0.25
 #: Signals that end a run early; its report is printed all the same.
 ENDING = (signal.SIGINT, signal.SIGTERM)
 LOST = 5
 
-InputLen = Annotated[
-    str, typer.Option("--input-len", metavar="N|A:B", help="Tokens of a prompt, 512 unless given; A:B = anything between.")
-]
+InputLen = Annotated[str, typer.Option("--input-len", metavar="N|A:B", help="Tokens of a prompt, 512 by default; A:B = a range.")]
 Slo = Annotated[list[str] | None, typer.Option("--slo", metavar="FIGURE:MS", help="Objective for goodput: ttft, itl, tpot, e2e or queue.")]
-Output = Annotated[str, typer.Option("--output", "-o", metavar="table|json", help="Form of the report.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Write the report as JSON to this file too.")]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="table|json", help="Format of the report.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Also write the report as JSON to this file.")]
 
 #: Makes the target once the loop runs; ``clock`` is what answers are timed by.
 MakeTarget = Callable[[Callable[[], float]], "LoadTarget"]
@@ -68,28 +66,30 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: Annotated[
         int | None, typer.Option("--concurrency", "-c", min=1, help="Requests in flight; with a rate or trace, at most.")
     ] = None
-    rate: Annotated[float | None, typer.Option("--rate", "-r", help="Requests a second, sent whatever becomes of them (open loop).")] = None
+    rate: Annotated[float | None, typer.Option("--rate", "-r", help="Requests a second, sent without waiting for answers (open loop).")] = (
+        None
+    )
     burstiness: Annotated[float, typer.Option("--burstiness", help="1 = Poisson arrivals, less comes in bursts, more is steadier.")] = 1.0
     requests: Annotated[
-        int | None, typer.Option("--requests", "-n", min=1, help="How many; 100 unless there is a duration or a trace.")
+        int | None, typer.Option("--requests", "-n", min=1, help="Number of requests; 100 without a duration or a trace.")
     ] = None
-    duration: Annotated[float | None, typer.Option("--duration", "-d", help="Send for so many seconds.")] = None
+    duration: Annotated[float | None, typer.Option("--duration", "-d", help="Send for this many seconds.")] = None
     input_len: InputLen = ""
-    output_len: Annotated[str, typer.Option("--output-len", metavar="N|A:B", help="Tokens of an answer, 128 unless given.")] = ""
+    output_len: Annotated[str, typer.Option("--output-len", metavar="N|A:B", help="Tokens of an answer, 128 by default.")] = ""
     trace: Annotated[Path | None, typer.Option("--trace", help="Replay a .jsonl or .jsonl.gz of timestamps and lengths.")] = None
-    speed: Annotated[float, typer.Option("--speed", help="Replay a trace so many times as fast.")] = 1.0
+    speed: Annotated[float, typer.Option("--speed", help="Replay a trace this many times as fast.")] = 1.0
     spread: Annotated[float | None, typer.Option("--spread", help="Seconds over which equal timestamps of a trace are spread.")] = None
     max_len: Annotated[
-        int | None, typer.Option("--max-len", min=2, help="Cut requests to this context; the served model's unless given.")
+        int | None, typer.Option("--max-len", min=2, help="Cut requests to this context; by default the served model's.")
     ] = None
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Arrivals, lengths and prompts are the same for the same seed.")] = 0
-    chat: Annotated[bool, typer.Option("--chat", help="Ask the chat endpoint; prompts are words.")] = False
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same arrivals, lengths and prompts.")] = 0
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat endpoint; prompts are words.")] = False
     words: Annotated[bool, typer.Option("--text", help="Send prompts as words instead of token ids.")] = False
     temperature: Temperature = 0.0
-    stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let answers end by themselves (no ignore_eos in the body).")] = False
+    stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let answers end at end-of-sequence (no ignore_eos).")] = False
     slo: Slo = None
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Requests sent before, which do not count.")] = 0
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which a request has failed.")] = 600.0
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Requests sent before the run; they do not count.")] = 0
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which a request fails.")] = 600.0
 
 
 @with_option_structs
@@ -120,7 +120,7 @@ def bench(
 
 
 def settings_of(load: LoadOptions, model: str) -> LoadSettings:
-    """The settings that the flags mean, still without a target. Raises Rejected on flags that exclude each other or mean nothing."""
+    """The settings from the flags, still without a target. Raises Rejected on flags that exclude each other or have no effect."""
     from orchestrator.loadgen.settings import LoadSettings, check, objectives
 
     open_loop, endless = load.rate is not None or load.trace is not None, load.duration is None and load.trace is None
@@ -137,7 +137,7 @@ def settings_of(load: LoadOptions, model: str) -> LoadSettings:
 
 
 def measured_against(settings: LoadSettings, url: str, rpc: bool, name: str, run_dir: str) -> LoadSettings:
-    """The settings with their target, and the name and the context length of the served model as far as the endpoint gives them.
+    """The settings with their target, with the served model's name and context length if the endpoint reports them.
 
     Raises NotFound.
     """
@@ -211,7 +211,7 @@ async def _measure(
     target = make(clock)
     try:
         if settings.warmup:
-            # Other prompts than the run's, which must not find its own in a cache.
+            # Prompts other than those of the run, so that the run does not hit them in the prefix cache.
             warm = LoadRun(target, warmup(settings), options(settings.seed + 1), RunStats())
             if await _until_end(console, "warm-up", warm, settings.warmup, timed=False):
                 return warm.stats.summary(0.0), True
@@ -225,7 +225,8 @@ async def _measure(
 
 
 async def _until_end(console: Console, phase: str, load: LoadRun, total: int, *, timed: bool) -> bool:
-    """Run a load with its progress: requests that are over, or seconds where only these are known. True: Ctrl-C or SIGTERM ended it."""
+    """Run a load and show its progress, in finished requests, or in seconds if the number of requests is not known. Returns True if Ctrl-C
+    or SIGTERM ended it."""
     import asyncio
 
     interrupted = False

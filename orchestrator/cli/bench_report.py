@@ -1,4 +1,4 @@
-"""The report of `trireme bench`: as a value, as JSON and as text. Owns its form alone."""
+"""The report of `trireme bench`: as a value, as JSON and as text. Owns only its format."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from workers import __version__
 from workers.files import replace_file
 from workers.protocol.errors import EnvironmentFault
 
-#: Above these the generator itself shows in the figures: p99 of how late its timers come in ms, and cores.
+#: Above these limits the generator itself affects the figures: p99 of the delay of its timers in ms, and cores in use.
 LATE_MS, BUSY_CORES = 10.0, 0.9
 
 
 class PromptCuts(msgspec.Struct, frozen=True, kw_only=True):
-    """What was taken from requests so that they fit the context."""
+    """The tokens that were cut from requests so that they fit the context."""
 
     requests: int
     input_tokens: int
@@ -49,7 +49,7 @@ def as_json(report: BenchReport) -> str:
 
 
 def write(path: Path, report: BenchReport) -> None:
-    """The file appears whole. Raises EnvironmentFault."""
+    """Write the report as JSON, atomically. Raises EnvironmentFault."""
     try:
         replace_file(path, (as_json(report) + "\n").encode(), mode=0o666)
     except OSError as error:
@@ -71,7 +71,7 @@ def describe(settings: LoadSettings) -> str:
 
 
 def render(report: BenchReport) -> str:
-    """The report for a person."""
+    """The report as text."""
     summary, cut = report.summary, report.cut
     rows = [[METRICS[name], *_row(spread)] for name, spread in summary.latency_ms.items()]
     lines = [
@@ -99,7 +99,7 @@ def render(report: BenchReport) -> str:
 
 
 def doubts(report: BenchReport) -> list[str]:
-    """Why the figures may not be the server's."""
+    """Reasons why the figures may not describe the server."""
     client, found = report.summary.client, []
     if client.late.p99 > LATE_MS or client.cpu > BUSY_CORES:
         found.append("the generator did not get the time that it needs, and this is in the figures: give it its own cores, or less load")

@@ -1,6 +1,6 @@
 """`trireme build`: TensorRT-LLM engines made from a checkpoint.
 
-Owns what people see of a build. The work, and every refusal, belongs to `workers.engines.trtllm`.
+Owns the output of the command. The work and every refusal belong to `workers.engines.trtllm`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ BuildFlags = build_flags()
 def build(
     context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A folder that `trireme convert --for-trtllm` wrote.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; the catalogue's own when not given.")] = None,
-    name: Annotated[str, typer.Option("--name", help="What the model is called in the catalogue; the checkpoint's folder name.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print the command; needs no GPU.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; by default one in the catalogue.")] = None,
+    name: Annotated[str, typer.Option("--name", help="Name of the model in the catalogue; by default the checkpoint's folder name.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the options and print the command; needs no GPU.")] = False,
     cache_dir: CacheDir = None,
     *,
     flags: BuildFlags,  # type: ignore[valid-type]
 ) -> None:
-    """Build TensorRT-LLM engines from a checkpoint; the same build a second time is found, not made.
+    """Build TensorRT-LLM engines from a checkpoint; a second build with the same options reuses them.
 
-    Layout and quantization are the checkpoint's. Needs TensorRT-LLM 1.2 and the GPU that is to serve.
+    Layout and quantization are the checkpoint's. Needs TensorRT-LLM 1.2 and a GPU of the kind that will serve.
     """
     from workers.engines.trtllm import build as building
     from workers.engines.trtllm import engine_catalogue, node_probe

@@ -28,7 +28,7 @@ from workers.protocol.errors import Rejected, TriremeError
 
 def chat(
     context: typer.Context,
-    message: Annotated[str | None, typer.Argument(help="One question; without it a conversation starts, or a pipe is read.")] = None,
+    message: Annotated[str | None, typer.Argument(help="One question; without it, start a conversation, or read a pipe.")] = None,
     system: Annotated[str, typer.Option("--system", "-s", help="The system message.")] = "",
     url: Url = "",
     rpc: Rpc = False,
@@ -55,7 +55,7 @@ def chat(
 
 
 def converse(console: Console, backend: GenerateBackend, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
-    """Questions from the keyboard until it ends; each answer joins the conversation, a failed one leaves it as it was."""
+    """Read questions until the input ends; each answer is added to the conversation, a failed question is not."""
     import readline  # noqa: F401  (importing it gives input() a history and line editing)
 
     console.say(f"{body['model']}: an empty line or Ctrl-D ends, Ctrl-C stops an answer")

@@ -1,4 +1,4 @@
-"""How a group of commands is listed in its help: each with the whole first paragraph of its text, which the parser would cut short."""
+"""The help of a group of commands: it shows the whole first paragraph of each command's text, which the parser would cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def first_paragraph(text: str | None) -> str:
 
 
 class CommandGroup(TyperGroup):
-    """A group whose help has no boxes: drawing them takes as long as all the rest of a start."""
+    """A group whose help has no boxes, because drawing them takes as long as the rest of a start."""
 
     def summaries(self) -> Iterator[tuple[str, str]]:
         """(name, text) of each command that is shown."""

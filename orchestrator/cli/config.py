@@ -1,4 +1,4 @@
-"""`trireme config`: what a deployment file means, and the shipped ones. Changes no deployment."""
+"""`trireme config`: shows the settings of a deployment file, and writes the shipped examples. Changes no deployment."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from orchestrator.cli.command_group import CommandGroup
 from orchestrator.cli.console import Console, table
 from workers.protocol.errors import EnvironmentFault, Rejected
 
-config = typer.Typer(
-    name="config", cls=CommandGroup, help="Deployment files: what one means, and the shipped examples.", no_args_is_help=True
-)
+config = typer.Typer(name="config", cls=CommandGroup, help="Check deployment files, and write the shipped examples.", no_args_is_help=True)
 
 
 @config.command("show")
@@ -25,7 +23,7 @@ def config_show(
     file: Annotated[Path, typer.Argument(help="A deployment file.")],
     resolved: Annotated[bool, typer.Option("--resolved", help="Every value and where it came from.")] = False,
 ) -> None:
-    """Check a deployment file and print what it means."""
+    """Check a deployment file and print its settings."""
     import yaml
 
     from orchestrator.config import deployment_file
@@ -42,9 +40,9 @@ def config_show(
 @config.command("examples")
 def config_examples(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="Where to; the present folder when not given.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Target folder; by default the current one.")] = Path(),
 ) -> None:
-    """Write what is shipped beside the code to FOLDER/deploy: example deployment files, Slurm scripts, manifests, units, dashboards."""
+    """Write the shipped files to FOLDER/deploy: example deployment files, Slurm scripts, manifests, units, dashboards."""
     from orchestrator.files import SHIPPED
 
     target = folder.expanduser() / "deploy"

@@ -1,6 +1,6 @@
-"""How the command line speaks: results on stdout, progress on stderr, errors as error/why/hint lines.
+"""Output of the command line: results on stdout, progress on stderr, errors as error/why/hint lines.
 
-Owns the terminal's settings (quiet, log format, colour) for this process and every progress bar. Never decides anything but form.
+Owns the terminal's settings (quiet, log format, colour) for this process and every progress bar. Decides only about the format.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LogFormat = Literal["text", "json"]
 Progress = Callable[[str, int, int], None]
 #: A plain progress line at most this often, seconds.
 PLAIN_EVERY_S = 5.0
-#: How often the progress of a program whose log is followed is printed to a file or pipe at most, seconds.
+#: Shortest time between two progress lines in a file or pipe while another program's log is shown, seconds.
 FOLLOW_EVERY_S = 30.0
 INTERRUPTED = 130
 
@@ -35,7 +35,7 @@ _STYLES = {"error": "1;31", "hint": "36", "good": "32", "warn": "33", "bad": "31
 
 
 class ConsoleSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the global flags say."""
+    """Values of the global flags."""
 
     quiet: bool = False
     log_format: LogFormat = "text"
@@ -43,7 +43,7 @@ class ConsoleSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Console:
-    """The terminal of one process. ``say`` informs (stderr), ``out`` answers (stdout)."""
+    """The terminal of one process. ``say`` prints messages (stderr), ``out`` prints results (stdout)."""
 
     def __init__(self, settings: ConsoleSettings, *, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> None:
         self.settings = settings
@@ -63,7 +63,7 @@ class Console:
         self.stdout.flush()
 
     def say(self, text: str, **facts: object) -> None:
-        """Tell what is going on; silent under --quiet. ``facts`` are keys of the JSON line."""
+        """Print a message; does nothing under --quiet. ``facts`` are keys of the JSON line."""
         if not self.settings.quiet:
             self._tell("info", text, facts)
 
@@ -99,7 +99,7 @@ class Console:
 
     @contextmanager
     def progress(self, counted: Callable[[int], str] | None = None) -> Iterator[Progress]:
-        """A callback that draws bars on a terminal and plain lines (phase, percent, seconds) elsewhere. ``counted`` words what is counted,
+        """A callback that draws bars on a terminal and plain lines (phase, percent, seconds) elsewhere. ``counted`` formats the amount,
         None = bytes."""
         if self.settings.quiet:
             yield lambda phase, done, total: None
@@ -139,7 +139,7 @@ class Console:
 
     @contextmanager
     def following(self) -> Iterator[OutputFollower]:
-        """For another program's log: its lines as they come, and one of ours about how far it is."""
+        """For another program's log: prints its lines as they arrive, and one progress line of our own."""
         follower = OutputFollower(self)
         try:
             yield follower
@@ -147,7 +147,7 @@ class Console:
             follower.finish()
 
     def _end_progress(self) -> None:
-        """Leave what is drawn as it is: other lines follow. Progress that goes on begins anew below those."""
+        """Leave the drawn bars as they are, because other lines follow. Further progress is drawn below those lines."""
         if self._lines is not None:
             self._lines.finish()
         if self._bars is not None:
@@ -177,14 +177,14 @@ class PlainProgress:
             self.say(f"{phase}: {share}, {now - self.started:.1f} s")
 
     def finish(self) -> None:
-        """Tell how the current phase ended; nothing when none ran."""
+        """Print the result of the current phase, if there is one."""
         if self.phase:
             self.say(f"{self.phase}: {self.amount(self.done)}, {self.clock() - self.started:.1f} s")
         self.phase = ""
 
 
 class OutputFollower:
-    """Lines of another program, dim; on a terminal the state stays below them and is drawn over itself."""
+    """Prints lines of another program, dimmed; on a terminal the progress line stays below them and is redrawn."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -199,7 +199,7 @@ class OutputFollower:
             self._draw()
 
     def state(self, text: str) -> None:
-        """``text`` is the state of now; in files and pipes it is printed now and then."""
+        """``text`` is the current progress; in files and pipes it is printed only at intervals."""
         if self._console.settings.quiet:
             return
         self._clear()
@@ -225,7 +225,7 @@ class OutputFollower:
 
 
 def size(count: int) -> str:
-    """Bytes as people read them: ``98.4 MB``."""
+    """Bytes in readable form: ``98.4 MB``."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -235,7 +235,7 @@ def size(count: int) -> str:
 
 
 def age(seconds: float) -> str:
-    """A duration in kubectl's manner: ``45s``, ``12m``, ``3h``, ``5d``."""
+    """A duration in kubectl's format: ``45s``, ``12m``, ``3h``, ``5d``."""
     whole = max(0, int(seconds))
     for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if whole >= 2 * length:
@@ -244,6 +244,6 @@ def age(seconds: float) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Left-aligned columns, three spaces apart, no rules: kubectl's manner."""
+    """Left-aligned columns, three spaces apart, without lines, as kubectl prints them."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows])

@@ -17,7 +17,7 @@ from workers.protocol.specs import Parallel
 def convert(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's name, a Hugging Face folder, a GGUF or a checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a checkpoint that is there is replaced at the end.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; an existing checkpoint is replaced at the end.")],
     tp_size: TpSize = 1,
     pp_size: PpSize = 1,
     dtype: DTypeName = "",

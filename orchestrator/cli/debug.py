@@ -1,4 +1,4 @@
-"""`trireme debug`: what routers did. Dumps of their last events, and the story of one request. Owns only files and words."""
+"""`trireme debug`: what routers did: dumps of their last events, and the story of one request. Owns only files and texts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHOSEN: dict[PlacementReason, str] = {
 debug = typer.Typer(
     name="debug",
     cls=CommandGroup,
-    help="Look at what routers did: their last events, and the story of one request.",
+    help="Show what routers did: their last events, and the story of one request.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -45,8 +45,10 @@ debug = typer.Typer(
 @debug.command()
 def dump(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Which deployment; the only one when not given.")] = "",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to; of several routers FILE.ROUTER.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the deployment; needed if several run.")] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write; with several routers FILE.ROUTER.")
+    ] = None,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Write the last events of each router, with its state before them: `python -m orchestrator.sim --replay FILE` runs them again.
@@ -71,12 +73,12 @@ def dump(
 @debug.command()
 def story(
     context: typer.Context,
-    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The id in the answer, or the one that the client gave.")],
-    name: Annotated[str, typer.Option("--name", help="Which deployment; the only one when not given.")] = "",
-    form: Annotated[str, typer.Option("--output", "-o", metavar="json", help="All that is known, as JSON.")] = "",
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The id in the answer, or the client's own id.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the deployment; needed if several run.")] = "",
+    form: Annotated[str, typer.Option("--output", "-o", metavar="json", help="Print everything as JSON.")] = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Tell what happened to one request, in order: where it waited, which replicas ran it, and how it ended."""
+    """Show what happened to one request, in order: where it waited, which replicas ran it, and how it ended."""
     import msgspec
 
     from orchestrator.router.core.history import KEPT_REQUESTS
@@ -97,7 +99,7 @@ def story(
 
 
 def ask_routers(console: Console, name: str, run_dir: str, what: str, wait_ms: int, about: str = "") -> list[bytes]:
-    """The answers of a deployment's routers; those that give none are named on stderr. Raises the error of the last where none answers."""
+    """The answers of a deployment's routers; routers that do not answer are named on stderr. Raises the last error if no router answers."""
     import msgspec
     import zmq
 
@@ -137,9 +139,9 @@ def ask_routers(console: Console, name: str, run_dir: str, what: str, wait_ms: i
 
 
 def copy(source: Path, file: Path) -> None:
-    """Copy a dump into a file of this user alone, for it names the requests of all tenants.
+    """Copy a dump into a file that only this user can read, because it names the requests of all tenants.
 
-    Raises :class:`EnvironmentFault`, for example where the router runs on another host.
+    Raises :class:`EnvironmentFault`, for example if the router runs on another host.
     """
     try:
         with source.open("rb") as dumped, open(file, "wb", opener=partial(os.open, mode=PRIVATE)) as out:

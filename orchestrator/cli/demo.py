@@ -1,8 +1,8 @@
-"""`trireme demo`: the deployment of an example file from nothing to an answer and back to nothing, as a user would do it by hand.
+"""`trireme demo`: starts the deployment of an example file, gets answers, and stops it, with the commands that a user would type.
 
-Owns the two halves of the run. Outside: models are fetched and converted. Inside, in a network and process namespace of its own where the
-system allows one (Ray listens on all interfaces): the deployment comes up, answers over HTTP and RPC, shows its status, goes down, and
-every process that it ever started is proven gone. Uses only what any user can: commands, HTTP and RPC.
+Owns the two parts of the run. The first fetches and converts models. The second starts the deployment, gets answers over HTTP and RPC,
+prints the status, stops everything, and checks that no process is left. It runs in a separate network and process namespace if the system
+allows it, because Ray listens on all interfaces. Uses only commands, HTTP and RPC.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 def demo(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A deployment file.", show_default="deploy/examples/local.yaml")] = EXAMPLE,
-    inside: Annotated[bool, typer.Option("--inside", hidden=True, help="The second half, in a namespace.")] = False,
-    isolate: Annotated[bool, typer.Option(help="Run the deployment in a network of its own where the system allows it.")] = True,
+    inside: Annotated[bool, typer.Option("--inside", hidden=True, help="The second part, in a namespace.")] = False,
+    isolate: Annotated[bool, typer.Option(help="Run the deployment in a separate network if the system allows it.")] = True,
 ) -> None:
-    """Fetch, convert, start, ask over HTTP and over ZeroMQ, show the status, stop, and prove that nothing is left."""
+    """Fetch and convert a model, start it, ask over HTTP and ZeroMQ, show the status, stop, and check that no process is left."""
     console: Console = context.obj
     if inside:
         run_inside(console, file)
@@ -59,7 +59,7 @@ def demo(
 
 
 def prepare(console: Console, file: Path) -> Config:
-    """Fetch and convert what the file's replicas need, so that the second half needs no network."""
+    """Fetch and convert what the file's replicas need, so that the second part needs no network."""
     from orchestrator.config import deployment_file
     from orchestrator.control.host.deployment_plan import prepare_models
     from orchestrator.control.launch import node_hardware
@@ -78,7 +78,7 @@ def prepare(console: Console, file: Path) -> Config:
 
 
 def find_namespace() -> list[str]:
-    """The command that runs another one in a fresh network and process namespace; empty where none is allowed."""
+    """The command that runs another one in a new network and process namespace; empty if that is not allowed."""
     from orchestrator.cli.doctor_checks import NAMESPACE_COMMANDS, attempt
 
     return next((argv for argv in NAMESPACE_COMMANDS if attempt([*argv, "true"], timeout=10.0).code == 0), [])
@@ -121,7 +121,7 @@ def answer(console: Console, config: Config, url: str, title: str, *, rpc: bool)
 
 
 def survivors() -> list[str]:
-    """Processes that still live below this one after a grace for those that are just ending: ``pid name``."""
+    """Descendants of this process that still live after a grace for those that are ending: ``pid name``."""
     import psutil
 
     until = time.monotonic() + GONE_S
@@ -139,7 +139,7 @@ def survivors() -> list[str]:
 
 
 def raise_loopback() -> None:
-    """Bring ``lo`` up where it is down, as it is in a fresh network namespace. Interface flags: struct ifreq of netdevice(7)."""
+    """Bring ``lo`` up if it is down, as in a new network namespace. Interface flags: struct ifreq of netdevice(7)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         request = struct.pack("16sh22x", b"lo", 0)
         flags = struct.unpack("16sh22x", fcntl.ioctl(control, SIOCGIFFLAGS, request))[1]

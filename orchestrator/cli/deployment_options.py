@@ -10,24 +10,24 @@ from typing import Annotated
 import msgspec
 import typer
 
-Port = Annotated[int | None, typer.Option("--port", help="HTTP port; 0 = any free one.")]
+Port = Annotated[int | None, typer.Option("--port", help="HTTP port; 0 = any free port.")]
 Routers = Annotated[int | None, typer.Option("--routers", min=1, help="Router processes that share the port.")]
 Launcher = Annotated[
     str | None,
-    typer.Option("--launcher", metavar="auto|ray|local", help="Through Ray, or directly on this machine; auto: Ray where one runs."),
+    typer.Option("--launcher", metavar="auto|ray|local", help="Use Ray, or this machine without Ray; auto: Ray if one runs."),
 ]
 ApiKeysFile = Annotated[
     str | None, typer.Option("--api-keys-file", help="File of the API keys that the HTTP API accepts; see `trireme keys api`.")
 ]
 Insecure = Annotated[
-    bool | None, typer.Option("--insecure-http-without-keys", help="Let --host be reachable from other machines without API keys.")
+    bool | None, typer.Option("--insecure-http-without-keys", help="Allow a --host that other machines can reach without API keys.")
 ]
-JoinFile = Annotated[str | None, typer.Option("--join-file", help="Have the replicas join the routers of this join.json, start none.")]
-Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; `trireme down` ends it.")]
+JoinFile = Annotated[str | None, typer.Option("--join-file", help="Start no routers; replicas join the routers of this join.json.")]
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when the deployment is ready; `trireme down` ends it.")]
 
 
 Origins = Annotated[
-    str | None, typer.Option("--allowed-origins", help="Web pages whose scripts may use the HTTP API, with commas between; * = all.")
+    str | None, typer.Option("--allowed-origins", help="Origins of web pages that may use the HTTP API, separated by commas; * = all.")
 ]
 GenerationConfigFlag = Annotated[
     str | None,
@@ -50,8 +50,8 @@ class LocationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The name of a deployment and its folders."""
 
     name: Annotated[str | None, typer.Option("--name", help="Name of the deployment.")] = None
-    run_dir: Annotated[str | None, typer.Option("--run-dir", help="Where sockets, keys, logs and state go.")] = None
-    cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="Where models are kept.")] = None
+    run_dir: Annotated[str | None, typer.Option("--run-dir", help="Folder of sockets, keys, logs and state.")] = None
+    cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="Folder of models.")] = None
 
 
 class JoinOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""`trireme doctor`: what is right and what is wrong on this machine. Changes nothing."""
+"""`trireme doctor`: checks this machine. Changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def doctor(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The HTTP port that a deployment would use.")] = 8000,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Look at this machine: Python, torch, MPI, Ray, ports, memory, names. Exit code 4 when something must be mended first."""
+    """Check this machine: Python, torch, MPI, Ray, ports, memory, names. Exit code 4 if something must be fixed first."""
     from orchestrator.cli import doctor_checks
 
     console: Console = context.obj

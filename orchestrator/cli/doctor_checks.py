@@ -1,7 +1,7 @@
 """The checks of `trireme doctor`: one function for each fact of this machine; it returns what it found and what to do about it.
 
-Changes nothing. Every check is bounded in time; engines and Ray are tried in processes of their own, so a broken one can
-neither hang nor crash the report.
+Changes nothing. Every check is bounded in time; engines and Ray are tested in separate processes, so a broken one can neither hang nor
+crash the report.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PATIENCE_S = 60.0
 GIB = 1 << 30
 NEEDED_MEMORY = 2 * GIB
 NEEDED_DISK = 2 * GIB
-#: A name service slower than this delays the start of every gang by as much.
+#: A slower name service delays the start of every gang.
 SLOW_NAME_S = 1.0
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 
-#: Rank 0 alone answers: two ranks that never met are two rank 0s.
+#: Only rank 0 prints: if the two ranks do not share a world, both are rank 0.
 _TWO_RANKS = """
 from mpi4py import MPI
 total = MPI.COMM_WORLD.allreduce(1)
@@ -41,7 +41,7 @@ if MPI.COMM_WORLD.rank == 0:
     print(total, " ".join(MPI.Get_library_version().split(",")[0].split()[:3]))
 """
 
-#: The look-up alone is timed, without the start of the interpreter that makes it.
+#: Times only the look-up, not the start of its interpreter.
 _LOOK_UP = "import socket, sys, time; began = time.monotonic(); print(socket.gethostbyname(sys.argv[1]), time.monotonic() - began)"
 
 
@@ -55,7 +55,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class CommandResult(msgspec.Struct, frozen=True):
-    """How a command that was tried ended; ``code`` is None when it could not be started or took too long."""
+    """The result of a command; ``code`` is None if it could not be started or took too long."""
 
     code: int | None
     output: str
@@ -111,7 +111,7 @@ def mpi_wheels(version_of: Callable[[str], str | None] = version) -> Finding:
 
 
 def mpi_run() -> Finding:
-    """Two real ranks meet in an all-reduce."""
+    """Two real ranks run an all-reduce."""
     try:
         if (found := mpiexec.look_for_mpi(os.environ.get("PATH", os.defpath))) is None:
             return Finding("mpiexec", "warn", "not found: replicas of one rank only, and fake ones", "pip install 'trireme-llm[mpich]'")
@@ -186,7 +186,7 @@ def isolation() -> Finding:
     return Finding("namespaces", "warn", "not allowed here: the demo's Ray runs in the machine's network, with token authentication", hint)
 
 
-#: Ways to run a command in a network and process namespace that dies with it: as root, then as anyone.
+#: Ways to run a command in a network and process namespace that ends with it: as root, then as any user.
 NAMESPACE_COMMANDS = (
     ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"],
     ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"],
@@ -194,8 +194,8 @@ NAMESPACE_COMMANDS = (
 
 
 def examine(http_port: int, cache: Path) -> list[Finding]:
-    """Every finding about this machine, in the order of the report. They are made at the same time: most of the time goes into starting
-    torch, Ray and MPI, each in processes of its own."""
+    """Every finding about this machine, in the order of the report. The checks run at the same time, because most of their time is the
+    start of torch, Ray and MPI in separate processes."""
     checks: list[Callable[[], Finding]] = [
         python, torch, mpi_wheels, mpi_run, ray, lambda: port(http_port), memory, lambda: disk(cache), hostname, isolation,
     ]  # fmt: skip

@@ -12,8 +12,8 @@ from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
 
 def down(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Which deployment; the only one when not given.")] = "",
-    now: Annotated[bool, typer.Option("--now", help="Do not wait for what runs.")] = False,
+    name: Annotated[str, typer.Argument(help="Name of the deployment; needed if several run.")] = "",
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for running requests.")] = False,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Drain a deployment, stop it, and wait until its host process is gone."""

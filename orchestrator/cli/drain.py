@@ -1,4 +1,4 @@
-"""`trireme drain`: one replica finishes what it runs and is launched anew."""
+"""`trireme drain`: one replica finishes its running requests and is launched again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from orchestrator.cli.running_deployments import DEFAULT_RUN_DIR, RunDir, pick
 def drain(
     context: typer.Context,
     replica: Annotated[str, typer.Argument(help="Name of the replica, as `trireme status -o wide` shows it.")],
-    name: Annotated[str, typer.Option("--name", help="Which deployment; the only one when not given.")] = "",
+    name: Annotated[str, typer.Option("--name", help="Name of the deployment; needed if several run.")] = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Have one replica finish what it runs and be launched anew."""
+    """Let one replica finish its running requests, then launch it again."""
     deployment, _, short = replica.rpartition("/")
     pick(name or deployment, run_dir).drain(short)
     context.obj.say(f"replica {short} drains; another takes its place")

@@ -1,6 +1,6 @@
-"""`trireme engines`: the TensorRT-LLM engines that were built here.
+"""`trireme engines`: the TensorRT-LLM engines in this machine's catalogue.
 
-Owns how engines are shown. :mod:`workers.engines.trtllm.engine_catalogue` owns the catalogue itself.
+Owns the output. :mod:`workers.engines.trtllm.engine_catalogue` owns the catalogue itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workers.engines.trtllm.node_probe import NodeFacts
 
 engines = typer.Typer(name="engines", cls=CommandGroup, help="The TensorRT-LLM engines that were built here.", no_args_is_help=True)
-EngineName = Annotated[str, typer.Argument(metavar="ENGINE", help="Its name (or the beginning of it), or its folder.")]
+EngineName = Annotated[str, typer.Argument(metavar="ENGINE", help="The engine's name (or the beginning of it), or its folder.")]
 Form = Annotated[str, typer.Option("--output", "-o", metavar="text|json")]
 
 

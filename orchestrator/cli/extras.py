@@ -1,10 +1,10 @@
-"""Which extra of the distribution a package belongs to, for the error of a command that misses it. Imports nothing of either."""
+"""The extra of the distribution that installs a package, for the error of a command whose package is missing. Imports none of them."""
 
 from __future__ import annotations
 
 from workers.protocol.errors import EnvironmentFault
 
-#: Extra -> the modules that it brings. The names of the distributions are in pyproject.toml.
+#: Extra -> the modules that it installs. The names of the distributions are in pyproject.toml.
 EXTRAS = {
     "server": (
         "httptools", "httpx", "jinja2", "numpy", "prometheus_client", "psutil", "rich", "safetensors", "starlette", "tokenizers", "typer",
@@ -16,7 +16,7 @@ EXTRAS = {
 
 
 def missing_package(error: ModuleNotFoundError) -> EnvironmentFault | None:
-    """The error of a command that needs what ``error`` says is not installed; None where no extra brings it."""
+    """The error of a command that needs the missing module of ``error``; None if no extra installs it."""
     package = (error.name or "").partition(".")[0]
     for extra, modules in EXTRAS.items():
         if package in modules:

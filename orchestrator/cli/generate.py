@@ -1,4 +1,4 @@
-"""`trireme generate`: a running deployment goes on with a text."""
+"""`trireme generate`: a running deployment continues a text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from workers.protocol.errors import Rejected
 
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="Text to go on from; '-' reads the standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads the standard input.")],
     url: Url = "",
     rpc: Rpc = False,
     name: Name = "",
@@ -37,7 +37,7 @@ def generate(
     seed: Seed = None,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Continue a text with a running deployment, without a chat template."""
+    """Let a running deployment continue a text, without a chat template."""
     console: Console = context.obj
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:

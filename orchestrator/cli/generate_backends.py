@@ -1,4 +1,5 @@
-"""Backends of `chat`, `generate` and `bench`: a running deployment asked over HTTP or over ZeroMQ RPC, its answer as pieces of text.
+"""Backends of `chat`, `generate` and `bench`: they send a request to a running deployment over HTTP or ZeroMQ RPC, and yield the answer in
+pieces of text.
 
 A backend owns one connection. It prints nothing.
 """
@@ -26,7 +27,7 @@ SILENCE_S = 120.0
 
 
 class HttpBackend:
-    """The OpenAI endpoint at ``url``, asked with ``key`` unless it is empty. ``transport`` replaces the network in tests."""
+    """The OpenAI endpoint at ``url``, used with the API key ``key`` unless it is empty. ``transport`` replaces the network in tests."""
 
     def __init__(self, url: str, key: str = "", transport: httpx.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -40,11 +41,11 @@ class HttpBackend:
         self._http.close()
 
     def models(self) -> list[str]:
-        """Names that are served, the default first."""
+        """Names of the served models, the default first."""
         return [card["id"] for card in self._get("/v1/models")["data"]]
 
     def card(self, model: str) -> dict[str, Any]:
-        """The card of a served model, by default of the first: ``id``, and ``max_model_len`` where it is known. Raises NotFound."""
+        """The card of a served model, by default the first one: ``id``, and ``max_model_len`` if it is known. Raises NotFound."""
         cards = self._get("/v1/models")["data"]
         found = next((card for card in cards if model in ("", card["id"])), None)
         if found is None and not model:
@@ -99,7 +100,7 @@ class RpcBackend:
         return {"id": model or found["id"], "max_model_len": (found["status"] or {}).get("max_seq_len") or None}
 
     def stream(self, endpoint: ApiEndpoint, body: dict[str, Any]) -> Generator[str]:
-        """As :meth:`HttpBackend.stream`; an answer that is left early is cancelled."""
+        """As :meth:`HttpBackend.stream`; if the caller stops early, the request is cancelled."""
         options = dict(body)
         if endpoint == "chat":
             call = self._client.chat(options.pop("messages"), **options)
@@ -114,7 +115,7 @@ class RpcBackend:
 
 
 def client_keys(status: DeploymentStatus) -> ClientKeys | None:
-    """This user's key pair for a deployment's RPC servers; None where they need none. Raises EnvironmentFault where it cannot be read."""
+    """This user's key pair for a deployment's RPC servers; None if they need none. Raises EnvironmentFault if it cannot be read."""
     if not any(address.endpoint.startswith("tcp://") for address in status.rpc):
         return None
     return msgspec.json.decode(read_private(Path(status.key_file)), type=ClientKeys)

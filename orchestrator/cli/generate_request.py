@@ -15,7 +15,7 @@ from workers.protocol.errors import Rejected, TriremeError, Unavailable
 if TYPE_CHECKING:
     from workers.protocol.messages import ApiEndpoint
 
-#: Where the HTTP API is when no deployment of this user runs on this machine: perhaps one of another user, or in a container.
+#: Address of the HTTP API if no deployment of this user runs on this machine; another user or a container may run one there.
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE, KEY_VARIABLE = "TRIREME_URL", "TRIREME_API_KEY"
 #: Hints for refusals, which come over HTTP and RPC without one.
@@ -24,17 +24,17 @@ HINTS = {
     "context_length_exceeded": "shorten it, or ask for a shorter answer with --max-tokens",
 }
 
-Url = Annotated[str, typer.Option("--url", help=f"HTTP address of a deployment anywhere; or set {URL_VARIABLE}.")]
-Rpc = Annotated[bool, typer.Option("--rpc", help="Ask over ZeroMQ RPC instead of HTTP.")]
-Name = Annotated[str, typer.Option("--name", help="Which deployment of this machine; the only one when not given.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Which of the served models; the first one when not given.")]
+Url = Annotated[str, typer.Option("--url", help=f"HTTP address of a deployment; or set {URL_VARIABLE}.")]
+Rpc = Annotated[bool, typer.Option("--rpc", help="Use ZeroMQ RPC instead of HTTP.")]
+Name = Annotated[str, typer.Option("--name", help="Name of a deployment on this machine; needed if several run.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Name of a served model; by default the first one.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 = always the likeliest token.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 = always the most likely token.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
 
 
 class GenerateBackend(Protocol):
-    """A way to a running deployment: HTTP or RPC."""
+    """A connection to a running deployment: HTTP or RPC."""
 
     def models(self) -> list[str]: ...
 
@@ -48,7 +48,7 @@ class GenerateBackend(Protocol):
 def open_backend(url: str, rpc: bool, name: str, run_dir: str) -> GenerateBackend:
     """Connect to the HTTP API (:func:`http_address`), or to the RPC server of a deployment on this machine.
 
-    The API key comes from the environment and not from a flag, because other users can read flags.
+    The API key comes from the environment, not from a flag, because other users can read flags.
     """
     if rpc and url:
         raise Rejected("--url is the address of the HTTP API", hint="leave it or --rpc out; RPC takes --name")
@@ -56,17 +56,17 @@ def open_backend(url: str, rpc: bool, name: str, run_dir: str) -> GenerateBacken
         status = pick(name, run_dir, NAME_ONE).status()
     else:
         url = http_address(url, name, run_dir)
-    from orchestrator.cli import generate_backends  # here: where nothing runs, no HTTP client is needed to say so
+    from orchestrator.cli import generate_backends  # imported here: if nothing runs, the error needs no HTTP client
 
     return generate_backends.RpcBackend(status) if rpc else generate_backends.HttpBackend(url, os.environ.get(KEY_VARIABLE, ""))
 
 
 def http_address(url: str, name: str, run_dir: str) -> str:
-    """Where the HTTP API is: ``url``, else that of the deployment ``name``, else TRIREME_URL, else that of the only deployment that runs on
-    this machine, else the usual port of this machine.
+    """The address of the HTTP API: ``url``, else that of the deployment ``name``, else TRIREME_URL, else that of the only deployment that
+    runs on this machine, else the usual port of this machine.
 
-    Raises :class:`Rejected` for a URL and a name, or where several deployments run; :class:`NotFound`; :class:`Unavailable` before the
-    deployment has an address.
+    Raises :class:`Rejected` if both a URL and a name are given, or if several deployments run; :class:`NotFound`; :class:`Unavailable`
+    before the deployment has an address.
     """
     if url and name:
         raise Rejected("--url and --name name two deployments", hint="leave one of them out")
@@ -83,7 +83,7 @@ def http_address(url: str, name: str, run_dir: str) -> str:
 
 
 def print_answer(console: Console, pieces: Generator[str]) -> str:
-    """Print pieces of text as they come and return the whole text; Ctrl-C ends the answer, not the command."""
+    """Print pieces of text as they arrive and return the whole text; Ctrl-C ends the answer, not the command."""
     parts: list[str] = []
     try:
         for piece in pieces:

@@ -1,6 +1,6 @@
 """Hosts a deployment in this process, or in a daemon (``--detach``). `serve`, `up` and `router` share it.
 
-Owns what people see while they wait. `orchestrator.control.host.deployment` owns what a deployment is, and how it starts and ends.
+Owns the output during the start. `orchestrator.control.host.deployment` owns the deployment itself, its start and its end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: Files in the deployment's run folder: the host's log, and the output of a detached host.
 HOST_LOG, DAEMON_LOG = "host.log", "up.log"
 POLL_S = 0.2
-#: What :class:`TimedLines` puts before a line.
+#: The time that :class:`TimedLines` writes before a line.
 _TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 
 
@@ -51,7 +51,7 @@ def host_or_detach(console: Console, config: Config, detach: bool, *, routers_on
 
 
 def host(console: Console, config: Config, on_ready: Callable[[], object], routers_only: bool = False) -> int:
-    """Host the deployment until it ends, print its notices as they come, and return its exit code.
+    """Host the deployment until it ends, print its notices, and return its exit code.
 
     Calls ``on_ready`` once, when all replicas are ready. The host's own log is a file beside the logs of the routers and ranks.
     """
@@ -113,7 +113,8 @@ def curl(url: str, model: str, *, keyed: bool = False) -> str:
 
 
 def host_in_daemon(console: Console, config: Config, routers_only: bool) -> int:
-    """Fork a daemon that hosts the deployment. Return 0 when it is ready, or its exit code when it ended before. Ctrl-C ends it too."""
+    """Fork a daemon that hosts the deployment. Return 0 when the deployment is ready, or the daemon's exit code if it ended before. Ctrl-C
+    ends the daemon too."""
     log = config.home / DAEMON_LOG
     log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     ready_read, ready_write = os.pipe()
@@ -149,7 +150,7 @@ def become_daemon(console: Console, config: Config, log_fd: int, ready_write: in
 
 
 class TimedLines:
-    """What a daemon says, each line of text with its time before it, for `trireme logs`. Lines of JSON have a time of their own."""
+    """The output of a daemon, with a time before each line of text, for `trireme logs`. Lines of JSON have their own time."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -167,7 +168,7 @@ class TimedLines:
 
 
 class UntimedLines:
-    """The same lines as a person reads them who waits: without the times."""
+    """The same lines without the times, for the waiting user."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream, self._rest = stream, ""

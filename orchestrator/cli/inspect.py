@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 def inspect(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's name, a Hugging Face folder, a GGUF or a checkpoint.")],
-    tp_size: Annotated[int | None, typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Can it run like this? (-tp)")] = None,
-    pp_size: Annotated[int | None, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Can it run like this? (-pp)")] = None,
+    tp_size: Annotated[
+        int | None, typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Check whether it runs with this tp (-tp).")
+    ] = None,
+    pp_size: Annotated[
+        int | None, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Check whether it runs with this pp (-pp).")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare every hash.")] = False,
     form: Annotated[str, typer.Option("--output", "-o", metavar="text|json")] = "text",
     cache_dir: CacheDir = None,
 ) -> None:
-    """Say what a model file holds, and whether it can run on a layout; exit code 3 when it cannot."""
+    """Show what a model file holds, and whether it can run on a layout; exit code 3 if it cannot."""
     from workers.artifacts.inspect import inspect_path
 
     console: Console = context.obj

@@ -1,6 +1,6 @@
-"""`trireme keys`: who may use a deployment. API keys for HTTP, CURVE key pairs for RPC over tcp, and what key files there are.
+"""`trireme keys`: access to a deployment: API keys for HTTP, CURVE key pairs for RPC over tcp, and a list of key files.
 
-A key is shown once, when it is made, on stdout alone; nothing else here prints a secret.
+A key is printed once, when it is made, on stdout only; nothing else here prints a secret.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from orchestrator.auth.keyring import ApiKeyRing
 
 API_KEYS = "api.json"
-#: The name of a deployment that is given none.
+#: The name of a deployment without a configured name.
 FIRST = "local"
 
-keys = typer.Typer(name="keys", cls=CommandGroup, help="Who may use a deployment.", no_args_is_help=True)
+keys = typer.Typer(name="keys", cls=CommandGroup, help="Manage access to a deployment.", no_args_is_help=True)
 api = typer.Typer(name="api", cls=CommandGroup, help="API keys of the HTTP API.", no_args_is_help=True)
 keys.add_typer(api)
 
 Deployment = Annotated[
-    str, typer.Option("--name", help=f"Which deployment; it need not run. The only one when not given, or {FIRST} before there is any.")
+    str, typer.Option("--name", help=f"Name of the deployment, running or not; needed if there are several, {FIRST} if there is none.")
 ]
-File = Annotated[Path | None, typer.Option("--file", help="The API-keys file; api.json among the deployment's keys when not given.")]
-Models = Annotated[list[str] | None, typer.Option("--models", help="A model that it may use; give it again for more. All when not given.")]
+File = Annotated[Path | None, typer.Option("--file", help="The API-keys file; by default api.json among the deployment's keys.")]
+Models = Annotated[list[str] | None, typer.Option("--models", help="A model that it may use; repeatable. By default all.")]
 Tenant = Annotated[str, typer.Argument(help="The tenant: keys of one tenant share its prefix cache.")]
 
 
 def folder(name: str, run_dir: str) -> Path:
-    """The key files of the deployment ``name``; without one, of the only one that runs, else of the only one that has keys, else of the
-    one that the next `trireme serve` would start. Raises :class:`Rejected` where it could be several."""
+    """The key files of the deployment ``name``. Without a name: of the only running deployment, else of the only one that has keys, else of
+    the one that the next `trireme serve` would start. Raises :class:`Rejected` if several are possible."""
     from workers.protocol.errors import Rejected
 
     home = Path(run_dir).expanduser().absolute()
@@ -57,7 +57,7 @@ def ring(file: Path | None, name: str, run_dir: str) -> ApiKeyRing:
 
 
 def listed(models: list[str] | None) -> list[str]:
-    """Names, however they were given: one a flag, or with commas between."""
+    """The names of a flag: the flag may be repeated, and a value may hold several names separated by commas."""
     return [name for part in models or () for name in part.split(",") if name]
 
 
@@ -70,7 +70,7 @@ def api_add(
     name: Deployment = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Make an API key and print it, this once: only its hash is kept."""
+    """Make an API key and print it once: only its hash is stored."""
     console: Console = context.obj
     found = ring(file, name, run_dir)
     console.out(found.add(tenant, listed(models)))
@@ -79,7 +79,7 @@ def api_add(
 
 @api.command("list")
 def api_list(context: typer.Context, file: File = None, name: Deployment = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
-    """Show the keys that are in force, without their secrets."""
+    """Show the valid keys, without their secrets."""
     rows = ring(file, name, run_dir).rows()
     now = time.time()
     lines = [[row.id, row.tenant, ",".join(row.models) if row.models is not None else "all", age(now - row.created)] for row in rows]
@@ -89,12 +89,12 @@ def api_list(context: typer.Context, file: File = None, name: Deployment = "", r
 @api.command("revoke")
 def api_revoke(
     context: typer.Context,
-    which: Annotated[str, typer.Argument(help="A key's id, or a tenant: all its keys.")],
+    which: Annotated[str, typer.Argument(help="A key's id, or a tenant (all its keys).")],
     file: File = None,
     name: Deployment = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Have keys refused from now on; routers follow within two seconds."""
+    """Revoke keys; routers refuse them within two seconds."""
     gone = ring(file, name, run_dir).revoke(which)
     context.obj.say(f"revoked: {', '.join(f'{row.id} ({row.tenant})' for row in gone)}")
 
@@ -102,13 +102,13 @@ def api_revoke(
 @keys.command("client")
 def client(
     context: typer.Context,
-    tenant: Annotated[str, typer.Argument(metavar="NAME", help="The client, which is its own tenant.")],
+    tenant: Annotated[str, typer.Argument(metavar="NAME", help="Name of the client and of its tenant.")],
     models: Models = None,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Take it off the list and remove its key pair.")] = False,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Revoke the client and remove its key pair.")] = False,
     name: Deployment = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Make a CURVE key pair for an RPC client over tcp and allow it; prints the file to give to it."""
+    """Make a CURVE key pair for an RPC client over tcp and authorize it; prints the path of the client's key file."""
     from orchestrator.auth.keyring import KeyRing
 
     console: Console = context.obj
@@ -124,13 +124,15 @@ def client(
 @keys.command("join")
 def join(
     context: typer.Context,
-    holder: Annotated[str, typer.Argument(metavar="NAME", help="Whose replicas these are; their names at the routers begin with it.")],
+    holder: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the pass; the names of its replicas at the routers begin with it.")
+    ],
     models: Models = None,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Take it off the list and remove the pass.")] = False,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Revoke the pass and remove it.")] = False,
     name: Deployment = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Let replicas of another deployment join this one's routers; prints the pass, a secret file to give to it (join.key_file)."""
+    """Let replicas of another deployment join these routers; prints the path of the pass, a secret file (join.key_file)."""
     from orchestrator.auth.keyring import KeyRing
 
     console: Console = context.obj
@@ -144,7 +146,7 @@ def join(
 
 @keys.command("show")
 def show(context: typer.Context, name: Deployment = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
-    """List the deployment's key files: what each is for and its mode. Exit code 3 when one can be read by others."""
+    """List the deployment's key files with purpose and mode. Exit code 3 if other users can read one."""
     from orchestrator.auth.curve_acl import FAMILY, parse_grants
     from workers.protocol.errors import ConfigError, NotFound
 

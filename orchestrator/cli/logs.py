@@ -1,5 +1,5 @@
-"""`trireme logs`: what the processes of a deployment wrote, merged by time. Owns only the form of a line; it reads files, so it also
-works when nothing runs any more."""
+"""`trireme logs`: the logs of all processes of a deployment, merged by time. Owns only the format of a line; it reads files, so it also
+works when nothing runs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def logs(
     context: typer.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DEPLOYMENT] [REPLICA|ROUTER|router|host]", help="Whose; all of the only deployment when not given."),
+        typer.Argument(metavar="[DEPLOYMENT] [REPLICA|ROUTER|router|host]", help="Whose logs; by default all of the only deployment."),
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="This rank only.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, across relaunches, until Ctrl-C.")] = False,
-    since: Annotated[str, typer.Option("--since", metavar="10m|TIME", help="From so long ago, or from a time (2026-11-22 10:00).")] = "",
-    tail: Annotated[int | None, typer.Option("--tail", "-n", min=0, help="Only so many of the last lines.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the logs, across relaunches, until Ctrl-C.")] = False,
+    since: Annotated[str, typer.Option("--since", metavar="10m|TIME", help="Start this long ago, or at a time (2026-11-22 10:00).")] = "",
+    tail: Annotated[int | None, typer.Option("--tail", "-n", min=0, help="Only this many of the last lines.")] = None,
     epoch: Annotated[str, typer.Option("--epoch", metavar="last|previous|all|N", help="Which launch of a replica.")] = "last",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
@@ -60,7 +60,7 @@ def logs(
     while follow:
         time.sleep(POLL_S)
         files = log_files.find(home, owner=owner, rank=rank, epoch=epoch)
-        # A gang that was replaced meanwhile may have written lines that were not read yet.
+        # A gang that was replaced meanwhile may have unread lines.
         readers = {path: reader for path, reader in readers.items() if path.exists()}
         for file in files:
             readers.setdefault(file.path, log_files.LogReader(file))
@@ -68,7 +68,7 @@ def logs(
 
 
 def begin(since: str, now: float) -> float:
-    """The Unix time that ``--since`` means; 0 for all. Raises :class:`Rejected`."""
+    """The Unix time of ``--since``; 0 = all lines. Raises :class:`Rejected`."""
     if not since:
         return 0.0
     if match := _SPAN.fullmatch(since):
@@ -80,9 +80,9 @@ def begin(since: str, now: float) -> float:
 
 
 def pick(names: list[str], run_dir: Path) -> tuple[Path, str]:
-    """The deployment's folder and the replica or router that ``names`` ask for; an empty owner means all.
+    """The deployment's folder and the replica or router in ``names``; an empty owner means all.
 
-    One word names a deployment if there is one of that name, else an owner. DEPLOYMENT/REPLICA names both.
+    A single word is a deployment if there is one of that name, else an owner. DEPLOYMENT/REPLICA names both.
     """
     from orchestrator.control.host import log_files
 
@@ -100,7 +100,7 @@ def pick(names: list[str], run_dir: Path) -> tuple[Path, str]:
 
 
 def only(known: list[str], run_dir: Path) -> str:
-    """The deployment that is meant when none is named: the only one that left logs, or the only one that runs."""
+    """The default deployment: the only one with logs, or the only one that runs."""
     from orchestrator.cli.running_deployments import find_running
 
     if not known:
@@ -128,7 +128,7 @@ def elsewhere(home: Path, owner: str, rank: int | None) -> list[str]:
 
 
 def show(console: Console, entries: Iterable[LogEntry], files: list[LogFile]) -> None:
-    """Print an entry: time, process, level, text. The further lines of an entry stand below its text."""
+    """Print an entry: time, process, level, text. Further lines of an entry are printed below its text."""
     width = max((len(file.label) for file in files), default=0)
     for entry in entries:
         stamp = datetime.fromtimestamp(entry.time).isoformat(" ", "milliseconds") if entry.time else " " * 23

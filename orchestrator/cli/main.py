@@ -1,4 +1,4 @@
-"""The `trireme` command: spelling, global flags, and what happens to an error. Each command is in the module of its name beside this file.
+"""The `trireme` command: spelling of flags, global flags, and error handling. Each command is in the module of its name in this package.
 
 Owns the process's exit code. Must stay cheap to start: a command line imports the module of its own command alone, and that imports what it
 needs when it runs. `trireme --help` imports all modules of commands, and so they import no engine, no Ray, no HTTP at their top.
@@ -22,11 +22,11 @@ from orchestrator.cli.other_servers import COMMANDS as COMMANDS_ELSEWHERE
 from orchestrator.cli.other_servers import FLAGS, SPELLINGS
 from workers.protocol.errors import Rejected, TriremeError
 
-#: Short forms that other servers taught people; one dash and two letters are not a shape that the parser knows.
+#: Short forms that users know from other servers; the parser does not support one dash with two letters.
 SHORT = {"-tp": "--tp-size", "-pp": "--pp-size", "-dp": "--replicas"}
-#: Flags that mean the same wherever they stand on the line, and whether a value follows.
+#: Global flags, which may be anywhere on the line, and whether a value follows.
 GLOBAL = {"--quiet": False, "--debug": False, "--log-format": True}
-#: `typer` keeps its parser to itself; every complaint about the line is a kind of this.
+#: `typer` does not export its parser; every error about the command line is a subclass of this.
 UsageError = typer.BadParameter.__mro__[1]
 
 #: All commands and groups of commands, each in the module of its name, in the order of the help.
@@ -42,7 +42,7 @@ def definition(name: str) -> Any:
 
 
 class CommandTable(MutableMapping[str, Any]):
-    """Names and the parser's commands. A command is imported, and its flags are read, when it is first looked up."""
+    """Maps names to the parser's commands. A command is imported, and its flags are read, at its first look-up."""
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = dict.fromkeys(COMMANDS)
@@ -81,7 +81,7 @@ class Program(CommandGroup):
         return list(self.commands)
 
     def summaries(self) -> Iterator[tuple[str, str]]:
-        """The texts alone: the flags of commands that are only listed are not read."""
+        """List the texts only: the flags of listed commands are not read."""
         for name in COMMANDS:
             part = definition(name)
             yield name, first_paragraph(part.info.help if isinstance(part, typer.Typer) else inspect.getdoc(part))
@@ -99,7 +99,7 @@ app = typer.Typer(
 
 
 def print_version(context: typer.Context, asked: bool) -> None:
-    """``trireme --version``, which ends the line."""
+    """``trireme --version``: print the version and exit."""
     if asked:
         definition("version")(context)
         raise typer.Exit
@@ -108,16 +108,16 @@ def print_version(context: typer.Context, asked: bool) -> None:
 @app.callback()
 def common(
     quiet: Annotated[bool, typer.Option("--quiet", help="Results and errors only.")] = False,
-    log_format: Annotated[str, typer.Option("--log-format", metavar="text|json", help="How progress and errors are told.")] = "text",
+    log_format: Annotated[str, typer.Option("--log-format", metavar="text|json", help="Format of progress and errors.")] = "text",
     debug: Annotated[bool, typer.Option("--debug", help="Show stack traces.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """The global flags, for the parser and its help; :func:`settings` has read them before."""
+    """The global flags, for the parser's help; :func:`settings` has already read them."""
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """One spelling: dashes within long flags, our names for those of other servers, long forms of ``-tp`` and ``-pp``, global flags first.
-    What follows ``--`` is left alone."""
+    """Normalize a line: dashes within long flags, our names for flags of other servers, long forms of ``-tp`` and ``-pp``, global flags
+    first. Words after ``--`` stay as they are."""
     front: list[str] = []
     rest: list[str] = []
     words = iter(argv)
@@ -138,7 +138,7 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 
 def settings(line: Sequence[str]) -> console.ConsoleSettings:
-    """What the global flags at the front of a normalised line say. Raises :class:`Rejected` on a log format that does not exist."""
+    """The global flags at the front of a normalized line. Raises :class:`Rejected` on a log format that does not exist."""
     words = list(line)
     chosen = {"--log-format": "text"}
     while words and (flag := words[0].partition("="))[0] in GLOBAL:
@@ -164,7 +164,7 @@ def run(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return console.INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader left (`trireme status | head`): nothing more to say, and the interpreter must not try
+        sys.stderr.close()  # the reader closed the pipe (`trireme status | head`): the interpreter must not write to it at exit
         return 0
     except Exception as error:
         if isinstance(error, UsageError):
@@ -178,12 +178,12 @@ def run(argv: Sequence[str]) -> int:
 
 
 def usage(error: Exception, terminal: console.Console) -> int:
-    """Print what is wrong with the line and the command that prints its help."""
+    """Print the error in the line and the command that prints the help."""
     context = getattr(error, "ctx", None)
     if hint := known_elsewhere(error):
         return terminal.fail(Rejected(getattr(error, "format_message", lambda: str(error))().rstrip("."), hint=hint))
     message = getattr(error, "format_message", lambda: str(error))()
-    if message.startswith("Usage: "):  # a group without a command: its help is the answer
+    if message.startswith("Usage: "):  # a group without a command: print its help
         terminal.out(message)
         return 2
     path = context.command_path if context is not None else "trireme"
@@ -191,7 +191,7 @@ def usage(error: Exception, terminal: console.Console) -> int:
 
 
 def known_elsewhere(error: Exception) -> str:
-    """What to write instead of a flag or a command that people know from another server; empty for one that nobody knows."""
+    """What to write instead of a flag or a command of another server; empty for an unknown one."""
     if flag := getattr(error, "option_name", ""):
         return FLAGS.get(flag.replace("_", "-"), "")
     word = re.fullmatch(r"No such command '(.+)'\.?", str(getattr(error, "message", "")).partition(" Did you")[0].strip())

@@ -1,4 +1,4 @@
-"""What `convert` and `inspect` share: where a named model lies on disk, and its number formats in words."""
+"""Shared by `convert` and `inspect`: the path of a named model, and its number formats as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def locate_model(model: str, console: Console, cache_dir: Path | None) -> Path:
-    """:func:`orchestrator.model_store.locate`, its progress shown."""
+    """:func:`orchestrator.model_store.locate`, with progress."""
     from orchestrator import model_store
 
     with console.progress() as progress:
@@ -21,7 +21,7 @@ def locate_model(model: str, console: Console, cache_dir: Path | None) -> Path:
 
 
 def formats(found: Inspection) -> str:
-    """The number formats of the weights: the linear layers' first where they are quantized, then that of the rest."""
+    """The number formats of the weights: first that of the linear layers if they are quantized, then that of the rest."""
     quant = found.quant
     cache = f"; KV cache {quant.kv_cache_quant_algo}" if quant.kv_cache_quant_algo else ""
     if quant.quant_algo is None:

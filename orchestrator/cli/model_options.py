@@ -12,17 +12,17 @@ from workers.protocol.specs import DTYPE_BYTES, QUANT_ALGOS, DType, Quant, Quant
 
 TpSize = Annotated[int, typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Ranks that share each layer (-tp).")]
 PpSize = Annotated[int, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Stages that share the layers (-pp).")]
-DTypeName = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16; the source's own when not given.")]
-QuantFlag = Annotated[str, typer.Option("--quant", help="Weights as int8, int4 or fp8; as they are when not given.")]
+DTypeName = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16; by default the source's format.")]
+QuantFlag = Annotated[str, typer.Option("--quant", help="Quantize weights to int8, int4 or fp8.")]
 Revision = Annotated[str, typer.Option("--revision", help="Branch, tag or commit of a hub's model.")]
-CacheDir = Annotated[Path | None, typer.Option("--cache-dir", envvar="TRIREME_CACHE_DIR", help="Where models are kept.")]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", envvar="TRIREME_CACHE_DIR", help="Folder of models.")]
 
-#: Spellings that other tools taught people.
+#: Spellings that users know from other tools.
 _SPELLINGS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "auto": ""}
 
 
 def dtype_of(name: str) -> DType | None:
-    """The number format that a flag names; None = the source's own. Raises :class:`Rejected`."""
+    """The number format in a flag; None = the source's own. Raises :class:`Rejected`."""
     name = _SPELLINGS.get(name, name)
     if name and name not in DTYPE_BYTES:
         raise Rejected(f"--dtype {name} is not a number format", hint=f"use {', '.join(DTYPE_BYTES)}")
@@ -30,7 +30,7 @@ def dtype_of(name: str) -> DType | None:
 
 
 def quant_name(name: str) -> QuantName | None:
-    """The weight format that a flag names, by our name or TensorRT-LLM's; None = as they are. Raises :class:`Rejected`."""
+    """The weight format in a flag, under our name or TensorRT-LLM's; None = unchanged. Raises :class:`Rejected`."""
     if not name:
         return None
     known = {spelling: short for short, algo in QUANT_ALGOS.items() for spelling in (short, algo.lower())}
@@ -40,7 +40,7 @@ def quant_name(name: str) -> QuantName | None:
 
 
 def quant_from(name: str, group_size: int | None) -> Quant | None:
-    """The quantization that ``--quant`` and ``--group-size`` mean; None = as the weights are. Raises :class:`Rejected`."""
+    """The quantization of ``--quant`` and ``--group-size``; None = weights unchanged. Raises :class:`Rejected`."""
     chosen = quant_name(name)
     if chosen is None and group_size is not None:
         raise Rejected("--group-size means nothing without --quant", hint="add --quant int4")
@@ -48,5 +48,5 @@ def quant_from(name: str, group_size: int | None) -> Quant | None:
 
 
 def cache_folder(chosen: Path | None) -> Path:
-    """The folder of downloads and conversions: the flag's (or TRIREME_CACHE_DIR's), else the user's cache."""
+    """The folder of downloads and conversions: that of the flag (or of TRIREME_CACHE_DIR), else the user's cache."""
     return chosen or Path.home() / ".cache" / "trireme"

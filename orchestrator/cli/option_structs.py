@@ -15,7 +15,7 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 def with_option_structs(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` as typer needs it: in place of each parameter that is a struct, one parameter for each field of the struct.
 
-    A field names its flag as a parameter does, in ``Annotated[type, typer.Option(...)]``. The flags keep the order of the fields.
+    A field declares its flag like a parameter, in ``Annotated[type, typer.Option(...)]``. The flags keep the order of the fields.
     """
     parameters: list[inspect.Parameter] = []
     structs: dict[str, type[msgspec.Struct]] = {}

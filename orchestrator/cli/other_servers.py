@@ -1,6 +1,7 @@
-"""Flags and commands that people know from vLLM, trtllm-serve, Ollama and kubectl: what to write here instead. Owns nothing but words.
+"""Flags and commands that users know from vLLM, trtllm-serve, Ollama and kubectl, and what to write here instead. Owns only texts.
 
-A flag that means the same here is a second spelling of ours and stands beside it; here are those that mean something else, or nothing.
+A flag with the same meaning here is a second spelling of our flag and is declared with it; this module has those with another meaning, or
+with none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ _LOGS = "trireme --debug, or --log-format json; trireme logs -f shows them"
 _KEY = "everybody on this host sees a command line: trireme keys api add NAME makes a key, --api-keys-file FILE opens the HTTP API with it"
 _CODE = "no code of a model's folder is ever run; models that need it are not supported"
 
-#: Flag (long form) -> ours that means the same. Those of layouts and limits are second names of ours, and `--help` shows them.
+#: Flag (long form) -> our flag with the same meaning. Flags of layouts and limits are declared as second names of ours, and `--help` shows
+#: them.
 SPELLINGS = {
     "--data-parallel-size": "--replicas",
     "--download-dir": "--cache-dir",

@@ -33,15 +33,15 @@ def plan(
     file: Annotated[Path, typer.Argument(help="A deployment file.")],
     gpus: Annotated[str, typer.Option("--gpus", metavar="8xH100[,nodes=2]", help="GPUs on each node: H100, H200, A100, L40S.")] = "",
     cpus: Annotated[
-        str, typer.Option("--cpus", metavar="2[,nodes=1][,memory=16GB]", help="CPUs on each node; this host's if not given.")
+        str, typer.Option("--cpus", metavar="2[,nodes=1][,memory=16GB]", help="CPUs on each node; by default this host's.")
     ] = "",
-    model: Annotated[str, typer.Option("--model", help="A folder, known shape or hub id to stand in for the file's paths.")] = "",
+    model: Annotated[str, typer.Option("--model", help="A folder, known shape or hub id to use instead of the file's paths.")] = "",
     isl: Annotated[int, typer.Option("--isl", min=1, help="Prompt tokens of a request.")] = 512,
     osl: Annotated[int, typer.Option("--osl", min=1, help="Output tokens of a request.")] = 256,
     form: Annotated[str, typer.Option("--output", "-o", metavar="table|json")] = "table",
     render: Annotated[str, typer.Option("--render", metavar="slurm|ray|kubernetes", help="Print the job of this size instead.")] = "",
 ) -> None:
-    """Say whether a deployment fits, on which layouts, and how fast it would be; exit code 3 when it does not fit as it is."""
+    """Print whether a deployment fits, on which layouts, and how fast it would be; exit code 3 if its own layout does not fit."""
     from orchestrator.cli import plan_render, plan_tables
     from orchestrator.config import deployment_file
     from orchestrator.planner import planner
@@ -81,13 +81,13 @@ def plan(
 
 
 def _hardware(gpus: str) -> ClusterHardware:
-    """What automatic settings are decided for: the GPUs of the flag; without it, this host's CPUs."""
+    """The hardware for automatic settings: the GPUs of the flag; without it, this host's CPUs."""
     from orchestrator.control.launch import node_hardware
     from orchestrator.planner.automatic import ClusterHardware, GpuHardware, NodeHardware
     from workers.protocol.specs import GPU_MIN_CAPABILITY
 
     if not gpus:
-        # GPUs that nobody has named may be anywhere: a file that asks for them is not refused for this host's sake.
+        # Without --gpus the target is unknown: a file that needs GPUs is not refused because this host has none.
         return ClusterHardware(nodes=(node_hardware.look(os.environ, gpus=False),), grows=True)
     cluster = parse_gpus(gpus)
     gpu = GpuHardware(name=cluster.device.name, memory=cluster.device.memory, capability=GPU_MIN_CAPABILITY)
@@ -97,8 +97,8 @@ def _hardware(gpus: str) -> ClusterHardware:
 def subjects(
     settings: Config, hardware: ClusterHardware, stand_in: str = "", progress: Progress = lambda phase, done, total: None
 ) -> list[Subject]:
-    """What a deployment asks for on ``hardware``; gangs of one model that run alike together. ``stand_in``: the model to think of instead
-    of each path. Of a hub's model the description is fetched, without weights, but for a GGUF.
+    """The demand of a deployment on ``hardware``; gangs of one model with the same settings are grouped. ``stand_in``: the model to use
+    instead of each path. For a hub's model only the description is fetched, not the weights, except for a GGUF.
 
     Raises what reading a model's description raises.
     """
@@ -166,14 +166,14 @@ def _by_device(some: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 
 def gpu_cluster(text: str, settings: Config) -> PlannedCluster:
-    """The GPUs of the flag. Raises as :func:`parse_gpus`, and :class:`ConfigError` where nothing is said."""
+    """The GPUs of the flag. Raises as :func:`parse_gpus`, and :class:`ConfigError` if the flag is missing."""
     if not text:
         raise ConfigError(f"{settings.name} runs on GPUs", "which ones is not said", "add --gpus, such as --gpus 8xH100,nodes=2")
     return parse_gpus(text)
 
 
 def parse_gpus(text: str) -> PlannedCluster:
-    """``8xH100,nodes=2``. Raises :class:`Rejected` for what that cannot mean."""
+    """``8xH100,nodes=2``. Raises :class:`Rejected` for an invalid text."""
     from orchestrator.planner.cluster import PlannedCluster
     from orchestrator.planner.devices import GPUS
 
@@ -186,8 +186,8 @@ def parse_gpus(text: str) -> PlannedCluster:
 
 
 def host_cluster(text: str, some: Sequence[Subject]) -> PlannedCluster:
-    """``2,nodes=1,memory=16GB``; what is left out is this host's, on which a deployment's own Ray grants its ranks a share each, whether
-    there are as many cores or not."""
+    """``2,nodes=1,memory=16GB``; missing values are this host's, where a deployment's own Ray gives each rank a share, even if there are
+    fewer cores than ranks."""
     import psutil
 
     from orchestrator.planner.cluster import PlannedCluster

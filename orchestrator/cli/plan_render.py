@@ -1,4 +1,4 @@
-"""A plan as a job: the very script and manifests of `deploy/`, with the sizes of one deployment filled in.
+"""A plan as a job: the script and manifests of `deploy/`, with the sizes of one deployment filled in.
 
 Owns which field is a size. The script belongs to `orchestrator.slurm`, the manifests to `deploy/`: nothing here repeats them.
 """
@@ -21,15 +21,15 @@ from workers.protocol.errors import ConfigError
 if TYPE_CHECKING:
     from orchestrator.config.deployment_file import Config
 
-#: CPUs of a node beside its ranks': routers, controller, agents.
+#: CPUs of a node in addition to its ranks': routers, controller, agents.
 SPARE_CPUS = 2
 GPU = "nvidia.com/gpu"
-#: Where the files are that a job is put beside.
+#: Says where the files of `deploy/` come from, which the job needs.
 WRITES = "# trireme config examples writes deploy/ where there is no repository.\n"
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
-    """``nodes`` alike: ``gpus`` and ``cpus`` that the fullest of them needs."""
+    """``nodes`` equal nodes; ``gpus`` and ``cpus``: what the fullest node needs."""
 
     nodes: int
     gpus: int
@@ -37,7 +37,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def job(kind: str, file: Path, settings: Config, subjects: Sequence[Subject], cluster: PlannedCluster) -> str:
-    """The job of ``kind`` (one of ``KINDS``) that runs ``file``. Raises :class:`ConfigError` for what such a job cannot be."""
+    """The job of ``kind`` (one of ``KINDS``) that runs ``file``. Raises :class:`ConfigError` for a file that such a job cannot run."""
     ranks = occupied(subjects, cluster)
     share = max(subject.cpus_per_rank for subject in subjects)
     gpus = max(ranks) if subjects[0].engine.device == "cuda" else 0
@@ -101,7 +101,7 @@ KINDS: dict[str, Callable[[Path, Config, Sizes], str]] = {"slurm": _slurm, "ray"
 
 
 def _resources(given: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """The manifest's own resources for as many GPUs and CPUs as are needed: memory grows with the GPUs, or with the CPUs without any."""
+    """The manifest's resources, scaled to the needed GPUs and CPUs: memory grows with the GPUs, or with the CPUs if there are no GPUs."""
     gpus, cpus = given["limits"].get(GPU, 0), float(given["requests"]["cpu"])
     grown = ceil(int(given["limits"]["memory"].removesuffix("Gi")) * (sizes.gpus / gpus if gpus else sizes.cpus / cpus))
     limits = {"memory": f"{grown}Gi"} | ({GPU: sizes.gpus} if sizes.gpus else {})
@@ -114,7 +114,7 @@ def _manifest(name: str) -> dict[str, Any]:
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes everything out: what a manifest shares by anchors is shared by nothing a reader could name."""
+    """Dumps YAML without anchors: generated anchors have names without a meaning."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

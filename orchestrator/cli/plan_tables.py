@@ -1,4 +1,4 @@
-"""A plan as people and scripts read it: tables of layouts, of one rank's memory and of the recorded workloads. Decides nothing."""
+"""A plan as tables and as JSON: layouts, the memory of one rank and the recorded workloads. Decides nothing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from orchestrator.planner.devices import GPU_FIT, HOST_FIT, GpuModel
 from orchestrator.planner.planner import RECORDED_TOKENS, LayoutPlan, SubjectPlan, settings, timed
 from workers.layout.sharding import parameters
 
-#: Layouts that are listed beside the file's own.
+#: Layouts that are listed in addition to the file's own.
 SHOWN = 6
-#: The budget of a step that the recorded runs on GPUs had.
+#: Tokens per step in the recorded runs on GPUs.
 USUAL_TOKENS = 8192
 
 
@@ -40,7 +40,7 @@ def render(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> str:
 
 
 def facts(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> dict[str, Any]:
-    """The same for a script: bytes, seconds and tokens, nothing rounded."""
+    """The same for a script: bytes, seconds and tokens, unrounded."""
     subject = each.subject
     refusal = each.refusal
     return {
@@ -64,7 +64,7 @@ def facts(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> dict[st
 
 
 def marked(each: SubjectPlan) -> list[tuple[LayoutPlan, tuple[str, ...]]]:
-    """What is listed, and why: the file's layouts first, then the best ones, most tokens a second first."""
+    """The listed layouts with a remark: the file's layouts first, then the best ones, in the order of tokens a second."""
     chosen = list(each.options[:SHOWN])
     if each.quickest is not None and each.quickest not in chosen:
         chosen.append(each.quickest)
@@ -108,7 +108,7 @@ def _layouts(rows: list[tuple[LayoutPlan, tuple[str, ...]]]) -> str:
 
 
 def _memory(made: LayoutPlan, load: Workload) -> str:
-    """Ranks that hold alike share a line. A rank's sequences are those that its own cache would hold; the replica's are bounded by all."""
+    """Ranks with the same content share a line. A rank's sequences are those that its own cache can hold; all ranks bound the replica's."""
     rows, first = [], 0
     for rank, alike in groupby(made.ranks):
         count = len(list(alike))
@@ -133,7 +133,7 @@ def _speeds(made: LayoutPlan, speeds: list[tuple[Workload, Any]]) -> str:
 
 
 def _errors(rows: list[tuple[LayoutPlan, tuple[str, ...]]], cluster: PlannedCluster) -> list[str]:
-    """What the error bars are, and where there is none."""
+    """The meaning of the error bars and of `?`."""
     fit = GPU_FIT if isinstance(cluster.device, GpuModel) else HOST_FIT
     lines = []
     if any(made.error for made, _ in rows):
@@ -144,13 +144,13 @@ def _errors(rows: list[tuple[LayoutPlan, tuple[str, ...]]], cluster: PlannedClus
 
 
 def _advice(each: SubjectPlan, cluster: PlannedCluster) -> list[str]:
-    """What to change in the file; where it does not fit, the refusal says so instead."""
+    """What to change in the file; if the file does not fit, the refusal says it instead."""
     lines = []
     budget = each.subject.engine.max_num_tokens
     if isinstance(cluster.device, GpuModel) and budget < RECORDED_TOKENS:
         lines.append(f"hint: max_num_tokens: {USUAL_TOKENS} lets a step take whole prompts; the file has {budget}")
     own = sum(made.total_tok_s for made in each.own)
-    # Less than its own error is no gain.
+    # A gain below its own error is not reported.
     if each.best and each.refusal is None and own and each.best.total_tok_s > own * (1 + (each.best.error or 0.0)):
         gain = each.best.total_tok_s / own
         lines.append(f"hint: {settings(each.best)} gives {gain:.2f} times the tokens of the file's layout")

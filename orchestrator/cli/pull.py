@@ -16,7 +16,7 @@ def pull(
     revision: Revision = "",
     cache_dir: CacheDir = None,
 ) -> None:
-    """Fetch a model into the cache and verify its hashes; a second time only the check is made."""
+    """Fetch a model into the cache and verify its hashes; a model in the cache is only verified."""
     from orchestrator import model_store
     from orchestrator.hub.reference import at_revision
 

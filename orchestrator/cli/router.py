@@ -22,7 +22,7 @@ def router(
     location: LocationOptions,
     detach: Detach = False,
 ) -> None:
-    """Start the routers of a file alone; replicas join them with a pass (`trireme keys join`). Ctrl-C or SIGTERM drains and stops them."""
+    """Start only the routers of a file; replicas join them with a pass (`trireme keys join`). Ctrl-C or SIGTERM drains and stops them."""
     from orchestrator.config import deployment_file
 
     flags = asdict(frontend) | asdict(location)

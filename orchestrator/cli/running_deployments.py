@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: The hint of a command that takes the deployment as a flag.
 NAME_ONE = "name one with --name"
 DEFAULT_RUN_DIR = "~/.local/state/trireme"
-RunDir = Annotated[str, typer.Option("--run-dir", envvar="TRIREME_RUN_DIR", help="Where deployments keep their state.")]
+RunDir = Annotated[str, typer.Option("--run-dir", envvar="TRIREME_RUN_DIR", help="Folder in which deployments keep their state.")]
 
 
 def find_running(run_dir: str) -> list[DeploymentStatus]:
@@ -32,7 +32,7 @@ def find_running(run_dir: str) -> list[DeploymentStatus]:
 
 
 def pick(name: str, run_dir: str, hint: str = "name one") -> ControlClient:
-    """Connect to the deployment ``name``, or to the only one that runs. ``hint``: how a command is told which one.
+    """Connect to the deployment ``name``, or to the only one that runs. ``hint``: how to name the deployment in this command.
 
     Raises :class:`NotFound` when none runs, :class:`Rejected` when several run and ``name`` is empty.
     """
@@ -47,7 +47,7 @@ def pick(name: str, run_dir: str, hint: str = "name one") -> ControlClient:
 
 
 def the_only_one(run_dir: str, hint: str) -> DeploymentStatus | None:
-    """The status of the only deployment that runs, None where none does. Raises :class:`Rejected` when several run."""
+    """The status of the only running deployment; None if none runs. Raises :class:`Rejected` when several run."""
     found = find_running(run_dir)
     if len(found) > 1:
         raise Rejected(f"{len(found)} deployments run", ", ".join(status.name for status in found), hint)

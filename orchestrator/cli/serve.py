@@ -22,16 +22,18 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     tp_size: Annotated[
         int | None,
-        typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Ranks that share each layer (-tp); else as few as hold it."),
+        typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Ranks that share each layer (-tp); by default as few as hold it."),
     ] = None
     pp_size: PpSize = 1
     replicas: Annotated[int | None, typer.Option("--replicas", min=1, help="How many replicas.")] = None
-    device: Annotated[str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: GPUs where there are some.")] = None
+    device: Annotated[str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: GPUs if there are any.")] = None
     dtype: Annotated[str, typer.Option("--dtype", help="Number format to compute in: auto, bf16, fp16 or fp32.")] = ""
-    quant: Annotated[str, typer.Option("--quant", help="Weights as int8, int4 or fp8; as they are when not given.")] = ""
+    quant: Annotated[str, typer.Option("--quant", help="Quantize weights to int8, int4 or fp8.")] = ""
     load_format: Annotated[str | None, typer.Option("--load-format", metavar="auto|dummy", help="dummy: random weights.")] = None
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="A folder with another tokenizer than the model's own.")] = None
-    served_model_name: Annotated[str, typer.Option("--served-model-name", help="What clients call it; else its own name.")] = ""
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="A folder with a tokenizer that replaces the model's own.")] = None
+    served_model_name: Annotated[
+        str, typer.Option("--served-model-name", help="Name of the model for clients; by default its own name.")
+    ] = ""
     chat_template: Annotated[
         str | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja template to use in place of the model's own.")
     ] = None
@@ -40,7 +42,7 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", "--max-num-seqs", help="Sequences in one step.")] = None
     max_num_tokens: Annotated[int | None, typer.Option("--max-num-tokens", "--max-num-batched-tokens", help="Tokens in one step.")] = None
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option("--gpu-memory-utilization", help="Share of a GPU's memory that may be in use; else all but 2 GiB.")
+        float | None, typer.Option("--gpu-memory-utilization", help="Share of a GPU's memory that may be in use; by default all but 2 GiB.")
     ] = None
     kv_tokens: Annotated[int | None, typer.Option("--kv-tokens", help="Size of the KV cache, tokens.")] = None
     kv_bytes: Annotated[int | None, typer.Option("--kv-bytes", help="Size of the KV cache of a rank, bytes.")] = None
@@ -50,7 +52,7 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each rank.")] = None
     engine: Annotated[str | None, typer.Option("--engine", metavar="portable|fake|trtllm", help="What computes.")] = None
-    host: Annotated[str | None, typer.Option("--host", help="HTTP address; beyond loopback it needs --api-keys-file.")] = None
+    host: Annotated[str | None, typer.Option("--host", help="HTTP address; an address beyond loopback needs --api-keys-file.")] = None
 
 
 @with_option_structs

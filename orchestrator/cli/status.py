@@ -25,13 +25,13 @@ REPLICAS = ["REPLICA", "STATE", "AGE", "TP", "PP", "RUNNING", "QUEUE", "TOK/S", 
 
 def status(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Which deployment; all when not given.")] = "",
+    name: Annotated[str, typer.Argument(help="Name of the deployment; by default all.")] = "",
     form: Annotated[str, typer.Option("--output", "-o", metavar="wide|json|yaml", help="More columns, or everything.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Repeat every second until Ctrl-C.")] = False,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Show deployments and their replicas. Exit code 5 when a replica is missing that was there, or failed for good."""
+    """Show deployments and their replicas. Exit code 5 if a replica is lost or failed permanently."""
     console: Console = context.obj
     form = "json" if as_json else form
     if form not in ("", "wide", "json", "yaml"):
@@ -51,7 +51,7 @@ def status(
 
 
 def render(found: list[DeploymentStatus], form: str) -> str:
-    """The answer of `trireme status` in one of its forms."""
+    """The output of `trireme status` in one of its formats."""
     if form in ("json", "yaml"):
         import msgspec
         import yaml

@@ -1,4 +1,4 @@
-"""`trireme submit slurm`: a deployment file as a Slurm job. Owns what people see of it; the script belongs to `orchestrator.slurm`."""
+"""`trireme submit slurm`: a deployment file as a Slurm job. Owns the output of the command; the script belongs to `orchestrator.slurm`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.cli.command_group import CommandGroup
 from orchestrator.cli.console import Console
 from workers.protocol.errors import ConfigError
 
-#: What the longest path of a socket below the jobs folder is made of.
+#: Parts of the longest socket path below the jobs folder.
 LONGEST_ID, SOCKET, LONGEST_PATH = "0" * 10, "/routers/router00-back.sock", 100
 
 submit = typer.Typer(name="submit", cls=CommandGroup, help="Deployments as jobs of the site's scheduler.", no_args_is_help=True)
@@ -24,23 +24,23 @@ def slurm(
     file: Annotated[
         Path, typer.Argument(help="A deployment file, such as deploy/examples/local.yaml, which `trireme config examples` writes.")
     ],
-    account: Annotated[str, typer.Option("--account", "-A", help="Whose hours are used.")] = "",
-    partition: Annotated[str, typer.Option("--partition", "-p", help="Which nodes; the site's default when not given.")] = "",
+    account: Annotated[str, typer.Option("--account", "-A", help="Account that pays for the job.")] = "",
+    partition: Annotated[str, typer.Option("--partition", "-p", help="Partition; by default the site's.")] = "",
     time: Annotated[str, typer.Option("--time", "-t", metavar="LIMIT", help="Minutes, HH:MM:SS or D-HH:MM:SS.")] = "",
     nodes: Annotated[int, typer.Option("--nodes", "-N", min=1, help="How many nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs on each of them.")] = 0,
-    cpus_per_task: Annotated[int, typer.Option("--cpus-per-task", "-c", min=0, help="CPUs on each of them.")] = 0,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs on each node.")] = 0,
+    cpus_per_task: Annotated[int, typer.Option("--cpus-per-task", "-c", min=0, help="CPUs on each node.")] = 0,
     container: Annotated[str, typer.Option("--container", metavar="IMAGE", help="Run in this image (pyxis).")] = "",
-    container_mounts: Annotated[str, typer.Option("--container-mounts", metavar="A:B,...", help="Folders of models and keys.")] = "",
-    python: Annotated[str, typer.Option("--python", help="Python on the nodes; this one, or python3 of the image.")] = "",
-    array: Annotated[str, typer.Option("--array", "-a", metavar="N|0-N", help="That many deployments, a task each.")] = "",
+    container_mounts: Annotated[str, typer.Option("--container-mounts", metavar="A:B,...", help="Folders to mount: models and keys.")] = "",
+    python: Annotated[str, typer.Option("--python", help="Python on the nodes; by default this one, or python3 of the image.")] = "",
+    array: Annotated[str, typer.Option("--array", "-a", metavar="N|0-N", help="Number of deployments, one task each.")] = "",
     handover: Annotated[bool, typer.Option("--handover/--no-handover", help="Submit a successor before the time limit.")] = True,
-    lead: Annotated[int, typer.Option("--lead", min=0, metavar="S", help="Seconds before the limit at which that happens.")] = 0,
-    name: Annotated[str, typer.Option("--name", help="Name of the job; the deployment's when not given.")] = "",
+    lead: Annotated[int, typer.Option("--lead", min=0, metavar="S", help="Seconds before the limit at which this happens.")] = 0,
+    name: Annotated[str, typer.Option("--name", help="Name of the job; by default the deployment's.")] = "",
     job_dir: Annotated[Path, typer.Option("--job-dir", help="Folder on a shared file system for scripts, logs and state.")] = Path(
         "trireme-jobs"
     ),
-    sbatch: Annotated[list[str] | None, typer.Option("--sbatch", metavar="OPTION", help="One more option of sbatch; repeatable.")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option("--sbatch", metavar="OPTION", help="A further option of sbatch; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and submit nothing.")] = False,
 ) -> None:
     """Submit a deployment to Slurm. The endpoint is printed in the job's log and written to DIR/NAME.json when it is ready."""

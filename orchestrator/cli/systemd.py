@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-#: How long a manager whose queue is full is waited for, seconds.
+#: Longest wait for a manager whose queue is full, seconds.
 _PATIENCE_S = 1.0
 
 
@@ -34,7 +34,8 @@ class SystemdNotifier:
         self._send("STOPPING=1\nSTATUS=draining")
 
     def beat(self) -> None:
-        """Report that the host's loop turns. Call it at every turn: it sends at most one message in half the watchdog's interval."""
+        """Notify the watchdog that the host's loop runs. Call it in every turn: it sends at most one message per half of the watchdog's
+        interval."""
         now = time.monotonic()
         if self._every_s and now >= self._due:
             self._due = now + self._every_s
@@ -43,7 +44,7 @@ class SystemdNotifier:
     def _send(self, text: str) -> None:
         if not self._address:
             return
-        # A manager that is being restarted, or whose queue is full, misses a message; the service goes on.
+        # A manager that is restarting, or whose queue is full, misses a message; the service continues.
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
             manager.settimeout(_PATIENCE_S)
             manager.sendto(text.encode(), self._address)

@@ -1,7 +1,7 @@
-"""`trireme top`: deployments, replicas and ranks with their rates, drawn anew each second; one plain snapshot where stdout is no terminal.
+"""`trireme top`: deployments, replicas and ranks with their rates, redrawn each second; one plain snapshot if stdout is not a terminal.
 
-Owns the samples that rates are made of, and the terminal while it draws. Asks the control sockets of this user's deployments, as `status`
-does.
+Owns the samples from which rates are computed, and the terminal while it draws. Asks the control sockets of this user's deployments, as
+`status` does.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from orchestrator.control.host.control_socket import DeploymentStatus, ModelRow
 
-#: Ranks up to so many are shown without being asked for.
+#: Up to this number, ranks are shown without --ranks.
 FEW_RANKS = 16
-#: Between the two samples that a snapshot's rates are made of, seconds.
+#: Time between the two samples of a snapshot, seconds.
 SNAPSHOT_S = 1.0
 
 _STYLES = {"READY": "green", "DEGRADED": "yellow", "STARTING": "yellow", "LOADING": "yellow", "DRAINING": "yellow", "FAILED": "red",
@@ -47,14 +47,14 @@ class Sheet(msgspec.Struct, frozen=True):
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """What is shown at one moment: a line for each deployment, and the tables."""
+    """The content of one screen: a line for each deployment, and the tables."""
 
     headlines: list[tuple[str, str]]
     sheets: list[Sheet]
 
 
 class Meter:
-    """The last two samples. CPU shares and rates are of the time between them."""
+    """The last two samples. CPU shares and rates refer to the time between them."""
 
     def __init__(self) -> None:
         self._admitted: dict[tuple[str, str], tuple[float, int]] = {}
@@ -62,7 +62,7 @@ class Meter:
         self._processes: dict[int, Any] = {}
 
     def look(self, found: list[DeploymentStatus], now: float) -> None:
-        """Take in one status of each deployment; ``now`` in seconds. A router that was replaced began again at 0: its rate is then 0."""
+        """Record one status of each deployment; ``now`` in seconds. The counters of a replaced router begin at 0: its rate is 0 then."""
         for status in found:
             for model in status.models:
                 key = (status.name, model.name)
@@ -75,7 +75,7 @@ class Meter:
         return self._rates.get((status.name, model.name), 0.0)
 
     def process(self, host: str, pid: int) -> tuple[str, str]:
-        """(CPU share, resident memory) of a process of this host; dashes for others, and for one that has ended."""
+        """(CPU share, resident memory) of a process on this host; dashes for processes on other hosts and for ended ones."""
         import psutil
 
         if host != socket.gethostname():
@@ -90,10 +90,12 @@ class Meter:
 
 def top(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Which deployment; all when not given.")] = "",
-    once: Annotated[bool, typer.Option("--once", help="One snapshot; so it is where the output is no terminal.")] = False,
-    every: Annotated[float, typer.Option("--every", min=0.2, metavar="SECONDS", help="How often it is drawn.")] = 1.0,
-    ranks: Annotated[bool | None, typer.Option("--ranks/--no-ranks", help="A line for each rank; by default while they are few.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the deployment; by default all.")] = "",
+    once: Annotated[bool, typer.Option("--once", help="Print one snapshot, as if the output were not a terminal.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.2, metavar="SECONDS", help="Seconds between two screens.")] = 1.0,
+    ranks: Annotated[
+        bool | None, typer.Option("--ranks/--no-ranks", help="Show a line for each rank; by default if there are few.")
+    ] = None,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Watch deployments: requests and tokens a second, queues, KV cache, replicas and their ranks. `q` or Ctrl-C ends it."""
@@ -116,7 +118,7 @@ def top(
 
 
 def frame(found: list[DeploymentStatus], meter: Meter, ranks: bool | None) -> Frame:
-    """Everything that is shown of ``found``."""
+    """The tables of ``found``."""
     rows = [(status, row) for status in found for model in status.models for row in model.replicas]
     models = Sheet(
         ("MODEL", "STATE", "READY", "REQ/S", "TOK/S", "RUNNING", "QUEUE", "KV"),
@@ -163,7 +165,7 @@ def headline(status: DeploymentStatus, meter: Meter) -> str:
 
 
 def fullness(model: ModelRow) -> float:
-    """Share of the KV blocks of all its replicas that is in use."""
+    """Share of the KV blocks in use, over all replicas of the model."""
     sizes = [(row.kv_use, row.capacity.num_blocks) for row in model.replicas if row.capacity is not None]
     blocks = sum(size for _, size in sizes)
     return sum(use * size for use, size in sizes) / blocks if blocks else 0.0
@@ -174,13 +176,13 @@ def share(value: float) -> str:
 
 
 def plain(shown: Frame) -> str:
-    """A frame as text, for files, pipes and people who copy."""
+    """A frame as text, for files and pipes."""
     lines = [f"{state}  {text}" for state, text in shown.headlines]
     return "\n\n".join(["\n".join(lines), *(table(list(sheet.header), sheet.rows) for sheet in shown.sheets if sheet.rows)])
 
 
 def drawn(shown: Frame) -> RenderableType:
-    """A frame for a terminal, which cuts what does not fit."""
+    """A frame for a terminal, which cuts long lines."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -202,7 +204,7 @@ def drawn(shown: Frame) -> RenderableType:
 
 
 def watch(console: Console, sample: Callable[[], Frame], every: float) -> None:
-    """Draw until somebody says stop; the screen is then as it was before."""
+    """Draw until the user stops it; then restore the screen."""
     from rich.console import Console as Terminal
     from rich.live import Live
 
@@ -215,7 +217,7 @@ def watch(console: Console, sample: Callable[[], Frame], every: float) -> None:
 
 @contextlib.contextmanager
 def keys() -> Iterator[Callable[[float], bool]]:
-    """A function that waits so many seconds and says whether `q` was pressed; without a keyboard it only waits."""
+    """A function that waits for a number of seconds and returns whether `q` was pressed; without a keyboard it only waits."""
     if not sys.stdin.isatty():
         yield lambda seconds: bool(select.select([], [], [], seconds)[0])
         return

@@ -27,7 +27,7 @@ def up(
     join: JoinOptions,
     detach: Detach = False,
 ) -> None:
-    """Start the deployment of a file and stay with it; Ctrl-C or SIGTERM drains and stops it."""
+    """Start the deployment of a file and host it; Ctrl-C or SIGTERM drains and stops it."""
     from orchestrator.config import deployment_file
 
     flags = asdict(frontend) | asdict(location) | asdict(join) | {"launcher": launcher}

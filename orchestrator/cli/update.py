@@ -1,5 +1,5 @@
-"""`trireme update`: changes a running deployment to what a file says. Owns the command's output only; the host makes
-the update (:mod:`orchestrator.control.host.update`)."""
+"""`trireme update`: applies a changed file to a running deployment. Owns only the command's output; the host makes the update
+(:mod:`orchestrator.control.host.update`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def update(
     launcher: Launcher = None,
     location: LocationOptions,
 ) -> None:
-    """Bring a running deployment to a changed file, one replica at a time, without a failed request. Flags as they were given to `up`."""
+    """Apply a changed file to a running deployment, one replica at a time, without a failed request. Repeat the flags of `up`."""
     from orchestrator.config import deployment_file as configs
     from orchestrator.control.host import control_socket
     from orchestrator.control.host import update as updates
@@ -42,7 +42,7 @@ def update(
     flags = asdict(location) | {"port": port, "routers": routers, "launcher": launcher}
     resolved = configs.load(file, flags=flags, env=os.environ)
     control = control_socket.connect(resolved.config.name, resolved.config.run_dir)
-    hardware = control.hardware()  # before anything is fetched: it must run
+    hardware = control.hardware()  # first, so that nothing is fetched if no deployment runs
     with console.progress() as progress:
         wanted = updates.prepare(resolved.config, hardware, progress)
     report = control.update(wanted, list(resolved.sources), dry_run=dry_run)
@@ -55,7 +55,7 @@ def update(
 
 
 def follow(console: Console, control: ControlClient) -> None:
-    """Print each move as it ends. Raises :class:`ReplicaLost` when the update was taken back."""
+    """Print each move when it ends. Raises :class:`ReplicaLost` if the update was rolled back."""
     printed, under_way = 0, ""
     while True:
         report = control.status().update

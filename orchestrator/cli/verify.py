@@ -1,7 +1,8 @@
-"""`trireme verify`: whether an engine says what the portable engine says of the same checkpoint, prompt by prompt, token by token.
+"""`trireme verify`: compares an engine with the portable engine on the same checkpoint, prompt by prompt, token by token.
 
-Owns the fixed prompts and the comparison. Both run as replicas of one deployment and are asked greedily, as any client would ask. Where two
-answers part, the portable engine's own scores tell by how little it preferred its token: rounding explains a small margin, no other one.
+Owns the fixed prompts and the comparison. Both run as replicas of one deployment and get greedy requests, like those of any client. Where
+two answers differ, the portable engine's own scores give the margin by which it preferred its token: rounding can explain only a small
+margin.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PROMPTS = (
     "Q: What is the largest planet of the solar system?\nA:",
     "To make a cup of tea, first",
 )
-#: Alternatives whose scores are asked for: an engine's token that is not among them is far off.
+#: Alternatives whose scores are requested: an engine's token that is not among them has a much lower score.
 ALTERNATIVES = 20
 ENGINE, REFERENCE = "engine", "reference"
 ANSWER_S = 1800.0
@@ -46,10 +47,10 @@ READY_S = 3600.0
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
-    """Two greedy answers to one prompt. ``same``: tokens before they part, of ``total``.
+    """Two greedy answers to one prompt. ``same``: equal tokens before the first difference, of ``total``.
 
-    Where they part: the two tokens, and ``margin``: how much more likely the reference took its own to be, in nats (at least so much where
-    ``open``: the engine's token is not among its alternatives).
+    At the first difference: the two tokens, and ``margin``: the reference's logprob of its own token minus that of the engine's token, in
+    nats (a lower bound if ``open``: the engine's token is not among the alternatives).
     """
 
     prompt: str
@@ -66,7 +67,7 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def shown(self) -> str:
-        """The margin as people read it."""
+        """The margin as text."""
         return f"{'>' if self.open else ''}{self.margin:.3f}" if self.parted else "-"
 
 
@@ -75,7 +76,7 @@ def compare(prompt: str, engine: Sequence[int], reference: Sequence[int], scores
     total = min(len(engine), len(reference))
     same = next((at for at in range(total) if engine[at] != reference[at]), total)
     if same == total:
-        # One that ends where the other goes on parts from it there.
+        # An answer that ends where the other continues differs there.
         longest = max(len(engine), len(reference))
         return Agreement(prompt=prompt, same=same, total=longest, margin=float("inf") if longest > total else 0.0)
     here = scores[same]
@@ -91,18 +92,16 @@ def compare(prompt: str, engine: Sequence[int], reference: Sequence[int], scores
 
 def verify(
     context: typer.Context,
-    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Its name in the catalogue, or its folder.")],
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="What it was built from, where that has moved.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file of prompts, one a line, in place of the fixed ones.")] = None,
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="The engine's name in the catalogue, or its folder.")],
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="The engine's checkpoint, if it was moved.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file of prompts, one per line, instead of the fixed ones.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of each answer.")] = 48,
     margin: Annotated[float, typer.Option("--margin", min=0.0, help="Largest margin that rounding may explain, nats.")] = 0.25,
-    reference_device: Annotated[
-        str, typer.Option("--reference-device", metavar="cpu|cuda", help="Where the portable engine runs.")
-    ] = "cpu",
+    reference_device: Annotated[str, typer.Option("--reference-device", metavar="cpu|cuda", help="Device of the portable engine.")] = "cpu",
     form: Annotated[str, typer.Option("--output", "-o", metavar="text|json")] = "text",
     cache_dir: CacheDir = None,
 ) -> None:
-    """Run fixed prompts through an engine and through the portable engine on the same checkpoint; exit code 3 when they disagree."""
+    """Compare an engine with the portable engine on the same checkpoint and fixed prompts; exit code 3 if they disagree."""
     from workers.engines.trtllm import engine_catalogue
     from workers.engines.trtllm.engine_dir import read_engine_dir
 
@@ -118,7 +117,7 @@ def verify(
     }  # fmt: skip
     reference = {
         "path": str(source.absolute()), "engine": "portable", "dtype": "fp32", "device": reference_device,
-        # One request at a time, so room for one.
+        # Requests run one at a time, so the cache needs room for one.
         "max_seq_len": found.max_seq_len, "kv_tokens": found.max_seq_len + 64,
     }  # fmt: skip
     results = ask_both(console, candidate, reference, asked, tokens, cache_folder(cache_dir))
@@ -126,7 +125,7 @@ def verify(
 
 
 def origin(engine: Any) -> Path:
-    """The checkpoint that an engine was built from, as it was then. Raises :class:`ArtifactError` when it is not there any more."""
+    """The checkpoint that an engine was built from. Raises :class:`ArtifactError` if it is gone or has changed."""
     from workers.artifacts.checkpoint import MANIFEST
     from workers.artifacts.safetensors_file import hash_file
 
@@ -178,7 +177,7 @@ def _ask(client: Client, prompt: str, tokens: int) -> Agreement:
 
 
 def report(console: Console, results: list[Agreement], margin: float, form: str) -> None:
-    """The table and the verdict. Raises :class:`ArtifactError` when a parting's margin is larger than rounding explains."""
+    """Print the table and the result. Raises :class:`ArtifactError` if a margin is larger than rounding explains."""
     if form == "json":
         console.out(msgspec.json.format(msgspec.json.encode(results), indent=2).decode())
     else:

@@ -1,7 +1,7 @@
 """Makes frozen structs of a deployment file, flags and the environment, and keeps the source of every value.
 
 Owns the keys that a deployment file may have. Below layer 5, no other module reads the environment. Keys are the long flags
-with underscores. Precedence: flag > environment (``TRIREME_*``) > file > default. Must never start anything or look at a model.
+with underscores. Precedence: flag > environment (``TRIREME_*``) > file > default. Must never start anything or read a model.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class RpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``address`` of a cluster to join (``RAY_ADDRESS`` counts too); empty = with ``launcher: ray``, start one here that ends with us, with
-    ``num_cpus`` CPU shares (0 = one a rank and one for the controller) and ``num_gpus`` GPUs (-1 = those that Ray finds)."""
+    """``address`` of a cluster to join (``RAY_ADDRESS`` counts too); empty = with ``launcher: ray``, start one here that ends with this
+    process, with ``num_cpus`` CPU shares (0 = one a rank and one for the controller) and ``num_gpus`` GPUs (-1 = those that Ray finds)."""
 
     address: str = ""
     num_cpus: int = 0
@@ -44,8 +44,8 @@ class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One gang of ``tp_size`` x ``pp_size`` ranks; what is left out is the model's own value. Replicas of one model may run on different
-    engines, from files of their own (an engine folder beside the weights that it was built from)."""
+    """One gang of ``tp_size`` x ``pp_size`` ranks; missing values are those of the model. Replicas of one model may run on different
+    engines and from different files (for example an engine folder and the weights that it was built from)."""
 
     name: str = ""
     tp_size: int = 0
@@ -56,9 +56,9 @@ class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``. ``tokenizer``: a folder with
-    another tokenizer than the model's own; ``chat_template``: a file with the template to use in place of the model's own. ``tp_size``
-    ``auto``: as many ranks as the weights need.
+    """One served model. ``path``: catalogue name, Hugging Face folder, GGUF or checkpoint; empty = ``name``. ``tokenizer``: a folder with a
+    tokenizer that replaces the model's own; ``chat_template``: a file with a template that replaces the model's own. ``tp_size`` ``auto``:
+    as many ranks as the weights need.
 
     ``replicas``: their number, each of ``tp_size`` x ``pp_size`` ranks; or a list with the layout of each. ``spread``: each pipeline stage
     gets a node of its own. ``engine``: the engine that computes, with its ``settings``. ``generation_config``: whether the model's
@@ -80,7 +80,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     settings: EngineSettings = EngineSettings()
 
     def gangs(self) -> list[GangRequest]:
-        """What each replica is asked to be, in file order; replicas without a name are numbered."""
+        """The requested settings of each replica, in file order; replicas without a name are numbered."""
         base = re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")[:32]
         return [
             GangRequest(
@@ -223,7 +223,7 @@ class ResolvedSetting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
-    """A configuration and where each of its values came from (by path, ``models[0].dtype``; what is not listed is a default)."""
+    """A configuration and where each of its values came from (by path, ``models[0].dtype``; values that are not listed are defaults)."""
 
     config: Config
     sources: dict[str, str]
@@ -246,14 +246,14 @@ def _file_struct(struct: type[msgspec.Struct], **changed: Any) -> type[msgspec.S
     return msgspec.defstruct(struct.__name__, fields, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
-#: Structs that have no key of their own in a file: it writes their fields beside those of the struct that holds them.
+#: Structs without a key of their own in a file: their fields are written next to those of the struct that holds them.
 _INLINE: tuple[Any, ...] = (EngineSettings, PortableOptions, FakeOptions)
 _FileModel: Any = _file_struct(ModelConfig)
 _FileConfig: Any = _file_struct(Config, models=tuple[_FileModel, ...])
 
 
 def as_tree(config: Config) -> dict[str, Any]:
-    """The whole configuration as a file spells it: mappings, lists and scalars."""
+    """The whole configuration in the form of a file: mappings, lists and scalars."""
     tree: dict[str, Any] = msgspec.to_builtins(config)
     return tree | {"models": [_spelled(model, ModelConfig) for model in tree["models"]]}
 
@@ -286,7 +286,7 @@ def _config(given: Any) -> Config:
 
 
 def environment() -> MutableMapping[str, str]:
-    """The process's environment: the one way to it below layer 5."""
+    """The process's environment: below layer 5 it is read only here."""
     return os.environ
 
 
@@ -294,7 +294,7 @@ def settings() -> dict[str, str]:
     """Every flag name (underscores) -> its path; those of a model apply to all models: ``tp_size`` -> ``models[].tp_size``."""
     table = {"host": "http.host", "port": "http.port", "api_keys_file": "http.api_keys_file", "allowed_origins": "http.allowed_origins"}
     for path, kind in _leaves(_FileConfig, ""):
-        if path.startswith("models[].trtllm."):  # a table of its own, of which flags would be hundreds
+        if path.startswith("models[].trtllm."):  # a nested table, which would need hundreds of flags
             continue
         if kind in (str, int, float, bool) or _choices(kind):
             table[path.replace("models[].", "").replace(".", "_") if path.startswith("models") else path.replace(".", "_")] = path
@@ -344,7 +344,7 @@ def _check(ok: bool, what: str, why: str = "", hint: str = "") -> None:
 
 
 def _struct_of(kind: Any) -> tuple[Any, bool]:
-    """(struct type, whether in a list) that a field's type holds; (None, False) for a scalar."""
+    """(struct type, whether in a list) of a field's type; (None, False) for a scalar."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind, False
     for part in getattr(kind, "__args__", ()):
@@ -355,7 +355,7 @@ def _struct_of(kind: Any) -> tuple[Any, bool]:
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
-    """The words that a setting may be, whether it may be None beside them or not; empty for a setting of another kind."""
+    """The allowed words of a setting, which may also allow None; empty for a setting of another kind."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     return next((choices for part in get_args(kind) if (choices := _choices(part))), ())
@@ -393,7 +393,7 @@ def _nearest(key: str, names: Mapping[str, Any]) -> str:
 
 
 def _allowed(path: str) -> str:
-    """What a setting may be: the hint beside a value that it cannot be."""
+    """The allowed values of a setting: the hint of an error."""
     kind = dict(_leaves(_FileConfig, "")).get(re.sub(r"\[\d+\]", "[]", path))
     if not (choices := _choices(kind)):
         return yaml_tree.EXAMPLE
@@ -431,12 +431,12 @@ def _put_leaf(node: dict[str, Any], key: str, struct: Any, value: object, path: 
 
 
 def _words(text: str) -> list[str]:
-    """The list in a flag or a variable: with commas between, or as JSON (vLLM's flags have it so)."""
+    """The list in a flag or a variable: separated by commas, or as JSON (like vLLM's flags)."""
     if text.lstrip().startswith("["):
         try:
             return msgspec.json.decode(text, type=list[str])
         except msgspec.DecodeError:
-            pass  # the value is then refused as the text that it is
+            pass  # the value stays a text, which is then refused
     return [word.strip() for word in text.split(",") if word.strip()]
 
 

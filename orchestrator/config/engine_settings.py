@@ -1,4 +1,4 @@
-"""What a deployment file says about the engine of a model, where a setting may be left to Trireme: ``auto``.
+"""The engine settings of a model in a deployment file, some of which may be ``auto``.
 
 Pure values. The rule that turns ``auto`` into a value is :mod:`orchestrator.planner.automatic`.
 """
@@ -32,16 +32,16 @@ DTypeSetting = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """The most that one step holds: sequences, tokens."""
+    """The limits of one step: sequences, tokens."""
 
     max_batch_size: int
     max_num_tokens: int
 
 
 class EngineSettings(DeviceIndependentSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The engine settings of a model: the common ones, and those of each engine. A file writes them beside the model's own keys.
+    """The engine settings of a model: the common ones, and those of each engine. A file writes them next to the model's own keys.
 
-    ``auto`` is decided when the deployment starts, by the device and the model.
+    ``auto`` is resolved when the deployment starts, from the device and the model.
     """
 
     device: DeviceSetting = AUTO
@@ -58,7 +58,7 @@ class EngineSettings(DeviceIndependentSettings, frozen=True, kw_only=True, forbi
         check_step_limits(batch, batch if self.max_num_tokens == AUTO else self.max_num_tokens)
 
     def limits(self, usual: StepLimits) -> StepLimits:
-        """The limits of a step: as given, and where one is ``auto``, as in ``usual`` or as the other one needs it."""
+        """The limits of a step: as given; a limit that is ``auto`` is taken from ``usual`` or follows from the other one."""
         given, tokens = self.max_batch_size, self.max_num_tokens
         if isinstance(given, int):
             batch = given
@@ -67,7 +67,7 @@ class EngineSettings(DeviceIndependentSettings, frozen=True, kw_only=True, forbi
         return StepLimits(max_batch_size=batch, max_num_tokens=tokens if isinstance(tokens, int) else max(usual.max_num_tokens, batch))
 
     def spec(self, kind: EngineKind, *, device: Device, dtype: DType, limits: StepLimits) -> EngineSpec:
-        """The settings of one engine, with what was decided for those that are ``auto``."""
+        """The settings of one engine, with the values chosen for ``auto``."""
         common = {name: getattr(self, name) for name in DeviceIndependentSettings.__struct_fields__}
         common |= {"device": device, "dtype": dtype} | msgspec.structs.asdict(limits)
         match kind:
@@ -80,7 +80,7 @@ class EngineSettings(DeviceIndependentSettings, frozen=True, kw_only=True, forbi
 
 
 class GangRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica as a deployment file asks for it. ``path``: catalogue name, folder or file of its model."""
+    """One replica as requested in a deployment file. ``path``: catalogue name, folder or file of its model."""
 
     name: str
     model: str
@@ -97,5 +97,5 @@ class GangRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def layout(self) -> Parallel | None:
-        """The layout that is asked for; None where ``tp_size`` is ``auto``."""
+        """The requested layout; None if ``tp_size`` is ``auto``."""
         return None if self.tp_size == AUTO else Parallel(tp=self.tp_size, pp=self.pp_size)

@@ -11,13 +11,13 @@ import msgspec
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import RouterAddress
 
-#: Addresses that mean every interface of this host: fit to listen on, useless to connect to.
+#: Addresses that mean every interface of this host: a process can listen on them, but nobody can connect to them.
 WILDCARDS = ("0.0.0.0", "::", "*")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-#: Where the defaults of requests come from: a model's ``generation_config.json``, or the API alone.
+#: Source of the defaults of requests: a model's ``generation_config.json``, or only the API.
 GenerationConfig = Literal["auto", "none"]
 
 
@@ -39,9 +39,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP server of every router; ``port`` 0 = any free one, printed and put into the state file. ``api_keys_file``: the keys that it
-    accepts (`trireme keys api`); without one it is open to all, and stays on loopback. ``allowed_origins``: the web pages whose scripts
-    may use it (CORS), such as ``https://chat.example.org``; ``*`` = all, empty = none. ``trusted_proxies``: addresses and networks of
-    reverse proxies, which are believed when they name the client's address (``Forwarded``, ``X-Forwarded-For``)."""
+    accepts (`trireme keys api`); without it the API is open to all and listens on loopback only. ``allowed_origins``: the web pages whose
+    scripts may use it (CORS), such as ``https://chat.example.org``; ``*`` = all, empty = none. ``trusted_proxies``: addresses and networks
+    of reverse proxies, which are believed when they name the client's address (``Forwarded``, ``X-Forwarded-For``)."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -66,7 +66,7 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def exposed(self) -> bool:
-        """Whether other machines may reach it."""
+        """Whether other machines can reach it."""
         return self.host not in _LOOPBACK
 
 
@@ -79,9 +79,10 @@ class HttpSpec(HttpConfig, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class BackSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where routers listen for replicas, by ``tcp`` with CURVE: router i on ``port`` + i. No ``host``: `up` chooses, for its own replicas.
+    """The addresses on which routers listen for replicas, by ``tcp`` with CURVE: router i on ``port`` + i. No ``host``: `up` chooses, for
+    its own replicas.
 
-    ``advertise``: how others reach this host, where that is not ``host``.
+    ``advertise``: the address at which others reach this host, if it differs from ``host``.
     """
 
     host: str = ""
@@ -98,8 +99,8 @@ class BackSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class JoinSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Standing routers to serve, in place of routers of one's own. ``file``: what they wrote about themselves (``join.json``);
-    ``key_file``: the pass that their side made for us (`trireme keys join`)."""
+    """Standing routers that the replicas join; no routers are started. ``file``: the ``join.json`` of those routers; ``key_file``: the pass
+    that was made at those routers (`trireme keys join`)."""
 
     file: str = ""
     key_file: str = ""
@@ -136,16 +137,16 @@ class AdmissionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class MetricsSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A port for Prometheus alone: router i on ``port`` + i. 0 = none: then only the HTTP API has ``/metrics``, and with several routers
-    behind one port each scrape finds another of them."""
+    """A port for Prometheus only: router i on ``port`` + i. 0 = none: then only the HTTP API has ``/metrics``, and if several routers share
+    its port, each scrape may reach a different router."""
 
     host: str = "127.0.0.1"
     port: int = 0
 
 
 class TracingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Traces by OTLP over HTTP. ``endpoint``: a collector's URL, such as ``http://127.0.0.1:4318/v1/traces``; empty = none are made.
-    ``sample``: share of the requests that begin a trace here; one that brings ``traceparent`` does what that says."""
+    """Traces by OTLP over HTTP. ``endpoint``: a collector's URL, such as ``http://127.0.0.1:4318/v1/traces``; empty = no traces.
+    ``sample``: share of the requests that begin a trace here; for a request with ``traceparent``, that header decides."""
 
     endpoint: str = ""
     sample: float = 1.0
@@ -156,12 +157,12 @@ class TracingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that one router process needs; written as JSON (mode 0600) by ``up``.
+    """Everything that one router process needs; written as JSON (mode 0600) by ``up``.
 
     ``back`` is bound for replicas, ``rpc`` for clients: ``ipc://`` paths in a 0700 folder on one machine, ``tcp://`` with CURVE otherwise
-    (``key_file``: this router's key pair; ``allowed_file``: public keys and roles that ZAP admits). ``state_file``: where the router
-    reports (JSON, atomically): pid, phase, http address. ``salt_file``: key of the prefix-cache salt, the same for all routers.
-    ``drain_grace_s``: what running requests get after the order to end.
+    (``key_file``: this router's key pair; ``allowed_file``: public keys and roles that ZAP admits). ``state_file``: file to which the
+    router writes (JSON, atomically) pid, phase and http address. ``salt_file``: key of the prefix-cache salt, the same for all routers.
+    ``drain_grace_s``: seconds that running requests have after the order to end.
     """
 
     name: str

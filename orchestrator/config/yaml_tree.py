@@ -1,4 +1,5 @@
-"""The text of a deployment file -> a tree of mappings, lists and scalars. Owns the reading of YAML; knows no key of a deployment."""
+"""Parses the text of a deployment file into a tree of mappings, lists and scalars. Owns the reading of YAML; knows no key of a
+deployment."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ EXAMPLE = "deploy/examples/local.yaml is a whole one (trireme config examples wr
 
 def read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises :class:`ConfigError` with the line at fault."""
-    import yaml  # here: most command lines read no file
+    import yaml  # imported here: most command lines read no file
 
     class Loader(yaml.SafeLoader):
-        """Safe, and refuses a key that stands twice: the second would win in silence."""
+        """A safe loader that refuses duplicate keys: without this, the second one would silently win."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
@@ -49,7 +50,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _place(error: Exception) -> str:
-    """Where and what, in one line."""
+    """The place and the problem, in one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
         return " ".join(str(error).split())[:300]
@@ -57,14 +58,14 @@ def _place(error: Exception) -> str:
 
 
 def copy(value: Any) -> Any:
-    """A tree of the same content that may be changed."""
+    """A mutable copy of a tree."""
     if isinstance(value, Mapping):
         return {key: copy(item) for key, item in value.items()}
     return [copy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def paths(tree: Any, path: str = "") -> Iterator[str]:
-    """Where the values are: ``models[0].dtype``."""
+    """The paths of all values: ``models[0].dtype``."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from paths(value, f"{path}.{key}" if path else str(key))

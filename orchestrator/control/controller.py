@@ -1,6 +1,6 @@
-"""The control loop: observe gangs, reconcile with what is wanted, act through a launcher. It runs in ``trireme up`` or in a Ray actor.
+"""The control loop: observe gangs, compare them with the wanted ones, act through a launcher. It runs in ``trireme up`` or in a Ray actor.
 
-Owns the wanted gangs and the reconciler. Never on the token path: its death stops no gang, and a new one adopts what lives.
+Owns the wanted gangs and the reconciler. Never on the token path: its death stops no gang, and a new controller adopts the living ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workers.protocol.running_clock import RunningClock
 
 log = logging.getLogger("trireme.controller")
 TICK_S = 0.2
-#: A round of a loop that removes gangs may take so long, seconds; one that takes longer was frozen meanwhile.
+#: Longest plausible round of a loop that removes gangs, seconds; after a longer one the loop was frozen meanwhile.
 LONGEST_ROUND_S = 5.0
 
 #: (replica, epoch) of gangs that the routers lost although they look alive.
@@ -39,13 +39,13 @@ class Controller:
         self._lock = threading.Lock()
         self._views: list[ReplicaView] = []
         self._clock = RunningClock(time.monotonic(), LONGEST_ROUND_S)
-        #: Added to monotonic seconds, it gives the time of the start and on: a wall clock that is set back must not stretch a back-off.
+        #: Difference between Unix and monotonic time at the start: a wall clock that is set back later must not prolong a back-off.
         self._since_1970 = time.time() - time.monotonic()
         #: The largest epoch of each replica that was ever seen here or at a router.
         self._last_epochs: dict[str, int] = {}
 
     def apply(self, gangs: Sequence[GangSpec]) -> None:
-        """What is wanted from now on; an empty sequence drains everything."""
+        """Set the wanted gangs; an empty sequence drains everything."""
         with self._lock:
             self._specs = {spec.replica.name: spec for spec in gangs}
 
@@ -55,8 +55,8 @@ class Controller:
             return self._reconciler.drain(replica)
 
     def tick(self, hung: Hung = (), epochs: Epochs = NO_EPOCHS) -> None:
-        """Observe, reconcile, act: milliseconds, but for the removal of a gang, which is bounded by seconds. ``epochs``: what routers know;
-        the next launch of a replica is newer than that."""
+        """Observe, compare, act. Takes milliseconds, except for the removal of a gang, which takes at most some seconds. ``epochs``: the
+        largest epochs that routers know; the next launch of a replica gets a larger one."""
         with self._lock:
             self._reconciler.postpone(self._clock.turn(time.monotonic()))
             wanted = [WantedReplica(name=name, revision=spec.revision) for name, spec in self._specs.items()]
@@ -95,7 +95,7 @@ class Controller:
             self._views = self._reconciler.views()
 
     def _now(self) -> float:
-        """Unix seconds by a clock that is never set."""
+        """Unix seconds by a monotonic clock."""
         return self._since_1970 + time.monotonic()
 
     def views(self) -> list[ReplicaView]:

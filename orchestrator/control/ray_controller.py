@@ -1,6 +1,6 @@
 """The controller in a Ray actor: the actor itself, and its client in the host process.
 
-Owns the actor's loop and its file of wanted gangs. The actor outlives the host: the next host finds it by name.
+Owns the actor's loop and its file of wanted gangs. The actor outlives the host; the next host finds the actor by name.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from workers.protocol.errors import EnvironmentFault, TriremeError
 
 log = logging.getLogger("trireme.controller")
 _LOOK = "look at the cluster (ray status), then start the deployment again"
-#: Longest wait for the answer of an actor that runs, seconds.
+#: Longest wait for an answer of a running actor, seconds.
 _ANSWER_S = 5.0
 #: Longest wait for the start of the actor, seconds: a worker of Ray imports half a gigabyte of packages, often from a shared folder.
 _START_S = 180.0
 
 
 class ControllerActor:
-    """The loop inside a Ray actor. The wanted gangs lie in ``target`` (0600), so that Ray may restart the actor with the same arguments.
-
-    ``end``: ends this actor for good.
+    """The loop inside a Ray actor. The wanted gangs are in the file ``target`` (0600), so that Ray can restart the actor with the same
+    arguments. ``end``: ends this actor permanently.
     """
 
     def __init__(self, target: str, policy: bytes, make_launcher: Callable[[], Launcher], end: Callable[[], None]) -> None:
@@ -85,7 +84,7 @@ class ControllerActor:
             except TriremeError as error:
                 log.error("control loop: %s", error)
             except Exception:
-                # The edge of a task: whatever Ray raises while its own control plane is away, the next round tries again.
+                # The edge of a task: after any exception of Ray while its control plane is down, the next round tries again.
                 log.exception("control loop")
             time.sleep(TICK_S)
 
@@ -103,7 +102,7 @@ def _end_this_actor() -> None:
 
 
 class RemoteController:
-    """The controller actor of a deployment, found by name or made. While Ray restarts it, the last table is shown."""
+    """The controller actor of a deployment, found by name or created. While Ray restarts it, the last table is returned."""
 
     def __init__(self, deployment: str, target: Path, policy: RestartPolicy) -> None:
         import ray
@@ -111,7 +110,7 @@ class RemoteController:
 
         self._ray = ray
         self._target = target
-        # Pinned to this host, where the file of wanted gangs lies.
+        # Pinned to this host, because the file of wanted gangs is here.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._make = (
             ray.remote(ControllerActor)
@@ -133,7 +132,7 @@ class RemoteController:
         self._silent_since = 0.0
 
     def apply(self, gangs: Sequence[GangSpec]) -> None:
-        """Raises :class:`EnvironmentFault` when the controller does not take the order within three minutes."""
+        """Raises :class:`EnvironmentFault` if the controller does not accept the order within three minutes."""
         write_private(self._target, msgspec.json.encode(list(gangs)))
         if self._actor is None and not gangs:
             return
@@ -152,7 +151,8 @@ class RemoteController:
             self._views, self._question = [], None
 
     def end_with_host(self) -> None:
-        """From now on a killed host leaves nothing: a stopped Ray job is killed after three seconds, whatever it has to finish."""
+        """From now on the gangs end even if the host is killed: Ray kills a stopped job after three seconds, even if it is still
+        draining."""
         if self._actor is None:
             return
         try:
@@ -173,7 +173,7 @@ class RemoteController:
                 raise EnvironmentFault("the controller does not answer", str(error).splitlines()[0][:200], _LOOK) from None
 
     def tick(self, hung: Hung = (), epochs: Epochs = NO_EPOCHS) -> None:
-        """Report what the routers lost and know, and take the table; never waits for the actor."""
+        """Report the routers' lost gangs and known epochs, and get the table; never waits for the actor."""
         if self._question is None:
             self._question = self._actor.report.remote(sorted(hung), dict(epochs))
             self._silent_since = time.monotonic()
@@ -192,6 +192,6 @@ class RemoteController:
         return self._views
 
     def close(self) -> None:
-        """End the actor: nothing is wanted any more."""
+        """End the actor, because no gang is wanted any more."""
         if self._actor is not None:
             self._ray.kill(self._actor)

@@ -1,7 +1,8 @@
-"""Wanted replicas + observed gangs + now -> what to do next. Pure: time is an argument, nothing is random, nothing is waited for.
+"""Wanted replicas + observed gangs + time -> actions. Pure: time is an argument, nothing is random, nothing waits.
 
-Owns what must outlive a gang: how often a replica failed, when it may be launched again, that it has failed for good. A gang itself is
-only ever what the launcher reports; so a controller that restarts builds this object anew, is shown the living gangs, and adopts them.
+Owns the facts that must outlive a gang: how often a replica failed, when it may be launched again, whether it has failed permanently. The
+state of a gang comes only from the launcher's reports; so a restarted controller creates a new reconciler, which sees the living gangs and
+adopts them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class GangStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One gang as its launcher sees it. ``since``: Unix seconds at which ``phase`` began; ``pids``: (rank, host, pid).
 
     ``permanent``: the failure will repeat on every launch (a wrong configuration or a broken artifact); ``exit_code``: its class, as
-    :mod:`workers.protocol.errors` numbers them, 0 = not known. ``restarts``: as its :class:`LaunchGang` had it.
+    :mod:`workers.protocol.errors` numbers them, 0 = not known. ``restarts``: the value in its :class:`LaunchGang`.
     """
 
     name: str
@@ -48,8 +49,8 @@ class WantedReplica(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LaunchGang(msgspec.Struct, frozen=True):
-    """``restarts``: how many gangs of this replica and revision were launched before because another had failed, this one included. The
-    gang carries it, so that a controller that takes over knows it."""
+    """``restarts``: number of gangs of this replica and revision, including this one, that were launched because another had failed. The
+    gang carries it, so that a new controller knows it."""
 
     name: str
     restarts: int = 0
@@ -61,7 +62,7 @@ class DrainGang(msgspec.Struct, frozen=True):
 
 
 class KillGang(msgspec.Struct, frozen=True):
-    """End a gang whole and forget it; also what removes the remains of one that ended by itself."""
+    """End the whole gang and forget it; also removes remaining processes of a gang that ended by itself."""
 
     name: str
     epoch: int
@@ -83,8 +84,8 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica for a status table. ``failures``: in a row; ``restarts``: launches after a failure, all of them; ``due``: when it is
-    launched again, 0 = not waiting."""
+    """One replica for a status table. ``failures``: failures in a row; ``restarts``: all launches after a failure; ``due``: time of the
+    next launch, 0 = not waiting."""
 
     name: str
     phase: ReplicaPhase
@@ -104,7 +105,7 @@ class _Replica(msgspec.Struct, kw_only=True):
     since: float
     failures: int = 0
     restarts: int = 0
-    lost: bool = False  # by a failure, and not launched again yet
+    lost: bool = False  # after a failure, until it is launched again
     due: float = 0.0
     dead: bool = False
     cause: str = ""
@@ -117,7 +118,7 @@ class _Replica(msgspec.Struct, kw_only=True):
 
 
 class Reconciler:
-    """The controller's memory. ``step`` is called with everything that is observed; its actions are carried out before the next call."""
+    """The controller's memory. ``step`` is called with all observed gangs; its actions are carried out before the next call."""
 
     def __init__(self, policy: RestartPolicy) -> None:
         self.policy = policy
@@ -127,7 +128,7 @@ class Reconciler:
         self._drain_asked: set[tuple[str, int]] = set()
 
     def drain(self, name: str) -> bool:
-        """Replace one replica's gang: it drains, and its successor is launched when it has ended. False when it has no living gang."""
+        """Replace one replica's gang: it drains, and its successor is launched after its end. False if it has no living gang."""
         gang = self._gangs.get(name)
         if gang is None or gang.phase in ENDED:
             return False
@@ -135,7 +136,7 @@ class Reconciler:
         return True
 
     def postpone(self, seconds: float) -> None:
-        """The controller did not run for ``seconds``: they count neither as a gang's start nor as its drain."""
+        """The controller was frozen for ``seconds``: they do not count as time of a gang's start or drain."""
         for replica in self._replicas.values():
             replica.begun += seconds
         self._draining = {key: at + seconds for key, at in self._draining.items()}
@@ -181,11 +182,11 @@ class Reconciler:
         if gang.revision == want.revision:
             replica.restarts = max(replica.restarts, gang.restarts)  # larger where an earlier controller launched it
         if gang.phase == "placing":
-            replica.begun = now  # waiting for room is no part of a start: a cluster may take an hour to grow
+            replica.begun = now  # the wait for room is not part of a start: a cluster may take an hour to grow
         if gang.revision != want.revision:
             return self._retire(now, gang, "its configuration changed")
         if (gang.name, gang.epoch) in self._drain_asked or (gang.name, gang.epoch) in self._draining:
-            # Also when it is wanted again: a drain cannot be taken back.
+            # Also if it is wanted again: a drain cannot be revoked.
             return self._retire(now, gang, "it was told to drain")
         if gang.phase in ENDED:
             self._record(now, replica, gang.cause or "it stopped by itself", gang.hint, gang.exit_code, permanent=gang.permanent)
@@ -221,7 +222,7 @@ class Reconciler:
         replica.due = now + self.delay(replica.failures, was_ready=was_ready)
 
     def delay(self, failures: int, *, was_ready: bool) -> float:
-        """Seconds before the next launch: none after the first loss of a gang that had served, else 1, 2, 4 ... 30."""
+        """Seconds before the next launch: 0 after the first loss of a gang that had served, else 1, 2, 4 ... 30."""
         if was_ready and failures == 1:
             return 0.0
         return float(min(self.policy.backoff_max_s, self.policy.backoff_s * 2 ** min(failures - 1, 16)))
@@ -238,7 +239,7 @@ class Reconciler:
         return [DrainGang(gang.name, gang.epoch)] if begun == now else []
 
     def views(self) -> list[ReplicaView]:
-        """Every wanted replica, then every gang that is on its way out."""
+        """Every wanted replica, then every gang that is being ended."""
         rows = [self._view(name, replica, self._gangs.get(name)) for name, replica in self._replicas.items()]
         leaving = [gang for name, gang in self._gangs.items() if name not in self._replicas]
         return rows + [

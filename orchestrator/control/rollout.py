@@ -1,13 +1,14 @@
-"""From the replicas that run to those that should: one at a time, and all the way back when a new one does not start.
+"""Replaces running replicas by wanted ones, one at a time, and rolls back completely if a new one does not start.
 
-Owns the order of the moves and how far they have come. Pure: the :class:`~orchestrator.control.reconciler.Reconciler` carries out what is
-wanted after each move (drain the old gang, launch the new one), its views say how that goes, and the next move waits until all is steady.
+Owns the order of the moves and the progress. Pure: the :class:`~orchestrator.control.reconciler.Reconciler` carries out what is wanted
+after each move (drain the old gang, launch the new one), its views show the progress, and the next move waits until all replicas are
+steady.
 
     rolling --every move done--> done
     rolling --a new replica fails, or is not ready in time--> returning --every move undone--> returned
 
-For a model whose replicas change and that gets no additional ones, a *spare* comes first and leaves last where there is room for it: as
-many as before serve at every moment, and a spare that fails ends the update before anything else was touched.
+If replicas of a model change and it gets no additional ones, a *spare* starts first and ends last, if there is room for it. Then the number
+of serving replicas never falls, and if the spare fails, the update ends before any other replica was changed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import msgspec
 from orchestrator.control.reconciler import ReplicaView, WantedReplica
 from workers.protocol.status import UpdatePhase
 
-#: A new replica that failed this often is not waited for any longer.
+#: Failures of a new replica after which the update stops waiting for it.
 FAILURES = 2
 
 
 class RolloutTarget(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica that should run: what it serves, and in which revision."""
+    """A replica that should run: its model and its revision."""
 
     name: str
     model: str
@@ -33,7 +34,7 @@ class RolloutTarget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutMove(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica from ``before`` to ``after``, both revisions; empty = it is not there."""
+    """The change of one replica from revision ``before`` to revision ``after``; empty = it does not exist."""
 
     name: str
     before: str
@@ -47,7 +48,7 @@ class RolloutMove(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutBounds(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds: how long a spare may wait for a place, and how long any move may take."""
+    """Seconds that a spare may wait for a place, and that any move may take."""
 
     spare_s: float = 10.0
     move_s: float = 600.0
@@ -63,8 +64,8 @@ class RolloutStep(msgspec.Struct, frozen=True, kw_only=True):
 def plan(
     old: Sequence[RolloutTarget], new: Sequence[RolloutTarget], spares: Sequence[RolloutTarget], *, ready: frozenset[str] = frozenset()
 ) -> list[RolloutMove]:
-    """The moves, model by model: additional replicas, the spare, changed ones (those that do not serve first), the spare's end; then what
-    is not wanted any more. ``spares``: at most one a model. Empty when nothing changes."""
+    """The moves, model by model: additional replicas, the spare, changed replicas (those that do not serve first), the spare's end; at the
+    end, removals. ``spares``: at most one a model. Empty when nothing changes."""
     had = {target.name: target.revision for target in old}
     wanted = {target.name for target in new}
     moves: list[RolloutMove] = []
@@ -86,7 +87,7 @@ def plan(
 
 
 class MoveVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    """How a move goes. ``crowded``: a spare finds no room; ``failed``: it is given up, for ``why``."""
+    """The state of a move. ``crowded``: a spare finds no room; ``failed``: the move failed because of ``why``."""
 
     kind: Literal["waiting", "done", "crowded", "failed"]
     why: str = ""
@@ -96,12 +97,12 @@ _WAITING, _DONE, _CROWDED = (MoveVerdict(kind=kind) for kind in ("waiting", "don
 
 
 class Rollout:
-    """``old``: what runs. ``wanted`` is what should run now; it changes in :meth:`step` only."""
+    """``old``: the running replicas. ``wanted``: the replicas that should run now; it changes in :meth:`step` only."""
 
     def __init__(self, old: Sequence[RolloutTarget], moves: Sequence[RolloutMove], bounds: RolloutBounds, now: float) -> None:
         self.wanted = {target.name: target.revision for target in old}
         self.phase: UpdatePhase = "rolling"
-        #: Why it was taken back.
+        #: Reason of the rollback.
         self.error = ""
         self.steps: list[RolloutStep] = []
         self._bounds = bounds
@@ -117,19 +118,19 @@ class Rollout:
 
     @property
     def doing(self) -> str:
-        """The move under way, or the one that waits for a steady state."""
+        """The running move, or the one that waits for a steady state."""
         return str(self._move or self._todo[0]) if not self.over else ""
 
     @property
     def left(self) -> int:
-        """Moves that are not over."""
+        """Moves that are not finished."""
         return len(self._todo) + (self._move is not None)
 
     def wants(self) -> list[WantedReplica]:
         return [WantedReplica(name=name, revision=revision) for name, revision in self.wanted.items()]
 
     def step(self, now: float, views: Mapping[str, ReplicaView]) -> bool:
-        """Look at every replica as the reconciler saw it last; True when ``wanted`` has changed."""
+        """Advance with the reconciler's last view of every replica; True if ``wanted`` has changed."""
         if self.over:
             return False
         if self._move is not None:
@@ -155,7 +156,7 @@ class Rollout:
 
     @staticmethod
     def _steady(view: ReplicaView | None, revision: str) -> bool:
-        """Whether a replica is not worth waiting for: it serves, or has failed for good."""
+        """Whether the rollout need not wait for a replica: it serves, or has failed permanently."""
         if view is None:
             return False
         return view.phase == "failed" or (view.phase == "ready" and view.gang is not None and view.gang.revision == revision)
@@ -197,7 +198,7 @@ class Rollout:
             self.phase = "done" if self.phase == "rolling" else "returned"
 
     def _do_without(self, spare: RolloutMove, now: float) -> bool:
-        """No room for it: the replicas are replaced one by one, each drained before its successor starts."""
+        """There is no room for a spare: the replicas are replaced one by one, each drained before its successor starts."""
         self.steps.append(
             RolloutStep(text=f"{spare}: no room, so each replica ends before its successor starts", seconds=now - self._since)
         )
@@ -207,7 +208,7 @@ class Rollout:
         return True
 
     def _turn_back(self, why: str, now: float) -> bool:
-        """Undo what was done, in reverse; when that does not work either, want all of it at once and leave it to the reconciler."""
+        """Undo the finished moves, in reverse; if that fails too, want all old replicas at once and leave the rest to the reconciler."""
         if self._move is not None:
             self._done.append(self._move)
         undone = [RolloutMove(name=move.name, before=move.after, after=move.before, spare=move.spare) for move in reversed(self._done)]

@@ -1,1 +1,1 @@
-"""Models of a Hugging Face hub by their ids: what an id means, which files of it are needed, and how they come into the hub's own cache."""
+"""Models of a Hugging Face hub by their ids: parsing an id, choosing the needed files, and downloading them into the hub's own cache."""

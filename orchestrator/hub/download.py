@@ -1,7 +1,8 @@
-"""Downloads the files of one model from a hub into the hub's own cache; runs in a process of its own.
+"""Downloads the files of one model from a hub into the hub's own cache; runs in a separate process.
 
-Owns the files ``blobs/HASH.partial`` of the cache, under a lock a repository. Everything else in the cache is ``huggingface_hub``'s. A file
-becomes part of the cache when its hash was found right, never before; a partial file is continued from its last byte.
+Owns the files ``blobs/HASH.partial`` of the cache, under one lock per repository. Everything else in the cache belongs to
+``huggingface_hub``. A file is added to the cache only after its hash was verified; the download of a partial file continues at its last
+byte.
 """
 
 from __future__ import annotations
@@ -40,28 +41,28 @@ from workers.artifacts.atomic_folder import MAKE_ROOM, locked
 from workers.artifacts.convert import Progress
 from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound, TriremeError, Unauthorized
 
-#: Files that come at the same time.
+#: Files that are downloaded at the same time.
 PARALLEL = 4
 #: Names of the threads that read and check files begin with this.
 THREADS = "hub-file"
-#: How often progress is told, seconds.
+#: Time between two progress reports, seconds.
 TELL_S = 0.2
 DOWNLOAD, VERIFY, WAIT = "download", "verify", "wait for another process"
 _MAIN = "main"
 _TOO_MANY = 429
 _CHUNK = 1 << 20
-#: Bytes that the hub's client collects before it writes them: an ended download loses at most these. Its own 10 MB are many seconds of a
-#: slow network.
+#: Bytes that the hub's client collects before it writes them: an interrupted download loses at most these. The client's default of 10 MB is
+#: many seconds on a slow network.
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 18
-#: What a hub sends and becomes part of a path must look so.
+#: Pattern for values of a hub that become part of a path.
 _HEX, _PLAIN = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?"), re.compile(r"[\w-]+")
-#: Connections that bring nothing before a download is given up, and the pause before the next one, seconds.
+#: Connections without a new byte after which a download fails, and the pause before the next one, seconds.
 _TRIES, _PAUSE_S = 3, 1.0
 _AGAIN = "nothing of it was kept: pull again, or from another hub (HF_ENDPOINT)"
 
 
 class HubFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file as the hub describes it. ``digest``: its sha256, or its git hash (sha1) where the hub names no other."""
+    """A file as the hub describes it. ``digest``: its sha256, or its git hash (sha1) if the hub names no sha256."""
 
     name: str
     size: int
@@ -84,7 +85,7 @@ def download(order: FetchOrder, progress: Progress) -> Path:
         except (OfflineModeIsEnabled, HTTPError, OSError) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500 and error.response.status_code != _TOO_MANY:
                 raise
-            # No hub: what an earlier download left whole will do.
+            # The hub is unreachable: use a complete earlier download.
             cached = _cached(order)
             if cached is None:
                 raise
@@ -94,7 +95,7 @@ def download(order: FetchOrder, progress: Progress) -> Path:
         files = [listing.files[name] for name in needed.names]
         if order.verify:
             repository.verify([file for file in files if repository.pointer(file).exists()], progress)
-        # A cache that has everything may be read-only: no lock then.
+        # A complete cache may be read-only, so it is not locked.
         if not all(repository.pointer(file).exists() for file in files):
             lock = Path(constants.HF_HUB_CACHE) / ".locks" / _folder(reference).name / "trireme.lock"
             with locked(lock, on_wait=lambda: progress(WAIT, 0, 0)):
@@ -125,7 +126,7 @@ def _folder(reference: HubReference) -> Path:
 
 
 def _name_commit(reference: HubReference, commit: str) -> None:
-    """Note which commit the revision is, where the hub's client looks for it when there is no network."""
+    """Record the commit of the revision, in the file that the hub's client reads without a network."""
     revision = reference.revision or _MAIN
     path = _folder(reference) / "refs" / revision
     if revision != commit and not (path.is_file() and path.read_text() == commit):
@@ -134,7 +135,7 @@ def _name_commit(reference: HubReference, commit: str) -> None:
 
 
 def _cached(order: FetchOrder) -> Path | None:
-    """The model as the cache has it; None unless all of it is there."""
+    """The model in the cache; None unless it is complete."""
     reference, folder = order.reference, _folder(order.reference)
     revision = reference.revision or _MAIN
     ref = folder / "refs" / revision
@@ -149,7 +150,8 @@ def _cached(order: FetchOrder) -> Path | None:
 
 
 def _whole(snapshot: Path, names: list[str]) -> bool:
-    """Whether no part of the weights is missing: an index names its files, and the name of a part (``-00001-of-00004``) says how many."""
+    """Whether no part of the weights is missing: an index lists its files, and the name of a part (``-00001-of-00004``) contains the number
+    of parts."""
     index = snapshot / "model.safetensors.index.json"
     if index.is_file():
         return set(msgspec.json.decode(index.read_bytes())["weight_map"].values()) <= set(names)
@@ -158,7 +160,7 @@ def _whole(snapshot: Path, names: list[str]) -> bool:
 
 
 class _Repository:
-    """One commit of a repository: where its files come from and where they go."""
+    """One commit of a repository: the source and the target of its files."""
 
     def __init__(self, reference: HubReference, commit: str) -> None:
         self.repo, self.commit = reference.repo, commit
@@ -169,12 +171,12 @@ class _Repository:
         return self.snapshot / file.name
 
     def verify(self, files: list[HubFile], progress: Progress) -> None:
-        """Hash files that are there. Raises :class:`ArtifactError` for another hash than the hub names."""
+        """Hash existing files. Raises :class:`ArtifactError` for another hash than the hub names."""
         meter = _Meter()
         _each(files, lambda file: self._check(file, self.pointer(file), partial(meter.add, file)), VERIFY, progress, meter)
 
     def fetch(self, files: list[HubFile], progress: Progress) -> None:
-        """Download files, from where an earlier download ended. Raises :class:`ArtifactError` for another hash than the hub names."""
+        """Download files, continuing earlier downloads. Raises :class:`ArtifactError` for another hash than the hub names."""
         meter = _Meter()
         # Files of equal content are one blob: the first of them is fetched, and the others are links to it.
         blobs = {file.digest: file for file in reversed(files)}
@@ -187,7 +189,7 @@ class _Repository:
         url, headers = hf_hub_url(self.repo, file.name, revision=self.commit), build_hf_headers()
         facts = get_hf_file_metadata(url, headers=headers)
         if urlsplit(facts.location).netloc != urlsplit(url).netloc:
-            headers.pop("authorization", None)  # the token is for the hub, not for the store behind it
+            headers.pop("authorization", None)  # the token must reach the hub only, not the storage server to which it redirects
         blobs = self.folder / "blobs"
         blobs.mkdir(parents=True, exist_ok=True)
         unfinished = blobs / f"{file.digest}.partial"
@@ -204,7 +206,7 @@ class _Repository:
         hf_hub_download(self.repo, file.name, revision=self.commit)
 
     def _check(self, file: HubFile, path: Path, count: Callable[[int], None] = lambda size: None) -> None:
-        """Compare ``path`` with what the hub says of ``file``; a wrong one is deleted. Raises :class:`ArtifactError`."""
+        """Compare ``path`` with the hub's size and hash of ``file``; a wrong file is deleted. Raises :class:`ArtifactError`."""
         got = _digest(path, file, count)
         if got != file.digest:
             kind = "sha256" if len(file.digest) == 64 else "git hash"
@@ -215,7 +217,7 @@ class _Repository:
 
 
 def _get(url: str, target: IO[bytes], headers: dict[str, str], size: int, bar: type[tqdm]) -> None:
-    """Append the rest of a file of ``size`` bytes. A connection that breaks is made again, as long as each brings something."""
+    """Append the rest of a file of ``size`` bytes. A broken connection is opened again, as long as each connection delivers some bytes."""
     tries = _TRIES
     while True:
         begin = target.tell()
@@ -233,7 +235,7 @@ def _get(url: str, target: IO[bytes], headers: dict[str, str], size: int, bar: t
 
 
 def _digest(path: Path, file: HubFile, count: Callable[[int], None]) -> str:
-    """The hash of ``path`` of the kind that the hub names for ``file``. ``count`` gets the bytes that were read."""
+    """The hash of ``path``, of the kind that the hub names for ``file``. ``count`` is called with the number of bytes read."""
     if len(file.digest) == 64:
         digest = hashlib.sha256()
     else:
@@ -246,7 +248,7 @@ def _digest(path: Path, file: HubFile, count: Callable[[int], None]) -> str:
 
 
 class _Meter:
-    """Counts the bytes of several files; each is worked on by a thread of its own."""
+    """Counts the bytes of several files, each of which has its own thread."""
 
     def __init__(self) -> None:
         self._done: dict[str, int] = {}
@@ -259,7 +261,7 @@ class _Meter:
         self._done[file.name] = self._done.get(file.name, 0) + count
 
     def bar(self, file: HubFile) -> type[tqdm]:
-        """A class of bars, as the hub's client wants it, that draw nothing and count here; each connection has one."""
+        """A progress-bar class for the hub's client that draws nothing and only counts; each connection has one bar."""
         done = self._done
 
         class Bar(tqdm):  # type: ignore[misc]
@@ -274,8 +276,8 @@ class _Meter:
 
 
 def _each(files: list[HubFile], work: Callable[[HubFile], None], phase: str, progress: Progress, meter: _Meter) -> None:
-    """Run ``work`` for all files, some at a time, telling how much is done. Raises the first error; no other file begins then, and those at
-    work, in threads named :data:`THREADS`, are not waited for: the process ends."""
+    """Run ``work`` for all files, some at a time, and report progress. Raises the first error; then no further file is started, and threads
+    that still run (named :data:`THREADS`) are not joined, because the process ends."""
     total = sum(file.size for file in files)
     pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix=THREADS)
     try:
@@ -291,7 +293,7 @@ def _each(files: list[HubFile], work: Callable[[HubFile], None], phase: str, pro
 
 @contextmanager
 def _explained(reference: HubReference) -> Iterator[None]:
-    """Turns what the hub's client raises into the project's errors: what happened, why, what to do."""
+    """Converts exceptions of the hub's client to the project's errors: what happened, why, what to do."""
     hub, repo = constants.ENDPOINT, reference.repo
     try:
         yield

@@ -1,7 +1,7 @@
 """Fetches a model of a hub: starts the download process, passes its progress on, and ends it when the caller stops.
 
-Owns the messages between the two, JSON lines. All that speaks to a hub is in the process (:mod:`orchestrator.hub.download`), so a download
-ends at once with its caller, and no other process loads the hub's client. That client reads ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and
+Owns the messages between the two, JSON lines. Only that process (:mod:`orchestrator.hub.download`) connects to a hub, so a download ends at
+once with its caller, and no other process loads the hub's client. That client reads ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and
 ``HF_HUB_OFFLINE`` from the environment by itself.
 """
 
@@ -22,7 +22,7 @@ from workers.protocol.errors import EnvironmentFault, ErrorReport
 
 
 class FetchOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """What the process is to fetch. ``weights``: with them; ``verify``: hash the files again that were in the cache before."""
+    """The order to the process. ``weights``: fetch the weights too; ``verify``: also hash files that were already in the cache."""
 
     reference: HubReference
     weights: bool = True
@@ -36,7 +36,7 @@ class FetchProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
 
 
 class Fetched(msgspec.Struct, frozen=True, kw_only=True, tag="fetched"):
-    """All is there. ``path``: the model's folder, or its GGUF file."""
+    """The download is complete. ``path``: the model's folder, or its GGUF file."""
 
     path: str
 
@@ -51,19 +51,19 @@ FetchMessage = FetchProgress | Fetched | FetchFailed
 def fetch(order: FetchOrder, progress: Progress) -> Path:
     """The folder or GGUF file of a model on a hub, in the hub's cache (``HF_HOME``); only what is missing there is downloaded.
 
-    ``progress`` may raise: the download ends then, and the next one goes on from its last byte.
+    ``progress`` may raise: the download ends then, and the next one continues at its last byte.
 
     Raises:
-        NotFound, Unauthorized: the hub does not know the model, or does not give it to this user.
-        ArtifactError: it has no weights that can be served, or a file arrived with another hash than the hub names.
-        EnvironmentFault: no hub client is installed, no network, or no room.
+        NotFound, Unauthorized: the hub does not know the model, or refuses it to this user. ArtifactError: it has no weights that can be
+        served, or a file arrived with another hash than the hub names. EnvironmentFault: no hub client is installed, no network, or no
+        room.
     """
     name = str(order.reference)
     if find_spec("huggingface_hub") is None:
         hint = "pip install 'trireme-llm[hub]', or give the path of a folder or GGUF file"
         raise EnvironmentFault(f"{name} cannot be downloaded", "huggingface_hub is not installed", hint)
     with tempfile.TemporaryFile() as complaints:
-        # A session of its own: Ctrl-C in a terminal reaches this process alone, which ends the other.
+        # A separate session: Ctrl-C in a terminal reaches only this process, which ends the other one.
         command = [sys.executable, "-m", "orchestrator.hub"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, start_new_session=True)
         assert process.stdin is not None and process.stdout is not None
@@ -84,7 +84,7 @@ def fetch(order: FetchOrder, progress: Progress) -> Path:
 
 
 def _follow(lines: IO[bytes], progress: Progress) -> Path | None:
-    """The path that the process names in the end; None when it ended without one. Raises the error that it reports."""
+    """The path that the process reports at its end; None if it ended without one. Raises the error that it reports."""
     for line in lines:
         match msgspec.json.decode(line, type=FetchMessage):
             case FetchProgress(phase=phase, done=done, total=total):

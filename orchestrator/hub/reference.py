@@ -14,16 +14,16 @@ import msgspec
 
 from workers.protocol.errors import ArtifactError, Rejected
 
-#: One organization or user, one name; a leading '.', '/' or '~' makes a path of it.
+#: One organization or user, one name; with a leading '.', '/' or '~' the text is a path.
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^@:]+))?(?:@([^\s:]+))?")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
-#: Parts of a GGUF that is no model of its own.
+#: Parts of the name of a GGUF that is not a complete model.
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
-#: JSON that describes weights in formats that are not fetched, or nothing that a replica reads.
+#: JSON files that no replica reads, such as descriptions of weights in other formats.
 _OTHER_JSON = re.compile(r"(pytorch_model|tf_model|flax_model)\S*\.index\.json|params\.json|trainer_state\.json|\S*results\.json")
 _TEMPLATES = "additional_chat_templates"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-#: So many names stand in an error message.
+#: Number of names in an error message.
 _SHOWN = 12
 
 
@@ -39,14 +39,14 @@ class HubReference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NeededFiles(NamedTuple):
-    """``names``: the files to fetch, ``model``: which of them is the model; empty where their folder is."""
+    """``names``: the files to fetch; ``model``: the one that is the model, empty if the folder is the model."""
 
     names: list[str]
     model: str = ""
 
 
 def parse(text: str) -> HubReference | None:
-    """The hub id in ``text``; None when it has another form, or names a file (``folder/model.gguf``)."""
+    """The hub id in ``text``; None if it has another form, or is a file's name (``folder/model.gguf``)."""
     match = _ID.fullmatch(text)
     if match is None or match[1].lower().endswith((".gguf", ".safetensors")):
         return None
@@ -55,7 +55,8 @@ def parse(text: str) -> HubReference | None:
 
 
 def at_revision(model: str, revision: str) -> str:
-    """The model ``model`` at ``revision``; unchanged when that is empty. Raises :class:`Rejected` where it has none, or another one."""
+    """The model ``model`` at ``revision``; unchanged if ``revision`` is empty. Raises :class:`Rejected` if the model has no revisions, or
+    names another one."""
     if not revision:
         return model
     reference = parse(model)
@@ -67,12 +68,12 @@ def at_revision(model: str, revision: str) -> str:
 
 
 def needed_files(reference: HubReference, names: Sequence[str], *, weights: bool = True) -> NeededFiles:
-    """Which of the repository's files a replica of ``reference`` loads, and no others. Without ``weights``: what routers need alone.
+    """The repository's files that a replica of ``reference`` loads. Without ``weights``: only the files that routers need.
 
-    A repository with safetensors gives these with configuration, tokenizer and templates, from its top folder. Otherwise, or where the
-    reference names one, it is one GGUF, which holds all of that, with all of its parts.
+    From a repository with safetensors: these files, configuration, tokenizer and templates, from the top folder. Otherwise, or if the
+    reference names a GGUF: this GGUF with all its parts; it contains everything.
 
-    Raises :class:`ArtifactError` when there is no such file, several could be meant, or the weights are in another format.
+    Raises :class:`ArtifactError` if there is no such file, if several match, or if the weights have another format.
     """
     top = [name for name in names if "/" not in name]
     tensors = _safetensors(top)
@@ -101,11 +102,12 @@ def needed_files(reference: HubReference, names: Sequence[str], *, weights: bool
 
 
 def _safetensors(top: Sequence[str]) -> list[str]:
-    """The weights: those of the name that transformers writes, without the same ones in another layout or adapters; else all there are."""
+    """The weights: the files with the names that transformers writes, without copies in another layout and without adapters; otherwise all
+    safetensors."""
     tensors = [name for name in top if name.endswith(".safetensors")]
     usual = [name for name in tensors if re.fullmatch(r"model(-\S+)?\.safetensors", name)]
     shards = [name for name in usual if name != "model.safetensors"]
-    # The loader reads what the index names; a single file beside it is the same model again.
+    # The loader reads the files of the index; a single file next to it is a copy of the model.
     if "model.safetensors.index.json" in top and shards:
         return shards
     return ["model.safetensors"] if "model.safetensors" in usual else usual or tensors
@@ -122,7 +124,7 @@ def _describes(name: str) -> bool:
 
 
 def _means(file: str, group: str, members: Sequence[str]) -> bool:
-    """Whether a user who says ``file`` means this GGUF (``group``: its path without parts and suffix): a path, a name or a quantization."""
+    """Whether ``file`` matches this GGUF (``group``: its path without parts and suffix): a path, a name or a quantization."""
     path, said = PurePosixPath(group), file.lower()
     if said.endswith(".gguf"):
         return file in members or file in [PurePosixPath(name).name for name in members] or said == f"{path.name}.gguf".lower()

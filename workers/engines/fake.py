@@ -1,11 +1,11 @@
-"""FakeEngine: the real scheduler over a model made of integers, whose every token can be recomputed from the prompt.
+"""FakeEngine: the real scheduler over a model made of integers; each of its tokens can be recomputed from the prompt.
 
-Owns a K/V memory of one number a token: position p holds a hash of tokens 0..p. It is made from the number at p - 1, which is read through
-the sequence's block table as attention would read it. So a block that is shared, freed, overwritten or skipped wrongly shows as a wrong
-token. Must never know more than the plans say. Its resume class is bitwise: a token is a function of the known prefix, and of the seed when
-temperature > 0.
+Owns a K/V memory of one number per token: position p holds a hash of tokens 0..p. The hash is computed from the number at p - 1, which is
+read through the sequence's block table, as attention does. So a block that is wrongly shared, freed, overwritten or skipped leads to a
+wrong token. Must use only what the plans contain. Its resume class is bitwise: a token is a function of the known prefix, and of the seed
+when temperature > 0.
 
-:func:`expected_tokens` is the oracle: it recomputes a stream without any of this.
+:func:`expected_tokens` is the oracle: it recomputes a stream without blocks.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from workers.sampling.guide import Guide, GuideFactory
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_plan import F32, PLACEHOLDER, OpenSlot, StepPlan, StepResult, column, view
 
-#: Ids that are chosen from without a guide: printable ASCII in a byte-level vocabulary.
+#: Ids that can be sampled without a guide: printable ASCII in a byte-level vocabulary.
 PRINTABLE = range(32, 127)
-#: Size and end-of-sequence ids of the vocabulary where no artifact says them: bytes and a few special tokens.
+#: Size and end-of-sequence ids of the vocabulary if no artifact defines them: bytes and a few special tokens.
 BYTES, BYTES_EOS = 320, (258, 256)
-#: Pool and context where the spec leaves them open, tokens.
+#: Default size of the pool and of the context, tokens.
 KV_TOKENS = 65536
 
 SINGLE = Parallel()
@@ -40,7 +40,7 @@ _ROOT = 0x243F6A8885A308D3
 
 
 def advance(state: int, token: int) -> int:
-    """The hash of a prefix one token longer."""
+    """The hash of a prefix extended by one token."""
     state = ((state ^ (token + 1)) * 0x9E3779B97F4A7C15) & _MASK64
     return state ^ (state >> 29)
 
@@ -54,7 +54,7 @@ def state_of(tokens: Iterable[int]) -> int:
 
 
 def pick(state: int, params: SamplingParams, first: int, eos_ids: Iterable[int], mask: bytes | None, vocab_size: int) -> int:
-    """The token at output position ``first`` after the prefix ``state``; -1 where the guide's ``mask`` allows none."""
+    """The token at output position ``first`` after the prefix ``state``; -1 if the guide's ``mask`` allows none."""
     if params.temperature > 0:
         state = advance(state, params.seed)
     if mask is None and first >= params.min_tokens:
@@ -67,7 +67,8 @@ def pick(state: int, params: SamplingParams, first: int, eos_ids: Iterable[int],
 
 
 def score(state: int, token: int, count: int) -> Logprobs:
-    """Made-up log-probabilities of what follows the prefix ``state``: a ranking that starts at the greedy token; -1/8 a rank."""
+    """Invented log-probabilities of the token after the prefix ``state``: a ranking that starts at the greedy token and falls by 1/8 per
+    place."""
     best = state % len(PRINTABLE)
     rank = (PRINTABLE.index(token) - best) % len(PRINTABLE) if token in PRINTABLE else len(PRINTABLE)
     ids = [PRINTABLE[(best + i) % len(PRINTABLE)] for i in range(count)]
@@ -83,9 +84,9 @@ def expected_tokens(
     guide: Guide | None = None,
     vocab_size: int = BYTES,
 ) -> list[int]:
-    """What FakeEngine emits for a prompt: the first ``count`` tokens (None = all, up to a stop token or ``max_tokens``).
+    """The tokens that FakeEngine emits for a prompt: the first ``count`` (None = all, up to a stop token or ``max_tokens``).
 
-    ``guide``: a fresh guide of the request's grammar; it is consumed.
+    ``guide``: a new guide of the request's grammar; this function advances it.
     """
     stops = stop_set(params, eos_ids)
     state = state_of(prompt_ids)
@@ -104,7 +105,7 @@ def expected_tokens(
 
 
 class FakeModel:
-    """What a world of ranks does with plans: applies them to slots and K/V memory, and answers."""
+    """The model of all ranks: applies plans to slots and K/V memory, and returns results."""
 
     def __init__(self, capacity: Capacity, eos_ids: Iterable[int]) -> None:
         self._capacity = capacity
@@ -112,7 +113,7 @@ class FakeModel:
         self._memory = [0] * (capacity.num_blocks * capacity.block_size)
         self._opened: dict[int, OpenSlot] = {}
         self._tables: dict[int, list[int]] = {}
-        self._sampled: dict[int, int] = {}  # by slot: the token that a placeholder in a later plan stands for
+        self._sampled: dict[int, int] = {}  # by slot: the token for a placeholder in a later plan
 
     def run(self, plan: StepPlan) -> StepResult:
         """Apply one plan; plans come in order."""
@@ -172,7 +173,7 @@ class FakeModel:
         history = view(opened.history).tolist()
         count = opened.params.prompt_logprobs or 0
         following = history[start + 1 : start + 1 + len(states)]
-        following += [0] * (len(states) - len(following))  # what follows the whole prompt is not known yet, nor asked for
+        following += [0] * (len(states) - len(following))  # the token after the whole prompt is neither known yet nor needed
         logprobs = [score(state, token, count) for state, token in zip(states, following, strict=True)]
         return (
             np.asarray([entry.logprob for entry in logprobs], F32).tobytes(),
@@ -187,10 +188,9 @@ class FakeEngine(ScheduledEngine):
     Args:
         spec: limits, and the cost of a step: ``fake_step_ms`` + ``fake_token_us`` a token, shared by the ``pp`` stages.
         parallel: reported as capacity; ``pp`` micro-batches are kept in flight.
-        eos_ids: the vocabulary's end-of-sequence ids; none is ever chosen but under a guide that allows it.
-        guides: compiles grammars; None = guided requests are refused.
-        clock, sleep: seconds; a simulator or test gives its own.
-        disturb: changes results before they are committed, to inject faults.
+        eos_ids: the vocabulary's end-of-sequence ids; they are sampled only under a guide that allows them. guides: compiles grammars; None
+        = guided requests are refused. clock, sleep: seconds; a simulator or test passes its own. disturb: changes results before the
+        update, to inject faults.
     """
 
     def __init__(
@@ -237,9 +237,9 @@ class FakeEngine(ScheduledEngine):
         result = self._model.run(plan)
         if self._disturb is not None:
             result = self._disturb(plan, result)
-        # The time that the model took is part of the step's cost, as the time of a real engine's kernels is.
+        # The time of the model is part of the step's cost, like the kernels of a real engine.
         rest_s = begin + self._cost_ms(len(plan.tokens) // 4) / 1000 - self._clock()
-        if rest_s > 0:  # a sleep of no time would still give the processor away
+        if rest_s > 0:  # even a sleep of 0 would yield the processor
             self._sleep(rest_s)
         emissions = self._scheduler.update_from_output(result)
         self._step_ms = (self._clock() - begin) * 1000
@@ -255,8 +255,8 @@ class FakeEngine(ScheduledEngine):
         return self._scheduler.stats(self._step_ms)
 
     def close(self) -> None:
-        """Nothing outside this object has to end."""
+        """Nothing outside this object needs to be ended."""
 
     def _cost_ms(self, tokens: int) -> float:
-        # With a full pipeline a plan leaves every 1 / stages of the time that one plan needs to pass through.
+        # In a full pipeline, a plan finishes after each 1 / stages of the time that one plan needs for all stages.
         return (self._cost.fake_step_ms + self._cost.fake_token_us * tokens / 1000) / self._stages

@@ -1,6 +1,6 @@
 """The fake engine as a gang of MPI ranks: rank 0 computes, and the others take part in every step.
 
-Owns the meeting of the ranks. A rank that is stopped or dead stalls the gang, as it would stall a gang that computes.
+Owns the synchronization of the ranks. A stopped or dead rank stalls the gang, as in a gang that computes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Meeting:
         self._comm = comm
 
     def vote(self, go_on: bool, bound_s: float | None = None) -> bool:
-        """Meet the other ranks; True when all vote to go on. Raises :class:`~workers.protocol.errors.EngineFault` after ``bound_s``
-        seconds."""
+        """Synchronize with the other ranks; True if all vote to continue. Raises :class:`~workers.protocol.errors.EngineFault` after
+        ``bound_s`` seconds."""
         if self._comm is None:
             return go_on
         from mpi4py import MPI
@@ -36,8 +36,8 @@ class Meeting:
 
 
 class FakeLeader(FakeEngine):
-    """Rank 0: the FakeEngine of ``spec``, whose every step all ranks take. Its vocabulary is that of the artifact; it is bytes where the
-    artifact is a tokenizer alone, or nothing."""
+    """Rank 0: the FakeEngine of ``spec``; all ranks take part in each of its steps. Its vocabulary is that of the artifact, or bytes if the
+    artifact is only a tokenizer or missing."""
 
     def __init__(self, spec: ReplicaSpec, meeting: Meeting) -> None:
         vocab_size: int = BYTES
@@ -70,7 +70,7 @@ class FakeFollower:
 
 
 def build(spec: ReplicaSpec, comm: Any) -> FakeLeader | FakeFollower:
-    """This rank's part. ``comm`` None = rank 0 stands for all. Raises the same TriremeError on every rank."""
+    """This rank's part. ``comm`` None = rank 0 computes for all ranks. Raises the same TriremeError on every rank."""
     meeting = Meeting(comm)
     with all_or_none(comm):
         part = FakeLeader(spec, meeting) if comm is None or comm.Get_rank() == 0 else FakeFollower(meeting)

@@ -2,8 +2,8 @@
 
 The leader (rank 0) owns the :class:`~workers.scheduler.scheduler.Scheduler` and is itself the first stage's first rank; a follower owns a
 runner and nothing else. A step is schedule → run → update: the leader issues plans until as many are in flight as there are stages, then
-takes the oldest result. On GPUs one plan more is in flight, so that the device never waits for the host. Must never let a follower decide,
-nor send anything but plans and results between the ranks.
+takes the oldest result. On GPUs one more plan is in flight, so that the device never waits for the host. A follower must never decide
+anything, and ranks exchange only plans and results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 
 class MpiFollowers:
-    """The other ranks, as the leader reaches them: plans and results over a communicator each, so that neither waits behind tensors."""
+    """The leader's connection to the other ranks: plans and results each have their own communicator, so that they do not wait behind
+    tensors."""
 
     def __init__(self, plans: MpiMailbox, results: MpiMailbox, *, world: int, tp: int) -> None:
         self._plans, self._results = plans, results
@@ -56,13 +57,13 @@ class MpiFollowers:
         return decode_result(self._results.take(self._reporting_rank))
 
     def stop(self) -> None:
-        """Send a plan that says stop, and see it leave within ``CLOSE_S``."""
+        """Send a plan with ``stop``, and wait up to ``CLOSE_S`` until it is sent."""
         self.send(StepPlan(step=-1, stop=True))
         self._plans.flush(CLOSE_S)
 
 
 class _IssuedPlan(msgspec.Struct, gc=False):
-    """A plan in flight: its size, and its pending result where the leader is in the last stage too."""
+    """A plan in flight: its size, and its pending result if the leader is also in the last stage."""
 
     tokens: int
     sequences: int
@@ -72,8 +73,8 @@ class _IssuedPlan(msgspec.Struct, gc=False):
 class PortableEngine(ScheduledEngine):
     """Implements :class:`~workers.protocol.engine.Engine` on rank 0.
 
-    ``followers`` None = this rank is alone. With one stage the result comes from the leader's own runner; with more, from the last stage's
-    first rank. ``close`` ends what this rank has brought up.
+    ``followers`` None = there is no other rank. With one stage the result comes from the leader's own runner; with more, from the last
+    stage's first rank. ``close`` ends this rank's runner and groups.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class PortableEngine(ScheduledEngine):
         return self._scheduler.busy(time.monotonic())
 
     def step(self) -> list[Emission]:
-        """Issue plans until the pipeline is full, then take the oldest result. Raises EngineFault when a rank does not answer."""
+        """Issue plans until the pipeline is full, then take the oldest result. Raises EngineFault if a rank does not answer."""
         begin = time.perf_counter()
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             if self._followers is not None:
@@ -115,7 +116,7 @@ class PortableEngine(ScheduledEngine):
             raise EngineFault("a lone rank that is not the last stage gets no result")
         emissions = self._scheduler.update_from_output(result)
         end = time.perf_counter()
-        # In a full pipeline a step's cost is the time between results, not its way through all stages.
+        # In a full pipeline the cost of a step is the time between two results, not the time through all stages.
         self._step_time.observe(oldest.tokens, oldest.sequences, (end - max(begin, self._updated)) * 1e3)
         self._updated = end
         return emissions
@@ -137,7 +138,7 @@ class PortableEngine(ScheduledEngine):
 
 
 class PortableFollower:
-    """Any rank but the leader's: applies plans until one says stop. ``reports_results``: results go to the leader from this rank."""
+    """Any rank except the leader's: applies plans until one has ``stop``. ``reports_results``: results go to the leader from this rank."""
 
     def __init__(
         self,
@@ -154,7 +155,8 @@ class PortableFollower:
         self._pending: deque[PendingResult] = deque()
 
     def run(self) -> None:
-        """Returns after a plan with ``stop``. An idle follower waits without a bound: the end of its world is the end of its process."""
+        """Apply plans; returns after a plan with ``stop``. An idle follower waits without a bound, because its process ends with its
+        world."""
         while True:
             plan = self._next_plan()
             if plan.stop:
@@ -166,7 +168,7 @@ class PortableFollower:
                 self._pending.append(pending)
 
     def _next_plan(self) -> StepPlan:
-        """The next plan; until it comes, each result is sent as soon as it is there."""
+        """The next plan; while waiting for it, send each result as soon as it is ready."""
         arrived: list[bytes] = []
         while self._pending:
             self._waiter.until(lambda: self._pending[0].ready() or self._plans.look(0, arrived))
@@ -177,7 +179,8 @@ class PortableFollower:
 
 
 def _resume_class(engine: EngineSpec) -> ResumeClass:
-    """Fixed shapes make a token's bits depend on its sequence alone, on one thread: several threads divide a product's rows by position."""
+    """With fixed shapes and one thread, the bits of a token depend only on its sequence. Several threads split the rows of a product by
+    position."""
     return "bitwise" if engine.fixed_shape and engine.threads == 1 else "margin"
 
 

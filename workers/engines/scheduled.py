@@ -1,6 +1,6 @@
-"""The half of an engine that is the same for every engine with a :class:`~workers.scheduler.scheduler.Scheduler` of its own: its requests.
+"""The common part of all engines with their own :class:`~workers.scheduler.scheduler.Scheduler`: the handling of requests.
 
-Owns the scheduler. Must never run a plan: a subclass does, in ``step``.
+Owns the scheduler. Must never run a plan: a subclass does this in ``step``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from workers.scheduler.scheduler import Scheduler
 
 
 class ScheduledEngine:
-    """Base of an :class:`~workers.protocol.engine.Engine`; ``step``, ``busy``, ``predicted_ms``, ``stats`` and ``close`` are its own."""
+    """Base of an :class:`~workers.protocol.engine.Engine`; ``step``, ``busy``, ``predicted_ms``, ``stats`` and ``close`` are defined by the
+    subclass."""
 
     def __init__(self, scheduler: Scheduler, capacity: Capacity, resume: ResumeClass) -> None:
         self._scheduler = scheduler

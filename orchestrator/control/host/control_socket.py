@@ -1,7 +1,7 @@
-"""The control socket of a deployment: how ``trireme status``, ``drain``, ``update`` and ``down`` reach the process that hosts it.
+"""The control socket of a deployment, through which ``trireme status``, ``drain``, ``update`` and ``down`` reach its host process.
 
-Owns a Unix socket (0600 in a 0700 folder; peers of another user are turned away). One JSON request a connection, one JSON answer. Never
-carries a token or a secret.
+Owns a Unix socket (0600 in a 0700 folder; peers of another user are turned away). Each connection carries one JSON request and one JSON
+answer, never a token or a secret.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _PATIENCE_S = 10.0
 
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     """One replica of a status table. ``age_s``: in this state; ``queue``: sequences that wait in the replica; ``kv_use``: share of KV
-    blocks in use, 0 to 1; ``restarts``: launches after a failure, all since it was given this configuration; ``failures``: in a row, by
-    which the wait before the next launch grows."""
+    blocks in use, 0 to 1; ``restarts``: launches after a failure since the replica got this configuration; ``failures``: failures in a row,
+    with which the wait before the next launch grows."""
 
     name: str
     model: str
@@ -60,9 +60,8 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: NAME STATE AGE REPLICAS READY TP PP QUEUE TOK/S NODES. ``wanted``: replicas that there should be; where
-    others launch them, those that are not lost. ``tp`` and ``pp``: every layout in use; ``admitted``: requests
-    since the living routers' start."""
+    """One model: NAME STATE AGE REPLICAS READY TP PP QUEUE TOK/S NODES. ``wanted``: number of wanted replicas; if other deployments launch
+    them, the number that is not lost. ``tp`` and ``pp``: every layout in use; ``admitted``: requests since the living routers' start."""
 
     name: str
     state: DeploymentState
@@ -79,8 +78,8 @@ class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of an update. ``moves``: all steps, as planned; ``steps``: those that are done, with their seconds; ``doing``: the one
-    that runs; ``left``: how many are not done. ``error``: why the update is rolled back, or was."""
+    """The state of an update. ``moves``: all planned steps; ``steps``: finished steps with their seconds; ``doing``: the running step;
+    ``left``: number of steps that are not done. ``error``: why the update is or was rolled back."""
 
     phase: UpdatePhase
     moves: tuple[str, ...]
@@ -92,7 +91,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A deployment now. ``routers``: name -> pid; ``rpc``: what an RPC client connects to; ``key_file``: the client's own key pair."""
+    """The status of a deployment. ``routers``: name -> pid; ``rpc``: addresses for RPC clients; ``key_file``: the client's own key pair."""
 
     name: str
     state: DeploymentState
@@ -110,8 +109,8 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An order to change the deployment to ``config``. ``said``: paths of the keys that the file or a flag set, the others being defaults.
-    ``dry_run``: answer with the plan and change nothing."""
+    """An order to change the deployment to ``config``. ``said``: paths of the keys that the file or a flag sets; all others are defaults.
+    ``dry_run``: return the plan and change nothing."""
 
     config: Config
     said: tuple[str, ...] = ()
@@ -119,8 +118,8 @@ class UpdateCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ControlCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A request. ``drain``: replace the replica ``name`` gracefully; ``down``: stop everything, ``now`` without a grace; ``hardware``: what
-    the replicas run on, from which automatic settings are decided."""
+    """A request. ``drain``: replace the replica ``name`` gracefully; ``down``: stop everything, with ``now`` without a grace; ``hardware``:
+    return the hardware of the replicas, from which automatic settings are chosen."""
 
     do: Literal["status", "drain", "down", "update", "hardware"]
     name: str = ""
@@ -140,11 +139,11 @@ class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControlServer:
-    """Serves commands from a thread of its own; ``handle`` runs there and may raise :class:`TriremeError`."""
+    """Serves commands in a separate thread; ``handle`` runs there and may raise :class:`TriremeError`."""
 
     def __init__(self, path: Path, handle: Callable[[ControlCommand], ControlReply]) -> None:
         self._path, self._handle = path, handle
-        path.unlink(missing_ok=True)  # this process has the lock, so a socket file here is a dead process's
+        path.unlink(missing_ok=True)  # this process has the lock, so an existing socket file belongs to a dead process
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.bind(str(path))
@@ -199,7 +198,7 @@ def _receive(connection: socket.socket) -> bytes:
 
 
 class ControlClient:
-    """A running deployment, seen from another process. Every call raises :class:`EnvironmentFault` when it does not answer."""
+    """Client of a running deployment in another process. Every call raises :class:`EnvironmentFault` if the deployment does not answer."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self._path = name, path
@@ -231,18 +230,18 @@ class ControlClient:
         return answer.status
 
     def hardware(self) -> ClusterHardware:
-        """What the replicas run on. Raises :class:`Rejected` before that is known."""
+        """The hardware of the replicas. Raises :class:`Rejected` before it is known."""
         answer = self._ask(ControlCommand(do="hardware"))
         assert answer.hardware is not None
         return answer.hardware
 
     def drain(self, replica: str) -> None:
-        """Have one replica finish, leave, and be launched anew. Raises :class:`NotFound` for one that does not run."""
+        """Let one replica finish its requests and end, then launch it again. Raises :class:`NotFound` if it does not run."""
         self._ask(ControlCommand(do="drain", name=replica))
 
     def update(self, config: Config, said: Sequence[str], *, dry_run: bool = False) -> UpdateReport:
-        """Begin an update to ``config``; ``status`` tells how it goes. Raises :class:`ConfigError` naming what cannot be changed in place,
-        :class:`Rejected` while another one is under way."""
+        """Begin an update to ``config``; ``status`` shows its progress. Raises :class:`ConfigError` naming what cannot be changed in place,
+        :class:`Rejected` while another update runs."""
         answer = self._ask(ControlCommand(do="update", update=UpdateCommand(config=config, said=tuple(said), dry_run=dry_run)))
         assert answer.update is not None
         return answer.update
@@ -263,5 +262,5 @@ class ControlClient:
 
 
 def connect(name: str, run_dir: str | Path = DEFAULT_RUN_DIR) -> ControlClient:
-    """The deployment ``name`` under ``run_dir``; whether it runs shows at the first call."""
+    """The deployment ``name`` under ``run_dir``. Does not connect: the first call fails if the deployment does not run."""
     return ControlClient(name, Path(run_dir).expanduser().absolute() / name / "control.sock")

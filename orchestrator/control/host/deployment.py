@@ -1,7 +1,7 @@
-"""``trireme up``: the process that hosts one deployment, from its lock file to the proof that no process of it is left.
+"""``trireme up``: the process that hosts one deployment, from its lock file to the check that no process of it is left.
 
 Owns the run folder, the control socket, and the order in which routers, replicas and updates begin and end. Never on the token path; when
-it is killed, gangs on a Ray that it did not start go on, and the next ``up`` adopts them.
+it is killed, gangs on a Ray that it did not start continue, and the next ``up`` adopts them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from workers.protocol.errors import EnvironmentFault, NotFound, Rejected, Trirem
 from workers.protocol.running_clock import RunningClock
 
 log = logging.getLogger("trireme.deployment")
-#: Exit code of a start that somebody ended, as shells have it for Ctrl-C.
+#: Exit code of an interrupted start, the one that shells use for Ctrl-C.
 INTERRUPTED = 130
 
 
@@ -53,13 +53,13 @@ class _Stopped(Exception):
 
 
 class Deployment:
-    """States: STARTING → READY ⇄ DEGRADED → DRAINING. FAILED: it has served, and by now every replica has failed
-    for good; its routers go on without a replica until :meth:`stop`.
+    """States: STARTING → READY ⇄ DEGRADED → DRAINING. FAILED: it has served, and every replica has failed permanently since; its routers
+    run without a replica until :meth:`stop`.
 
     ``run`` starts it, serves and ends it; ``stop`` may be called from any thread or signal handler.
 
-    ``replicas``: where they come from; None = from a controller of its own. Its routers are its own, or those that ``config.join`` names.
-    ``on_turn`` is called at each turn of the loop while it serves, several times a second.
+    ``replicas``: source of the replicas; None = this deployment's own controller. The routers are its own, or those that ``config.join``
+    names. ``on_turn`` is called in each turn of the loop while it serves, several times a second.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Deployment:
         self._started_at = time.time()
         # 0 = run, 1 = drain, 2 = at once. A plain number, because a signal handler may set it in the middle of anything.
         self._stops = 0
-        #: The moves of an update are judged by it.
+        #: Clock for the time-outs of an update's moves.
         self._clock = RunningClock(time.monotonic(), LONGEST_ROUND_S)
         self._was_ready = False
         self._replicas: ReplicaSource = OwnReplicas(config, notify) if replicas is None else replicas
@@ -87,13 +87,13 @@ class Deployment:
         return self._config if self._desired is None else self._desired.config
 
     def stop(self, *, now: bool = False) -> None:
-        """Drain and end; a second call, or ``now``, does not wait for what runs."""
+        """Drain and end; a second call, or ``now``, does not wait for running requests."""
         self._stops = 2 if now or self._stops else 1
 
     def run(self) -> int:
-        """Start, serve, stop; returns 0, or INTERRUPTED when it was stopped before it was ever ready.
+        """Start, serve, stop; returns 0, or INTERRUPTED if it was stopped before it was ever ready.
 
-        Raises what starting raised, after everything that was started is gone.
+        Raises the error of a failed start, after everything that was started has ended.
         """
         make_private(self._run_folder)
         socket_path = self._run_folder / "control.sock"
@@ -152,12 +152,12 @@ class Deployment:
         return external
 
     def _check_stop(self) -> None:
-        """Raises :class:`_Stopped` where :meth:`stop` was called meanwhile."""
+        """Raises :class:`_Stopped` if :meth:`stop` was called meanwhile."""
         if self._stops:
             raise _Stopped
 
     def _follow_progress(self, phase: str, done: int, total: int) -> None:
-        """Shows the progress of what may take long. Raises :class:`_Stopped` to end it where :meth:`stop` was called meanwhile."""
+        """Show the progress of a long operation. Raises :class:`_Stopped` to end it if :meth:`stop` was called meanwhile."""
         self._check_stop()
         self._progress(phase, done, total)
 
@@ -179,11 +179,11 @@ class Deployment:
             time.sleep(TICK_S)
 
     def _follow_update(self) -> None:
-        """The next move of an update, when it is time for it."""
+        """Make the next move of an update, if it is due."""
         assert self._desired is not None
         try:
             report = self._desired.step(self._clock.at(time.monotonic()), self._replicas.views(), self._replicas.apply)
-        except TriremeError as error:  # a control plane that is down for a while ends nothing that serves
+        except TriremeError as error:  # a control plane that is down for a while must not end what serves
             log.warning("update: %s", error)
             return
         if report is not None:
@@ -191,7 +191,8 @@ class Deployment:
             self._notify(Notice(kind="update", subject=self.config.name, text=text, seconds=report.seconds))
 
     def _announce(self, routers: RouterSource) -> None:
-        """Send a notice of every change, and once that the deployment serves: when every replica is ready or has failed for good."""
+        """Send a notice of every change, and one notice that the deployment serves: when every replica is ready or has failed
+        permanently."""
         status = self.status()
         begins = not self._was_ready and ((self._replicas.settled(status) and routers.ready()) or status.state == "READY")
         self._replica_notices.follow(status)
@@ -201,7 +202,7 @@ class Deployment:
             self._notify(Notice(kind="ready", subject=status.name, text=status.url, seconds=status.age_s))
 
     def _publish(self, status: DeploymentStatus) -> None:
-        """Write the join file, with which other deployments join our routers, where these can be reached."""
+        """Write the join file, with which other deployments join our routers, if the routers can be reached."""
         config, desired = self.config, self._desired
         assert desired is not None
         if config.back.host and config.rpc.host and not desired.endpoints.prefix:
@@ -210,7 +211,7 @@ class Deployment:
             self._notify(Notice(kind="join", subject=config.name, text=str(path)))
 
     def _end(self) -> list[int]:
-        """Let the routers finish, then drain the gangs, then kill what is left. Returns pids that do not die."""
+        """Let the routers finish, then drain the gangs, then kill remaining processes. Returns pids that do not die."""
         grace = self.config.drain_grace_s
         self._replicas.end_with_host()
         if self._routers is not None:
@@ -235,7 +236,7 @@ class Deployment:
                 return
 
     def status(self) -> DeploymentStatus:
-        """The deployment's table, from what the controller and the routers last said."""
+        """The deployment's status table, from the last reports of the controller and the routers."""
         facts = HostFacts(
             started_at=self._started_at,
             stopping=self._stops > 0,
@@ -262,7 +263,7 @@ class Deployment:
         return ControlReply(status=self.status())
 
     def _begin_update(self, command: UpdateCommand | None) -> UpdateReport:
-        """Called in the control socket's thread; the loop takes the update up at its next turn."""
+        """Called in the control socket's thread; the loop starts the update in its next turn."""
         if command is None:
             raise Rejected("an update needs a configuration")
         self._replicas.check_update(self.config.name)
@@ -293,8 +294,8 @@ def up(
 
 
 def choose_launcher(config: Config, env: Mapping[str, str], notify: Notify) -> Config:
-    """The launcher of a configuration that leaves it open: Ray where a cluster is to be joined or one of our own is described, else this
-    host. ``notify`` is told which, and why."""
+    """The launcher of a configuration that does not set it: Ray if there is a cluster to join or the file describes an own one, else this
+    host. ``notify`` gets the choice and its reason."""
     if config.launcher != AUTO:
         return config
     if address := ray_cluster.running(config.ray, env):

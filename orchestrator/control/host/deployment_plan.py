@@ -1,4 +1,4 @@
-"""From a configuration to what is to run: artifacts resolved, one GangSpec a replica, one RouterSpec a router.
+"""Turns a configuration into specs: artifacts are resolved, one GangSpec per replica, one RouterSpec per router.
 
 Owns nothing; writes keys through the key ring and models through the cache. Starts no process.
 """
@@ -31,7 +31,7 @@ from workers.protocol.specs import TERM_GRACE_S, EngineSpec, Parallel, ReplicaSp
 
 
 class GangArtifact(msgspec.Struct, frozen=True, kw_only=True):
-    """The folder that one replica loads, and how."""
+    """The folder that one replica loads, and its settings."""
 
     name: str
     parallel: Parallel
@@ -40,7 +40,7 @@ class GangArtifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model with its files on this host. ``source``: what the configuration named; ``tokenizer``: folder for the routers;
+    """A model with its files on this host. ``source``: the model in the configuration; ``tokenizer``: folder for the routers;
     ``chat_template``: path of the file that replaces the folder's template."""
 
     config: ModelConfig
@@ -56,9 +56,9 @@ class DeploymentPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RouterEndpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """How replicas reach their routers. ``addresses``: of the routers; ``secured``: by tcp, so each replica has a key pair.
+    """How replicas reach their routers. ``addresses``: of the routers; ``secured``: tcp is used, so each replica has a key pair.
 
-    At routers of another deployment, ``key`` is the key pair of all our replicas (JSON), and ``prefix`` comes before their names.
+    At routers of another deployment, ``key`` is the key pair of all our replicas (JSON), and ``prefix`` is put before their names.
     """
 
     addresses: tuple[RouterAddress, ...]
@@ -75,7 +75,7 @@ def decide_settings(models: Sequence[ModelConfig], hardware: ClusterHardware, ca
 
 
 def _describe(request: GangRequest, cache: Path, progress: Progress) -> ModelDescription:
-    """What the files of a replica's model say, without a look at its weights."""
+    """The facts in the files of a replica's model; weights are not read."""
     if request.engine == "fake":
         return ModelDescription()
     path = locate(_source(request.path), cache, progress)
@@ -119,7 +119,7 @@ def _resolve(config: ModelConfig, decisions: Sequence[GangDecision], cache: Path
 
 
 def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> ServedModel:
-    """The model as routers alone need it, without gangs. Only a GGUF is converted for it, once. Raises as :func:`resolve_models`."""
+    """The model's files for routers without gangs. Only a GGUF is converted, once. Raises as :func:`resolve_models`."""
     chat_template, source = _chat_template(config), _source(config.path or config.name)
     tokenizer = _own_tokenizer(config, cache, progress)
     if tokenizer is None:
@@ -131,14 +131,14 @@ def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> S
 
 
 def _own_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> Path | None:
-    """The folder that the configuration names for the tokenizer; None where it names none. Raises :class:`ArtifactError`."""
+    """The tokenizer folder in the configuration; None if there is none. Raises :class:`ArtifactError`."""
     if not config.tokenizer:
         return None
     return tokenizer_folder(locate(_source(config.tokenizer), cache, progress, weights=False), cache, progress)
 
 
 def _chat_template(config: ModelConfig) -> str:
-    """The absolute path of the template that the configuration names, empty for none. Raises ConfigError."""
+    """The absolute path of the chat template in the configuration; empty if there is none. Raises ConfigError."""
     path = Path(config.chat_template).expanduser()
     if config.chat_template and not path.is_file():
         raise ConfigError(f"chat_template of {config.name}: {path} is no file", "it names a file with a Jinja template", "correct the path")
@@ -151,24 +151,24 @@ def _first_tokenizer(artifacts: Sequence[Path], cache: Path, progress: Progress)
 
 
 def _source(name: str) -> str:
-    """What the configuration names: a model's name, or an absolute path."""
+    """The model in the configuration: a name, or an absolute path."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
 
 
 def _bare(request: GangRequest) -> bool:
-    """Whether the weights are not read."""
+    """Whether the replica starts without reading weights."""
     return request.settings.portable.load_format == "dummy"
 
 
 def _artifact(gang: GangDecision, cache: Path, progress: Progress) -> Path:
-    """What the ranks of one gang load."""
+    """The path that the ranks of one gang load."""
     source, engine = _source(gang.request.path), gang.request.engine
-    if engine == "trtllm":  # an engine folder, or weights that TensorRT-LLM splits by itself
+    if engine == "trtllm":  # an engine folder, or weights that TensorRT-LLM itself splits
         return open_model(locate(source, cache, progress)).path
     if engine == "fake" and _tokens_only(Path(source)):
         return Path(source)
-    # The fake engine has no weights to split: any layout of any model will do.
+    # The fake engine has no weights to split: it accepts any layout of any model.
     layout = Parallel() if engine == "fake" else gang.parallel
     return resolve(source, parallel=layout, dtype=gang.engine.dtype, cache=cache, bare=_bare(gang.request), progress=progress)
 
@@ -184,7 +184,8 @@ def _tokenizer_dir(artifact: Path) -> Path | None:
 
 
 def own_endpoints(config: Config, keys: KeyRing, host: str) -> RouterEndpoints:
-    """The back sockets of our own routers. ``host``: where gangs on other hosts reach us; without it and ``back.host``, Unix sockets."""
+    """The back sockets of our own routers. ``host``: the address at which gangs on other hosts reach us; without it and ``back.host``, Unix
+    sockets."""
     folder, back = config.home / "routers", config.back
     if back.host:
         places = [f"tcp://{back.known_as}:{back.port + i}" for i in range(config.routers)]
@@ -198,14 +199,14 @@ def own_endpoints(config: Config, keys: KeyRing, host: str) -> RouterEndpoints:
 
 
 def plan(config: Config, models: Sequence[ServedModel], keys: KeyRing, endpoints: RouterEndpoints) -> DeploymentPlan:
-    """Specs of everything that is ours: routers too, unless the replicas join others'."""
+    """Specs of all gangs and routers of this deployment; no routers if the replicas join those of another deployment."""
     found = gangs(config, models, endpoints, keys)
     admit(keys, found, endpoints)
     return DeploymentPlan(gangs=found, routers=[] if endpoints.prefix else _routers(config, models, keys, endpoints))
 
 
 def model_cards(models: Sequence[ServedModel]) -> tuple[ModelCard, ...]:
-    """What routers know of the models."""
+    """The models as routers need them."""
     return tuple(
         ModelCard(
             name=model.config.name,
@@ -252,12 +253,12 @@ def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, endpo
 
 
 def gangs(config: Config, models: Sequence[ServedModel], endpoints: RouterEndpoints, keys: KeyRing) -> list[GangSpec]:
-    """One spec a replica."""
+    """One spec per replica."""
     return [_gang(config, model, gang, endpoints, keys) for model in models for gang in model.gangs]
 
 
 def admit(keys: KeyRing, gangs: Sequence[GangSpec], endpoints: RouterEndpoints) -> None:
-    """Let these gangs in at our routers, and others only by a pass. Does nothing at routers of another deployment."""
+    """Authorize these gangs at our routers; others need a pass. Does nothing at routers of another deployment."""
     if endpoints.prefix:
         return
     members: list[tuple[Role, str]] = [("replica", gang.replica.name) for gang in gangs] if endpoints.secured else []
@@ -265,7 +266,7 @@ def admit(keys: KeyRing, gangs: Sequence[GangSpec], endpoints: RouterEndpoints) 
 
 
 def renamed(gang: GangSpec, name: str, endpoints: RouterEndpoints, keys: KeyRing) -> GangSpec:
-    """The same gang as a replica of another name."""
+    """The same gang under another replica name."""
     replica = msgspec.structs.replace(gang.replica, name=name, announced=_announced(name, endpoints))
     return msgspec.structs.replace(gang, replica=replica, key=_key_of(name, endpoints, keys))
 
@@ -290,7 +291,7 @@ def _gang(config: Config, model: ServedModel, gang: GangArtifact, endpoints: Rou
         routers=endpoints.addresses,
         heartbeat_s=config.heartbeat_s,
         hang_floor_s=config.hang_floor_s,
-        # The leader must be done before the controller's grace ends and the gang is killed.
+        # The leader must finish before the controller's grace ends and the gang is killed.
         drain_grace_s=min(config.drain_grace_s, TERM_GRACE_S),
         announced=_announced(gang.name, endpoints),
         log_format=config.log_format,
@@ -306,7 +307,7 @@ def _gang(config: Config, model: ServedModel, gang: GangArtifact, endpoints: Rou
 
 
 def _ports(folder: Path, host: str, count: int) -> list[int]:
-    """Free tcp ports for the back sockets, the same after a restart: gangs that live on know no others."""
+    """Free tcp ports for the back sockets, the same after a restart, because running gangs know only these."""
     if not host:
         return []
     kept = folder / "ports.json"

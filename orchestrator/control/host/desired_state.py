@@ -1,6 +1,6 @@
-"""What a deployment should run: its configuration and its gangs, and the update that changes them.
+"""The wanted state of a deployment: its configuration and its gangs, and the update that changes them.
 
-Owns all three: no other module writes them. The host applies the gangs to the controller.
+Owns all three: no other module writes them. The host passes the gangs to the controller.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from workers.protocol.errors import Rejected
 
 
 class DesiredState:
-    """``config`` and ``gangs`` are in force: during an update the new configuration, and every gang that may have processes; the old
-    ones again when the update is taken back.
+    """``config`` and ``gangs`` are in force: during an update the new configuration, and every gang that may have processes; after a
+    rollback the old ones again.
 
-    ``model_cards``: what the routers know of the models; ``endpoints``: how replicas reach the routers; ``hardware``: what replicas run on,
-    as it was before the first one took some of it.
+    ``model_cards``: the models as the routers know them; ``endpoints``: how replicas reach the routers; ``hardware``: the hardware of the
+    replicas before the first one used some of it.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class DesiredState:
         self.hardware = hardware
         self._keys = keys
         self._update: Update | None = None
-        # Whether the controller has the gangs that the update wants now.
+        # Whether the controller has the gangs that the update currently wants.
         self._applied = True
 
     def begin_update(self, order: UpdateCommand, views: Sequence[ReplicaView], now: float) -> UpdateReport:
-        """Take an order up, or only say what it would do (``dry_run``). Raises :class:`Rejected` while another update is under way,
-        :class:`ConfigError` for what cannot be changed in place. Called in the control socket's thread."""
+        """Start an update, or only return its plan (``dry_run``). Raises :class:`Rejected` while another update runs, :class:`ConfigError`
+        for what cannot be changed in place. Called in the control socket's thread."""
         if self._update is not None and self._updating:
             raise Rejected("an update is under way", self._update.report().doing, "trireme status tells how far it is")
         update = Update(
@@ -54,9 +54,9 @@ class DesiredState:
         return update.report()
 
     def step(self, now: float, views: Sequence[ReplicaView], apply: Callable[[list[GangSpec]], None]) -> UpdateReport | None:
-        """The next move of an update, when it is time for it; a report when something changed.
+        """Make the next move of an update, if it is due; returns a report if something changed.
 
-        ``apply`` gets the gangs that are wanted from now on. When it raises, it gets them again in the next step.
+        ``apply`` gets the gangs that are wanted from now on. If it raises, it is called again in the next step.
         """
         update = self._update
         if update is None or not self._updating:
@@ -77,5 +77,5 @@ class DesiredState:
         return self._update is not None and not (self._update.over and self._applied)
 
     def report(self) -> UpdateReport | None:
-        """How far the last update is; None before the first."""
+        """The progress of the last update; None before the first."""
         return self._update.report() if self._update is not None else None

@@ -1,6 +1,6 @@
-"""Routers of another deployment that our replicas serve, in place of routers of our own.
+"""Routers of another deployment that our replicas join; this deployment has no routers of its own.
 
-Owns what is known of them: the join file, our pass, and what they last said of our replicas. Starts and ends no router.
+Owns the join file, our pass, and their last reports about our replicas. Starts and ends no router.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from workers.protocol.messages import PROTOCOL
 from workers.protocol.specs import RouterAddress
 from workers.protocol.status import RouterStatus
 
-#: How long a start looks for one router that answers, seconds.
+#: Longest wait of a start for a router that answers, seconds.
 REACH_S = 20.0
 _INSTANCE = re.compile(r"[0-9a-f]{6}")
 
@@ -49,10 +49,10 @@ def read_join(path: Path) -> JoinFile:
 
 
 class ExternalRouters:
-    """The routers that ``config.join`` names. Raises :class:`ConfigError` for what could never work there.
+    """The routers that ``config.join`` names. Raises :class:`ConfigError` for a configuration that can never work there.
 
-    ``endpoints``: how our replicas reach them, below names of their own, so that two jobs made from one file never fence each other.
-    ``key_file``: the pass's client key pair, for RPC clients of this host.
+    ``endpoints``: how our replicas reach them, with names that are unique to this run folder, so that two jobs made from one file never
+    fence each other. ``key_file``: the pass's client key pair, for RPC clients of this host.
     """
 
     def __init__(self, config: Config) -> None:
@@ -71,7 +71,7 @@ class ExternalRouters:
 
     @property
     def name(self) -> str:
-        """Of the deployment that they belong to."""
+        """Name of the deployment that they belong to."""
         return self._file.name
 
     def reach(self, check_stop: Callable[[], None]) -> None:
@@ -107,7 +107,7 @@ class ExternalRouters:
         return False
 
     def check_tokenizers(self, models: Sequence[ServedModel]) -> None:
-        """Raises :class:`ConfigError` where the routers turn text into other ids than a model of ours reads."""
+        """Raises :class:`ConfigError` if the routers' tokenizer differs from that of a model of ours."""
         for model in models:
             if fingerprint(Path(model.tokenizer)) != self._file.models[model.config.name]:
                 raise ConfigError(
@@ -120,7 +120,7 @@ class ExternalRouters:
         self._reports.start()
 
     def tick(self) -> None:
-        """Others look after them."""
+        """No-op: external routers are supervised by their own deployment."""
 
     def ready(self) -> bool:
         return bool(self._reports.fresh())
@@ -136,7 +136,7 @@ class ExternalRouters:
         return {}
 
     def reports(self) -> list[RouterStatus]:
-        """What routers said within the last seconds of our replicas, and of those alone."""
+        """Reports of the last seconds about our replicas, and only ours."""
         return self._reports.fresh()
 
     def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
@@ -144,7 +144,7 @@ class ExternalRouters:
         return self._reports.hung(ready, routers=len(self._file.rpc))
 
     def stop(self, grace_s: float) -> None:
-        """They stay."""
+        """Stop polling; external routers keep running."""
         self._reports.close()
         self._reports.join()
 
@@ -180,7 +180,7 @@ def _check(config: Config, file: JoinFile, join_pass: JoinPass) -> None:
 
 
 def _instance(home: Path) -> str:
-    """What tells this run folder's replicas from those of another with the same file; made once."""
+    """A random name that separates this run folder's replicas from those of another run folder with the same file; made once."""
     path = home / "instance"
     if path.exists() and _INSTANCE.fullmatch(text := path.read_text()):
         return text

@@ -1,4 +1,4 @@
-"""What must hold on this host before a deployment is started. Owns nothing, starts nothing."""
+"""Checks of this host before a deployment is started. Owns nothing, starts nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST_SOCKET_PATH = 100
 
 
 def check_installed(config: Config) -> None:
-    """Raises :class:`EnvironmentFault` naming a package that replicas which are launched from here need and this environment lacks."""
+    """Raises :class:`EnvironmentFault` naming a missing package that replicas launched from here need."""
     if config.launcher == "ray" and find_spec("ray") is None:
         raise EnvironmentFault("Ray is not installed", "launcher: ray", "pip install 'trireme-llm[ray]', or use --launcher local")
     engines = {request.engine for model in config.models for request in model.gangs()}
@@ -30,15 +30,15 @@ def check_installed(config: Config) -> None:
 
 
 def check_mpi(launcher: str, replicas: Iterable[tuple[EngineKind, Parallel | None]], mpi: MpiInstall | None) -> None:
-    """Raises :class:`EnvironmentFault` where replicas need MPI and none was found: those of TensorRT-LLM, those of several ranks but fake
-    ones, and all on Ray, which deals ranks to nodes that nobody has looked at yet. A layout of None is not decided yet."""
+    """Raises :class:`EnvironmentFault` if replicas need MPI and none was found. Replicas of TensorRT-LLM need it, replicas of several ranks
+    (except fake ones), and all replicas on Ray, whose nodes are not known yet. A layout of None is not decided yet."""
     needed = [kind == "trtllm" or (kind == "portable" and layout is not None and layout.world > 1) for kind, layout in replicas]
     if mpi is None and (any(needed) or launcher == "ray"):
         raise none_found()
 
 
 def check_socket_path(home: Path) -> None:
-    """Raises :class:`EnvironmentFault` on a run folder in which no Unix socket could be bound."""
+    """Raises :class:`EnvironmentFault` if the run folder's path is too long for Unix sockets."""
     if len(str(home / "routers" / "router00-back.sock")) > _LONGEST_SOCKET_PATH:
         raise EnvironmentFault(f"{home} is too long for Unix sockets", "their paths end at 107 bytes", "choose a shorter --run-dir")
 
@@ -57,8 +57,8 @@ def check_port(http: HttpConfig) -> None:
 
 
 def check_api_keys(config: Config) -> str:
-    """A warning about an HTTP API that is open to all, else nothing. The routers read the file themselves; this is before anything is
-    fetched. Raises :class:`ConfigError`."""
+    """A warning about an HTTP API that is open to all, else empty. The routers read the key file themselves; this check runs before
+    anything is fetched. Raises :class:`ConfigError`."""
     if (file := config.api_keys_file) is not None:
         parse_api_keys(read_private(file))
     elif config.http.exposed:

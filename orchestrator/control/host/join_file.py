@@ -1,7 +1,6 @@
-"""Routers without gangs of their own, which the replicas of other deployments join: what they tell those who do.
+"""The join file of standing routers: it tells other deployments how their replicas join.
 
-Owns the words of the join file, which holds no secret: who serves at these routers needs a pass beside it
-(:mod:`orchestrator.auth.keyring`).
+Owns the content of the join file, which holds no secret: replicas also need a pass (:mod:`orchestrator.auth.keyring`).
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ JOIN_FILE = "join.json"
 
 
 class JoinFile(msgspec.Struct, frozen=True, kw_only=True):
-    """Where routers are and what they serve. ``routers``: their back sockets; ``rpc``: their RPC servers; ``models``: name -> SHA-256 of
-    the model's ``tokenizer.json``; ``replica_timeout_s``: the silence after which they give a replica up."""
+    """Addresses and models of routers. ``routers``: their back sockets; ``rpc``: their RPC servers; ``models``: name -> SHA-256 of the
+    model's ``tokenizer.json``; ``replica_timeout_s``: the silence after which a replica counts as lost."""
 
     protocol: int
     name: str
@@ -38,7 +37,7 @@ class JoinFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check(config: Config) -> None:
-    """Raises :class:`ConfigError` where no replica could join the routers of this configuration."""
+    """Raises :class:`ConfigError` if no replica could join the routers of this configuration."""
     if not config.back.host:
         raise ConfigError(
             "back.host: is missing", "standing routers are reached by replicas of other hosts", "name an address of this host to listen on"
@@ -70,7 +69,7 @@ def publish(config: Config, routers: Sequence[RouterAddress], server_key: str, c
 
 
 def fingerprint(tokenizer: Path) -> str:
-    """What must be equal at routers and replicas: the ids that a text has."""
+    """A hash of the tokenizer, which must be equal at routers and replicas."""
     return hash_file(tokenizer / "tokenizer.json").sha256
 
 

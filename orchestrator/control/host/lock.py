@@ -1,4 +1,4 @@
-"""Who hosts a deployment: a locked file that holds the host's pid. Owns that file."""
+"""The lock of a deployment's host: a locked file that holds the host's pid. Owns that file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workers.protocol.errors import EnvironmentFault
 
 
 class HostLock:
-    """One host process a deployment; the kernel lets go of it however the process ends."""
+    """Allows one host process per deployment; the kernel releases the lock when the process ends, however it ends."""
 
     def __init__(self, home: Path, name: str) -> None:
         """``home``: the deployment's folder. Raises :class:`EnvironmentFault` when another process holds the lock, or at an OSError."""

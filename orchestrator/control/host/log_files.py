@@ -1,6 +1,7 @@
 """The log files of a deployment's run folder, read as one log: lines of all processes in the order of their times.
 
-Owns its place in each file, nothing on the disk: it only reads. A line is text that other processes wrote, so it is shown printable.
+Owns its position in each file, nothing on the disk: it only reads. A line is text of other processes, so unprintable characters are
+escaped.
 
     RUN/host.log up.log ray.log · RUN/routers/NAME.log · RUN/replicas/NAME/EPOCH/{rankN,mpiexec}.log
 """
@@ -22,20 +23,20 @@ from workers.epoch import started_at
 from workers.protocol.errors import NotFound, printable
 
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (?:rank \d+ )?([A-Z]+) ([\w.]+): (.*)", re.DOTALL)
-#: A time before a line that no logger wrote: of `up.log` and `mpiexec.log`, or within brackets as Ray's C++ side writes it.
+#: The time before a line without a logger: in `up.log` and `mpiexec.log`, or in brackets as Ray's C++ code writes it.
 _TIMED = re.compile(r"(\[?)(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)[,.](\d{3})\d*(?:\s(.*)|$)", re.DOTALL)
 _RANK = re.compile(r"rank(\d+)")
 #: Longest part of a line that is shown, characters.
 _WIDEST = 8192
-#: Keys of a JSON line that have a place of their own; others follow the message.
+#: Keys of a JSON line with their own place in the output; others follow the message.
 _PLACED = frozenset(("time", "level", "logger", "message", "trace", "replica", "rank"))
-#: What the host process itself leaves.
+#: Log files of the host process.
 HOST_FILES = ("host.log", "up.log", "ray.log")
 
 
 class LogEntry(msgspec.Struct, frozen=True):
-    """One line. ``time``: Unix seconds, the line's own or, where it has none, that of the line before. ``level`` and ``logger`` are empty
-    for a line that no logger wrote."""
+    """One line. ``time``: Unix seconds, the line's own, or that of the previous line if it has none. ``level`` and ``logger`` are empty for
+    a line without a logger."""
 
     time: float
     source: str
@@ -45,7 +46,7 @@ class LogEntry(msgspec.Struct, frozen=True):
 
 
 class LogFile(msgspec.Struct, frozen=True):
-    """A file and whose it is. ``owner``: replica, router or ``host``; ``rank`` and ``epoch``: of a rank, else -1 and 0."""
+    """A file and its owner. ``owner``: replica, router or ``host``; ``rank`` and ``epoch``: of a rank, else -1 and 0."""
 
     path: Path
     owner: str
@@ -55,14 +56,14 @@ class LogFile(msgspec.Struct, frozen=True):
 
 
 def deployments(run_dir: Path) -> list[str]:
-    """Names of those that left something to read under ``run_dir``."""
+    """Names of the deployments with logs under ``run_dir``."""
     kept = (*HOST_FILES, "replicas", "routers")
     return sorted(folder.name for folder in run_dir.glob("*") if any((folder / name).exists() for name in kept))
 
 
 def find(home: Path, *, owner: str = "", rank: int | None = None, epoch: str = "last") -> list[LogFile]:
     """The log files in a deployment's run folder. ``owner``: a replica, a router, ``router`` for all of them, ``host``; empty = all.
-    ``epoch``: ``last``, ``previous``, ``all`` or a number; it concerns replicas only. Raises :class:`NotFound` for what never was."""
+    ``epoch``: ``last``, ``previous``, ``all`` or a number; it applies to replicas only. Raises :class:`NotFound` for an unknown owner."""
     found = [LogFile(home / name, "host", "host") for name in HOST_FILES if (home / name).exists()]
     found += [LogFile(path, path.stem, path.stem) for path in sorted((home / "routers").glob("*.log"))]
     names = {file.owner for file in found}
@@ -98,7 +99,7 @@ def _gang(folder: Path, epoch: int) -> list[LogFile]:
 
 
 class LogReader:
-    """One file, read from where the last call ended. A file that was begun anew is read from its beginning."""
+    """One file, read from where the last call ended. A file that was truncated is read from its beginning."""
 
     def __init__(self, file: LogFile) -> None:
         self.file = file
@@ -106,9 +107,9 @@ class LogReader:
         self._time = started_at(file.epoch)
 
     def entries(self, *, final: bool) -> Iterator[LogEntry]:
-        """The lines that are new; times never fall. ``final``: also one that has no end yet. A file that was removed has none.
+        """The new lines; their times never decrease. ``final``: also return a last line without a line end. A removed file has no lines.
 
-        A gang's leader begins with a line that it did not write: which launch this is.
+        Before the first line of a gang's leader, a line is added that names the launch.
         """
         try:
             stream = self.file.path.open("rb")
@@ -122,7 +123,7 @@ class LogReader:
                     yield LogEntry(self._time, self.file.label, "", "", f"launched, epoch {self.file.epoch}")
             stream.seek(self._place)
             if self.file.rank < 0 and not _has_times(stream):
-                # Such lines were written by no logger; the last of them when the file was.
+                # These lines have no time; the last of them was written when the file was last modified.
                 self._time = max(self._time, status.st_mtime)
             stream.seek(self._place)
             for line in stream:
@@ -142,7 +143,7 @@ class LogReader:
 
 
 def _has_times(stream: IO[bytes]) -> bool:
-    """Whether one of the next lines has a time of its own."""
+    """Whether one of the next lines has a time."""
     return any(line.startswith(b"{") or _read_text(line.decode(errors="replace"))[0] for line in islice(stream, 50))
 
 
@@ -163,7 +164,7 @@ def _read_text(line: str) -> tuple[float, str, str, str]:
 
 
 def _read_json(line: str) -> tuple[float, str, str, str]:
-    """A line of ``--log-format json``; one that is none of ours is shown as it stands."""
+    """Parse a line of ``--log-format json``; a line in another format is shown unchanged."""
     try:
         row: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
         time = float(row["time"])
@@ -175,5 +176,5 @@ def _read_json(line: str) -> tuple[float, str, str, str]:
 
 
 def merge(readers: Iterable[LogReader], *, final: bool) -> Iterator[LogEntry]:
-    """What is new in all files, by time; lines of one file stay in their order."""
+    """The new lines of all files, by time; lines of one file stay in their order."""
     return heapq.merge(*(reader.entries(final=final) for reader in readers), key=lambda entry: entry.time)

@@ -1,4 +1,4 @@
-"""What a person who waits for a deployment wants to read. Owns the list of what was said already."""
+"""Notices for a user who waits for a deployment. Owns the list of notices that were already sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("trireme.deployment")
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened. ``seconds``: how long it took."""
+    """An event. ``seconds``: its duration."""
 
     kind: Literal["settings", "model", "ray", "router", "replica", "join", "ready", "update", "warning", "stopping", "stopped"]
     subject: str
@@ -30,7 +30,7 @@ Notify: TypeAlias = Callable[[Notice], None]
 
 
 def log_notice(notice: Notice) -> None:
-    """Write a notice to the log, for a host that shows it nowhere else."""
+    """Write a notice to the log, for a host without other output."""
     log.info("%s %s: %s", notice.kind, notice.subject, notice.text)
 
 

@@ -1,6 +1,6 @@
-"""Router processes of one deployment: plain children, started again with back-off.
+"""Router processes of one deployment: child processes that are restarted with back-off.
 
-Owns the processes. Never a child of Ray, never between a client and its tokens.
+Owns the processes. They are never children of Ray. No token passes through this module.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from workers.protocol.status import RouterState, RouterStatus
 log = logging.getLogger("trireme.routers")
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STABLE_S = 30.0
-#: After the grace: time for the router to send every client the end of its requests, seconds.
+#: Additional time after the grace, in which the router sends every client the end of its requests, seconds.
 _LAST_MESSAGES_S = 3.0
 
 
 class _Router:
-    """One process and its successors."""
+    """One router: its process and the successors."""
 
     def __init__(self, spec: RouterSpec, folder: Path, env: Mapping[str, str]) -> None:
         self.spec, self._env = spec, env
@@ -52,7 +52,7 @@ class _Router:
         self.begun = time.monotonic()
 
     def state(self) -> RouterState | None:
-        """The state file of the living process; None before it wrote one."""
+        """The state file of the living process; None before the process has written it."""
         try:
             state = msgspec.json.decode(Path(self.spec.state_file).read_bytes(), type=RouterState)
         except (OSError, msgspec.DecodeError):
@@ -70,13 +70,14 @@ class _Router:
 
 
 class OwnRouters:
-    """All routers of a deployment. ``tick`` is called by the deployment's loop. ``keys``: holds their key pair and a client's."""
+    """All routers of a deployment. ``tick`` is called by the deployment's loop. ``keys``: the key ring with the routers' key pair and a
+    client's."""
 
     def __init__(self, specs: Sequence[RouterSpec], folder: Path, *, env: Mapping[str, str], keys: KeyRing) -> None:
         self._routers = [_Router(spec, folder, env) for spec in specs]
         self._server_key = keys.pair("router", "all").public
         self._reports = RouterPoller(self._serving, keys.pair("client", LOCAL_CLIENT))
-        #: What an RPC client of this host uses.
+        #: The key file for RPC clients on this host.
         self.key_file = keys.path("client", LOCAL_CLIENT)
 
     def start(self) -> None:
@@ -85,7 +86,8 @@ class OwnRouters:
         self._reports.start()
 
     def tick(self) -> None:
-        """Restart the dead. Raises the router's own error when one dies before it was ever ready: a taken port does not get better."""
+        """Restart dead routers. Raises the router's own error if it died before it was ever ready, because a retry would not help (a port
+        in use)."""
         now = time.monotonic()
         for router in self._routers:
             child = router.child
@@ -107,7 +109,7 @@ class OwnRouters:
     def _restart(router: _Router, now: float) -> None:
         try:
             router.start()
-        except EnvironmentFault as fault:  # a full disk is no reason to end those that live
+        except EnvironmentFault as fault:  # a full disk must not end the living routers
             router.deaths += 1
             router.due = now + _BACKOFF_S[min(router.deaths, len(_BACKOFF_S) - 1)]
             log.error("router %s cannot be started again: %s", router.spec.name, fault)
@@ -129,7 +131,7 @@ class OwnRouters:
         return {router.spec.name: router.child.pid for router in self._routers if router.child is not None}
 
     def reports(self) -> list[RouterStatus]:
-        """What living routers said within the last seconds."""
+        """Reports of living routers from the last seconds."""
         return self._reports.fresh()
 
     def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
@@ -137,7 +139,8 @@ class OwnRouters:
         return self._reports.hung(ready, routers=len(self._routers))
 
     def stop(self, grace_s: float) -> None:
-        """Send :data:`STOP`, so that what runs is finished; after the grace send it again, so that what runs is ended; then SIGKILL."""
+        """Send :data:`STOP`, so that routers finish running requests; after the grace send it again, so that they end them; then
+        SIGKILL."""
         self._reports.close()
         living = [router.child for router in self._routers if router.child is not None]
         for child in living:
@@ -151,7 +154,7 @@ class OwnRouters:
             child.signal(signal.SIGKILL, group=True)
             child.wait(5.0)
         for router in self._routers:
-            # A killed process leaves its socket files; a successor would reclaim them, and there is none.
+            # A killed process leaves its socket files. They are removed here, because there is no successor that would reuse them.
             for endpoint in (router.spec.back, router.spec.rpc):
                 if endpoint.startswith("ipc://"):
                     Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)

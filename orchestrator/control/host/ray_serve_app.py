@@ -1,7 +1,7 @@
 """A deployment as the one replica of a Ray Serve application, for KubeRay's RayService: `import_path:
 orchestrator.control.host.ray_serve_app:app`.
 
-Owns one `trireme up` on the head node. Serve starts, watches and ends it, and never carries a request: clients speak to our own routers.
+Owns one `trireme up` on the head node. Serve starts, watches and ends it, and never carries a request: clients connect to our own routers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from workers.protocol.errors import EnvironmentFault, TriremeError
 
 log = logging.getLogger("trireme.serve")
 _POLL_S = 0.5
-#: Beyond the grace: farewells, kills and their proof, seconds.
+#: Additional time after the grace for last messages, kills and their verification, seconds.
 _FAREWELL_S = 30.0
 
 
 class ServeHost:
-    """Made when the deployment of ``file`` is READY; raises :class:`EnvironmentFault` with its last words when it ends before."""
+    """Constructed when the deployment of ``file`` is READY; raises :class:`EnvironmentFault` with its last output if it ends before."""
 
     def __init__(self, file: str, ray_address: str) -> None:
         self._config = load(Path(file), env=environment()).config
@@ -44,17 +44,17 @@ class ServeHost:
         """READY or DEGRADED while it serves, else empty."""
         try:
             state = connect(self._config.name, self._config.run_dir).status().state
-        except TriremeError:  # not yet, or not any more: then its process has ended
+        except TriremeError:  # not started yet, or its process has ended
             return ""
         return state if state in ("READY", "DEGRADED") else ""
 
     def check_health(self) -> None:
-        """Serve's question; what it raises makes Serve start another one."""
+        """Serve's health check; if it raises, Serve starts another replica."""
         if self._host.returncode is not None:
             raise EnvironmentFault(f"trireme up ended with {self._host.returncode}", " / ".join(self._words))
 
     def __call__(self, request: object) -> dict[str, str]:
-        """What a look at Serve's own port shows."""
+        """The answer on Serve's own port."""
         return {"deployment": self._config.name, "state": self._state()}
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where the replicas come from that a deployment's routers serve: from its own controller, or from other deployments that join.
+"""The source of a deployment's replicas: its own controller, or other deployments that join its routers.
 
 Owns the connection to the controller and to Ray. The host's loop calls it from one thread.
 """
@@ -34,7 +34,7 @@ from workers.protocol.errors import ConfigError, EnvironmentFault, Rejected, Rep
 from workers.protocol.running_clock import RunningClock
 from workers.protocol.specs import Parallel
 
-#: After the grace: time for the last messages, kills and the proof that nothing is left, seconds.
+#: Additional time after the grace for the last messages, kills and the check that nothing is left, seconds.
 FAREWELL_S = 15.0
 
 
@@ -51,10 +51,10 @@ class ReplicaController(Protocol):
 
 
 class ReplicaSource(Protocol):
-    """What a host asks of its replicas, its own or those of others."""
+    """The host's interface to its replicas, its own or those of other deployments."""
 
     def check(self) -> None:
-        """Raises :class:`ConfigError` or :class:`EnvironmentFault` for what can never work on this host."""
+        """Raises :class:`ConfigError` or :class:`EnvironmentFault` for a configuration that can never work on this host."""
 
     def resolve(self, models: Sequence[ModelConfig], progress: Progress) -> list[ServedModel]:
         """The files of the models that this host needs, with all settings of their replicas decided. Raises what
@@ -62,13 +62,13 @@ class ReplicaSource(Protocol):
 
     @property
     def hardware(self) -> ClusterHardware:
-        """Where replicas run, as it was before they were started. Known once the models are resolved."""
+        """The hardware of the replicas before they were started. Known once the models are resolved."""
 
     def start(self, models: Sequence[ServedModel]) -> str:
-        """Get ready to launch; the address at which gangs on other nodes reach this host, empty where there are none."""
+        """Prepare the launch. Returns the address at which gangs on other nodes reach this host; empty if there are no other nodes."""
 
     def apply(self, gangs: list[GangSpec]) -> None:
-        """What should run from now on."""
+        """Set the wanted gangs."""
 
     def drain(self, replica: str) -> bool:
         """Replace one replica gracefully; False when it does not run."""
@@ -77,16 +77,16 @@ class ReplicaSource(Protocol):
         """One turn of the host's loop. ``hung``: ready gangs, (replica, epoch), that the routers lost; ``epochs``: the newest they know."""
 
     def views(self) -> list[ReplicaView]:
-        """What the controller last saw of each replica."""
+        """The controller's last view of each replica."""
 
     def describe(self, config: Config, routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
         """The status table."""
 
     def settled(self, status: DeploymentStatus) -> bool:
-        """Before the first READY: whether no replica is worth waiting for any longer. Raises the cause where all have failed for good."""
+        """Before the first READY: whether every replica is ready or has failed. Raises the cause if all have failed permanently."""
 
     def check_update(self, deployment: str) -> None:
-        """Raises :class:`Rejected` where there is nothing that an update could change."""
+        """Raises :class:`Rejected` if an update is not possible."""
 
     def end_with_host(self) -> None:
         """From now on, a host that is killed leaves no gang."""
@@ -115,7 +115,7 @@ class OwnReplicas:
     def resolve(self, models: Sequence[ModelConfig], progress: Progress) -> list[ServedModel]:
         config = self._config
         requests = [request for model in models for request in model.gangs()]
-        # A cluster that is there is joined first, since its nodes say what they have. One of our own is started when all else is right.
+        # An existing cluster is joined first, because its nodes report their hardware. An own cluster is started after all other checks.
         if config.launcher == "ray" and ray_cluster.configured(config.ray, environment()):
             self._join_ray(cpus=0)
         self._hardware = self._look(requests)
@@ -126,7 +126,7 @@ class OwnReplicas:
         return deployment_plan.resolve_models(models, decisions, config.cache, progress)
 
     def _look(self, requests: Sequence[GangRequest]) -> ClusterHardware:
-        """What the replicas will run on. Nothing is looked for that no replica could use."""
+        """The hardware of the replicas. Devices that no replica could use are not searched for."""
         joined = self._ray is not None
         if all(request.engine == "fake" for request in requests):
             return ClusterHardware(nodes=(NodeHardware(),), grows=joined)
@@ -151,7 +151,7 @@ class OwnReplicas:
             from orchestrator.control.ray_controller import RemoteController
 
             self._controller = RemoteController(self._config.name, self._config.home / "target.json", policy)
-            return "" if joined.started else joined.here  # a cluster that is one node now may grow
+            return "" if joined.started else joined.here  # a cluster of one node may grow
         assert self._config.launcher == "local"
         self._controller = Controller(LocalLauncher(self._mpi, environment()), policy)
         return ""
@@ -236,7 +236,7 @@ class OwnReplicas:
 
 
 def _summaries(decisions: Sequence[GangDecision]) -> dict[str, list[str]]:
-    """What was decided, in one line -> the replicas for which it was decided so. Nothing where all was asked for."""
+    """The automatic settings in one line -> the replicas that got them. Empty if all settings were given."""
     found: dict[str, list[str]] = {}
     for each in decisions:
         if each.chosen:

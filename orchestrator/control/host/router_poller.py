@@ -1,6 +1,6 @@
 """Asks routers for their status over RPC, and finds the gangs that no router can reach.
 
-Owns the thread that asks and the latest answers. Never between a client and its tokens, and never decides what becomes of a gang.
+Owns the thread that asks and the latest answers. No token passes through it, and never decides about a gang.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _ANSWER_MS = 1000
 _HINT = "trireme keys, at the routers, makes one"
 #: Longer than a leader needs to find a new router.
 _UNHEARD_S = 10.0
-#: A replica that was lost so long ago does not come back: longer than the pause of a leader before it connects again. A router that was
-#: frozen finds the old connections dead when it goes on, and its leaders alive.
+#: A replica that was lost this long ago does not return: it is longer than a leader's pause before it reconnects. A router that was frozen
+#: finds its old connections dead when it continues, although its leaders live.
 _RETURN_S = 1.5
 
 
@@ -50,16 +50,16 @@ class RouterPoller:
         self._asking.start()
 
     def close(self) -> None:
-        """Ask no more."""
+        """Stop polling."""
         self._closing.set()
 
     def join(self) -> None:
-        """Wait for the thread, which ends within the bounds of one answer."""
+        """Wait for the thread, which ends within the time-out of one answer."""
         if self._asking.is_alive():
             self._asking.join(5.0)
 
     def fresh(self) -> list[RouterStatus]:
-        """What living routers said within the last seconds."""
+        """Reports of living routers from the last seconds."""
         horizon = time.monotonic() - 4 * _ASK_EVERY_S - _ANSWER_MS / 1000
         return [report for at, report in list(self._latest.values()) if at >= horizon]
 
@@ -70,7 +70,7 @@ class RouterPoller:
         known = {(replica.name, replica.epoch) for report in reports for replica in report.replicas}
         self._clock.turn(time.monotonic())
         now = self._clock.at(time.monotonic())
-        # A gang may stop before its Hello: no router can lose what it never had.
+        # A gang may hang before its Hello, and then no router reports its loss.
         all_answer = len(reports) == routers
         self._unheard = {key: self._unheard.get(key, now) for key in ready if all_answer and key not in known}
         silent = {key for key, since in self._unheard.items() if now - since > _UNHEARD_S}

@@ -1,4 +1,4 @@
-"""What a deployment asks of its routers: its own (:mod:`.own_routers`), or those of another deployment (:mod:`.external_routers`)."""
+"""A deployment's interface to its routers: its own (:mod:`.own_routers`), or those of another deployment (:mod:`.external_routers`)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from workers.protocol.status import RouterStatus
 
 
 class RouterSource(Protocol):
-    """The routers of one deployment. ``key_file``: what an RPC client of this host uses."""
+    """The routers of one deployment. ``key_file``: the key file for RPC clients on this host."""
 
     key_file: Path
 
     def start(self) -> None: ...
 
     def tick(self) -> None:
-        """Keep them running, where that is ours to do."""
+        """Keep own routers running; external ones are not touched."""
 
     def ready(self) -> bool: ...
 
@@ -31,7 +31,7 @@ class RouterSource(Protocol):
     def pids(self) -> dict[str, int]: ...
 
     def reports(self) -> list[RouterStatus]:
-        """What living routers said within the last seconds."""
+        """Reports of living routers from the last seconds."""
 
     def hung(self, ready: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
         """As :meth:`~orchestrator.control.host.router_poller.RouterPoller.hung`."""

@@ -1,7 +1,7 @@
-"""A deployment's status table, made of what the controller and the routers reported last. Owns nothing and sends no question.
+"""A deployment's status table, computed from the last reports of the controller and the routers. Owns nothing and sends no request.
 
 The words for states are those of :mod:`workers.protocol.status`: a replica's row shows the reconciler's phase by ``ROW_STATES``. A row that
-would be READY is QUARANTINED while a router has it so, and JOINING until every router of others has accepted it.
+would be READY is QUARANTINED while a router has the replica in quarantine, and JOINING until every external router has accepted it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NO_LOAD = ReplicaStatus(name="", model="", state="lost")
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the host process knows of itself. ``started_at``: Unix seconds; ``was_ready``: the deployment has been READY once."""
+    """Facts about the host process. ``started_at``: Unix seconds; ``was_ready``: the deployment has been READY once."""
 
     started_at: float
     stopping: bool
@@ -35,8 +35,8 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
 def describe(
     config: Config, views: Sequence[ReplicaView], layouts: Mapping[str, Parallel], routers: RouterSource | None, facts: HostFacts
 ) -> DeploymentStatus:
-    """``layouts``: of the replicas whose layout is decided, by name. READY needs every replica and every router;
-    at routers of others, every replica and its acceptance by each of them that answers."""
+    """``layouts``: of the replicas whose layout is decided, by name. READY needs every replica and every router; with external routers,
+    every replica must be accepted by each router that answers."""
     now = time.time()
     reports = routers.reports() if routers is not None else []
     by_name = {view.name: view for view in views}
@@ -50,7 +50,7 @@ def describe(
 
 def describe_routers_only(config: Config, routers: RouterSource | None, facts: HostFacts) -> DeploymentStatus:
     """As :func:`describe`, for a deployment without replicas of its own: READY once its routers serve and their join
-    file is written (``was_ready``). The replicas are those that joined, as the routers see them."""
+    file is written (``was_ready``). The replicas are those that joined, according to the routers."""
     reports = routers.reports() if routers is not None else []
     serving = routers is not None and routers.ready()
     state: DeploymentState = (
@@ -61,7 +61,7 @@ def describe_routers_only(config: Config, routers: RouterSource | None, facts: H
 
 
 def _overall(states: Set[ReplicaRowState | DeploymentState], facts: HostFacts, *, complete: bool = True) -> DeploymentState:
-    """The state of a whole by the states of its parts; ``complete`` False: something beside them is missing."""
+    """The state of a whole from the states of its parts; ``complete`` False: something else is missing."""
     if facts.stopping:
         return "DRAINING"
     if states == {"READY"} and complete:
@@ -127,7 +127,7 @@ def _model(
 
 
 def _joined_model(model: ModelConfig, reports: Sequence[RouterStatus], state: DeploymentState, age_s: float) -> ModelRow:
-    """Where several routers know a replica, the newest epoch counts, and of one epoch a router that has not lost it."""
+    """If several routers know a replica, the newest epoch counts, and for one epoch a router that has not lost it."""
     best: dict[str, ReplicaStatus] = {}
     for seen in (seen for report in reports for seen in report.replicas if seen.model == model.name):
         if seen.name not in best or (seen.epoch, seen.state != "lost") > (best[seen.name].epoch, best[seen.name].state != "lost"):
@@ -159,7 +159,7 @@ def _joined_model(model: ModelConfig, reports: Sequence[RouterStatus], state: De
 def _replica(model: str, parallel: Parallel, view: ReplicaView, reports: Sequence[RouterStatus], now: float, *, joins: bool) -> ReplicaRow:
     gang = view.gang
     seen = [replica for report in reports for replica in report.replicas if replica.name == view.name and replica.epoch == view.epoch]
-    # Every router hears all of a replica's heartbeat, so one report is the whole truth about its load.
+    # Every router gets all of a replica's heartbeats, so one report describes the whole load.
     load = seen[0] if seen else _NO_LOAD
     state, cause, hint = _row_state(view, seen, accepted=not joins or _accepted(seen, reports))
     return ReplicaRow(
@@ -188,17 +188,17 @@ def _replica(model: str, parallel: Parallel, view: ReplicaView, reports: Sequenc
 
 
 def _row_state(view: ReplicaView, seen: Sequence[ReplicaStatus], *, accepted: bool) -> tuple[ReplicaRowState, str, str]:
-    """(state, cause, hint). ``seen``: the gang as each router sees it; ``accepted``: it need not wait for any router."""
+    """(state, cause, hint). ``seen``: the gang as each router sees it; ``accepted``: no router still has to accept it."""
     quarantined = next((replica for replica in seen if replica.quarantined), None)
     if view.phase == "ready" and quarantined is not None:
         return "QUARANTINED", quarantined.reason, f"trireme drain {view.name} replaces it"
     if view.phase == "ready" and not accepted:
         return "JOINING", "the routers have not accepted it", "is its pass still on their list? trireme keys show, there"
-    # A living gang knows best what ails it, or what it waits for.
+    # A living gang's own cause is the most precise one.
     source = view.gang if view.gang is not None and (view.gang.cause or view.gang.phase == "placing") else view
     return ROW_STATES[view.phase], source.cause, source.hint
 
 
 def _accepted(seen: Sequence[ReplicaStatus], reports: Sequence[RouterStatus]) -> bool:
-    """Whether every router that answers, of which there is one, has the replica among those that it sends requests to."""
+    """Whether at least one router answers and every router that answers sends requests to the replica."""
     return bool(reports) and len(seen) == len(reports) and all(replica.state == "ready" for replica in seen)

@@ -1,7 +1,7 @@
-"""A running deployment's way to another configuration: what may change in place, what is to run then, and how far it is.
+"""The update of a running deployment to another configuration: what may change in place, the gangs to run, and the progress.
 
-Owns one update from the order to its last move. Decides nothing about when: :mod:`orchestrator.control.rollout` does, and the controller
-acts. Routers are not touched: whatever they were started with stays, and a file that wants it otherwise is refused by name.
+Owns one update from the order to its last move. :mod:`orchestrator.control.rollout` decides when each move happens, and the controller
+acts. Routers keep the settings that they were started with; a file with other router settings is refused, and the error names them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from workers.artifacts.convert import Progress
 from workers.artifacts.hf import tokenizer_paths
 from workers.protocol.errors import ConfigError
 
-#: A spare on this host needs this many times its artifact's size in free memory.
+#: Free memory that a spare on this host needs, as a multiple of its artifact's size.
 _ROOM_FACTOR = 3
 _HINT = "trireme down, then trireme up; or leave it as it is"
 
 
 def merge(current: Config, order: UpdateCommand) -> Config:
-    """What runs now with the order's models. Raises :class:`ConfigError` that names every setting which cannot be changed in place.
+    """The running configuration with the order's models. Raises :class:`ConfigError` naming every setting that cannot be changed in place.
 
-    What the order does not say itself stays as it is, whatever the default.
+    Settings that the order does not contain stay as they are, whatever their defaults.
     """
     if found := [*_changed_settings(current, order), *_changed_models(current.models, order.config.models)]:
         raise ConfigError("this cannot be changed in place: " + ", ".join(found), "the routers were started with it", _HINT)
@@ -43,9 +43,9 @@ def merge(current: Config, order: UpdateCommand) -> Config:
 
 
 def _changed_settings(current: Config, order: UpdateCommand) -> Iterator[str]:
-    """Settings outside of the models that the order gives and wants otherwise than they run; what runs suits an automatic one."""
+    """Settings outside of the models that the order changes; an automatic setting in the order accepts the running value."""
     before, after = _settings(current), _settings(order.config)
-    # An order's paths are absolute, since the command and the host work in different folders.
+    # An order's paths are absolute, because the command and the host may have different working folders.
     before |= {"run_dir": str(current.home.parent), "http.api_keys_file": str(current.api_keys_file or "")}
     before |= {"join.file": _absolute(current.join.file), "join.key_file": _absolute(current.join.key_file)}
     for path in before:
@@ -59,7 +59,7 @@ def _settings(config: Config) -> dict[str, object]:
 
 
 def _changed_models(current: Sequence[ModelConfig], wanted: Sequence[ModelConfig]) -> Iterator[str]:
-    """What routers know of the models and is wanted otherwise: which there are, their aliases, context and chat templates."""
+    """Changes of the models that routers know: their number and names, aliases, context and chat templates."""
     running = {model.name: model for model in current}
     if running.keys() != {model.name for model in wanted}:
         yield f"models ({', '.join(running)} run, {', '.join(model.name for model in wanted)} are wanted)"
@@ -75,7 +75,7 @@ def _changed_models(current: Sequence[ModelConfig], wanted: Sequence[ModelConfig
 
 
 def prepare(config: Config, hardware: ClusterHardware, progress: Progress) -> Config:
-    """Fetch and convert all that the new replicas load, and name it by absolute paths. Raises what
+    """Fetch and convert everything that the new replicas load, and return it with absolute paths. Raises what
     :func:`orchestrator.control.host.deployment_plan.prepare_models` raises."""
     deployment_plan.prepare_models(config.models, hardware, config.cache, progress)
     return msgspec.structs.replace(
@@ -96,16 +96,17 @@ def _rooted(model: ModelConfig) -> ModelConfig:
 
 
 def _absolute(source: str) -> str:
-    """A path that exists in full; a model's name as it is."""
+    """The absolute form of an existing path; a model's name unchanged."""
     path = Path(source).expanduser()
     return str(path.absolute()) if source and path.exists() else source
 
 
 class Update:
-    """The way from the configuration that runs to another one. ``gangs``: what runs; ``cards``: what routers know of the models. Raises
+    """The update from the running configuration to another one. ``gangs``: the running gangs; ``cards``: the models as routers know them.
+    Raises
     :class:`ConfigError`. It changes nothing by itself: :class:`~orchestrator.control.host.desired_state.DesiredState` does.
 
-    ``config`` is what is in force, for the status table: the new one unless the update is being taken back.
+    ``config`` is the configuration for the status table: the new one, unless the update is being rolled back.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Update:
         self._begun, self._ended = now, now
 
     def _spares(self, gangs: Sequence[GangSpec], after: Sequence[GangSpec]) -> list[GangSpec]:
-        """One more replica of each model, where there is room for it."""
+        """One more replica of each model, if there is room for it."""
         names = {gang.replica.name for gang in (*gangs, *after)}
         spares = []
         for model in self._new.models:
@@ -150,7 +151,7 @@ class Update:
 
     @property
     def gangs(self) -> list[GangSpec]:
-        """What runs when the update is over."""
+        """The gangs after the update."""
         return self._before if self._rollout.error else self._after
 
     @property
@@ -159,11 +160,11 @@ class Update:
         return list(self._specs.values())
 
     def wanted(self) -> list[GangSpec]:
-        """What should run now."""
+        """The currently wanted gangs."""
         return [self._specs[want.revision] for want in self._rollout.wants()]
 
     def step(self, now: float, views: Sequence[ReplicaView]) -> bool:
-        """Look how far it is; True when :meth:`wanted` has changed."""
+        """Advance the update; True if :meth:`wanted` has changed."""
         changed = self._rollout.step(now, {view.name: view for view in views})
         if not self.over:
             self._ended = now
@@ -187,7 +188,7 @@ def _targets(gangs: Sequence[GangSpec]) -> list[RolloutTarget]:
 
 
 def _check_tokenizer(model: deployment_plan.ServedModel, cards: Sequence[ModelCard]) -> None:
-    """Routers turn text into ids with the files that they were started with. Raises :class:`ConfigError` where the new ones differ."""
+    """Routers keep the tokenizer files that they were started with. Raises :class:`ConfigError` if the new files differ."""
     card = next(card for card in cards if card.name == model.config.name)
     old, new = tokenizer_paths(Path(card.tokenizer)), tokenizer_paths(Path(model.tokenizer))
     if other := [name for name in sorted(old.keys() | new.keys()) if _content(old.get(name)) != _content(new.get(name))]:
@@ -203,7 +204,8 @@ def _content(path: Path | None) -> bytes:
 
 
 def _has_room(gangs: Sequence[GangSpec], spare: GangSpec) -> bool:
-    """Whether this host holds one gang more: a CPU share for each rank of all, and memory for its files and what is made of them."""
+    """Whether this host has room for one more gang: a CPU share for each rank of all gangs, and memory for its files and converted
+    weights."""
     if spare.replica.engine.device == "cuda":
         return False  # this launcher counts no GPUs
     shares = sum(gang.share.cpus * gang.replica.parallel.world for gang in (*gangs, spare))

@@ -1,6 +1,6 @@
-"""Pre-flight of a gang: every node looks at itself before mpiexec starts, and the first refusal ends the launch.
+"""Pre-flight of a gang: every node checks itself before mpiexec starts, and the first refusal ends the launch.
 
-Only TensorRT-LLM asks for it: an engine that does not fit its node says so late there, or never. Owns nothing; the checks are
+Only TensorRT-LLM needs it: with an engine that does not fit its node, it fails late or hangs. Owns nothing; the checks are
 `workers.engines.trtllm.preflight`, run on each node by its own Python. Must never wait without a bound.
 """
 
@@ -18,7 +18,7 @@ from workers.protocol.errors import EnvironmentFault, ErrorReport
 from workers.protocol.specs import TrtllmSpec
 
 log = logging.getLogger("trireme.launch")
-#: Longest that one node may look at itself, seconds: a Python start and an nvidia-smi on a busy node.
+#: Longest check of one node, seconds: a Python start and an nvidia-smi on a busy node.
 LOOK_S = 120.0
 
 
@@ -42,7 +42,7 @@ def needed(spec: GangSpec) -> bool:
 
 
 def inspect(spec: GangSpec, nodes: Sequence[PreflightNode], *, family: str, tag: str, env: Mapping[str, str]) -> None:
-    """Have all nodes look at the same time. Raises the first refusal, of the first node in rank order, naming the node."""
+    """Let all nodes check themselves at the same time. Raises the refusal of the first such node in rank order, with the node's name."""
     with ThreadPoolExecutor(len(nodes), "pre-flight") as pool:
         verdicts = list(pool.map(lambda index: _ask(spec, nodes, index, family, tag, env), range(len(nodes))))
     for node, verdict in zip(nodes, verdicts, strict=True):

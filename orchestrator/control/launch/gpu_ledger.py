@@ -1,7 +1,7 @@
-"""Which GPUs of this host which gang may see.
+"""The assignment of this host's GPUs to gangs.
 
-Owns the ledger of one launcher without a resource manager (under Ray, placement groups know). Never touches a GPU, and needs no driver: the
-processes that compute say what is wrong with one.
+Owns the ledger of one launcher without a resource manager (under Ray, placement groups assign GPUs). Never accesses a GPU, and needs no
+driver: the ranks report a broken GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> list[str]:
-    """What ``CUDA_VISIBLE_DEVICES`` names, else the numbers of the host's GPUs."""
+    """The entries of ``CUDA_VISIBLE_DEVICES``, else the numbers of the host's GPUs."""
     if VISIBLE in env:
         return [name.strip() for name in env[VISIBLE].split(",") if name.strip()]
     numbers = [path.name.removeprefix("nvidia") for path in devices.glob("nvidia*")]
@@ -21,14 +21,14 @@ def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> list[s
 
 
 class GpuLedger:
-    """Hands GPUs to gangs, each to one at a time."""
+    """Assigns GPUs to gangs, each GPU to one gang at a time."""
 
     def __init__(self, gpus: list[str]) -> None:
         self._free = list(gpus)
         self._taken: dict[tuple[str, int], list[str]] = {}
 
     def take(self, gang: tuple[str, int], count: int) -> dict[str, str]:
-        """The variable that shows ``gang`` its ``count`` GPUs; fewer where there are not so many, and its ranks then refuse to start."""
+        """The variable that shows ``gang`` its ``count`` GPUs; fewer if there are not enough, and then its ranks refuse to start."""
         taken, self._free = self._free[:count], self._free[count:]
         self._taken[gang] = taken
         return {VISIBLE: ",".join(taken)}

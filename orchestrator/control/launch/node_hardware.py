@@ -1,7 +1,7 @@
-"""What this node computes with: the facts from which automatic settings are decided.
+"""The hardware of this node: the facts from which automatic settings are chosen.
 
-Owns nothing and changes nothing. GPUs are looked at by a short-lived child process with torch, since what torch sees there is
-what the ranks will see; this process never loads torch. A node without a GPU starts no process.
+Owns nothing and changes nothing. A short-lived child process with torch inspects the GPUs, because it sees what the ranks will see; this
+process never loads torch. A node without a GPU starts no child.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from orchestrator.planner.automatic import GpuHardware, NodeHardware
 
 #: Longest that a child may take to start torch and the driver, seconds.
 LOOK_S = 120.0
-#: What the driver and the child itself have of an idle GPU's memory, at most, bytes: such a GPU counts as free.
+#: Memory that the driver and the child itself use on an idle GPU, at most, bytes: a GPU with no more in use counts as free.
 IDLE_BYTES = 2 << 30
-#: Names in /proc/cpuinfo of processors that multiply in bfloat16, and of those on which torch can do so at all.
+#: Features in /proc/cpuinfo of processors that multiply in bfloat16, and of those on which torch supports it.
 FAST_BF16 = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 SOME_BF16 = FAST_BF16 | {"avx512bw", "avx_ne_convert"}
 
@@ -45,7 +45,7 @@ print(json.dumps({"fault": fault, "gpus": gpus}))
 
 
 def look(env: Mapping[str, str], *, gpus: bool, cpuinfo: Path = Path("/proc/cpuinfo"), devices: Path = Path("/dev")) -> NodeHardware:
-    """This node, with the GPUs that ``env`` shows. ``gpus`` False: nobody wants to know of them, and none is looked for."""
+    """This node, with the GPUs that ``env`` shows. ``gpus`` False: do not search for GPUs."""
     flags = _cpu_flags(cpuinfo)
     found: tuple[GpuHardware, ...] = ()
     fault = ""
@@ -64,7 +64,7 @@ def look(env: Mapping[str, str], *, gpus: bool, cpuinfo: Path = Path("/proc/cpui
 
 
 def _look_at_gpus(env: Mapping[str, str]) -> tuple[tuple[GpuHardware, ...], str]:
-    """(GPUs, why there is none to use; empty where there are some)."""
+    """(GPUs, why none can be used; empty if there are some)."""
     try:
         ran = subprocess.run(
             [sys.executable, "-c", _CHILD],

@@ -1,7 +1,7 @@
-"""Takes the place of ssh where Open MPI starts its daemons: prints which command is to run on which node, for the gang's supervisor.
+"""Replaces ssh when Open MPI starts its daemons: prints which command to run on which node, for the gang's supervisor.
 
-Run by mpiexec as ``python openmpi_rsh.py [OPTION...] HOST COMMAND...``; the supervisor reads mpiexec's output, which this shares. Owns
-nothing and starts nothing. Run as a file and not as a module: it must cost a Python start and no import of ours.
+mpiexec runs it as ``python openmpi_rsh.py [OPTION...] HOST COMMAND...``; it writes to mpiexec's output, which the supervisor reads. Owns
+nothing and starts nothing. It is run as a file and not as a module, so that it costs only a Python start and no import of ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main(words: list[str]) -> int:
         words = words[1:]
     if len(words) < 2:
         return 2
-    # One write: the daemons of several nodes are asked for at the same time, over one pipe.
+    # One write, because the requests for several nodes share one pipe at the same time.
     os.write(1, f"{PREFIX}{' '.join(words)}\n".encode())
     return 0
 

@@ -1,4 +1,4 @@
-"""Ray itself: join the cluster that is there, or start one that ends with this process.
+"""Ray itself: join an existing cluster, or start one that ends with this process.
 
 Owns the connection to Ray. Token authentication is on, usage reports are off. Everything about gangs is in
 :mod:`orchestrator.control.launch.ray_launcher`.
@@ -33,7 +33,7 @@ _OBJECT_STORE_BYTES = 80 << 20
 _JOB_STOP_WAIT_S = 3.0
 #: Longest wait for a connection to Ray and for its first byte.
 _CONNECT_S = 5.0
-#: Longest wait for the nodes of a cluster to look at themselves: a worker's start, and a child with torch.
+#: Longest wait for the hardware reports of a cluster's nodes: a worker's start, and a child with torch.
 _LOOK_S = 180.0
 log = logging.getLogger("trireme.launch")
 #: The opening of an HTTP/2 connection and an empty SETTINGS frame, RFC 9113 section 3.4.
@@ -54,11 +54,11 @@ def configured(config: RayConfig, env: Mapping[str, str]) -> str:
 
 
 def running(config: RayConfig, env: Mapping[str, str]) -> str:
-    """The address of the cluster that a deployment of this host would join: the configured one, RAY_ADDRESS, or that of the Ray which
-    somebody started here with ``ray start``; empty where there is none.
+    """The address of the cluster that a deployment of this host would join: the configured one, RAY_ADDRESS, or that of a Ray that was
+    started here with ``ray start``; empty if there is none.
 
-    Ray notes its address in a file of a folder that everybody may write, so only a note of this user or of root counts, and only one
-    at whose address a process answers.
+    Ray writes its address to a file in a folder that every user can write. So the file counts only if it belongs to this user or root, and
+    if a process answers at the address.
     """
     if address := configured(config, env):
         return address
@@ -74,14 +74,14 @@ def running(config: RayConfig, env: Mapping[str, str]) -> str:
 
 
 def _look_from_task(gpus: bool) -> bytes:
-    """In a worker of the node that is looked at. Ray hides all GPUs from a task that asks for none, and this one takes none away."""
+    """Runs in a worker of the inspected node. Ray hides all GPUs from a task that requests none, and this task must not reserve any."""
     shown = {name: value for name, value in environment().items() if name != VISIBLE}
     return msgspec.json.encode(node_hardware.look(shown, gpus=gpus))
 
 
 def look(*, gpus: bool) -> ClusterHardware:
-    """What the nodes of the cluster that was joined compute with: those with GPUs where there are some, else all. Each is looked at by a
-    task of its own there. Raises :class:`EnvironmentFault` where none answers."""
+    """The hardware of the joined cluster's nodes: those with GPUs if there are any, else all. One task per node reads it. Raises
+    :class:`EnvironmentFault` if no node answers."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -132,7 +132,7 @@ def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: 
     try:
         with _stderr_to(home / "ray.log"), _own_signals():
             ray.init(**options)
-    except Exception as error:  # Ray raises Exception itself where its processes are slow to start, and others by whom it meets
+    except Exception as error:  # Ray raises plain Exception if its processes start slowly, and other types in other cases
         what = f"cannot join Ray at {address}" if address else "cannot start Ray"
         hint = "start it, or name another one (RAY_ADDRESS, ray.address); without an address Ray is started here"
         if not address:
@@ -145,7 +145,7 @@ def join(config: RayConfig, home: Path, env: MutableMapping[str, str], *, cpus: 
 
 @contextmanager
 def _stderr_to(log: Path) -> Iterator[None]:
-    """Keep what Ray's C++ side writes to descriptor 2 off the terminal: real errors come as exceptions."""
+    """Hide what Ray's C++ code writes to descriptor 2: real errors come as exceptions."""
     saved, file = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         os.dup2(file, 2)
@@ -158,7 +158,7 @@ def _stderr_to(log: Path) -> Iterator[None]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keep this process's way to end: Ray puts a handler of its own over SIGTERM, which would end the host without a grace."""
+    """Keep this process's SIGTERM handler: Ray installs its own one, which would end the host without a grace."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -169,14 +169,14 @@ def _own_signals() -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Raises :class:`EnvironmentFault` within seconds where no process answers at the port: Ray itself would retry for a long time."""
+    """Raises :class:`EnvironmentFault` within seconds if no process answers at the port: Ray itself would retry for a long time."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
         return  # "auto"
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S) as probe:
             probe.sendall(_GREETING)
-            probe.recv(1)  # Ray speaks gRPC, whose server greets at once; one that hangs up is left to Ray to explain
+            probe.recv(1)  # Ray uses gRPC, whose server sends a greeting at once; if it closes the connection, Ray's own error explains it
     except ConnectionResetError:
         return
     except OSError as error:
@@ -186,7 +186,7 @@ def _reach(address: str) -> None:
 
 
 def stop_wait_s(env: Mapping[str, str]) -> float | None:
-    """Seconds from SIGTERM to SIGKILL when a Ray job is stopped; None where this process is no Ray job."""
+    """Seconds from SIGTERM to SIGKILL when a Ray job is stopped; None if this process is not a Ray job."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in env:
         return None
     given = env.get("RAY_JOB_STOP_WAIT_TIME_S", "")

@@ -1,7 +1,8 @@
 """Gangs on a Ray cluster: a placement group, a supervisor actor and node agents for each.
 
-Owns names and actor handles; the gangs' lives belong to their supervisors. A supervisor is detached (a controller's death touches no gang)
-and never restarted (its death ends its gang: the kernel kills mpiexec, Ray the node agents that it owns). Never on the token path.
+Owns names and actor handles; each gang belongs to its supervisor. A supervisor is detached (so the death of a controller ends no gang) and
+never restarted (its death ends its gang: the kernel kills mpiexec, and Ray kills the node agents that the supervisor owns). Never on the
+token path.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _SILENCE_S = 20.0
 
 
 class NodeAgent:
-    """Starts, asks and kills processes on the node of one bundle."""
+    """Starts, checks and kills processes on the node of one bundle."""
 
     def __init__(self) -> None:
         exit_with(os.getppid())  # a worker may outlive its raylet by many seconds
@@ -55,7 +56,7 @@ class NodeAgent:
         return self._node(env).ask(tag, argv, env, bound_s)
 
     def _node(self, env: dict[str, str]) -> LocalNode:
-        """This node; of its own variables those in ``env`` win over those that its agent was started with."""
+        """This node; variables in ``env`` override those that its agent was started with."""
         own = self._own | {name: value for name, value in env.items() if name in mpiexec.NODE_NAMES}
         return LocalNode(0, get_node_ip_address(), own)
 
@@ -97,7 +98,7 @@ class RemoteNode:
 
 
 class SupervisorActor:
-    """A gang in an actor on bundle 0's node; itself the agent of bundle 0."""
+    """A gang in an actor on bundle 0's node; the actor is also the agent of bundle 0."""
 
     def __init__(self, name: str, spec: bytes, epoch: int, ranks: list[int]) -> None:
         exit_with(os.getppid())
@@ -123,7 +124,7 @@ class SupervisorActor:
         self._gang.start()
 
     def _nodes(self, ranks: list[int], env: Mapping[str, str]) -> list[GangNode]:
-        """Bundles that share a node become one: Hydra runs one proxy a host."""
+        """Bundles on the same node are merged, because Hydra runs one proxy per host."""
         here = get_node_ip_address()
         devices = [env.get("CUDA_VISIBLE_DEVICES", "")]
         addresses = [here]
@@ -152,7 +153,7 @@ class SupervisorActor:
 
 
 class _Record(msgspec.Struct, kw_only=True):
-    """What the launcher keeps of one gang."""
+    """The launcher's record of one gang."""
 
     status: GangStatus
     spec: GangSpec | None = None
@@ -167,7 +168,7 @@ class _Record(msgspec.Struct, kw_only=True):
 class RayLauncher:
     """Launcher on the cluster that this process is connected to; everything it makes is named ``trireme/<deployment>/<replica>/<epoch>``.
 
-    Called from one thread. Finds the gangs of an earlier controller when it is made.
+    Called from one thread. The constructor finds the gangs of an earlier controller.
     """
 
     def __init__(self, deployment: str) -> None:
@@ -177,7 +178,7 @@ class RayLauncher:
         self._adopt()
 
     def _adopt(self) -> None:
-        """Find living supervisors by name; groups without one are what is left of a controller that died in between."""
+        """Find living supervisors by name; groups without a supervisor were left by a controller that died during a launch."""
         questions = {}
         for name in list_named_actors():
             if (key := self._parse(name)) is not None:
@@ -214,8 +215,8 @@ class RayLauncher:
         self._reserve(key, self._records[key])
 
     def _reserve(self, key: tuple[str, int], record: _Record) -> None:
-        """Ask for the placement group that suits the cluster as it is now. On one that is too small the group stays pending, which is what
-        Ray's autoscaler looks at."""
+        """Create the placement group that fits the present cluster. If the cluster is too small, the group stays pending, which makes Ray's
+        autoscaler add nodes."""
         assert record.spec is not None
         nodes = [
             NodeResources(
@@ -274,7 +275,7 @@ class RayLauncher:
         record.asked = self._now + _AGENTS_S
 
     def _ask(self, record: _Record) -> None:
-        """Take the answer to the last question, if it is there, and ask the next one."""
+        """Read the answer to the last status call, if it has arrived, and send the next call."""
         now = self._now
         if record.failed:
             return

@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive us, and what ``/proc`` says of a gang's processes.
+"""Child processes that cannot outlive this process, and a gang's processes in ``/proc``.
 
 Owns the thread that each child is forked from. Must never wait without a bound, nor signal a process that does not carry the gang's tag.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from workers.protocol.errors import EnvironmentFault
 
-#: Environment variable that every process of a gang inherits: whatever forks, daemonises or is orphaned, it can be found again.
+#: Environment variable that every process of a gang inherits: with it, processes can be found even if they fork, daemonise or are orphaned.
 TAG = "TRIREME_GANG"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -32,10 +32,11 @@ def _die_with_parent_thread() -> None:
 
 
 class ChildProcess:
-    """One process in a session of its own, killed by the kernel when this process dies.
+    """One process in its own session, killed by the kernel when this process dies.
 
-    PR_SET_PDEATHSIG follows the *thread* that forked, so a thread that lives as long as the child forks it, reads its output line by line
-    into ``on_line`` and at the end calls ``on_exit`` with the raw return code (negative = signal). Both are called in that thread.
+    PR_SET_PDEATHSIG is bound to the *thread* that forked. So the child has a thread that lives as long as it: the thread forks the child,
+    passes its output line by line to ``on_line``, and at the end calls ``on_exit`` with the raw return code (negative = signal). Both are
+    called in that thread.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class ChildProcess:
 
 
 def exit_with(pid: int) -> None:
-    """End this process at once when process ``pid`` ends, and by that all its children."""
+    """End this process, and so all its children, at once when process ``pid`` ends."""
     file = os.pidfd_open(pid)
 
     def watch() -> None:
@@ -135,7 +136,7 @@ def exit_with(pid: int) -> None:
 
 
 def adopt_orphans() -> None:
-    """Whatever loses its parent below this process becomes its child. Raises :class:`EnvironmentFault` where the kernel does not do it."""
+    """Make this process the new parent of orphaned descendants. Raises :class:`EnvironmentFault` if the kernel does not support it."""
     if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise EnvironmentFault("cannot adopt orphaned processes", os.strerror(ctypes.get_errno()), "Linux is needed")
 
@@ -175,7 +176,7 @@ def tagged(tag: str) -> list[int]:
 
 
 def kill_tagged(tag: str, bound_s: float = 5.0) -> list[int]:
-    """SIGKILL every process of the gang on this host until none is left; returns what still lives after ``bound_s``."""
+    """SIGKILL every process of the gang on this host until none is left; returns the pids that still live after ``bound_s``."""
     deadline = time.monotonic() + bound_s
     while True:
         left = tagged(tag)

@@ -1,4 +1,4 @@
-"""The gang supervisor: one mpiexec and its ranks, from the spec file until no process of the gang is left.
+"""The gang supervisor: runs one mpiexec and its ranks, from the spec file until no process of the gang is left.
 
 Owns one gang. A gang is never repaired: the first dead rank ends it. Must never wait without a bound; knows nothing of Ray
 (:mod:`.ray_launcher` runs it in an actor, :mod:`.local_launcher` in its own process).
@@ -44,29 +44,29 @@ from workers.protocol.status import GangPhase
 from workers.serving.state_file import ReplicaState, read_state
 
 log = logging.getLogger("trireme.launch")
-#: How long a killed mpiexec gets to end, before its ranks are killed one by one.
+#: Time for a killed mpiexec to end before its ranks are killed one by one.
 _VERDICT_S = 1.0
 _OUTPUT_LINES = 50
 
 
 class GangNode(Protocol):
-    """A place where ranks of this gang run."""
+    """A node on which ranks of this gang run."""
 
     address: str
     ranks: int
 
     def run(self, tag: str, command: str, env: Mapping[str, str]) -> None:
-        """Start a shell command there that dies with the node's agent."""
+        """Start a shell command on the node; it ends with the node's agent."""
 
     def ask(self, tag: str, argv: Sequence[str], env: Mapping[str, str], bound_s: float) -> tuple[int, str]:
-        """Run a short command there to its end: (exit code, stdout). Raises :class:`EnvironmentFault` after ``bound_s`` seconds."""
+        """Run a short command on the node to its end: (exit code, stdout). Raises :class:`EnvironmentFault` after ``bound_s`` seconds."""
 
     def kill(self, tag: str) -> list[int]:
-        """SIGKILL all of the gang there; returns the pids that are left, bounded by seconds."""
+        """SIGKILL all processes of the gang on the node; returns the pids that are left, after at most some seconds."""
 
 
 class LocalNode:
-    """This host. ``own``: variables of this node alone, such as the GPUs that it may use."""
+    """This host. ``own``: variables of this node only, such as the GPUs that it may use."""
 
     def __init__(self, ranks: int, address: str = "127.0.0.1", own: Mapping[str, str] | None = None) -> None:
         self.address, self.ranks, self.own = address, ranks, dict(own or {})
@@ -87,12 +87,12 @@ class LocalNode:
         return kill_tagged(tag)
 
 
-#: Of ranks that end within this time, seconds, the order is not known.
+#: If several ranks end within this time, seconds, their order is not known.
 TOGETHER_S = 0.05
 
 
 class RankWatch:
-    """Sees which rank of this host dies first, and of which signal: mpiexec may name a rank that it killed itself."""
+    """Finds the rank of this host that dies first, and its signal: mpiexec may name a rank that it killed itself."""
 
     def __init__(self, pids: Sequence[tuple[int, str, int]]) -> None:
         self.deaths: list[tuple[int, int, int | None]] = []
@@ -113,7 +113,8 @@ class RankWatch:
             poller.register(file, select.POLLIN)
         if self._files and not self.deaths:
             poller.poll()
-            # Dying takes time, most for the first: its memory goes before it counts as ended, its sockets before that.
+            # The end of a process takes time, especially for the first one: its sockets are closed and its memory is freed before it counts
+            # as ended.
             time.sleep(TOGETHER_S)
             dead = [self._files[file] for file, _ in poller.poll(0)]
             self.deaths = [(rank, pid, death_signal(pid)) for rank, pid in dead]
@@ -124,7 +125,7 @@ class RankWatch:
     def cause(self, wait_s: float = 0.0) -> str:
         """``rank 1 (pid 4711) was killed by SIGKILL``; empty while all live. ``wait_s``: how long to wait for a rank to end."""
         self._settled.wait(wait_s)
-        # Their order is not known. A signal other than SIGKILL, which mpiexec sends, marks the first one; without one, all are named.
+        # Their order is not known. mpiexec sends SIGKILL, so a rank with another signal was the first one; otherwise all are named.
         first = [death for death in self.deaths if death[2] not in (None, signal.SIGKILL)] or self.deaths
         return "; ".join(self._describe(*death) for death in first[:3])
 
@@ -137,8 +138,8 @@ class RankWatch:
 
 
 class GangSupervisor:
-    """One launch of one replica. ``nodes``: in rank order; the first one is this host and holds rank 0. ``mpi`` None: there is none here,
-    and rank 0 is started by itself, for a replica that needs no MPI.
+    """One launch of one replica. ``nodes``: in rank order; the first one is this host and holds rank 0. ``mpi`` None: no MPI is installed,
+    and rank 0 is started without mpiexec, for a replica that needs no MPI.
 
     Methods may be called from any thread. States: starting → loading → ready → draining → stopped | failed.
     """
@@ -157,13 +158,12 @@ class GangSupervisor:
         self._fault: TriremeError | None = None
         self._output: deque[tuple[float, str]] = deque(maxlen=_OUTPUT_LINES)
         self._failure_logged = False
-        #: Taken while mpiexec is started: a gang that was killed during its pre-flight must not start any more.
+        #: Held while mpiexec is started: a gang that was killed during its pre-flight must not start.
         self._starting = threading.Lock()
         self._killed = False
 
     def start(self) -> None:
-        """Write the files and start mpiexec, after a pre-flight in a thread where the engine needs one. A fault is kept and shown by
-        :meth:`status`."""
+        """Write the files and start mpiexec, after a pre-flight in a thread if the engine needs one. :meth:`status` reports an error."""
         if gang_preflight.needed(self.spec):
             threading.Thread(target=self._start, name="gang start", daemon=True).start()
         else:
@@ -216,7 +216,7 @@ class GangSupervisor:
             log.warning("gang %s: cannot keep mpiexec's output: %s", self.tag, error.strerror)
 
     def status(self) -> GangStatus:
-        """What the gang is now. Logs a failure's cause once."""
+        """The gang's status. Logs the cause of a failure once."""
         state = self._state()
         if self._watch is None and state is not None and self._child is not None:
             self._watch = RankWatch(state.pids)
@@ -261,7 +261,7 @@ class GangSupervisor:
             seen = self._watch.cause() if self._watch is not None else ""
             leaving = state is not None and state.phase in ("draining", "stopped")
             if seen and not leaving:
-                # mpiexec itself may be stopped or busy: the gang is lost either way.
+                # mpiexec itself may be stopped or busy: the gang is lost in either case.
                 return "failed", *self._with_own_error(seen, ""), 0
             phase: GangPhase = "starting" if state is None else "draining" if state.phase == "stopped" else state.phase
             return phase, "", "", 0
@@ -280,7 +280,8 @@ class GangSupervisor:
         return f"a rank was killed by {mpiexec.signal_name(number)}" if number else f"a rank exited with code {code}"
 
     def _with_own_error(self, what: str, hint: str) -> tuple[str, str]:
-        """(cause, hint): the error that a rank printed, then ``what`` was seen of its end; else ``what`` and a line of MPI or Python."""
+        """(cause, hint): the error that a rank printed, then ``what``, the way in which it ended; else ``what`` and a line of MPI or
+        Python."""
         lines = [line.strip() for _, line in self._output]
         own = {name: text for name, colon, text in (line.partition(": ") for line in lines) if colon and name in ("error", "why", "hint")}
         if "error" in own:
@@ -289,7 +290,8 @@ class GangSupervisor:
         return f"{what}: {line}" if line else what, hint
 
     def drain(self) -> None:
-        """SIGTERM to rank 0 alone: it finishes what runs within its grace, then ends the other ranks. Kills a gang without a rank 0."""
+        """Send SIGTERM to rank 0 only: it finishes running requests within its grace, then ends the other ranks. Kills a gang without a
+        rank 0."""
         state = self._state()
         leader = next((pid for rank, _, pid in state.pids if rank == 0), None) if state is not None else None
         if leader is None or self._child is None or self._child.returncode is not None:
@@ -301,7 +303,7 @@ class GangSupervisor:
             return
 
     def kill(self) -> list[int]:
-        """End every process of the gang on every node and return what is left: nothing, unless a process hangs in the kernel."""
+        """End every process of the gang on every node and return the remaining pids: none, unless a process hangs in the kernel."""
         with self._starting:
             self._killed = True
         if self._child is not None:
@@ -315,7 +317,7 @@ class GangSupervisor:
 
 
 def sweep(gangs: Iterable[GangSpec]) -> list[int]:
-    """Kill every process on this host that carries the tag of one of these gangs, whatever its epoch; returns those that would not die."""
+    """Kill every process on this host with the tag of one of these gangs, whatever its epoch; returns those that do not die."""
     left = []
     for spec in gangs:
         folder = Path(spec.run_dir, spec.replica.name)

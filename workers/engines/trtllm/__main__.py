@@ -17,7 +17,7 @@ from workers.protocol.specs import EngineSpec, Parallel
 
 
 class NodeCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to run, and where it is placed."""
+    """The replica to run, and its placement."""
 
     artifact: str
     parallel: Parallel
@@ -26,14 +26,14 @@ class NodeCheck(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    """``faults``: the first one is the cause to show; none = ranks may start. ``notes``: what could not be checked."""
+    """``faults``: the first one is the cause to show; none = ranks may start. ``notes``: checks that were not possible."""
 
     faults: tuple[ErrorReport, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def judge(order: NodeCheck, path: str, visible: str | None) -> NodeVerdict:
-    """Probe this node and compare. What cannot even be probed is a fault too."""
+    """Probe this node and compare. A failed probe is a fault too."""
     try:
         facts = node_probe.probe(path, visible)
         engine = read_engine_dir(order.artifact) if is_engine_dir(order.artifact) else None

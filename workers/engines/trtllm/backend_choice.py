@@ -1,8 +1,8 @@
-"""Which of TensorRT-LLM's two backends runs an artifact, and this rank's part of it.
+"""Chooses which of TensorRT-LLM's two backends runs an artifact, and brings up this rank's part.
 
-The choice is made by what the installed package can do, never by its version's text: engines left TensorRT-LLM with the 1.3 line. Owns the
-bring-up: agree on what can be known before, build on every rank, wait for a sign of life of every rank, generate one token. What fails
-before the build is raised on all ranks. What fails in or after it is known to one rank alone, which must end the world
+The choice depends on what the installed package can do, never on its version's text: TensorRT-LLM 1.3 has no engines. Owns the bring-up:
+agree on everything that can be checked before, build on every rank, wait for a first message of every rank, generate one token. An error
+before the build is raised on all ranks. An error in or after it is known to one rank only, which must end the world
 (:class:`~workers.process.Alone`).
 """
 
@@ -41,7 +41,7 @@ PROBES: dict[Backend, tuple[str, str]] = {"executor": (f"{PACKAGE}.bindings.exec
 
 
 def installed() -> str:
-    """The installed version's text, for messages and for the comparison with an engine's; empty without one."""
+    """The installed version, for messages and for the comparison with an engine's; empty if not installed."""
     return installed_versions().get(PACKAGE, "")
 
 
@@ -55,7 +55,7 @@ def capable(backend: Backend) -> bool:
 
 
 def choose(spec: ReplicaSpec, model: EngineDir | Artifact) -> Backend:
-    """The backend that fits. Raises :class:`EnvironmentFault` where none does, ConfigError for one that is asked for and does not fit."""
+    """The backend that fits. Raises :class:`EnvironmentFault` if none fits, ConfigError if the requested one does not fit."""
     options = spec.trtllm.options
     fitting: Backend = "executor" if isinstance(model, EngineDir) else "llmapi"
     if options.backend not in ("auto", fitting):

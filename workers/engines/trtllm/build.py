@@ -1,8 +1,8 @@
-"""From a checkpoint to an engine: ``trtllm-build`` driven with options that are checked first, its log kept, its result recorded.
+"""From a checkpoint to an engine: checks the options, runs ``trtllm-build``, keeps its log and records the result.
 
-Owns the builder's process and the order of writing: engines, tokenizer, log, record, rename. A folder that has a record is whole. The
-checkpoint says the layout and the quantization; the options, which ``trtllm-build`` calls the same, say the rest. Must never import
-tensorrt_llm: its own program does.
+Owns the builder's process and the order of writing: engines, tokenizer, log, record, rename. A folder that has a record is complete. The
+checkpoint defines the layout and the quantization; the options, with the names of ``trtllm-build``, define the rest. Must never import
+tensorrt_llm: only its own program does.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ PROGRAM = "trtllm-build"
 BUILD_S = 12 * 3600.0
 TICK_S = 0.5
 KILL_S = 10.0
-#: Lines of the builder's end that are searched for a cause.
+#: Number of the builder's last lines that are searched for a cause.
 LAST_LINES = 200
 
-#: Called meanwhile: with a line of the builder's log; with (engines written, engines in all, seconds).
+#: Callbacks during the build: with a line of the builder's log; with (engines written, engines in all, seconds).
 OnLine = Callable[[str], None]
 OnTick = Callable[[int, int, float], None]
 
 
 class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One build, everything about it checked. ``key``: its name in the catalogue; equal keys make equal engines."""
+    """One build after all checks. ``key``: its name in the catalogue; equal keys make equal engines."""
 
     checkpoint: Checkpoint
     model: str
@@ -72,7 +72,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def weights(self) -> str:
-        """Their format: what quantized them, or their number format."""
+        """The format of the weights: their quantization, or their number format."""
         return self.checkpoint.quant.quant_algo or self.checkpoint.facts.dtype
 
     @property
@@ -82,7 +82,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         parallel, capability = self.checkpoint.facts.parallel, self.gpu.capability.replace(".", "")
-        # Options that change how it is built, and not what, are not part of the name.
+        # Options that change only how an engine is built, not the result, are not part of the name.
         options = msgspec.structs.replace(self.options, workers=1, log_level="")
         digest = hashlib.sha256(self.sha256.encode() + msgspec.json.encode(options)).hexdigest()[:8]
         layout = f"tp{parallel.tp}-pp{parallel.pp}"
@@ -96,7 +96,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
 def prepare(folder: Path, options: BuildOptions, *, model: str, path: str, facts: NodeFacts) -> BuildPlan:
     """Check a checkpoint, the options and this node. ``path``: PATH's value. Reads every byte of the checkpoint.
 
-    Raises ConfigError, ArtifactError or EnvironmentFault, with what to do.
+    Raises ConfigError, ArtifactError or EnvironmentFault.
     """
     checkpoint = open_checkpoint(folder)
     options = with_defaults(checkpoint, options)
@@ -117,9 +117,10 @@ def prepare(folder: Path, options: BuildOptions, *, model: str, path: str, facts
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint that the builder can take.
+    """A checkpoint that the builder can read.
 
-    Raises :class:`ArtifactError`, or ConfigError where TensorRT-LLM cannot split it so, or reads its format in another arrangement.
+    Raises :class:`ArtifactError`, or ConfigError if TensorRT-LLM cannot split it in this layout, or expects another arrangement of its
+    format.
     """
     if is_engine_dir(folder):
         raise ArtifactError(f"{folder} is an engine already", "it is built from a checkpoint", "trireme engines verify looks at it")
@@ -138,7 +139,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def with_defaults(checkpoint: Checkpoint, options: BuildOptions) -> BuildOptions:
-    """The options with every default that depends on the checkpoint filled in. Raises :class:`ConfigError` where they contradict it."""
+    """The options with every default that depends on the checkpoint filled in. Raises :class:`ConfigError` if they contradict it."""
     facts = checkpoint.facts
     longest = facts.model.max_position
     if options.max_seq_len > longest:
@@ -179,14 +180,14 @@ def command(program: str, checkpoint: Checkpoint, options: BuildOptions, target:
 def build(
     plan: BuildPlan, target: Path, *, env: Mapping[str, str], on_line: OnLine, on_tick: OnTick, limit_s: float = BUILD_S
 ) -> tuple[EngineDir, bool]:
-    """Build into ``target``, or find there what an earlier build of the same key made: (engine, whether it was built now).
+    """Build into ``target``, or reuse an earlier build of the same key there: (engine, whether it was built now).
 
-    The builder's whole log is ``build.log`` in the folder, and beside it when the build fails. An engine of another key is replaced at
-    the end; a folder of anything else is refused.
+    The builder's whole log is ``build.log`` in the folder, or next to the folder if the build fails. An engine of another key is replaced
+    at the end; a folder with other content is refused.
 
     Raises:
-        ArtifactError: the target is not ours to replace, or what was built is not what was asked for.
-        EnvironmentFault: the builder failed or took too long, or there is no room.
+        ArtifactError: the target must not be replaced, or the built engine does not match the options. EnvironmentFault: the builder failed
+        or took too long, or there is no room.
     """
     with locked(target.parent / f"{target.name}.lock", limit_s, on_wait=lambda: on_tick(0, plan.checkpoint.facts.parallel.world, 0.0)):
         if (found := _built(target, plan.key)) is not None:
@@ -203,7 +204,7 @@ def build(
 
 
 def _built(target: Path, key: str) -> EngineDir | None:
-    """The engine that an earlier build left there; None where there is none, another one, or a damaged one."""
+    """The engine of an earlier build; None if there is none, another one, or a damaged one."""
     if not (target / RECORD).is_file():
         return None
     try:
@@ -223,10 +224,10 @@ def _refuse_full_disk(plan: BuildPlan, folder: Path) -> None:
 
 
 def _run(plan: BuildPlan, folder: Path, log: Path, env: Mapping[str, str], on_line: OnLine, on_tick: OnTick, limit_s: float) -> None:
-    """Run the builder to its end, whatever ends it: nothing of it is left running."""
+    """Run the builder to its end; however it ends, no process of it is left."""
     world, deadline, started = plan.checkpoint.facts.parallel.world, time.monotonic() + limit_s, time.monotonic()
     tail: list[str] = []
-    # Its timing cache, model.cache, is written where it runs.
+    # Its timing cache, model.cache, is written to its working folder.
     with log.open("wb") as log_file, _started(plan.command(folder), folder, for_tool(env)) as builder:
         for lines in _lines(builder, log_file, deadline):
             for line in lines:
@@ -244,7 +245,7 @@ def _run(plan: BuildPlan, folder: Path, log: Path, env: Mapping[str, str], on_li
 
 @contextmanager
 def _started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own; on exit its whole group is dead, workers that it forked included."""
+    """A process in its own session; on exit its whole group is killed, including workers that it forked."""
     try:
         builder = subprocess.Popen(
             command, cwd=folder, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -263,12 +264,12 @@ def _started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterat
 
 
 def _lines(builder: subprocess.Popen[bytes], log_file: IO[bytes], deadline: float) -> Iterator[list[str]]:
-    """The builder's output as it comes, at least a (perhaps empty) list every ``TICK_S``, until its end or the deadline."""
+    """Yield the builder's output, at least a (perhaps empty) list every ``TICK_S``, until its end or the deadline."""
     assert builder.stdout is not None
     rest, readable = b"", True
     with selectors.DefaultSelector() as selector:
         selector.register(builder.stdout, selectors.EVENT_READ)
-        # The process's end counts, not the pipe's: a process that the builder left behind may hold the pipe open.
+        # The end of the process counts, not of the pipe: a process that the builder left may hold the pipe open.
         while (readable or builder.poll() is None) and time.monotonic() < deadline:
             readable = bool(selector.select(TICK_S))
             data = os.read(builder.stdout.fileno(), 1 << 16) if readable else b""
@@ -287,14 +288,14 @@ def _lines(builder: subprocess.Popen[bytes], log_file: IO[bytes], deadline: floa
 
 
 def cause_in(lines: list[str]) -> str:
-    """The line that says best why a builder failed: of its last lines, the last that speaks of an error, else the last."""
+    """The line that best explains why a builder failed: of its last lines, the last one with an error, else the last one."""
     last = [line.strip() for line in lines if line.strip()]
     errors = [line for line in last if re.search(r"error|assert|fail|out of memory", line, re.IGNORECASE)]
     return (errors or last or ["it said nothing"])[-1][:300]
 
 
 def _check(plan: BuildPlan, folder: Path) -> None:
-    """What was built against what was asked for. Raises :class:`ArtifactError`."""
+    """Compare the built engine with the requested options. Raises :class:`ArtifactError`."""
     engine, options, parallel = read_engine_dir(folder), plan.options, plan.checkpoint.facts.parallel
     pairs: list[tuple[str, object, object]] = [("layout", parallel, engine.parallel), ("version", plan.facts.installed, engine.version)]
     pairs += [(name, getattr(options, name), getattr(engine, name)) for name in ("max_batch_size", "max_num_tokens", "max_seq_len")]
@@ -309,7 +310,7 @@ def _layout_text(value: object) -> str:
 
 
 def _record(plan: BuildPlan, folder: Path, began: float, seconds: float) -> None:
-    """Tokenizer, hashes and the record, which makes the folder whole."""
+    """Write tokenizer, hashes and the record, which completes the folder."""
     facts, checkpoint = plan.checkpoint.facts, plan.checkpoint
     files: dict[str, FileRecord] = {}
     for name, path in tokenizer_paths(checkpoint.folder).items():

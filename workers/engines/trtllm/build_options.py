@@ -1,8 +1,8 @@
 """The options that ``trtllm-build`` may get: a subset of its own, by its own names, with the values that each may have.
 
-Owns names, ranges and the contradictions that can be seen without a checkpoint. Left out is what the checkpoint says (layout, number
-formats), what no replica here could serve (other KV caches than the paged one, plans without weights, debug networks), and options whose
-values the published interface does not list.
+Owns names, ranges and the contradictions that can be detected without a checkpoint. Not included are options that the checkpoint defines
+(layout, number formats), options that no replica here could serve (KV caches that are not paged, plans without weights, debug networks),
+and options whose values the published interface does not list.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def _text(text: str) -> Any:
 
 
 class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """0, False and empty = not passed: the builder's own default stands."""
+    """0, False and empty = not passed: the builder's own default applies."""
 
     max_batch_size: Annotated[int, _number("sequences in one step", 1)] = 256
     max_num_tokens: Annotated[int, _number("tokens in one step", 1)] = 8192
     max_seq_len: Annotated[int, _number("longest prompt and answer, tokens; 0 = the model's context")] = 0
     max_input_len: Annotated[int, _number("longest prompt, tokens; 0 = max-seq-len")] = 0
-    max_beam_width: Annotated[int, _number("beams; replicas ask for one", 1)] = 1
-    opt_num_tokens: Annotated[int, _number("tokens in a step that the engine is tuned for")] = 0
+    max_beam_width: Annotated[int, _number("beams; replicas use one", 1)] = 1
+    opt_num_tokens: Annotated[int, _number("tokens in a step for which the engine is tuned")] = 0
     kv_cache_type: Annotated[Literal["paged"], _text("the only one that batches in flight")] = "paged"
     tokens_per_block: Annotated[Literal[16, 32, 64, 128], _text("tokens in a KV block")] = 32
     workers: Annotated[int, _number("engines built at a time, at most one a GPU", 1)] = 1
@@ -58,15 +58,15 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gather_generation_logits: Annotated[bool, _text("keep the scores of answers")] = False
     lora_plugin: Annotated[Literal["", "auto"], _text("adapters")] = ""
     lora_dir: Annotated[str, _text("folder of an adapter")] = ""
-    lora_ckpt_source: Annotated[Literal["", "hf", "nemo"], _text("who wrote the adapter")] = ""
+    lora_ckpt_source: Annotated[Literal["", "hf", "nemo"], _text("format of the adapter's author")] = ""
     max_lora_rank: Annotated[int, _number("largest rank of an adapter")] = 0
     speculative_decoding_mode: Annotated[DrafterName, _text("how tokens are drafted")] = ""
     max_draft_len: Annotated[int, _number("longest draft, tokens")] = 0
     weight_streaming: Annotated[bool, _text("weights that do not fit stay in host memory")] = False
     weight_sparsity: Annotated[bool, _text("sparse kernels")] = False
-    fast_build: Annotated[bool, _text("a quicker build of a slower engine")] = False
+    fast_build: Annotated[bool, _text("a faster build of a slower engine")] = False
     profiling_verbosity: Annotated[Literal["", "layer_names_only", "detailed", "none"], _text("names in profiles")] = ""
-    log_level: Annotated[str, _text("how much the builder says")] = ""
+    log_level: Annotated[str, _text("log level of the builder")] = ""
 
     def __post_init__(self) -> None:
         _require(

@@ -1,8 +1,7 @@
-"""The Engine seam over TensorRT-LLM: sequences, credit, continuation and progress, the same for both backends.
+"""The Engine protocol over TensorRT-LLM: sequences, credit, continuation and progress, the same for both backends.
 
-Owns the live sequences and which job runs for which. A :class:`Runtime` runs jobs and batches them by itself; the engine decides which jobs
-it gets. Must never wait longer than one poll, and never believe that a silent TensorRT-LLM works: jobs without an iteration end the
-replica.
+Owns the live sequences and the job of each. A :class:`Runtime` runs jobs and batches them by itself; the engine decides which jobs it gets.
+Must never wait longer than one poll. If jobs run and TensorRT-LLM makes no iteration, the replica ends.
 """
 
 from __future__ import annotations
@@ -44,29 +43,30 @@ class Runtime(Protocol):
     """One TensorRT-LLM that runs jobs; every call comes from the engine thread."""
 
     def start(self, job: Job) -> int:
-        """Ask for a job; its handle is unique while it runs. Raises :class:`TriremeError` and then holds nothing."""
+        """Start a job; its handle is unique while it runs. If it raises :class:`TriremeError`, nothing was started."""
 
     def cancel(self, handle: int) -> None:
-        """Drop a job; what still comes of it is for an unknown handle. Unknown ones are ignored."""
+        """Drop a job; later output of it has an unknown handle. Unknown handles are ignored."""
 
     def poll(self, wait_s: float) -> list[Delta]:
-        """What came since the last poll, in order; waits up to ``wait_s`` for the first. Raises :class:`EngineFault` when it has failed."""
+        """The output since the last poll, in order; waits up to ``wait_s`` for the first. Raises :class:`EngineFault` if the runtime has
+        failed."""
 
     def stats(self) -> RuntimeStats:
-        """The newest iteration's; also takes in cache events. Raises :class:`EngineFault` when another rank is known to be gone."""
+        """Statistics of the newest iteration; also reads cache events. Raises :class:`EngineFault` if another rank is known to be gone."""
 
     def close(self, bound_s: float) -> None:
         """End it on every rank. Raises :class:`EngineFault` after ``bound_s``."""
 
 
-#: One turn of the engine may take so long, seconds; one that takes longer was frozen meanwhile.
+#: Longest plausible turn of the engine, seconds; after a longer one the process was frozen meanwhile.
 _LONGEST_STEP_S = 1.0
 
 
 def warm_up(runtime: Runtime, deadline: float, *, eos_ids: tuple[int, ...]) -> RuntimeStats:
-    """Have one token generated before the replica says that it is ready: this proves every rank, and brings the first statistics.
+    """Generate one token before the replica is ready: this tests every rank, and returns the first statistics.
 
-    ``deadline``: monotonic seconds. Raises :class:`EngineFault` when nothing comes of it, or no statistics do.
+    ``deadline``: monotonic seconds. Raises :class:`EngineFault` if no token or no statistics arrive.
     """
     token = eos_ids[0] if eos_ids else 0
     params = SamplingParams(temperature=0.0, max_tokens=1)
@@ -92,9 +92,8 @@ class TrtllmEngine:
     Args:
         runtime: warmed up.
         limits: what requests are checked against.
-        prefixes: learns from the engine what sequences will store, and from the runtime what was stored.
-        poll_s: longest wait of one step.
-        hang_s: a runtime with jobs that neither answers nor iterates for so long has failed.
+        prefixes: gets from the engine the tokens that sequences will store, and from the runtime the stored blocks. poll_s: longest wait of
+        one step. hang_s: a runtime with jobs and without output or iteration for this time has failed.
     """
 
     resume: ResumeClass = "valid"
@@ -154,7 +153,7 @@ class TrtllmEngine:
                 self._ready[id] = seq
 
     def step(self) -> list[Emission]:
-        """Take what TensorRT-LLM generated. Raises EngineFault when it makes no progress."""
+        """Read the tokens that TensorRT-LLM generated. Raises EngineFault if it makes no progress."""
         now = self._clock()
         self._preempt_paused(now)
         deltas = self._runtime.poll(0.0 if self._ready else self._poll_s)
@@ -174,13 +173,13 @@ class TrtllmEngine:
         return bool(self._jobs or self._ready)
 
     def on_idle(self) -> None:
-        """The caches are TensorRT-LLM's: there is nothing to check."""
+        """The caches belong to TensorRT-LLM: there is nothing to check."""
 
     def predicted_ms(self) -> float:
         return max(self._poll_s * 1000.0, self._stats.step_ms)
 
     def stats(self) -> EngineStats:
-        """Raises :class:`EngineFault` when another rank is known to be gone, busy or not."""
+        """Raises :class:`EngineFault` if another rank is known to be gone, whether the engine is busy or idle."""
         self._refresh()
         stats, size = self._stats, self.capacity.block_size
         return EngineStats(
@@ -219,7 +218,7 @@ class TrtllmEngine:
         self._jobs[seq.handle] = seq
 
     def _stop(self, seq: TrtllmSequence) -> None:
-        """End its job, if one runs."""
+        """End the job of a sequence, if one runs."""
         if seq.handle:
             del self._jobs[seq.handle]
             self._runtime.cancel(seq.handle)
@@ -238,7 +237,7 @@ class TrtllmEngine:
         self._ready[seq.id] = seq
 
     def _requeue(self, seq: TrtllmSequence) -> None:
-        """Put a sequence where it belongs after it has emitted what it could."""
+        """Put a sequence into the right state after it has emitted all that it can."""
         if seq.end is not None and seq.emitted == len(seq.tokens):
             del self._sequences[seq.id]
         elif seq.credit <= 0:
@@ -253,7 +252,7 @@ class TrtllmEngine:
                 self._ready[seq.id] = seq
 
     def _preempt_paused(self, now: float) -> None:
-        """Cancel the jobs of sequences that have been paused for ``PAUSE_S``: they give up their place in TensorRT-LLM's cache."""
+        """Cancel the jobs of sequences that have been paused for ``PAUSE_S``: they lose their place in TensorRT-LLM's cache."""
         for seq in self._paused.values():
             if seq.handle and now - seq.paused_at >= PAUSE_S:
                 self._stop(seq)

@@ -1,6 +1,6 @@
-"""The engines that were built here: one folder each, named by what makes two engines equal.
+"""The catalogue of built engines: one folder each, whose name contains everything on which the engine depends.
 
-Owns the folder ``engines`` of the cache: what lies there is the catalogue. Must never touch a folder that is not an engine.
+Owns the folder ``engines`` of the cache, which is the catalogue. Must never touch a folder that is not an engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REMOVE_S = 60.0
 
 
 class CatalogueEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One folder of the catalogue; ``error`` says what is wrong where ``engine`` is None."""
+    """One folder of the catalogue; ``error`` says what is wrong if ``engine`` is None."""
 
     name: str
     path: Path
@@ -46,9 +46,9 @@ def _entry(path: Path) -> CatalogueEntry:
 
 
 def find(cache: Path, name: str) -> Path:
-    """The folder that a name means: a name in the catalogue, the beginning of one, or a path.
+    """The folder for a name: a name in the catalogue, the beginning of one, or a path.
 
-    Raises :class:`NotFound` when there is none, :class:`Rejected` when several begin so.
+    Raises :class:`NotFound` if there is none, :class:`Rejected` if several names begin like this.
     """
     names = [entry.name for entry in entries(cache)]
     chosen = [known for known in names if known == name] or [known for known in names if known.startswith(name)]
@@ -62,7 +62,7 @@ def find(cache: Path, name: str) -> Path:
 
 
 def remove(path: Path) -> int:
-    """Delete an engine folder whole; the bytes that it held. Waits for a build of it that runs.
+    """Delete an engine folder and return its bytes. Waits for a running build of it.
 
     Raises :class:`ArtifactError` for any other folder.
     """
@@ -72,7 +72,7 @@ def remove(path: Path) -> int:
         total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         trash = path.with_name(f".{path.name}.old")
         try:
-            # Out of the catalogue at once: a removal that is cut short leaves nothing that looks whole.
+            # First take it out of the catalogue: an interrupted removal must not leave a folder that looks complete.
             shutil.rmtree(trash, ignore_errors=True)
             path.rename(trash)
             shutil.rmtree(trash)

@@ -1,8 +1,8 @@
-"""TensorRT-LLM engine folders: ``config.json``, ``rank<N>.engine``, and ``trireme.json``, the record that `trireme build` leaves there.
+"""TensorRT-LLM engine folders: ``config.json``, ``rank<N>.engine``, and ``trireme.json``, the record that `trireme build` writes.
 
-Owns what is read of such a folder and the record's format. ``config.json`` is TensorRT-LLM's own: of it only what decides something here
-is read, and its other keys may be anything. The record is written last, so a folder that has one is whole. Must never load an engine or
-import tensorrt_llm.
+Owns the reading of such a folder and the record's format. ``config.json`` belongs to TensorRT-LLM: only the keys that matter here are read,
+and other keys may have any value. The record is written last, so a folder that has one is complete. Must never load an engine or import
+tensorrt_llm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workers.protocol.specs import Parallel, Quant
 
 CONFIG, RECORD, LOG = "config.json", "trireme.json", "build.log"
 FORMAT = 1
-#: What to do about a folder that cannot be trusted.
+#: The hint for a folder that cannot be trusted.
 AGAIN = "run `trireme build` again on its checkpoint"
 
 
@@ -58,10 +58,10 @@ class BuildRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineDir(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine folder whose config, rank files and record (where there is one) agree. Limits: sequences, tokens.
+    """An engine folder whose config, rank files and record (if there is one) agree. Limits: sequences, tokens.
 
-    ``eos_ids``: empty where it has none. ``tokenizer_dir``: folder with ``tokenizer.json``, None without one. ``record``: None
-    for an engine that another program built: then nothing is known of its GPU and its hashes.
+    ``eos_ids``: empty if it has none. ``tokenizer_dir``: folder with ``tokenizer.json``, None without one. ``record``: None for an engine
+    that another program built: then its GPU and its hashes are unknown.
     """
 
     path: Path
@@ -151,7 +151,7 @@ def is_engine_dir(path: str | Path) -> bool:
 
 
 def read_engine_dir(path: str | Path) -> EngineDir:
-    """Read an engine folder and cross-check it; of engines only names and sizes are looked at.
+    """Read an engine folder and cross-check it; of engine files only names and sizes are checked.
 
     Raises :class:`ArtifactError` naming the file that is missing, damaged or contradicts the others.
     """
@@ -184,7 +184,7 @@ def read_engine_dir(path: str | Path) -> EngineDir:
         tokens_per_block=build.plugin_config.tokens_per_block,
         dtype=model.dtype,
         quant=Quant(quant_algo=quantization.quant_algo, kv_cache_quant_algo=quantization.kv_cache_quant_algo),
-        # Not written out means the default, which is paged.
+        # A missing key means the default, which is paged.
         paged_kv_cache=(build.kv_cache_type or "paged").lower().endswith("paged"),
         paged_context_fmha=build.plugin_config.use_paged_context_fmha,
         eos_ids=record.eos_ids if record is not None else read_eos(path),
@@ -205,7 +205,7 @@ def _read_record(path: Path) -> BuildRecord | None:
 
 
 def _check_files(path: Path, parallel: Parallel, record: BuildRecord | None) -> None:
-    """Check that there is one engine a rank and no other, each as large as when it was built."""
+    """Check that there is exactly one engine per rank, with the size that it had after the build."""
     wanted, found = {engine_name(rank) for rank in range(parallel.world)}, {file.name for file in path.glob("rank*.engine")}
     layout = f"tp={parallel.tp} pp={parallel.pp}"
     if missing := sorted(wanted - found):
@@ -225,7 +225,7 @@ def _check_files(path: Path, parallel: Parallel, record: BuildRecord | None) -> 
 def verify_files(engine: EngineDir) -> int:
     """Read every recorded file and compare its hash; the number of bytes read.
 
-    Raises :class:`ArtifactError` naming the file that differs, or that the folder has no record to compare with.
+    Raises :class:`ArtifactError` naming the file that differs, or if the folder has no record to compare with.
     """
     if engine.record is None:
         raise ArtifactError(f"{engine.path} has no {RECORD}", "another program built it: there are no hashes to compare with", AGAIN)

@@ -1,6 +1,6 @@
-"""What TensorRT-LLM's exceptions mean: the text of one becomes an error that says why, and what to do.
+"""Translates the texts of TensorRT-LLM's exceptions into errors that say why, and what to do.
 
-Owns the patterns, which are the texts that users report. A text that fits none of them is passed on as it is.
+Owns the patterns, which come from texts that users report. A text that matches none of them is passed on unchanged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """TensorRT engine shards through the C++ Executor of TensorRT-LLM 1.2: the Runtime behind :mod:`workers.engines.trtllm.engine`.
 
 Every rank builds the same Executor in LEADER mode; afterwards only rank 0 enqueues, and the others block in C++ until rank 0 shuts it down.
-Owns the Executor of this rank and the translation both ways. Requests are built here, on the leader, from plain data; every name used is in
-``tests/contracts/tensorrt_llm_api.json``, and nothing depends on what that file marks as remembered. All calls come from one thread.
+Owns the Executor of this rank and the translation in both directions. Requests are built here, on the leader, from plain data; every name
+used is in ``tests/contracts/tensorrt_llm_api.json``, and nothing depends on entries that this file marks as remembered. All calls come from
+one thread.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ log = logging.getLogger("trireme.trtllm")
 
 
 class ExecutorRuntime:
-    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``monitor``: None where this rank is alone.
+    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``monitor``: None if there is no other rank.
 
-    Raises :class:`EnvironmentFault` when TensorRT-LLM takes another rank for its leader.
+    Raises :class:`EnvironmentFault` if TensorRT-LLM uses another rank as its leader.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ExecutorRuntime:
         self._prefixes, self._monitor = prefixes, monitor
         self._events: trt.kv_cache.KVCacheEventManager | None = executor.get_kv_cache_event_manager()
         self._stats = RuntimeStats()
-        #: Tokens so far of the jobs whose log-probabilities are asked for.
+        #: Tokens so far of the jobs whose log-probabilities are requested.
         self._scored: dict[int, int] = {}
 
     def start(self, job: Job) -> int:
@@ -98,7 +99,8 @@ class ExecutorRuntime:
         return Delta(handle, tokens, logprobs, final=result.is_final)
 
     def _logprobs(self, handle: int, result: trt.Result, count: int) -> list[float] | None:
-        """Those of the newest ``count`` tokens. Whether streaming repeats the earlier ones is not published: their number shows it."""
+        """The log-probabilities of the newest ``count`` tokens. It is not published whether streaming repeats the earlier ones: the length
+        shows it."""
         total = self._scored[handle] = self._scored[handle] + count
         logprobs: list[float] = list(result.log_probs[0]) if result.log_probs else []
         if len(logprobs) >= total:
@@ -118,7 +120,7 @@ class ExecutorRuntime:
 
 
 class ExecutorFollower:
-    """A rank other than 0: its Executor works in threads of its own until rank 0 shuts down."""
+    """A rank other than 0: its Executor works in its own threads until rank 0 shuts down."""
 
     def __init__(self, executor: trt.Executor, liveness: Any) -> None:
         self._executor, self._liveness = executor, liveness
@@ -129,7 +131,7 @@ class ExecutorFollower:
 
 
 def stats_of(stats: trt.IterationStats, before: RuntimeStats) -> RuntimeStats:
-    """One iteration's statistics; what it leaves out is kept from ``before``."""
+    """One iteration's statistics; missing values are taken from ``before``."""
     batch, cache = stats.inflight_batching_stats, stats.kv_cache_stats
     scheduled = batch.num_scheduled_requests if batch is not None else stats.num_active_requests
     found = msgspec.structs.replace(
@@ -152,7 +154,7 @@ def stats_of(stats: trt.IterationStats, before: RuntimeStats) -> RuntimeStats:
 
 
 def request_of(job: Job, vocab_size: int, options: TrtllmOptions) -> trt.Request:
-    """The request of a job: streamed, its input not repeated, ended by the lowest stop id or any other."""
+    """The request of a job: streamed, without its input, ended by the lowest stop id or any other."""
     from tensorrt_llm.bindings import executor as trt
 
     params = job.params
@@ -175,7 +177,7 @@ def request_of(job: Job, vocab_size: int, options: TrtllmOptions) -> trt.Request
 
 
 def sampling_of(params: SamplingParams, job: Job) -> trt.SamplingConfig:
-    """Greedy is ``top_k`` 1. Both ``top_k`` and ``top_p`` are always given: left out together they mean greedy too."""
+    """Greedy is ``top_k`` 1. Both ``top_k`` and ``top_p`` are always set: without both, TensorRT-LLM samples greedily too."""
     from tensorrt_llm.bindings import executor as trt
 
     greedy = params.temperature == 0.0
@@ -205,7 +207,7 @@ def _guide(guide: GuideSpec) -> trt.GuidedDecodingParams:
 
 
 def regex_of(guide: GuideSpec) -> str:
-    """A regex guide's text, or a choice written as one."""
+    """The text of a regex guide, or a choice written as a regex."""
     if guide.kind == "regex":
         return guide.text
     return "|".join(_escape(choice) for choice in msgspec.json.decode(guide.text, type=list[str]))
@@ -231,7 +233,7 @@ def salt_id(salt: str) -> int | None:
 
 
 def chunked_context(engine: EngineDir, options: TrtllmOptions) -> bool:
-    """Raises :class:`ConfigError` where it is asked of an engine that cannot."""
+    """Raises :class:`ConfigError` if it is requested and the engine cannot do it."""
     if options.chunked_context and not engine.paged_context_fmha:
         raise ConfigError(
             "trtllm.chunked_context is not possible with this engine",
@@ -247,7 +249,7 @@ def prefix_reuse(engine: EngineDir, spec: TrtllmSpec) -> bool:
 
 
 def config_of(engine: EngineDir, spec: TrtllmSpec) -> trt.ExecutorConfig:
-    """The configuration that all ranks build, each the same. Raises :class:`ConfigError`."""
+    """The configuration of the Executor, the same on all ranks. Raises :class:`ConfigError`."""
     from tensorrt_llm.bindings import executor as trt
 
     options = spec.options
@@ -309,7 +311,7 @@ def _decoding(options: TrtllmOptions) -> trt.DecodingConfig | None:
 
 
 def _guided(engine: EngineDir, options: TrtllmOptions) -> trt.GuidedDecodingConfig | None:
-    """Raises :class:`ConfigError` where the engine's folder has no tokenizer."""
+    """Raises :class:`ConfigError` if the engine's folder has no tokenizer."""
     from tensorrt_llm.bindings import executor as trt
 
     if options.guided_decoding is None:
@@ -330,14 +332,15 @@ def _guided(engine: EngineDir, options: TrtllmOptions) -> trt.GuidedDecodingConf
 
 
 def make_executor(engine: EngineDir, spec: TrtllmSpec) -> trt.Executor:
-    """This rank's Executor; returns when all ranks have built theirs, as far as TensorRT-LLM waits for them. Raises what it raises."""
+    """This rank's Executor; returns when all ranks have built theirs, as far as TensorRT-LLM waits for them. Raises TensorRT-LLM's
+    exceptions."""
     from tensorrt_llm.bindings import executor as trt
 
     return trt.Executor(model_path=str(engine.path), model_type=trt.ModelType.DECODER_ONLY, executor_config=config_of(engine, spec))
 
 
 def shut_down(call: Any, bound_s: float) -> None:
-    """Make a call that may never return. Raises :class:`EngineFault` after ``bound_s``; the thread is then left behind."""
+    """Make a call that may never return. Raises :class:`EngineFault` after ``bound_s``; the thread is then abandoned."""
     over = threading.Event()
 
     def run() -> None:

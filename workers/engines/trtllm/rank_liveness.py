@@ -1,7 +1,7 @@
-"""Liveness of followers. Their main thread is inside TensorRT-LLM's C++ until the end, so a side thread shows that the process runs.
+"""Liveness of followers. Their main thread is inside TensorRT-LLM's C++ code until the end, so a second thread shows that the process runs.
 
-Owns one tag on one communicator: every follower sends a byte to rank 0 twice a second, from a thread of its own (MPI_THREAD_MULTIPLE). A
-stopped process falls silent, also while the replica is idle. The launcher sees a dead one. Must never wait for a peer.
+Owns one tag on one communicator: every follower sends a byte to rank 0 twice a second, from a separate thread (MPI_THREAD_MULTIPLE). A
+stopped process is silent, also while the replica is idle. The launcher detects a dead process. Must never wait for a peer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from workers.protocol.errors import EngineFault
 from workers.protocol.running_clock import RunningClock
 
-#: Time between two signs of life, seconds.
+#: Time between two bytes, seconds.
 PERIOD_S = 0.5
 _TAG = 7
 
@@ -23,7 +23,7 @@ log = logging.getLogger("trireme.trtllm")
 
 
 class LivenessSender:
-    """A follower's side thread. Context manager around what the main thread does; ends within ``PERIOD_S``."""
+    """A follower's second thread. A context manager around the work of the main thread; ends within ``PERIOD_S``."""
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
@@ -42,23 +42,23 @@ class LivenessSender:
         byte = array("b", [1])
         sending = self._comm.Isend(byte, dest=0, tag=_TAG)
         while not self._ended.wait(PERIOD_S):
-            if sending.Test():  # at most one is under way: a leader that does not receive them costs nothing
+            if sending.Test():  # at most one send is pending, so a leader that does not receive costs nothing
                 sending = self._comm.Isend(byte, dest=0, tag=_TAG)
 
 
 class LivenessMonitor:
-    """Rank 0's end. ``silence_s``: a follower that has sent nothing for so long is gone."""
+    """Rank 0's side. ``silence_s``: a follower that has sent nothing for this time counts as gone."""
 
     def __init__(self, comm: Any, silence_s: float) -> None:
         self._comm, self._silence_s = comm, max(silence_s, 4 * PERIOD_S)
-        # Rank 0 looks at each poll of its engine, and twice a second while that is idle.
+        # Rank 0 checks at each poll of its engine, and twice a second while the engine is idle.
         self._clock = RunningClock(time.monotonic(), 2 * PERIOD_S)
         self._last_seen: dict[int, float] = {}
         self._ranks: int = comm.Get_size()
 
     def await_all(self, deadline: float) -> None:
-        """Wait for every follower's first sign of life. Raises :class:`EngineFault` at ``deadline`` (monotonic seconds), naming the ranks
-        that are missing."""
+        """Wait for every follower's first byte. Raises :class:`EngineFault` at ``deadline`` (monotonic seconds), naming the ranks that are
+        missing."""
         while missing := [rank for rank in range(1, self._ranks) if rank not in self._last_seen]:
             self._receive()
             if time.monotonic() > deadline:
@@ -76,7 +76,7 @@ class LivenessMonitor:
                 )
 
     def _receive(self) -> float:
-        """Take what has come; returns the time, in which a freeze of this process does not count."""
+        """Receive pending bytes; returns the time of a clock that does not count a freeze of this process."""
         from mpi4py import MPI
 
         self._clock.turn(time.monotonic())

@@ -1,8 +1,8 @@
-"""A request as TensorRT-LLM's backends see it: what is known of it, what of that was emitted, and the job that continues it.
+"""A request of TensorRT-LLM's backends: its known tokens, how many of them were emitted, and the job that continues it.
 
-Owns the record and what follows from it alone: where a stop token ends it, how much its credit lets it emit, and the job that generates the
-rest. A sequence continues with a job for what follows its prompt and known tokens: after a failover, after its cache was given up, or after
-TensorRT-LLM ended it early. Pure; must never know a backend.
+Owns the record and everything that follows from it: where a stop token ends it, how much its credit lets it emit, and the job that
+generates the rest. A sequence continues with a job for the tokens after its prompt and known tokens: after a failover, after its cache was
+released, or after TensorRT-LLM ended it early. Pure; must never know a backend.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from workers.protocol.messages import Capacity, FinishReason, Logprobs, Sampling
 from workers.sampling.definition import stop_set
 from workers.scheduler.sequence import check_request
 
-#: Kinds of grammar that TensorRT-LLM's published API has a name for; a choice is written as a regular expression.
+#: Kinds of grammar that TensorRT-LLM's published API has a name for; a choice is converted to a regular expression.
 GUIDES = frozenset({"json", "json_schema", "regex", "choice"})
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One generation asked of TensorRT-LLM: at least ``min_new`` and at most ``max_new`` tokens after ``input_ids``. ``stops``: ids that
-    end it, ascending.
+    """One generation by TensorRT-LLM: at least ``min_new`` and at most ``max_new`` tokens after ``input_ids``. ``stops``: ids that end it,
+    ascending.
 
-    TensorRT-LLM has one ``end_id``, which it bans while more tokens are due, and further stop ids, which it does not ban: these would end
-    the job too early, so they are passed only when no more tokens are due. The sequence watches for all of them.
+    TensorRT-LLM has one ``end_id``, which it bans until ``min_new`` tokens are generated, and further stop ids, which it does not ban.
+    These would end the job too early, so they are passed only if ``min_new`` is reached. The sequence itself checks for all of them.
     """
 
     id: int
@@ -49,7 +49,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):
-    """What one poll brought for one job, by the backend's ``handle``. ``logprobs``: one a token, or None; ``error``: it failed."""
+    """The output of one job in one poll, by the backend's ``handle``. ``logprobs``: one per token, or None; ``error``: the job failed."""
 
     handle: int
     tokens: list[int]
@@ -59,7 +59,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
 
 
 class TrtllmLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sequence may ask of a backend. ``max_input_len``: longest input of one job, tokens."""
+    """A backend's limits for sequences. ``max_input_len``: longest input of one job, tokens."""
 
     capacity: Capacity
     max_input_len: int
@@ -68,8 +68,9 @@ class TrtllmLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, eq=False)
 class TrtllmSequence:
-    """A live request. ``tokens``: all known output, beginning with what came with Submit; ``emitted`` of them were emitted. ``handle``: the
-    running job, 0 = none; ``known_at_start``: len(tokens) when it started. ``end``: how the sequence ends once all is emitted."""
+    """A live request. ``tokens``: all known output, beginning with the tokens of its Submit; ``emitted`` of them were emitted. ``handle``:
+    the running job, 0 = none; ``known_at_start``: len(tokens) when it started. ``end``: how the sequence ends when all tokens are
+    emitted."""
 
     id: int
     prompt_ids: list[int]
@@ -94,16 +95,16 @@ class TrtllmSequence:
 
     @property
     def startable(self) -> bool:
-        """Whether a job should run for it and none does."""
+        """Whether it needs a job and none runs."""
         return self.end is None and self.handle == 0 and self.credit > 0 and self.emitted == len(self.tokens)
 
     @property
     def input_len(self) -> int:
-        """Tokens that its running job began with."""
+        """Input tokens of its running job."""
         return len(self.prompt_ids) + self.known_at_start
 
     def job(self) -> Job:
-        """What is left to be generated."""
+        """The job for the rest of the output."""
         known = len(self.tokens)
         return Job(
             id=self.id,
@@ -117,7 +118,7 @@ class TrtllmSequence:
         )
 
     def take(self, delta: Delta) -> None:
-        """Take what its job brought; sets ``end`` where that ends the sequence, else clears ``handle`` where it only ended the job."""
+        """Add the output of its job; sets ``end`` if the output ends the sequence, or clears ``handle`` if it only ended the job."""
         if delta.error:
             self.end = Fault("engine_fault", delta.error)
             return
@@ -139,7 +140,7 @@ class TrtllmSequence:
             self._job_ended()
 
     def _job_ended(self) -> None:
-        """TensorRT-LLM ended the job by itself: at an end-of-sequence id that it does not return, or (where more was asked for) early."""
+        """TensorRT-LLM ended the job by itself: at an end-of-sequence id that it does not return, or early."""
         if len(self.tokens) >= self.params.min_tokens and self.stops:
             self.end = self.finish_record("stop", next(iter(self.stops)) if len(self.stops) == 1 else None)
         elif len(self.tokens) > self.known_at_start:
@@ -149,11 +150,11 @@ class TrtllmSequence:
             self.end = Fault("engine_fault", f"TensorRT-LLM ended the request at output position {len(self.tokens)} without a token")
 
     def fail(self, error: TriremeError) -> None:
-        """End it by an error that came with its next job."""
+        """End it with an error of its next job."""
         self.end = Fault(error.code, str(error))
 
     def emit(self) -> Emission:
-        """Emit what credit allows, and the end after the last token."""
+        """Emit the tokens that credit allows, and after the last token the end."""
         first = self.emitted
         last = min(len(self.tokens), first + max(0, self.credit))
         self.emitted, self.credit = last, self.credit - (last - first)
@@ -170,8 +171,8 @@ class TrtllmSequence:
 def make_sequence(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSequence:
     """The sequence of a request.
 
-    Raises TooLong, Rejected or Unsupported for what TensorRT-LLM cannot do at all, and EngineFault for what it cannot *continue*: a grammar
-    starts anew with each job, and a continuation's input holds the tokens emitted so far.
+    Raises TooLong, Rejected or Unsupported for requests that TensorRT-LLM cannot run, and EngineFault for those that it cannot *continue*:
+    a grammar restarts with each job, and the input of a continuation contains the tokens emitted so far.
     """
     task, params = request.task, request.task.params
     _refuse_unsupported(params, limits)
@@ -217,6 +218,6 @@ def _refuse_unsupported(params: SamplingParams, limits: TrtllmLimits) -> None:
 
 
 def continued_seed(seed: int, known: int) -> int:
-    """Seed of a job that begins after ``known`` output tokens: another one each time, or a continuation would draw the same numbers again
-    that the beginning drew; 63 bits."""
+    """Seed of a job that begins after ``known`` output tokens; 63 bits. It differs for each ``known``, because otherwise a continuation
+    would use the random numbers of the beginning again."""
     return seed if known == 0 else (seed ^ (known * _GOLDEN)) % 2**63
