@@ -92,15 +92,17 @@ def random_cache(case: Case, *, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return cache.to(dtype).to(case.device)
 
 
-def attention(case: Case, query: Tensor, cache: Tensor) -> Tensor:
+def attention(case: Case, query: Tensor, cache: Tensor, *, window: int | None = None, softcap: float | None = None) -> Tensor:
     """[T, heads * dim] in float64."""
     flat = cache.cpu().float().double().view(-1, 2 * case.heads.kv, case.dim)
     kv, group = case.heads.kv, case.heads.query // case.heads.kv
     out = []
     for token, (sequence, position) in enumerate(case.positions()):
-        read = flat[case.lines(sequence, position + 1)]
+        read = flat[case.lines(sequence, position + 1)[-(window or 0) :]]
         asked = query[token].cpu().double().view(kv, group, case.dim)
         scores = torch.einsum("kgd,ckd->kgc", asked, read[:, :kv]) / case.dim**0.5
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
         out.append(torch.einsum("kgc,ckd->kgd", scores.softmax(-1), read[:, kv:]).reshape(-1))
     return torch.stack(out)
 

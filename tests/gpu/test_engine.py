@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.reference.default_model import artifact
 from tests.reference.engine import Stream, margin_violations, request, serve
+from tests.support.families import CASES, FamilyCase, write_family
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.convert import convert
 from workers.engines.portable import PortableEngine, build
@@ -68,6 +69,21 @@ def test_greedy_tokens_are_the_cpus(folder: Path, dtype: str, logprobs: int | No
     for turn in range(2):  # the second time from the prefix cache
         for a, b in zip(expected, serve(device, greedy(prompts, 40, logprobs)), strict=True):
             assert not margin_violations(a, b, MARGIN[dtype])
+        assert turn == 0 or device.stats().prefix_hits_total > 0
+    device.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_familys_greedy_tokens_are_the_cpus(case: FamilyCase, tmp_path: Path) -> None:
+    """Contexts grow beyond windows and original lengths."""
+    artifact = write_family(case, tmp_path)
+    limits = {"max_seq_len": case.served, "kv_tokens": 1024, "max_num_tokens": 48}
+    prompts = [[(7 * i + 3 * j) % 300 for j in range(11 + 17 * i)] for i in range(7)]
+    expected = serve(engine_of(artifact, "cpu", **limits), greedy(prompts, 24, 2))
+    device = engine_of(artifact, "cuda", **limits)
+    for turn in range(2):  # the second time from the prefix cache
+        for a, b in zip(expected, serve(device, greedy(prompts, 24, None)), strict=True):
+            assert not margin_violations(a, b, MARGIN["fp32"])
         assert turn == 0 or device.stats().prefix_hits_total > 0
     device.close()
 

@@ -30,7 +30,7 @@ from workers.kernels.step_layout import (
     view_layout,
 )
 from workers.protocol.messages import SamplingParams
-from workers.protocol.specs import uniform_decoder
+from workers.protocol.specs import Activation, uniform_decoder
 from workers.runner.device import CudaDevice
 from workers.runner.host_device_rings import Completions, Submissions
 from workers.runner.kv_cache import KvCache
@@ -108,6 +108,20 @@ def test_attention(step: tuple[Heads, int, int, list[tuple[int, int]]], dtype: t
     assert error(found, attention(case, query, cache)) <= BOUNDS[dtype]
     assert not case.layout.paging.arrived.any(), "the next launch counts from zero"
     assert torch.equal(gpu.paged_attention(query, cache, case.layout), found), "merging depends on who arrives last"
+
+
+@pytest.mark.parametrize("dtype", PRODUCTS)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 50, 64, 300])
+def test_attention_in_a_window_and_under_a_soft_cap(window: int | None, softcap: float | None, dtype: torch.dtype) -> None:
+    """Windows shorter and longer than contexts, parts and tiles, on and beside the borders of blocks."""
+    heads = Heads(6, 2)
+    rows = [(399, 1), (63, 1), (7, 1), (0, 90), (250, 70), (64, 2)]
+    case = make_case(heads, 32, 16, rows, device=DEVICE, dtype=dtype, segment=128)
+    cache = random_cache(case, dtype=dtype)
+    query = draw(case.tokens, heads.query, 32, dtype=dtype)
+    found = gpu.paged_attention(query, cache, case.layout, window=window, softcap=softcap)
+    assert error(found, attention(case, query, cache, window=window, softcap=softcap)) <= BOUNDS[dtype]
 
 
 def test_attention_over_many_parts_and_padding() -> None:
@@ -198,12 +212,41 @@ def test_fp8_rows_are_those_of_the_definition(columns: int) -> None:
         assert error((found.values.float() * found.scales)[kept], plain[kept]) <= 0.04
 
 
+#: The definitions of activations, in float64.
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": lambda x: 0.5 * x * (1 + (x / 2**0.5).erf()),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + ((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh()),
+    "relu2": lambda x: x.clamp_min(0) ** 2,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1536), (4, 33), (3, 1024)])
-def test_activate(rows: int, columns: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activate(kind: Activation, rows: int, columns: int, dtype: torch.dtype) -> None:
     both = draw(rows, 2 * columns, dtype=dtype) * 4
     gate, up = both.double().chunk(2, -1)
-    assert error(gpu.activate(both), gate / (1 + (-gate).exp()) * up) <= BOUNDS[dtype]
+    assert error(gpu.activate(both, kind), ACTIVATIONS[kind](gate) * up) <= BOUNDS[dtype]
+    assert error(gpu.activate(both, kind, gated=False), ACTIVATIONS[kind](both.double())) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norm(biased: bool, dtype: torch.dtype) -> None:
+    residual, branch = draw(5, 300, dtype=dtype) + 3, draw(5, 300, dtype=dtype, seed=1)
+    weight, bias = draw(300, dtype=torch.float32, seed=2), draw(300, dtype=dtype, seed=3) if biased else None
+    for added in (None, branch):
+        total = residual.clone() if added is None else residual + added
+        given = residual.clone()
+        found = gpu.add_layer_norm(given, added, weight, bias, 1e-5)
+        assert error(given, total) <= BOUNDS[dtype]
+        exact = given.double()
+        centred = exact - exact.mean(-1, keepdim=True)
+        expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double() + (
+            0 if bias is None else bias.double()
+        )
+        assert error(found, expected) <= BOUNDS[dtype]
 
 
 def make_rings(words: int, sequences: int, taken: int = 0, step: int = 0) -> tuple[Rings, Submissions, Completions]:

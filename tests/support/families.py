@@ -54,11 +54,11 @@ CASES = (
     _case("llama-llama3", "llama", rope_parameters=_LLAMA3),
     _case("llama-dynamic", "llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}),
     _case("llama-yarn", "llama", rope_parameters=_yarn(beta_fast=16.0, beta_slow=0.5, truncate=False, attention_factor=1.3)),
-    _case("mistral", head_dim=8, sliding_window=None),
+    _case("mistral", head_dim=32, sliding_window=None),
     _case("mistral-window", "mistral", sliding_window=24),
     _case("qwen2-yarn", "qwen2", rope_parameters=_yarn(mscale=0.7, mscale_all_dim=0.5)),
     _case("qwen2-window", "qwen2", use_sliding_window=True, sliding_window=20, max_window_layers=2),
-    _case("qwen3-yarn", "qwen3", rope_parameters=_yarn(), head_dim=16, attention_bias=True),
+    _case("qwen3-yarn", "qwen3", rope_parameters=_yarn(), head_dim=32, attention_bias=True),
     _case(
         "granite", attention_bias=True, mlp_bias=True, embedding_multiplier=3.0, residual_multiplier=0.22, attention_multiplier=0.3,
         logits_scaling=8.0,
@@ -69,7 +69,7 @@ CASES = (
     _case("olmo2-biases", "olmo2", attention_bias=True, rope_parameters=_yarn()),
     _case("phi3", head_dim=None, sliding_window=40),
     _case(
-        "phi3-longrope", "phi3", partial_rotary_factor=0.75, rope_parameters=_longrope(3, 8) | {"partial_rotary_factor": 0.75},
+        "phi3-longrope", "phi3", partial_rotary_factor=0.75, rope_parameters=_longrope(6, 8) | {"partial_rotary_factor": 0.75},
         original_max_position_embeddings=8,
     ),
     _case("ministral", layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24),
@@ -112,8 +112,8 @@ def write_family(case: FamilyCase, folder: Path, *, seed: int = 0) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     keys: dict[str, Any] = {
-        "hidden_size": 72, "intermediate_size": 101, "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "head_dim": 8, "vocab_size": 331, "max_position_embeddings": LONGEST, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+        "hidden_size": 144, "intermediate_size": 101, "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "head_dim": 16, "vocab_size": 331, "max_position_embeddings": LONGEST, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
         "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 0,
     }  # fmt: skip
     keys |= case.keys

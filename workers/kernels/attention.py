@@ -213,7 +213,6 @@ def _tile(
     norm = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, DIM], tl.float32)
     last = start + tokens
-    seen = 0
     if WINDOW:
         # Iterations before the window of the first token are left out; the others have rows that attend to some of their keys only.
         seen = tl.maximum(start + 1 - WINDOW, 0) // KEYS * KEYS

@@ -145,15 +145,17 @@ def to_fp8(x: Tensor) -> Fp8Rows:
 def _activated(x, KIND: tl.constexpr):
     """fp32 ``x`` under the activation KIND: a member of :data:`workers.protocol.specs.Activation`."""
     if KIND == "silu":
-        return x / (1.0 + tl.exp(-x))
-    if KIND == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if KIND == "gelu_tanh":
+        found = x / (1.0 + tl.exp(-x))
+    elif KIND == "gelu":
+        found = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_tanh":
         # (1 + tanh(y)) / 2 is the logistic function of 2 y.
-        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    tl.static_assert(KIND == "relu2")
-    found = tl.maximum(x, 0.0)
-    return found * found
+        found = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        tl.static_assert(KIND == "relu2")
+        found = tl.maximum(x, 0.0)
+        found = found * found
+    return found
 
 
 @triton.jit
@@ -209,7 +211,9 @@ def _add_layer_norm(
     columns = tl.arange(0, SPAN)
     mask = columns < hidden
     weights = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    biases = tl.load(bias + columns, mask=mask & BIASED, other=0.0).to(tl.float32)
+    biases = tl.zeros([SPAN], tl.float32)
+    if BIASED:
+        biases = tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
     enter(EARLY)
     offsets = row * hidden + columns
     x = tl.load(residual + offsets, mask=mask, other=0.0)

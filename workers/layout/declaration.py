@@ -18,6 +18,8 @@ HEAD = "lm_head.weight"
 #: The embedding's and the last norm's names in a checkpoint.
 VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
 LAST_NORM = "transformer.ln_f"
+#: How the checkpoint names of the weights of norms end.
+NORM_WEIGHTS = ("layernorm.weight", f"{LAST_NORM}.weight")
 
 #: Which part of a tensor a tp rank holds: all of it, the rows or columns of its query heads, of its key/value heads, of its columns of the
 #: MLP, or of its part of the vocabulary. ``first rank``: the first rank holds all, the others zeros, since the sum over ranks adds it once.

@@ -6,7 +6,7 @@ never look at a device.
 
 from __future__ import annotations
 
-from workers.layout.declaration import VOCAB_EMBEDDING
+from workers.layout.declaration import NORM_WEIGHTS, VOCAB_EMBEDDING
 from workers.layout.quant_parts import FORMAT_BYTES, Format, quantized, stored_tensors
 from workers.layout.sharding import Shard, shares_embedding
 from workers.protocol.errors import ConfigError
@@ -22,7 +22,8 @@ GPU_RESERVE = 2 << 30
 def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: EngineSpec, quant: Quant) -> int:
     """Bytes of all weights of ``rank`` in the form that they run in, which is larger where a device keeps a second form of some.
 
-    A CPU packs the head of a tied table beside the table itself and makes FP8 weights plain; a GPU keeps the scales of int4 twice.
+    A CPU packs the head of a tied table beside the table itself and makes FP8 weights plain; a GPU keeps the scales of int4 twice. The
+    weights of norms that lack 1 are in fp32.
     Raises :class:`ConfigError` where the model cannot be split so.
     """
     plain = DTYPE_BYTES[engine.dtype]
@@ -33,6 +34,8 @@ def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: Engine
             total += plain * each.tensor.elements
         elif not cpu and each.tensor.name.endswith((".weights_scaling_factor", ".zero")):
             total += 2 * each.nbytes
+        elif model.norm.plus_one and each.tensor.name.endswith(NORM_WEIGHTS):
+            total += DTYPE_BYTES["fp32"] * each.tensor.elements
         else:
             total += each.nbytes
         if cpu and each.tensor.name == VOCAB_EMBEDDING and shares_embedding(model, parallel):

@@ -20,7 +20,7 @@ from workers.layout.memory import (
 )  # fmt: skip
 from workers.layout.sharding import parameters, shard_of
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import PLAIN, Parallel, PortableOptions, PortableSpec, Quant, quant_of, uniform_decoder
+from workers.protocol.specs import PLAIN, NormSpec, Parallel, PortableOptions, PortableSpec, Quant, quant_of, uniform_decoder
 
 MODEL = uniform_decoder(
     architecture="llama",
@@ -119,6 +119,13 @@ def test_a_second_form_is_counted(device: str, name: str, factor: int) -> None:
 def _linear_elements() -> list[int]:
     each = MODEL.hidden_size * (2 * MODEL.num_heads + 2 * MODEL.num_kv_heads) * MODEL.head_dim + 3 * MODEL.hidden_size * 128
     return [each] * MODEL.num_layers
+
+
+def test_norms_whose_weights_lack_one_are_in_fp32() -> None:
+    gemma = msgspec.structs.replace(MODEL, norm=NormSpec(plus_one=True))
+    for dtype, more in (("fp32", 0), ("bf16", 2 * (2 * MODEL.num_layers + 1) * MODEL.hidden_size)):
+        engine = msgspec.convert({"device": "cuda", "dtype": dtype}, PortableSpec)
+        assert frozen_bytes(gemma, Parallel(), 0, engine, PLAIN) - weight_bytes(gemma, Parallel(), 0, engine, PLAIN) == more
 
 
 def test_a_tied_table_is_there_twice_on_a_cpu_only() -> None:
