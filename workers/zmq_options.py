@@ -1,4 +1,4 @@
-"""Options of the ZeroMQ sockets between processes: how much they hold, when a silent peer is given up, and their keys. Owns no socket."""
+"""Options of the ZeroMQ sockets between processes: queue limits, time-outs for silent peers, and keys. Owns no socket."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import zmq
 
 from workers.protocol.messages import HIGH_WATER, MAX_FRAME
 
-#: Longest from a connection to the end of its handshake, milliseconds: CURVE needs a few, more on a busy host, and a peer that connects and
-#: says nothing must not hold a place.
+#: Longest from a connection to the end of its handshake, milliseconds: CURVE needs a few, more on a busy host. A peer that connects but
+#: sends nothing must not occupy a connection.
 HANDSHAKE_MS = 3000
-#: A ping after this much silence, and the silence after which a connection is given up, milliseconds. ZeroMQ's own thread answers, so a
-#: busy process is not taken for a dead one.
+#: Silence before a ping, and silence after which a connection is closed, milliseconds. ZeroMQ's own thread answers, so a busy process is
+#: not mistaken for a dead one.
 PING_MS, SILENCE_MS = 500, 1500
-#: First and longest wait before a connection is tried again, milliseconds: a router that is started again is found within a second.
+#: First and longest pause before a reconnect, milliseconds: leaders find a restarted router within a second.
 RECONNECT_MS, RECONNECT_MAX_MS = 100, 1000
 
 
 def limit(socket: zmq.Socket[Any]) -> None:
-    """Bound what the socket holds and how long it waits. Closing it drops what is unsent, unless ``close`` is given a linger."""
+    """Bound the socket's queues and waits. Closing it drops unsent messages, unless ``close`` gets a linger time."""
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = HIGH_WATER
     socket.maxmsgsize = MAX_FRAME

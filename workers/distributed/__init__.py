@@ -1,1 +1,1 @@
-"""Groups of ranks: the Group seam, its members over MPI and NCCL, and the kernels of sums between GPUs."""
+"""Groups of ranks: the Group protocol, its implementations over MPI and NCCL, and the kernels of sums between GPUs."""

@@ -1,10 +1,10 @@
-"""How the ranks of a world agree while they come up: byte messages to all, and one error for all.
+"""Agreement of a world's ranks during their start: byte messages to all, and one error for all.
 
-Owns nothing. Every rank learns of every rank's failure before any other collective, so one corrupt shard gives the same clean error on all
-ranks, and no rank waits for one that has given up. Must never import torch, which most of its users load later, and never send a Python
-object (mpi4py's lower-case calls are pickle): what ranks exchange is bytes.
+Owns nothing. Every rank learns of every rank's failure before any other collective, so one corrupt shard gives the same error on all ranks,
+and no rank waits for a failed one. Must never import torch, which most of its users load later, and never send a Python object (mpi4py's
+lower-case calls use pickle): ranks exchange bytes.
 
-``comm`` is an MPI communicator of all ranks; None = a world of one. A rank that does not come within ``MEET_S`` is given up.
+``comm`` is an MPI communicator of all ranks; None = a world of one. The wait for a rank ends with an error after ``MEET_S``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import msgspec
 from workers.protocol.errors import EngineFault, ErrorReport, TriremeError
 from workers.protocol.running_clock import RunningClock
 
-#: Longest that a rank waits for the others here, seconds. Meanwhile they may read weights: one host from its page cache, another over a
+#: Longest that a rank waits for the others here, seconds. Other ranks may be reading weights: one host from its page cache, another over a
 #: network.
 MEET_S = 1800.0
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.0001, 0.005
 
 
 def complete(request: Any, bound_s: float | None = MEET_S) -> None:
-    """Wait for a non-blocking MPI operation without burning a core that ranks may share; None = without a bound.
+    """Wait for a non-blocking MPI operation without keeping a shared core busy; None = without a bound.
 
     Raises :class:`EngineFault` after ``bound_s`` seconds.
     """
@@ -66,7 +66,7 @@ def gather(comm: Any, data: bytes) -> list[bytes]:
 
 
 def agree(comm: Any, error: TriremeError | None) -> None:
-    """Raise on every rank when any rank has an error: its own, else that of the lowest rank that has one, whose number is named."""
+    """Raise on every rank if any rank has an error: the rank's own error, else that of the lowest rank with an error, with its number."""
     reports = gather(comm, b"" if error is None else msgspec.json.encode(ErrorReport.of(error)))
     if error is not None:
         raise error
@@ -79,7 +79,7 @@ def agree(comm: Any, error: TriremeError | None) -> None:
 
 @contextmanager
 def all_or_none(comm: Any) -> Iterator[None]:
-    """Run a block on every rank; where it fails on any, raise on all, before any rank goes on. See :func:`agree`."""
+    """Run a block on every rank; if it fails on any rank, raise on all, before any rank continues. See :func:`agree`."""
     failure: TriremeError | None = None
     try:
         yield

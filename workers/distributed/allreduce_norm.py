@@ -1,8 +1,8 @@
 """A sum over the GPUs of one host, its addition to the residual and the norm after it, as one kernel.
 
 Owns the memory through which rows are sent. Few rows are sent as words that carry the number of their round
-(:mod:`workers.distributed.one_shot_allreduce`), which costs twice their bytes on the link and no fence. Many rows are sent as they are,
-each followed by a fence and a flag: a program sends its next row before it waits for the one before, so the link has work meanwhile.
+(:mod:`workers.distributed.one_shot_allreduce`), which costs twice their bytes on the link and no fence. Many rows are sent unchanged, each
+followed by a fence and a flag: a program sends its next row before it waits for the previous one, so the link stays busy.
 
 Why a depth of four rounds is enough for many rows: in round k a program writes over what its peer read in round k - 4. It has seen the flag
 of round k - 2, which the peer sent after that read: the peer sends round k - 2 before it waits for round k - 3, and after its round k - 4

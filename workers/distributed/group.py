@@ -1,7 +1,7 @@
-"""How ranks exchange tensors: the Group seam, how to wait for a peer, and the groups that need no transport (Solo, InProcess).
+"""Exchange of tensors between ranks: the Group protocol, the wait for a peer, and the groups that need no transport (Solo, InProcess).
 
 Owns no tensors and decides nothing. Every call is collective or has a matching call on the peer, in the same order on every rank, because
-all ranks follow the same plan. Must never import a transport: a replica of one rank runs where MPI is not installed
+all ranks follow the same plan. Must never import a transport, because a replica of one rank also runs without MPI
 (:mod:`workers.distributed.mpi_group`).
 """
 
@@ -24,13 +24,12 @@ from workers.protocol.specs import WaitPolicy
 if TYPE_CHECKING:
     from workers.kernels.linear import Fp8Rows
 
-#: How long a rank waits for a peer inside a step at most, seconds. The supervisor's watchdog acts far sooner; this bound is the last
-#: resort.
+#: Longest wait for a peer inside a step, seconds. The leader's watchdog acts much earlier; this bound is the last resort.
 STEP_BOUND_S = 300.0
 _SPIN_S = 0.002
 _SLEEP_S = 0.0005
 _IDLE_SLEEP_S = 0.005
-#: After this long without an answer the peer is idle, not late, and sleeps grow.
+#: After this time without an answer the peer counts as idle, not late, and the sleeps grow.
 _IDLE_AFTER_S = 0.05
 
 
@@ -38,14 +37,14 @@ class Waiter:
     """Waits for a condition without keeping a shared core busy.
 
     ``hybrid``: test and yield for 2 ms, then sleep 0.5 ms between tests, and up to 5 ms once 50 ms have passed. ``spin``: test without a
-    pause, for GPU hosts that have a core for each rank.
+    pause, for GPU hosts with a core for each rank.
     """
 
     def __init__(self, policy: WaitPolicy = "hybrid") -> None:
         self._spin = policy == "spin"
 
     def until(self, ready: Callable[[], bool], bound_s: float | None = STEP_BOUND_S) -> None:
-        """Return when ``ready()`` is true; ``bound_s`` None = no bound (an idle rank waiting for work).
+        """Return when ``ready()`` is true; ``bound_s`` None = no bound (an idle rank that waits for work).
 
         Raises :class:`EngineFault` after ``bound_s`` seconds.
         """
@@ -74,7 +73,7 @@ class FusedAllReduceNorm(Protocol):
     """A sum over ranks, its addition to the residual and the norm after it, as one operation."""
 
     def supports(self, branch: Tensor) -> bool:
-        """Whether ``branch`` may be given."""
+        """Whether this operation supports ``branch``."""
 
     def __call__(self, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, *, fp8: bool) -> Tensor | Fp8Rows:
         """``residual`` [T, hidden] += sum of all ranks' ``branch`` in place; returns its norm times ``weight`` [hidden], in FP8 if
@@ -82,8 +81,8 @@ class FusedAllReduceNorm(Protocol):
 
 
 class Group(Protocol):
-    """Seam: ``size`` ranks that exchange tensors. Tensors are contiguous; shapes and dtypes agree on all ranks. Between two collective
-    calls, tensors are sent in one direction along the ranks only.
+    """The protocol of a group: ``size`` ranks that exchange tensors. Tensors are contiguous; shapes and dtypes agree on all ranks. Between
+    two collective calls, tensors are sent in one direction along the ranks only.
 
     ``deterministic``: ``all_reduce`` adds in rank order on every rank, so its bits don't depend on the transport.
     """
@@ -99,10 +98,10 @@ class Group(Protocol):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in the memory of ``x`` or in new memory; ``x`` is invalid afterwards. Half-precision tensors are summed in
-        fp32 and rounded once; only GPU transports of three ranks and more round after each addition."""
+        fp32 and rounded once; only GPU transports of three or more ranks round after each addition."""
 
     def allreduce_norm(self, hidden: int) -> FusedAllReduceNorm | None:
-        """The fused operation for rows of ``hidden`` values; None where the group has none. All ranks call this together."""
+        """The fused operation for rows of ``hidden`` values; None if the group has none. All ranks call this together."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape], entry i from rank i."""
@@ -157,7 +156,7 @@ class Solo:
 
 
 class _Shared:
-    """What the members of one InProcess group share."""
+    """The shared state of one InProcess group."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
@@ -185,7 +184,7 @@ class InProcess:
         try:
             shared.barrier.wait(STEP_BOUND_S)
             gathered = torch.stack([part for part in shared.parts if part is not None])
-            # No member may overwrite its part before all have read it.
+            # A member may overwrite its part only after all have read it.
             shared.barrier.wait(STEP_BOUND_S)
         except threading.BrokenBarrierError:
             raise EngineFault("a member of the group did not answer", "its thread ended or hangs") from None
@@ -213,5 +212,5 @@ class InProcess:
             raise EngineFault("a member of the group did not send", "its thread ended or hangs") from None
 
     def abort(self) -> None:
-        """Wake every member that waits for this one, which will not answer any more."""
+        """Wake every member that waits for this one, because this member will not answer any more."""
         self._shared.barrier.abort()

@@ -1,8 +1,7 @@
 """Ranks of an MPI world: tensors between the members of a group, and byte messages between the leader and the other ranks.
 
-Owns the sends of its communicators that are not done yet. Must never block inside MPI: each call starts a non-blocking operation and waits
-for it with a :class:`~workers.distributed.group.Waiter`, so that ranks which share a core leave it to each other. All calls of one rank
-come from one thread.
+Owns the pending sends of its communicators. Must never block inside MPI: each call starts a non-blocking operation and waits for it with a
+:class:`~workers.distributed.group.Waiter`, which yields the core to ranks that share it. All calls of one rank come from one thread.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class MpiGroup:
 
 
 class MpiMailbox:
-    """Byte messages of any length between ranks: plans from the leader, or results to it. Each mailbox has a communicator of its own."""
+    """Byte messages of any length between ranks: plans from the leader, or results to it. Each mailbox has its own communicator."""
 
     def __init__(self, comm: MPI.Comm, wait: WaitPolicy = "hybrid") -> None:
         self._comm = comm
@@ -84,7 +83,7 @@ class MpiMailbox:
         self._sending.append((self._comm.Isend([data, MPI.BYTE], to), data))
 
     def look(self, source: int, into: list[bytes]) -> bool:
-        """Whether a message from ``source`` has arrived; appends it to ``into`` then."""
+        """Whether a message from ``source`` has arrived; if so, it is appended to ``into``."""
         status = MPI.Status()
         found = self._comm.Improbe(source=source, status=status)
         if found is None:
@@ -101,7 +100,7 @@ class MpiMailbox:
         return arrived[0]
 
     def flush(self, bound_s: float = 5.0) -> None:
-        """Wait until all posted messages are sent; used at the end only."""
+        """Wait until all posted messages are sent; used only at the end."""
         for request, _ in self._sending:
             self._waiter.until(request.Test, bound_s)
         self._sending.clear()

@@ -1,7 +1,7 @@
 """Ranks with a GPU each: tensors between the members of a group over NCCL, small sums over symmetric memory.
 
-Owns the process groups of a rank: how it joins and leaves them. MPI starts the ranks and carries their messages; no call here makes the
-host wait. Must never use NVLink multicast. A rank must not leave before the graphs that captured operations of its groups are gone.
+Owns the process groups of a rank: joining and leaving them. MPI starts the ranks and carries their messages; no call here makes the host
+wait. Must never use NVLink multicast. A rank must not leave before the graphs that captured operations of its groups are deleted.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from workers.distributed.one_shot_allreduce import OneShotAllReduce
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-#: Largest sums, bytes: for which every rank sends all its data to all others (one shot), by the number of ranks; and for which the ranks
-#: divide the work (two shots). Measured inside a graph on two and four H200: `python -m bench.collectives`.
+#: Largest sums, bytes, for one shot (every rank sends all its data to all others), by the number of ranks; and for two shots (the ranks
+#: divide the work). Measured inside a graph on two and four H200: `python -m bench.collectives`.
 ONE_SHOT_BYTES = {2: 2 << 20}
 ONE_SHOT_MANY = 256 << 10
 TWO_SHOT_BYTES = 8 << 20
@@ -36,7 +36,7 @@ _TIMEOUT = timedelta(seconds=STEP_BOUND_S)
 class NcclGroup:
     """A group of ranks with a GPU each. Every call is put into the current stream and returns at once.
 
-    ``symmetric_bytes``: the largest sums that use memory which all members map; 0 where their GPUs cannot access each other directly.
+    ``symmetric_bytes``: the largest sums that use memory which all members map; 0 if their GPUs cannot access each other directly.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, *, deterministic: bool = False, symmetric_bytes: int = 0) -> None:
@@ -59,7 +59,7 @@ class NcclGroup:
         if self._one_shot is not None and self._one_shot.supports(x):
             return self._one_shot(x)
         nbytes = x.numel() * x.element_size()
-        # Each rank's share of a sum must be a whole multiple of 16 bytes, which a thread moves at once.
+        # Each rank's share of a sum must be a multiple of 16 bytes, because a thread moves 16 bytes at once.
         if self._shared is not None and nbytes <= len(self._shared) and nbytes % (16 * self.size) == 0 and x.dtype in _SUMMED:
             mine = self._shared[:nbytes].view(x.dtype).view(x.shape)
             mine.copy_(x)
@@ -101,8 +101,8 @@ class NcclWorld:
 
     @classmethod
     def join(cls, comm: MPI.Intracomm, device: torch.device, *, one_host: bool) -> NcclWorld:
-        """Meet the other ranks of ``comm`` at a store that rank 0 opens; MPI broadcasts its address. ``one_host``: all ranks are on this
-        host; else the other hosts must be able to resolve this host's name."""
+        """Join the other ranks of ``comm`` through a store that rank 0 opens; MPI broadcasts its address. ``one_host``: all ranks are on
+        this host; else the other hosts must be able to resolve this host's name."""
         rank, size = comm.Get_rank(), comm.Get_size()
         host = "127.0.0.1" if one_host else socket.gethostname()
         store = None
@@ -131,6 +131,6 @@ class NcclWorld:
         return NcclGroup(mine, self._device, deterministic=deterministic, symmetric_bytes=symmetric_bytes)
 
     def leave(self) -> None:
-        """Leave NCCL: after the captured graphs are gone, before MPI is finalized."""
+        """Leave NCCL: after the captured graphs are deleted, before MPI is finalized."""
         torch.cuda.synchronize(self._device)
         dist.destroy_process_group()

@@ -1,14 +1,14 @@
-"""Small sums over the GPUs of one host: every rank writes its words straight into the other ranks' memory, each with a round number.
+"""Small sums over the GPUs of one host: every rank writes its words directly into the other ranks' memory, each with a round number.
 
-Owns the receive buffers that the ranks of one group map, and how many rounds each of its programs has run. A word and the number of its
-round are one 8-byte write, so there is neither a fence nor a flag to wait for after the data: a sum costs one way over the link. Sums are
-made in rank order in fp32 and rounded once, so every rank gets the same bits.
+Owns the receive buffers that the ranks of one group map, and the number of rounds that each of its programs has run. A word and the number
+of its round are one 8-byte write, so no fence and no flag follow the data: a sum costs one transfer over the link. Sums are computed in
+rank order in fp32 and rounded once, so every rank gets the same bits.
 
-A kernel waits for the words of its peers without a bound of its own, as NCCL's kernels do. The leader's watchdog bounds it, which gives up
-a step that makes no progress; and all ranks of a gang end together.
+A kernel's wait for the words of its peers has no bound, like in NCCL's kernels. The leader's watchdog bounds it: it ends the replica when a
+step makes no progress, and all ranks of a gang end together.
 
-Why two halves of a receive buffer are enough: in its round k a program writes half k & 1, over what its peers read in their round k - 2. It
-has seen their words of round k - 1, which they wrote after their kernel of round k - 2 was over.
+Why two halves of a receive buffer are enough: in its round k a program writes half k & 1, which its peers read in their round k - 2. It has
+already received their words of round k - 1, which they wrote after their kernel of round k - 2 had ended.
 """
 
 import torch
@@ -31,8 +31,8 @@ def exchange_and_sum(
     """(low, high) fp32 [SPAN]: sums over all ranks of the words ``mine`` [SPAN]. With HALF a word is two bf16 values, low and high; else it
     is one fp32 value, low.
 
-    ``buffers``: addresses of the ranks' receive buffers, each [2, RANKS, LIMIT] int64: round number and word. ``index`` [SPAN]: where the
-    words stand among the LIMIT. ``number``: the number of this round.
+    ``buffers``: addresses of the ranks' receive buffers, each [2, RANKS, LIMIT] int64: round number and word. ``index`` [SPAN]: positions
+    of the words among the LIMIT. ``number``: the number of this round.
     """
     half = (number & 1) * (RANKS * LIMIT)
     sent = (number.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
@@ -91,7 +91,7 @@ class PeerBuffer:
         self._handle = symmetric.rendezvous(self._memory, group=group.group_name)
         self.addresses = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # no rank may write into a buffer that is still to be zeroed
+        dist.barrier(group)  # no rank may write into a buffer before it is zeroed
 
 
 class OneShotAllReduce:
@@ -106,12 +106,12 @@ class OneShotAllReduce:
         self._numbers = torch.zeros(programs, dtype=torch.int32, device=device)
 
     def supports(self, x: Tensor) -> bool:
-        """Whether ``x`` may be given."""
+        """Whether this operation supports ``x``."""
         nbytes = x.numel() * x.element_size()
         return nbytes <= 4 * self._words and nbytes % 4 == 0 and x.dtype in (torch.bfloat16, torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x``, in new memory; ``x`` must be one that this :meth:`supports`."""
+        """The sum of all ranks' ``x``, in new memory; :meth:`supports` must hold for ``x``."""
         x = x.contiguous()
         words = x.numel() * x.element_size() // 4
         out = torch.empty_like(x)

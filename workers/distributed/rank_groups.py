@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 class RankGroups(msgspec.Struct, frozen=True, kw_only=True):
     """The groups that one rank uses in a step. ``tensor``: the tp ranks of its stage; ``pipeline``: the stages of its tp rank;
-    ``token_return``: the same stages once more, for the tokens that the last stage returns to the first: these must not wait behind hidden
-    states. By default a world of one rank."""
+    ``token_return``: the same stages with a separate communicator, for the tokens that the last stage returns to the first, because these
+    must not wait behind hidden states. By default a world of one rank."""
 
     tensor: Group = msgspec.field(default_factory=Solo)
     pipeline: Group = msgspec.field(default_factory=Solo)
@@ -33,8 +33,8 @@ class RankGroups(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankContext(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank computes with. ``world``: all ranks, for bytes on the host; ``host_ranks``: how many ranks share its host; ``nccl``:
-    its membership of NCCL, which it leaves at the end."""
+    """The device and the groups of one rank. ``world``: all ranks, for bytes on the host; ``host_ranks``: number of ranks on its host;
+    ``nccl``: its membership of NCCL, which it leaves at the end."""
 
     world: Group
     groups: RankGroups
@@ -67,7 +67,7 @@ def split(spec: ReplicaSpec, comm: MPI.Intracomm | None) -> RankContext:
     from workers.distributed.mpi_group import MpiGroup
 
     rank, wait = comm.Get_rank(), spec.engine.wait
-    # The bits of a transport's own sum may depend on the message's size, hence on what else is in the batch.
+    # The bits of a transport's own sum may depend on the message's size, and so on the rest of the batch.
     ordered = spec.engine.deterministic or spec.engine.fixed_shape
     host = comm.Split_type(MPI.COMM_TYPE_SHARED)
     world = MpiGroup(comm.Dup(), wait=wait)
@@ -85,7 +85,8 @@ def choose_gpu(engine: EngineSpec, host_rank: int, host_ranks: int) -> torch.dev
     The launcher shows a gang its GPUs (``CUDA_VISIBLE_DEVICES``): one for each of its ``host_ranks`` ranks on this host, in their order.
 
     Raises:
-        ConfigError: too few GPUs, a GPU that is too old, or an engine option that no GPU has. Another launch would fail in the same way.
+        ConfigError: too few GPUs, a GPU that is too old, or an engine option that GPUs do not support. Another launch would fail in the
+        same way.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count < host_ranks:
@@ -110,9 +111,9 @@ def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.
     parallel, rank, host_rank, count = spec.parallel, comm.Get_rank(), host.Get_rank(), host.Get_size()
     with all_or_none(comm):
         device = choose_gpu(spec.engine, host_rank, count)
-        # Memory that all members map needs direct access between their GPUs.
+        # Memory that all members map requires direct access between their GPUs.
         direct = all(torch.cuda.can_device_access_peer(host_rank, other) for other in range(count) if other != host_rank)
-    # Triton is imported only once there is a GPU for every rank: without one there may be no Triton either.
+    # Triton is imported only after every rank has a GPU, because machines without a GPU may have no Triton.
     from workers.distributed.nccl_group import TWO_SHOT_BYTES, NcclWorld
 
     all_direct = int(world.all_gather(torch.tensor([direct and count == comm.Get_size()], dtype=torch.int64)).min())
@@ -130,7 +131,7 @@ def _split_gpus(spec: ReplicaSpec, comm: MPI.Intracomm, world: Group, host: MPI.
 
 
 def _connect(groups: RankGroups, device: torch.device, parallel: Parallel, rank: int) -> None:
-    """Use every connection once: NCCL makes connections at their first use, and no step should wait for that."""
+    """Use every connection once: NCCL opens a connection at its first use, and no step should wait for this."""
     token = torch.zeros(4, device=device)
     groups.tensor.all_reduce(token.clone())
     if parallel.pp == 1:

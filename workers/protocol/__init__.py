@@ -1,1 +1,1 @@
-"""The vocabulary of all processes: messages, errors, specs, and the Engine seam. Imports msgspec and nothing else."""
+"""The vocabulary of all processes: messages, errors, specs, and the Engine protocol. Imports only msgspec."""

@@ -1,8 +1,8 @@
-"""The Engine seam: what a leader's engine thread drives, whichever engine it is.
+"""The Engine protocol: the interface between a leader's engine thread and every engine.
 
-The seam is at the level of requests, because TensorRT-LLM batches by itself. Implemented by ``workers.engines.fake.FakeEngine``,
-``workers.engines.portable.PortableEngine`` and ``workers.engines.trtllm``. All calls come from one thread. Ids are the leader's own small
-integers, unique while the sequence lives.
+The interface works with requests and not with batches, because TensorRT-LLM batches by itself. Implemented by
+``workers.engines.fake.FakeEngine``, ``workers.engines.portable.PortableEngine`` and ``workers.engines.trtllm``. All calls come from one
+thread. Ids are the leader's own small integers, unique while the sequence lives.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from workers.protocol.messages import Capacity, FinishReason, Logprobs, Submit, 
 from workers.protocol.specs import ResumeClass
 from workers.protocol.status import EngineStats
 
-#: Seconds without credit after which a sequence gives up its place in the engine's K/V memory.
+#: Seconds without credit after which a sequence loses its K/V memory in the engine.
 PAUSE_S = 2.0
-#: How old the statistics of a busy engine may be, seconds.
+#: Maximum age of a busy engine's statistics, seconds.
 STATS_AGE_S = 0.05
 #: Bound of :meth:`Engine.close`, seconds.
 CLOSE_S = 5.0
 
 
 class Finish(msgspec.Struct, frozen=True):
-    """Why a sequence ended. ``stop_id`` is the stop token, when one ended it (it is not among the emitted tokens)."""
+    """Why a sequence ended. ``stop_id`` is the stop token that ended it, if any (it is not among the emitted tokens)."""
 
     reason: FinishReason
     usage: Usage
@@ -32,17 +32,17 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Why the engine could not go on with a sequence; ``code`` as in :mod:`workers.protocol.errors`."""
+    """Why the engine could not continue a sequence; ``code`` as in :mod:`workers.protocol.errors`."""
 
     code: str
     message: str
 
 
 class Emission(msgspec.Struct, frozen=True, gc=False):
-    """What one step did for one sequence: ``tokens`` at output positions ``first``.., then ``end`` if it has ended.
+    """The output of one step for one sequence: ``tokens`` at output positions ``first``.., then ``end`` if it has ended.
 
-    ``logprobs`` has one entry a token where asked for; ``prompt_logprobs`` the whole prompt, once, with or before the first token.
-    ``cached_tokens``: prompt tokens found in the prefix cache, once, with the first token; 0 = none, or said before.
+    ``logprobs`` has one entry per token if requested; ``prompt_logprobs`` covers the whole prompt, once, with or before the first token.
+    ``cached_tokens``: prompt tokens found in the prefix cache, once, with the first token; 0 = none, or already reported.
     """
 
     id: int
@@ -55,7 +55,7 @@ class Emission(msgspec.Struct, frozen=True, gc=False):
 
 
 class Engine(Protocol):
-    """Seam 1: one rank's engine that the leader drives. Only ``step`` may block, and a step is bounded by the token budget."""
+    """The engine on rank 0, driven by the leader. Only ``step`` may block, and the token budget bounds a step."""
 
     @property
     def capacity(self) -> Capacity: ...
@@ -64,10 +64,10 @@ class Engine(Protocol):
     def resume(self) -> ResumeClass: ...
 
     def submit(self, id: int, request: Submit) -> None:
-        """Queue a request. Raises :class:`~workers.protocol.errors.Rejected` (TooLong, bad grammar, ...) and then holds nothing."""
+        """Queue a request. Raises :class:`~workers.protocol.errors.Rejected` (TooLong, bad grammar, ...), and then keeps nothing of it."""
 
     def cancel(self, id: int) -> None:
-        """Forget a sequence; nothing is emitted for it afterwards, and its blocks are free after the running step. Unknown ids are
+        """Forget a sequence; nothing is emitted for it afterwards, and its blocks become free after the running step. Unknown ids are
         ignored."""
 
     def credit(self, id: int, tokens: int) -> None:
@@ -77,15 +77,15 @@ class Engine(Protocol):
         """Run one step and return what it emitted; [] also when only prefill ran. With nothing to do it returns [] at once."""
 
     def busy(self) -> bool:
-        """Whether ``step`` would do work now: a sequence runs, waits, or has a step in flight. Paused ones count only when they are due to
-        give up their K/V memory."""
+        """Whether ``step`` would do work now: a sequence runs, waits, or has a step in flight. Paused ones count only if they are due to
+        release their K/V memory."""
 
     def predicted_ms(self) -> float:
-        """What the next ``step`` is expected to take, for the hang watchdog."""
+        """Expected milliseconds of the next ``step``, for the hang watchdog."""
 
     def on_idle(self) -> None:
-        """Do what no token should wait for; the leader calls it when nothing has come for a while. Raises AssertionError when an invariant
-        of the engine's own state is broken."""
+        """Do work for which no token should wait; the leader calls it when no event has arrived for a while. Raises AssertionError if an
+        invariant of the engine's state is broken."""
 
     def stats(self) -> EngineStats: ...
 
@@ -98,4 +98,4 @@ class Follower(Protocol):
     """A rank other than 0."""
 
     def run(self) -> None:
-        """Follow the leader's plans until one says stop."""
+        """Apply the leader's plans until one has ``stop``."""

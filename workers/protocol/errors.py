@@ -1,4 +1,4 @@
-"""The errors that cross a seam, each with what happened, why, and what to do.
+"""The errors that processes exchange, each with what happened, why, and what to do.
 
     TriremeError
     ├── Rejected            the caller's fault; the same request fails anywhere   HTTP 400, exit 2
@@ -43,7 +43,7 @@ class TriremeError(Exception):
     code = "internal_error"
     status = 500
     exit_code = 1
-    #: Id of the request that ended so; a client sets it.
+    #: Id of the request that ended with this error; a client sets it.
     request = ""
 
     def __init__(
@@ -66,7 +66,7 @@ class TriremeError(Exception):
         return f"{self.what}: {self.why}" if self.why else self.what
 
     def lines(self) -> str:
-        """The form that a terminal shows: ``error:``, ``why:``, ``hint:``, a line each."""
+        """The text for a terminal: ``error:``, ``why:``, ``hint:``, one line each."""
         rows = [("error", self.what), ("why", self.why), ("hint", self.hint)]
         return "\n".join(f"{label}: {text}" for label, text in rows if text)
 
@@ -136,7 +136,7 @@ class EnvironmentFault(TriremeError):
 
 
 def printable(text: str) -> str:
-    """``text`` that came from outside, in a form on which no terminal and no reader of logs acts: what is not printable is escaped."""
+    """``text`` from outside with unprintable characters escaped, so that it cannot control a terminal or forge a log line."""
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -153,7 +153,7 @@ _BY_CODE: Mapping[str, type[TriremeError]] = {c.code: c for c in _CLASSES} | {
 
 
 def from_code(code: str, message: str, *, retry_after: float | None = None) -> TriremeError:
-    """The error that ``code`` names, for one that arrived over the wire; an unknown code is an :class:`EngineFault`."""
+    """The error for a ``code`` that arrived over the wire; an unknown code is an :class:`EngineFault`."""
     return _BY_CODE.get(code, EngineFault)(message, code=code, retry_after=retry_after)
 
 

@@ -7,10 +7,10 @@ Owns the vocabulary and the codec; no sockets, no state.
     client  → router    Generate Cancel Credit Query
     router  → client    Accepted Tokens Done Failed Report
 
-``boot`` is the sender's nonce, new at each process start: a changed nonce on a connection means that the peer was replaced behind a
-silent reconnect, and a leader says Hello again. ``stream`` is the sender-of-the-request's own handle, unique within its boot: a
-router numbers what it submits to replicas, a client numbers what it asks of a router. The lasting name of a request is
-(client, request_id); ``attempt`` counts its placements, and anything that carries an older attempt is dropped.
+``boot`` is the sender's nonce, new at each process start: a changed nonce on a connection means that another process has taken the peer's
+place after a silent reconnect, and a leader sends Hello again. ``stream`` is a handle that the sender of a request assigns, unique within
+its boot: a router numbers its Submits to replicas, a client numbers its requests to a router. The permanent name of a request is (client,
+request_id); ``attempt`` counts its placements, and messages with an older attempt are dropped.
 
 One ZeroMQ message = one frame of payload (after the routing id where the socket adds one).
 """
@@ -36,16 +36,16 @@ MAX_FRAME = 8 << 20
 LARGE_FRAME = 256 << 10
 #: High-water mark of every socket, messages.
 HIGH_WATER = 10_000
-#: Upper bounds, tokens, by which steps are counted.
+#: Upper bounds, tokens, of the histogram of steps.
 STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
-#: A frame may have 8 MB, and a million small objects hold an event loop for seconds. Longest error text that is sent, and longest text of
-#: one field that is accepted, characters.
+#: A frame may have 8 MB, and a million small objects hold an event loop for seconds. Therefore: the longest error text that is sent, and
+#: the longest text of one field that is accepted, characters.
 MAX_ERROR_TEXT, MAX_TEXT = 2000, 16_384
 #: Most streams in a message, choices of a journal, ids of a prompt, tokens of one stream, and alternatives of a token.
 MAX_STREAMS, MAX_CHOICES, MAX_IDS, MAX_DELTA, MAX_TOP = 65_536, 128, 1 << 20, 4096, 4096
 #: Longest prompt whose logprobs are sent, tokens.
 MAX_SCORED = 65_536
-#: Largest epoch that is believed: there are more above it than a replica can be launched times.
+#: Largest epoch that is accepted: more epochs are above it than a replica can ever be launched.
 MAX_EPOCH = 2**62
 #: Credit that means "do not count".
 UNLIMITED = 2**31 - 1
@@ -60,8 +60,8 @@ ApiEndpoint = Literal["chat", "completions"]
 
 class GuideSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A grammar that the output must follow. ``kind``: ``json`` = any JSON object, ``json_schema``, ``regex``, ``grammar`` (Lark)
-    and ``choice`` (``text`` is then a JSON list of strings). ``whitespace``: a regular expression of what may stand between the tokens of
-    JSON (empty = nothing may); None = what the engine allows by default."""
+    and ``choice`` (``text`` is then a JSON list of strings). ``whitespace``: a regular expression for the text between the tokens of JSON
+    (empty = none); None = the engine's default."""
 
     kind: Literal["json", "json_schema", "regex", "grammar", "choice"]
     text: str = ""
@@ -74,13 +74,13 @@ class GuideSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the next token is chosen and when a sequence ends; already validated at the edge.
+    """Sampling parameters and the conditions that end a sequence; already validated at the edge.
 
-    ``temperature`` 0 = greedy. ``top_k`` 0 and ``top_p`` 1 = off. ``logprobs``: number of alternatives reported with each token, None =
-    none at all, 0 = the chosen token's alone; ``prompt_logprobs`` the same for prompt positions. ``max_tokens`` counts emitted tokens,
-    those of earlier attempts included; 0 = the prompt is computed (and scored), and nothing is emitted. ``allowed_token_ids``: the only
-    ids that may be chosen, None = all. ``bad_words``: id sequences that the output may not contain. Stop strings are the router's:
-    engines see ids only.
+    ``temperature`` 0 = greedy. ``top_k`` 0 and ``top_p`` 1 = off. ``logprobs``: number of alternatives reported with each token, None = no
+    logprobs, 0 = only the sampled token's; ``prompt_logprobs`` the same for prompt positions. ``max_tokens`` counts emitted tokens,
+    including those of earlier attempts; 0 = the prompt is computed (and scored), and no token is emitted. ``allowed_token_ids``: the only
+    ids that may be chosen, None = all. ``bad_words``: id sequences that the output may not contain. The router handles stop strings:
+    engines see only ids.
     """
 
     temperature: float = 1.0
@@ -106,7 +106,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class Logprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Natural-log probabilities at one position: the token's own, and the best alternatives in falling order.
 
-    ``logprob`` is None only at prompt position 0, which nothing predicts.
+    ``logprob`` is None only at prompt position 0, for which there is no prediction.
     """
 
     token: int
@@ -116,7 +116,7 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica can hold, in tokens, sequences and blocks; facts from the engine, so that no second place configures them."""
+    """The limits of a replica, in tokens, sequences and blocks; they come from the engine and are not configured a second time."""
 
     block_size: int
     num_blocks: int
@@ -131,7 +131,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = "portable"
     dtype: str = "fp32"
     quant: Quant = Quant()
-    #: Whether sequences reuse blocks by content, so that sending a known prefix here saves work.
+    #: Whether sequences reuse blocks by content, so that a request with a known prefix costs less here.
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -155,20 +155,20 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class GenerateTask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
-    """Generate tokens after the prompt. ``params.seed`` is resolved. ``emitted`` are tokens that the client already has: the sequence
-    continues after them and never repeats one. ``credit``: tokens that may be sent before more is granted."""
+    """Generate tokens after the prompt. ``params.seed`` is resolved. ``emitted``: tokens that the client already has; the sequence
+    continues after them and never repeats one. ``credit``: number of tokens that may be sent before more credit is granted."""
 
     params: SamplingParams
     emitted: list[int] = []
     credit: int = UNLIMITED
 
 
-#: What is done with a prompt. Another kind of work is another member of this union; an engine refuses the kinds that it does not do.
+#: The work for a prompt. Another kind of work is another member of this union; an engine refuses kinds that it does not support.
 Task: TypeAlias = GenerateTask
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
-    """Start a sequence. ``salt`` separates tenants in the prefix cache. ``deadline_ms`` counts from receipt. ``marks``: the caller's own
+    """Start a sequence. ``salt`` separates tenants in the prefix cache. ``deadline_ms`` counts from receipt. ``marks``: the caller's
     request id and trace id, for log lines."""
 
     boot: str
@@ -185,7 +185,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
 
 
 class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
-    """Take over a live sequence by its lasting name; tokens from position ``have`` on are sent again under the new ``stream``."""
+    """Take over a live sequence by its permanent name; tokens from position ``have`` on are sent again under the new ``stream``."""
 
     boot: str
     stream: int
@@ -211,8 +211,8 @@ class Credit(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
 
 
 class RouterHeartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="router_heartbeat"):
-    """Sent by a router every ``heartbeat_s``, and at once when a leader says Hello: its name, and every router that a leader should be
-    connected to."""
+    """Sent by a router every ``heartbeat_s``, and at once after a leader's Hello: its name, and every router to which a leader should be
+    connected."""
 
     boot: str
     router: str
@@ -235,7 +235,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="accepted"):
-    """Acknowledges Submit (a ZeroMQ send proves nothing). To a client: also the journal that lets it continue at another router."""
+    """Acknowledges Submit (a ZeroMQ send proves nothing). To a client: also the data of the journal with which it can continue at another
+    router."""
 
     boot: str
     stream: int
@@ -248,8 +249,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """State of a leader, sent every ``heartbeat_s`` by its I/O thread even while the engine thread is in a step.
 
-    ``step``: number of the last step that began. ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: what that step was
-    expected to take.
+    ``step``: number of the last step that began. ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: predicted time of
+    that step.
     """
 
     boot: str
@@ -261,12 +262,12 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
-    """All that one step emitted for one router, in parallel lists; ``firsts[i]`` is the output position of ``tokens[i][0]``.
+    """The tokens that one step emitted for one router, in parallel lists; ``firsts[i]`` is the output position of ``tokens[i][0]``.
 
-    ``logprobs[i]`` has one entry a token where the sequence asked for them. ``prompt_logprobs`` holds (stream, whole prompt) pairs, once,
+    ``logprobs[i]`` has one entry per token if the sequence requested them. ``prompt_logprobs`` holds (stream, whole prompt) pairs, once,
     with or before the sequence's first token. ``cached`` holds (stream, prompt tokens found in the prefix cache) pairs, once, with the
-    first token, for streams that found any: a router that ends a stream by itself gets no Done to read it in. Router → client only:
-    ``texts`` (safe to show) and ``choices`` (index under n > 1).
+    first token, for streams that found any: they are here because a router that ends a stream itself gets no Done. Router → client only:
+    ``texts`` (safe to show) and ``choices`` (index if n > 1).
     """
 
     boot: str
@@ -323,7 +324,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye"):
-    """The sender ends this connection for good. From a router: ``stale`` tells a leader that a newer epoch lives and it must exit."""
+    """The sender ends this connection for good. From a router: ``stale`` means that a newer epoch lives and the leader must exit."""
 
     boot: Text
     reason: Text
@@ -333,7 +334,7 @@ class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye"):
 
 
 class Journal(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client already holds of one request, so that another router continues it: one ``emitted`` list a choice."""
+    """The client's record of one request, with which another router continues it: one ``emitted`` list per choice."""
 
     prompt_ids: Annotated[list[int], Meta(max_length=MAX_IDS)]
     seed: int
@@ -341,9 +342,10 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
-    """A client's request: ``body`` is the JSON that the HTTP endpoint of the same name takes, checked by the same validator.
+    """A client's request: ``body`` is the JSON body of the HTTP endpoint of the same name, checked by the same validator.
 
-    ``request_id`` is the client's own: a repeat attaches to the live stream. ``texts`` False = ids only (no detokenizing at the router).
+    ``request_id`` is chosen by the client: a repeated one attaches to the live stream. ``texts`` False = ids only (no detokenizing at the
+    router).
     """
 
     boot: str
@@ -359,8 +361,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="query"):
-    """Ask a router about itself. ``what``: ``status`` (replica table, queue), ``models``, ``metrics``, ``dump`` (write the last events of
-    its core into its run folder), ``story`` (what happened to the requests with the id ``about``)."""
+    """Ask a router for information. ``what``: ``status`` (replica table, queue), ``models``, ``metrics``, ``dump`` (write the last events
+    of its core into its run folder), ``story`` (what happened to the requests with the id ``about``)."""
 
     boot: str
     stream: int
@@ -396,7 +398,7 @@ class Malformed(Rejected):
 
 
 def error_text(error: Exception) -> str:
-    """The text of an error as it is sent; a long one is cut."""
+    """The text of an error for the wire; a long text is cut."""
     return str(error)[:MAX_ERROR_TEXT]
 
 
@@ -405,7 +407,7 @@ def encode(message: Message) -> bytes:
 
 
 def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes | memoryview):  # type: ignore[no-untyped-def]
-    # The collector would look at all objects of a large message again and again while it grows.
+    # The collector would scan all objects of a large message repeatedly while it is decoded.
     large = len(frame) > LARGE_FRAME and gc.isenabled()
     if large:
         gc.disable()

@@ -1,7 +1,7 @@
-"""What a replica is made of, as frozen values: model shape, layout, number formats, limits.
+"""The description of a replica as frozen values: model shape, layout, number formats, limits.
 
-Owns no state. Every struct checks itself on construction (msgspec runs ``__post_init__`` when decoding too), so a value of these
-types is proof that it makes sense. Errors are :class:`~workers.protocol.errors.ConfigError`.
+Owns no state. Every struct checks itself on construction (msgspec runs ``__post_init__`` when decoding too), so every value of these types
+is valid. Errors are :class:`~workers.protocol.errors.ConfigError`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ ResumeClass = Literal["bitwise", "margin", "valid"]
 WaitPolicy = Literal["hybrid", "spin"]
 EngineKind = Literal["portable", "fake", "trtllm"]
 Device = Literal["cpu", "cuda"]
-#: Weight formats that the portable engine computes with, beside plain ones.
+#: Quantized weight formats that the portable engine supports.
 QuantName = Literal["int8", "int4", "fp8"]
 
 MAX_LAYERS = 4096
-#: Longest that sequences should go on after SIGTERM, seconds: batch systems kill 30 s after it.
+#: Longest time that sequences should run after SIGTERM, seconds: batch systems send SIGKILL 30 s after it.
 TERM_GRACE_S = 20.0
 #: Bytes of one element.
 DTYPE_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 #: The same formats as TensorRT-LLM's ``QuantAlgo`` names them.
 QUANT_ALGOS: dict[QuantName, str] = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8_PER_CHANNEL_PER_TOKEN"}
-#: What the kernels of the portable engine run on: sizes of an attention head, and the least compute capability (bf16 on tensor cores).
+#: Requirements of the portable engine's kernels: sizes of an attention head, and the minimum compute capability (bf16 on tensor cores).
 GPU_HEAD_DIMS = (16, 32, 64, 128, 256)
 GPU_MIN_CAPABILITY = (8, 0)
-#: Weights along the input axis that share a scale, where an output row has several.
+#: Numbers of weights along the input axis that share a scale, if an output row has several scales.
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -356,12 +356,12 @@ class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     exclude_modules: tuple[str, ...] | None = None
 
     def same_weights(self, other: Quant) -> bool:
-        """Whether weights are stored alike, whatever the KV cache is."""
+        """Whether weights have the same format, whatever the format of the KV cache."""
         return self == msgspec.structs.replace(other, kv_cache_quant_algo=self.kv_cache_quant_algo)
 
     @property
     def weights(self) -> QuantName | None:
-        """The format that the portable engine computes with; None for plain weights, and for formats that only TensorRT-LLM reads."""
+        """The format that the portable engine computes with; None for unquantized weights, and for formats that only TensorRT-LLM reads."""
         name = next((name for name, algo in QUANT_ALGOS.items() if algo == self.quant_algo), None)
         grouped = self.group_size in GROUP_SIZES and self.has_zero_point
         plain = self.group_size is None and not self.has_zero_point
@@ -375,7 +375,7 @@ PLAIN = Quant()
 def quant_of(name: QuantName, group_size: int | None = None) -> Quant:
     """The Quant of a weight format; ``group_size`` None = 64 where the format has groups. Embedding and head stay as they are.
 
-    Raises :class:`ConfigError` for a group size that the format has not.
+    Raises :class:`ConfigError` for a group size that the format does not have.
     """
     grouped = name == "int4"
     _require(grouped or group_size is None, f"{name} weights have no groups", "each output row has one scale", "leave the group size out")
@@ -414,7 +414,7 @@ class DeviceIndependentSettings(msgspec.Struct, frozen=True, kw_only=True, forbi
 
 
 def check_step_limits(max_batch_size: int, max_num_tokens: int) -> None:
-    """Raises :class:`ConfigError` for limits of a step that cannot be. ``max_batch_size``: sequences; ``max_num_tokens``: tokens."""
+    """Raises :class:`ConfigError` for invalid limits of a step. ``max_batch_size``: sequences; ``max_num_tokens``: tokens."""
     _require(1 <= max_batch_size <= 4096, f"max_batch_size must be in 1..4096, got {max_batch_size}")
     _require(
         max_num_tokens >= max_batch_size,
@@ -440,7 +440,7 @@ class CommonEngineSpec(DeviceIndependentSettings, frozen=True, kw_only=True, for
 class PortableOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of the portable engine alone. ``load_format`` ``dummy``: random weights for the artifact's shape, which then needs no files
     of weights. ``quant``: quantize plain weights while loading them; None = as the artifact has them. ``gpu_memory_utilization``: the share
-    of a GPU's whole memory that may be in use, by whomever; a reserve stays free in any case (:mod:`workers.layout.memory`)."""
+    of a GPU's total memory that may be in use, by all processes; a reserve stays free in any case (:mod:`workers.layout.memory`)."""
 
     load_format: Literal["auto", "dummy"] = "auto"
     quant: QuantName | None = None
@@ -459,7 +459,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class PortableSpec(CommonEngineSpec, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="portable"):
-    """The engine of this project: torch, MPI and NCCL, on CPUs or GPUs."""
+    """This project's own engine: torch, MPI and NCCL, on CPUs or GPUs."""
 
     options: PortableOptions = PortableOptions()
 
@@ -481,21 +481,21 @@ EngineSpec: TypeAlias = PortableSpec | FakeSpec | TrtllmSpec
 
 
 class RouterAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a leader or a client finds one router. ``server_key`` is the router's public CURVE key in z85; empty on ``ipc://``."""
+    """The address of one router, for leaders and clients. ``server_key`` is the router's public CURVE key in z85; empty on ``ipc://``."""
 
     endpoint: str
     server_key: str = ""
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that rank 0 needs to run one replica; the launcher writes it as JSON (mode 0600), other ranks get it over MPI.
+    """Everything that rank 0 needs to run one replica; the launcher writes it as JSON (mode 0600), other ranks get it over MPI.
 
     ``epoch`` = launch time in ms * 2**16 + 16 random bits, made by the launcher (:mod:`workers.epoch`): larger = newer.
     ``tokenizer``: a folder with ``tokenizer.json``; empty = the artifact's own.
     ``run_dir``: where rank 0 writes ``state.json`` and each rank its ``rank<N>.log``; empty = log to stderr, no state file.
     ``key_file``: this replica's CURVE key pair (JSON: public, secret), needed for ``tcp://`` routers only.
-    ``drain_grace_s``: how long sequences may go on after SIGTERM; the rest continues elsewhere. ``announced``: its name towards routers
-    that serve replicas of several deployments; empty = ``name``. ``log_format``: of the ranks' logs.
+    ``drain_grace_s``: how long sequences may run after SIGTERM; after that they continue at other replicas. ``announced``: its name at
+    routers that serve replicas of several deployments; empty = ``name``. ``log_format``: of the ranks' logs.
     """
 
     name: str
@@ -519,12 +519,13 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def needs_mpi(self) -> bool:
-        """Several ranks meet over MPI, and TensorRT-LLM calls it also for one. Of a fake engine rank 0 can stand for all."""
+        """Whether the replica needs MPI: several ranks communicate over MPI, and TensorRT-LLM calls it even for one. In a fake engine, rank
+        0 can compute for all ranks."""
         return isinstance(self.engine, TrtllmSpec) or (self.parallel.world > 1 and isinstance(self.engine, PortableSpec))
 
     @property
     def portable(self) -> PortableSpec:
-        """The engine of a replica that is known to run the portable one; so with the two below."""
+        """The engine of a replica that is known to run the portable one; the two properties below do the same for the others."""
         assert isinstance(self.engine, PortableSpec)
         return self.engine
 

@@ -1,6 +1,6 @@
-"""Status: what engines, replicas and routers say about their state, and the words for every kind of state.
+"""Status reports of engines, replicas and routers, and the words for every kind of state.
 
-Owns the structs and the words; no process state, no clock. Everybody who reads status uses them: the router's ``/status``, ``/metrics`` and
+Owns the structs and the words; no process state, no clock. All readers of status use them: the router's ``/status``, ``/metrics`` and
 ``/ui/data``, the host process that asks its routers, ``trireme status`` and ``trireme top``.
 
 Each kind of state has one set of words, and one process that writes it:
@@ -30,7 +30,8 @@ RankPhase = Literal["starting", "loading", "ready", "draining", "stopped", "fail
 GangPhase = Literal["placing", RankPhase]
 ReplicaPhase = Literal["pending", "backoff", GangPhase]
 RoutingState = Literal["ready", "draining", "lost"]
-#: QUARANTINED: routers send it only what no other replica can take. JOINING: it is ready, and a router of others has not accepted it yet.
+#: QUARANTINED: routers send it only requests that no other replica can run. JOINING: it is ready, but an external router has not accepted
+#: it yet.
 ReplicaRowState = Literal[
     "PENDING", "BACKOFF", "PLACING", "STARTING", "LOADING", "READY", "DRAINING", "STOPPED", "FAILED", "LOST", "QUARANTINED", "JOINING"
 ]
@@ -39,7 +40,7 @@ UpdatePhase = Literal["rolling", "returning", "done", "returned"]
 RouterPhase = Literal["starting", "serving", "draining", "stopped"]
 RouterHealthState = Literal["STARTING", "READY", "DEGRADED", "UNAVAILABLE", "DRAINING"]
 
-#: How a status table shows what the reconciler or a router says of a replica.
+#: The words of a status table for the phases of the reconciler and the states of a router.
 ROW_STATES: Mapping[ReplicaPhase | RoutingState, ReplicaRowState] = {
     "pending": "PENDING",
     "backoff": "BACKOFF",
@@ -54,18 +55,18 @@ ROW_STATES: Mapping[ReplicaPhase | RoutingState, ReplicaRowState] = {
 }
 
 
-#: What is counted, and what is measured: never negative, never without a bound, and no NaN.
+#: Counts and measurements: never negative, bounded, and no NaN.
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
 Milliseconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine counts: sequences, blocks and prompt tokens now, and totals since the start of the process (``*_total``).
+    """An engine's counts: sequences, blocks and prompt tokens now, and totals since the start of the process (``*_total``).
 
-    ``prefill_tokens``: prompt tokens that are not computed yet. ``step_ms``: how long a step takes now. ``step_tokens``: steps by the
+    ``prefill_tokens``: prompt tokens that are not computed yet. ``step_ms``: present duration of a step. ``step_tokens``: steps by the
     number of tokens that they computed, one count for each of :data:`~workers.protocol.messages.STEP_TOKEN_BUCKETS` and one beyond them;
-    empty where the engine does not say. ``prefixes``: hashes (:func:`workers.scheduler.block_pool.prefix_hashes`) of blocks that are
-    surely in the cache, parents first, from an engine whose cache the router cannot guess.
+    empty if the engine does not report it. ``prefixes``: hashes (:func:`workers.scheduler.block_pool.prefix_hashes`) of blocks that are
+    certainly in the cache, parents first, from an engine whose cache the router cannot predict.
     """
 
     running: Count = 0
@@ -87,8 +88,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One replica as one router knows it: its state, the facts of its Hello, and the counts of its last heartbeat. ``reason``: why it is
     lost, or in quarantine.
 
-    ``age_s``: seconds in this state; ``signal_age_s``: seconds since its last message. ``choices``: this router's own there; ``paused``:
-    those of them whose clients take nothing now. ``reported`` False: no heartbeat counts for it, and everything after ``tok_s`` is 0.
+    ``age_s``: seconds in this state; ``signal_age_s``: seconds since its last message. ``choices``: this router's choices at the replica;
+    ``paused``: those without credit. ``reported`` False: there is no valid heartbeat, and everything after ``tok_s`` is 0.
     """
 
     name: str
@@ -130,8 +131,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaLossStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica that a router lost ``age_s`` seconds ago. ``choices``: the router's choices that ran there; ``drained``: it left on
-    purpose."""
+    """A replica that a router lost ``age_s`` seconds ago. ``choices``: number of the router's choices that ran there; ``drained``: it left
+    on purpose."""
 
     replica: str
     model: str
@@ -143,16 +144,16 @@ class ReplicaLossStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RpcStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A router's RPC server: requests that live, and frames that it refused since its start."""
+    """A router's RPC server: number of live requests, and of frames refused since its start."""
 
     live: int
     malformed: int
 
 
 class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One router now. By model: ``queue``, choices that wait for a replica; ``admitted``, requests since the router's start.
+    """The status of one router. By model: ``queue``, choices that wait for a replica; ``admitted``, requests since the router's start.
 
-    ``running``: choices at replicas. ``counts``: what the routing core counted since its start, by event. ``default_sampling_params``: the
+    ``running``: choices at replicas. ``counts``: the routing core's counters since its start, by event. ``default_sampling_params``: the
     models' own defaults of requests, by model; only in answers of the HTTP API and the RPC server. ``rpc``: only in the answer to an RPC
     client.
     """
@@ -170,7 +171,7 @@ class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What every ready replica of a model can do; the numbers are 0 while no replica was ever seen."""
+    """The common limits of all ready replicas of a model; the numbers are 0 before the first replica was seen."""
 
     name: str
     ready: int
@@ -181,7 +182,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RouterState(msgspec.Struct, frozen=True, kw_only=True):
-    """A router process's state file. ``http``: URL, empty while nothing listens there; ``back`` and ``rpc``: endpoints that are bound."""
+    """A router process's state file. ``http``: URL, empty while the HTTP server does not listen; ``back`` and ``rpc``: bound endpoints."""
 
     name: str
     pid: int

@@ -1,7 +1,8 @@
-"""What a deployment may pass through to TensorRT-LLM; ``None`` everywhere = its own default.
+"""Options that a deployment passes through to TensorRT-LLM; ``None`` = TensorRT-LLM's default.
 
-Owns names and types only; field names are TensorRT-LLM's own, so its documentation applies. Left out is what the rest of the deployment
-says already (layout, limits, KV size, prefix reuse) and what the published API has no name for. A layer-0 module: imports nothing heavy.
+Owns names and types only; field names are TensorRT-LLM's own, so its documentation applies. Options that the deployment sets elsewhere
+(layout, limits, KV size, prefix reuse) and options without a name in the published API are not included. A layer-0 module: imports nothing
+heavy.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class DecodingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class ExecutorOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``ExecutorConfig``, what is left of it."""
+    """The other fields of ``ExecutorConfig``."""
 
     normalize_log_probs: bool | None = None
     use_gpu_direct_storage: bool | None = None
@@ -99,14 +100,14 @@ class ExecutorOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class PerfKnobOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``ExtendedRuntimePerfKnobConfig``, its constructor's part."""
+    """The constructor's fields of ``ExtendedRuntimePerfKnobConfig``."""
 
     multi_block_mode: bool | None = None
     enable_context_fmha_fp32_acc: bool | None = None
 
 
 class LlmKvCacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``KvCacheConfig`` of the LLM API, what an engine has built in."""
+    """``KvCacheConfig`` of the LLM API: fields that are fixed in a built engine."""
 
     tokens_per_block: int = 32
     dtype: str | None = None
@@ -138,11 +139,11 @@ class LlmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class TrtllmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``models[].trtllm`` of a deployment.
 
-    ``backend``: auto = what fits the artifact. ``start_timeout_s`` bounds loading and the warm-up request. ``poll_ms``: longest wait for
-    responses, hence the longest that a new request waits for its turn. ``chunked_context``: None = what the engine was built for.
-    ``device_ids``: GPU indices of a node's ranks, in rank order. ``lora_task_id``: adapter of every request (from ``lora_prefetch_dir``).
-    ``executor``, ``perf_knobs``, ``decoding``, ``scheduler``, ``peft_cache``, ``device_ids`` and ``lora_task_id`` are for engine shards;
-    ``llm`` and ``llm_kv_cache`` are for the LLM API.
+    ``backend``: auto = the one that fits the artifact. ``start_timeout_s`` bounds loading and the warm-up request. ``poll_ms``: longest
+    wait for responses, and so the longest delay of a new request. ``chunked_context``: None = as the engine was built. ``device_ids``: GPU
+    indices of a node's ranks, in rank order. ``lora_task_id``: adapter of every request (from ``lora_prefetch_dir``). ``executor``,
+    ``perf_knobs``, ``decoding``, ``scheduler``, ``peft_cache``, ``device_ids`` and ``lora_task_id`` are for engine shards; ``llm`` and
+    ``llm_kv_cache`` are for the LLM API.
     """
 
     backend: Literal["auto", "executor", "llmapi"] = "auto"
@@ -168,7 +169,7 @@ class TrtllmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ConfigError(f"poll_ms must be 1 to 1000, got {self.poll_ms}", "submissions and cancellations wait for a poll's end")
 
     def refuse_others(self, backend: Backend) -> None:
-        """Raises :class:`ConfigError` naming what is set here and means nothing to ``backend``."""
+        """Raises :class:`ConfigError` naming an option that is set here but not supported by ``backend``."""
         served = "the C++ Executor" if backend == "executor" else "the LLM API"
         for name in _LLM_ONLY if backend == "executor" else _EXECUTOR_ONLY:
             if getattr(self, name) != _DEFAULTS[name]:
@@ -181,7 +182,7 @@ _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Trtll
 
 
 def given(options: msgspec.Struct) -> dict[str, Any]:
-    """What is set, as keywords for TensorRT-LLM; sequences as lists, which its bindings take."""
+    """The options that are set, as keywords for TensorRT-LLM; sequences as lists, which its bindings require."""
     pairs = ((name, getattr(options, name)) for name in options.__struct_fields__)
     return {name: _plain(value) for name, value in pairs if value is not None}
 

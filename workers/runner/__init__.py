@@ -1,4 +1,4 @@
-"""What one rank does with a step plan: runners on CPU and GPU, KV cache, step inputs and results, sampling, bring-up.
+"""Execution of step plans on one rank: runners on CPU and GPU, KV cache, step inputs and results, sampling, bring-up.
 
 A rank decides nothing: the plan comes from the leader's scheduler (:mod:`workers.scheduler`).
 """

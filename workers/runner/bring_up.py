@@ -1,6 +1,6 @@
 """Brings up one rank: checks its device, loads the shard, sizes the KV cache and makes the runner.
 
-Owns nothing afterwards but the order in which a rank shuts down: captured graphs, then process groups, and only then MPI.
+Afterwards it owns only the order in which a rank shuts down: captured graphs, then process groups, and only then MPI.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def compute_dtype(engine: EngineSpec, model: ModelSpec) -> torch.dtype:
     """The dtype that ``engine`` computes in.
 
     Raises:
-        ConfigError: this machine cannot compute the model in it. Another launch would fail in the same way.
+
+    ConfigError: this machine cannot compute the model in it. Another launch would fail in the same way.
     """
     if engine.device == "cuda":
         if model.head_dim not in GPU_HEAD_DIMS:
@@ -76,13 +77,13 @@ def compute_dtype(engine: EngineSpec, model: ModelSpec) -> torch.dtype:
 
 def _trim_heap() -> None:
     """Return free heap memory to the system: loading leaves up to 30 MB a rank, measured, that nothing uses later."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it; other C libraries keep less
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has this function; other C libraries keep less
     if trim is not None:
         trim(0)
 
 
 def bring_up(spec: ReplicaSpec, context: RankContext) -> BuiltRank:
-    """Load this rank's shard and size its cache, together with all other ranks. Raises on every rank what any rank found wrong."""
+    """Load this rank's shard and size its cache, together with all other ranks. Raises the error of any rank on every rank."""
     engine, parallel, world = spec.portable, spec.parallel, context.world
     on_gpu = context.device.type == "cuda"
     with ThreadPoolExecutor(1, "verify weights") as pool:
@@ -108,8 +109,8 @@ def bring_up(spec: ReplicaSpec, context: RankContext) -> BuiltRank:
             cache = KvCache(artifact.model, shard, blocks=blocks, block_size=engine.block_size, dtype=TORCH[form], device=stage.device)
             runner = _runner(spec, context, stage, cache, max_seq_len, artifact.eos_ids)
         with all_or_none(context.comm):
-            # On a GPU the hash is computed beside the loading, which reads the file a second time; a damaged file is found before it
-            # serves.
+            # On a GPU the hash is computed during the loading, with a second read of the file; a damaged file is detected before the
+            # replica serves.
             if verified is not None:
                 verified.result()
     capacity = Capacity(
@@ -169,7 +170,7 @@ def _runner(
             eos_ids=eos_ids,
             fixed_shape=engine.fixed_shape,
         )
-    # Triton is imported only where a GPU computes.
+    # Triton is imported only on a GPU.
     from workers.kernels import step_ends
     from workers.runner.gpu_runner import GpuRunner
 
@@ -197,8 +198,8 @@ def _runner(
 
 
 def _warm_up(runner: PlanRunner, cache: KvCache, tokens: int) -> None:
-    """Run the longest prefill, then a decode beside a short prefill, and a decode alone: so kernels are compiled and the memory of a step
-    is allocated before the first request. No prefix hit can find the blocks that this uses."""
+    """Run the longest prefill, then a decode together with a short prefill, then a decode alone: this compiles the kernels and allocates
+    the memory of a step before the first request. No prefix hit can find the blocks that it uses."""
     size = cache.block_size
     tokens = min(tokens, (cache.blocks - 2) * size)
     if tokens < 1:

@@ -1,7 +1,7 @@
 """Applies step plans on one rank with a CPU.
 
-Owns what the rank remembers between steps: block tables, sampling state and the KV cache. Every rank sees every plan in the same order, so
-all have the same tables. Must never decide anything: the plan says what runs, what is sampled and what is freed.
+Owns the rank's state between steps: block tables, sampling state and the KV cache. Every rank sees every plan in the same order, so all
+have the same tables. Must never decide anything: the plan says what runs, what is sampled and what is freed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CpuRunner:
         pipeline: the ranks that hold the other stages of this tp rank, in stage order.
         tensor: the tp ranks of this stage.
         slots, max_seq_len: bounds of slot numbers and of a sequence's tokens.
-        fixed_shape: compute every token in shapes that depend on its position alone.
+        fixed_shape: compute every token in shapes that depend only on its position.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class CpuRunner:
             self._sampling.append_tokens(plan)
 
     def _append(self, starts: dict[int, int], slots: Ints, blocks: Ints) -> None:
-        """Append ``blocks`` to the tables of ``slots``, and clear the blocks that hold nothing computed yet (those of a prefix hit do).
+        """Append ``blocks`` to the tables of ``slots``, and zero the new blocks (but not those of a prefix hit, which hold computed
+        tokens).
 
         ``starts``: tokens that are computed already, by slot.
         """

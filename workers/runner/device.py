@@ -1,7 +1,7 @@
 """The accelerator beneath a GPU runner: pinned host memory, events in its stream of work, and captured programs that it replays.
 
-Owns the Device seam, the GPU that implements it, and what is made of it alone: captured programs by size, and staging buffers. Tests put a
-CPU in its place (:mod:`tests.support.fake_device`). Must never know of plans.
+Owns the Device protocol, the GPU that implements it, and what needs only a Device: captured programs by size, and staging buffers. Tests
+replace the GPU by a CPU (:mod:`tests.support.fake_device`). Must never know of plans.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from workers.scheduler.step_plan import Ints
 
-#: Sequences of the captured decode steps. Padding costs at most 7 sequences, whose weights are read anyway, 15 from 128 on, and 31 from 256
-#: on, where products are made of tiles of 64 rows and more.
+#: Sequences of the captured decode steps. Padding adds at most 7 sequences, for which no further weights are read, 15 from 128 on, and 31
+#: from 256 on, where products use tiles of 64 rows or more.
 DECODE_GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 513, 32))
-#: Tokens of the other captured steps. Up to about 256 tokens padding costs little beside reading the weights. Longer steps take longer on
-#: the device than their launches on the host, so they need no graph. 448 is left out: for the widest product of an 8B model cuBLAS then
-#: takes a kernel of half the speed.
+#: Tokens of the other captured steps. Up to about 256 tokens, padding costs little compared with reading the weights. Longer steps take
+#: longer on the device than their launches on the host, so they need no graph. 448 is left out, because at this size cuBLAS chooses a
+#: kernel of half the speed for the widest product of an 8B model.
 MIXED_GRAPH_SIZES = (32, 64, 128, 192, 256, 320, 384, 512)
 
 
@@ -39,7 +39,7 @@ class DeviceEvent(Protocol):
 
 
 class Device(Protocol):
-    """A main stream of work, done in order, and a side stream for work that must not wait behind later steps."""
+    """A device with a main stream, whose work is done in order, and a side stream for work that must not wait behind later steps."""
 
     @property
     def torch_device(self) -> torch.device: ...
@@ -58,10 +58,10 @@ class Device(Protocol):
         """A context whose work runs in the side stream, once the event ``after`` is reached."""
 
     def check(self) -> None:
-        """Raise the error of any work issued so far, as far as it is known by now."""
+        """Raise a known error of the work issued so far."""
 
     def release(self) -> None:
-        """Wait for all work, then drop what was captured."""
+        """Wait for all work, then drop the captured programs."""
 
 
 class CudaDevice:
@@ -83,7 +83,7 @@ class CudaDevice:
         graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.torch_device)
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
-            # Kernels are compiled and workspaces made outside the graph.
+            # Kernels are compiled and workspaces allocated outside the graph.
             warm_up()
             # Other threads of this process (NCCL's watchdog) may call the driver meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -111,7 +111,7 @@ class CudaDevice:
 
 
 class GraphProgram(NamedTuple):
-    """A program to capture, and what to run once before the capture."""
+    """A program to capture, and a warm-up to run once before the capture."""
 
     program: Callable[[], None]
     warm_up: Callable[[], None]
@@ -125,7 +125,7 @@ def graph_sizes(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:
 class Graphs:
     """Captured programs of a few sizes; a step is replayed by the smallest program that holds it.
 
-    ``programs(size)`` makes the program of each of ``sizes``. The largest is captured first: the smaller ones then live in its memory.
+    ``programs(size)`` makes the program of each of ``sizes``. The largest is captured first, and the smaller ones then use its memory.
     """
 
     def __init__(self, device: Device, sizes: tuple[int, ...], programs: Callable[[int], GraphProgram]) -> None:
@@ -133,12 +133,12 @@ class Graphs:
         self._replays = {size: device.capture(*programs(size)) for size in reversed(sizes)}
 
     def size_for(self, least: int) -> int | None:
-        """The smallest captured size that is ``least`` or more; None where all are too small."""
+        """The smallest captured size of at least ``least``; None if all are smaller."""
         at = bisect_left(self._sizes, least)
         return self._sizes[at] if at < len(self._sizes) else None
 
     def replay(self, size: int) -> None:
-        """Issue the program of ``size``. It reads its inputs when the device gets there, not now."""
+        """Issue the program of ``size``. The program reads its inputs when it runs, not now."""
         self._replays[size]()
 
     def close(self) -> None:
@@ -146,9 +146,9 @@ class Graphs:
 
 
 class Staging:
-    """``depth`` pinned buffers of ``words`` int32 that carry numbers to the device in the background, used in turn.
+    """``depth`` pinned buffers of ``words`` int32 that carry numbers to the device in the background. They are used one after the other.
 
-    No buffer is written again before the work that read it is done.
+    A buffer is written again only after the work that reads it is done.
     """
 
     def __init__(self, device: Device, *, words: int, depth: int) -> None:
@@ -165,13 +165,14 @@ class Staging:
         return torch.empty(len(numbers), dtype=torch.int32, device=self._device).copy_(buffer[: len(numbers)], non_blocking=True)
 
     def sent(self) -> None:
-        """Call when all work that reads the last copy is issued: the next send takes the next buffer."""
+        """Call this after all work that reads the last copy is issued: the next send uses the next buffer."""
         self._buffers[self._next][1].record()
         self._next = (self._next + 1) % len(self._buffers)
 
 
 def pin_numerics() -> None:
-    """Make torch compute products in the precision that their dtypes name: no TF32, and no reduced-precision sums in half precision."""
+    """Make torch compute products in the full precision of their dtypes: no TF32, and no reduced-precision accumulation in half
+    precision."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -1,9 +1,9 @@
-"""Applies step plans on one rank with a GPU: starts each step without waiting for the one before.
+"""Applies step plans on one rank with a GPU: starts each step without waiting for the previous one.
 
 Owns the device's state of the slots (block tables, the last token and the seed of every slot) and the KV cache. A step is one submission,
 and then one captured program that takes the submission and completes the step; a step that no graph holds runs as the same operations one
-by one, in the same stream. A decode step that repeats the one before is submitted empty but for the blocks that it appends. Must never
-decide anything, nor read from the device where a plan can be issued without; sequences that need the torch sampler are the exception
+by one, in the same stream. The submission of a decode step that repeats the previous one contains only the appended blocks. Must never
+decide anything, and never read from the device to issue a plan, except for sequences that need the torch sampler
 (:meth:`GpuRunner._sample_with_torch`).
 """
 
@@ -32,9 +32,10 @@ from workers.runner.step_inputs import DecodeInputFormat, MixedInputFormat, Step
 from workers.runner.step_results import DeviceResult, PendingResult, ReadyResult, SamplingExtras
 from workers.scheduler.step_plan import I32, Ints, StepPlan, StepResult, view
 
-#: Slot updates, for each slot, that a submission has room for beside its inputs. A step with more sends some ahead.
+#: Slot updates per slot for which a submission has room in addition to its inputs. A step with more updates sends some in advance.
 _UPDATES_PER_SLOT = 8
-#: Repeated steps after which the attention layout is cut anew: the last part of every sequence grows by a token each.
+#: Repeated steps after which the attention layout is computed again: in each repeated step, the last part of every sequence grows by one
+#: token.
 _MAX_REPEATS = 16
 
 
@@ -53,8 +54,8 @@ class StepEnds(Protocol):
 
 
 class _Step(NamedTuple):
-    """What a plan has in common with the plans that repeat it. ``sampled_indices`` [N]: the sequences that yield a token; ``graph_size``:
-    the size of the decode graph that takes the step, None where it is not all decodes or no graph holds it."""
+    """Facts that a plan shares with the plans that repeat it. ``sampled_indices`` [N]: the sequences that yield a token; ``graph_size``:
+    the size of the decode graph for the step, None if it has other sequences than decodes or if no graph is large enough."""
 
     slots: Ints
     lengths: Ints
@@ -67,11 +68,9 @@ class GpuRunner:
 
     Args:
         stage: this rank's shard on ``device``, frozen.
-        step_ends: the module :mod:`workers.kernels.step_ends`, or what stands in for it.
-        slots, max_seq_len: bounds of slot numbers and of a sequence's tokens.
-        depth: how many plans may be in flight.
-        reports_results: whether this rank of the last stage is the one whose results are read.
-        waiter: how to wait for the device.
+        step_ends: the module :mod:`workers.kernels.step_ends`, or a replacement in tests. slots, max_seq_len: bounds of slot numbers and of
+        a sequence's tokens. depth: how many plans may be in flight. reports_results: whether the leader reads the results of this rank (one
+        rank of the last stage). waiter: how to wait for the device.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class GpuRunner:
         shard, on = stage.shard, device.torch_device
         self._heads = Heads(shard.heads.size, shard.kv_heads.size)
         width = -(-max_seq_len // cache.block_size)
-        # One slot more than there are: padding reads and writes it.
+        # One more slot than sequences can use: padding reads and writes it.
         self._padding_slot = slots
         self._state = SlotState.empty(slots, width, on)
         self._paging = Paging.over(self._state.tables, self._heads)
@@ -118,25 +117,25 @@ class GpuRunner:
             MixedInputFormat(widest, slots, self._padding_slot),
         )
         longest = max(form.words for form in formats)
-        # The inputs of every step begin here: they are written when no program reads those of the step before any more.
+        # The inputs of every step begin here: they are written after the last read of the previous step's inputs.
         self._memory = torch.zeros(longest, dtype=torch.int32, device=on)
         self._returned = torch.zeros(slots, dtype=torch.int32, device=on)
         entries = 1 << (depth + 1).bit_length()
         words = HEADER_WORDS + longest + 3 * (_UPDATES_PER_SLOT * slots + 8)
         self._rings = Rings.empty(device.pinned, on, words=words, sequences=max(largest, slots), depth=entries)
         self._submissions, self._completions = Submissions(self._rings, device, self._waiter), Completions(self._rings, device)
-        # The step whose inputs are in memory as the next decode step needs them (0 = none), and how often it was repeated.
+        # The step that left the inputs of the next decode step in memory (0 = none), and how often it was repeated.
         self._repeatable = self._repeats = 0
         self._staging = Staging(device, words=slots, depth=entries)
-        #: Where the device's work of each recent step ends, by step number; only with several stages.
+        #: Events at the end of the device's work of each recent step, by step number; only with several stages.
         self._events: dict[int, DeviceEvent] = {}
-        # The number of the last plan, and what it has in common with the plans that repeat it.
+        # The number of the last plan, and the facts that it shares with the plans that repeat it.
         self._last = 0, _Step(NONE, NONE, np.zeros(0, np.int64), None)
         self._mixed_graphs = self._decode_graphs = Graphs(device, (), self._decode_program)
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture the programs of all sizes. Kernels that were not used before are compiled."""
+        """Capture the programs of all sizes. This compiles kernels that were not used before."""
         self._mixed_graphs = Graphs(self._device, tuple(self._mixed_formats), self._mixed_program)
         self._decode_graphs = Graphs(self._device, tuple(self._decode_formats), self._decode_program)
 
@@ -151,8 +150,8 @@ class GpuRunner:
         return self._program(form, lambda packed: form.fill(packed, NONE, NONE, NONE, NONE, np.zeros(0, np.int64), self._heads))
 
     def _program(self, form: DecodeInputFormat | MixedInputFormat, fill_padding: Callable[[Ints], None]) -> GraphProgram:
-        """A step from inputs of ``form`` to its completion, over ``_hidden``. The warm-up is a step of padding alone, which
-        ``fill_padding`` writes, through the first layer only: all layers use the same kernels."""
+        """The program of a step from inputs of ``form`` to its completion, over ``_hidden``. The warm-up is a step that contains only
+        padding, written by ``fill_padding``, through the first layer only, because all layers use the same kernels."""
         inputs = form.views(self._memory, self._paging)
 
         def warm_up() -> None:
@@ -166,7 +165,7 @@ class GpuRunner:
 
     def issue(self, plan: StepPlan) -> PendingResult | None:
         """See :class:`~workers.runner.step_results.PlanRunner`."""
-        # Most plans are replayed without a call of torch: inference mode is entered only where torch makes tensors.
+        # Most plans are replayed without a call of torch: inference mode is entered only if torch makes tensors.
         updates = self._records.apply(plan)
         if self._groups.pipeline.size > 1:
             updates = updates._replace(returned=self._records.token_indices(self._return_placeholders(plan)))
@@ -188,7 +187,7 @@ class GpuRunner:
         return DeviceResult(plan.step, self._completions.of(plan.step, len(step.sampled_indices)), self._waiter, extras)
 
     def _record_event(self, step: int) -> None:
-        """Remember where the device's work for ``step`` ends."""
+        """Record an event at the end of the device's work for ``step``."""
         reused = self._events.pop(step - self._depth - 1, None)
         event = self._events[step] = self._device.event() if reused is None else reused
         event.record()
@@ -196,12 +195,12 @@ class GpuRunner:
     @torch.inference_mode()
     def _send_hidden(self, hidden: Tensor, count: int) -> None:
         """Send the first ``count`` tokens of ``hidden`` to the next stage."""
-        # The next graph overwrites what a graph computes; what is being sent must stay as it is.
+        # The next graph overwrites this memory, so the tensor that is sent is copied.
         self._groups.pipeline.send(hidden[:count].clone() if hidden is self._hidden else hidden, self._groups.pipeline.rank + 1)
 
     def _return_placeholders(self, plan: StepPlan) -> Ints:
-        """Where there are several stages: the last one sends the first one the tokens that ``plan`` leaves as placeholders. Returns the
-        slots whose tokens this rank receives: [m] int32 on the first stage, none elsewhere."""
+        """With several stages, the last one sends the first one the tokens for the placeholders in ``plan``. Returns the slots whose tokens
+        this rank receives: [m] int32 on the first stage, none elsewhere."""
         if not plan.slots:
             return NONE
         lengths = view(plan.lengths)
@@ -213,15 +212,14 @@ class GpuRunner:
 
     @torch.inference_mode()
     def _return_tokens(self, step: int, slots: Ints) -> None:
-        """Send the last tokens of ``slots`` to the first stage as soon as the step that chose them is done, ahead of the steps behind
-        it."""
+        """Send the last tokens of ``slots`` to the first stage as soon as the step that sampled them is done, before later steps."""
         event = self._events[max(number for number in self._events if number <= step - self._groups.pipeline.size)]
         with self._device.side_stream(event):
             self._groups.token_return.send(self._state.tokens.index_select(0, self._staging.send(slots)), 0)
             self._staging.sent()
 
     def _step_of(self, plan: StepPlan) -> _Step:
-        """The plan's :class:`_Step`: that of the plan before, where this one repeats it."""
+        """The plan's :class:`_Step`: that of the previous plan if this one repeats it."""
         last, step = self._last
         if not plan.repeats or plan.repeats != last:
             step = self._read(plan)
@@ -249,7 +247,7 @@ class GpuRunner:
             self._submissions.send(plan.step, form.words, updates)
         self._receive(self._hidden, len(step.slots), updates)
         self._decode_graphs.replay(size)
-        if self._groups.pipeline.size == 1:  # only the last stage chooses tokens, and so leaves inputs that can be repeated
+        if self._groups.pipeline.size == 1:  # only the last stage samples tokens, so only it leaves inputs for a repeated step
             self._repeatable = plan.step
         return self._hidden
 
@@ -257,7 +255,7 @@ class GpuRunner:
     def _run_mixed(self, plan: StepPlan, step: _Step, updates: SlotUpdates) -> Tensor:
         """Run any step, by a graph that holds it or operation by operation; returns its hidden states."""
         tokens, sampled_count = view(plan.tokens), len(step.sampled_indices)
-        # A step that yields nothing is completed by one padding sequence.
+        # A step that yields no token is completed by one padding sequence.
         exact = MixedInputFormat(step_shape(step.lengths, self._heads), max(1, sampled_count), self._padding_slot)
         size = self._mixed_graphs.size_for(len(tokens))
         form = exact if size is None else self._mixed_formats[size]
@@ -277,8 +275,8 @@ class GpuRunner:
         return hidden
 
     def _open(self, step: int, words: int, updates: SlotUpdates) -> tuple[Ints, SlotUpdates]:
-        """Open a submission with ``words`` of inputs: returns these, and the ``updates`` to send with them. Updates for which it has no
-        room are sent ahead, in submissions of their own."""
+        """Open a submission with ``words`` of inputs. Returns these words, and the ``updates`` to send with them; updates for which there
+        is no room are sent before, in separate submissions."""
         while len(updates.indices) > self._submissions.room(words):
             ahead, updates = updates.split(self._submissions.room(0))
             self._submissions.open(0)
@@ -287,7 +285,7 @@ class GpuRunner:
         return self._submissions.open(words), updates
 
     def _receive(self, hidden: Tensor, count: int, updates: SlotUpdates) -> None:
-        """Receive what other stages send for this step: ``count`` tokens of ``hidden`` from the stage before, and on the first stage the
+        """Receive this step's data from other stages: ``count`` tokens of ``hidden`` from the previous stage, and on the first stage the
         tokens that the last one returns."""
         if not self.stage.shard.first:
             self._groups.pipeline.recv(hidden[:count], self._groups.pipeline.rank - 1)
@@ -297,7 +295,7 @@ class GpuRunner:
     # What is computed
 
     def _compute(self, inputs: StepInputs, hidden: Tensor, layers: list[Tensor]) -> None:
-        """Take one submission and run the step in place in ``hidden`` [at least T, hidden_size]: through as many of the stage's layers as
+        """Read one submission and run the step in place in ``hidden`` [at least T, hidden_size], through as many of the stage's layers as
         ``layers`` has caches. The first stage embeds the tokens, the last one completes the step."""
         stage, slots, ends, hidden = self.stage, inputs.slots, self._step_ends, hidden[: len(inputs.tokens)]
         ends.take_submission(self._rings, self._memory, self._state, self._returned)
@@ -319,7 +317,7 @@ class GpuRunner:
 
     @torch.inference_mode()
     def _sample_with_torch(self, plan: StepPlan, step: _Step, hidden: Tensor) -> SamplingExtras | None:
-        """Sample the sequences that need the torch sampler, and score prompts; None where the step has neither. Reads from the device, so
+        """Sample the sequences that need the torch sampler, and score prompts; None if the step has neither. It reads from the device, so
         it waits for this step."""
         assert self._sampling is not None
         indices = np.flatnonzero(self._records.needs_torch[step.slots[step.sampled_indices]])

@@ -1,9 +1,9 @@
 """Exchanges steps between a host and its device through two rings in host memory, without a call of the driver.
 
 Owns the layout of a submission, the rule when its memory may be written again, and how a completion is read. The device counts submissions
-and takes them in the order in which its programs run; it writes the number of the last one that it has read. A completion word holds a
-token and the number of its step. The host reads that word until the number is the one that it waits for, so it needs no copy and no event.
-Must never know of plans.
+and reads them in the order in which its programs run; it writes the number of the last one that it has read. A completion word holds a
+token and the number of its step. The host polls that word until it holds the expected number, so it needs no copy and no event. Must never
+know of plans.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from workers.runner.device import Device
 from workers.runner.slot_updates import SlotUpdates
 from workers.scheduler.step_plan import Ints
 
-#: Failed polls after which the device is asked whether it still works: that costs a call of the driver.
+#: Failed polls between two checks whether the device still works; a check costs a call of the driver.
 _POLLS_PER_CHECK = 256
 
 
 class _PollCounter:
-    """Counts failed polls of a ring and now and then calls ``device.check()``, which raises pending errors of the device."""
+    """Counts failed polls of a ring and periodically calls ``device.check()``, which raises pending errors of the device."""
 
     def __init__(self, device: Device) -> None:
         self._device, self._failed = device, 0
@@ -35,8 +35,8 @@ class _PollCounter:
 
 
 class Submissions:
-    """The host's end of the ring of submissions: :meth:`open` an entry, write the step's inputs to it, :meth:`send` it, then run exactly
-    one program that takes it."""
+    """The host's side of the ring of submissions: :meth:`open` an entry, write the step's inputs to it, :meth:`send` it, then run exactly
+    one program that reads it."""
 
     def __init__(self, rings: Rings, device: Device, waiter: Waiter) -> None:
         self._entries = [cast(Ints, entry.numpy()) for entry in rings.submissions]
@@ -44,13 +44,13 @@ class Submissions:
         self._last = int(self._read[0])
 
     def room(self, words: int) -> int:
-        """How many slot updates fit behind ``words`` of step inputs, and as many returned tokens beside them."""
-        # Three columns share the rest of the entry, and each may lose up to three words to its alignment.
+        """Number of slot updates, and of returned tokens, that fit after ``words`` of step inputs."""
+        # Three columns share the rest of the entry; alignment may cost each up to three words.
         return (len(self._entries[0]) - HEADER_WORDS - aligned(words)) // 3 - 4
 
     def open(self, words: int) -> Ints:
-        """[words] int32 of the next entry for a step's inputs, contents undefined. Waits until the device has read what stood there, which
-        was sent ``depth`` submissions ago."""
+        """[words] int32 of the next entry for a step's inputs, contents undefined. Waits until the device has read the entry's previous
+        content, which was sent ``depth`` submissions ago."""
         self._waiter.until(self._is_read)
         return self._entries[(self._last + 1) % len(self._entries)][HEADER_WORDS : HEADER_WORDS + words]
 
@@ -59,7 +59,7 @@ class Submissions:
         return unread < len(self._entries) or self._polls.failed_poll()
 
     def send(self, step: int, words: int, updates: SlotUpdates) -> None:
-        """Complete the opened entry: it holds ``words`` of step inputs and gets ``updates``, for which there must be :meth:`room`."""
+        """Complete the opened entry, which holds ``words`` of step inputs, with ``updates``, for which there must be :meth:`room`."""
         self._last = (self._last + 1) & NUMBER_MASK
         entry = self._entries[self._last % len(self._entries)]
         count, returned = len(updates.indices), len(updates.returned)
@@ -72,7 +72,7 @@ class Submissions:
 
 
 class Completions:
-    """The host's end of the ring of completions. A step's tokens stay readable until ``depth`` more steps have run."""
+    """The host's side of the ring of completions. A step's tokens stay readable until ``depth`` more steps have run."""
 
     def __init__(self, rings: Rings, device: Device) -> None:
         pairs = rings.completions.numpy().view("<i4").reshape(*rings.completions.shape, 2)
@@ -88,15 +88,15 @@ class Completions:
 
 
 class Completion:
-    """The tokens of one step, perhaps still to come. ``tokens`` [N] int32 are valid once :meth:`ready`; -1 = no logit is finite."""
+    """The tokens of one step, which may still be pending. ``tokens`` [N] int32 are valid once :meth:`ready`; -1 = no logit is finite."""
 
     def __init__(self, tokens: Ints, numbers: Ints, number: int, polls: _PollCounter) -> None:
         self.tokens = tokens
         self._numbers, self._number, self._polls = numbers, number, polls
 
     def ready(self) -> bool:
-        """Whether all tokens of the step are there. Raises the device's error if it ran into one."""
-        # The last sequence is mostly the last to be done: poll it first, and look at all only then.
+        """Whether all tokens of the step have arrived. Raises a pending error of the device."""
+        # The last sequence usually finishes last: poll it first, then check all.
         if self._numbers[-1] == self._number and bool((self._numbers == self._number).all()):
             return True
         return self._polls.failed_poll()

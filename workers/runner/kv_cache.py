@@ -1,8 +1,8 @@
 """Paged keys and values of one rank.
 
-Owns the cache's memory and how many blocks it has. Must never know which sequence holds a block: block ids come with the plan. The leader
+Owns the cache's memory and the number of its blocks. Must never know which sequence holds a block: block ids come with the plan. The leader
 alone allocates and frees blocks: :class:`workers.scheduler.block_pool.BlockPool`, called by :mod:`workers.scheduler.scheduler`. The cache
-has one block more than the leader may hand out, :attr:`KvCache.padding_block`: it stays zero, and padding reads it.
+has one more block than the leader may allocate, :attr:`KvCache.padding_block`: it stays zero, and padding reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.protocol.specs import ModelSpec
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(bytes that are free now, bytes in all) on ``device``, or on this host where the device is the CPU."""
+    """(free bytes, total bytes) on ``device``, or on this host if the device is the CPU."""
     if device.type == "cpu":
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)
@@ -32,7 +32,7 @@ def fewest_blocks(group: Group, blocks: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros of ``shape``. On a CPU their pages cost no memory before they are written (``torch.zeros`` writes them all)."""
+    """Zeros of ``shape``. On a CPU, pages use no memory before they are written (``torch.zeros`` would write all of them)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     unit = {4: np.int32, 2: np.int16}[dtype.itemsize]
@@ -40,9 +40,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class KvCache:
-    """``layers``: one tensor a layer, [blocks + 1, block_size, 2 * kv_heads, head_dim], keys' heads before values' heads, zero at first.
+    """``layers``: one tensor a layer, [blocks + 1, block_size, 2 * kv_heads, head_dim], keys' heads before values' heads, initially zero.
 
-    On a CPU, blocks that no sequence ever used take no memory.
+    On a CPU, blocks that no sequence has used take no memory.
     """
 
     def __init__(self, model: ModelSpec, shard: Shard, *, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -52,6 +52,6 @@ class KvCache:
         self.layers: list[Tensor] = [_zeros(shape, dtype, device) for _ in range(shard.layers.size)]
 
     def clear(self, blocks: Tensor) -> None:
-        """Zero ``blocks`` [B] before their first use: a faulted sequence may have left NaN there, and a masked 0 * NaN is still NaN."""
+        """Zero ``blocks`` [B] before their first use: a failed sequence may have left NaN there, and a masked 0 * NaN is still NaN."""
         for layer in self.layers:
             layer.index_fill_(0, blocks, 0)

@@ -1,8 +1,8 @@
 """The torch sampler over a sharded vocabulary: same definition, same order, as the numpy one in :mod:`workers.sampling.definition`.
 
 Owns nothing between steps. Each tp rank scores its own part of the vocabulary; ranks exchange a few numbers for each sequence: the best
-(score, id), the pieces of a log-sum-exp, and each shard's largest values where top-k, top-p or logprobs need them. Must never make a choice
-that another rank could make differently: every decision follows from gathered numbers.
+(score, id), the parts of a log-sum-exp, and each shard's largest values if top-k, top-p or logprobs need them. All ranks must make the same
+choice: every decision depends only on gathered numbers.
 
 Shapes: S sequences that sample in this step; ``rows``: vocabulary rows of this rank's shard, padding included.
 """
@@ -19,14 +19,14 @@ from workers.distributed.group import Group
 from workers.protocol.messages import SamplingParams
 from workers.sampling.definition import MIX_A, MIX_B, noise_keys
 
-#: How many of its largest values each shard shows for top-k and top-p before all logits of a sequence must be gathered.
+#: Number of largest values that each shard sends for top-k and top-p; if they are not enough, all logits of a sequence are gathered.
 SHOWN = 64
 _HALF_WORD = 0xFFFF
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingInput:
-    """What one sequence needs to sample a token. ``position``: the absolute position that the token takes. ``banned``: ids that are
+    """The sampling inputs of one sequence for one token. ``position``: the absolute position that the token takes. ``banned``: ids that are
     forbidden now (``min_tokens``).
 
     ``seen`` [rows] bool, ``counts`` [rows] float: whether the history holds an id, and how often the output does, for this shard's ids;
@@ -42,7 +42,7 @@ class SamplingInput:
 
     @property
     def plain_greedy(self) -> bool:
-        """Whether the token is the largest raw logit and no log-probability is wanted."""
+        """Whether the token is the one with the largest raw logit and no log-probability is requested."""
         p = self.params
         adjusted = p.logit_bias or self.banned or self.seen is not None or self.mask is not None
         return p.temperature == 0.0 and p.logprobs is None and not adjusted
@@ -61,7 +61,7 @@ def _signed(x: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The 32-bit mixer of the definition, in place on int32: products wrap, and masks turn arithmetic shifts into logical ones."""
+    """The 32-bit mixer of the definition, in place on int32: products wrap around, and masks turn arithmetic shifts into logical ones."""
     x ^= (x >> 16) & _HALF_WORD
     x *= _signed(MIX_A)
     x ^= (x >> 15) & (_HALF_WORD << 1 | 1)
@@ -73,7 +73,7 @@ def _mix(x: Tensor) -> Tensor:
 def noise(inputs: list[SamplingInput], ids: Tensor) -> Tensor:
     """Gumbel noise [n, N] fp32 of candidates ``ids`` [N] int32 for each of ``inputs``.
 
-    Its integers are bit for bit those of :func:`workers.sampling.definition.noise_bits`.
+    Its integers are bitwise equal to those of :func:`workers.sampling.definition.noise_bits`.
     """
     keys = [noise_keys(one.params.seed, one.position) for one in inputs]
     k = torch.tensor([[_signed(key)] for key, _ in keys], dtype=torch.int32, device=ids.device)
@@ -94,7 +94,7 @@ class Sampler:
         self._ids = torch.arange(start, start + rows, dtype=torch.int32, device=device)
 
     def local_ids(self, tokens: np.ndarray) -> np.ndarray:
-        """Those of ``tokens`` that belong to this shard, counted from its first id."""
+        """The ``tokens`` that belong to this shard, relative to its first id."""
         inside = (tokens >= self.start) & (tokens < self.start + self.rows)
         return tokens[inside] - self.start
 
@@ -160,7 +160,7 @@ class Sampler:
     def _thresholds(self, scores: Tensor, params: list[SamplingParams]) -> Tensor:
         """[n, 1] lowest score that top-k, top-p and min-p of each of ``params`` [n] keep of ``scores`` [n, rows].
 
-        Where the values that the shards show do not suffice, all scores of a sequence are gathered.
+        If the values that the shards send are not enough, all scores of a sequence are gathered.
         """
         top_k = torch.tensor([min(p.top_k, 2**31 - 1) for p in params], device=scores.device)
         shown = min(self.rows, max(SHOWN, int(top_k.max()) + 1))
@@ -218,8 +218,8 @@ class Sampler:
 def _thresholds_of(values: Tensor, mass: Tensor, floor: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
     """(thresholds [n, 1], covered [n] bool) from ``values`` [n, m]: scores in falling order, complete above ``floor`` [n, 1].
 
-    ``mass`` [n, 1]: sum of exp(score - best) over the whole vocabulary. Where ``covered`` is False, the values do not reach down to the
-    threshold. Ties with the last score kept are kept, as :func:`workers.sampling.definition.choose` defines.
+    ``mass`` [n, 1]: sum of exp(score - best) over the whole vocabulary. If ``covered`` is False, the values do not reach the threshold.
+    Ties with the last score kept are kept, as :func:`workers.sampling.definition.choose` defines.
     """
     thresholds = torch.full_like(mass, -torch.inf)
     covered = torch.ones(len(params), dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""What the last stage remembers of each sequence to sample its tokens, and how a step's hidden states become tokens and prompt logprobs.
+"""The last stage's sampling state of each sequence, and the way from a step's hidden states to tokens and prompt logprobs.
 
-Owns the sampling state by slot. Must never keep what only a plan knows: position, mask and whether a sequence samples come with each step.
+Owns the sampling state by slot. Must never store facts of a plan: position, mask and whether a sequence samples come with each step.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from workers.runner.sampler import Sampler, SamplingInput
 from workers.sampling.definition import allowed_ids, has_mask, has_penalties, stop_set
 from workers.scheduler.step_plan import F32, I32, Ints, OpenSlot, StepPlan, StepResult, view
 
-#: Tokens whose logits the prompt logprobs hold at a time: 128 MB for a vocabulary of 128k.
+#: Tokens whose logits are in memory at a time for prompt logprobs: 128 MB for a vocabulary of 128k.
 _SCORED_TOKENS = 256
 
 Indices = npt.NDArray[np.int64]
 
 
 def is_plain(params: SamplingParams) -> bool:
-    """Whether tokens follow from the seed, the temperature and the raw logits alone, and no log-probability is wanted."""
+    """Whether tokens depend only on the seed, the temperature and the raw logits, and no log-probability is requested."""
     adjusted = params.logit_bias or has_penalties(params) or params.min_tokens or has_mask(params)
     cut = params.top_k or params.top_p < 1.0 or params.min_p > 0.0
     return not (adjusted or cut) and params.logprobs is None and params.prompt_logprobs is None
@@ -33,7 +33,7 @@ def is_plain(params: SamplingParams) -> bool:
 
 @dataclass(slots=True)
 class _SamplingSlot:
-    """Sampling state of one sequence. ``history``: prompt and output ids, kept only where sampling needs them. ``seen`` [rows] bool and
+    """Sampling state of one sequence. ``history``: prompt and output ids, kept only if sampling needs them. ``seen`` [rows] bool and
     ``counts`` [rows] float, over this rank's vocabulary rows: whether the history holds an id, and how often the output does."""
 
     params: SamplingParams
@@ -46,7 +46,7 @@ class _SamplingSlot:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """``tokens`` [n] int32; ``logprobs`` [n] (None = not asked for); ``top`` as in a StepResult."""
+    """``tokens`` [n] int32; ``logprobs`` [n] (None = not requested); ``top`` as in a StepResult."""
 
     tokens: Ints
     logprobs: npt.NDArray[np.float32] | None
@@ -100,7 +100,7 @@ class SlotSampling:
         if not len(sampled_indices):
             return StepResult(step=plan.step, prompt_logprobs=prompt_logprobs)
         ends = np.cumsum(view(plan.lengths))
-        # In a pure decode step every token is sampled, in order: there is nothing to pick.
+        # In a pure decode step every token is sampled, in order: nothing has to be selected.
         picked = hidden
         if len(sampled_indices) < len(hidden):
             picked = hidden.index_select(0, torch.from_numpy(ends[sampled_indices] - 1).to(hidden.device))
@@ -124,7 +124,7 @@ class SlotSampling:
         return SampledTokens(output.tokens, output.logprobs if wanted else None, self._top(logits, inputs, sequences))
 
     def prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> list[tuple[int, bytes, bytes, bytes]]:
-        """Prompt logprobs that ``plan`` asks for, as in a StepResult, from ``hidden`` [T, hidden_size] of all its tokens."""
+        """Prompt logprobs that ``plan`` requests, as in a StepResult, from ``hidden`` [T, hidden_size] of all its tokens."""
         if not plan.score:
             return []
         slots, starts, lengths = view(plan.slots), view(plan.starts), view(plan.lengths)
@@ -145,7 +145,7 @@ class SlotSampling:
         return SamplingInput(slot.params, position, banned, slot.seen, slot.counts, allowed)
 
     def _top(self, logits: Tensor, inputs: list[SamplingInput], sequences: Indices) -> list[tuple[int, bytes, bytes]]:
-        """The alternatives that ``inputs`` [n] ask for, as in a StepResult."""
+        """The alternatives that ``inputs`` [n] request, as in a StepResult."""
         asking = [i for i, one in enumerate(inputs) if one.params.logprobs]
         if not asking:
             return []
@@ -166,7 +166,7 @@ class SlotSampling:
         return b"".join(own), b"".join(ids), b"".join(values)
 
     def _score_part(self, slot: _SamplingSlot, hidden: Tensor, start: int) -> tuple[bytes, bytes, bytes]:
-        """:meth:`_score` of one part. An entry whose next token is not known scores token 0."""
+        """:meth:`_score` for one part. An entry whose next token is not known scores token 0."""
         logits = self._stage.logits(hidden)
         following = slot.history[start + 1 : start + 1 + len(hidden)]
         following += [0] * (len(hidden) - len(following))

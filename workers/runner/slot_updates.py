@@ -1,6 +1,6 @@
-"""What a plan changes in the device's state of the slots, and the host's records from which the changes follow.
+"""The changes of a plan to the device's state of the slots, and the host's records from which they are computed.
 
-Owns how many blocks each slot has, and which slots need the torch sampler. Must never touch the device.
+Owns the number of blocks of each slot, and the set of slots that need the torch sampler. Must never access the device.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SlotRecords:
         self._width, self._sampling = width, sampling
         self._offsets = SlotOffsets.of(slots, width)
         self._filled = [0] * slots
-        #: [slots] bool: slots whose sequences need the torch sampler; and how many these are.
+        #: [slots] bool: slots whose sequences need the torch sampler; and their number.
         self.needs_torch, self.torch_count = np.zeros(slots, np.bool_), 0
 
     def apply(self, plan: StepPlan) -> SlotUpdates:
@@ -69,7 +69,7 @@ class SlotRecords:
         return slots + np.int32(self._offsets.tokens)
 
     def _apply_sampling(self, plan: StepPlan, closed: Ints, sampling: SlotSampling) -> SlotUpdates:
-        """Pass closed and opened slots on to ``sampling`` where they need it; returns the seeds and temperatures of the opened ones."""
+        """Pass closed and opened slots on to ``sampling`` if they need it; returns the seeds and temperatures of the opened ones."""
         for slot in closed[self.needs_torch[closed]].tolist():
             sampling.close(slot)
             self.torch_count -= 1

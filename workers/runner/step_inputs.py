@@ -1,8 +1,7 @@
 """The inputs of a step's program: device memory that a submission writes whole or not at all.
 
-Owns the order of its words. A decode program leaves its inputs as the next step needs them: positions one further, and every token a
-placeholder, which stands for the slot's last token. So a decode step that repeats the one before reads what that one left. Must never know
-of plans.
+Owns the order of its words. A decode program leaves its inputs ready for the next step: positions are one further, and every token is a
+placeholder for the slot's last token. So a decode step that repeats the previous one uses these inputs. Must never know of plans.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from workers.scheduler.step_plan import Ints
 
 
 class StepInputs(NamedTuple):
-    """What a program reads. ``tokens`` [T] int32, negative = a placeholder; ``picks`` [N] int32: the tokens of the step whose logits are
-    wanted (None = all T); ``slots`` [N] int32: the slots of the sequences that get them."""
+    """The inputs of a program. ``tokens`` [T] int32, negative = a placeholder; ``picks`` [N] int32: the tokens of the step whose logits are
+    needed (None = all T); ``slots`` [N] int32: the slots of their sequences."""
 
     layout: DeviceLayout
     tokens: Tensor

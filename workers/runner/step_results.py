@@ -1,4 +1,4 @@
-"""What a runner gives back for a plan: its StepResult, now or once the device has finished the step.
+"""Results of a runner for a plan: a StepResult, at once or when the device has finished the step.
 
 Owns the kinds of pending results. :meth:`PendingResult.result` waits, with a bound; :meth:`PendingResult.ready` never waits.
 """
@@ -31,11 +31,11 @@ class PlanRunner(Protocol):
         """Start ``plan``. Returns its result on the ranks of the last stage that report one, else None."""
 
     def close(self) -> None:
-        """Finish what was started and drop captured graphs; the rank's groups must still exist."""
+        """Finish started steps and drop captured graphs; the rank's groups must still exist."""
 
 
 class ReadyResult:
-    """A result that is there already."""
+    """A result that is already available."""
 
     def __init__(self, result: StepResult) -> None:
         self._result = result
@@ -48,7 +48,7 @@ class ReadyResult:
 
 
 class SamplingExtras:
-    """What the torch sampler adds to a step: ``tokens`` [n] and ``logprobs`` [n] (None = not asked for) of the sampled sequences at
+    """The torch sampler's part of a result: ``tokens`` [n] and ``logprobs`` [n] (None = not requested) of the sampled sequences at
     ``indices`` [n]; ``top`` and ``prompt_logprobs`` as in a StepResult."""
 
     __slots__ = ("indices", "logprobs", "prompt_logprobs", "tokens", "top")
@@ -66,7 +66,7 @@ class SamplingExtras:
 
 
 class DeviceResult:
-    """A result that the device is still working on."""
+    """A result that the device still computes."""
 
     def __init__(self, step: int, completion: Completion, waiter: Waiter, extras: SamplingExtras | None) -> None:
         self._step, self._completion, self._waiter, self._extras = step, completion, waiter, extras

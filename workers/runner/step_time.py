@@ -1,4 +1,4 @@
-"""How long a step will take: an online fit of milliseconds to tokens and sequences.
+"""Predicts the time of a step by an online fit of milliseconds to tokens and sequences.
 
 Owns running sums only; time comes as an argument.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-#: Weight of the past at each step: the fit follows a change of load within some hundred steps.
+#: Weight of earlier steps: the fit adapts to a change of load within some hundred steps.
 _DECAY = 0.99
 _RIDGE = 1e-3
 
@@ -16,7 +16,8 @@ class StepTimeModel:
     """Weighted least squares of ms = a + b * tokens + c * sequences. Before any step it predicts 0."""
 
     def __init__(self) -> None:
-        # The products of each two of (1, tokens, sequences), and of each with ms. Plain floats: numpy's would cost the host ten times more.
+        # The products of each pair of (1, tokens, sequences), and of each with ms. Python floats: numpy's would cost the host ten times
+        # more.
         self._one = self._tokens = self._sequences = self._tokens_2 = self._tokens_sequences = self._sequences_2 = 0.0
         self._ms = self._tokens_ms = self._sequences_ms = 0.0
         self.last_ms = 0.0

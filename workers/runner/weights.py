@@ -1,4 +1,5 @@
-"""Loads weights into a model: one rank's shard as a stream of tensors, and a copy into parameters that leaves none unfilled or unread.
+"""Loads weights into a model: one rank's shard as a stream of tensors, and a copy into parameters that fills every parameter and uses every
+tensor.
 
 Owns the check that an artifact fits the layout, and the check of a checkpoint's hashes. A shard is in memory once: each tensor is copied
 into its parameter and dropped, and the pages of the mapped file are released on the way.
@@ -22,7 +23,7 @@ from workers.models.layers import TORCH
 from workers.protocol.errors import ArtifactError
 from workers.protocol.specs import DType, Parallel, Quant
 
-#: Formats between which a tensor may be converted while it is copied. The others mean something only together with their scales.
+#: Formats between which a tensor may be converted while it is copied. Other formats need their scales.
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: Bytes that are copied to a GPU at a time.
 _CHUNK = 64 << 20
@@ -38,8 +39,8 @@ def load_shards(
 
     Names, shapes and formats are those of :func:`workers.layout.quant_parts.stored_tensors` in ``dtype``. ``quant``: quantize plain weights
     while they are read; None = as the artifact has them. A checkpoint of this very layout is verified by size and sha256 before the first
-    tensor, unless the caller says that it is ``verified``. Other weights (tp=1 pp=1, Hugging Face, GGUF, checkpoints of TensorRT-LLM's own
-    converters) are verified by size and header only, since each rank reads just its slices of them.
+    tensor, unless ``verified`` is set. Other weights (tp=1 pp=1, Hugging Face, GGUF, checkpoints of TensorRT-LLM's own converters) are
+    verified by size and header only, because each rank reads only its slices of them.
 
     Raises :class:`ArtifactError`: another layout (names both), a file missing, damaged or different from what the manifest says, or
     weights that are quantized otherwise already.
@@ -61,12 +62,12 @@ def load_shards(
 
 
 def _has_own_file(artifact: Artifact, parallel: Parallel, quant: Quant) -> bool:
-    """Whether each rank of this layout has a file of the artifact that it loads whole."""
+    """Whether the artifact has a separate file for each rank of this layout."""
     return artifact.own and artifact.parallel == parallel and quant.same_weights(artifact.quant) and not artifact.foreign
 
 
 def verify_shard(artifact: Artifact, parallel: Parallel, rank: int, quant: Quant) -> None:
-    """Compare the file that ``rank`` loads whole, if there is one, with the manifest. Raises :class:`ArtifactError` when they differ."""
+    """Compare the file of ``rank``, if there is one, with the manifest. Raises :class:`ArtifactError` if they differ."""
     if _has_own_file(artifact, parallel, quant) and (manifest := read_checkpoint(artifact.path).manifest) is not None:
         verify(artifact.path, manifest, rank_file(rank))
 
@@ -89,7 +90,7 @@ def _from_source(source: Source, wanted: tuple[StoredTensor, ...]) -> Iterator[t
 
 
 def _tensor(values: Array, form: Format) -> torch.Tensor:
-    """A tensor that shares memory with ``values``, which may be a mapped file: never write to it."""
+    """A tensor that shares memory with ``values``, which may be a mapped file: do not write to it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(values.view(np.int16) if form == "bf16" else values).view(TORCH[form])
@@ -98,8 +99,8 @@ def _tensor(values: Array, form: Format) -> torch.Tensor:
 def fill(params: dict[str, torch.Tensor], stream: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy every tensor of ``stream`` into the parameter of its name: to its device, and unquantized ones to its dtype.
 
-    Raises :class:`ArtifactError` for a tensor that has no parameter or comes twice, a tensor of another shape or quantized format, and a
-    parameter that gets no tensor.
+    Raises :class:`ArtifactError` for a tensor without a parameter, a duplicate tensor, a tensor of another shape or quantized format, and a
+    parameter without a tensor.
     """
     left = dict(params)
     upload = Upload()
@@ -138,7 +139,7 @@ def fill_dummy(params: dict[str, torch.Tensor], seed: int) -> None:
 
 class Upload:
     """Copies host tensors into parameters. Copies to a GPU go through two pinned buffers: the host fills one while the other is being
-    copied, so the copy does not wait for each page of the file."""
+    copied, so the copy does not wait for page faults of the file."""
 
     def __init__(self) -> None:
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []

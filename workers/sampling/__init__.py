@@ -1,1 +1,1 @@
-"""How the next token is chosen, as a definition in numpy; and grammars that constrain it."""
+"""Sampling of the next token, as a definition in numpy; and grammars that constrain it."""

@@ -1,7 +1,7 @@
-"""How the next token is chosen and when a sequence may stop: the definition that every engine reimplements.
+"""The definition of sampling and of the end of a sequence, which every engine implements.
 
-Owns the counter-based noise, the order in which sampling parameters act, and a numpy sampler that is the oracle for the torch one.
-Must never hold state: each function is pure, so a stream continues equally wherever its record (prompt, emitted, parameters) goes.
+Owns the counter-based noise, the order in which sampling parameters apply, and a numpy sampler that is the oracle for the torch one. Must
+never hold state: each function is pure, so a stream continues equally on every replica that gets its record (prompt, emitted, parameters).
 
 Noise is defined over integers in [0, 2**32). In int64 (numpy, torch) every product wraps and only its low 32 bits are kept by a mask, which
 is exact; every right shift sees a non-negative number. A GPU kernel uses uint32 directly. With all sums and products mod 2**32::
@@ -30,9 +30,9 @@ GOLDEN: Final = 0x9E3779B9
 MIX_A: Final = 0x7FEB352D
 MIX_B: Final = 0x846CA68B
 
-#: Below it, dividing float32 logits by the temperature may give infinity: routers take what is smaller as greedy.
+#: Below this temperature, dividing float32 logits by it may give infinity: routers treat smaller values as greedy.
 MIN_TEMPERATURE: Final = 1e-5
-#: Entries of a request's lists, which every step goes through, and the largest bias.
+#: Maximum length of a request's lists, which every step processes, and the largest bias.
 MAX_LISTED: Final = 1024
 #: Ids of all bad words together.
 MAX_BAD_IDS: Final = 8192
@@ -64,12 +64,12 @@ def stop_set(params: SamplingParams, eos_ids: Iterable[int]) -> frozenset[int]:
 
 
 def has_penalties(params: SamplingParams) -> bool:
-    """Whether choosing a token needs the history of the sequence (prompt and output ids)."""
+    """Whether sampling needs the history of the sequence (prompt and output ids)."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def has_mask(params: SamplingParams) -> bool:
-    """Whether each step of the sequence brings a mask of the ids that may be chosen: for a grammar, or for rules about single ids."""
+    """Whether each step of the sequence has a mask of allowed ids: for a grammar, or for rules about single ids."""
     return params.guide is not None or has_token_rules(params)
 
 
@@ -79,10 +79,10 @@ def has_token_rules(params: SamplingParams) -> bool:
 
 
 def check(params: SamplingParams, *, vocab_size: int, max_logprobs: int) -> None:
-    """Raises Rejected for what the arithmetic here, or a bounded step, cannot take. Routers are stricter, but whatever can be decoded may
-    come, and must not cost other requests anything."""
+    """Raises Rejected for values that the arithmetic here, or a bounded step, cannot handle. Routers are stricter, but any decodable
+    message may arrive, and it must not affect other requests."""
     for name, (low, high) in _RANGES.items():
-        if not low <= getattr(params, name) <= high:  # so that NaN is refused too
+        if not low <= getattr(params, name) <= high:  # written like this so that NaN is refused too
             raise Rejected(f"{name} must be {low:g} to {high:g}", f"it is {getattr(params, name)}", param=name)
     if 0.0 < params.temperature < MIN_TEMPERATURE:
         raise Rejected(f"temperature must be 0 or at least {MIN_TEMPERATURE:g}", f"it is {params.temperature}", param="temperature")
@@ -144,7 +144,7 @@ def gumbel(bits: npt.NDArray[np.uint32]) -> Floats:
     """Standard Gumbel noise in float32: ``-log(-log1p(-w))``, w = float32(bits) * 2**-32 + 2**-33, at most 1 - 2**-24.
 
     ``w`` is the same bits everywhere (one rounding, an exact scaling, one sum); the two logarithms agree to an ulp. ``log1p`` keeps the
-    upper tail fine, where the winner comes from: noise lies in [-2.82, 22.9] and is never infinite.
+    upper tail precise, which decides the argmax: noise is in [-2.82, 22.9] and never infinite.
     """
     w = bits.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
     noise: Floats = -np.log(-np.log1p(-np.minimum(w, _BELOW_ONE)))
@@ -168,7 +168,7 @@ def allowed_ids(mask: bytes, vocab_size: int) -> npt.NDArray[np.bool_]:
 
 
 def _nucleus(logits: Floats, params: SamplingParams) -> Floats:
-    """Logits outside top-k, then top-p, then min-p set to -inf. Ties with the last one kept are kept: no order decides among equals."""
+    """Logits outside top-k, then top-p, then min-p set to -inf. Ties with the last kept logit are kept too."""
     if 0 < params.top_k < logits.size:
         edge = np.partition(logits, -params.top_k)[-params.top_k]
         logits = np.where(logits >= edge, logits, np.float32(-np.inf))
@@ -205,7 +205,7 @@ def choose(
         stops: as from :func:`stop_set`.
 
     Returns:
-        The token id, or -1 when a logit is NaN or +inf or nothing is left to choose from.
+        The token id, or -1 when a logit is NaN or +inf or no candidate is left.
     """
     logits: Floats = np.array(logits_row, dtype=np.float32)
     if np.isnan(logits).any() or np.isposinf(logits).any():

@@ -1,8 +1,9 @@
-"""Tries a grammar in a process of its own before the leader compiles it: one that overflows a stack or never ends must not end a gang.
+"""Compiles a grammar in a child process before the leader does, because a grammar that overflows the stack or never ends must not end a
+gang.
 
-Owns that child process: it starts at the first guided request, is replaced when a grammar ends it, and dies with its parent. The kernel
-counts the processor time of each try, so a busy machine refuses nothing that an idle one takes. Must never judge what a grammar means: the
-leader compiles it again and does so; the try only shows that compiling is harmless.
+Owns that child process: it starts at the first guided request, is replaced after a grammar has killed it, and dies with its parent. The
+kernel counts the processor time of each trial, so a busy machine refuses no grammar that an idle one accepts. The trial only shows that
+compiling is harmless; the leader compiles the grammar again and decides whether it is valid.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from workers.protocol.messages import GuideSpec
 from workers.protocol.running_clock import LONGEST_TURN_S, RunningClock
 from workers.sampling.guide import Guide, GuideFactory
 
-#: Processor time that compiling a grammar and its first mask may take, seconds.
+#: Maximum processor time for compiling a grammar and computing its first mask, seconds.
 TRY_CPU_S = 1.0
-#: Bounds of waiting for an answer and for the child's start, seconds: far more than either takes, for a machine that does much else.
+#: Longest wait for an answer and for the child's start, seconds: far more than either takes, to allow for a busy machine.
 ANSWER_S, START_S = 10.0, 30.0
-#: Address space of the child, and stack of a try: half of the stack of the leader's thread, which calls from deeper.
+#: Address space of the child, and stack of a trial: half of the stack of the leader's thread, which calls at a greater depth.
 MEMORY, STACK = 2 << 30, 4 << 20
-#: Verdicts remembered.
+#: Number of cached results.
 REMEMBERED = 1024
 
 _HEAD = 4
@@ -53,7 +54,7 @@ class Tokenizer(msgspec.Struct, frozen=True):
 
 
 class GrammarChecker:
-    """Finds out whether compiling a grammar is harmless; calls come from one thread."""
+    """Tests whether compiling a grammar is harmless; called from one thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -62,8 +63,8 @@ class GrammarChecker:
         self.child: subprocess.Popen[bytes] | None = None
 
     def check(self, spec: GuideSpec) -> None:
-        """Raises :class:`Rejected` for a grammar that takes too much, Unsupported where the tokenizer is of no use, and Overloaded when
-        no answer can be had now."""
+        """Raises :class:`Rejected` for a grammar that needs too much time or memory, Unsupported if the tokenizer cannot be used, and
+        Overloaded if the child does not answer now."""
         key = hashlib.sha256(msgspec.msgpack.encode(spec)).digest()
         harmless = self._verdicts.get(key)
         if harmless is None:
@@ -84,7 +85,7 @@ class GrammarChecker:
         return self._receive(self.child, ANSWER_S)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # From the folder that holds the package, wherever this process was started.
+        # Started in the folder that holds the package, whatever this process's working folder.
         child = subprocess.Popen(
             [sys.executable, "-m", "workers.sampling.grammar_checker"],
             stdin=subprocess.PIPE,
@@ -98,7 +99,7 @@ class GrammarChecker:
         return child
 
     def _send(self, child: subprocess.Popen[bytes], message: GuideSpec | Tokenizer) -> bool:
-        """Whether the child took it; the child reads whenever it does not compile."""
+        """Whether the child has read the grammar; the child reads whenever it does not compile."""
         data = msgspec.msgpack.encode(message)
         assert child.stdin is not None
         try:
@@ -111,7 +112,7 @@ class GrammarChecker:
         return True
 
     def _receive(self, child: subprocess.Popen[bytes], bound_s: float) -> bool:
-        """True = the child is well; False = it ended. Raises :class:`Overloaded` after ``bound_s`` seconds."""
+        """True = the trial succeeded; False = the child ended. Raises :class:`Overloaded` after ``bound_s`` seconds."""
         assert child.stdout is not None
         begin = time.monotonic()
         clock = RunningClock(begin)
@@ -139,8 +140,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def compiler(file: Path, vocab_size: int, eos_ids: Sequence[int]) -> GuideFactory | None:
-    """A :data:`~workers.sampling.guide.GuideFactory` for ``tokenizer.json`` that tries each new grammar first; None where that file or
-    llguidance is missing. Neither the child nor the tokenizer's trie (44 MB for 49,152 tokens) exists before the first guided request."""
+    """A :data:`~workers.sampling.guide.GuideFactory` for ``tokenizer.json`` that tests each new grammar in the child first; None if that
+    file or llguidance is missing. The child and the tokenizer's trie (44 MB for 49,152 tokens) are created at the first guided request."""
     if not file.exists() or find_spec("llguidance") is None:
         return None
     checker = GrammarChecker(Tokenizer(str(file), vocab_size, list(eos_ids)))
@@ -161,7 +162,7 @@ def compiler(file: Path, vocab_size: int, eos_ids: Sequence[int]) -> GuideFactor
 
 
 def _read(size: int) -> bytes:
-    """Exactly ``size`` bytes from the parent; ends the process when the parent is gone."""
+    """Exactly ``size`` bytes from the parent; ends this process if the parent is gone."""
     data = b""
     while len(data) < size:
         part = os.read(0, size - len(data))
@@ -176,7 +177,7 @@ def _frame() -> bytes:
 
 
 def _try(factory: GuideFactory, spec: GuideSpec) -> bool:
-    """Compile, with the first mask, on a small stack and with the clock running; a grammar that is refused in time is harmless too."""
+    """Compile, with the first mask, on a small stack and within the time limit; a grammar that is refused within it is harmless too."""
     harmless = False
 
     def work() -> None:
@@ -195,9 +196,9 @@ def _try(factory: GuideFactory, spec: GuideSpec) -> bool:
 
 def main() -> None:
     die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, whose end is this process's end
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent; this process ends with it
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the clock of a try: ends the process
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the time limit of a trial: ends the process
     from workers.sampling.llguidance_guide import guide_factory
 
     tokenizer = msgspec.msgpack.decode(_frame(), type=Tokenizer)

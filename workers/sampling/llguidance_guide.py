@@ -1,7 +1,7 @@
-"""Grammars over llguidance: compiles what a request asks for and steps one matcher a sequence.
+"""Grammars with llguidance: compiles a request's grammar and advances one matcher per sequence.
 
-Owns the tokenizer's trie, shared by all matchers of a process. Must never wait: compiling is bounded by llguidance's own limits and by the
-size of the text.
+Owns the tokenizer's trie, shared by all matchers of a process. Must never wait: llguidance's own limits and the size of the text bound the
+compilation.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from workers.sampling.guide import Guide
 #: Longest grammar text, bytes, and most choices.
 MAX_TEXT = 64 << 10
 MAX_CHOICES = 1024
-#: White space between two tokens of JSON, where a request does not say it: a space, or a new line and its indent. Without a bound a small
-#: model may write white space until its last token.
+#: Default white space between two tokens of JSON: a space, or a new line and its indent. Without a bound, a small model may write white
+#: space until ``max_tokens``.
 WHITESPACE = r" |\n {0,16}"
 
 
@@ -31,8 +31,8 @@ class LlGuide:
         self._matcher, self._words = matcher, words
 
     def mask(self) -> bytes:
-        """See :class:`workers.sampling.guide.Guide`; ids that the tokenizer lacks are never allowed. Of a grammar that has become too large
-        to follow, only the end is left, which :meth:`advance` then refuses."""
+        """See :class:`workers.sampling.guide.Guide`; ids that the tokenizer lacks are never allowed. If a grammar has become too large to
+        follow, only the end is allowed, which :meth:`advance` then refuses."""
         found: bytes = self._matcher.compute_bitmask()
         return found[: 4 * self._words].ljust(4 * self._words, b"\0")
 
@@ -45,14 +45,14 @@ class LlGuide:
 
 
 def _grammar(spec: GuideSpec) -> str:
-    """``spec`` as llguidance's own text. Raises Rejected for a schema or a list of choices that is not JSON."""
+    """``spec`` in llguidance's format. Raises Rejected for a schema or a list of choices that is not JSON."""
     try:
         if spec.kind == "json":
             return _json_grammar('{"type": "object"}', spec.whitespace)
         if spec.kind == "json_schema":
             return _json_grammar(spec.text, spec.whitespace)
         if spec.kind == "regex":
-            # Classes are of ASCII, as llguidance reads them in a schema's pattern.
+            # Character classes are ASCII, like llguidance's in a schema's pattern.
             return str(llguidance.LLMatcher.grammar_from_regex(llguidance.regex_to_lark(spec.text, "dws")))
         if spec.kind == "grammar":
             return str(llguidance.LLMatcher.grammar_from_lark(spec.text))
@@ -66,7 +66,7 @@ def _grammar(spec: GuideSpec) -> str:
 
 
 def _json_grammar(schema: str, whitespace: str | None) -> str:
-    """A schema may say by itself, in ``x-guidance``, how white space is; a request's word counts more."""
+    """A schema may define white space itself, in ``x-guidance``; a request's setting overrides it."""
     defaults = {"whitespace_pattern": WHITESPACE}
     overrides = None if whitespace is None else {"whitespace_flexible": bool(whitespace), "whitespace_pattern": whitespace or None}
     return str(llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=defaults, overrides=overrides))
@@ -80,15 +80,15 @@ def _invalid(spec: GuideSpec, why: str) -> Rejected:
 
 
 def check_grammar(spec: GuideSpec) -> None:
-    """Compile ``spec`` without a tokenizer. Raises Rejected for one that means nothing."""
+    """Compile ``spec`` without a tokenizer. Raises Rejected for an invalid one."""
     if fault := llguidance.LLMatcher.validate_grammar(_grammar(spec)):
         raise _invalid(spec, fault)
 
 
 def guide_factory(tokenizer_file: Path, vocab_size: int, eos_ids: Sequence[int]) -> Callable[[GuideSpec], Guide]:
-    """A :data:`~workers.sampling.guide.GuideFactory` for ``tokenizer.json``. Raises ArtifactError when the file is none."""
+    """A :data:`~workers.sampling.guide.GuideFactory` for ``tokenizer.json``. Raises ArtifactError if the file is not a tokenizer."""
     try:
-        # The first end-of-sequence id alone: releases before 1.7 take no list, and one is enough to end with.
+        # Only the first end-of-sequence id: releases before 1.7 accept no list, and one id is enough.
         tokenizer = llguidance.LLTokenizer(tokenizer_file.read_text(), eos_token=eos_ids[0] if eos_ids else None)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{tokenizer_file} cannot be used for guided output", str(error)[:300]) from None
@@ -98,7 +98,7 @@ def guide_factory(tokenizer_file: Path, vocab_size: int, eos_ids: Sequence[int])
         if len(spec.text) > MAX_TEXT:
             raise _invalid(spec, f"it has {len(spec.text)} characters; {MAX_TEXT} are the limit")
         matcher = llguidance.LLMatcher(tokenizer, _grammar(spec), log_level=0)
-        # The automaton is built while it is followed: the first mask shows whether it is too large from the start.
+        # The automaton is built lazily: the first mask shows whether it is too large from the start.
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():

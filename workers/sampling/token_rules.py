@@ -1,7 +1,7 @@
 """The rules of a request about single token ids, as a :class:`~workers.sampling.guide.Guide`: ``allowed_token_ids`` and ``bad_words``.
 
-Pure. Like a grammar, the rules act through the mask of each step, so no engine's sampler knows them, and they stand before every cut
-(top-k, top-p) of the definition. A grammar of the request is one more rule here.
+Pure. Like a grammar, the rules use the mask of each step, so no engine's sampler knows them, and they apply before top-k and top-p. A
+grammar of the request is an additional rule here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from workers.sampling.guide import Guide
 
 
 class TokenRules:
-    """The state of one sequence: the mask is that of ``grammar`` (None = there is none) without what the rules of ``params`` forbid.
+    """The state of one sequence: the mask is that of ``grammar`` (None = no grammar) without the ids that the rules of ``params`` forbid.
 
-    A bad word of several ids is forbidden by its last id, where the output ends with the others; a word is looked for in the output alone.
-    Where the rules leave no id at all, the output is whole: :meth:`done`. ``stops``: end-of-sequence ids of the model.
+    For a bad word of several ids, the last id is forbidden when the output ends with the others; words are searched in the output only. If
+    the rules allow no id at all, the output is complete: :meth:`done`. ``stops``: end-of-sequence ids of the model.
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, eos_ids: Iterable[int], grammar: Guide | None) -> None:
@@ -31,7 +31,7 @@ class TokenRules:
         self._allowed = np.packbits(allowed, bitorder="little")
         self._words = [(word[:-1], word[-1]) for word in params.bad_words if len(word) > 1]
         self._longest = max((len(before) for before, _ in self._words), default=0)
-        #: Ids that the sampler itself forbids until ``min_tokens`` are out: they must not count as what is left.
+        #: Ids that the sampler itself forbids until ``min_tokens`` are emitted: they do not count as allowed ids.
         self._early = [id for id in stop_set(params, eos_ids) if 0 <= id < vocab_size]
         self._min_tokens = params.min_tokens
         self._count = 0

@@ -1,15 +1,15 @@
 """The KV block pool and the prefix index of one replica.
 
-Owns which block holds which tokens, who uses it, and in what order unused ones are taken again. Must never touch K/V memory itself (ranks
-do, by block id) nor know what a request is. :func:`prefix_hashes` is the one prefix hash of the project: what the router expects to be
-cached and this cache cannot drift apart.
+Owns which block holds which tokens, its users, and the order in which unused blocks are evicted. Must never access K/V memory (ranks do, by
+block id) nor know what a request is. :func:`prefix_hashes` is the only prefix hash of the project, so that the router's expectation and
+this cache always agree.
 
-A block is *free* (content unknown), *held* (users > 0) or *idle* (no user, content findable). Only whole blocks are findable, and a
-holder of a block holds the block's whole prefix, so:
+A block is *free* (content unknown), *held* (users > 0) or *idle* (no user, content findable). Only full blocks are findable, and a sequence
+that holds a block holds the block's whole prefix, so:
 
 - a shared block is never written;
 - blocks go idle leaves first, hence the idle order (least recently used first) has every child before its parent, and
-  eviction from its front never strands a findable block behind a missing parent.
+  eviction from its front never leaves a findable block without its parent.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import msgspec
 
 
 def prefix_hashes(tokens: Sequence[int], block_size: int, salt: str, *, parent: int | None = None) -> list[int]:
-    """Hashes (64 bits, unsigned) of each whole block of ``tokens``, each over (parent's hash, its tokens); the chain starts at ``salt``.
+    """Hashes (64 bits, unsigned) of each full block of ``tokens``, each over (parent's hash, its tokens); the chain starts at ``salt``.
 
-    ``parent``: hash of the block before ``tokens[0]``, to go on with a chain instead of starting one.
+    ``parent``: hash of the block before ``tokens[0]``, to continue a chain instead of starting one.
     """
     size = block_size * 4
     data = pack(f"<{len(tokens)}i", *tokens)
@@ -38,7 +38,7 @@ def prefix_hashes(tokens: Sequence[int], block_size: int, salt: str, *, parent: 
 
 
 class _Content(msgspec.Struct, frozen=True, gc=False):
-    """What a findable block holds; ``parent`` is a block id, -1 at the start of a chain."""
+    """The content of a findable block; ``parent`` is a block id, -1 at the start of a chain."""
 
     hash: int
     parent: int
@@ -47,9 +47,9 @@ class _Content(msgspec.Struct, frozen=True, gc=False):
 
 
 class BlockPool:
-    """``num_blocks`` blocks of ``block_size`` tokens. With ``findable`` False nothing is ever reused by content.
+    """``num_blocks`` blocks of ``block_size`` tokens. With ``findable`` False no block is reused by content.
 
-    Single-threaded; every call is O(blocks named in it), but :meth:`forget` and :meth:`check`, which walk the whole index.
+    Single-threaded; every call is O(blocks in its arguments), except :meth:`forget` and :meth:`check`, which visit the whole index.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, findable: bool = True) -> None:
@@ -58,20 +58,20 @@ class BlockPool:
         self.findable = findable
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
-        # The first entry is taken again and again. A dict would search past all entries taken before, each time.
+        # The first entry is removed repeatedly. A dict would each time search past all entries removed before.
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._index: dict[int, int] = {}
         self._contents: dict[int, _Content] = {}
 
     @property
     def available(self) -> int:
-        """Blocks that :meth:`allocate` could hand out now."""
+        """Number of blocks that :meth:`allocate` could return now."""
         return len(self._free) + len(self._idle)
 
     def match(self, hashes: Sequence[int], tokens: Sequence[int], salt: str) -> list[int]:
         """The longest findable chain for ``hashes`` (as from :func:`prefix_hashes` over ``tokens`` and ``salt``), not yet held.
 
-        Tokens and salt are compared along the chain, so a hash collision costs a miss and never shows another's content.
+        Tokens and salt are compared along the chain, so a hash collision costs a miss and never returns other content.
         """
         found: list[int] = []
         parent, size = -1, self.block_size
@@ -87,14 +87,14 @@ class BlockPool:
         return found
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Become a user of blocks that :meth:`match` found."""
+        """Add a user to blocks that :meth:`match` found."""
         for block in blocks:
             if self._users[block] == 0:
                 del self._idle[block]
             self._users[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
-        """``count`` private blocks with one user each, or None (and nothing changed) when so many are not available."""
+        """``count`` private blocks with one user each, or None (without a change) if there are not enough."""
         if count > self.available:
             return None
         taken: list[int] = []
@@ -105,7 +105,7 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Stop using ``blocks``, given in sequence order; the last users' blocks go idle if findable, else free."""
+        """Remove a user from ``blocks``, given in sequence order; blocks without a user become idle if findable, else free."""
         for block in reversed(blocks):
             self._users[block] -= 1
             if self._users[block] == 0:
@@ -115,10 +115,10 @@ class BlockPool:
                     self._free.append(block)
 
     def publish(self, block: int, *, hash: int, parent: int, salt: str, tokens: Sequence[int]) -> bool:
-        """Make a held, whole, computed block findable after its findable ``parent`` (-1 = none).
+        """Make a held, full, computed block findable after its findable ``parent`` (-1 = none).
 
-        Returns False when it is not, because ``hash`` already names another block or ``parent`` was forgotten: the caller must then publish
-        none of its later blocks, for it does not hold that other block and so could not keep it from being evicted before its children.
+        Returns False if that is not possible, because ``hash`` already names another block or ``parent`` was forgotten. The caller must
+        then publish none of its later blocks: it does not hold that other block, so the other block could be evicted before its children.
         """
         if not self.findable or hash in self._index or (parent >= 0 and parent not in self._contents):
             return False

@@ -1,19 +1,21 @@
-"""Steps in the making and steps in flight, over the sequences of one scheduler.
+"""Drafts of steps and steps in flight, over the sequences of one scheduler.
 
-Owns what the sequences of one step have in common, and the shortcut for a *repeated step*. Must never decide which sequence runs: that is
+Owns the common state of the sequences of one step, and the fast path for a *repeated step*. Must never decide which sequence runs: that is
 :mod:`workers.scheduler.scheduler`.
 
-Why there is a shortcut: in steady decoding a step has the same sequences as the step before, one position further, and each of them only
-gets one more token. Visiting every sequence twice a step, to schedule it and to take its token, would cost the host more than all else. So:
+Why there is a fast path: in steady decoding a step has the same sequences as the previous step, one position further, and each of them gets
+only one more token. Visiting every sequence twice per step, to schedule it and to append its token, would cost the host more than
+everything else. So:
 
-1. :meth:`InFlightStep.repeat` makes the next plan from the plan of the step before, by a few operations on whole columns. It does not
-   touch the sequences. It notes in the new step that each sequence has one scheduled token more than it says (``deferred_scheduled``).
-2. :meth:`InFlightStep.append_to_all` takes the result of a step that was repeated. It appends the tokens in one loop in C, and notes in
-   the next step that each sequence has one computed token more (``deferred_computed``).
-3. :meth:`InFlightStep.apply_deferred` writes both counts into the sequences. The scheduler calls it before it looks at a single sequence:
+1. :meth:`InFlightStep.repeat` derives the next plan from the plan of the previous step, by a few operations on whole columns. It does not
+change the sequences. It records in the new step that each sequence has one more scheduled token than its own count
+(``deferred_scheduled``).
+2. :meth:`InFlightStep.append_to_all` applies the result of a step that was repeated. It appends the tokens in one loop in C, and records in
+the next step that each sequence has one more computed token (``deferred_computed``).
+3. :meth:`InFlightStep.apply_deferred` writes both counts into the sequences. The scheduler calls it before it reads a single sequence:
    when one ends, is cancelled or admitted, or when a step cannot be repeated.
-4. ``safe_repeats`` bounds the repetitions: so many tokens can be appended before a sequence reaches its last token or uses up its credit.
-   A token that needs a closer look (:meth:`InFlightStep.all_plain`) leaves the shortcut, and so does the end of any sequence.
+4. ``safe_repeats`` bounds the repetitions: it is the number of tokens that can be appended before a sequence reaches its last token or uses
+up its credit. A special token (:meth:`InFlightStep.all_plain`) ends the fast path, and so does the end of any sequence.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _PLACEHOLDER = column([PLACEHOLDER])
 
 
 class RepeatedStep:
-    """What a step and its repetitions have in common: their sequences, each of which decodes one token a step.
+    """The common state of a step and its repetitions: their sequences, each of which decodes one token per step.
 
     ``full_at``: sequences by the repetition after which their blocks are full.
     """
@@ -58,13 +60,13 @@ class RepeatedStep:
 
     @cached_property
     def special_tokens(self) -> frozenset[int]:
-        """Tokens that need a closer look in at least one sequence."""
+        """Tokens that are special in at least one sequence."""
         return frozenset().union(*{seq.special_tokens for seq in self._sequences})
 
     def append(self, starts: Ints, tokens: list[int]) -> list[Emission]:
-        """Append to each sequence its one of ``tokens``, which follows the token at its one of ``starts``; both [sequences]."""
+        """Append to each sequence its entry of ``tokens``, which follows the token at its entry of ``starts``; both [sequences]."""
         append_tokens(self._histories, tokens)
-        # The interpreter's own loops, as far as they can be: this is done for every token.
+        # Uses the interpreter's own loops where possible, because this runs for every token.
         return list(map(Emission, self._ids, (starts + self._output_offsets).tolist(), [[token] for token in tokens]))
 
 
@@ -72,12 +74,12 @@ class RepeatedStep:
 class InFlightStep:
     """A plan that was issued: its sequences, their query lengths, and whether each yields a token (0 or 1).
 
-    ``early``: its sequences may be in a later step, or in a queue, although its result is not there.
+    ``early``: its sequences may be in a later step, or in a queue, although its result has not arrived.
 
-    What the shortcut needs (see the module's docstring): ``repeated_by`` is the step that repeats this one; ``shared`` is what they have in
-    common. ``repetition`` counts the repetitions up to this step. ``safe_repeats`` more may follow, as long as no sequence finishes:
-    ``finished_at_issue`` is how many the scheduler had finished in all when the first of these steps was issued. ``deferred_scheduled`` and
-    ``deferred_computed`` tokens of each sequence are not yet counted in it.
+    Fields of the fast path (see the module's docstring): ``repeated_by`` is the step that repeats this one; ``shared`` is their common
+    state. ``repetition`` counts the repetitions up to this step. ``safe_repeats`` more may follow, as long as no sequence finishes:
+    ``finished_at_issue`` is the number of sequences that the scheduler had finished when the first of these steps was issued.
+    ``deferred_scheduled`` and ``deferred_computed`` tokens of each sequence are not yet counted in the sequence.
     """
 
     plan: StepPlan
@@ -94,20 +96,20 @@ class InFlightStep:
     deferred_computed: int = 0
 
     def apply_deferred(self) -> None:
-        """Count in the sequences what this step has noted for them."""
+        """Add the deferred counts of this step to its sequences."""
         if self.deferred_scheduled or self.deferred_computed:
             add_counts(self.sequences, scheduled=self.deferred_scheduled, computed=self.deferred_computed)
             self.deferred_scheduled = self.deferred_computed = 0
 
     def need_block(self) -> list[Sequence]:
-        """Sequences that need a block before this step is repeated. Ask only before anything else is scheduled for them."""
+        """Sequences that need a block before this step is repeated. Call it only before anything else is scheduled for them."""
         if self.shared is None:
             self.shared = RepeatedStep(self.sequences)
         return self.shared.full_at.get(self.repetition, [])
 
     def repeat(self, step: int, closed: list[int], fresh: list[int], block_size: int) -> InFlightStep:
-        """The step numbered ``step``: the same sequences, each from the token that it has in flight. Those that :meth:`need_block` names
-        have got a block each, ``fresh``."""
+        """The repeated step, numbered ``step``: the same sequences, each from the token that it has in flight. The sequences of
+        :meth:`need_block` have each got a block of ``fresh``."""
         before, grown = self.plan, self.need_block()
         assert self.shared is not None
         if grown:
@@ -139,8 +141,8 @@ class InFlightStep:
         return self.repeated_by
 
     def all_plain(self, result: StepResult, tokens: list[int], finished_total: int) -> bool:
-        """Whether ``result`` does nothing but append one of ``tokens`` to each sequence: this step was repeated, no sequence has finished
-        since (``finished_total``: how many have by now), no token is special, and no log-probabilities came."""
+        """Whether ``result`` only appends one of ``tokens`` to each sequence: this step was repeated, no sequence has finished since
+        (``finished_total``: number of finished sequences now), no token is special, and there are no log-probabilities."""
         return (
             self.repeated_by is not None
             and self.shared is not None
@@ -150,14 +152,14 @@ class InFlightStep:
         )
 
     def append_to_all(self, tokens: list[int]) -> list[Emission]:
-        """Append ``tokens`` [sequences] where :meth:`all_plain` holds."""
+        """Append ``tokens`` [sequences] if :meth:`all_plain` holds."""
         assert self.repeated_by is not None and self.shared is not None
         self.repeated_by.deferred_computed, self.deferred_computed = self.deferred_computed + 1, 0
         return self.shared.append(view(self.plan.starts), tokens)
 
     def tokens_and_logprobs(self, sampled: list[int], result: StepResult) -> tuple[list[int], list[Logprobs | None]]:
-        """Per sequence, its one of the ``sampled`` tokens, NO_TOKEN where it only computed a chunk; and the token's log-probabilities, None
-        where it did not ask for them."""
+        """For each sequence, its entry of the ``sampled`` tokens, or NO_TOKEN if it only computed a chunk; and the token's
+        log-probabilities, or None if they were not requested."""
         tokens = sampled
         if len(tokens) < len(self.sequences):
             rest = iter(sampled)
@@ -177,9 +179,9 @@ class InFlightStep:
 
 
 class StepDraft:
-    """A step in the making.
+    """The draft of a step.
 
-    ``sequences``: those that take part, first the ``decodes`` of them that decode; ``counts``: their query lengths. ``opened`` got a slot,
+    ``sequences``: its sequences, first the ``decodes`` of them that decode; ``counts``: their query lengths. ``opened`` got a slot,
     ``grown`` got a block, and ``stuck`` must wait for one.
     """
 
@@ -194,7 +196,7 @@ class StepDraft:
         self.stuck: list[Sequence] = []
 
     def issue(self, step: int, closed: list[int]) -> InFlightStep:
-        """The step numbered ``step``, which also closes the slots ``closed``. Its sequences are in flight from now on."""
+        """Issue the step with the number ``step``, which also closes the slots ``closed``. Its sequences are in flight from now on."""
         sequences, counts, decodes = self.sequences, self.counts, self.decodes
         starts = [seq.scheduled for seq in sequences]
         tokens = schedule_decodes(sequences[:decodes])

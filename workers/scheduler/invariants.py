@@ -1,4 +1,4 @@
-"""The invariants of a scheduler's state: every sequence in one place, every slot and block accounted for.
+"""The invariants of a scheduler's state: every sequence is in one place, and every slot and block is accounted for.
 
 Owns nothing and changes nothing. Checked when an engine is idle, and after every step of the property tests.
 """
@@ -69,7 +69,7 @@ def _check_steps(steps: deque[InFlightStep], everyone: Collection[Sequence]) -> 
         for seq, count in zip(step.sequences, step.counts, strict=True):
             tokens[id(seq)] += count
     assert all(seq.in_flight == tokens[id(seq)] for seq in everyone), "tokens in flight are miscounted"
-    # Only sequences of the oldest step may be somewhere else too, if they are scheduled early.
+    # Only sequences of the oldest step may also be in another place, if they are scheduled early.
     oldest = {id(seq) for seq in steps[0].sequences} if steps and steps[0].early else set()
     assert not any(step.early for step in list(steps)[1:]), (
         "a step's sequences are scheduled early before the result of the step before it is there"

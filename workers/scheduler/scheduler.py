@@ -1,6 +1,6 @@
 """In-flight batching: the pure state machine that turns requests into step plans and step results into emissions.
 
-Owns every live sequence, its queue, its slot and its blocks. Must never run a model, read a clock, or look at text: time is an argument,
+Owns every live sequence, its queue, its slot and its blocks. Must never run a model, read a clock, or read text: time is an argument,
 tokens are integers. A request is only "computed < known"; prefill, chunk, prefix hit, resume after failover and decode are one case.
 
 An engine drives it in three calls, the same for every step::
@@ -9,7 +9,7 @@ An engine drives it in three calls, the same for every step::
     result = ...                                       # the ranks run the plan
     emissions = scheduler.update_from_output(result)   # results come in the order of the plans
 
-A sequence is in one queue or in flight (both only with ``async_scheduling``, see below). Who moves it, and on what event:
+A sequence is in one queue or in flight (both only with ``async_scheduling``, see below). Its states, and the events that change them:
 
     state      queue      event                                        next state
     ---------  ---------  -------------------------------------------  ----------------------------------------------------
@@ -28,10 +28,10 @@ A sequence is in one queue or in flight (both only with ``async_scheduling``, se
 
 At most ``micro_batches`` steps are in flight over disjoint sequences. Each takes its share of the sequences, so a pipeline stays balanced.
 
-With ``async_scheduling`` one step more may be in flight, over sequences of the oldest one: each goes on from a token that only the device
+With ``async_scheduling`` one more step may be in flight, with sequences of the oldest one: each continues from a token that only the device
 knows yet (a *placeholder*, -1 in the plan). So these sequences are in a queue again while the oldest step is in flight. The end of a
-sequence is then seen one step late: the result of its second step is dropped, and its blocks are free only after that. Most of these steps
-repeat the step before, one token further: :mod:`workers.scheduler.in_flight` says how, and why.
+sequence is then seen one step late: the result of its second step is dropped, and its blocks become free only after that. Most of these
+steps repeat the previous step, one token further: see :mod:`workers.scheduler.in_flight`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from workers.scheduler.invariants import check_invariants
 from workers.scheduler.sequence import NO_TOKEN, Queue, Sequence, append_plain_tokens, arrival_of, enter_from_placeholders, make_sequence
 from workers.scheduler.step_plan import I32, StepPlan, StepResult, view
 
-#: Steps between two checks of an idle scheduler: one takes 0.3 s where 200,000 blocks are findable.
+#: Steps between two checks of an idle scheduler: a check takes 0.3 s with 200,000 findable blocks.
 CHECK_STEPS = 256
 
 
@@ -60,12 +60,12 @@ class Scheduler:
     """Sequences of one replica.
 
     Args:
-        limits: what the engine can hold: blocks, ``max_batch_size`` sequences with a slot, ``max_num_tokens`` a step, context, vocabulary;
+        limits: the engine's limits: blocks, ``max_batch_size`` sequences with a slot, ``max_num_tokens`` a step, context, vocabulary;
             and whether sequences reuse blocks by content.
         guides: compiles a sequence's grammar; None = guided requests are refused.
         micro_batches: steps that may be in flight, at least the number of pipeline stages.
-        async_scheduling: whether one step more may be in flight, over sequences whose last token is still being sampled.
-        eos_ids: end-of-sequence ids of the model.
+        async_scheduling: whether one more step may be in flight, with sequences whose last token is still being sampled. eos_ids:
+        end-of-sequence ids of the model.
     """
 
     def __init__(
@@ -86,14 +86,15 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._waiting: Queue = deque()  # without a slot; by arrival
         self._prefills: Queue = deque()  # with a slot and a prompt to compute; by arrival
-        self._decodes: Queue = deque()  # with a slot and one pending token that yields the next; longest unserved first
+        self._decodes: Queue = deque()  # with a slot and one pending token that yields the next; least recently served first
         self._paused: Queue = deque()  # without credit; with or without a slot
         self._steps: deque[InFlightStep] = deque()  # in flight, oldest first
         self._free_slots = list(range(limits.max_batch_size - 1, -1, -1))
         self._closed_slots: list[int] = []  # ranks learn of them with the next plan
-        #: What :meth:`_admit` saw when it last refused: (sequence, free blocks, slots in use). The same again is refused unseen.
+        #: The state at the last refusal of :meth:`_admit`: (sequence, free blocks, slots in use). It refuses the same state again without a
+        #: check.
         self._last_refusal: tuple[int, int, int] | None = None
-        self._short_of_blocks = False  # the last plan left out a sequence for want of a block
+        self._short_of_blocks = False  # the last plan omitted a sequence because no block was free
         self._now = 0.0
         self._arrivals = self._finished_total = 0
         self._step, self._checked_step = 0, 0
@@ -103,7 +104,7 @@ class Scheduler:
     # Commands
 
     def submit(self, id: int, request: Submit) -> None:
-        """Queue a request. Raises TooLong, Rejected or Unsupported and then holds nothing; ``id`` must not be live."""
+        """Queue a request. Raises TooLong, Rejected or Unsupported, and then keeps nothing of it; ``id`` must not be live."""
         if id in self._sequences:
             raise ValueError(f"sequence {id} is live already")
         seq = make_sequence(id, self._arrivals, request, self._limits, self._eos_ids, self._guides)
@@ -112,7 +113,7 @@ class Scheduler:
         self._enqueue(seq)
 
     def cancel(self, id: int) -> None:
-        """Forget a sequence; its blocks are free at once, or after the step in flight that may still write them. Unknown ids are
+        """Forget a sequence; its blocks become free at once, or after the step in flight that may still write them. Unknown ids are
         ignored."""
         seq = self._sequences.pop(id, None)
         if seq is not None:
@@ -131,12 +132,12 @@ class Scheduler:
     # Facts
 
     def busy(self, now: float = 0.0) -> bool:
-        """Whether a step is in flight or :meth:`schedule` would do something: sequences run or wait, or the time is up after which a paused
-        one gives up its K/V."""
+        """Whether a step is in flight or :meth:`schedule` would do something: sequences run or wait, or a paused one is due to lose its
+        K/V."""
         return bool(self._steps or self._decodes or self._prefills or self._waiting) or any(self._overdue(max(now, self._now)))
 
     def predicted_tokens(self) -> int:
-        """Tokens of the next plan, at most: what a cost model needs."""
+        """Upper bound of the tokens in the next plan, for a cost model."""
         total = len(self._decodes)
         for seq in chain(self._prefills, self._waiting):
             if total >= self._limits.max_num_tokens:
@@ -145,8 +146,8 @@ class Scheduler:
         return min(total, self._limits.max_num_tokens)
 
     def stats(self, step_ms: float = 0.0) -> EngineStats:
-        """Counts now and totals; ``running`` sequences have a slot, ``waiting`` ones want one (without credit they do not). Prefix queries
-        and hits are counted in tokens."""
+        """Counts now and totals; ``running`` sequences have a slot, ``waiting`` ones need one (sequences without credit do not count).
+        Prefix queries and hits are counted in tokens."""
         return EngineStats(
             running=sum(seq.slot >= 0 for seq in self._sequences.values()),
             waiting=len(self._waiting),
@@ -165,7 +166,7 @@ class Scheduler:
     # Schedule
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """The next step's plan, or None when enough are in flight or no sequence can run. ``now``: seconds on any steady clock."""
+        """The next step's plan, or None if enough steps are in flight or no sequence can run. ``now``: seconds of any monotonic clock."""
         self._now = max(now, self._now)
         if len(self._steps) >= self._micro_batches:
             if not self._async_scheduling or len(self._steps) > self._micro_batches:
@@ -176,18 +177,19 @@ class Scheduler:
             self._preempt(seq)
         draft = self._draft()
         if not draft.sequences and self._waiting and not self._steps:
-            # Only paused sequences hold what the first waiting one lacks, and no other sequence will give anything back.
+            # Only paused sequences hold the blocks that the first waiting one needs, and no other sequence will release any.
             for seq in [seq for seq in self._paused if seq.slot >= 0]:
                 self._preempt(seq)
             draft = self._draft()
         return self._issue(draft) if draft.sequences else None
 
     def _schedule_ahead(self, oldest: InFlightStep) -> StepPlan | None:
-        """All micro-batches are in flight. One step more may be made: return the plan that repeats the ``oldest`` one. None where it cannot
-        be repeated: its sequences are then in the queues, for the next draft.
+        """All micro-batches are in flight. One more step may be issued: return the plan that repeats the ``oldest`` one, or None if it
+        cannot be repeated; then its sequences are in the queues, for the next draft.
 
-        They are not while blocks are short: a sequence in flight cannot be preempted, so its result comes first. What repeated steps have
-        deferred need not be applied then: their sequences are in no queue, so the draft does not look at them.
+        If blocks are short they are not in the queues: a sequence in flight cannot be preempted, so its result must arrive first. The
+        deferred counts of repeated steps need not be applied in this case: their sequences are in no queue, so the draft does not read
+        them.
         """
         if self._short_of_blocks:
             return None
@@ -198,7 +200,7 @@ class Scheduler:
         return repeated
 
     def _repeat(self, step: InFlightStep) -> StepPlan | None:
-        """The plan of ``step`` one token further; None where one of its sequences may end before, another one may run beside them, or
+        """The plan of ``step`` one token further; None if one of its sequences may end before, if another one could run with them, or if
         blocks are short."""
         if step.safe_repeats <= 0 or step.finished_at_issue != self._finished_total:
             return None
@@ -213,7 +215,7 @@ class Scheduler:
         return self._send(step.repeat(self._step + 1, self._closed_slots, fresh, self._pool.block_size))
 
     def _schedule_early(self, step: InFlightStep) -> None:
-        """Let the sequences of ``step`` be scheduled again before its result is there: from the next chunk, or from a placeholder."""
+        """Let the sequences of ``step`` be scheduled again before its result has arrived: from the next chunk, or from a placeholder."""
         if step.early:
             return
         step.early = True
@@ -247,12 +249,12 @@ class Scheduler:
         return draft
 
     def _grow(self, seq: Sequence, draft: StepDraft) -> bool:
-        """Give a block to a sequence that was popped from the decodes; if none is free, preempt the youngest one, which may be itself.
-        False: it is not in this step."""
+        """Give a block to a sequence that was popped from the decodes; if none is free, preempt the youngest one, which may be the sequence
+        itself. False: the sequence is not in this step."""
         seq.taken()
         while (fresh := self._pool.allocate(1)) is None:
             victim = self._victim(seq)
-            if victim is None:  # all other blocks belong to sequences of this step or in flight: try again after them
+            if victim is None:  # all other blocks belong to sequences of this step or in flight: retry after them
                 draft.stuck.append(seq)
                 return False
             self._preempt(victim)
@@ -286,7 +288,7 @@ class Scheduler:
         return None
 
     def _admit(self, seq: Sequence) -> bool:
-        """Give a waiting sequence a slot, the blocks found for its prefix, and fresh ones for all else that is known of it."""
+        """Give a waiting sequence a slot, the blocks found for its prefix, and new blocks for its other known tokens."""
         state = (seq.id, self._pool.available, self._slots_in_use)
         if state == self._last_refusal:
             return False
@@ -296,7 +298,7 @@ class Scheduler:
             found = self._pool.match(seq.findable_hashes(size), seq.tokens, seq.prefix.salt)
         self._pool.hold(found)
         need = -(-seq.known // size) - len(found)
-        # One block in reserve for each running sequence: the next block that an older one needs should not preempt the newcomer.
+        # One block in reserve for each running sequence: otherwise the next block of an older sequence would preempt the new one.
         fresh = self._pool.allocate(need) if need + self._slots_in_use <= self._pool.available else None
         if fresh is None:
             self._pool.release(found)
@@ -312,7 +314,7 @@ class Scheduler:
     def _issue(self, draft: StepDraft) -> StepPlan:
         """Turn a draft into the plan."""
         step = draft.issue(self._step + 1, self._closed_slots)
-        # It has the sequences of the step that they go on from, and no others: so the next steps may well repeat it.
+        # It has exactly the sequences of the step from which they continue, so the next steps can probably repeat it.
         if self._async_scheduling and draft.decodes == len(draft.sequences) and self._steps and self._steps[0].sequences == draft.sequences:
             step.safe_repeats = min([seq.async_until - len(seq.tokens) for seq in draft.sequences]) - 1
             step.finished_at_issue = self._finished_total
@@ -331,7 +333,7 @@ class Scheduler:
     # Update
 
     def update_from_output(self, result: StepResult) -> list[Emission]:
-        """Take the result of the oldest step in flight. Raises EngineFault when ``result`` is that of another step."""
+        """Apply the result of the oldest step in flight. Raises EngineFault if ``result`` belongs to another step."""
         if not self._steps or self._steps[0].plan.step != result.step:
             expected = self._steps[0].plan.step if self._steps else None
             raise EngineFault("a step's result came out of order", f"expected step {expected}, got {result.step}")
@@ -355,16 +357,16 @@ class Scheduler:
                 emissions.insert(i - dropped, emission)
                 silent += not emission.tokens
         self._output_tokens += len(emissions) - silent
-        if step.repeated_by is None:  # else its sequences are in flight, though they may not count that yet
+        if step.repeated_by is None:  # else its sequences are in flight, although their counts may not include it yet
             for seq in idle:
                 if not seq.finished:
                     self._enqueue(seq)
         return emissions
 
     def _update_sequence(self, seq: Sequence, token: int, logprobs: Logprobs | None) -> Emission | None:
-        """Take the answer of one step, already counted as computed, to a sequence that needs more than a token appended. None: nothing is
+        """Apply the result of one step, already counted as computed, to a sequence that needs more than an appended token. None: nothing is
         emitted."""
-        if seq.finished:  # it ended or was cancelled while in flight; after its last step nothing can write its blocks any more
+        if seq.finished:  # it ended or was cancelled while in flight; after its last step no plan writes its blocks
             if not seq.in_flight:
                 self._free(seq)
             return None
@@ -392,7 +394,7 @@ class Scheduler:
             seq.enter_by_arrival(self._waiting if seq.slot < 0 else self._prefills)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take slot and blocks from a sequence that is not in flight; all that is known of it is computed again later."""
+        """Take slot and blocks from a sequence that is not in flight; all its known tokens are computed again later."""
         seq.leave_queue()
         self._free(seq)
         self._preemptions += 1
@@ -400,7 +402,7 @@ class Scheduler:
         self._enqueue(seq)
 
     def _free(self, seq: Sequence) -> None:
-        """Free a sequence's slot and blocks; ranks learn of it with the next plan."""
+        """Free a sequence's slot and blocks; the next plan tells the ranks."""
         if seq.slot < 0:
             return
         slot = seq.give_up_slot(self._pool)
@@ -408,15 +410,15 @@ class Scheduler:
         self._closed_slots.append(slot)
 
     def _end_by_emission(self, seq: Sequence, end: Finish | Fault) -> None:
-        """End a sequence whose last emission says how."""
+        """End a sequence after its last emission."""
         faulty = isinstance(end, Fault)
         if faulty:
-            self._pool.forget(seq.blocks)  # whatever broke this sequence must not spread through the prefix cache
+            self._pool.forget(seq.blocks)  # the fault of this sequence must not spread through the prefix cache
         del self._sequences[seq.id]
         self._finish(seq, faulty=faulty)
 
     def _finish(self, seq: Sequence, *, faulty: bool = False) -> None:
-        """Stop a sequence. Its blocks are free now, or after the last step in flight that may still write them."""
+        """Stop a sequence. Its blocks become free now, or after the last step in flight that may still write them."""
         self._apply_deferred()
         seq.finish(faulty=faulty)
         self._finished_total += 1
@@ -424,12 +426,12 @@ class Scheduler:
             self._free(seq)
 
     def _apply_deferred(self) -> None:
-        """Count in every sequence what repeated steps have noted for it."""
+        """Apply the deferred counts of repeated steps to every sequence."""
         for step in self._steps:
             step.apply_deferred()
 
     def _overdue(self, now: float) -> Iterator[Sequence]:
-        """Paused sequences whose time with their K/V is up."""
+        """Paused sequences that must release their K/V now."""
         return (seq for seq in self._paused if seq.slot >= 0 and now - seq.paused_at >= PAUSE_S)
 
     @property

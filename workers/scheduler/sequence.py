@@ -1,6 +1,6 @@
-"""One request inside the scheduler: what is known of it, what is computed of it, and which queue it waits in.
+"""One request inside the scheduler: its known tokens, its computed tokens, and its queue.
 
-Owns :class:`Sequence` and every write to one: other modules call its methods, or the functions of this module that do the same for many
+Owns :class:`Sequence` and every write to one: other modules call its methods, or the functions of this module, which do the same for many
 sequences in one loop. Must never decide which sequence runs: that is :mod:`workers.scheduler.scheduler`, whose docstring has the states.
 """
 
@@ -25,16 +25,16 @@ Queue = deque["Sequence"]
 
 #: A ``publish_at`` that no sequence reaches.
 NEVER = 2**62
-#: Result of a step that computed only a chunk of a sequence, beside token ids and -1 (logits were not finite).
+#: Result for a sequence of which a step computed only a chunk. Other results are token ids and -1 (logits were not finite).
 NO_TOKEN = -2
 
 
 @dataclass(slots=True)
 class PrefixCursor:
-    """How far the blocks of one sequence are hashed and published.
+    """The progress of hashing and publishing the blocks of one sequence.
 
-    ``hashes``: the prefix hashes of its first whole blocks. ``publish_at``: end position of the next block to publish; ``NEVER`` when no
-    more of its blocks may be. ``eager_until``: blocks that end at or before this position are published as soon as they are computed.
+    ``hashes``: the prefix hashes of its first full blocks. ``publish_at``: end position of the next block to publish; ``NEVER`` if no
+    further block may be published. ``eager_until``: blocks that end at or before this position are published as soon as they are computed.
     """
 
     salt: str
@@ -43,7 +43,7 @@ class PrefixCursor:
     eager_until: int = 0
 
     def extend(self, tokens: list[int], count: int, block_size: int) -> None:
-        """Hash the whole blocks of ``tokens`` up to ``count`` blocks, as far as this is not done."""
+        """Hash the full blocks of ``tokens`` up to ``count`` blocks, unless they are hashed already."""
         done = len(self.hashes)
         if done < count:
             parent = self.hashes[-1] if done else None
@@ -65,30 +65,30 @@ class PrefixCursor:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A live request, ``computed`` < ``known`` <= len(``tokens``): the K/V of tokens[:computed] is there, that of tokens[:known] is due.
+    """A live request, ``computed`` < ``known`` <= len(``tokens``): the K/V of tokens[:computed] is computed, that of tokens[:known] is
+    required.
 
-    What never changes:
+    Constant:
         arrival: number of its arrival; sequences are admitted in this order.
         max_len: length of ``tokens`` at which it ends.
-        nothing_to_emit: it came with all of its output. It ends once computed; where no prompt is scored, one token is enough for that.
-        async_eligible: its next token, whatever it is, changes nothing in how the one after it is chosen.
-        special_tokens: results that are not simply emitted: its stop tokens, -1 (logits were not finite), and NO_TOKEN.
+        nothing_to_emit: all of its output came with its Submit. It ends once it is computed; if no prompt is scored, computing one token is
+        enough. async_eligible: the sampling of a token does not depend on the value of the token before it (except through the logits).
+        special_tokens: results that need special handling: its stop tokens, -1 (logits were not finite), and NO_TOKEN.
 
-    Lengths that decide what a step may do with it, kept because every step asks:
+    Lengths that decide what a step may do with it, cached because every step reads them:
         allowed_len: length of ``tokens`` at which its credit is used up.
         async_until: length of ``tokens`` below which it may be scheduled again while its token is in flight: that token neither ends nor
             pauses it.
         plain_until: while ``computed`` is below this, a token that is not special only has to be appended.
 
-    What changes as it moves:
+    Changing:
         queue: the queue that holds it; None when it is finished, and while it is in flight. With async scheduling it may wait in a queue
             while its last step is in flight.
         slot, blocks: its slot (-1 = none) and block table, which has room for ``block_capacity`` tokens.
         scheduled: tokens that are computed or in a step in flight; those of a repeated step only after
             :meth:`~workers.scheduler.in_flight.InFlightStep.apply_deferred`.
         cached_tokens: prompt tokens found in the prefix cache at the first admission; -1 before it.
-        cached_untold: some were found, and no emission has said so yet.
-        paused_at: when it was paused, seconds.
+        cached_untold: some were found, and no emission has reported it yet. paused_at: when it was paused, seconds.
     """
 
     id: int
@@ -126,17 +126,17 @@ class Sequence:
 
     @property
     def in_flight(self) -> int:
-        """Its tokens in steps in flight."""
+        """Number of its tokens in steps in flight."""
         return self.scheduled - self.computed
 
     @property
     def pending(self) -> int:
-        """Known tokens that no step has yet."""
+        """Number of known tokens that are not in a step yet."""
         return self.known - self.scheduled
 
     @property
     def credit(self) -> int:
-        """Tokens that may still be emitted."""
+        """Number of tokens that may still be emitted."""
         return self.allowed_len - len(self.tokens)
 
     @property
@@ -144,13 +144,13 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     def open_slot(self) -> OpenSlot:
-        """What ranks need to know of the sequence in its slot; its history only where sampling reads it."""
+        """The facts that ranks need about the sequence in its slot; its history only if sampling reads it."""
         wants_history = self.prompt_logprobs is not None or has_penalties(self.params)
         history = column(self.tokens) if wants_history else b""
         return OpenSlot(slot=self.slot, params=self.params, prompt_len=self.prompt_len, history=history)
 
     def findable_hashes(self, block_size: int) -> list[int]:
-        """Hashes of the whole blocks that a prefix hit may cover: at least the last known token is always computed."""
+        """Hashes of the full blocks that a prefix hit may cover: at least the last known token is always computed."""
         count = (self.known - 1) // block_size
         self.prefix.extend(self.tokens, count, block_size)
         return self.prefix.hashes[:count]
@@ -164,17 +164,17 @@ class Sequence:
             self.async_until = min(self.allowed_len, self.max_len) - 1
 
     def enter(self, queue: Queue) -> None:
-        """Go to the end of ``queue``."""
+        """Move to the end of ``queue``."""
         self.queue = queue
         queue.append(self)
 
     def enter_first(self, queue: Queue) -> None:
-        """Go to the front of ``queue``."""
+        """Move to the front of ``queue``."""
         self.queue = queue
         queue.appendleft(self)
 
     def enter_by_arrival(self, queue: Queue) -> None:
-        """Go to the place in ``queue`` that its arrival gives it."""
+        """Move to the place in ``queue`` according to its arrival."""
         self.queue = queue
         insort(queue, self, key=arrival_of)
 
@@ -184,7 +184,7 @@ class Sequence:
         self.enter(queue)
 
     def taken(self) -> None:
-        """Note that the scheduler has popped it from its queue."""
+        """Record that the scheduler has popped it from its queue."""
         self.queue = None
 
     def leave_queue(self) -> None:
@@ -195,7 +195,7 @@ class Sequence:
     # Slot and blocks
 
     def admit(self, slot: int, cached: list[int], fresh: list[int], pool: BlockPool) -> None:
-        """Take a slot, the blocks that hold its prefix already, and fresh blocks for all else that is known of it."""
+        """Take a slot, the blocks that already hold its prefix, and new blocks for its other known tokens."""
         self.slot = slot
         self.blocks = cached + fresh
         self.block_capacity = len(self.blocks) * pool.block_size
@@ -212,21 +212,22 @@ class Sequence:
         self.block_capacity += block_size
 
     def give_up_slot(self, pool: BlockPool) -> int:
-        """Return its blocks to ``pool``, those that are whole as findable ones; the slot that is free now."""
+        """Return its blocks to ``pool``, full ones as findable blocks. Returns the slot that is free now."""
         self.publish(pool)
         pool.release(self.blocks)
         slot, self.slot, self.blocks, self.block_capacity = self.slot, -1, [], 0
         return slot
 
     def publish(self, pool: BlockPool) -> None:
-        """Make its whole computed blocks findable. The scheduler calls this for blocks of the prompt as soon as they are computed, and for
-        blocks of the output when the sequence gives up its slot: few are looked for before, and all at once costs less."""
+        """Make its full computed blocks findable. The scheduler calls this for blocks of the prompt as soon as they are computed, and for
+        blocks of the output when the sequence leaves its slot: output blocks are rarely reused earlier, and publishing all at once costs
+        less."""
         # A step in flight when the sequence ended has computed tokens that are not its own.
         self.prefix.publish(self.tokens, min(self.computed, len(self.tokens)), self.blocks, pool)
         self._update_plain_until()
 
     def preempt(self) -> None:
-        """Nothing is computed any more. What was emitted stays, and so does the state of the guide."""
+        """Mark all tokens as not computed. Emitted tokens and the state of the guide stay."""
         self.computed = self.scheduled = 0
         self.prefix.publish_at = NEVER
         self.preemptions += 1
@@ -234,7 +235,7 @@ class Sequence:
             del self.prompt_logprobs[1:]
 
     def finish(self, *, faulty: bool = False) -> None:
-        """No token of it is emitted any more. ``faulty``: its blocks must not be found by others."""
+        """Emit no further token. ``faulty``: its blocks must not become findable."""
         self.finished = True
         if faulty:
             self.prefix.publish_at = NEVER
@@ -244,7 +245,7 @@ class Sequence:
     # Steps
 
     def schedule_chunk(self, count: int) -> tuple[list[int], bool, bool]:
-        """Take part in the next step with ``count`` tokens: (these, whether the step yields a token, whether it scores prompt tokens)."""
+        """Schedule ``count`` tokens in the next step: (these tokens, whether the step yields a token, whether it scores prompt tokens)."""
         begin = self.scheduled
         yields_token = count == self.pending and not self.nothing_to_emit
         scores_prompt = self.prompt_logprobs is not None and begin < self.prompt_len - 1
@@ -253,7 +254,7 @@ class Sequence:
         return self.tokens[begin : begin + count], yields_token, scores_prompt
 
     def add_prompt_logprobs(self, own_column: bytes, ids_column: bytes, logprobs_column: bytes) -> None:
-        """Take the predictions made at prompt positions ``computed``.., as in ``StepResult.prompt_logprobs``."""
+        """Store the predictions made at prompt positions ``computed``.., as in ``StepResult.prompt_logprobs``."""
         assert self.prompt_logprobs is not None
         own, ids, logprobs = view_floats(own_column).tolist(), view(ids_column).tolist(), view_floats(logprobs_column).tolist()
         start, k = self.computed, len(ids) // len(own)
@@ -262,7 +263,7 @@ class Sequence:
             self.prompt_logprobs.append(Logprobs(self.tokens[start + i + 1], own[i], ids[span], logprobs[span]))
 
     def accept(self, token: int, logprobs: Logprobs | None = None) -> Emission:
-        """Take a sampled token: it is emitted, or it ends the sequence, or both."""
+        """Apply a sampled token: emit it, end the sequence, or both."""
         first = self.output_len
         end: Finish | Fault | None = None
         if token in self.special_tokens or self.guide is not None:
@@ -288,7 +289,7 @@ class Sequence:
         if token < 0:
             return Fault("nan_logits", f"logits were not finite at output position {first}")
         if self.guide is not None:
-            # By the token that ends the output too: a grammar that can be followed no further may let nothing but the end through.
+            # Also for the token that ends the output: a grammar that has become too large allows only the end.
             try:
                 self.guide.advance((token,))
             except EngineFault as error:
@@ -307,7 +308,7 @@ class Sequence:
         return Finish(reason, usage, stop_id)
 
     def _take_prompt_logprobs(self) -> list[Logprobs] | None:
-        """The log-probabilities of the whole prompt, once, when the last of them is there."""
+        """The log-probabilities of the whole prompt, once, when they are complete."""
         if self.prompt_logprobs is None or len(self.prompt_logprobs) < self.prompt_len:
             return None
         logprobs, self.prompt_logprobs = self.prompt_logprobs, None
@@ -323,8 +324,8 @@ class Sequence:
         return self.cached_tokens
 
     def _update_plain_until(self) -> None:
-        """Every method calls this that changes what a token may need besides being appended: the end, a guide, prompt logprobs, a prefix
-        hit to tell of, blocks of the prompt that are still to be published."""
+        """Update ``plain_until``. Called by every method that changes whether a token needs more than being appended: the end, a guide,
+        prompt logprobs, a prefix hit to report, blocks of the prompt to publish."""
         plain = not self.finished and self.guide is None and self.prompt_logprobs is None and not self.cached_untold
         self.plain_until = self.max_len - 1 if plain and self.prefix.publish_at > self.prefix.eager_until else 0
 
@@ -333,13 +334,14 @@ def arrival_of(seq: Sequence) -> int:
     return seq.arrival
 
 
-# For many sequences at once: most steps do nothing else, and a call for each sequence would cost more than its work.
+# For many sequences at once: most steps do only this, and a call for each sequence would cost more than its work.
 
 
 def enter_from_placeholders(queue: Queue, sequences: list[Sequence], yields: list[int]) -> list[Sequence]:
-    """Each of ``sequences`` whose step ``yields`` a token (0 or 1) goes to the end of ``queue`` before that token is there, if it may.
+    """Each of ``sequences`` whose step ``yields`` a token (0 or 1) is moved to the end of ``queue`` before that token has arrived, if that
+    is allowed.
 
-    Returns those that have more of their prompt to compute.
+    Returns the sequences with further prompt tokens to compute.
     """
     chunks: list[Sequence] = []
     for seq, yields_token in zip(sequences, yields, strict=True):
@@ -355,7 +357,7 @@ def enter_from_placeholders(queue: Queue, sequences: list[Sequence], yields: lis
 
 
 def schedule_decodes(sequences: list[Sequence]) -> list[int]:
-    """Each of ``sequences`` takes part in the next step with one token: its last one, or a placeholder for one that is in flight."""
+    """Schedule one token of each of ``sequences`` in the next step: its last one, or a placeholder for one in flight."""
     tokens = []
     for seq in sequences:
         begin = seq.scheduled
@@ -375,10 +377,9 @@ def add_counts(sequences: list[Sequence], *, scheduled: int, computed: int) -> N
 def append_plain_tokens(
     sequences: list[Sequence], counts: list[int], tokens: list[int], logprobs: list[Logprobs | None]
 ) -> tuple[list[Emission], list[int], list[Sequence]]:
-    """Count a step's query lengths as computed, and emit the token of each sequence where it only has to be appended.
+    """Count a step's query lengths as computed, and emit the token of each sequence that only needs it appended.
 
-    Returns the emissions; the indices of the sequences that need a closer look; and the sequences that neither a step in flight nor a queue
-    has now.
+    Returns the emissions; the indices of the other sequences; and the sequences that are now neither in flight nor in a queue.
     """
     emissions: list[Emission] = []
     special: list[int] = []
@@ -396,7 +397,7 @@ def append_plain_tokens(
 
 
 def append_tokens(histories: list[list[int]], tokens: list[int]) -> None:
-    """Append to each sequence's ``tokens`` its one of ``tokens``. A loop that the interpreter runs in C: every token passes here."""
+    """Append to each sequence's ``tokens`` its entry of ``tokens``. The interpreter runs this loop in C, because it handles every token."""
     deque(map(list.append, histories, tokens), 0)
 
 
@@ -410,8 +411,8 @@ def _shared(special_tokens: frozenset[int]) -> frozenset[int]:
 def make_sequence(
     id: int, arrival: int, request: Submit, limits: Capacity, eos_ids: Iterable[int], guides: GuideFactory | None
 ) -> Sequence:
-    """The sequence of a request. Raises TooLong for what can never fit, Rejected for ids, parameters or a grammar that mean nothing,
-    Unsupported for a grammar where ``guides`` is None."""
+    """The sequence of a request. Raises TooLong for a request that can never fit, Rejected for invalid ids, parameters or grammar,
+    Unsupported for a grammar if ``guides`` is None."""
     check_request(request, limits)
     task, params = request.task, request.task.params
     tokens = request.prompt_ids + task.emitted
@@ -437,7 +438,7 @@ def make_sequence(
 
 
 def check_request(request: Submit, limits: Capacity) -> None:
-    """Raises TooLong for what can never fit, Rejected for ids and parameters that mean nothing; all that any engine must know."""
+    """Raises TooLong for a request that can never fit, Rejected for invalid ids and parameters; the checks that every engine needs."""
     _check_size(request, limits)
     check(request.task.params, vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
     tokens = request.prompt_ids + request.task.emitted

@@ -1,8 +1,8 @@
-"""Rank 0's shell around an engine: the engine thread, fed by the I/O thread of :mod:`workers.serving.router_io`.
+"""Rank 0's shell around an engine: the engine thread, which gets events from the I/O thread of :mod:`workers.serving.router_io`.
 
 Owns the :class:`~workers.serving.stream_table.StreamTable`, and the step's progress and the statistics, which the I/O thread reads for
 heartbeats. Every engine call (and so every MPI call) is made by the thread that calls :meth:`Leader.run`. Must never touch a socket, and
-never wait without a bound: when idle it sleeps on its inbox, and the I/O thread ends the process when a step makes no progress
+never wait without a bound: when idle it sleeps on its event queue, and the I/O thread ends the process if a step makes no progress
 (:meth:`Leader._check_progress`).
 """
 
@@ -26,7 +26,7 @@ from workers.serving.stream_table import Action, BeginDrain, GrantCredit, LogFau
 
 #: Longest sleep of an idle engine thread, seconds.
 IDLE_S = 0.5
-#: Most live sequences: so many for each place in a batch, and at least the second number.
+#: Maximum number of live sequences: the first number for each place in a batch, and at least the second number.
 SEQUENCES_PER_SLOT, MIN_SEQUENCES = 32, 1024
 #: Events handled between two steps.
 TURN_EVENTS = 1024
@@ -35,7 +35,7 @@ log = logging.getLogger("trireme.leader")
 
 
 class StepProgress(msgspec.Struct, frozen=True):
-    """What the engine thread is doing: ``step`` number, since when (:attr:`RouterIo.now`; 0 = not in one), and how long it should take."""
+    """Progress of the engine thread: ``step`` number, start time (:attr:`RouterIo.now`; 0 = not in a step), and predicted duration."""
 
     step: int = 0
     since: float = 0.0
@@ -60,8 +60,8 @@ class Leader:
         engine: driven from the thread that calls :meth:`run` and closed by the caller.
         boot: this process's nonce.
         keys: for ``tcp://`` routers.
-        enter: called with each phase that begins, from the engine thread.
-        abort: called from the I/O thread when the replica must end at once; must not return to it.
+        enter: called from the engine thread at the start of each phase. abort: called from the I/O thread if the replica must end at once;
+        must not return.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Leader:
         self._routers = RouterIo(self, spec.routers, keys, boot=boot, heartbeat_s=spec.heartbeat_s)
 
     def drain(self, grace_s: float) -> None:
-        """Begin to drain; safe to call from a signal handler and from any thread."""
+        """Begin to drain; may be called from a signal handler and from any thread."""
         self._inbox.put((self._routers.now, BeginDrain(max(0.0, grace_s))))
 
     def run(self) -> None:
-        """Serve until drained. Raises :class:`ReplicaLost` when a newer epoch lives, and what the engine's ``step`` raises."""
+        """Serve until drained. Raises :class:`ReplicaLost` if a newer epoch lives, and the errors of the engine's ``step``."""
         bye_reason = "lost"
         self._routers.start()
         self._enter("ready")
@@ -112,7 +112,7 @@ class Leader:
                     self._refresh(now)
             bye_reason = "drained"
         finally:
-            # Also after an error: a router that waits for a sequence here must hear that it continues elsewhere.
+            # Also after an error: a router that waits for a sequence must learn that it continues elsewhere.
             self._progress = StepProgress(self._progress.step)
             self._streams.drain(self._routers.now, 0.0)
             for action in self._streams.expire(self._routers.now):
@@ -121,8 +121,8 @@ class Leader:
             self._routers.close(bye_reason)
 
     def _take_events(self) -> None:
-        """Handle what came in; with nothing to do, sleep until something comes in or falls due, and give the engine its idle work
-        if nothing came."""
+        """Handle received events. If there is nothing to do, sleep until an event arrives or is due, and run the engine's idle work if none
+        arrived."""
         idle = not self._engine.busy()
         try:
             for _ in range(TURN_EVENTS):
@@ -199,13 +199,13 @@ class Leader:
         self._stats = LeaderStats(self._engine.stats(), self._streams.draining)
         self._stats_at = now
 
-    # called by the I/O thread: only reads the progress and the statistics, each replaced whole, and puts events into the inbox
+    # called by the I/O thread: these methods only read the progress and the statistics, which are replaced atomically, and queue events
 
     def hello(self) -> Hello:
         return self._hello
 
     def heartbeat(self) -> Heartbeat:
-        """The heartbeat of now. Raises :class:`EngineFault` when the running step makes no progress."""
+        """The present heartbeat. Raises :class:`EngineFault` if the running step makes no progress."""
         progress, stats = self._progress, self._stats
         busy_s = self._routers.now - progress.since if progress.since else 0.0
         self._check_progress(progress, busy_s)

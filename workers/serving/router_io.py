@@ -26,14 +26,14 @@ from workers.protocol.running_clock import RunningClock
 from workers.protocol.specs import RouterAddress
 from workers.serving.router_link import CloseSocket, LinkAction, OpenSocket, RouterLink, RouterLost, SendHello
 
-#: Longest sleep of the thread, seconds: so often each link is given the time.
+#: Longest sleep of the thread, seconds, and so the longest time between two ticks of a link.
 TICK_S = 0.05
-#: Most routers that one leader keeps connections to.
+#: Maximum number of routers to which one leader keeps connections.
 MAX_ROUTERS = 64
-#: Frames taken from one router before the next has its turn, and undelivered messages above which reading stops.
+#: Frames read from one router before the next one, and number of undelivered messages above which reading stops.
 TURN_FRAMES, INBOX_LIMIT = 256, 4096
 _WARN_S = 5.0
-#: Time for the last messages (Bye, the end of requests) to leave a socket that is closed.
+#: Linger time of a closing socket for the last messages (Bye, the end of requests).
 _LINGER_MS = 500
 
 log = logging.getLogger("trireme.routers")
@@ -47,14 +47,14 @@ class KeyPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not (is_key(self.public) and is_key(self.secret)):
-            raise ValueError("a CURVE key is not 40 characters of z85")  # the reader of a file adds its name
+            raise ValueError("a CURVE key is not 40 characters of z85")  # the caller that reads a file adds the file's name
 
     def __repr__(self) -> str:
         return f"KeyPair(public={self.public!r})"
 
 
 class RouterGone(msgspec.Struct, frozen=True):
-    """The router with this boot nonce is gone."""
+    """The router with this boot nonce is lost."""
 
     boot: str
 
@@ -63,20 +63,20 @@ Event: TypeAlias = Submit | Attach | Cancel | Credit | Bye | RouterGone
 
 
 class LeaderCallbacks(Protocol):
-    """What the I/O thread asks of the leader, from its own thread; no call here may block."""
+    """Callbacks of the I/O thread into the leader; they run in the I/O thread and must not block."""
 
     def hello(self) -> Hello: ...
 
     def heartbeat(self) -> Heartbeat:
-        """Called every ``heartbeat_s``. Raises :class:`~workers.protocol.errors.TriremeError` when the engine thread makes no progress."""
+        """Called every ``heartbeat_s``. Raises :class:`~workers.protocol.errors.TriremeError` if the engine thread makes no progress."""
 
     def deliver(self, received: float, event: Event) -> None: ...
 
     def backlog(self) -> int:
-        """Events delivered and not yet taken."""
+        """Number of delivered events that are not handled yet."""
 
     def on_io_error(self, error: BaseException) -> None:
-        """The thread ends by ``error``; the process must too."""
+        """The thread ends with ``error``; then the process must end too."""
 
 
 def is_key(text: str) -> bool:
@@ -101,7 +101,7 @@ def check_address(address: RouterAddress, keys: KeyPair | None) -> None:
 
 
 class _RouterPort:
-    """A router's address, its link, the socket while there is one, and the routers that this router names."""
+    """A router's address, its link, its socket (if open), and the routers that this router names."""
 
     def __init__(self, address: RouterAddress) -> None:
         self.address = address
@@ -115,7 +115,7 @@ class _RouterPort:
 class RouterIo:
     """Starts with :meth:`start`; afterwards :meth:`post` and :meth:`close` may be called from the engine thread.
 
-    Raises :class:`ConfigError` on an address that would be unsafe or cannot mean anything.
+    Raises :class:`ConfigError` for an unsafe or invalid address.
     """
 
     def __init__(
@@ -142,16 +142,16 @@ class RouterIo:
 
     @property
     def now(self) -> float:
-        """Seconds of the clock by which this process judges others; it stands still while the process does."""
+        """Seconds of the clock for time-outs of peers; it stops while this process does not run."""
         return self._clock.at(time.monotonic())
 
     def post(self, router_boot: str, message: FromReplica) -> None:
-        """Send ``message`` to the router with this boot nonce; it is dropped when that router is lost."""
+        """Send ``message`` to the router with this boot nonce; it is dropped if that router is lost."""
         self._outbox.append((router_boot, message))
         os.eventfd_write(self._wakeup, 1)
 
     def close(self, reason: str, bound_s: float = 3.0) -> None:
-        """Send all that was posted, say Bye, close the sockets; gives up after ``bound_s`` seconds."""
+        """Send all posted messages and Bye, and close the sockets, within ``bound_s`` seconds."""
         self._bye_reason = reason
         os.eventfd_write(self._wakeup, 1)
         self._thread.join(bound_s)
@@ -205,7 +205,7 @@ class RouterIo:
 
     def _poll(self, now: float) -> set[zmq.Socket[bytes] | int]:
         wanted: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._wakeup, zmq.POLLIN)]
-        reading = self._leader.backlog() < INBOX_LIMIT  # else the sockets' high-water marks hold the senders back
+        reading = self._leader.backlog() < INBOX_LIMIT  # else stop reading: then the sockets' high-water marks slow the senders
         for port in self._ports.values():
             if port.monitor is not None:
                 wanted.append((port.monitor, zmq.POLLIN))
@@ -246,7 +246,7 @@ class RouterIo:
 
     def _connect(self, port: _RouterPort) -> None:
         socket = port.socket = self._context.socket(zmq.DEALER)
-        # Immediate: nothing is queued for a router that is not there, so a send that would block means a lost router.
+        # Immediate: nothing is queued for an unconnected router, so a send that would block means a lost router.
         socket.immediate = True
         zmq_options.limit(socket)
         if port.address.server_key and self._keys is not None:
@@ -267,7 +267,7 @@ class RouterIo:
             if event == zmq.EVENT_DISCONNECTED:
                 self._carry_out(port, port.link.broken(now))
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and port.socket is not None:
-                port.socket.get(zmq.EVENTS)  # has the socket see the new connection now, or Hello would find no way out
+                port.socket.get(zmq.EVENTS)  # makes the socket notice the new connection now; otherwise Hello could not be sent
                 self._carry_out(port, port.link.connected(now))
 
     def _take_frames(self, port: _RouterPort) -> None:
@@ -290,7 +290,7 @@ class RouterIo:
 
     def _take(self, port: _RouterPort, message: messages.ToReplica, now: float) -> None:
         self._carry_out(port, port.link.heard(message.boot, now))
-        if port.link.state != "live":  # nothing may come before the handshake, nor without a nonce
+        if port.link.state != "live":  # no message may arrive before the handshake, or without a nonce
             self._complain(port, "a message without a boot nonce")
             return
         self._by_boot[port.link.boot] = port
@@ -306,14 +306,14 @@ class RouterIo:
         self._warn(port, f"refused a message, {self.malformed} so far: {why!r}")
 
     def _warn(self, port: _RouterPort, text: str) -> None:
-        """Log a line about one router, at most one in ``_WARN_S`` seconds: a router gone wrong must not fill the disk."""
+        """Log a line about one router, at most once in ``_WARN_S`` seconds, so that a faulty router cannot fill the disk."""
         now = time.monotonic()
         if now - port.warned_at > _WARN_S:
             port.warned_at = now
             log.warning("%s: %s", port.address.endpoint, text)
 
     def _follow_routers(self) -> None:
-        """Keep a link to every router that the configuration or a live router names; forget one that is down and that neither names."""
+        """Keep a link to every router that the configuration or a live router names; forget a router that is down and not named."""
         wanted = {address.endpoint: address for address in self._configured}
         for port in list(self._ports.values()):
             for address in port.named if port.link.state == "live" else ():

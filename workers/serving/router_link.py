@@ -1,4 +1,4 @@
-"""The state of a leader's connection to one router: whether Hello was sent, whether the router answers, and when the router counts as lost.
+"""The state of a leader's connection to one router: it tracks Hello, the router's answers, and the loss of the router.
 
     closed --tick, after a pause--> connecting --connected--> greeted (Hello was sent) --heard--> live (the router's boot nonce is known)
     connecting, greeted, live --broken | silence--> closed
@@ -26,7 +26,7 @@ class SendHello(msgspec.Struct, frozen=True):
 
 
 class RouterLost(msgspec.Struct, frozen=True):
-    """The router with this boot nonce is gone: its sequences are orphans."""
+    """The router with this boot nonce is lost: its sequences are orphans."""
 
     boot: str
 
@@ -55,18 +55,18 @@ class RouterLink:
 
     @property
     def up(self) -> bool:
-        """Whether messages may be sent: Hello must be the first one on a connection, and it has been sent."""
+        """Whether messages may be sent: only after Hello, which must be the first message on a connection."""
         return self.state in ("greeted", "live")
 
     def connected(self, now: float) -> list[LinkAction]:
         """The transport's handshake succeeded."""
-        if self.state != "connecting":  # a reconnect behind the socket's back: messages of the old connection may be gone
+        if self.state != "connecting":  # the socket reconnected by itself: messages of the old connection may be lost
             return self.broken(now)
         self.state, self._heard = "greeted", now
         return [SendHello()]
 
     def heard(self, boot: str, now: float) -> list[LinkAction]:
-        """A well-formed message of the router with nonce ``boot`` came in."""
+        """A well-formed message of the router with nonce ``boot`` has arrived."""
         if not self.up or not boot:
             return []
         self._heard, self._pause = now, PAUSE_MIN_S
@@ -79,7 +79,7 @@ class RouterLink:
         return [RouterLost(old), SendHello()]
 
     def broken(self, now: float) -> list[LinkAction]:
-        """Disconnected, a send would block, or Bye."""
+        """The connection is lost: disconnect, a send that would block, or Bye."""
         if self.state == "closed":
             return []
         actions: list[LinkAction] = [RouterLost(self.boot)] if self.boot else []
@@ -89,7 +89,7 @@ class RouterLink:
         return [*actions, CloseSocket()]
 
     def tick(self, now: float) -> list[LinkAction]:
-        """Time passed."""
+        """Act on the passage of time."""
         if self.state == "closed" and now >= self._open_at:
             self.state = "connecting"
             return [OpenSocket()]

@@ -1,8 +1,7 @@
-"""The state file of one replica: what its rank 0 says about itself to the launcher.
+"""The state file of one replica: rank 0's report to the launcher.
 
-Owns ``run_dir/state.json``: written whole or not at all, by rank 0 only, mode 0600. A dead gang cannot write its own end: a reader that
-sees a living phase and no process of ``pids`` knows that the gang was killed. Must never hold up serving: once serving, a full disk is a
-warning.
+Owns ``run_dir/state.json``: written atomically, by rank 0 only, mode 0600. A killed gang cannot write its own end: if the phase is a living
+one and no process of ``pids`` exists, the gang was killed. Must never interrupt serving: while it serves, a full disk is only a warning.
 """
 
 from __future__ import annotations

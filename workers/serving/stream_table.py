@@ -1,8 +1,8 @@
-"""The stream table of a leader: under which stream of which router the tokens of each live sequence are sent.
+"""The stream table of a leader: it maps each live sequence to the router and the stream of its tokens.
 
-Owns one record for each sequence that the engine runs: its lasting name (client, request id), the stream (router's boot nonce, stream
-number, attempt) under which its tokens go out, the tokens that it emitted (so that another router can attach), its deadline; and the drain.
-Pure: events come in with the time, actions go out, and the leader carries them out; must never touch a socket, a clock or an engine.
+Owns one record for each sequence that the engine runs: its permanent name (client, request id), the stream (router's boot nonce, stream
+number, attempt) of its tokens, the tokens that it emitted (so that another router can attach), its deadline; and the drain. Pure: it takes
+events with the time and returns actions, which the leader carries out; must never touch a socket, a clock or an engine.
 
     (none) --submit--> starting (until the engine answers) --started--> streaming --router_lost--> orphan --attach--> streaming
     starting --refused--> (none)
@@ -10,7 +10,7 @@ Pure: events come in with the time, actions go out, and the leader carries them 
     streaming, orphan --end of the sequence | deadline | cancel | drain | a newer attempt--> (none)
     orphan --orphan_s without attach--> (none)
 
-What holds for every (router boot, stream, attempt) that was submitted or attached: tokens arrive in order without gap or repeat, then
+The guarantee for every (router boot, stream, attempt) that was submitted or attached: tokens arrive in order without gap or repeat, then
 exactly one Done or Failed, and nothing after it, unless the router itself was lost: then nothing more is sent. A router that starts again
 has another boot nonce, so it counts as another router.
 """
@@ -42,7 +42,7 @@ from workers.protocol.messages import (
     error_text,
 )
 
-#: Most tokens in one message while an attached stream catches up.
+#: Maximum number of tokens in one message while an attached stream catches up.
 CATCH_UP_TOKENS = 1024
 #: Upper bounds of the msgpack encoding, bytes: one alternative (id, float) and one position without alternatives.
 _TOP_BYTES, _POSITION_BYTES = 14, 32
@@ -76,7 +76,7 @@ class SendToRouter(msgspec.Struct, frozen=True):
 
 
 class LogFault(msgspec.Struct, frozen=True):
-    """Log that the engine could not go on with a request. ``marks``: the caller's own request id and trace id."""
+    """Log that the engine could not continue a request. ``marks``: the caller's request id and trace id."""
 
     request_id: str
     marks: tuple[str, str]
@@ -87,16 +87,16 @@ Action: TypeAlias = StartSequence | StopSequence | GrantCredit | SendToRouter | 
 
 
 class BeginDrain(msgspec.Struct, frozen=True):
-    """The launcher's order to a leader, an event of its inbox: accept nothing new; what still runs after ``grace_s`` seconds continues at
-    another replica."""
+    """The launcher's order to a leader: accept no new requests; sequences that still run after ``grace_s`` seconds continue at another
+    replica."""
 
     grace_s: float
 
 
 class _StreamRecord(msgspec.Struct, kw_only=True):
-    """One live sequence. ``tokens``: the journal that came with Submit and what was emitted since; ``logprobs``: those of
-    the last len(``logprobs``) tokens. ``router_boot``: empty while the sequence is an orphan. ``credit``: tokens that may still be sent.
-    ``cached_tokens``: prompt tokens found in the prefix cache, as far as the engine has said."""
+    """One live sequence. ``tokens``: the tokens that came with Submit and those emitted since; ``logprobs``: those of the last
+    len(``logprobs``) tokens. ``router_boot``: empty while the sequence is an orphan. ``credit``: tokens that may still be sent.
+    ``cached_tokens``: prompt tokens found in the prefix cache, if the engine has reported them."""
 
     id: int
     name: tuple[str, str]
@@ -148,10 +148,9 @@ class StreamTable:
     """The table of one leader. Times are seconds of one monotonic clock.
 
     Args:
-        boot: this process's own nonce, put into every message.
-        model: the only model name that Submit may carry.
-        orphan_s: how long a sequence whose router was lost waits for another router to attach.
-        limit: most live sequences; more are refused as overloaded.
+        boot: this process's nonce, put into every message. model: the only model name that Submit may contain. orphan_s: how long a
+        sequence whose router was lost waits for another router to attach. limit: maximum number of live sequences; further ones are refused
+        as overloaded.
     """
 
     def __init__(self, *, boot: str, model: str, orphan_s: float = 1.0, limit: int = 4096) -> None:
@@ -206,17 +205,18 @@ class StreamTable:
         return [*actions, StartSequence(record.id, message)]
 
     def started(self, id: int) -> list[Action]:
-        """The engine took the sequence."""
+        """The engine accepted the sequence."""
         return [self._accepted(self._by_id[id])]
 
     def refused(self, id: int, error: TriremeError) -> list[Action]:
-        """The engine raised on the sequence and keeps nothing of it."""
+        """The engine refused the sequence and keeps nothing of it."""
         record = self._by_id[id]
         self._drop(record)
         return [self._failed_message(record, error)]
 
     def attach(self, message: Attach) -> list[Action]:
-        """Move a live sequence to another stream and send its tokens from ``have`` on. ``not_found`` tells the router to submit instead."""
+        """Move a live sequence to another stream and send its tokens from ``have`` on. After the error ``not_found`` the router submits
+        instead."""
         record = self._by_name.get((message.client, message.request_id))
         if record is None or not 0 <= message.have <= len(record.tokens):
             error = TriremeError("no such sequence here, or one that has not come so far", code="not_found")
@@ -235,7 +235,7 @@ class StreamTable:
         self._by_stream[record.router_boot, record.stream] = record
         actions.append(self._accepted(record))
         actions += self._catch_up(record, message.have)
-        # Credit cannot be taken back from an engine: what an earlier router granted stays granted.
+        # Credit cannot be revoked from an engine: the credit of an earlier router remains.
         granted = message.credit - (len(record.tokens) - message.have)
         if granted > record.credit:
             actions.append(GrantCredit(record.id, granted - record.credit))
@@ -263,7 +263,7 @@ class StreamTable:
         return actions
 
     def router_lost(self, router_boot: str, now: float) -> None:
-        """A router is gone: its sequences are orphans, and are cancelled when no router attaches in time."""
+        """A router is lost: its sequences become orphans, and are cancelled if no router attaches in time."""
         for record in self._by_id.values():
             if record.router_boot == router_boot:
                 del self._by_stream[record.router_boot, record.stream]
@@ -273,7 +273,7 @@ class StreamTable:
     # events from the engine and the clock
 
     def emitted(self, emissions: Iterable[Emission]) -> list[Action]:
-        """Send what one step did: one Tokens message to each router, then the terminal messages."""
+        """Send the output of one step: one Tokens message to each router, then the terminal messages."""
         builders: dict[str, _TokensBuilder] = {}
         prompts: list[Action] = []
         ends: list[Action] = []
@@ -310,12 +310,12 @@ class StreamTable:
         return [*prompts, *sends, *ends]
 
     def drain(self, now: float, grace_s: float) -> None:
-        """Refuse new sequences, and end those that still run after ``grace_s`` seconds; of two drains the earlier end counts."""
+        """Refuse new sequences, and end those that still run after ``grace_s`` seconds; with two drains, the earlier end counts."""
         until = now + grace_s
         self._drain_until = until if self._drain_until is None else min(until, self._drain_until)
 
     def expire(self, now: float) -> list[Action]:
-        """Act on every time that has passed: deadlines, waits of orphans, the end of the drain."""
+        """Act on all due times: deadlines, waits of orphans, the end of the drain."""
         actions: list[Action] = []
         while self._due and self._due[0][0] <= now:
             record = self._by_id.get(heapq.heappop(self._due)[1])
@@ -341,7 +341,7 @@ class StreamTable:
         return min(times, default=None)
 
     def check(self) -> None:
-        """Raises AssertionError when the tables disagree."""
+        """Raises AssertionError if the tables are inconsistent."""
         assert self._by_name == {record.name: record for record in self._by_id.values()}
         assert self._by_stream == {(record.router_boot, record.stream): record for record in self._by_id.values() if record.router_boot}
         timed = {id for _, id in self._due}
@@ -349,7 +349,7 @@ class StreamTable:
         assert all(len(record.logprobs) <= len(record.tokens) for record in self._by_id.values())
 
     def _check_submit(self, message: Submit, *, replaces: bool) -> None:
-        """Raise the error by which a Submit is refused before the engine looks at its ids, sizes and grammar."""
+        """Raise the error for a Submit that is refused before the engine checks its ids, sizes and grammar."""
         if message.model != self._model:
             raise NotFound(f"this replica serves {self._model!r}", code="model_not_found")
         if self.draining:
@@ -391,7 +391,7 @@ class StreamTable:
         first = have
         while first < len(record.tokens):
             stop = min(first + CATCH_UP_TOKENS, len(record.tokens))
-            if first < scored_from:  # tokens of an earlier attempt: their logprobs were sent then
+            if first < scored_from:  # tokens of an earlier attempt: their logprobs were already sent
                 stop = min(stop, scored_from)
             builder = _TokensBuilder()
             builder.add(
