@@ -38,7 +38,7 @@ else echo failed; tail -n 20 $(LOG) >&2; echo 'hint: the whole output is in $(LO
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test fast docs test-faults test-families test-inputs demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators test-wheel
+.PHONY: help setup check test fast docs test-faults test-families test-inputs test-long demo bench clean smoke-trtllm test-sim soak load test-openmpi test-manifests test-ray-jobs test-slurm test-kserve test-ui test-operators test-wheel
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target what; do printf '  make %-13s %s\n' "$$target" "$$what"; done
@@ -63,6 +63,9 @@ test: setup ## the whole suite, in JOBS processes (much of it waits for others)
 
 fast: $(DEVELOPED) ## all tests that start no process: 3 minutes on two cores
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m 'not process and not long and not model'
+
+test-long: setup ## large MPI layouts, records against transformers, ten times the examples of property tests: 15 to 25 minutes
+	@EXAMPLES=4 $(BIN)/python -m pytest -q -m 'long or hypothesis' tests/mpi tests/orchestrator tests/property tests/workers
 
 test-faults: setup ## every fault of docs/reliability.md, with real processes and signals: 15 to 25 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/orchestrator/control/launch/test_supervisor.py tests/orchestrator/control/host/test_deployment.py tests/e2e/test_two_routers.py

@@ -1,4 +1,8 @@
-"""Every layout of a small model on real MPI ranks: pipelines bitwise, ordered sums bitwise, plain sums within the margin rule."""
+"""Every layout of a small model on real MPI ranks: pipelines bitwise, ordered sums bitwise, plain sums within the margin rule.
+
+Every tp and every pp is in a usual run, together as tp=2 pp=2; what needs more than four ranks is long (`make test-long`): ranks that wait
+in MPI take the cores that others compute on, and twelve on two cores take a hundred seconds.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ from workers.scheduler.step_plan import decode_result, view
 
 pytestmark = pytest.mark.mpi
 LAYOUTS = [(tp, pp) for tp in (1, 2, 3, 4) for pp in (1, 2, 3)]
+SMALL = [(tp, pp) for tp, pp in LAYOUTS if tp * pp <= 4]
+LARGE = [layout for layout in LAYOUTS if layout not in SMALL]
 Played = tuple[list[list[torch.Tensor]], list[bytes]]  # logits by tp rank and step; results
 
 
@@ -49,17 +55,36 @@ def whole(logits: list[list[torch.Tensor]], vocab: int = 331) -> list[torch.Tens
     return [torch.cat(shards, 1)[:, :vocab] for shards in zip(*logits, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What every rank of every layout gave, in files whose names begin so. All layouts share one world: ranks take long to start."""
-    made = tmp_path_factory.mktemp("layouts")
-    told = {"layouts": LAYOUTS, "model": str(folder), "out": str(made / "out")}
-    run(max(tp * pp for tp, pp in LAYOUTS), "tests.mpi.layout_program", made / "report.json", told, bound_s=280.0)
+def played(layouts: list[tuple[int, int]], folder: Path, made: Path) -> str:
+    """What every rank of these layouts gave, in files whose names begin so. They share one world: ranks take long to start."""
+    told = {"layouts": layouts, "model": str(folder), "out": str(made / "out")}
+    run(max(tp * pp for tp, pp in layouts), "tests.mpi.layout_program", made / "report.json", told, bound_s=280.0)
     return str(made / "out")
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_layout(tp: int, pp: int, out: str, references: dict[int, Played]) -> None:
+@pytest.fixture(scope="module")
+def small(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return played(SMALL, folder, tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="module")
+def large(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return played(LARGE, folder, tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.mark.parametrize(("tp", "pp"), SMALL)
+def test_layout(tp: int, pp: int, small: str, references: dict[int, Played]) -> None:
+    check(tp, pp, small, references)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("tp", "pp"), LARGE)
+def test_layout_of_many_ranks(tp: int, pp: int, large: str, references: dict[int, Played]) -> None:
+    check(tp, pp, large, references)
+
+
+def check(tp: int, pp: int, out: str, references: dict[int, Played]) -> None:
+    """Compare a layout's logits and results with those of the same shards as threads, and with one rank's."""
     expected_logits, expected_results = references[tp]
     for rank in range(tp):
         logits, results = read_played(Path(f"{out}.{tp}x{pp}.ordered.{rank}"))

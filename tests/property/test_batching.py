@@ -13,6 +13,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
 
+from tests.support.examples import examples
 from tests.support.scheduler_rig import Rig, capacity, submit
 from tests.support.table_guide import table_guides
 from workers.protocol.engine import Finish
@@ -20,7 +21,7 @@ from workers.protocol.errors import Rejected
 from workers.protocol.messages import Capacity, GuideSpec, SamplingParams, Submit
 from workers.scheduler.step_plan import StepPlan, view
 
-EXAMPLES = 100
+EXAMPLES = examples(100)
 
 #: Prompts share prefixes often: runs of one letter, a tail that may differ.
 PROMPTS = st.builds(
@@ -116,7 +117,7 @@ def outcome(rig: Rig) -> list[object]:
     ]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     requests=st.lists(REQUESTS, min_size=1, max_size=5),
     limits=LIMITS,
@@ -153,7 +154,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=6), limits=LIMITS, cache=st.booleans(), moves=MOVES)
 def test_a_repeated_step_is_the_step_that_would_be_scheduled(
     requests: list[Submit], limits: Capacity, cache: bool, moves: list[tuple[int, float, int, int]]
@@ -186,7 +187,7 @@ def plans_of_step(rig: Rig) -> list[StepPlan]:
     return plans
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     requests=st.lists(REQUESTS, min_size=1, max_size=6),
     limits=LIMITS,
@@ -211,7 +212,7 @@ def test_a_cancel_at_any_moment_leaks_nothing(
     assert rig.idle()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(count=st.integers(1, 24), stages=st.integers(1, 4), async_scheduling=st.booleans())
 def test_sequences_are_balanced_over_the_pipeline(count: int, stages: int, async_scheduling: bool) -> None:
     """In steady decoding any ``stages`` consecutive plans serve every sequence once, and their sizes differ by what division demands."""
@@ -231,7 +232,7 @@ def test_sequences_are_balanced_over_the_pipeline(count: int, stages: int, async
     assert sorted(window) == list(range(count))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(prompt=st.integers(1, 200), max_tokens=st.integers(1, 200), blocks=st.integers(1, 30))
 def test_what_is_admitted_fits_and_what_never_fits_is_refused(prompt: int, max_tokens: int, blocks: int) -> None:
     rig = Rig(capacity(num_blocks=blocks, slots=2, context=256))

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.reference.engine import Stream, request, serve
+from tests.support.examples import examples
 from tests.support.tiny_models import IM_END, tiny_model
 from workers.engines.fake import FakeEngine
 from workers.engines.portable import build
@@ -87,7 +88,7 @@ def survives(engine: Engine, number: Callable[[], int], odd: Submit, expected: l
     assert engine.stats().free_blocks == engine.capacity.num_blocks
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=params, prompt=ids, emitted=st.just([]) | ids)
 def test_an_odd_request_runs_or_is_refused(
     engine: Engine, number: Callable[[], int], chosen: dict[str, Any], prompt: list[int], emitted: list[int]

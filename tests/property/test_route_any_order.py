@@ -17,6 +17,7 @@ from orchestrator.router.core.actions import Action, DeliverTokens, FailChoice, 
 from orchestrator.router.core.replica_registry import ReplicaRegistry
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
+from tests.support.examples import examples
 from tests.support.router_core import CoreDriver
 from workers.protocol.errors import Overloaded
 from workers.protocol.messages import (
@@ -339,5 +340,8 @@ class Routing(RuleBasedStateMachine):
 
 TestRouting = Routing.TestCase
 TestRouting.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=examples(80),
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -25,7 +25,7 @@ from workers.scheduler.block_pool import BlockPool
 from workers.serving.stream_table import StreamTable
 
 INCIDENTS = sorted((Path(__file__).parent / "incidents").glob("*.json"))
-SCHEDULES = 500
+SCHEDULES = 200
 
 
 def test_random_schedules_keep_every_promise() -> None:

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.support.examples import examples
 from workers.protocol.engine import Emission, Fault, Finish
 from workers.protocol.errors import TooLong
 from workers.protocol.messages import Accepted, Attach, Cancel, Credit, Done, Failed, GenerateTask, SamplingParams, Submit, Tokens, Usage
@@ -152,4 +153,4 @@ class SessionsMachine(RuleBasedStateMachine):
 
 
 TestSessions = SessionsMachine.TestCase
-TestSessions.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestSessions.settings = settings(max_examples=examples(150), stateful_step_count=40, deadline=None)

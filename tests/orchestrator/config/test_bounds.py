@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config import bounds
 from orchestrator.config import deployment_file as deployment
+from tests.support.examples import examples
 from workers.protocol.errors import ConfigError
 
 #: Every setting that holds a number, as the structs have them.
@@ -34,7 +35,7 @@ def tree_with(path: str, value: object) -> dict[str, Any]:
     return tree
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(path=st.sampled_from(PATHS), value=VALUES)
 def test_a_number_is_within_its_bounds_or_refused_by_its_key(path: str, value: float) -> None:
     """And what is taken can be written for the other processes and read back."""

@@ -21,6 +21,7 @@ from orchestrator.control.reconciler import (
     RestartPolicy,
     WantedReplica,
 )
+from tests.support.examples import examples
 from workers.protocol.status import GangPhase
 
 POLICY = RestartPolicy(max_failures=4, stable_s=60.0, start_timeout_s=100.0, drain_grace_s=5.0)
@@ -305,4 +306,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestAnyOrder.settings = settings(max_examples=examples(40), stateful_step_count=25, deadline=None)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 
 from orchestrator.control.reconciler import ENDED, DrainGang, GangStatus, KillGang, LaunchGang, Reconciler, RestartPolicy
 from orchestrator.control.rollout import Rollout, RolloutBounds, RolloutMove, RolloutTarget, plan
+from tests.support.examples import examples
 from workers.protocol.status import GangPhase
 
 TICK_S, LOAD_S, DRAIN_S = 0.2, 1.0, 0.6
@@ -159,7 +160,7 @@ def test_a_move_knows_both_ways() -> None:
     assert str(RolloutMove(name="x", before="1", after="")) == "end x"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     old=st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True),
     new=st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("12")), min_size=1, max_size=4, unique_by=lambda row: row[0]),

@@ -22,6 +22,7 @@ from orchestrator.planner.automatic import (
 )
 from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.planner import Subject, ranks_memory
+from tests.support.examples import examples
 from tests.support.hardware import EIGHT_LARGE, GIB, NO_GPU, ONE_SMALL, decided, gpu, host
 from workers.layout.sharding import parameters
 from workers.protocol.errors import ConfigError, EnvironmentFault
@@ -137,7 +138,7 @@ def test_what_is_asked_for_is_never_changed_and_not_explained() -> None:
     assert found.chosen == ()
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     batch=st.none() | st.integers(1, 4096), tokens=st.none() | st.integers(1, 20000), on=st.sampled_from([NO_GPU, ONE_SMALL, EIGHT_LARGE])
 )

@@ -11,6 +11,7 @@ from bench.fit import CPU_FITTED, CPU_HELD_OUT, FITTED, HELD_OUT, misses, record
 from orchestrator.planner.cost_model import Pipeline, Rates, StageWork, StepLoad, Workload, replay, stage_seconds
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT
 from tests.support import figures
+from tests.support.examples import examples
 from workers.engines.fake import FakeEngine
 from workers.protocol.messages import GenerateTask, SamplingParams, Submit
 from workers.protocol.specs import FakeOptions, FakeSpec, Parallel
@@ -92,7 +93,7 @@ def steps_of_the_batch(workload: Workload, sequences: int, tokens: int) -> int:
     return count
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(requests=st.integers(1, 24), isl=st.integers(1, 60), osl=st.integers(1, 12), sequences=st.integers(1, 16), spare=st.integers(0, 80))
 def test_a_replay_takes_the_steps_of_the_real_batch(requests: int, isl: int, osl: int, sequences: int, spare: int) -> None:
     workload = Workload(name="w", requests=requests, isl=isl, osl=osl)
@@ -101,7 +102,7 @@ def test_a_replay_takes_the_steps_of_the_real_batch(requests: int, isl: int, osl
     assert abs(counted.seconds - steps_of_the_batch(workload, sequences, tokens)) <= max(1, 0.02 * counted.seconds)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     requests=st.integers(1, 300), isl=st.integers(1, 500), osl=st.integers(1, 60), sequences=st.integers(1, 64), spare=st.integers(1, 900)
 )

@@ -18,6 +18,7 @@ from orchestrator.planner.known_models import SHAPES
 from orchestrator.planner.placement import RankAssignment
 from orchestrator.planner.planner import LayoutPlan, Subject, plan, rank_memory, ranks_memory, settings
 from tests.support import figures
+from tests.support.examples import examples
 from workers.layout.memory import frozen_bytes
 from workers.layout.sharding import parameters
 from workers.protocol.errors import ConfigError
@@ -261,7 +262,7 @@ def test_impossible_layouts_are_the_engines_to_refuse() -> None:
     assert isinstance(found.best, LayoutPlan)
 
 
-@settings_(max_examples=20, deadline=None)
+@settings_(max_examples=examples(20), deadline=None)
 @given(
     name=st.sampled_from(sorted(SHAPES)),
     gpu=st.sampled_from(sorted(GPUS)),

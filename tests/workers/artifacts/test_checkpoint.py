@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from tests.support.examples import examples
 from tests.support.tiny_models import ENDOFTEXT, IM_END, tiny_model
 from workers.artifacts.artifact import open_artifact
 from workers.artifacts.checkpoint import open_rank, read_checkpoint
@@ -89,7 +90,7 @@ def test_writer_insists_on_what_was_announced(tmp_path: Path) -> None:
             writer.write("a", np.zeros(3, np.float32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_truncated_safetensors_are_refused(whole: Path, tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
     data = (whole / "rank0.safetensors").read_bytes()

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from tests.support.examples import examples
 from tests.support.gguf_blocks import FACTORS
 from tests.support.tiny_models import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, tiny_gguf, tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
@@ -80,7 +81,7 @@ def test_quantized_weights_equal_the_packages_own_dequantization(blocks: Path) -
     assert kinds == {"F32", *FACTORS}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data())
 def test_a_slice_is_the_slice_of_the_whole(path: Path, blocks: Path, data: st.DataObject) -> None:
     file = GgufFile(data.draw(st.sampled_from([path, blocks])))
@@ -394,7 +395,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
         open_artifact(tmp_path / "x.gguf")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_damaged_headers_raise_nothing_but_our_own_error(path: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     original = path.read_bytes()
@@ -410,7 +411,7 @@ def test_damaged_headers_raise_nothing_but_our_own_error(path: Path, tmp_path_fa
         tokenizer_files(file, read_vocabulary(file, GgufFile(file).metadata))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_truncated_files_are_refused(path: Path, tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
     data = path.read_bytes()

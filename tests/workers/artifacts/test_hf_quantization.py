@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.support.examples import examples
 from tests.support.quantized_folders import TOOLS, numpy_of, pack, quantized_folder
 from tests.support.tiny_models import tiny_model
 from workers.artifacts.artifact import open_artifact, open_source
@@ -63,7 +64,7 @@ def computed(found: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return found[name] if scale is None else found[name].float() * scale[:, None]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.data())
 def test_any_part_of_a_tensor_is_a_part_of_the_whole(data: st.DataObject) -> None:
     tool = TOOLS[data.draw(st.sampled_from(sorted(TOOLS)))]
@@ -79,7 +80,7 @@ def test_any_part_of_a_tensor_is_a_part_of_the_whole(data: st.DataObject) -> Non
     np.testing.assert_allclose(values, layer.values[rows.start : rows.stop, columns.start : columns.stop].numpy(), rtol=3e-7, atol=0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(bits=st.sampled_from([2, 4, 8]), axis=st.sampled_from([0, 1]), seed=st.integers(0, 99))
 def test_words_are_read_as_they_are_packed(bits: int, axis: int, seed: int) -> None:
     integers = torch.randint(0, 1 << bits, (40, 24), generator=torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from tests.support.examples import examples
 from workers.kernels.step_layout import (
     SEGMENT_STEP,
     SPLIT_PROGRAMS,
@@ -48,7 +49,7 @@ def cuts(layout: DeviceLayout) -> dict[int, list[tuple[int, int]]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(HEADS, DECODES, st.integers(0, 5), st.integers(0, 500))
 def test_parts_cover_each_context_once(heads: Heads, contexts: list[int], padding: int, steps: int) -> None:
     """At once, and ``steps`` steps later, when nothing but the positions was raised."""
@@ -92,7 +93,7 @@ def test_a_given_segment_makes_cuts_independent_of_the_batch() -> None:
     assert alone == among and len(alone) == 6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(HEADS, st.lists(st.integers(0, 3000), max_size=20), st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 400)), max_size=6))
 def test_every_query_token_is_in_one_part_or_tile(heads: Heads, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
     starts, lengths = [*decodes, *(start for start, _ in chunks)], [*([1] * len(decodes)), *(length for _, length in chunks)]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.reference.logprobs import logprobs_of
+from tests.support.examples import examples
 from workers.protocol.errors import Rejected
 from workers.protocol.messages import SamplingParams
 from workers.sampling.definition import (
@@ -47,7 +48,7 @@ def test_vector_and_integer_definitions_agree(seed: int, position: int, token: i
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**20))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_noise_is_uniform_and_independent_of_its_neighbours(seed: int, position: int) -> None:
     here = noise_bits(seed, position, IDS)
     counts = np.bincount(here >> 26, minlength=64)

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from tests.support.examples import examples
 from tests.support.scheduler_rig import EOS, Rig, capacity, submit
 from tests.support.table_guide import table_guides
 from workers.protocol.engine import Finish
@@ -25,7 +26,7 @@ def ids_of(rules: TokenRules, vocab: int = VOCAB) -> set[int]:
 
 
 @given(st.none() | st.sets(st.integers(0, 5), min_size=1).map(tuple), WORDS, st.lists(st.integers(0, 5), max_size=9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_what_may_follow_an_output(allowed: tuple[int, ...] | None, words: tuple[tuple[int, ...], ...], output: list[int]) -> None:
     """As vLLM defines a bad word: its last id may not follow the others, wherever in the output."""
     rules = TokenRules(SamplingParams(allowed_token_ids=allowed, bad_words=words), VOCAB, EOS, None)

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from tests.support.examples import examples
 from workers.scheduler.block_pool import BlockPool, prefix_hashes
 
 
@@ -169,7 +170,7 @@ def test_check_catches_corruption(corrupt: object) -> None:
         pool.check([held])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(1, 5)), max_size=60))
 def test_any_use_keeps_the_invariants(actions: list[tuple[int, int, int]]) -> None:
     """Sequences come with one of a few prompts, publish what they computed, and leave in any order."""

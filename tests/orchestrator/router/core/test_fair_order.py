@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.router.core.fair_order import AGING_S, CACHED_PRICE, MAX_IDLE, OUTPUT_PRICE, PROMPT_PRICE, FairOrder, TenantAccount
+from tests.support.examples import examples
 
 
 class Served:
@@ -161,7 +162,7 @@ def test_what_is_remembered_of_tenants_is_bounded() -> None:
     assert [account.tenant for account in order.snapshot().accounts] == [f"t{number}" for number in range(2 * MAX_IDLE, 3 * MAX_IDLE)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(2, 6), st.integers(0, 2**32))
 def test_tenants_that_wait_all_the_time_differ_by_no_more_than_one_choice(tenants: int, seed: int) -> None:
     """The bound of VTC: it does not grow with time. One choice is served at a time, so it is what the largest one costs."""
@@ -180,7 +181,7 @@ def test_tenants_that_wait_all_the_time_differ_by_no_more_than_one_choice(tenant
         assert max(got.values()) - min(got[f"t{tenant}"] for tenant in range(tenants)) <= largest
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 2**32))
 def test_a_restored_order_goes_on_as_the_first_one_would(seed: int) -> None:
     chance, served = Random(seed), Served()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.router.core.actions import DeliverCachedTokens, DeliverPromptLogprobs, DeliverTokens, FailChoice, FinishChoice
+from tests.support.examples import examples
 from tests.support.router_core import CAPACITY, CoreDriver, accept, ask, beat, delivered, join, router, sent, tokens, where
 from workers.protocol.messages import Accepted, Attach, Cancel, Done, Failed, Logprobs, SamplingParams, Submit, Tokens, Usage
 
@@ -203,7 +204,7 @@ def test_a_lone_liar_is_tried_as_often_as_a_replica_may_die_of_a_request() -> No
 ids = st.integers(0, VOCAB + 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["tokens", "done", "accepted"]), st.integers(-2, 9), st.lists(ids, max_size=5)), max_size=12))
 def test_whatever_a_replica_sends_a_client_gets_ids_in_order_within_the_limit(said: list[tuple[str, int, list[int]]]) -> None:
     route = router(replica_limit=1000)
