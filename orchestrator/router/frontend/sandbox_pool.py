@@ -1,10 +1,11 @@
 """The sandbox pool: gives jobs to sandbox worker processes, and kills and replaces a process that exceeds the time limit.
 
-Owns the processes. A job that takes longer than :data:`LIMIT_S` fails its own request and costs one process, but it never blocks the event
-loop, and the next job goes to another process. To be used from one event loop only.
+Owns the processes. A job that takes more CPU time than :data:`LIMIT_S` fails its own request and costs one process, but never blocks the
+event loop, and the next job goes to another process. A job whose process is stopped or starved is not blamed: after :data:`PATIENCE_S`
+it is answered as unavailable. To be used from one event loop only.
 
     starting --answers the setup--> free --a job--> busy --its answer--> free
-    starting, busy --too late, or ended--> killed, and replaced by a new one
+    starting, busy --too costly, too late, or ended--> killed, and replaced by a new one
     starting --refuses the setup--> ended, and not replaced: a template is broken
 """
 
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
@@ -35,12 +36,13 @@ from orchestrator.router.frontend.sandbox_worker import (
     RenderJob,
     SandboxSetup,
 )
-from workers.protocol.errors import ArtifactError, EnvironmentFault, Overloaded, Rejected
+from workers.protocol.errors import ArtifactError, EnvironmentFault, Overloaded, Rejected, Unavailable
 from workers.protocol.messages import GuideSpec
 from workers.protocol.running_clock import LONGEST_TURN_S, RunningClock
 
-#: Seconds that one job may take, that a job may wait for a free process, and that a new process may take to be ready.
-LIMIT_S, WAIT_S, START_S = 2.0, 5.0, 30.0
+#: Seconds of its process's CPU time that one job may take, seconds that it may take in all where its process gets less, seconds that a job
+#: may wait for a free process, and that a new process may take to be ready. They count while this process runs.
+LIMIT_S, PATIENCE_S, WAIT_S, START_S = 2.0, 30.0, 5.0, 30.0
 #: Seconds before the next try when a process did not start.
 RETRY_S = 1.0
 #: Longest answer, bytes: the longest prompt at four bytes a character, and as much again for the structure around it.
@@ -55,6 +57,10 @@ T = TypeVar("T")
 
 class _Gone(Exception):
     """The process ended, or sent what is no answer."""
+
+
+class _Costly(Exception):
+    """The job took more CPU time than it may."""
 
 
 class _Process:
@@ -92,6 +98,14 @@ class _Process:
                 raise _Gone
             at += got
         return bytes(data)
+
+    def cpu_s(self) -> float:
+        """CPU seconds that it has used. Raises :class:`_Gone`."""
+        cpu_clock = (~self._popen.pid << 3) | 2  # what clock_getcpuclockid(3) makes of a pid on Linux
+        try:
+            return time.clock_gettime(cpu_clock)
+        except OSError:
+            raise _Gone from None
 
     def kill(self) -> None:
         self._socket.close()
@@ -172,8 +186,12 @@ class SandboxPool:
         for _ in range(2):
             try:
                 answer = await self._try(frame)
-            except TimeoutError:
+            except _Costly:
                 raise Rejected(f"{param}: {subject} took longer than {self._limit_s:g} s", code=code, param=param) from None
+            except TimeoutError:
+                # The job is not to blame: its process hardly ran.
+                why = f"it was not done after {PATIENCE_S:g} s, and its process got too little CPU time: the host is overloaded"
+                raise Unavailable(f"{subject} could not be worked on", why, "retry later", retry_after=1.0) from None
             except _Gone:
                 continue
             if isinstance(answer, JobRefused):
@@ -183,13 +201,16 @@ class SandboxPool:
         raise Rejected(f"{param}: {subject} ended the process that worked on it", code=code, param=param)
 
     async def _try(self, frame: bytes) -> Answer:
-        """Raises TimeoutError and :class:`_Gone`. After these, and after a cancellation, the process is replaced."""
+        """Raises TimeoutError, :class:`_Costly` and :class:`_Gone`. After these, and after a cancellation, the process is replaced."""
         self.start()
         async with AsyncExitStack() as stack:
+
+            async def take() -> _Process:
+                await stack.enter_async_context(self._turns.turn(request_context.caller()))
+                return await self._free.get()
+
             try:
-                async with asyncio.timeout(WAIT_S):
-                    await stack.enter_async_context(self._turns.turn(request_context.caller()))
-                    process = await self._free.get()
+                process = await _within(WAIT_S, take())
             except TimeoutError:
                 raise Overloaded("too many templates and grammars at a time", retry_after=1.0) from None
             return await self._run(process, frame)
@@ -197,7 +218,13 @@ class SandboxPool:
     async def _run(self, process: _Process, frame: bytes) -> Answer:
         answered = False
         try:
-            answer = await _within(self._limit_s, process.ask(frame))
+            limit = process.cpu_s() + self._limit_s
+
+            def check() -> None:
+                if process.cpu_s() >= limit:
+                    raise _Costly
+
+            answer = await _within(max(PATIENCE_S, self._limit_s), process.ask(frame), check)
             answered = True
         finally:
             if answered:
@@ -249,8 +276,9 @@ class SandboxPool:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _within(bound_s: float, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``; raises TimeoutError when it takes longer than ``bound_s`` seconds in which this process runs."""
+async def _within(bound_s: float, work: Coroutine[Any, Any, T], check: Callable[[], None] = lambda: None) -> T:
+    """The result of ``work``; raises TimeoutError when it takes longer than ``bound_s`` seconds in which this process runs, and what
+    ``check`` raises, which is called from time to time."""
     task = asyncio.get_running_loop().create_task(work)
     begin = time.monotonic()
     clock = RunningClock(begin)
@@ -260,6 +288,7 @@ async def _within(bound_s: float, work: Coroutine[Any, Any, T]) -> T:
             clock.turn(time.monotonic())
             if task.done():
                 return task.result()
+            check()
         raise TimeoutError
     finally:
         if task.cancel():

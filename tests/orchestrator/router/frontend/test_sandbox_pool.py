@@ -15,12 +15,13 @@ import httpx
 import psutil
 import pytest
 
+from orchestrator.router.frontend import sandbox_pool
 from orchestrator.router.frontend.chat_template import MAX_RENDERED, PromptPiece, TemplateFile, TemplateSource
 from orchestrator.router.frontend.sandbox_pool import SandboxPool
 from orchestrator.router.frontend.sandbox_worker import RenderJob
 from tests.support.scripted_router import ServedDoor, tiny_texts
 from tests.support.tiny_models import CHAT_TEMPLATE, SPECIALS
-from workers.protocol.errors import ArtifactError, Rejected
+from workers.protocol.errors import ArtifactError, Rejected, Unavailable
 from workers.protocol.messages import GuideSpec
 
 SLEEPLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -92,6 +93,29 @@ def test_a_pool_that_was_frozen_with_its_processes_blames_no_template() -> None:
                 os.kill(pid, signal.SIGSTOP)
             asyncio.get_running_loop().call_later(0.1, freeze)
             assert await found.render(job("good")) and found.lost == 0
+
+    asyncio.run(main())
+
+
+def test_a_process_that_gets_no_cpu_time_blames_no_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while the router runs: for longer than the limit of a job, and then for good."""
+
+    async def main() -> None:
+        async with cells(0.3) as found:
+            await found.render(job("good"))
+            for pid in found.pids:
+                os.kill(pid, signal.SIGSTOP)
+            waiting = asyncio.create_task(found.render(job("good")))
+            await asyncio.sleep(0.8)
+            for pid in found.pids:
+                os.kill(pid, signal.SIGCONT)
+            assert await waiting and found.lost == 0
+            monkeypatch.setattr(sandbox_pool, "PATIENCE_S", 0.6)
+            for pid in found.pids:
+                os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(Unavailable, match="too little CPU time") as caught:
+                await found.render(job("good"))
+            assert caught.value.status == 503 and caught.value.retry_after and found.lost == 1
 
     asyncio.run(main())
 
