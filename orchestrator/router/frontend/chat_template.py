@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from orchestrator.router.frontend.chat_turns import REASONING_KEYS, ContentForm, content_in, to_json, turns_of
+from orchestrator.router.frontend.template_cost import MAX_SOURCE, is_bounded
 from orchestrator.router.frontend.template_reads import TemplateReads, what_it_reads
 from workers.protocol.errors import ArtifactError, Rejected
 
@@ -33,6 +34,7 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 _OPEN, _CLOSE, _CUT = "\ufdd0", "\ufdd1", "\ufdd2"
 #: Marks the end of the message to continue. Its blank shows whether the template keeps the white space there.
 _END_OF_MESSAGE = f"{_CUT} "
+_UNREADABLE = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
 _REFUSED = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 _TRIAL = [("system", "Trial one."), ("user", "Trial two."), ("assistant", "Trial three."), ("user", "Trial four.")]
 
@@ -64,6 +66,16 @@ class TemplateSource(msgspec.Struct, frozen=True, kw_only=True):
     def compile(self) -> ChatTemplate:
         """Raises ArtifactError with the file and the line of the first mistake."""
         return ChatTemplate(self)
+
+    def compile_bounded(self) -> ChatTemplate | None:
+        """:meth:`compile`, but None where a template may cost more than :mod:`orchestrator.router.frontend.template_cost` allows, also to
+        compile it, and where one has a mistake."""
+        files = self.templates.values()
+        try:
+            bounded = all(len(file.source) <= MAX_SOURCE and is_bounded(_environment().parse(file.source)) for file in files)
+            return self.compile() if bounded else None
+        except (jinja2.TemplateSyntaxError, ArtifactError, *_UNREADABLE):
+            return None
 
 
 class ChatTemplate:
@@ -147,7 +159,7 @@ class _Compiled:
             self.compiled = environment.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise _broken(file, f"line {error.lineno}: {error.message}") from None
-        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        except _UNREADABLE as error:
             raise _broken(file, f"{type(error).__name__}: {str(error)[:200]}") from None
         self.hidden = re.compile(_any_of([*specials, _OPEN, _CUT]))
         kept = [text for text in self.reads.searched if any(special in text for special in specials)]

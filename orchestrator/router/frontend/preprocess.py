@@ -210,7 +210,7 @@ class ModelEncoder:
             reasoning_effort=body.reasoning_effort,
             kwargs=body.chat_template_kwargs,
         )
-        pieces = await self._texts.sandbox.render(job)
+        pieces = await self._texts.render(job)
         size = sum(len(piece.text) for piece in pieces)
         self._check_length(size, "messages")
         return await self._texts.run(size, lambda: self._model.table.encode(pieces, bool(body.add_special_tokens), self._keep))

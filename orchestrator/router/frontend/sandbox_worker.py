@@ -43,6 +43,24 @@ class RenderJob(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
     reasoning_effort: str | None = None
     kwargs: dict[str, Any] | None = None
 
+    def render(self, template: ChatTemplate) -> list[PromptPiece]:
+        """The job done. Raises Rejected, also where the template fails."""
+        try:
+            return template.render(
+                self.messages,
+                tools=self.tools,
+                documents=self.documents,
+                add_generation_prompt=self.add_generation_prompt,
+                continue_final_message=self.continue_final_message,
+                reasoning_effort=self.reasoning_effort,
+                kwargs=self.kwargs,
+            )
+        except Rejected:
+            raise
+        except Exception as error:
+            # The edge of a job: an error fails this job only. The error's text may hold text of the request, so only its type is told.
+            raise Rejected(f"the request cannot be rendered: {type(error).__name__}", param="messages") from None
+
 
 class GrammarJob(msgspec.Struct, frozen=True, kw_only=True, tag="try"):
     """Compile this grammar, to see whether it can be compiled."""
@@ -80,25 +98,13 @@ class SandboxWorker:
 
     def answer(self, job: Job) -> Answer:
         try:
-            return self._render(job) if isinstance(job, RenderJob) else _compile(job.guide)
+            return Rendered(pieces=job.render(self._templates[job.model])) if isinstance(job, RenderJob) else _compile(job.guide)
         except Rejected as error:
             # The field of a grammar is not known here: a request can give it in one of several fields.
             return JobRefused(what=error.what, why=error.why, code=error.code, param=error.param if isinstance(job, RenderJob) else None)
         except Exception as error:
             # The edge of a job: an error fails this job only. The error's text may hold text of the request, so only its type is sent.
             return JobRefused(what=f"the request cannot be rendered: {type(error).__name__}")
-
-    def _render(self, job: RenderJob) -> Answer:
-        pieces = self._templates[job.model].render(
-            job.messages,
-            tools=job.tools,
-            documents=job.documents,
-            add_generation_prompt=job.add_generation_prompt,
-            continue_final_message=job.continue_final_message,
-            reasoning_effort=job.reasoning_effort,
-            kwargs=job.kwargs,
-        )
-        return Rendered(pieces=pieces)
 
 
 def _compile(guide: GuideSpec) -> Answer:
