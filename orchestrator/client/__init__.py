@@ -1,6 +1,7 @@
 """Client of a Trireme deployment over ZeroMQ: :class:`Client` (blocking) and :class:`AsyncClient`, the same protocol under both.
 
-Needs pyzmq and msgspec only. An answer survives the death of a router: the client holds the request's journal and goes on at another one.
+Needs pyzmq and msgspec only. An answer survives the death of a router: the client keeps the request's journal and continues at another
+router.
 """
 
 from orchestrator.client.async_client import AsyncCall, AsyncClient

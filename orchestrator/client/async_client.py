@@ -1,6 +1,6 @@
 """The asyncio client: the loop's readers around :class:`~orchestrator.client.protocol.ClientProtocol`.
 
-Owns one timer, which runs while anything is live. Use it from one loop; it starts no thread and no task.
+Owns one timer, which runs while any request is live. Use it from one event loop; it starts no thread and no task.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class AsyncClient(RpcClient[AsyncCall]):
     def _flush(self) -> None:
         if not self._closed:
             if self._protocol.outbox and not self._drain_is_due:
-                # A send may process the event that would have made a descriptor readable: look once more in the next turn.
+                # A send may consume the event that would have made a descriptor readable, so poll once more in the next turn.
                 self._drain_is_due = True
                 self._loop.call_soon(self._drain)
             if self._protocol.live and self._timer is None:

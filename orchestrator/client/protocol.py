@@ -37,16 +37,16 @@ from workers.protocol.running_clock import RunningClock
 
 What = Literal["status", "models", "metrics"]
 
-#: The client leaves a router that has sent nothing about a request for this long, seconds.
+#: The client leaves a router that has sent nothing about a request for this time, seconds.
 SILENCE_S = 2.0
-#: Tokens of each choice that may be on their way; granted anew by halves, as they are taken in.
+#: Credit window of each choice, tokens; half of it is granted again whenever half was received.
 WINDOW = 256
-#: How often one request is asked again without a token in between, per router.
+#: Times that one request is sent again without a token in between, per router.
 ROUNDS = 5
 
 
 class _ReceivedChoice:
-    """What has come of one choice so far."""
+    """The received output of one choice."""
 
     __slots__ = ("finish", "logprobs", "stop_id", "text", "tokens", "usage")
 
@@ -60,7 +60,7 @@ class _ReceivedChoice:
 
 
 class ClientExchange:
-    """A live request. ``pieces`` fills as messages come and is emptied by the shell; ``error`` or a full set of choices ends it."""
+    """A live request. ``pieces`` is filled by messages and emptied by the shell; ``error`` or a full set of choices ends it."""
 
     def __init__(self, request: str, endpoint: ApiEndpoint, body: bytes, choices: int, *, texts: bool, deadline: float | None) -> None:
         self.request, self.endpoint, self.body, self.texts, self.deadline = request, endpoint, body, texts, deadline
@@ -73,10 +73,10 @@ class ClientExchange:
         self.choices = [_ReceivedChoice() for _ in range(choices)]
         self.stream = self.attempt = 0
         self.router = 0
-        #: Tokens of each choice when it was last asked, and how many since then credit was renewed for.
+        #: Tokens of each choice at the last send of the request, and the number of tokens since then for which credit was renewed.
         self.bases = [0] * choices
         self.renewed = 0
-        #: Times that it was asked since its last token.
+        #: Times that it was sent since its last token.
         self.asked = 0
         #: Routers that had no room for it.
         self.refused = 0
@@ -88,7 +88,7 @@ class ClientExchange:
         return self.error is not None or self.report is not None or all(choice.finish is not None for choice in self.choices)
 
     def journal(self) -> Journal | None:
-        """What another router needs to go on; None before Accepted, when the request is simply asked anew."""
+        """The data with which another router continues; None before Accepted, when the request is simply sent again."""
         if self.accepted is None:
             return None
         return Journal(prompt_ids=self.accepted.prompt_ids, seed=self.accepted.seed, emitted=[choice.tokens for choice in self.choices])
@@ -120,7 +120,7 @@ class ClientProtocol:
     def __init__(self, boot: str, routers: int, *, silence_s: float = SILENCE_S) -> None:
         self._boot, self._routers, self._silence_s = boot, routers, silence_s
         self._live: dict[int, ClientExchange] = {}
-        #: Routers are judged by it; only differences of its times mean anything.
+        #: The clock for time-outs of routers; only differences of its times have a meaning.
         self._clock = RunningClock(0.0)
         self._next_stream = 0
         self._preferred = 0
@@ -145,7 +145,7 @@ class ClientProtocol:
         return exchange
 
     def cancel(self, exchange: ClientExchange) -> None:
-        """End it here and now as cancelled; one that has ended stays as it is."""
+        """End it at once as cancelled; does nothing if it has ended."""
         if self._live.pop(exchange.stream, None) is not None:
             self._post(exchange, Cancel(boot=self._boot, stream=exchange.stream))
             self._end(exchange, Cancelled("the request was cancelled"))
@@ -157,7 +157,7 @@ class ClientProtocol:
     # --- what routers say
 
     def received(self, router: int, frame: bytes, now: float) -> None:
-        """Raises :class:`~workers.protocol.messages.Malformed` on what is no message of a router."""
+        """Raises :class:`~workers.protocol.messages.Malformed` for a frame that is not a router's message."""
         message = messages.decode_to_client(frame)
         if isinstance(message, Tokens):
             self._tokens(router, message, now)
@@ -179,7 +179,7 @@ class ClientProtocol:
             self._live.pop(message.stream, None)
 
     def unreachable(self, router: int, now: float) -> None:
-        """A frame could not be given to this router."""
+        """A frame could not be sent to this router."""
         for exchange in [exchange for exchange in self._live.values() if exchange.router == router]:
             self._leave(exchange, "it cannot be reached", now)
 
@@ -194,7 +194,7 @@ class ClientProtocol:
                 self._leave(exchange, f"silent for {self._silence_s:.1f} s", now)
 
     def _tokens(self, router: int, message: Tokens, now: float) -> None:
-        """A router's keepalive is of this kind too: it names every stream that it still owes an end, without tokens."""
+        """A router's keepalive has this type too: it names every stream that has not ended, without tokens."""
         for stream, prompt_logprobs in message.prompt_logprobs or ():
             exchange = self._live.get(stream)
             if exchange is not None and exchange.prompt_logprobs is None:
@@ -207,7 +207,7 @@ class ClientProtocol:
                 continue
             exchange.last_message_at = self._clock.at(now)
             choice, tokens, first = exchange.choices[index], message.tokens[i], message.firsts[i]
-            # Routers send in order and a journal names a message's end, so anything else belongs to a stream that was left.
+            # Routers send in order and a journal ends where a message ends, so other tokens belong to an abandoned stream.
             if not tokens or first != len(choice.tokens) or choice.finish is not None:
                 continue
             text = message.texts[i] if message.texts is not None else ""
@@ -218,7 +218,7 @@ class ClientProtocol:
                 choice.logprobs += logprobs
             exchange.asked = exchange.refused = 0
             exchange.pieces.append(Piece(choice=index, first=first, tokens=tokens, text=text, logprobs=logprobs))
-            # Credit is granted to all choices alike, so the furthest one must not starve.
+            # Credit is granted to all choices equally, so the choice that is furthest decides.
             taken = len(choice.tokens) - exchange.bases[index]
             if taken - exchange.renewed >= WINDOW // 2:
                 grants[stream] = grants.get(stream, 0) + taken - exchange.renewed
@@ -253,7 +253,7 @@ class ClientProtocol:
     # --- which router
 
     def _leave(self, exchange: ClientExchange, why: str, now: float) -> None:
-        """Its router does not answer. What is queued for that one must never reach it: it would run the request once more."""
+        """Its router does not answer. Frames queued for that router must never reach it, because it would run the request again."""
         self.resets[exchange.router] = None
         if exchange.asked >= ROUNDS * self._routers:
             self._end(exchange, Unavailable("no router answers", f"the last one: {why}", "is the deployment up?"))
@@ -261,7 +261,7 @@ class ClientProtocol:
             self._move(exchange, now)
 
     def _move(self, exchange: ClientExchange, now: float) -> None:
-        """Ask the next router to go on from what is here."""
+        """Send the request to the next router, which continues after the received tokens."""
         self._live.pop(exchange.stream, None)
         if self._preferred == exchange.router:
             self._preferred = (exchange.router + 1) % self._routers

@@ -1,4 +1,4 @@
-"""From a caller's arguments to an exchange: what both clients do before anything is sent."""
+"""Turns a caller's arguments into an exchange; both clients use it before they send anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.protocol.errors import Rejected
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Sequence[int]
 
-#: Choices that a client keeps room for; a router refuses as many long before.
+#: Maximum number of choices in a client; routers have a much lower limit.
 _MAX_CHOICES = 128
 
 

@@ -1,4 +1,4 @@
-"""What a caller gets: pieces as they come, and the whole at the end. Plain values."""
+"""The results for a caller: pieces while they arrive, and the whole answer at the end. Plain values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """What arrived for one choice: ``tokens`` at output positions ``first``.. and ``text`` that may be shown. ``finish_reason`` comes
-    with the choice's last piece."""
+    """New output of one choice: ``tokens`` at output positions ``first``.. and ``text`` that may be shown. ``finish_reason`` comes with the
+    choice's last piece."""
 
     choice: int
     first: int
@@ -32,7 +32,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """All choices of a request. ``attempts``: routers that it took beyond the first."""
+    """All choices of a request. ``attempts``: number of further routers after the first."""
 
     request: str
     seed: int

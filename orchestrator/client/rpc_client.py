@@ -1,6 +1,6 @@
-"""What the blocking and the asyncio client have in common: starting requests, and moving frames between the protocol and the sockets.
+"""The common part of the blocking and the asyncio client: starting requests, and moving frames between the protocol and the sockets.
 
-Owns the sockets. Does not decide when to read: the blocking client polls, the asyncio client is called by its loop.
+Owns the sockets. It does not decide when to read: the blocking client polls, and the event loop calls the asyncio client.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from orchestrator.client.protocol import SILENCE_S, ClientExchange, ClientProtoc
 from orchestrator.client.sockets import ClientKeys, ClientSockets
 from workers.protocol.specs import RouterAddress
 
-#: Longest time between two looks at deadlines and silent routers, seconds.
+#: Longest time between two checks of deadlines and silent routers, seconds.
 TICK_S = 0.05
-#: Bound of a question about a router itself, seconds.
+#: Time-out of a query to a router, seconds.
 QUERY_S = 10.0
 
 CallT = TypeVar("CallT")
@@ -26,7 +26,7 @@ CallT = TypeVar("CallT")
 
 class RpcClient(ABC, Generic[CallT]):
     """A client of one or several routers. ``routers``: endpoints (``ipc://``), or addresses with the router's key (``tcp://``). ``model``:
-    for requests that name none. ``silence_s``: a router that owes an answer and says nothing for so long is given up."""
+    for requests that name none. ``silence_s``: a router that owes an answer and is silent for this time counts as lost."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class RpcClient(ABC, Generic[CallT]):
         return self._start(requests.complete(prompt, options, model=model or self._model, request=request, deadline=deadline, texts=texts))
 
     def close(self) -> None:
-        """Cancel what is live and close the sockets."""
+        """Cancel live requests and close the sockets."""
         for exchange in self._protocol.exchanges():
             self._protocol.cancel(exchange)
         self._flush()
@@ -88,7 +88,7 @@ class RpcClient(ABC, Generic[CallT]):
         return self._call(exchange)
 
     def _query(self, what: What) -> ClientExchange:
-        """Ask a router about itself; the exchange ends within ``QUERY_S``."""
+        """Send a query to a router; the exchange ends within ``QUERY_S``."""
         now = time.monotonic()
         exchange = self._protocol.query(what, now, now + QUERY_S)
         self._flush()
@@ -99,13 +99,13 @@ class RpcClient(ABC, Generic[CallT]):
         self._flush()
 
     def _receive(self, now: float) -> None:
-        """Give the protocol every frame that has arrived."""
+        """Pass every received frame to the protocol."""
         for router in range(len(self._sockets)):
             while (frame := self._sockets.receive(router)) is not None:
                 self._protocol.received(router, frame, now)
 
     def _flush(self) -> None:
-        """Renew the connections and send the frames that the protocol asks for."""
+        """Renew the connections and send the frames of the protocol's outbox."""
         protocol = self._protocol
         while protocol.resets or protocol.outbox:
             for router in protocol.resets:
@@ -131,7 +131,7 @@ class LiveCall(Generic[ClientT]):
 
     @property
     def request(self) -> str:
-        """The request's id: unique, and the same at every router that it went to."""
+        """The request's id: unique, and the same at every router."""
         return self._exchange.request
 
     def cancel(self) -> None:

@@ -45,12 +45,12 @@ class ClientSockets:
         return len(self._addresses)
 
     def reset(self, router: int) -> None:
-        """Drop the connection and whatever is queued in it, and begin a new one."""
+        """Drop the connection and its queued frames, and open a new one."""
         self.sockets[router].close(0)
         self.sockets[router] = self._connect(self._addresses[router])
 
     def send(self, router: int, frame: bytes) -> bool:
-        """False: this router has taken nothing for a whole high-water mark."""
+        """False: the high-water mark is reached, because this router does not read."""
         try:
             self.sockets[router].send(frame, zmq.DONTWAIT)
         except zmq.Again:
@@ -58,7 +58,7 @@ class ClientSockets:
         return True
 
     def receive(self, router: int) -> bytes | None:
-        """The next frame; None = nothing is there."""
+        """The next frame; None = no frame has arrived."""
         try:
             return self.sockets[router].recv(zmq.DONTWAIT)
         except zmq.Again:

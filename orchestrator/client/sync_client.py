@@ -1,6 +1,6 @@
 """The blocking client: a poll loop around :class:`~orchestrator.client.protocol.ClientProtocol`.
 
-One thread at a time may use it; it starts none. While one call is waited for, all live calls move on.
+One thread at a time may use it; it starts none. While the caller waits for one call, all live calls make progress.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Client(RpcClient[Call]):
         self.close()
 
     def models(self) -> list[dict[str, Any]]:
-        """What is served: ``id``, ``aliases``, ``status`` (ready replicas, context length, ...)."""
+        """The served models: ``id``, ``aliases``, ``status`` (ready replicas, context length, ...)."""
         return msgspec.json.decode(self._answer("models"), type=list[dict[str, Any]])
 
     def status(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Client(RpcClient[Call]):
         return Call(self, exchange)
 
     def _wait(self, done: Callable[[], bool]) -> None:
-        """Move everything on until ``done``. Bounded: each exchange ends by its answer, its deadline or its routers' silence."""
+        """Process all exchanges until ``done``. Bounded: each exchange ends by its answer, its deadline or its routers' silence."""
         self._flush()
         while not done():
             poller = zmq.Poller()

@@ -1,6 +1,6 @@
-"""Streams from an OpenAI endpoint, read as cheaply as can be: one parser callback a packet, one decode an event.
+"""Streams from an OpenAI endpoint, read with little CPU time: one parser callback per packet, one decode per event.
 
-Owns its connections, which it keeps for the next request. Times are taken when bytes reach this process; no task is woken for a token.
+Owns its connections, which it keeps for the next request. Times are recorded when bytes reach this process; no task is woken for a token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.protocol.messages import ApiEndpoint
 
 PATHS: dict[ApiEndpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 CONNECT_S = 10.0
-#: Bytes kept of an answer that is no stream, and of a line that does not end.
+#: Maximum bytes kept of an answer that is not a stream, and of an unfinished line.
 _MAX_REFUSAL, _MAX_LINE = 64 << 10, 16 << 20
 
 
@@ -100,7 +100,7 @@ class _ResponseReader:
             self.sample.counted(event.usage.prompt_tokens, event.usage.completion_tokens, cached)
 
     def check(self) -> None:
-        """Raises what went wrong, once the answer has ended."""
+        """Raises the error of the answer, after its end."""
         if self.error is not None:
             raise self.error
         if self.status != 200:
@@ -109,7 +109,7 @@ class _ResponseReader:
             raise EngineFault("the answer is no stream of events", "", "is this an OpenAI endpoint?", code="not_a_stream")
         if not self.finished:
             raise EngineFault("the stream ended without its last line", code="broken_answer")
-        if not self.sample.pieces:  # tokens without any text: the end is all that there is to time
+        if not self.sample.pieces:  # tokens without any text: only the end can be timed
             self.sample.piece(self.clock())
 
 
@@ -189,7 +189,7 @@ class _Connection(asyncio.Protocol):
 
 
 class HttpTarget:
-    """The endpoint below ``url`` (with or without ``/v1``). ``key``: bearer token, or empty. Raises Rejected on an address that is none."""
+    """The endpoint below ``url`` (with or without ``/v1``). ``key``: bearer token, or empty. Raises Rejected on an invalid address."""
 
     def __init__(self, url: str, *, model: str, endpoint: ApiEndpoint, key: str = "", clock: Callable[[], float]) -> None:
         parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
@@ -255,7 +255,7 @@ class HttpTarget:
 
 
 def _refused(body: bytes, status: int) -> TriremeError:
-    """The error in an answer that is none."""
+    """The error in an answer that is not a stream."""
     try:
         found = msgspec.json.decode(body)
     except msgspec.DecodeError:
@@ -264,7 +264,7 @@ def _refused(body: bytes, status: int) -> TriremeError:
 
 
 def _error(found: Any, status: int) -> TriremeError:
-    """OpenAI's error object, or whatever came in its place; the code is the server's own, else the status."""
+    """OpenAI's error object, or other text in its place; the code is the server's own, else the status."""
     code = found.get("code") if isinstance(found, dict) else None
     message = found.get("message", found) if isinstance(found, dict) else found
     return from_code(code if isinstance(code, str) else f"http_{status}", str(message)[:300])

@@ -1,4 +1,4 @@
-"""The prompts of planned requests, made from seeds, so that every run of the same settings asks the same. Pure.
+"""The prompts of planned requests, made from seeds, so that every run with the same settings sends the same prompts. Pure.
 
 Tokens are counted noise: position i of block b is a hash of (seed, b, i), so that a block is the same wherever a trace shows its id.
 """
@@ -12,9 +12,9 @@ from orchestrator.loadgen.schedule import BLOCK, PlannedRequest
 
 #: Ids below 256 are in every vocabulary; the first few are often special tokens.
 _LOW, _HIGH = 32, 256
-#: Ids of blocks that no trace names: a prompt of its own for each request.
+#: Ids of blocks without a trace: each request has a different prompt.
 _OWN = np.uint64(1 << 63)
-#: Words that most vocabularies hold as one token each.
+#: Words that are one token each in most vocabularies.
 _WORDS = (
     "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at",
     "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "all", "her", "she", "there", "would", "their",

@@ -1,7 +1,7 @@
-"""Sends planned requests to a target, in an open or a closed loop, and counts what becomes of them.
+"""Sends planned requests to a target, in an open or a closed loop, and counts their results.
 
-Owns the tasks in flight and the timers. Open loop: a request's clock starts when it was to be sent, whether or not there was room or this
-process was awake. Never more than ``concurrency`` requests are in flight, so memory is bounded whatever the server does.
+Owns the tasks in flight and the timers. Open loop: a request's clock starts at its planned time, even if there was no room or this process
+was late. Never more than ``concurrency`` requests are in flight, so memory is bounded whatever the server does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.loadgen.target import LoadTarget, TargetRequest
 from workers.protocol.errors import TriremeError
 
 clock = time.perf_counter
-#: How often the generator measures by how much its own timers come late, seconds.
+#: Time between two measurements of the generator's own timer delay, seconds.
 _LATENESS_CHECK_S = 0.02
 
 
@@ -37,7 +37,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadRun:
-    """One run. ``plan`` ends it; requests with a time make it an open loop, those without one a closed loop."""
+    """One run. It ends with ``plan``; requests with a time make it an open loop, requests without one a closed loop."""
 
     def __init__(self, target: LoadTarget, plan: Iterator[PlannedRequest], options: RunOptions, stats: RunStats) -> None:
         self._target, self._plan, self._options, self.stats = target, plan, options, stats
@@ -52,7 +52,7 @@ class LoadRun:
         return clock() - self._started if self._started else 0.0
 
     def stop(self) -> None:
-        """Send nothing more and give up what is in flight."""
+        """Send nothing more and abandon requests in flight."""
         self._stopped.set()
         for task in self._tasks:
             task.cancel()
@@ -90,7 +90,7 @@ class LoadRun:
             self.stop()
 
     async def _due(self, planned: PlannedRequest) -> bool:
-        """Wait until a request is due; False when the run ends before. What was due before the end is sent, however late it is."""
+        """Wait until a request is due; False if the run ends before. A request that was due before the end is sent, even if it is late."""
         limit = self._options.duration_s
         if limit is not None and (self.elapsed if planned.at is None else planned.at) >= limit:
             return False

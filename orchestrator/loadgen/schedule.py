@@ -1,6 +1,6 @@
-"""When requests are sent and how long they are. Pure: seeds and lines in, planned requests out, one at a time.
+"""Times and lengths of requests. Pure: it reads seeds and lines, and yields planned requests one at a time.
 
-Owns the arrival processes, the reading of traces, and the cutting of lengths to what a model takes. Never looks at a clock.
+Owns the arrival processes, the reading of traces, and the cutting of lengths to a model's context. Never reads a clock.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from workers.protocol.errors import Rejected
 
-#: Tokens that one id of a trace's ``hash_ids`` stands for.
+#: Tokens for each id in a trace's ``hash_ids``.
 BLOCK = 512
 #: Mooncake's traces round arrivals to this, seconds.
 QUANTUM_S = 3.0
@@ -23,8 +23,8 @@ _CHUNK = 1024
 
 
 class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request to come. ``at``: seconds after the start, None = as soon as there is room. ``input``, ``output``: tokens. ``blocks``: ids
-    of the prompt's blocks of :data:`BLOCK` tokens, equal ids being equal text; empty = a prompt like no other."""
+    """A planned request. ``at``: seconds after the start, None = as soon as there is room. ``input``, ``output``: tokens. ``blocks``: ids
+    of the prompt's blocks of :data:`BLOCK` tokens, equal ids are equal text; empty = a unique prompt."""
 
     index: int
     input: int
@@ -34,7 +34,7 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Range(msgspec.Struct, frozen=True):
-    """Whole numbers from ``low`` to ``high``, both included, all alike."""
+    """A uniform distribution of whole numbers from ``low`` to ``high``, both included."""
 
     low: int
     high: int
@@ -53,7 +53,7 @@ class TraceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContextLimit:
-    """Fits lengths to a context of ``limit`` tokens (None = any), and counts what it took away."""
+    """Cuts lengths to a context of ``limit`` tokens (None = any), and counts the removed tokens."""
 
     def __init__(self, limit: int | None) -> None:
         if limit is not None and limit < 2:
@@ -87,7 +87,7 @@ def arrivals(rate: float, burstiness: float, seed: int) -> Iterator[float]:
 def synthetic(
     input: Range, output: Range, context_limit: ContextLimit, seed: int, times: Iterable[float] | None = None
 ) -> Iterator[PlannedRequest]:
-    """Requests of drawn lengths without end; ``times`` None: each as soon as there is room."""
+    """An endless series of requests with random lengths; ``times`` None: each as soon as there is room."""
     generator = np.random.default_rng([seed, 2])
     clock: Iterator[float | None] = iter(times) if times is not None else iter(lambda: None, 0)
     for index, at in enumerate(clock):

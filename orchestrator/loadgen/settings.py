@@ -1,6 +1,6 @@
 """The settings of a run, checked, and the requests that follow from them. Pure.
 
-Owns what the flags of `trireme bench` mean. The same settings, with the same trace, plan the same requests.
+Owns the meaning of `trireme bench`'s flags. The same settings, with the same trace, plan the same requests.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ INPUT, OUTPUT = "512", "128"
 
 class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``target``: where the load goes, in words. ``concurrency``: in flight, or in an open loop at most. ``input_len``, ``output_len``:
-    ``N`` or ``A:B``, empty with a trace. ``trace``: a file's name. ``full``: answers are as long as asked for, whatever the model says.
-    ``words``: prompts as text. ``objectives``: ms by figure."""
+    ``N`` or ``A:B``, empty with a trace. ``trace``: a file's name. ``full``: answers have the requested length, even if the model would end
+    earlier. ``words``: prompts as text. ``objectives``: ms by figure."""
 
     target: str
     concurrency: int
@@ -52,7 +52,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check(settings: LoadSettings) -> None:
-    """Raises Rejected on flags that exclude each other or mean nothing."""
+    """Raises Rejected on flags that exclude each other or are invalid."""
     positive = {
         "--rate": settings.rate, "--burstiness": settings.burstiness, "--duration": settings.duration_s, "--speed": settings.speed,
         "--timeout": settings.timeout_s,

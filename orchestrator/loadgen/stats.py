@@ -1,7 +1,7 @@
 """The results of a run: latencies in histograms of a fixed size, counts, and the sums over them. Pure.
 
-Owns the definition of every metric. All times are seconds inside and milliseconds in the summary. Latencies count from when a request was
-meant to be sent, so that a generator that falls behind makes them longer and not fewer.
+Owns the definition of every metric. All times are seconds inside and milliseconds in the summary. Latencies count from the planned time of
+a request, so that a generator that falls behind reports longer latencies, not fewer requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOG = math.log(_GROWTH)
 _FLOOR = 1e-6
 #: Buckets reach from there to 28 hours.
 _BUCKETS = 2552
-#: Kinds of errors that are counted apart.
+#: Number of error kinds that are counted separately.
 _MAX_CODES = 32
 Metric = str
 METRICS: Mapping[Metric, str] = {
@@ -62,7 +62,7 @@ class LatencyHistogram:
         self._min, self._max = min(self._min, seconds), max(self._max, seconds)
 
     def quantile(self, share: float) -> float:
-        """Seconds that ``share`` of all are at most; 0 of nothing."""
+        """The quantile ``share`` in seconds; 0 without observations."""
         rank = max(1, math.ceil(share * self.count))
         for bucket, count in enumerate(self._counts):
             rank -= count
@@ -87,7 +87,7 @@ class RequestSample:
         self.first = self.last = 0.0
         self.gaps: list[float] = []
         self.pieces = 0
-        #: As the server counted; before it does, as planned and as pieces came.
+        #: The server's counts; before they arrive, the planned and received numbers.
         self.prompt_tokens, self.output_tokens, self.cached_tokens = input, 0, 0
 
     def sent(self, now: float) -> None:
@@ -133,7 +133,7 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GeneratorLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """How busy the generator itself was. ``late``: by how much its own timers came late, ms; ``cpu``: cores that it used."""
+    """The load of the generator itself. ``late``: delay of its own timers, ms; ``cpu``: cores that it used."""
 
     late: Percentiles
     cpu: float
@@ -141,8 +141,8 @@ class GeneratorLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything of one run. ``duration_s``: from the first intended sending to the last end. Rates are over it. ``uncounted``: answers
-    whose tokens the server did not count, so that events were."""
+    """Everything of one run. ``duration_s``: from the first intended sending to the last end. Rates are over it. ``uncounted``: answers for
+    which the server reported no token counts, so that events were counted."""
 
     sent: int
     succeeded: int

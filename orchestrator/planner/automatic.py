@@ -1,7 +1,7 @@
-"""What the automatic settings of a deployment become: (what is asked, the model, the hardware) in, (settings, reasons) out. Pure.
+"""Chooses the automatic settings of a deployment: (request, model, hardware) in, (settings, reasons) out. Pure.
 
-Owns the rule for ``device``, ``dtype``, the limits of a step and ``tp_size``, and refuses before anything starts what could never run.
-Whether weights and cache fit is the planner's own arithmetic. Must never look at a machine or a file.
+Owns the rule for ``device``, ``dtype``, the limits of a step and ``tp_size``, and refuses a deployment that can never run before anything
+starts. The planner's own arithmetic decides whether weights and cache fit. Must never read a machine or a file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from workers.protocol.specs import (
     Quant,
 )
 
-#: Limits of a step on a CPU, and of the fake engine: prompts are computed in short pieces, so that decodes beside them wait little.
+#: Limits of a step on a CPU, and of the fake engine: prompts are computed in short chunks, so that decodes in the same steps wait little.
 CPU_LIMITS = StepLimits(max_batch_size=64, max_num_tokens=256)
 #: Limits of a step on a GPU, the largest first; the first that leaves room for the cache is taken. Small GPUs begin at the second.
 GPU_LIMITS = (
@@ -53,8 +53,8 @@ class GpuHardware(Gpu, frozen=True, kw_only=True):
 
 
 class NodeHardware(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node computes with. ``memory``: bytes of host memory that are free; ``bf16``: its CPU can compute in bfloat16,
-    with ``fast_bf16`` by instructions made for it; ``gpu_fault``: why no GPU can be used although the node has some, empty otherwise."""
+    """The hardware of a node. ``memory``: bytes of host memory that are free; ``bf16``: its CPU can compute in bfloat16, with ``fast_bf16``
+    by instructions made for it; ``gpu_fault``: why no GPU can be used although the node has some, empty otherwise."""
 
     gpus: tuple[GpuHardware, ...] = ()
     memory: int = 0
@@ -65,7 +65,7 @@ class NodeHardware(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterHardware(msgspec.Struct, frozen=True, kw_only=True):
-    """The nodes on which gangs can run. ``grows``: more may come (a Ray cluster that was joined), so what finds no room waits for it."""
+    """The nodes on which gangs can run. ``grows``: nodes may be added (an existing Ray cluster), so a gang without room waits."""
 
     nodes: tuple[NodeHardware, ...]
     grows: bool = False
@@ -86,7 +86,7 @@ class ClusterHardware(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def no_gpu(self) -> str:
-        """Why there is no GPU to compute on."""
+        """The reason why no GPU can be used."""
         if fault := next((node.gpu_fault for node in self.nodes if node.gpu_fault), ""):
             return fault
         if old := next((gpu for node in self.nodes for gpu in node.gpus), None):
@@ -95,7 +95,7 @@ class ClusterHardware(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model's files say. ``shape`` None: nothing is known of it (the fake engine needs nothing); ``dtype``: of its plain weights.
+    """The facts in a model's files. ``shape`` None: unknown (the fake engine needs none); ``dtype``: of its unquantized weights.
 
     ``built``: the limits of an engine that TensorRT-LLM built, ``layout``: the layout that it was built for. ``dequantized``: the form of
     which plain weights are made while loading, in words (empty where none are), and ``stored_bytes``, the size of all tensors in it.
@@ -111,8 +111,8 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GangDecision(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica with all settings decided. ``chosen``: what was automatic, a phrase each, with its reason; ``cache``: tokens that its KV
-    cache will hold, 0 where that is not foretold."""
+    """One replica with all settings decided. ``chosen``: a phrase with the reason for each automatic setting; ``cache``: predicted tokens
+    of its KV cache, 0 = no prediction."""
 
     request: GangRequest
     parallel: Parallel
@@ -142,7 +142,7 @@ def decide(asked: Sequence[tuple[GangRequest, ModelDescription]], hardware: Clus
 
 
 def device_for(request: GangRequest, model: ModelDescription, hardware: ClusterHardware) -> tuple[Device, str]:
-    """(device, why it was chosen; empty where it was asked for). Raises :class:`EnvironmentFault` where a GPU is asked for and none can be
+    """(device, reason of the choice; empty if it was given). Raises :class:`EnvironmentFault` if a GPU is requested and none can be
     used."""
     asked, gpus = request.settings.device, hardware.gpus
     if asked == "cuda" and request.engine == "portable" and not gpus and not hardware.grows:
@@ -190,14 +190,14 @@ def dtype_for(request: GangRequest, model: ModelDescription, device: Device, har
 
 
 def engine_for(request: GangRequest, model: ModelDescription, hardware: ClusterHardware) -> EngineSpec:
-    """The engine's settings where nothing is said of whether it fits: for a plan."""
+    """The engine's settings without a check whether they fit: for a plan."""
     device, _ = device_for(request, model, hardware)
     dtype, _ = dtype_for(request, model, device, hardware)
     return request.settings.spec(request.engine, device=device, dtype=dtype, limits=_limits(request, model, device, hardware)[0])
 
 
 def smallest_layout(request: GangRequest, model: ModelDescription, hardware: ClusterHardware) -> Parallel:
-    """The layout of a replica that leaves ``tp_size`` open: the smallest that fits, one rank a stage where none does; for a plan."""
+    """The layout of a replica that leaves ``tp_size`` open: the smallest that fits, one rank per stage if none does; for a plan."""
     device, _ = device_for(request, model, hardware)
     if device == "cuda" and hardware.gpus and model.shape is not None:
         engine = engine_for(request, model, hardware)
@@ -238,12 +238,12 @@ def _decide(
     if request.engine != "portable" or model.shape is None:
         parallel = request.layout or model.layout or Parallel(pp=request.pp_size)
         return GangDecision(request=request, parallel=parallel, engine=specs[0], chosen=(*chosen, *_steps(request, specs[0])))
-    longest_sequence(model.shape, specs[0])  # raises for a length that the model has not
+    longest_sequence(model.shape, specs[0])  # raises for a length beyond the model's context
     if device == "cpu":
         parallel = request.layout or Parallel(pp=request.pp_size)
         memory = _fits_host(request, model, specs[0], parallel, hardware, host_ranks)
         engine, refusal = specs[0], ""
-    elif not hardware.gpus:  # of a cluster that is to grow: nothing is known of them
+    elif not hardware.gpus:  # nodes that may be added: their hardware is unknown
         parallel, engine, memory, refusal = request.layout or Parallel(pp=request.pp_size), specs[0], (), ""
     else:
         parallel, engine, memory, refusal = _fit_gpus(request, model, specs, hardware, on_gpus)
@@ -318,7 +318,7 @@ def _layouts(request: GangRequest, shape: ModelSpec, hardware: ClusterHardware, 
 def _gpu_memory(
     request: GangRequest, shape: ModelSpec, quant: Quant, engine: EngineSpec, parallel: Parallel, hardware: ClusterHardware
 ) -> tuple[RankMemory, ...]:
-    """The memory of all ranks on the smallest GPU. Raises :class:`ConfigError` where it is too little, or leaves a cache that is."""
+    """The memory of all ranks on the smallest GPU. Raises :class:`ConfigError` if it is too little for the weights or for the cache."""
     subject = Subject(name=request.name, model=shape, quant=quant, engine=engine, gangs=())
     memory = ranks_memory(subject, parallel, hardware.smallest_gpu, gang_ranks=parallel.world, node_ranks=1)
     tokens = min(rank.kv_tokens for rank in memory)
@@ -332,7 +332,7 @@ def _gpu_memory(
 
 
 def _advice(request: GangRequest, model: ModelDescription, engine: EngineSpec, hardware: ClusterHardware) -> str:
-    """What would help: more of the same GPUs, where they are enough."""
+    """The hint: more of the same GPUs, if they are enough."""
     shape = model.shape
     assert shape is not None
     smaller = "quant: int8 or a smaller max_seq_len"
@@ -348,7 +348,7 @@ def _advice(request: GangRequest, model: ModelDescription, engine: EngineSpec, h
 
 
 def _check_count(found: Sequence[GangDecision], hardware: ClusterHardware) -> None:
-    """Raises :class:`EnvironmentFault` where the replicas need more GPUs than there are. TensorRT-LLM's nodes look at themselves."""
+    """Raises :class:`EnvironmentFault` if the replicas need more GPUs than there are. TensorRT-LLM's nodes check themselves."""
     if hardware.grows:
         return
     ours = [each for each in found if each.engine.device == "cuda" and each.request.engine == "portable"]

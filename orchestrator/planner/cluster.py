@@ -1,4 +1,4 @@
-"""The cluster that is planned for: its nodes, what room they have, and which layouts to try on it. Pure."""
+"""The cluster of a plan: its nodes, their room, and the layouts to try on it. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEEPEST = 16
 
 
 class PlannedCluster(msgspec.Struct, frozen=True, kw_only=True):
-    """``nodes`` alike, each with ``slots`` GPUs, or CPU shares where ``device`` is a host's."""
+    """``nodes`` equal nodes, each with ``slots`` GPUs, or CPU shares if ``device`` is a host's."""
 
     device: GpuModel | HostModel
     nodes: int
@@ -45,8 +45,7 @@ def take_place(parallel: Parallel, free: list[int], *, spread: bool = False) -> 
 
 
 def layouts(most: int, widest: int, model: ModelSpec) -> Iterator[Parallel]:
-    """Layouts of at most ``most`` ranks whose tensor-parallel groups have at most ``widest`` and leave none of those over, or are powers of
-    two; the smallest first."""
+    """Layouts of at most ``most`` ranks, the smallest first. tp is at most ``widest`` and divides it, or is a power of two."""
     widths = [tp for tp in range(1, min(widest, most, model.num_heads) + 1) if widest % tp == 0 or tp & (tp - 1) == 0]
     found = [Parallel(tp=tp, pp=pp) for tp in widths for pp in range(1, min(most // tp, model.num_layers, DEEPEST) + 1)]
     yield from sorted(found, key=lambda layout: (layout.world, -layout.tp))

@@ -1,7 +1,7 @@
-"""What a step costs, as a roofline: bytes over bandwidth, products over peak, sums over links, and what every layer and step costs besides.
+"""The cost of a step as a roofline: bytes over bandwidth, products over peak, sums over links, and fixed costs per layer and step.
 
-Pure functions of shapes and rates. :mod:`orchestrator.planner.devices` holds the rates; a workload is replayed step by step as the batch
-would run it. Must never know a device by its name.
+Pure functions of shapes and rates. :mod:`orchestrator.planner.devices` holds the rates; a workload is replayed step by step as the
+scheduler would run it. Must never know a device by its name.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from workers.layout.quant_parts import FORMAT_BYTES, quantized, stored_tensors, 
 from workers.layout.sharding import heads_of, shard_of, shares_embedding
 from workers.protocol.specs import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
 
-#: How smoothly products take over from reading weights: time = (reading^P + products^P)^(1/P). Products of 256 rows, recorded one by one,
-#: lie between the sum (1) and the larger of the two (infinite).
+#: Smoothness of the transition from reading weights to products: time = (reading^P + products^P)^(1/P). Products of 256 rows, recorded one
+#: by one, lie between the sum (1) and the larger of the two (infinite).
 BLEND = 4.0
 #: Sums over tensor-parallel ranks in each layer: after attention and after the MLP.
 SUMS_A_LAYER = 2
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank's device gives. Bytes and products (FLOP) a second; seconds for the rest.
+    """The rates of one rank's device. Bytes and products (FLOP) per second; seconds for the rest.
 
     ``read``: weights; ``cached``: keys and values; ``traffic``: what passes between products. ``product``: linear layers; ``narrow``: FP8
-    ones; ``attention``: prefill. ``layer_s``, ``step_s``: launches and gaps; ``alone_s``: the former for one token and plain weights, whose
-    products begin to read before their turn. ``choice_s``: choosing a token, for each of its logits.
-    ``sum_s``, ``member_s``: latency of a sum over tp ranks of one host, and more of it for each rank; ``link``: bytes a second a rank.
-    ``hop_s``: latency of a stage's output on its way to the next stage; it travels at ``link`` within a node, at ``wire`` beyond it.
+    ones; ``attention``: prefill. ``layer_s``, ``step_s``: launches and gaps; ``alone_s``: the same for one token and unquantized weights,
+    whose products start to load before the previous kernel ends. ``choice_s``: choosing a token, for each of its logits. ``sum_s``,
+    ``member_s``: latency of a sum over tp ranks of one host, and more of it for each rank; ``link``: bytes a second a rank. ``hop_s``:
+    latency of a stage's output on its way to the next stage; it travels at ``link`` within a node, at ``wire`` beyond it.
     """
 
     read: float
@@ -105,7 +105,7 @@ WORKLOADS = (
 
 
 def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineSpec, quant: Quant) -> StageWork:
-    """The work of the rank of ``stage`` with the most heads, whom the others wait for. Raises ConfigError as ``shard_of`` does."""
+    """The work of the rank of ``stage`` with the most heads, for which the others wait. Raises ConfigError as ``shard_of`` does."""
     rank = stage * parallel.tp + max(range(parallel.tp), key=lambda tp_rank: heads_of(model, parallel.tp, tp_rank)[0].size)
     shard = shard_of(model, parallel, rank, unit=unit_of(quant))
     item, hidden = DTYPE_BYTES[engine.dtype], model.hidden_size
@@ -206,7 +206,7 @@ def replay(pipeline: Pipeline, workload: Workload, *, sequences: int, max_num_to
 
 
 class _Lane:
-    """One micro-batch's sequences on their way. ``_ends``: (step at which they end, sequences) of those that decode."""
+    """The sequences of one micro-batch during the replay. ``_ends``: (step at which they end, sequences) of those that decode."""
 
     def __init__(self, requests: int, places: int, budget: int, workload: Workload) -> None:
         self._waiting, self._places, self._budget, self._workload = requests, places, budget, workload
@@ -221,7 +221,7 @@ class _Lane:
         return not self._waiting and not self._ends
 
     def next(self) -> tuple[StepLoad, int]:
-        """The next step, and how many of them follow each other alike: decodes until a sequence ends."""
+        """The next step, and the number of equal steps that follow: decodes until a sequence ends."""
         room = min(self._places - self._decoding, self._waiting)
         chunk = min(self._budget - self._decoding, room * self._workload.isl - self._begun) if room > 0 else 0
         if chunk > 0:

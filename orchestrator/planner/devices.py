@@ -1,7 +1,7 @@
-"""What devices give: the one table of measured and published figures, and of the coefficients fitted to recorded runs.
+"""Rates of devices: the only table of measured and published figures, and of the coefficients fitted to recorded runs.
 
-Owns every number that a plan's speeds depend on, each with its source. `python -m bench.fit` fits the coefficients anew and prints how far
-every recorded run lies from its prediction. Must never hold a shape of a model.
+Owns every number that a plan's speeds depend on, each with its source. `python -m bench.fit` fits the coefficients again and prints the
+difference of every recorded run from its prediction. Must never hold a shape of a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Link = Literal["NVLink", "PCIe", "memory"]
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """A GPU as far as its memory goes. ``memory``: bytes that can be used."""
+    """A GPU's memory. ``memory``: bytes that can be used."""
 
     name: str
     memory: int
@@ -139,12 +139,12 @@ def taken(parallel: Parallel) -> int:
 
 
 def leading_s(sequences: int) -> float:
-    """What the leader itself spends on a decode step of ``sequences``, seconds, while the device computes."""
+    """The leader's own time for a decode step of ``sequences``, seconds, while the device computes."""
     return _LEAD_S + sequences * _LEAD_SEQUENCE_S
 
 
 def gpu_rates(gpu: GpuModel, dtype: DType, fit: Fit = GPU_FIT) -> Rates:
-    """What a rank on ``gpu`` does in a second where it computes in ``dtype``, by ``fit``."""
+    """The rates of a rank on ``gpu`` that computes in ``dtype``, according to ``fit``."""
     direct = gpu.link == "NVLink"
     product = gpu.single if dtype == "fp32" else gpu.product
     return Rates(
@@ -167,7 +167,7 @@ def gpu_rates(gpu: GpuModel, dtype: DType, fit: Fit = GPU_FIT) -> Rates:
 
 
 def host_rates(threads: float, fit: Fit = HOST_FIT) -> Rates:
-    """What a rank does in a second that has ``threads`` CPU cores to itself, by ``fit``. Sums and hops are copies in shared memory."""
+    """The rates of a rank with ``threads`` CPU cores of its own, according to ``fit``. Sums and hops are copies in shared memory."""
     read = fit.read * threads
     return Rates(
         read=read,

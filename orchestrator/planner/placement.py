@@ -1,10 +1,10 @@
-"""How the ranks of a gang are put on nodes: one rule for the planner and for the Ray launcher. Pure.
+"""The placement of a gang's ranks on nodes: one rule for the planner and for the Ray launcher. Pure.
 
-The planner uses the whole answer of :func:`place_gang`. The Ray launcher uses its ``unit`` and ``spread`` alone, as a placement group
-(:func:`placement_request`): Ray chooses the nodes, since it knows which are busy.
+The planner uses the whole result of :func:`place_gang`. The Ray launcher uses only its ``unit`` and ``spread``, as a placement group
+(:func:`placement_request`): Ray chooses the nodes, because it knows which are busy.
 
 A tensor-parallel group communicates in every layer, so it stays on one node wherever it fits; pipeline stages communicate once a
-micro-batch, so they may be on several nodes. Ranks are dealt in order, stage after stage, so consecutive stages share a node.
+micro-batch, so they may be on several nodes. Ranks are assigned in order, stage after stage, so consecutive stages share a node.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _fill(rooms: Sequence[int], unit: int, count: int) -> dict[int, int]:
 
 
 class NodeResources(msgspec.Struct, frozen=True, kw_only=True):
-    """What one node could ever give to gangs: CPU shares and GPUs, whether they are free now or not."""
+    """The total capacity of one node for gangs: CPU shares and GPUs, free or busy."""
 
     address: str
     cpus: float
@@ -77,7 +77,7 @@ class NodeResources(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankShare(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank takes."""
+    """The resources of one rank."""
 
     cpus: float = 1.0
     gpus: float = 0.0
@@ -105,7 +105,8 @@ def capacity(node: NodeResources, share: RankShare) -> int:
 def placement_request(
     name: str, parallel: Parallel, share: RankShare, nodes: Sequence[NodeResources], *, spread: bool = False
 ) -> PlacementRequest:
-    """What to ask of the cluster as it is, judged when empty: a gang waits for a busy cluster, and a too small one is refused.
+    """The placement group for the present cluster, as if it were empty: a gang waits for a busy cluster and is refused by one that is too
+    small.
 
     A bundle is one unit of :func:`place_gang`, not all units of a node: on an empty cluster Ray packs bundles as :func:`place_gang` does,
     and on a busy one single stages find room where a node's worth of them would wait.
@@ -127,7 +128,8 @@ def placement_request(
 
 
 def scale_up_request(parallel: Parallel, share: RankShare, *, spread: bool = False) -> PlacementRequest:
-    """What to ask of a cluster that may grow: a bundle a stage, because a node that holds no tensor-parallel group is not worth adding."""
+    """The placement group for a cluster that may grow: one bundle per stage, because adding a node that holds no whole tensor-parallel
+    group does not help."""
     return _request(parallel, parallel.tp, share, spread=spread and parallel.pp > 1)
 
 

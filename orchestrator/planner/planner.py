@@ -1,7 +1,7 @@
-"""Does a model fit, on which layouts, how many sequences does each hold, and how fast will they be: before anything is started. Pure.
+"""Answers before anything is started: does a model fit, on which layouts, how many sequences does each hold, and how fast are they? Pure.
 
 Memory is the engine's own arithmetic (:mod:`workers.layout.memory`); speed is :mod:`orchestrator.planner.cost_model`. A tensor-parallel
-group stays within a node, where the fast links are; stages may cross. Must never look at a machine or a file.
+group stays within a node, where the fast links are; stages may cross. Must never read a machine or a file.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from workers.layout.sharding import deal, parameters, shard_of, trtllm_refusal
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import EngineSpec, ModelSpec, Parallel, PortableSpec, Quant, TrtllmSpec
 
-#: GPUs of the largest usual node: what is advised before more nodes are.
+#: GPUs of the largest usual node: the hint recommends larger nodes up to this size, then more nodes.
 FULL_NODE = 8
-#: A workload of many more requests than a replica has sequences says nothing about it.
+#: Maximum ratio of a workload's requests to a replica's sequences: with more, the workload does not describe the replica.
 TURNS = 8
 #: What recorded runs on GPUs were like, with some room: ranks at most, tokens of a step's budget at least, parameters of the model.
 RECORDED_RANKS, RECORDED_TOKENS, RECORDED_PARAMETERS = 4, 4096, (5e9, 100e9)
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """What is planned: one model as some gangs run it. ``gangs``: (replica name, layout) as the file says; ``spread``: a node for each
+    """The subject of a plan: one model with its gangs. ``gangs``: (replica name, layout) as the file says; ``spread``: a node for each
     stage."""
 
     name: str
@@ -149,9 +149,9 @@ def layout_plan(
     subject: Subject, parallel: Parallel, cluster: PlannedCluster, placed: RankAssignment, replicas: int, load: Workload, *,
     node_ranks: int = 0,
 ) -> LayoutPlan:  # fmt: skip
-    """What one layout holds and gives. ``node_ranks``: ranks of all gangs on the fullest node; those of this gang if not given.
+    """The capacity and the speed of one layout. ``node_ranks``: ranks of all gangs on the fullest node; those of this gang if not given.
 
-    Raises :class:`ConfigError` where it does not fit, or cannot be made of this model.
+    Raises :class:`ConfigError` if it does not fit, or is not possible for this model.
     """
     parallel.check(subject.model)
     _possible(subject, parallel, cluster.device)
@@ -287,7 +287,7 @@ def _most(subject: Subject, parallel: Parallel, cluster: PlannedCluster, free: S
 
 
 def plan(subjects: Sequence[Subject], cluster: PlannedCluster, load: Workload) -> list[SubjectPlan]:
-    """Plan all that a file asks for. Its gangs are placed in their order; a subject's options are judged on what the others leave."""
+    """Plan a whole file. Its gangs are placed in their order; a subject's options use the room that the others leave."""
     free = rooms(cluster, subjects[0].cpus_per_rank)
     placements = {
         (subject.name, name): take_place(parallel, free, spread=subject.spread) for subject in subjects for name, parallel in subject.gangs
@@ -341,7 +341,7 @@ def _needs(subjects: Sequence[Subject]) -> int:
 
 
 def _advice(subject: Subject, cluster: PlannedCluster, found: Sequence[LayoutPlan], load: Workload) -> str:
-    """What would fit: on these devices, or on how many."""
+    """The hint: layouts that fit on these devices, or the number of devices that is needed."""
     if found:
         return f"use {settings(found[0])}"
     for larger in _larger(cluster):
@@ -372,7 +372,7 @@ def settings(made: LayoutPlan) -> str:
 
 
 def _possible(subject: Subject, parallel: Parallel, device: GpuModel | HostModel) -> None:
-    """Raises :class:`ConfigError` for what the engine would refuse at its start."""
+    """Raises :class:`ConfigError` for settings that the engine would refuse at its start."""
     if isinstance(subject.engine, TrtllmSpec) and (refusal := trtllm_refusal(subject.model, parallel)):
         raise ConfigError(f"{subject.name}: {refusal[0]}", "", refusal[1])
     if isinstance(device, GpuModel) and subject.quant.weights == "fp8" and not device.narrow:

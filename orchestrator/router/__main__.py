@@ -100,7 +100,7 @@ def set_up_logging(form: LogFormat) -> None:
 
 
 def run(spec: RouterSpec) -> None:
-    """Run a router until a signal stops it. Raises every :class:`TriremeError` that keeps it from serving."""
+    """Run a router until a signal stops it. Raises every :class:`TriremeError` that prevents it from serving."""
     raise_descriptor_limit()
     api_keys_file = spec.http.api_keys_file if spec.http is not None else ""
     process = RouterProcess(
@@ -111,7 +111,7 @@ def run(spec: RouterSpec) -> None:
         load_grants=_KeysFile(spec.allowed_file, parse_grants).load if spec.allowed_file else _none,
         load_api_keys=_KeysFile(api_keys_file, parse_api_keys).load if api_keys_file else None,
     )
-    # Each text is encoded alone, on a thread of ours. The tokenizer library would hand even one text to threads of its own, which costs a
+    # Each text is encoded alone, on a thread of ours. The tokenizer library would pass even one text to its own threads, which costs a
     # third more.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     settle_heap()

@@ -1,7 +1,7 @@
-"""What a router says about its past: dumps of its last events, and stories of single requests.
+"""Diagnostics of a router: dumps of its last events, and stories of single requests.
 
-Owns the dump file beside the router's state file: one, mode 0600, replaced whole by each dump. A dump goes by a file because it may be far
-larger than a message. A story is one message: it has at most :data:`MAX_STORIES` requests.
+Owns the dump file next to the router's state file: one file, mode 0600, replaced atomically by each dump. A dump is written to a file
+because it may be far larger than a message. A story is one message: it has at most :data:`MAX_STORIES` requests.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from orchestrator.router.core.history import RequestStory
 from orchestrator.router.core.recorder import DumpPart, dump_line
 from workers.protocol.errors import NotFound
 
-#: Requests of one id that a story tells of: the last ones.
+#: Maximum number of requests in a story: the last ones of an id.
 MAX_STORIES = 16
-#: Of a dump, what is made into lines at one go (less than a millisecond of work), and the seconds of rest after it.
+#: Bytes of a dump that are converted to lines without a pause (less than a millisecond of work), and the seconds of pause after it.
 BURST_BYTES, PAUSE_S = 8192, 0.0002
 
 
@@ -70,7 +70,7 @@ class Diagnostics:
             raise NotFound("this router writes no dumps", "it has no state file, hence no folder of its own")
         async with self._writing:
             parts = self._past.dump()
-            # The parts never change, so that the event loop goes on while a thread makes lines of them.
+            # The parts never change, so the event loop can run while a thread converts them to lines.
             size = await asyncio.to_thread(_write, self._file, parts)
         return DumpReport(router=self._router, path=str(self._file), events=len(parts) - 3, bytes=size)
 

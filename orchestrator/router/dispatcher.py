@@ -1,6 +1,6 @@
-"""The shell of the routing core: gives it events with the time, and does what it asks.
+"""The shell of the routing core: passes events with the time to it, and carries out its actions.
 
-Owns the watchers of live requests and the credit that frontends gave since the last turn. Implements
+Owns the watchers of live requests and the credit that frontends granted since the last turn of the event loop. Implements
 :class:`orchestrator.router.interfaces.Dispatcher`. Decides nothing itself, never awaits, and an error in one request's watcher never
 reaches another's.
 """
@@ -51,7 +51,7 @@ from workers.protocol.status import ModelStatus, RouterStatus
 
 log = logging.getLogger("trireme.dispatch")
 
-#: Gives a message to a replica's connection; False = it cannot be taken.
+#: Sends a message on a replica's connection; False = not possible.
 SendToReplica = Callable[[bytes, ToReplica], bool]
 
 
@@ -63,7 +63,7 @@ class RequestTicket:
 
     def __init__(self, dispatcher: RouterDispatcher, id: int, choices: int, watcher: Watcher, meter: RequestMeter) -> None:
         self._dispatcher, self.id, self.watcher, self.meter = dispatcher, id, watcher, meter
-        #: The request context, for log lines: what happens to the request later happens in other tasks.
+        #: The request context, for log lines: later events of the request run in other tasks.
         self.context = request_context.current()
         #: When its last tokens were delivered; None = none were.
         self.last: float | None = None
@@ -71,7 +71,7 @@ class RequestTicket:
 
     def cancel(self) -> None:
         if not self.open:
-            return  # every frontend cancels at the end, and the core is to hear only of what still runs
+            return  # every frontend cancels at the end, but the core needs to know only about running choices
         self.open = 0
         self._dispatcher.handle(CancelRequest(id=self.id))
 
@@ -94,13 +94,13 @@ class RouterDispatcher:
         self._core, self._name, self._send, self._clock = core, name, send, clock
         self._recorder = EventRecorder(core, id_of=attrgetter("id"), digest=partial(user_digest, key=secrets.token_bytes(16)))
         self._actions: list[Action] = []
-        #: Credit by request: it reaches the core once a turn of the loop, so that a replica gets one message.
+        #: Credit by request: it reaches the core once per turn of the event loop, so that a replica gets one message.
         self._credit: dict[int, int] = {}
         self._pumping = self._pump_due = False
-        #: The time of the last event: what it brought is delivered in the same turn.
+        #: The time of the last event, whose output is delivered in the same turn.
         self._handled_at = 0.0
         self._requests = 0
-        #: Losses of replicas that the log has.
+        #: Number of logged losses of replicas.
         self._logged = 0
 
     # --- the frontends' side
@@ -142,7 +142,7 @@ class RouterDispatcher:
 
     @property
     def unix_offset_s(self) -> float:
-        """What to add to the core's time to get seconds since 1970."""
+        """Offset from the core's time to seconds since 1970."""
         return time.time() - self._clock()
 
     # --- the replicas' side
@@ -180,7 +180,7 @@ class RouterDispatcher:
         self._take_in(StopAccepting())
 
     def abort(self) -> None:
-        """Fail what is left and say goodbye to the replicas."""
+        """Fail the remaining requests and send Bye to the replicas."""
         self._take_in(AbortAll())
         self.pump()
 
@@ -191,7 +191,7 @@ class RouterDispatcher:
     # --- events in, actions out
 
     def handle(self, event: RouterEvent) -> None:
-        """Give the core an event; what it asks for is done in the loop's next turn, or in the turn of :meth:`pump` that runs now."""
+        """Pass an event to the core; its actions are carried out in the loop's next turn, or in the running turn of :meth:`pump`."""
         self._take_in(event)
         self._pump_soon()
 
@@ -205,7 +205,7 @@ class RouterDispatcher:
             asyncio.get_running_loop().call_soon(self.pump)
 
     def pump(self) -> None:
-        """Do everything that the core asks; watchers may call back into this object, which only adds to what is to be done."""
+        """Carry out the core's actions; watchers may call back into this object, which only queues more actions."""
         if self._pumping:
             return
         self._pumping, self._pump_due = True, False
@@ -248,7 +248,7 @@ class RouterDispatcher:
             try:
                 ticket.watcher.on_tokens(choice, first, tokens, logprobs)
             except Exception as error:
-                # The edge of a request: whatever its frontend did wrong ends this request only.
+                # The edge of a request: an error in its frontend ends only this request.
                 self._break(ticket, error)
         if meter is not None:
             meter.tokens(choices, size, now - since)

@@ -1,6 +1,6 @@
-"""The seam inside a router process between its frontends (HTTP, RPC) and the dispatcher that owns requests and replicas.
+"""The interface inside a router process between its frontends (HTTP, RPC) and the dispatcher that owns requests and replicas.
 
-A frontend turns bytes into a :class:`RouterRequest`, gives it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a
+A frontend turns bytes into a :class:`RouterRequest`, passes it to the :class:`Dispatcher` with a :class:`Watcher`, and gets a
 :class:`Ticket`. Everything runs on the router's one event loop; no call here blocks or awaits, and the dispatcher calls a watcher from its
 own socket callback.
 """
@@ -34,7 +34,7 @@ class Watcher(Protocol):
 
 
 class Ticket(Protocol):
-    """A live request, in the hands of its frontend."""
+    """The frontend's handle of a live request."""
 
     def cancel(self) -> None:
         """The caller is gone: nothing more is delivered for any choice, and its replicas drop it."""
@@ -52,7 +52,7 @@ class Dispatcher(Protocol):
     def submit(self, request: RouterRequest, watcher: Watcher, meter: RequestMeter) -> Ticket:
         """Accept a request; ``meter`` counts its tokens as they are delivered.
 
-        Raises NotFound (model), Overloaded (queue full, with retry_after), Unavailable (no replica and no hope).
+        Raises NotFound (model), Overloaded (queue full, with retry_after), Unavailable (no replica, and none is expected).
         """
 
     def model(self, name: str) -> ModelStatus | None: ...

@@ -1,4 +1,4 @@
-"""Prometheus families of what a router knows beyond its frontends: its routing core, and every replica as last heard of.
+"""Prometheus families of a router's routing core and of the replicas' last reports.
 
 Owns names, help texts and units. Everything is read at the scrape, from the dispatcher's status and the core's statistics. Must never keep
 a number of its own, and must never take a label from a request.
@@ -16,7 +16,7 @@ from workers import __version__
 from workers.protocol.messages import STEP_TOKEN_BUCKETS
 from workers.protocol.status import ReplicaStatus, RouterStatus, RoutingState
 
-#: Loop turns that come late by less are no news: seconds.
+#: Delays of the event loop below this are not reported, seconds.
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 #: Per replica: metric name, help, whether it only grows, how its value is read.

@@ -86,12 +86,13 @@ class RouterProcess:
         self._acl = CurveAcl(load_grants() or {})
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._listener = bind(spec.http) if spec.http is not None else None
-        # Naming the host is the consent to be reached from other hosts; the port serves counts and names, never a request's text.
+        # The operator set the host explicitly, so the port may be reached from other hosts; it serves counts and names, never a request's
+        # text.
         scrape = HttpSpec(host=spec.metrics.host, port=spec.metrics.port, insecure_without_keys=True)
         self._scrape = bind(scrape) if spec.metrics.port else None
         self._zap = ZapHandler(self._context, self._acl)
         models = [card.name for card in spec.models]
-        # Replicas, requests and clients are judged by it. A gap counts less than the time by which a heartbeat may be late.
+        # The clock for time-outs of replicas, requests and clients. A gap counts less than the time by which a heartbeat may be late.
         self._clock = RunningClock(time.monotonic(), min(LONGEST_TURN_S, spec.heartbeat_s))
         core = RouterCore(greeting, models, spec.admission, ReplicaRegistry(spec.replica_timeout_s, spec.hang_floor_s))
         self._dispatcher = RouterDispatcher(core, name=spec.name, send=self._send_to_replica, clock=self._now)

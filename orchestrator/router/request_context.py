@@ -28,8 +28,8 @@ class Trace(msgspec.Struct, frozen=True):
 
 
 class RequestContext(msgspec.Struct, frozen=True):
-    """``request_id``: the id that the caller sees. ``received``: when the request arrived, by :func:`time.monotonic`. ``caller``: with
-    whom it shares turns at the pools, its tenant or its address. ``chat``: it is for the chat endpoint."""
+    """``request_id``: the id that the caller sees. ``received``: when the request arrived, by :func:`time.monotonic`. ``caller``: its
+    tenant or its address, for fair turns at the pools. ``chat``: it is for the chat endpoint."""
 
     request_id: str
     trace: Trace | None
@@ -53,12 +53,12 @@ def parse_traceparent(text: str) -> Trace | None:
 
 
 def enter(request_id: str, traceparent: str, caller: str = "") -> None:
-    """The current task works for this request from now on. ``traceparent``: empty = none."""
+    """Set the request of the current task. ``traceparent``: empty = none."""
     _current.set(RequestContext(request_id, parse_traceparent(traceparent) if traceparent else None, time.monotonic(), caller))
 
 
 def identify(caller: str) -> None:
-    """Who asks is known now."""
+    """Set the caller."""
     context = _current.get()
     if context is not None:
         _current.set(msgspec.structs.replace(context, caller=caller))
@@ -81,7 +81,7 @@ def current() -> RequestContext | None:
 
 
 def caller() -> str:
-    """Who asks; empty where nobody does."""
+    """The caller; empty outside of a request."""
     context = _current.get()
     return context.caller if context is not None else ""
 

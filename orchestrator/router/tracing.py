@@ -1,7 +1,7 @@
-"""OpenTelemetry traces, where a deployment asks for them: a :class:`~orchestrator.router.interfaces.Dispatcher` around the real one.
+"""OpenTelemetry traces, if a deployment configures them: a :class:`~orchestrator.router.interfaces.Dispatcher` around the real one.
 
 Owns the record of each traced request from its submission to its last terminal message, and makes all its spans then, from times that the
-routing core keeps anyway. Nothing is done per token, nothing at all for a request that is not sampled, and without tracing this module is
+routing core records anyway. Nothing is done per token, nothing at all for a request that is not sampled, and without tracing this module is
 not imported. It never puts a prompt, an answer or a token id into a span.
 
     chat MODEL                      from the arrival at the frontend to the last terminal message

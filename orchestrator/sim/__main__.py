@@ -1,8 +1,8 @@
 """``python -m orchestrator.sim --schedules 10000 [--seed 1] [--jobs 2]``: random fault schedules against the routing core.
 
 ``--replay FILE`` runs one file instead: a schedule, as a failed run prints it, or a router's dump, as ``trireme debug dump`` writes it.
-Exit code 1 when a promise was broken, or when the replay of a dump differs from it; 3 when FILE is neither of the two. The first failure's
-seed and shrunk schedule are printed as JSON that ``--replay`` takes.
+Exit code 1 if a guarantee was broken, or if the replay of a dump differs from it; 3 if FILE is neither of the two. The first failure's seed
+and shrunk schedule are printed as JSON that ``--replay`` takes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from orchestrator.sim.schedule import Schedule, draw
 from orchestrator.sim.shrink import judge, shrink, verdict
 from workers.protocol.errors import ArtifactError, TriremeError
 
-#: Seeds that failed and are named.
+#: Number of failed seeds that are printed.
 NAMED = 10
 #: The largest file that ``--replay`` reads. A dump is text of about twice the bytes of a recorder's window.
 MAX_FILE_BYTES = 512 << 20
 
 
 class SimTotals(msgspec.Struct, kw_only=True):
-    """What a series of runs came to; ``failures``: seed and verdict."""
+    """The result of a series of runs; ``failures``: seed and verdict."""
 
     runs: int = 0
     tokens: int = 0
@@ -66,7 +66,7 @@ def run_series(seeds: range) -> SimTotals:
 
 
 def run_jobs(first: int, schedules: int, jobs: int) -> SimTotals:
-    """The series dealt to ``jobs`` processes."""
+    """The series split over ``jobs`` processes."""
     if jobs <= 1:
         return run_series(range(first, first + schedules))
     share = -(-schedules // jobs)
@@ -103,7 +103,7 @@ def tell_failures(tally: SimTotals) -> None:
 
 
 def run_file(file: Path) -> int:
-    """Run a schedule or replay a dump, and print what came of it. Returns the exit code. Raises :class:`ArtifactError`."""
+    """Run a schedule or replay a dump, and print the result. Returns the exit code. Raises :class:`ArtifactError`."""
     found = read_file(file)
     if isinstance(found, Schedule):
         outcome = judge(found)
@@ -122,7 +122,7 @@ def run_file(file: Path) -> int:
 
 
 def read_file(file: Path) -> Schedule | Dump:
-    """What ``--replay`` was given. Raises :class:`ArtifactError` where it is neither a schedule nor a whole dump."""
+    """The content of ``--replay``'s file. Raises :class:`ArtifactError` if it is neither a schedule nor a complete dump."""
     try:
         with file.open("rb") as readable:
             content = readable.read(MAX_FILE_BYTES + 1)

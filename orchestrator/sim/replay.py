@@ -1,6 +1,6 @@
-"""Running a router's dump again: the same events must lead to the same actions and the same state, to the last byte.
+"""Runs a router's dump again: the same events must lead to exactly the same actions and the same state.
 
-Owns nothing. The core is the one of the product; only the prefix lookup is replaced, by the answers that the dump holds.
+Owns nothing. The core is the production object; only the prefix lookup is replaced, by the answers in the dump.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.protocol.errors import ArtifactError, TriremeError
 
 
 class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replay came to. ``difference``: the first line of the dump that came out otherwise, and how; empty where all are equal."""
+    """The result of a replay. ``difference``: the first line of the dump that differs, and how; empty if all are equal."""
 
     router: str
     events: int
@@ -38,7 +38,7 @@ class RecordedPrefixes:
         self._answers = list(answers)
 
     def cached_tokens(self, request: RequestState, replicas: Sequence[Replica]) -> list[int]:
-        """Where more is asked than was recorded, the replay differs already: any answer of the right length will do."""
+        """If more is requested than was recorded, the replay differs already, so any answer of the right length is fine."""
         answer = self._answers.pop(0) if self._answers else []
         return answer if len(answer) == len(replicas) else [0] * len(replicas)
 

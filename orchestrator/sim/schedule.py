@@ -1,7 +1,7 @@
-"""What happens in one run, as a value: the deployment, the requests, the faults, each with its time.
+"""The schedule of one run, as a value: the deployment, the requests, the faults, each with its time.
 
-Owns the vocabulary, its JSON (what a failed run prints and a file replays) and how a schedule is drawn from a seed. Everything else that
-chance decides in a run (delays, repeats) comes from ``SimSetup.noise``, so equal schedules run equally.
+Owns the vocabulary, its JSON (what a failed run prints and a file replays) and how a schedule is drawn from a seed. All other randomness of
+a run (delays, repeats) comes from ``SimSetup.noise``, so equal schedules run equally.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-#: Requests and faults come within this time, seconds; afterwards all is left to heal.
+#: Requests and faults occur within this time, seconds; after that the system must recover.
 HORIZON_S = 6.0
 LieKind: TypeAlias = Literal["swallow", "no_end", "ids", "more", "few"]
 LIES: tuple[LieKind, ...] = ("swallow", "no_end", "ids", "more", "few")
 
 
 class SimSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """``sequences``, ``blocks``, ``tokens``, ``stages``: a replica's limits. ``repeats``: how often a message comes twice, as a share.
+    """``sequences``, ``blocks``, ``tokens``, ``stages``: a replica's limits. ``repeats``: share of messages that arrive twice.
     ``max_queue``: choices that wait at a router at most."""
 
     routers: int
@@ -34,7 +34,8 @@ class SimSetup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Arrive(msgspec.Struct, frozen=True, kw_only=True, tag="arrive"):
-    """A client asks. ``frontend`` http: its connection ends with the router and it asks anew; rpc: it has the journal and continues.
+    """A client sends a request. ``frontend`` http: its connection ends with the router and it sends the request again; rpc: it has the
+    journal and continues.
 
     ``credit`` 0 = unlimited, else the window, granted again ``pace_s`` after it was read.
     """
@@ -65,7 +66,7 @@ class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
 
 
 class Wander(msgspec.Struct, frozen=True, kw_only=True, tag="wander"):
-    """An RPC client cannot hear its router, which lives, and goes on at another; the first one finds out 2 s later."""
+    """An RPC client gets nothing from its living router and continues at another; the first router notices 2 s later."""
 
     at: float
     id: int
@@ -102,7 +103,7 @@ class Slow(msgspec.Struct, frozen=True, kw_only=True, tag="slow"):
 
 
 class CutConnection(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
-    """Nothing passes between a gang and a router; after 1.5 s both give the connection up."""
+    """No message passes between a gang and a router; after 1.5 s both close the connection."""
 
     at: float
     gang: int
@@ -119,7 +120,7 @@ class LoseTokens(msgspec.Struct, frozen=True, kw_only=True, tag="lose"):
 
 
 class Lie(msgspec.Struct, frozen=True, kw_only=True, tag="lie"):
-    """A gang does once what no gang may: it forgets a sequence that it accepted (``swallow``), keeps an end to itself (``no_end``), sends
+    """A gang violates the protocol once: it forgets a sequence that it accepted (``swallow``), keeps an end to itself (``no_end``), sends
     ids that no model has (``ids``), more tokens than were asked for (``more``), or an end that counts too few (``few``)."""
 
     at: float
@@ -128,7 +129,7 @@ class Lie(msgspec.Struct, frozen=True, kw_only=True, tag="lie"):
 
 
 class DrainReplica(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
-    """A gang is told to finish, leaves, and is launched again."""
+    """A gang is ordered to drain, ends, and is launched again."""
 
     at: float
     gang: int
@@ -151,7 +152,8 @@ class Crash(msgspec.Struct, frozen=True, kw_only=True, tag="crash"):
 
 
 class StopRouter(msgspec.Struct, frozen=True, kw_only=True, tag="close"):
-    """A router is told to stop: it takes nothing new, ends what is left after ``grace_s``, and comes back ``seconds`` later."""
+    """A router is ordered to stop: it accepts nothing new, ends remaining requests after ``grace_s``, and starts again ``seconds``
+    later."""
 
     at: float
     router: int
@@ -209,7 +211,7 @@ def draw(seed: int) -> Schedule:
             events.append(Wander(at=_later(chance, arrival.at), id=arrival.id))
     events += [_fault(chance, setup) for _ in range(chance.randint(1, 5))]
     if not windows and chance.random() < 0.4:
-        # No connection loses one message alone, but the core mends it by the next one; a choice without credit has no next one.
+        # A real connection never loses a single message, but the core recovers at the next one; a choice without credit has no next one.
         events.append(LoseTokens(at=_time(chance), gang=chance.randrange(setup.replicas), router=chance.randrange(setup.routers)))
     for _ in range(chance.choice((0, 0, 1, 2))):
         events.append(Lie(at=_time(chance), gang=chance.randrange(setup.replicas), kind=chance.choice(LIES)))

@@ -1,4 +1,4 @@
-"""A failing schedule made small: events are left out as long as it fails at all. Owns nothing."""
+"""Shrinks a failing schedule: events are removed as long as it still fails. Owns nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from orchestrator.sim.schedule import Arrive, Event, Schedule
 from orchestrator.sim.world import Outcome, World
 
-#: Runs that one shrinking may take.
+#: Maximum number of runs for one shrinking.
 MAX_RUNS = 400
 
 
@@ -18,7 +18,7 @@ def judge(schedule: Schedule) -> Outcome | str:
     """The outcome of a run, or what it broke and where."""
     try:
         return World(schedule).run()
-    except Exception as error:  # the edge of a run: whatever ends it is its verdict
+    except Exception as error:  # the edge of a run: any exception is its verdict
         return verdict(error)
 
 

@@ -1,7 +1,8 @@
-"""A client that knows what it should get: it asks, reads at its pace, goes on elsewhere when its router is gone, and distrusts everything.
+"""A client that knows the expected answer: it sends a request, reads at its pace, continues at another router when its router is lost, and
+checks everything.
 
-Owns the journal of one request and the oracle's answer (:func:`workers.engines.fake.expected_tokens`). What it asserts is what users are
-promised: no gap, no repeat, the right tokens, no more than was granted, and one end a choice.
+Owns the journal of one request and the oracle's answer (:func:`workers.engines.fake.expected_tokens`). It asserts the guarantees for users:
+no gap, no repeat, the right tokens, no more than the credit, and one end per choice.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class SimClient:
     # --- what it does
 
     def ask(self) -> None:
-        """At its router, from what it holds; at once again, or elsewhere, where that one cannot take it."""
+        """Send the request to its router, with its journal; retry at once, or at another router, if that one cannot accept it."""
         if self.over or self._call is not None:
             return
         if self._due is not None and self._timeline.now >= self._due:
@@ -93,7 +94,7 @@ class SimClient:
             self._call.stop_choice(choice)
 
     def _try_elsewhere(self) -> None:
-        """HTTP clients share a port, RPC clients hold a list: either way another router may take it."""
+        """HTTP clients share a port, RPC clients have a list: in both cases another router may get the request."""
         self._router = (self._router + 1) % len(self._routers)
         self._attempt += self.asked.frontend == "rpc"
         self._timeline.after(RETRY_S, self.ask)
@@ -115,7 +116,7 @@ class SimClient:
                 call.stop_choice(min(leaving))
 
     def wander(self) -> None:
-        """Go on at another router; the first one keeps the call until it misses the client."""
+        """Continue at another router; the first one keeps the call until it notices that the client is gone."""
         if self.over or self._call is None:
             return
         call, self._call = self._call, None

@@ -1,7 +1,7 @@
-"""Connections between gangs and routers: in order, late, sometimes repeated, and gone when an end or the way between them is.
+"""Connections between gangs and routers: ordered, delayed, sometimes with repeated messages, and lost when one side or the network fails.
 
-Owns what is under way. As with ZeroMQ, a router learns of a lost connection by a send that fails, a gang by an event of its socket, and
-neither what had arrived before.
+Owns the messages in flight. As with ZeroMQ, a router learns of a lost connection by a send that fails, a gang by an event of its socket,
+and neither what had arrived before.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SimNetwork:
         return connection
 
     def delay(self) -> float:
-        """How long one message takes: a millisecond or so, now and then a good deal longer."""
+        """The delay of one message: about a millisecond, sometimes much longer."""
         return self.chance.uniform(0.1, 0.4) if self.chance.random() < 0.01 else self.chance.uniform(0.0005, 0.003)
 
     def cut(self, pair: tuple[int, int], seconds: float) -> None:

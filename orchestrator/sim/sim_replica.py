@@ -1,6 +1,6 @@
-"""One life of a replica's leader: the engine, sessions and links that :mod:`workers.serving.leader` drives, driven by the timeline.
+"""One process of a replica's leader: the engine, stream table and links of :mod:`workers.serving.leader`, driven by the timeline.
 
-Owns what the leader's two threads own. Events wait while a step runs, heartbeats do not; a frozen gang does nothing, and all of it later.
+Owns what the leader's two threads own. Events wait while a step runs, heartbeats do not; a frozen gang does nothing until it continues.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class SimReplica:
         self._steps = 0
         self._extra_s = 0.0
         self._hangs = False
-        #: What it lies about next.
+        #: Its next protocol violation.
         self._lies: list[str] = []
         self._woken_at = -1.0
 
@@ -183,7 +183,7 @@ class SimReplica:
         self._lies.append(kind)
 
     def _lies_now(self, kind: str) -> bool:
-        """Whether this is the time for a lie of this kind, which is told once."""
+        """Whether to commit this violation now; each is committed once."""
         if kind in self._lies:
             self._lies.remove(kind)
             return True
@@ -245,7 +245,7 @@ class SimReplica:
     # --- the engine thread
 
     def turn(self) -> None:
-        """What it does between two steps, or when something came in while it was idle."""
+        """Its work between two steps, or after an event while it was idle."""
         if self.gone or self._since is not None:
             return
         while self._inbox and not self.gone:

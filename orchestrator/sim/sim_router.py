@@ -1,7 +1,7 @@
 """One simulated router: a routing core in a simulated shell, killed and started again, and the calls that clients made there.
 
-Owns the :class:`~orchestrator.router.core.router_core.RouterCore` of the life that runs now. Gives it events and carries out its actions as
-:mod:`orchestrator.router.dispatcher` does, and decides nothing.
+Owns the :class:`~orchestrator.router.core.router_core.RouterCore` of the present process. It passes events to it and carries out its
+actions like :mod:`orchestrator.router.dispatcher`, and decides nothing.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class SimRouter:
         self.life += 1
         self.up = True
         self._greeting = RouterHeartbeat(boot=f"router{self.index}.{self.life}", router=f"router{self.index}")
-        # What a client may lose to a bound (a queue's, a request's deaths) is for other tests: here everything must end well.
+        # Losses because of bounds (of a queue, of a request's deaths) are for other tests: here every request must succeed.
         admission = AdmissionSpec(max_queue=self._max_queue, queue_timeout_s=0.0, request_timeout_s=0.0, replica_limit=1000)
         self.core = RouterCore(self._greeting, ["m"], admission, ReplicaRegistry(REPLICA_TIMEOUT_S, HANG_FLOOR_S), accept_s=ACCEPT_S)
         self._recorder = EventRecorder(self.core, window_events=self._window_events) if self._window_events else None
@@ -165,7 +165,7 @@ class SimRouter:
         self._actions += (self._recorder or self.core).handle(event, self._timeline.now)
 
     def _handle(self, event: RouterEvent) -> None:
-        """Give the core an event of a client, who hears of it only in a turn of its own."""
+        """Give the core an event of a client; the client gets the result in a separate turn."""
         self._take_in(event)
         self._timeline.after(0.0, partial(self._pump, self.life))
 
@@ -175,7 +175,7 @@ class SimRouter:
             self._take_in(PeerUnreachable(peer=peer))
 
     def _pump(self, life: int) -> None:
-        """Do everything that the core asks."""
+        """Carry out the core's actions."""
         if not self.up or self.life != life:
             return
         while self._actions:

@@ -1,6 +1,6 @@
-"""One run: the deployment of a schedule, its requests and faults, until every client is content and nothing is left.
+"""One run: the deployment of a schedule, its requests and faults, until every client has its answer and no state is left.
 
-Owns everything of the run. Raises AssertionError on whatever breaks a promise; the core's own checks are among them.
+Owns everything of the run. Raises AssertionError if a guarantee is broken, also by the core's own checks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from orchestrator.sim.sim_replica import SimReplica
 from orchestrator.sim.sim_router import SimRouter
 from orchestrator.sim.timeline import Timeline
 
-#: All requests must have ended by then; then everything that is left has so long to go. Seconds.
+#: Time by which all requests must have ended, and time after it by which no state may be left. Seconds.
 LIMIT_S, SETTLE_S = 90.0, 8.0
-#: A run stops to look at everything this often.
+#: Time between two checks of all state.
 LOOK_S = 0.5
 
 

@@ -1,4 +1,4 @@
-"""What the routing core asks its shell to do, as values: what :meth:`orchestrator.router.core.router_core.RouterCore.handle` returns.
+"""The actions that the shell must carry out, as values: :meth:`orchestrator.router.core.router_core.RouterCore.handle` returns them.
 
 Owns the vocabulary only. A choice's terminal is exactly one of :class:`FinishChoice` and :class:`FailChoice`.
 """
@@ -14,7 +14,7 @@ from workers.protocol.messages import FinishReason, Logprobs, ToReplica, Usage
 
 
 class SendMessage(msgspec.Struct, frozen=True, gc=False):
-    """Give ``message`` to the connection ``peer``. Where it cannot be taken, the shell answers with ``PeerUnreachable``."""
+    """Send ``message`` to the connection ``peer``. If that is not possible, the shell reports ``PeerUnreachable``."""
 
     peer: bytes
     message: ToReplica
@@ -25,7 +25,7 @@ Delivery: TypeAlias = tuple[Any, int, int, list[int], list[Logprobs] | None]
 
 
 class DeliverTokens(msgspec.Struct, frozen=True, gc=False):
-    """All that one message of a replica brought: one action a step and a tuple a choice, since every token pays for this."""
+    """All tokens of one replica message: one action per step and one tuple per choice, because the cost applies to every token."""
 
     deliveries: list[Delivery]
 
@@ -39,7 +39,7 @@ class DeliverPromptLogprobs(msgspec.Struct, frozen=True, gc=False):
 
 
 class DeliverCachedTokens(msgspec.Struct, frozen=True, gc=False):
-    """Prompt tokens that the choice's replica found in its prefix cache, before the attempt's first token; only where it found some."""
+    """Prompt tokens that the choice's replica found in its prefix cache, before the attempt's first token; only if it found some."""
 
     owner: Any
     choice: int
@@ -47,7 +47,7 @@ class DeliverCachedTokens(msgspec.Struct, frozen=True, gc=False):
 
 
 class FinishChoice(msgspec.Struct, frozen=True, gc=False):
-    """A choice has ended well."""
+    """A choice has ended successfully."""
 
     owner: Any
     choice: int

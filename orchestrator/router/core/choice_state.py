@@ -24,8 +24,8 @@ End = Literal["finished", "failed", "cancelled"]
 
 
 class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """The whole state of a :class:`ChoiceState`; of the tokens only how many there are, of the attempts those that the core still reads:
-    the first and the last two. ``replica``: its name, empty in the queue."""
+    """The whole state of a :class:`ChoiceState`; of the tokens only their number, of the attempts only those that the core still reads: the
+    first and the last two. ``replica``: its name, empty in the queue."""
 
     id: int
     phase: Phase
@@ -53,7 +53,7 @@ class ChoiceSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """The whole state of a :class:`RequestState`; of what the client sent, counts alone. ``deadline`` None = none."""
+    """The whole state of a :class:`RequestState`; of the client's data only counts. ``deadline`` None = none."""
 
     id: int
     request_id: str
@@ -71,7 +71,7 @@ class RequestSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 class ChoiceState:
     """One choice of a request. ``index``: which one of n. ``emitted`` includes the ``resumed_from`` tokens that the client had at the
-    start; ``granted``: tokens beyond those that the client takes.
+    start; ``granted``: further tokens that the client accepts.
 
     ``emitted`` and ``attempts`` are the request's own lists where it has them: its frontend reads them there, and a token is stored once.
     """
@@ -95,20 +95,20 @@ class ChoiceState:
         self.stream = 0
         #: The number of the present attempt, over all routers, and how often this router has sent the choice.
         self.attempt_number = self.sends = 0
-        #: Replicas lost one after the other while this choice was there and did not get on; tokens that were here at the last send.
+        #: Replicas lost one after the other while this choice ran there without progress; number of its tokens at the last send.
         self.deaths = self.emitted_at_send = 0
         #: When it entered the queue, when the last Submit or Attach went out, and until when that must be acknowledged.
         self.queued_at, self.sent_at, self.answer_by = request.arrived, 0.0, 0.0
-        #: Its tokens when it was last seen to get on, when that was, and whether its replica was asked for it since.
+        #: Its tokens at the last progress check with progress, the time of that check, and whether Attach was sent since.
         self.seen, self.seen_at, self.questioned = 0, 0.0, False
-        #: The number of its tokens when the replica was last asked for those that were missing; -1 = not in this attempt.
+        #: The number of its tokens at the last Attach for missing tokens; -1 = none in this attempt.
         self.gap = -1
-        #: A Done came before its tokens once.
+        #: A Done arrived before its tokens once.
         self.ended_short = False
         self.prompt_logprobs_sent = False
-        #: Prompt tokens that the replica of its present attempt found in the prefix cache, as far as it has said.
+        #: Prompt tokens that the replica of its present attempt found in the prefix cache, if it has reported them.
         self.cached_tokens = 0
-        #: It is at a replica and its client takes no tokens now.
+        #: It is at a replica and has no credit.
         self.paused = False
         self.attempts: list[Attempt] = spec.attempts[index] if index < len(spec.attempts) else []
         #: How, why and when it ended.
@@ -123,7 +123,7 @@ class ChoiceState:
 
     @property
     def bound(self) -> int:
-        """What ``watch_at`` is to be with the present credit."""
+        """The value of ``watch_at`` for the present credit."""
         return min(self.limit + 1, self.resumed_from + self.granted)
 
     @property
@@ -133,7 +133,7 @@ class ChoiceState:
 
     @property
     def name(self) -> str:
-        """The lasting name at leaders: unambiguous, for the part after the last slash is always the index."""
+        """The permanent name at leaders: unambiguous, because the part after the last slash is always the index."""
         return f"{self.request.spec.request_id}/{self.index}"
 
     def story(self) -> ChoiceStory:
@@ -201,7 +201,7 @@ class RequestState:
 
     @property
     def caller_id(self) -> str:
-        """The caller's request id in log lines, where it is not the request's own."""
+        """The caller's request id in log lines, if it differs from the request's own."""
         caller_id = self.spec.marks[0]
         return caller_id if caller_id != self.spec.request_id else ""
 

@@ -1,7 +1,7 @@
-"""What is kept of an event and of the actions that it led to: numbers, times and names, enough to run the event again.
+"""The record of an event and of its actions: numbers, times and names, enough to run the event again.
 
 Owns the format. A record holds no prompt, no token, no text, no key, no salt and no error text: a prompt and a message's tokens are kept
-as their lengths, and what the core read of the prefix index as the numbers that it read. A user and a tenant are kept as digests.
+as their lengths, and the prefix index's answers as numbers. A user and a tenant are kept as digests.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from workers.protocol.messages import (
 
 class TokensRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
     """A Tokens message. ``counts[i]`` tokens came on ``streams[i]``; ``prompts``: streams whose prompt logprobs came; ``cached``: as in
-    the message. ``invalid``, ``invalid_prompts``: indexes of the lists and of the prompts that held what no model gives."""
+    the message. ``invalid``, ``invalid_prompts``: indexes of the lists and of the prompts with invalid content."""
 
     boot: str
     streams: list[int]

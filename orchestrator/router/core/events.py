@@ -1,4 +1,4 @@
-"""What can happen to the routing core, as values: everything that :meth:`orchestrator.router.core.router_core.RouterCore.handle` takes.
+"""The events of the routing core, as values: the arguments of :meth:`orchestrator.router.core.router_core.RouterCore.handle`.
 
 Owns the vocabulary only. The time of an event is the second argument of ``handle``. The tags are those of
 :mod:`orchestrator.router.core.event_record`, which keeps most events as they are.
@@ -15,7 +15,7 @@ from workers.protocol.messages import FromReplica
 
 
 class SubmitRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A frontend hands over a request.
+    """A frontend submits a request.
 
     ``id`` is a number greater than that of every request before. All that is delivered for the request is addressed to ``owner``, or to
     ``id`` where that is None. ``session`` is :func:`orchestrator.router.core.session_table.session_key` of the request.
@@ -28,13 +28,13 @@ class SubmitRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
-    """The caller is gone: nothing more is delivered for any choice. Ignored where the request has ended."""
+    """The caller is gone: nothing more is delivered for any choice. Ignored if the request has ended."""
 
     id: int
 
 
 class StopChoice(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
-    """The frontend has ended one choice itself, for example at a stop string. Ignored where the choice has ended."""
+    """The frontend has ended one choice itself, for example at a stop string. Ignored if the choice has ended."""
 
     id: int
     choice: int
@@ -58,7 +58,7 @@ class ReplicaMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerUnreachable(msgspec.Struct, frozen=True, kw_only=True, tag="unreachable"):
-    """A send to ``peer`` failed: the connection is gone, or has taken nothing for a whole high-water mark."""
+    """A send to ``peer`` failed: the connection is lost, or its queue has reached the high-water mark."""
 
     peer: bytes
 
@@ -68,11 +68,11 @@ class Tick(msgspec.Struct, frozen=True, tag="tick"):
 
 
 class StopAccepting(msgspec.Struct, frozen=True, tag="stop_accepting"):
-    """The router drains: it refuses new requests, and what runs goes on."""
+    """The router drains: it refuses new requests, and running ones continue."""
 
 
 class AbortAll(msgspec.Struct, frozen=True, tag="abort"):
-    """The router stops: every request that is left fails, and every replica gets Bye."""
+    """The router stops: every remaining request fails, and every replica gets Bye."""
 
 
 RouterEvent: TypeAlias = (

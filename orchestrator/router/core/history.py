@@ -1,7 +1,7 @@
-"""What became of the last requests, for people who ask: ``trireme debug story``.
+"""The history of the last requests, for ``trireme debug story``.
 
-Owns the stories of requests that have ended, bounded by number and bytes, oldest out first. A story holds ids, counts and times; never a
-prompt, a token or a text.
+Owns the stories of requests that have ended, bounded by number and bytes; the oldest are dropped first. A story holds ids, counts and
+times; never a prompt, a token or a text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a router believes the prefix cache of each replica holds.
+"""The router's estimate of each replica's prefix cache.
 
-Owns, for each replica that is not lost, the hashes of the blocks that this router sent there or that the replica reported. A belief only: a
-wrong one costs time, never a token. Hashes come from :func:`workers.scheduler.block_pool.prefix_hashes`, which the caches use too.
+Owns, for each replica that is not lost, the hashes of the blocks that this router sent there or that the replica reported. It is only an
+estimate: a wrong entry costs time, never a token. Hashes come from :func:`workers.scheduler.block_pool.prefix_hashes`, which the caches use
+too.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from orchestrator.router.core.choice_state import ChoiceState, RequestState
 from orchestrator.router.core.replica_registry import Replica
 from workers.scheduler.block_pool import prefix_hashes
 
-#: Hashes remembered for a replica at most, whatever its cache holds.
+#: Maximum number of hashes per replica, whatever the size of its cache.
 MAX_HASHES = 65_536
 
 
 class PrefixIndex:
-    """The hashes of one replica: at most ``limit`` = ``min(num_blocks, MAX_HASHES)``, least recently used out first."""
+    """The hashes of one replica: at most ``limit`` = ``min(num_blocks, MAX_HASHES)``, the least recently used are dropped first."""
 
     __slots__ = ("_hashes", "_limit")
 
@@ -49,7 +50,7 @@ class PrefixIndex:
 
 
 class PrefixLookup(Protocol):
-    """What the routing core asks about prefixes, and what it reports. Prompts and hashes stay behind this seam."""
+    """The routing core's interface to prefixes. Prompts and hashes stay behind this interface."""
 
     def cached_tokens(self, request: RequestState, replicas: Sequence[Replica]) -> list[int]:
         """Leading tokens of the prompt that each of ``replicas`` probably holds."""

@@ -2,9 +2,9 @@
 
 Owns the window: segments of records, each after a snapshot of the core. The oldest segment is dropped whole once those after it hold
 :data:`WINDOW_EVENTS` events, or when all together take more than :data:`WINDOW_BYTES`. A snapshot takes about 4 µs a live choice: so a new
-segment begins at a tick, off the way of tokens, and only while :data:`SNAPSHOT_REQUESTS` requests or less are live, else when a segment has
-grown to a quarter of the bytes. The garbage collector looks at none of it: an event is kept encoded, a replica's message as the frame that
-came, because that costs nothing on the way of a token. What a dump may not hold is left out when a dump is written, off the event loop.
+segment begins at a tick, when no token waits, and only while :data:`SNAPSHOT_REQUESTS` requests or less are live, else when a segment has
+grown to a quarter of the bytes. The garbage collector scans none of it: an event is kept encoded, and a replica's message as the received
+frame, which costs nothing per token. Data that a dump must not contain is removed when a dump is written, outside the event loop.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from workers.protocol import messages
 from workers.protocol.errors import TriremeError
 from workers.protocol.messages import Tokens
 
-#: Events that are surely kept while they fit, and the bytes that all segments may take.
+#: Minimum number of kept events, if they fit, and the maximum bytes of all segments.
 WINDOW_EVENTS, WINDOW_BYTES = 10_000, 64 << 20
-#: With more live requests than this, a snapshot would hold up the event loop by more than some 10 ms.
+#: With more live requests than this, a snapshot would block the event loop for more than about 10 ms.
 SNAPSHOT_REQUESTS = 2048
-#: What the objects of an event and their place in a list take beside their content, at most.
+#: Maximum bytes of an event's objects and list entries in addition to their content.
 OVERHEAD_BYTES = 160
-#: Users whose digests are remembered.
+#: Number of users whose digests are cached.
 MAX_USERS = 4096
 #: The first word of a dump: what it is, and its format.
 DUMP_FORMAT = "trireme router dump 1"
@@ -231,7 +231,7 @@ class EventRecorder:
 
 
 def user_digest(user: str, key: bytes = b"") -> str:
-    """What stands for an authenticated user, or a tenant, in a dump. ``key``: a secret, without which an address could be guessed."""
+    """The digest of an authenticated user, or a tenant, for a dump. ``key``: a secret; without it an address could be guessed."""
     return blake2b(user.encode(errors="surrogatepass"), digest_size=6, key=key).hexdigest()
 
 
@@ -258,7 +258,7 @@ class Dump(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_dump(lines: list[bytes]) -> Dump:
-    """Raises ValueError where ``lines`` are no dump; it names the line."""
+    """Raises ValueError naming the line if ``lines`` are not a dump."""
     number = 0
 
     def decode(line: bytes, kind: type[T]) -> T:

@@ -1,9 +1,9 @@
-"""The replica registry of one router: which replicas are there, since when, how loaded, and which must not be trusted.
+"""The replica registry of one router: known replicas, their states, their load, and quarantines.
 
 Owns every :class:`Replica`. A replica writes its own fields by its methods: the registry calls those that change its state and address,
 :mod:`orchestrator.router.core.request_table` those that count the choices placed at it. Reads no clock and no socket: ``peer`` is an
-opaque reply address and ``user`` the authenticated key (empty where the transport itself proves the caller); neither alone is an identity.
-A replica is its name, fenced by its epoch, owned by one user, and one process (``boot``) speaks for it.
+opaque reply address and ``user`` the authenticated key (empty if the transport itself authenticates the caller); neither of them alone is
+an identity. A replica is its name, fenced by its epoch, owned by one user, and one process (``boot``) sends its messages.
 
     (unknown) --Hello--> ready --Heartbeat.draining--> draining --Bye--> lost
     ready, draining --silence | no progress | unreachable--> lost --healthy Heartbeat of the same boot--> ready
@@ -25,22 +25,24 @@ from workers.protocol.hang import hang_bound_ms
 from workers.protocol.messages import PROTOCOL, Heartbeat, Hello
 from workers.protocol.status import RoutingState
 
-#: Names that one router remembers; more are refused, so an authenticated peer cannot grow the table.
+#: Maximum number of names in one router; more are refused, so an authenticated peer cannot grow the table.
 MAX_REPLICAS = 1024
-#: Seconds that a lost replica is remembered: every job that joins standing routers brings names of its own.
+#: Seconds after which a lost replica is forgotten, because every job that joins standing routers has new names.
 KEPT_LOST_S = 3600.0
 #: A replica is quarantined when this many requests ended there by logits that are not finite, within this many seconds; the quarantine
 #: ends so many seconds after the last of them.
 FAULT_LIMIT, FAULT_WINDOW_S = 3, 60.0
-#: Losses that are remembered, for people to read, and the length to which a reason is cut, characters.
+#: Number of kept losses, for status reports, and the maximum length of a reason, characters.
 KEPT_LOSSES, MAX_REASON = 32, 200
 #: Choices of one router at a replica, those without credit included, as a multiple of its batch.
 MAX_PLACED = 8
-#: Heartbeats over which the usual length of a step is taken. One heartbeat shows the load of a moment only: right after a burst of
-#: prompts, the replica whose heartbeat reports its prefill would look many times slower than its equals, and they would get all the rest.
+#: Heartbeats over which the usual length of a step is computed. One heartbeat shows only the load of a moment: right after a burst of
+#: prompts, the replica whose heartbeat reports its prefill would look many times slower than equal replicas, and these would get all
+#: further requests.
 STEP_SAMPLES = 15
 
-#: What a replica's speed depends on as far as a router knows: engine, tp, pp, dtype, quantization, sequences and tokens of a step.
+#: The facts on which a replica's speed depends, as far as a router knows them: engine, tp, pp, dtype, quantization, sequences and tokens of
+#: a step.
 Kind = tuple[str, int, int, str, str | None, int, int]
 
 
@@ -74,7 +76,7 @@ class Replica:
     """One replica as this router knows it. Only its own methods write it.
 
     ``streams``: this router's live streams here, in order, each with the prompt tokens that are still to be computed before its first
-    token. ``peer`` is empty after another process took its address over.
+    token. ``peer`` is empty after another process has taken its address.
     """
 
     __slots__ = (
@@ -118,7 +120,7 @@ class Replica:
         self.since = self.seen = now
         self.last_heartbeat: Heartbeat | None = None
         self.streams: dict[int, int] = {}
-        #: Streams whose clients take nothing now: their K/V is given up, so they use no place in the batch.
+        #: Streams without credit: their K/V is released, so they use no place in the batch.
         self.paused = 0
         #: Choices that other routers run here, as of the last heartbeat.
         self.others = 0
@@ -126,11 +128,11 @@ class Replica:
         self.own_tokens = 0
         #: Prompt tokens that wait here for other routers' choices, as of the last heartbeat.
         self.other_tokens = 0
-        #: Smoothed time that a choice spends here, ms: how long a freed place is waited for.
+        #: Smoothed time that a choice spends here, ms; it determines the wait for a free place.
         self.choice_ms = 1000.0
         #: Number of the last stream that began here: ties go to the least recently chosen replica.
         self.last_sent = 0
-        #: It refused a choice; nothing more is sent before its next heartbeat.
+        #: It refused a choice; nothing more is sent to it before its next heartbeat.
         self.refusing = False
         capacity = hello.capacity
         self.kind: Kind = (
@@ -142,9 +144,9 @@ class Replica:
         self._step_samples: deque[float] = deque(maxlen=STEP_SAMPLES)
         #: When requests ended here by logits that are not finite, or when the replica sent an invalid message.
         self.faults: deque[float] = deque(maxlen=FAULT_LIMIT)
-        #: Why it runs only what no other replica can; empty = it is trusted.
+        #: The reason of its quarantine; empty = not in quarantine.
         self.quarantined = ""
-        #: When a heartbeat last said why choices here may have to wait: others are before them, or a step still runs.
+        #: Time of the last heartbeat that explained a wait of choices here: others are ahead of them, or a step still runs.
         self.explained_at = 0.0
         #: Output tokens a second, all routers together.
         self.tok_s = 0.0
@@ -159,15 +161,15 @@ class Replica:
 
     @property
     def lookahead(self) -> int:
-        """Choices that are kept waiting at the replica itself, so that a place freed in one step is filled in the next."""
+        """Choices that wait at the replica itself, so that a place freed in one step is filled in the next."""
         return max(1, self.capacity.max_batch_size // 16)
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens that wait here before those of a new choice.
 
-        A router counts the tokens of its own choices itself, since a heartbeat reports the end of an earlier step: in a burst, a replica
-        whose heartbeat is older would look emptier, and get the rest of the burst.
+        A router counts the tokens of its own choices itself, because a heartbeat reports the end of an earlier step: in a burst, a replica
+        with an older heartbeat would look emptier, and would get the rest of the burst.
         """
         return self.own_tokens + self.other_tokens
 
@@ -190,15 +192,15 @@ class Replica:
     # --- its connection and state, which the registry changes
 
     def note_heard(self, now: float) -> None:
-        """A message of it has come."""
+        """A message of it has arrived."""
         self.seen = now
 
     def move(self, peer: bytes) -> None:
-        """It is reached at ``peer`` from now on; empty: at no address."""
+        """Set its address to ``peer``; empty: it has none."""
         self.peer = peer
 
     def enter(self, state: RoutingState, reason: str, now: float) -> None:
-        """Enter ``state``. What was reported of the load means nothing once the replica is lost."""
+        """Enter ``state``. The reported load is invalid once the replica is lost."""
         self.state, self.reason, self.since = state, reason, now
         if state == "lost":
             self.last_heartbeat = None
@@ -214,7 +216,7 @@ class Replica:
         return True
 
     def distrust(self, why: str, now: float) -> bool:
-        """It was found out: a request cannot cause that, so once is enough. Returns whether this begins a quarantine."""
+        """Count an invalid message: a request cannot cause it, so one is enough. Returns whether this begins a quarantine."""
         self.faults.append(now)
         begins = not self.quarantined
         self.quarantined = why[:MAX_REASON]
@@ -233,16 +235,16 @@ class Replica:
         self.last_sent = stream
 
     def first_token(self, stream: int) -> None:
-        """The first token on ``stream`` is here, so its prompt is computed."""
+        """The first token on ``stream`` has arrived, so its prompt is computed."""
         self.own_tokens -= self.streams[stream]
         self.streams[stream] = 0
 
     def move_stream(self, old: int, new: int) -> None:
-        """The choice on stream ``old`` goes on as ``new``."""
+        """The choice on stream ``old`` continues as ``new``."""
         self.streams[new] = self.streams.pop(old)
 
     def remove_stream(self, stream: int, *, paused: bool) -> None:
-        """The choice on ``stream`` is here no longer; ``paused``: its client took nothing."""
+        """The choice on ``stream`` has left; ``paused``: it had no credit."""
         self.own_tokens -= self.streams.pop(stream)
         self.paused -= paused
 
@@ -251,7 +253,7 @@ class Replica:
         self.paused += 1 if paused else -1
 
     def refuse(self) -> None:
-        """It refused a choice: it gets nothing before its next heartbeat."""
+        """It refused a choice: it gets no choice before its next heartbeat."""
         self.refusing = True
 
     def note_end(self, seconds: float) -> None:
@@ -261,7 +263,7 @@ class Replica:
     # --- its heartbeats
 
     def heartbeat(self, heartbeat: Heartbeat, accepted: int, waiting: list[int], now: float) -> None:
-        """Take in a heartbeat. ``accepted``: this router's choices that the heartbeat can have counted; ``waiting``: the streams of those
+        """Apply a heartbeat. ``accepted``: this router's choices that the heartbeat can have counted; ``waiting``: the streams of those
         without a first token, oldest first."""
         stats, last = heartbeat.stats, self.last_heartbeat
         if last is not None and heartbeat.step == last.step:
@@ -278,7 +280,7 @@ class Replica:
         self.others = max(0, stats.running + stats.waiting - accepted)
         computed = sum(self.streams[stream] for stream in waiting) - stats.prefill_tokens
         self.other_tokens = max(0, -computed) if self.others else 0
-        if stats.running + stats.waiting >= accepted:  # else it reports a step before some of them came
+        if stats.running + stats.waiting >= accepted:  # else it reports a step before some of them arrived
             for stream in waiting:
                 part = min(max(0, computed), self.streams[stream])
                 self.streams[stream] -= part
@@ -328,7 +330,8 @@ def without_prefixes(heartbeat: Heartbeat) -> Heartbeat:
 
 
 class ReplicaLoss(msgspec.Struct, frozen=True):
-    """A replica that this router lost. ``choices``: its own that ran there; ``drained``: the replica had said that it would leave."""
+    """A replica that this router lost. ``choices``: number of the router's choices there; ``drained``: the replica had announced its
+    drain."""
 
     replica: str
     model: str
@@ -340,7 +343,7 @@ class ReplicaLoss(msgspec.Struct, frozen=True):
 
 
 class HelloAccepted(msgspec.Struct, frozen=True):
-    """A Hello that was accepted. ``replaced``: the record that it ended; ``fresh`` False = the same process on another connection."""
+    """An accepted Hello. ``replaced``: the record that it ended; ``fresh`` False = the same process on another connection."""
 
     replica: Replica
     replaced: Replica | None
@@ -372,8 +375,8 @@ class ReplicaRegistry:
                 self._by_peer[replica.peer] = replica
 
     def hello(self, peer: bytes, user: str, hello: Hello, now: float) -> HelloAccepted | HelloRefused:
-        """Judge a Hello. The largest epoch of a name is kept as long as the name; a live name belongs to the user that brought it; a
-        process speaks for one name."""
+        """Accept or refuse a Hello. The largest epoch of a name is kept as long as the name; a live name belongs to its first user; a
+        process has one name."""
         if hello.protocol != PROTOCOL:
             return HelloRefused("protocol")
         old = self.replicas.get(hello.replica)
@@ -401,7 +404,7 @@ class ReplicaRegistry:
         return HelloAccepted(replica, old, True)
 
     def speaker(self, peer: bytes, user: str, boot: str) -> tuple[Replica | None, bool]:
-        """The sender of a message, and whether it came on another connection than the one before (a silent reconnect).
+        """The sender of a message, and whether it arrived on another connection than the last one (a silent reconnect).
 
         The sender is known only if the process's nonce and the authenticated user are those of its Hello.
         """
@@ -415,7 +418,7 @@ class ReplicaRegistry:
         return replica, True
 
     def judge(self, replica: Replica, heartbeat: Heartbeat, now: float) -> str:
-        """Set the state that a heartbeat reports. Returns why the replica must be taken as lost, else an empty string."""
+        """Set the state that a heartbeat reports. Returns why the replica counts as lost, else an empty string."""
         bound = hang_bound_ms(self.hang_floor_s, heartbeat.predicted_ms)
         if heartbeat.busy_ms > bound:
             return f"no progress: step {heartbeat.step} runs for {heartbeat.busy_ms:.0f} ms, its bound is {bound:.0f} ms"
@@ -425,12 +428,12 @@ class ReplicaRegistry:
         return ""
 
     def progress_bound_s(self, replica: Replica) -> float:
-        """Seconds in which a choice that waits for nothing gets on at ``replica``: as long as a step may take."""
+        """Seconds in which a choice that nothing blocks must make progress at ``replica``: the longest time of a step."""
         last = replica.last_heartbeat
         return hang_bound_ms(self.hang_floor_s, last.predicted_ms if last is not None else 0.0) / 1000.0
 
     def lose(self, replica: Replica, why: str, now: float) -> bool:
-        """Mark as lost; False where it was lost already."""
+        """Mark as lost; False if it was lost already."""
         if replica.state == "lost":
             return False
         reason = why[:MAX_REASON]
@@ -441,8 +444,8 @@ class ReplicaRegistry:
         return True
 
     def end_quarantines(self, now: float) -> None:
-        """End the quarantines that have lasted long enough. A quarantined replica still gets what no other can take: the requests
-        themselves may have been at fault, so a quarantine must never cost the last replica."""
+        """End the quarantines that have lasted long enough. A quarantined replica still gets requests that no other can run: the requests
+        themselves may be the cause, so a quarantine must never remove the last replica."""
         for replica in self.replicas.values():
             if replica.quarantined and now - replica.faults[-1] > FAULT_WINDOW_S:
                 replica.end_quarantine()
@@ -454,7 +457,7 @@ class ReplicaRegistry:
             del self.replicas[replica.name]
 
     def silent(self, now: float) -> list[Replica]:
-        """Replicas that were not heard for ``replica_timeout_s`` and are not lost yet."""
+        """Replicas that were silent for ``replica_timeout_s`` and are not lost yet."""
         return [r for r in self.replicas.values() if r.state != "lost" and now - r.seen > self.replica_timeout_s]
 
     def at(self, peer: bytes) -> Replica | None:
@@ -462,7 +465,7 @@ class ReplicaRegistry:
         return self._by_peer.get(peer)
 
     def serving(self, model: str) -> list[Replica]:
-        """Replicas of a model that take or finish choices: the ready and the draining ones."""
+        """Replicas of a model that accept or finish choices: the ready and the draining ones."""
         return [r for r in self.replicas.values() if r.model == model and r.state != "lost"]
 
     def trusted(self, model: str) -> list[Replica]:

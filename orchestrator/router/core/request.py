@@ -1,4 +1,4 @@
-"""The request that the frontends hand to the routing core. Owns nothing: the struct is a fact, the core's records are elsewhere."""
+"""The request that frontends submit to the routing core. Owns nothing: the struct is a fact, the core's records are elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workers.protocol.messages import UNLIMITED, SamplingParams
 class RouterRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One validated request: ``n`` choices of one prompt. ``params.seed`` is resolved; choice i uses ``seed + i`` (mod 2**63).
 
-    ``client`` names who asks; ``tenant`` is who shares the queue in turn with others: the name of the caller's key, or its address.
+    ``client`` names the caller; ``tenant`` is who shares the queue in turn with others: the name of the caller's key, or its address.
     ``weight``: its share of the service beside those that weigh 1. Of the requests that wait, those of smaller ``priority`` go first.
     ``request_id`` is the id that the client sees, ``affinity`` is a session hint. ``emitted`` holds the tokens that the client already has
     of each choice (its journal), or is empty. Where a choice has a list there, the core appends to that very list just before each

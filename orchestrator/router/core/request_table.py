@@ -1,9 +1,9 @@
 """The request table of one router: the state machine of every live choice, from its admission to its one terminal message.
 
-Owns every request and choice, the waiting queues, the streams at replicas, the totals, and the actions that its transitions ask for. It
-alone writes a :class:`ChoiceState` or a :class:`RequestState`. It decides nothing: :mod:`orchestrator.router.core.router_core` judges
-events and calls the transitions below. The record of a choice (prompt, emitted tokens, parameters with the resolved seed, attempt) is what
-makes a dead replica a pause and not a loss.
+Owns every request and choice, the waiting queues, the streams at replicas, the totals, and the actions of its transitions. It alone writes
+a :class:`ChoiceState` or a :class:`RequestState`. It decides nothing: :mod:`orchestrator.router.core.router_core` evaluates events and
+calls the transitions below. The record of a choice (prompt, emitted tokens, parameters with the resolved seed, attempt) is the reason why
+the death of a replica is a pause and not a loss.
 
     state      means                            left by             on                                            to
     (new)      not admitted yet                 admit               SubmitRequest                                 queued
@@ -67,18 +67,18 @@ from workers.protocol.messages import (
 )
 from workers.sampling.definition import choice_seed
 
-#: An attempt of the client itself (it goes on here after another router died) outranks every attempt that the other router made.
+#: An attempt of the client itself (it continues here after another router died) is newer than all attempts of the other router.
 ATTEMPTS_PER_CLIENT_ATTEMPT = 1024
-#: Attempts of a choice that are remembered: the first, and the latest ones.
+#: Number of kept attempts of a choice: the first, and the latest ones.
 KEPT_ATTEMPTS = 64
 #: A choice that produced more tokens than this since it was sent is not blamed for the loss before.
 PROGRESS_TOKENS = 4
-#: An Attach is answered between two steps: so many seconds, and the time of so many usual steps. A gap in a stream costs no more than this.
+#: An Attach is answered between two steps: its time-out is this many seconds plus this many usual steps, which bounds the cost of a gap.
 ATTACH_S, ATTACH_STEPS = 1.0, 2
 
 
 class Breach(msgspec.Struct, frozen=True, gc=False):
-    """What a replica sent about a choice cannot be true."""
+    """A replica sent invalid data about a choice."""
 
     choice: ChoiceState
     why: str
@@ -97,11 +97,11 @@ class RequestTableSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestTable:
-    """``boot``: the router's nonce, part of every message. ``accept_s``: a Submit or Attach that is not answered for so long was lost.
+    """``boot``: the router's nonce, part of every message. ``accept_s``: a Submit or Attach without an answer for this time counts as lost.
 
     ``counts``: totals since the start by event; a choice counts once as ``accepted`` when it is admitted here, and later once as finished,
     failed or cancelled. The names are public, in the status and in ``/metrics``.
-    ``stats``: what was measured, by model. ``history``: what became of the last requests.
+    ``stats``: what was measured, by model. ``history``: the stories of the last requests.
     """
 
     def __init__(self, boot: str, models: Iterable[str], accept_s: float) -> None:
@@ -124,13 +124,13 @@ class RequestTable:
         self.invalid_tokens: list[int] = []
         self.invalid_prompts: list[int] = []
         self._serial = 0
-        #: No request's deadline, and no answer that a replica owes, is due before these: most ticks look at no choice at all.
+        #: The earliest deadline of a request, and of an answer of a replica: most ticks check no choice at all.
         self._next_deadline = self._next_answer = inf
 
     # --- actions
 
     def take_actions(self) -> list[Action]:
-        """Hand over what is to be done, in order."""
+        """Return the pending actions, in order."""
         actions, self._actions = self._actions, []
         return actions
 
@@ -231,10 +231,10 @@ class RequestTable:
             choice.attempts[-1].accepted_at = choice.attempts[-1].accepted_at or now
 
     def on_tokens(self, replica: Replica, message: Tokens, now: float) -> list[ChoiceState]:
-        """Take in what one step emitted; to running where a choice was not. Returns the choices that have their first token only now.
+        """Apply the output of one step; its choices are running afterwards. Returns the choices that got their first token.
 
-        Deliveries leave in one action without a gap or a repeat. Tokens of an attempt that is over are dropped. A replica is not believed:
-        of a choice for which the message cannot be true nothing is delivered, and it is among :meth:`take_breaches` afterwards.
+        Deliveries leave in one action without a gap or a repeat. Tokens of an ended attempt are dropped. If the message is invalid for a
+        choice, nothing is delivered for it, and :meth:`take_breaches` returns it.
         """
         streams, logprobs = self.streams, message.logprobs
         vocab = replica.capacity.vocab_size
@@ -297,7 +297,8 @@ class RequestTable:
         return begun
 
     def _on_prompt_facts(self, replica: Replica, message: Tokens) -> None:
-        """Deliver what comes once a choice, with its first tokens: the prompt's logprobs, and how much of the prompt was cached."""
+        """Deliver the data that comes once per choice, with its first tokens: the prompt's logprobs, and the number of cached prompt
+        tokens."""
         for index, (stream, prompt) in enumerate(message.prompt_logprobs or ()):
             choice = self.streams.get(stream)
             if choice is not None and choice.replica is replica and not choice.prompt_logprobs_sent:
@@ -316,14 +317,14 @@ class RequestTable:
                 self._actions.append(DeliverCachedTokens(choice.owner, choice.index, cached))
 
     def take_breaches(self) -> list[Breach]:
-        """Hand over what :meth:`on_tokens` refused, one entry a choice."""
+        """Return what :meth:`on_tokens` refused, one entry per choice."""
         if not self._breaches:
             return []
         breaches, self._breaches = self._breaches, []
         return list({breach.choice.id: breach for breach in breaches}.values())
 
     def _start_running(self, choice: ChoiceState, now: float) -> bool:
-        """sent or accepted to running. Returns whether this is the attempt's first token, which is here once, however often the choice was
+        """sent or accepted to running. Returns whether this is the attempt's first token; it is true once, even if the choice was
         reattached."""
         assert choice.replica is not None
         choice.phase = "running"
@@ -336,13 +337,13 @@ class RequestTable:
         return True
 
     def _drop_stale(self, replica: Replica, stream: int, tokens: int, choice: ChoiceState | None) -> None:
-        """Count tokens of an attempt that is over: its Cancel was lost, or is on its way."""
+        """Count tokens of an ended attempt: its Cancel was lost, or has not arrived yet."""
         self.counts["stale_tokens"] += tokens
         if choice is None:
             self.tell(replica.peer, Cancel(boot=self._boot, stream=stream))
 
     def add_credit(self, ids: list[int], tokens: list[int]) -> None:
-        """Grant ``tokens[i]`` more tokens to every live choice of request ``ids[i]``; one message a replica says so."""
+        """Grant ``tokens[i]`` more tokens to every live choice of request ``ids[i]``; each replica gets one message for all of it."""
         grants: dict[Replica, tuple[list[int], list[int]]] = {}
         for id, more in zip(ids, tokens, strict=True):
             request = self.requests.get(id)
@@ -359,7 +360,7 @@ class RequestTable:
             self.tell(replica.peer, Credit(boot=self._boot, streams=streams, tokens=counts))
 
     def _settle_credit(self, choice: ChoiceState) -> None:
-        """Note whether the client of a placed choice takes anything now; due whenever its credit may have ended or come again."""
+        """Record whether a placed choice is paused; to be called whenever its credit may have ended or returned."""
         choice.watch_at = choice.bound
         paused = choice.credit <= 0
         if choice.replica is not None and paused != choice.paused:
@@ -370,7 +371,7 @@ class RequestTable:
     # --- transitions: again
 
     def reattach(self, choice: ChoiceState, now: float) -> None:
-        """sent, accepted or running to sent: ask the replica for everything beyond the tokens that are here, on a new stream."""
+        """sent, accepted or running to sent: ask the replica for everything after the received tokens, on a new stream."""
         replica, spec = choice.replica, choice.request.spec
         assert replica is not None
         old, choice.stream = choice.stream, self._next()
@@ -391,8 +392,8 @@ class RequestTable:
         )  # fmt: skip
 
     def requeue(self, choice: ChoiceState, cause: Cause, now: float, *, cancel: bool) -> None:
-        """sent, accepted or running to queued, before all new choices: it goes on elsewhere from the tokens that are here. ``cancel``: tell
-        the replica to drop it."""
+        """sent, accepted or running to queued, before all new choices: it continues at another replica after the received tokens.
+        ``cancel``: send Cancel to the replica."""
         self._release(choice, cancel=cancel)
         self._lose_attempt(choice, cause, now)
         choice.phase, choice.queued_at = "queued", now
@@ -400,12 +401,12 @@ class RequestTable:
         self.counts["resubmitted"] += 1
 
     def question(self, choice: ChoiceState, now: float) -> None:
-        """:meth:`reattach` a choice that does not get on: a replica that lost it says so, and it goes on elsewhere."""
+        """:meth:`reattach` a choice without progress: a replica that has lost it answers ``not_found``, and it continues at another one."""
         choice.questioned = True
         self.reattach(choice, now)
 
     def requeue_short(self, choice: ChoiceState, now: float) -> bool:
-        """:meth:`requeue` a choice whose Done came before its last token. Once only; returns False where it has happened before."""
+        """:meth:`requeue` a choice whose Done came before its last token. Once only; returns False if it has happened before."""
         self.counts["gaps"] += 1
         if choice.ended_short:
             return False
@@ -433,14 +434,14 @@ class RequestTable:
     # --- transitions: out
 
     def finish(self, choice: ChoiceState, reason: FinishReason, usage: Usage, stop_id: int | None, now: float) -> None:
-        """To ended: the answer is whole."""
+        """To ended: the answer is complete."""
         self.stats[choice.request.spec.model].note_end(choice.attempts, now, usage.cached_tokens)
         self._release(choice, cancel=False)
         self._end(choice, "finished", reason, now)
         self._actions.append(FinishChoice(choice.owner, choice.index, reason, usage, stop_id))
 
     def fail(self, choice: ChoiceState, error: TriremeError, now: float, *, cancel: bool = True, cause: Cause | None = None) -> None:
-        """To ended, with an error. ``cancel``: tell the replica to drop the choice. ``cause``: its attempt was lost by that."""
+        """To ended, with an error. ``cancel``: send Cancel to the replica. ``cause``: the reason why its attempt was lost."""
         if cause is not None:
             self._lose_attempt(choice, cause, now)
         self.stats[choice.request.spec.model].note_failure(choice.attempts)
@@ -449,13 +450,13 @@ class RequestTable:
         self._actions.append(FailChoice(choice.owner, choice.index, error))
 
     def cancel(self, choice: ChoiceState, now: float) -> None:
-        """To ended: nobody waits for it any more, and its frontend knows. Nothing where it has ended."""
+        """To ended: its client is gone, and its frontend knows. Does nothing if it has ended."""
         if choice.phase != "ended":
             self._release(choice, cancel=True)
             self._end(choice, "cancelled", "the caller left", now)
 
     def stop_choice(self, choice: ChoiceState, now: float) -> None:
-        """To ended: its frontend has all that it wanted. Nothing where it has ended."""
+        """To ended: its frontend needs no more tokens. Does nothing if it has ended."""
         if choice.phase != "ended":
             self.stats[choice.request.spec.model].note_end(choice.attempts, now, choice.cached_tokens)
             self._release(choice, cancel=True)
@@ -467,7 +468,7 @@ class RequestTable:
         self.stats[choice.request.spec.model].note_moved(cause)
 
     def _release(self, choice: ChoiceState, *, cancel: bool) -> None:
-        """Out of the queue, or off its stream; ``cancel``: tell the replica to drop it."""
+        """Remove it from the queue or from its stream; ``cancel``: send Cancel to the replica."""
         replica = choice.replica
         if replica is None:
             self.queues[choice.request.spec.model].remove(choice)
@@ -516,7 +517,7 @@ class RequestTable:
         self._next_answer = min((choice.answer_by for choice in sent if choice.phase == "sent"), default=inf)
 
     def note_progress(self, now: float) -> None:
-        """Look which choices got on since the last call: they have more tokens, or owe none now."""
+        """Check which choices made progress since the last call: they have more tokens, or need none now."""
         for choice in self.streams.values():
             if choice.paused or len(choice.emitted) != choice.seen:
                 choice.seen, choice.seen_at, choice.questioned = len(choice.emitted), now, False
@@ -583,7 +584,7 @@ class RequestTable:
         self._next_answer = min((choice.answer_by for choice in placed), default=inf)
 
     def _next(self) -> int:
-        """A number that was never given before: ids of choices and streams."""
+        """A new number, for ids of choices and streams."""
         self._serial += 1
         return self._serial
 

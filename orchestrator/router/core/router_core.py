@@ -1,13 +1,13 @@
-"""The routing core: which request runs where, and what its client has been given.
+"""The routing core: the placement of every request, and the delivery of its tokens.
 
-A pure state machine: :meth:`RouterCore.handle` takes one event with its time and returns what must be done about it. It never reads a
-clock, a socket or a random number; the simulator and the replay of a dump run this same object.
+A pure state machine: :meth:`RouterCore.handle` takes one event with its time and returns actions. It never reads a clock, a socket or a
+random number; the simulator and the replay of a dump run this same object.
 
 Owns three parts, each the only writer of its own state: the :class:`~orchestrator.router.core.request_table.RequestTable` (every accepted
-request until its last token), the :class:`~orchestrator.router.core.replica_registry.ReplicaRegistry`, and what the choice of a replica
-is learnt from (sessions, prefixes, service rates). It judges events and calls the transitions of those.
+request until its last token), the :class:`~orchestrator.router.core.replica_registry.ReplicaRegistry`, and the data by which a replica is
+chosen (sessions, prefixes, service rates). It evaluates events and calls the transitions of those.
 
-Bounds: ``max_queue`` choices waiting per model (choices that lost their replica are let in above it), ``max_batch_size`` + lookahead
+Bounds: ``max_queue`` choices waiting per model (choices that lost their replica are queued even above it), ``max_batch_size`` + lookahead
 choices in flight per replica, a deadline on everything that waits. Terminal actions: exactly one of ``FinishChoice`` and ``FailChoice`` a
 choice, unless its frontend ended it by ``StopChoice`` or ``CancelRequest``.
 """
@@ -49,16 +49,16 @@ from orchestrator.router.core.waiting_queue import WaitingQueue
 from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Overloaded, ReplicaLost, TenantLimit, Unavailable, from_code
 from workers.protocol.messages import Accepted, Bye, Done, Failed, Heartbeat, Hello, RouterHeartbeat, Tokens, Usage
 
-#: Codes with which a replica hands a choice back unharmed: another one may take it.
+#: Error codes with which a replica returns a choice unchanged: another replica may run it.
 REFUSALS = frozenset({"replica_lost", "overloaded", "unavailable", "not_found"})
-#: A Submit that was not answered for this long (seconds) is taken as lost, though the replica lives.
+#: A Submit that was not answered for this long (seconds) counts as lost, although the replica lives.
 ACCEPT_S = 5.0
-#: Seconds between two looks at which choices get on.
+#: Seconds between two checks of the choices' progress.
 PROGRESS_S = 0.5
 
 
 class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a routing core is made with, for a dump. The router's peers are left out: they are addresses and keys."""
+    """The settings of a routing core, for a dump. The router's peers are not included: they are addresses and keys."""
 
     boot: str
     router: str
@@ -71,7 +71,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CoreSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole state of a :class:`RouterCore` between two events, but its measures and what it believes of prefix caches."""
+    """The whole state of a :class:`RouterCore` between two events, except its statistics and its prefix index."""
 
     closing: bool
     replicas: list[ReplicaSnapshot]
@@ -99,11 +99,11 @@ class RouterCore:
         self.closing = False
         self._progress_due = 0.0
         self.counts, self.stats = self._table.counts, self._table.stats
-        #: What the prefix lookup answered during the last event: one list a placement that was tried with several replicas known.
+        #: The prefix lookup's answers during the last event: one list per placement with several known replicas.
         self.prefix_answers: list[list[int]] = []
 
     def handle(self, event: RouterEvent, now: float) -> list[Action]:
-        """Take in one event; ``now`` is its time, seconds, never less than that of the event before. Returns what is to be done, in order.
+        """Handle one event; ``now`` is its time, seconds, never less than that of the previous event. Returns the actions, in order.
 
         Raises NotFound, Overloaded (with ``retry_after``), Unavailable (closing) and DeadlineExceeded for a ``SubmitRequest`` that is not
         accepted; nothing is delivered for it.
@@ -281,7 +281,7 @@ class RouterCore:
             return
         emitted = len(choice.emitted)
         if done.usage.output_tokens > emitted:
-            # The end came, tokens before it did not. The choice is over there, so it goes on from here elsewhere.
+            # The end arrived, but tokens before it did not. The choice has ended at this replica, so it continues at another one.
             if not self._table.requeue_short(choice, now):
                 why = f"it counts {done.usage.output_tokens} tokens, {emitted} arrived"
                 error = EngineFault("a replica ended the request before its last token", why, "retry")
@@ -297,7 +297,7 @@ class RouterCore:
         if not self._alone:
             self._prefixes.note_end(choice, replica)
         cached = min(done.usage.cached_tokens, choice.known)
-        # What a request is charged for is counted here.
+        # The tokens in a request's usage are counted here.
         prompt = len(choice.request.spec.prompt_ids)
         usage = Usage(prompt_tokens=prompt, output_tokens=emitted, cached_tokens=cached, preemptions=done.usage.preemptions)
         self._table.finish(choice, done.reason, usage, done.stop_id, now)
@@ -307,7 +307,7 @@ class RouterCore:
         if choice is None:
             return
         if failed.code in REFUSALS:
-            if failed.code != "not_found":  # one that does not know the choice has only lost that one
+            if failed.code != "not_found":  # a replica that does not know the choice has lost only this choice
                 replica.refuse()
             self._table.requeue(choice, "refused", now, cancel=False)
             return
@@ -316,8 +316,8 @@ class RouterCore:
         self._table.fail(choice, from_code(failed.code, failed.message, retry_after=failed.retry_after), now, cancel=False)
 
     def _distrust(self, replica: Replica, choice: ChoiceState, cause: Literal["invalid", "stalled"], why: str, now: float) -> None:
-        """``choice`` goes on elsewhere, and ``replica`` into quarantine: it was found out in something that no request causes. Where one
-        choice meets that again and again, the choice is failed."""
+        """``choice`` continues at another replica, and ``replica`` is put into quarantine, because no request can cause its invalid
+        message. If this happens to one choice repeatedly, the choice fails."""
         self._table.count(cause)
         if replica.distrust(why, now):
             self._table.count("quarantines")
@@ -344,8 +344,8 @@ class RouterCore:
                     self._table.question(choice, now)
 
     def _lose(self, replica: Replica, loss: LossKind, why: str, now: float) -> None:
-        """Its choices go back into the queue: before all new choices, behind those that returned earlier. Unless the replica ``left`` by
-        itself, one of them may have crashed it, so those that were there at too many losses are failed."""
+        """Put the choices of a lost replica back into the queue: before all new choices, after those that returned earlier. Unless the
+        replica ``left`` by itself, one of them may have crashed it, so choices that were involved in too many losses fail."""
         if not self.registry.lose(replica, why, now):
             return
         self._prefixes.forget(replica)
@@ -354,7 +354,7 @@ class RouterCore:
         choices = self._table.at(replica)
         guilty = self._table.blame(choices, self._admission.replica_limit) if loss != "left" else []
         for choice in choices:
-            # Either way the replica gets Cancel: one that was only stopped or cut off goes on with the choice.
+            # The replica gets Cancel in both cases: if it was only stopped or cut off, it would continue with the choice.
             if choice in guilty:
                 error = ReplicaLost(
                     f"{choice.deaths} replicas were lost while they ran this request",
@@ -368,7 +368,7 @@ class RouterCore:
         self._place_waiting(replica.model, now)
 
     def _reattach_all(self, replica: Replica, now: float) -> None:
-        """Messages may have been lost with the old connection: ask for every choice again from what is here."""
+        """Messages may have been lost with the old connection: send Attach for every choice."""
         for choice in self._table.at(replica):
             self._table.reattach(choice, now)
 
@@ -403,11 +403,11 @@ class RouterCore:
 
     @property
     def _alone(self) -> bool:
-        """There is no other replica to choose, so nothing need be remembered for the choice."""
+        """A prefix lookup for a single replica: there is no alternative, so nothing is stored."""
         return len(self.registry.replicas) == 1
 
     def _place_waiting(self, model: str, now: float) -> None:
-        """Choices of the queue to replicas, as many as there is room for."""
+        """Send waiting choices to replicas, as many as there is room for."""
         queue = self._table.queues[model]
         if queue.order.held:
             room = any(replica.free_places for replica in self.registry.trusted(model))
@@ -415,10 +415,10 @@ class RouterCore:
                 queue.order.release(account)
         while (choice := queue.first(now)) is not None:
             if now >= choice.request.deadline:
-                self._table.expire_deadlines(now)  # nothing is computed for a client that waits no longer
+                self._table.expire_deadlines(now)  # nothing is computed for a client that no longer waits
                 continue
             if 0 < choice.params.max_tokens <= len(choice.emitted):
-                # All its tokens are here, only its Done was lost. (Of no tokens, a replica is asked to score the prompt.)
+                # All its tokens have arrived, only its Done was lost. (Of no tokens, a replica is asked to score the prompt.)
                 prompt = len(choice.request.spec.prompt_ids)
                 usage = Usage(prompt_tokens=prompt, output_tokens=len(choice.emitted), cached_tokens=choice.cached_tokens)
                 self._table.finish(choice, "length", usage, None, now)
@@ -432,7 +432,7 @@ class RouterCore:
                 return
 
     def _place(self, choice: ChoiceState, candidates: list[Replica], now: float) -> bool:
-        """Send ``choice`` where the policy says; False = it waits."""
+        """Send ``choice`` to the policy's replica; False = it waits."""
         request, alone = choice.request, self._alone
         if alone:
             cached = [0]
@@ -489,7 +489,7 @@ class RouterCore:
         return len(self._table.streams)
 
     def stories(self, request_id: str) -> list[RequestStory]:
-        """What happened to the requests with this id, as far as it is kept."""
+        """The kept stories of the requests with this id."""
         return self._table.stories(request_id)
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""How fast the requests of a model are served, as one router sees it: what ``retry_after`` and the choice of a replica are computed from.
+"""The service rate of a model at one router, from which ``retry_after`` and the choice of a replica are computed.
 
 Owns a short window of completions. Pure; time is an argument.
 """

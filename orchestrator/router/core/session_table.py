@@ -1,7 +1,7 @@
-"""Which replica a session ran on last, so that its next turn finds its prefix in that replica's cache.
+"""The last replica of each session, so that the session's next request finds its prefix in that replica's cache.
 
-Owns the table of sessions, bounded by :data:`MAX_SESSIONS`, least recently used out first. A session is a digest, so that neither the
-table nor a dump of it holds what a client sent.
+Owns the table of sessions, bounded by :data:`MAX_SESSIONS`; the least recently used are dropped first. A session is a digest, so that
+neither the table nor a dump of it contains data of a client.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hashlib import blake2b
 
 from orchestrator.router.core.request import RouterRequest
 
-#: Sessions whose last replica is remembered.
+#: Maximum number of sessions in the table.
 MAX_SESSIONS = 4096
 
 

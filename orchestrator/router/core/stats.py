@@ -1,7 +1,7 @@
-"""What the routing core measures of one model: waits, estimates against what came, and choices that had to move to another replica.
+"""The routing core's statistics of one model: waits, estimates and actual values, and choices that had to move to another replica.
 
 Owns :class:`Histogram` and the counts. An :class:`Attempt` is written by :mod:`orchestrator.router.core.request_table` and only read here.
-Pure arithmetic on times that it is given, done once an attempt and never once a token. Prometheus text is made elsewhere, at the scrape.
+Pure arithmetic on given times, once per attempt and never per token. Prometheus text is made elsewhere, at the scrape.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PLACEMENT_REASONS: tuple[PlacementReason, ...] = ("only", "session", "prefix", "
 #: How a replica was lost.
 LossKind = Literal["silent", "hung", "unreachable", "left", "replaced"]
 LOSS_KINDS: tuple[LossKind, ...] = ("silent", "hung", "unreachable", "left", "replaced")
-#: Why a choice had to move: its replica was lost, refused it, did not acknowledge it in time, ended it before its last token, sent what
-#: cannot be true of it, or did not get on with it.
+#: Why a choice had to move: its replica was lost, refused it, did not acknowledge it in time, ended it before its last token, sent invalid
+#: data about it, or made no progress with it.
 Cause = Literal["silent", "hung", "unreachable", "left", "replaced", "refused", "unanswered", "short", "invalid", "stalled"]
 CAUSES: tuple[Cause, ...] = (*LOSS_KINDS, "refused", "unanswered", "short", "invalid", "stalled")
 
 
 class Histogram:
-    """Counts per bucket, cumulated only at export."""
+    """Counts per bucket, accumulated only at export."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -81,8 +81,8 @@ class Attempt(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
 
 
 class ModelStats:
-    """One model at one router. ``resumed`` and ``failed``: choices that had to move, by what became of them. ``attempts``, everywhere:
-    those of a choice, in order."""
+    """One model at one router. ``resumed`` and ``failed``: choices that had to move, by their result. ``attempts``, everywhere: those of a
+    choice, in order."""
 
     def __init__(self) -> None:
         self.decisions: dict[PlacementReason, int] = dict.fromkeys(PLACEMENT_REASONS, 0)
@@ -139,7 +139,7 @@ class ModelStats:
             self.actual_hits += cached
 
     def note_failure(self, attempts: Sequence[Attempt]) -> None:
-        """A choice failed; it counts here only where it had lost its place and no token has come since."""
+        """A choice failed; it counts here only if it had lost its place and no token has arrived since."""
         if (before := _interrupted(attempts)) is not None and before.cause:
             self.failed[before.cause] += 1
 

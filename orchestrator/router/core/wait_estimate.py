@@ -1,4 +1,4 @@
-"""How long a choice would wait at a replica, worked out from what the replica says about itself. Pure functions."""
+"""Estimates how long a choice would wait at a replica, from the replica's own reports. Pure functions."""
 
 from __future__ import annotations
 

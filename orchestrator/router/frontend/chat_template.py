@@ -27,7 +27,7 @@ from workers.protocol.errors import ArtifactError, Rejected
 
 #: Characters that a rendered prompt may have; four times what the largest body can hold.
 MAX_RENDERED = 16 << 20
-#: The names of a model's templates that are chosen without being asked for.
+#: The names of a model's templates that are used without a request for them.
 DEFAULT, TOOL_USE = "default", "tool_use"
 
 # Unicode reserves these noncharacters for a program's own use. If a request contains one that means something here, it is masked.
@@ -47,7 +47,7 @@ class PromptPiece(msgspec.Struct, frozen=True):
 
 
 class TemplateFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A template and where it came from (a file's path, for errors)."""
+    """A template and its origin (a file's path, for errors)."""
 
     source: str
     origin: str

@@ -1,6 +1,6 @@
 """The detokenizer: from the token ids of a request's choices to text, and the stop strings in it.
 
-Owns, per choice, the bytes of an unfinished character and the text that may yet become a stop string. It never sends half a character or
+Owns, per choice, the bytes of an unfinished character and the text that may still become a stop string. It never sends half a character or
 a part of a stop string, never blocks the event loop, and knows nothing of HTTP or ZeroMQ.
 """
 
@@ -115,7 +115,7 @@ class Detokenizer:
         self._bytes = table.showing(rule.markers) if rule.skip_special else table.all
         self._rule, self._sink, self._stop_choice, self._meter = rule, sink, stop_choice, meter
         self._stops = StopStrings(rule.stops) if rule.stops else None
-        #: All text is shown as it comes, and nothing is read in it.
+        #: All text is passed on at once, without a search for stop strings.
         self._plain = self._stops is None and not rule.json
         self._prompt_tokens = prompt_tokens
         self._choices = [_ChoiceText() for _ in range(choices)]

@@ -1,6 +1,6 @@
-"""Turns at a pool of workers, shared fairly between callers: of those who wait, each in turn has one job done.
+"""Fair sharing of a worker pool between callers: waiting callers take turns, one job each.
 
-Owns who waits. To be used from one event loop only.
+Owns the waiting jobs. To be used from one event loop only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class FairTurns:
 
     def __init__(self, count: int) -> None:
         self._free = count
-        #: Who waits, in the order of the callers' turns.
+        #: The waiting jobs, in the order of the callers' turns.
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @asynccontextmanager

@@ -1,6 +1,6 @@
-"""The fields of request bodies that the API knows and does not do: refused by name, or accepted because no answer depends on them.
+"""The fields of request bodies that the API knows but does not support: refused by name, or accepted because no answer depends on them.
 
-Owns these two tables, and finds the fields of a body that nobody here knows. What is done is a field of a body in
+Owns these two tables, and finds the unknown fields of a body. What is done is a field of a body in
 :mod:`orchestrator.router.frontend.schema`; `docs/api.md` lists all of them, and a test holds that list to these tables.
 """
 
@@ -16,7 +16,7 @@ import msgspec
 
 
 class RefusedField(msgspec.Struct, frozen=True, kw_only=True):
-    """A field that would change the answer, and is not done. ``why``: for the refusal. ``neutral``: values that ask for nothing; null is
+    """A field that would change the answer and is not supported. ``why``: for the refusal. ``neutral``: values without effect; null is
     always one."""
 
     why: str
@@ -46,7 +46,7 @@ HARMLESS = frozenset((
 
 
 def refused_field(fields: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(name, why) of the first field that asks for something which is not done."""
+    """(name, why) of the first field that requests something unsupported."""
     for name, value in fields.items():
         refused = REFUSED.get(name)
         # A boolean equals an integer in Python, but not in JSON.
@@ -56,9 +56,9 @@ def refused_field(fields: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def unknown_fields(fields: Mapping[str, Any], kind: type[msgspec.Struct]) -> list[str]:
-    """The fields that nobody here knows, in their order; those of an object in the body as ``stream_options.name``.
+    """The unknown fields, in their order; those of an object in the body as ``stream_options.name``.
 
-    Messages, tools and documents are not looked into: a chat template is given them as they came, so nothing of them is ignored.
+    Messages, tools and documents are not checked: a chat template gets them unchanged, so nothing of them is ignored.
     """
     known = kind.__struct_fields__
     found = [name for name in fields if name not in known and name not in REFUSED and name not in HARMLESS]

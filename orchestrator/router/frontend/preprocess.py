@@ -1,4 +1,4 @@
-"""From a checked body to what the dispatcher takes: the model resolved, prompts encoded, everything fitted to the model.
+"""Turns a checked body into requests for the dispatcher: the model is resolved, prompts are encoded, everything is fitted to the model.
 
 Owns the checks that need the model (vocabulary, context) and the defaults that depend on it. Every frontend uses one :class:`Preprocessor`;
 it never submits a request.
@@ -40,9 +40,9 @@ INLINE_BODY = 64 << 10
 
 
 class CallerContext(msgspec.Struct, frozen=True, kw_only=True):
-    """What a frontend knows of a request besides its body. ``client``: who asks. ``request_id``: unique. ``affinity``:
-    the session that the caller names. ``credit``: tokens that the client takes before it grants more. ``deadline_s`` counts from now, None
-    = none. ``journal``: what the client has already received of the request, from this router or from another one."""
+    """A frontend's facts about a request besides its body. ``client``: the caller. ``request_id``: unique. ``affinity``: the session that
+    the caller names. ``credit``: tokens that the client accepts before it grants more. ``deadline_s`` counts from now, None = none.
+    ``journal``: what the client has already received of the request, from this router or from another one."""
 
     client: str
     request_id: str
@@ -78,7 +78,7 @@ class Preprocessor:
         return [model for model in self._texts.models if tenant.may_use(model.names)]
 
     def defaults(self) -> dict[str, dict[str, float]]:
-        """What requests to each model take where they say nothing else: the model's own defaults, by the names of fields."""
+        """The defaults of requests to each model: the model's own, by the names of fields."""
         return {model.name: msgspec.to_builtins(model.defaults) for model in self._texts.models}
 
     def resolve(self, name: str, tenant: Tenant) -> TextModel:
@@ -91,7 +91,7 @@ class Preprocessor:
         return model
 
     def context(self, model: TextModel) -> int:
-        """Tokens that prompt and output may have together; 0 while neither a replica nor the model's card has said it."""
+        """Maximum tokens of prompt and output together; 0 while neither a replica nor the model's card has reported it."""
         return _context(model, self._dispatcher.model(model.name))
 
     def encoder(self, model: TextModel, body: Body | None = None) -> ModelEncoder:

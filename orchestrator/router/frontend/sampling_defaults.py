@@ -1,4 +1,4 @@
-"""Defaults of requests from a model's ``generation_config.json``, as vLLM takes them: what a request does not say, the file says.
+"""Defaults of requests from a model's ``generation_config.json``, as in vLLM: the file sets the parameters that a request does not set.
 
 Owns the keys that are read and their limits, which are those of a request. The file's end-of-sequence ids are not defaults: they belong to
 the tokenizer (:mod:`orchestrator.router.frontend.tokenizer`).

@@ -47,7 +47,7 @@ class ApiKeyMiddleware:
 
 
 def tenant_of(http: Request) -> Tenant:
-    """The tenant whose key came with the request; EVERYONE where the router has no keys."""
+    """The tenant of the request's key; EVERYONE if the router has no keys."""
     tenant: Tenant = http.scope.get("state", {}).get(_TENANT, EVERYONE)
     return tenant
 

@@ -1,6 +1,6 @@
-"""What a dialect of the HTTP API is, and what every dialect is given to answer its requests with.
+"""The protocol of a dialect of the HTTP API, and the services that every dialect uses.
 
-Owns the way that a generating request takes in any dialect: body read within the size limit, prepared, answered.
+Owns the steps of a generating request in any dialect: the body is read within the size limit, prepared, answered.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the HTTP API does with every request before its body is decoded.
+"""The processing of every HTTP request before its body is decoded.
 
 Owns the request id and the limits on how a body may be sent. Knows no dialect.
 """

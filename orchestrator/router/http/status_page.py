@@ -1,8 +1,8 @@
 """The status page at ``/ui`` and its numbers at ``/ui/data``.
 
-Owns the page's bytes, the headers that confine it, and the shape of its data. Counts nothing: every number is read, when it is asked for,
-from the meters and the dispatcher's status that ``/metrics`` is made of. The page itself holds nothing of a deployment, so it may be shown
-to whoever reaches the HTTP API; its data may not.
+Owns the page's bytes, the headers that confine it, and the shape of its data. It has no counters: every number is read at the request from
+the meters and the dispatcher's status, like ``/metrics``. The page itself holds no data of a deployment, so it is open to all who reach the
+HTTP API; its data is not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 class OverallState(msgspec.Struct, frozen=True, kw_only=True):
-    """How this router fares, and what somebody should look at. READY and DEGRADED serve every model."""
+    """The state of this router. READY and DEGRADED serve every model."""
 
     state: RouterHealthState
     why: tuple[str, ...]
@@ -139,7 +139,8 @@ class StatusPage:
 
 
 def judge(closing: bool, models: Sequence[ModelFigures], replicas: Sequence[ReplicaFigures], losses: Sequence[LossFigures]) -> OverallState:
-    """The verdict over what a router sees. It does not know how many replicas are wanted: one never heard of is not missed here."""
+    """The verdict over what a router sees. It does not know how many replicas are wanted, so a replica that never connected is not
+    missed."""
     if closing:
         return OverallState(state="DRAINING", why=("this router finishes what it has and takes nothing new",))
     if not replicas:

@@ -1,4 +1,4 @@
-"""The ZAP handler of a router: libzmq asks it about every CURVE handshake of the process's ZeroMQ context.
+"""The ZAP handler of a router: libzmq calls it for every CURVE handshake of the process's ZeroMQ context.
 
 Owns the ``inproc://zeromq.zap.01`` socket. A socket's ZAP domain is the role that its peers must have. The handler runs on the router's own
 event loop. The bound sockets set ``ZAP_ENFORCE_DOMAIN``, so without an answer every handshake fails.

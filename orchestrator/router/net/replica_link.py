@@ -1,7 +1,7 @@
 """The router's connection to its replicas.
 
 Owns the back socket and the heartbeat to leaders. Turns frames into messages for the dispatcher, and the dispatcher's messages into frames.
-Checks that a key may speak for the replica and model of its Hello; the replica registry decides everything else. Never blocks on a peer.
+Checks that a key allows the replica and model of its Hello; the replica registry decides everything else. Never blocks on a peer.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ReplicaLink:
         self._socket.close()
 
     def send(self, peer: bytes, message: ToReplica) -> bool:
-        """False: the connection is gone, or cannot take the message."""
+        """False: the connection is lost, or cannot accept the message."""
         return self._socket.send(peer, messages.encode(message))
 
     def pulse(self) -> None:

@@ -97,7 +97,7 @@ class RouterSocket:
         self._socket.close(linger_ms)
 
     def send(self, peer: bytes, frame: bytes) -> bool:
-        """False: the connection is gone, or has taken nothing for a whole high-water mark."""
+        """False: the connection is lost, or its queue has reached the high-water mark."""
         # A send may consume the event that would have made the descriptor readable: look again in the next turn.
         self._arm()
         try:
@@ -160,7 +160,7 @@ class RouterSocket:
 
 
 def reclaim(path: str) -> None:
-    """Make room for a socket file. The folder must be open to this user only; a file that nobody listens on is removed.
+    """Prepare the path of a socket file. The folder must be open to this user only; a file that nobody listens on is removed.
 
     Raises ConfigError on an unsafe folder, and EnvironmentFault with the process that listens.
     """

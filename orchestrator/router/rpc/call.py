@@ -20,16 +20,17 @@ from orchestrator.router.tenant_caps import Place
 from workers.protocol.errors import TriremeError, printable
 from workers.protocol.messages import Accepted, Done, Failed, FinishReason, Logprobs, Tokens, Usage, error_text
 
-#: (client key, the client's own request id): the lasting name of a request.
+#: (client key, the client's own request id): the permanent name of a request.
 Name: TypeAlias = tuple[str, str]
 
 
-#: What one step brings a choice: (stream, attempt, first, tokens, choice, text, logprobs). :meth:`Outgoing.take` makes columns of them.
+#: The output of one step for a choice: (stream, attempt, first, tokens, choice, text, logprobs). :meth:`Outgoing.take` makes columns of
+#: them.
 Delta: TypeAlias = tuple[int, int, int, list[int], int, str | None, list[Logprobs] | None]
 
 
 class Outgoing:
-    """What is sent to one client next: one message with the tokens of all its streams, then terminal messages. ``wake(self)`` is called
+    """The next messages to one client: one message with the tokens of all its streams, then terminal messages. ``wake(self)`` is called
     when the first part of the next message has been added."""
 
     __slots__ = ("_deltas", "_ends", "_nonempty", "_prompts", "_wake", "peer")

@@ -1,7 +1,7 @@
 """The RPC server: Generate, Cancel, Credit and Query from clients, and one Tokens message a step to each of them.
 
-Owns the live calls by name and by stream, a bounded memory of ended calls, and what waits to be sent to each client in this turn of the
-event loop. Bodies pass the same checks as HTTP's. A request from ids to ids never touches a tokenizer. The dispatcher decides where a
+Owns the live calls by name and by stream, a bounded record of ended calls, and the messages that this turn of the event loop will send to
+each client. Bodies pass the same checks as HTTP's. A request with token ids in and out uses no tokenizer. The dispatcher decides where a
 request runs.
 
 A call lives until its last terminal message. A client that cannot be reached has :data:`GONE_S` to come back and repeat its Generate,
@@ -36,7 +36,7 @@ from workers.protocol.errors import DeadlineExceeded, EngineFault, NotFound, Ove
 from workers.protocol.messages import UNLIMITED, Accepted, Cancel, Credit, Failed, Generate, Malformed, Query, Report, ToClient, Tokens
 from workers.protocol.status import RpcStatus
 
-#: Seconds that a lost client has to come back to its calls; with the time between two heartbeats, they are given up within 2 s.
+#: Seconds that a lost client has to come back to its calls; with the time between two heartbeats, they are dropped within 2 s.
 GONE_S = 1.5
 #: Ended calls that can still be repeated, and the tokens of all of these.
 MAX_ENDED, MAX_ENDED_TOKENS = 512, 500_000

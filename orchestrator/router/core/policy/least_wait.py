@@ -1,4 +1,4 @@
-"""The policy ``least_wait``: the replica where the choice is expected to wait least, cached prefixes counted. Owns no state."""
+"""The policy ``least_wait``: it picks the replica with the shortest expected wait, taking cached prefixes into account. Owns no state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.router.core.wait_estimate import expected_wait_ms
 
 
 class LeastWait:
-    """The session's last replica gets a head start of one step; ties go to the replica that was used longest ago."""
+    """The session's last replica gets an advantage of one step; among equal replicas the least recently used one wins."""
 
     name = "least_wait"
 
@@ -43,7 +43,7 @@ class LeastWait:
         return best, "prefix" if query.cached_tokens[best] else "load"
 
     def on_sent(self, query: PlacementQuery, replica: str) -> None:
-        """Nothing is learnt: the candidates show their load themselves."""
+        """Nothing is learnt: the candidates contain their load."""
 
     def on_first_token(self, replica: str, wait_s: float) -> None:
         """Nothing is learnt."""
@@ -55,9 +55,9 @@ class LeastWait:
 def _step_lengths(replicas: Sequence[Candidate]) -> dict[Kind, float]:
     """Usual length of a step of each kind of replica, ms.
 
-    One length for all replicas of a kind: between equals, the length of recent steps shows what was in them, a prompt or single tokens,
-    and the replica that looked faster would get a whole burst. A replica that really is slower keeps its choices for longer, and so gets
-    fewer. A kind that has run nothing yet counts as fast as the others.
+    One length for all replicas of a kind: among equal replicas, the length of recent steps depends on their contents (a prompt or single
+    tokens), and the replica that looked faster would get a whole burst. A replica that is really slower keeps its choices longer, and so
+    gets fewer. A kind that has run nothing yet counts as fast as the others.
     """
     steps: dict[Kind, list[float]] = {}
     for replica in replicas:

@@ -1,4 +1,4 @@
-"""The seam between the routing core and a routing policy."""
+"""The interface between the routing core and a routing policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers.protocol.messages import Capacity
 
 
 class PlacementQuery(msgspec.Struct, frozen=True, kw_only=True):
-    """What a policy knows of the choice that waits for a replica.
+    """The policy's view of the choice that waits for a replica.
 
     ``known_tokens``: tokens, prompt and output, that a replica must have computed before it decodes the next. ``cached_tokens[i]``: those
     of them that candidate i probably holds. ``session_replica``: where the choice's session ran last, empty if unknown.
@@ -49,9 +49,9 @@ class Candidate(Protocol):
 
 
 class RoutingPolicy(Protocol):
-    """Decides where choices go. Deterministic: a policy reads no clock and no random number, so that a record of events replays equally.
+    """Decides where choices go. Deterministic: a policy reads no clock and no random number, so that recorded events replay equally.
 
-    A policy changes nothing but what it learns by ``on_sent``, ``on_first_token`` and ``on_end``.
+    A policy changes only what it learns from ``on_sent``, ``on_first_token`` and ``on_end``.
     """
 
     @property

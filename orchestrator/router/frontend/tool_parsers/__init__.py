@@ -18,12 +18,12 @@ from orchestrator.router.frontend.tool_parsers.hermes import HermesToolParser
 class ToolParser(ChoiceParser, Protocol):
     """The parser of a model's own format."""
 
-    #: Texts that mark calls. They are shown to the parser even where the tokenizer has them as special tokens.
+    #: Texts that mark calls. The parser gets them even if they are special tokens of the tokenizer.
     markers: ClassVar[tuple[str, ...]]
 
     def __init__(self, names: frozenset[str], *, parallel: bool = True) -> None:
-        """``names``: the tools; what calls another one is text. ``parallel``: an answer may have several calls; if not, later ones are left
-        out, and text that is no call never is."""
+        """``names``: the tools; a call of another one is text. ``parallel``: an answer may have several calls; if not, later ones are
+        omitted, but text is never omitted."""
 
 
 TOOL_PARSERS: Mapping[str, type[ToolParser]] = {"hermes": HermesToolParser}

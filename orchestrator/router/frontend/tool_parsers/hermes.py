@@ -1,8 +1,8 @@
 """The Hermes form of tool calls: JSON objects in ``<tool_call>`` tags.
 
-Owns the text of one choice that may yet be a tag or no call. A call ends where its JSON object ends, so a tag inside a string is text of
-that string, and a closing tag may be missing. What begins as a call and turns out to be none is shown as text, with its tag; whatever
-follows the tag is then read anew.
+Owns the text of one choice while it may still be a tag or content. A call ends where its JSON object ends, so a tag inside a string is text
+of that string, and a closing tag may be missing. Text that begins like a call but is not one is shown as text, with its tag; the text after
+the tag is then parsed again.
 
     text -- opening tag --> call -- its object ends --> after -- closing tag, or other text --> text
                             call -- broken --> text
@@ -30,7 +30,7 @@ class HermesToolParser:
     def __init__(self, names: frozenset[str], *, parallel: bool = True) -> None:
         self._names, self._parallel = names, parallel
         self._state: Literal["text", "call", "after"] = "text"
-        #: Text that is not read for good: what may yet be a tag, and white space that is shown only where other text follows.
+        #: Text that is not decided yet: it may become a tag, or it is white space that is shown only if other text follows.
         self._held = ""
         #: Text was shown since the last call.
         self._has_text = False
