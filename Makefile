@@ -12,7 +12,7 @@ export PATH := $(or $(PATH),/usr/local/bin:/usr/bin:/bin)
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    ?=
-JOBS   ?= 3
+JOBS   ?= 4
 EXTRAS ?= server,torch,mpich,ray,guided
 TORCH  ?= $(if $(wildcard /dev/nvidia0),torch,torch==2.13.0)
 
@@ -55,9 +55,9 @@ check: $(DEVELOPED) ## format, lint, types, unused code, layers, words
 	@echo 'format, lint, types, unused code, layers, words: all good'
 
 # Clusters alone: Ray gives a node 30 s to start, which one beside other tests on two cores may not keep. Real processes meet real clocks here:
-# what fails beside other tests is named, run once more alone, where it has to pass, and counted at the end.
+# what fails beside other tests is named, run once more alone, where it has to pass, and counted at the end. More than two fail the run.
 test: setup ## the whole suite, in JOBS processes (much of it waits for others)
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --ignore=tests/cluster || { [ $$? = 1 ] && echo 'the failed ones again, alone:' && \
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore=tests/cluster || { [ $$? = 1 ] && echo 'the failed ones again, alone:' && \
 		$(BIN)/python -m pytest -q -x --second-run --last-failed --last-failed-no-failures none --ignore=tests/cluster; }
 	@$(BIN)/python -m pytest -q tests/cluster
 

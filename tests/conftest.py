@@ -1,11 +1,13 @@
 """What all tests share: the marker `process`, the rules of a second run, and the measured figures at the end of a run.
 
-With several pytest processes, each hands its figures to the first.
+With several pytest processes, each hands its figures to the first, and modules that wait are run beside modules that compute.
 """
 
 from __future__ import annotations
 
+import gc
 from functools import cache
+from itertools import zip_longest
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +16,9 @@ import pytest
 from tests.support import figures
 
 pytest_plugins = ["tests.support.second_run"]
+
+# Thousands of tests are collected, and what that makes lives to the end: no collection of garbage looks at it.
+gc.disable()
 
 #: A test module that uses one of these starts processes: all its tests are marked `process`.
 STARTERS = ("subprocess", "multiprocessing", "signal", "tests.support.gang", "tests.support.router_process", "tests.support.deployment",
@@ -29,10 +34,30 @@ def starts_processes(module: ModuleType) -> bool:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     for item in items:
         if starts_processes(item.module) or item.get_closest_marker("mpi") or item.get_closest_marker("cluster"):
             item.add_marker("process")
+    if hasattr(config, "workerinput"):
+        items[:] = interleaved(items)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def interleaved(items: list[pytest.Function]) -> list[pytest.Function]:
+    """Tests module by module: in turn one that starts processes, and so mostly waits, and one that computes.
+
+    ``--dist loadfile --no-loadscope-reorder`` hands modules out in this order: the cores have work from the first minute to the last.
+    """
+    modules: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    waiting = [tests for tests in modules.values() if any(test.get_closest_marker("process") for test in tests)]
+    computing = [tests for tests in modules.values() if tests not in waiting]
+    return [test for pair in zip_longest(waiting, computing, fillvalue=[]) for tests in pair for test in tests]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

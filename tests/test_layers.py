@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from tests.support.source_tree import PACKAGES, ROOT, UNSAFE, imports, modules, within
+from tests.support.source_tree import PACKAGES, ROOT, UNSAFE, imports, modules, parsed, within
 
 #: The longest prefix decides. A module may import its own layer and lower ones. Process entries (``__main__``) are of the highest layer.
 ENTRY_LAYER = 5
@@ -115,7 +115,7 @@ def violations(module: str, source: str, *, package: bool = False) -> list[str]:
     own = layer(module)
     if own is None:
         return [f"{module}: has no layer; give it a row in tests/test_layers.py and docs/design.md"]
-    tree = ast.parse(source)
+    tree = parsed(source)
     found = [(line, fault) for line, target in imports(module, tree, package=package) if (fault := import_fault(module, own, target))]
     reads_environment = own == ENTRY_LAYER or module in ENVIRONMENT_READERS
     for node in ast.walk(tree):
@@ -144,7 +144,7 @@ def test_no_two_modules_define_a_class_of_the_same_name() -> None:
     """One name means one thing in all of the project. Private classes, whose names begin with an underscore, are left out."""
     homes: dict[str, list[str]] = {}
     for name, path in modules().items():
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name)
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
@@ -156,7 +156,7 @@ def test_no_test_module_imports_another() -> None:
     found = []
     for path in sorted((ROOT / "tests").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for line, target in imports(name, ast.parse(path.read_text())):
+        for line, target in imports(name, parsed(path.read_text())):
             if target.startswith("tests.") and any(part.startswith("test_") for part in target.split(".")[:-1]):
                 found.append(f"{name}:{line}: imports {target}")
     assert not found, "\n" + "\n".join(found)
@@ -257,7 +257,7 @@ def import_graph(sources: dict[str, str], packages: set[str]) -> dict[str, set[s
     graph: dict[str, set[str]] = {}
     for module, source in sources.items():
         targets = graph[module] = set()
-        for _, target in imports(module, ast.parse(source), package=module in packages):
+        for _, target in imports(module, parsed(source), package=module in packages):
             found = target if target in sources else target.rpartition(".")[0]
             if found in sources and found != module:
                 targets.add(found)

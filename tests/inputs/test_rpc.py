@@ -19,7 +19,7 @@ import zmq
 
 from tests.inputs.table import IDS, ROWS, Row
 from tests.inputs.world import CHAT, PATIENCE_S, World, growth, text
-from tests.support.figures import figure
+from tests.support.figures import crowd, figure
 from tests.support.gang import wait_for
 from tests.support.rpc_peer import Peer
 from workers.protocol import messages
@@ -221,7 +221,7 @@ def test_nobody_cancels_what_is_not_theirs(world: World, peer: Peer) -> None:
             times[name].append(time.monotonic() - started)
             assert (answer.code, answer.message) == ("not_found", "no such live request")
     medians = [sorted(found)[15] for found in times.values()]
-    assert max(medians) < 3 * min(medians) + 0.002, times
+    assert max(medians) < crowd() * (3 * min(medians) + 0.002), times
     assert first.tokens and len(mine.result().tokens) == 400
     # The name of another's request is free for this tenant: it gets an answer of its own.
     peer.tell(peer.generate(5, mine.request))

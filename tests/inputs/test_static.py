@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.source_tree import ROOT, UNSAFE, modules
+from tests.support.source_tree import ROOT, UNSAFE, modules, parsed
 
 #: Calls by their dotted end, and why not. A name without a dot is banned as a bare call and as an attribute.
 BANNED = {
@@ -61,7 +61,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[int, str, ast.Call]]:
 def faults(module: str, source: str) -> list[str]:
     """Every banned call of one module, a line each."""
     found = []
-    for line, name, call in calls(ast.parse(source)):
+    for line, name, call in calls(parsed(source)):
         for banned, why in BANNED.items():
             whole = name == banned or name.endswith("." + banned)
             if banned in BUILTINS and name != banned:
@@ -104,7 +104,7 @@ def test_files_that_are_run_elsewhere_unpickle_nothing_either() -> None:
     """The bench and what is deployed are not of the packages, and not above the law."""
     for folder in ("bench", "deploy"):
         for path in (ROOT / folder).rglob("*.py"):
-            tree = ast.parse(path.read_text())
+            tree = parsed(path.read_text())
             names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
             assert not names & UNSAFE, path
 

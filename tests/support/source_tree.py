@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("workers", "orchestrator", "trireme")
 #: Modules that run code which arrived as data.
 UNSAFE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "jsonpickle", "joblib"}
+
+
+@cache
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a source text, made once however many tests look at it. Nobody may change it."""
+    return ast.parse(source)
 
 
 def within(module: str, prefix: str) -> bool:

@@ -10,6 +10,7 @@ from random import Random
 import pytest
 import zmq
 
+from tests.support.figures import figure
 from tests.support.gang import RouterEnd, short_folder, wait_for
 from workers.engines.fake import FakeEngine, expected_tokens
 from workers.protocol import messages as wire
@@ -222,8 +223,7 @@ def test_an_idle_leader_hears_at_once(end: RouterEnd) -> None:
         for i in range(20):
             sequence = end.submit(i, [i], SamplingParams(temperature=0.0, max_tokens=1))
             took.append(end.until(lambda sequence=sequence: sequence.end))  # type: ignore[misc]
-        print(f"submit to last token, one step of 2 ms: median {sorted(took)[10] * 1000:.1f} ms")
-        assert sorted(took)[10] < 0.1
+        figure("an idle leader: submit to last token, one step of 2 ms, median", sorted(took)[10] * 1000, 33, "ms")
 
 
 def test_the_leaders_own_share_of_a_step(end: RouterEnd) -> None:
@@ -245,8 +245,7 @@ def test_the_leaders_own_share_of_a_step(end: RouterEnd) -> None:
         end.until(lambda: end.beats[-1].step > first + 100)
         steps = end.beats[-1].step - first
         share = (time.monotonic() - begin - inside[0]) / steps
-        print(f"leader's share with 64 sequences: {share * 1e6:.0f} us a step, router end in the same process included")
-        assert share < 0.01
+        figure("the leader's share of a step of 64 sequences, router end in the same process included", share * 1000, 3.3, "ms")
 
 
 def test_addresses_that_would_be_unsafe_are_refused() -> None:
