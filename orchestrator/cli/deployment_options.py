@@ -22,6 +22,9 @@ ApiKeysFile = Annotated[
 Insecure = Annotated[
     bool | None, typer.Option("--insecure-http-without-keys", help="Allow a --host that other machines can reach without API keys.")
 ]
+Plain = Annotated[
+    bool | None, typer.Option("--insecure-http-without-tls", help="Allow a --host that other machines can reach without TLS.")
+]
 JoinFile = Annotated[str | None, typer.Option("--join-file", help="Start no routers; replicas join the routers of this join.json.")]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when the deployment is ready; `trireme down` ends it.")]
 
@@ -41,6 +44,7 @@ class FrontendOptions(msgspec.Struct, frozen=True, kw_only=True):
     port: Port = None
     api_keys_file: ApiKeysFile = None
     insecure_http_without_keys: Insecure = None
+    insecure_http_without_tls: Plain = None
     routers: Routers = None
     allowed_origins: Origins = None
     generation_config: GenerationConfigFlag = None

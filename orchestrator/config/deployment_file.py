@@ -103,7 +103,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole deployment. Times in seconds. ``run_dir``: sockets, keys, logs and state (0700); ``cache_dir``: models.
-    ``insecure_http_without_keys``: the HTTP API may listen beyond loopback without API keys."""
+    ``insecure_http_without_keys``: the HTTP API may listen beyond loopback without API keys (and without TLS);
+    ``insecure_http_without_tls``: without TLS."""
 
     models: tuple[ModelConfig, ...]
     name: str = "local"
@@ -126,6 +127,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     metrics: MetricsSpec = MetricsSpec()
     tracing: TracingSpec = TracingSpec()
     insecure_http_without_keys: bool = False
+    insecure_http_without_tls: bool = False
 
     def __post_init__(self) -> None:
         _check(_NAME.fullmatch(self.name) is not None, f"name: {self.name!r} is not usable", _NAMING, "choose another name")
@@ -140,6 +142,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             f"http.host: {self.http.host} is not a loopback address",
             "without API keys, whoever reaches the port could use the models",
             "trireme keys api add NAME makes a key; name its file in http.api_keys_file",
+        )
+        _check(
+            not self.http.exposed or self.http.tls is not None or self.insecure_http_without_tls or self.insecure_http_without_keys,
+            f"http.host: {self.http.host} is not a loopback address, and there is no http.tls",
+            "without TLS, whoever is on the way reads keys and prompts",
+            "name cert and key in http.tls; or insecure_http_without_tls: true, where a proxy or a trusted network protects it",
         )
         _check(
             self.routers == 1 or self.http.port > 0,

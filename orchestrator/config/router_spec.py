@@ -37,6 +37,20 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     generation_config: GenerationConfig = "auto"
 
 
+class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """TLS of the HTTP API, all in PEM: the certificate with those of its issuers, its key, and what client certificates must be issued by;
+    without ``client_ca`` clients need none."""
+
+    cert: str
+    key: str
+    client_ca: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("cert", "key"):
+            if not getattr(self, name):
+                raise ConfigError(f"http.tls.{name}: is missing", "a certificate and its key belong together", f"name a PEM file in {name}")
+
+
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP server of every router; ``port`` 0 = any free one, printed and put into the state file. ``api_keys_file``: the keys that it
     accepts (`trireme keys api`); without it the API is open to all and listens on loopback only. ``allowed_origins``: the web pages whose
@@ -49,6 +63,7 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     api_keys_file: str = ""
     allowed_origins: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
+    tls: TlsConfig | None = None
 
     def __post_init__(self) -> None:
         for proxy in self.trusted_proxies:
@@ -72,10 +87,11 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 class HttpSpec(HttpConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP server of one router. ``reuse_port``: several routers share ``port``. ``insecure_without_keys``: it may be reached from
-    other machines without keys."""
+    other machines without keys (and without TLS); ``insecure_without_tls``: without TLS."""
 
     reuse_port: bool = False
     insecure_without_keys: bool = False
+    insecure_without_tls: bool = False
 
 
 class BackSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

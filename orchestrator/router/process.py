@@ -34,6 +34,7 @@ from orchestrator.router.frontend.text_models import TextModels
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.metrics_app import build_scrape_app
 from orchestrator.router.http.server import bind, serve
+from orchestrator.router.http.tls import TlsFiles
 from orchestrator.router.interfaces import Dispatcher
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.net.curve_auth import ZapHandler
@@ -85,6 +86,7 @@ class RouterProcess:
         greeting = RouterHeartbeat(boot=boot, router=spec.name, routers=spec.peers)
         self._acl = CurveAcl(load_grants() or {})
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._tls = TlsFiles(spec.http.tls) if spec.http is not None and spec.http.tls is not None else None
         self._listener = bind(spec.http) if spec.http is not None else None
         # The operator set the host explicitly, so the port may be reached from other hosts; it serves counts and names, never a request's
         # text.
@@ -189,7 +191,8 @@ class RouterProcess:
         http = self._spec.http or HttpSpec()
         if self._api_keys is None and http.insecure_without_keys:
             log.warning("%s is open to everyone who reaches it: no API keys, by insecure_http_without_keys", self.http)
-        await serve(app, self._listener, stop, trusted_proxies=http.trusted_proxies, grace_s=self._spec.drain_grace_s)
+        grace_s = self._spec.drain_grace_s
+        await serve(app, self._listener, stop, tls=self._tls, trusted_proxies=http.trusted_proxies, grace_s=grace_s)
 
     async def _serve_scrape(self, closing: asyncio.Event) -> None:
         if self._scrape is not None:
@@ -225,6 +228,8 @@ class RouterProcess:
             self._acl.replace(grants)
         if self._api_keys is not None and self._load_api_keys is not None and (rows := self._load_api_keys()) is not None:
             self._api_keys.replace(rows)
+        if self._tls is not None:
+            self._tls.refresh()
 
     def _send_to_replica(self, peer: bytes, message: ToReplica) -> bool:
         return self._link.send(peer, message)
@@ -238,7 +243,8 @@ class RouterProcess:
         if self._listener is None:
             return ""
         host, port = self._listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def _report(self, phase: RouterPhase) -> None:
         """Write the state file as a whole. Raises :class:`EnvironmentFault` at the start; later a full disk is only a warning."""

@@ -18,12 +18,13 @@ import msgspec
 import uvloop
 
 from orchestrator.auth.api_keys import ApiKeys, Salting
-from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec
+from orchestrator.config.router_spec import AdmissionSpec, HttpSpec, ModelCard, RouterSpec, TlsConfig
 from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.frontend.preprocess import Preprocessor
 from orchestrator.router.frontend.text_models import TextModels, load_texts
 from orchestrator.router.http.app import build_app
 from orchestrator.router.http.server import bind, serve
+from orchestrator.router.http.tls import TlsFiles
 from orchestrator.router.interfaces import Watcher
 from orchestrator.router.metrics import Metrics, RequestMeter
 from orchestrator.router.tenant_caps import TenantCaps
@@ -168,12 +169,13 @@ class ServedDoor:
     def __init__(
         self, folder: Path, keys: ApiKeys | None = None, *, texts: TextModels | None = None, allowed_origins: tuple[str, ...] = (),
         trusted_proxies: tuple[str, ...] = (), admission: AdmissionSpec | None = None,
+        tls: TlsConfig | None = None,
     ) -> None:  # fmt: skip
         self.keys, self.salting = keys, Salting(b"salt")
         self.dispatcher = ScriptedDispatcher()
         self.texts = texts or tiny_texts(folder)
         self.metrics = Metrics(["tiny"], self.dispatcher.status)
-        http = HttpSpec(port=0, max_body_bytes=1 << 20, allowed_origins=allowed_origins, trusted_proxies=trusted_proxies)
+        http = HttpSpec(port=0, max_body_bytes=1 << 20, allowed_origins=allowed_origins, trusted_proxies=trusted_proxies, tls=tls)
         self.spec = RouterSpec(
             name="test", back="", rpc="", models=(self.texts.models[0].card,), http=http, admission=admission or AdmissionSpec()
         )
@@ -181,7 +183,8 @@ class ServedDoor:
         self.caps = TenantCaps(self.spec.admission)
         self._listener = bind(http)
         self.port = int(self._listener.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.tls = TlsFiles(tls) if tls is not None else None
+        self.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=20)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -211,7 +214,9 @@ class ServedDoor:
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
             app = build_app(self.spec, self.dispatcher, self.preprocessor, self.metrics, self.caps, self.keys)
             self._up.set()
-            await serve(app, self._listener, self._stop, trusted_proxies=(self.spec.http or HttpSpec()).trusted_proxies, grace_s=1)
+            await serve(
+                app, self._listener, self._stop, tls=self.tls, trusted_proxies=(self.spec.http or HttpSpec()).trusted_proxies, grace_s=1
+            )
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main())

@@ -16,7 +16,7 @@ from orchestrator.auth.curve_acl import Role
 from orchestrator.auth.keyring import KeyRing
 from orchestrator.config.deployment_file import Config, ModelConfig
 from orchestrator.config.engine_settings import GangRequest, StepLimits
-from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec
+from orchestrator.config.router_spec import HttpSpec, ModelCard, RouterSpec, TlsConfig
 from orchestrator.control.launch.launcher import GangSpec
 from orchestrator.files import write_private
 from orchestrator.model_store import locate, resolve, tokenizer_folder
@@ -226,7 +226,14 @@ def _routers(config: Config, models: Sequence[ServedModel], keys: KeyRing, endpo
     secured = endpoints.secured or bool(config.rpc.host)
     served = model_cards(models)
     given = msgspec.structs.asdict(config.http) | {"api_keys_file": str(config.api_keys_file or "")}
-    http = HttpSpec(**given, reuse_port=config.routers > 1, insecure_without_keys=config.insecure_http_without_keys)
+    if (tls := config.http.tls) is not None:
+        given["tls"] = TlsConfig(
+            **{name: str(Path(file).expanduser().absolute()) for name, file in msgspec.structs.asdict(tls).items() if file}
+        )
+    http = HttpSpec(
+        **given, reuse_port=config.routers > 1, insecure_without_keys=config.insecure_http_without_keys,
+        insecure_without_tls=config.insecure_http_without_tls,
+    )  # fmt: skip
     return [
         RouterSpec(
             name=f"router{i}",

@@ -14,6 +14,7 @@ from orchestrator.config.deployment_file import Config
 from orchestrator.config.router_spec import HttpConfig
 from orchestrator.control.launch.mpiexec import MpiInstall, none_found
 from orchestrator.files import read_private
+from orchestrator.router.http.tls import make_context
 from workers.protocol.errors import EnvironmentFault
 from workers.protocol.specs import EngineKind, Parallel
 
@@ -57,10 +58,14 @@ def check_port(http: HttpConfig) -> None:
 
 
 def check_api_keys(config: Config) -> str:
-    """A warning about an HTTP API that is open to all, else empty. The routers read the key file themselves; this check runs before
-    anything is fetched. Raises :class:`ConfigError`."""
+    """A warning about an HTTP API that is open to all, or that others can overhear; else nothing. The routers read keys and certificates
+    themselves, but later: this is before anything is fetched. Raises :class:`ConfigError`."""
+    if config.http.tls is not None:
+        make_context(config.http.tls)
     if (file := config.api_keys_file) is not None:
         parse_api_keys(read_private(file))
     elif config.http.exposed:
         return "whoever reaches it can use the models: it has no API keys, by insecure_http_without_keys"
+    if config.http.exposed and config.http.tls is None:
+        return "keys and prompts cross the network unencrypted: it has no TLS, by insecure_http_without_tls"
     return ""

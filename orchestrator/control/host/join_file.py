@@ -60,7 +60,7 @@ def publish(config: Config, routers: Sequence[RouterAddress], server_key: str, c
             RouterAddress(endpoint=f"tcp://{rpc_host}:{config.rpc.port + index}", server_key=server_key) for index in range(config.routers)
         ),
         models={card.name: fingerprint(Path(card.tokenizer)) for card in cards},
-        http=f"http://{_reachable(config.http.host, config)}:{port}",
+        http=f"{'http' if config.http.tls is None else 'https'}://{_reachable(config.http.host, config)}:{port}",
         replica_timeout_s=config.replica_timeout_s,
     )
     path = config.home / JOIN_FILE

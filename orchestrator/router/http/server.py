@@ -20,6 +20,7 @@ from orchestrator.config.router_spec import HttpSpec
 from orchestrator.router.http.client_address import networks
 from orchestrator.router.http.connections import Connections
 from orchestrator.router.http.protocol import BoundedProtocol
+from orchestrator.router.http.tls import TlsFiles, accept
 from workers.protocol.errors import ConfigError, EnvironmentFault
 
 BACKLOG = 2048
@@ -29,7 +30,7 @@ SEND_BUFFER = 64 << 10
 
 
 def bind(spec: HttpSpec) -> socket.socket:
-    """A listening socket. Raises ConfigError for a host that needs API keys, EnvironmentFault for a port that is in use."""
+    """A listening socket. Raises ConfigError for a host that needs API keys or TLS, EnvironmentFault for a port that is in use."""
     host = "127.0.0.1" if spec.host == "localhost" else spec.host
     try:
         address = ipaddress.ip_address(host)
@@ -40,6 +41,12 @@ def bind(spec: HttpSpec) -> socket.socket:
             f"http host {spec.host} is not a loopback address",
             "without API keys the HTTP API must not be reachable from other machines",
             "name an api_keys_file, or use 127.0.0.1",
+        )
+    if not address.is_loopback and spec.tls is None and not spec.insecure_without_tls and not spec.insecure_without_keys:
+        raise ConfigError(
+            f"http host {spec.host} is not a loopback address",
+            "without TLS the HTTP API must not be reachable from other machines",
+            "name cert and key in tls, or use 127.0.0.1",
         )
     listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -66,12 +73,20 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, trusted_proxies: Sequence[str] = (), grace_s: float = 30.0
+    app: ASGIApp,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    *,
+    tls: TlsFiles | None = None,
+    trusted_proxies: Sequence[str] = (),
+    grace_s: float = 30.0,
 ) -> None:
     """Serve until ``stop`` is set; then accept nothing new, let requests finish for ``grace_s``, and cancel the rest."""
+    connections = Connections.of_this_process(networks(trusted_proxies))
+    make_protocol = partial(BoundedProtocol, connections)
     config = uvicorn.Config(
         app,
-        http=partial(BoundedProtocol, Connections.of_this_process(networks(trusted_proxies))),  # type: ignore[arg-type]
+        http=make_protocol,  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -85,12 +100,20 @@ async def serve(
         backlog=BACKLOG,
     )
     server = _Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    config.load()
+    serving = asyncio.create_task(server.serve(sockets=[listener] if tls is None else []))
+    made = partial(make_protocol, config=config, server_state=server.server_state, app_state={})
+    accepting = asyncio.create_task(accept(listener, tls, connections, made)) if tls is not None else None
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if accepting is not None:
+            accepting.cancel()
         server.should_exit = True
         await serving
     finally:
         stopping.cancel()
+        if accepting is not None:
+            accepting.cancel()
+            listener.close()
         serving.cancel()

@@ -167,7 +167,10 @@ def test_a_key_file_is_private_and_revocable(tmp_path: Path) -> None:
 def test_other_machines_reach_a_door_with_keys_only(host: str) -> None:
     with pytest.raises(ConfigError, match="loopback"):
         bind(HttpSpec(host=host, port=0))
-    bind(HttpSpec(host=host, port=0, api_keys_file="x")).close()
+    with pytest.raises(ConfigError, match="loopback") as caught:
+        bind(HttpSpec(host=host, port=0, api_keys_file="x"))
+    assert "TLS" in caught.value.why
+    bind(HttpSpec(host=host, port=0, api_keys_file="x", insecure_without_tls=True)).close()
     bind(HttpSpec(host=host, port=0, insecure_without_keys=True)).close()
 
 

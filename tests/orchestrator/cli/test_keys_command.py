@@ -76,9 +76,11 @@ def test_other_hosts_need_keys_or_one_explicit_word(tmp_path: Path) -> None:
     for _ in range(2):
         Deployment(open_to_all, notify=notices.append)._check_api_keys()
     assert [notice.kind for notice in notices] == ["warning", "warning"]
-    keyed = load(MODELS, flags=outside | {"launcher": "local", "api_keys_file": str(tmp_path / "none.json")}).config
+    keyed = load(
+        MODELS, flags=outside | {"launcher": "local", "api_keys_file": str(tmp_path / "none.json"), "insecure_http_without_tls": True}
+    ).config
     with pytest.raises(ConfigError, match=r"cannot read the key file .*none\.json"):
         Deployment(keyed, notify=notices.append)._check_api_keys()
     ApiKeyRing(tmp_path / "none.json").add("alice", [])
     Deployment(keyed, notify=notices.append)._check_api_keys()
-    assert len(notices) == 2
+    assert len(notices) == 3 and "no TLS" in notices[2].text

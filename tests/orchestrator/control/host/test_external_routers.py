@@ -159,7 +159,7 @@ def standing_config(**more: Any) -> Config:
 
 
 def test_a_join_file_names_what_others_can_reach(tmp_path: Path) -> None:
-    config = standing_config(run_dir=str(tmp_path), http={"host": "0.0.0.0", "api_keys_file": "k"})
+    config = standing_config(run_dir=str(tmp_path), http={"host": "0.0.0.0", "api_keys_file": "k"}, insecure_http_without_tls=True)
     keys = KeyRing(config.home / "keys")
     back = deployment_plan.own_endpoints(config, keys, "")
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
