@@ -10,8 +10,10 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Iterable
+from typing import Annotated, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
 from workers.protocol.errors import ConfigError
 
@@ -19,16 +21,46 @@ _PREFIX = "trireme-"
 _ID_BYTES, _SECRET_BYTES, _SALT_BYTES = 6, 32, 16
 
 
+Limit: TypeAlias = Annotated[int, Meta(ge=1, le=10**12)]
+Weight: TypeAlias = Annotated[float, Meta(ge=0.001, le=1000)]
+Priority: TypeAlias = Annotated[int, Meta(ge=-9, le=9)]
+
+
+class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one key may take: requests and tokens in any minute, requests at once; None = as much as there is."""
+
+    rpm: Limit | None = None
+    tpm: Limit | None = None
+    concurrency: Limit | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is a limit at all that the routers keep together."""
+        return self.rpm is not None or self.tpm is not None or self.concurrency is not None
+
+
+class KeyTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """How the requests of a key are served: its limits, its tenant's weight in the order, and the smallest priority that they may have."""
+
+    limits: KeyLimits = KeyLimits()
+    weight: Weight = 1.0
+    most_urgent: Priority = 0
+
+
+#: Of a key for which nothing else is said.
+USUAL_TERMS = KeyTerms()
+
+
 class Tenant(msgspec.Struct, frozen=True):
     """The tenant of a request. ``models``: names or aliases that it may use and see; None = all. ``watches``: it may read the status of the
-    whole deployment although it is restricted to some models; a tenant without such a restriction always may. ``weight``: its share of the
-    service beside those that weigh 1. ``most_urgent``: the smallest priority that its requests may have; smaller ones count as it."""
+    whole deployment although it is restricted to some models; a tenant without such a restriction always may. ``terms``: those of its key.
+    ``key``: the id of its API key; empty = it has none."""
 
     name: str = ""
     models: tuple[str, ...] | None = None
     watches: bool = False
-    weight: float = 1.0
-    most_urgent: int = 0
+    terms: KeyTerms = USUAL_TERMS
+    key: str = ""
 
     @property
     def sees_all(self) -> bool:
@@ -41,7 +73,7 @@ class Tenant(msgspec.Struct, frozen=True):
 
 
 #: Without keys, all clients are one tenant that may use every model.
-EVERYONE = Tenant(most_urgent=-9)
+EVERYONE = Tenant(terms=KeyTerms(most_urgent=-9))
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +89,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hash: str
     models: tuple[str, ...] | None = None
     created: int = 0
+    terms: KeyTerms = USUAL_TERMS
 
 
 class ApiKeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,12 +98,12 @@ class ApiKeyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     keys: tuple[ApiKey, ...] = ()
 
 
-def mint(tenant: str, models: tuple[str, ...] | None, created: int) -> tuple[str, ApiKey]:
+def mint(tenant: str, models: tuple[str, ...] | None, created: int, terms: KeyTerms = USUAL_TERMS) -> tuple[str, ApiKey]:
     """(a new key, its stored part)."""
     id = secrets.token_hex(_ID_BYTES)
     key = f"{_PREFIX}{id}-{secrets.token_hex(_SECRET_BYTES)}"
     salt = secrets.token_hex(_SALT_BYTES)
-    return key, ApiKey(id=id, tenant=tenant, salt=salt, hash=_hash(salt, key), models=models, created=created)
+    return key, ApiKey(id=id, tenant=tenant, salt=salt, hash=_hash(salt, key), models=models, created=created, terms=terms)
 
 
 def parse_api_keys(data: bytes) -> tuple[ApiKey, ...]:
@@ -106,7 +139,7 @@ class ApiKeys:
         right = hmac.compare_digest(_hash(known.salt, given), known.hash)
         if not right or known is self._NOBODY or scheme.lower() != "bearer":
             return None
-        return Tenant(known.tenant, known.models)
+        return Tenant(known.tenant, known.models, terms=known.terms, key=known.id)
 
 
 class Salting:

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 import zmq
 
-from orchestrator.auth.api_keys import ApiKey, ApiKeyFile, mint, parse_api_keys
+from orchestrator.auth.api_keys import USUAL_TERMS, ApiKey, ApiKeyFile, KeyTerms, mint, parse_api_keys
 from orchestrator.auth.curve_acl import FAMILY, CurveGrant, Role, parse_grants
 from orchestrator.files import make_private, read_private, write_private
 from workers.protocol.errors import ConfigError, NotFound, Rejected
@@ -96,10 +96,10 @@ class ApiKeyRing:
         """The stored part of each key; empty if there is no file. Raises :class:`ConfigError`."""
         return parse_api_keys(read_private(self.path)) if self.path.exists() else ()
 
-    def add(self, tenant: str, models: Sequence[str]) -> str:
+    def add(self, tenant: str, models: Sequence[str], terms: KeyTerms = USUAL_TERMS) -> str:
         """Make a key for the tenant, restricted to ``models`` unless these are empty. Only this call returns it; the file keeps a hash."""
         _check_name(tenant)
-        key, row = mint(tenant, tuple(models) or None, int(time.time()))
+        key, row = mint(tenant, tuple(models) or None, int(time.time()), terms)
         if not self.path.parent.exists():
             make_private(self.path.parent)
         with _alone(self.path.parent):
@@ -108,15 +108,24 @@ class ApiKeyRing:
 
     def revoke(self, which: str) -> list[ApiKey]:
         """Drop the key of this id, or all keys of this tenant, and return them. Raises :class:`NotFound` when there are none."""
+        return self._change(which, lambda row: None)
+
+    def change(self, which: str, terms: Callable[[KeyTerms], KeyTerms]) -> list[ApiKey]:
+        """Give other terms to the key of this id, or to all keys of this tenant, and return them as they were. Raises :class:`NotFound`
+        when there are none, and what ``terms`` raises."""
+        return self._change(which, lambda row: msgspec.structs.replace(row, terms=terms(row.terms)))
+
+    def _change(self, which: str, change: Callable[[ApiKey], ApiKey | None]) -> list[ApiKey]:
         if not self.path.exists():
             raise NotFound(f"there is no API-keys file {self.path}")
         with _alone(self.path.parent):
             rows = self.rows()
-            gone = [row for row in rows if which in (row.id, row.tenant)]
-            if not gone:
+            meant = [row for row in rows if which in (row.id, row.tenant)]
+            if not meant:
                 raise NotFound(f"{self.path} has no key {which!r}", hint="trireme keys api list")
-            self._write(tuple(row for row in rows if row not in gone))
-        return gone
+            changed = [change(row) if row in meant else row for row in rows]
+            self._write(tuple(row for row in changed if row is not None))
+        return meant
 
     def _write(self, rows: tuple[ApiKey, ...]) -> None:
         write_private(self.path, msgspec.json.encode(ApiKeyFile(keys=rows)))

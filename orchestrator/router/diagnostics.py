@@ -1,4 +1,4 @@
-"""Diagnostics of a router: dumps of its last events, and stories of single requests.
+"""Diagnostics of a router: dumps of its last events, stories of single requests, and the usage of API keys.
 
 Owns the dump file next to the router's state file: one file, mode 0600, replaced atomically by each dump. A dump is written to a file
 because it may be far larger than a message. A story is one message: it has at most :data:`MAX_STORIES` requests.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import msgspec
 from orchestrator.files import writing_private
 from orchestrator.router.core.history import RequestStory
 from orchestrator.router.core.recorder import DumpPart, dump_line
+from orchestrator.router.key_limits import KeyUsage
 from workers.protocol.errors import NotFound
 
 #: Maximum number of requests in a story: the last ones of an id.
@@ -43,6 +45,13 @@ class StoryReport(msgspec.Struct, frozen=True, kw_only=True):
     stories: list[RequestStory]
 
 
+class UsageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What API keys have used at one router."""
+
+    router: str
+    keys: list[KeyUsage]
+
+
 class PastEvents(Protocol):
     """What this module reads of the dispatcher."""
 
@@ -58,10 +67,12 @@ class PastEvents(Protocol):
 
 
 class Diagnostics:
-    """``file``: where dumps go; None = this router has no folder of its own, so it writes none."""
+    """``file``: where dumps go; None = this router has no folder of its own, so it writes none. ``usage``: of each API key."""
 
-    def __init__(self, router: str, past: PastEvents, file: Path | None) -> None:
-        self._router, self._past, self._file = router, past, file
+    def __init__(
+        self, router: str, past: PastEvents, file: Path | None, usage: Callable[[], list[KeyUsage]] = list
+    ) -> None:  # fmt: skip
+        self._router, self._past, self._file, self._usage = router, past, file, usage
         self._writing = asyncio.Lock()
 
     async def dump(self) -> DumpReport:
@@ -78,6 +89,10 @@ class Diagnostics:
         """What is known of ``request_id``; no stories where it is unknown, or no longer kept."""
         stories = self._past.stories(request_id)[-MAX_STORIES:]
         return StoryReport(router=self._router, now=self._past.now, unix_offset_s=self._past.unix_offset_s, stories=stories)
+
+    def usage(self) -> UsageReport:
+        """What each API key has used here."""
+        return UsageReport(router=self._router, keys=self._usage())
 
 
 def _write(file: Path, parts: list[DumpPart]) -> int:

@@ -43,10 +43,11 @@ from orchestrator.router.core.request import RouterRequest
 from orchestrator.router.core.router_core import RouterCore
 from orchestrator.router.core.session_table import session_key
 from orchestrator.router.interfaces import Watcher
+from orchestrator.router.key_limits import KeyLimiter
 from orchestrator.router.metrics import RequestMeter
 from orchestrator.router.status import model_status, router_status
 from workers.protocol.errors import EngineFault, ReplicaLost, printable
-from workers.protocol.messages import FromReplica, ToReplica, error_text
+from workers.protocol.messages import FromReplica, Heartbeat, ToReplica, error_text
 from workers.protocol.status import ModelStatus, RouterStatus
 
 log = logging.getLogger("trireme.dispatch")
@@ -88,9 +89,13 @@ class RequestTicket:
 
 
 class RouterDispatcher:
-    """One router's dispatcher. ``send`` belongs to the replica link; ``clock`` is monotonic seconds."""
+    """One router's dispatcher. ``send`` belongs to the replica link; ``clock`` is monotonic seconds. ``limiter`` hears what leaders say of
+    API keys."""
 
-    def __init__(self, core: RouterCore, *, name: str, send: SendToReplica, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, core: RouterCore, *, name: str, send: SendToReplica, clock: Callable[[], float], limiter: KeyLimiter | None = None
+    ) -> None:  # fmt: skip
+        self._limiter = limiter
         self._core, self._name, self._send, self._clock = core, name, send, clock
         self._recorder = EventRecorder(core, id_of=attrgetter("id"), digest=partial(user_digest, key=secrets.token_bytes(16)))
         self._actions: list[Action] = []
@@ -149,6 +154,10 @@ class RouterDispatcher:
 
     def hear(self, peer: bytes, user: str, message: FromReplica, frame: bytes) -> None:
         self._take_in(ReplicaMessage(peer=peer, user=user, message=message, frame=frame))
+        if isinstance(message, Heartbeat) and self._limiter is not None:
+            replica = self._core.registry.at(peer)
+            if replica is not None and replica.boot == message.boot and replica.user == user and not replica.quarantined:
+                self._limiter.hear(message.boot, message.keys, time.monotonic())
         self.pump()
 
     def unreachable(self, peer: bytes) -> None:

@@ -12,12 +12,16 @@ from typing import get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from orchestrator.router.core.stats import Histogram, ModelStats
+from orchestrator.router.key_limits import KeyUsage, Reason
 from workers import __version__
 from workers.protocol.messages import STEP_TOKEN_BUCKETS
 from workers.protocol.status import ReplicaStatus, RouterStatus, RoutingState
 
 #: Delays of the event loop below this are not reported, seconds.
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+#: API keys with series of their own.
+KEY_SERIES = 256
 
 #: Per replica: metric name, help, whether it only grows, how its value is read.
 _REPLICA_SERIES: tuple[tuple[str, str, bool, Callable[[ReplicaStatus], float]], ...] = (
@@ -132,6 +136,25 @@ def process(status: RouterStatus, lag: Histogram) -> Iterator[Metric]:
     late = HistogramMetricFamily("trireme_router_loop_lag_seconds", "How late the event loop woke a task that it should have woken")
     late.add_metric([], buckets=lag.cumulated(), sum_value=lag.total)
     yield late
+
+
+def api_keys(usages: Sequence[KeyUsage]) -> Iterator[Metric]:
+    """What each API key has used. The first :data:`KEY_SERIES` keys have series of their own, all others together one."""
+    requests = CounterMetricFamily("trireme_key_requests", "Requests admitted for an API key", labels=["key", "tenant"])
+    tokens = CounterMetricFamily("trireme_key_tokens", "Tokens of requests that have ended", labels=["key", "tenant", "kind"])
+    refused = CounterMetricFamily("trireme_key_refused", "Requests beyond a limit of an API key", labels=["key", "tenant", "limit"])
+    running = GaugeMetricFamily("trireme_key_inflight_requests", "Requests that run for an API key", labels=["key", "tenant"])
+    rows = [([usage.key, usage.tenant], [usage]) for usage in usages[:KEY_SERIES]]
+    if len(usages) > KEY_SERIES:
+        rows.append((["other", "other"], list(usages[KEY_SERIES:])))
+    for labels, several in rows:
+        requests.add_metric(labels, sum(usage.requests for usage in several))
+        tokens.add_metric([*labels, "prompt"], sum(usage.prompt_tokens for usage in several))
+        tokens.add_metric([*labels, "output"], sum(usage.output_tokens for usage in several))
+        for limit in get_args(Reason):
+            refused.add_metric([*labels, limit], sum(usage.refused[limit] for usage in several))
+        running.add_metric(labels, sum(usage.running for usage in several))
+    yield from (requests, tokens, refused, running)
 
 
 def replicas(status: RouterStatus, models: Sequence[str]) -> Iterator[Metric]:

@@ -2,8 +2,8 @@
 
 Owns the counters of the frontends. The state of the routing core and of the replicas is read at each scrape
 (:mod:`orchestrator.router.metric_families`), so nothing is counted twice. The token path only adds to integers; all text is made at the
-scrape. Labels come from configuration and fixed lists only, never from a request, so the number of series is bounded whatever clients
-send.
+scrape. Labels come from configuration, key files and fixed lists only, never from a request, so the number of series is bounded whatever
+clients send.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from orchestrator.router import metric_families
 from orchestrator.router.core.stats import LATENCY_BUCKETS, TOKEN_BUCKETS, Histogram, ModelStats
+from orchestrator.router.key_limits import KeyUsage
 from workers.protocol.messages import Usage
 from workers.protocol.status import RouterStatus
 
@@ -25,8 +26,8 @@ REASONS = ("stop", "length", "cancelled")
 #: Error codes with a series of their own; every other code is counted as ``other``.
 CODES = (
     "invalid_request", "invalid_schema", "context_length_exceeded", "model_not_found", "not_found", "method_not_allowed", "body_too_large",
-    "unsupported", "authentication_error", "overloaded", "tenant_limit", "unavailable", "deadline_exceeded", "cancelled", "replica_lost",
-    "engine_fault", "nan_logits", "internal_error", "other",
+    "unsupported", "authentication_error", "overloaded", "tenant_limit", "rate_limit_exceeded", "unavailable", "deadline_exceeded",
+    "cancelled", "replica_lost", "engine_fault", "nan_logits", "internal_error", "other",
 )  # fmt: skip
 
 
@@ -104,17 +105,18 @@ class RequestMeter:
 
 class Metrics:
     """All series of one router. ``status`` is the dispatcher's method, called at each scrape; ``stats`` is counted by the routing core.
-    ``lag``: how late the event loop woke the ticker of the router process, seconds.
+    ``usage``: of API keys, read at each scrape. ``lag``: how late the event loop woke the ticker of the router process, seconds.
 
     Every labelled series exists from the start at 0, so that the first ``rate()`` is right.
     """
 
     def __init__(
-        self, models: Iterable[str], status: Callable[[], RouterStatus] = _nothing, stats: Mapping[str, ModelStats] | None = None
-    ) -> None:
+        self, models: Iterable[str], status: Callable[[], RouterStatus] = _nothing, stats: Mapping[str, ModelStats] | None = None,
+        usage: Callable[[], list[KeyUsage]] = list,
+    ) -> None:  # fmt: skip
         self.models = {name: ModelMeter() for name in models}
         self.lag = Histogram(metric_families.LAG_BUCKETS)
-        self._status = status
+        self._status, self._usage = status, usage
         self._stats = stats if stats is not None else {name: ModelStats() for name in self.models}
         self._ignored_fields = 0
         self._disconnected = 0
@@ -152,6 +154,7 @@ class Metrics:
         yield from metric_families.core(status, self._stats)
         yield from metric_families.replicas(status, list(self.models))
         yield from metric_families.process(status, self.lag)
+        yield from metric_families.api_keys(self._usage())
 
     def _requests(self) -> Iterator[Metric]:
         yield CounterMetricFamily("trireme_router_disconnected_clients", "Clients that left before their answer's end", self._disconnected)

@@ -36,6 +36,7 @@ from orchestrator.router.http.metrics_app import build_scrape_app
 from orchestrator.router.http.server import bind, serve
 from orchestrator.router.http.tls import TlsFiles
 from orchestrator.router.interfaces import Dispatcher
+from orchestrator.router.key_limits import KeyLimiter, KeyUsage
 from orchestrator.router.metrics import Metrics
 from orchestrator.router.net.curve_auth import ZapHandler
 from orchestrator.router.net.replica_link import ReplicaLink
@@ -97,18 +98,21 @@ class RouterProcess:
         # The clock for time-outs of replicas, requests and clients. A gap counts less than the time by which a heartbeat may be late.
         self._clock = RunningClock(time.monotonic(), min(LONGEST_TURN_S, spec.heartbeat_s))
         core = RouterCore(greeting, models, spec.admission, ReplicaRegistry(spec.replica_timeout_s, spec.hang_floor_s))
-        self._dispatcher = RouterDispatcher(core, name=spec.name, send=self._send_to_replica, clock=self._now)
+        self._limiter = KeyLimiter()
+        self._dispatcher = RouterDispatcher(
+            core, name=spec.name, send=self._send_to_replica, clock=self._now, limiter=self._limiter
+        )  # fmt: skip
         self._link = ReplicaLink(self._context, spec.back, keys=keys, acl=self._acl, greeting=greeting, events=self._dispatcher)
         self._traces = _traces(spec)
         #: The dispatcher as the frontends see it.
         self._traced: Dispatcher = self._traces.around(self._dispatcher, self._now) if self._traces is not None else self._dispatcher
-        self._metrics = Metrics(models, self._dispatcher.status, core.stats)
+        self._metrics = Metrics(models, self._dispatcher.status, core.stats, self._usage)
         self._preprocessor = Preprocessor(texts, self._traced, spec.admission, Salting(salt_key))
         self._caps = TenantCaps(spec.admission)
         dump_file = Path(spec.state_file).with_name(f"{spec.name}.dump") if spec.state_file else None
         self._rpc = RpcServer(
             boot=boot, dispatcher=self._traced, preprocessor=self._preprocessor, metrics=self._metrics, acl=self._acl, caps=self._caps,
-            send=self._send_to_client, clock=self._now, diagnostics=Diagnostics(spec.name, self._dispatcher, dump_file),
+            send=self._send_to_client, clock=self._now, diagnostics=Diagnostics(spec.name, self._dispatcher, dump_file, self._usage),
         )  # fmt: skip
         self._rpc_socket = RouterSocket(
             self._context, spec.rpc, "client", keys=keys, acl=self._acl, on_frame=self._rpc.on_frame, on_malformed=self._rpc.on_malformed
@@ -187,7 +191,7 @@ class RouterProcess:
         if self._listener is None:
             await stop.wait()
             return
-        app = build_app(self._spec, self._traced, self._preprocessor, self._metrics, self._caps, self._api_keys)
+        app = build_app(self._spec, self._traced, self._preprocessor, self._metrics, self._caps, self._api_keys, self._limiter)
         http = self._spec.http or HttpSpec()
         if self._api_keys is None and http.insecure_without_keys:
             log.warning("%s is open to everyone who reaches it: no API keys, by insecure_http_without_keys", self.http)
@@ -205,7 +209,7 @@ class RouterProcess:
             self._clock.turn(now)
             if now >= beat_at:
                 beat_at = now + self._spec.heartbeat_s
-                self._link.pulse()
+                self._link.pulse(self._limiter.report(now))
                 self._rpc.pulse()
             if now >= reload_at:
                 reload_at = now + RELOAD_S
@@ -221,6 +225,9 @@ class RouterProcess:
     def _now(self) -> float:
         """Seconds in which this process ran."""
         return self._clock.at(time.monotonic())
+
+    def _usage(self) -> list[KeyUsage]:
+        return self._limiter.usage(time.monotonic())
 
     def _reload(self) -> None:
         grants = self._load_grants()

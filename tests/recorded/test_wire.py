@@ -73,6 +73,7 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
                 RouterAddress(endpoint="tcp://127.0.0.1:8200", server_key="k" * 40),
                 RouterAddress(endpoint="tcp://[::1]:8201", server_key="l" * 40),
             ),
+            keys=[messages.KeyUse("0123456789ab", 3, 1500, 700, 1)],
         ),
         messages.RouterHeartbeat(boot="b1", router="router0"),
     ),
@@ -91,6 +92,7 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
     "heartbeat": (
         messages.Heartbeat(
             boot="b2", step=100, busy_ms=1.5, predicted_ms=2.5, draining=True,
+            keys=[messages.KeyUse("0123456789ab", 2, 800, 0, 3), messages.KeyUse("ba9876543210", 1, 40, 10, 2)],
             stats=EngineStats(
                 running=3, waiting=2, free_blocks=10, prefill_tokens=128, step_ms=2.25, prompt_tokens_total=1000, output_tokens_total=500,
                 prefix_queries_total=40, prefix_hits_total=20, preemptions_total=1,

@@ -9,6 +9,7 @@
     │   └── Unauthorized    missing or wrong credentials                          HTTP 401
     ├── Overloaded          retry later or elsewhere                              HTTP 429
     │   ├── TenantLimit     the caller's tenant holds its share; others go on     HTTP 429
+    │   ├── RateLimited     a limit of the caller's API key is reached            HTTP 429
     │   └── Unavailable     no replica is ready                                   HTTP 503
     ├── DeadlineExceeded    the request's own deadline passed                     HTTP 504
     ├── Cancelled           the caller left or cancelled                          HTTP 499
@@ -103,6 +104,19 @@ class TenantLimit(Overloaded):
     code = "tenant_limit"
 
 
+class RateLimited(Overloaded):
+    """``kind``: what the limit is of. ``retry_after`` None: the same request will never be taken."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self, what: str, why: str = "", hint: str = "", *, kind: str = "requests", code: str | None = None, param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(what, why, hint, code=code, param=param, retry_after=retry_after)
+        self.kind = kind
+
+
 class Unavailable(Overloaded):
     code, status = "unavailable", 503
 
@@ -141,7 +155,7 @@ def printable(text: str) -> str:
 
 
 _CLASSES = (
-    NotFound, TooLong, TooLarge, Unsupported, Unauthorized, Overloaded, TenantLimit, Unavailable, DeadlineExceeded,
+    NotFound, TooLong, TooLarge, Unsupported, Unauthorized, Overloaded, TenantLimit, RateLimited, Unavailable, DeadlineExceeded,
     Cancelled, ReplicaLost, EngineFault, ConfigError, ArtifactError, EnvironmentFault, Rejected,
 )  # fmt: skip
 _BY_CODE: Mapping[str, type[TriremeError]] = {c.code: c for c in _CLASSES} | {

@@ -29,7 +29,7 @@ from workers.protocol.status import Count, EngineStats, Milliseconds
 
 #: Version of the messages between replicas, routers and clients. Raise it when a field is renamed, removed or changes its meaning. A new
 #: field with a default needs no new version: the other side ignores fields that it does not know. A Hello of another version is refused.
-PROTOCOL = 2
+PROTOCOL = 3
 #: Largest frame that either side accepts, bytes (ZMQ_MAXMSGSIZE).
 MAX_FRAME = 8 << 20
 #: Bytes above which a frame is decoded without the garbage collector.
@@ -43,6 +43,8 @@ STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8
 MAX_ERROR_TEXT, MAX_TEXT = 2000, 16_384
 #: Most streams in a message, choices of a journal, ids of a prompt, tokens of one stream, and alternatives of a token.
 MAX_STREAMS, MAX_CHOICES, MAX_IDS, MAX_DELTA, MAX_TOP = 65_536, 128, 1 << 20, 4096, 4096
+#: Most API keys whose use a heartbeat names, and the longest id of one, characters.
+MAX_KEYS, MAX_KEY_ID = 256, 64
 #: Longest prompt whose logprobs are sent, tokens.
 MAX_SCORED = 65_536
 #: Largest epoch that is accepted: more epochs are above it than a replica can ever be launched.
@@ -210,13 +212,42 @@ class Credit(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
     tokens: StreamNumbers
 
 
+class KeyUse(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What was taken for one API key: requests, tokens reserved for them, reserved tokens given back, all as totals; and requests that run.
+
+    From a router: its own, since the key came into use there. From a leader: those of all other routers, since the leader first heard
+    them."""
+
+    key: Annotated[str, Meta(max_length=MAX_KEY_ID)]
+    requests: Count
+    reserved: Count
+    returned: Count
+    running: Count = 0
+
+    def follows(self, before: KeyUse) -> bool:
+        """Whether the totals can have grown from those of ``before``."""
+        return self.requests >= before.requests and self.reserved >= before.reserved and self.returned >= before.returned
+
+    def plus(self, other: KeyUse) -> KeyUse:
+        """The sum of the totals; nothing runs."""
+        return KeyUse(self.key, self.requests + other.requests, self.reserved + other.reserved, self.returned + other.returned)
+
+    def less(self, other: KeyUse) -> KeyUse:
+        """By how much the totals are greater than ``other``'s; nothing runs."""
+        return KeyUse(self.key, self.requests - other.requests, self.reserved - other.reserved, self.returned - other.returned)
+
+
+KeyUses: TypeAlias = Annotated[list[KeyUse], Meta(max_length=MAX_KEYS)]
+
+
 class RouterHeartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="router_heartbeat"):
     """Sent by a router every ``heartbeat_s``, and at once after a leader's Hello: its name, and every router to which a leader should be
-    connected."""
+    connected. ``keys``: the API keys with a limit that are in use there, the most active first."""
 
     boot: str
     router: str
     routers: tuple[RouterAddress, ...] = ()
+    keys: KeyUses = []
 
 
 # replica → router
@@ -250,7 +281,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """State of a leader, sent every ``heartbeat_s`` by its I/O thread even while the engine thread is in a step.
 
     ``step``: number of the last step that began. ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: predicted time of
-    that step.
+    that step. ``keys``: what all routers but the receiver take for API keys, those that changed last first.
     """
 
     boot: str
@@ -259,6 +290,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     predicted_ms: Milliseconds
     stats: EngineStats
     draining: bool = False
+    keys: KeyUses = []
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
@@ -362,11 +394,11 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
 
 class Query(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="query"):
     """Ask a router for information. ``what``: ``status`` (replica table, queue), ``models``, ``metrics``, ``dump`` (write the last events
-    of its core into its run folder), ``story`` (what happened to the requests with the id ``about``)."""
+    of its core into its run folder), ``story`` (what happened to the requests with the id ``about``), ``usage`` (of API keys)."""
 
     boot: str
     stream: int
-    what: Literal["status", "models", "metrics", "dump", "story"]
+    what: Literal["status", "models", "metrics", "dump", "story", "usage"]
     about: str = ""
 
 

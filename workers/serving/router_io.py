@@ -24,6 +24,7 @@ from workers.protocol.errors import ConfigError
 from workers.protocol.messages import Attach, Bye, Cancel, Credit, FromReplica, Heartbeat, Hello, RouterHeartbeat, Submit
 from workers.protocol.running_clock import RunningClock
 from workers.protocol.specs import RouterAddress
+from workers.serving.key_sums import KeySums
 from workers.serving.router_link import CloseSocket, LinkAction, OpenSocket, RouterLink, RouterLost, SendHello
 
 #: Longest sleep of the thread, seconds, and so the longest time between two ticks of a link.
@@ -132,6 +133,7 @@ class RouterIo:
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._bye_reason: str | None = None
         self._next_heartbeat = 0.0
+        self._key_sums = KeySums()
         self._clock = RunningClock(time.monotonic())
         self._thread = threading.Thread(target=self._run, name="routers", daemon=True)
         #: Frames refused since the start.
@@ -188,7 +190,8 @@ class RouterIo:
             message = self._leader.heartbeat()
             for port in self._ports.values():
                 if port.link.up:
-                    self._send(port, message)
+                    keys = self._key_sums.others(port.link.boot)
+                    self._send(port, msgspec.structs.replace(message, keys=keys) if keys else message)
             self._follow_routers()
         for port in self._ports.values():
             self._carry_out(port, port.link.tick(now))
@@ -237,6 +240,7 @@ class RouterIo:
                 case RouterLost(boot=boot):
                     if self._by_boot.get(boot) is port:
                         del self._by_boot[boot]
+                        self._key_sums.gone(boot)
                         self._warn(port, "the router is lost")
                         self._leader.deliver(self.now, RouterGone(boot))
                 case CloseSocket():
@@ -296,6 +300,7 @@ class RouterIo:
         self._by_boot[port.link.boot] = port
         if isinstance(message, RouterHeartbeat):
             port.named = tuple(address for address in message.routers if self._usable(port, address))
+            self._key_sums.report(port.link.boot, message.keys)
         elif isinstance(message, Bye) and message.reason != "stale":
             self._carry_out(port, port.link.broken(now))
         else:

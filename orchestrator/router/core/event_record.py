@@ -24,7 +24,7 @@ from orchestrator.router.core.events import (
     SubmitRequest,
     Tick,
 )
-from orchestrator.router.core.replica_registry import MAX_REASON, without_prefixes
+from orchestrator.router.core.replica_registry import MAX_REASON, without_lists
 from orchestrator.router.core.request import RouterRequest
 from workers.protocol.messages import (
     UNLIMITED,
@@ -197,7 +197,7 @@ def _without_content(message: FromReplica) -> Hello | Accepted | Heartbeat | Tok
             cached=message.cached or [],
         )  # fmt: skip
     if isinstance(message, Heartbeat):
-        return without_prefixes(message)
+        return without_lists(message)
     if isinstance(message, Accepted):
         return Accepted(boot=message.boot, stream=message.stream, attempt=message.attempt)
     if isinstance(message, Done):
@@ -261,6 +261,6 @@ def _record_sent(message: ToReplica) -> PlacedRecord | Attach | Cancel | Credit 
     if isinstance(message, Attach):
         return msgspec.structs.replace(message, client="")
     if isinstance(message, RouterHeartbeat):
-        return msgspec.structs.replace(message, routers=())
+        return msgspec.structs.replace(message, routers=(), keys=[])
     assert isinstance(message, Cancel | Credit | Bye), "a router drains no replica"
     return message

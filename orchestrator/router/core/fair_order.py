@@ -357,10 +357,6 @@ class FairOrder:
 
     # --- snapshots
 
-    def service(self) -> dict[str, float]:
-        """The counters of all tenants that are remembered."""
-        return {account.tenant: account.service for account in self._accounts.values()}
-
     def snapshot(self) -> FairOrderSnapshot:
         return FairOrderSnapshot(
             accounts=[account.snapshot() for account in self._accounts.values()], idle=list(self._idle), floor=self._floor,

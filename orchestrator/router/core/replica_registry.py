@@ -276,7 +276,7 @@ class Replica:
             self._step_samples.append(stats.step_ms)
             self.step_ms = median(self._step_samples)
         # The hashes are for the prefix index, which has them by now.
-        self.last_heartbeat = without_prefixes(heartbeat)
+        self.last_heartbeat = without_lists(heartbeat)
         self.others = max(0, stats.running + stats.waiting - accepted)
         computed = sum(self.streams[stream] for stream in waiting) - stats.prefill_tokens
         self.other_tokens = max(0, -computed) if self.others else 0
@@ -322,11 +322,11 @@ class Replica:
         return replica
 
 
-def without_prefixes(heartbeat: Heartbeat) -> Heartbeat:
-    """The heartbeat without the hashes of its prefix cache."""
-    if not heartbeat.stats.prefixes:
+def without_lists(heartbeat: Heartbeat) -> Heartbeat:
+    """The heartbeat without the hashes of its prefix cache, and without the use of API keys."""
+    if not heartbeat.stats.prefixes and not heartbeat.keys:
         return heartbeat
-    return msgspec.structs.replace(heartbeat, stats=msgspec.structs.replace(heartbeat.stats, prefixes=[]))
+    return msgspec.structs.replace(heartbeat, stats=msgspec.structs.replace(heartbeat.stats, prefixes=[]), keys=[])
 
 
 class ReplicaLoss(msgspec.Struct, frozen=True):

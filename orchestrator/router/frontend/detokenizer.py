@@ -117,9 +117,14 @@ class Detokenizer:
         self._stops = StopStrings(rule.stops) if rule.stops else None
         #: All text is passed on at once, without a search for stop strings.
         self._plain = self._stops is None and not rule.json
-        self._prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_tokens
         self._choices = [_ChoiceText() for _ in range(choices)]
         self._stopped = [self._read(text, list(ids))[2] for text, ids in zip(self._choices, emitted, strict=False)]
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens of all choices so far."""
+        return sum(state.count for state in self._choices)
 
     def end_stopped(self) -> None:
         """End the choices whose journal already has its stop string. Call it once, after the request was submitted."""
@@ -174,7 +179,7 @@ class Detokenizer:
         state = self._choices[choice]
         state.ended = True
         self._stop_choice(choice)
-        usage = Usage(prompt_tokens=self._prompt_tokens, output_tokens=state.count, cached_tokens=state.cached)
+        usage = Usage(prompt_tokens=self.prompt_tokens, output_tokens=state.count, cached_tokens=state.cached)
         self._end(choice, "stop", usage, stop, "")
 
     def _end(self, choice: int, reason: FinishReason, usage: Usage, stopped_by: str | int | None, tail: str) -> None:

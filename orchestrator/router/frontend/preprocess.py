@@ -35,6 +35,8 @@ _N = TypeVar("_N", int, float)
 
 #: Choices that all prompts of one request may ask for together.
 MAX_CHOICES = 128
+#: Tokens of an answer that are reserved of a key's limit where the request says no ``max_tokens``: what comes beyond is counted at its end.
+UNASKED_OUTPUT = 1024
 #: Bytes of JSON above which decoding would hold the event loop for milliseconds.
 INLINE_BODY = 64 << 10
 
@@ -55,11 +57,13 @@ class CallerContext(msgspec.Struct, frozen=True, kw_only=True):
 
 class PreparedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as the dispatcher takes it. ``requests``: one per prompt (several only for lists in completions). ``echoes``: the texts of
-    the prompts, only where the answer repeats them. ``rule``: how output ids become text."""
+    the prompts, only where the answer repeats them. ``rule``: how output ids become text. ``reserve``: tokens that it may take of a key's
+    limit: its prompts and its longest answers, of which only :data:`UNASKED_OUTPUT` count where it asks for no limit."""
 
     model: TextModel
     requests: tuple[RouterRequest, ...]
     rule: TextRule
+    reserve: int
     echoes: tuple[str, ...] = ()
 
 
@@ -135,7 +139,11 @@ class Preprocessor:
             json=body.guide is not None and body.guide.kind in ("json", "json_schema"),
         )
         requests = self._requests(body, caller, model, context, prompts)
-        return PreparedRequest(model=model, requests=requests, rule=rule, echoes=echoes)
+        longest = [request.params.max_tokens for request in requests]
+        if body.max_output is None:
+            longest = [min(tokens, UNASKED_OUTPUT) for tokens in longest]
+        reserve = sum(map(len, prompts)) + n * sum(longest)
+        return PreparedRequest(model=model, requests=requests, rule=rule, reserve=reserve, echoes=echoes)
 
     def _requests(
         self, body: Body, caller: CallerContext, model: TextModel, context: int, prompts: list[list[int]]
@@ -151,8 +159,8 @@ class Preprocessor:
                 RouterRequest(
                     client=caller.client,
                     tenant=request_context.caller(),
-                    weight=caller.tenant.weight,
-                    priority=min(max(body.priority or 0, caller.tenant.most_urgent), LEAST_URGENT),
+                    weight=caller.tenant.terms.weight,
+                    priority=min(max(body.priority or 0, caller.tenant.terms.most_urgent), LEAST_URGENT),
                     request_id=f"{caller.request_id}-{index}" if index else caller.request_id,
                     model=model.name,
                     prompt_ids=ids,

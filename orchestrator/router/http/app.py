@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from functools import partial
+from math import ceil
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,10 +32,11 @@ from orchestrator.router.http.middleware import RequestContextMiddleware, Tenant
 from orchestrator.router.http.response import json_response
 from orchestrator.router.http.status_page import StatusPage
 from orchestrator.router.interfaces import Dispatcher
+from orchestrator.router.key_limits import KeyLimiter
 from orchestrator.router.metrics import CONTENT_TYPE, Metrics
 from orchestrator.router.tenant_caps import TenantCaps
 from workers import __version__
-from workers.protocol.errors import NotFound, Overloaded, TriremeError, Unavailable
+from workers.protocol.errors import NotFound, Overloaded, RateLimited, TriremeError, Unavailable
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 #: Paths whose answers name all models: for callers who may see them all.
@@ -57,9 +59,11 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 class HttpApi:
     """All routes over one dispatcher. Its methods are the endpoints that belong to no dialect."""
 
-    def __init__(self, spec: RouterSpec, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics) -> None:
+    def __init__(
+        self, spec: RouterSpec, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, limiter: KeyLimiter
+    ) -> None:  # fmt: skip
         self._dispatcher, self._preprocessor, self._metrics = dispatcher, preprocessor, metrics
-        self._frontend = HttpFrontend(preprocessor, dispatcher, metrics, (spec.http or HttpSpec()).max_body_bytes)
+        self._frontend = HttpFrontend(preprocessor, dispatcher, metrics, (spec.http or HttpSpec()).max_body_bytes, limiter)
         self._default, *self._others = (make(self._frontend) for make in DIALECTS)
         self._page = StatusPage(spec.name, len(spec.peers), metrics, dispatcher.status)
 
@@ -144,8 +148,10 @@ class HttpApi:
         headers = answer_headers(http.scope)
         if isinstance(error, HTTPException):
             headers |= dict(error.headers or {})
-        if isinstance(found, Overloaded):
-            headers["retry-after"] = str(max(1, round(found.retry_after or 1.0)))
+        if isinstance(found, RateLimited) and found.retry_after is None:
+            headers["x-should-retry"] = "false"  # clients of OpenAI's packages try every other 429 again
+        elif isinstance(found, Overloaded):
+            headers["retry-after"] = str(max(1, ceil(found.retry_after or 1.0)))
         if found.status == 401:
             headers["www-authenticate"] = "Bearer"
         if not isinstance(error, TriremeError | HTTPException):
@@ -159,10 +165,12 @@ class HttpApi:
 
 
 def build_app(
-    spec: RouterSpec, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, caps: TenantCaps, keys: ApiKeys | None = None
-) -> ASGIApp:
-    """The HTTP API as an ASGI application; run it with :func:`orchestrator.router.http.server.serve`. ``keys`` None: open to all."""
-    api = HttpApi(spec, dispatcher, preprocessor, metrics)
+    spec: RouterSpec, dispatcher: Dispatcher, preprocessor: Preprocessor, metrics: Metrics, caps: TenantCaps, keys: ApiKeys | None = None,
+    limiter: KeyLimiter | None = None,
+) -> ASGIApp:  # fmt: skip
+    """The HTTP API as an ASGI application; run it with :func:`orchestrator.router.http.server.serve`. ``keys`` None: open to all.
+    ``limiter``: keeps the limits of keys; one of its own by default."""
+    api = HttpApi(spec, dispatcher, preprocessor, metrics, limiter if limiter is not None else KeyLimiter())
     handlers = dict.fromkeys((TriremeError, HTTPException, ClientDisconnect, Exception), api.on_error)
     app = Starlette(routes=api.routes(), exception_handlers=handlers)
     app.router.redirect_slashes = False

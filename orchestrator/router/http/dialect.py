@@ -17,8 +17,10 @@ from orchestrator.router.http.authentication import tenant_of
 from orchestrator.router.http.event_stream import StreamWrites
 from orchestrator.router.http.in_flight import InFlightRequest
 from orchestrator.router.http.middleware import affinity, note_ignored, read_body
+from orchestrator.router.http.quota import KeyQuota
 from orchestrator.router.http.response import GenerateResponse, ResponseBuilder
 from orchestrator.router.interfaces import Dispatcher
+from orchestrator.router.key_limits import KeyLimiter
 from orchestrator.router.metrics import Metrics
 from workers.protocol.errors import TriremeError
 
@@ -38,9 +40,12 @@ class Dialect(Protocol):
 class HttpFrontend:
     """What the dialects of one router share."""
 
-    def __init__(self, preprocessor: Preprocessor, dispatcher: Dispatcher, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(
+        self, preprocessor: Preprocessor, dispatcher: Dispatcher, metrics: Metrics, max_body_bytes: int, limiter: KeyLimiter
+    ) -> None:  # fmt: skip
         self.preprocessor, self.dispatcher, self.metrics, self._max_body_bytes = preprocessor, dispatcher, metrics, max_body_bytes
         self._writes = StreamWrites()
+        self._limiter = limiter
 
     async def read_bytes(self, http: Request, *, any_type: bool = False) -> bytes:
         """The body within the size limit; ``any_type`` as in read_body. Raises TooLarge, Unsupported."""
@@ -60,7 +65,12 @@ class HttpFrontend:
         return self.preprocessor.resolve(name, tenant_of(http))
 
     async def generate(self, http: Request, id: str, body: Body, builder: ResponseBuilder, *, credit: int) -> GenerateResponse:
-        """The response to a generating request; ``id`` is unique, ``credit`` as in CallerContext. Raises what prepare raises."""
-        caller = CallerContext(client="http", request_id=id, tenant=tenant_of(http), affinity=affinity(http), credit=credit)
+        """The response to a generating request; ``id`` is unique, ``credit`` as in CallerContext. Raises what prepare raises, and
+        RateLimited."""
+        tenant = tenant_of(http)
+        quota = KeyQuota(self._limiter, tenant, http.scope)
+        quota.check()
+        caller = CallerContext(client="http", request_id=id, tenant=tenant, affinity=affinity(http), credit=credit)
         prepared = await self.preprocessor.prepare(body, caller)
-        return GenerateResponse(InFlightRequest(prepared, self.dispatcher, self.metrics), builder, self.metrics, self._writes)
+        request = InFlightRequest(prepared, self.dispatcher, self.metrics, quota)
+        return GenerateResponse(request, builder, self.metrics, self._writes)

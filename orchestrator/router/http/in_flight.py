@@ -15,6 +15,7 @@ from functools import partial
 
 from orchestrator.router.frontend.detokenizer import Detokenizer, TextSink
 from orchestrator.router.frontend.preprocess import PreparedRequest
+from orchestrator.router.http.quota import KeyQuota
 from orchestrator.router.interfaces import Dispatcher, Ticket
 from orchestrator.router.metrics import Metrics, RequestMeter
 from workers.protocol.errors import TriremeError
@@ -25,13 +26,14 @@ class InFlightRequest:
     """Submits a prepared request and counts the choices that are open. ``failed``: the first error. ``usages``: of the choices that have
     ended, by prompt."""
 
-    def __init__(self, prepared: PreparedRequest, dispatcher: Dispatcher, metrics: Metrics) -> None:
-        self.prepared, self._dispatcher, self._metrics = prepared, dispatcher, metrics
+    def __init__(self, prepared: PreparedRequest, dispatcher: Dispatcher, metrics: Metrics, quota: KeyQuota) -> None:
+        self.prepared, self._dispatcher, self._metrics, self._quota = prepared, dispatcher, metrics, quota
         self.failed: TriremeError | None = None
         self.usages: list[list[Usage]] = [[] for _ in prepared.requests]
         self.cancelled = False
         self._open = sum(request.n for request in prepared.requests)
         self._submitted: list[tuple[Ticket, RequestMeter]] = []
+        self._detokenizers: list[Detokenizer] = []
         self._changed = asyncio.Event()
 
     @property
@@ -39,9 +41,10 @@ class InFlightRequest:
         return self._open == 0 or self.failed is not None or self.cancelled
 
     def submit(self, sinks: Sequence[TextSink]) -> None:
-        """Submit the request of every prompt with its sink. Raises what the dispatcher raises; then :meth:`cancel` frees those that it had
-        accepted before."""
+        """Submit the request of every prompt with its sink. Raises what the dispatcher raises, and RateLimited; then :meth:`cancel` frees
+        what was accepted before."""
         prepared = self.prepared
+        self._quota.admit(prepared.reserve)
         for index, (request, sink) in enumerate(zip(prepared.requests, sinks, strict=True)):
             prompt_tokens = len(request.prompt_ids)
             meter = self._metrics.request(request.model, choices=request.n, prompt_tokens=prompt_tokens)
@@ -52,6 +55,7 @@ class InFlightRequest:
             ticket = self._dispatcher.submit(request, detokenizer, meter)
             meter.admitted()
             self._submitted.append((ticket, meter))
+            self._detokenizers.append(detokenizer)
 
     def cancel(self) -> None:
         """The client is gone, or the answer is complete: free what still runs. The dispatcher hears of it only where a choice has not
@@ -61,6 +65,8 @@ class InFlightRequest:
             ticket.cancel()
             meter.left()
         self._submitted.clear()
+        prompts = sum(detokenizer.prompt_tokens for detokenizer in self._detokenizers)
+        self._quota.settle(prompts, sum(detokenizer.output_tokens for detokenizer in self._detokenizers))
         self._changed.set()
 
     def credit(self, prompt: int, tokens: int) -> None:

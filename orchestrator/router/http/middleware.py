@@ -54,9 +54,15 @@ def note_ignored(scope: Scope, fields: Sequence[str]) -> None:
     scope.setdefault("state", {})["ignored"] = ", ".join([*names, f"... ({more} more)"] if more else names)
 
 
+def note_limits(scope: Scope, headers: dict[str, str]) -> None:
+    """Have the answer say ``headers``, which are about the limits of the caller's key."""
+    scope.setdefault("state", {})["limits"] = headers
+
+
 def answer_headers(scope: Scope) -> dict[str, str]:
-    """The headers of every answer: the request's id, and the fields of its body that were ignored, where there are some."""
-    headers = {"x-request-id": request_id(scope)}
+    """The headers of every answer: the request's id, and, where there are some, the limits of its key and the fields of its body that were
+    ignored."""
+    headers = {"x-request-id": request_id(scope), **scope["state"].get("limits", {})}
     ignored = scope["state"].get("ignored")
     return headers if ignored is None else headers | {"x-trireme-ignored": ignored}
 
@@ -102,7 +108,8 @@ class TenantCapMiddleware:
 def cross_origin(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
     """``app`` for the web pages of ``origins`` too (``*``: of all). A browser asks before it sends their requests, without a key, so this
     stands before the authentication."""
-    shown = ("x-request-id", "x-trireme-ignored", "retry-after")
+    limits = (f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens"))
+    shown = ("x-request-id", "x-trireme-ignored", "retry-after", *limits)
     return CORSMiddleware(app, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=shown)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
+import msgspec
 import zmq
 
 from orchestrator.auth.curve_acl import CurveAcl
 from orchestrator.router.net.router_socket import RouterSocket
 from workers.protocol import messages
-from workers.protocol.messages import FromReplica, Hello, Malformed, RouterHeartbeat, ToReplica
+from workers.protocol.messages import FromReplica, Hello, KeyUse, Malformed, RouterHeartbeat, ToReplica
 from workers.serving.router_io import KeyPair
 
 log = logging.getLogger("trireme.replicas")
@@ -45,7 +46,7 @@ class ReplicaLink:
         events: ReplicaEvents,
     ) -> None:
         self._acl, self._events = acl, events
-        self._greeting = messages.encode(greeting)
+        self._greeting = greeting
         self._boot = greeting.boot
         self.malformed = 0
         self._socket = RouterSocket(
@@ -66,10 +67,12 @@ class ReplicaLink:
         """False: the connection is lost, or cannot accept the message."""
         return self._socket.send(peer, messages.encode(message))
 
-    def pulse(self) -> None:
-        """Send the heartbeat. It names this router process, so that a leader notices a new one at an old address."""
+    def pulse(self, keys: list[KeyUse]) -> None:
+        """Send the heartbeat. It names this router process, so that a leader notices a new one at an old address. ``keys``: what this
+        router takes for API keys."""
+        frame = messages.encode(msgspec.structs.replace(self._greeting, keys=keys))
         for peer in self._events.peers():
-            if peer and not self._socket.send(peer, self._greeting):
+            if peer and not self._socket.send(peer, frame):
                 self._events.unreachable(peer)
 
     def _on_frame(self, peer: bytes, user: str, frame: bytes | memoryview) -> None:

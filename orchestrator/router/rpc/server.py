@@ -221,6 +221,8 @@ class RpcServer:
             body = self._metrics.render()
         elif message.what == "story":
             body = msgspec.json.encode(self._diagnostics.story(message.about))
+        elif message.what == "usage":
+            body = msgspec.json.encode(self._diagnostics.usage())
         elif message.what == "models":
             cards = [model.card for model in self._preprocessor.models(tenant)]
             body = msgspec.json.encode(

@@ -138,7 +138,7 @@ def test_a_table_knows_hashes_only() -> None:
     secret = key.rpartition("-")[2]
     assert len(secret) == 64 and secret not in repr(row)
     keys = ApiKeys([row])
-    assert keys.tenant(f"Bearer {key}") == Tenant("a")
+    assert keys.tenant(f"Bearer {key}") == Tenant("a", key=row.id)
     keys.replace([])
     assert keys.tenant(f"Bearer {key}") is None
 

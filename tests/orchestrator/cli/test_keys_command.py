@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.auth.api_keys import KeyLimits, KeyTerms
 from orchestrator.auth.keyring import ApiKeyRing, KeyRing, read_pass
 from orchestrator.cli.main import run
 from orchestrator.config.deployment_file import load
@@ -30,12 +31,32 @@ def test_an_api_key_is_shown_once(tmp_path: Path, capsys: Capture) -> None:
     row = ApiKeyRing(file).rows()[0]
     assert str(file) in said and row.models == ("a", "b", "c")
     code, shown, _ = keys(capsys, tmp_path, "api", "list")
-    assert code == 0 and shown.split()[4:7] == [row.id, "alice", "a,b,c"]
+    assert code == 0 and shown.split()[5:8] == [row.id, "alice", "a,b,c"]
     assert keys(capsys, tmp_path, "api", "revoke", row.id)[0] == 0
     assert keys(capsys, tmp_path, "api", "revoke", row.id)[0] == 2
     other = tmp_path / "other.json"
     assert keys(capsys, tmp_path, "api", "add", "bob", "--file", str(other))[0] == 0
     assert [row.tenant for row in ApiKeyRing(other).rows()] == ["bob"] and not ApiKeyRing(file).rows()
+
+
+def test_limits_of_a_key_are_given_changed_and_shown(tmp_path: Path, capsys: Capture) -> None:
+    options = ("--rpm", "60", "--tpm", "100000", "--concurrency", "4", "--weight", "2.5", "--priority", "-1")
+    assert keys(capsys, tmp_path, "api", "add", "alice", *options)[0] == 0
+    assert keys(capsys, tmp_path, "api", "add", "bob")[0] == 0
+    found = ApiKeyRing(tmp_path / "local" / "keys" / "api.json")
+    assert found.rows()[0].terms == KeyTerms(limits=KeyLimits(rpm=60, tpm=100000, concurrency=4), weight=2.5, most_urgent=-1)
+    _, shown, _ = keys(capsys, tmp_path, "api", "list")
+    assert shown.splitlines()[1].endswith("60 rpm, 100000 tpm, 4 at once, weight 2.5, priority -1") and shown.splitlines()[2].endswith("-")
+    code, _, said = keys(capsys, tmp_path, "api", "limit", "alice", "--rpm", "0", "--tpm", "5")
+    assert code == 0 and found.rows()[0].id in said
+    assert found.rows()[0].terms == KeyTerms(limits=KeyLimits(tpm=5, concurrency=4), weight=2.5, most_urgent=-1), "the rest stays"
+    assert found.rows()[1].terms == KeyTerms()
+    assert keys(capsys, tmp_path, "api", "limit", "carol", "--rpm", "1")[0] == 2
+    code, _, said = keys(capsys, tmp_path, "api", "limit", "bob", "--tpm", str(10**15))
+    assert code == 2 and "limits are at most" in said
+    for bad in (("--rpm", "-1"), ("--weight", "0"), ("--weight", "nan"), ("--priority", "10"), ("--tpm", "x")):
+        assert keys(capsys, tmp_path, "api", "limit", "bob", *bad)[0] == 2, bad
+    assert found.rows()[1].terms == KeyTerms()
 
 
 def test_clients_and_the_list_of_files(tmp_path: Path, capsys: Capture) -> None:

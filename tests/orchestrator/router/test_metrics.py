@@ -8,8 +8,12 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from orchestrator.auth.api_keys import KeyLimits
+from orchestrator.router.key_limits import KeyLimiter
+from orchestrator.router.metric_families import KEY_SERIES
 from orchestrator.router.metrics import Metrics
 from tests.support.scripted_router import ScriptedDispatcher
+from workers.protocol.errors import RateLimited
 from workers.protocol.messages import Usage
 
 #: Facts, not counts.
@@ -94,3 +98,18 @@ def test_no_request_makes_a_series() -> None:
 
 def test_names_keep_prometheus_rules() -> None:
     assert all(re.fullmatch(r"trireme_[a-z0-9_]+", name) for name, _ in samples(Metrics(["m"], ScriptedDispatcher().status)))
+
+
+def test_keys_have_series_of_their_own_as_far_as_there_is_room() -> None:
+    limiter = KeyLimiter()
+    for number in range(KEY_SERIES + 10):
+        limiter.check(f"k{number}", "alice", KeyLimits(rpm=1), 0.0)
+        limiter.settle(limiter.admit(f"k{number}", 100, 0.0), 7, 5, 0.0)
+    with pytest.raises(RateLimited):
+        limiter.check("k3", "alice", KeyLimits(rpm=1), 0.0)
+    metrics = Metrics(["m"], usage=lambda: limiter.usage(0.0))
+    assert one(metrics, "trireme_key_requests_total", key="k3", tenant="alice") == 1
+    assert one(metrics, "trireme_key_tokens_total", key="k3", tenant="alice", kind="prompt") == 7
+    assert one(metrics, "trireme_key_tokens_total", key="other", tenant="other", kind="output") == 50
+    assert one(metrics, "trireme_key_refused_total", key="k3", tenant="alice", limit="requests") == 1
+    assert len([name for name, _ in samples(metrics) if name == "trireme_key_requests_total"]) == KEY_SERIES + 1

@@ -15,7 +15,7 @@ import msgspec
 from orchestrator.router.frontend.text_models import TextModel
 from orchestrator.router.frontend.tool_parsers.events import CallDelta
 from orchestrator.router.http.event_stream import encode, event
-from workers.protocol.errors import Rejected, TriremeError, Unauthorized, printable
+from workers.protocol.errors import RateLimited, Rejected, TriremeError, Unauthorized, printable
 from workers.protocol.messages import FinishReason, Logprobs, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -99,6 +99,8 @@ def error_body(error: TriremeError) -> dict[str, Any]:
         kind = "authentication_error"
     elif isinstance(error, Rejected):
         kind = "invalid_request_error"
+    elif isinstance(error, RateLimited):
+        kind = "tokens" if error.kind == "tokens" else "requests"
     elif error.status == 429:
         kind = "rate_limit_error"
     else:
