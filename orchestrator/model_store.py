@@ -27,8 +27,10 @@ from workers.artifacts.atomic_folder import locked, replacing
 from workers.artifacts.checkpoint import CONFIG, rank_file
 from workers.artifacts.convert import Progress, convert, silent
 from workers.artifacts.gguf import GgufFile
+from workers.artifacts.gguf_tokenizer import read_vocabulary, tokenizer_files
 from workers.artifacts.hf import tokenizer_paths
 from workers.artifacts.safetensors_file import FileRecord, hash_file
+from workers.models.registry import trtllm_gap
 from workers.protocol.errors import ArtifactError, EnvironmentFault, NotFound
 from workers.protocol.specs import DType, Parallel
 
@@ -194,15 +196,15 @@ def resolve(
 
     A path that ranks can load directly (complete safetensors, a checkpoint of this layout) is returned unchanged, whatever its number
     format, because the loader converts. A GGUF, or a checkpoint of another layout, is converted into the cache, once for each (source's
-    hash, layout, dtype). ``dtype`` None keeps the source's. ``bare``: the weights are not read, so a folder need not have any. Several
-    processes may call it at the same time.
+    hash, layout, dtype); a GGUF of a model that no checkpoint describes is returned unchanged too. ``dtype`` None keeps the source's.
+    ``bare``: the weights are not read, so a folder need not have any. Several processes may call it at the same time.
 
     Raises what :func:`locate` and :func:`~workers.artifacts.convert.convert` raise.
     """
     path = locate(model, cache, progress, weights=not bare)
     artifact = open_artifact(path, weights_optional=bare)
     parallel.check(artifact.model)
-    if artifact.kind != "gguf" and artifact.runs_on(parallel):
+    if artifact.runs_on(parallel) and (artifact.kind != "gguf" or trtllm_gap(artifact.model)):
         if not bare:
             open_source(artifact)  # refuses here an artifact that every rank would refuse later
         return path
@@ -216,14 +218,29 @@ def resolve(
 
 
 def tokenizer_folder(path: Path, cache: Path, progress: Progress = silent) -> Path:
-    """The folder with the ``tokenizer.json`` of the folder ``path``: itself, or one in the cache that is built from another form of its
-    tokenizer. Raises :class:`ArtifactError` where it has none, and what :func:`orchestrator.tokenizer_build.build.build` raises."""
+    """The folder with the ``tokenizer.json`` of the model at ``path``: itself, or one in the cache that is made of a GGUF's vocabulary or
+    of another form of its tokenizer. Raises :class:`ArtifactError` where it has none, and what
+    :func:`orchestrator.tokenizer_build.build.build` raises."""
+    if path.is_file():
+        return _gguf_tokenizer(path, cache, progress)
     if (path / "tokenizer.json").is_file():
         return path
     if not sources(path):
         why, hint = "routers need tokenizer.json to read prompts", "copy the tokenizer's files beside the weights"
         raise ArtifactError(f"{path} has no tokenizer", why, hint)
     return build(path, cache, progress)
+
+
+def _gguf_tokenizer(path: Path, cache: Path, progress: Progress) -> Path:
+    files = tokenizer_files(path, read_vocabulary(path, GgufFile(path).metadata))
+    digest = hashlib.sha256(b"".join(name.encode() + b"\0" + data + b"\0" for name, data in sorted(files.items()))).hexdigest()
+    target = cache / "tokenizers" / f"{path.stem}-{digest[:16]}"
+    with locked(target.with_suffix(".lock"), on_wait=lambda: progress(WAIT, 0, 0)):
+        if not target.is_dir():
+            with replacing(target) as aside:
+                for name, data in files.items():
+                    (aside / name).write_bytes(data)
+    return target
 
 
 def built_tokenizer(path: Path, cache: Path, progress: Progress = silent) -> Path | None:

@@ -10,10 +10,11 @@ import zipfile
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from orchestrator import model_store
-from orchestrator.model_store import CATALOGUE, DEFAULT_MODEL, NamedModel, pull, resolve
+from orchestrator.model_store import CATALOGUE, DEFAULT_MODEL, NamedModel, pull, resolve, tokenizer_folder
 from tests.reference import default_model_weights
 from tests.support.nvidia_checkpoint import nvidia_checkpoint
 from tests.support.tiny_models import tiny_gguf, tiny_model
@@ -127,6 +128,18 @@ def test_whole_models_and_matching_checkpoints_need_no_copy(gguf: Path, tmp_path
     for path in (folder, own, single):
         assert resolve(path, parallel=TP2, dtype="bf16", cache=tmp_path / "cache") == path
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_gguf_that_no_checkpoint_describes_is_used_as_it_is(tmp_path: Path) -> None:
+    """The ranks read it, and its tokenizer is made a folder once."""
+    divisors = np.array([1.0, 1.5, 2.0, 8.0], np.float32)
+    file = tiny_gguf(tiny_model(tmp_path / "hf"), tmp_path / "tiny.gguf", rope_freqs=divisors)
+    cache = tmp_path / "cache"
+    for parallel in (Parallel(), TP2):
+        assert resolve(file, parallel=parallel, dtype=None, cache=cache) == file
+    folder = tokenizer_folder(file, cache)
+    assert (folder / "tokenizer.json").is_file() and folder == tokenizer_folder(file, cache)
+    assert not (cache / "converted").exists()
 
 
 def test_a_checkpoint_of_another_layout_is_converted(gguf: Path, tmp_path: Path) -> None:

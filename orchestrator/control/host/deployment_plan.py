@@ -119,13 +119,11 @@ def _resolve(config: ModelConfig, decisions: Sequence[GangDecision], cache: Path
 
 
 def resolve_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> ServedModel:
-    """The model's files for routers without gangs. Only a GGUF is converted, once. Raises as :func:`resolve_models`."""
+    """The model's files for routers without gangs, which need no weights. Raises as :func:`resolve_models`."""
     chat_template, source = _chat_template(config), _source(config.path or config.name)
     tokenizer = _own_tokenizer(config, cache, progress)
     if tokenizer is None:
         path = locate(source, cache, progress, weights=False)
-        if path.is_file():
-            path = resolve(path, parallel=Parallel(), dtype=None, cache=cache, progress=progress)
         tokenizer = _first_tokenizer([path], cache, progress)
     return ServedModel(config=config, source=source, tokenizer=str(tokenizer), chat_template=chat_template, gangs=())
 
