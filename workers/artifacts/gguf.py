@@ -24,8 +24,9 @@ from workers.artifacts.number_formats import Array
 from workers.artifacts.recognition import what_file
 from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS, regular
 from workers.artifacts.source import Block, rotary_halves
-from workers.layout.sharding import ModelTensor, Span, gguf_names, whole_tensors
-from workers.models.registry import gguf_families, rotated_rows
+from workers.layout.sharding import ModelTensor, Span
+from workers.models.families.family import Family
+from workers.models.registry import gguf_families, gguf_places, gguf_shapes, rotated_rows
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import (
     DivisorScaling,
@@ -34,7 +35,6 @@ from workers.protocol.specs import (
     ModelSpec,
     RopeScaling,
     YarnScaling,
-    uniform_decoder,
 )
 
 MAGIC = b"GGUF"
@@ -45,6 +45,8 @@ SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+#: Of norms; a model has one of them.
+EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 #: Tensors that are rotary parameters, not weights: the divisor of each frequency, and LongRoPE's for short and long contexts.
 ROPE_DIVISORS, LONG_ROPE = "rope_freqs.weight", ("rope_factors_short.weight", "rope_factors_long.weight")
 
@@ -247,41 +249,73 @@ def _short(value: float) -> float:
 def read_model(file: GgufFile) -> ModelSpec:
     """The model that the metadata describes, absent keys as llama.cpp takes them. Raises :class:`ArtifactError`, naming what is missing or
     not supported."""
-    path, family = file.path, file.metadata.get("general.architecture")
+    path = file.path
     _refuse(path, file)
-    keys = _Keys(path, str(family), file.metadata)
+    keys = _Keys(path, str(file.metadata["general.architecture"]), file.metadata)
     try:
-        hidden, heads = keys.number("embedding_length"), keys.number("attention.head_count")
-        head_dim = keys.number("attention.key_length", hidden // heads)
-        for key, what in (("rope.dimension_count", "partial rotary embedding"), ("attention.value_length", "values of another length")):
-            if (size := keys.number(key, head_dim)) != head_dim:
-                raise ArtifactError(
-                    f"{path}: {what} is not supported", f"{family}.{key} is {size}, heads have {head_dim}", SUPPORTED_MODELS
-                )
-        facts = {
-            "architecture": gguf_families()[str(family)].model_type,
-            "hidden_size": hidden,
-            "intermediate_size": keys.number("feed_forward_length"),
-            "num_layers": keys.number("block_count"),
-            "num_heads": heads,
-            "num_kv_heads": keys.number("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "vocab_size": file.tensors["token_embd.weight"].shape[0],
-            "max_position": keys.number("context_length"),
-            "rms_norm_eps": _short(keys.number("attention.layer_norm_rms_epsilon")),
-            "rope_theta": _short(keys.number("rope.freq_base", 10000.0)),
-            "rope_scaling": _scaling(keys, file),
-            "tied_embeddings": "output.weight" not in file.tensors,
-            "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
-            "qk_norm": "head" if "blk.0.attn_q_norm.weight" in file.tensors else None,
-        }
-        for key in ("num_layers", "intermediate_size", "head_dim"):
-            msgspec.convert(facts[key], int)
-        return msgspec.convert(msgspec.to_builtins(uniform_decoder(**facts)), ModelSpec)
+        family = gguf_families()[keys.family]
+        model = family.read(msgspec.convert(_config(keys, file, family), family.config))
+        return _as_stored(model, file, _scaling(keys, file))
     except KeyError as error:
         raise ArtifactError(f"{path} lacks {error.args[0]}", "the model cannot be told without it", COPY_AGAIN) from error
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ArtifactError(f"{path}: the metadata does not make sense", str(error), COPY_AGAIN) from error
+
+
+def _config(keys: _Keys, file: GgufFile, family: Family) -> dict[str, Any]:
+    """The metadata as keys of the family's own config."""
+    assert family.gguf is not None
+    hidden, heads = keys.number("embedding_length"), keys.number("attention.head_count")
+    head_dim = keys.number("attention.key_length", hidden // heads)
+    if (size := keys.number("attention.value_length", head_dim)) != head_dim:
+        what = f"{keys.path}: values of another length are not supported"
+        raise ArtifactError(what, f"{keys.family}.attention.value_length is {size}, heads have {head_dim}", SUPPORTED_MODELS)
+    found = {
+        "model_type": family.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": keys.number("feed_forward_length"),
+        "num_hidden_layers": keys.number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "max_position_embeddings": keys.number("context_length"),
+        "rope_theta": _short(keys.number("rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        # Of these a file without a window or a cap has no key, whatever the config's own default is.
+        "sliding_window": None,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+    if (rotated := keys.number("rope.dimension_count", head_dim)) != head_dim:
+        found["partial_rotary_factor"] = rotated / head_dim
+    for key, name in ({EPSILONS[0]: "rms_norm_eps"} | family.gguf.keys).items():
+        value = keys.data.get(f"{keys.family}.{key}")
+        if value is not None:
+            found[name] = _short(value) if isinstance(value, float) else value
+    if not any(f"{keys.family}.{key}" in keys.data for key in EPSILONS):
+        raise KeyError(f"{keys.family}.{EPSILONS[0]}")
+    # A window of 0 tokens is none.
+    found["sliding_window"] = found["sliding_window"] or None
+    return found if family.gguf.facts is None else found | family.gguf.facts(found)
+
+
+def _as_stored(model: ModelSpec, file: GgufFile, scaling: RopeScaling | None) -> ModelSpec:
+    """``model`` with the biases that the file holds, and its ``scaling``, which the rope of sliding layers has not where it is another
+    one."""
+    biases = {
+        name: any(f"blk.0.{each}.bias" in file.tensors for each in names)
+        for name, names in (("qkv_bias", ("attn_q", "attn_qkv")), ("out_bias", ("attn_output",)))
+    }
+    kinds = []
+    for kind in model.kinds:
+        attention = msgspec.structs.replace(kind.attention, **biases)
+        local = len(model.ropes) > 1 and attention.window is not None
+        if attention.rope is not None and not local:
+            attention = msgspec.structs.replace(attention, rope=msgspec.structs.replace(attention.rope, scaling=scaling))
+        mlp = msgspec.structs.replace(kind.mlp, bias="blk.0.ffn_up.bias" in file.tensors)
+        kinds.append(msgspec.structs.replace(kind, attention=attention, mlp=mlp))
+    return msgspec.structs.replace(model, kinds=tuple(kinds))
 
 
 def _refuse(path: Path, file: GgufFile) -> None:
@@ -334,7 +368,7 @@ def _scaling(keys: _Keys, file: GgufFile) -> RopeScaling | None:
     original = keys.number("rope.scaling.original_context_length", keys.number("context_length"))
     if ROPE_DIVISORS in file.tensors:
         return DivisorScaling(divisors=file.vector(ROPE_DIVISORS))
-    if kind == "longrope":
+    if kind == "longrope" or all(name in file.tensors for name in LONG_ROPE):
         short, long = (file.vector(name) for name in LONG_ROPE)
         return LongRopeScaling(short=short, long=long, attention_factor=attention, original_max_position=original)
     if kind not in ("none", "linear", "yarn"):
@@ -360,14 +394,14 @@ class GgufSource:
         self._file, self._head_dim = file, model.head_dim
         form = gguf_families()[file.metadata["general.architecture"]].gguf
         self._interleaved = rotated_rows(model) if form is not None and form.permuted else {}
-        self._names = gguf_names(model)
-        wanted = {self._names[name]: tensor for name, tensor in whole_tensors(model).items()}
-        for name, tensor in wanted.items():
+        self._places, self._plus_one = gguf_places(model), model.norm.plus_one
+        wanted = gguf_shapes(model)
+        for name, shape in wanted.items():
             if name not in file.tensors:
                 raise ArtifactError(f"{file.path} lacks the tensor {name}", "its metadata means a model that has it", COPY_AGAIN)
-            if file.tensors[name].shape != tensor.shape:
+            if file.tensors[name].shape != shape:
                 raise ArtifactError(
-                    f"{file.path}: {name} has shape {list(file.tensors[name].shape)}", f"expected {list(tensor.shape)}", COPY_AGAIN
+                    f"{file.path}: {name} has shape {list(file.tensors[name].shape)}", f"expected {list(shape)}", COPY_AGAIN
                 )
         if extra := [name for name in file.tensors if name not in wanted and name not in (ROPE_DIVISORS, *LONG_ROPE)]:
             raise ArtifactError(
@@ -375,15 +409,21 @@ class GgufSource:
             )
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
-        info = self._file.tensors[self._names[tensor.name]]
+        name, row = self._places[tensor.name]
+        info = self._file.tensors[name]
         raw, unit = self._file.block_bytes(info), info.format.values
-        if tensor.axis == 1 or len(info.shape) == 1:
-            # Read the whole blocks around the span: a slice may start inside a block.
-            first, last = span.start // unit, -(-span.stop // unit)
-            values = _dequantize(raw[:, first:last], info.format)[:, span.start - first * unit : span.stop - first * unit]
-            values = values if tensor.axis == 1 else values.reshape(-1)
+        if tensor.axis == 0 and len(info.shape) > 1:
+            values = _dequantize(raw[row + span.start : row + span.stop], info.format)
         else:
-            values = _dequantize(raw[span.start : span.stop], info.format)
+            # Read the whole blocks around the span: a slice may start inside a block.
+            vector = len(info.shape) == 1
+            start, stop = (row + span.start, row + span.stop) if vector else (span.start, span.stop)
+            rows = raw if vector else raw[row : row + tensor.shape[0]]
+            first, last = start // unit, -(-stop // unit)
+            values = _dequantize(rows[:, first:last], info.format)[:, start - first * unit : stop - first * unit]
+            values = values.reshape(-1) if vector else values
+        if self._plus_one and tensor.name.endswith("norm.weight"):
+            values = values - np.float32(1.0)  # llama.cpp adds the 1 that the norms of the family lack
         if rotated := self._interleaved.get(tensor.name):
             values = rotary_halves(values, self._head_dim, rotated)
         return Block(values, "fp32")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from workers.layout.declaration import PREFIXES
-from workers.layout.sharding import whole_tensors
+from workers.layout.sharding import ModelTensor, gguf_names, whole_tensors
 from workers.models.families import (
     arcee,
     cohere,
@@ -33,7 +33,7 @@ from workers.models.families import (
     stablelm,
     starcoder2,
 )
-from workers.models.families.family import Family
+from workers.models.families.family import Family, FileTensor
 from workers.protocol.specs import DivisorScaling, LongRopeScaling, ModelSpec, YarnScaling, model_spec, uniform_decoder
 
 #: By ``model_type``.
@@ -119,26 +119,39 @@ def trtllm_model(model: ModelSpec) -> ModelSpec:
 def file_places(model: ModelSpec) -> dict[str, tuple[str, int]]:
     """Where Hugging Face's files hold each whole tensor: (name there, first row), by the tensor's own name."""
     whole = whole_tensors(model)
-    held = {stem: file for file in FAMILIES[model.architecture].tensors for stem in file.holds}
+    return _places(FAMILIES[model.architecture].tensors, {name: name for name in whole}, whole)
+
+
+def gguf_places(model: ModelSpec) -> dict[str, tuple[str, int]]:
+    """Where a GGUF holds each whole tensor: (name there, first row), by the tensor's own name."""
+    form, whole, names = FAMILIES[model.architecture].gguf, whole_tensors(model), gguf_names(model)
+    return _places(() if form is None else form.tensors, {name: names[name] for name in whole}, whole)
+
+
+def _places(tensors: tuple[FileTensor, ...], names: dict[str, str], whole: dict[str, ModelTensor]) -> dict[str, tuple[str, int]]:
+    """``names``: of the whole tensors in the files, if it were not for ``tensors``."""
+    held = {stem: file for file in tensors for stem in file.holds}
+    rows = {names[name]: tensor.shape[0] for name, tensor in whole.items()}
     found: dict[str, tuple[str, int]] = {}
     for name in whole:
-        prefix, stem, kind = _parts(name)
+        prefix, stem, kind = _parts(names[name])
         if stem not in held:
-            found[name] = (name, 0)
+            found[name] = (names[name], 0)
             continue
         before = held[stem].holds[: held[stem].holds.index(stem)]
-        found[name] = (f"{prefix}{held[stem].stem}.{kind}", sum(whole[f"{prefix}{each}.{kind}"].shape[0] for each in before))
+        found[name] = (f"{prefix}{held[stem].stem}.{kind}", sum(rows[f"{prefix}{each}.{kind}"] for each in before))
     return found
 
 
 def rotated_rows(model: ModelSpec) -> dict[str, int]:
-    """How many components of each head are rotated, by the name of each whole tensor whose rows are heads of queries or keys."""
+    """How many components of each head are rotated, by the name of each whole tensor whose rows are heads of queries or keys. In layers
+    that do not rotate, files have the order of the others."""
     found: dict[str, int] = {}
     for name in whole_tensors(model):
         prefix, stem, _ = _parts(name)
         if stem in _ROTATED:
             rope = model.layer(int(prefix.removeprefix(PREFIXES.name)[:-1])).attention.rope
-            found[name] = 0 if rope is None else rope.dim
+            found[name] = (rope or model.ropes[0]).dim
     return found
 
 
@@ -147,17 +160,27 @@ _ROTATED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "self_at
 
 def file_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in Hugging Face's files, by its name there."""
-    whole, found = whole_tensors(model), dict[str, tuple[int, ...]]()
-    for name, (stored, first) in file_places(model).items():
+    return _shapes(file_places(model), whole_tensors(model))
+
+
+def gguf_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a GGUF, by its name there."""
+    return _shapes(gguf_places(model), whole_tensors(model))
+
+
+def _shapes(places: dict[str, tuple[str, int]], whole: dict[str, ModelTensor]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for name, (stored, first) in places.items():
         rows, *rest = whole[name].shape
-        found[stored] = (first + rows, *rest)
+        found[stored] = (max(first + rows, found.get(stored, (0,))[0]), *rest)
     return found
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """(prefix, stem, kind) of a whole tensor's name: ``model.layers.3.``, ``self_attn.q_proj``, ``weight``."""
+    """(prefix, stem, kind) of a tensor's name in Hugging Face's files or a GGUF: ``model.layers.3.``, ``self_attn.q_proj``, ``weight``."""
     stem, kind = name.rsplit(".", 1)
-    if not stem.startswith(PREFIXES.name):
+    layers = next((each for each in (PREFIXES.name, PREFIXES.gguf) if stem.startswith(each)), None)
+    if layers is None:
         return "", stem, kind
-    number, inner = stem.removeprefix(PREFIXES.name).split(".", 1)
-    return f"{PREFIXES.name}{number}.", inner, kind
+    number, inner = stem.removeprefix(layers).split(".", 1)
+    return f"{layers}{number}.", inner, kind

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import Family
+from workers.models.families.family import Family, GgufForm
 from workers.models.families.llama import LlamaConfig
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
@@ -18,4 +18,4 @@ def read(config: ArceeConfig) -> ModelSpec:
     return config.uniform(attention, config.mlp(bias=config.mlp_bias, gated=False))
 
 
-FAMILY = Family(model_type="arcee", config=ArceeConfig, read=read)
+FAMILY = Family(model_type="arcee", config=ArceeConfig, read=read, gguf=GgufForm(architecture="arcee", permuted=True))

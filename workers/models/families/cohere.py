@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family, refuse
+from workers.models.families.family import DecoderConfig, Family, GgufForm, refuse
 from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec, NormSpec
+
+#: Of the config, by the keys of a GGUF.
+GGUF_KEYS = {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"}
 
 
 class CohereConfig(DecoderConfig, kw_only=True):
@@ -27,4 +30,10 @@ def read(config: CohereConfig) -> ModelSpec:
     return config.parallel([attention] * config.num_hidden_layers)
 
 
-FAMILY = Family(model_type="cohere", config=CohereConfig, read=read, interleaved=True)
+FAMILY = Family(
+    model_type="cohere",
+    config=CohereConfig,
+    read=read,
+    interleaved=True,
+    gguf=GgufForm(architecture="command-r", permuted=True, keys=GGUF_KEYS),
+)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from workers.models.families.cohere import CohereConfig
-from workers.models.families.family import Family, refuse
+from workers.models.families.cohere import GGUF_KEYS, CohereConfig
+from workers.models.families.family import Family, GgufForm, refuse
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
 
@@ -21,4 +21,10 @@ def read(config: Cohere2Config) -> ModelSpec:
     )
 
 
-FAMILY = Family(model_type="cohere2", config=Cohere2Config, read=read, interleaved=True)
+FAMILY = Family(
+    model_type="cohere2",
+    config=Cohere2Config,
+    read=read,
+    interleaved=True,
+    gguf=GgufForm(architecture="cohere2", permuted=True, keys={**GGUF_KEYS, "attention.sliding_window": "sliding_window"}),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family
+from workers.models.families.family import DecoderConfig, Family, GgufForm
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
 
@@ -19,4 +19,6 @@ def read(config: Ernie45Config) -> ModelSpec:
     return config.uniform(AttentionSpec(rope=config.rope(theta=500000.0), qkv_bias=bias, out_bias=bias), config.mlp(bias=bias))
 
 
-FAMILY = Family(model_type="ernie4_5", config=Ernie45Config, read=read, interleaved=True)
+FAMILY = Family(
+    model_type="ernie4_5", config=Ernie45Config, read=read, interleaved=True, gguf=GgufForm(architecture="ernie4_5", permuted=True)
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family
+from workers.models.families.family import DecoderConfig, Family, GgufForm
 from workers.models.families.olmo2 import POST_NORMS
 from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec
 
@@ -29,4 +29,10 @@ def read(config: Exaone4Config) -> ModelSpec:
     return config.model(layers)
 
 
-FAMILY = Family(model_type="exaone4", config=Exaone4Config, read=read, tensors=POST_NORMS)
+FAMILY = Family(
+    model_type="exaone4",
+    config=Exaone4Config,
+    read=read,
+    tensors=POST_NORMS,
+    gguf=GgufForm(architecture="exaone4", keys={"attention.sliding_window": "sliding_window"}),
+)

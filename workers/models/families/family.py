@@ -38,10 +38,15 @@ class FileTensor(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GgufForm(msgspec.Struct, frozen=True, kw_only=True):
-    """How llama.cpp writes the family. ``permuted``: rows of queries and keys lie in interleaved rotary order."""
+    """How llama.cpp writes the family. ``permuted``: rows of queries and keys lie in interleaved rotary order. ``keys``: of the config, by
+    those of the metadata that mean the same. ``tensors``: those with other names than declared, without their layer's prefix. ``facts``:
+    keys of the config that llama.cpp knows by the model's size, from the config so far."""
 
     architecture: str
     permuted: bool = False
+    keys: dict[str, str] = {}
+    tensors: tuple[FileTensor, ...] = ()
+    facts: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):

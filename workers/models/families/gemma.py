@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family, refuse
+from workers.models.families.family import DecoderConfig, Family, GgufForm, refuse
 from workers.protocol.specs import AttentionSpec, ModelSpec, NormSpec
 
 NORM = NormSpec(plus_one=True)
@@ -29,4 +29,4 @@ def read(config: GemmaConfig) -> ModelSpec:
     return config.uniform(attention, norm=NORM, embedding_multiplier=config.hidden_size**0.5)
 
 
-FAMILY = Family(model_type="gemma", config=GemmaConfig, read=read)
+FAMILY = Family(model_type="gemma", config=GemmaConfig, read=read, gguf=GgufForm(architecture="gemma"))

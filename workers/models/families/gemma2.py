@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import Family, FileTensor
+from functools import partial
+from typing import Any
+
+from workers.models.families.family import Family, FileTensor, GgufForm
 from workers.models.families.gemma import NORM, GemmaConfig
 from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec
 
@@ -12,6 +15,20 @@ NORMS = (
     FileTensor(stem="pre_feedforward_layernorm", holds=("post_attention_layernorm",)),
     FileTensor(stem="post_feedforward_layernorm", holds=("post_mlp_layernorm",)),
 )
+
+#: Of the config, by the keys of a GGUF.
+GGUF_KEYS = {
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+def score_scale(config: dict[str, Any], *, largest: int) -> dict[str, Any]:
+    """What a GGUF does not say: scores are scaled by the size of a head, and in the largest model, of so many layers, by that of an equal
+    share of the hidden state."""
+    share = config["hidden_size"] // config["num_attention_heads"]
+    return {"query_pre_attn_scalar": share if config["num_hidden_layers"] == largest else config["head_dim"]}
 
 
 class Gemma2Config(GemmaConfig, kw_only=True):
@@ -34,4 +51,10 @@ def read(config: Gemma2Config) -> ModelSpec:
     return config.model(layers, norm=NORM, embedding_multiplier=config.hidden_size**0.5, logits_softcap=config.final_logit_softcapping)
 
 
-FAMILY = Family(model_type="gemma2", config=Gemma2Config, read=read, tensors=NORMS)
+FAMILY = Family(
+    model_type="gemma2",
+    config=Gemma2Config,
+    read=read,
+    tensors=NORMS,
+    gguf=GgufForm(architecture="gemma2", keys=GGUF_KEYS, facts=partial(score_scale, largest=46)),
+)

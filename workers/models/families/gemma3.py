@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from workers.models.families.family import FULL, SLIDING, Family, read_rope
+from workers.models.families.family import FULL, SLIDING, Family, GgufForm, read_rope
 from workers.models.families.gemma import NORM
-from workers.models.families.gemma2 import NORMS, Gemma2Config
+from workers.models.families.gemma2 import GGUF_KEYS, NORMS, Gemma2Config, score_scale
 from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec, RopeSpec
 
 
@@ -42,4 +43,10 @@ def read(config: Gemma3Config) -> ModelSpec:
     return config.model(layers, norm=NORM, embedding_multiplier=config.hidden_size**0.5, logits_softcap=config.final_logit_softcapping)
 
 
-FAMILY = Family(model_type="gemma3_text", config=Gemma3Config, read=read, tensors=NORMS)
+FAMILY = Family(
+    model_type="gemma3_text",
+    config=Gemma3Config,
+    read=read,
+    tensors=NORMS,
+    gguf=GgufForm(architecture="gemma3", keys=GGUF_KEYS, facts=partial(score_scale, largest=62)),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import Family
+from workers.models.families.family import Family, FileTensor, GgufForm
 from workers.models.families.glm import GATE_UP, GlmConfig
 from workers.protocol.specs import LayerSpec, ModelSpec
 
@@ -12,4 +12,11 @@ def read(config: GlmConfig) -> ModelSpec:
     return config.model([layer] * config.num_hidden_layers)
 
 
-FAMILY = Family(model_type="glm4", config=GlmConfig, read=read, tensors=(GATE_UP,), interleaved=True)
+FAMILY = Family(
+    model_type="glm4",
+    config=GlmConfig,
+    read=read,
+    tensors=(GATE_UP,),
+    interleaved=True,
+    gguf=GgufForm(architecture="glm4", permuted=True, tensors=(FileTensor(stem="ffn_up", holds=("ffn_gate", "ffn_up")),)),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import Family
+from workers.models.families.family import Family, GgufForm
 from workers.models.families.llama import LlamaConfig
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
@@ -26,4 +26,18 @@ def read(config: GraniteConfig) -> ModelSpec:
     )
 
 
-FAMILY = Family(model_type="granite", config=GraniteConfig, read=read)
+FAMILY = Family(
+    model_type="granite",
+    config=GraniteConfig,
+    read=read,
+    gguf=GgufForm(
+        architecture="granite",
+        permuted=True,
+        keys={
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention.scale": "attention_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+    ),
+)

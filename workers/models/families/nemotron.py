@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import Family
+from workers.models.families.family import Family, GgufForm
 from workers.models.families.llama import LlamaConfig
 from workers.protocol.specs import AttentionSpec, ModelSpec, NormSpec
 
@@ -22,4 +22,9 @@ def read(config: NemotronConfig) -> ModelSpec:
     )
 
 
-FAMILY = Family(model_type="nemotron", config=NemotronConfig, read=read)
+FAMILY = Family(
+    model_type="nemotron",
+    config=NemotronConfig,
+    read=read,
+    gguf=GgufForm(architecture="nemotron", keys={"attention.layer_norm_epsilon": "norm_eps"}),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family, refuse
+from workers.models.families.family import DecoderConfig, Family, GgufForm, refuse
 from workers.protocol.specs import AttentionSpec, ModelSpec, NormSpec
 
 
@@ -18,4 +18,9 @@ def read(config: OlmoConfig) -> ModelSpec:
     return config.uniform(attention, norm=NormSpec(centred=True, weight=False), rms_norm_eps=1e-5)
 
 
-FAMILY = Family(model_type="olmo", config=OlmoConfig, read=read)
+FAMILY = Family(
+    model_type="olmo",
+    config=OlmoConfig,
+    read=read,
+    gguf=GgufForm(architecture="olmo", permuted=True, keys={"attention.clamp_kqv": "clip_qkv"}),
+)

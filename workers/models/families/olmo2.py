@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family, FileTensor
+from workers.models.families.family import DecoderConfig, Family, FileTensor, GgufForm
 from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec
 
 #: Norms after attention and MLP, as OLMo and EXAONE name them.
@@ -24,4 +24,4 @@ def read(config: Olmo2Config) -> ModelSpec:
     return config.model([layer] * config.num_hidden_layers)
 
 
-FAMILY = Family(model_type="olmo2", config=Olmo2Config, read=read, tensors=POST_NORMS)
+FAMILY = Family(model_type="olmo2", config=Olmo2Config, read=read, tensors=POST_NORMS, gguf=GgufForm(architecture="olmo2"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family, FileTensor
+from workers.models.families.family import DecoderConfig, Family, FileTensor, GgufForm
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
 
@@ -29,5 +29,13 @@ FAMILY = Family(
     tensors=(
         FileTensor(stem="self_attn.qkv_proj", holds=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         FileTensor(stem="mlp.gate_up_proj", holds=("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    gguf=GgufForm(
+        architecture="phi3",
+        keys={"attention.sliding_window": "sliding_window"},
+        tensors=(
+            FileTensor(stem="attn_qkv", holds=("attn_q", "attn_k", "attn_v")),
+            FileTensor(stem="ffn_up", holds=("ffn_gate", "ffn_up")),
+        ),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family
+from workers.models.families.family import DecoderConfig, Family, FileTensor, GgufForm
 from workers.protocol.specs import AttentionSpec, ModelSpec
 
 
@@ -19,4 +19,9 @@ def read(config: SeedOssConfig) -> ModelSpec:
     return config.uniform(attention, config.mlp(bias=config.mlp_bias))
 
 
-FAMILY = Family(model_type="seed_oss", config=SeedOssConfig, read=read)
+FAMILY = Family(
+    model_type="seed_oss",
+    config=SeedOssConfig,
+    read=read,
+    gguf=GgufForm(architecture="seed_oss", tensors=(FileTensor(stem="post_attention_norm", holds=("ffn_norm",)),)),
+)

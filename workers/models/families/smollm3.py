@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import Family
+from workers.models.families.family import Family, GgufForm
 from workers.models.families.llama import LlamaConfig
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec
@@ -33,4 +33,4 @@ def read(config: SmolLm3Config) -> ModelSpec:
     return config.model(layers)
 
 
-FAMILY = Family(model_type="smollm3", config=SmolLm3Config, read=read)
+FAMILY = Family(model_type="smollm3", config=SmolLm3Config, read=read, gguf=GgufForm(architecture="smollm3", permuted=True))

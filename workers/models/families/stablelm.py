@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family, refuse
+from workers.models.families.family import DecoderConfig, Family, GgufForm, refuse
 from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec, NormSpec
 
 
@@ -21,4 +21,11 @@ def read(config: StableLmConfig) -> ModelSpec:
     return config.model([layer] * config.num_hidden_layers, norm=norm, rms_norm_eps=config.layer_norm_eps)
 
 
-FAMILY = Family(model_type="stablelm", config=StableLmConfig, read=read)
+FAMILY = Family(
+    model_type="stablelm",
+    config=StableLmConfig,
+    read=read,
+    gguf=GgufForm(
+        architecture="stablelm", keys={"attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"}
+    ),
+)

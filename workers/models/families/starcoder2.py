@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.models.families.family import DecoderConfig, Family, FileTensor
+from workers.models.families.family import DecoderConfig, Family, FileTensor, GgufForm
 from workers.protocol.specs import AttentionSpec, ModelSpec, NormSpec
 
 
@@ -29,4 +29,5 @@ FAMILY = Family(
     config=StarCoder2Config,
     read=read,
     tensors=(FileTensor(stem="mlp.c_fc", holds=("mlp.up_proj",)), FileTensor(stem="mlp.c_proj", holds=("mlp.down_proj",))),
+    gguf=GgufForm(architecture="starcoder2", keys={"attention.layer_norm_epsilon": "norm_epsilon"}),
 )
