@@ -21,6 +21,13 @@ DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 MODEL = {"name": "llama-3.1-70b", "device": "cuda", "dtype": "bf16", "max_batch_size": 256, "max_num_tokens": 8192, "max_seq_len": 8192}
 
 
+@pytest.fixture(autouse=True)
+def host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores and 16 GB free, whatever this machine has to spare at the moment."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=16 * 10**9))
+
+
 def write(folder: Path, *models: dict[str, object]) -> str:
     file = folder / "file.yaml"
     file.write_text(yaml.safe_dump({"name": "planned", "models": list(models)}))
@@ -78,10 +85,8 @@ def test_a_folder_with_a_config_alone_will_do(tmp_path: Path, capsys: pytest.Cap
     assert "tp=2 pp=1" in told and "1,008" in told and "f:" not in told
 
 
-def test_the_examples_for_one_machine_fit_on_a_small_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_for_one_machine_fit_on_a_small_one(capsys: pytest.CaptureFixture[str]) -> None:
     """Two cores and 16 GB free are enough for four ranks: the deployment's own Ray grants every rank a share."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=16 * 10**9))
     for name in ("local", "ha"):
         assert run(["plan", str(DEPLOY / "examples" / f"{name}.yaml")]) == 0
         assert "the file's" in capsys.readouterr().out
