@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import random
+import shutil
 import socket
 import struct
 import subprocess
@@ -199,3 +200,34 @@ def test_no_input_makes_a_trace(door: ServedDoor, caplog: pytest.LogCaptureFixtu
                 assert b"Traceback" not in said
         assert httpx.get(f"{door.url}/health").status_code == 200
     assert caplog.text == ""
+
+
+NODE = """
+const [url, body] = process.argv.slice(1);
+const ask = (path, init) => fetch(url + path, init);
+const post = {method: "POST", headers: {"content-type": "application/json"}};
+const read = async answer => [answer.status, await answer.text()];
+(async () => {
+  const found = [];
+  for (let i = 0; i < 3; i++) {
+    found.push((await read(await ask("/nothing", {...post, body}))) [0]);
+    found.push((await read(await ask("/v1/chat/completions", {...post, body: "{"}))) [0]);
+    found.push((await read(await ask("/health", {...post, body}))) [0]);
+    found.push((await read(await ask("/v1/chat/completions", {...post, body: "x".repeat(4 << 20)}))) [0]);
+    found.push((await read(await ask("/v1/chat/completions", {...post, body}))) [0]);
+    const streamed = await ask("/v1/chat/completions", {...post, body: JSON.stringify({...JSON.parse(body), stream: true})});
+    let text = "";
+    for await (const piece of streamed.body) text += Buffer.from(piece).toString();
+    found.push(text.trimEnd().endsWith("data: [DONE]"));
+  }
+  console.log(JSON.stringify(found));
+})().catch(error => { console.error(error); process.exit(1); });
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_nodes_fetch(door: ServedDoor) -> None:
+    """Refusals of every kind, among them one before the end of a large body, and good requests between them, on kept connections."""
+    ran = subprocess.run(["node", "-e", NODE, door.url, BODY.decode()], capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == [404, 400, 405, 413, 200, True] * 3
