@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 import psutil
 
+from orchestrator.control.host.host_checks import SHARED_MEMORY, shared_memory_needed
 from orchestrator.control.launch import mpiexec
 from orchestrator.control.launch.mpiexec import version
 from workers.protocol.errors import EnvironmentFault
@@ -155,6 +156,15 @@ def memory() -> Finding:
     return Finding("memory", "ok" if facts.available >= NEEDED_MEMORY else "warn", found, "the default model on two replicas takes 2 GiB")
 
 
+def shared_memory() -> Finding:
+    if not SHARED_MEMORY.is_dir():
+        return Finding("shared memory", "ok", f"there is no {SHARED_MEMORY}")
+    free = psutil.disk_usage(str(SHARED_MEMORY)).free
+    enough = free >= shared_memory_needed([2, 2])
+    hint = "the default model on two replicas needs 48 MiB; docker run --shm-size=1g, or mount a larger tmpfs there"
+    return Finding("shared memory", "ok" if enough else "warn", f"{free >> 20} MiB free at {SHARED_MEMORY}", hint)
+
+
 def disk(folder: Path) -> Finding:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -197,7 +207,7 @@ def examine(http_port: int, cache: Path) -> list[Finding]:
     """Every finding about this machine, in the order of the report. The checks run at the same time, because most of their time is the
     start of torch, Ray and MPI in separate processes."""
     checks: list[Callable[[], Finding]] = [
-        python, torch, mpi_wheels, mpi_run, ray, lambda: port(http_port), memory, lambda: disk(cache), hostname, isolation,
+        python, torch, mpi_wheels, mpi_run, ray, lambda: port(http_port), memory, shared_memory, lambda: disk(cache), hostname, isolation,
     ]  # fmt: skip
     with ThreadPoolExecutor(len(checks)) as pool:
         found = list(pool.map(lambda check: check(), checks))

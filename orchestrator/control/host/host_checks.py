@@ -19,6 +19,9 @@ from workers.protocol.errors import EnvironmentFault
 from workers.protocol.specs import EngineKind, Parallel
 
 _LONGEST_SOCKET_PATH = 100
+#: Where MPI keeps what the ranks of a host share; what a gang takes there at least, and what each of its ranks takes, bytes.
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED, SHARED_A_RANK = 24 << 20, 8 << 20
 
 
 def check_installed(config: Config) -> None:
@@ -36,6 +39,25 @@ def check_mpi(launcher: str, replicas: Iterable[tuple[EngineKind, Parallel | Non
     needed = [kind == "trtllm" or (kind == "portable" and layout is not None and layout.world > 1) for kind, layout in replicas]
     if mpi is None and (any(needed) or launcher == "ray"):
         raise none_found()
+
+
+def shared_memory_needed(worlds: Iterable[int]) -> int:
+    """Bytes of shared memory that gangs of so many ranks each take on one host, by what MPICH was measured to take, and some more."""
+    return sum(max(LEAST_SHARED, ranks * SHARED_A_RANK) for ranks in worlds if ranks > 1)
+
+
+def check_shared_memory(launcher: str, replicas: Iterable[Parallel], mpi: MpiInstall | None) -> None:
+    """Raises :class:`EnvironmentFault` where the gangs of this host do not fit into its shared memory: MPI would end them by SIGBUS or
+    SIGSEGV, whenever they start."""
+    needed = shared_memory_needed(layout.world for layout in replicas) if launcher == "local" and mpi is not None else 0
+    if not needed or not SHARED_MEMORY.is_dir():
+        return
+    free = psutil.disk_usage(str(SHARED_MEMORY)).free
+    if free < needed:
+        what = f"{SHARED_MEMORY} has {free >> 20} MiB free, and the replicas of this host need {needed >> 20} MiB"
+        raise EnvironmentFault(
+            what, "the ranks of a replica exchange their messages there", "docker run --shm-size=1g, or mount a larger tmpfs there"
+        )
 
 
 def check_socket_path(home: Path) -> None:

@@ -17,7 +17,7 @@ from orchestrator.control.controller import LONGEST_ROUND_S, NO_EPOCHS, TICK_S, 
 from orchestrator.control.host import deployment_plan, join_file
 from orchestrator.control.host.control_socket import DeploymentStatus
 from orchestrator.control.host.deployment_plan import ServedModel
-from orchestrator.control.host.host_checks import check_installed, check_mpi
+from orchestrator.control.host.host_checks import check_installed, check_mpi, check_shared_memory
 from orchestrator.control.host.notices import Notice, Notify
 from orchestrator.control.host.router_source import RouterSource
 from orchestrator.control.host.status_table import HostFacts, describe, describe_routers_only
@@ -121,6 +121,7 @@ class OwnReplicas:
         self._hardware = self._look(requests)
         decisions = deployment_plan.decide_settings(models, self._hardware, config.cache, progress)
         check_mpi(config.launcher, [(each.request.engine, each.parallel) for each in decisions], self._mpi)
+        check_shared_memory(config.launcher, [each.parallel for each in decisions], self._mpi)
         for text, names in _summaries(decisions).items():
             self._notify(Notice(kind="settings", subject=", ".join(names), text=text))
         return deployment_plan.resolve_models(models, decisions, config.cache, progress)

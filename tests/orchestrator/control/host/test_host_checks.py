@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.config.deployment_file import load
@@ -13,6 +14,7 @@ from orchestrator.control.host.notices import Notice
 from orchestrator.control.host.replica_source import OwnReplicas
 from orchestrator.control.launch.mpiexec import MpiInstall
 from workers.protocol.errors import EnvironmentFault
+from workers.protocol.specs import Parallel
 
 MPI = MpiInstall(mpiexec="mpiexec", family="mpich")
 
@@ -51,3 +53,22 @@ def test_what_is_missing_is_named(
     with pytest.raises(EnvironmentFault) as found:
         replicas.check()
     assert f"pip install 'trireme-llm[{extra}]'" in found.value.hint
+
+
+@pytest.mark.parametrize(
+    ("worlds", "free_mib", "needed_mib"), [((2,), 16, 24), ((2,), 24, 0), ((4, 4), 63, 64), ((8,), 64, 0), ((1,), 0, 0)]
+)
+def test_shared_memory_is_checked_before_a_gang_starts(
+    worlds: tuple[int, ...], free_mib: int, needed_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes at which mpiexec of MPICH was seen to die of SIGSEGV are refused: 2 ranks in 16 MiB, 4 in 24."""
+    usage = psutil.disk_usage("/")._replace(free=free_mib << 20)
+    monkeypatch.setattr(psutil, "disk_usage", lambda path: usage)
+    layouts = [Parallel(tp=ranks) for ranks in worlds]
+    if needed_mib:
+        with pytest.raises(EnvironmentFault, match=f"{free_mib} MiB free, and the replicas of this host need {needed_mib} MiB"):
+            host_checks.check_shared_memory("local", layouts, MPI)
+    else:
+        host_checks.check_shared_memory("local", layouts, MPI)
+    host_checks.check_shared_memory("ray", layouts, MPI)
+    host_checks.check_shared_memory("local", layouts, None)
