@@ -154,7 +154,7 @@ class RouterDispatcher:
 
     def hear(self, peer: bytes, user: str, message: FromReplica, frame: bytes) -> None:
         self._take_in(ReplicaMessage(peer=peer, user=user, message=message, frame=frame))
-        if isinstance(message, Heartbeat) and self._limiter is not None:
+        if isinstance(message, Heartbeat) and message.keys is not None and self._limiter is not None:
             replica = self._core.registry.at(peer)
             if replica is not None and replica.boot == message.boot and replica.user == user and not replica.quarantined:
                 self._limiter.hear(message.boot, message.keys, time.monotonic())

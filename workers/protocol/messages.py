@@ -242,12 +242,13 @@ KeyUses: TypeAlias = Annotated[list[KeyUse], Meta(max_length=MAX_KEYS)]
 
 class RouterHeartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="router_heartbeat"):
     """Sent by a router every ``heartbeat_s``, and at once after a leader's Hello: its name, and every router to which a leader should be
-    connected. ``keys``: the API keys with a limit that are in use there, the most active first."""
+    connected. ``keys``: the API keys with a limit that are in use there, the most active first; None = this
+    message says nothing of keys."""
 
     boot: str
     router: str
     routers: tuple[RouterAddress, ...] = ()
-    keys: KeyUses = []
+    keys: KeyUses | None = None
 
 
 # replica → router
@@ -281,7 +282,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """State of a leader, sent every ``heartbeat_s`` by its I/O thread even while the engine thread is in a step.
 
     ``step``: number of the last step that began. ``busy_ms``: age of the running step, 0 when idle; ``predicted_ms``: predicted time of
-    that step. ``keys``: what all routers but the receiver take for API keys, those that changed last first.
+    that step. ``keys``: what all routers but the receiver take for API keys, those that changed last first; None = this
+    message says nothing of keys.
     """
 
     boot: str
@@ -290,7 +292,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     predicted_ms: Milliseconds
     stats: EngineStats
     draining: bool = False
-    keys: KeyUses = []
+    keys: KeyUses | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):

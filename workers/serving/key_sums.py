@@ -41,6 +41,7 @@ class KeySums:
         """A router's heartbeat. What it says first is where the count of it begins. Nothing runs for a key that it does not name."""
         router = self._routers.get(boot)
         if router is None:
+            # An answer to Hello says nothing of keys, so the first list is whole.
             router = self._routers[boot] = _RouterUses()
             router.said = {use.key: use for use in uses}
             self._retire()

@@ -190,8 +190,10 @@ class RouterIo:
             message = self._leader.heartbeat()
             for port in self._ports.values():
                 if port.link.up:
-                    keys = self._key_sums.others(port.link.boot)
-                    self._send(port, msgspec.structs.replace(message, keys=keys) if keys else message)
+                    # Until the router has said who it is, its own use cannot be left out.
+                    known = port.link.state == "live"
+                    keys = self._key_sums.others(port.link.boot) if known else None
+                    self._send(port, msgspec.structs.replace(message, keys=keys) if known else message)
             self._follow_routers()
         for port in self._ports.values():
             self._carry_out(port, port.link.tick(now))
@@ -300,7 +302,8 @@ class RouterIo:
         self._by_boot[port.link.boot] = port
         if isinstance(message, RouterHeartbeat):
             port.named = tuple(address for address in message.routers if self._usable(port, address))
-            self._key_sums.report(port.link.boot, message.keys)
+            if message.keys is not None:
+                self._key_sums.report(port.link.boot, message.keys)
         elif isinstance(message, Bye) and message.reason != "stale":
             self._carry_out(port, port.link.broken(now))
         else:

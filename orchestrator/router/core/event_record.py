@@ -261,6 +261,6 @@ def _record_sent(message: ToReplica) -> PlacedRecord | Attach | Cancel | Credit 
     if isinstance(message, Attach):
         return msgspec.structs.replace(message, client="")
     if isinstance(message, RouterHeartbeat):
-        return msgspec.structs.replace(message, routers=(), keys=[])
+        return msgspec.structs.replace(message, routers=(), keys=None)
     assert isinstance(message, Cancel | Credit | Bye), "a router drains no replica"
     return message

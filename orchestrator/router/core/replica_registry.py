@@ -324,9 +324,9 @@ class Replica:
 
 def without_lists(heartbeat: Heartbeat) -> Heartbeat:
     """The heartbeat without the hashes of its prefix cache, and without the use of API keys."""
-    if not heartbeat.stats.prefixes and not heartbeat.keys:
+    if not heartbeat.stats.prefixes and heartbeat.keys is None:
         return heartbeat
-    return msgspec.structs.replace(heartbeat, stats=msgspec.structs.replace(heartbeat.stats, prefixes=[]), keys=[])
+    return msgspec.structs.replace(heartbeat, stats=msgspec.structs.replace(heartbeat.stats, prefixes=[]), keys=None)
 
 
 class ReplicaLoss(msgspec.Struct, frozen=True):

@@ -16,7 +16,19 @@ from workers.engines.fake import FakeEngine, expected_tokens
 from workers.protocol import messages as wire
 from workers.protocol.engine import Emission
 from workers.protocol.errors import ConfigError, EngineFault, ReplicaLost, TriremeError
-from workers.protocol.messages import Attach, Bye, Cancel, Credit, Done, Failed, GenerateTask, RouterHeartbeat, SamplingParams, Submit
+from workers.protocol.messages import (
+    Attach,
+    Bye,
+    Cancel,
+    Credit,
+    Done,
+    Failed,
+    GenerateTask,
+    KeyUse,
+    RouterHeartbeat,
+    SamplingParams,
+    Submit,
+)
 from workers.protocol.specs import FakeOptions, FakeSpec, ReplicaSpec, RouterAddress
 from workers.serving.leader import Leader
 from workers.serving.router_io import KeyPair
@@ -155,6 +167,28 @@ def test_a_stale_epoch_ends_the_leader_and_another_bye_only_its_link(end: Router
         end.send(Bye(boot=end.boot, reason="stale"))
         running.thread.join(5)
         assert isinstance(running.error, ReplicaLost)
+
+
+def test_a_router_hears_what_others_take_for_a_key_and_only_that() -> None:
+    def pulse(end: RouterEnd, requests: int) -> None:
+        end.send(RouterHeartbeat(boot=end.boot, router="r", keys=[KeyUse("k", requests, 10 * requests, 0, 1)]))
+
+    def says(end: RouterEnd, *uses: KeyUse) -> None:
+        """Serve both routers until the leader's heartbeat to ``end`` has these."""
+        one.until(lambda: other.turn() or (end.beats and end.beats[-1].keys == list(uses)))  # type: ignore[func-returns-value]
+
+    with short_folder() as folder, RouterEnd(f"ipc://{folder}/a") as one, RouterEnd(f"ipc://{folder}/b") as other:
+        other.boot = "router-2"
+        with Running(at(one), at(other)):
+            for end in (one, other):
+                says(end)
+                pulse(end, 1000)
+            runs = KeyUse("k", 0, 0, 0, 1)
+            says(one, runs)
+            says(other, runs)
+            pulse(one, 1003)
+            says(other, KeyUse("k", 3, 30, 0, 1))
+            assert all(beat.keys in (None, [], [runs]) for beat in one.beats), "its own use is never among it"
 
 
 def test_a_changed_nonce_on_a_living_connection_means_hello_again_and_orphans(end: RouterEnd) -> None:
