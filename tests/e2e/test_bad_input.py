@@ -111,7 +111,7 @@ LINES: list[tuple[str, int, tuple[str, str, str]]] = [
     ("serve {stage}/tiny --run-dir {stage}/file", 4, ("cannot make", "Not a directory", "--run-dir")),
     ("status --run-dir {stage}", 2, ("no deployment runs", "nothing answers", "trireme up FILE")),
     ("down --run-dir {stage}", 2, ("no deployment runs", "nothing answers", "trireme up FILE")),
-    ("down x --run-dir {stage}", 2, ("the deployment x does not run", "nobody listens", "trireme up FILE")),
+    ("down x --run-dir {stage}", 2, ("the deployment x does not run", "nobody listens", "`trireme status` shows")),
     ("chat hi --url localhost:8000", 2, ("is not an HTTP address", "http://", "http://localhost:8000")),
     ("chat hi --url http://127.0.0.1:9", 4, ("nothing answers", "refused", "trireme up FILE")),
 ]

@@ -33,6 +33,7 @@ BANNED = {
 #: Where one is right, and why: (module, call).
 ALLOWED = {
     ("orchestrator.config.yaml_tree", "yaml.load"): "its loader is a SafeLoader that knows lines",
+    ("orchestrator.tokenizer_build.__main__", "from_pretrained"): "of a local folder alone, and without its code",
     ("orchestrator.hub.download", "hf_hub_download"): "fetching is what it is for; it links a file whose hash was compared",
 }
 #: Keyword arguments that turn a safe call into another one.
