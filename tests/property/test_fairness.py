@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
+import msgspec
 import pytest
 
-from orchestrator.router.core.fair_order import OUTPUT_PRICE, PROMPT_PRICE
+from orchestrator.router.core.fair_order import AGING_S, OUTPUT_PRICE, PROMPT_PRICE
 from orchestrator.sim.schedule import Arrive, Schedule, SimSetup
 from orchestrator.sim.sim_client import SimClient
 from orchestrator.sim.world import World
@@ -77,3 +78,20 @@ def test_tenants_with_work_differ_by_a_bound_that_does_not_grow(tenants: int) ->
     bound = SEQUENCES * 17 / 16 * (PROMPT * PROMPT_PRICE + OUTPUT * OUTPUT_PRICE) + PROMPT * PROMPT_PRICE
     assert len(here.gaps) > 10
     assert max(here.gaps) <= bound, f"{max(here.gaps)} is more than {bound}"
+
+
+def test_a_less_urgent_tenant_is_not_starved() -> None:
+    """Urgent requests keep the replica full for a quarter of a minute. One of the band below goes first every five seconds."""
+    chance = Random(11)
+    urgent = [
+        msgspec.structs.replace(arrival(chance, number, f"u{number % 3}", round(number * 0.02, 3)), priority=-1) for number in range(500)
+    ]
+    low = [msgspec.structs.replace(arrival(chance, 2000 + number, "low", 1.0), priority=4) for number in range(2)]
+    here = WatchedWorld(urgent + low)
+    here.run()
+    firsts = sorted(here.clients[2000 + number].first_at or 0.0 for number in range(2))
+    busy_until = max(client.first_at or 0.0 for id, client in here.clients.items() if id < 500)
+    assert firsts[-1] < busy_until, "all of them were served while urgent ones waited"
+    for turn, first in enumerate(firsts, 1):
+        # A place comes free within the time that a request takes.
+        assert turn * AGING_S - 0.5 <= first - 1.0 <= turn * (AGING_S + 1.5), (turn, first)
