@@ -71,7 +71,7 @@ test-faults: setup ## every fault of docs/reliability.md, with real processes an
 	@$(BIN)/python -m pytest -q -m '' tests/faults tests/mpi/test_replica.py tests/orchestrator/control/launch/test_supervisor.py tests/orchestrator/control/host/test_deployment.py tests/e2e/test_two_routers.py
 
 test-families: setup ## every model family and rope on MPI ranks, tp 1 to 3 by pp 1 and 2, against transformers, and their GGUFs: 10 to 20 minutes
-	@$(BIN)/python -m pytest -q -m '' tests/mpi/test_families.py tests/workers/artifacts/test_gguf_families.py
+	@$(BIN)/python -m pytest -q -m '' tests/mpi/test_families.py tests/workers/artifacts/test_gguf_families.py tests/workers/artifacts/test_wrappers.py
 
 test-inputs: setup ## bad input over HTTP and RPC, 220,000 mutated requests, slow readers, intruders: 5 to 10 minutes
 	@$(BIN)/python -m pytest -q -m '' tests/inputs

@@ -39,6 +39,13 @@ EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_inte
 #: Tensors that follow from the config, or that are scales of a quantized KV cache or of inputs, which engines make themselves.
 UNREAD_NAMES = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".input_scale", ".weight_shape")
 _BACKBONE = "model."
+#: Multimodal models whose text model is served alone.
+WRAPPERS = ("gemma3", "llava", "mistral3")
+#: What stands before a backbone's names in a folder, and before the head's: as a causal language model is saved, its backbone alone, and
+#: the text model of a multimodal one by releases of transformers before 5 and since.
+_NAMED = ((_BACKBONE, ""), ("", ""), ("language_model.model.", "language_model."), ("model.language_model.", ""))
+#: What such a folder holds beside its text model.
+_OTHER_MODALITIES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 #: How a file calls the plain number formats.
 _PLAIN_NAMES: dict[str, DType] = {NAMES[dtype]: dtype for dtype in DTYPE_BYTES}
 
@@ -57,13 +64,25 @@ class _Eos(msgspec.Struct):
 def read_model(folder: Path) -> ModelSpec:
     """The model that ``config.json`` describes. Raises :class:`ArtifactError`, naming what is not supported."""
     path = folder / "config.json"
-    raw = decode(path, dict[str, Any])
+    raw = _text_keys(decode(path, dict[str, Any]))
     _refuse_kind(path, raw)
     family = FAMILIES[raw["model_type"]]
     try:
-        return family.read(decode(path, family.config))
+        return family.read(msgspec.convert(raw, family.config))
     except ConfigError as error:
         raise ArtifactError(f"{path}: {error.what}", error.why, error.hint or SUPPORTED_MODELS) from error
+    except msgspec.ValidationError as error:
+        raise ArtifactError(f"{path} does not make sense", str(error), COPY_AGAIN) from error
+
+
+def _text_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the text model: those of ``config.json``, or in a multimodal model those of its ``text_config``."""
+    text = raw.get("text_config")
+    if raw.get("model_type") not in WRAPPERS or not isinstance(text, dict) or text.get("model_type") not in FAMILIES:
+        return raw
+    # Either place may say that the head is the embedding; a head of other values, if there is one, is used all the same.
+    said = [keys["tie_word_embeddings"] for keys in (raw, text) if "tie_word_embeddings" in keys]
+    return text | {"tie_word_embeddings": any(said)} if said else text
 
 
 def _refuse_kind(path: Path, raw: dict[str, Any]) -> None:
@@ -134,10 +153,10 @@ def _equal(left: Array, right: Array) -> bool:
 
 
 def _stored_names(weights: WeightMap, wanted: Iterable[str]) -> dict[str, str]:
-    """The names under which a folder holds the tensors ``wanted``: the backbone's tensors may stand there without their ``model.``, as
-    the backbone alone is saved."""
-    bare = EMBEDDING not in weights.names and EMBEDDING.removeprefix(_BACKBONE) in weights.names
-    names = {name: name.removeprefix(_BACKBONE) if bare else name for name in wanted}
+    """The names under which a folder holds the tensors ``wanted``."""
+    first = EMBEDDING.removeprefix(_BACKBONE)
+    backbone, head = next((each for each in _NAMED if each[0] + first in weights.names), _NAMED[0])
+    names = {name: backbone + name.removeprefix(_BACKBONE) if name.startswith(_BACKBONE) else head + name for name in wanted}
     if names.get(EMBEDDING) not in weights.names and HEAD in weights.names and HEAD not in names:
         names[EMBEDDING] = HEAD  # a tied model of which the head was saved, and not the embedding
     return names
@@ -183,10 +202,11 @@ class HuggingFaceSource:
         forms = {name: stored_form(self._weights, scheme, stored) for name, stored in self._names.items()}
         self._forms = {name: form for name, form in forms.items() if form is not None}
         # Many folders store a tied head a second time.
-        known = {*self._names.values(), HEAD}
+        known = {*self._names.values(), *_stored_names(self._weights, [HEAD]).values()}
         for name, form in self._forms.items():
             known |= {f"{self._layer(name)}.{suffix}" for suffix in (*form.suffixes, "g_idx")}
-        extra = sorted(name for name in self._weights.names - known if not name.endswith(UNREAD_NAMES))
+        ignored = _OTHER_MODALITIES if "language_model." in self._names[EMBEDDING] else ()
+        extra = sorted(name for name in self._weights.names - known if not name.endswith(UNREAD_NAMES) and not name.startswith(ignored))
         self._refuse_other_weights(folder, extra)
         for name, expected in wanted.items():
             if name in self._forms:

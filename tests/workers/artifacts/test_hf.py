@@ -105,8 +105,8 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], named: st
     ("config", "text"),
     [
         ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}, "vision_config": {}}, "its text model is 'llama4_text'"),
-        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}, "vision_config": {}}, "its text model is 'mistral'"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "its text model is 'gemma3_text'"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral4"}, "vision_config": {}}, "its text model is 'mistral4'"),
+        ({"model_type": "idefics3", "text_config": {"model_type": "llama"}}, "its text model is 'llama'"),
         ({"model_type": "qwen2_5_vl", "hidden_size": 8, "vision_config": {}}, "it takes more than text"),
         ({"model_type": "qwen2_audio", "audio_config": {}}, "it takes more than text"),
         ({"model_type": "internvl_chat", "llm_config": {"model_type": "qwen2"}, "vision_config": {}}, "its text model is 'qwen2'"),

@@ -12,6 +12,11 @@ from workers.protocol.specs import AttentionSpec, LayerSpec, ModelSpec, RopeSpec
 
 
 class Gemma3Config(Gemma2Config, kw_only=True):
+    # Configs of the larger models leave out what the first release's class has as defaults.
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = 4
+    vocab_size: int = 262_208
+    max_position_embeddings: int = 131_072
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window_pattern: int = 6
