@@ -262,7 +262,7 @@ class Rank:
             self._serve(part)
             return 0
         except SystemExit:
-            log.info("told to stop at once")
+            log.info("ordered to stop at once")
             self._state.enter("stopped")
             self._abort(0)
         except Exception as error:

@@ -74,5 +74,5 @@ def follow(console: Console, control: ControlClient) -> None:
 
 def conclude(console: Console, name: str, report: UpdateReport) -> None:
     if report.phase == "returned":
-        raise ReplicaLost("the update was taken back", report.error, "what ran before serves again; mend the file and update again")
+        raise ReplicaLost("the update was taken back", report.error, "what ran before serves again; fix the file and update again")
     console.say(f"{name} is updated, {report.seconds:.1f} s")

@@ -4,7 +4,7 @@ Owns the live requests of one client and each one's journal (prompt ids, seed, t
 where one stopped. Both clients are thin shells around it. Never blocks and never forgets a request before its end.
 
     asked --Accepted--> streaming --every choice ended--> ended
-    asked, streaming --router silent, unreachable or closing--> asked of the next router, with the journal and attempt + 1
+    asked, streaming --router silent, unreachable or closing--> sent to the next router, with the journal and attempt + 1
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}", error.strerror or str(error), f"name a deployment file; {EXAMPLE}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML", _place(error), f"mend it there (spaces indent, tabs do not); {EXAMPLE}") from None
+        raise ConfigError(f"{path} is not YAML", _place(error), f"fix it there (spaces indent, tabs do not); {EXAMPLE}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no mapping", "a deployment file is a YAML mapping with `models` in it", EXAMPLE)
     return tree

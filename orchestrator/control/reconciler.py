@@ -187,7 +187,7 @@ class Reconciler:
             return self._retire(now, gang, "its configuration changed")
         if (gang.name, gang.epoch) in self._drain_asked or (gang.name, gang.epoch) in self._draining:
             # Also if it is wanted again: a drain cannot be revoked.
-            return self._retire(now, gang, "it was told to drain")
+            return self._retire(now, gang, "it was ordered to drain")
         if gang.phase in ENDED:
             self._record(now, replica, gang.cause or "it stopped by itself", gang.hint, gang.exit_code, permanent=gang.permanent)
             return [KillGang(gang.name, gang.epoch, gang.cause or "it stopped by itself")]
@@ -234,7 +234,7 @@ class Reconciler:
         begun = self._draining.setdefault((gang.name, gang.epoch), now)
         if now - begun > self.policy.drain_grace_s + 1.0:
             return [
-                KillGang(gang.name, gang.epoch, f"{reason}; still running {self.policy.drain_grace_s:.0f} s after it was told to drain")
+                KillGang(gang.name, gang.epoch, f"{reason}; still running {self.policy.drain_grace_s:.0f} s after it was ordered to drain")
             ]
         return [DrainGang(gang.name, gang.epoch)] if begun == now else []
 

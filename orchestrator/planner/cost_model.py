@@ -186,7 +186,7 @@ class Pipeline:
 def replay(pipeline: Pipeline, workload: Workload, *, sequences: int, max_num_tokens: int) -> PredictedRun:
     """Run ``workload`` as the batch does: decodes first, then prefill in chunks under the token budget, ``sequences`` at most at a time.
 
-    A pipeline's sequences are dealt to as many micro-batches as it has stages; all are alike, so one stands for all.
+    A pipeline's sequences are distributed to as many micro-batches as it has stages; all are equal, so one is simulated.
     """
     lanes = min(pipeline.depth, workload.requests, sequences)
     lane = _Lane(-(-workload.requests // lanes), max(1, sequences // lanes), max_num_tokens, workload)

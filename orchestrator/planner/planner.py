@@ -165,7 +165,7 @@ def layout_plan(
     if sequences == 0:
         notes.append(f"no sequence of {load.isl} + {load.osl} tokens: the longest has {min(kv_tokens, longest)}")
     if placed.splits_group:
-        notes.append("a tensor-parallel group crosses nodes: its sums would go over the network in every layer; no speed is foretold")
+        notes.append("a tensor-parallel group crosses nodes: its sums would use the network in every layer; no speed is predicted")
     one = full = None
     error = _error(subject, parallel, cluster.device, placed, node_ranks)
     if sequences and not placed.splits_group:

@@ -236,7 +236,7 @@ class RouterDispatcher:
         now = self._handled_at
         # Choices that come together mostly came together the last time too, so one call of the meter counts a run of choices with equal
         # intervals and sizes. Tickets of one delivery share the very object ``now`` as their ``last``, so ``is`` finds the equal ones.
-        # A first token has no interval: it ends the run, and the -1.0 object, which is no ticket's ``last``, lets the next one begin anew.
+        # A first token has no interval: it ends the run, and the -1.0 object, which is no ticket's ``last``, lets the next one begin again.
         meter: RequestMeter | None = None
         since, size, choices = -1.0, 0, 0
         for ticket, choice, first, tokens, logprobs in action.deliveries:

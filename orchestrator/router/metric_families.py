@@ -98,7 +98,7 @@ def core(status: RouterStatus, by_model: Mapping[str, ModelStats]) -> Iterator[M
     decisions = CounterMetricFamily("trireme_router_decisions", "Placements by what decided", labels=["model_name", "reason"])
     moved = CounterMetricFamily("trireme_router_moved_choices", "Choices that lost their replica", labels=["model_name", "cause"])
     outcomes = CounterMetricFamily(
-        "trireme_router_failovers", "Choices that lost their replica, by what became of them", labels=["model_name", "cause", "outcome"]
+        "trireme_router_failovers", "Choices that lost their replica, by outcome", labels=["model_name", "cause", "outcome"]
     )
     losses = CounterMetricFamily("trireme_router_replica_losses", "Replicas that this router lost", labels=["model_name", "cause"])
     hits = CounterMetricFamily(

@@ -219,7 +219,7 @@ def draw(seed: int) -> Schedule:
 
 
 def _with_tenants(seed: int, events: list[Event]) -> list[Event]:
-    """The requests dealt to three tenants, some with a priority. A chance of its own keeps the rest of every seed's schedule as it was."""
+    """The requests of three tenants, some with a priority. A chance of its own keeps the rest of every seed's schedule as it was."""
     chance = Random(seed)
     return [
         msgspec.structs.replace(event, tenant=chance.choice("abc"), priority=chance.choice((0, 0, 0, -1, 2)))

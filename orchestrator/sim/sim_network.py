@@ -48,7 +48,7 @@ class SimNetwork:
         self._serial = 0
 
     def connect(self, pair: tuple[int, int], near: SimReplicaEnd, far: SimRouterEnd) -> SimConnection:
-        """A connection of the (gang, router) ``pair`` in the making."""
+        """A connection of the (gang, router) ``pair`` that is being opened."""
         self._serial += 1
         connection = SimConnection(self, pair, f"peer{self._serial}".encode(), near, far)
         connections = self._connections.setdefault(pair, [])

@@ -32,7 +32,7 @@ def least_lead(grace_s: float) -> float:
 def drain_reason(facts: HandoverFacts) -> str:
     """The reason to drain now; empty = go on serving."""
     if facts.drain_ordered:
-        return "told to drain"
+        return "ordered to drain"
     if facts.limit_since is None:
         return ""
     if facts.lead_s <= 0:

@@ -180,7 +180,7 @@ class FirstNode:
                 with self._ray(roll) as ray:
                     return self._host(roll, ray)
         except Drained:
-            say(f"{self._name}: told to end before it was ready")
+            say(f"{self._name}: ordered to end before it was ready")
             return INTERRUPTED
 
     def _signal(self, *_: object) -> None:

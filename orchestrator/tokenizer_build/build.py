@@ -58,7 +58,7 @@ def build(folder: Path, cache: Path, progress: Progress) -> Path:
             with replacing(target) as aside:
                 _run(folder, aside)
                 for path in beside:
-                    # transformers writes some of them anew; those of the folder are what its maker gave.
+                    # transformers writes some of them again; those of the folder are what its maker gave.
                     place = aside / path.relative_to(folder)
                     place.parent.mkdir(exist_ok=True)
                     if path.name != "tokenizer_config.json":

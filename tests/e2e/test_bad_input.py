@@ -73,10 +73,10 @@ FILES: list[tuple[str, Any, tuple[str, str, str]]] = [
     ("unknown launcher", {"models": [{"name": "m"}], "launcher": "ssh"}, ("launcher", "file ", "one of: auto, ray, local")),
     ("wrong type", {"models": [{"name": "m", "tp_size": "two"}]}, ("models[0].tp_size: ", "file ", "a number, or auto")),
     ("no port", {"models": [{"name": "m"}], "http": {"port": 70000}}, ("http.port: 70000", "file ", "0 to 65535")),
-    ("broken YAML", "models: [\n", ("is not YAML", "line 2, column 1", "mend it")),
+    ("broken YAML", "models: [\n", ("is not YAML", "line 2, column 1", "fix it")),
     ("a tab", "models:\n\t- name: m\n", ("is not YAML", "line 2, column 1", "tabs do not")),
-    ("a key that is a list", "? [a]\n: b\n", ("is not YAML", "unhashable", "mend it")),
-    ("not text", b"\xff\xfe\x00", ("is not YAML", "utf-8", "mend it")),
+    ("a key that is a list", "? [a]\n: b\n", ("is not YAML", "unhashable", "fix it")),
+    ("not text", b"\xff\xfe\x00", ("is not YAML", "utf-8", "fix it")),
     ("empty file", "", ("holds no mapping", "`models`", "local.yaml")),
 ]
 

@@ -1,4 +1,4 @@
-"""`trireme debug` on a deployment whose replica is killed under load: the story tells of the loss, the dump replays to the last byte."""
+"""`trireme debug` on a deployment whose replica is killed under load: the story reports the loss, the dump replays exactly."""
 
 from __future__ import annotations
 

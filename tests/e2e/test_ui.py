@@ -150,7 +150,7 @@ def check_model(row: dict[str, str], found: Series) -> None:
 
 @contextmanager
 def looking(url: str) -> Iterator[Browser]:
-    """The page, opened; at the end nothing was complained of and nothing was asked of anybody else."""
+    """The page, opened; at the end there was no complaint and no request to another server."""
     with short_folder() as folder, Browser(folder) as page:
         page.look(1280, 900)
         page.open(f"{url}/ui")

@@ -1,4 +1,4 @@
-"""What every module of fault tests is held to: when it is over, no process that it started lives."""
+"""The check of every module of fault tests: at its end, no process that it started lives."""
 
 from __future__ import annotations
 

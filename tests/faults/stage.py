@@ -1,4 +1,4 @@
-"""A deployment to break: signals to any of its processes, and how long it takes until each party has noticed and mended it.
+"""A deployment to break: signals to any of its processes, and how long it takes until each party has noticed and fixed it.
 
 Owns the deployment. What it measures are times at which a router or the host *showed* something, polled every 20 ms.
 """

@@ -77,7 +77,7 @@ class Arrivals:
 
 
 class Run(msgspec.Struct, Generic[T]):
-    """What came of :func:`run_all`. ``verdict``: what the disturbance returned."""
+    """The result of :func:`run_all`. ``verdict``: what the disturbance returned."""
 
     answers: list[list[Choice]]
     arrivals: Arrivals

@@ -1,4 +1,4 @@
-"""F32: the wall clock of the host is set back by an hour, then gangs die: their successors serve at once, as ever."""
+"""F32: the wall clock of the host is set back by an hour, then gangs die: their successors serve at once, as usual."""
 
 from __future__ import annotations
 

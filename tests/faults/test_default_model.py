@@ -25,7 +25,7 @@ NEAR = 1e-2
 
 
 async def ask(stage: Stage, disturb: bool) -> tuple[list[int], list[float], Arrivals, Healed | None]:
-    """(tokens, distance of the two best at each, arrivals, what became of the replica)."""
+    """(tokens, distance of the two best at each, arrivals, the replica's fate)."""
     arrivals = Arrivals(1, KILL_AT)
     async with AsyncClient([address.endpoint for address in stage.status.rpc], model=MODEL) as client:
         call = client.complete(PROMPT, max_tokens=OUTPUT, temperature=0.0, ignore_eos=True, logprobs=2)

@@ -1,4 +1,4 @@
-"""F07, F09, F26: what a router leaves behind when it is killed or told to end, and what it does alone. Tokens are the oracle's.
+"""F07, F09, F26: what a router leaves behind when it is killed or ordered to end, and what it does alone. Tokens are the oracle's.
 
 The deployment's view of it (one HTTP port, a new process in the dead one's place) is tests/e2e/test_two_routers.py.
 """
@@ -196,7 +196,7 @@ def test_a_router_told_to_end_finishes_or_says_one_last_word(hurried: bool) -> N
             os.kill(a.process.pid, signal.SIGTERM)
         begin = time.monotonic()
         assert a.process.wait(30) == 0
-        figure(f"F09 router told to end{' twice' if hurried else ''} -> gone", time.monotonic() - begin, 1.0 if hurried else 5.0)
+        figure(f"F09 router ordered to end{' twice' if hurried else ''} -> gone", time.monotonic() - begin, 1.0 if hurried else 5.0)
         asking.join(10)
         ((text, reset, errors),) = found
         assert not reset and text == bytes(oracle("last", len(text))).decode()

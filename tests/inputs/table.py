@@ -1,4 +1,4 @@
-"""The table of bodies that no router may take, by the number of their row: both doors are held to it, word for word.
+"""The table of bodies that no router may take, by the number of their row: HTTP and RPC are both checked against it, word for word.
 
 Facts only. A body of bytes is sent as it is, any other as JSON.
 """

@@ -135,7 +135,7 @@ class Watch:
 
 @pytest.mark.parametrize("cut", [False, pytest.param(True, marks=pytest.mark.long)], ids=["paused", "cut"])
 def test_readers_of_a_byte_a_second(cut: bool) -> None:
-    """F16: 50 of them: the buffers that they fill, their K/V given up, the others' tokens, and in the long run their end."""
+    """F16: 50 of them: the buffers that they fill, the release of their K/V, the others' tokens, and in the long run their end."""
     readers: list[Reader] = []
     # Steps as long as a model's: 50 streams at once must not be what the processors of a small machine wait for.
     with served(msgspec.structs.replace(ENGINE, options=FakeOptions(fake_step_ms=12.0))) as (router, _, url):
@@ -161,7 +161,7 @@ def test_readers_of_a_byte_a_second(cut: bool) -> None:
             made = (_generated(url) - watch.tokens) / len(readers) * readers[0].event_size()
             figure("F16 made for a reader and not read", made / 1024, 256, "KiB")
             figure("F16 router memory for 50 readers", max(0.0, grown), 50 * 0.262, "MB")
-            figure("F16 K/V given up after the first byte, buffers filled meanwhile", given_up - begun, PAUSE_S + 12.0)
+            figure("F16 K/V released after the first byte, buffers filled meanwhile", given_up - begun, PAUSE_S + 12.0)
             _compare("F16 inter-token p99 of the others while buffers fill", filling, alone)
             _compare("F16 inter-token p99 of the others afterwards", beside, alone)
             if cut:
@@ -214,7 +214,7 @@ with Client([sys.argv[1]], model="m") as client:
 
 
 def test_a_stopped_client() -> None:
-    """F17: SIGSTOP with 20 streams: what it costs the router, when its choices are given up, and that it goes on where it was."""
+    """F17: SIGSTOP with 20 streams: what it costs the router, when its choices are dropped, and that it continues where it stopped."""
     with served() as (router, _, url):
         client = subprocess.Popen([sys.executable, "-c", CLIENT, router.spec.rpc], stdout=subprocess.PIPE, text=True)
         try:
@@ -234,7 +234,7 @@ def test_a_stopped_client() -> None:
             client.kill()
             client.wait()
         figure("F17 router memory for a stopped client", max(0.0, peak), 20.0, "MB")
-        figure("F17 its choices are given up after heartbeat loss (2 s) and a wait", gone, 4.0)
+        figure("F17 its choices are dropped after heartbeat loss (2 s) and a wait", gone, 4.0)
         for index, tokens in enumerate(answer):
             assert tokens == expected_tokens([index + 1], SamplingParams(temperature=0.0, max_tokens=1500))
         deadline = time.monotonic() + 5.0

@@ -224,7 +224,7 @@ _STATUS = re.compile(rb"HTTP/1\.1 (?:100 Continue\r\n\r\nHTTP/1\.1 )?(\d{3}) ")
 
 
 async def _send(address: tuple[str, int], request: bytes) -> bytes:
-    """All that comes until the server closes; a request that was never whole is given up after a second."""
+    """All that comes until the server closes; a request that is never complete is abandoned after a second."""
     reader, writer = await asyncio.open_connection(*address)
     received = b""
     try:

@@ -113,7 +113,7 @@ def test_a_removed_key_is_out_at_once(world: World) -> None:
         carol.close()
     figure("S3 a living connection of a removed key is served until", answered - began, 2.0)
     with Client([world.rpc], model=MODEL, keys=keys, silence_s=0.2) as again:
-        assert not _answers(again), "a removed key connected anew"
+        assert not _answers(again), "a removed key connected again"
     world.good_rpc()
 
 
@@ -187,7 +187,7 @@ def test_recorded_bytes_open_nothing(world: World) -> None:
     world.good_rpc()
 
 
-# --- S6, S7: who speaks for a replica
+# --- S6, S7: who may act as a replica
 
 
 def names(world: World) -> dict[str, str]:

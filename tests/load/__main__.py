@@ -103,7 +103,7 @@ async def read_rpc(routers: list[RouterAddress], keys: ClientKeys, first: int, c
 
 
 async def share_rpc(status: DeploymentStatus) -> tuple[Counter[str], float]:
-    """The clients dealt to processes of their own; returns the sums and how long the last one took."""
+    """The clients distributed to processes of their own; returns the sums and how long the last one took."""
     share = CLIENTS // PROCESSES
     addresses = msgspec.json.encode(status.rpc).decode()
     begun = time.monotonic()

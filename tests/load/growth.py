@@ -1,4 +1,4 @@
-"""Memory and descriptors of a deployment's processes over time. Owns the samples; a process that was replaced begins anew."""
+"""Memory and descriptors of a deployment's processes over time. Owns the samples; a process that was replaced begins again."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ FAULTS: dict[str, Callable[[ControlClient, str, str], None]] = {
     "mpiexec is killed": lambda control, replica, _: _mpiexec(control, replica),
     "a replica is drained": lambda control, replica, _: control.drain(replica),
     "a router is killed": lambda control, _, router: _router(control, router, signal.SIGKILL),
-    "a router is told to stop": lambda control, _, router: _router(control, router, signal.SIGTERM),
+    "a router is ordered to stop": lambda control, _, router: _router(control, router, signal.SIGTERM),
 }
 
 

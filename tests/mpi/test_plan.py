@@ -1,4 +1,4 @@
-"""Plans against engines: weights and KV tokens of each rank, foretold from descriptions, and as real ranks then report them."""
+"""Plans against engines: weights and KV tokens of each rank, predicted from descriptions, and as real ranks then report them."""
 
 from __future__ import annotations
 

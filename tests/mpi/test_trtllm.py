@@ -141,7 +141,7 @@ def test_one_error_response_fails_one_request(folder: Path, end: RouterEnd) -> N
         # Without use_paged_context_fmha an input has the length that the engine was built for.
         over = end.submit(3, [1] * 201, params(8))
         end.until(lambda: bad.end and good.end and over.end)
-        assert isinstance(bad.end, Failed) and bad.end.code == "engine_fault" and "told to fail" in bad.end.message
+        assert isinstance(bad.end, Failed) and bad.end.code == "engine_fault" and "ordered to fail" in bad.end.message
         assert good.tokens == expected_tokens([6, 5], params(8))
         assert isinstance(over.end, Failed) and over.end.code == "context_length_exceeded"
 

@@ -38,7 +38,7 @@ def test_promtool_agrees(command: tuple[str, ...]) -> None:
 
 
 class Load:
-    """Clients that ask without a pause, until they are told to end. ``tokens``: of the answers that came whole."""
+    """Clients that ask without a pause, until they are ordered to end. ``tokens``: of the answers that came whole."""
 
     def __init__(self, url: str) -> None:
         self._url, self._stop, self._lock = url, threading.Event(), threading.Lock()

@@ -1,4 +1,4 @@
-"""Records anew: ``python -m tests.recorded.record [AREA ...]``. Prints what changed; look at it with ``git diff tests/recorded/data``."""
+"""Records again: ``python -m tests.recorded.record [AREA ...]``. Prints what changed; look at it with ``git diff tests/recorded/data``."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Stage:
         names = {"boot": self.replica.boot, "stream": submit.stream, "attempt": submit.attempt}
         usage = Usage(prompt_tokens=len(submit.prompt_ids), output_tokens=output, cached_tokens=1)
         if line.fails:
-            self.replica.tell(Failed(**names, code=line.fails, message="it fails as it was told to"))
+            self.replica.tell(Failed(**names, code=line.fails, message="it fails as it was ordered to"))
         elif line.ends:
             self.replica.tell(Done(**names, reason=line.reason, usage=usage, stop_id=line.stop_id))
         else:

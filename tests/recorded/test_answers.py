@@ -1,7 +1,7 @@
 """The exact bytes of the router's answers, whole and streamed, at every generating path, and what each request asks of the replica.
 
 A real router process and a replica that is told what to say. Only ids and times are masked; the framing of chunked bodies is left out. A
-file holds the request, then the answer. ``submits.json``: what the replica was asked in each case. Record anew:
+file holds the request, then the answer. ``submits.json``: what the replica was asked in each case. Record again:
 ``python -m tests.recorded.record answers``.
 """
 

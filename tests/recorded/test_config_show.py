@@ -1,6 +1,6 @@
 """What ``trireme config show`` prints of a small file and of every example, plain and with ``--resolved``.
 
-Record anew: ``python -m tests.recorded.record config_show``.
+Record again: ``python -m tests.recorded.record config_show``.
 """
 
 from __future__ import annotations

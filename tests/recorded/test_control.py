@@ -1,7 +1,7 @@
 """The control socket of a deployment: what ``trireme status``, ``top``, ``drain``, ``update`` and ``down`` send to it and what they print.
 
 The commands run against a bare socket that gives fixed answers. ``commands.txt``: what is typed, sent and shown. ``server.json``: what the
-real server answers to orders. Record anew: ``python -m tests.recorded.record control``.
+real server answers to orders. Record again: ``python -m tests.recorded.record control``.
 """
 
 from __future__ import annotations

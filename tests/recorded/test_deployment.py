@@ -2,7 +2,7 @@
 
 ``status.json``: ``trireme status -o json``. ``files.txt``: the run folder and its modes, while it serves (without logs) and after ``down``.
 ``router_spec.json`` and ``replica_spec.json``: what the processes were told. ``terminal.txt``: what the commands said. Times, process ids,
-epochs, ports and keys are masked. Record anew: ``python -m tests.recorded.record deployment``.
+epochs, ports and keys are masked. Record again: ``python -m tests.recorded.record deployment``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Wrong command lines: the exit code of each, and what it says. ``<folder>`` stands for the folder in which it was run.
 
-Record anew: ``python -m tests.recorded.record exit_codes``.
+Record again: ``python -m tests.recorded.record exit_codes``.
 """
 
 from __future__ import annotations

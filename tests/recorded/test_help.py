@@ -1,7 +1,7 @@
 """The help of every command of ``trireme``, of ``python -m workers`` and of ``python -m bench``, 100 columns wide and without colour.
 
 The commands are read from the program itself, so a new command without a recording fails. The layout is the parser's, so another version
-of typer, rich or Python's argparse may change it too. Record anew: ``python -m tests.recorded.record help``.
+of typer, rich or Python's argparse may change it too. Record again: ``python -m tests.recorded.record help``.
 """
 
 from __future__ import annotations

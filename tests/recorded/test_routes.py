@@ -1,7 +1,7 @@
 """The paths of the router's HTTP door and of the port for Prometheus, and what is answered to requests that need no replica's words.
 
 ``routes.txt``: method and path of every route. ``plain.txt``: answers about the door itself. ``errors.txt``: refusals, by what is wrong.
-``ui_headers.txt``: the headers of the status page, without the hashes of its contents. Record anew:
+``ui_headers.txt``: the headers of the status page, without the hashes of its contents. Record again:
 ``python -m tests.recorded.record routes``.
 """
 

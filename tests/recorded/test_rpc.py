@@ -1,6 +1,6 @@
 """What an RPC client gets from a router, message by message, and what the answers to its queries hold.
 
-The client is a bare socket. A file holds the decoded messages in both directions; nonces are masked. Record anew:
+The client is a bare socket. A file holds the decoded messages in both directions; nonces are masked. Record again:
 ``python -m tests.recorded.record rpc``.
 """
 
@@ -72,7 +72,7 @@ def generate(stream: int, body: dict[str, Any], **fields: Any) -> Generate:
 
 
 def answered(stage: Stage, talk: Talk, asked: Generate, pieces: Sequence[Sequence[str]]) -> None:
-    """Ask; the replica says ``pieces``, each a text a row, and waits with the next until the client has the one before."""
+    """Ask; the replica says ``pieces``, each a text a row, and waits with the next until the client has the previous one."""
     replica, boot = stage.replica, stage.replica.boot
     talk.say(asked)
     rows = [replica.hear(Submit) for _ in pieces[0]]

@@ -2,7 +2,7 @@
 
 A real router with two replicas that say fixed things: ``a`` is ready and answered one request, ``b`` left. The replica's state file is that
 of a real gang of one rank on FakeEngine. Times, process ids and versions are masked. ``metrics.txt``: every family with its type and help,
-and every series with its labels, with the value where that is no matter of time. Record anew: ``python -m tests.recorded.record status``.
+and every series with its labels, with the value where that is no matter of time. Record again: ``python -m tests.recorded.record status``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def metrics(text: str) -> str:
 
 
 def replica() -> dict[str, str]:
-    """State files of real ranks: one that serves and is told to stop, and one that cannot start."""
+    """State files of real ranks: one that serves and is ordered to stop, and one that cannot start."""
     found = {}
     with short_folder() as folder:
         with Gang(folder, [], name="r0", tp=1) as gang:

@@ -1,7 +1,7 @@
 """Every message on a ZeroMQ socket, filled and as short as it may be, as the project's own encoder writes it.
 
 A file holds the decoded msgpack (in the order of the wire) and the length of each frame; ``bytes`` are shown as ``{"bytes": text}``.
-``constants.json`` has the protocol's number and limits, ``directions.json`` which messages each side takes. Record anew:
+``constants.json`` has the protocol's number and limits, ``directions.json`` which messages each side takes. Record again:
 ``python -m tests.recorded.record wire``.
 """
 

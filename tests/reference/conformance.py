@@ -76,7 +76,7 @@ def conform(group: Group, device: torch.device = CPU) -> None:
 
 
 def _pass_on(group: Group, device: torch.device, way: int) -> None:
-    """Along the ranks as stages do, each receiving from the one before and sending to the one after it; ``way`` -1 = backwards."""
+    """Along the ranks as stages do, each receiving from the previous one and sending to the next one; ``way`` -1 = backwards."""
     rank, after, before = group.rank, group.rank + way, group.rank - way
     sends, receives = 0 <= after < group.size, 0 <= before < group.size
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,7 +1,7 @@
 """The default model's weights as transformers reads them from its GGUF: a digest of each tensor, written down in ``data/``.
 
 transformers takes 20 s of a core for it, so a usual run compares with the record, and a long one compares the record with transformers.
-Record anew: ``python -m tests.reference.default_model_weights``.
+Record again: ``python -m tests.reference.default_model_weights``.
 """
 
 from __future__ import annotations

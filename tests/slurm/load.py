@@ -1,4 +1,4 @@
-"""Constant load on one endpoint: streams over HTTP and calls over RPC in closed loops, each answer held to what it must be."""
+"""Constant load on one endpoint: streams over HTTP and calls over RPC in closed loops, each answer compared with the expected one."""
 
 from __future__ import annotations
 

@@ -288,7 +288,7 @@ def hand_over(
     limit: Sequence[str],
     exact: bool = False,
 ) -> dict[str, object]:
-    """A job and its successor under constant load; what came of it."""
+    """A job and its successor under constant load; returns the result."""
     with front(site, f"{name}-front", model) as (control, join):
         job = site.submit(site.write(name, model, join=join, launcher=launcher), "--cpus-per-task=3", *limit)
         site.ready(name, job)

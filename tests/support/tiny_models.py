@@ -165,9 +165,9 @@ def _save(folder: Path, weights: dict[str, np.ndarray], files: int) -> None:
 def tiny_gguf(source: Path, target: Path, kinds: tuple[str, ...] = ("F32",), split: int = 0, **vectors: np.ndarray) -> Path:
     """Write a folder of :func:`tiny_model` as a GGUF file with the format's own package, q and k rows permuted as llama.cpp does.
 
-    ``kinds``: tensor types dealt to the matrices in turn (rows must be whole blocks); vectors are F32. Of a type that the package cannot
-    write, the values are random ones instead of the folder's. ``split``: tensors a file; returns the first file then. ``vectors``: more
-    tensors, by name without ``.weight``.
+    ``kinds``: tensor types, assigned to the matrices in turn (rows must be whole blocks); vectors are F32. Of a type that the package
+    cannot write, the values are random ones instead of the folder's. ``split``: tensors a file; returns the first file then. ``vectors``:
+    more tensors, by name without ``.weight``.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, TokenType
     from gguf.quants import quantize

@@ -34,7 +34,7 @@ class Ears:
 
 
 class Stage:
-    """The real core behind a traced dispatcher; the test moves the clock and speaks for the replicas."""
+    """The real core behind a traced dispatcher; the test moves the clock and acts as the replicas."""
 
     def __init__(self, **admission: Any) -> None:
         self.now = 100.0

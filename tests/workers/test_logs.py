@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each, and whose work they tell of."""
+"""Log lines: one JSON object each, with the process that wrote them."""
 
 from __future__ import annotations
 

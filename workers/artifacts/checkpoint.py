@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 #: Tensors in files of TensorRT-LLM's converters that follow from the config, or are for a quantized KV cache.
 _NVIDIAS_EXTRAS = ("rotary_inv_freq", "embed_positions", "embed_positions_for_gpt_attention", "kv_cache_scaling_factor")
 #: Hint for a folder that is damaged or incomplete.
-CONVERT_AGAIN = "convert or copy it again (in the cache: delete the folder, and it is made anew)"
+CONVERT_AGAIN = "convert or copy it again (in the cache: delete the folder, and it is made again)"
 DTYPE_NAMES: dict[DType, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

@@ -1,4 +1,4 @@
-"""Says what a folder is that holds no model that is read here, and what to give instead. Looks at names only, but for a few JSON files.
+"""Says what a folder is that holds no model that is read here, and what to give instead. Reads names only, except for a few JSON files.
 
 Never lists more than one level of folders, because a user may give any folder of a disk.
 """

@@ -3,10 +3,10 @@
 Pure functions of (ModelSpec, Parallel, rank). Whole tensors have their Hugging Face names, shards TensorRT-LLM's checkpoint names, in which
 layer numbers begin at 0 in each stage. Must never read a file or know a number format.
 
-Rules: query heads are dealt in whole key/value groups, to sizes that differ by at most one; where tp exceeds the number of key/value heads,
-each of these is copied to several ranks, and each copy has a share of its query heads. FFN columns are dealt the same way, in whole
-quantization groups where there are any. Vocabulary rows are padded to the same count on every rank (so collectives stay regular; logits of
-padding are -inf). The first ``layers mod pp`` stages hold one layer more.
+Rules: query heads are distributed in whole key/value groups, to sizes that differ by at most one. If tp exceeds the number of key/value
+heads, each of these is copied to several ranks, and each copy has a share of its query heads. FFN columns are distributed in the same way,
+in whole quantization groups if there are any. Vocabulary rows are padded to the same count on every rank (so collectives stay regular;
+logits of padding are -inf). The first ``layers mod pp`` stages hold one layer more.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     vocab_rows: int
 
     def columns(self, size: int) -> Span:
-        """This rank's columns of an MLP of ``size`` columns, dealt in whole units."""
+        """This rank's columns of an MLP of ``size`` columns, distributed in whole units."""
         span = deal(-(-size // self.unit), self.tp, self.tp_rank).scaled(self.unit)
         return Span(span.start, min(span.stop, size))
 
@@ -118,7 +118,7 @@ class ShardTensor(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def deal(total: int, parts: int, index: int) -> Span:
-    """Part ``index`` of ``total`` items that are dealt in order to ``parts`` parts; sizes differ by at most one, larger parts come
+    """Part ``index`` of ``total`` items that are distributed in order to ``parts`` parts; sizes differ by at most one, larger parts come
     first."""
     each, extra = divmod(total, parts)
     start = index * each + min(index, extra)
@@ -145,7 +145,7 @@ def kv_copies(model: ModelSpec, shard: Shard) -> int:
 
 
 def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) -> Shard:
-    """What ``rank`` holds. FFN columns are dealt in whole groups of ``unit`` columns (:func:`workers.layout.quant_parts.unit_of`).
+    """What ``rank`` holds. FFN columns are distributed in whole groups of ``unit`` columns (:func:`workers.layout.quant_parts.unit_of`).
 
     Raises :class:`ConfigError` when the model cannot be split this way or there is no such rank.
     """
@@ -154,7 +154,9 @@ def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) 
         raise ConfigError(f"rank {rank} is outside a world of {parallel.world}", f"tp={parallel.tp} pp={parallel.pp}")
     units = -(-min(kind.mlp.size for kind in model.kinds) // unit)
     if parallel.tp > units or parallel.tp > model.vocab_size:
-        raise ConfigError(f"tp={parallel.tp} is more than the model's FFN or vocabulary can be dealt to", f"the FFN has {units} x {unit}")
+        raise ConfigError(
+            f"tp={parallel.tp} is more than the model's FFN or vocabulary can be distributed to", f"the FFN has {units} x {unit}"
+        )
     tp_rank, pp_rank = parallel.tp_rank(rank), parallel.pp_rank(rank)
     heads, kv_heads = heads_of(model, parallel.tp, tp_rank)
     rows = -(-model.vocab_size // parallel.tp)

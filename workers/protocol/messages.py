@@ -358,7 +358,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye"):
-    """The sender ends this connection for good. From a router: ``stale`` means that a newer epoch lives and the leader must exit."""
+    """The sender ends this connection permanently. From a router: ``stale`` means that a newer epoch lives and the leader must exit."""
 
     boot: Text
     reason: Text

@@ -265,8 +265,8 @@ class Scheduler:
         return True
 
     def _victim(self, seq: Sequence) -> Sequence | None:
-        """The sequence to give up its blocks for ``seq``: the youngest paused one, else the youngest that is neither in flight nor in the
-        draft, which may be ``seq`` itself. None: only blocks of sequences in flight or in the draft could be given up."""
+        """The sequence to preempt so that ``seq`` gets a block: the youngest paused one, else the youngest that is neither in flight nor in
+        the draft, which may be ``seq`` itself. None: all other blocks belong to sequences in flight or in the draft."""
         if holders := [other for other in self._paused if other.slot >= 0]:
             return max(holders, key=arrival_of)
         others = [other for other in chain(self._decodes, self._prefills) if not other.in_flight]

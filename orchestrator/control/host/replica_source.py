@@ -168,7 +168,7 @@ class OwnReplicas:
         self._notify(Notice(kind="ray", subject=joined.here, text=text, seconds=time.time() - begun))
         wait, need = ray_cluster.stop_wait_s(environment()), config.drain_grace_s + FAREWELL_S
         if wait is not None and wait < need:
-            text = f"it is killed {wait:g} s after it was told to stop, and draining may take {need:g} s: set RAY_JOB_STOP_WAIT_TIME_S"
+            text = f"it is killed {wait:g} s after it was ordered to stop, and draining may take {need:g} s: set RAY_JOB_STOP_WAIT_TIME_S"
             self._notify(Notice(kind="warning", subject="Ray job", text=text))
         return joined
 

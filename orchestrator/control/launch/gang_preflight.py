@@ -68,4 +68,4 @@ def _ask(spec: GangSpec, nodes: Sequence[PreflightNode], index: int, family: str
         return msgspec.json.decode(said.strip().rpartition("\n")[2], type=_Verdict)
     except msgspec.DecodeError:
         why = f"it ended with code {code} and said: {said.strip()[-200:] or 'nothing'}"
-        raise EnvironmentFault(f"node {node.address} could not look at itself", why, "install trireme-llm there as it is here") from None
+        raise EnvironmentFault(f"node {node.address} could not check itself", why, "install trireme-llm there as it is here") from None

@@ -100,7 +100,7 @@ def look(*, gpus: bool) -> ClusterHardware:
         try:
             seen = msgspec.json.decode(ray.get(answer), type=NodeHardware)
         except ray.exceptions.RayError as error:
-            log.warning("a node does not look at itself: %s", error)
+            log.warning("a node does not report its hardware: %s", error)
             continue
         found.append(msgspec.structs.replace(seen, gpus=seen.gpus[: asked[answer]]))
     if not found:

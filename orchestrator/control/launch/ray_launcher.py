@@ -83,7 +83,7 @@ class RemoteNode:
         try:
             answer: tuple[int, str] = ray.get(self._agent.ask.remote(tag, list(argv), {**env, **own}, bound_s), timeout=bound_s + _ANSWER_S)
         except ray.exceptions.RayError as error:
-            raise EnvironmentFault(f"node {self.address} does not look at itself", type(error).__name__, "look at that node") from None
+            raise EnvironmentFault(f"node {self.address} does not check itself", type(error).__name__, "look at that node") from None
         return answer
 
     def kill(self, tag: str) -> list[int]:

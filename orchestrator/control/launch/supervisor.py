@@ -15,8 +15,8 @@ What ends a gang (docs/reliability.md has the whole table, with bounds):
     it cannot be started                   GangSupervisor: files, pre-flight, mpiexec, a node that starts no ranks
     an order to drain                      the leader finishes; the reconciler kills what is left after the grace
     lost by the routers, late, replaced    the reconciler: KillGang, and so for each gang above that has ended
-    its supervisor, agent or raylet dies   the kernel and Ray; RayLauncher gives up a supervisor that is silent
-    the host ends, or is killed            OwnReplicas.end; the kernel. On a Ray that it joined, gangs outlive a host that is killed
+    its supervisor, agent or raylet dies   the kernel and Ray; RayLauncher kills a supervisor that is silent the host ends, or is killed
+    OwnReplicas.end; the kernel. On a Ray that it joined, gangs outlive a host that is killed
 """
 
 from __future__ import annotations

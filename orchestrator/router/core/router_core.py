@@ -338,7 +338,7 @@ class RouterCore:
             for choice in self._table.at(replica):
                 stalled_s = now - max(choice.seen_at, replica.explained_at)
                 if stalled_s > bound_s:
-                    why = f"it did not get on with a request for {stalled_s:.1f} s, though nothing was before it"
+                    why = f"it made no progress with a request for {stalled_s:.1f} s, although nothing was ahead of it"
                     self._distrust(replica, choice, "stalled", why, now)
                 elif stalled_s > bound_s / 2 and not choice.questioned:
                     self._table.question(choice, now)

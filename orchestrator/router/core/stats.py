@@ -150,7 +150,7 @@ class ModelStats:
 
 
 def _interrupted(attempts: Sequence[Attempt]) -> Attempt | None:
-    """The attempt whose loss still interrupts a choice: the last one, or the one before while the last has given no token."""
+    """The attempt whose loss still interrupts a choice: the last one, or the previous one while the last has given no token."""
     if not attempts:
         return None
     if attempts[-1].cause:

@@ -247,7 +247,7 @@ def _mark_end(turn: dict[str, Any]) -> str:
         text: str = content[-1]["text"]
         turn["content"] = [*content[:-1], {**content[-1], "text": text + _END_OF_MESSAGE}]
         return text
-    raise Rejected("continue_final_message: the last message has no content to go on with", param="continue_final_message")
+    raise Rejected("continue_final_message: the last message has no content to continue", param="continue_final_message")
 
 
 def _cut(text: str, last: str) -> str:
@@ -272,7 +272,7 @@ def _bounded(parts: Iterable[str]) -> str:
 
 
 def _broken(file: TemplateFile, why: str) -> ArtifactError:
-    return ArtifactError(f"the chat template in {file.origin} cannot be compiled", why, "mend it, or name another one (chat_template)")
+    return ArtifactError(f"the chat template in {file.origin} cannot be compiled", why, "fix it, or name another one (chat_template)")
 
 
 def _environment() -> jinja2.Environment:

@@ -64,7 +64,7 @@ class StopStrings:
         return found
 
     def partial(self, text: str) -> int:
-        """How many characters at the end of ``text`` may yet become a stop string: the length of the longest suffix that begins one."""
+        """How many characters at the end of ``text`` may still become a stop string: the length of the longest suffix that begins one."""
         if not text or text[-1] not in self._last:
             return 0
         for length in range(min(self._longest, len(text)), 0, -1):
@@ -78,7 +78,7 @@ _Utf8 = cast("type[codecs.BufferedIncrementalDecoder]", codecs.getincrementaldec
 
 class _ChoiceText:
     """Decoding state of one choice. ``count``: output tokens so far. ``cached``: prompt tokens found in the prefix cache. ``pending``: text
-    that may yet become a stop string. ``shown``: all text that was sent, kept only for JSON."""
+    that may still become a stop string. ``shown``: all text that was sent, kept only for JSON."""
 
     __slots__ = ("cached", "count", "decode", "decoder", "ended", "pending", "shown")
 

@@ -127,7 +127,7 @@ def _is_short(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. Refusals are JSON as everywhere, then the connection closes."""
+    """One connection. Refusals are JSON as in all answers, then the connection closes."""
 
     def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

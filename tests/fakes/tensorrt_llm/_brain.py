@@ -96,7 +96,7 @@ class Brain:
     def _advance(self, id: int, item: Item) -> None:
         if _modes.MODES.get("error") == str(item.tokens[0]):
             del self.items[id]
-            item.out([], [], True, "the fake was told to fail this request")
+            item.out([], [], True, "the fake was ordered to fail this request")
             return
         stops = (() if item.end_id is None else (item.end_id,)) + tuple(item.stop_words)
         params = SamplingParams(

@@ -103,7 +103,7 @@ class Executor(bindings.Executor):  # type: ignore[misc]
         self._responses: deque[Any] = deque()
         _modes.act("construct", ranks.rank)
         if _modes.MODES.get("raise") == str(ranks.rank):
-            raise RuntimeError("[TensorRT-LLM][ERROR] Assertion failed: the fake was told to raise here")
+            raise RuntimeError("[TensorRT-LLM][ERROR] Assertion failed: the fake was ordered to raise here")
         engine = read_engine(Path(self.__dict__["model_path"]), ranks)
         _modes.act("load", ranks.rank)
         if _modes.MODES.get("oom") == str(ranks.rank):

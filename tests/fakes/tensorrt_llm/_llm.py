@@ -52,7 +52,7 @@ class LLM(make_class(PATH)):  # type: ignore[misc]
         if session is not None:
             assert len(session.hello()) >= 1
         if _modes.MODES.get("raise") == "0":
-            raise RuntimeError("the fake was told to raise here")
+            raise RuntimeError("the fake was ordered to raise here")
         cache = values["kv_cache_config"]
         size = cache.tokens_per_block
         self._brain = Brain(

@@ -32,7 +32,7 @@ COMMANDS = dict(commands(GROUP))
 
 
 def invoke(words: tuple[str, ...], argv: list[str]) -> None:
-    """Run one command as `run` does, without making the whole parser anew."""
+    """Run one command as `run` does, without making the whole parser again."""
     line = normalise([words[-1], *argv])
     command = COMMANDS[words]
     command.invoke(command.make_context(words[-1], line[1:], obj=Console(ConsoleSettings())))

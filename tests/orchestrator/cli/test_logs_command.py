@@ -1,4 +1,4 @@
-"""`trireme logs`: many files read as one, in the order of their times, whoever wrote them and whatever became of them since."""
+"""`trireme logs`: many files read as one, in the order of their times, whatever process wrote them and whether it still runs."""
 
 from __future__ import annotations
 
@@ -164,8 +164,8 @@ def test_a_reader_goes_on_where_it_was(run_dir: Path) -> None:
     assert [entry.text for entry in reader.entries(final=False)] == ["more"]
     assert list(reader.entries(final=False)) == []
     assert [entry.text for entry in reader.entries(final=True)] == ["half a li"]
-    file.path.write_text(line(7, "anew", rank=1))
-    assert [entry.text for entry in reader.entries(final=False)] == ["anew"], "begun anew"
+    file.path.write_text(line(7, "again", rank=1))
+    assert [entry.text for entry in reader.entries(final=False)] == ["again"], "begun again"
     file.path.unlink()
     assert list(reader.entries(final=False)) == []
     with pytest.raises(NotFound):

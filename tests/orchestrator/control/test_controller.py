@@ -21,7 +21,7 @@ from workers.protocol.specs import FakeSpec, ReplicaSpec
 
 
 class Gangs:
-    """A launcher whose gangs are ready at once and end when they are told to."""
+    """A launcher whose gangs are ready at once and end when they are ordered to."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, int], GangStatus] = {}

@@ -1,4 +1,5 @@
-"""The controller's memory: launches what is missing, backs off, gives up, adopts, drains, and keeps its promises in any order of events."""
+"""The controller's memory: launches missing gangs, backs off, ends after too many failures, adopts, drains, and keeps its guarantees in any
+order of events."""
 
 from __future__ import annotations
 
@@ -285,7 +286,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def converges(self) -> None:
-        """Left alone, with gangs that do what they are told, every wanted replica that has not failed for good is ready in the end."""
+        """Left alone, with gangs that do what they are told, every wanted replica that has not failed permanently is ready in the end."""
         world = World()
         world.reconciler, world.now, world.wanted = self.world.reconciler, self.world.now, self.world.wanted
         world.gangs, world.next_epoch = dict(self.world.gangs), self.world.next_epoch

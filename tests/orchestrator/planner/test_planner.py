@@ -1,4 +1,4 @@
-"""Plans: what fits and where, held to what engines on GPUs reported, and to sums that can be done by hand."""
+"""Plans: what fits and where, compared with reports of engines on GPUs, and with sums that can be done by hand."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_every_series_is_there_at_the_start_and_zero() -> None:
 def test_a_request_is_counted() -> None:
     metrics = Metrics(["m"])
     meter = metrics.request("m", choices=2, prompt_tokens=7)
-    assert one(metrics, "trireme_router_inflight_requests", model_name="m") == 0, "it may yet be refused"
+    assert one(metrics, "trireme_router_inflight_requests", model_name="m") == 0, "it may still be refused"
     meter.admitted()
     assert one(metrics, "trireme_router_inflight_requests", model_name="m") == 1
     meter.first(1, time.monotonic())

@@ -84,7 +84,7 @@ def test_what_slurm_cannot_be_told_is_refused(change: dict[str, object]) -> None
         SlurmJob(**({"name": "a", "jobs": "/j"} | change))  # type: ignore[arg-type]
 
 
-#: Stands for srun: says what it was called with, then ends with 7 when it is told to drain.
+#: Stands for srun: says what it was called with, then ends with 7 when it is ordered to drain.
 SRUN = """#!/bin/bash
 [ "$1" = --mpi=list ] && { echo 'srun: MPI types are...'; echo 'srun: pmix'; exit; }
 printf '%s\\0' "$@" >"$FAKE/argv.new" && mv "$FAKE/argv.new" "$FAKE/argv"
@@ -225,7 +225,7 @@ def test_when_a_job_drains() -> None:
         return drain_reason(msgspec.structs.replace(FACTS, **change))
 
     assert why() == ""
-    assert why(drain_ordered=True) == "told to drain"
+    assert why(drain_ordered=True) == "ordered to drain"
     assert why(limit_since=99.0) == "", "it serves until the successor is ready"
     assert why(limit_since=99.0, successor_ready=True) == "the successor is ready"
     assert why(limit_since=99.0, lead_s=0.0) == "the time limit is near"

@@ -157,7 +157,7 @@ def whole_tensor(weights: Weights, name: str) -> torch.Tensor:
 
 
 def test_a_group_never_straddles_ranks(tmp_path: Path) -> None:
-    # Heads of 32: a cut after an odd number of them is inside a group of 64. The FFN is dealt in groups, so it never is.
+    # Heads of 32: a cut after an odd number of them is inside a group of 64. The FFN is distributed in groups, so it never is.
     folder = tiny_model(tmp_path / "hf", hidden=128, heads=6, kv_heads=3, head_dim=32, ffn=320, layers=1)
     model, target = open_artifact(folder).model, tmp_path / "ck"
     with pytest.raises(ConfigError, match=r"inputs 0\.\.32 of model\.layers\.0\.self_attn\.o_proj\.weight are no whole groups of 64"):

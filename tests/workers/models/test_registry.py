@@ -8,7 +8,7 @@ from workers.models.registry import FAMILIES
 
 
 def test_the_page_of_models_is_current() -> None:
-    assert page(PAGE.read_text()) == PAGE.read_text(), "write it anew: python -m tests.support.models_page"
+    assert page(PAGE.read_text()) == PAGE.read_text(), "write it again: python -m tests.support.models_page"
 
 
 def test_every_family_has_a_case() -> None:

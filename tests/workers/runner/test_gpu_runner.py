@@ -242,7 +242,7 @@ class Recording:
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_a_batchs_plans_say_the_same_on_two_ranks(folder: Path, tp: int, pp: int) -> None:
-    """Plans as a leader makes them: most repeat the one before, with sequences that join and end and blocks that are appended in
+    """Plans as a leader makes them: most repeat the previous one, with sequences that join and end and blocks that are appended in
     between."""
     model, weights = open_artifact(folder).model, whole_weights(folder)
     alone = Recording(make_gpu_runner(make_stage(model, weights, kernels=kernels), RankGroups()))

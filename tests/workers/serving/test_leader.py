@@ -1,4 +1,4 @@
-"""A Leader in this process, over real sockets, around a FakeEngine that can be told to fail."""
+"""A Leader in this process, over real sockets, around a FakeEngine that can be ordered to fail."""
 
 from __future__ import annotations
 

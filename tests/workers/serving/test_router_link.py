@@ -72,7 +72,7 @@ def test_every_boot_is_lost_at_most_once_for_each_time_it_was_live(events: list[
                     assert not opened and not known
                     opened = True
                 case CloseSocket():
-                    assert opened and not known, "sequences are given up before the socket is"
+                    assert opened and not known, "sequences are released before the socket is"
                     opened = False
                 case SendHello():
                     assert opened

@@ -103,7 +103,7 @@ def prepare(folder: Path, options: BuildOptions, *, model: str, path: str, facts
     program = find_program(path)
     if not facts.installed:
         raise EnvironmentFault(
-            "TensorRT-LLM is not installed", f"{program} is there, the distribution tensorrt_llm is not", "mend the install"
+            "TensorRT-LLM is not installed", f"{program} is there, the distribution tensorrt_llm is not", "fix the install"
         )
     if not facts.gpus:
         blind = "there is no nvidia-smi on PATH, or CUDA_VISIBLE_DEVICES names slices of GPUs"
@@ -252,7 +252,7 @@ def _started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterat
             start_new_session=True, preexec_fn=process.die_with_parent,  # noqa: PLW1509 - this process has one thread when it builds
         )  # fmt: skip
     except OSError as error:
-        raise EnvironmentFault(f"cannot start {command[0]}", error.strerror or str(error), "mend the install of tensorrt_llm") from None
+        raise EnvironmentFault(f"cannot start {command[0]}", error.strerror or str(error), "fix the install of tensorrt_llm") from None
     try:
         yield builder
     finally:

@@ -81,7 +81,7 @@ def gpus(path: str, visible: str | None) -> tuple[GpuFacts, ...] | None:
         ) from None
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stdout", "") or str(error)).strip().splitlines()[-1:]
-        raise EnvironmentFault("nvidia-smi failed", "".join(said)[:200], "mend the NVIDIA driver of this node") from None
+        raise EnvironmentFault("nvidia-smi failed", "".join(said)[:200], "fix the NVIDIA driver of this node") from None
     table = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line.strip()]
     return _visible([(cells[1], _gpu(cells)) for cells in table], visible)
 
@@ -92,7 +92,7 @@ def _gpu(cells: list[str]) -> GpuFacts:
         index, _, name, capability, total, free, driver = cells
         return GpuFacts(index=int(index), name=name, capability=capability, memory=int(total) * MIB, free=int(free) * MIB, driver=driver)
     except ValueError:
-        raise EnvironmentFault("nvidia-smi tells of a GPU in an unknown way", ", ".join(cells)[:200], "look at that GPU") from None
+        raise EnvironmentFault("nvidia-smi describes a GPU in an unknown format", ", ".join(cells)[:200], "look at that GPU") from None
 
 
 def _visible(found: list[tuple[str, GpuFacts]], visible: str | None) -> tuple[GpuFacts, ...]:

@@ -109,7 +109,9 @@ def gpu_faults(engine: EngineDir | None, facts: NodeFacts, placement: GangPlacem
     ranks = placement.here() if placement is not None else range(0)
     if placement is not None and len(set(placement.ranks)) > 1:
         why = f"{', '.join(map(str, placement.ranks))} ranks go to its nodes; TensorRT-LLM numbers GPUs as if all nodes had the same number"
-        yield ConfigError("the replica is dealt unevenly to its nodes", why, "set spread: true, or choose a layout that fits the nodes")
+        yield ConfigError(
+            "the replica is distributed unevenly to its nodes", why, "set spread: true, or choose a layout that fits the nodes"
+        )
     if len(gpus) < len(ranks):
         why = f"{len(ranks)} ranks go there, each needs one"
         yield EnvironmentFault(

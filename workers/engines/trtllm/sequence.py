@@ -186,7 +186,7 @@ def make_sequence(id: int, request: Submit, limits: TrtllmLimits) -> TrtllmSeque
             raise EngineFault(what, f"{why}; {len(task.emitted)} of them are output that another replica had given")
         raise TooLong(what, why, "shorten the prompt, or build the engine with use_paged_context_fmha", param="prompt")
     if params.guide is not None and task.emitted and not nothing_to_emit:
-        raise EngineFault("TensorRT-LLM cannot go on with a guided answer", "a grammar can only be followed from its start", "ask again")
+        raise EngineFault("TensorRT-LLM cannot continue a guided answer", "a grammar can only be followed from its start", "ask again")
     seq = TrtllmSequence(
         id=id,
         prompt_ids=request.prompt_ids,

@@ -105,7 +105,7 @@ class HermesToolParser:
         return text, end
 
     def _give_up(self, events: list[ToolEvent]) -> None:
-        """The call is none: its tag is text, and what follows the tag is to be read anew."""
+        """The call is none: its tag is text, and what follows the tag is to be read again."""
         if self._index is not None:
             events.append(CallDropped(index=self._index))
         events.append(TextDelta(text=_OPEN))

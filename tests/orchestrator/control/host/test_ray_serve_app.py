@@ -25,7 +25,7 @@ def test_a_replica_is_the_host_of_a_deployment() -> None:
         host.check_health()
         host.__del__()
         wait_for(lambda: not alive(status.pid) and not any(map(alive, status.routers.values())), what="the end of the host")
-        # 130: it was told to end within a turn of its loop after it was ready.
+        # 130: it was ordered to end within a turn of its loop after it was ready.
         with pytest.raises(EnvironmentFault, match=r"ended with (0|130): .*nothing is left"):
             host.check_health()
         with pytest.raises(NotFound):

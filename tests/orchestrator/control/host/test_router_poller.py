@@ -1,4 +1,4 @@
-"""Which gangs the routers have given up, from what they report."""
+"""Which gangs the routers have lost, from their reports."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def test_a_silent_reconnect_asks_for_every_choice_again() -> None:
     attach = attaches[1].message
     route.hear(b"another address", "", Failed(boot="a1", stream=attach.stream, attempt=1, code="not_found", message=""), 0.3)
     (again,) = sent(route.take(), Submit)
-    assert (again.request_id, again.attempt) == ("q/1", 2), "a choice that is not there is placed anew"
+    assert (again.request_id, again.attempt) == ("q/1", 2), "a choice that is not there is placed again"
     route.check()
 
 

@@ -1,4 +1,4 @@
-"""What the routing core measures: waits, guesses, decisions, and what became of choices that had to move."""
+"""The routing core's measurements: waits, estimates, decisions, and the outcome of choices that had to move."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_choices_that_move_are_counted_by_cause_and_outcome() -> None:
     assert tally.resumed["silent"] == 1 and tally.pause.total == pytest.approx(1.0)
     accept(route, two, place="b")
     route.hear(b"b", "", beat(boot="b1", busy_ms=60_000.0), 6.0)
-    assert tally.losses["hung"] == 1 and tally.failed["hung"] == 1, "its second death: it is given up"
+    assert tally.losses["hung"] == 1 and tally.failed["hung"] == 1, "its second death: it fails"
     assert tally.moved["hung"] == 2, "the other one got on, so it goes on"
     route.tick(12.0)
     assert tally.failed == dict.fromkeys(CAUSES, 0) | {"hung": 2}, "nothing came to serve it in time"

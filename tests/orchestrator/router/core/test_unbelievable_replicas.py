@@ -1,4 +1,4 @@
-"""A replica is not believed: what cannot be true of a choice reaches no client, and the choice goes on elsewhere."""
+"""Routers check what replicas send: invalid data about a choice reaches no client, and the choice continues at another replica."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def run(route: CoreDriver, begin: float, end: float, **stats: int) -> None:
 @pytest.mark.parametrize("begun", [[], [7, 8], [7] * 8], ids=["no token", "some tokens", "all tokens and no end"])
 @pytest.mark.parametrize("stats", [{"running": 0}, {"running": 1}, {"waiting": 1}, {"running": 1, "prefill_tokens": 0, "waiting": 0}])
 def test_a_choice_that_does_not_get_on_is_asked_for_then_moved(begun: list[int], stats: dict[str, int]) -> None:
-    """Its heartbeats may say what they want: nothing is before the choice, so it gets on within the hang bound, 10 s."""
+    """Whatever its heartbeats say: nothing is ahead of the choice, so it must make progress within the hang bound, 10 s."""
     route, submit = placed()
     route.hear(b"a", "", tokens("a1", submit, 0, begun), 0.1)
     route.take()

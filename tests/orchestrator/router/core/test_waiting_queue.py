@@ -111,7 +111,7 @@ def test_a_lost_replicas_choices_go_on_elsewhere_before_all_others() -> None:
     route.hear(b"a", "", tokens("a1", submits[0], 2, [99]), 3.1)
     late = route.take()
     assert not [action for action in late if isinstance(action, DeliverTokens)] and route.counts["stale_tokens"] == 1
-    assert [message.stream for message in sent(late, Cancel)] == [submits[0].stream], "it is told to stop"
+    assert [message.stream for message in sent(late, Cancel)] == [submits[0].stream], "it is ordered to stop"
     route.check()
 
 

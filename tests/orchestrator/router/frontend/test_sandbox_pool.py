@@ -98,7 +98,7 @@ def test_a_pool_that_was_frozen_with_its_processes_blames_no_template() -> None:
 
 
 def test_a_process_that_gets_no_cpu_time_blames_no_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped while the router runs: for longer than the limit of a job, and then for good."""
+    """Stopped while the router runs: for longer than the limit of a job, and then permanently."""
 
     async def main() -> None:
         async with cells(0.3) as found:

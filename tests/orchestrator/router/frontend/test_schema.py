@@ -1,4 +1,4 @@
-"""Checked bodies and what becomes of them, without a server."""
+"""Checked bodies and their use, without a server."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.support.tiny_models import tiny_tokenizer
 
 
 def test_a_long_text_holds_no_other_thread(tmp_path: Path) -> None:
-    """The other thread gets on while the encoding runs; what holds the interpreter's lock lets it stand for all that time."""
+    """The other thread makes progress while the encoding runs; code that holds the interpreter's lock would stop it for all that time."""
     tiny_tokenizer(tmp_path)
     table = load(str(tmp_path)).table
     over = threading.Event()

@@ -228,7 +228,7 @@ def test_a_required_call(text: str, cut: bool, found: Found) -> None:
 
 
 def test_reading_takes_time_in_proportion_to_the_text() -> None:
-    """Texts that begin a call at every step, 100 kB each: reading each call anew to the end would take minutes."""
+    """Texts that begin a call at every step, 100 kB each: reading each call again to the end would take minutes."""
     for unit in (
         "<tool_call>",
         '<tool_call>{"',

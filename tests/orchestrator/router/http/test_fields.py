@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What came of a request: the answer (of a stream, its events), its headers, and what was asked of the dispatcher."""
+    """The result of a request: the answer (of a stream, its events), its headers, and the dispatcher's calls."""
 
     answer: Any
     headers: dict[str, str]

@@ -95,7 +95,7 @@ CASES: dict[str, Case] = {
         4, "GPU 3 has too little free memory: rank 3 needs 1.0 GiB, 0.5 of 80.0 are free", "nvidia-smi names the processes",
     ),
     "uneven nodes": (
-        lambda e: all_of(e, facts(), GangPlacement(ranks=(3, 1), mpi="openmpi")), 3, "dealt unevenly to its nodes", "spread: true",
+        lambda e: all_of(e, facts(), GangPlacement(ranks=(3, 1), mpi="openmpi")), 3, "distributed unevenly to its nodes", "spread: true",
     ),
     "two NCCLs": (
         lambda e: all_of(e, facts(also="nvidia-nccl-cu12")),

@@ -63,7 +63,8 @@ def test_without_a_shared_prefix_choices_spread_evenly() -> None:
 
 
 def test_a_burst_spreads_evenly_whatever_the_last_steps_of_equals_were() -> None:
-    """At a burst's begin one replica's heartbeat tells of a prefill, another's still of single tokens: twenty times apart."""
+    """At the beginning of a burst one replica's heartbeat reports a prefill, another's still single tokens: they differ by a factor of
+    twenty."""
     route = router(max_queue=400)
     for name, step_ms in (("a", 180.0), ("b", 9.0), ("c", 8.0)):
         join(route, name, max_batch_size=128)
