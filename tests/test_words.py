@@ -16,7 +16,6 @@ from tests.support.source_tree import ROOT
 
 #: What a sentence must not say, and what it says instead.
 INSTEAD = {
-    "anew": "again",
     "as ever": "as usual",
     "as everywhere": "as in ..., with the place",
     "asked of": "sent to",

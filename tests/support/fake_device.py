@@ -1,4 +1,4 @@
-"""A CPU in the place of a GPU, so that a GPU runner's buffers and its order of work are tested where there is no GPU."""
+"""A CPU that replaces the GPU, so that a GPU runner's buffers and its order of work are tested without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured figures beside their bounds: asserted with room for a busy machine, and listed once more at the end of a test run.
+"""Measured figures with their bounds: asserted with a margin for a busy machine, and listed at the end of a test run.
 
 Owns the list. The bounds are those of a quiet machine; a figure fails its test above :data:`SLACK` times its bound. A time that is measured
 beside other tests says little of what was tested: there its bound grows by :func:`crowd`.

@@ -145,7 +145,7 @@ class Gang:
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in sorted(self.run_dir.glob("rank*.log"))) + self.terminal()
 
     def terminal(self) -> str:
-        """What came out of mpiexec."""
+        """The output of mpiexec."""
         return (self.run_dir / "terminal").read_text()
 
     @property
@@ -174,7 +174,7 @@ class Gang:
 
 
 class Stream:
-    """All that came for one (stream, attempt), in order."""
+    """All messages for one (stream, attempt), in order."""
 
     def __init__(self, have: int) -> None:
         self.accepted: list[Accepted] = []
@@ -214,7 +214,7 @@ class RouterEnd:
         self.byes: list[str] = []
         self.frames = 0
         self.streams: dict[tuple[int, int], Stream] = {}
-        #: Whether messages for streams that nobody watches are a fault.
+        #: Whether messages for unknown streams are a fault.
         self.strict = True
 
     def __enter__(self) -> RouterEnd:
@@ -246,7 +246,7 @@ class RouterEnd:
         deadline_ms: int | None = None,
         replica: str = "r0",
     ) -> Stream:
-        """Send a Submit; what comes back fills the answered Stream."""
+        """Send a Submit; the answers fill the returned Stream."""
         message = Submit(
             boot=self.boot, stream=stream, attempt=attempt, client="c", request_id=request or f"q{stream}", model="m", prompt_ids=prompt,
             task=GenerateTask(params=params, emitted=emitted or [], credit=credit), deadline_ms=deadline_ms,
@@ -259,7 +259,7 @@ class RouterEnd:
         return found
 
     def until(self, ready: Callable[[], object], bound_s: float = BOUND_S) -> float:
-        """Serve until ``ready()``; answers the seconds that it took."""
+        """Serve until ``ready()``; returns the seconds that it took."""
         begin = time.monotonic()
         while not ready():
             assert time.monotonic() - begin < bound_s, f"not within {bound_s} s"
@@ -267,7 +267,7 @@ class RouterEnd:
         return time.monotonic() - begin
 
     def turn(self) -> None:
-        """Greet the leaders when it is time, and take one message if one comes within 5 ms."""
+        """Send a heartbeat to the leaders when it is due, and handle one message if one arrives within 5 ms."""
         if time.monotonic() >= self._next_peers:
             self._next_peers = time.monotonic() + 0.2
             self._greet(list(self.replicas.values()))

@@ -1,4 +1,4 @@
-"""Bare ends of the wire, without any of the manners of ours: a socket that sends given frames, and one that acts as a replica."""
+"""Raw peers, which need not follow the protocol: a socket that sends given frames, and one that acts as a replica."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dealer(endpoint: str, server_key: str = "", public: str = "", secret: str = 
 
 
 class Impostor:
-    """A bare replica's end of the wire: says what it is ordered to, hears what it is told."""
+    """A raw replica: it sends given messages and returns the received ones."""
 
     def __init__(self, socket: zmq.Socket[bytes], boot: str) -> None:
         self._socket, self.boot = socket, boot

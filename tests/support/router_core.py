@@ -47,7 +47,7 @@ ADMISSION = AdmissionSpec(max_queue=2, queue_timeout_s=5.0, request_timeout_s=10
 
 
 class CoreDriver:
-    """One core, a method an event. What the core asks for collects until :meth:`take`."""
+    """One core, with one method per event. The core's actions are collected until :meth:`take`."""
 
     def __init__(self, core: RouterCore) -> None:
         self.core = core
@@ -95,7 +95,7 @@ class CoreDriver:
         self.handle(AbortAll(), now)
 
     def take(self) -> list[Action]:
-        """What the core has asked for since the last call."""
+        """The core's actions since the last call."""
         actions, self._actions = self._actions, []
         return actions
 

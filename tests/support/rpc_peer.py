@@ -1,4 +1,4 @@
-"""An RPC client without the manners of ours: it sends any frames and shows what comes back."""
+"""A raw RPC client, which need not follow the protocol: it sends any frames and returns the answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODY = msgspec.json.encode(text(prompt=[1, 2, 3], max_tokens=4, ignore_eos=True)
 
 
 class Peer:
-    """A bare DEALER with a key of its own: sends anything, and shows what comes back. ``boot`` names it in its messages."""
+    """A raw DEALER with its own key: it sends any frame, and returns the answers. ``boot`` names it in its messages."""
 
     def __init__(self, world: World, name: str = "bob", kind: int = zmq.DEALER, high_water: int = 1000) -> None:
         self.boot = secrets.token_hex(8)

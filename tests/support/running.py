@@ -1,4 +1,4 @@
-"""Deployments that seem to run: a control socket that answers `status`, without routers or replicas."""
+"""Pretended deployments: a control socket that answers `status`, without routers or replicas."""
 
 from __future__ import annotations
 

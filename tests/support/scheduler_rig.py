@@ -1,6 +1,6 @@
-"""The scheduler over a model that checks every plan, driven by hand: what the property tests and the unit tests of the scheduler share.
+"""The scheduler over a model that checks every plan, driven by hand: shared by the property tests and the unit tests of the scheduler.
 
-Owns nothing of the product. Must judge by :func:`workers.engines.fake.expected_tokens` and by the plans alone, never by the scheduler's own
+Owns nothing of the product. Its checks use only :func:`workers.engines.fake.expected_tokens` and the plans, never the scheduler's own
 fields.
 """
 

@@ -1,4 +1,4 @@
-"""A dispatcher that plays scripts, behind a real HTTP door on a real socket, for tests of the doors.
+"""A dispatcher that plays scripts, behind a real HTTP API on a real socket, for tests of the frontends.
 
 Owns one server thread with its event loop. Tokens come one a loop turn and obey credit, as a replica's do.
 """
@@ -164,7 +164,7 @@ def tiny_texts(folder: Path, chat_template: str = CHAT_TEMPLATE, generation: dic
 
 
 class ServedDoor:
-    """The door on a loopback port, in a thread of its own, and a client for it; a context manager."""
+    """The HTTP API on a loopback port, in a separate thread, and a client for it; a context manager."""
 
     def __init__(
         self, folder: Path, keys: ApiKeys | None = None, *, texts: TextModels | None = None, allowed_origins: tuple[str, ...] = (),
@@ -197,7 +197,7 @@ class ServedDoor:
         return self
 
     def freeze(self, seconds: float) -> None:
-        """The server's event loop stands still for so long, from now on."""
+        """Block the server's event loop for this time, starting now."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(time.sleep, seconds)
 

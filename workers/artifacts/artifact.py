@@ -1,4 +1,4 @@
-"""Opens every kind of model file: finds out what a path holds, and how its weights are read.
+"""Opens every kind of model file: it determines what a path holds, and how its weights are read.
 
 Owns the distinction between checkpoints, Hugging Face folders and GGUF files. Reads no weights itself.
 """
@@ -87,7 +87,7 @@ def open_artifact(path: str | Path, *, weights_optional: bool = False) -> Artifa
 
 
 def quant_for(artifact: Artifact, name: QuantName | None) -> Quant:
-    """The formats of the artifact's weights in a replica that asks for ``name``; None = as they are stored."""
+    """The formats of the artifact's weights in a replica with the setting ``name``; None = as they are stored."""
     if name is None or name == artifact.quant.weights:
         return artifact.quant
     return msgspec.structs.replace(quant_of(name), kv_cache_quant_algo=artifact.quant.kv_cache_quant_algo)

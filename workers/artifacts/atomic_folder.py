@@ -1,6 +1,6 @@
-"""Folders that appear whole or not at all: they are written beside the target under a lock, flushed to the disk, then renamed to it.
+"""Atomic folders: they are written next to the target under a lock, flushed to the disk, then renamed to it.
 
-Owns the lock files and the names of unfinished folders (``.NAME.partial``). Must never touch any folder but the target.
+Owns the lock files and the names of unfinished folders (``.NAME.partial``). Must never change any folder except the target.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workers.protocol.errors import EnvironmentFault
 
-#: How long one process waits for another that writes the same target, seconds: longer than any conversion.
+#: Longest wait for another process that writes the same target, seconds: longer than any conversion.
 LOCK_TIMEOUT_S = 3600.0
 POLL_S = 0.05
 #: Hint for a folder in which no file can be written.
@@ -26,7 +26,7 @@ MAKE_ROOM = "make room or give access there, or choose another folder"
 def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S, *, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold an exclusive lock on the file ``path``, which is removed afterwards. The lock is released when its holder is killed.
 
-    ``on_wait`` is called now and then while another process holds the lock; an exception that it raises ends the wait.
+    ``on_wait`` is called periodically while another process holds the lock; an exception that it raises ends the wait.
 
     Raises :class:`EnvironmentFault` when another process holds it for longer than ``timeout_s``, or the folder cannot be written.
     """
@@ -71,7 +71,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     aside, old = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
     with locked(target.parent / f".{target.name}.lock"):
-        # Left by a process that was killed: the holder of the lock owns these names.
+        # Remains of a killed process: the holder of the lock owns these names.
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:

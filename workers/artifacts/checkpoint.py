@@ -1,8 +1,9 @@
 """TensorRT-LLM checkpoints: ``config.json``, ``rank<N>.safetensors``, tokenizer files, and a manifest of hashes and sizes.
 
 Owns the folder's format. ``config.json`` has TensorRT-LLM's own keys; the key ``trireme`` holds what the portable engine needs beside them.
-This reader uses ``trireme``, after checking that the other keys say the same. The manifest is written last, so a folder that has one is
-complete. A folder with neither is one that TensorRT-LLM's own converters wrote: it has no hashes, and its embedding may be cut otherwise.
+This reader uses ``trireme``, after checking that the other keys agree with it. The manifest is written last, so a folder that has one is
+complete. A folder with neither was written by TensorRT-LLM's own converters: it has no hashes, and its embedding may be split in another
+way.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class _Config(msgspec.Struct, kw_only=True):
 
 
 def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[int, ...], *, for_trtllm: bool = False) -> CheckpointFacts:
-    """The facts of a checkpoint to be written; a model that slides becomes one of the length of its window.
+    """The facts of a checkpoint to be written; a model with a sliding window becomes one with the length of its window.
 
     Raises :class:`~workers.protocol.errors.ConfigError` when the model cannot be split this way, or the format cannot describe it.
     """
@@ -109,7 +110,7 @@ def describe(model: ModelSpec, parallel: Parallel, dtype: DType, eos_ids: tuple[
 
 
 def stored(facts: CheckpointFacts, quant: Quant, rank: int) -> tuple[StoredTensor, ...]:
-    """The tensors in the file of ``rank``. Raises ConfigError if a quantization group would be cut between two ranks."""
+    """The tensors in the file of ``rank``. Raises ConfigError if a quantization group would be split between two ranks."""
     return stored_tensors(facts.model, facts.parallel, rank, dtype=facts.dtype, quant=quant, own_head=facts.own_head)
 
 
@@ -188,7 +189,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ArtifactError(
             f"{folder / CONFIG} has no key 'trireme'", "another converter wrote it", "run `trireme convert` on the original"
         )
-    # The format is read alone: facts of another one have other keys.
+    # The format is read first, because another format has other keys.
     if (stored := own.get("format") if isinstance(own, dict) else None) != FORMAT or manifest.format != FORMAT:
         why = "another version of trireme wrote it"
         raise ArtifactError(
@@ -297,7 +298,7 @@ class CheckpointSource:
         if tensor.name == EMBEDDING and self._checkpoint.embedding == "columns":
             return self._joined_columns(span)
         pieces, at, form = [], span.start, None
-        # Copies (key/value heads, tied rows) overlap: in order of their starts, each part adds what the parts before it lack.
+        # Copies (key/value heads, tied rows) overlap: in order of their starts, each part adds only what is still missing.
         for part, rank, name, local in sorted(self._parts[tensor.name]):
             if part.start <= at < min(part.stop, span.stop):
                 stop = min(part.stop, span.stop)

@@ -1,6 +1,6 @@
 """Conversion of any model file to a TensorRT-LLM checkpoint of any tp × pp: rank by rank, one tensor in memory at a time.
 
-Owns the order of writing: weights, tokenizer, config, manifest, rename. The target does not change until everything is on the disk.
+Owns the order of writing: weights, tokenizer, config, manifest, rename. The target does not change before everything is on the disk.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def convert(
         raise ArtifactError(f"{target} exists and is not a checkpoint", "nothing there is overwritten", "choose another folder")
     files_of_tokenizer = _tokenizer(artifact) if tokenizer is None else _read_all(tokenizer)
     if artifact.kind == "checkpoint":
-        # The new manifest gets hashes of what is read here: a damaged shard must not get a valid hash.
+        # The new manifest gets hashes of the data read here, so a damaged shard must not get a valid hash.
         verify_all(read_checkpoint(artifact.path))
     total = sum(tensor.nbytes for rank in range(parallel.world) for tensor in stored(facts, quant, rank))
     with replacing(target) as aside:

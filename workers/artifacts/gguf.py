@@ -38,7 +38,7 @@ from workers.protocol.specs import (
 )
 
 MAGIC = b"GGUF"
-#: Values that are dequantized at a time: their temporaries stay in a core's second-level cache.
+#: Number of values that are dequantized at a time, so that their temporaries stay in a core's second-level cache.
 _CHUNK = 1 << 16
 #: Keys of a split model, and how the names of its files end.
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -433,8 +433,8 @@ class GgufSource:
 
 
 def _dequantize(raw: Array, form: GgufType) -> Array:
-    """[rows, values] fp32 of ``raw`` [rows, blocks, bytes], some rows at a time: a dequantizer's temporaries are several times its
-    result."""
+    """[rows, values] fp32 of ``raw`` [rows, blocks, bytes], some rows at a time, because a dequantizer's temporaries are several times as
+    large as its result."""
     rows, blocks, width = raw.shape
     result = np.empty((rows, blocks * form.values), np.float32)
     step = max(1, _CHUNK // (blocks * form.values))

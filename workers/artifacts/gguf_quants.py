@@ -1,7 +1,7 @@
-"""The tensor types of GGUF: how many values a block holds, in how many bytes, and what they are in fp32.
+"""The tensor types of GGUF: the values and bytes of a block, and the decoding to fp32.
 
-Owns the arithmetic of the blocks, which gives the bits that the format's own package gives. Pure functions of blocks; must never know
-about files or models. The layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
+Owns the arithmetic of the blocks, whose results are bitwise equal to those of the format's own package. Pure functions of blocks; must
+never know about files or models. The layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 
 A decoder takes [blocks, bytes] uint8, contiguous, and returns [blocks, values] fp32. "A grid" below is one value of a small table for each
 integer; "a super-block" is 256 values whose scales are integers themselves.

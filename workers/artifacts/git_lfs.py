@@ -1,4 +1,4 @@
-"""Git LFS pointers: the small text files that lie where a clone without Git LFS left out the weights."""
+"""Git LFS pointers: small text files that a clone without Git LFS contains instead of the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from workers.protocol.errors import ArtifactError
 
 _HEAD = b"version https://git-lfs.github.com/spec/v1"
-#: As many bytes of a file as :func:`refuse_pointer` looks at.
+#: Number of a file's first bytes that :func:`refuse_pointer` reads.
 HEAD_BYTES = len(_HEAD)
 
 

@@ -1,7 +1,7 @@
 """Hugging Face folders: ``config.json`` as a ModelSpec, and the weights as a Source.
 
-Owns the meaning of the configs of the supported models, and the list of what is refused. A model that would run wrongly is refused by name;
-nothing is guessed. Never executes code from a folder.
+Owns the meaning of the configs of the supported models, and the list of what is refused. A model that would give wrong results is refused
+by name; nothing is guessed. Never executes code from a folder.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WRAPPERS = ("gemma3", "llava", "mistral3")
 _NAMED = ((_BACKBONE, ""), ("", ""), ("language_model.model.", "language_model."), ("model.language_model.", ""))
 #: What such a folder holds beside its text model.
 _OTHER_MODALITIES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-#: How a file calls the plain number formats.
+#: A file's names of the unquantized number formats.
 _PLAIN_NAMES: dict[str, DType] = {NAMES[dtype]: dtype for dtype in DTYPE_BYTES}
 
 
@@ -86,7 +86,7 @@ def _text_keys(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_kind(path: Path, raw: dict[str, Any]) -> None:
-    """Refuse by name what is another kind of model, before the keys of a supported one are looked for."""
+    """Refuse another kind of model by name, before the keys of a supported one are read."""
     if experts := next((key for key in EXPERT_KEYS if raw.get(key)), None):
         raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}", SUPPORTED_MODELS)
     if raw.get("model_type") not in FAMILIES:
@@ -201,7 +201,7 @@ class HuggingFaceSource:
         self._names = _stored_names(self._weights, wanted)
         forms = {name: stored_form(self._weights, scheme, stored) for name, stored in self._names.items()}
         self._forms = {name: form for name, form in forms.items() if form is not None}
-        # Many folders store a tied head a second time.
+        # Many folders also store a tied head.
         known = {*self._names.values(), *_stored_names(self._weights, [HEAD]).values()}
         for name, form in self._forms.items():
             known |= {f"{self._layer(name)}.{suffix}" for suffix in (*form.suffixes, "g_idx")}
@@ -286,7 +286,7 @@ class HuggingFaceSource:
 
     @staticmethod
     def _refuse_other_weights(folder: Path, extra: list[str]) -> None:
-        """Name the weights whose names say what was done to them."""
+        """Refuse weights whose names show that they were changed, and say how."""
         if part := next((name for name in extra if name.endswith(QUANTIZED_NAMES)), None):
             raise ArtifactError(f"{folder}: its weights are quantized", f"it holds {part}", "use the unquantized model")
         if part := next((name for name in extra if ".lora_" in name or ".base_layer." in name), None):

@@ -1,7 +1,8 @@
-"""What a Hugging Face folder says about quantized weights: which form each linear layer is stored in.
+"""Quantized weights of a Hugging Face folder: the form in which each linear layer is stored.
 
 Owns the configs of the tools (compressed-tensors, FP8, ModelOpt, AWQ, GPTQ). A folder's tensors decide which layers are quantized, the
-config in which form: lists of layers that a tool left alone are spelled in too many ways. What would be read wrongly is refused by name.
+config in which form: lists of layers that a tool left alone are spelled in too many ways. A form that would be read wrongly is refused by
+name.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def words(self) -> str:
-        """The tool and its forms, for people."""
+        """The tool and its forms, for messages."""
         return f"{self.method} ({'; '.join(dict.fromkeys(form.words for _, form in self.forms))})"
 
 

@@ -1,6 +1,6 @@
-"""What a model file holds and whether it runs on a layout, for people and scripts to read before anything is started.
+"""Describes a model file, and whether it runs on a layout, before anything is started.
 
-Reads headers only, unless asked to verify. Decides nothing.
+Reads headers only, except for ``verify_files``. Decides nothing.
 """
 
 from __future__ import annotations

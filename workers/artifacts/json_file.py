@@ -1,4 +1,4 @@
-"""JSON files of model folders, read as Python's json reads them: what wrote them was Python, so NaN and Infinity are among their values."""
+"""JSON files of model folders, read like Python's json does: Python wrote them, so they may contain NaN and Infinity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Number formats of weights in numpy: fp32 and fp16; bf16 and fp8 as raw bits, since numpy has no such types; integers.
+"""Number formats of weights in numpy: fp32 and fp16; bf16 and fp8 as raw bits, because numpy has no such types; integers.
 
 Pure functions; must never know about files.
 """
@@ -15,7 +15,7 @@ from workers.protocol.errors import ArtifactError
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: How each format lies in memory and in files, little-endian.
+#: The numpy type of each format in memory and in files, little-endian.
 STORAGE: dict[Format, np.dtype[Any]] = {
     "fp32": np.dtype("<f4"),
     "bf16": np.dtype("<u2"),

@@ -1,7 +1,7 @@
-"""``config.json`` of a checkpoint that TensorRT-LLM's own converters wrote: which model, which layout, and how the embedding is cut.
+"""``config.json`` of a checkpoint that TensorRT-LLM's own converters wrote: the model, the layout, and the split of the embedding.
 
-Absent keys mean what TensorRT-LLM's config classes make of them. What would change the model and is not computed is refused by name. The
-tensors have the names of :mod:`workers.layout.sharding`, which are TensorRT-LLM's.
+Absent keys have the defaults of TensorRT-LLM's config classes. A key that would change the model and is not supported is refused by name.
+The tensors have the names of :mod:`workers.layout.sharding`, which are TensorRT-LLM's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workers.models.registry import trtllm_families
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant, uniform_decoder
 
-#: How ranks of a first stage share the embedding: by rows, by columns, or each has it whole.
+#: The split of the embedding among the ranks of a first stage: by rows, by columns, or none (each rank has all of it).
 EmbeddingCut: TypeAlias = Literal["rows", "columns", "whole"]
 DTYPES: dict[str, DType] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 #: Keys that change the model, with the value that changes nothing.

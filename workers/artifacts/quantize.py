@@ -1,8 +1,8 @@
-"""Quantization: a Source of integers and scales made from a Source of plain weights, a slice at a time.
+"""Quantization: a Source of integers and scales, computed from a Source of unquantized weights one slice at a time.
 
 Owns the arithmetic: symmetric int8 and e4m3 with one scale an output row, 4-bit integers with a scale and an offset for each group of
-inputs. Values do not depend on the slice that is asked for, so a rank's parts are bitwise slices of the unsharded model's parts. Holds no
-more than one slice and its scales. Rounds to nearest; there is no calibration data.
+inputs. Values do not depend on the requested slice, so a rank's parts are bitwise slices of the unsharded model's parts. Holds no more than
+one slice and its scales. Rounds to nearest; there is no calibration data.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class QuantizedSource:
 
     def _quantize(self, whole: ModelTensor, span: Span) -> dict[tuple[str, Span], Block]:
         """All parts of ``span`` of ``whole`` along its axis, by their names and spans."""
-        # The scale of a row covers all its inputs, also where a rank has only some of them.
+        # The scale of a row covers all its inputs, even if a rank has only some of them.
         full = self._group == 0 and whole.axis == 1
         read = self._source.read(whole, Span(0, whole.shape[1]) if full else span)
         columns = slice(span.start, span.stop) if full else slice(None)

@@ -1,6 +1,7 @@
-"""Says what a folder is that holds no model that is read here, and what to give instead. Reads names only, except for a few JSON files.
+"""Names the content of a folder that is not a supported model, and says what to give instead. Reads names only, except for a few JSON
+files.
 
-Never lists more than one level of folders, because a user may give any folder of a disk.
+Never lists more than one level of folders, because a user may give any folder.
 """
 
 from __future__ import annotations

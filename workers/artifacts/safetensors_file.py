@@ -1,7 +1,7 @@
 """safetensors files: a reader over a memory map and a streaming writer.
 
 The reader owns one mapping and uses the header only after it agrees with the file's size. The writer owns one file handle and hashes what
-it writes. Neither knows what the tensors mean.
+it writes. Neither knows the meaning of the tensors.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def regular(path: Path) -> Path:
 
 
 class SafetensorsFile:
-    """A safetensors file for reading. The arrays that it returns are views of its mapping, which must outlive them."""
+    """A safetensors file for reading. The returned arrays are views of its mapping, which must live longer than they do."""
 
     def __init__(self, path: Path) -> None:
         """Raises :class:`ArtifactError` when the file is missing, truncated or not safetensors."""
@@ -83,7 +83,7 @@ class SafetensorsFile:
         return stop - start
 
     def release(self) -> None:
-        """Release the pages read so far: they would count as this process's memory."""
+        """Release the pages read so far, because they would count as this process's memory."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 

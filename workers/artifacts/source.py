@@ -1,4 +1,4 @@
-"""The Source seam: slices of whole tensors (or their parts) by name; and how a rank's tensor is assembled from them.
+"""The Source protocol: slices of whole tensors (or their parts) by name; and the assembly of a rank's tensor from them.
 
 Owns the ``Source`` protocol and ``assemble``. Must never know a file format or import torch.
 """

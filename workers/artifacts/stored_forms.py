@@ -1,4 +1,4 @@
-"""How other tools store the quantized weight of a linear layer, and the values that it stands for.
+"""Storage forms of quantized linear layers in other tools, and the decoding of their values.
 
 A form knows the tensors that a weight [out, in] consists of, by their suffix behind the layer's name (``qweight``), and computes in fp32
 the values of any rows and columns of it. Pure functions of numpy arrays; must never know a file or a config.
@@ -194,7 +194,7 @@ class Transposed(msgspec.Struct, frozen=True, kw_only=True):
             wide = _unpack(words[columns.start : columns.stop], self.bits, rows, axis=1, order=_AWQ_ORDER)
         else:
             wide = _unpack(words[:, rows.start : rows.stop], self.bits, columns, axis=0)
-        # Only the groups that are asked for: a rank may have one of many.
+        # Only the requested groups: a rank may have one of many.
         used = slice(groups[0], groups[-1] + 1)
         zeros = _unpack(parts("qzeros")[0][used], self.bits, rows, axis=1, order=_AWQ_ORDER if self.awq else None)
         scales, form = parts("scales")

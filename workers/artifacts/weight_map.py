@@ -1,7 +1,7 @@
-"""Which safetensors file of a Hugging Face folder holds which tensor.
+"""Maps each tensor of a Hugging Face folder to its safetensors file.
 
-The index decides where there is one: a copy of a tensor in another file is stale, and an entry that nobody asks for may lead nowhere.
-Without an index, all parts of a numbered set belong together.
+If there is an index, it decides: a copy of a tensor in another file is stale, and an unused entry may name a missing file. Without an
+index, all parts of a numbered set belong together.
 """
 
 from __future__ import annotations

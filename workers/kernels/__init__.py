@@ -1,7 +1,7 @@
-"""The device operations of a decoder layer, behind one seam: model code is the same for every device.
+"""The device operations of a decoder layer, behind one protocol: model code is the same for every device.
 
-Owns the seam and the choice of the implementation. :mod:`.reference` is plain torch and defines the results; :mod:`.gpu` is Triton, and is
-imported only where a GPU computes. The model does not look into a layout: each device has its own kind. Must never know about requests.
+Owns the protocol and the choice of the implementation. :mod:`.reference` is plain torch and defines the results; :mod:`.gpu` is Triton, and
+is imported only on a GPU. A layout is opaque to the model: each device has its own kind. Must never know about requests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Paged attention in Triton, over parts of sequences that decode and tiles of the others, as :mod:`.step_layout` cuts them.
+"""Paged attention in Triton, over parts of sequences that decode and tiles of the others, as :mod:`.step_layout` splits them.
 
-Owns how a program walks a block table. The query heads that share a key/value head are rows of one product, so keys and values are read
-once for all of them. The softmax is computed in powers of two and fp32. Grids depend on the layout's sizes, never on contexts. Must never
-allocate anything but its output and the partial results of parts.
+Owns the way in which a program reads a block table. The query heads that share a key/value head are rows of one product, so keys and values
+are read once for all of them. The softmax is computed in powers of two and fp32. Grids depend on the layout's sizes, never on contexts.
+Must allocate only its output and the partial results of parts.
 """
 
 from typing import NamedTuple
@@ -38,15 +38,15 @@ class AttentionTuning(NamedTuple):
 
 
 def decode_tuning(cache: Tensor) -> AttentionTuning:
-    """Decodes are bound by loads: small programs, four or five on a multiprocessor, keep the most bytes in flight (the best of 19
-    measured)."""
+    """Decodes are limited by loads: small programs, four or five per multiprocessor, keep the most bytes in flight (the best of 19 measured
+    tunings)."""
     if cache.element_size() * cache.shape[3] > 256:
         return AttentionTuning(32, 4, 2)
     return AttentionTuning(64, 2, 5 if cache.element_size() == 1 else 3)
 
 
 def tile_tuning(cache: Tensor) -> AttentionTuning:
-    """Tiles are bound by products: with 128 registers a thread two programs share a multiprocessor, and one multiplies while the other
+    """Tiles are limited by products: with 128 registers a thread two programs share a multiprocessor, and one multiplies while the other
     computes exponentials (measured: a quarter faster than one program without a limit)."""
     if cache.element_size() * cache.shape[3] > 256:
         return AttentionTuning(32, 8, 2)

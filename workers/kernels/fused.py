@@ -1,6 +1,6 @@
 """The operations between a decoder layer's products; each is one Triton kernel that reads and writes its tensors once.
 
-Owns their fp32 arithmetic: values are rounded where they are stored and nowhere else. Padding (position -1) stores nothing in the cache.
+Owns their fp32 arithmetic: values are rounded only when they are stored. Padding (position -1) stores nothing in the cache.
 """
 
 import torch
@@ -88,7 +88,7 @@ def _add_rms_norm(
     offsets = row * hidden + columns
     x = tl.load(residual + offsets, mask=mask, other=0.0)
     if ADDS:
-        # The norm is taken of the rounded sum: the next stage of a pipeline has only that one.
+        # The norm uses the rounded sum, because the next stage of a pipeline has only this one.
         x = (x.to(tl.float32) + tl.load(branch + offsets, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(residual + offsets, x, mask=mask)
     store_norm(normed, scales, row, offsets, x, weights, hidden, eps, mask, FP8)

@@ -1,7 +1,7 @@
 """The product of a single row with unquantized weights, in Triton: a decode step of one request consists of these.
 
-Owns how such a product reads its weights; nothing else in it costs time. A program loads its first weights before it waits for the kernels
-before it, so that memory is never idle between two products. Each weight row is summed by one program, so sums have one order.
+Owns the way in which such a product reads its weights, which is all of its cost. A program loads its first weights before it waits for the
+previous kernels, so that memory is never idle between two products. Each weight row is summed by one program, so sums have one order.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,9 @@
-"""How Triton kernels of a step follow each other on the device: programmatic dependent launch.
+"""Early start of a step's Triton kernels: programmatic dependent launch.
 
-On Hopper and later a kernel is started on the multiprocessors while the kernel before it still ends, and waits there. Every program of a
-kernel that is launched so must call :func:`enter` before it returns, and before it touches what the kernel before it reads or writes.
-Memory that older kernels wrote may be read earlier: a kernel allows the next one to start only when everything before itself is complete.
-Must never be relied on for order: without it kernels run one after the other as always.
+On Hopper and later a kernel starts on the multiprocessors while the previous kernel still ends, and waits there. Every program of such a
+kernel must call :func:`enter` before it returns, and before it accesses memory that the previous kernel reads or writes. Memory that older
+kernels wrote may be read earlier: a kernel allows the next one to start only when everything before itself is complete. Correctness must
+not depend on it: without it, kernels run one after the other.
 """
 
 from functools import cache

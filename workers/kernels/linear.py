@@ -1,7 +1,7 @@
-"""Products of linear layers with weights in every format, on a CPU; and the meaning of each format, which the GPU's products are tested
-against.
+"""Products of linear layers with weights in every format, on a CPU; and the definition of each format, against which the GPU's products are
+tested.
 
-Owns the form in which a CPU keeps weights. Must never know of ranks or layers. A product takes x [T, in] and returns x W^T + b [T, out] in
+Owns the form in which a CPU stores weights. Must never know of ranks or layers. A product takes x [T, in] and returns x W^T + b [T, out] in
 x's dtype. *Plain* weights are weights that are not quantized.
 """
 

@@ -1,9 +1,9 @@
 """Products of linear layers on an NVIDIA GPU: for few rows Triton kernels read the quantized weights once, for many rows torch's GEMMs
 compute.
 
-Owns the form in which a GPU keeps weights, and the row counts at which one way gives place to the other. :mod:`.linear` defines what the
-products mean. Weights are the left operand of every Triton product: they always have enough rows to fill a tensor core's 64, and the rows
-of the step are the short side. Each weight row is summed by one program from end to end, so sums have one order.
+Owns the form in which a GPU stores weights, and the row counts at which the method changes. :mod:`.linear` defines the products. Weights
+are the left operand of every Triton product: they always have enough rows to fill a tensor core's 64, and the rows of the step are the
+short side. Each weight row is summed by one program from end to end, so sums have one order.
 """
 
 from functools import partial

@@ -56,7 +56,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ContextReads:
-    """What a step reads of the cache in layers of one window."""
+    """The cache reads of a step in layers with the same window."""
 
     groups: tuple[DecodeGroup, ...]
     chunks: tuple[Chunk, ...]

@@ -1,10 +1,10 @@
-"""Both ends of a step in Triton. Before the layers: take the host's submission and look up the tokens that placeholders stand for. After
-them: choose tokens and report them to the host, without leaving the device and in one read of the logits.
+"""The beginning and the end of a step in Triton. Before the layers: read the host's submission and look up the tokens of placeholders.
+After them: sample tokens and report them to the host, on the device and with one read of the logits.
 
-Tokens are chosen greedily or by plain temperature, the common cases. Owns what a step leaves behind so that the next one may need nothing
-from the host; and the kernels' form of :mod:`workers.sampling.definition`: the same noise bits, ties to the lowest id. The best candidate
-of a sequence is three int32 words: the bits of its score, its id, and whether a logit is NaN or +inf. Must never choose for a sequence with
-penalties, masks, top-k, top-p or min-p: the torch sampler does that.
+Tokens are sampled greedily or by plain temperature, the common cases. Owns the state that a step leaves so that the next one may need no
+input of the host; and the kernels' form of :mod:`workers.sampling.definition`: the same noise bits, ties to the lowest id. The best
+candidate of a sequence is three int32 words: the bits of its score, its id, and whether a logit is NaN or +inf. Must never sample for a
+sequence with penalties, masks, top-k, top-p or min-p: the torch sampler does that.
 """
 
 import torch
@@ -196,8 +196,8 @@ def choose_tokens(best: Tensor, slots: Tensor, positions: Tensor, state: SlotSta
     """Complete the step: report the tokens [S] of the best candidates to the host; -1 where a logit is NaN or +inf, or none is finite.
 
     ``best`` [n, 3, S]: candidates in order of their ids. ``state`` keeps the tokens as the last ones of ``slots`` [S]; token 0 in place of
-    -1, so that such a sequence goes on from a token that exists until the leader sees the fault. ``positions`` [S] go up by one; negative
-    ones (padding) stay.
+    -1, so that such a sequence continues with a valid token until the leader sees the fault. ``positions`` [S] go up by one; negative ones
+    (padding) stay.
     """
     (parts, _, count), (depth, width) = best.shape, rings.completions.shape
     _choose_tokens[(count,)](

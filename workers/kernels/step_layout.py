@@ -1,8 +1,8 @@
 """The layout of a step that GPU kernels read: int32 words in one packed buffer, written on the host with numpy.
 
-Owns the order of the words, the memory that host and device share, and how attention is cut into programs: a sequence with one query token
-into *parts* of its context, a longer one into *tiles* of query tokens. Shapes depend on counts only, so a CUDA graph can be replayed after
-its buffer was overwritten. Must never import Triton: hosts plan with this module, and tests check it where there is no GPU.
+Owns the order of the words, the memory that host and device share, and how attention is split into programs: a sequence with one query
+token into *parts* of its context, a longer one into *tiles* of query tokens. Shapes depend on counts only, so a CUDA graph can be replayed
+after its buffer was overwritten. Must never import Triton: hosts plan with this module, and tests check it where there is no GPU.
 
 Parts (split-KV): a step aims at ``SPLIT_PROGRAMS`` programs over all sequences and key/value heads, whatever its batch and contexts. Each
 sequence is cut into equal parts no longer than a segment; the segment is as short as the number of programs allows.
@@ -86,8 +86,8 @@ def decode_shape(sequences: int, heads: Heads) -> LayoutShape:
 
 
 def mixed_shape(tokens: int, heads: Heads) -> LayoutShape:
-    """Shape that holds nearly any step of at most ``tokens`` query tokens. It is too small for a step with so many sequences of two and
-    more query tokens that their tiles are mostly a single token each."""
+    """Shape for nearly any step of at most ``tokens`` query tokens. It is too small if the step has many short sequences of two or more
+    query tokens, whose tiles are mostly a single token each."""
     return LayoutShape(tokens=tokens, parts=tokens + heads.spare_parts, tiles=tokens // 2 + tokens // heads.tile_tokens + 1)
 
 
@@ -202,9 +202,9 @@ def _put(lines: Ints, *columns: npt.NDArray[np.integer]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """Device memory that outlives steps. ``tables`` [slots, width] int32: block tables. ``arrived`` [slots * kv_heads] int32, zero between
-    launches: how many parts of a sequence are done, so that the last one knows that it merges them. Kernels that share it must run one
-    after the other."""
+    """Device memory that is kept between steps. ``tables`` [slots, width] int32: block tables. ``arrived`` [slots * kv_heads] int32, zero
+    between launches: how many parts of a sequence are done, so that the last one knows that it merges them. Kernels that share it must run
+    one after the other."""
 
     tables: Tensor
     arrived: Tensor
@@ -233,7 +233,7 @@ class SlotOffsets(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SlotState:
-    """What a device remembers of the sequence in each slot. All arrays lie in ``words`` int32, so an update is a word index and a value.
+    """The device's state of the sequence in each slot. All arrays lie in ``words`` int32, so an update is a word index and a value.
 
     ``tables`` [slots, width] int32: block tables. For one slot more, which padding reads and writes: ``tokens`` [slots + 1] int32, the last
     tokens; ``seeds`` [slots + 1, 2] int32 (:func:`workers.sampling.definition.seed_keys`); ``temperatures`` [slots + 1] fp32, 0 = greedy.

@@ -1,1 +1,1 @@
-"""Which part of a model each rank holds, and how much memory that takes. Pure arithmetic; loader, converter and planner read the same."""
+"""The part of a model that each rank holds, and its memory. Pure arithmetic, shared by loader, converter and planner."""

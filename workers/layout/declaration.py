@@ -1,4 +1,4 @@
-"""The tensors of a decoder's blocks: each is declared here once, with its names, its shape and how ranks cut it.
+"""The tensors of a decoder's blocks: each is declared here once, with its names, its shape and its split among ranks.
 
 Converter, loader, model, planner, quantizer, inspection and the GGUF reader all read this declaration. A whole tensor has the name that
 Llama's has in Hugging Face's files; :mod:`workers.models.registry` knows where a family's files name it otherwise or join several.

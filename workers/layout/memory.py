@@ -1,7 +1,7 @@
 """How much memory a rank takes, and how much KV cache it can hold: engine and planner use the same arithmetic.
 
-Pure functions of shapes, layout and free bytes. The caller says how much is free: the engine measures it, the planner assumes it. Must
-never look at a device.
+Pure functions of shapes, layout and free bytes. The caller passes the free bytes: the engine measures them, the planner assumes them. Must
+never access a device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: Engine
 
 def longest_sequence(model: ModelSpec, engine: EngineSpec) -> int:
     """Tokens of the longest sequence that a replica takes. Raises :class:`ConfigError` where more are asked for than the model has
-    positions: it was never trained on those."""
+    positions: the model was never trained on more."""
     if engine.max_seq_len > model.max_position:
         raise ConfigError(
             f"max_seq_len: {engine.max_seq_len} is more than the model's context",
@@ -88,8 +88,8 @@ def cache_room(model: ModelSpec, shard: Shard, engine: EngineSpec, *, free: int,
 
 
 def cache_budget(engine: EngineSpec, room: int, host_ranks: int) -> int:
-    """Bytes that the cache of this rank takes where nothing is said: on a GPU all of its ``room``; on a CPU the default share of the
-    host, divided by its ``host_ranks``."""
+    """Default bytes of this rank's cache: on a GPU all of its ``room``; on a CPU the default share of the host, divided by its
+    ``host_ranks``."""
     return room if engine.device == "cuda" else min(int(room * FREE_SHARE), HOST_CAP // host_ranks)
 
 

@@ -1,4 +1,4 @@
-"""How tensors are stored: as they are, or quantized into parts (integers, scales, offsets), each cut among ranks like its tensor.
+"""Storage of tensors: unquantized, or as quantized parts (integers, scales, offsets), each split among ranks like its tensor.
 
 Pure functions over :mod:`workers.layout.sharding`. Converter, loader, checkpoint reader, inspection and model all read names, formats and
 shapes of parts here. Parts have TensorRT-LLM's names. Must never compute a value.

@@ -1,4 +1,4 @@
-"""Which slice of every tensor a rank holds. Loader, converter, model and planner all use this module.
+"""The slice of every tensor that a rank holds. Loader, converter, model and planner all use this module.
 
 Pure functions of (ModelSpec, Parallel, rank). Whole tensors have their Hugging Face names, shards TensorRT-LLM's checkpoint names, in which
 layer numbers begin at 0 in each stage. Must never read a file or know a number format.

@@ -1,4 +1,4 @@
-"""What all layers share in one forward pass, and the parts from which blocks are built."""
+"""The shared state of all layers in one forward pass, and the parts from which blocks are built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from workers.protocol.specs import Quant
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What all layers share in one forward pass. ``ropes``: the entries of the model's rotary tables for this step, one a table."""
+    """The shared state of all layers in one forward pass. ``ropes``: the entries of the model's rotary tables for this step, one a
+    table."""
 
     kernels: Kernels[Any]
     layout: AttentionLayout | DeviceLayout

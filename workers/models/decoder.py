@@ -73,13 +73,13 @@ class DecoderLayer:
     def _enter(
         self, residual: Tensor, branch: Tensor | None, norm: ResidualNorm | None, step: ForwardContext, *, fp8: bool
     ) -> Tensor | Fp8Rows:
-        """What a block reads, with ``branch`` added to ``residual``."""
+        """The input of a block, with ``branch`` added to ``residual``."""
         if norm is not None:
             return norm(residual, branch, step, fp8=fp8)
         return residual if branch is None else residual.add_(step.group.all_reduce(branch))
 
     def _leave(self, residual: Tensor, branch: Tensor, norm: ResidualNorm | None, step: ForwardContext) -> Tensor | None:
-        """What is still to be added of a block's output."""
+        """The part of a block's output that is not added yet."""
         if norm is not None:
             branch = norm.of(step.group.all_reduce(branch), step.kernels)
         if self._multiplier != 1.0:
@@ -187,7 +187,7 @@ class DecoderStage:
         """Run ``hidden`` [T, hidden] through the layers in place and return it. ``layout``: of this device's kind; ``cache``: one tensor a
         layer; where it has fewer, only the first layers run."""
         _, branch = self._layers(hidden, layout, cache)
-        # The stage completes the sum before it sends: if the next stage did, the bits would depend on where a pipeline is cut.
+        # The stage completes the sum before it sends: if the next stage did, the bits would depend on where a pipeline is split.
         return hidden if branch is None else hidden.add_(self._group.all_reduce(branch))
 
     def _layers(self, hidden: Tensor, layout: AttentionLayout | DeviceLayout, cache: list[Tensor]) -> tuple[ForwardContext, Tensor | None]:

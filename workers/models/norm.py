@@ -1,6 +1,6 @@
 """The norms of a decoder: of the residual stream, with the sum before it, and of the heads of queries and keys.
 
-Owns how stored weights become those that kernels multiply by. Must never keep a sum that is not yet taken over ranks.
+Owns the conversion of stored weights to those that kernels use. Must never store a partial sum of one rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model families that run, in one table. One more family is one file in :mod:`workers.models.families` and one line here."""
+"""The supported model families, in one table. A new family is one file in :mod:`workers.models.families` and one line here."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def trtllm_families() -> dict[str, Family]:
 
 
 def trtllm_gap(model: ModelSpec) -> str:
-    """What of the model TensorRT-LLM's checkpoint format has no key for; empty where it says all."""
+    """The facts of the model for which TensorRT-LLM's checkpoint format has no key; empty if there are none."""
     family, attention = model.architecture, model.kinds[0].attention
     if family not in trtllm_families():
         return f"the format does not name the family {family!r}"

@@ -1,4 +1,4 @@
-"""The Stage seam: what a runner drives, whatever the model family is."""
+"""The Stage protocol: a runner's interface to every model family."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class TlsFiles:
         self.context = make_context(config)
 
     def refresh(self) -> None:
-        """Take new files into use; files that are no use are reported, and the connections go on with those before."""
+        """Take new files into use; files that are no use are reported, and new connections keep using the previous ones."""
         state = self._state()
         if state == self._seen:
             return

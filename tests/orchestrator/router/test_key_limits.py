@@ -156,7 +156,7 @@ def test_the_report_names_the_most_active_keys_first_and_is_bounded() -> None:
 @pytest.mark.parametrize("routers", [1, 2, 4])
 @pytest.mark.parametrize("limits", [KeyLimits(rpm=120), KeyLimits(tpm=12_000)], ids=["rpm", "tpm"])
 def test_several_routers_keep_one_limit(routers: int, limits: KeyLimits) -> None:
-    """Twice the limit is asked for, steadily, dealt to all routers, for three minutes: any minute holds the limit within a tenth."""
+    """Twice the limit is sent, steadily, distributed to all routers, for three minutes: any minute holds the limit within a tenth."""
     traffic = KeyTraffic(routers, leaders=2, limits=limits, heartbeat_s=0.5, seed=routers)
     admitted = traffic.run(seconds=180.0, rate=4.0, tokens=100, lasts_s=1.0)
     for start in range(0, 121, 5):

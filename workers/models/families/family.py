@@ -1,6 +1,6 @@
-"""What a model family is: the keys of its ``config.json``, and the names that its tensors have in files.
+"""The definition of a model family: the keys of its ``config.json``, and the names of its tensors in files.
 
-Owns the keys that the families share. A key that would change the model and is not computed is refused by name. Raises
+Owns the keys that the families share. A key that would change the model and is not supported is refused by name. Raises
 :class:`~workers.protocol.errors.ConfigError` without a path: the reader of the file adds it.
 """
 
