@@ -89,7 +89,8 @@ def _refuse_kind(path: Path, raw: dict[str, Any]) -> None:
     """Refuse another kind of model by name, before the keys of a supported one are read."""
     if experts := next((key for key in EXPERT_KEYS if raw.get(key)), None):
         raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}", SUPPORTED_MODELS)
-    if raw.get("model_type") not in FAMILIES:
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise what_model_type(path, raw, FAMILIES)
     names = raw.get("architectures") or []
     if isinstance(names, list) and names and not any(_generates(str(name)) for name in names):
