@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import (
+    MAX_LAYERS,
     Activation,
     AttentionSpec,
     LayerSpec,
@@ -82,7 +83,7 @@ class DecoderConfig(msgspec.Struct, kw_only=True):
     model_type: str
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
     num_attention_heads: int
     vocab_size: int
     max_position_embeddings: int
