@@ -97,6 +97,7 @@ CASES = (
     _case("ernie4_5", use_bias=True),
     _case("arcee", mlp_bias=True, attention_bias=True),
     _case("nemotron", mlp_bias=True, attention_bias=True),
+    _case("helium", mlp_bias=True, attention_bias=True),
 )  # fmt: skip
 #: Those of which `make test` plays one layout: each block and each way of naming tensors once.
 REPRESENTATIVE = ("llama-biases", "granite", "smollm3-window", "olmo2", "phi3-longrope", "gemma2", "gemma3", "glm4", "cohere2", "nemotron")

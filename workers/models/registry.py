@@ -18,6 +18,7 @@ from workers.models.families import (
     glm,
     glm4,
     granite,
+    helium,
     llama,
     ministral,
     mistral,
@@ -65,6 +66,7 @@ FAMILIES: dict[str, Family] = {
         ernie4_5.FAMILY,
         arcee.FAMILY,
         nemotron.FAMILY,
+        helium.FAMILY,
     )
 }
 
