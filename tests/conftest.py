@@ -6,6 +6,7 @@ With several pytest processes, each hands its figures to the first, and modules 
 from __future__ import annotations
 
 import gc
+from collections.abc import Generator
 from functools import cache
 from itertools import zip_longest
 from types import ModuleType
@@ -16,9 +17,6 @@ import pytest
 from tests.support import figures
 
 pytest_plugins = ["tests.support.second_run"]
-
-# Thousands of tests are collected, and what that makes lives to the end: no collection of garbage looks at it.
-gc.disable()
 
 #: A test module that uses one of these starts processes: all its tests are marked `process`.
 STARTERS = ("subprocess", "multiprocessing", "signal", "tests.support.gang", "tests.support.router_process", "tests.support.deployment",
@@ -42,9 +40,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
         items[:] = interleaved(items)
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collected tests live to the end of the run, so the garbage collector does not look at them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def interleaved(items: list[pytest.Function]) -> list[pytest.Function]:

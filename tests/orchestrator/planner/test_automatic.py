@@ -138,7 +138,7 @@ def test_what_is_asked_for_is_never_changed_and_not_explained() -> None:
     assert found.chosen == ()
 
 
-@settings(max_examples=examples(30))
+@settings(max_examples=examples(30), deadline=None)
 @given(
     batch=st.none() | st.integers(1, 4096), tokens=st.none() | st.integers(1, 20000), on=st.sampled_from([NO_GPU, ONE_SMALL, EIGHT_LARGE])
 )

@@ -81,7 +81,7 @@ def test_heads_are_covered_once_beside_their_kv_head(layout: tuple[ModelSpec, Pa
         assert all(kv.size == 1 for _, kv in split)
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(60), deadline=None)
 @given(layouts())
 def test_every_element_is_stored_as_often_as_the_rules_say(layout: tuple[ModelSpec, Parallel]) -> None:
     spec, parallel = layout
@@ -102,7 +102,7 @@ def test_every_element_is_stored_as_often_as_the_rules_say(layout: tuple[ModelSp
             assert (count == copies).all(), name
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(60), deadline=None)
 @given(layouts())
 def test_names_restart_in_each_stage_and_shapes_match_the_shard(layout: tuple[ModelSpec, Parallel]) -> None:
     spec, parallel = layout
