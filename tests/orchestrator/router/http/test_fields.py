@@ -310,7 +310,7 @@ def test_the_header_is_bounded_and_safe_and_errors_have_it_too(door: ServedDoor)
         ("chat", {"tools": [TOOL], "functions": [{"name": "add"}]}, "functions"),
         ("chat", {"function_call": "auto"}, "function_call"),
         ("chat", {"functions": [{"name": "add"}], "function_call": {"name": "sub"}}, "function_call"),
-        ("chat", {"functions": [{"nme": "add"}]}, "functions[0]"),
+        ("chat", {"functions": [{"nme": "add"}]}, "functions[0].name"),
         ("chat", {"max_tokens": 0}, "max_tokens"),
         ("completions", {"max_tokens": 0}, "max_tokens"),
         ("completions", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
