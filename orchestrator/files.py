@@ -41,7 +41,8 @@ def read_private(path: Path) -> bytes:
             raise ConfigError(f"{path} is readable by others", f"its mode is {mode:04o}", f"chmod 600 {path}")
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the key file {path}", error.strerror or str(error)) from None
+        hint = "correct its path; `trireme keys` makes key files"
+        raise ConfigError(f"cannot read the key file {path}", error.strerror or str(error), hint) from None
 
 
 def make_private(folder: Path) -> Path:

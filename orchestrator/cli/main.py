@@ -162,6 +162,7 @@ def run(argv: Sequence[str]) -> int:
     except TriremeError as error:
         return terminal.fail(error)
     except (KeyboardInterrupt, typer.Abort):
+        terminal.say("interrupted")
         return console.INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader closed the pipe (`trireme status | head`): the interpreter must not write to it at exit

@@ -80,4 +80,5 @@ def label(model: str) -> str:
     path = Path(model)
     if not path.exists() and (reference := parse(model)):
         return reference.repo
+    path = Path(os.path.abspath(path)) if model else path  # `.` and `model/..` are folders with a name too; a link keeps its own
     return path.stem if path.suffix == ".gguf" else path.name or model

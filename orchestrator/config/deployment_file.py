@@ -81,7 +81,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def gangs(self) -> list[GangRequest]:
         """The requested settings of each replica, in file order; replicas without a name are numbered."""
-        base = re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")[:32]
+        base = re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")[:32] or "model"
         return [
             GangRequest(
                 name=row.name or f"{base}-{index}",

@@ -26,7 +26,7 @@ from workers.artifacts.artifact import open_artifact, quant_for, refuse_foreign
 from workers.artifacts.convert import Progress
 from workers.engines.trtllm.engine_dir import EngineDir, is_engine_dir
 from workers.engines.trtllm.model import open_model
-from workers.protocol.errors import ConfigError, EnvironmentFault
+from workers.protocol.errors import ArtifactError, ConfigError, EnvironmentFault
 from workers.protocol.specs import TERM_GRACE_S, EngineSpec, Parallel, ReplicaSpec, RouterAddress
 
 
@@ -132,7 +132,10 @@ def _own_tokenizer(config: ModelConfig, cache: Path, progress: Progress) -> Path
     """The tokenizer folder in the configuration; None if there is none. Raises :class:`ArtifactError`."""
     if not config.tokenizer:
         return None
-    return tokenizer_folder(locate(_source(config.tokenizer), cache, progress, weights=False), cache, progress)
+    try:
+        return tokenizer_folder(locate(_source(config.tokenizer), cache, progress, weights=False), cache, progress)
+    except ArtifactError as error:
+        raise ArtifactError(f"tokenizer of {config.name}: {error.what}", error.why, error.hint) from None
 
 
 def _chat_template(config: ModelConfig) -> str:

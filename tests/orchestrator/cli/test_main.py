@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from orchestrator.cli import main
+from orchestrator.cli import entry, main
 from orchestrator.cli.extras import missing_package
 from orchestrator.cli.main import COMMANDS, app, normalise, run, settings
 from orchestrator.cli.model_options import dtype_of
@@ -233,3 +233,27 @@ def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[
         assert run(line) == 2
         output = capsys.readouterr()
         assert told in output.out and not output.err
+
+
+class InterruptedImport:
+    """Ctrl-C while a module is imported."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "orchestrator.cli.main":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_needs_no_stack_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """While the command is imported, and while it runs."""
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "orchestrator.cli.main")
+        patch.setattr(sys, "meta_path", [InterruptedImport(), *sys.meta_path])
+        with pytest.raises(SystemExit) as ended:
+            entry.main()
+    assert (ended.value.code, capsys.readouterr()) == (130, ("", ""))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", interrupted)
+    assert (run(["status"]), capsys.readouterr()) == (130, ("", "interrupted\n"))

@@ -186,6 +186,10 @@ def test_the_curl_line_is_whole_json() -> None:
         ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
         ("Qwen/Qwen3-8B-GGUF:Q8_0@main", "Qwen/Qwen3-8B-GGUF"),
         ("tests/support", "support"),
+        (".", Path.cwd().name),
+        ("./", Path.cwd().name),
+        ("tests/support/..", "tests"),
+        ("", ""),
     ],
 )
 def test_a_models_own_name(model: str, name: str) -> None:

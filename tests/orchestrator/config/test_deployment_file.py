@@ -101,6 +101,12 @@ def test_files_that_are_no_deployment(tmp_path: Path) -> None:
             load(file)
 
 
+@pytest.mark.parametrize(("model", "replica"), [("Org/My Model", "org-my-model-0"), ("模型", "model-0"), ("--", "model-0")])
+def test_replicas_of_a_model_of_any_name_have_names(model: str, replica: str) -> None:
+    [served] = load({"models": [{"name": model}]}).config.models
+    assert [gang.name for gang in served.gangs()] == [replica]
+
+
 def test_every_flag_reaches_a_value() -> None:
     table = settings()
     assert {"tp_size", "pp_size", "dtype", "port", "host", "launcher", "replicas", "run_dir", "cache_dir", "ray_address", "name"} <= set(
