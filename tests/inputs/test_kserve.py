@@ -91,7 +91,7 @@ ROWS = [
     Row(GENERATE, ask(stream="yes"), "stream: must be true or false"),
     Row(GENERATE, ask(id="a\nb"), "id: an id has at most"),
     Row(GENERATE, ask(guided_decoding_guide_type="regex"), "guided_decoding_guide_type"),
-    Row(GENERATE, ask(guided_decoding_guide_type="regex", guided_decoding_guide="("), "regex"),
+    Row(GENERATE, ask(guided_decoding_guide_type="regex", guided_decoding_guide="("), "guided_decoding_guide"),
     Row(GENERATE, ask(guided_decoding_guide_type="json_schema", guided_decoding_guide="{"), "guided_decoding_guide"),
     Row(STREAM, ask(max_tokens=0), "max_tokens: must be at least 1"),
     Row(STREAM, b"{", "not valid JSON"),
