@@ -80,6 +80,7 @@ def parse(argv: list[str]) -> Briefing:
     parser.add_argument("--engine", dest="kind", help="portable, fake or trtllm")
     parser.add_argument("--tp-size", dest="tp", help="ranks that share each layer")
     parser.add_argument("--pp-size", dest="pp", help="stages that share the layers")
+    parser.add_argument("--expert-parallel", action="store_true", default=None, help="distribute whole experts to the ranks of a stage")
     parser.add_argument("--router", action="append", metavar="ENDPOINT[,KEY]", help="a router's back socket and its CURVE key; repeatable")
     for name in ("name", "tokenizer", "epoch", "run-dir", "key-file", "heartbeat-s", "hang-floor-s"):
         parser.add_argument(f"--{name}")
@@ -119,7 +120,7 @@ def _from_flags(given: dict[str, Any]) -> ReplicaSpec:
     artifact = given.setdefault("artifact", "")
     given.setdefault("model", Path(artifact).name or "fake")
     given.setdefault("name", given["model"])
-    given["parallel"] = {name: given.pop(name) for name in ("tp", "pp") if name in given}
+    given["parallel"] = {name: given.pop(name) for name in ("tp", "pp", "expert_parallel") if name in given}
     given["routers"] = [dict(zip(("endpoint", "server_key"), text.split(",", 1), strict=False)) for text in given.pop("router", [])]
     return _convert(given | {"engine": engine}, "the flags")
 

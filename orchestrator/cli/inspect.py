@@ -12,9 +12,9 @@ import typer
 
 from orchestrator.cli.console import Console, size
 from orchestrator.cli.model_files import formats, locate_model
-from orchestrator.cli.model_options import CacheDir, cache_folder
+from orchestrator.cli.model_options import CacheDir, ExpertParallel, cache_folder
 from workers.protocol.errors import ArtifactError, TriremeError
-from workers.protocol.specs import Parallel
+from workers.protocol.specs import MoeSpec, Parallel
 
 if TYPE_CHECKING:
     from workers.artifacts.inspect import Inspection
@@ -29,6 +29,7 @@ def inspect(
     pp_size: Annotated[
         int | None, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Check whether it runs with this pp (-pp).")
     ] = None,
+    expert_parallel: ExpertParallel = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare every hash.")] = False,
     form: Annotated[str, typer.Option("--output", "-o", metavar="text|json")] = "text",
     cache_dir: CacheDir = None,
@@ -37,7 +38,8 @@ def inspect(
     from workers.artifacts.inspect import inspect_path
 
     console: Console = context.obj
-    asked = Parallel(tp=tp_size or 1, pp=pp_size or 1) if tp_size or pp_size else None
+    given = tp_size or pp_size or expert_parallel
+    asked = Parallel(tp=tp_size or 1, pp=pp_size or 1, expert_parallel=expert_parallel) if given else None
     found = inspect_path(locate_model(model, console, cache_dir), asked, verify_files=verify)
     refusal = router_refusal(found, cache_folder(cache_dir)) if found.runs else None
     if refusal is not None:
@@ -54,7 +56,7 @@ def inspect(
         hint = refusal.hint if refusal is not None else ""
         if refusal is None and found.parallel is not None and found.rank_bytes and found.parallel != layout:
             hint = f"trireme convert {model} -tp {layout.tp} -pp {layout.pp} -o DIR"
-        raise ArtifactError(f"{model} does not run on tp={layout.tp} pp={layout.pp} as it is", found.reason, hint)
+        raise ArtifactError(f"{model} does not run on {layout.words} as it is", found.reason, hint)
 
 
 def router_refusal(found: Inspection, cache: Path) -> TriremeError | None:
@@ -97,16 +99,24 @@ def describe(found: Inspection, asked: Parallel | None, tokenizer: str) -> list[
     model, layout = found.model, asked or found.parallel or Parallel()
     heads = f"{model.num_heads} query / {model.num_kv_heads} key-value heads of {model.head_dim}"
     tied = ", tied embeddings" if model.tied_embeddings else ""
+    active = f", {found.active_parameters:,} active for a token" if model.moes else ""
     rows = [
         ("path", str(found.path)),
-        ("kind", found.kind if found.parallel is None else f"{found.kind} for tp={found.parallel.tp} pp={found.parallel.pp}"),
+        ("kind", found.kind if found.parallel is None else f"{found.kind} for {found.parallel.words}"),
         ("architecture", f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}, {heads}"),
+        *(("experts", experts(moe)) for moe in model.moes),
         ("vocabulary", f"{model.vocab_size} tokens{tied}; context {model.max_position}"),
-        ("weights", f"{found.parameters:,} parameters, {formats(found)}"),
+        ("weights", f"{found.parameters:,} parameters{active}, {formats(found)}"),
         ("tokenizer", tokenizer),
     ]
     if found.rank_bytes:
-        rows.append((f"tp={layout.tp} pp={layout.pp}", "a rank: " + ", ".join(map(size, found.rank_bytes))))
+        rows.append((layout.words, "a rank: " + ", ".join(map(size, found.rank_bytes))))
     rows.append(("portable", "runs" if found.runs else found.reason))
     rows.append(("TensorRT-LLM", found.trtllm or ("layout accepted" if found.rank_bytes else found.reason)))
     return rows
+
+
+def experts(moe: MoeSpec) -> str:
+    """What a layer with experts has."""
+    shared = f", and one of {moe.shared.size} for all tokens" if moe.shared is not None else ""
+    return f"{moe.experts} of {moe.size} columns, {moe.experts_per_token} a token{shared}"

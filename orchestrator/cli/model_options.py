@@ -12,6 +12,9 @@ from workers.protocol.specs import DTYPE_BYTES, QUANT_ALGOS, DType, Quant, Quant
 
 TpSize = Annotated[int, typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Ranks that share each layer (-tp).")]
 PpSize = Annotated[int, typer.Option("--pp-size", "--pipeline-parallel-size", min=1, help="Stages that share the layers (-pp).")]
+ExpertParallel = Annotated[
+    bool, typer.Option("--expert-parallel", "--enable-expert-parallel", help="Whole experts on the ranks of a stage, not their columns.")
+]
 DTypeName = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16; by default the source's format.")]
 QuantFlag = Annotated[str, typer.Option("--quant", help="Quantize weights to int8, int4 or fp8.")]
 Revision = Annotated[str, typer.Option("--revision", help="Branch, tag or commit of a hub's model.")]

@@ -12,7 +12,7 @@ from orchestrator.planner.cluster import PlannedCluster
 from orchestrator.planner.cost_model import Workload
 from orchestrator.planner.devices import GPU_FIT, HOST_FIT, GpuModel
 from orchestrator.planner.planner import RECORDED_TOKENS, LayoutPlan, SubjectPlan, settings, timed
-from workers.layout.sharding import parameters
+from workers.layout.sharding import active_parameters, parameters
 
 #: Layouts that are listed in addition to the file's own.
 SHOWN = 6
@@ -25,6 +25,8 @@ def render(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> str:
     subject = each.subject
     formats = f"{subject.quant.weights} weights, the rest {subject.engine.dtype}" if subject.quant.weights else subject.engine.dtype
     size = f"{parameters(subject.model) / 1e9:.3g} billion parameters"
+    if subject.model.moes:
+        size += f" ({active_parameters(subject.model) / 1e9:.3g} active)"
     parts = [f"{subject.name}: {size}, {formats}, on {cluster.what}; sequences of {load.isl} + {load.osl} tokens"]
     rows = marked(each)
     if rows:
@@ -48,6 +50,7 @@ def facts(each: SubjectPlan, cluster: PlannedCluster, load: Workload) -> dict[st
         "cluster": msgspec.to_builtins(cluster),
         "load": {"isl": load.isl, "osl": load.osl},
         "parameters": parameters(subject.model),
+        "active_parameters": active_parameters(subject.model),
         "fits": refusal is None,
         "refusal": {"error": refusal.what, "why": refusal.why, "hint": refusal.hint} if refusal else None,
         "layouts": [
@@ -158,7 +161,7 @@ def _advice(each: SubjectPlan, cluster: PlannedCluster) -> list[str]:
 
 
 def _name(made: LayoutPlan) -> str:
-    return f"tp={made.parallel.tp} pp={made.parallel.pp}"
+    return made.parallel.words
 
 
 def _gb(count: int) -> str:

@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 
 from orchestrator.cli.deployment_options import Detach, FrontendOptions, Launcher, LocationOptions
 from orchestrator.cli.hosting import host_or_detach
-from orchestrator.cli.model_options import PpSize, Revision, dtype_of, quant_name
+from orchestrator.cli.model_options import ExpertParallel, PpSize, Revision, dtype_of, quant_name
 from orchestrator.cli.option_structs import with_option_structs
 from orchestrator.hub.reference import at_revision, parse
 
@@ -25,6 +25,7 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True):
         typer.Option("--tp-size", "--tensor-parallel-size", min=1, help="Ranks that share each layer (-tp); by default as few as hold it."),
     ] = None
     pp_size: PpSize = 1
+    expert_parallel: ExpertParallel = False
     replicas: Annotated[int | None, typer.Option("--replicas", min=1, help="How many replicas.")] = None
     device: Annotated[str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: GPUs if there are any.")] = None
     dtype: Annotated[str, typer.Option("--dtype", help="Number format to compute in: auto, bf16, fp16 or fp32.")] = ""

@@ -61,9 +61,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     as many ranks as the weights need.
 
     ``replicas``: their number, each of ``tp_size`` x ``pp_size`` ranks; or a list with the layout of each. ``spread``: each pipeline stage
-    gets a node of its own. ``engine``: the engine that computes, with its ``settings``. ``generation_config``: whether the model's
-    ``generation_config.json`` gives the defaults of requests (auto) or not (none).
-    """
+    gets a node of its own. ``expert_parallel``: experts are distributed whole to the ranks of a stage, not each expert's columns.
+    ``engine``: the engine that computes, with its ``settings``. ``generation_config``: whether the model's ``generation_config.json`` gives
+    the defaults of requests (auto) or not (none)."""
 
     name: str
     path: str = ""
@@ -74,6 +74,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tp_size: int | Auto = AUTO
     pp_size: int = 1
     spread: bool = False
+    expert_parallel: bool = False
     cpus_per_rank: float = 1.0
     engine: EngineKind = "portable"
     generation_config: GenerationConfig = "auto"
@@ -93,6 +94,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 settings=msgspec.structs.replace(self.settings, device=row.device or self.settings.device),
                 cpus_per_rank=self.cpus_per_rank,
                 spread=self.spread,
+                expert_parallel=self.expert_parallel,
             )
             for index, row in enumerate(self._replicas())
         ]

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from workers.protocol.errors import ConfigError
 from workers.protocol.specs import (
     Device,
     DeviceIndependentSettings,
@@ -91,11 +92,22 @@ class GangRequest(msgspec.Struct, frozen=True, kw_only=True):
     settings: EngineSettings
     cpus_per_rank: float = 1.0
     spread: bool = False
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
-        Parallel(tp=1 if self.tp_size == AUTO else self.tp_size, pp=self.pp_size)
+        self.with_tp(1 if self.tp_size == AUTO else self.tp_size)
+        if self.expert_parallel and self.engine == "trtllm":
+            raise ConfigError(
+                f"{self.name}: expert_parallel is for the portable engine",
+                "TensorRT-LLM distributes experts by a number of its own",
+                "use trtllm.moe_expert_parallel_size",
+            )
+
+    def with_tp(self, tp: int) -> Parallel:
+        """The layout with ``tp`` ranks a stage."""
+        return Parallel(tp=tp, pp=self.pp_size, expert_parallel=self.expert_parallel)
 
     @property
     def layout(self) -> Parallel | None:
         """The requested layout; None if ``tp_size`` is ``auto``."""
-        return None if self.tp_size == AUTO else Parallel(tp=self.tp_size, pp=self.pp_size)
+        return None if self.tp_size == AUTO else self.with_tp(self.tp_size)

@@ -128,7 +128,7 @@ def decide(asked: Sequence[tuple[GangRequest, ModelDescription]], hardware: Clus
     """
     devices = [device_for(request, model, hardware) for request, model in asked]
     host_ranks = sum(
-        (request.layout or Parallel(pp=request.pp_size)).world
+        (request.layout or request.with_tp(1)).world
         for (request, _), (device, _) in zip(asked, devices, strict=True)
         if device == "cpu" and request.engine != "fake"
     )
@@ -205,7 +205,7 @@ def smallest_layout(request: GangRequest, model: ModelDescription, hardware: Clu
             with suppress(ConfigError):
                 _gpu_memory(request, model.shape, model.quant, engine, parallel, hardware)
                 return parallel
-    return model.layout or Parallel(pp=request.pp_size)
+    return model.layout or request.with_tp(1)
 
 
 def _limits(request: GangRequest, model: ModelDescription, device: Device, hardware: ClusterHardware) -> list[StepLimits]:
@@ -232,19 +232,19 @@ def _decide(
         for limits in _limits(request, model, device, hardware)
     ]
     if request.engine == "fake":
-        return GangDecision(request=request, parallel=request.layout or Parallel(pp=request.pp_size), engine=specs[0])
+        return GangDecision(request=request, parallel=request.layout or request.with_tp(1), engine=specs[0])
     chosen = [f"device {device} ({why})"] if why else []
     chosen += [f"dtype {dtype} ({why_dtype})"] if why_dtype else []
     if request.engine != "portable" or model.shape is None:
-        parallel = request.layout or model.layout or Parallel(pp=request.pp_size)
+        parallel = request.layout or model.layout or request.with_tp(1)
         return GangDecision(request=request, parallel=parallel, engine=specs[0], chosen=(*chosen, *_steps(request, specs[0])))
     longest_sequence(model.shape, specs[0])  # raises for a length beyond the model's context
     if device == "cpu":
-        parallel = request.layout or Parallel(pp=request.pp_size)
+        parallel = request.layout or request.with_tp(1)
         memory = _fits_host(request, model, specs[0], parallel, hardware, host_ranks)
         engine, refusal = specs[0], ""
     elif not hardware.gpus:  # nodes that may be added: their hardware is unknown
-        parallel, engine, memory, refusal = request.layout or Parallel(pp=request.pp_size), specs[0], (), ""
+        parallel, engine, memory, refusal = request.layout or request.with_tp(1), specs[0], (), ""
     else:
         parallel, engine, memory, refusal = _fit_gpus(request, model, specs, hardware, on_gpus)
     chosen += _steps(request, engine)
@@ -311,8 +311,8 @@ def _layouts(request: GangRequest, shape: ModelSpec, hardware: ClusterHardware, 
         yield request.layout
         return
     most = max(hardware.widest, 1) if hardware.grows else max(min(hardware.widest, len(hardware.gpus) // on_gpus // request.pp_size), 1)
-    widths = [layout.tp for layout in layouts(most, hardware.widest, shape) if layout.pp == 1]
-    yield from (Parallel(tp=tp, pp=request.pp_size) for tp in widths)
+    widths = [layout.tp for layout in layouts(most, hardware.widest, shape, expert_parallel=request.expert_parallel) if layout.pp == 1]
+    yield from (request.with_tp(tp) for tp in widths)
 
 
 def _gpu_memory(
@@ -336,7 +336,7 @@ def _advice(request: GangRequest, model: ModelDescription, engine: EngineSpec, h
     shape = model.shape
     assert shape is not None
     smaller = "quant: int8 or a smaller max_seq_len"
-    for layout in layouts(FULL_NODE, FULL_NODE, shape):
+    for layout in layouts(FULL_NODE, FULL_NODE, shape, expert_parallel=request.expert_parallel):
         if layout.pp > 1:
             continue
         try:

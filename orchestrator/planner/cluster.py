@@ -44,8 +44,14 @@ def take_place(parallel: Parallel, free: list[int], *, spread: bool = False) -> 
     return placed
 
 
-def layouts(most: int, widest: int, model: ModelSpec) -> Iterator[Parallel]:
-    """Layouts of at most ``most`` ranks, the smallest first. tp is at most ``widest`` and divides it, or is a power of two."""
-    widths = [tp for tp in range(1, min(widest, most, model.num_heads) + 1) if widest % tp == 0 or tp & (tp - 1) == 0]
-    found = [Parallel(tp=tp, pp=pp) for tp in widths for pp in range(1, min(most // tp, model.num_layers, DEEPEST) + 1)]
+def layouts(most: int, widest: int, model: ModelSpec, *, expert_parallel: bool = False) -> Iterator[Parallel]:
+    """Layouts of at most ``most`` ranks, the smallest first. tp is at most ``widest`` and divides it, or is a power of two.
+    ``expert_parallel``: all with whole experts on their ranks."""
+    experts = [moe.experts for moe in model.moes if expert_parallel]
+    widths = [tp for tp in range(1, min(widest, most, model.num_heads, *experts) + 1) if widest % tp == 0 or tp & (tp - 1) == 0]
+    found = [
+        Parallel(tp=tp, pp=pp, expert_parallel=expert_parallel)
+        for tp in widths
+        for pp in range(1, min(most // tp, model.num_layers, DEEPEST) + 1)
+    ]
     yield from sorted(found, key=lambda layout: (layout.world, -layout.tp))

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from workers.layout.declaration import VOCAB_EMBEDDING
+from workers.layout.declaration import EXPERTS, VOCAB_EMBEDDING
 from workers.layout.memory import kv_format
 from workers.layout.quant_parts import FORMAT_BYTES, quantized, stored_tensors, unit_of
-from workers.layout.sharding import heads_of, shard_of, shares_embedding
-from workers.protocol.specs import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, Quant
+from workers.layout.sharding import Shard, heads_of, shard_of, shares_embedding
+from workers.protocol.specs import DTYPE_BYTES, EngineSpec, MlpSpec, ModelSpec, MoeSpec, Parallel, Quant
 
 #: Smoothness of the transition from reading weights to products: time = (reading^P + products^P)^(1/P). Products of 256 rows, recorded one
 #: by one, lie between the sum (1) and the larger of the two (infinite).
@@ -52,7 +52,11 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageWork(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank of a stage does: bytes and FLOP for each step, token, sampled sequence, cached token read, and (query, key) pair."""
+    """What one rank of a stage does: bytes and FLOP for each step, token, sampled sequence, cached token read, and (query, key) pair.
+
+    ``weights``: bytes that every step reads; ``routed``: those of the experts among which routers choose, of which a token takes the share
+    ``taken``.
+    """
 
     layers: int
     weights: int
@@ -67,6 +71,8 @@ class StageWork(msgspec.Struct, frozen=True, kw_only=True):
     narrow: bool
     plain: bool
     first: bool
+    routed: int = 0
+    taken: float = 1.0
 
 
 class StepLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,25 +115,31 @@ def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineS
     rank = stage * parallel.tp + max(range(parallel.tp), key=lambda tp_rank: heads_of(model, parallel.tp, tp_rank)[0].size)
     shard = shard_of(model, parallel, rank, unit=unit_of(quant))
     item, hidden = DTYPE_BYTES[engine.dtype], model.hidden_size
-    weights, linear = 0, 0
+    weights, routed, linear = 0, 0, 0.0
+    # All layers with experts have the same number of them.
+    taken = next((moe.experts_per_token / moe.experts for moe in model.moes), 1.0)
     for each in stored_tensors(model, parallel, rank, dtype=engine.dtype, quant=quant):
         name = each.tensor.name
         # Rows of the embedding are looked up; its table is read whole only where it is the head too.
         if name != VOCAB_EMBEDDING or shares_embedding(model, parallel):
             weights += each.nbytes
+        expert = EXPERTS in name
+        routed += each.nbytes if expert else 0
         if quantized(name, each.tensor.shape) and name.endswith(".weight"):
-            linear += each.tensor.elements * (2 if each.format == "uint8" else 1)
+            linear += each.tensor.elements * (2 if each.format == "uint8" else 1) * (taken if expert else 1.0)
     query, kv = shard.heads.size * model.head_dim, shard.kv_heads.size * model.head_dim
     # Written and read between the products of a layer: two sums with their norms, queries with keys and values, what the MLP multiplies.
     between = 8 * hidden + 2 * (query + 2 * kv) + 3 * query
-    mlps = sum(3 * shard.columns(model.layer(layer).mlp.size).size for layer in range(shard.layers.start, shard.layers.stop))
+    mlps = sum(_multiplied(shard, model.layer(layer).mlp) for layer in range(shard.layers.start, shard.layers.stop))
     return StageWork(
         layers=shard.layers.size,
-        weights=weights,
-        token_flop=2 * linear,
+        weights=weights - routed,
+        routed=routed,
+        taken=taken,
+        token_flop=int(2 * linear),
         sequence_flop=2 * shard.vocab_rows * hidden if shard.last else 0,
         sequence_logits=shard.vocab_rows if shard.last else 0,
-        token_bytes=item * (between * shard.layers.size + mlps),
+        token_bytes=int(item * (between * shard.layers.size + mlps)),
         cached_bytes=shard.layers.size * 2 * kv * FORMAT_BYTES[kv_format(engine, quant)],
         pair_flop=4 * query * shard.layers.size,
         hidden_bytes=item * hidden,
@@ -138,9 +150,18 @@ def stage_work(model: ModelSpec, parallel: Parallel, stage: int, engine: EngineS
     )
 
 
+def _multiplied(shard: Shard, spec: MlpSpec | MoeSpec) -> float:
+    """Values between the products of a layer's MLP that one token has on this rank, on average."""
+    if isinstance(spec, MlpSpec):
+        return 3.0 * shard.columns(spec.size).size
+    columns = spec.experts_per_token * shard.expert_columns(spec.size).size * shard.experts(spec.experts).size / spec.experts
+    return 3.0 * (columns + (shard.columns(spec.shared.size).size if spec.shared is not None else 0))
+
+
 def stage_seconds(work: StageWork, rates: Rates, load: StepLoad) -> float:
     """Time that one stage takes for ``load``."""
-    reading = work.weights / rates.read
+    # Tokens choose alike seldom: an expert is read where any of them chose it.
+    reading = (work.weights + work.routed * (1.0 - (1.0 - work.taken) ** load.tokens)) / rates.read
     products = (
         load.tokens * work.token_flop / (rates.narrow if work.narrow else rates.product)
         + load.sequences * work.sequence_flop / rates.product

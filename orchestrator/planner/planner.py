@@ -50,6 +50,11 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     cpus_per_rank: float = 1.0
     spread: bool = False
 
+    @property
+    def expert_parallel(self) -> bool:
+        """Whether other layouts are thought of with whole experts on their ranks, as the file's own are."""
+        return any(layout.expert_parallel for _, layout in self.gangs)
+
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on one rank, of ``total`` that its device (a host: its share) has: ``weights`` as they run, ``step`` tensors, ``other``: what
@@ -130,7 +135,7 @@ def rank_memory(
     form = kv_format(engine, quant)
     if weights + step + other > total:
         raise ConfigError(
-            f"{subject.name}: rank {rank} of tp={parallel.tp} pp={parallel.pp} does not fit on {_a(device)}",
+            f"{subject.name}: rank {rank} of {parallel.words} does not fit on {_a(device)}",
             f"its weights take {_gb(weights)}; of {_gb(total)}, {_gb(total - step - other)} are left for weights and cache",
         )
     blocks = blocks_that_fit(model, shard, engine, form, cache)
@@ -138,7 +143,7 @@ def rank_memory(
     room = max(0, total - weights - step - other)
     if wanted > room:
         raise ConfigError(
-            f"{subject.name}: rank {rank} of tp={parallel.tp} pp={parallel.pp} has no room for its cache on {_a(device)}",
+            f"{subject.name}: rank {rank} of {parallel.words} has no room for its cache on {_a(device)}",
             f"{blocks * engine.block_size} tokens take {_gb(wanted)}; {_gb(room)} are left beside the weights' {_gb(weights)}",
             "lower kv_tokens (or kv_bytes), or use more ranks",
         )
@@ -223,7 +228,8 @@ def ranks_memory(
         shard = shard_of(subject.model, parallel, rank, unit=unit_of(subject.quant))
         layers = subject.model.layers[shard.layers.start : shard.layers.stop]
         columns = (shard.columns(kind.mlp.size).size for kind in subject.model.kinds)
-        shape = (shard.first, shard.last, layers, shard.heads.size, shard.kv_heads.size, *columns)
+        experts = (shard.experts(moe.experts).size for moe in subject.model.moes)
+        shape = (shard.first, shard.last, layers, shard.heads.size, shard.kv_heads.size, *columns, *experts)
         if shape not in known:
             known[shape] = rank_memory(subject, parallel, rank, device, gang_ranks=gang_ranks, node_ranks=node_ranks)
         found.append(known[shape])
@@ -264,7 +270,7 @@ def timed(subject: Subject, made: LayoutPlan, device: GpuModel | HostModel) -> l
 def options(subject: Subject, cluster: PlannedCluster, free: Sequence[int], load: Workload) -> list[LayoutPlan]:
     """Every layout that fits in ``free`` places a node, with as many replicas as there is room for; most tokens a second first."""
     found = []
-    for parallel in layouts(sum(free), max(free, default=0), subject.model):
+    for parallel in layouts(sum(free), max(free, default=0), subject.model, expert_parallel=subject.expert_parallel):
         made = _most(subject, parallel, cluster, free, load)
         if made is not None and made.full is not None:
             found.append(made)
@@ -327,7 +333,7 @@ def _subject_plan(
         try:
             if (last := next((placed for placed in reversed(mine) if placed), None)) is None or None in mine:
                 raise ConfigError(
-                    f"{subject.name}: {len(names)} x tp={parallel.tp} pp={parallel.pp} does not find room on {cluster.what}",
+                    f"{subject.name}: {len(names)} x {parallel.words} does not find room on {cluster.what}",
                     f"{_needs(subjects)} ranks are asked for, {cluster.nodes * rooms(cluster, subject.cpus_per_rank)[0]} places are there",
                 )
             own.append(layout_plan(subject, parallel, cluster, last, len(names), load, node_ranks=max(node_ranks, *last.ranks)))
@@ -345,7 +351,7 @@ def _advice(subject: Subject, cluster: PlannedCluster, found: Sequence[LayoutPla
     if found:
         return f"use {settings(found[0])}"
     for larger in _larger(cluster):
-        for parallel in layouts(larger.nodes * larger.slots, larger.slots, subject.model):
+        for parallel in layouts(larger.nodes * larger.slots, larger.slots, subject.model, expert_parallel=subject.expert_parallel):
             placed = place_gang(parallel, rooms(larger, subject.cpus_per_rank))
             if placed is None or placed.splits_group:
                 continue
@@ -368,7 +374,8 @@ def _larger(cluster: PlannedCluster) -> Iterator[PlannedCluster]:
 
 def settings(made: LayoutPlan) -> str:
     """The layout as a deployment file spells it."""
-    return f"tp_size: {made.parallel.tp}, pp_size: {made.parallel.pp}, replicas: {made.replicas}"
+    whole = ", expert_parallel: true" if made.parallel.expert_parallel else ""
+    return f"tp_size: {made.parallel.tp}, pp_size: {made.parallel.pp}{whole}, replicas: {made.replicas}"
 
 
 def _possible(subject: Subject, parallel: Parallel, device: GpuModel | HostModel) -> None:

@@ -21,6 +21,8 @@ from workers.protocol.specs import Parallel, PortableSpec, ReplicaSpec
 
 pytestmark = [pytest.mark.mpi, pytest.mark.families, pytest.mark.timeout(900)]
 LAYOUTS = [Parallel(tp=tp, pp=pp) for tp in (1, 2, 3) for pp in (1, 2)]
+#: Beside those, with experts distributed whole.
+WHOLE_EXPERTS = [Parallel(tp=2, pp=2, expert_parallel=True), Parallel(tp=3, pp=1, expert_parallel=True)]
 #: Families that share one world: ranks take long to start, and a world has only so many communicators.
 WORLD = 6
 TOKENS = 8
@@ -37,6 +39,11 @@ def draw(start: int, stop: int) -> list[int]:
 TOGETHER = [draw(0, 76), draw(30, 101), draw(20, 40), draw(0, 120)]
 #: The second one begins as the first one does.
 IN_TURN = [draw(0, 120), draw(0, 90) + draw(0, 9)]
+
+
+def layouts_of(case: FamilyCase) -> dict[str, Parallel]:
+    """The layouts of a case by their names."""
+    return {layout.words: layout for layout in (*LAYOUTS, *(WHOLE_EXPERTS if case.experts else ()))}
 
 
 def submits(prompts: list[list[int]], **params: Any) -> list[Submit]:
@@ -59,7 +66,11 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Any:
         made = tmp_path_factory.mktemp("families")
         cases = CASES[first : first + WORLD]
         folders = {case.name: write_family(case, made / case.name) for case in cases}
-        specs = {f"{case.name} {p.tp}x{p.pp}": msgspec.to_builtins(spec(case, folders[case.name], p)) for case in cases for p in LAYOUTS}
+        specs = {
+            f"{case.name} {name}": msgspec.to_builtins(spec(case, folders[case.name], layout))
+            for case in cases
+            for name, layout in layouts_of(case).items()
+        }
         arguments = {
             "specs": specs,
             "together": msgspec.to_builtins(submits(TOGETHER, prompt_logprobs=1)),
@@ -70,7 +81,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def of(case: FamilyCase) -> tuple[Path, dict[str, Any]]:
         folders, reports = world(CASES.index(case) // WORLD * WORLD)
-        return folders[case.name], {f"{p.tp}x{p.pp}": reports[f"{case.name} {p.tp}x{p.pp}"] for p in LAYOUTS}
+        return folders[case.name], {name: reports[f"{case.name} {name}"] for name in layouts_of(case)}
 
     return of
 

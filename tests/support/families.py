@@ -18,16 +18,22 @@ LONGEST = 160
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """``model_type`` with ``keys`` of its config; ``served``: max_seq_len of the engine, where the config's own length would differ."""
+    """``model_type`` with ``keys`` of its config; ``served``: max_seq_len of the engine, where the config's own length would differ;
+    ``experts``: it is a mixture of experts."""
 
     name: str
     model_type: str
     keys: dict[str, Any]
     served: int = LONGEST
+    experts: bool = False
 
 
 def _case(name: str, model_type: str | None = None, **keys: Any) -> FamilyCase:
     return FamilyCase(name, model_type or name, keys)
+
+
+def _moe(name: str, model_type: str | None = None, **keys: Any) -> FamilyCase:
+    return FamilyCase(name, model_type or name, keys, experts=True)
 
 
 def _yarn(**keys: Any) -> dict[str, Any]:
@@ -98,18 +104,32 @@ CASES = (
     _case("arcee", mlp_bias=True, attention_bias=True),
     _case("nemotron", mlp_bias=True, attention_bias=True),
     _case("helium", mlp_bias=True, attention_bias=True),
+    _moe("mixtral", num_local_experts=5, num_experts_per_tok=2, sliding_window=40),
+    _moe("qwen3_moe", num_experts=7, num_experts_per_tok=3, moe_intermediate_size=53, norm_topk_prob=True, mlp_only_layers=[1]),
+    _moe("qwen3_moe-raw", "qwen3_moe", num_experts=6, num_experts_per_tok=6, moe_intermediate_size=40, norm_topk_prob=False),
+    _moe(
+        "qwen2_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=53, shared_expert_intermediate_size=37, head_dim=None,
+        decoder_sparse_step=2,
+    ),
+    _moe("olmoe", num_experts=6, num_experts_per_tok=2, head_dim=None),
+    _moe("olmoe-renormalised", "olmoe", num_experts=4, num_experts_per_tok=3, norm_topk_prob=True, attention_bias=True, head_dim=None),
+    _moe("granitemoe", num_local_experts=5, num_experts_per_tok=2, residual_multiplier=0.22, logits_scaling=3.0, attention_multiplier=0.3),
+    _moe("granitemoeshared", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=45, embedding_multiplier=2.0),
 )  # fmt: skip
 #: Those of which `make test` plays one layout: each block and each way of naming tensors once.
 REPRESENTATIVE = ("llama-biases", "granite", "smollm3-window", "olmo2", "phi3-longrope", "gemma2", "gemma3", "glm4", "cohere2", "nemotron")
+#: Those of which `make test` also deals experts whole, and packs them in the file.
+EXPERTS = ("mixtral", "qwen2_moe", "granitemoeshared")
 
 
 def case_named(name: str) -> FamilyCase:
     return next(case for case in CASES if case.name == name)
 
 
-def write_family(case: FamilyCase, folder: Path, *, seed: int = 0) -> Path:
+def write_family(case: FamilyCase, folder: Path, *, seed: int = 0, packed: bool = False) -> Path:
     """Write the case's model in fp32 with transformers; returns ``folder``. Nine query and three key/value heads, an FFN and a vocabulary
-    that nothing divides: every tp above 1 is uneven somewhere."""
+    that nothing divides: every tp above 1 is uneven somewhere. ``packed``: under the names that tensors have in memory, where a layer's
+    experts are one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     keys: dict[str, Any] = {
@@ -124,7 +144,7 @@ def write_family(case: FamilyCase, folder: Path, *, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _draw(name, parameter, generator)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=not packed)
     return folder
 
 
@@ -142,6 +162,8 @@ def family_logprobs(folder: Path, sequences: list[list[int]]) -> list[torch.Tens
     """transformers' log-probabilities [tokens, vocabulary] of the token after each of ``sequences``, fp32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    # transformers' grouped products take sizes in multiples of 16 bytes only.
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **eager).eval()
     with torch.inference_mode():
         return [model(torch.tensor([ids])).logits[0].log_softmax(-1) for ids in sequences]

@@ -26,7 +26,7 @@ from workers.models.registry import FAMILIES, trtllm_gap, trtllm_model
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import DType, LinearScaling, Llama3Scaling, ModelSpec, Parallel, Quant
 
-FORMAT = 2
+FORMAT = 3
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
 #: Tensors in files of TensorRT-LLM's converters that follow from the config, or are for a quantized KV cache.

@@ -26,7 +26,7 @@ from workers.artifacts.safetensors_file import COPY_AGAIN, SUPPORTED_MODELS, reg
 from workers.artifacts.source import Block, rotary_halves
 from workers.layout.sharding import ModelTensor, Span
 from workers.models.families.family import Family
-from workers.models.registry import gguf_families, gguf_places, gguf_shapes, rotated_rows
+from workers.models.registry import gguf_families, gguf_places, rotated_rows
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import (
     DivisorScaling,
@@ -330,7 +330,7 @@ def _refuse(path: Path, file: GgufFile) -> None:
         raise ArtifactError(f"{path}: GGUF architecture {family!r} is not supported", f"known: {', '.join(known)}", SUPPORTED_MODELS)
     if data.get(f"{family}.expert_count"):
         raise ArtifactError(
-            f"{path}: mixture of experts is not supported", f"expert_count is {data[f'{family}.expert_count']}", SUPPORTED_MODELS
+            f"{path}: a mixture of experts is not read from a GGUF", f"expert_count is {data[f'{family}.expert_count']}", SUPPORTED_MODELS
         )
     if data.get(f"{family}.attention.causal", True) is False:
         raise ArtifactError(f"{path} is a model that makes embeddings", "its attention is not causal", "give one that generates text")
@@ -395,7 +395,7 @@ class GgufSource:
         form = gguf_families()[file.metadata["general.architecture"]].gguf
         self._interleaved = rotated_rows(model) if form is not None and form.permuted else {}
         self._places, self._plus_one = gguf_places(model), model.norm.plus_one
-        wanted = gguf_shapes(model)
+        wanted = {place.name: place.shape for place in self._places.values()}
         for name, shape in wanted.items():
             if name not in file.tensors:
                 raise ArtifactError(f"{file.path} lacks the tensor {name}", "its metadata means a model that has it", COPY_AGAIN)
@@ -409,7 +409,7 @@ class GgufSource:
             )
 
     def read(self, tensor: ModelTensor, span: Span) -> Block:
-        name, row = self._places[tensor.name]
+        name, row, _ = self._places[tensor.name]
         info = self._file.tensors[name]
         raw, unit = self._file.block_bytes(info), info.format.values
         if tensor.axis == 0 and len(info.shape) > 1:

@@ -24,7 +24,7 @@ from workers.artifacts.weight_map import WeightMap
 from workers.layout.declaration import EMBEDDING, HEAD
 from workers.layout.quant_parts import Part, quantized, whole_parts
 from workers.layout.sharding import ModelTensor, Span, whole_tensors
-from workers.models.registry import FAMILIES, file_places, file_shapes, rotated_rows
+from workers.models.registry import FAMILIES, file_places, is_packed, rotated_rows
 from workers.protocol.errors import ArtifactError, ConfigError
 from workers.protocol.specs import DTYPE_BYTES, PLAIN, DType, ModelSpec, Quant, quant_of
 
@@ -87,11 +87,13 @@ def _text_keys(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_kind(path: Path, raw: dict[str, Any]) -> None:
     """Refuse another kind of model by name, before the keys of a supported one are read."""
-    if experts := next((key for key in EXPERT_KEYS if raw.get(key)), None):
-        raise ArtifactError(f"{path}: mixture of experts is not supported", f"{experts} is {raw[experts]}", SUPPORTED_MODELS)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise what_model_type(path, raw, FAMILIES)
+    known = FAMILIES[kind].config.__struct_fields__
+    if experts := next((key for key in EXPERT_KEYS if raw.get(key) and not set(EXPERT_KEYS) & set(known)), None):
+        what = f"{path}: model_type {kind!r} has no experts"
+        raise ArtifactError(what, f"{experts} is {raw[experts]}", SUPPORTED_MODELS)
     names = raw.get("architectures") or []
     if isinstance(names, list) and names and not any(_generates(str(name)) for name in names):
         why = "it has another head than that of a language model"
@@ -177,7 +179,8 @@ def stored_form(weights: WeightMap, scheme: Scheme | None, name: str) -> StoredF
 def computed_quant(weights: WeightMap | None, scheme: Scheme, model: ModelSpec) -> Quant:
     """The format in which engines compute with the linear layers that a tool stored by ``scheme``: the stored one where each layer's
     values are the same in it, else plain. ``weights`` None: they are not there, and all layers count as quantized."""
-    stored = {name: place[0] for name, place in file_places(model).items() if quantized(name, whole_tensors(model)[name].shape)}
+    whole = whole_tensors(model)
+    stored = {name: place.name for name, place in file_places(model).items() if quantized(name, whole[name].shape)}
     names = stored if weights is None else _stored_names(weights, [*stored.values(), EMBEDDING])
     forms = {
         scheme.form_of(place.removesuffix(".weight")) if weights is None else stored_form(weights, scheme, names[place])
@@ -195,10 +198,10 @@ class HuggingFaceSource:
         """``scheme``: how a tool quantized the weights; ``quant``: how they read, as :func:`computed_quant` says. Raises
         :class:`ArtifactError` naming the first tensor that is missing, misshapen or unknown."""
         self._folder, self._weights = folder, WeightMap(folder)
-        self._places, self._head_dim = file_places(model), model.head_dim
+        self._places, self._head_dim = file_places(model, packed=is_packed(model, self._weights.names)), model.head_dim
         self._interleaved = rotated_rows(model) if FAMILIES[model.architecture].interleaved else {}
         self._parts = whole_parts(model, quant, "fp32")
-        wanted = file_shapes(model)
+        wanted = {place.name: place.shape for place in self._places.values()}
         self._names = _stored_names(self._weights, wanted)
         forms = {name: stored_form(self._weights, scheme, stored) for name, stored in self._names.items()}
         self._forms = {name: form for name, form in forms.items() if form is not None}
@@ -227,12 +230,12 @@ class HuggingFaceSource:
         if tensor.name in self._parts:
             whole, part = self._parts[tensor.name]
             return self._in_halves(whole.name, self._read_part(whole, part, span))
-        held, first = self._places[tensor.name]
+        held, first, _ = self._places[tensor.name]
         rows, columns = _area(tensor, span, first)
         if form := self._forms.get(held):
             return self._in_halves(tensor.name, Block(form.values(self._stored_parts(held), rows, columns), "fp32"))
         values, form_name = self._weights.file_of(self._names[held]).view(self._names[held])
-        return self._in_halves(tensor.name, Block(cut(values[first : first + tensor.shape[0]], tensor, span), form_name))
+        return self._in_halves(tensor.name, Block(cut(_rows(values)[first : first + tensor.shape[0]], tensor, span), form_name))
 
     def _in_halves(self, name: str, block: Block) -> Block:
         """``block`` of the whole tensor ``name``, heads in the order that the model computes with."""
@@ -241,7 +244,7 @@ class HuggingFaceSource:
 
     def _read_part(self, whole: ModelTensor, part: Part, span: Span) -> Block:
         """``span`` of a part of the quantized tensor ``whole``, which is stored in the very format of the part."""
-        held, first = self._places[whole.name]
+        held, first, _ = self._places[whole.name]
         form = self._forms[held]
         assert isinstance(form, Scaled)
         parts = self._stored_parts(held)
@@ -309,6 +312,11 @@ class HuggingFaceSource:
             raise ArtifactError(f"{folder} {what}", why, "use the causal language model: this one cannot generate text")
         named = f"its tensors are named like {min(self._weights.names)}" if self._weights.names else "it holds no tensor at all"
         raise ArtifactError(f"{folder} lacks the tensor {name}", f"config.json means a model that has it; {named}", COPY_AGAIN)
+
+
+def _rows(values: Array) -> Array:
+    """View of a stored tensor whose last axis are inputs, with all others as rows."""
+    return values if values.ndim < 3 else values.reshape(-1, values.shape[-1])
 
 
 def _area(tensor: ModelTensor, span: Span, first: int) -> tuple[Span, Span]:

@@ -14,15 +14,16 @@ from workers.artifacts.checkpoint import open_rank, read_checkpoint, verify_all
 from workers.artifacts.convert import refuse_format
 from workers.artifacts.hf_quantization import MODELOPT_METHOD
 from workers.layout.quant_parts import stored_tensors
-from workers.layout.sharding import parameters, trtllm_refusal
+from workers.layout.sharding import active_parameters, parameters, trtllm_refusal
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model file holds. ``parallel``: layout of a checkpoint, None for whole models. ``quant``: format of linear layers' weights;
-    ``dtype``: format of the others; ``dequantized``: the form of another tool from which both are made while loading, else empty.
-    ``rank_bytes``: bytes of each rank's weights in these formats, for the layout asked about (by default the stored one, else one rank).
+    """What a model file holds. ``parallel``: layout of a checkpoint, None for whole models. ``active_parameters``: those that compute one
+    token, fewer where a layer has experts. ``quant``: format of linear layers' weights; ``dtype``: format of the others; ``dequantized``:
+    the form of another tool from which both are made while loading, else empty. ``rank_bytes``: bytes of each rank's weights in these
+    formats, for the layout asked about (by default the stored one, else one rank).
 
     ``runs``: whether ranks of that layout can load it as it is; ``reason``: why not, and what to do. ``trtllm``: why TensorRT-LLM would
     refuse the layout, empty when it would not. ``verified``: whether every file's hash was compared.
@@ -32,6 +33,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     model: ModelSpec
     parameters: int
+    active_parameters: int
     dtype: DType
     quant: Quant
     dequantized: str
@@ -63,6 +65,7 @@ def inspect_path(path: str | Path, parallel: Parallel | None = None, *, verify_f
         kind=artifact.kind,
         model=artifact.model,
         parameters=parameters(artifact.model),
+        active_parameters=active_parameters(artifact.model),
         dtype=artifact.dtype,
         quant=artifact.quant,
         dequantized=artifact.dequantized,

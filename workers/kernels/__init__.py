@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from workers.kernels import linear, reference
+from workers.kernels import experts, linear, reference
+from workers.kernels.experts import MakeExperts
 from workers.kernels.linear import Fp8Rows, Parts, Product
 from workers.protocol.specs import Activation, QuantName
 
@@ -86,3 +87,12 @@ def product_for(device: torch.device) -> Callable[[QuantName | None, Parts, Tens
     from workers.kernels import linear_gpu
 
     return linear_gpu.product
+
+
+def experts_for(device: torch.device) -> MakeExperts:
+    """What makes the experts of a mixture on ``device``."""
+    if device.type != "cuda":
+        return experts.CpuExperts
+    from workers.kernels import experts_gpu
+
+    return experts_gpu.GpuExperts

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from workers.protocol.specs import AttentionSpec, LayerSpec, MlpSpec, ModelSpec
+from workers.protocol.specs import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -28,7 +28,9 @@ Cut: TypeAlias = Literal["whole", "heads", "kv heads", "mlp", "vocabulary", "fir
 
 class DeclaredTensor(msgspec.Struct, frozen=True, kw_only=True):
     """One whole tensor. ``name``: of Hugging Face's; ``checkpoint``: of TensorRT-LLM's; ``gguf``: of llama.cpp's; ``shape`` (out, in);
-    ``axis``: the one that ranks cut. Names of a layer's tensors lack the layer's prefix."""
+    ``axis``: the one that ranks cut. ``expert``: (its number, how many its layer has) where it is one expert's, which ranks may hold whole
+    or not at all; llama.cpp's tensor then holds those of all experts, one after another. Names of a layer's tensors lack the layer's
+    prefix."""
 
     name: str
     checkpoint: str
@@ -36,6 +38,7 @@ class DeclaredTensor(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int, ...]
     cut: Cut = "whole"
     axis: int = 0
+    expert: tuple[int, int] | None = None
 
 
 class Prefixes(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +50,11 @@ class Prefixes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 PREFIXES = Prefixes()
+#: A part of the names of the experts that routers choose.
+EXPERTS = "mlp.experts."
+#: Ends of the names of what chooses and weighs experts: small products that decide much.
+ROUTER, SHARED_GATE = "mlp.router", "mlp.shared_expert_gate"
+ROUTERS = (f".{ROUTER}.weight", f".{SHARED_GATE}.weight")
 
 
 def embedding(model: ModelSpec) -> DeclaredTensor:
@@ -75,7 +83,7 @@ def layer_tensors(model: ModelSpec, layer: LayerSpec) -> tuple[DeclaredTensor, .
         before += _norm(model, "input_layernorm", "input_layernorm", "attn_norm")
     if layer.pre_norm and not layer.parallel:
         middle += _norm(model, "post_attention_layernorm", "post_layernorm", "ffn_norm")
-    return (*before, *attention_tensors(model, layer.attention), *middle, *mlp_tensors(model, layer.mlp), *after)
+    return (*before, *attention_tensors(model, layer.attention), *middle, *_feed_forward(model, layer.mlp), *after)
 
 
 def _norm(model: ModelSpec, name: str, checkpoint: str, gguf: str) -> tuple[DeclaredTensor, ...]:
@@ -113,6 +121,49 @@ def attention_tensors(model: ModelSpec, spec: AttentionSpec) -> tuple[DeclaredTe
             for x in "qk"
         ]
     return (*found, *_projection("self_attn.o_proj", "attention.dense", "attn_output", (hidden, rows["q"]), "heads", spec.out_bias))
+
+
+def _feed_forward(model: ModelSpec, spec: MlpSpec | MoeSpec) -> tuple[DeclaredTensor, ...]:
+    return mlp_tensors(model, spec) if isinstance(spec, MlpSpec) else moe_tensors(model, spec)
+
+
+def moe_tensors(model: ModelSpec, spec: MoeSpec) -> tuple[DeclaredTensor, ...]:
+    """The router, the experts, and the shared expert. Experts stay apart: each is read, quantized and distributed alone."""
+    hidden = model.hidden_size
+    found = [_plain(ROUTER, "ffn_gate_inp", (spec.experts, hidden))]
+    for number in range(spec.experts):
+        found += [
+            msgspec.structs.replace(each, expert=(number, spec.experts))
+            for each in _gated(f"{EXPERTS}{number}", ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), hidden, spec.size)
+        ]
+    if spec.shared is not None:
+        found += _gated("mlp.shared_expert", ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"), hidden, spec.shared.size)
+        if spec.shared.gated:
+            found.append(_plain(SHARED_GATE, "ffn_gate_inp_shexp", (1, hidden)))
+    return tuple(found)
+
+
+def _plain(name: str, gguf: str, shape: tuple[int, ...]) -> DeclaredTensor:
+    """A tensor that every rank has whole, which has one name in all but llama.cpp's files."""
+    return DeclaredTensor(name=f"{name}.weight", checkpoint=f"{name}.weight", gguf=f"{gguf}.weight", shape=shape)
+
+
+def _gated(name: str, gguf: tuple[str, str, str], hidden: int, size: int) -> tuple[DeclaredTensor, ...]:
+    """The three projections of an expert, with TensorRT-LLM's names of those of a dense MLP."""
+    gate, up, down = gguf
+    return (
+        *(
+            DeclaredTensor(
+                name=f"{name}.{part}.weight",
+                checkpoint=f"{name}.{checkpoint}.weight",
+                gguf=f"{stored}.weight",
+                shape=(size, hidden),
+                cut="mlp",
+            )
+            for part, checkpoint, stored in (("gate_proj", "fc", gate), ("up_proj", "gate", up))
+        ),
+        *_projection(f"{name}.down_proj", f"{name}.proj", down, (hidden, size), "mlp", bias=False),
+    )
 
 
 def mlp_tensors(model: ModelSpec, spec: MlpSpec) -> tuple[DeclaredTensor, ...]:

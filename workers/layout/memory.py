@@ -6,11 +6,11 @@ never access a device.
 
 from __future__ import annotations
 
-from workers.layout.declaration import NORM_WEIGHTS, VOCAB_EMBEDDING
+from workers.layout.declaration import NORM_WEIGHTS, ROUTERS, VOCAB_EMBEDDING
 from workers.layout.quant_parts import FORMAT_BYTES, Format, quantized, stored_tensors
 from workers.layout.sharding import Shard, shares_embedding
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import DTYPE_BYTES, EngineSpec, ModelSpec, Parallel, PortableSpec, Quant
+from workers.protocol.specs import DTYPE_BYTES, EngineSpec, MlpSpec, ModelSpec, MoeSpec, Parallel, PortableSpec, Quant
 
 #: Default share of a host's free memory for the caches of all its ranks together; and its upper limit, bytes.
 FREE_SHARE = 0.25
@@ -23,7 +23,7 @@ def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: Engine
     """Bytes of all weights of ``rank`` in the form that they run in, which is larger where a device keeps a second form of some.
 
     A CPU packs the head of a tied table beside the table itself and makes FP8 weights plain; a GPU keeps the scales of int4 twice. The
-    weights of norms that lack 1 are in fp32.
+    weights of norms that lack 1, and what chooses and weighs experts, are in fp32.
     Raises :class:`ConfigError` where the model cannot be split so.
     """
     plain = DTYPE_BYTES[engine.dtype]
@@ -32,6 +32,8 @@ def frozen_bytes(model: ModelSpec, parallel: Parallel, rank: int, engine: Engine
         layer = quantized(each.tensor.name, each.tensor.shape)
         if cpu and each.format == "fp8" and layer:
             total += plain * each.tensor.elements
+        elif each.tensor.name.endswith(ROUTERS):
+            total += FORMAT_BYTES["fp32"] * each.tensor.elements
         elif not cpu and each.tensor.name.endswith((".weights_scaling_factor", ".zero")):
             total += 2 * each.nbytes
         elif model.norm.plus_one and each.tensor.name.endswith(NORM_WEIGHTS):
@@ -70,9 +72,17 @@ def step_bytes(model: ModelSpec, shard: Shard, engine: EngineSpec) -> int:
     """Most bytes that the tensors of one step take on this rank: those of the widest moment of a layer, and the logits of all sequences."""
     item = DTYPE_BYTES[engine.dtype]
     qkv = (shard.heads.size + 2 * shard.kv_heads.size) * model.head_dim
-    token = item * (4 * model.hidden_size + max(3 * shard.columns(model.widest_mlp).size, 2 * qkv) + 2 * qkv)
+    token = item * (4 * model.hidden_size + max(*(_widest(model, shard, kind.mlp) for kind in model.kinds), 2 * qkv) + 2 * qkv)
     logits = 2 * item * shard.vocab_rows * engine.max_batch_size if shard.last else 0
     return token * engine.max_num_tokens + logits
+
+
+def _widest(model: ModelSpec, shard: Shard, spec: MlpSpec | MoeSpec) -> int:
+    """Most values that one token has between the products of an MLP, or of the experts that it chose, all of this rank at worst."""
+    if isinstance(spec, MlpSpec):
+        return 3 * shard.columns(spec.size).size
+    routed = spec.experts_per_token * (3 * shard.expert_columns(spec.size).size + model.hidden_size)
+    return routed + (3 * shard.columns(spec.shared.size).size if spec.shared is not None else 0)
 
 
 def cache_room(model: ModelSpec, shard: Shard, engine: EngineSpec, *, free: int, total: int, host_ranks: int) -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from workers.layout.declaration import PREFIXES
+from workers.layout.declaration import PREFIXES, ROUTERS
 from workers.layout.sharding import ModelTensor, ShardPiece, ShardTensor, Span, shard_tensors, whole_tensors
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import DType, ModelSpec, Parallel, Quant
@@ -72,9 +72,9 @@ def unit_of(quant: Quant) -> int:
 
 
 def quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the formats of :class:`~workers.protocol.specs.Quant` apply to a whole or stored tensor: to linear layers, not to the
-    embedding or the head."""
-    return name.startswith((PREFIXES.name, PREFIXES.checkpoint)) and len(shape) == 2
+    """Whether the formats of :class:`~workers.protocol.specs.Quant` apply to a whole or stored tensor: to linear layers, those of experts
+    included, not to the embedding, the head, or what chooses and weighs experts."""
+    return name.startswith((PREFIXES.name, PREFIXES.checkpoint)) and len(shape) == 2 and not name.endswith(ROUTERS)
 
 
 def part_of(tensor: ModelTensor, part: Part) -> ModelTensor:

@@ -5,12 +5,14 @@ layer numbers begin at 0 in each stage. Must never read a file or know a number 
 
 Rules: query heads are distributed in whole key/value groups, to sizes that differ by at most one. If tp exceeds the number of key/value
 heads, each of these is copied to several ranks, and each copy has a share of its query heads. FFN columns are distributed in the same way,
-in whole quantization groups if there are any. Vocabulary rows are padded to the same count on every rank (so collectives stay regular;
-logits of padding are -inf). The first ``layers mod pp`` stages hold one layer more.
+in whole quantization groups if there are any; with expert parallelism whole experts are distributed instead. Vocabulary rows are padded to
+the same count on every rank (so collectives stay regular; logits of padding are -inf). The first ``layers mod pp`` stages hold one layer
+more.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -25,7 +27,7 @@ from workers.layout.declaration import (
     layer_tensors,
 )
 from workers.protocol.errors import ConfigError
-from workers.protocol.specs import ModelSpec, Parallel
+from workers.protocol.specs import MlpSpec, ModelSpec, MoeSpec, Parallel
 
 #: (whole tensor's number of the layer, None outside layers; the tensor).
 _Placed: TypeAlias = tuple[int | None, DeclaredTensor]
@@ -50,7 +52,7 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank holds, in global indices.
 
     ``layers`` of its stage; ``heads``, ``kv_heads`` of its tp rank; ``kv_heads`` may overlap with those of a neighbour (a copy).
-    ``unit``: columns of an MLP that stay together.
+    ``unit``: columns of an MLP that stay together. ``expert_parallel``: experts are distributed whole, not each expert's columns.
     ``vocab``: real rows; ``vocab_rows``: rows of the stored shard, equal on every rank; the rows past ``vocab`` are padding (zeros).
     ``first``, ``last``: whether the stage embeds tokens, and whether it makes logits.
     """
@@ -67,11 +69,20 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     unit: int
     vocab: Span
     vocab_rows: int
+    expert_parallel: bool = False
 
     def columns(self, size: int) -> Span:
         """This rank's columns of an MLP of ``size`` columns, distributed in whole units."""
         span = deal(-(-size // self.unit), self.tp, self.tp_rank).scaled(self.unit)
         return Span(span.start, min(span.stop, size))
+
+    def experts(self, count: int) -> Span:
+        """Those of ``count`` experts of which this rank holds anything."""
+        return deal(count, self.tp, self.tp_rank) if self.expert_parallel else Span(0, count)
+
+    def expert_columns(self, size: int) -> Span:
+        """This rank's columns of each of its experts of ``size`` columns."""
+        return Span(0, size) if self.expert_parallel else self.columns(size)
 
 
 class ModelTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,7 +163,9 @@ def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) 
     parallel.check(model)
     if not 0 <= rank < parallel.world:
         raise ConfigError(f"rank {rank} is outside a world of {parallel.world}", f"tp={parallel.tp} pp={parallel.pp}")
-    units = -(-min(kind.mlp.size for kind in model.kinds) // unit)
+    cut = [kind.mlp.size for kind in model.kinds if isinstance(kind.mlp, MlpSpec) or not parallel.expert_parallel]
+    cut += [moe.shared.size for moe in model.moes if moe.shared is not None]
+    units = -(-min(cut, default=parallel.tp * unit) // unit)
     if parallel.tp > units or parallel.tp > model.vocab_size:
         raise ConfigError(
             f"tp={parallel.tp} is more than the model's FFN or vocabulary can be distributed to", f"the FFN has {units} x {unit}"
@@ -173,6 +186,7 @@ def shard_of(model: ModelSpec, parallel: Parallel, rank: int, *, unit: int = 1) 
         unit=unit,
         vocab=Span(min(tp_rank * rows, model.vocab_size), min((tp_rank + 1) * rows, model.vocab_size)),
         vocab_rows=rows,
+        expert_parallel=parallel.expert_parallel,
     )
 
 
@@ -223,6 +237,8 @@ def tensors_of(model: ModelSpec, parallel: Parallel, shard: Shard, *, own_head: 
     for local, layer in enumerate(range(shard.layers.start, shard.layers.stop)):
         stacks: dict[str, list[_Placed]] = {}
         for tensor in layer_tensors(model, model.layer(layer)):
+            if tensor.expert is not None and not _holds(shard, *tensor.expert):
+                continue
             stacks.setdefault(f"{PREFIXES.checkpoint}{local}.{tensor.checkpoint}", []).append((layer, tensor))
         found += [_stack(model, shard, name, stack) for name, stack in stacks.items()]
     if shard.last:
@@ -242,9 +258,16 @@ def _stack(model: ModelSpec, shard: Shard, name: str, stack: list[_Placed]) -> S
     return ShardTensor(name=name, shape=tuple(shape), pieces=pieces)
 
 
+def _holds(shard: Shard, expert: int, count: int) -> bool:
+    held = shard.experts(count)
+    return held.start <= expert < held.stop
+
+
 def _span(model: ModelSpec, shard: Shard, tensor: DeclaredTensor) -> Span:
     """What the rank holds of a tensor, along the tensor's axis."""
     size = tensor.shape[tensor.axis]
+    if tensor.expert is not None and shard.expert_parallel:
+        return Span(0, size)
     match tensor.cut:
         case "whole":
             return Span(0, size)
@@ -262,7 +285,16 @@ def _span(model: ModelSpec, shard: Shard, tensor: DeclaredTensor) -> Span:
 
 def parameters(model: ModelSpec) -> int:
     """Number of weights of the unsharded model."""
-    return sum(ShardTensor(name=t.name, shape=t.shape, pieces=()).elements for t in whole_tensors(model).values())
+    return sum(math.prod(tensor.shape) for tensor in whole_tensors(model).values())
+
+
+def active_parameters(model: ModelSpec) -> int:
+    """Number of weights that compute one token: of a mixture's experts, those that a token takes."""
+    unused = 0
+    for layer in range(model.num_layers):
+        if isinstance(moe := model.layer(layer).mlp, MoeSpec):
+            unused += (moe.experts - moe.experts_per_token) * 3 * moe.size * model.hidden_size
+    return parameters(model) - unused
 
 
 def trtllm_refusal(model: ModelSpec, parallel: Parallel) -> tuple[str, str] | None:

@@ -23,9 +23,10 @@ from workers.models.attention import Attention
 from workers.models.context import BlockParts, ForwardContext
 from workers.models.layers import Linear, VocabHead
 from workers.models.mlp import Mlp
+from workers.models.moe import Moe
 from workers.models.norm import ResidualNorm
 from workers.models.rope import attention_factor, rope_angles
-from workers.protocol.specs import PLAIN, LayerSpec, ModelSpec, Parallel, Quant
+from workers.protocol.specs import PLAIN, LayerSpec, MlpSpec, ModelSpec, Parallel, Quant
 
 
 class DecoderLayer:
@@ -33,7 +34,8 @@ class DecoderLayer:
 
     def __init__(self, model: ModelSpec, spec: LayerSpec, shard: Shard, parts: BlockParts) -> None:
         self._multiplier, self._parallel = model.residual_multiplier, spec.parallel
-        self.attention, self.mlp = Attention(model, spec.attention, shard, parts), Mlp(spec.mlp, parts)
+        self.attention = Attention(model, spec.attention, shard, parts)
+        self.mlp = Mlp(spec.mlp, parts) if isinstance(spec.mlp, MlpSpec) else Moe(spec.mlp, shard, parts)
         self._norms: list[ResidualNorm] = []
         norm = partial(self._norm, model, parts)
         self._before_attention = norm("input_layernorm") if spec.pre_norm else None
@@ -67,7 +69,7 @@ class DecoderLayer:
         if self._parallel:
             return self._leave(residual, attended.add_(self.mlp(entered, step)), None, step)
         branch = self._leave(residual, attended, self._after_attention, step)
-        mixed = self.mlp(self._enter(residual, branch, self._before_mlp, step, fp8=self.mlp.gate_up.takes_fp8), step)
+        mixed = self.mlp(self._enter(residual, branch, self._before_mlp, step, fp8=self.mlp.takes_fp8), step)
         return self._leave(residual, mixed, self._after_mlp, step)
 
     def _enter(

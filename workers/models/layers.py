@@ -22,7 +22,7 @@ TORCH: dict[Format, torch.dtype] = {
     "uint8": torch.uint8,
     "fp8": torch.float8_e4m3fn,
 }
-_DTYPES = {TORCH[dtype]: dtype for dtype in DTYPE_BYTES}
+DTYPES = {TORCH[dtype]: dtype for dtype in DTYPE_BYTES}
 #: Rows of every product in fixed-shape mode, so that the bits of a row don't depend on how many other rows there are.
 FIXED_ROWS = 16
 
@@ -39,10 +39,9 @@ class Linear:
         self.takes_fp8 = quant.weights == "fp8" and device.type == "cuda"
         self._parts = {
             part.suffix: torch.empty(part.shape(out_features, in_features), dtype=TORCH[part.format], device=device)
-            for part in parts_of(quant, _DTYPES[dtype])
+            for part in parts_of(quant, DTYPES[dtype])
         }
         self._bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        self._fixed = False
         self._product: Product | None = None
 
     def parts(self) -> dict[str, Tensor]:
@@ -55,18 +54,27 @@ class Linear:
 
     def freeze(self, *, fixed_rows: bool) -> None:
         """Make the product of the filled parts, which are dropped. ``fixed_rows``: compute it in tiles of exactly ``FIXED_ROWS`` rows."""
-        self._fixed = fixed_rows
-        self._product = product_for(self._device)(self._form, self._parts, self._bias, self._dtype)
+        product = product_for(self._device)(self._form, self._parts, self._bias, self._dtype)
+        self._product = in_fixed_tiles(product) if fixed_rows else product
         self._parts = {}
 
     def __call__(self, x: Tensor | Fp8Rows) -> Tensor:
         """[T, out] of ``x`` [T, in]."""
         assert self._product is not None, "not frozen"
-        if isinstance(x, Fp8Rows) or not self._fixed:
-            return self._product(x)
+        return self._product(x)
+
+
+def in_fixed_tiles(product: Product) -> Product:
+    """``product``, computed in tiles of exactly ``FIXED_ROWS`` rows."""
+
+    def tiled(x: Tensor | Fp8Rows) -> Tensor:
+        if isinstance(x, Fp8Rows):
+            return product(x)
         rows = x.shape[0]
         padded = functional.pad(x, (0, 0, 0, -rows % FIXED_ROWS))
-        return torch.cat([self._product(tile) for tile in torch.split(padded, FIXED_ROWS)])[:rows]
+        return torch.cat([product(tile) for tile in torch.split(padded, FIXED_ROWS)])[:rows]
+
+    return tiled
 
 
 class VocabHead:

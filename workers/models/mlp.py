@@ -12,20 +12,27 @@ from workers.protocol.specs import MlpSpec
 class Mlp:
     """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
 
-    def __init__(self, spec: MlpSpec, parts: BlockParts) -> None:
-        self._spec = spec
+    def __init__(self, spec: MlpSpec, parts: BlockParts, name: str = "mlp") -> None:
+        """``name``: of the block within the layer."""
+        self._spec, self._name = spec, name
         #: The product of what is activated, and after it of what it is multiplied by.
-        self.gate_up = parts.linear("mlp.fc", "mlp.gate") if spec.gated else parts.linear("mlp.fc")
-        self.down = parts.linear("mlp.proj")
+        self.gate_up = parts.linear(f"{name}.fc", f"{name}.gate") if spec.gated else parts.linear(f"{name}.fc")
+        self.down = parts.linear(f"{name}.proj")
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether the block takes its input in FP8."""
+        return self.gate_up.takes_fp8
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters by their checkpoint names within the layer. TensorRT-LLM calls the input of the activation ``mlp.fc``."""
-        found = {f"mlp.proj.{suffix}": part for suffix, part in self.down.parts().items()}
+        name = self._name
+        found = {f"{name}.proj.{suffix}": part for suffix, part in self.down.parts().items()}
         for suffix, part in self.gate_up.parts().items():
             if self._spec.gated:
-                found[f"mlp.fc.{suffix}"], found[f"mlp.gate.{suffix}"] = part.chunk(2)
+                found[f"{name}.fc.{suffix}"], found[f"{name}.gate.{suffix}"] = part.chunk(2)
             else:
-                found[f"mlp.fc.{suffix}"] = part
+                found[f"{name}.fc.{suffix}"] = part
         return found
 
     def freeze(self, *, fixed_rows: bool) -> None:

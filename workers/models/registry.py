@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container
+from typing import NamedTuple
+
 from msgspec.structs import replace
 
 from workers.layout.declaration import PREFIXES
-from workers.layout.sharding import ModelTensor, gguf_names, whole_tensors
+from workers.layout.sharding import gguf_names, whole_tensors
 from workers.models.families import (
     arcee,
     cohere,
@@ -18,24 +22,29 @@ from workers.models.families import (
     glm,
     glm4,
     granite,
+    granitemoe,
     helium,
     llama,
     ministral,
     mistral,
+    mixtral,
     nemotron,
     olmo,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
     seed_oss,
     smollm3,
     stablelm,
     starcoder2,
 )
 from workers.models.families.family import Family, FileTensor
-from workers.protocol.specs import DivisorScaling, LongRopeScaling, ModelSpec, YarnScaling, model_spec, uniform_decoder
+from workers.protocol.specs import DivisorScaling, LongRopeScaling, ModelSpec, MoeSpec, YarnScaling, model_spec, uniform_decoder
 
 #: By ``model_type``.
 FAMILIES: dict[str, Family] = {
@@ -67,6 +76,12 @@ FAMILIES: dict[str, Family] = {
         arcee.FAMILY,
         nemotron.FAMILY,
         helium.FAMILY,
+        mixtral.FAMILY,
+        qwen3_moe.FAMILY,
+        qwen2_moe.FAMILY,
+        olmoe.FAMILY,
+        granitemoe.FAMILY,
+        granitemoe.SHARED_FAMILY,
     )
 }
 
@@ -84,6 +99,8 @@ def trtllm_families() -> dict[str, Family]:
 def trtllm_gap(model: ModelSpec) -> str:
     """The facts of the model for which TensorRT-LLM's checkpoint format has no key; empty if there are none."""
     family, attention = model.architecture, model.kinds[0].attention
+    if model.moes:
+        return "mixtures of experts are not written in that format here"
     if family not in trtllm_families():
         return f"the format does not name the family {family!r}"
     if any(isinstance(rope.scaling, YarnScaling | LongRopeScaling | DivisorScaling) for rope in model.ropes):
@@ -118,31 +135,61 @@ def trtllm_model(model: ModelSpec) -> ModelSpec:
     return model_spec(full, max_position=min(model.max_position, *windows), **facts)
 
 
-def file_places(model: ModelSpec) -> dict[str, tuple[str, int]]:
-    """Where Hugging Face's files hold each whole tensor: (name there, first row), by the tensor's own name."""
-    whole = whole_tensors(model)
-    return _places(FAMILIES[model.architecture].tensors, {name: name for name in whole}, whole)
+class FilePlace(NamedTuple):
+    """Where a file holds a whole tensor: ``name`` of the tensor there, the ``first`` of its rows, its whole ``shape``, whose last
+    axis are inputs and all others together rows."""
+
+    name: str
+    first: int
+    shape: tuple[int, ...]
 
 
-def gguf_places(model: ModelSpec) -> dict[str, tuple[str, int]]:
-    """Where a GGUF holds each whole tensor: (name there, first row), by the tensor's own name."""
-    form, whole, names = FAMILIES[model.architecture].gguf, whole_tensors(model), gguf_names(model)
-    return _places(() if form is None else form.tensors, {name: names[name] for name in whole}, whole)
+def file_places(model: ModelSpec, *, packed: bool = False) -> dict[str, FilePlace]:
+    """Where Hugging Face's files hold each whole tensor, by the tensor's own name. ``packed``: with the experts of a layer in one tensor,
+    as :func:`is_packed` tells."""
+    family = FAMILIES[model.architecture]
+    return _places(model, family.packed if packed else family.tensors, {name: name for name in whole_tensors(model)})
 
 
-def _places(tensors: tuple[FileTensor, ...], names: dict[str, str], whole: dict[str, ModelTensor]) -> dict[str, tuple[str, int]]:
+def gguf_places(model: ModelSpec) -> dict[str, FilePlace]:
+    """Where a GGUF holds each whole tensor, by the tensor's own name."""
+    form = FAMILIES[model.architecture].gguf
+    return _places(model, () if form is None else form.tensors, gguf_names(model))
+
+
+def _places(model: ModelSpec, tensors: tuple[FileTensor, ...], names: dict[str, str]) -> dict[str, FilePlace]:
     """``names``: of the whole tensors in the files, if it were not for ``tensors``."""
     held = {stem: file for file in tensors for stem in file.holds}
-    rows = {names[name]: tensor.shape[0] for name, tensor in whole.items()}
-    found: dict[str, tuple[str, int]] = {}
-    for name in whole:
+    whole = whole_tensors(model)
+    sizes = {names[name]: tensor.shape[0] for name, tensor in whole.items()}
+    found: dict[str, FilePlace] = {}
+    for name, tensor in whole.items():
         prefix, stem, kind = _parts(names[name])
-        if stem not in held:
-            found[name] = (names[name], 0)
+        expert = _EXPERT.fullmatch(stem)
+        number = expert[1] if expert else ""
+        stem = _EXPERT.sub(r"mlp.experts.*.\2", stem)
+        if (file := held.get(stem)) is None:
+            found[name] = FilePlace(names[name], 0, tensor.shape)
             continue
-        before = held[stem].holds[: held[stem].holds.index(stem)]
-        found[name] = (f"{prefix}{held[stem].stem}.{kind}", sum(rows[f"{prefix}{each}.{kind}"] for each in before))
+        rows = [sizes[f"{prefix}{each.replace('*', number)}.{kind}"] for each in file.holds]
+        first, shape = sum(rows[: file.holds.index(stem)]), (sum(rows), *tensor.shape[1:])
+        if expert and "*" not in file.stem:
+            moe = model.layer(_layer(prefix)).mlp
+            assert isinstance(moe, MoeSpec)
+            first, shape = first + int(number) * shape[0], (moe.experts, *shape)
+        found[name] = FilePlace(f"{prefix}{file.stem.replace('*', number)}{'' if file.bare else f'.{kind}'}", first, shape)
     return found
+
+
+def is_packed(model: ModelSpec, names: Container[str]) -> bool:
+    """Whether a folder with tensors of these ``names`` has the experts of each layer in one tensor."""
+    layer = next((index for index in range(model.num_layers) if isinstance(model.layer(index).mlp, MoeSpec)), None)
+    packed = [file for file in FAMILIES[model.architecture].packed if file.bare]
+    return layer is not None and any(f"{PREFIXES.name}{layer}.{file.stem}" in names for file in packed)
+
+
+#: A projection of an expert: its number, and which projection.
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)")
 
 
 def rotated_rows(model: ModelSpec) -> dict[str, int]:
@@ -152,7 +199,7 @@ def rotated_rows(model: ModelSpec) -> dict[str, int]:
     for name in whole_tensors(model):
         prefix, stem, _ = _parts(name)
         if stem in _ROTATED:
-            rope = model.layer(int(prefix.removeprefix(PREFIXES.name)[:-1])).attention.rope
+            rope = model.layer(_layer(prefix)).attention.rope
             found[name] = (rope or model.ropes[0]).dim
     return found
 
@@ -160,22 +207,9 @@ def rotated_rows(model: ModelSpec) -> dict[str, int]:
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "self_attn.k_norm")
 
 
-def file_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in Hugging Face's files, by its name there."""
-    return _shapes(file_places(model), whole_tensors(model))
-
-
-def gguf_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a GGUF, by its name there."""
-    return _shapes(gguf_places(model), whole_tensors(model))
-
-
-def _shapes(places: dict[str, tuple[str, int]], whole: dict[str, ModelTensor]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for name, (stored, first) in places.items():
-        rows, *rest = whole[name].shape
-        found[stored] = (max(first + rows, found.get(stored, (0,))[0]), *rest)
-    return found
+def _layer(prefix: str) -> int:
+    """The number in ``model.layers.3.``."""
+    return int(prefix.removeprefix(PREFIXES.name)[:-1])
 
 
 def _parts(name: str) -> tuple[str, str, str]:

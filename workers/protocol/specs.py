@@ -23,7 +23,7 @@ Device = Literal["cpu", "cuda"]
 #: Quantized weight formats that the portable engine supports.
 QuantName = Literal["int8", "int4", "fp8"]
 
-MAX_LAYERS = 4096
+MAX_LAYERS, MAX_EXPERTS = 4096, 4096
 #: Longest time that sequences should run after SIGTERM, seconds: batch systems send SIGKILL 30 s after it.
 TERM_GRACE_S = 20.0
 #: Bytes of one element.
@@ -166,7 +166,7 @@ def _require_cap(cap: float | None) -> None:
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 
 
-class MlpSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class MlpSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="dense"):
     """A dense MLP with ``size`` columns between: down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
 
     size: int
@@ -176,6 +176,37 @@ class MlpSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         _require(self.size > 0, f"intermediate_size must be positive, got {self.size}")
+
+
+class SharedExpertSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An expert that every token takes beside those that its router chooses, with ``size`` columns. ``gated``: what it gives is multiplied
+    by the sigmoid of a product of its own; else by 1."""
+
+    size: int
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.size > 0, f"the size of a shared expert must be positive, got {self.size}")
+
+
+class MoeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="moe"):
+    """A mixture of ``experts`` gated MLPs of ``size`` columns each, of which every token takes the ``experts_per_token`` with the largest
+    router logits; their sum is weighted by the softmax of the logits over all experts, or with ``renormalise`` over the chosen ones.
+
+    A softmax keeps the order, so families that choose before the softmax and those that choose after it differ in ``renormalise`` alone.
+    """
+
+    experts: int
+    experts_per_token: int
+    size: int
+    renormalise: bool = True
+    activation: Activation = "silu"
+    shared: SharedExpertSpec | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.size > 0, f"the size of an expert must be positive, got {self.size}")
+        _require(0 < self.experts <= MAX_EXPERTS, f"the number of experts must be in 1..{MAX_EXPERTS}, got {self.experts}")
+        _require(0 < self.experts_per_token <= self.experts, f"a token cannot take {self.experts_per_token} experts of {self.experts}")
 
 
 class NormSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,7 +228,7 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     gives is normed before it is added. ``parallel``: the MLP reads what attention reads, through the same norm, not what it gives."""
 
     attention: AttentionSpec
-    mlp: MlpSpec
+    mlp: MlpSpec | MoeSpec
     pre_norm: bool = True
     post_norm: bool = False
     parallel: bool = False
@@ -270,8 +301,13 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def widest_mlp(self) -> int:
-        """Columns of the widest MLP."""
+        """Columns of the widest MLP; of an expert where a layer has experts."""
         return max(kind.mlp.size for kind in self.kinds)
+
+    @property
+    def moes(self) -> tuple[MoeSpec, ...]:
+        """The different mixtures of experts of the layers."""
+        return tuple(dict.fromkeys(kind.mlp for kind in self.kinds if isinstance(kind.mlp, MoeSpec)))
 
     def layer(self, index: int) -> LayerSpec:
         return self.kinds[self.layers[index]]
@@ -307,11 +343,13 @@ def uniform_decoder(
 class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Layout of one replica: ``tp`` ranks share each layer, ``pp`` stages share the layers; world = tp * pp.
 
-    Rank order is TensorRT-LLM's: rank = pp_rank * tp + tp_rank.
+    Rank order is TensorRT-LLM's: rank = pp_rank * tp + tp_rank. ``expert_parallel``: experts are distributed whole to the ``tp`` ranks;
+    else each rank has some columns of every expert.
     """
 
     tp: int = 1
     pp: int = 1
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         _require(self.tp >= 1 and self.pp >= 1, f"tp and pp must be at least 1, got tp={self.tp} pp={self.pp}")
@@ -319,6 +357,11 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def world(self) -> int:
         return self.tp * self.pp
+
+    @property
+    def words(self) -> str:
+        """The layout for people: ``tp=2 pp=1``, and whether experts are whole."""
+        return f"tp={self.tp} pp={self.pp}{' ep' if self.expert_parallel else ''}"
 
     def tp_rank(self, rank: int) -> int:
         return rank % self.tp
@@ -340,6 +383,19 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "each stage needs at least one layer",
             f"use --pp-size {model.num_layers} or less",
         )
+        _require(
+            not self.expert_parallel or bool(model.moes),
+            "this model has no experts to be distributed to ranks",
+            "its layers have dense MLPs, which tensor parallelism cuts",
+            "leave --expert-parallel out",
+        )
+        for moe in model.moes:
+            _require(
+                not self.expert_parallel or self.tp <= moe.experts,
+                f"tp={self.tp} is more than the model's {moe.experts} experts",
+                "with --expert-parallel each rank needs at least one whole expert",
+                "use fewer ranks, or leave --expert-parallel out",
+            )
 
 
 class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -102,7 +102,7 @@ def _model(
     model: ModelConfig, config: Config, views: Mapping[str, ReplicaView], layouts: Mapping[str, Parallel], reports: Sequence[RouterStatus],
     facts: HostFacts, now: float,
 ) -> ModelRow:  # fmt: skip
-    gangs = [(gang.name, layouts.get(gang.name) or gang.layout or Parallel(pp=gang.pp_size)) for gang in model.gangs()]
+    gangs = [(gang.name, layouts.get(gang.name) or gang.layout or gang.with_tp(1)) for gang in model.gangs()]
     joins = bool(config.join.file)
     rows = tuple(
         _replica(model.name, parallel, view, reports, now, joins=joins)

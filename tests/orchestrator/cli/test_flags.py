@@ -88,7 +88,7 @@ TYPED: dict[str, tuple[str, object]] = {
     "max_batch_size": ("7", 7), "max_num_tokens": ("77", 77), "gpu_memory_utilization": ("0.5", 0.5), "kv_tokens": ("4096", 4096),
     "kv_bytes": ("123456", 123456), "block_size": ("32", 32), "prefix_cache": ("false", False), "threads": ("2", 2),
     "engine": ("fake", "fake"), "host": ("::1", "::1"), "port": ("8123", 8123), "api_keys_file": ("/k.json", "/k.json"),
-    "insecure_http_without_keys": ("", True),
+    "insecure_http_without_keys": ("", True), "expert_parallel": ("", True),
     "insecure_http_without_tls": ("", True), "routers": ("3", 3), "launcher": ("ray", "ray"), "name": ("other", "other"),
     "run_dir": ("/run/x", "/run/x"), "cache_dir": ("/cache/x", "/cache/x"), "join_file": ("/j.json", "/j.json"),
     "join_key_file": ("/p.json", "/p.json"), "chat_template": ("/t.jinja", "/t.jinja"), "generation_config": ("none", "none"),

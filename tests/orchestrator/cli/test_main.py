@@ -113,7 +113,12 @@ def test_convert_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     assert run(["inspect", str(target), "--verify", "-o", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["parallel"], found["dtype"], found["runs"], found["verified"]) == ({"tp": 2, "pp": 1}, "bf16", True, True)
+    assert (found["parallel"], found["dtype"], found["runs"], found["verified"]) == (
+        {"tp": 2, "pp": 1, "expert_parallel": False},
+        "bf16",
+        True,
+        True,
+    )
 
     assert run(["inspect", str(target), "--pp_size", "2"]) == 3
     output = capsys.readouterr()

@@ -50,7 +50,11 @@ def test_json_is_whole_and_the_tables_numbers(tmp_path: Path, capsys: pytest.Cap
     (model,) = json.loads(capsys.readouterr().out)["models"]
     assert model["fits"] and model["refusal"] is None and model["load"] == {"isl": 100, "osl": 28}
     own = model["layouts"][0]
-    assert own["parallel"] == {"tp": 4, "pp": 1} and "the file's" in own["marks"] and own["settings"].startswith("tp_size: 4")
+    assert (
+        own["parallel"] == {"tp": 4, "pp": 1, "expert_parallel": False}
+        and "the file's" in own["marks"]
+        and own["settings"].startswith("tp_size: 4")
+    )
     assert len(own["ranks"]) == 4 and own["kv_tokens"] == min(rank["kv_tokens"] for rank in own["ranks"])
     assert own["workloads"]["balanced"]["output_tok_s"] > 0 and own["error"] == GPU_FIT.error
 
@@ -70,10 +74,10 @@ def test_what_is_left_open_is_planned_for_the_named_gpus(tmp_path: Path, capsys:
     """A file that names a model alone: bf16 on as few H100s as hold it, with the steps of a large GPU."""
     assert run(["plan", write(tmp_path, {"name": "llama-3.1-70b", "max_seq_len": 8192}), "--gpus", "8xH100", "-o", "json"]) == 0
     (model,) = json.loads(capsys.readouterr().out)["models"]
-    assert model["cluster"]["device"]["name"] == "H100" and model["layouts"][0]["parallel"] == {"tp": 2, "pp": 1}
+    assert model["cluster"]["device"]["name"] == "H100" and model["layouts"][0]["parallel"] == {"tp": 2, "pp": 1, "expert_parallel": False}
     assert run(["plan", write(tmp_path, {"name": "smollm2-135m-instruct"}), "--gpus", "1xH100", "-o", "json"]) == 0
     (model,) = json.loads(capsys.readouterr().out)["models"]
-    assert model["layouts"][0]["parallel"] == {"tp": 1, "pp": 1}
+    assert model["layouts"][0]["parallel"] == {"tp": 1, "pp": 1, "expert_parallel": False}
 
 
 def test_a_folder_with_a_config_alone_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +100,10 @@ def test_gangs_that_run_differently_are_told_apart(tmp_path: Path, capsys: pytes
     replicas = [{"name": "a", "tp_size": 4}, {"name": "b", "tp_size": 2, "pp_size": 2}]
     assert run(["plan", write(tmp_path, MODEL | {"replicas": replicas}), "--gpus", "8xH100", "-o", "json"]) == 0
     (model,) = json.loads(capsys.readouterr().out)["models"]
-    assert [row["parallel"] for row in model["layouts"][:2]] == [{"tp": 4, "pp": 1}, {"tp": 2, "pp": 2}]
+    assert [row["parallel"] for row in model["layouts"][:2]] == [
+        {"tp": 4, "pp": 1, "expert_parallel": False},
+        {"tp": 2, "pp": 2, "expert_parallel": False},
+    ]
     mixed = {"name": "smollm2-135m-instruct", "replicas": [{"name": "a", "device": "cpu"}, {"name": "b"}]}
     assert run(["plan", write(tmp_path, mixed), "--gpus", "1xH100", "--cpus", "2", "-o", "json"]) == 0
     models = json.loads(capsys.readouterr().out)["models"]

@@ -20,7 +20,7 @@ from orchestrator.planner.planner import LayoutPlan, Subject, plan, rank_memory,
 from tests.support import figures
 from tests.support.examples import examples
 from workers.layout.memory import frozen_bytes
-from workers.layout.sharding import parameters
+from workers.layout.sharding import active_parameters, parameters
 from workers.protocol.errors import ConfigError
 from workers.protocol.specs import PLAIN, EngineSpec, Parallel, PortableSpec, QuantName, TrtllmSpec, quant_of
 
@@ -59,8 +59,12 @@ def test_known_shapes_have_as_many_parameters_as_their_makers_publish() -> None:
         "llama-3.1-8b": 8_030_261_248,
         "llama-3.1-70b": 70_553_706_496,
         "llama-3.1-405b": 405_853_388_800,
+        "qwen3-30b-a3b": 30_532_122_624,
+        "mixtral-8x7b": 46_702_792_704,
     }
     assert {name: parameters(shape) for name, shape in SHAPES.items()} == published
+    active = {name: round(active_parameters(SHAPES[name]) / 1e9, 1) for name in ("qwen3-8b", "qwen3-30b-a3b", "mixtral-8x7b")}
+    assert active == {"qwen3-8b": 8.2, "qwen3-30b-a3b": 3.4, "mixtral-8x7b": 12.9}
     for name, shape in (("8b", "llama-3.1-8b"), ("70b", "llama-3.1-70b")):
         assert parameters(model_of(name)) == parameters(SHAPES[shape]), "recorded runs are of these shapes"
 

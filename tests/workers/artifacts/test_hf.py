@@ -70,7 +70,11 @@ def test_linear_rope(tmp_path: Path) -> None:
     ("changes", "named"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts.*num_local_experts is 8"),
+        ({"num_local_experts": 8}, "model_type 'llama' has no experts: num_local_experts is 8"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 8}, "model_type 'deepseek_v3' is not supported"),
+        ({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 9}, "cannot take 9 experts of 8"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step=0"),
         ({"hidden_act": "xielu"}, "activation 'xielu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer type 'linear_attention'"),

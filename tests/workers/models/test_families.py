@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.reference.conformance import in_threads
-from tests.support.families import LONGEST, REPRESENTATIVE, case_named, family_logprobs, write_family
+from tests.support.families import EXPERTS, LONGEST, REPRESENTATIVE, case_named, family_logprobs, write_family
 from workers.artifacts.artifact import open_artifact
 from workers.distributed.group import Group
 from workers.kernels.reference import attention_layout
@@ -20,27 +20,28 @@ from workers.runner.kv_cache import KvCache
 from workers.runner.weights import fill, load_shards
 
 TP2_PP2 = Parallel(tp=2, pp=2)
+WHOLE_EXPERTS = Parallel(tp=2, pp=2, expert_parallel=True)
 TABLE = np.random.default_rng(0).permutation(16).astype(np.int32)[None, :]
 
 
-def stage_of(folder: Path, rank: int, group: Group) -> DecoderStage:
-    """The stage of ``rank`` of tp=2 pp=2, filled by the loader."""
+def stage_of(folder: Path, parallel: Parallel, rank: int, group: Group) -> DecoderStage:
+    """The stage of ``rank``, filled by the loader."""
     artifact = open_artifact(folder)
-    shard = shard_of(artifact.model, TP2_PP2, rank)
+    shard = shard_of(artifact.model, parallel, rank)
     stage = DecoderStage(
-        artifact.model, TP2_PP2, shard, group, dtype=torch.float32, device=torch.device("cpu"), positions=artifact.model.max_position
+        artifact.model, parallel, shard, group, dtype=torch.float32, device=torch.device("cpu"), positions=artifact.model.max_position
     )
-    fill(stage.parameters(), load_shards(artifact, TP2_PP2, rank, "fp32"))
+    fill(stage.parameters(), load_shards(artifact, parallel, rank, "fp32"))
     stage.freeze()
     return stage
 
 
-def logits_of(folder: Path, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+def logits_of(folder: Path, ids: torch.Tensor, chunks: list[int], parallel: Parallel = TP2_PP2) -> torch.Tensor:
     """[tokens, vocabulary] of one sequence that is computed in ``chunks``."""
 
     def member(group: Group) -> torch.Tensor:
         torch.set_num_threads(1)
-        stages = [stage_of(folder, TP2_PP2.tp * pp_rank + group.rank, group) for pp_rank in range(TP2_PP2.pp)]
+        stages = [stage_of(folder, parallel, parallel.tp * pp_rank + group.rank, group) for pp_rank in range(parallel.pp)]
         model = stages[0].model
         caches = [KvCache(model, stage.shard, blocks=16, block_size=16, dtype=stage.dtype, device=stage.device) for stage in stages]
         found, start = [], 0
@@ -54,7 +55,7 @@ def logits_of(folder: Path, ids: torch.Tensor, chunks: list[int]) -> torch.Tenso
                 start += size
         return torch.cat(found)
 
-    return torch.cat(in_threads(TP2_PP2.tp, member), 1)
+    return torch.cat(in_threads(parallel.tp, member), 1)
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
@@ -68,3 +69,13 @@ def test_a_family_is_what_transformers_computes(name: str, tmp_path: Path) -> No
     top = expected.topk(2, -1).values
     sure = top[:, 0] - top[:, 1] > 2e-4
     assert torch.equal(found.argmax(-1)[sure], expected.argmax(-1)[sure])
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_may_be_cut_or_dealt_whole_and_stored_apart_or_together(name: str, tmp_path: Path) -> None:
+    apart, packed = (write_family(case_named(name), tmp_path / kind, packed=kind == "packed") for kind in ("apart", "packed"))
+    ids = torch.randint(0, 300, (30,), generator=torch.Generator().manual_seed(1))
+    (expected,) = family_logprobs(apart, [ids.tolist()])
+    for folder, parallel in ((apart, TP2_PP2), (packed, WHOLE_EXPERTS)):
+        found = logits_of(folder, ids, [20, 1, 9], parallel).log_softmax(-1)
+        assert float((found - expected).abs().max()) <= 1e-4

@@ -23,6 +23,7 @@ from workers.protocol.specs import (
     LongRopeScaling,
     MlpSpec,
     ModelSpec,
+    MoeSpec,
     RopeScaling,
     RopeSpec,
     YarnScaling,
@@ -32,10 +33,12 @@ from workers.protocol.specs import (
 
 class FileTensor(msgspec.Struct, frozen=True, kw_only=True):
     """A tensor of a layer in Hugging Face's files whose name is not the declared one: ``stem`` as the file has it, and the declared stems
-    of what it ``holds``, one after another in its rows."""
+    of what it ``holds``, one after another in its rows. ``*`` stands for the number of an expert; where only ``holds`` have it, the file's
+    tensor [experts, rows, inputs] holds those of all experts. ``bare``: the file's name ends with the stem, without ``.weight``."""
 
     stem: str
     holds: tuple[str, ...]
+    bare: bool = False
 
 
 class GgufForm(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +54,8 @@ class GgufForm(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
-    """One ``model_type``. ``config``: its keys; ``read``: the model that they describe. ``tensors``: those with other names than declared.
+    """One ``model_type``. ``config``: its keys; ``read``: the model that they describe. ``tensors``: those with other names than declared;
+    ``packed``: the same where a folder has the experts of a layer in one tensor, as transformers keeps them in memory.
     ``interleaved``: its files pair component 2i of a rotated head with 2i + 1, not i with i + rotated / 2. ``trtllm``: the architecture's
     name in TensorRT-LLM checkpoints; None = its format does not name the family. ``gguf``: None = GGUFs of it are not read, or llama.cpp
     writes it as another family."""
@@ -60,6 +64,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     config: type[DecoderConfig]
     read: Callable[[Any], ModelSpec]
     tensors: tuple[FileTensor, ...] = ()
+    packed: tuple[FileTensor, ...] = ()
     interleaved: bool = False
     trtllm: str | None = None
     gguf: GgufForm | None = None
@@ -158,7 +163,12 @@ class DecoderConfig(msgspec.Struct, kw_only=True):
         return model_spec([self._without_idle_window(layer) for layer in layers], **common | facts)
 
     def uniform(
-        self, attention: AttentionSpec, mlp: MlpSpec | None = None, *, windows: Sequence[int | None] | None = None, **facts: Any
+        self,
+        attention: AttentionSpec,
+        mlp: MlpSpec | MoeSpec | None = None,
+        *,
+        windows: Sequence[int | None] | None = None,
+        **facts: Any,
     ) -> ModelSpec:
         """The pre-norm model whose layers have all ``attention`` and ``mlp`` (default: the config's, without biases), each with its window
         of ``windows``."""

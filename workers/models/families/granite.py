@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workers.models.families.family import Family, GgufForm
 from workers.models.families.llama import LlamaConfig
-from workers.protocol.specs import AttentionSpec, ModelSpec
+from workers.protocol.specs import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
 
 
 class GraniteConfig(LlamaConfig, kw_only=True):
@@ -13,17 +13,20 @@ class GraniteConfig(LlamaConfig, kw_only=True):
     residual_multiplier: float = 1.0
     attention_multiplier: float = 1.0
 
+    def granite(self, mlp: MlpSpec | MoeSpec) -> ModelSpec:
+        """Granite's model, all of whose layers have ``mlp``."""
+        bias = self.attention_bias
+        return self.uniform(
+            AttentionSpec(rope=self.rope(), qkv_bias=bias, out_bias=bias, scale=self.attention_multiplier),
+            mlp,
+            embedding_multiplier=self.embedding_multiplier,
+            residual_multiplier=self.residual_multiplier,
+            logits_divisor=self.logits_scaling,
+        )
+
 
 def read(config: GraniteConfig) -> ModelSpec:
-    bias = config.attention_bias
-    attention = AttentionSpec(rope=config.rope(), qkv_bias=bias, out_bias=bias, scale=config.attention_multiplier)
-    return config.uniform(
-        attention,
-        config.mlp(bias=config.mlp_bias),
-        embedding_multiplier=config.embedding_multiplier,
-        residual_multiplier=config.residual_multiplier,
-        logits_divisor=config.logits_scaling,
-    )
+    return config.granite(config.mlp(bias=config.mlp_bias))
 
 
 FAMILY = Family(
