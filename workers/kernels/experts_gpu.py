@@ -109,7 +109,7 @@ def _grouped(
         w = tl.load(weights + start, mask=some_lines[:, None] & left[None, :], other=0.0)
         a = tl.load(inputs + start, mask=some_rows[None, :] & left[:, None], other=0.0)
         # Eight bits fit the mantissa of bf16 and fp16: the products are exactly those of the integers.
-        total = tl.dot(w.to(a.dtype), a, total)
+        total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
     if SCALED:
         total *= tl.load(scale + expert.to(tl.int64) * outs + lines, mask=some_lines, other=0.0)[:, None]
     if X_SCALED:
