@@ -35,13 +35,25 @@ def temporary_deployment(console: Console, config: Config, file: Path, *, ready_
     try:
         yield wait_ready(child, config, ready_s)
         subprocess.run([*COMMAND, *flags, "down", config.name, "--run-dir", config.run_dir], check=True)
-        code = child.wait(STOP_S)
+        code = _exit_code(child)
     finally:
         if child.poll() is None:
             child.send_signal(signal.SIGTERM)
-            child.wait(STOP_S)
+            if _exit_code(child) is None:
+                child.kill()
+    if code is None:
+        why = f"trireme up still ran {STOP_S:g} s after trireme down"
+        raise EnvironmentFault("the deployment did not end", why, f"its log: {config.home}")
     if code:
         raise EnvironmentFault("the deployment did not end well", f"trireme up exited with {code}", f"its log: {config.home}")
+
+
+def _exit_code(child: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of ``child``; None while it still runs after :data:`STOP_S`."""
+    try:
+        return child.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def wait_ready(child: subprocess.Popen[bytes], config: Config, ready_s: float) -> str:
